@@ -1,0 +1,6 @@
+"""Exact attention over millions of tokens, for Lightning."""
+
+from lightning_longnet.attention import Branch, Pattern, Reach, attend, explain
+
+__version__ = "0.1.0"
+__all__ = ["Branch", "Pattern", "Reach", "attend", "explain"]

@@ -1,0 +1,1 @@
+"""How do the keys reach the queries?  The choice must not change the answer."""

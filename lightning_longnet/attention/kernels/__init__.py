@@ -1,0 +1,89 @@
+"""Who does the arithmetic?  The choice must not change the answer, and a kernel that cannot serve says why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from lightning_longnet.attention.kernels import reference, sdpa
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Request(NamedTuple):
+    """What a kernel may judge a call by."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+
+
+class BlockKernel(Protocol):
+    """A kernel that computes one block of a larger softmax; `low` and `high` are those of `Shape`."""
+
+    name: str
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, low: int | None, high: int | None, scale: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        low: int | None,
+        high: int | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+BLOCK_KERNELS: dict[str, BlockKernel] = {"sdpa": sdpa}
+_KERNELS = (sdpa, reference)  # in the order of preference
+
+
+class Verdict(NamedTuple):
+    kernel: str
+    note: str
+    refusals: tuple[str, ...]
+
+
+class Explanation(NamedTuple):
+    """Which kernel runs, and what each of them says to this call."""
+
+    chosen: str | None
+    verdicts: tuple[Verdict, ...]
+
+    def __str__(self) -> str:
+        rows = []
+        for verdict in self.verdicts:
+            state = "runs" if verdict.kernel == self.chosen else "refuses" if verdict.refusals else "could serve"
+            rows.append(f"{verdict.kernel:<10} {state:<12} {'; '.join(verdict.refusals) or verdict.note}")
+        return "\n".join(rows)
+
+
+def judge(kernel: str, request: Request) -> Explanation:
+    """The kernel of this name, or for "auto" the first that serves the request."""
+    verdicts = tuple(Verdict(each.name, each.note, tuple(each.refusals(request))) for each in _KERNELS)
+    names = [verdict.kernel for verdict in verdicts]
+    if kernel != "auto" and kernel not in names:
+        raise ValueError(f"kernel must be one of 'auto', {', '.join(map(repr, names))}, got {kernel!r}")
+    serving = [v.kernel for v in verdicts if not v.refusals and kernel in ("auto", v.kernel)]
+    return Explanation(serving[0] if serving else None, verdicts)
+
+
+def select(kernel: str, request: Request) -> str:
+    explanation = judge(kernel, request)
+    if explanation.chosen is None:
+        asked = "no kernel" if kernel == "auto" else f"kernel={kernel!r}"
+        reasons = "; ".join(r for v in explanation.verdicts if kernel in ("auto", v.kernel) for r in v.refusals)
+        others = [v.kernel for v in explanation.verdicts if not v.refusals]
+        raise ValueError(
+            f"{asked} can serve this call: {reasons}. Those that can: {', '.join(map(repr, others)) or 'none'}"
+        )
+    return explanation.chosen

@@ -1,0 +1,125 @@
+"""Multiplicity "set": what a branch shows that no earlier branch has shown.
+
+Where branches nest, that is the branch without the earlier segments, as plain rectangles and less work than the branch
+itself.  Elsewhere it is counted by inclusion and exclusion.  Both rest on one fact: a branch splits a head's rows into
+runs that see only themselves, and so does what two branches share.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import gcd
+from typing import TYPE_CHECKING, NamedTuple
+
+from lightning_longnet.attention.runs import banded, rectangle, row_count, segments
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lightning_longnet.attention.pattern import Branch
+    from lightning_longnet.attention.runs import Runs
+
+
+def nests(inner: Branch, outer: Branch, kv_heads: int) -> bool:
+    """Is everything that `outer` shows within one of `inner`'s segments shown by `inner` too, whatever the head?"""
+    if inner.window or outer.window or inner.is_causal != outer.is_causal:
+        return False
+    if outer.dilation_rate % inner.dilation_rate:
+        return False
+    if inner.segment_length is None:
+        aligned = outer.segment_length is None
+    else:
+        # a segment that the rate does not divide begins anew at another residue
+        aligned = inner.segment_length % inner.dilation_rate == 0 and (
+            outer.segment_length is None or outer.segment_length % inner.segment_length == 0
+        )
+    return aligned and all(
+        outer.offset(g, kv_heads) % inner.dilation_rate == inner.offset(g, kv_heads) for g in range(kv_heads)
+    )
+
+
+def exclusive_runs(branch: Branch, earlier: Sequence[Branch], kv_head: int, kv_heads: int, length: int) -> Iterator[Runs]:
+    """The pairs of `branch` that none of the `earlier` branches shows."""
+    chain = (*earlier, branch)
+    if all(nests(a, b, kv_heads) for a, b in pairwise(chain)):
+        yield from _outside(branch, earlier[-1], branch.offset(kv_head, kv_heads), length)
+        return
+    terms = {_relation(branch, branch.offset(kv_head, kv_heads), length): 1}
+    for other in earlier:
+        shown = _relation(other, other.offset(kv_head, kv_heads), length)
+        for relation, count in list(terms.items()):
+            common = _intersection(relation, shown)
+            if common.runs:
+                terms[common] = terms.get(common, 0) - count
+    for layer, (relation, count) in enumerate(terms.items()):
+        if count:
+            for run in relation.runs:
+                start = range(run.start, run.start + 1)
+                yield from banded(start, len(run), run.step, relation.is_causal, relation.window, count, layer)
+
+
+def _outside(branch: Branch, inner: Branch, offset: int, length: int) -> Iterator[Runs]:
+    """The pairs of `branch` that lie in different segments of `inner`, by halves: few large rectangles, not many thin ones.
+
+    1 . . .     1 . . .
+    2 1 . .     3 1 . .     the earlier segments on the diagonal (1), what two of them share (2), then four (3)
+    3 3 1 .
+    3 3 2 1
+    """
+    for starts, width in segments(branch, offset, length):
+        part = min(inner.segment_length or width, width)
+        spans = [(0, -(-width // part))]
+        while spans:
+            first, last = spans.pop()
+            if last - first < 2:
+                continue
+            middle = first + (1 << (last - first - 1).bit_length() - 1)
+            spans += [(first, middle), (middle, last)]
+            cuts = [row_count(min(x * part, width), offset, branch.dilation_rate) for x in (first, middle, last)]
+            early, late = (range(a * branch.dilation_rate, b * branch.dilation_rate, branch.dilation_rate) for a, b in pairwise(cuts))
+            yield from rectangle(starts, late, early)
+            if not branch.is_causal:
+                yield from rectangle(starts, early, late)
+
+
+class _Relation(NamedTuple):
+    """Runs of one head in one document, each seeing only itself."""
+
+    is_causal: bool
+    window: int | None
+    runs: tuple[range, ...]
+
+
+def _relation(branch: Branch, offset: int, length: int) -> _Relation:
+    runs = []
+    for starts, width in segments(branch, offset, length):
+        rows = row_count(width, offset, branch.dilation_rate)
+        runs += [range(s, s + rows * branch.dilation_rate, branch.dilation_rate) for s in starts if rows]
+    return _Relation(branch.is_causal, branch.window, tuple(runs))
+
+
+def _intersection(a: _Relation, b: _Relation) -> _Relation:
+    windows = [w for w in (a.window, b.window) if w is not None]
+    runs, i, j = [], 0, 0
+    while i < len(a.runs) and j < len(b.runs):
+        if common := _common(a.runs[i], b.runs[j]):
+            runs.append(common)
+        # the runs of a relation follow one another, so the one that ends first meets no other
+        if a.runs[i][-1] < b.runs[j][-1]:
+            i += 1
+        else:
+            j += 1
+    return _Relation(a.is_causal or b.is_causal, min(windows, default=None), tuple(runs))
+
+
+def _common(a: range, b: range) -> range:
+    """The rows that two runs share, by the Chinese remainder theorem."""
+    divisor = gcd(a.step, b.step)
+    apart = b.start - a.start
+    if apart % divisor:
+        return range(0)
+    step = a.step * b.step // divisor
+    meet = a.start + a.step * (apart // divisor * pow(a.step // divisor, -1, b.step // divisor) % (b.step // divisor))
+    low, high = max(a.start, b.start), min(a[-1], b[-1])
+    first = meet + -(-(low - meet) // step) * step
+    return range(first, high + 1, step) if first <= high else range(0)

@@ -1,0 +1,249 @@
+"""Which keys may a query see?  A pattern is a tuple of branches, and one softmax runs over all that they show."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from math import lcm
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.figure import Figure
+
+HeadOffsets = Literal["interleaved", "blocked"]
+Multiplicity = Literal["multiset", "set"]
+
+
+def _positive(name: str, value: object) -> None:
+    # bool is an int to Python, but True is no segment length
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Query `i` of key/value head `g` belongs to a branch iff `(i mod w) mod r == offset(g)`.
+
+    There it sees the keys of its own segment with the same residue: `j // w == i // w`, `(j mod w) mod r == offset(g)`;
+    only `j <= i` where causal, and only nearer than `window` where there is one.
+
+    Args:
+        segment_length: `w`; None is the whole sequence.
+        dilation_rate: `r`; every r-th row of a segment is kept, another residue for each head.
+        window: tokens seen at most, counted backwards from the query (and forwards, where not causal).
+        is_causal: hide the keys behind the query.
+        head_offsets: "interleaved" is `g mod r` (the paper), "blocked" is `g // ceil(Hkv / r)` (torchscale's checkpoints).
+    """
+
+    segment_length: int | None = None
+    dilation_rate: int = 1
+    window: int | None = None
+    is_causal: bool = False
+    head_offsets: HeadOffsets = "interleaved"
+
+    def __post_init__(self) -> None:
+        if self.segment_length is not None:
+            _positive("segment_length", self.segment_length)
+        if self.window is not None:
+            _positive("window", self.window)
+        _positive("dilation_rate", self.dilation_rate)
+        _one_of("head_offsets", self.head_offsets, get_args(HeadOffsets))
+        if not isinstance(self.is_causal, bool):
+            raise ValueError(f"is_causal must be True or False, got {self.is_causal!r}")
+
+    def offset(self, kv_head: int, kv_heads: int) -> int:
+        """The residue that this head serves.  It hangs on the key/value head, so that a GQA group shares its rows."""
+        if self.head_offsets == "interleaved":
+            return kv_head % self.dilation_rate
+        return kv_head // -(-kv_heads // self.dilation_rate)
+
+    def connects(self, length: int) -> bool:
+        """Does a query see any key but its own?"""
+        return min(self.segment_length or length, self.window or length, length) > self.dilation_rate
+
+    def visible(self, index: Tensor, kv_heads: int) -> Tensor:
+        """The definition itself, as a boolean (Hkv, N, N): `index` is each token's place in its own document."""
+        segment, place = index * 0, index
+        if self.segment_length is not None:
+            segment, place = index // self.segment_length, index % self.segment_length
+        offsets = torch.tensor([self.offset(g, kv_heads) for g in range(kv_heads)], device=index.device)
+        member = place % self.dilation_rate == offsets[:, None]
+        seen = member[:, :, None] & member[:, None, :] & (segment[:, None] == segment)
+        distance = index[:, None] - index
+        if self.is_causal:
+            seen &= distance >= 0
+        if self.window is not None:
+            seen &= distance.abs() < self.window
+        return seen
+
+
+class Reach(NamedTuple):
+    """How far a model built on a pattern can carry anything, whatever its depth."""
+
+    length: int
+    span: int  # tokens between two borders that no branch crosses
+    unserved: tuple[tuple[Branch, tuple[int, ...]], ...]  # residues that no head attends to
+
+    @property
+    def is_complete(self) -> bool:
+        return self.span >= self.length and not self.unserved
+
+    def __str__(self) -> str:
+        lines = []
+        if self.span < self.length:
+            lines.append(
+                f"Nothing crosses a multiple of {self.span:,} tokens, at any depth, in a sequence of {self.length:,}: "
+                f"make the largest segment_length at least {self.length:,}, or add a window."
+            )
+        for branch, residues in self.unserved:
+            shown = ", ".join(map(str, residues[:8])) + (", ..." if len(residues) > 8 else "")
+            lines.append(
+                f"In the branch w={branch.segment_length}, r={branch.dilation_rate} no head attends to "
+                f"{len(residues)} of its {branch.dilation_rate} residues ({shown}): it needs as many key/value heads."
+            )
+        return "\n".join(lines) or f"Every token of {self.length:,} can reach every other."
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A frozen, hashable tuple of branches; `a + b` shows a query what both show it.
+
+    Args:
+        branches: `Branch`es, or the keyword dictionaries of them (as YAML gives them).
+        multiplicity: "multiset" counts a key as often as branches show it (LongNet); "set" counts it once.
+
+    >>> Pattern.dilated((4, 8), (1, 2), is_causal=True).mask(8, heads=2)[0, 6].tolist()
+    [1, 0, 1, 0, 2, 1, 2, 0]
+    """
+
+    branches: tuple[Branch, ...]
+    multiplicity: Multiplicity = "multiset"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.branches, Branch) or not hasattr(self.branches, "__iter__"):
+            raise ValueError(f"branches must be a sequence of Branch, got {self.branches!r}")
+        branches = tuple(b if isinstance(b, Branch) else Branch(**b) for b in self.branches)
+        if not branches:
+            raise ValueError("branches must hold at least one Branch, got none")
+        object.__setattr__(self, "branches", branches)
+        _one_of("multiplicity", self.multiplicity, get_args(Multiplicity))
+
+    @classmethod
+    def dilated(
+        cls,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        is_causal: bool = False,
+        head_offsets: HeadOffsets = "interleaved",
+        multiplicity: Multiplicity = "multiset",
+    ) -> Pattern:
+        """LongNet: one branch for each pair of a segment length and a dilation rate."""
+        if len(segment_lengths) != len(dilation_rates):
+            raise ValueError(
+                f"segment_lengths and dilation_rates must have the same count, got {len(segment_lengths)} "
+                f"({list(segment_lengths)}) and {len(dilation_rates)} ({list(dilation_rates)})"
+            )
+        pairs = zip(segment_lengths, dilation_rates, strict=True)
+        return cls(tuple(Branch(w, r, None, is_causal, head_offsets) for w, r in pairs), multiplicity)
+
+    @classmethod
+    def dense(cls, is_causal: bool = False) -> Pattern:
+        """Every key: the branch (N, 1)."""
+        return cls((Branch(is_causal=is_causal),))
+
+    @classmethod
+    def window(cls, size: int, is_causal: bool = False) -> Pattern:
+        """The `size` nearest keys, the query's own among them: `i - size < j <= i`, or `|i - j| < size`."""
+        return cls((Branch(window=size, is_causal=is_causal),))
+
+    @property
+    def is_causal(self) -> bool:
+        return all(branch.is_causal for branch in self.branches)
+
+    def __add__(self, other: Pattern) -> Pattern:
+        if not isinstance(other, Pattern):
+            return NotImplemented
+        if self.multiplicity != other.multiplicity:
+            raise ValueError(
+                f"both sides of a + b must have one multiplicity, got {self.multiplicity!r} and {other.multiplicity!r}"
+            )
+        return Pattern(self.branches + other.branches, self.multiplicity)
+
+    def ordered(self) -> tuple[Branch, ...]:
+        """The branches from the finest to the coarsest.  Under "set", a key belongs to the first branch that shows it."""
+        whole = float("inf")
+        return tuple(sorted(self.branches, key=lambda b: (b.dilation_rate, b.segment_length or whole, b.window or whole)))
+
+    def visible(self, index: Tensor, kv_heads: int) -> list[Tensor]:
+        """What each branch shows, by the definition: one boolean (Hkv, N, N) a branch, in the order of `ordered()`."""
+        shown = [branch.visible(index, kv_heads) for branch in self.ordered()]
+        if self.multiplicity == "set":
+            for i in range(len(shown) - 1, 0, -1):
+                shown[i] = shown[i] & ~torch.stack(shown[:i]).any(0)
+        return shown
+
+    def mask(self, length: int, heads: int, kv_heads: int | None = None) -> Tensor:
+        """How often query `i` of head `h` counts key `j`: an integer (H, N, N), for people and for tests."""
+        kv_heads = check_heads(heads, kv_heads)
+        counts = torch.stack(self.visible(torch.arange(length), kv_heads)).sum(0)
+        return counts.repeat_interleave(heads // kv_heads, dim=0)
+
+    def reach(self, length: int, heads: int, kv_heads: int | None = None) -> Reach:
+        """How far this pattern can carry anything over `length` tokens, and which residues no head serves."""
+        kv_heads = check_heads(heads, kv_heads)
+        lengths = [min(b.segment_length or length, length) for b in self.branches if b.connects(length)]
+        span = min(lcm(*lengths), length)  # a border that every branch has is a border for good
+        unserved = []
+        for branch in self.branches:
+            served = {branch.offset(g, kv_heads) for g in range(kv_heads)}
+            width = min(branch.dilation_rate, branch.segment_length or length, length)
+            if missing := tuple(o for o in range(width) if o not in served):
+                unserved.append((branch, missing))
+        return Reach(length, span, tuple(unserved))
+
+    def plot(self, length: int | None = None, heads: int | None = None, kv_heads: int | None = None) -> Figure:
+        """Draw what each query of each distinct head sees.  Needs matplotlib (the extra `plots`)."""
+        from lightning_longnet.attention.picture import draw_pattern
+
+        return draw_pattern(self, length, heads, kv_heads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for YAML or JSON: `Pattern(**pattern.to_dict()) == pattern`."""
+        return {"branches": [asdict(branch) for branch in self.branches], "multiplicity": self.multiplicity}
+
+    def dumps(self) -> str:
+        """One line of JSON: how a pattern travels through an operator's schema."""
+        return _dumps(self)
+
+    @staticmethod
+    def loads(text: str) -> Pattern:
+        return _loads(text)
+
+
+@lru_cache(1024)
+def _dumps(pattern: Pattern) -> str:
+    return json.dumps(pattern.to_dict(), separators=(",", ":"))
+
+
+@lru_cache(1024)
+def _loads(text: str) -> Pattern:
+    return Pattern(**json.loads(text))
+
+
+def check_heads(heads: int, kv_heads: int | None) -> int:
+    """The number of key/value heads, which must divide the number of query heads."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"heads must be a multiple of kv_heads, both at least 1, got {heads} and {kv_heads}")
+    return kv_heads

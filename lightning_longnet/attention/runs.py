@@ -1,0 +1,109 @@
+"""What one branch shows to one head of one document, as runs: equally spaced rows that see each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from lightning_longnet.attention.pattern import Branch
+
+# A band is cut into tiles that share one mask; this bounds the mask's elements.
+BAND_MASK = 1 << 22
+
+
+class Shape(NamedTuple):
+    """What runs must share to be computed in one call.
+
+    The a-th query sees the b-th key iff `low <= a - b <= high`; a bound that is None does not bind.
+
+        low = high = None       low = 0, high = None       low = 0, high = 1
+        x x x x                 x . . .                    x . . .
+        x x x x                 x x . .                    x x . .
+        x x x x                 x x x .                    . x x .
+    """
+
+    queries: int
+    keys: int
+    shift: int  # from a run's first query row to its first key row
+    step: int
+    low: int | None = None
+    high: int | None = None
+    weight: int = 1
+    layer: int = 0  # runs of different layers may have rows in common, and so no call
+
+
+class Runs(NamedTuple):
+    """Runs of one shape, beginning at these query rows."""
+
+    shape: Shape
+    starts: Iterable[int]
+
+
+def segments(branch: Branch, offset: int, length: int) -> Iterator[tuple[range, int]]:
+    """(the first rows of equal segments, the width of each): the whole segments of a document, then its tail."""
+    width = min(branch.segment_length or length, length)
+    whole = length // width
+    yield range(offset, whole * width + offset, width), width
+    if tail := length - whole * width:
+        yield range(whole * width + offset, length + offset, tail), tail
+
+
+def row_count(width: int, offset: int, rate: int) -> int:
+    """How many of the first `width` rows of a segment belong to this residue."""
+    return max(0, -(-(width - offset) // rate))
+
+
+def own_runs(branch: Branch, offset: int, length: int) -> Iterator[Runs]:
+    for starts, width in segments(branch, offset, length):
+        rows = row_count(width, offset, branch.dilation_rate)
+        yield from banded(starts, rows, branch.dilation_rate, branch.is_causal, branch.window)
+
+
+def banded(
+    starts: range, rows: int, step: int, is_causal: bool, window: int | None, weight: int = 1, layer: int = 0
+) -> Iterator[Runs]:
+    """Runs of `rows` rows that see themselves: whole, or as tiles of queries where a window hides the far keys."""
+    if not rows:
+        return
+    low = 0 if is_causal else None
+    high = None if window is None else (window - 1) // step
+    if high is None or high >= rows - 1:
+        yield Runs(_shape(rows, rows, 0, step, low, None, weight, layer), starts)
+        return
+    low = 0 if is_causal else -high
+    breadth = high - low + 1
+    tile = max(32, min(max(breadth, 64), 1024, BAND_MASK // breadth))
+    for begin in range(0, rows, tile):
+        end = min(begin + tile, rows)
+        left, right = max(begin - high, 0), min(end - low, rows)
+        local = left - begin
+        shape = _shape(end - begin, right - left, local * step, step, low + local, high + local, weight, layer)
+        yield Runs(shape, shifted(starts, begin * step))
+
+
+def rectangle(starts: range, queries: range, keys: range) -> Iterator[Runs]:
+    """Queries that all see all of other keys; both ranges are rows, counted from each start."""
+    if queries and keys:
+        shape = _shape(len(queries), len(keys), keys.start - queries.start, queries.step)
+        yield Runs(shape, shifted(starts, queries.start))
+
+
+def _shape(
+    queries: int,
+    keys: int,
+    shift: int,
+    step: int,
+    low: int | None = None,
+    high: int | None = None,
+    weight: int = 1,
+    layer: int = 0,
+) -> Shape:
+    low = None if low is None or low <= 1 - keys else low
+    high = None if high is None or high >= queries - 1 else high
+    return Shape(queries, keys, shift, step, low, high, weight, layer)
+
+
+def shifted(run: range, by: int) -> range:
+    return range(run.start + by, run.stop + by, run.step)

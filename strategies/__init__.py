@@ -1,0 +1,5 @@
+"""Lightning strategies for sequence parallelism, imported as `lightning_longnet.strategies`."""
+
+# This folder is linked into the package.  Under its bare name every class would exist twice, and isinstance would lie.
+if __name__ == "strategies":
+    raise ImportError("import lightning_longnet.strategies instead: the bare name would load every class twice")

@@ -1,0 +1,103 @@
+"""The plan's blocks, cell by cell: every pair as often as the definition says, and no row twice in a call."""
+
+from collections import Counter
+from itertools import pairwise
+
+import brute
+import drawn
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_longnet import Pattern
+from lightning_longnet.attention.plan import plan
+from lightning_longnet.attention.runs import Shape
+
+
+def shown_pairs(block):
+    """(query row, query head, key row, key head) of one block, by listing its cells."""
+    queries, keys = list(block.queries.cells()), list(block.keys.cells())
+    group = block.queries.heads // block.keys.heads
+    for cells, lattice in ((queries, block.queries), (keys, block.keys)):
+        assert len(cells) == len(lattice.starts) * lattice.heads * lattice.rows
+    assert len(set(queries)) == len(queries), "a row stands twice in one call"
+    for n, (row, head) in enumerate(queries):
+        rest, a = divmod(n, block.queries.rows)
+        segment, h = divmod(rest, block.queries.heads)
+        first = (segment * block.keys.heads + h // group) * block.keys.rows
+        for b in range(block.keys.rows):
+            if (block.low is None or a - b >= block.low) and (block.high is None or a - b <= block.high):
+                yield row, head, *keys[first + b]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shown=drawn.nested_branches() | st.lists(drawn.branches(), min_size=1, max_size=4),
+    multiplicity=st.sampled_from(["multiset", "set"]),
+    kv_heads=st.integers(1, 6),
+    group=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+)
+def test_shows_every_pair_as_often_as_the_definition(shown, multiplicity, kv_heads, group, lengths):
+    cuts = (0, *torch.tensor(lengths).cumsum(0).tolist())
+    length = cuts[-1]
+    found = plan(drawn.pattern_of(shown, multiplicity), kv_heads * group, kv_heads, cuts)
+    ids = [i for i, (a, b) in enumerate(pairwise(cuts)) for _ in range(b - a)]
+    tables = brute.counts(shown, multiplicity, length, kv_heads, ids)
+    assert len(tables) == len(found.branches)
+    for table, blocks in zip(tables, found.branches, strict=True):
+        counted = Counter()
+        for block in blocks:
+            pairs = list(shown_pairs(block))
+            assert len(pairs) == block.pairs
+            for i, h, j, g in pairs:
+                assert g == h // group
+                counted[h, i, j] += block.weight
+        truth = {(h, *ij): 1 for h in range(kv_heads * group) for ij in table[h // group].nonzero().tolist() for ij in [tuple(ij)]}
+        assert {pair: n for pair, n in counted.items() if n} == truth
+    assert found.pairs == sum(table.sum().item() for table in tables) * group
+
+
+def test_a_longnet_branch_is_one_call_for_each_diagonal_of_heads():
+    pattern = Pattern.dilated((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16), is_causal=True)
+    calls = [len(blocks) for blocks in plan(pattern, 8, 8, (0, 65536)).branches]
+    assert calls == [1, 2, 2, 1, 1]
+
+
+def test_nested_sets_are_less_work_than_multisets():
+    def pairs(multiplicity):
+        pattern = Pattern.dilated((64, 256, 1024), (1, 2, 4), True, multiplicity=multiplicity)
+        return plan(pattern, 4, 4, (0, 4096))
+
+    once, all_of_them = pairs("set"), pairs("multiset")
+    assert once.pairs < all_of_them.pairs
+    assert all(block.weight == 1 for blocks in once.branches for block in blocks)
+    # halves of 256 / 64 and 1024 / 256 segments: two rectangles for each, not one for each segment
+    assert [len({(b.queries.rows, b.keys.rows) for b in blocks}) for blocks in once.branches] == [1, 2, 2]
+
+
+def test_blocked_offsets_do_not_nest():
+    pattern = Pattern.dilated((4, 8, 16), (1, 2, 4), head_offsets="blocked", multiplicity="set")
+    assert any(block.weight < 0 for blocks in plan(pattern, 4, 4, (0, 16)).branches for block in blocks)
+
+
+def test_equal_documents_are_one_call_and_scattered_ones_are_copied_together():
+    dense = Pattern.dense(is_causal=True)
+    (block,) = plan(dense, 2, 2, tuple(range(0, 70, 7))).branches[0]
+    assert block.queries.starts == range(0, 57, 7)
+    scattered = plan(dense, 2, 2, (0, 3, 7, 10, 15, 18)).branches[0]
+    assert {block.queries.starts for block in scattered if block.queries.rows == 3} == {(0, 7, 15)}
+
+
+def test_a_million_tokens_are_planned_in_a_moment(benchmark_seconds=2.0):
+    from time import perf_counter
+
+    begin = perf_counter()
+    pattern = Pattern.dilated([2048 * 2**i for i in range(10)], [2**i for i in range(10)], True)
+    found = plan(pattern, 32, 32, (0, 1 << 20))
+    assert perf_counter() - begin < benchmark_seconds
+    assert sum(map(len, found.branches)) < 50
+
+
+def test_runs_of_one_shape_are_told_apart_by_layer():
+    assert Shape(2, 2, 0, 1, layer=0) != Shape(2, 2, 0, 1, layer=1)

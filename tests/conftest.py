@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory():
+    """Fill every torch.empty with NaN, so that reading what was never written is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="fail where a test is skipped that needs no GPU")
+
+
+def pytest_collection_modifyitems(items):
+    gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(gpu)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.skipped and item.config.getoption("--no-skips") and not item.get_closest_marker("gpu"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, though it needs no GPU: {report.longrepr}"
+    return report

@@ -1,0 +1,88 @@
+"""What the property tests draw: patterns as the brute force and as the library write them, shapes and documents."""
+
+import torch
+from brute import Shown
+from hypothesis import strategies as st
+
+from lightning_longnet import Branch, Pattern
+
+positive = st.integers(1, 12)
+
+
+@st.composite
+def branches(draw, causal=st.booleans()):
+    return Shown(
+        w=draw(st.none() | st.integers(1, 20)),
+        r=draw(st.integers(1, 6)),
+        window=draw(st.none() | positive),
+        causal=draw(causal),
+        offsets=draw(st.sampled_from(["interleaved", "blocked"])),
+    )
+
+
+@st.composite
+def nested_branches(draw):
+    """What LongNet uses: each segment length and rate divides the next."""
+    w, r, causal, found = draw(st.integers(1, 5)), 1, draw(st.booleans()), []
+    offsets = draw(st.sampled_from(["interleaved", "blocked"]))
+    for _ in range(draw(st.integers(1, 3))):
+        found.append(Shown(w, r, None, causal, offsets))
+        r *= draw(st.integers(1, 3))
+        w *= r * draw(st.integers(1, 3))
+    return found
+
+
+def pattern_of(shown, multiplicity):
+    return Pattern(tuple(Branch(b.w, b.r, b.window, b.causal, b.offsets) for b in shown), multiplicity)
+
+
+@st.composite
+def document_ids(draw, length):
+    """None, or non-decreasing ids with some neighbours of equal length."""
+    if draw(st.booleans()):
+        return None
+    ids, each = [], 0
+    while len(ids) < length:
+        size, times = draw(st.integers(1, 9)), draw(st.integers(1, 4))
+        for _ in range(times):
+            each += draw(st.integers(1, 3))
+            ids += [each] * size
+    return ids[:length]
+
+
+@st.composite
+def cases(draw):
+    kv_heads, group = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 24))
+    shown = draw(nested_branches() | st.lists(branches(), min_size=1, max_size=3))
+    ids = draw(document_ids(length))
+    if ids is not None and batch > 1 and draw(st.booleans()):
+        ids = [ids] + [draw(document_ids(length)) or [0] * length for _ in range(batch - 1)]  # each row its own
+    return {
+        "shape": (batch, length, kv_heads * group, kv_heads, draw(st.integers(1, 9))),
+        "shown": shown,
+        "multiplicity": draw(st.sampled_from(["multiset", "set"])),
+        "ids": ids,
+        "mix": draw(st.sampled_from(["exact", "detached"])),
+        "layout": draw(st.sampled_from(["contiguous", "heads first", "fused", "last dim strided"])),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def tensors(shape, layout="contiguous", dtype=torch.float64, seed=0):
+    """q, k, v as leaves, and a gradient, all in one memory layout."""
+    batch, length, heads, kv_heads, dim = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(count):
+        if layout == "heads first":
+            x = torch.randn(batch, count, length, dim, generator=generator, dtype=torch.float64).transpose(1, 2)
+        elif layout == "fused":
+            x = torch.randn(batch, length, count + 2, dim, generator=generator, dtype=torch.float64)[:, :, 1:-1]
+        elif layout == "last dim strided":
+            x = torch.randn(batch, length, count, 2 * dim, generator=generator, dtype=torch.float64)[..., ::2]
+        else:
+            x = torch.randn(batch, length, count, dim, generator=generator, dtype=torch.float64)
+        return x.to(dtype)
+
+    return [drawn(n).requires_grad_(i < 3) for i, n in enumerate((heads, kv_heads, kv_heads, heads))]
