@@ -40,6 +40,10 @@ class Lattice:
     def is_view(self) -> bool:
         return isinstance(self.starts, range)
 
+    @property
+    def size(self) -> int:
+        return len(self.starts) * self.heads * self.rows
+
     def read(self, t: Tensor) -> Tensor:
         """(B, N, H, D) -> (B, segments, heads, rows, D), a view wherever the lattice is one."""
         if not isinstance(self.starts, range):

@@ -94,7 +94,16 @@ def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...]) -> 
         blocks = [b for (shape, _), placed in found.items() for b in _fused(shape, placed, heads // kv_heads)]
         # what is taken away comes last, so that no sum ever falls below its final value
         planned.append(tuple(sorted(blocks, key=lambda b: -b.weight)))
-    return Plan(tuple(planned), branches[0].dilation_rate == 1 and branches[0].window is None)
+    return Plan(tuple(planned), _partitions(planned[0], branches[0], heads, kv_heads, cuts[-1]))
+
+
+def _partitions(blocks: Sequence[Block], branch: Branch, heads: int, kv_heads: int, length: int) -> bool:
+    """Does every row stand in exactly one block?  A window shows keys twice, and so may a group of query heads."""
+    return (
+        branch.dilation_rate == 1
+        and sum(b.queries.size for b in blocks) == length * heads
+        and sum(b.keys.size for b in blocks) == length * kv_heads
+    )
 
 
 def _alike(branches: Sequence[Branch], kv_heads: int) -> list[list[int]]:

@@ -19,7 +19,7 @@ def shown_pairs(block):
     queries, keys = list(block.queries.cells()), list(block.keys.cells())
     group = block.queries.heads // block.keys.heads
     for cells, lattice in ((queries, block.queries), (keys, block.keys)):
-        assert len(cells) == len(lattice.starts) * lattice.heads * lattice.rows
+        assert len(cells) == lattice.size
     assert len(set(queries)) == len(queries), "a row stands twice in one call"
     for n, (row, head) in enumerate(queries):
         rest, a = divmod(n, block.queries.rows)
@@ -56,6 +56,10 @@ def test_shows_every_pair_as_often_as_the_definition(shown, multiplicity, kv_hea
         truth = {(h, *ij): 1 for h in range(kv_heads * group) for ij in table[h // group].nonzero().tolist() for ij in [tuple(ij)]}
         assert {pair: n for pair, n in counted.items() if n} == truth
     assert found.pairs == sum(table.sum().item() for table in tables) * group
+    if found.is_partitioned:
+        for lattices in ([b.queries for b in found.branches[0]], [b.keys for b in found.branches[0]]):
+            cells = [cell for lattice in lattices for cell in lattice.cells()]
+            assert len(set(cells)) == len(cells) == length * (kv_heads * group if lattices[0] is found.branches[0][0].queries else kv_heads)
 
 
 def test_a_longnet_branch_is_one_call_for_each_diagonal_of_heads():

@@ -1,0 +1,41 @@
+# `make train` and `make test` do all of the set-up themselves.  PIP_ARGS goes to pip: see the README for when it is wanted.
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN = .venv/bin
+MARK = .venv/.installed
+
+.PHONY: help train test test-long lint bench clean
+
+help:
+	@echo "make train      set up, then train a small byte-level model on this machine's CPU"
+	@echo "make test       set up, then run the tests"
+	@echo "make test-long  the long tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      attention against its peers; results in benchmarks/results"
+
+$(MARK): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] < (3, 14) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v.major}.{v.minor}: try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: $(MARK)
+	$(BIN)/python examples/bytes.py fit --config configs/quickstart.yaml
+
+test: $(MARK)
+	$(BIN)/python -m pytest -m "not long" --no-skips
+
+test-long: $(MARK)
+	$(BIN)/python -m pytest -m long --no-skips
+
+lint: $(MARK)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(MARK)
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/attention.py
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
