@@ -20,7 +20,7 @@ $(MARK): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(MARK)
-	$(BIN)/python examples/bytes.py fit --config configs/quickstart.yaml
+	$(BIN)/python examples/byte_model.py fit --config configs/quickstart.yaml
 
 test: $(MARK)
 	$(BIN)/python -m pytest -m "not long" --no-skips

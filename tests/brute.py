@@ -44,7 +44,7 @@ def counts(shown, multiplicity, length, kv_heads, ids=None):
 
 
 def attention(q, k, v, tables, scale, mix="exact"):
-    """out (B, N, H, D) and lse (B, H, N), in float64 and differentiable, from each sample's tables."""
+    """Out (B, N, H, D) and lse (B, H, N), in float64 and differentiable, from each sample's tables."""
     outs, lses = [], []
     for b in range(q.shape[0]):
         group = q.shape[2] // k.shape[2]

@@ -10,12 +10,12 @@ positive = st.integers(1, 12)
 
 
 @st.composite
-def branches(draw, causal=st.booleans()):
+def branches(draw):
     return Shown(
         w=draw(st.none() | st.integers(1, 20)),
         r=draw(st.integers(1, 6)),
         window=draw(st.none() | positive),
-        causal=draw(causal),
+        causal=draw(st.booleans()),
         offsets=draw(st.sampled_from(["interleaved", "blocked"])),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -15,11 +15,41 @@ from lightning_longnet.attention.pattern import Pattern
 from lightning_longnet.attention.plan import plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Sequence
 
     from lightning_longnet.attention.plan import Plan
 
 Mix = Literal["exact", "detached"]
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    documents: Tensor | None = None,
+    scale: float | None = None,
+    mix: Mix = "exact",
+    kernel: str = "auto",
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    documents: Tensor | None = None,
+    scale: float | None = None,
+    mix: Mix = "exact",
+    kernel: str = "auto",
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attend(
@@ -43,7 +73,7 @@ def attend(
         documents: an integer id per token, (N,) or (B, N), not decreasing: each document is attended to alone, as if it
             stood in a batch of its own.
         scale: of the scores; 1 / sqrt(D) by default.
-        mix: "exact" is the gradient of the one softmax; "detached" stops it at the branches' weights, as torchscale does.
+        mix: "exact" is the gradient of the one softmax; "detached" stops it at the branches' weights, as torchscale.
         kernel: "auto", or the name of one; `explain` tells which serve.
         return_lse: return also the log-sum-exp of the scores, (B, H, N), natural log; it carries no gradient.
 
@@ -63,7 +93,9 @@ def attend(
     if chosen == reference.name and q.numel():
         out, lse = reference.attend(q, k, v, documents, pattern, scale, mix)
     else:
-        out, lse = _Attention.apply(q, k, v, documents, pattern.dumps(), float(scale), mix, chosen)
+        out, lse = _Attention.apply(  # type: ignore[no-untyped-call]
+            q, k, v, documents, pattern.dumps(), float(scale), mix, chosen
+        )
     return (out, lse) if return_lse else out
 
 
@@ -133,7 +165,7 @@ def _checked_documents(documents: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 class _Attention(torch.autograd.Function):
-    """Nothing flows through lse: the gradient of the one softmax is that of its blocks, given the whole's out and lse."""
+    """Nothing flows through lse: the gradient of the softmax is that of its blocks, given the whole's out and lse."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
@@ -147,14 +179,17 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         q, k, v, out, lse, documents = ctx.saved_tensors
-        grads = _Gradient.apply(grad, q, k, v, out, lse, documents, *ctx.settings)
+        grads = _Gradient.apply(  # type: ignore[no-untyped-call]
+            grad, q, k, v, out, lse, documents, *ctx.settings
+        )
         return *grads, None, None, None, None, None
 
 
 class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return backward_op(*args)
+        dq, dk, dv = backward_op(*args)
+        return dq, dk, dv
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -201,7 +236,7 @@ def backward_op(
     grad, q, k, v, out = (_readable(x) for x in (grad, q, k, v, out))
     found = [
         local.backward(
-            BLOCK_KERNELS[kernel], planned, *(x[rows] for x in (grad, q, k, v, out, lse)), scale=scale, mix=mix
+            BLOCK_KERNELS[kernel], planned, grad[rows], q[rows], k[rows], v[rows], out[rows], lse[rows], scale, mix
         )
         for rows, planned in _row_plans(q, k, documents, pattern)
     ]
@@ -224,11 +259,11 @@ def _row_plans(q: Tensor, k: Tensor, documents: Tensor | None, pattern: str) -> 
         first = last
 
 
-def _joined(found: list[Any], empty: tuple[Tensor, ...]) -> Iterable[Tensor]:
+def _joined(found: Sequence[tuple[Tensor, ...]], empty: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The samples' results side by side; of no sample at all, the empty ones."""
-    if len(found) == 1:
-        return found[0]
-    return (torch.cat(parts) for parts in zip(*found, strict=True)) if found else empty
+    if not found:
+        return empty
+    return found[0] if len(found) == 1 else tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def _readable(x: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ def nests(inner: Branch, outer: Branch, kv_heads: int) -> bool:
     )
 
 
-def exclusive_runs(branch: Branch, earlier: Sequence[Branch], kv_head: int, kv_heads: int, length: int) -> Iterator[Runs]:
+def exclusive_runs(
+    branch: Branch, earlier: Sequence[Branch], kv_head: int, kv_heads: int, length: int
+) -> Iterator[Runs]:
     """The pairs of `branch` that none of the `earlier` branches shows."""
     chain = (*earlier, branch)
     if all(nests(a, b, kv_heads) for a, b in pairwise(chain)):
@@ -59,10 +61,10 @@ def exclusive_runs(branch: Branch, earlier: Sequence[Branch], kv_head: int, kv_h
 
 
 def _outside(branch: Branch, inner: Branch, offset: int, length: int) -> Iterator[Runs]:
-    """The pairs of `branch` that lie in different segments of `inner`, by halves: few large rectangles, not many thin ones.
+    """The pairs of `branch` that lie in different segments of `inner`, halved into few large rectangles.
 
-    1 . . .     1 . . .
-    2 1 . .     3 1 . .     the earlier segments on the diagonal (1), what two of them share (2), then four (3)
+    1 . . .
+    2 1 . .     1, the segments of `inner`, are left out; two of them share 2, and four share 3
     3 3 1 .
     3 3 2 1
     """
@@ -76,7 +78,10 @@ def _outside(branch: Branch, inner: Branch, offset: int, length: int) -> Iterato
             middle = first + (1 << (last - first - 1).bit_length() - 1)
             spans += [(first, middle), (middle, last)]
             cuts = [row_count(min(x * part, width), offset, branch.dilation_rate) for x in (first, middle, last)]
-            early, late = (range(a * branch.dilation_rate, b * branch.dilation_rate, branch.dilation_rate) for a, b in pairwise(cuts))
+            early, late = (
+                range(a * branch.dilation_rate, b * branch.dilation_rate, branch.dilation_rate)
+                for a, b in pairwise(cuts)
+            )
             yield from rectangle(starts, late, early)
             if not branch.is_causal:
                 yield from rectangle(starts, early, late)

@@ -12,7 +12,7 @@ from torch import Tensor
 class Partial(NamedTuple):
     """`out` (..., D) is the softmax-weighted mean over some keys, `lse` (..., 1) the log of their weights' sum.
 
-    Partials over disjoint keys add up in any order; one that has seen no key (`lse == -inf`, `out == 0`) changes nothing.
+    Partials over disjoint keys add up in any order; one that saw no key (`lse == -inf`, `out == 0`) changes nothing.
     """
 
     out: Tensor

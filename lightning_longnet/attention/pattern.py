@@ -43,7 +43,7 @@ class Branch:
         dilation_rate: `r`; every r-th row of a segment is kept, another residue for each head.
         window: tokens seen at most, counted backwards from the query (and forwards, where not causal).
         is_causal: hide the keys behind the query.
-        head_offsets: "interleaved" is `g mod r` (the paper), "blocked" is `g // ceil(Hkv / r)` (torchscale's checkpoints).
+        head_offsets: "interleaved" is `g mod r` (the paper), "blocked" `g // ceil(Hkv / r)` (torchscale's checkpoints).
     """
 
     segment_length: int | None = None
@@ -181,9 +181,11 @@ class Pattern:
         return Pattern(self.branches + other.branches, self.multiplicity)
 
     def ordered(self) -> tuple[Branch, ...]:
-        """The branches from the finest to the coarsest.  Under "set", a key belongs to the first branch that shows it."""
+        """From the finest branch to the coarsest.  Under "set", a key belongs to the first that shows it."""
         whole = float("inf")
-        return tuple(sorted(self.branches, key=lambda b: (b.dilation_rate, b.segment_length or whole, b.window or whole)))
+        return tuple(
+            sorted(self.branches, key=lambda b: (b.dilation_rate, b.segment_length or whole, b.window or whole))
+        )
 
     def visible(self, index: Tensor, kv_heads: int) -> list[Tensor]:
         """What each branch shows, by the definition: one boolean (Hkv, N, N) a branch, in the order of `ordered()`."""

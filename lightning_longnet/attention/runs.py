@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from lightning_longnet.attention.pattern import Branch
 
@@ -38,7 +38,7 @@ class Runs(NamedTuple):
     """Runs of one shape, beginning at these query rows."""
 
     shape: Shape
-    starts: Iterable[int]
+    starts: range
 
 
 def segments(branch: Branch, offset: int, length: int) -> Iterator[tuple[range, int]]:

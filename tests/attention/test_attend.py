@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lightning_longnet import Pattern, attend
+from lightning_longnet import attend
 
 KERNELS = ["sdpa", "reference"]
 
@@ -38,7 +38,9 @@ def compare(case, kernel, dtype, tolerance):
     empty = true_lse == -torch.inf
     assert torch.equal(lse == -torch.inf, empty)
     assert (out.transpose(1, 2)[empty] == 0).all()
-    for ours, truth in zip((out, lse.masked_fill(empty, 0), *found), (true_out, true_lse.masked_fill(empty, 0), *true), strict=True):
+    for ours, truth in zip(
+        (out, lse.masked_fill(empty, 0), *found), (true_out, true_lse.masked_fill(empty, 0), *true), strict=True
+    ):
         assert ours.shape == truth.shape
         error = (ours.double() - truth.double()).abs().max().item()
         assert error <= tolerance * max(1, truth.abs().max().item())

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from itertools import pairwise
+from time import perf_counter
 
 import brute
 import drawn
@@ -53,13 +54,16 @@ def test_shows_every_pair_as_often_as_the_definition(shown, multiplicity, kv_hea
             for i, h, j, g in pairs:
                 assert g == h // group
                 counted[h, i, j] += block.weight
-        truth = {(h, *ij): 1 for h in range(kv_heads * group) for ij in table[h // group].nonzero().tolist() for ij in [tuple(ij)]}
+        truth = {(h, i, j): 1 for g, i, j in table.nonzero().tolist() for h in range(g * group, (g + 1) * group)}
         assert {pair: n for pair, n in counted.items() if n} == truth
     assert found.pairs == sum(table.sum().item() for table in tables) * group
     if found.is_partitioned:
-        for lattices in ([b.queries for b in found.branches[0]], [b.keys for b in found.branches[0]]):
+        for count, lattices in (
+            (length * kv_heads * group, [block.queries for block in found.branches[0]]),
+            (length * kv_heads, [block.keys for block in found.branches[0]]),
+        ):
             cells = [cell for lattice in lattices for cell in lattice.cells()]
-            assert len(set(cells)) == len(cells) == length * (kv_heads * group if lattices[0] is found.branches[0][0].queries else kv_heads)
+            assert len(cells) == len(set(cells)) == count
 
 
 def test_a_longnet_branch_is_one_call_for_each_diagonal_of_heads():
@@ -93,13 +97,11 @@ def test_equal_documents_are_one_call_and_scattered_ones_are_copied_together():
     assert {block.queries.starts for block in scattered if block.queries.rows == 3} == {(0, 7, 15)}
 
 
-def test_a_million_tokens_are_planned_in_a_moment(benchmark_seconds=2.0):
-    from time import perf_counter
-
+def test_a_million_tokens_are_planned_in_a_moment():
     begin = perf_counter()
     pattern = Pattern.dilated([2048 * 2**i for i in range(10)], [2**i for i in range(10)], True)
     found = plan(pattern, 32, 32, (0, 1 << 20))
-    assert perf_counter() - begin < benchmark_seconds
+    assert perf_counter() - begin < 2
     assert sum(map(len, found.branches)) < 50
 
 

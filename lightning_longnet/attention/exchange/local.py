@@ -59,9 +59,17 @@ def backward(
             out = own.out
         stores = i == 0 and plan.is_partitioned
         for block, queries, keys in _calls(blocks, q):
-            reads = (queries, queries, keys, keys, queries, queries)
-            parts = [_folded(at, x) for at, x in zip(reads, (grad, q, k, v, out, lse), strict=True)]
-            found = kernel.backward(*parts[:5], parts[5].squeeze(-1), block.low, block.high, scale)
+            found = kernel.backward(
+                _folded(queries, grad),
+                _folded(queries, q),
+                _folded(keys, k),
+                _folded(keys, v),
+                _folded(queries, out),
+                _folded(queries, lse).squeeze(-1),
+                block.low,
+                block.high,
+                scale,
+            )
             for at, into, part in zip((queries, keys, keys), (dq, dk, dv), found, strict=True):
                 _accumulate(at, into, part, block.weight, stores)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
@@ -78,9 +86,7 @@ def _merge_branch(
     stores: bool,
 ) -> None:
     for block, queries, keys in _calls(blocks, q):
-        out, lse = kernel.forward(
-            _folded(queries, q), _folded(keys, k), _folded(keys, v), block.low, block.high, scale
-        )
+        out, lse = kernel.forward(_folded(queries, q), _folded(keys, k), _folded(keys, v), block.low, block.high, scale)
         found = Partial(_unfolded(queries, out, q.shape[0]), _unfolded(queries, lse.unsqueeze(-1), q.shape[0]))
         if stores:
             queries.write(into.out, found.out)
@@ -111,7 +117,9 @@ def _calls(blocks: tuple[Block, ...], q: Tensor) -> Iterator[tuple[Block, Lattic
         count, group = len(queries.starts), queries.heads // keys.heads
         segments = max(1, int(limit // (queries.rows * queries.heads)))
         # fewer heads than threads would leave threads idle: the operator's backward runs in parallel over heads
-        heads = keys.heads if count > 1 else max(int(limit // (queries.rows * group)), -(-torch.get_num_threads() // group))
+        heads = (
+            keys.heads if count > 1 else max(int(limit // (queries.rows * group)), -(-torch.get_num_threads() // group))
+        )
         for s in range(0, count, segments):
             for a in range(0, keys.heads, heads):
                 b = min(a + heads, keys.heads)
@@ -128,14 +136,13 @@ def _folded(at: Lattice, t: Tensor) -> Tensor:
 
 
 def _unfolded(at: Lattice, t: Tensor, batch: int) -> Tensor:
-    return t.unflatten(0, (batch, len(at.starts)))
+    unfolded: Tensor = t.unflatten(0, (batch, len(at.starts)))
+    return unfolded
 
 
 def _empty_partial(q: Tensor, v: Tensor) -> Partial:
     wide = torch.promote_types(q.dtype, torch.float32)
-    return Partial(
-        q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide), q.new_empty((*q.shape[:3], 1), dtype=wide)
-    )
+    return Partial(q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide), q.new_empty((*q.shape[:3], 1), dtype=wide))
 
 
 def _no_keys(q: Tensor, v: Tensor) -> Partial:

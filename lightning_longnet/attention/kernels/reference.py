@@ -1,4 +1,4 @@
-"""The equation, dense: one softmax over everything that the branches show.  Slow, plain, and the truth of all others."""
+"""The equation, dense: one softmax over all that the branches show.  Slow, plain, and the truth of all others."""
 
 from __future__ import annotations
 

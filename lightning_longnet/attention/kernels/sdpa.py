@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,9 +38,7 @@ def refusals(request: Request) -> list[str]:
     return reasons
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, low: int | None, high: int | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, low: int | None, high: int | None, scale: float) -> tuple[Tensor, Tensor]:
     """(batch, heads, rows, D) -> out, lse (batch, heads, rows); k and v may have fewer heads."""
     q, k, v = (_wide(x) for x in (q, k, v))
     is_causal, mask = _visibility(q, k, low, high)
@@ -50,7 +48,15 @@ def forward(
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, low: int | None, high: int | None, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    low: int | None,
+    high: int | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of one block of a larger softmax, whose `out` and `lse` are given."""
     grad, q, k, v, out = (_wide(x) for x in (grad, q, k, v, out))
@@ -66,8 +72,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _visibility(q: Tensor, k: Tensor, low: int | None, high: int | None) -> tuple[bool, Tensor | None]:
-    """The operator's own triangle is aligned to the top left corner: it serves `low == 0`.  Other bounds need a mask."""
-    assert q.numel() and k.numel(), "an empty dimension kills the process"
+    """The operator's own triangle is aligned to the top left corner, `low == 0`.  Other bounds need a mask."""
+    assert 0 not in (*q.shape, *k.shape), "an empty dimension kills the process"
     if high is None and low in (None, 0):
         return low == 0, None
     return False, _band(q.shape[2], k.shape[2], low, high, q.dtype)
@@ -91,7 +97,7 @@ def routed_products() -> Iterator[None]:
     MKL runs at half speed or less on some CPUs that are not its maker's.  Asking for bf16 products sends them to
     oneDNN, which rounds only where the CPU has tiles for it; there the setting stays as it was.
     """
-    products = torch.backends.mkldnn.matmul
+    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = products.fp32_precision
     if before != "none" or not _routing_is_exact():
         yield
@@ -107,7 +113,7 @@ def routed_products() -> Iterator[None]:
 def _routing_is_exact() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
-    products = torch.backends.mkldnn.matmul
+    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     a = torch.rand(256, 256, generator=torch.Generator().manual_seed(0)) - 0.5
     truth = a.double() @ a.double()
     before = products.fp32_precision

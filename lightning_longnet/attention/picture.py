@@ -1,0 +1,70 @@
+"""Patterns drawn: which keys each query sees, and how often each counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lightning_longnet.attention.pattern import Branch, Pattern
+
+PANELS = 4
+
+
+def draw_pattern(pattern: Pattern, length: int | None, heads: int | None, kv_heads: int | None) -> Figure:
+    try:
+        from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
+        from matplotlib.figure import Figure
+    except ImportError as missing:
+        raise ImportError("plot needs matplotlib: pip install 'lightning-longnet[plots]'") from missing
+
+    widest = max(branch.segment_length or 1 for branch in pattern.branches)
+    length = min(2 * widest, 64) if length is None else length
+    if length > 1024:
+        raise ValueError(f"length must be at most 1024, a pixel a token, got {length}: draw a smaller pattern")
+    heads = max(branch.dilation_rate for branch in pattern.branches) if heads is None else heads
+    counts = pattern.mask(length, heads, kv_heads)
+    # heads that see the same are drawn once
+    distinct: dict[bytes, list[int]] = {}
+    for head in range(heads):
+        distinct.setdefault(counts[head].numpy().tobytes(), []).append(head)
+    alike = list(distinct.values())
+    shown = alike[:PANELS]
+    most = int(counts.max())
+    # from unseen to counted most: legible in print and to all eyes
+    ramp = LinearSegmentedColormap.from_list("", ["#f4f1ea", "#f2b872", "#d9683c", "#93295a", "#3b1f5c", "#120b2e"])
+    colours = [ramp(n / max(most, 2)) for n in range(most + 1)]
+    figure = Figure(figsize=(2.9 * len(shown) + 1.1, 3.7), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, members in zip(axes, shown, strict=True):
+        image = axis.imshow(
+            counts[members[0]].numpy(),
+            cmap=ListedColormap(colours),
+            norm=BoundaryNorm([n - 0.5 for n in range(most + 2)], most + 1),
+            interpolation="nearest",
+        )
+        names = ", ".join(map(str, members[:4])) + (", ..." if len(members) > 4 else "")
+        axis.set_title(f"head{'s' if len(members) > 1 else ''} {names}", fontsize=9)
+        axis.set_xlabel("key", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel("query", fontsize=8)
+    bar = figure.colorbar(image, ax=axes, ticks=range(most + 1), shrink=0.85, pad=0.02)
+    bar.set_label("times counted", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    title = " + ".join(map(_named, pattern.branches)) + (", causal" if pattern.is_causal else "")
+    if more := len(alike) - len(shown):
+        title += f"   ({more} more kinds of head)"
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def _named(branch: Branch) -> str:
+    parts = []
+    if branch.segment_length is not None or branch.window is None:
+        parts.append(f"({branch.segment_length or 'N'}, {branch.dilation_rate})")
+    if branch.window is not None:
+        parts.append(f"window {branch.window}")
+    return " ".join(parts)

@@ -1,0 +1,151 @@
+"""The house's own laws: who may import whom, that configs load, that the README's code runs."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lightning_longnet"
+
+# each room may import those before it, and itself
+ROOMS = ["runs", "pattern", "lattice", "overlap", "plan", "documents", "partial", "kernels", "exchange", "attend"]
+
+
+def imports(path):
+    """(module, is it at the top of the file, for types only) of every import."""
+    tree = ast.parse(path.read_text())
+    top = set(tree.body)
+    typing_only = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name, node in top, node in typing_only
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield node.module, node in top, node in typing_only
+
+
+def python_files(folder):
+    return sorted(p for p in folder.rglob("*.py") if "strategies" not in p.relative_to(PACKAGE).parts)
+
+
+@pytest.mark.parametrize("path", python_files(PACKAGE / "attention"), ids=lambda p: p.stem)
+def test_the_core_imports_torch_alone(path):
+    for module, at_top, typing_only in imports(path):
+        package = module.split(".")[0]
+        allowed = package in ("torch", "lightning_longnet") or package in sys.stdlib_module_names
+        drawing = package == "matplotlib" and path.stem == "picture" and (not at_top or typing_only)
+        assert allowed or drawing, f"{path.relative_to(ROOT)} imports {module}"
+        if package == "lightning_longnet":
+            assert module.startswith("lightning_longnet.attention"), f"{path} imports {module}, outside of the core"
+
+
+@pytest.mark.parametrize("path", python_files(PACKAGE / "attention"), ids=lambda p: p.stem)
+def test_imports_run_one_way(path):
+    place = path.relative_to(PACKAGE / "attention").with_suffix("").parts[0]
+    if place not in ROOMS:
+        assert place in ("__init__", "picture"), f"{place} stands in no order: add it to ROOMS"
+        return
+    for module, at_top, typing_only in imports(path):
+        parts = module.split(".")
+        if parts[:2] == ["lightning_longnet", "attention"] and at_top and not typing_only:
+            assert ROOMS.index(parts[2]) <= ROOMS.index(place), f"{place} imports {module}"
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def test_the_core_is_usable_where_lightning_is_not_installed():
+    found = run(
+        "import sys\n"
+        "for name in ('lightning', 'pytorch_lightning', 'deepspeed', 'flash_attn', 'matplotlib', 'jsonargparse'):\n"
+        "    sys.modules[name] = None\n"  # an import of it raises
+        "import torch\n"
+        "from lightning_longnet.attention import Pattern, attend\n"
+        "q = torch.randn(1, 9, 2, 4, requires_grad=True)\n"
+        "attend(q, q, q, Pattern.dilated((4, 8), (1, 2))).sum().backward()\n"
+        "print(q.grad.shape)"
+    )
+    assert found.stdout.strip() == "torch.Size([1, 9, 2, 4])", found.stderr
+
+
+def test_strategies_have_one_import_name():
+    assert importlib.import_module("lightning_longnet.strategies").__file__ == str(PACKAGE / "strategies/__init__.py")
+    assert (PACKAGE / "strategies").resolve() == ROOT / "strategies"
+    found = run("import strategies")
+    assert found.returncode != 0
+    assert "import lightning_longnet.strategies instead" in found.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_is_accepted_by_the_program_it_names(path):
+    command = re.search(r"python (examples/\S+) (\w+) --config (\S+)", path.read_text())
+    assert command, f"{path} does not say in a comment what runs it"
+    script, verb, named = command.groups()
+    assert named == str(path.relative_to(ROOT))
+    found = subprocess.run(
+        [sys.executable, script, verb, "--config", named, "--print_config"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "segment_length: 1024" in found.stdout
+
+
+def code_blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md"])
+def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = code_blocks(page)
+    assert blocks
+    names = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
+
+
+def test_the_readmes_tree_names_every_file():
+    tree = (ROOT / "README.md").read_text()
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
+    files = [Path(name) for name in tracked if name.endswith((".py", ".yaml")) and not name.startswith((".", "tests/"))]
+    missing = [str(f) for f in files if f.name not in tree and f.name != "__init__.py"]
+    assert not missing, f"the README's tree does not name {missing}"
+
+
+def test_nothing_names_a_sibling_folder_or_a_registry_host():
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
+    words = ["py" + "pi.org", "pytho" + "nhosted", "../" + "shared"]
+    for name in tracked:
+        path = ROOT / name
+        if path.is_symlink() or path.suffix in (".png",):
+            continue
+        text = path.read_text()
+        assert not [word for word in words if word in text], name
+
+
+@pytest.mark.long
+def test_make_train_learns(tmp_path):
+    """The quickstart for a few steps: it must fall below what byte frequencies alone give."""
+    script, config = ROOT / "examples/byte_model.py", ROOT / "configs/quickstart.yaml"
+    steps = ("--trainer.max_steps", "120", "--trainer.val_check_interval", "120")
+    command = [sys.executable, str(script), "fit", "--config", str(config), *steps]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr[-2000:]
+    figures = re.search(r"([\d.]+) bits per byte; byte frequencies alone give ([\d.]+)", found.stdout)
+    bits, frequencies = map(float, figures.groups())
+    assert bits < frequencies
