@@ -86,7 +86,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
         seen = attend(q, k, v, self.pattern)
         x = x + self.project(seen.flatten(2))
-        return x + self.mlp(x)
+        out: Tensor = x + self.mlp(x)
+        return out
 
 
 class ByteModel(L.LightningModule):

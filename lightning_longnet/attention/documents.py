@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def document_cuts(documents: Tensor | None, batch: int, length: int) -> list[tuple[int, ...]]:
@@ -21,11 +23,3 @@ def document_cuts(documents: Tensor | None, batch: int, length: int) -> list[tup
     for row, place in steps.nonzero().tolist():
         borders[row].append(place + 1)
     return [(0, *found, length) for found in borders]
-
-
-def document_index(documents: Tensor) -> Tensor:
-    """Each token's place in its own document, for one row (N,) of ids."""
-    place = torch.arange(documents.shape[0], device=documents.device)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[1:] = documents.diff() != 0
-    return place - torch.where(begins, place, 0).cummax(0).values

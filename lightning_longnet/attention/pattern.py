@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from math import lcm
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -133,11 +133,13 @@ class Pattern:
     def __post_init__(self) -> None:
         if isinstance(self.branches, Branch) or not hasattr(self.branches, "__iter__"):
             raise ValueError(f"branches must be a sequence of Branch, got {self.branches!r}")
-        branches = tuple(b if isinstance(b, Branch) else Branch(**b) for b in self.branches)
+        branches = tuple(b if isinstance(b, Branch) else _branch(b) for b in self.branches)
         if not branches:
             raise ValueError("branches must hold at least one Branch, got none")
         object.__setattr__(self, "branches", branches)
         _one_of("multiplicity", self.multiplicity, get_args(Multiplicity))
+        # made here and once: torch.compile reads an attribute, and could not follow a JSON encoder
+        object.__setattr__(self, "_text", json.dumps(self.to_dict(), separators=(",", ":")))
 
     @classmethod
     def dilated(
@@ -149,6 +151,9 @@ class Pattern:
         multiplicity: Multiplicity = "multiset",
     ) -> Pattern:
         """LongNet: one branch for each pair of a segment length and a dilation rate."""
+        for name, values in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
+            if not hasattr(values, "__len__"):
+                raise ValueError(f"{name} must be a sequence of integers, got {values!r}")
         if len(segment_lengths) != len(dilation_rates):
             raise ValueError(
                 f"segment_lengths and dilation_rates must have the same count, got {len(segment_lengths)} "
@@ -226,16 +231,19 @@ class Pattern:
 
     def dumps(self) -> str:
         """One line of JSON: how a pattern travels through an operator's schema."""
-        return _dumps(self)
+        text: str = self._text  # type: ignore[attr-defined]
+        return text
 
     @staticmethod
     def loads(text: str) -> Pattern:
         return _loads(text)
 
 
-@lru_cache(1024)
-def _dumps(pattern: Pattern) -> str:
-    return json.dumps(pattern.to_dict(), separators=(",", ":"))
+def _branch(keywords: dict[str, Any]) -> Branch:
+    allowed = [each.name for each in fields(Branch)]
+    if not isinstance(keywords, dict) or not set(keywords) <= set(allowed):
+        raise ValueError(f"branches must be Branches or dictionaries of {', '.join(allowed)}, got {keywords!r}")
+    return Branch(**keywords)
 
 
 @lru_cache(1024)

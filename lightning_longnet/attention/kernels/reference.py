@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_longnet.attention.documents import document_index
+from lightning_longnet.attention.documents import document_cuts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,26 +28,26 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), through autograd: `mix="detached"` stops the gradient at the branches' weights."""
     rows = [
-        _attend_row(q[b], k[b], v[b], None if documents is None else documents[b], pattern, scale, mix)
-        for b in range(q.shape[0])
+        _attend_row(q[b], k[b], v[b], cuts, pattern, scale, mix)
+        for b, cuts in enumerate(document_cuts(documents, q.shape[0], q.shape[1]))
     ]
     out, lse = (torch.stack(parts) for parts in zip(*rows, strict=True))
     return out.to(q.dtype), lse.detach()
 
 
 def _attend_row(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: Pattern, scale: float, mix: str
+    q: Tensor, k: Tensor, v: Tensor, cuts: tuple[int, ...], pattern: Pattern, scale: float, mix: str
 ) -> tuple[Tensor, Tensor]:
-    length, heads, _ = q.shape
+    _, heads, _ = q.shape
     kv_heads = k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide).repeat_interleave(heads // x.shape[1], dim=1) for x in (q, k, v))
     scores = torch.einsum("ihd,jhd->hij", q, k) * scale
-    index = torch.arange(length, device=q.device) if documents is None else document_index(documents)
+    lengths = torch.tensor(cuts, device=q.device).diff()
+    document = torch.arange(len(lengths), device=q.device).repeat_interleave(lengths)
+    index = torch.cat([torch.arange(n, device=q.device) for n in lengths.tolist()])
     shown = [seen.repeat_interleave(heads // kv_heads, dim=0) for seen in pattern.visible(index, kv_heads)]
-    if documents is not None:
-        together = documents[:, None] == documents
-        shown = [seen & together for seen in shown]
+    shown = [seen & (document[:, None] == document) for seen in shown]
     # the largest visible score, which cancels, so that exp overflows nowhere
     seen = torch.stack(shown).any(0)
     top = scores.detach().masked_fill(~seen, -inf).amax(-1, keepdim=True)

@@ -1,0 +1,103 @@
+"""The pitfalls of torch's CPU operator: that they are there, and that the kernel stays clear of them."""
+
+import pytest
+import torch
+
+from lightning_longnet.attention.kernels import sdpa
+
+
+def blocks(queries=6, keys=6, heads=4, kv_heads=2, dim=5, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(3, h, n, dim, generator=generator, dtype=torch.float64).to(dtype)
+        for h, n in ((heads, queries), (kv_heads, keys), (kv_heads, keys), (heads, queries))
+    ]
+
+
+def dense(q, k, v, low, high, scale):
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    apart = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+    hidden = (apart < (-100 if low is None else low)) | (apart > (100 if high is None else high))
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(hidden, -torch.inf)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+BOUNDS = [(None, None), (0, None), (0, 2), (-2, 2), (-3, None), (None, 1)]
+
+
+@pytest.mark.parametrize(("low", "high"), BOUNDS)
+@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (9, 4), (4, 6)])
+def test_every_bound_on_every_shape(low, high, queries, keys):
+    q, k, v, grad = blocks(queries, keys)
+    apart = torch.arange(queries)[:, None] - torch.arange(keys)
+    seen = (apart >= (-100 if low is None else low)) & (apart <= (100 if high is None else high))
+    if not seen.any(1).all():
+        pytest.fail("not a block: a plan gives every query a key") if high is None else None
+        queries = int(seen.any(1).sum())
+        q, grad = q[:, :, :queries], grad[:, :, :queries]
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out, lse = sdpa.forward(q.detach(), k.detach(), v.detach(), low, high, 0.4)
+    true_out, true_lse = dense(q, k, v, low, high, 0.4)
+    torch.testing.assert_close(out, true_out)
+    torch.testing.assert_close(lse, true_lse)
+    found = sdpa.backward(grad, q.detach(), k.detach(), v.detach(), out, lse, low, high, 0.4)
+    torch.testing.assert_close(found, torch.autograd.grad(true_out, (q, k, v), grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_computed_in_float32(dtype):
+    q, k, v, grad = blocks(dtype=dtype)
+    out, lse = sdpa.forward(q, k, v, 0, None, 0.4)
+    assert (out.dtype, lse.dtype) == (torch.float32, torch.float32)
+    truth = sdpa.forward(q.float(), k.float(), v.float(), 0, None, 0.4)
+    assert torch.equal(out, truth[0])
+    assert [x.dtype for x in sdpa.backward(grad, q, k, v, out.to(dtype), lse, 0, None, 0.4)] == [torch.float32] * 3
+
+
+def test_an_empty_block_is_stopped_before_it_kills_the_process():
+    q, k, v, _ = blocks()
+    with pytest.raises(AssertionError, match="an empty dimension kills the process"):
+        sdpa.forward(q[:, :, :0], k, v, None, None, 1.0)
+
+
+def test_the_operator_wants_no_key_said_as_plus_infinity():
+    """exp(S - lse) must be 0 for a query that has no key in the whole softmax."""
+    q, k, v, grad = blocks()
+    out, lse = sdpa.forward(q, k, v, None, None, 0.4)
+    lse = torch.full_like(lse, torch.inf)
+    assert all((x == 0).all() for x in sdpa.backward(grad, q, k, v, out, lse, None, None, 0.4))
+
+
+def test_products_are_routed_only_where_that_rounds_nothing():
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(300, 300, generator=generator) for _ in range(2))
+    truth = a.double() @ b.double()
+    with sdpa.routed_products():
+        error = ((a @ b) - truth).abs().max()
+    assert error <= 4 * ((a @ b) - truth).abs().max()
+
+
+def test_routing_is_undone_and_respects_the_users_own_choice():
+    products = torch.backends.mkldnn.matmul
+    assert products.fp32_precision == "none"
+
+    def broken():
+        with sdpa.routed_products():
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken()
+    assert products.fp32_precision == "none"
+    products.fp32_precision = "ieee"
+    try:
+        with sdpa.routed_products():
+            assert products.fp32_precision == "ieee"
+        assert products.fp32_precision == "ieee"
+    finally:
+        products.fp32_precision = "none"
+
+
+def test_routing_stays_off_where_it_would_round(monkeypatch):
+    monkeypatch.setattr(sdpa, "_routing_is_exact", lambda: False)
+    with sdpa.routed_products():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "none"
