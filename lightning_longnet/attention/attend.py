@@ -207,7 +207,7 @@ def forward_op(
         local.forward(BLOCK_KERNELS[kernel], planned, q[rows], k[rows], v[rows], scale)
         for rows, planned in _row_plans(q, k, documents, pattern)
     ]
-    out, lse = _joined(found, _results_like(q, k, v, documents, pattern, scale, kernel))
+    out, lse = _joined(found) if found else _results_like(q, k, v, documents, pattern, scale, kernel)
     return out, lse
 
 
@@ -241,7 +241,7 @@ def backward_op(
         )
         for rows, planned in _row_plans(q, k, documents, pattern)
     ]
-    dq, dk, dv = _joined(found, _gradients_like(grad, q, k, v))
+    dq, dk, dv = _joined(found) if found else _gradients_like(grad, q, k, v)
     return dq, dk, dv
 
 
@@ -260,10 +260,8 @@ def _row_plans(q: Tensor, k: Tensor, documents: Tensor | None, pattern: str) -> 
         first = last
 
 
-def _joined(found: Sequence[tuple[Tensor, ...]], empty: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The samples' results side by side; of no sample at all, the empty ones."""
-    if not found:
-        return empty
+def _joined(found: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The samples' results side by side."""
     return found[0] if len(found) == 1 else tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 

@@ -72,6 +72,7 @@ def backward(
             )
             for at, into, part in zip((queries, keys, keys), (dq, dk, dv), found, strict=True):
                 _accumulate(at, into, part, block.weight, stores)
+            del found, part  # before the next call makes its own
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -97,6 +98,7 @@ def _merge_branch(
             if not queries.is_view:
                 queries.write(into.out, here.out)
                 queries.write(into.lse, here.lse)
+        del out, lse, found  # before the next call makes its own
 
 
 def _accumulate(at: Lattice, into: Tensor, part: Tensor, weight: int, stores: bool) -> None:
