@@ -1,10 +1,14 @@
 """What the property tests draw: patterns as the brute force and as the library write them, shapes and documents."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from brute import Shown
 from hypothesis import strategies as st
 
 from lightning_longnet import Branch, Pattern
+from lightning_longnet.attention import overlap, plan
 
 positive = st.integers(1, 12)
 
@@ -65,8 +69,21 @@ def cases(draw):
         "ids": ids,
         "mix": draw(st.sampled_from(["exact", "detached"])),
         "layout": draw(st.sampled_from(["contiguous", "heads first", "fused", "last dim strided"])),
+        "planned": (draw(st.booleans()), draw(st.sampled_from([2048, 3]))),
         "seed": draw(st.integers(0, 2**31)),
     }
+
+
+@contextmanager
+def planned(distinct, tile):
+    """Pairs computed once, in tiles of this size, wherever the branches allow it and however little it saves; or never."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "DISTINCT_PAYS", 1e9 if distinct else -1)
+        patch.setattr(overlap, "REPEAT_TILE", tile)
+        patch.setattr(torch, "get_num_threads", lambda: 1)
+        plan.plan.cache_clear()
+        yield
+    plan.plan.cache_clear()
 
 
 def tensors(shape, layout="contiguous", dtype=torch.float64, seed=0):

@@ -239,7 +239,7 @@ def backward_op(
         local.backward(
             BLOCK_KERNELS[kernel], planned, grad[rows], q[rows], k[rows], v[rows], out[rows], lse[rows], scale, mix
         )
-        for rows, planned in _row_plans(q, k, documents, pattern)
+        for rows, planned in _row_plans(q, k, documents, pattern, mix)
     ]
     dq, dk, dv = _joined(found) if found else _gradients_like(grad, q, k, v)
     return dq, dk, dv
@@ -251,12 +251,19 @@ def _gradients_like(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> t
     return dq, dk, dv
 
 
-def _row_plans(q: Tensor, k: Tensor, documents: Tensor | None, pattern: str) -> Iterator[tuple[slice, Plan]]:
+def _row_plans(
+    q: Tensor, k: Tensor, documents: Tensor | None, pattern: str, mix: str = "exact"
+) -> Iterator[tuple[slice, Plan]]:
     """Samples that follow one another with the same documents, and their plan."""
+    branches = Pattern.loads(pattern)
+    # Pairs computed once go head by head, and the operator's backward runs in parallel over segments and heads: the
+    # segments alone must keep the threads busy
+    segments = q.shape[0] * q.shape[1] // (branches.ordered()[0].segment_length or max(1, q.shape[1]))
+    distinct = mix == "exact" and segments >= torch.get_num_threads()
     first = 0
     for cuts, group in groupby(document_cuts(documents, q.shape[0], q.shape[1]) if q.numel() else ()):
         last = first + len(list(group))
-        yield slice(first, last), plan(Pattern.loads(pattern), q.shape[2], k.shape[2], cuts)
+        yield slice(first, last), plan(branches, q.shape[2], k.shape[2], cuts, distinct)
         first = last
 
 

@@ -1,8 +1,8 @@
-"""Multiplicity "set": what a branch shows that no earlier branch has shown.
+"""What branches show in common: pairs that a "set" counts once, and that a "multiset" need not compute twice.
 
-Where branches nest, that is the branch without the earlier segments, as plain rectangles and less work than the branch
-itself.  Elsewhere it is counted by inclusion and exclusion.  Both rest on one fact: a branch splits a head's rows into
-runs that see only themselves, and so does what two branches share.
+Where branches nest, what a branch shows beyond the earlier ones is the branch without their segments, as plain
+rectangles and less work than the branch itself.  Elsewhere it is counted by inclusion and exclusion.  Both rest on one
+fact: a branch splits a head's rows into runs that see only themselves, and so does what two branches share.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from itertools import pairwise
 from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_longnet.attention.runs import banded, rectangle, row_count, segments
+from lightning_longnet.attention.runs import Repeat, Runs, banded, rectangle, row_count, segments, shifted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lightning_longnet.attention.pattern import Branch
-    from lightning_longnet.attention.runs import Runs
+
+# Rows and columns of a mask of weights: 16 MiB in float32
+REPEAT_TILE = 2048
 
 
 def nests(inner: Branch, outer: Branch, kv_heads: int) -> bool:
@@ -58,6 +60,40 @@ def exclusive_runs(
             for run in relation.runs:
                 start = range(run.start, run.start + 1)
                 yield from banded(start, len(run), run.step, relation.is_causal, relation.window, count, layer)
+
+
+def repeats_align(branches: Sequence[Branch], kv_heads: int) -> bool:
+    """Do branches nest, each segment beginning at the same residue of every later rate?
+
+    Then the pairs of a multiset can be computed once each, with a weight that depends on places modulo the rates.
+    """
+    return all(nests(a, b, kv_heads) for a, b in pairwise(branches)) and all(
+        inner.segment_length is None or inner.segment_length % outer.dilation_rate == 0
+        for i, inner in enumerate(branches)
+        for outer in branches[i + 1 :]
+    )
+
+
+def repeated(found: Iterator[Runs], later: Sequence[Branch], kv_head: int, kv_heads: int) -> Iterator[Runs]:
+    """The same pairs, with where later branches show them again; cut into tiles, whose masks are alike."""
+    for shape, starts in found:
+        for q in range(0, shape.queries, REPEAT_TILE):
+            for k in range(0, shape.keys if shape.low is None else q + 1, REPEAT_TILE):
+                first_query = starts.start + q * shape.step
+                first_key = starts.start + shape.shift + k * shape.step
+                repeats = []
+                for branch in later:
+                    offset, every = branch.offset(kv_head, kv_heads), branch.dilation_rate // shape.step
+                    places = [(offset - first) // shape.step % every for first in (first_query, first_key)]
+                    repeats.append(Repeat(every, *places))
+                tile = shape._replace(
+                    queries=min(REPEAT_TILE, shape.queries - q),
+                    keys=min(REPEAT_TILE, shape.keys - k),
+                    shift=first_key - first_query,
+                    low=shape.low if k == q else None,
+                    repeats=tuple(repeats),
+                )
+                yield Runs(tile, shifted(starts, q * shape.step))
 
 
 def _outside(branch: Branch, inner: Branch, offset: int, length: int) -> Iterator[Runs]:

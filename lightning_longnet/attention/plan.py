@@ -13,18 +13,21 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 from lightning_longnet.attention.lattice import Lattice
-from lightning_longnet.attention.overlap import exclusive_runs
+from lightning_longnet.attention.overlap import exclusive_runs, repeated, repeats_align
 from lightning_longnet.attention.runs import own_runs, shifted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lightning_longnet.attention.pattern import Branch, Pattern
-    from lightning_longnet.attention.runs import Shape
+    from lightning_longnet.attention.runs import Repeat, Shape
 
 # Unevenly spaced runs up to this many rows are copied together for one call: on two CPU cores a copied row costs about
 # 100 ns, a call 50 us.  Longer runs fill a call on their own.
 COPIED_ROWS = 512
+
+# Computing a pair once costs a mask of weights, 5 to 12 % of a call: it must save more
+DISTINCT_PAYS = 0.85
 
 Starts = range | tuple[int, ...]
 
@@ -33,8 +36,8 @@ Starts = range | tuple[int, ...]
 class Block:
     """One kernel call: queries of a lattice against keys of another, both with the same segments.
 
-    `low` and `high` are those of `Shape`.  `weight` is how often the pairs count; a negative block takes away what two
-    branches both showed.
+    `low`, `high` and `repeats` are those of `Shape`.  `weight` is how often the pairs count; a negative block takes
+    away what two branches both showed.
     """
 
     queries: Lattice
@@ -42,6 +45,7 @@ class Block:
     low: int | None = None
     high: int | None = None
     weight: int = 1
+    repeats: tuple[Repeat, ...] = ()
 
     @property
     def pairs(self) -> int:
@@ -73,23 +77,44 @@ class Plan:
 
     @property
     def pairs(self) -> int:
-        """(query, key) pairs that the pattern asks for."""
-        return sum(block.weight * block.pairs for blocks in self.branches for block in blocks)
+        """(query, key) pairs that are computed."""
+        return sum(block.pairs for blocks in self.branches for block in blocks)
 
 
 @lru_cache(256)
-def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...]) -> Plan:
-    """The plan of a packed row whose documents are `cuts[i]` to `cuts[i + 1]`; (0, N) is one whole sequence."""
+def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], distinct: bool = False) -> Plan:
+    """The plan of a packed row whose documents are `cuts[i]` to `cuts[i + 1]`; (0, N) is one whole sequence.
+
+    With `distinct`, a pair that several branches show is computed once, with a weight, where that pays: the branches
+    are then no longer apart, which the detached mixture needs.
+    """
     branches = pattern.ordered()
+    whole = _plan(branches, heads, kv_heads, cuts, earlier_excluded=pattern.multiplicity == "set", repeats=False)
+    if distinct and pattern.multiplicity == "multiset" and len(branches) > 1 and repeats_align(branches, kv_heads):
+        once = _plan(branches, heads, kv_heads, cuts, earlier_excluded=True, repeats=True)
+        if once.pairs <= DISTINCT_PAYS * whole.pairs:
+            return once
+    return whole
+
+
+def _plan(
+    branches: Sequence[Branch],
+    heads: int,
+    kv_heads: int,
+    cuts: tuple[int, ...],
+    earlier_excluded: bool,
+    repeats: bool,
+) -> Plan:
     documents: dict[int, list[int]] = defaultdict(list)
     for begin, end in pairwise(cuts):
         documents[end - begin].append(begin)
     planned = []
     for i, branch in enumerate(branches):
-        earlier = branches[:i] if pattern.multiplicity == "set" else ()
+        earlier = branches[:i] if earlier_excluded else ()
+        later = branches[i + 1 :] if repeats else ()
         found: dict[tuple[Shape, tuple[int, ...]], list[tuple[int, Starts]]] = defaultdict(list)
-        for members in _alike((*earlier, branch), kv_heads):
-            for shape, starts in _gathered(branch, earlier, members[0], kv_heads, documents):
+        for members in _alike((*earlier, branch, *later), kv_heads):
+            for shape, starts in _gathered(branch, earlier, later, members[0], kv_heads, documents):
                 found[shape, _spacing(starts)] += [(head, starts) for head in members]
         blocks = [b for (shape, _), placed in found.items() for b in _fused(shape, placed, heads // kv_heads)]
         # what is taken away comes last, so that no sum ever falls below its final value
@@ -115,7 +140,12 @@ def _alike(branches: Sequence[Branch], kv_heads: int) -> list[list[int]]:
 
 
 def _gathered(
-    branch: Branch, earlier: Sequence[Branch], kv_head: int, kv_heads: int, documents: dict[int, list[int]]
+    branch: Branch,
+    earlier: Sequence[Branch],
+    later: Sequence[Branch],
+    kv_head: int,
+    kv_heads: int,
+    documents: dict[int, list[int]],
 ) -> Iterator[tuple[Shape, Starts]]:
     """One head's runs of a branch in all documents, by shape."""
     gathered: dict[Shape, list[Starts]] = defaultdict(list)
@@ -124,6 +154,8 @@ def _gathered(
             found = exclusive_runs(branch, earlier, kv_head, kv_heads, length)
         else:
             found = own_runs(branch, branch.offset(kv_head, kv_heads), length)
+        if later:
+            found = repeated(found, later, kv_head, kv_heads)
         for shape, starts in found:
             gathered[shape].append(
                 shifted(starts, begins[0]) if len(begins) == 1 else tuple(b + s for b in begins for s in starts)
@@ -181,7 +213,12 @@ def _fused(shape: Shape, placed: list[tuple[int, Starts]], group: int) -> Iterat
         )
         for queries, keys_ in _grouped(keys, group):
             yield Block(
-                replace(queries, rows=shape.queries), keys_.shifted(shape.shift), shape.low, shape.high, shape.weight
+                replace(queries, rows=shape.queries),
+                keys_.shifted(shape.shift),
+                shape.low,
+                shape.high,
+                shape.weight,
+                shape.repeats,
             )
 
 

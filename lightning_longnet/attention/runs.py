@@ -13,6 +13,14 @@ if TYPE_CHECKING:
 BAND_MASK = 1 << 22
 
 
+class Repeat(NamedTuple):
+    """A pair counts once more where the query stands at `queries` and the key at `keys`, modulo `every`."""
+
+    every: int
+    queries: int
+    keys: int
+
+
 class Shape(NamedTuple):
     """What runs must share to be computed in one call.
 
@@ -32,6 +40,7 @@ class Shape(NamedTuple):
     high: int | None = None
     weight: int = 1
     layer: int = 0  # runs of different layers may have rows in common, and so no call
+    repeats: tuple[Repeat, ...] = ()
 
 
 class Runs(NamedTuple):

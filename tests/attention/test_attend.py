@@ -18,20 +18,21 @@ def compare(case, kernel, dtype, tolerance):
     rows = ids if ids and isinstance(ids[0], list) else [ids] * batch
     tables = [brute.counts(case["shown"], case["multiplicity"], length, kv_heads, row) for row in rows]
     scale = 0.7 / dim**0.5
-    out, lse = attend(
-        q,
-        k,
-        v,
-        drawn.pattern_of(case["shown"], case["multiplicity"]),
-        documents=None if ids is None else torch.tensor(ids),
-        scale=scale,
-        mix=case["mix"],
-        kernel=kernel,
-        return_lse=True,
-    )
+    with drawn.planned(*case["planned"]):
+        out, lse = attend(
+            q,
+            k,
+            v,
+            drawn.pattern_of(case["shown"], case["multiplicity"]),
+            documents=None if ids is None else torch.tensor(ids),
+            scale=scale,
+            mix=case["mix"],
+            kernel=kernel,
+            return_lse=True,
+        )
+        found = torch.autograd.grad(out, (q, k, v), grad)
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     true_out, true_lse = brute.attention(*wide, tables, scale, case["mix"])
-    found = torch.autograd.grad(out, (q, k, v), grad)
     true = torch.autograd.grad(true_out, wide, grad.double())
     assert out.dtype == dtype
     assert lse.dtype == torch.promote_types(dtype, torch.float32)

@@ -66,8 +66,7 @@ def backward(
                 _folded(keys, v),
                 _folded(queries, out),
                 _folded(queries, lse).squeeze(-1),
-                block.low,
-                block.high,
+                block,
                 scale,
             )
             for at, into, part in zip((queries, keys, keys), (dq, dk, dv), found, strict=True):
@@ -87,7 +86,7 @@ def _merge_branch(
     stores: bool,
 ) -> None:
     for block, queries, keys in _calls(blocks, q):
-        out, lse = kernel.forward(_folded(queries, q), _folded(keys, k), _folded(keys, v), block.low, block.high, scale)
+        out, lse = kernel.forward(_folded(queries, q), _folded(keys, k), _folded(keys, v), block, scale)
         found = Partial(_unfolded(queries, out, q.shape[0]), _unfolded(queries, lse.unsqueeze(-1), q.shape[0]))
         if stores:
             queries.write(into.out, found.out)

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lightning_longnet.attention.plan import Block
+
 
 class Request(NamedTuple):
     """What a kernel may judge a call by."""
@@ -21,25 +23,12 @@ class Request(NamedTuple):
 
 
 class BlockKernel(Protocol):
-    """A kernel that computes one block of a larger softmax; `low` and `high` are those of `Shape`."""
+    """A kernel that computes one block of a larger softmax."""
 
-    name: str
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, low: int | None, high: int | None, scale: float
-    ) -> tuple[Tensor, Tensor]: ...
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]: ...
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        low: int | None,
-        high: int | None,
-        scale: float,
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 

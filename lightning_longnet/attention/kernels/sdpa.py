@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.kernels import Request
+    from lightning_longnet.attention.plan import Block
+    from lightning_longnet.attention.runs import Repeat
 
 name = "sdpa"
 note = "torch's flash attention for CPU; half types are computed in float32"
@@ -38,29 +40,21 @@ def refusals(request: Request) -> list[str]:
     return reasons
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, low: int | None, high: int | None, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
     """(batch, heads, rows, D) -> out, lse (batch, heads, rows); k and v may have fewer heads."""
     q, k, v = (_wide(x) for x in (q, k, v))
-    is_causal, mask = _visibility(q, k, low, high)
+    is_causal, mask = _visibility(q, k, block)
     with routed_products():
         out, lse = _forward(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
     return out, lse
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    low: int | None,
-    high: int | None,
-    scale: float,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of one block of a larger softmax, whose `out` and `lse` are given."""
     grad, q, k, v, out = (_wide(x) for x in (grad, q, k, v, out))
-    is_causal, mask = _visibility(q, k, low, high)
+    is_causal, mask = _visibility(q, k, block)
     with routed_products():
         dq, dk, dv = _backward(grad, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
     return dq, dk, dv
@@ -71,12 +65,34 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _visibility(q: Tensor, k: Tensor, low: int | None, high: int | None) -> tuple[bool, Tensor | None]:
+def _visibility(q: Tensor, k: Tensor, block: Block) -> tuple[bool, Tensor | None]:
     """The operator's own triangle is aligned to the top left corner, `low == 0`.  Other bounds need a mask."""
     assert 0 not in (*q.shape, *k.shape), "an empty dimension kills the process"
-    if high is None and low in (None, 0):
-        return low == 0, None
-    return False, _band(q.shape[2], k.shape[2], low, high, q.dtype)
+    shape = q.shape[2], k.shape[2]
+    if block.high is None and block.low in (None, 0):
+        return block.low == 0, _weights(*shape, block.repeats, q.dtype) if block.repeats else None
+    assert not block.repeats, "a plan gives no weights to bands"
+    return False, _band(*shape, block.low, block.high, q.dtype)
+
+
+def _weights(queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.dtype) -> Tensor:
+    """The log of how often each pair counts.
+
+    The rates divide one another, and so do the places: heads with other offsets see one table, moved.
+    """
+    every, query, key = repeats[-1]
+    assert all(query % r.every == r.queries and key % r.every == r.keys for r in repeats)
+    table = _weight_table(queries, keys, tuple(repeat.every for repeat in repeats), dtype)
+    row, column = -query % every, -key % every
+    return table[row : row + queries, column : column + keys][None, None]
+
+
+@lru_cache(8)
+def _weight_table(queries: int, keys: int, moduli: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    counts = torch.ones(queries + moduli[-1], keys + moduli[-1], dtype=dtype)
+    for every in moduli:
+        counts[::every, ::every] += 1
+    return counts.log_()
 
 
 @lru_cache(8)

@@ -4,6 +4,12 @@ import pytest
 import torch
 
 from lightning_longnet.attention.kernels import sdpa
+from lightning_longnet.attention.lattice import Lattice
+from lightning_longnet.attention.plan import Block
+from lightning_longnet.attention.runs import Repeat
+
+SOME = Lattice(range(1), rows=1, step=1, head=0, heads=1)  # a kernel is given its rows, and does not look
+FULL, CAUSAL = Block(SOME, SOME), Block(SOME, SOME, low=0)
 
 
 def blocks(queries=6, keys=6, heads=4, kv_heads=2, dim=5, dtype=torch.float64):
@@ -36,36 +42,57 @@ def test_every_bound_on_every_shape(low, high, queries, keys):
         queries = int(seen.any(1).sum())
         q, grad = q[:, :, :queries], grad[:, :, :queries]
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out, lse = sdpa.forward(q.detach(), k.detach(), v.detach(), low, high, 0.4)
+    block = Block(SOME, SOME, low, high)
+    out, lse = sdpa.forward(q.detach(), k.detach(), v.detach(), block, 0.4)
     true_out, true_lse = dense(q, k, v, low, high, 0.4)
     torch.testing.assert_close(out, true_out)
     torch.testing.assert_close(lse, true_lse)
-    found = sdpa.backward(grad, q.detach(), k.detach(), v.detach(), out, lse, low, high, 0.4)
+    found = sdpa.backward(grad, q.detach(), k.detach(), v.detach(), out, lse, block, 0.4)
     torch.testing.assert_close(found, torch.autograd.grad(true_out, (q, k, v), grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_are_computed_in_float32(dtype):
     q, k, v, grad = blocks(dtype=dtype)
-    out, lse = sdpa.forward(q, k, v, 0, None, 0.4)
+    out, lse = sdpa.forward(q, k, v, CAUSAL, 0.4)
     assert (out.dtype, lse.dtype) == (torch.float32, torch.float32)
-    truth = sdpa.forward(q.float(), k.float(), v.float(), 0, None, 0.4)
+    truth = sdpa.forward(q.float(), k.float(), v.float(), CAUSAL, 0.4)
     assert torch.equal(out, truth[0])
-    assert [x.dtype for x in sdpa.backward(grad, q, k, v, out.to(dtype), lse, 0, None, 0.4)] == [torch.float32] * 3
+    assert [x.dtype for x in sdpa.backward(grad, q, k, v, out.to(dtype), lse, CAUSAL, 0.4)] == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("low", [None, 0])
+def test_pairs_that_count_more_than_once_get_the_log_as_a_bias(low):
+    q, k, v, grad = blocks()
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    repeats = (Repeat(2, 1, 0), Repeat(4, 3, 2))
+    a = torch.arange(6)
+    counts = torch.ones(6, 6, dtype=torch.float64)
+    for every, query, key in repeats:
+        counts += (a % every == query)[:, None] & (a % every == key)
+    if low == 0:
+        counts = counts.tril()
+    weights = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.4).exp() * counts
+    truth = weights / weights.sum(-1, keepdim=True) @ v.repeat_interleave(2, 1)
+    block = Block(SOME, SOME, low, repeats=repeats)
+    out, lse = sdpa.forward(q.detach(), k.detach(), v.detach(), block, 0.4)
+    torch.testing.assert_close((out, lse), (truth, weights.sum(-1).log()))
+    found = sdpa.backward(grad, q.detach(), k.detach(), v.detach(), out, lse, block, 0.4)
+    torch.testing.assert_close(found, torch.autograd.grad(truth, (q, k, v), grad))
 
 
 def test_an_empty_block_is_stopped_before_it_kills_the_process():
     q, k, v, _ = blocks()
     with pytest.raises(AssertionError, match="an empty dimension kills the process"):
-        sdpa.forward(q[:, :, :0], k, v, None, None, 1.0)
+        sdpa.forward(q[:, :, :0], k, v, FULL, 1.0)
 
 
 def test_the_operator_wants_no_key_said_as_plus_infinity():
     """exp(S - lse) must be 0 for a query that has no key in the whole softmax."""
     q, k, v, grad = blocks()
-    out, lse = sdpa.forward(q, k, v, None, None, 0.4)
+    out, lse = sdpa.forward(q, k, v, FULL, 0.4)
     lse = torch.full_like(lse, torch.inf)
-    assert all((x == 0).all() for x in sdpa.backward(grad, q, k, v, out, lse, None, None, 0.4))
+    assert all((x == 0).all() for x in sdpa.backward(grad, q, k, v, out, lse, FULL, 0.4))
 
 
 def test_products_are_routed_only_where_that_rounds_nothing():

@@ -1,0 +1,101 @@
+"""What `attend` is measured against, each called as its own users call it, on q, k, v (B, N, H, D).
+
+Neither peer runs on a CPU as published: both ask a CUDA library for flash attention.  Here that one call is served by
+the same torch operator that `attend` uses, so that the rest of their code is what is compared.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_longnet import Pattern, attend
+
+Call = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+def ours(segment_lengths: list[int], dilation_rates: list[int], is_causal: bool) -> Call:
+    pattern = Pattern.dilated(segment_lengths, dilation_rates, is_causal, head_offsets="blocked")
+    return lambda q, k, v: attend(q, k, v, pattern)
+
+
+def dense(is_causal: bool) -> Call:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal).transpose(1, 2)
+
+    return call
+
+
+def torchscale(
+    path: str | None, heads: int, segment_lengths: list[int], dilation_rates: list[int], is_causal: bool
+) -> Call | None:
+    """Its DilatedAttention between the projections; None where no copy with LongNet is installed or given."""
+    if path:
+        sys.path.insert(0, path)
+    if find_spec("torchscale") is None or find_spec("torchscale.component.dilated_attention") is None:
+        return None
+    import torchscale.component.multihead_attention as multihead
+    from torchscale.component.dilated_attention import DilatedAttention
+
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, dropout: float, bias: None, scale: None, is_causal: bool
+    ) -> Any:
+        out, lse = _flash(*(x.transpose(1, 2) for x in (q, k, v)), dropout, is_causal, scale=scale)
+        return out.transpose(1, 2), lse
+
+    multihead.flash_attn_func = flash_attn_func
+    layer = DilatedAttention.__new__(DilatedAttention)  # without its projections
+    nn.Module.__init__(layer)
+    layer.num_heads, layer.dropout = heads, 0.0
+    layer.args = SimpleNamespace(segment_length=segment_lengths, dilated_ratio=dilation_rates, flash_attention=True)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outs, lses = [], []
+        for w, r in zip(segment_lengths, dilation_rates, strict=True):
+            parts = [
+                layer.gathering(x, r, w, is_causal, is_kv=n > 0, seq_parall=False) for n, x in enumerate((q, k, v))
+            ]
+            out, lse = layer.attention_ops(*parts, is_causal=is_causal)
+            outs.append(out)
+            lses.append(lse)
+        mixed: Tensor = layer.scattering(outs, lses, q.shape[1], q.shape[0])
+        return mixed.unflatten(-1, (heads, -1))  # type: ignore[no-any-return, no-untyped-call]
+
+    return call
+
+
+def dilated_attention_pytorch(
+    path: str | None, segment_lengths: list[int], dilation_rates: list[int], is_causal: bool
+) -> Call | None:
+    """Its DilatedAttention; None where no copy is installed or given."""
+    if path:
+        sys.path.insert(0, path)
+    if find_spec("dilated_attention_pytorch") is None:
+        return None
+    if "xformers" not in sys.modules and find_spec("xformers") is None:
+        operators: Any = ModuleType("xformers.ops")
+        package: Any = ModuleType("xformers")
+        package.ops = operators
+        operators.AttentionOp, operators.LowerTriangularMask = object, object
+
+        def memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor, op: Any, attn_bias: Any) -> Tensor:
+            return _flash(*(x.transpose(1, 2) for x in (query, key, value)), 0.0, attn_bias is not None)[0].transpose(
+                1, 2
+            )
+
+        operators.memory_efficient_attention = memory_efficient_attention
+        sys.modules |= {"xformers": package, "xformers.ops": operators}
+    from dilated_attention_pytorch.dilated_attention import DilatedAttention
+
+    layer = DilatedAttention(segment_lengths, dilation_rates)
+    return lambda q, k, v: layer(q, k, v, is_causal=is_causal)
