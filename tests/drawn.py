@@ -69,14 +69,14 @@ def cases(draw):
         "ids": ids,
         "mix": draw(st.sampled_from(["exact", "detached"])),
         "layout": draw(st.sampled_from(["contiguous", "heads first", "fused", "last dim strided"])),
-        "planned": (draw(st.booleans()), draw(st.sampled_from([2048, 3]))),
+        "planned": (draw(st.booleans()), draw(st.sampled_from([1024, 3]))),
         "seed": draw(st.integers(0, 2**31)),
     }
 
 
 @contextmanager
 def planned(distinct, tile):
-    """Pairs computed once, in tiles of this size, wherever the branches allow it and however little it saves; or never."""
+    """Pairs computed once, in tiles of this size, wherever branches allow it and however little it saves; or never."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "DISTINCT_PAYS", 1e9 if distinct else -1)
         patch.setattr(overlap, "REPEAT_TILE", tile)

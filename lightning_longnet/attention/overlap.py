@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.pattern import Branch
 
-# Rows and columns of a mask of weights: 16 MiB in float32
-REPEAT_TILE = 2048
+# Rows and columns of a table of weights, 4 MiB in float32: as fast as 2048, half as fast again as 512
+REPEAT_TILE = 1024
 
 
 def nests(inner: Branch, outer: Branch, kv_heads: int) -> bool:
