@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def test_the_core_imports_torch_alone(path):
     for module, at_top, typing_only in imports(path):
         package = module.split(".")[0]
         allowed = package in ("torch", "lightning_longnet") or package in sys.stdlib_module_names
-        drawing = package == "matplotlib" and path.stem == "picture" and (not at_top or typing_only)
+        drawing = package == "matplotlib" and (typing_only or (path.stem == "picture" and not at_top))
         assert allowed or drawing, f"{path.relative_to(ROOT)} imports {module}"
         if package == "lightning_longnet":
             assert module.startswith("lightning_longnet.attention"), f"{path} imports {module}, outside of the core"
@@ -136,6 +137,26 @@ def test_nothing_names_a_sibling_folder_or_a_registry_host():
             continue
         text = path.read_text()
         assert not [word for word in words if word in text], name
+
+
+def benchmark(*arguments):
+    command = [sys.executable, str(ROOT / "benchmarks/attention.py"), *map(str, arguments)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert found.returncode == 0, found.stderr[-2000:]
+    return found.stdout
+
+
+def test_the_readme_shows_the_committed_measurement():
+    assert benchmark("--table") in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.long
+def test_the_benchmark_runs_without_its_peers(tmp_path):
+    shown = benchmark("--lengths", 4096, "--dtypes", "bfloat16", "--rounds", 1, "--out", tmp_path / "found.json")
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert {row["participant"] for row in rows} >= {"lightning-longnet", "dense"}
+    assert len(rows) == len(shown.splitlines())
+    assert (tmp_path / "found.png").stat().st_size > 10_000
 
 
 @pytest.mark.long

@@ -59,3 +59,10 @@ def test_equals_brute_force_in_float64(kernel, case):
 @given(case=drawn.cases())
 def test_equals_brute_force_in_float32(case):
     compare(case, "sdpa", torch.float32, 1e-5)
+
+
+@pytest.mark.long
+@settings(max_examples=1500, deadline=None)
+@given(case=drawn.cases())
+def test_equals_brute_force_in_float64_over_many_cases(case):
+    compare(case, "sdpa", torch.float64, 1e-10)
