@@ -14,10 +14,11 @@ import json
 import os
 import platform
 import statistics
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import peers
 import torch
@@ -37,43 +38,48 @@ RESULT = Path(__file__).parent / "results" / "attention-cpu.json"
 DENSE_UP_TO = 16384  # its time grows with the square of the length
 
 
-def participants(name: str, length: int, options: argparse.Namespace) -> dict[str, Any]:
+class Participant(NamedTuple):
+    call: peers.Call
+    routing: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def participants(name: str, length: int, options: argparse.Namespace) -> dict[str, Participant]:
     w, r = PATTERNS[name]
     scale = peers.torchscale(options.torchscale, HEADS, w, r, True)
     pytorch = peers.dilated_attention_pytorch(options.dilated_attention_pytorch, w, r, True)
-    found: dict[str, Any] = {
-        "lightning-longnet": (peers.ours(w, r, True), nullcontext),
-        "torchscale": (scale, nullcontext),
-        "torchscale, routed": (scale, routed_products),
-        # it refuses a sequence that is no multiple of its longest segment
-        "dilated-attention-pytorch": (pytorch if length % max(w) == 0 else None, nullcontext),
-        "dense": (peers.dense(True) if length <= DENSE_UP_TO else None, nullcontext),
-        "dense, routed": (peers.dense(True) if length <= DENSE_UP_TO else None, routed_products),
-    }
-    return {key: pair for key, pair in found.items() if pair[0] is not None}
+    found = {"lightning-longnet": Participant(peers.ours(w, r, True))}
+    if scale is not None:
+        found["torchscale"] = Participant(scale)
+        found["torchscale, routed"] = Participant(scale, routed_products)
+    if pytorch is not None and length % max(w) == 0:  # it refuses any other length
+        found["dilated-attention-pytorch"] = Participant(pytorch)
+    if length <= DENSE_UP_TO:
+        found["dense"] = Participant(peers.dense(True))
+        found["dense, routed"] = Participant(peers.dense(True), routed_products)
+    return found
 
 
-def step(call: peers.Call, routing: Any, inputs: list[Tensor], grad: Tensor) -> tuple[float, float]:
+def step(participant: Participant, inputs: list[Tensor], grad: Tensor) -> tuple[float, float]:
     """Seconds of the forward, and of forward and backward."""
     for x in inputs:
         x.grad = None
-    with routing():
+    with participant.routing():
         begin = perf_counter()
-        out = call(*inputs)
+        out = participant.call(*inputs)
         middle = perf_counter()
         out.backward(grad)
         end = perf_counter()
     return middle - begin, end - begin
 
 
-def peak_bytes(call: peers.Call, routing: Any, inputs: list[Tensor], grad: Tensor) -> int:
+def peak_bytes(participant: Participant, inputs: list[Tensor], grad: Tensor) -> int:
     """The most that was held at once beyond what was there before."""
     for x in inputs:
         x.grad = None
-    with routing(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        call(*inputs).backward(grad)
+    with participant.routing(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        participant.call(*inputs).backward(grad)
     held = most = 0
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         most = max(most, held)
@@ -87,10 +93,10 @@ def measure(name: str, dtype: torch.dtype, length: int, options: argparse.Namesp
     inputs = [x.requires_grad_() for x in (q, k, v)]
     running = participants(name, length, options)
     seconds: dict[str, list[tuple[float, float]]] = {key: [] for key in running}
-    peaks = {key: peak_bytes(*pair, inputs, grad) for key, pair in running.items()}  # warms up, too
+    peaks = {key: peak_bytes(each, inputs, grad) for key, each in running.items()}  # warms up, too
     for _ in range(options.rounds or max(3, min(9, 65536 // length))):
-        for key, pair in running.items():
-            seconds[key].append(step(*pair, inputs, grad))
+        for key, each in running.items():
+            seconds[key].append(step(each, inputs, grad))
     dilated = plan(Pattern.dilated(*PATTERNS[name], is_causal=True, head_offsets="blocked"), HEADS, HEADS, (0, length))
     every = length * (length + 1) // 2 * HEADS
     rows = []
@@ -142,7 +148,7 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),  # type: ignore[no-untyped-call]
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "product_gflops": {"stock": stock, "routed": routed},

@@ -69,7 +69,7 @@ def torchscale(
             outs.append(out)
             lses.append(lse)
         mixed: Tensor = layer.scattering(outs, lses, q.shape[1], q.shape[0])
-        return mixed.unflatten(-1, (heads, -1))  # type: ignore[no-any-return, no-untyped-call]
+        return mixed.unflatten(-1, (heads, -1))  # type: ignore[no-any-return]
 
     return call
 
@@ -89,9 +89,9 @@ def dilated_attention_pytorch(
         operators.AttentionOp, operators.LowerTriangularMask = object, object
 
         def memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor, op: Any, attn_bias: Any) -> Tensor:
-            return _flash(*(x.transpose(1, 2) for x in (query, key, value)), 0.0, attn_bias is not None)[0].transpose(
-                1, 2
-            )
+            is_causal = attn_bias is not None
+            out: Tensor = _flash(*(x.transpose(1, 2) for x in (query, key, value)), 0.0, is_causal)[0]
+            return out.transpose(1, 2)
 
         operators.memory_efficient_attention = memory_efficient_attention
         sys.modules |= {"xformers": package, "xformers.ops": operators}

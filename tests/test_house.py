@@ -1,14 +1,17 @@
 """The house's own laws: who may import whom, that configs load, that the README's code runs."""
 
 import ast
+import doctest
 import importlib
 import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_longnet"
@@ -137,6 +140,41 @@ def test_nothing_names_a_sibling_folder_or_a_registry_host():
             continue
         text = path.read_text()
         assert not [word for word in words if word in text], name
+
+
+@pytest.mark.parametrize("module", ["pattern", "attend"])
+def test_examples_in_docstrings_are_true(module):
+    found = doctest.testmod(
+        importlib.import_module(f"lightning_longnet.attention.{module}"), extraglobs={"torch": torch}
+    )
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+def test_a_skip_fails_unless_it_waits_for_a_gpu(tmp_path):
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    (tmp_path / "test_skips.py").write_text(
+        "import pytest\n"
+        "def test_forgotten(): pytest.skip('some day')\n"
+        "@pytest.mark.gpu\n"
+        "def test_gpu(): pytest.skip('no device')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
+    command += ["-p", "no:cacheprovider", str(tmp_path)]
+    for option, outcome in ((), "2 skipped"), (("--no-skips",), "1 failed, 1 skipped"):
+        found = subprocess.run([*command, *option], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        assert outcome in found.stdout, found.stdout
+
+
+@pytest.mark.long
+def test_the_wheel_holds_the_strategies_as_files(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, capture_output=True, timeout=120, cwd=ROOT, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    expected = ["py.typed", "strategies/__init__.py", "attention/attend.py", "attention/kernels/sdpa.py"]
+    assert {f"lightning_longnet/{name}" for name in expected} <= set(names)
+    assert not [name for name in names if name.startswith(("strategies", "tests"))]
 
 
 def benchmark(*arguments):
