@@ -14,11 +14,10 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peers
 import torch
@@ -28,6 +27,9 @@ from torch.profiler import ProfilerActivity, profile
 from lightning_longnet import Pattern
 from lightning_longnet.attention.kernels.sdpa import routed_products
 from lightning_longnet.attention.plan import plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 HEADS, HEAD_DIM = 8, 64
 PATTERNS = {
