@@ -1,23 +1,15 @@
-"""`attend`: exact dilated attention, one autograd.Function over one operator."""
+"""`attend`: exact dilated attention, one autograd.Function over two operators."""
 
 from __future__ import annotations
 
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention.documents import document_cuts
-from lightning_longnet.attention.exchange import local
-from lightning_longnet.attention.kernels import BLOCK_KERNELS, Explanation, Request, judge, reference, select
+from lightning_longnet.attention import operators
+from lightning_longnet.attention.kernels import Explanation, Request, judge, reference, select
 from lightning_longnet.attention.pattern import Pattern
-from lightning_longnet.attention.plan import plan
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from lightning_longnet.attention.plan import Plan
 
 Mix = Literal["exact", "detached"]
 
@@ -124,6 +116,8 @@ def _checked(
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern must be a Pattern, got {type(pattern).__name__}: see Pattern.dilated, dense, window")
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dim() != 4:
             raise ValueError(f"{name} must be (batch, tokens, heads, head_dim), got shape {tuple(x.shape)}")
         if not x.dtype.is_floating_point:
@@ -171,7 +165,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         q, k, v, documents, pattern, scale, mix, kernel = args
-        out, lse = forward_op(q, k, v, documents, pattern, scale, kernel)
+        out, lse = operators.forward(q, k, v, documents, pattern, scale, kernel)
         ctx.save_for_backward(q, k, v, out, lse, documents)
         ctx.settings = pattern, scale, mix, kernel
         ctx.mark_non_differentiable(lse)
@@ -189,89 +183,9 @@ class _Attention(torch.autograd.Function):
 class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = backward_op(*args)
+        dq, dk, dv = operators.backward(*args)
         return dq, dk, dv
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError("attend has no second derivative; kernel='reference' has")
-
-
-@torch.library.custom_op("lightning_longnet::attend", mutates_args=())
-def forward_op(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: str, scale: float, kernel: str
-) -> tuple[Tensor, Tensor]:
-    """The local forward under one name, for selective checkpointing and torch.compile to see."""
-    q, k, v = (_readable(x) for x in (q, k, v))
-    found = [
-        local.forward(BLOCK_KERNELS[kernel], planned, q[rows], k[rows], v[rows], scale)
-        for rows, planned in _row_plans(q, k, documents, pattern)
-    ]
-    out, lse = _joined(found) if found else _results_like(q, k, v, documents, pattern, scale, kernel)
-    return out, lse
-
-
-@forward_op.register_fake
-def _results_like(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: str, scale: float, kernel: str
-) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
-
-
-@torch.library.custom_op("lightning_longnet::attend_backward", mutates_args=())
-def backward_op(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    documents: Tensor | None,
-    pattern: str,
-    scale: float,
-    mix: str,
-    kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The local backward under one name."""
-    grad, q, k, v, out = (_readable(x) for x in (grad, q, k, v, out))
-    found = [
-        local.backward(
-            BLOCK_KERNELS[kernel], planned, grad[rows], q[rows], k[rows], v[rows], out[rows], lse[rows], scale, mix
-        )
-        for rows, planned in _row_plans(q, k, documents, pattern, mix)
-    ]
-    dq, dk, dv = _joined(found) if found else _gradients_like(grad, q, k, v)
-    return dq, dk, dv
-
-
-@backward_op.register_fake
-def _gradients_like(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    return dq, dk, dv
-
-
-def _row_plans(
-    q: Tensor, k: Tensor, documents: Tensor | None, pattern: str, mix: str = "exact"
-) -> Iterator[tuple[slice, Plan]]:
-    """Samples that follow one another with the same documents, and their plan."""
-    branches = Pattern.loads(pattern)
-    # Pairs computed once go head by head, and the operator's backward runs in parallel over segments and heads: the
-    # segments alone must keep the threads busy
-    segments = q.shape[0] * q.shape[1] // (branches.ordered()[0].segment_length or max(1, q.shape[1]))
-    distinct = mix == "exact" and segments >= torch.get_num_threads()
-    first = 0
-    for cuts, group in groupby(document_cuts(documents, q.shape[0], q.shape[1]) if q.numel() else ()):
-        last = first + len(list(group))
-        yield slice(first, last), plan(branches, q.shape[2], k.shape[2], cuts, distinct)
-        first = last
-
-
-def _joined(found: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The samples' results side by side."""
-    return found[0] if len(found) == 1 else tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-
-
-def _readable(x: Tensor) -> Tensor:
-    """Kernels read the last dimension with stride 1: an expanded gradient, as sum() gives it, has stride 0."""
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -14,6 +14,7 @@ def x(*shape, **settings):
 
 
 CALLS = {
+    "no tensor": (lambda: attend([1.0], x(), x(), DENSE), "q must be a tensor, got list"),
     "rank of q": (
         lambda: attend(x(6, 2, 4), x(), x(), DENSE),
         r"q must be \(batch, tokens, heads, head_dim\), got shape \(6, 2, 4\)",
