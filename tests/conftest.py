@@ -17,6 +17,12 @@ def poisoned_memory():
     assert torch.empty(3).isnan().all()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The cases are small: threads would only wait for one another, and for whatever else the machine does."""
+    torch.set_num_threads(1)
+
+
 def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true", help="fail where a test is skipped that needs no GPU")
 

@@ -82,15 +82,11 @@ def _row_plans(
     q: Tensor, k: Tensor, documents: Tensor | None, pattern: str, mix: str = "exact"
 ) -> Iterator[tuple[slice, Plan]]:
     """Samples that follow one another with the same documents, and their plan."""
-    branches = Pattern.loads(pattern)
-    # Pairs computed once go head by head, and the operator's backward runs in parallel over segments and heads: the
-    # segments alone must keep the threads busy
-    segments = q.shape[0] * q.shape[1] // (branches.ordered()[0].segment_length or max(1, q.shape[1]))
-    distinct = mix == "exact" and segments >= torch.get_num_threads()
+    distinct = -(-torch.get_num_threads() // q.shape[0]) if mix == "exact" and q.numel() else 0
     first = 0
     for cuts, group in groupby(document_cuts(documents, q.shape[0], q.shape[1]) if q.numel() else ()):
         last = first + len(list(group))
-        yield slice(first, last), plan(branches, q.shape[2], k.shape[2], cuts, distinct)
+        yield slice(first, last), plan(Pattern.loads(pattern), q.shape[2], k.shape[2], cuts, distinct)
         first = last
 
 

@@ -28,6 +28,7 @@ COPIED_ROWS = 512
 
 # Computing a pair once costs a mask of weights, 5 to 12 % of a call: it must save more
 DISTINCT_PAYS = 0.85
+NARROW_SHARE = 0.1
 
 Starts = range | tuple[int, ...]
 
@@ -82,15 +83,23 @@ class Plan:
 
 
 @lru_cache(256)
-def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], distinct: bool = False) -> Plan:
+def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], distinct: int = 0) -> Plan:
     """The plan of a packed row whose documents are `cuts[i]` to `cuts[i + 1]`; (0, N) is one whole sequence.
 
-    With `distinct`, a pair that several branches show is computed once, with a weight, where that pays: the branches
-    are then no longer apart, which the detached mixture needs.
+    With `distinct`, a pair that several branches show is computed once, with a weight, where that pays.  The branches
+    are then no longer apart, which the detached mixture needs; and each head has its own weights and so its own call,
+    which must cover at least `distinct` segments to keep as many threads busy.
     """
     branches = pattern.ordered()
     whole = _plan(branches, heads, kv_heads, cuts, earlier_excluded=pattern.multiplicity == "set", repeats=False)
-    if distinct and pattern.multiplicity == "multiset" and len(branches) > 1 and repeats_align(branches, kv_heads):
+    narrow = sum(block.pairs for block in whole.branches[0] if len(block.queries.starts) < distinct)
+    if (
+        distinct
+        and len(branches) > 1
+        and pattern.multiplicity == "multiset"
+        and narrow <= NARROW_SHARE * sum(block.pairs for block in whole.branches[0])
+        and repeats_align(branches, kv_heads)
+    ):
         once = _plan(branches, heads, kv_heads, cuts, earlier_excluded=True, repeats=True)
         if once.pairs <= DISTINCT_PAYS * whole.pairs:
             return once
