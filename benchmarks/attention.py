@@ -37,7 +37,7 @@ PATTERNS = {
     "five branches": ([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 8, 16]),
 }
 RESULT = Path(__file__).parent / "results" / "attention-cpu.json"
-DENSE_UP_TO = 16384  # its time grows with the square of the length
+DENSE_UP_TO = 8192  # its time grows with the square of the length
 
 
 class Participant(NamedTuple):
@@ -96,7 +96,7 @@ def measure(name: str, dtype: torch.dtype, length: int, options: argparse.Namesp
     running = participants(name, length, options)
     seconds: dict[str, list[tuple[float, float]]] = {key: [] for key in running}
     peaks = {key: peak_bytes(each, inputs, grad) for key, each in running.items()}  # warms up, too
-    for _ in range(options.rounds or max(3, min(9, 65536 // length))):
+    for _ in range(options.rounds or (3 if length > 16384 else 5)):
         for key, each in running.items():
             seconds[key].append(step(each, inputs, grad))
     dilated = plan(Pattern.dilated(*PATTERNS[name], is_causal=True, head_offsets="blocked"), HEADS, HEADS, (0, length))

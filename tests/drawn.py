@@ -8,7 +8,7 @@ from brute import Shown
 from hypothesis import strategies as st
 
 from lightning_longnet import Branch, Pattern
-from lightning_longnet.attention import overlap, plan
+from lightning_longnet.attention import overlap, plan, runs
 
 positive = st.integers(1, 12)
 
@@ -76,10 +76,11 @@ def cases(draw):
 
 @contextmanager
 def planned(distinct, tile):
-    """Pairs computed once, in tiles of this size, wherever branches allow it and however little it saves; or never."""
+    """Pairs computed once wherever branches allow it, however little it saves, or never; in tiles of this size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "DISTINCT_PAYS", 1e9 if distinct else -1)
         patch.setattr(overlap, "REPEAT_TILE", tile)
+        patch.setattr(runs, "BAND_ROWS", (1, tile))
         patch.setattr(torch, "get_num_threads", lambda: 1)
         plan.plan.cache_clear()
         yield

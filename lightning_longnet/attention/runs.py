@@ -9,7 +9,8 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.pattern import Branch
 
-# A band is cut into tiles that share one mask; this bounds the mask's elements.
+# A band is cut into tiles of queries that share one mask: their rows, and the elements of a mask at most
+BAND_ROWS = (64, 1024)
 BAND_MASK = 1 << 22
 
 
@@ -83,7 +84,8 @@ def banded(
         return
     low = 0 if is_causal else -high
     breadth = high - low + 1
-    tile = max(32, min(max(breadth, 64), 1024, BAND_MASK // breadth))
+    fewest, most = BAND_ROWS
+    tile = min(max(breadth, fewest), most, max(fewest, BAND_MASK // breadth))
     for begin in range(0, rows, tile):
         end = min(begin + tile, rows)
         left, right = max(begin - high, 0), min(end - low, rows)

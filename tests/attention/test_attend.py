@@ -49,7 +49,7 @@ def compare(case, kernel, dtype, tolerance):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(case=drawn.cases())
 def test_equals_brute_force_in_float64(kernel, case):
     compare(case, kernel, torch.float64, 1e-10)
@@ -62,7 +62,7 @@ def test_equals_brute_force_in_float32(case):
 
 
 @pytest.mark.long
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=4000, deadline=None)
 @given(case=drawn.cases())
 def test_equals_brute_force_in_float64_over_many_cases(case):
     compare(case, "sdpa", torch.float64, 1e-10)

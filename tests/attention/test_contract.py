@@ -184,6 +184,16 @@ def test_calls_are_cut_to_size_without_changing_the_answer(monkeypatch):
         torch.testing.assert_close(found, results[0], rtol=1e-12, atol=1e-12)
 
 
+def test_pairs_computed_once_leave_the_detached_mixture_its_branches():
+    q, k, v, grad = drawn.tensors((1, 16, 2, 2, 4))
+    pattern = Pattern.dilated((4, 16), (1, 2))
+    with drawn.planned(True, 1024):
+        found = attend(q, k, v, pattern, mix="detached")
+        found = (found, *torch.autograd.grad(found, (q, k, v), grad))
+    truth = attend(q, k, v, pattern, mix="detached", kernel="reference")
+    torch.testing.assert_close(found, (truth, *torch.autograd.grad(truth, (q, k, v), grad)))
+
+
 def test_expanded_tensors_and_gradients_are_read_right():
     q, k, v, _ = drawn.tensors((1, 20, 4, 4, 8))
     shared = k[:, :, :1].expand(-1, -1, 4, -1)

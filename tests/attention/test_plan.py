@@ -8,7 +8,8 @@ import brute
 import drawn
 import pytest
 import torch
-from hypothesis import given, settings
+from brute import Shown
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_longnet import Pattern
@@ -41,11 +42,16 @@ def shown_pairs(block):
     kv_heads=st.integers(1, 6),
     group=st.integers(1, 3),
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    tile=st.sampled_from([1024, 3]),
 )
-def test_shows_every_pair_as_often_as_the_definition(shown, multiplicity, kv_heads, group, lengths):
+@example([Shown(2)], "multiset", 1, 2, [9, 8], 1024)  # a group of query heads shows its keys twice
+@example([Shown(3, 2), Shown(6, 2)], "set", 2, 1, [12], 1024)  # a segment that its rate does not divide nests in none
+@example([Shown(window=2)], "multiset", 1, 1, [9], 3)  # a tile that sees keys on either side
+def test_shows_every_pair_as_often_as_the_definition(shown, multiplicity, kv_heads, group, lengths, tile):
     cuts = (0, *torch.tensor(lengths).cumsum(0).tolist())
     length = cuts[-1]
-    found = plan(drawn.pattern_of(shown, multiplicity), kv_heads * group, kv_heads, cuts)
+    with drawn.planned(False, tile):
+        found = plan(drawn.pattern_of(shown, multiplicity), kv_heads * group, kv_heads, cuts)
     ids = [i for i, (a, b) in enumerate(pairwise(cuts)) for _ in range(b - a)]
     tables = brute.counts(shown, multiplicity, length, kv_heads, ids)
     assert len(tables) == len(found.branches)
