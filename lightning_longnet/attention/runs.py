@@ -40,7 +40,7 @@ class Shape(NamedTuple):
     low: int | None = None
     high: int | None = None
     weight: int = 1
-    layer: int = 0  # runs of different layers may have rows in common, and so no call
+    layer: tuple[int, int] = (0, 0)  # runs of different layers may have rows in common, and so no call
     repeats: tuple[Repeat, ...] = ()
 
 
@@ -80,17 +80,21 @@ def banded(
     low = 0 if is_causal else None
     high = None if window is None else (window - 1) // step
     if high is None or high >= rows - 1:
-        yield Runs(_shape(rows, rows, 0, step, low, None, weight, layer), starts)
+        yield Runs(_shape(rows, rows, 0, step, low, None, weight, (layer, 0)), starts)
         return
     low = 0 if is_causal else -high
     breadth = high - low + 1
     fewest, most = BAND_ROWS
     tile = min(max(breadth, fewest), most, max(fewest, BAND_MASK // breadth))
-    for begin in range(0, rows, tile):
+    # neighbouring tiles see keys in common: one call holds every n-th tile
+    apart = -(-(tile + breadth - 1) // tile)
+    for n, begin in enumerate(range(0, rows, tile)):
         end = min(begin + tile, rows)
         left, right = max(begin - high, 0), min(end - low, rows)
         local = left - begin
-        shape = _shape(end - begin, right - left, local * step, step, low + local, high + local, weight, layer)
+        shape = _shape(
+            end - begin, right - left, local * step, step, low + local, high + local, weight, (layer, n % apart)
+        )
         yield Runs(shape, shifted(starts, begin * step))
 
 
@@ -109,7 +113,7 @@ def _shape(
     low: int | None = None,
     high: int | None = None,
     weight: int = 1,
-    layer: int = 0,
+    layer: tuple[int, int] = (0, 0),
 ) -> Shape:
     low = None if low is None or low <= 1 - keys else low
     high = None if high is None or high >= queries - 1 else high

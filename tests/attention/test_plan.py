@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from lightning_longnet import Pattern
 from lightning_longnet.attention.overlap import repeats_align
 from lightning_longnet.attention.plan import plan
-from lightning_longnet.attention.runs import Shape
 
 
 def shown_pairs(block):
@@ -24,7 +23,8 @@ def shown_pairs(block):
     group = block.queries.heads // block.keys.heads
     for cells, lattice in ((queries, block.queries), (keys, block.keys)):
         assert len(cells) == lattice.size
-    assert len(set(queries)) == len(queries), "a row stands twice in one call"
+    assert len(set(queries)) == len(queries), "a query stands twice in one call"
+    assert len(set(keys)) == len(keys), "a key stands twice in one call: its gradient would be written twice"
     for n, (row, head) in enumerate(queries):
         rest, a = divmod(n, block.queries.rows)
         segment, h = divmod(rest, block.queries.heads)
@@ -156,5 +156,7 @@ def test_a_million_tokens_are_planned_in_a_moment():
     assert sum(map(len, found.branches)) < 50
 
 
-def test_runs_of_one_shape_are_told_apart_by_layer():
-    assert Shape(2, 2, 0, 1, layer=0) != Shape(2, 2, 0, 1, layer=1)
+def test_a_window_is_few_calls():
+    (blocks,) = plan(Pattern.window(512, is_causal=True), 8, 8, (0, 65536)).branches
+    assert len(blocks) == 3  # the first tile, which has nothing behind it, and every second of the others
+    assert sum(block.pairs for block in blocks) == 8 * (65536 * 512 - 512 * 511 // 2)
