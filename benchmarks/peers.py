@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,16 @@ from torch import Tensor, nn
 
 from lightning_longnet import Pattern, attend
 
+if TYPE_CHECKING:
+    from lightning_longnet.attention.pattern import HeadOffsets
+
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-def ours(segment_lengths: list[int], dilation_rates: list[int], is_causal: bool) -> Call:
-    pattern = Pattern.dilated(segment_lengths, dilation_rates, is_causal, head_offsets="blocked")
+def ours(segment_lengths: list[int], dilation_rates: list[int], is_causal: bool, offsets: HeadOffsets) -> Call:
+    pattern = Pattern.dilated(segment_lengths, dilation_rates, is_causal, offsets)
     return lambda q, k, v: attend(q, k, v, pattern)
 
 

@@ -81,6 +81,7 @@ def planned(distinct, tile):
         patch.setattr(plan, "DISTINCT_PAYS", 1e9 if distinct else -1)
         patch.setattr(overlap, "REPEAT_TILE", tile)
         patch.setattr(runs, "BAND_ROWS", (1, tile))
+        patch.setattr(runs, "BAND_SPLIT", 4 if distinct else 512)
         patch.setattr(torch, "get_num_threads", lambda: 1)
         plan.plan.cache_clear()
         yield

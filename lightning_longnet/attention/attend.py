@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -67,7 +68,8 @@ def attend(
         scale: of the scores; 1 / sqrt(D) by default.
         mix: "exact" is the gradient of the one softmax; "detached" stops it at the branches' weights, as torchscale.
         kernel: "auto", or the name of one; `explain` tells which serve.
-        return_lse: return also the log-sum-exp of the scores, (B, H, N), natural log; it carries no gradient.
+        return_lse: return also the log-sum-exp of the scores, (B, H, N), natural log.  It carries no gradient, and the
+            backward reads it: change it only in a copy.
 
     Returns:
         out (B, N, H, D), 0 where a query sees no key; with `return_lse` the pair (out, lse), lse -inf there.
@@ -81,6 +83,8 @@ def attend(
         raise ValueError(f"mix must be one of {', '.join(map(repr, get_args(Mix)))}, got {mix!r}")
     if scale is None:
         scale = q.shape[3] ** -0.5
+    if not isinstance(scale, (int, float)) or not 0 < scale < inf:
+        raise ValueError(f"scale must be a positive, finite number, got {scale!r}")
     chosen = select(kernel, _request(q, v))
     if chosen == reference.name and q.numel():
         out, lse = reference.attend(q, k, v, documents, pattern, scale, mix)
@@ -106,7 +110,7 @@ def explain(
 
 
 def _request(q: Tensor, v: Tensor) -> Request:
-    return Request(q.device.type, q.dtype, q.shape[3], v.shape[3])
+    return Request(q.device.type, q.dtype, q.shape[1], q.shape[2], q.shape[3], v.shape[3])
 
 
 def _checked(
@@ -147,6 +151,8 @@ def _checked(
 def _checked_documents(documents: Tensor | None, q: Tensor) -> Tensor | None:
     if documents is None:
         return None
+    if not isinstance(documents, Tensor):
+        raise ValueError(f"documents must be a tensor of integer ids, got {type(documents).__name__}")
     if documents.dtype.is_floating_point or documents.dtype.is_complex or documents.dtype == torch.bool:
         raise ValueError(f"documents must be integer ids, got {documents.dtype}")
     if documents.device != q.device:

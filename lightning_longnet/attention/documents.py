@@ -12,7 +12,9 @@ def document_cuts(documents: Tensor | None, batch: int, length: int) -> list[tup
     """Where the documents of each row begin, and where the last one ends."""
     if documents is None:
         return [(0, length)] * batch
-    steps = documents.diff(dim=1)
+    if batch > 1 and documents.stride(0) == 0:  # one row for all samples
+        return document_cuts(documents[:1], 1, length) * batch
+    steps = documents.long().diff(dim=1)  # narrow and unsigned integers would wrap around
     if (decreasing := (steps < 0).nonzero()).numel():
         row, place = decreasing[0].tolist()
         before, after = documents[row, place].item(), documents[row, place + 1].item()

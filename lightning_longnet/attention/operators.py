@@ -82,10 +82,10 @@ def _row_plans(
     q: Tensor, k: Tensor, documents: Tensor | None, pattern: str, mix: str = "exact"
 ) -> Iterator[tuple[slice, Plan]]:
     """Samples that follow one another with the same documents, and their plan."""
-    distinct = -(-torch.get_num_threads() // q.shape[0]) if mix == "exact" and q.numel() else 0
     first = 0
     for cuts, group in groupby(document_cuts(documents, q.shape[0], q.shape[1]) if q.numel() else ()):
         last = first + len(list(group))
+        distinct = -(-torch.get_num_threads() // (last - first)) if mix == "exact" else 0
         yield slice(first, last), plan(Pattern.loads(pattern), q.shape[2], k.shape[2], cuts, distinct)
         first = last
 
@@ -96,5 +96,6 @@ def _joined(found: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """Kernels read the last dimension with stride 1: an expanded gradient, as sum() gives it, has stride 0."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """As kernels read it: stride 1 in the last dimension (a gradient of sum() has 0), and no vector across another."""
+    crossed = any(0 < stride < x.shape[-1] for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1)
+    return x.contiguous() if crossed or x.stride(-1) != 1 else x

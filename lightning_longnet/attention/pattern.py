@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from math import lcm
+from operator import index
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
@@ -20,10 +21,11 @@ HeadOffsets = Literal["interleaved", "blocked"]
 Multiplicity = Literal["multiset", "set"]
 
 
-def _positive(name: str, value: object) -> None:
-    # bool is an int to Python, but True is no segment length
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _positive(name: str, value: Any) -> int:
+    # bool is an int to Python, but True is no segment length; numpy's integers are none to JSON
+    if not hasattr(value, "__index__") or isinstance(value, bool) or not 0 < index(value) < 2**63:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return index(value)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -42,7 +44,7 @@ class Branch:
         segment_length: `w`; None is the whole sequence.
         dilation_rate: `r`; every r-th row of a segment is kept, another residue for each head.
         window: tokens seen at most, counted backwards from the query (and forwards, where not causal).
-        is_causal: hide the keys behind the query.
+        is_causal: hide the keys after the query.
         head_offsets: "interleaved" is `g mod r` (the paper), "blocked" `g // ceil(Hkv / r)` (torchscale's checkpoints).
     """
 
@@ -53,11 +55,10 @@ class Branch:
     head_offsets: HeadOffsets = "interleaved"
 
     def __post_init__(self) -> None:
-        if self.segment_length is not None:
-            _positive("segment_length", self.segment_length)
-        if self.window is not None:
-            _positive("window", self.window)
-        _positive("dilation_rate", self.dilation_rate)
+        for name in ("segment_length", "dilation_rate", "window"):
+            value = getattr(self, name)
+            if value is not None or name == "dilation_rate":
+                object.__setattr__(self, name, _positive(name, value))
         _one_of("head_offsets", self.head_offsets, get_args(HeadOffsets))
         if not isinstance(self.is_causal, bool):
             raise ValueError(f"is_causal must be True or False, got {self.is_causal!r}")
@@ -72,15 +73,15 @@ class Branch:
         """Does a query see any key but its own?"""
         return min(self.segment_length or length, self.window or length, length) > self.dilation_rate
 
-    def visible(self, index: Tensor, kv_heads: int) -> Tensor:
-        """The definition itself, as a boolean (Hkv, N, N): `index` is each token's place in its own document."""
-        segment, place = index * 0, index
+    def visible(self, tokens: Tensor, kv_heads: int) -> Tensor:
+        """The definition itself, as a boolean (Hkv, N, N): `tokens` are places in a document."""
+        segment, place = tokens * 0, tokens
         if self.segment_length is not None:
-            segment, place = index // self.segment_length, index % self.segment_length
-        offsets = torch.tensor([self.offset(g, kv_heads) for g in range(kv_heads)], device=index.device)
+            segment, place = tokens // self.segment_length, tokens % self.segment_length
+        offsets = torch.tensor([self.offset(g, kv_heads) for g in range(kv_heads)], device=tokens.device)
         member = place % self.dilation_rate == offsets[:, None]
         seen = member[:, :, None] & member[:, None, :] & (segment[:, None] == segment)
-        distance = index[:, None] - index
+        distance = tokens[:, None] - tokens
         if self.is_causal:
             seen &= distance >= 0
         if self.window is not None:
@@ -89,15 +90,15 @@ class Branch:
 
 
 class Reach(NamedTuple):
-    """How far a model built on a pattern can carry anything, whatever its depth."""
+    """What a pattern can never see, whatever the depth of the model: borders, and residues that no head serves."""
 
     length: int
     span: int  # tokens between two borders that no branch crosses
     unserved: tuple[tuple[Branch, tuple[int, ...]], ...]  # residues that no head attends to
 
     @property
-    def is_complete(self) -> bool:
-        return self.span >= self.length and not self.unserved
+    def has_gaps(self) -> bool:
+        return self.span < self.length or bool(self.unserved)
 
     def __str__(self) -> str:
         lines = []
@@ -110,9 +111,10 @@ class Reach(NamedTuple):
             shown = ", ".join(map(str, residues[:8])) + (", ..." if len(residues) > 8 else "")
             lines.append(
                 f"In the branch w={branch.segment_length}, r={branch.dilation_rate} no head attends to "
-                f"{len(residues)} of its {branch.dilation_rate} residues ({shown}): it needs as many key/value heads."
+                f"{len(residues)} of its {branch.dilation_rate} residues ({shown}): with interleaved offsets, as many "
+                f"key/value heads as residues serve them all."
             )
-        return "\n".join(lines) or f"Every token of {self.length:,} can reach every other."
+        return "\n".join(lines) or f"No border in {self.length:,} tokens, and a head for every residue."
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Pattern:
     ) -> Pattern:
         """LongNet: one branch for each pair of a segment length and a dilation rate."""
         for name, values in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
-            if not hasattr(values, "__len__"):
+            if not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
                 raise ValueError(f"{name} must be a sequence of integers, got {values!r}")
         if len(segment_lengths) != len(dilation_rates):
             raise ValueError(
@@ -192,9 +194,9 @@ class Pattern:
             sorted(self.branches, key=lambda b: (b.dilation_rate, b.segment_length or whole, b.window or whole))
         )
 
-    def visible(self, index: Tensor, kv_heads: int) -> list[Tensor]:
+    def visible(self, tokens: Tensor, kv_heads: int) -> list[Tensor]:
         """What each branch shows, by the definition: one boolean (Hkv, N, N) a branch, in the order of `ordered()`."""
-        shown = [branch.visible(index, kv_heads) for branch in self.ordered()]
+        shown = [branch.visible(tokens, kv_heads) for branch in self.ordered()]
         if self.multiplicity == "set":
             for i in range(len(shown) - 1, 0, -1):
                 shown[i] = shown[i] & ~torch.stack(shown[:i]).any(0)
@@ -203,6 +205,8 @@ class Pattern:
     def mask(self, length: int, heads: int, kv_heads: int | None = None) -> Tensor:
         """How often query `i` of head `h` counts key `j`: an integer (H, N, N), for people and for tests."""
         kv_heads = check_heads(heads, kv_heads)
+        if length < 0:
+            raise ValueError(f"length must not be negative, got {length}")
         counts = torch.stack(self.visible(torch.arange(length), kv_heads)).sum(0)
         return counts.repeat_interleave(heads // kv_heads, dim=0)
 

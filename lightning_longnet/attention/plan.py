@@ -28,6 +28,7 @@ COPIED_ROWS = 512
 
 # Computing a pair once costs a mask of weights, 5 to 12 % of a call: it must save more
 DISTINCT_PAYS = 0.85
+# The share of the pairs that may be left to calls of fewer segments than there are threads
 NARROW_SHARE = 0.1
 
 Starts = range | tuple[int, ...]
@@ -82,7 +83,7 @@ class Plan:
         return sum(block.pairs for blocks in self.branches for block in blocks)
 
 
-@lru_cache(256)
+@lru_cache(32)
 def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], distinct: int = 0) -> Plan:
     """The plan of a packed row whose documents are `cuts[i]` to `cuts[i + 1]`; (0, N) is one whole sequence.
 

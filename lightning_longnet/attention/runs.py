@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -9,9 +10,10 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.pattern import Branch
 
-# A band is cut into tiles of queries that share one mask: their rows, and the elements of a mask at most
+# A band is cut into tiles of at least and at most so many queries, which share one mask.  A broad one is cut along its
+# keys, too: into two narrow ends, and a middle that needs no mask.
 BAND_ROWS = (64, 1024)
-BAND_MASK = 1 << 22
+BAND_SPLIT = 512
 
 
 class Repeat(NamedTuple):
@@ -84,18 +86,23 @@ def banded(
         return
     low = 0 if is_causal else -high
     breadth = high - low + 1
+    is_split = breadth >= BAND_SPLIT
     fewest, most = BAND_ROWS
-    tile = min(max(breadth, fewest), most, max(fewest, BAND_MASK // breadth))
-    # neighbouring tiles see keys in common: one call holds every n-th tile
-    apart = -(-(tile + breadth - 1) // tile)
+    tile = min(max(breadth // 2 if is_split else breadth, fewest), most)
     for n, begin in enumerate(range(0, rows, tile)):
         end = min(begin + tile, rows)
-        left, right = max(begin - high, 0), min(end - low, rows)
-        local = left - begin
-        shape = _shape(
-            end - begin, right - left, local * step, step, low + local, high + local, weight, (layer, n % apart)
-        )
-        yield Runs(shape, shifted(starts, begin * step))
+        cuts = [begin - high, end - low]
+        if is_split:
+            cuts[1:1] = [end - high, begin - low]  # between these lie the keys that all of the tile sees
+        for left, right in pairwise(min(max(cut, 0), rows) for cut in cuts):
+            if left == right:
+                continue
+            local = left - begin
+            # keys that neighbouring tiles have in common: one call holds every so many tiles
+            apart = -(-(right - left) // tile)
+            sizes = end - begin, right - left
+            shape = _shape(*sizes, local * step, step, low + local, high + local, weight, (layer, n % apart))
+            yield Runs(shape, shifted(starts, begin * step))
 
 
 def rectangle(starts: range, queries: range, keys: range) -> Iterator[Runs]:

@@ -49,6 +49,33 @@ CALLS = {
         "q must have a multiple of the 0 heads of k and v, got 0",
     ),
     "pattern": (lambda: attend(x(), x(), x(), (2048, 1)), "pattern must be a Pattern, got tuple"),
+    "negative scale": (
+        lambda: attend(x(), x(), x(), DENSE, scale=-0.5),
+        "scale must be a positive, finite number, got -0.5",
+    ),
+    "no scale": (
+        lambda: attend(x(), x(), x(), DENSE, scale=float("nan")),
+        "scale must be a positive, finite number, got nan",
+    ),
+    "list of documents": (
+        lambda: attend(x(), x(), x(), DENSE, documents=[0] * 6),
+        "documents must be a tensor of integer ids, got list",
+    ),
+    "decreasing bytes": (
+        lambda: attend(x(), x(), x(), DENSE, documents=torch.tensor([5, 5, 5, 3, 3, 3], dtype=torch.uint8)),
+        "documents must not decrease along a row, got 5 followed by 3",
+    ),
+    "float8": (
+        lambda: attend(*[x().to(torch.float8_e4m3fn)] * 3, DENSE),
+        "no kernel can serve this call: serves float64, float32, bfloat16 and float16, q is torch.float8_e4m3fn",
+    ),
+    "too long for the reference": (
+        lambda: attend(*[torch.zeros(1, 65536, 8, 1, device="meta")] * 3, DENSE),
+        "serves CPU tensors, q is on meta; would hold 128 GiB of scores, more than the 16 that it takes",
+    ),
+    "length of a mask": (lambda: DENSE.mask(-1, 1), "length must not be negative, got -1"),
+    "a set of lengths": (lambda: Pattern.dilated({4, 8}, {1, 2}), "segment_lengths must be a sequence of integers"),
+    "huge segment": (lambda: Branch(10**20), "segment_length must be a positive integer"),
     "mix": (lambda: attend(x(), x(), x(), DENSE, mix="sum"), "mix must be one of 'exact', 'detached', got 'sum'"),
     "kernel": (
         lambda: attend(x(), x(), x(), DENSE, kernel="fast"),
@@ -112,8 +139,8 @@ def test_names_the_argument_the_value_and_what_is_allowed(call, message):
 
 
 def test_a_kernel_asked_for_by_name_gives_every_reason():
-    request = Request("cuda", torch.float8_e4m3fn, 64, 32)
+    request = Request("cuda", torch.float8_e4m3fn, 9, 2, 64, 32)
     with pytest.raises(ValueError, match="kernel='sdpa'") as refused:
         select("sdpa", request)
-    for reason in ("q is on cuda", "q is torch.float8_e4m3fn", "got 32 and 64", "Those that can: 'reference'"):
+    for reason in ("q is on cuda", "q is torch.float8_e4m3fn", "got 32 and 64", "Those that can: none"):
         assert reason in str(refused.value)

@@ -5,6 +5,7 @@ import pickle
 import brute
 import drawn
 import matplotlib
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -52,6 +53,7 @@ def test_patterns_are_values():
     assert hash(a) == hash(b)
     assert {a: 1}[b] == 1
     assert a != Pattern.dilated([4, 8], [1, 2])
+    assert a == Pattern.dilated(np.array([4, 8]), np.array([1, 2]), is_causal=True)
     assert pickle.loads(pickle.dumps(a)) == a
     assert pickle.loads(pickle.dumps(a)).dumps() == a.dumps()
     with pytest.raises(AttributeError):
@@ -70,20 +72,20 @@ def test_patterns_are_written_in_yaml():
 
 def test_reach_reports_borders_that_nothing_crosses_and_residues_that_no_head_serves():
     longnet = Pattern.dilated((4, 8), (1, 4), is_causal=True)
-    assert longnet.reach(8, heads=4).is_complete
+    assert not longnet.reach(8, heads=4).has_gaps
     short = longnet.reach(20, heads=4)
     assert (short.span, short.unserved) == (8, ())
     assert "Nothing crosses a multiple of 8 tokens" in str(short)
     few = longnet.reach(8, heads=6, kv_heads=2)
     assert few.unserved == ((longnet.branches[1], (2, 3)),)
     assert "no head attends to 2 of its 4 residues (2, 3)" in str(few)
-    assert longnet.reach(20, heads=4).is_complete is False
+    assert longnet.reach(20, heads=4).has_gaps
     assert (longnet + Pattern.window(2)).reach(20, heads=4).span == 20
     assert (longnet + Pattern.window(1)).reach(20, heads=4).span == 8
-    assert Pattern.dense().reach(20, heads=1).is_complete
+    assert not Pattern.dense().reach(20, heads=1).has_gaps
     assert Pattern.dilated((4, 6), (1, 1)).reach(100, heads=1).span == 12
     assert Pattern.dilated((4, 8), (1, 8)).reach(20, heads=8).span == 4  # one row a segment connects nothing
-    assert str(Pattern.dense().reach(20, heads=1)) == "Every token of 20 can reach every other."
+    assert str(Pattern.dense().reach(20, heads=1)) == "No border in 20 tokens, and a head for every residue."
 
 
 @settings(max_examples=60, deadline=None)

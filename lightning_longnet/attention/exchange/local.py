@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.lattice import Lattice
     from lightning_longnet.attention.plan import Block, Plan
 
-# A call may touch this share of all rows at once: what a kernel returns is held beside the accumulators until merged
+# A call touches about this share of all rows: what a kernel returns is held beside the accumulators until merged
 CALL_SHARE = 1 / 8
 
 
@@ -50,7 +50,7 @@ def backward(
     wide = torch.promote_types(q.dtype, torch.float32)
     create = torch.empty_like if plan.is_partitioned else torch.zeros_like
     dq, dk, dv = (create(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
-    lse = lse.transpose(1, 2).unsqueeze(-1)
+    lse = lse.transpose(1, 2).unsqueeze(-1)  # finite wherever it is read: each query of a block sees a key of it
     for i, blocks in enumerate(plan.branches):
         if mix == "detached":
             own = _no_keys(q, v)
@@ -110,16 +110,15 @@ def _accumulate(at: Lattice, into: Tensor, part: Tensor, weight: int, stores: bo
 
 
 def _calls(blocks: tuple[Block, ...], q: Tensor) -> Iterator[tuple[Block, Lattice, Lattice]]:
-    """Blocks cut into calls of bounded size: by segments, and a lone large segment by heads."""
+    """Blocks cut into calls of bounded size: by segments, and a large segment by heads."""
     limit = q.shape[1] * q.shape[2] * CALL_SHARE
     for block in blocks:
         queries, keys = block.queries, block.keys
         count, group = len(queries.starts), queries.heads // keys.heads
-        segments = max(1, int(limit // (queries.rows * queries.heads)))
-        # fewer heads than threads would leave threads idle: the operator's backward runs in parallel over heads
-        heads = (
-            keys.heads if count > 1 else max(int(limit // (queries.rows * group)), -(-torch.get_num_threads() // group))
-        )
+        segments, heads = max(1, int(limit // (queries.rows * queries.heads))), keys.heads
+        if queries.rows * queries.heads > limit:
+            # fewer heads than threads would leave some idle: the operator's backward runs in parallel over heads
+            heads = max(int(limit // (queries.rows * group)), -(-torch.get_num_threads() // group))
         for s in range(0, count, segments):
             for a in range(0, keys.heads, heads):
                 b = min(a + heads, keys.heads)

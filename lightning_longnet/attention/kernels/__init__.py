@@ -18,6 +18,8 @@ class Request(NamedTuple):
 
     device: str
     dtype: torch.dtype
+    tokens: int
+    heads: int
     head_dim: int
     value_dim: int
 

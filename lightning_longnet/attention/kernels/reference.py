@@ -19,18 +19,29 @@ name = "reference"
 note = "holds all N x N scores; differentiable any number of times"
 
 
+# What the scores of one sample may take, in GiB: several tensors of their size are held at once
+SCORES_GIB = 16
+
+
 def refusals(request: Request) -> list[str]:
-    return []
+    reasons = []
+    if request.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"serves float64, float32, bfloat16 and float16, q is {request.dtype}")
+    scores = request.heads * request.tokens**2 * 4 / 2**30
+    if scores > SCORES_GIB:
+        reasons.append(f"would hold {scores:,.0f} GiB of scores, more than the {SCORES_GIB} that it takes")
+    return reasons
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, pattern: Pattern, scale: float, mix: str
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), through autograd: `mix="detached"` stops the gradient at the branches' weights."""
-    rows = [
-        _attend_row(q[b], k[b], v[b], cuts, pattern, scale, mix)
-        for b, cuts in enumerate(document_cuts(documents, q.shape[0], q.shape[1]))
-    ]
+    with torch.autocast(q.device.type, enabled=False):  # which would round the products
+        rows = [
+            _attend_row(q[b], k[b], v[b], cuts, pattern, scale, mix)
+            for b, cuts in enumerate(document_cuts(documents, q.shape[0], q.shape[1]))
+        ]
     out, lse = (torch.stack(parts) for parts in zip(*rows, strict=True))
     return out.to(q.dtype), lse.detach()
 
@@ -48,19 +59,18 @@ def _attend_row(
     index = torch.cat([torch.arange(n, device=q.device) for n in lengths.tolist()])
     shown = [seen.repeat_interleave(heads // kv_heads, dim=0) for seen in pattern.visible(index, kv_heads)]
     shown = [seen & (document[:, None] == document) for seen in shown]
-    # the largest visible score, which cancels, so that exp overflows nowhere
-    seen = torch.stack(shown).any(0)
-    top = scores.detach().masked_fill(~seen, -inf).amax(-1, keepdim=True)
-    top = top.masked_fill(top == -inf, 0)
-    weights = [(scores - top).masked_fill(~seen, -inf).exp() for seen in shown]
-    sums = [weight.sum(-1, keepdim=True) for weight in weights]
-    total = torch.stack(sums).sum(0)
-    lse = (top + total.log()).squeeze(-1)
-    out = scores.new_zeros(())
-    for weight, own in zip(weights, sums, strict=True):
-        if mix == "exact":
-            share = weight / total.masked_fill(total == 0, 1)
-        else:
-            share = weight / own.masked_fill(own == 0, 1) * (own / total.masked_fill(total == 0, 1)).detach()
-        out = out + torch.einsum("hij,jhd->ihd", share, v)
+    # each branch is a softmax of its own, whose largest score cancels; empty rows are given a score, and no weight
+    outs, lses = [], []
+    for seen in shown:
+        some = seen.any(-1, keepdim=True)
+        own = scores.masked_fill(~seen, -inf).masked_fill(~some, 0)
+        weights = own.softmax(-1).masked_fill(~seen, 0)
+        outs.append(torch.einsum("hij,jhd->ihd", weights, v))
+        lses.append(own.logsumexp(-1).masked_fill(~some.squeeze(-1), -inf))
+    lse = torch.stack(lses).logsumexp(0)
+    finite = lse.masked_fill(lse == -inf, 0)
+    shares = [(each - finite).exp() for each in lses]
+    if mix == "detached":
+        shares = [share.detach() for share in shares]
+    out = torch.stack([share.T[..., None] * each for share, each in zip(shares, outs, strict=True)]).sum(0)
     return out, lse

@@ -111,11 +111,12 @@ def routed_products() -> Iterator[None]:
     """float32 products by oneDNN, where that is still float32.
 
     MKL runs at half speed or less on some CPUs that are not its maker's.  Asking for bf16 products sends them to
-    oneDNN, which rounds only where the CPU has tiles for it; there the setting stays as it was.
+    oneDNN, which rounds only where the CPU has tiles for it; there the setting stays as it was.  While it is set, torch
+    refuses to tell its float32 precision to other threads.
     """
     products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = products.fp32_precision
-    if before != "none" or not _routing_is_exact():
+    if not _routing_is_exact():
         yield
         return
     products.fp32_precision = "bf16"
