@@ -1,6 +1,7 @@
 # `make train` and `make test` do all of the set-up themselves.  PIP_ARGS goes to pip: see the README for when it is wanted.
 PYTHON ?= python3
 PIP_ARGS ?=
+BENCH_ARGS ?=
 BIN = .venv/bin
 MARK = .venv/.installed
 
@@ -11,7 +12,7 @@ help:
 	@echo "make test       set up, then run the tests"
 	@echo "make test-long  the long tests"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      attention against its peers; results in benchmarks/results"
+	@echo "make bench      attention against its peers; results in benchmarks/results; BENCH_ARGS, see --help"
 
 $(MARK): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] < (3, 14) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v.major}.{v.minor}: try make PYTHON=python3.12")'
@@ -35,7 +36,7 @@ lint: $(MARK)
 
 bench: $(MARK)
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[bench]'
-	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/attention.py $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
