@@ -71,7 +71,10 @@ def backward(
             for at, into, part in zip((queries, keys, keys), (dq, dk, dv), found, strict=True):
                 _accumulate(at, into, part, block.weight, stores)
             del found, part  # before the next call makes its own
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    wide_grads = [dq, dk, dv]
+    del dq, dk, dv  # so that each is let go as soon as it is rounded
+    dq, dk, dv = (wide_grads.pop(0).to(q.dtype) for _ in range(3))
+    return dq, dk, dv
 
 
 def _merge_branch(

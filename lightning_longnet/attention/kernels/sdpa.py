@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import lru_cache
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.runs import Repeat
 
 name = "sdpa"
-note = "torch's flash attention for CPU; half types are computed in float32"
+note = "torch's flash attention for CPU"
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -42,7 +43,7 @@ def refusals(request: Request) -> list[str]:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
     """(batch, heads, rows, D) -> out, lse (batch, heads, rows); k and v may have fewer heads."""
-    q, k, v = (_wide(x) for x in (q, k, v))
+    q, k, v = (_computed(x) for x in (q, k, v))
     is_causal, mask = _visibility(q, k, block)
     with routed_products():
         out, lse = _forward(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
@@ -53,26 +54,46 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of one block of a larger softmax, whose `out` and `lse` are given."""
-    grad, q, k, v, out = (_wide(x) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (_computed(x) for x in (grad, q, k, v, out))
     is_causal, mask = _visibility(q, k, block)
     with routed_products():
         dq, dk, dv = _backward(grad, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=scale)
     return dq, dk, dv
 
 
-def _wide(x: Tensor) -> Tensor:
-    # The operator's bf16 products are slower than its float32 ones on CPUs without bf16 tiles
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def _computed(x: Tensor) -> Tensor:
+    """What the operator is given: half types as they are where that is faster, elsewhere in float32."""
+    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.float() if is_half and not _half_is_faster(x.dtype) else x
+
+
+@lru_cache(2)
+def _half_is_faster(dtype: torch.dtype) -> bool:
+    """Measured once, in a tenth of a second: no flag of a CPU tells which of its products are the faster."""
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(2, 4, 512, 64, generator=generator).to(dtype)
+
+    def seconds(cast: torch.dtype) -> float:
+        begin = perf_counter()
+        x = half.to(cast)
+        out, lse = _forward(x, x, x)
+        _backward(x, x, x, x, out, lse, 0.0, False)
+        return perf_counter() - begin
+
+    with routed_products():
+        rounds = [(seconds(dtype), seconds(torch.float32)) for _ in range(4)]
+    fastest, fastest_wide = (min(times) for times in zip(*rounds[1:], strict=True))
+    return bool(fastest < 0.95 * fastest_wide)
 
 
 def _visibility(q: Tensor, k: Tensor, block: Block) -> tuple[bool, Tensor | None]:
     """The operator's own triangle is aligned to the top left corner, `low == 0`.  Other bounds need a mask."""
     assert 0 not in (*q.shape, *k.shape), "an empty dimension kills the process"
-    shape = q.shape[2], k.shape[2]
+    shape, wide = (q.shape[2], k.shape[2]), torch.promote_types(q.dtype, torch.float32)
     if block.high is None and block.low in (None, 0):
-        return block.low == 0, _weights(*shape, block.repeats, q.dtype) if block.repeats else None
+        return block.low == 0, _weights(*shape, block.repeats, wide) if block.repeats else None
     assert not block.repeats, "a plan gives no weights to bands"
-    return False, _band(*shape, block.low, block.high, q.dtype)
+    return False, _band(*shape, block.low, block.high, wide)
 
 
 def _weights(queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.dtype) -> Tensor:
