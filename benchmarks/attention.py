@@ -175,6 +175,11 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def float32_tensors(row: dict[str, Any]) -> float:
+    """The peak in one unit for all types."""
+    return float(row["peak_mib"]) * 2**20 / (row["tokens"] * HEADS * HEAD_DIM * 4)
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -190,9 +195,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         "dense, routed": "#aaaaaa",
     }
     for column, name in zip(axes.T, PATTERNS, strict=True):
-        for axis, key, title in zip(
-            column, ("tokens_per_second", "peak_tensors"), ("tokens / s", "peak, tensors of (N, H, D)"), strict=True
-        ):
+        for axis, title in zip(column, ("tokens / s", "peak, float32 tensors of (N, H, D)"), strict=True):
             for dtype, line in (("float32", "-"), ("bfloat16", ":")):
                 for participant, colour in colours.items():
                     rows = [
@@ -201,7 +204,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
                         if (r["pattern"], r["dtype"], r["participant"]) == (name, dtype, participant)
                     ]
                     rows.sort(key=lambda r: r["tokens"])
-                    points = [r["tokens"] for r in rows], [r[key] for r in rows]
+                    points = (
+                        [r["tokens"] for r in rows],
+                        [r["tokens_per_second"] if title == "tokens / s" else float32_tensors(r) for r in rows],
+                    )
                     label = participant if dtype == "float32" else None
                     axis.plot(*points, line, color=colour, marker="o", markersize=3.5, linewidth=1.6, label=label)
             axis.set_xscale("log", base=2)
