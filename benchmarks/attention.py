@@ -177,7 +177,7 @@ def table(result: dict[str, Any]) -> str:
 
 def float32_tensors(row: dict[str, Any]) -> float:
     """The peak in one unit for all types."""
-    return float(row["peak_mib"]) * 2**20 / (row["tokens"] * HEADS * HEAD_DIM * 4)
+    return float(row["peak_mib"] * 2**20 / (row["tokens"] * HEADS * HEAD_DIM * 4))
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
