@@ -219,6 +219,6 @@ def test_make_train_learns(tmp_path):
     command = [sys.executable, str(script), "fit", "--config", str(config), *steps]
     found = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=tmp_path)
     assert found.returncode == 0, found.stderr[-2000:]
-    figures = re.search(r"([\d.]+) bits per byte; byte frequencies alone give ([\d.]+)", found.stdout)
+    figures = re.search(r"(\d+\.\d+) bits per byte; byte frequencies alone give (\d+\.\d+)", found.stdout)
     bits, frequencies = map(float, figures.groups())
     assert bits < frequencies
