@@ -17,7 +17,7 @@ def draw_pattern(pattern: Pattern, length: int | None, heads: int | None, kv_hea
         from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
         from matplotlib.figure import Figure
     except ImportError as missing:
-        raise ImportError("plot needs matplotlib: pip install 'lightning-longnet[plots]'") from missing
+        raise ImportError("plot needs matplotlib: pip install matplotlib") from missing
 
     widest = max(branch.segment_length or 1 for branch in pattern.branches)
     length = min(2 * widest, 64) if length is None else length

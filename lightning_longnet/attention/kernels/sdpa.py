@@ -135,11 +135,11 @@ def routed_products() -> Iterator[None]:
     oneDNN, which rounds only where the CPU has tiles for it; there the setting stays as it was.  While it is set, torch
     refuses to tell its float32 precision to other threads.
     """
-    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = products.fp32_precision
     if not _routing_is_exact():
         yield
         return
+    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = products.fp32_precision
     products.fp32_precision = "bf16"
     try:
         yield

@@ -138,3 +138,17 @@ def test_routing_stays_off_where_it_would_round(monkeypatch):
     monkeypatch.setattr(sdpa, "_routing_is_exact", lambda: False)
     with sdpa.routed_products():
         assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def test_the_operator_refuses_boolean_masks_and_dropout_and_calls_an_unseen_row_zero():
+    """Why masks are floats here, dropout is not asked of it, and emptiness is judged by counting keys."""
+    q, k, v, _ = blocks(kv_heads=4)
+    hidden = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    with pytest.raises(RuntimeError):
+        sdpa._forward(q, k, v, 0.0, False, attn_mask=hidden)
+    with pytest.raises(RuntimeError):
+        sdpa._forward(q, k, v, 0.5, False)
+    nothing = torch.full((1, 1, 6, 6), -torch.inf, dtype=torch.float64)
+    out, lse = sdpa._forward(q, k, v, 0.0, False, attn_mask=nothing)
+    assert (out == 0).all()
+    assert (lse == 0).all()
