@@ -18,6 +18,8 @@ from lightning_longnet.layers import (
     keep_attention,
     magneto_gain,
 )
+from lightning_longnet.registration import register
+from lightning_longnet.sequence import SequenceContext, hand_down, sequence_context, sequence_mesh
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,11 +30,17 @@ __all__ = [
     "Pattern",
     "Reach",
     "RotaryPositions",
+    "SequenceContext",
     "SequencePlan",
     "SequenceShard",
     "attend",
     "explain",
+    "hand_down",
     "keep_attention",
     "magneto_gain",
+    "sequence_context",
+    "sequence_mesh",
     "sequence_plan",
 ]
+
+register()

@@ -3,3 +3,7 @@
 # This folder is linked into the package.  Under its bare name every class would exist twice, and isinstance would lie.
 if __name__ == "strategies":
     raise ImportError("import lightning_longnet.strategies instead: the bare name would load every class twice")
+
+from lightning_longnet.strategies.ring import RingSequenceParallelStrategy
+
+__all__ = ["RingSequenceParallelStrategy"]

@@ -29,6 +29,7 @@ def attend(
     key_padding_mask: Tensor | None = None,
     dropout: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    dropout_samples: tuple[int, int] = (0, 1),
     scale: float | None = None,
     mix: Mix = "exact",
     kernel: str = "auto",
@@ -49,6 +50,7 @@ def attend(
     key_padding_mask: Tensor | None = None,
     dropout: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    dropout_samples: tuple[int, int] = (0, 1),
     scale: float | None = None,
     mix: Mix = "exact",
     kernel: str = "auto",
@@ -68,6 +70,7 @@ def attend(
     key_padding_mask: Tensor | None = None,
     dropout: float = 0.0,
     dropout_seed: int | Tensor | None = None,
+    dropout_samples: tuple[int, int] = (0, 1),
     scale: float | None = None,
     mix: Mix = "exact",
     kernel: str = "auto",
@@ -90,6 +93,8 @@ def attend(
         dropout_seed: an integer, or one in a CPU tensor.  What is dropped depends on it and on where a pair stands,
             never on how the work is split.  By default torch's CPU generator draws one, so that `torch.manual_seed`
             and activation checkpointing repeat it.
+        dropout_samples: (first, step): to that rule sample b is number first + step b.  Of a batch whose samples are
+            dealt out to n ranks, rank r drops what one process would with (r, n).
         scale: of the scores; 1 / sqrt(D) by default.
         mix: "exact" is the gradient of the one softmax; "detached" stops it at the branches' weights, as torchscale.
         kernel: "auto", or the name of one; `explain` tells which serve.
@@ -108,7 +113,7 @@ def attend(
     >>> attend(q, k, v, Pattern.dilated((256, 1024), (1, 4), is_causal=True)).shape
     torch.Size([1, 1000, 4, 16])
     """
-    told = pattern, documents, key_padding_mask, dropout, dropout_seed, scale, mix, kernel, shard
+    told = pattern, documents, key_padding_mask, dropout, dropout_seed, dropout_samples, scale, mix, kernel, shard
     try:
         call = _checked_call(q, k, v, *told)
     except ValueError as error:
@@ -117,14 +122,16 @@ def attend(
         raise
     q, k, v, documents, hidden, seed, scale, chosen = call
     if shard is not None:
-        settings = sharded.Settings(shard, pattern, scale, float(dropout), seed, chosen, mix, exchange, return_lse)
+        settings = sharded.Settings(
+            shard, pattern, scale, float(dropout), seed, *dropout_samples, chosen, mix, exchange, return_lse
+        )
         out, lse = sharded.attend(q, k, v, settings)
     elif chosen == reference.name and q.numel():
-        drops = None if seed is None else Dropout(dropout, int(seed))
+        drops = None if seed is None else Dropout(dropout, int(seed), *dropout_samples)
         out, lse = reference.attend(q, k, v, documents, hidden, drops, pattern, scale, mix)
     else:
         out, lse = _Attention.apply(  # type: ignore[no-untyped-call]
-            q, k, v, documents, hidden, seed, pattern.dumps(), scale, float(dropout), chosen, mix
+            q, k, v, documents, hidden, seed, pattern.dumps(), scale, float(dropout), *dropout_samples, chosen, mix
         )
     return (out, lse) if return_lse else out
 
@@ -151,6 +158,7 @@ def _checked_call(
     key_padding_mask: Tensor | None,
     dropout: float,
     dropout_seed: int | Tensor | None,
+    dropout_samples: tuple[int, int],
     scale: float | None,
     mix: str,
     kernel: str,
@@ -168,6 +176,7 @@ def _checked_call(
         _check_shard(shard, q, documents, hidden, kernel)
         hidden = shard.key_padding_mask
     seed = _checked_seed(dropout, dropout_seed)
+    _check_samples(dropout_samples)
     chosen = select(kernel, _request(q, v, hidden, dropout))
     return _Call(q, k, v, documents, hidden, seed, float(scale), chosen)
 
@@ -326,23 +335,28 @@ def _checked_seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:
     return torch.tensor(seed, device="cpu")
 
 
+def _check_samples(samples: tuple[int, int]) -> None:
+    if not isinstance(samples, tuple) or len(samples) != 2 or not all(isinstance(n, int) for n in samples):
+        raise ValueError(f"dropout_samples must be two integers, (first, step), got {samples!r}")
+
+
 class _Attention(torch.autograd.Function):
     """Nothing flows through lse: the gradient of the softmax is that of its blocks, given the whole's out and lse."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, pattern, scale, dropout, kernel, mix = args
-        out, lse = operators.forward(*tensors, pattern, scale, dropout, kernel)
+        *tensors, pattern, scale, dropout, first, step, kernel, mix = args
+        out, lse = operators.forward(*tensors, pattern, scale, dropout, first, step, kernel)
         q, k, v, *conditions = tensors
         ctx.save_for_backward(q, k, v, out, lse, *conditions)
-        ctx.settings = pattern, scale, dropout, kernel, mix
+        ctx.settings = pattern, scale, dropout, first, step, kernel, mix
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         grads = _Gradient.apply(grad, *ctx.saved_tensors, *ctx.settings)  # type: ignore[no-untyped-call]
-        return *grads, *(None for _ in range(8))
+        return *grads, *(None for _ in range(10))
 
 
 class _Gradient(torch.autograd.Function):

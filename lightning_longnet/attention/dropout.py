@@ -19,15 +19,21 @@ _KEYS = 0  # the role of a word; queries of branch b have role 1 + b
 
 @dataclass(frozen=True)
 class Dropout:
-    """Drops each pair with this probability; what stays is scaled by 1 / (1 - probability)."""
+    """Drops each pair with this probability; what stays is scaled by 1 / (1 - probability).
+
+    Row b of the batch is sample `first_sample` + `sample_step` b.
+    """
 
     probability: float
     seed: int
+    first_sample: int = 0
+    sample_step: int = 1
 
-    def query_words(self, samples: Tensor, tokens: Tensor, heads: Tensor, branch: int) -> Tensor:
-        """(samples, tokens, heads), for a branch's place among the branches; 0 where each pair is counted once."""
-        rows = _hashed(_hashed(self._role(1 + branch, heads) + samples[:, None]) + heads)
-        return _word(rows[:, None] + tokens[:, None])
+    def query_words(self, rows: Tensor, tokens: Tensor, heads: Tensor, branch: int) -> Tensor:
+        """(rows, tokens, heads), for a branch's place among the branches; 0 where each pair is counted once."""
+        samples = self.first_sample + self.sample_step * rows
+        words = hashed(hashed(self._role(1 + branch, heads) + samples[:, None]) + heads)
+        return _word(words[:, None] + tokens[:, None])
 
     def key_words(self, tokens: Tensor) -> Tensor:
         return _word(self._role(_KEYS, tokens) + tokens)
@@ -45,10 +51,10 @@ class Dropout:
         return (pairs.neg_() + (round(self.probability * 2**31) - 1)) >> 31
 
     def _role(self, role: int, like: Tensor) -> Tensor:
-        return _hashed(_hashed(torch.full((), self.seed, dtype=torch.int64, device=like.device)) + role)
+        return hashed(hashed(torch.full((), self.seed, dtype=torch.int64, device=like.device)) + role)
 
 
-def _hashed(x: Tensor) -> Tensor:
+def hashed(x: Tensor) -> Tensor:
     """splitmix64, on wrapping signed integers."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ (x >> 30 & 2**34 - 1)) * _signed(0xBF58476D1CE4E5B9)
@@ -58,7 +64,7 @@ def _hashed(x: Tensor) -> Tensor:
 
 def _word(x: Tensor) -> Tensor:
     """Odd, so that a product with it loses no bit."""
-    return (_hashed(x) >> 32).to(torch.int32) | 1
+    return (hashed(x) >> 32).to(torch.int32) | 1
 
 
 def _signed(x: int) -> int:

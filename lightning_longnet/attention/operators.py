@@ -39,6 +39,8 @@ def forward(
     pattern: str,
     scale: float,
     dropout: float,
+    first_sample: int,
+    sample_step: int,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """The outputs out (B, N, H, Dv) and lse (B, H, N)."""
@@ -47,10 +49,11 @@ def forward(
         return out, lse
     serving = BLOCK_KERNELS[kernel]
     q, k, v = (readable(x) for x in (q, k, v))
+    drops = _dropout(dropout, seed, first_sample, sample_step)
     with torch.autocast(q.device.type, enabled=False):  # which would round the products
         found = [
             local.forward(serving, planned, q[rows], k[rows], v[rows], terms)
-            for rows, planned, terms in _parts(serving, q, k, documents, hidden, seed, pattern, scale, dropout)
+            for rows, planned, terms in _parts(serving, q, k, documents, hidden, drops, pattern, scale)
         ]
     out, lse = joined(found)
     return out, lse
@@ -76,6 +79,8 @@ def backward(
     pattern: str,
     scale: float,
     dropout: float,
+    first_sample: int,
+    sample_step: int,
     kernel: str,
     mix: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,11 +90,12 @@ def backward(
         return dq, dk, dv
     serving = BLOCK_KERNELS[kernel]
     grad, q, k, v, out = (readable(x) for x in (grad, q, k, v, out))
+    drops = _dropout(dropout, seed, first_sample, sample_step)
     with torch.autocast(q.device.type, enabled=False):
         found = [
             local.backward(serving, planned, grad[rows], q[rows], k[rows], v[rows], out[rows], lse[rows], terms, mix)
             for rows, planned, terms in _parts(
-                serving, q, k, documents, hidden, seed, pattern, scale, dropout, apart=mix == "detached"
+                serving, q, k, documents, hidden, drops, pattern, scale, apart=mix == "detached"
             )
         ]
     dq, dk, dv = joined(found)
@@ -100,6 +106,10 @@ def backward(
 def _gradients_like(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
+
+
+def _dropout(probability: float, seed: Tensor | None, first_sample: int, sample_step: int) -> Dropout | None:
+    return None if seed is None else Dropout(probability, int(seed), first_sample, sample_step)
 
 
 class _Part(NamedTuple):
@@ -116,14 +126,12 @@ def _parts(
     k: Tensor,
     documents: Tensor | None,
     hidden: Tensor | None,
-    seed: Tensor | None,
+    drops: Dropout | None,
     pattern: str,
     scale: float,
-    dropout: float,
     apart: bool = False,
 ) -> Iterator[_Part]:
     """With `apart` each branch is computed on its own, and no pair once for several."""
-    drops = None if seed is None else Dropout(dropout, int(seed))
     if hidden is not None and hidden.device.type == "cpu" and not hidden.any():
         hidden = None
     # the copies of a pair in several branches are dropped one by one
@@ -138,7 +146,7 @@ def _parts(
             scale,
             None if hidden is None else hidden[rows],
             drops,
-            samples=torch.arange(first, last, device=q.device),
+            rows=torch.arange(first, last, device=q.device),
             tokens=torch.arange(q.shape[1], device=q.device),
             counts_once=planned.counts_once,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from hashlib import sha256
 from itertools import count, pairwise
 from typing import TYPE_CHECKING
@@ -91,6 +92,14 @@ class SequenceShard:
         stretches = self.placement.stretches(self.rank if rank is None else rank)
         parts = [torch.arange(stretch.begin, stretch.end) for stretch in stretches]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Where each token that is here stands in its document: (L,), or (B, L) where rows have their own documents."""
+        tokens = self.tokens()
+        begins = [torch.tensor(cuts[:-1]) for cuts in self.cuts]
+        found = [tokens - each[torch.searchsorted(each, tokens, right=True) - 1] for each in begins]
+        return found[0] if len(found) == 1 else torch.stack(found)
 
     def hidden(self, tokens: Tensor, rows: slice) -> Tensor | None:
         """(B, tokens), True where padding hides a token, wherever it is held; None without padding."""

@@ -33,6 +33,8 @@ class Settings(NamedTuple):
     scale: float
     dropout: float
     seed: Tensor | None
+    first_sample: int
+    sample_step: int
     kernel: str
     mix: str
     exchange: str
@@ -64,13 +66,16 @@ def forward(
     pattern: str,
     scale: float,
     dropout: float,
+    first_sample: int,
+    sample_step: int,
     kernel: str,
     mix: str,
     exchange: str,
     wants_lse: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Out, lse, and what the backward is to be given besides."""
-    settings = Settings(SHARDS[shard], Pattern.loads(pattern), scale, dropout, seed, kernel, mix, exchange, wants_lse)
+    told = scale, dropout, seed, first_sample, sample_step, kernel, mix, exchange, wants_lse
+    settings = Settings(SHARDS[shard], Pattern.loads(pattern), *told)
     q, k, v = (readable(x) for x in (q, k, v))
     _compare(q, k, v, settings)
     found = []
@@ -95,12 +100,15 @@ def backward(
     pattern: str,
     scale: float,
     dropout: float,
+    first_sample: int,
+    sample_step: int,
     kernel: str,
     mix: str,
     exchange: str,
     wants_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    settings = Settings(SHARDS[shard], Pattern.loads(pattern), scale, dropout, seed, kernel, mix, exchange, wants_lse)
+    told = scale, dropout, seed, first_sample, sample_step, kernel, mix, exchange, wants_lse
+    settings = Settings(SHARDS[shard], Pattern.loads(pattern), *told)
     grad, q, k, v, out = (readable(x) for x in (grad, q, k, v, out))
     found, first = [], 0
     with torch.autocast(q.device.type, enabled=False):
@@ -150,7 +158,9 @@ def _compare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> None:
 def _groups(settings: Settings, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[slice, rounds.Rounds | swap.Swap]]:
     """Samples that follow one another with the same documents, and how their keys are exchanged."""
     shard, kernel = settings.shard, BLOCK_KERNELS[settings.kernel]
-    dropout = None if settings.seed is None else Dropout(settings.dropout, int(settings.seed))
+    dropout = None
+    if settings.seed is not None:
+        dropout = Dropout(settings.dropout, int(settings.seed), settings.first_sample, settings.sample_step)
     # the copies of a pair in several branches are dropped one by one
     apart = settings.mix == "detached" or not kernel.takes_weights(q) or dropout is not None
     cuts = shard.cuts * (q.shape[0] if len(shard.cuts) == 1 else 1)
@@ -169,7 +179,7 @@ def _groups(settings: Settings, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tup
             settings.scale,
             shard.hidden(tokens, rows),
             dropout,
-            samples=torch.arange(first, last, device=q.device),
+            rows=torch.arange(first, last, device=q.device),
             tokens=tokens,
             first_head=shard.rank * heads * (q.shape[2] // k.shape[2]) if chosen.is_swap else 0,
             counts_once=settings.pattern.multiplicity == "set",

@@ -10,6 +10,7 @@ import torch
 from lightning_longnet.attention.attend import Mix
 from lightning_longnet.attention.kernels import kernel_names
 from lightning_longnet.attention.pattern import Branch, Pattern
+from lightning_longnet.attention.schedule import Exchange
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +59,13 @@ def require(allowed: Tensor, values: Tensor, rule: str) -> None:
 def mix_of(value: Mix) -> Mix:
     if value not in get_args(Mix):
         raise ValueError(f"mix must be one of {', '.join(map(repr, get_args(Mix)))}, got {value!r}")
+    return value
+
+
+def exchange_of(value: Exchange | None) -> Exchange | None:
+    if value is not None and value not in get_args(Exchange):
+        allowed = ", ".join(map(repr, get_args(Exchange)))
+        raise ValueError(f"exchange must be one of {allowed}, or None for the strategy's, got {value!r}")
     return value
 
 

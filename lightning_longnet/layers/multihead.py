@@ -9,23 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_longnet.attention.attend import Mix, attend
+from lightning_longnet.attention.attend import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.attention.pattern import Pattern
+from lightning_longnet.attention.schedule import Exchange  # noqa: TC001
 from lightning_longnet.layers.arguments import (
-    kernel_name,
-    mix_of,
     pattern_of,
     positive_integer,
     positive_number,
-    probability,
     shown_pattern,
 )
+from lightning_longnet.layers.attending import AttentionLayer
 from lightning_longnet.layers.masks import ignored_keys, masked_causally
 
 DENSE = Pattern.dense()
 
 
-class MultiheadDilatedAttention(nn.Module):
+class MultiheadDilatedAttention(AttentionLayer):
     """`nn.MultiheadAttention` over a pattern: same arguments, same state dict, same results where the pattern is dense.
 
     It differs in this alone: no weights are returned; a query whose keys are all hidden gets 0 from the attention, not
@@ -50,6 +49,8 @@ class MultiheadDilatedAttention(nn.Module):
             as torch's do, otherwise as MAGNETO's; see `magneto_gain`.
         mix: "exact" or "detached"; see `attend`.
         kernel: "auto", or the name of one; see `explain`.
+        exchange: where sequences are split over ranks, how keys reach the queries of others; see `attend`.  None leaves
+            it to the strategy.
 
     >>> layer = nn.TransformerEncoderLayer(64, 4, batch_first=True)
     >>> layer.self_attn = MultiheadDilatedAttention(64, 4, batch_first=True, pattern=Pattern.dilated((8, 32), (1, 4)))
@@ -81,8 +82,9 @@ class MultiheadDilatedAttention(nn.Module):
         gain: float = 1.0,
         mix: Mix = "exact",
         kernel: str = "auto",
+        exchange: Exchange | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(dropout, mix, kernel, exchange)
         for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if value:
                 raise ValueError(f"{name} must be False, got {value!r}: a key of no token has no place in a pattern")
@@ -93,8 +95,7 @@ class MultiheadDilatedAttention(nn.Module):
         self.kdim = embed_dim if kdim is None else positive_integer("kdim", kdim)
         self.vdim = embed_dim if vdim is None else positive_integer("vdim", vdim)
         self.head_dim = embed_dim // num_heads
-        self.dropout, self.batch_first = probability("dropout", dropout), batch_first
-        self.gain, self.mix, self.kernel = positive_number("gain", gain), mix_of(mix), kernel_name(kernel)
+        self.batch_first, self.gain = batch_first, positive_number("gain", gain)
         self.pattern = pattern_of(pattern)
         self.causal_pattern = replace(
             self.pattern, branches=tuple(replace(branch, is_causal=True) for branch in self.pattern.branches)
@@ -185,11 +186,17 @@ class MultiheadDilatedAttention(nn.Module):
         hidden = None
         if key_padding_mask is not None:
             expected = q.shape[1:2] if query.dim() == 2 else q.shape[:2]
-            hidden = ignored_keys(key_padding_mask, expected).expand(q.shape[:2])
-        out = self._attended(q, k, v, pattern, None, hidden)
+            hidden = self._hidden(key_padding_mask, expected).expand(q.shape[:2])
+        out = self._joined(q, k, v, pattern, None, hidden)
         if query.dim() == 2:
             return out.squeeze(0), None
         return out if self.batch_first else out.transpose(0, 1), None
+
+    def _hidden(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if self.sequence_context is None or not self.is_split:
+            return ignored_keys(mask, shape)
+        # the layers of a model are handed one mask: let them have one shard
+        return self.sequence_context.once(mask, lambda: ignored_keys(mask, shape))
 
     def _check_tokens(self, query: Tensor, key: Tensor, value: Tensor) -> int:
         if query.dim() not in (2, 3):
@@ -218,20 +225,10 @@ class MultiheadDilatedAttention(nn.Module):
         )
         return q, k, v
 
-    def _attended(
+    def _joined(
         self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, documents: Tensor | None, hidden: Tensor | None
     ) -> Tensor:
-        out = attend(
-            q,
-            k,
-            v,
-            pattern,
-            documents=documents,
-            key_padding_mask=hidden,
-            dropout=self.dropout if self.training else 0.0,
-            mix=self.mix,
-            kernel=self.kernel,
-        ).flatten(2)
+        out = self._attended(q, k, v, pattern, documents, hidden).flatten(2)
         if self.sub_norm is not None:
             out = self.sub_norm(out)
         projected: Tensor = self.out_proj(out)
@@ -252,6 +249,8 @@ class MultiheadDilatedAttention(nn.Module):
                 f"a nested query must be key and value as well, and strided, got the layout {query.layout}: pack the "
                 f"sequences into a row and attend with documents"
             )
+        if self.is_split:
+            raise ValueError("query must be no nested tensor where sequences are split over ranks: hand in padding")
         if key_padding_mask is not None or attn_mask is not None:
             raise ValueError("key_padding_mask and attn_mask must be None beside nested tensors, which hold no padding")
         parts = query.unbind()
@@ -260,7 +259,7 @@ class MultiheadDilatedAttention(nn.Module):
         row = torch.cat(parts)[None]
         q, k, v = self._projected(row, row, row)
         pattern = self.causal_pattern if is_causal else self.pattern
-        out = self._attended(q, k, v, pattern, documents, None)
+        out = self._joined(q, k, v, pattern, documents, None)
         return torch.nested.as_nested_tensor(list(out[0].split(lengths)))
 
     def extra_repr(self) -> str:

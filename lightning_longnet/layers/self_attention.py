@@ -8,17 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_longnet.attention.attend import Mix, attend
+from lightning_longnet.attention.attend import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.attention.pattern import Pattern, check_heads
+from lightning_longnet.attention.schedule import Exchange  # noqa: TC001
 from lightning_longnet.layers.arguments import (
-    kernel_name,
-    mix_of,
     pattern_of,
     positive_integer,
     positive_number,
-    probability,
     shown_pattern,
 )
+from lightning_longnet.layers.attending import AttentionLayer
 from lightning_longnet.layers.initialization import xavier_parts
 from lightning_longnet.layers.positions import Kind, RotaryPositions, checked_positions, document_index
 
@@ -30,7 +29,7 @@ class HeadNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
-class DilatedSelfAttention(nn.Module):
+class DilatedSelfAttention(AttentionLayer):
     """Project to queries, keys and values, turn them by their positions, `attend`, project back.
 
     Args:
@@ -49,6 +48,8 @@ class DilatedSelfAttention(nn.Module):
         gain: of the initialisation of v and of the projection back; see `magneto_gain`.
         mix: "exact" or "detached"; see `attend`.
         kernel: "auto", or the name of one; see `explain`.
+        exchange: where sequences are split over ranks, how keys reach the queries of others; see `attend`.  None leaves
+            it to the strategy.
 
     >>> layer = DilatedSelfAttention(64, 4, Pattern.dilated((128, 512), (1, 4), is_causal=True), num_kv_heads=2)
     >>> layer(torch.randn(1, 1000, 64)).shape
@@ -73,10 +74,11 @@ class DilatedSelfAttention(nn.Module):
         gain: float = 1.0,
         mix: Mix = "exact",
         kernel: str = "auto",
+        exchange: Exchange | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(dropout, mix, kernel, exchange)
         self.embed_dim = positive_integer("embed_dim", embed_dim)
         self.num_heads = positive_integer("num_heads", num_heads)
         self.num_kv_heads = check_heads(num_heads, num_kv_heads)
@@ -86,8 +88,7 @@ class DilatedSelfAttention(nn.Module):
             )
         self.head_dim = embed_dim // num_heads if head_dim is None else positive_integer("head_dim", head_dim)
         self.pattern = pattern_of(pattern)
-        self.dropout, self.gain = probability("dropout", dropout), positive_number("gain", gain)
-        self.mix, self.kernel = mix_of(mix), kernel_name(kernel)
+        self.gain = positive_number("gain", gain)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv_proj = nn.Linear(embed_dim, sum(self._rows()), bias=bias, **made)
         self.q_norm = HeadNorm(self.head_dim, eps=1e-6, **made) if qk_norm else None
@@ -126,7 +127,7 @@ class DilatedSelfAttention(nn.Module):
         documents: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """X (B, N, embed_dim), and as much comes back.
+        """X (B, N, embed_dim), and as much comes back; this rank's part where sequences are split.
 
         Args:
             positions: integers (N,) or (B, N) for the rotation; a token's place in its document by default.  The
@@ -149,17 +150,7 @@ class DilatedSelfAttention(nn.Module):
                 v = v.contiguous()  # as a view it would keep the q and k from before the rotation, which nothing reads
         elif positions is not None:
             raise ValueError("positions must be None where rotary is None: nothing would read them")
-        out = attend(
-            q,
-            k,
-            v,
-            self.pattern,
-            documents=documents,
-            key_padding_mask=key_padding_mask,
-            dropout=self.dropout if self.training else 0.0,
-            mix=self.mix,
-            kernel=self.kernel,
-        ).flatten(2)
+        out = self._attended(q, k, v, self.pattern, documents, key_padding_mask).flatten(2)
         if self.sub_norm is not None:
             out = self.sub_norm(out)
         projected: Tensor = self.out_proj(out)
@@ -168,11 +159,16 @@ class DilatedSelfAttention(nn.Module):
     def _turned(self, q: Tensor, k: Tensor, positions: Tensor | None, documents: Tensor | None) -> Any:
         assert self.rotary is not None
         if documents is not None:
-            index = document_index(checked_positions(documents, q, "documents"))
-            return self.rotary(q, k, index) if positions is None else self.rotary(q, k, positions, index=index)
-        if positions is None:
+            documents = checked_positions(documents, q, "documents")
+        if self.sequence_context is not None and self.is_split:
+            index = self.sequence_context.places_of(q, documents)
+        elif documents is not None:
+            index = document_index(documents)
+        elif positions is None:
             return self.rotary(q, k)
-        return self.rotary(q, k, positions, index=torch.arange(q.shape[1], device=q.device))
+        else:
+            index = torch.arange(q.shape[1], device=q.device)
+        return self.rotary(q, k, index) if positions is None else self.rotary(q, k, positions, index=index)
 
     def extra_repr(self) -> str:
         return (

@@ -335,7 +335,7 @@ def test_both_operators_pass_torchs_own_checks():
         ((documents, None, None), 0.0, "sdpa"),
         ((None, hidden, torch.tensor(7)), 0.2, "eager"),
     ]:
-        settings = LONGNET.dumps(), 0.3, dropout, kernel
+        settings = LONGNET.dumps(), 0.3, dropout, 0, 1, kernel
         arguments = (q, k, v, *conditions, *settings)
         torch.library.opcheck(torch.ops.lightning_longnet.attend, arguments, test_utils=tests)
         out, lse = torch.ops.lightning_longnet.attend(*arguments)

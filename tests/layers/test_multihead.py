@@ -10,7 +10,7 @@ from masks import as_floats, causal_mask
 from torch import nn
 
 from lightning_longnet import MultiheadDilatedAttention, Pattern
-from lightning_longnet.layers import multihead
+from lightning_longnet.layers import attending
 from lightning_longnet.layers.masks import ignored_keys, masked_causally
 
 PATTERN = Pattern.dilated((4, 16), (1, 2))
@@ -208,7 +208,7 @@ def test_a_query_whose_keys_are_all_hidden_gets_the_bias_alone():
 
 def test_nothing_is_copied_for_a_layout_of_tokens_first(monkeypatch):
     seen = []
-    monkeypatch.setattr(multihead, "attend", lambda *qkv, **_: seen.extend(qkv[:3]) or qkv[0])
+    monkeypatch.setattr(attending, "attend", lambda *qkv, **_: seen.extend(qkv[:3]) or qkv[0])
     x = torch.randn(5, 2, 8)
     out, _ = MultiheadDilatedAttention(8, 2)(x, x, x)
     assert out.shape == x.shape

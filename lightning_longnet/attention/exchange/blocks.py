@@ -31,13 +31,13 @@ CALL_SHARE = 1 / 8
 class Terms(NamedTuple):
     """What all pairs are subject to, whatever block computes them.
 
-    `samples`, `tokens` and `first_head` say where the queries that are here stand in the whole.
+    `rows`, `tokens` and `first_head` say where the queries that are here stand in the whole.
     """
 
     scale: float
     hidden: Tensor | None = None  # (B, N), True where padding hides a key that is here
     dropout: Dropout | None = None
-    samples: Tensor | None = None
+    rows: Tensor | None = None
     tokens: Tensor | None = None
     first_head: int = 0
     counts_once: bool = False  # a pair is one and the same in whatever branch it is computed
@@ -165,11 +165,11 @@ def _by_padding(part: Part, hidden: Tensor | None, batch: int) -> Iterator[tuple
 
 def _query_words(terms: Terms, q: Tensor, branch: int) -> Tensor:
     assert terms.dropout is not None
-    assert terms.samples is not None
+    assert terms.rows is not None
     assert terms.tokens is not None
     heads = torch.arange(q.shape[2], device=q.device) + terms.first_head
     role = 0 if terms.counts_once else branch
-    return terms.dropout.query_words(terms.samples, terms.tokens, heads, role).unsqueeze(-1)
+    return terms.dropout.query_words(terms.rows, terms.tokens, heads, role).unsqueeze(-1)
 
 
 def _cut(parts: Iterable[Part], limit: float) -> Iterator[Part]:

@@ -64,10 +64,10 @@ def _kept(dropout: Dropout | None, pattern: Pattern, q: Tensor) -> list[Tensor]:
     """What each branch's weights are multiplied with, (B, H, N, N); nothing without dropout."""
     if dropout is None:
         return []
-    samples, tokens, heads = (torch.arange(n, device=q.device) for n in q.shape[:3])
+    rows, tokens, heads = (torch.arange(n, device=q.device) for n in q.shape[:3])
     kept = []
     for i in range(len(pattern.branches)):
-        words = dropout.query_words(samples, tokens, heads, 0 if pattern.multiplicity == "set" else i)
+        words = dropout.query_words(rows, tokens, heads, 0 if pattern.multiplicity == "set" else i)
         keeps = dropout.keeps(words.transpose(1, 2)[..., None], dropout.key_words(tokens))
         kept.append((keeps != 0).to(torch.promote_types(q.dtype, torch.float32)) / (1 - dropout.probability))
     return kept

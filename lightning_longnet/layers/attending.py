@@ -1,0 +1,62 @@
+"""What the attention layers share: the call of `attend`, for whole sequences and for parts of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from lightning_longnet.attention.attend import Mix, attend
+from lightning_longnet.layers.arguments import exchange_of, kernel_name, mix_of, probability
+
+if TYPE_CHECKING:
+    from lightning_longnet.attention.pattern import Pattern
+    from lightning_longnet.attention.schedule import Exchange
+    from lightning_longnet.sequence.context import SequenceContext
+
+
+class AttentionLayer(nn.Module):
+    """A strategy, or `hand_down`, sets `sequence_context` and `layer_number` where sequences are split over ranks."""
+
+    sequence_context: SequenceContext | None = None
+    layer_number: int = 0
+
+    def __init__(self, dropout: float, mix: Mix, kernel: str, exchange: Exchange | None) -> None:
+        super().__init__()
+        self.dropout = probability("dropout", dropout)
+        self.mix, self.kernel, self.exchange = mix_of(mix), kernel_name(kernel), exchange_of(exchange)
+
+    @property
+    def is_split(self) -> bool:
+        """Is this rank given a part of the sequences now?"""
+        return self.sequence_context is not None and self.sequence_context.is_split
+
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, documents: Tensor | None, hidden: Tensor | None
+    ) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        if self.sequence_context is None:
+            return attend(
+                q,
+                k,
+                v,
+                pattern,
+                documents=documents,
+                key_padding_mask=hidden,
+                dropout=dropout,
+                mix=self.mix,
+                kernel=self.kernel,
+            )
+        return self.sequence_context.attend(
+            q,
+            k,
+            v,
+            pattern,
+            documents=documents,
+            key_padding_mask=hidden,
+            dropout=dropout,
+            layer=self.layer_number,
+            mix=self.mix,
+            kernel=self.kernel,
+            exchange=self.exchange,
+        )

@@ -1,0 +1,420 @@
+"""Where this rank stands while sequences are split: handed down to layers by whoever made the mesh."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_longnet.attention.attend import attend
+from lightning_longnet.attention.dropout import hashed
+from lightning_longnet.attention.placement import Kind, Placement
+from lightning_longnet.attention.schedule import Exchange
+from lightning_longnet.attention.shard import SequenceShard
+from lightning_longnet.sequence.batches import checked_dims, digest, dim_of, known_length, length_of, mapped
+from lightning_longnet.sequence.mesh import DATA, SEQUENCE
+from lightning_longnet.sequence.reductions import GatheredSequence, TokenMean, part_of, summed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from lightning_longnet.attention.attend import Mix
+    from lightning_longnet.attention.pattern import Pattern
+
+
+class _Made(NamedTuple):
+    """A shard, and the very tensors that it was made with."""
+
+    documents: Tensor | None
+    padding: Tensor | None
+    versions: tuple[int, int]
+    shard: SequenceShard
+
+
+class _Converted(NamedTuple):
+    mask: Tensor
+    version: int
+    result: Tensor
+
+
+class SequenceContext:
+    """Where a rank stands among the others, and the batch that is being worked on.
+
+    Made of nothing it stands for one process, or for ranks that split batches alone: sequences are whole there, and all
+    that it offers works.  A copy is the same object, as groups cannot be copied.
+
+    Args:
+        mesh: with the axes "data_parallel" and "sequence_parallel"; see `sequence_mesh`.
+        placement: "contiguous" or "zigzag": which tokens a rank is given.
+        exchange: how keys reach the queries of other ranks, for layers that say nothing of it; see `attend`.
+        seed: of attention dropout, the same on all ranks: what is dropped depends on it, on the step and the layer.
+
+    Attributes:
+        mesh: as given.
+        sequence_group: the ranks that share this rank's sequences; None where they are whole.
+        data_parallel_group: the ranks that hold the same part of other sequences; None without a mesh.
+    """
+
+    def __init__(
+        self,
+        mesh: DeviceMesh | None = None,
+        *,
+        placement: Kind = "contiguous",
+        exchange: Exchange = "auto",
+        seed: int = 0,
+    ) -> None:
+        for name, value, kinds in (("placement", placement, Kind), ("exchange", exchange, Exchange)):
+            allowed = get_args(kinds)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        self.mesh, self.placement, self.exchange, self.seed = mesh, placement, exchange, seed
+        self.sequence_parallel_size, self.sequence_parallel_rank = 1, 0
+        self.data_parallel_size, self.data_parallel_rank = 1, 0
+        if mesh is not None:
+            for axis in (DATA, SEQUENCE):
+                setattr(self, f"{axis}_size", mesh[axis].size())
+                setattr(self, f"{axis}_rank", mesh[axis].get_local_rank())
+        self.sequence_group = None if mesh is None else mesh.get_group(SEQUENCE)
+        self.data_parallel_group = None if mesh is None else mesh.get_group(DATA)
+        self._length: int | None = None
+        self._given: tuple[Tensor | None, Tensor | None] = None, None
+        self._made: list[_Made] = []
+        self._converted: list[_Converted] = []
+        self._plain: dict[int, SequenceShard] = {}
+        self._step_seed = torch.tensor(seed)
+        self._window: list[Tensor] | None = None
+
+    def __deepcopy__(self, _: Any) -> SequenceContext:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SequenceContext, ()  # in another process there is no such mesh
+
+    # The batch
+
+    def split(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> Any:
+        """The part of this rank, of a batch that all ranks of the sequence group hold whole; `begin`s it, too.
+
+        Args:
+            batch: tensors in dictionaries, lists, tuples and dataclasses.
+            sequence_dims: of each name the dimension that is the sequence, or None for a tensor that has none.
+                input_ids, labels, attention_mask, positions and documents are known.
+        """
+        dims = checked_dims(sequence_dims or {})
+        if self.sequence_parallel_size == 1:
+            self.begin(known_length(batch, dims))
+            return batch
+        length = length_of(batch, dims)
+        if length < self.sequence_parallel_size:
+            raise ValueError(
+                f"sequences must have at least one token for each of the {self.sequence_parallel_size} ranks that "
+                f"share them, got {length}: set sequence_parallel_size to at most {length}, or pad them"
+            )
+        self.begin(length)
+        placement = self.placement_of(length)
+        given: dict[str, Tensor] = {}
+
+        def part(path: tuple[str, ...], x: Tensor) -> Tensor:
+            dim = dim_of(path, x, dims)
+            if dim is None:
+                return x
+            found = part_of(x, placement, self.sequence_parallel_rank, dim)
+            given.setdefault(path[-1], found)
+            return found
+
+        batch = mapped(batch, part)
+        mask = given.get("attention_mask")
+        self._given = given.get("documents"), None if mask is None else mask == 0
+        return batch
+
+    def begin(self, length: int | None) -> None:
+        """From now on layers are given their part of sequences of `length` tokens; whole ones where it is None."""
+        self._length = length
+        self._given = None, None
+        self._made, self._converted = [], []
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """In here layers are given whole sequences, on each rank its own: to generate text in a callback, say."""
+        kept = self._length, self._given, self._made, self._converted
+        self.begin(None)
+        try:
+            yield
+        finally:
+            self._length, self._given, self._made, self._converted = kept
+
+    def check_same(self, batch: Any) -> None:
+        """A ValueError on all ranks of the sequence group where they hold different batches."""
+        if self.sequence_group is None or self.sequence_parallel_size == 1:
+            return
+        device = "cuda" if dist.get_backend(self.sequence_group) == "nccl" else "cpu"
+        own = torch.tensor([digest(batch)], device=device)
+        found = [torch.empty_like(own) for _ in range(self.sequence_parallel_size)]
+        dist.all_gather(found, own, group=self.sequence_group)
+        everywhere = torch.cat(found).tolist()
+        if others := [rank for rank, number in enumerate(everywhere) if number != everywhere[0]]:
+            ranks = ", ".join(map(str, others))
+            raise ValueError(
+                f"ranks that share sequences must be given the same batches, and ranks {ranks} of the sequence group "
+                f"hold others than rank 0: a sampler or an iterable dataset must go by data_parallel_rank "
+                f"({self.data_parallel_rank} of {self.data_parallel_size} here), not by the rank among all"
+            )
+
+    @property
+    def is_split(self) -> bool:
+        """Do layers get parts of sequences now?"""
+        return self._length is not None and self.sequence_parallel_size > 1
+
+    @property
+    def length(self) -> int | None:
+        """Tokens of the whole sequences of this batch, where they are known."""
+        return self._length
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Where this rank's tokens stand in the whole sequence; None where nobody has split a batch."""
+        if self._length is None:
+            return None
+        return _tokens(self.placement_of(self._length), self.sequence_parallel_rank)
+
+    def positions_of(self, x: Tensor, dim: int = 1) -> Tensor:
+        """As `positions`, on the device of x, whose dimension `dim` is the sequence; always there."""
+        if not self.is_split:
+            return torch.arange(x.shape[dim], device=x.device)
+        positions = self.positions
+        assert positions is not None
+        self._check_tokens(x.shape[dim])
+        return positions.to(x.device)
+
+    # Attention
+
+    @property
+    def shard(self) -> SequenceShard | None:
+        """For `attend`: with the documents and the attention_mask of the batch; None where sequences are whole.
+
+        All ranks of the sequence group make it together, at the first use in a step.
+        """
+        return self.shard_of(*self._given) if self.is_split else None
+
+    def shard_of(self, documents: Tensor | None = None, key_padding_mask: Tensor | None = None) -> SequenceShard:
+        """With these, which are of the tokens that are here.  One shard serves all calls with the same tensors."""
+        assert self._length is not None
+        assert self.sequence_group is not None
+        here = self.placement_of(self._length).lengths[self.sequence_parallel_rank]
+        if documents is None and key_padding_mask is None:
+            if self._length not in self._plain:
+                if len(self._plain) == 64:
+                    self._plain.clear()
+                self._plain[self._length] = SequenceShard(self.sequence_group, here, self.placement)
+            return self._plain[self._length]
+        versions = tuple(-1 if x is None else x._version for x in (documents, key_padding_mask))
+        for made in self._made:
+            same = _is_same(made.documents, documents) and _is_same(made.padding, key_padding_mask)
+            if same and made.versions == versions:
+                return made.shard
+        shard = SequenceShard(self.sequence_group, here, self.placement, documents, key_padding_mask)
+        self._made.append(_Made(documents, key_padding_mask, versions, shard))  # type: ignore[arg-type]
+        return shard
+
+    def once(self, mask: Tensor, convert: Callable[[], Tensor]) -> Tensor:
+        """What became of this very mask in this batch, so that layers which convert it share a shard."""
+        for known in self._converted:
+            if _is_same(known.mask, mask) and known.version == mask._version:
+                return known.result
+        result = convert()
+        self._converted.append(_Converted(mask, mask._version, result))
+        return result
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: Pattern,
+        *,
+        documents: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        dropout: float = 0.0,
+        layer: int = 0,
+        mix: Mix = "exact",
+        kernel: str = "auto",
+        exchange: Exchange | None = None,
+    ) -> Tensor:
+        """`attend` for whole sequences and for parts: documents and padding are of the tokens that are here.
+
+        `layer` tells apart what the layers of a model drop.
+        """
+        settings: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel}
+        if dropout > 0:
+            settings["dropout_seed"] = hashed(self._step_seed + layer)
+            settings["dropout_samples"] = self.data_parallel_rank, self.data_parallel_size
+        if not self.is_split:
+            settings |= {"documents": documents, "key_padding_mask": key_padding_mask}
+            whole: Tensor = attend(q, k, v, pattern, **settings)
+            return whole
+        settings["exchange"] = self.exchange if exchange is None else exchange
+        part: Tensor = self._attend_part(q, k, v, pattern, documents, key_padding_mask, settings)
+        return part
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _attend_part(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: Pattern,
+        documents: Tensor | None,
+        key_padding_mask: Tensor | None,
+        settings: dict[str, Any],
+    ) -> Tensor:
+        self._check_tokens(q.shape[1])
+        out: Tensor = attend(q, k, v, pattern, shard=self.shard_of(documents, key_padding_mask), **settings)
+        return out
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def places_of(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Where the tokens of x (B, L, ...) stand in their documents, (L,) or (B, L), while sequences are split."""
+        self._check_tokens(x.shape[1])
+        return self.shard_of(documents).places.to(x.device)
+
+    # Losses and metrics
+
+    def token_mean(self, loss_sum: Tensor, token_count: Tensor | float) -> Tensor:
+        """The mean over the tokens of all ranks: a sum of losses here, and of how many tokens.
+
+        It is the same number on all ranks, and its gradient is right wherever gradients are averaged over all ranks, as
+        DDP, FSDP and DeepSpeed do.  0 where there is no token anywhere.
+        """
+        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        totals = summed(loss_sum, token_count, group)
+        ranks = 1 if group is None else dist.get_world_size()
+        mean: Tensor = TokenMean.apply(loss_sum, totals, self._divisor(totals[1]), ranks)  # type: ignore[no-untyped-call]
+        return mean
+
+    def gather_sequence(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Whole sequences, in their order, out of the parts that the ranks hold; differentiable.
+
+        Where every rank then computes the same loss, gradients averaged over all ranks are right.
+        """
+        if not self.is_split:
+            return x
+        assert self._length is not None
+        dim %= x.dim()
+        self._check_tokens(x.shape[dim])
+        told = self.placement_of(self._length), self.sequence_parallel_rank, self.sequence_group, dim
+        whole: Tensor = GatheredSequence.apply(x, *told)  # type: ignore[no-untyped-call]
+        return whole
+
+    def per_sample(self, metric: Any) -> Any:
+        """The same torchmetrics Metric, for what counts samples and not tokens.
+
+        Ranks that share a sequence all see its samples; it then counts them once.
+        """
+        metric.dist_sync_fn = self.gather_samples
+        return metric
+
+    def gather_samples(self, x: Tensor, group: Any = None) -> list[Tensor]:
+        """What torchmetrics wants of `dist_sync_fn`: a state of each rank that has other samples, of any lengths."""
+        if self.data_parallel_group is None:
+            if group is None and not (dist.is_available() and dist.is_initialized()):
+                return [x]
+            group = dist.group.WORLD if group is None else group
+        else:
+            group = self.data_parallel_group
+        found: list[Any] = [None] * dist.get_world_size(group)
+        shape = torch.tensor(x.shape, device=x.device)
+        shapes = [torch.empty_like(shape) for _ in found]
+        dist.all_gather(shapes, shape, group=group)
+        largest = torch.stack(shapes).amax(0).tolist() if x.dim() else []
+        padded = x.new_zeros(largest)
+        padded[tuple(slice(n) for n in x.shape)] = x
+        found = [torch.empty_like(padded) for _ in found]
+        dist.all_gather(found, padded, group=group)
+        return [each[tuple(slice(n) for n in shape.tolist())] for each, shape in zip(found, shapes, strict=True)]
+
+    # Steps
+
+    def begin_step(self, number: int) -> None:
+        """The number of a micro-batch since training began, which attention dropout follows."""
+        self._step_seed = hashed(hashed(torch.tensor(self.seed)) + number)
+
+    def open_window(self) -> None:
+        """Micro-batches that follow are weighted by their tokens until `close_window`."""
+        if self._window is None:
+            self._window = []
+
+    @property
+    def window_length(self) -> int:
+        """How many means were taken in the window."""
+        return 0 if self._window is None else len(self._window)
+
+    def close_window(self, micro_batches: int) -> float:
+        """What gradients of the window are to be multiplied with, where each loss was divided by `micro_batches`."""
+        window, self._window = self._window, None
+        if not window:
+            return 1.0
+        total = torch.stack(window).sum()
+        return float(micro_batches * window[0].clamp(min=1) / total) if total > 0 else 1.0
+
+    def _divisor(self, count: Tensor) -> Tensor:
+        if self._window is None or not torch.is_grad_enabled():
+            return count
+        self._window.append(count)
+        return self._window[0].clamp(min=1)
+
+    def placement_of(self, length: int) -> Placement:
+        """Of sequences of so many tokens: as evenly as can be."""
+        return _placement(length, self.sequence_parallel_size, self.placement)
+
+    def _check_tokens(self, tokens: int) -> None:
+        assert self._length is not None
+        here = self.placement_of(self._length).lengths[self.sequence_parallel_rank]
+        if tokens != here:
+            raise ValueError(
+                f"this rank holds {here} tokens of each sequence of {self._length}, got {tokens}: layers are given "
+                f"parts while a batch is worked on; for whole sequences, `with sequence_context(module).whole():`"
+            )
+
+
+@lru_cache(256)
+def _placement(length: int, ranks: int, kind: Kind) -> Placement:
+    cuts = [length * rank // ranks for rank in range(ranks + 1)]
+    return Placement(tuple(end - begin for begin, end in pairwise(cuts)), kind)
+
+
+@lru_cache(16)
+def _tokens(placement: Placement, rank: int) -> Tensor:
+    parts = [torch.arange(begin, end) for begin, end, _ in placement.stretches(rank)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+
+
+def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
+    """The same numbers at the same place, whatever object stands for them.  Values must not decide: ranks differ."""
+    if a is None or b is None:
+        return a is b
+    return a is b or (a.dtype == b.dtype and a.is_set_to(b))
+
+
+def hand_down(module: nn.Module, context: SequenceContext | None) -> None:
+    """Give it to all layers of the module that know what to do with it: those whose class has a `sequence_context`."""
+    layers = [each for each in module.modules() if hasattr(type(each), "sequence_context")]
+    for number, layer in enumerate(layers):
+        layer.sequence_context = context  # type: ignore[assignment]
+        layer.layer_number = number  # type: ignore[assignment]
+
+
+def sequence_context(module: nn.Module) -> SequenceContext:
+    """That of a LightningModule's strategy, or of a layer; under a stock strategy one for whole sequences."""
+    own = getattr(module, "sequence_context", None)
+    if isinstance(own, SequenceContext):
+        return own
+    strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
+    found = getattr(strategy, "sequence_context", None)
+    return found if isinstance(found, SequenceContext) else SequenceContext()

@@ -1,0 +1,22 @@
+"""DistributedDataParallel: a whole model on each rank."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_longnet.strategies.ring import RingSequenceParallelStrategy
+
+
+class DDPSequenceParallelStrategy(RingSequenceParallelStrategy, DDPStrategy):
+    """`RingSequenceParallelStrategy(sharding="ddp")`."""
+
+    def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+        timeout = timedelta(seconds=self.timeout)
+        DDPStrategy.__init__(self, process_group_backend=process_group_backend, timeout=timeout, **engine)
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._make_context()

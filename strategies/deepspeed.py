@@ -1,0 +1,72 @@
+"""DeepSpeed: ZeRO stages 1, 2 and 3, on GPUs, and on CPUs for tests and for trying things out."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
+
+from lightning_longnet.strategies.ring import RingSequenceParallelStrategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+_STAGES: dict[str, dict[str, Any]] = {
+    "deepspeed_stage_1": {"stage": 1},
+    "deepspeed_stage_2": {"stage": 2},
+    "deepspeed_stage_3": {"stage": 3},
+    "deepspeed_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+}
+
+
+class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedStrategy):
+    """`RingSequenceParallelStrategy(sharding="deepspeed_stage_1")`, "_2", "_3" and "_3_offload"."""
+
+    def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+        if find_spec("deepspeed") is None:
+            raise ModuleNotFoundError(
+                f"sharding {self.sharding!r} needs deepspeed: pip install 'lightning-longnet[deepspeed]', or take "
+                f"'fsdp2', 'hsdp' or 'ddp'"
+            )
+        if self.accumulate == "tokens":
+            raise ValueError(
+                "accumulate must be 'batches' with deepspeed, which holds the gradients itself: take 'fsdp2', 'hsdp' "
+                "or 'ddp' for 'tokens'"
+            )
+        told: dict[str, Any] = {
+            "process_group_backend": process_group_backend,
+            "timeout": timedelta(seconds=self.timeout),
+        }
+        DeepSpeedStrategy.__init__(self, **told, **_STAGES[self.sharding], **engine)
+
+    @property
+    def root_device(self) -> torch.device:
+        device = super().root_device
+        return torch.device("cpu", 0) if device.type == "cpu" else device  # deepspeed wants an index
+
+    def setup_environment(self) -> None:
+        if self.root_device.type == "cuda":
+            super().setup_environment()
+        else:
+            ParallelStrategy.setup_environment(self)  # Lightning's own refuses all but CUDA
+            self._connect_on_cpu()
+        self._make_context()
+
+    def _connect_on_cpu(self) -> None:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # which deepspeed reads when it is first used
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no building of C++ at run time
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        # Lightning has divided by the micro-batches already
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)

@@ -1,0 +1,273 @@
+"""`RingSequenceParallelStrategy`: what sequence parallelism adds to an engine, whichever it is."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _distributed_is_initialized, _sync_ddp_if_available
+from lightning.pytorch.strategies import ParallelStrategy
+
+from lightning_longnet.attention.placement import Kind  # noqa: TC001  for the command line's reading of types
+from lightning_longnet.attention.schedule import Exchange  # noqa: TC001
+from lightning_longnet.sequence.batches import checked_dims
+from lightning_longnet.sequence.context import SequenceContext, hand_down
+from lightning_longnet.sequence.mesh import check_sizes, sequence_mesh
+from lightning_longnet.strategies.resume import skip_finished_batches
+from lightning_longnet.strategies.seeds import dropout_seed
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.accelerators import Accelerator
+    from lightning.pytorch.plugins import Precision
+    from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from lightning_longnet.attention.shard import SequenceShard
+
+Sharding = Literal[
+    "fsdp2",
+    "fsdp2_offload",
+    "hsdp",
+    "ddp",
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_3",
+    "deepspeed_stage_3_offload",
+]
+Accumulate = Literal["batches", "tokens"]
+
+
+class RingSequenceParallelStrategy(ParallelStrategy):
+    """Each rank holds a part of each sequence; attention over all of it is exact, whichever engine shards the model.
+
+    Making one gives the class of the engine, which is a subclass of this and of Lightning's strategy for it.
+
+    Args:
+        sequence_parallel_size: how many ranks share a sequence (elsewhere called context parallelism); all of them by
+            default.  The others form `ranks / sequence_parallel_size` groups that work on different batches.
+        sharding: the engine.  "fsdp2" shards parameters over all ranks, "hsdp" over those that share a sequence, "ddp"
+            not at all; "fsdp2_offload" and "deepspeed_stage_3_offload" keep them in the host's memory.
+        exchange: how keys reach the queries of other ranks: "auto", "gather", "ring", "swap" or "local".  A layer's own
+            wins.
+        placement: "contiguous", or "zigzag", which balances dense causal attention.
+        accumulate: "batches": micro-batches that are accumulated count alike, as Lightning has it; "tokens": they count
+            by their tokens, so that the gradient is that of one large batch.
+        timeout: seconds after which a rank that waits for another gives up.
+        engine: what the engine's own strategy takes besides.
+        accelerator: as for any strategy, like all that follow; the Trainer sets them.
+        parallel_devices: the devices of this node.
+        cluster_environment: who tells the ranks.
+        checkpoint_io: how files are written.
+        precision_plugin: of the computation.
+        process_group_backend: "gloo" on CPUs and "nccl" on GPUs by default.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> RingSequenceParallelStrategy:
+        if cls is RingSequenceParallelStrategy:
+            sharding = kwargs.get("sharding", args[1] if len(args) > 1 else "fsdp2")
+            cls = _engine(sharding)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        sequence_parallel_size: int | None = None,
+        sharding: Sharding = "fsdp2",
+        exchange: Exchange = "auto",
+        placement: Kind = "contiguous",
+        accumulate: Accumulate = "batches",
+        timeout: float = 1800.0,
+        engine: dict[str, Any] | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+    ) -> None:
+        if accumulate not in get_args(Accumulate):
+            allowed = ", ".join(map(repr, get_args(Accumulate)))
+            raise ValueError(f"accumulate must be one of {allowed}, got {accumulate!r}")
+        if not isinstance(timeout, (int, float)) or timeout <= 0:
+            raise ValueError(f"timeout must be a number of seconds, got {timeout!r}")
+        SequenceContext(placement=placement, exchange=exchange)  # refuses what they must not be
+        self.sharding, self.accumulate, self.timeout = sharding, accumulate, float(timeout)
+        self._sequence_parallel_size = sequence_parallel_size
+        self._placement, self._exchange = placement, exchange
+        self.sequence_context = SequenceContext()
+        self._compared: set[tuple[str, int, int]] = set()
+        self._start_engine(dict(engine or {}), process_group_backend)
+        self._accelerator, self.parallel_devices = accelerator, parallel_devices
+        self.cluster_environment, self._checkpoint_io = cluster_environment, checkpoint_io
+        self.precision_plugin = precision_plugin
+
+    def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+        """Call the initialiser of the engine's strategy."""
+        raise NotImplementedError
+
+    # Ranks and groups
+
+    def _ranks(self) -> int:
+        """How many there will be, before there are any."""
+        nodes: int = self.num_nodes  # type: ignore[attr-defined]  # which the engines have
+        return nodes * len(self.parallel_devices or ())
+
+    def _configure_launcher(self) -> None:
+        # the first to be called with the number of ranks known: before processes are started, and before data
+        check_sizes(self._ranks(), self._sequence_parallel_size)
+        super()._configure_launcher()
+
+    @property
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    def _make_context(self) -> None:
+        """Once the ranks are connected, and once for all runs of a Trainer."""
+        if self.sequence_context.mesh is not None:
+            return
+        mesh = sequence_mesh(self._sequence_parallel_size, self.root_device.type, self.timeout)
+        self.sequence_context = SequenceContext(
+            mesh, placement=self._placement, exchange=self._exchange, seed=self.broadcast(dropout_seed())
+        )
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        context = self.sequence_context
+        return {"num_replicas": context.data_parallel_size, "rank": context.data_parallel_rank}
+
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    def barrier(self, name: str | None = None) -> None:
+        if not _distributed_is_initialized():
+            return
+        is_nccl = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[self.root_device.index] if is_nccl else None)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not _distributed_is_initialized() or dist.get_backend() == "fake":  # which would hang, or give nothing
+            return obj
+        held = [obj]
+        dist.broadcast_object_list(held, src, group=dist.group.WORLD)
+        return held[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if torch.is_tensor(tensor) else tensor
+
+    # What `sequence_context(module)` offers
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        return self.sequence_context.mesh
+
+    @property
+    def sequence_group(self) -> dist.ProcessGroup | None:
+        return self.sequence_context.sequence_group
+
+    @property
+    def shard(self) -> SequenceShard | None:
+        return self.sequence_context.shard
+
+    @property
+    def positions(self) -> Tensor | None:
+        return self.sequence_context.positions
+
+    def token_mean(self, loss_sum: Tensor, token_count: Tensor | float) -> Tensor:
+        return self.sequence_context.token_mean(loss_sum, token_count)
+
+    def gather_sequence(self, x: Tensor, dim: int = 1) -> Tensor:
+        return self.sequence_context.gather_sequence(x, dim)
+
+    # A run
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        if self.accumulate == "tokens" and not self.lightning_module.automatic_optimization:
+            raise ValueError("accumulate must be 'batches' with manual optimisation, which weights its losses itself")
+        self._compared.clear()
+        hand_down(self.lightning_module, self.sequence_context)
+        super().setup(trainer)
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        module = self.lightning_module
+        if module is not None:
+            self._compare(module, batch, dataloader_idx)
+            batch = self.sequence_context.split(batch, checked_dims(getattr(module, "sequence_dims", {})))
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int) -> None:
+        """The first batch of each loader in each epoch: those who share sequences must have the same."""
+        trainer = module.trainer
+        when = str(trainer.state.stage), trainer.current_epoch, dataloader_idx
+        if when not in self._compared:
+            self._compared.add(when)
+            self.sequence_context.check_same(batch)
+
+    def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        skip_finished_batches(self.lightning_module.trainer)
+        super().on_train_start()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        context, loop = self.sequence_context, self.lightning_module.trainer.fit_loop.epoch_loop
+        context.begin_step(loop.total_batch_idx)
+        if self.accumulate == "batches":
+            return super().training_step(*args, **kwargs)
+        context.open_window()
+        before = context.window_length
+        output = super().training_step(*args, **kwargs)
+        if (means := context.window_length - before) != 1:
+            raise ValueError(f"accumulate='tokens' needs one token_mean in each training_step, got {means}")
+        return output
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if self.accumulate == "tokens" and not trainer.fit_loop._should_accumulate():
+            factor = self.sequence_context.close_window(trainer.accumulate_grad_batches)
+            for parameter in self.lightning_module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+    def on_train_end(self) -> None:
+        self.sequence_context.begin(None)
+        super().on_train_end()
+
+    def on_validation_end(self) -> None:
+        self.sequence_context.begin(None)
+        super().on_validation_end()
+
+    def on_test_end(self) -> None:
+        self.sequence_context.begin(None)
+        super().on_test_end()
+
+    def on_predict_end(self) -> None:
+        self.sequence_context.begin(None)
+        super().on_predict_end()
+
+    def teardown(self) -> None:
+        self.sequence_context.begin(None)
+        if self.lightning_module is not None:
+            hand_down(self.lightning_module, None)
+        super().teardown()
+
+
+def _engine(sharding: str) -> type[RingSequenceParallelStrategy]:
+    if sharding not in get_args(Sharding):
+        allowed = ", ".join(map(repr, get_args(Sharding)))
+        raise ValueError(f"sharding must be one of {allowed}, got {sharding!r}")
+    room, name = {
+        "ddp": ("ddp", "DDPSequenceParallelStrategy"),
+        "hsdp": ("fsdp2", "FSDP2SequenceParallelStrategy"),
+        "fsdp2": ("fsdp2", "FSDP2SequenceParallelStrategy"),
+        "fsdp2_offload": ("fsdp2", "FSDP2SequenceParallelStrategy"),
+    }.get(sharding, ("deepspeed", "DeepSpeedSequenceParallelStrategy"))
+    found: type[RingSequenceParallelStrategy] = getattr(import_module(f"lightning_longnet.strategies.{room}"), name)
+    return found
