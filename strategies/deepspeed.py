@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 
 from lightning_longnet.strategies.ring import RingSequenceParallelStrategy
+from lightning_longnet.strategies.universal import convert, saved_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +46,9 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
             "timeout": timedelta(seconds=self.timeout),
         }
         DeepSpeedStrategy.__init__(self, **told, **_STAGES[self.sharding], **engine)
+        assert isinstance(self.config, dict)
+        # any optimiser may be offloaded; deepspeed.ops.adam.DeepSpeedCPUAdam, which it wants, is compiled at run time
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
 
     @property
     def root_device(self) -> torch.device:
@@ -70,3 +75,18 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning has divided by the micro-batches already
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """As saved by any number of ranks, which is converted where it is another than now."""
+        path = Path(self.broadcast(checkpoint_path))
+        if saved_ranks(path) in (0, self.world_size):
+            return super().load_checkpoint(path, weights_only)
+        fault = self.broadcast(convert(path) if self.is_global_zero else "")
+        if fault:
+            raise RuntimeError(f"the checkpoint {path} cannot be made to fit {self.world_size} ranks: {fault}")
+        config = self.deepspeed_engine._config
+        config.load_universal_checkpoint = True
+        try:
+            return super().load_checkpoint(path, weights_only)
+        finally:
+            config.load_universal_checkpoint = False

@@ -1,17 +1,16 @@
-"""Worker processes that a Trainer runs in: started once, connected anew for each case."""
+"""Worker processes that a Trainer runs in: started once, and connected anew for each case or once for all."""
 
-import importlib
 import multiprocessing
 import os
 import socket
-import sys
 import traceback
 
 PATIENCE = 180  # seconds for one case
 
 
-def _work(rank, pipe):
+def _work(rank, stays, pipe):
     import torch
+    import torch.distributed as dist
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN, as in the session itself
@@ -28,19 +27,9 @@ def _work(rank, pipe):
             pipe.send((True, function(rank, world, *arguments)))
         except Exception as error:  # noqa: BLE001  handed to the test, which raises or expects it
             pipe.send((False, (type(error), str(error), traceback.format_exc())))
-        _disconnect()
-
-
-def _disconnect():
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if "deepspeed" in sys.modules:  # it holds groups in globals
-        sys.modules["deepspeed.comm.comm"].cdb = None
-        importlib.reload(sys.modules["deepspeed.utils.groups"])
-    for name in ("PL_GLOBAL_SEED", "RANK"):
-        os.environ.pop(name, None)
+        os.environ.pop("PL_GLOBAL_SEED", None)
+        if dist.is_initialized() and not stays:
+            dist.destroy_process_group()
 
 
 def free_port():
@@ -50,22 +39,27 @@ def free_port():
 
 
 class Trainers:
-    """`run` calls a function of (rank, world, *arguments) in as many processes as the world has."""
+    """`run` calls a function of (rank, world, *arguments) in as many processes as the world has.
 
-    def __init__(self, ranks):
+    With `stays_connected` a world is always of all processes, and lasts: DeepSpeed keeps groups in globals.
+    """
+
+    def __init__(self, ranks, stays_connected=False):
+        self.stays_connected, self.port = stays_connected, free_port()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "lightning_longnet", "lightning.pytorch"])
         self.pipes, self.processes = [], []
         for rank in range(ranks):
             here, there = context.Pipe()
-            process = context.Process(target=_work, args=(rank, there), daemon=True)
+            process = context.Process(target=_work, args=(rank, stays_connected, there), daemon=True)
             process.start()
             self.pipes.append(here)
             self.processes.append(process)
 
     def outcomes(self, world, function, *arguments):
         """(did it return, what it returned or (type, message, traceback)) of each rank."""
-        port = free_port()
+        assert not self.stays_connected or world == len(self.pipes)
+        port = self.port if self.stays_connected else free_port()
         for pipe in self.pipes[:world]:
             pipe.send((function, world, port, arguments))
         found = []

@@ -1,3 +1,6 @@
+from contextlib import ExitStack, closing
+from functools import cache
+
 import pytest
 
 
@@ -5,6 +8,14 @@ import pytest
 def trainers():
     from trainers import Trainers
 
-    found = Trainers(4)
-    yield found
-    found.close()
+    with closing(Trainers(4)) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def deepspeed_trainers():
+    """Of a number of processes."""
+    from trainers import Trainers
+
+    with ExitStack() as stack:
+        yield cache(lambda ranks: stack.enter_context(closing(Trainers(ranks, stays_connected=True))))

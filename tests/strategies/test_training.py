@@ -44,13 +44,14 @@ def test_float64_equals_one_process(trainers, sharding, mesh):
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_float32_of_deepspeed_equals_one_process(trainers, stage, mesh):
+def test_float32_of_deepspeed_equals_one_process(deepspeed_trainers, stage, mesh):
     world, size = MESHES[mesh]
-    for found in trainers.run(world, fit, FLOAT32, f"deepspeed_stage_{stage}", size):
+    for found in deepspeed_trainers(world).run(world, fit, FLOAT32, f"deepspeed_stage_{stage}", size):
         compare(found, expected("float32"), 1e-5)
 
 
 @pytest.mark.parametrize("sharding", ["fsdp2_offload", "deepspeed_stage_3_offload"])
-def test_offloading_changes_nothing(trainers, sharding):
-    for found in trainers.run(2, fit, FLOAT32, sharding, 2):
+def test_offloading_changes_nothing(trainers, deepspeed_trainers, sharding):
+    workers = trainers if sharding == "fsdp2_offload" else deepspeed_trainers(2)
+    for found in workers.run(2, fit, FLOAT32, sharding, 2):
         compare(found, expected("float32"), 1e-5)

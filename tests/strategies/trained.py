@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -103,9 +104,13 @@ def reference(setting):
     hand_down(model, context)
     optimizer, rows = setting["optimizer"](model.parameters()), setting["samples"]
     size, accumulate, losses = setting["global_batch"], setting["accumulate"], []
-    order = list(DistributedSampler(rows, num_replicas=1, rank=0, seed=setting["seed"]))  # Lightning shuffles so
+    order = []
+    for epoch in range(setting.get("epochs", 1)):
+        sampler = DistributedSampler(rows, num_replicas=1, rank=0, seed=setting["seed"])  # Lightning shuffles so
+        sampler.set_epoch(epoch)
+        order += list(sampler)[: size * setting["micro_batches"]]
     model.train()
-    for step in range(setting["micro_batches"]):
+    for step in range(len(order) // size):
         context.begin_step(step)
         batch = collated([rows[i] for i in order[step * size : (step + 1) * size]])
         loss_sum, count = sums(model(batch), batch["labels"])
@@ -150,7 +155,7 @@ def trainer_of(strategy, world, **settings):
     return L.Trainer(strategy=strategy, **{**told, **settings})
 
 
-def fit(rank, world, setting, sharding, sequence_parallel_size, **told):
+def fit(rank, world, setting, sharding, sequence_parallel_size, resume_from=None, callbacks=(), **told):
     """(losses, final parameters) of a run under our strategy; ranks begin with parameters of their own."""
     from lightning_longnet.strategies import RingSequenceParallelStrategy
 
@@ -162,24 +167,32 @@ def fit(rank, world, setting, sharding, sequence_parallel_size, **told):
         loader = DataLoader(
             setting["samples"], batch_size=setting["global_batch"] // data_parallel_size, collate_fn=collated
         )
+        kept = KeepParameters()
         trainer = trainer_of(
             strategy,
             world,
             accumulate_grad_batches=setting["accumulate"],
             gradient_clip_val=setting["clip"],
             limit_train_batches=setting["micro_batches"],
+            max_epochs=setting.get("epochs", 1),
+            enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
+            callbacks=[kept, *callbacks],
         )
-        kept = {}
-        trainer.callbacks.append(KeepParameters(kept))
-        trainer.fit(module, loader)
-    return module.losses, kept
+        trainer.fit(module, loader, ckpt_path=resume_from)
+    return module.losses, kept.parameters
+
+
+def fit_and_save(rank, world, setting, sharding, sequence_parallel_size, folder):
+    """As `fit`; each step of the optimiser leaves `folder`/step=n.ckpt."""
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    return fit(rank, world, setting, sharding, sequence_parallel_size, callbacks=[saving])
 
 
 class KeepParameters(L.Callback):
     """The whole parameters at the end, whatever shards them."""
 
-    def __init__(self, kept):
-        self.kept = kept
+    def __init__(self):
+        self.parameters = {}
 
     def on_train_end(self, trainer, module):
         from torch.distributed.tensor import DTensor
@@ -189,6 +202,6 @@ class KeepParameters(L.Callback):
                 import deepspeed
 
                 with deepspeed.zero.GatheredParameters([x]):
-                    self.kept[name] = x.detach().clone()
+                    self.parameters[name] = x.detach().clone()
             else:
-                self.kept[name] = (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+                self.parameters[name] = (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
