@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_longnet import DilatedSelfAttention, Pattern, SequenceContext, hand_down, sequence_context
 
 VOCABULARY, WIDTH, LENGTH = 23, 16, 37
+SMALL_BUCKETS = {"reduce_bucket_size": 2**14, "allgather_bucket_size": 2**14}  # else gigabytes, filled with NaN
 PATTERN = Pattern.dilated((8, 16, 64), (1, 2, 3), is_causal=True)
 
 
@@ -161,6 +162,8 @@ def fit(rank, world, setting, sharding, sequence_parallel_size, resume_from=None
 
     os.environ["PL_GLOBAL_SEED"] = str(setting["seed"])
     with quiet():
+        if sharding.startswith("deepspeed"):
+            told = {"engine": SMALL_BUCKETS, **told}
         strategy = RingSequenceParallelStrategy(sequence_parallel_size, sharding, **told)
         module = Module(started(setting, seed=11 + rank), setting["optimizer"])
         data_parallel_size = world // sequence_parallel_size
