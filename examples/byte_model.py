@@ -1,7 +1,10 @@
-"""A small byte-level language model of our layers, trained on Python's own standard library.  One process, on CPU.
+"""A small byte-level language model of our layers, trained on Python's own standard library, on CPU.
+
+Two processes share each sequence: `configs/quickstart.yaml` says `strategy: ring_sequence_parallel`.  The model below
+knows nothing of that but for its loss, which is a mean over the tokens of all processes.
 
     python examples/byte_model.py fit --config configs/quickstart.yaml
-    python examples/byte_model.py fit --config configs/quickstart.yaml --trainer.max_steps 300 --model.layers 2
+    python examples/byte_model.py fit --config configs/quickstart.yaml --config configs/strategies/ddp.yaml --trainer.max_steps 30
 
 Everything stands in this file, to be read and changed: the data, the model, and the LightningModule that trains it.
 """
@@ -20,10 +23,10 @@ from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_longnet import DilatedSelfAttention, FeedForward, Pattern, magneto_gain
+from lightning_longnet import DilatedSelfAttention, FeedForward, Pattern, magneto_gain, sequence_context
 
 
-class Windows(Dataset[tuple[Tensor, Tensor]]):
+class Windows(Dataset[dict[str, Tensor]]):
     """Pieces of a byte stream: `tokens` bytes, and for each the byte that follows it."""
 
     def __init__(self, stream: Tensor, tokens: int) -> None:
@@ -34,9 +37,9 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return (len(self.stream) - 1) // self.tokens
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
         piece = self.stream[i * self.tokens : (i + 1) * self.tokens + 1].long()
-        return piece[:-1], piece[1:]
+        return {"input_ids": piece[:-1], "labels": piece[1:]}
 
 
 class SourceCode(L.LightningDataModule):
@@ -121,17 +124,18 @@ class ByteModel(L.LightningModule):
         logits: Tensor = self.head(self.blocks(self.embed(tokens)))
         return logits
 
-    def bits_per_byte(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        tokens, targets = batch
-        bits: Tensor = F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten()) / math.log(2)
-        return bits
+    def bits_per_byte(self, batch: dict[str, Tensor]) -> Tensor:
+        """Over the tokens of all processes: each has a part of the sequence."""
+        labels = batch["labels"]
+        nats = F.cross_entropy(self(batch["input_ids"]).flatten(0, 1), labels.flatten(), reduction="sum")
+        return sequence_context(self).token_mean(nats, labels.numel()) / math.log(2)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         bits = self.bits_per_byte(batch)
         self.log("train/bits_per_byte", bits, prog_bar=True)
         return bits
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+    def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         self.log("val/bits_per_byte", self.bits_per_byte(batch), prog_bar=True)
 
     def configure_optimizers(self) -> Any:
@@ -141,6 +145,8 @@ class ByteModel(L.LightningModule):
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_fit_end(self) -> None:
+        if not self.trainer.is_global_zero:
+            return
         if "val/bits_per_byte" not in self.trainer.callback_metrics:
             print("\nNo validation ran: val_check_interval is larger than max_steps.")
             return

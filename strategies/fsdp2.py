@@ -12,7 +12,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from lightning_longnet.strategies.ring import RingSequenceParallelStrategy
 
@@ -88,13 +87,10 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost entries of lists of modules that have parameters."""
+    """The outermost entries of lists of modules that are made of modules and have parameters."""
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
-            yield from (entry for entry in child if any(True for _ in entry.parameters()))
+            composed = (entry for entry in child if any(True for _ in entry.children()))
+            yield from (entry for entry in composed if any(True for _ in entry.parameters()))
         else:
             yield from _blocks(child)
-
-
-def is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())

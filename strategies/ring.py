@@ -41,7 +41,16 @@ Sharding = Literal[
 Accumulate = Literal["batches", "tokens"]
 
 
-class RingSequenceParallelStrategy(ParallelStrategy):
+class _ByEngine:
+    """Stands apart, as a `__new__` of the class itself would hide the arguments of `__init__` from the command line."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is RingSequenceParallelStrategy:
+            cls = _engine(kwargs.get("sharding", args[1] if len(args) > 1 else "fsdp2"))
+        return super().__new__(cls)
+
+
+class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
     """Each rank holds a part of each sequence; attention over all of it is exact, whichever engine shards the model.
 
     Making one gives the class of the engine, which is a subclass of this and of Lightning's strategy for it.
@@ -65,12 +74,6 @@ class RingSequenceParallelStrategy(ParallelStrategy):
         precision_plugin: of the computation.
         process_group_backend: "gloo" on CPUs and "nccl" on GPUs by default.
     """
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> RingSequenceParallelStrategy:
-        if cls is RingSequenceParallelStrategy:
-            sharding = kwargs.get("sharding", args[1] if len(args) > 1 else "fsdp2")
-            cls = _engine(sharding)
-        return super().__new__(cls)
 
     def __init__(
         self,
