@@ -4,7 +4,7 @@ Two processes share each sequence: `configs/quickstart.yaml` says `strategy: rin
 knows nothing of that but for its loss, which is a mean over the tokens of all processes.
 
     python examples/byte_model.py fit --config configs/quickstart.yaml
-    python examples/byte_model.py fit --config configs/quickstart.yaml --config configs/strategies/ddp.yaml --trainer.max_steps 30
+    python examples/byte_model.py fit --config configs/quickstart.yaml --trainer.max_steps 30 --model.layers 2
 
 Everything stands in this file, to be read and changed: the data, the model, and the LightningModule that trains it.
 """

@@ -12,13 +12,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_longnet.strategies.ring import RingSequenceParallelStrategy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Trainer
     from torch.distributed.device_mesh import DeviceMesh
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -49,12 +50,13 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         module = self.lightning_module
         assert module is not None
         if not any(isinstance(each, FSDPModule) for each in module.modules()):
-            self._shard(module)
+            for each in (module, *_averages(trainer)):
+                self._shard(each)
         if not is_overridden("configure_model", module):
             setattr(module, "configure_model", MethodType(lambda _: None, module))  # noqa: B010  Lightning wants one
         super().setup(trainer)
 
-    def _shard(self, module: LightningModule) -> None:
+    def _shard(self, module: nn.Module) -> None:
         for tensor in (*module.parameters(), *module.buffers()):
             if not tensor.is_meta:
                 dist.broadcast(tensor.data, src=0)  # each rank may have drawn its own
@@ -84,6 +86,16 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
             yield
         finally:
             model.set_requires_gradient_sync(True)
+
+
+def _averages(trainer: Trainer) -> Iterator[nn.Module]:
+    """The copies of the model in which Lightning's callbacks average weights, made before anything is sharded."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, AveragedModel):
+            yield average.module
+        elif isinstance(average, nn.Module):
+            yield average
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

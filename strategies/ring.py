@@ -95,7 +95,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
             allowed = ", ".join(map(repr, get_args(Accumulate)))
             raise ValueError(f"accumulate must be one of {allowed}, got {accumulate!r}")
         if not isinstance(timeout, (int, float)) or timeout <= 0:
-            raise ValueError(f"timeout must be a number of seconds, got {timeout!r}")
+            raise ValueError(f"timeout must be a number of seconds, more than 0, got {timeout!r}")
         SequenceContext(placement=placement, exchange=exchange)  # refuses what they must not be
         self.sharding, self.accumulate, self.timeout = sharding, accumulate, float(timeout)
         self._sequence_parallel_size = sequence_parallel_size

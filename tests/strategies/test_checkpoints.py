@@ -1,7 +1,6 @@
 """A checkpoint of one mesh is resumed on another, and the losses go on as if nothing had been."""
 
 import pytest
-import torch
 from test_training import FLOAT32, FLOAT64, compare
 from trained import adamw, fit, fit_and_save, reference, samples
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_longnet import DilatedSelfAttention, Pattern, SequenceContext, hand_down, sequence_context
@@ -198,13 +199,13 @@ class KeepParameters(L.Callback):
         self.parameters = {}
 
     def on_train_end(self, trainer, module):
-        from torch.distributed.tensor import DTensor
+        self.parameters.update({name: whole(x) for name, x in module.model.named_parameters()})
 
-        for name, x in module.model.named_parameters():
-            if hasattr(x, "ds_id"):
-                import deepspeed
 
-                with deepspeed.zero.GatheredParameters([x]):
-                    self.parameters[name] = x.detach().clone()
-            else:
-                self.parameters[name] = (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+def whole(parameter):
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()

@@ -1,0 +1,402 @@
+"""What a Trainer is used with: each gives what one process gives, or a run over one rank does."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from test_training import COMBINED, DOCUMENTS, FLOAT32, FLOAT64, MESHES, compare
+from torch import nn
+from torch.nn.utils import clip_grad_value_
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, DistributedSampler
+from trained import (
+    PATTERN,
+    VOCABULARY,
+    WIDTH,
+    KeepParameters,
+    Module,
+    adamw,
+    collated,
+    fit,
+    quiet,
+    reference,
+    samples,
+    sgd,
+    started,
+    sums,
+    trainer_of,
+    whole,
+)
+
+from lightning_longnet import (
+    MultiheadDilatedAttention,
+    Pattern,
+    SequenceContext,
+    hand_down,
+    keep_attention,
+    sequence_context,
+)
+from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+PLAIN = {**FLOAT64, "dropout": 0.0, "accumulate": 1, "clip": None}
+
+
+def run(rank, world, make, sharding="ddp", size=None, rows=None, strategy=None, **settings):
+    """(what `report` of the module says, final parameters) after a fit of the module that `make` makes."""
+    with quiet():
+        torch.manual_seed(11)
+        module = make()
+        kept = KeepParameters()
+        callbacks = [kept, *settings.pop("callbacks", [])]
+        told = strategy or RingSequenceParallelStrategy(size or world, sharding)
+        trainer = trainer_of(told, world, callbacks=callbacks, **{"limit_train_batches": 4, **settings})
+        loader = DataLoader(rows or PLAIN["samples"], batch_size=4, collate_fn=collated)
+        trainer.fit(module, loader)
+    return module.losses, kept.parameters
+
+
+def double():
+    return Module(started(PLAIN), adamw)
+
+
+# Documents, exchanges and placements
+
+
+@pytest.mark.parametrize("exchange", ["auto", "gather", "ring", "swap"])
+@pytest.mark.parametrize("placement", ["contiguous", "zigzag"])
+def test_documents_by_any_exchange_and_placement(trainers, exchange, placement):
+    wanted = reference(DOCUMENTS)
+    for found in trainers.run(2, fit_placed, DOCUMENTS, exchange, placement):
+        compare(found, wanted, 1e-9)
+
+
+def fit_placed(rank, world, setting, exchange, placement):
+    return fit(rank, world, setting, "ddp", world, exchange=exchange, placement=placement)
+
+
+def fit_with_own_exchange(rank, world):
+    """The exchanges that the layers' calls asked for, where one layer has its own."""
+    from lightning_longnet.attention import sharded
+
+    asked, call = [], sharded.attend
+    sharded.attend = lambda q, k, v, settings: asked.append(settings.exchange) or call(q, k, v, settings)
+    try:
+        model = started(PLAIN)
+        model.blocks[1].attention.exchange = "ring"
+        strategy = RingSequenceParallelStrategy(sharding="ddp", exchange="gather")
+        run(rank, world, lambda: Module(model, adamw), strategy=strategy, limit_train_batches=1)
+    finally:
+        sharded.attend = call
+    return asked
+
+
+def test_a_layers_own_exchange_wins(trainers):
+    assert trainers.run(2, fit_with_own_exchange) == [["gather", "ring"]] * 2
+
+
+# Gradients
+
+
+def reference_of_windows(setting, clip_value=None, by_tokens=True):
+    """Micro-batches that count by their tokens are one large batch."""
+    model = started(setting)
+    hand_down(model, context := SequenceContext(seed=setting["seed"]))
+    optimizer, rows = setting["optimizer"](model.parameters()), setting["samples"]
+    order = list(DistributedSampler(rows, num_replicas=1, rank=0, seed=setting["seed"]))
+    for first in range(0, setting["micro_batches"], setting["accumulate"]):
+        parts = []
+        for step in range(first, first + setting["accumulate"]):
+            context.begin_step(step)
+            batch = collated([rows[i] for i in order[step * 4 : step * 4 + 4]])
+            parts.append(sums(model(batch), batch["labels"]))
+        losses, counts = zip(*parts, strict=True)
+        if by_tokens:
+            (sum(losses) / sum(counts)).backward()
+        else:
+            (sum(x / n for x, n in parts) / len(parts)).backward()
+        if clip_value:
+            clip_grad_value_(model.parameters(), clip_value)
+        if setting["clip"]:
+            nn.utils.clip_grad_norm_(model.parameters(), setting["clip"])
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(("sharding", "mesh"), [("ddp", "1x2"), ("fsdp2", "2x2"), ("hsdp", "2x2")])
+def test_micro_batches_may_count_by_their_tokens(trainers, sharding, mesh):
+    world, size = MESHES[mesh]
+    wanted = reference_of_windows(FLOAT64)
+    unlike = reference_of_windows(FLOAT64, by_tokens=False)
+    for _, found in trainers.run(world, fit_by_tokens, FLOAT64, sharding, size):
+        for name, x in found.items():
+            torch.testing.assert_close(x, wanted[name].detach(), rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(found["head.weight"], unlike["head.weight"], rtol=1e-6)
+
+
+def fit_by_tokens(rank, world, setting, sharding, size):
+    return fit(rank, world, setting, sharding, size, accumulate="tokens")
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_gradients_are_clipped_by_value(trainers, sharding):
+    wanted = reference_of_windows({**PLAIN, "optimizer": sgd, "seed": 0}, clip_value=1e-3)
+    settings = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+    for _, found in trainers.run(2, run_clipped, sharding, settings):
+        for name, x in found.items():
+            torch.testing.assert_close(x, wanted[name].detach(), rtol=1e-9, atol=1e-9)
+
+
+def run_clipped(rank, world, sharding, settings):
+    return run(rank, world, lambda: Module(started(PLAIN), sgd), sharding, **settings)
+
+
+# Precision
+
+
+def run_precision(rank, world, sharding, precision):
+    return run(rank, world, lambda: Module(started(FLOAT32), adamw), sharding, precision=precision)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "deepspeed_stage_2"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+def test_half_precision_follows_the_full_one(trainers, deepspeed_trainers, sharding, precision):
+    workers = deepspeed_trainers(2) if sharding.startswith("deepspeed") else trainers
+    (wanted, _) = trainers.run(1, run_precision, "ddp", "32-true")[0]
+    for losses, parameters in workers.run(2, run_precision, sharding, precision):
+        is_full = precision == "32-true"
+        tolerance = 1e-5 if is_full else 3e-2
+        assert losses == pytest.approx(wanted, rel=tolerance)
+        assert is_full or losses != wanted
+        if not sharding.startswith("deepspeed"):  # which keeps the optimiser's copy to itself
+            half = precision == "bf16-true"
+            assert {x.dtype for x in parameters.values()} == {torch.bfloat16 if half else torch.float32}
+
+
+# Memory and compilation
+
+
+class Checkpointed(Module):
+    context_fn = None
+
+    def __init__(self, *told):
+        super().__init__(*told)
+        told = {} if self.context_fn is None else {"context_fn": self.context_fn}
+        for block in self.model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **told)
+
+
+class KeptAttention(Checkpointed):
+    context_fn = staticmethod(keep_attention)
+
+
+def fit_checkpointed(rank, world, kind, sharding):
+    import trained
+
+    kept, trained.Module = trained.Module, kind
+    try:
+        return fit(rank, world, DOCUMENTS, sharding, world)
+    finally:
+        trained.Module = kept
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", [Checkpointed, KeptAttention])
+def test_activations_may_be_computed_again(trainers, kind, sharding):
+    wanted = reference(DOCUMENTS)
+    for found in trainers.run(2, fit_checkpointed, kind, sharding):
+        compare(found, wanted, 1e-9)
+
+
+class Compiled(Module):
+    def __init__(self, *told):
+        super().__init__(*told)
+        for i, block in enumerate(self.model.blocks):
+            self.model.blocks[i] = torch.compile(block, backend="aot_eager")
+
+
+def fit_compiled(rank, world, sharding):
+    import warnings
+
+    warnings.simplefilter("ignore")
+    torch._dynamo.reset()
+    losses, parameters = run(rank, world, lambda: Compiled(started(PLAIN), adamw), sharding)
+    return losses, {name.replace("_orig_mod.", ""): x for name, x in parameters.items()}
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_blocks_may_be_compiled(trainers, sharding):
+    wanted = reference({**PLAIN, "seed": 0})
+    for found in trainers.run(2, fit_compiled, sharding):
+        compare(found, wanted, 1e-9)
+
+
+# Callbacks and ways of training
+
+
+def run_averaged(rank, world, kind, sharding="ddp"):
+    from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+
+    if kind == "ema":
+        callback = EMAWeightAveraging(decay=0.5)
+    else:
+        callback = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    losses, _ = run(rank, world, double, sharding, callbacks=[callback], max_epochs=3)
+    average = callback._average_model
+    module = average.module if kind == "ema" else average
+    return losses, {name: whole(x) for name, x in module.model.named_parameters()}
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "hsdp"])
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_weights_are_averaged(trainers, kind, sharding):
+    wanted = trainers.run(1, run_averaged, kind)[0]
+    assert not all(torch.equal(x, y) for x, y in zip(wanted[1].values(), started(PLAIN).parameters(), strict=True))
+    for found in trainers.run(2, run_averaged, kind, sharding):
+        compare(found, wanted, 1e-9)
+
+
+class Alternating(Module):
+    """Two optimisers, stepped by hand, each for a part of the model."""
+
+    def __init__(self, *told):
+        super().__init__(*told)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        head = list(self.model.head.parameters())
+        rest = [x for name, x in self.model.named_parameters() if not name.startswith("head")]
+        return sgd(rest), sgd(head)
+
+
+def run_by_hand(rank, world, sharding):
+    return run(rank, world, lambda: Alternating(started(PLAIN), None), sharding)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_two_optimisers_by_hand(trainers, sharding):
+    wanted = reference({**PLAIN, "optimizer": sgd, "seed": 0})
+    for found in trainers.run(2, run_by_hand, sharding):
+        compare(found, wanted, 1e-9)
+
+
+class Validated(Module):
+    def __init__(self, *told):
+        super().__init__(*told)
+        self.checked = []
+
+    def validation_step(self, batch, batch_idx):
+        loss = sequence_context(self).token_mean(*sums(self.model(batch), batch["labels"]))
+        self.checked.append((self.trainer.sanity_checking, loss.item()))
+
+    def val_dataloader(self):
+        return DataLoader(samples(6, length=29), batch_size=2, collate_fn=collated)
+
+
+def run_validated(rank, world, settings):
+    with quiet():
+        module = Validated(started(PLAIN), adamw)
+        trainer = trainer_of(RingSequenceParallelStrategy(sharding="fsdp2"), world, **settings)
+        trainer.fit(module, DataLoader(PLAIN["samples"], batch_size=4, collate_fn=collated))
+    return len(module.losses), [is_sanity for is_sanity, _ in module.checked], [loss for _, loss in module.checked]
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "checks"),
+    [
+        ({"fast_dev_run": True}, 1, [False]),
+        ({"limit_train_batches": 2, "limit_val_batches": 2, "num_sanity_val_steps": 1}, 2, [True, False, False]),
+        ({"limit_train_batches": 4, "val_check_interval": 2, "limit_val_batches": 1}, 4, [True, False, False]),
+        ({"max_steps": 3, "num_sanity_val_steps": 0}, 3, []),
+    ],
+)
+def test_limits_and_checks(trainers, settings, steps, checks):
+    found = trainers.run(2, run_validated, settings)
+    assert found[0] == found[1]
+    assert found[0][:2] == (steps, checks)
+
+
+# Modules of others
+
+
+class Encoder(nn.Module):
+    """Torch's own encoder with our attention in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 32, dropout=0.0, batch_first=True)
+        layer.self_attn = MultiheadDilatedAttention(WIDTH, 4, batch_first=True, pattern=Pattern.dense() + PATTERN)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, batch):
+        x = self.embedding(batch["input_ids"])
+        return self.head(self.encoder(x, src_key_padding_mask=batch["attention_mask"] == 0))
+
+
+def encoder():
+    torch.manual_seed(1)
+    return Encoder().double()
+
+
+def run_encoder(rank, world, sharding):
+    from lightning_longnet.sequence import context
+
+    made, kind = [], context.SequenceShard
+    context.SequenceShard = lambda *told: made.append(told) or kind(*told)
+    try:
+        return run(rank, world, lambda: Module(encoder(), adamw), sharding), len(made)
+    finally:
+        context.SequenceShard = kind
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_torchs_own_encoder_trains_and_makes_one_shard_a_batch(trainers, sharding):
+    model = encoder()
+    optimizer, wanted = adamw(model.parameters()), []
+    for i in DistributedSampler(range(4), num_replicas=1, rank=0, shuffle=False):
+        rows = PLAIN["samples"]
+        order = list(DistributedSampler(rows, num_replicas=1, rank=0))
+        batch = collated([rows[j] for j in order[4 * i : 4 * i + 4]])
+        loss = torch.divide(*sums(model(batch), batch["labels"]))
+        wanted.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for (losses, parameters), shards in trainers.run(2, run_encoder, sharding):
+        compare((losses, parameters), (wanted, dict(model.state_dict())), 1e-9)
+        assert shards == 4
+
+
+def run_stock(rank, world):
+    """Under Lightning's own strategies a context is there too, and its mean is that of all ranks."""
+    with quiet():
+        module = Module(started(PLAIN), adamw)
+        trainer = trainer_of("ddp", world, limit_train_batches=4)
+        kept = KeepParameters()
+        trainer.callbacks.append(kept)
+        trainer.fit(module, DataLoader(PLAIN["samples"], batch_size=4 // world, collate_fn=collated))
+        context = sequence_context(module)
+    x = torch.ones(2, 5, 3)
+    assert (context.mesh, context.sequence_group, context.shard, context.positions) == (None,) * 4
+    assert torch.equal(context.positions_of(x), torch.arange(5))
+    assert context.gather_sequence(x) is x
+    assert copy.deepcopy(context) is context
+    return module.losses, kept.parameters
+
+
+def test_a_module_runs_under_stock_strategies_as_it_is(trainers):
+    wanted = reference({**PLAIN, "seed": 0})
+    for found in trainers.run(2, run_stock):
+        compare(found, wanted, 1e-9)
+    assert COMBINED["dropout"] > 0  # which a stock strategy cannot keep the same, and so is left out here

@@ -1,0 +1,177 @@
+"""What cannot work is an error before data, or at the first batch, on all ranks, in words that say what would."""
+
+import re
+import sys
+
+import lightning as L
+import pytest
+import torch
+from test_training import FLOAT32
+from torch.utils.data import DataLoader
+from trained import Module, collated, quiet, samples, started, trainer_of
+
+from lightning_longnet import sequence_context
+from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "devices", "message"),
+    [
+        ({"sequence_parallel_size": 3}, 4, "sequence_parallel_size must divide the 4 ranks, one of 1, 2, 4, got 3"),
+        ({"sequence_parallel_size": 8}, 4, "one of 1, 2, 4, got 8"),
+        ({"sequence_parallel_size": 0}, 2, "one of 1, 2, got 0"),
+        ({"sequence_parallel_size": 2.0}, 2, "one of 1, 2, got 2.0"),
+        ({"sharding": "fsdp"}, 2, "sharding must be one of 'fsdp2', .*'ddp'.*, got 'fsdp'"),
+        ({"sharding": ["ddp"]}, 2, "sharding must be one of"),
+        ({"exchange": "rings"}, 2, "exchange must be one of 'auto', .*, got 'rings'"),
+        ({"placement": "zig"}, 2, "placement must be one of 'contiguous', 'zigzag', got 'zig'"),
+        ({"accumulate": "samples"}, 2, "accumulate must be one of 'batches', 'tokens', got 'samples'"),
+        ({"timeout": 0}, 2, "timeout must be a number of seconds, more than 0, got 0"),
+        ({"sharding": "deepspeed_stage_2", "accumulate": "tokens"}, 2, "accumulate must be 'batches' with deepspeed"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_runs(arguments, devices, message):
+    with quiet(), pytest.raises(ValueError, match=message):
+        trainer_of(RingSequenceParallelStrategy(**arguments), devices)
+
+
+def test_an_engine_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs deepspeed: pip install .*or take 'fsdp2', 'hsdp' or 'ddp'"):
+        RingSequenceParallelStrategy(sharding="deepspeed_stage_1")
+
+
+class Told(Module):
+    def __init__(self, *told, dims):
+        super().__init__(*told)
+        self.sequence_dims = {} if dims is None else dims
+
+
+def fit_rows(rank, world, rows_of, dims=None, **told):
+    with quiet():
+        module = Told(started(FLOAT32), FLOAT32["optimizer"], dims=dims)
+        strategy = RingSequenceParallelStrategy(sharding="ddp", **told)
+        trainer = trainer_of(strategy, world, max_steps=1)
+        loader = DataLoader(rows_of(rank), batch_size=2, collate_fn=collated)
+        trainer.fit(module, loader)
+    return trainer.global_step
+
+
+def other_rows(rank):
+    return samples(4, seed=rank)
+
+
+def longer_rows(rank):
+    return samples(4, length=37 + rank)
+
+
+def short_rows(rank):
+    return samples(4, length=1)
+
+
+def unknown_rows(rank):
+    return [{**row, "quality": torch.ones(37)} for row in samples(4)]
+
+
+def flat_rows(rank):
+    return [{**row, "labels": torch.tensor(1)} for row in samples(4)]
+
+
+def uneven_rows(rank):
+    return [{**row, "labels": row["labels"][1:]} for row in samples(4)]
+
+
+@pytest.mark.parametrize(
+    ("rows_of", "dims", "message"),
+    [
+        (other_rows, None, "must be given the same batches, and ranks 1 of the sequence group hold others than rank 0"),
+        (
+            longer_rows,
+            None,
+            "must be given the same batches, and ranks 1 of the sequence group hold others than rank 0",
+        ),
+        (
+            short_rows,
+            None,
+            "at least one token for each of the 2 ranks .* got 1: set sequence_parallel_size to at most 1",
+        ),
+        (unknown_rows, None, r"quality of shape \(2, 37\) is a tensor that nothing is known of.*sequence_dims"),
+        (unknown_rows, {"quality": 2}, r"quality is to be split along dimension 2, and has shape \(2, 37\)"),
+        (unknown_rows, ["quality"], "sequence_dims must map names to dimensions"),
+        (flat_rows, None, r"labels is to be split along dimension 1, and has shape \(2,\)"),
+        (uneven_rows, None, "same number of tokens, got input_ids 37, labels 36, attention_mask 37"),
+    ],
+)
+def test_batches_that_cannot_be_split_are_refused_on_all_ranks(trainers, rows_of, dims, message):
+    for is_result, found in trainers.outcomes(2, fit_rows, rows_of, dims):
+        assert not is_result
+        assert found[0] is ValueError, found[2]
+        assert re.search(message, found[1]), found[1]
+
+
+def test_what_is_declared_is_split_or_left(trainers):
+    assert trainers.run(2, fit_rows, unknown_rows, {"quality": 1}) == [1, 1]
+    assert trainers.run(2, fit_rows, unknown_rows, {"quality": None}) == [1, 1]
+
+
+class Twice(Module):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + super().training_step(batch, batch_idx)
+
+
+class Manual(Module):
+    def __init__(self, *told):
+        super().__init__(*told)
+        self.automatic_optimization = False
+
+
+def fit_tokens(rank, world, kind):
+    with quiet():
+        trainer = trainer_of(RingSequenceParallelStrategy(sharding="ddp", accumulate="tokens"), world, max_steps=1)
+        trainer.fit(
+            kind(started(FLOAT32), FLOAT32["optimizer"]), DataLoader(samples(4), batch_size=2, collate_fn=collated)
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Twice, "accumulate='tokens' needs one token_mean in each training_step, got 2"),
+        (Manual, "accumulate must be 'batches' with manual optimisation"),
+    ],
+)
+def test_tokens_are_accumulated_of_one_mean_alone(trainers, kind, message):
+    for is_result, found in trainers.outcomes(2, fit_tokens, kind):
+        assert not is_result
+        assert message in found[1], found[2]
+
+
+def fit_whole(rank, world):
+    class Generating(L.Callback):
+        def __init__(self):
+            self.messages = []
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            prompt = collated(samples(1, length=9))
+            with torch.no_grad():
+                with sequence_context(module).whole():
+                    self.messages.append(module.model(prompt).shape)
+                try:
+                    module.model(prompt)
+                except ValueError as error:
+                    self.messages.append(str(error))
+
+    with quiet():
+        callback = Generating()
+        trainer = trainer_of(RingSequenceParallelStrategy(sharding="ddp"), world, max_steps=1, callbacks=[callback])
+        module = Module(started(FLOAT32), FLOAT32["optimizer"])
+        trainer.fit(module, DataLoader(samples(4), batch_size=2, collate_fn=collated))
+        after = module.model(collated(samples(1, length=9))).shape  # the run is over: layers are their own again
+    return callback.messages, after
+
+
+def test_whole_sequences_are_taken_where_that_is_said(trainers):
+    for messages, after in trainers.run(2, fit_whole):
+        assert messages[0] == after == (1, 9, 23)
+        assert "tokens of each sequence of 37, got 9" in messages[1]
+        assert "sequence_context(module).whole()" in messages[1]
