@@ -101,6 +101,20 @@ def test_samples_are_dropped_by_their_place_in_the_batch_whatever_their_document
     torch.testing.assert_close(attend(q, k, v, LONGNET, documents=ids, **settings)[1:], again[1:])
 
 
+@pytest.mark.parametrize("kernel", ["eager", "reference"])
+def test_ranks_that_samples_are_dealt_out_to_drop_what_one_process_would(kernel):
+    q, k, v, _ = (x.detach() for x in drawn.tensors((4, 40, 2, 2, 4)))
+    settings = {"dropout": 0.4, "dropout_seed": 1, "kernel": kernel}
+    whole = attend(q, k, v, LONGNET, **settings)
+    for rank in range(2):
+        mine = slice(rank, None, 2)
+        out = attend(q[mine], k[mine], v[mine], LONGNET, dropout_samples=(rank, 2), **settings)
+        torch.testing.assert_close(out, whole[mine])
+    for wrong in ((0,), [0, 1], (0, 1.0)):
+        with pytest.raises(ValueError, match="dropout_samples must be two integers"):
+            attend(q, k, v, LONGNET, dropout_samples=wrong, **settings)
+
+
 def test_the_seed_decides():
     q, k, v, _ = drawn.tensors((1, 40, 2, 2, 4))
 

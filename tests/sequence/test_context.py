@@ -1,0 +1,165 @@
+"""The context in plain PyTorch: means, gathered sequences, layers and positions, without Lightning."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_longnet import DilatedSelfAttention, Pattern, SequenceContext, hand_down, sequence_context
+
+PATTERN = Pattern.dilated((4, 8, 16), (1, 2, 3), is_causal=True)
+
+
+def made(group, placement="contiguous"):
+    """A context of this world, whose ranks all share a sequence."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    ranks = dist.get_process_group_ranks(group)
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    mesh = DeviceMesh.from_group(
+        [alone, group], "cpu", mesh=torch.tensor([ranks]), mesh_dim_names=("data_parallel", "sequence_parallel")
+    )
+    return SequenceContext(mesh, placement=placement)
+
+
+def drawn(seed, *shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def gathered(group, placement, length):
+    context = made(group, placement)
+    x, weights = drawn(1, 2, length, 3), drawn(2, 2, length, 3)
+    part = context.split({"x": x}, {"x": 1})["x"].requires_grad_()
+    whole = context.gather_sequence(part)
+    (grad,) = torch.autograd.grad((whole * weights).sum(), part)
+    again = context.split({"x": weights}, {"x": 1})["x"]
+    positions = context.positions_of(part)
+    swapped = context.gather_sequence(part.detach().transpose(0, 1), dim=0).transpose(0, 1)
+    return (
+        torch.equal(whole, x) and torch.equal(swapped, x),
+        torch.allclose(grad, context.sequence_parallel_size * again),  # of the sum of what all ranks compute
+        torch.equal(part, x[:, positions]),
+        len(positions),
+    )
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("length", [3, 7, 12])
+def test_whole_sequences_come_back_with_their_gradients(pool, placement, length):
+    for world in (1, 2, 3):
+        found = pool.run(world, gathered, placement, length)
+        assert all(each[:3] == (True, True, True) for each in found)
+        assert sum(each[3] for each in found) == length
+
+
+def attended(group, placement, documents, hidden):
+    """Whether a layer that is handed a context computes its part of what it computes alone, gradients included."""
+    torch.manual_seed(0)
+    layer = DilatedSelfAttention(16, 4, PATTERN, num_kv_heads=2, rotary="xpos", dtype=torch.float64, dropout=0.2)
+    x, weights = drawn(3, 2, 23, 16), drawn(4, 2, 23, 16)
+    given = {"documents": documents, "key_padding_mask": hidden}
+    given = {name: value for name, value in given.items() if value is not None}
+    plain = SequenceContext()
+    plain.begin_step(3)
+    hand_down(layer, plain)
+    (layer(x, **given) * weights).sum().backward()
+    wanted, best = layer(x, **given).detach(), [p.grad for p in layer.parameters()]
+    layer.zero_grad()
+    context = made(group, placement)
+    context.begin_step(3)
+    hand_down(layer, context)
+    parts = context.split({"x": x, "weights": weights, **given}, dict.fromkeys(("x", "weights", *given), -1) | XW)
+    told = {name: parts[name] for name in given}
+    out = layer(parts["x"], **told)
+    (out * parts["weights"]).sum().backward()
+    grads = [p.grad.clone() for p in layer.parameters()]
+    for grad in grads:
+        torch.distributed.all_reduce(grad, group=group)
+    torch.testing.assert_close(context.gather_sequence(out.detach()), wanted, rtol=1e-10, atol=1e-10)
+    for found, right in zip(grads, best, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-10)
+
+
+XW = {"x": 1, "weights": 1}
+DOCUMENTS = torch.stack([torch.arange(23) // 6, torch.arange(23) // 11])
+HIDDEN = torch.arange(23).expand(2, 23) >= torch.tensor([[20], [15]])
+
+
+@pytest.mark.parametrize("placement", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(
+    ("documents", "hidden"), [(None, None), (DOCUMENTS, None), (DOCUMENTS[0], HIDDEN), (None, HIDDEN)]
+)
+def test_a_layer_computes_its_part(pool, placement, documents, hidden):
+    for world in (2, 3):
+        pool.run(world, attended, placement, documents, hidden)
+
+
+def means(group, cases):
+    """token_mean goes over all ranks there are; here the groups' world is larger than the case, so all take part."""
+    context = SequenceContext()
+    rank = torch.distributed.get_rank()
+    found = []
+    for counts in cases:
+        loss_sum = torch.tensor(float(rank + 1) if counts[rank] else 0.0, dtype=torch.float64, requires_grad=True)
+        mean = context.token_mean(loss_sum, torch.tensor(counts[rank]))
+        mean.backward()
+        found.append((mean.item(), loss_sum.grad.item()))
+    return found
+
+
+def test_a_mean_is_over_the_tokens_of_all_ranks(pool):
+    cases = [(1,) * 8, (0, 5, 2, 0, 1, 7, 3, 4), (0,) * 8]
+    for found in pool.run(8, means, cases):
+        for counts, (mean, grad) in zip(cases, found, strict=True):
+            total = sum(counts)
+            wanted = sum(rank + 1 for rank, n in enumerate(counts) if n) / total if total else 0.0
+            assert mean == pytest.approx(wanted)
+            assert grad == pytest.approx(8 / total if total else 0.0)  # engines average over the 8 ranks
+
+
+@pytest.mark.parametrize("wrong", [(torch.ones(2), 2), (torch.ones(()), torch.ones(2))])
+def test_a_mean_wants_a_sum_and_a_number(wrong):
+    with pytest.raises(ValueError, match="must be"):
+        SequenceContext().token_mean(*wrong)
+
+
+def test_without_ranks_everything_is_there():
+    context, x = SequenceContext(), torch.randn(2, 5, 3)
+    assert context.gather_sequence(x) is x
+    assert torch.equal(context.positions_of(x), torch.arange(5))
+    assert (context.mesh, context.shard, context.positions, context.sequence_group) == (None,) * 4
+    assert context.token_mean(torch.tensor(6.0), 4).item() == 1.5
+    assert copy.deepcopy(context) is context
+    assert isinstance(pickle.loads(pickle.dumps(context)), SequenceContext)
+    assert context.gather_samples(x)[0] is x
+
+
+def test_layers_are_handed_it_and_plain_modules_are_not():
+    layer = DilatedSelfAttention(16, 4, PATTERN)
+    model, context = nn.Sequential(nn.Linear(16, 16), layer, DilatedSelfAttention(16, 4, PATTERN)), SequenceContext()
+    hand_down(model, context)
+    assert layer.sequence_context is context
+    assert [layer.layer_number, model[2].layer_number] == [0, 1]
+    assert "sequence_context" not in vars(model[0])
+    assert sequence_context(layer) is context
+    assert sequence_context(model) is not context  # it has none of its own, and no trainer
+    assert set(model.state_dict()) == set(nn.Sequential(nn.Linear(16, 16), layer, layer).state_dict())
+
+
+def test_dropout_follows_step_layer_and_place():
+    context, q = SequenceContext(seed=3), torch.randn(2, 20, 4, 8)
+
+    def drop(step, layer=0, rank=0, ranks=1):
+        context.begin_step(step)
+        context.data_parallel_rank, context.data_parallel_size = rank, ranks
+        return context.attend(q, q, q, PATTERN, dropout=0.5, layer=layer)
+
+    first = drop(0)
+    assert torch.equal(drop(0), first)
+    assert not torch.equal(drop(1), first)
+    assert not torch.equal(drop(0, layer=1), first)
+    assert not torch.equal(drop(0, rank=1, ranks=2), first)
+    assert torch.equal(drop(0, rank=0, ranks=2)[:1], first[:1])

@@ -1,0 +1,139 @@
+"""Names, YAML and help: what a user of the command line meets."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import yaml
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
+from trained import quiet, trainer_of
+
+from lightning_longnet.registration import NAMES
+from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs/strategies").glob("*.yaml"))
+SMALL = [
+    *("--trainer.max_steps=2", "--trainer.limit_val_batches=2", "--trainer.val_check_interval=2"),
+    *("--trainer.logger=false", "--trainer.callbacks=null", "--trainer.enable_progress_bar=false"),
+    *("--model.dim=16", "--model.layers=1", "--data.tokens=301", "--data.megabytes=0.05"),
+]
+ENGINES = {"ddp": DDPStrategy, "fsdp2": ModelParallelStrategy, "hsdp": ModelParallelStrategy}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_give_the_engine(name):
+    assert name in StrategyRegistry.available_strategies()
+    with quiet():
+        strategy = trainer_of(name, 2).strategy
+    assert isinstance(strategy, RingSequenceParallelStrategy)
+    assert strategy.sharding == NAMES[name]
+    engine = DeepSpeedStrategy if "deepspeed" in name else ENGINES[NAMES[name].removesuffix("_offload")]
+    assert isinstance(strategy, engine)
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+@pytest.mark.parametrize("order", [("lightning_longnet", "lightning"), ("lightning", "lightning_longnet")])
+def test_importing_the_package_registers_whatever_comes_first(order):
+    found = run(
+        f"import {order[0]}, sys\n"
+        "early = 'lightning.pytorch' in sys.modules\n"
+        f"import {order[1]}, lightning as L\n"
+        "trainer = L.Trainer(strategy='ring_sequence_parallel', devices=2, accelerator='cpu', logger=False)\n"
+        "print(early, type(trainer.strategy).__name__, len(sys.meta_path))"
+    )
+    early, name, _ = found.stdout.split()
+    assert (early, name) == (str(order[0] == "lightning"), "FSDP2SequenceParallelStrategy"), found.stderr
+
+
+def test_the_package_is_imported_where_lightning_is_missing():
+    found = run("import sys; sys.modules['lightning'] = None; import lightning_longnet; print(len(sys.meta_path) > 0)")
+    assert found.stdout.strip() == "True", found.stderr
+
+
+def example():
+    path = ROOT / "examples/byte_model.py"
+    if "byte_model" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("byte_model", path)
+        sys.modules["byte_model"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["byte_model"])
+    return sys.modules["byte_model"]
+
+
+def command(rank, world, arguments):
+    """What is logged by the program that the configurations name."""
+    from lightning.pytorch.cli import LightningCLI
+
+    found = example()
+    with quiet():
+        told = {"seed_everything_default": 0, "save_config_callback": None, "args": arguments}
+        cli = LightningCLI(found.ByteModel, found.SourceCode, **told)
+    return {name: value.item() for name, value in cli.trainer.callback_metrics.items()}, cli.trainer.global_step
+
+
+@pytest.fixture(scope="module")
+def alone(trainers):
+    """The same two steps in one process, under Lightning's own strategy."""
+    told = [
+        "fit",
+        f"--config={ROOT}/configs/quickstart.yaml",
+        "--trainer.devices=1",
+        "--trainer.strategy=ddp",
+    ]  # which orders samples as any of ours does
+    return trainers.run(1, command, [*told, *SMALL])[0]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_configuration_trains_two_steps(trainers, deepspeed_trainers, alone, path):
+    is_deepspeed = "deepspeed" in path.stem
+    workers = deepspeed_trainers(2) if is_deepspeed else trainers
+    told = ["fit", f"--config={ROOT}/configs/quickstart.yaml", f"--config={path}", *SMALL]
+    if is_deepspeed:
+        told += ["--trainer.strategy.init_args.engine={reduce_bucket_size: 16384, allgather_bucket_size: 16384}"]
+    for metrics, steps in workers.run(2, command, told):
+        assert steps == alone[1] == 2
+        assert metrics == pytest.approx(alone[0], rel=1e-4)
+
+
+def printed(*told):
+    arguments = [sys.executable, "examples/byte_model.py", "fit", *told]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def test_a_printed_configuration_can_be_read_again(tmp_path):
+    first = printed("--config=configs/quickstart.yaml", "--config=configs/strategies/hsdp.yaml", "--print_config")
+    told = yaml.safe_load(first.stdout)["trainer"]["strategy"]
+    assert told["class_path"] == "lightning_longnet.strategies.RingSequenceParallelStrategy"
+    assert told["init_args"]["sharding"] == "hsdp"
+    (tmp_path / "printed.yaml").write_text(first.stdout)
+    again = printed(f"--config={tmp_path}/printed.yaml", "--print_config")
+    assert yaml.safe_load(again.stdout) == yaml.safe_load(first.stdout), again.stderr
+
+
+def test_help_tells_what_the_strategy_takes():
+    found = printed("--trainer.strategy.help=lightning_longnet.strategies.RingSequenceParallelStrategy").stdout
+    text = re.sub(r"\s+", " ", found)
+    for name in ("sequence_parallel_size", "sharding", "exchange", "placement", "accumulate", "timeout", "engine"):
+        assert f"--trainer.strategy.{name}" in text
+    assert "how many ranks share a sequence" in text
+    assert "{auto,local,gather,ring,swap}" in text
+
+
+def test_a_wrong_value_is_told_with_the_valid_ones():
+    found = printed("--config=configs/quickstart.yaml", "--config=configs/strategies/ddp.yaml",
+                    "--trainer.strategy.init_args.sharding=zero")  # fmt: skip
+    assert found.returncode == 2
+    assert "zero" in found.stderr
+    assert "deepspeed_stage_3" in found.stderr
+
+
+def test_the_stock_registry_says_what_is_wrong_with_a_name():
+    with quiet(), pytest.raises(ValueError, match="invalid strategy name"):
+        L.Trainer(strategy="ring_sequence_paralel", logger=False)
