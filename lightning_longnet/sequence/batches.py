@@ -28,20 +28,21 @@ def mapped(batch: Any, function: Callable[[Path, Tensor], Any], path: Path = (RO
     """The same batch with each tensor replaced; a container is copied, what is no tensor stays as it is."""
     if isinstance(batch, Tensor):
         return function(path, batch)
+    parts = {name: mapped(value, function, (*path, name)) for name, value in _items(batch)}
     if isinstance(batch, Mapping):
-        found = copy.copy(batch)
-        for key, value in batch.items():
-            found[key] = mapped(value, function, (*path, str(key)))  # type: ignore[index]
+        found: Any = copy.copy(batch)
+        for key in batch:
+            found[key] = parts[str(key)]
         return found
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(mapped(x, function, (*path, name)) for name, x in zip(batch._fields, batch, strict=True)))
+        return type(batch)(**parts)
     if isinstance(batch, (list, tuple)):
-        return type(batch)(mapped(x, function, (*path, str(i))) for i, x in enumerate(batch))
+        return type(batch)(parts.values())
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        filled: Any = copy.copy(batch)
-        for field in dataclasses.fields(batch):
-            object.__setattr__(filled, field.name, mapped(getattr(batch, field.name), function, (*path, field.name)))
-        return filled
+        found = copy.copy(batch)
+        for name, value in parts.items():
+            object.__setattr__(found, name, value)
+        return found
     if any(isinstance(value, Tensor) for value in getattr(batch, "__dict__", {}).values()):
         raise ValueError(
             f"{_shown(path)} is a {type(batch).__name__}, which cannot be split over ranks: a batch may hold tensors "
@@ -50,10 +51,25 @@ def mapped(batch: Any, function: Callable[[Path, Tensor], Any], path: Path = (RO
     return batch
 
 
-def tensors(batch: Any) -> Iterator[tuple[Path, Tensor]]:
-    found: list[tuple[Path, Tensor]] = []
-    mapped(batch, lambda path, x: found.append((path, x)))
-    yield from found
+def tensors(batch: Any, path: Path = (ROOT,)) -> Iterator[tuple[Path, Tensor]]:
+    """Those of a batch, in the order in which `mapped` comes by them."""
+    if isinstance(batch, Tensor):
+        yield path, batch
+        return
+    for name, value in _items(batch):
+        yield from tensors(value, (*path, name))
+
+
+def _items(batch: Any) -> Iterator[tuple[str, Any]]:
+    """What a container holds, by names; nothing where it is none."""
+    if isinstance(batch, Mapping):
+        yield from ((str(key), value) for key, value in batch.items())
+    elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        yield from zip(batch._fields, batch, strict=True)
+    elif isinstance(batch, (list, tuple)):
+        yield from ((str(i), value) for i, value in enumerate(batch))
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        yield from ((field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch))
 
 
 def dim_of(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:

@@ -86,8 +86,10 @@ def test_an_object_that_hides_tensors_is_refused():
         def __init__(self):
             self.nodes = IDS
 
+    batch = {"graph": Graph(), "input_ids": IDS}
     with pytest.raises(ValueError, match="graph is a Graph, which cannot be split"):
-        mapped({"graph": Graph()}, lambda _, x: x)
+        mapped(batch, lambda _, x: x)
+    assert SequenceContext().split(batch) is batch  # nothing has to be split
 
 
 @pytest.mark.parametrize("dims", [["input_ids"], {"input_ids": "1"}, {"input_ids": True}, {(1,): 1}, 3])

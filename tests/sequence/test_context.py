@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_longnet import DilatedSelfAttention, Pattern, SequenceContext, hand_down, sequence_context
+from lightning_longnet import DilatedSelfAttention, Pattern, SequenceContext, attend, hand_down, sequence_context
 
 PATTERN = Pattern.dilated((4, 8, 16), (1, 2, 3), is_causal=True)
 
@@ -81,6 +81,47 @@ def attended(group, placement, documents, hidden):
     torch.testing.assert_close(context.gather_sequence(out.detach()), wanted, rtol=1e-10, atol=1e-10)
     for found, right in zip(grads, best, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-10)
+
+
+def attended_by_hand(group, documents):
+    """With the shard of the batch, which knows its documents and its attention_mask."""
+    context = made(group)
+    q, k, v = drawn(5, 3, 2, 23, 4, 8)
+    real = ~HIDDEN
+    batch = {"q": q, "k": k, "v": v, "attention_mask": real.long(), "documents": documents}
+    part = context.split(batch, {"q": 1, "k": 1, "v": 1})
+    shard = context.shard
+    assert context.shard is shard
+    out = attend(part["q"], part["k"], part["v"], PATTERN, shard=shard)
+    wanted = attend(q, k, v, PATTERN, documents=documents, key_padding_mask=HIDDEN)
+    torch.testing.assert_close(context.gather_sequence(out), wanted)
+    context.split(batch, {"q": 1, "k": 1, "v": 1})
+    assert context.shard is not shard  # another batch, other documents for all that is known
+    context.begin(None)
+    assert context.shard is None
+
+
+@pytest.mark.parametrize("rows", [slice(None), 0])
+def test_a_batchs_shard_knows_documents_and_padding(pool, rows):
+    pool.run(3, attended_by_hand, DOCUMENTS[rows])
+
+
+def shards_made(group):
+    """How many shards layers make that are handed the same tensors, others, and changed ones."""
+    context = made(group)
+    batch = context.split({"input_ids": torch.zeros(2, 23), "documents": DOCUMENTS})
+    documents = batch["documents"]
+    first = context.shard_of(documents)
+    same = [context.shard_of(documents.detach()) is first, context.shard_of(documents[:]) is first]
+    plain = context.shard_of()
+    documents += 1
+    other = [context.shard_of(documents) is not first, context.shard_of(documents.clone()) is not first]
+    context.split({"input_ids": torch.zeros(2, 23)})
+    return all(same) and all(other) and context.shard_of() is plain
+
+
+def test_one_shard_serves_all_calls_with_the_same_tensors(pool):
+    assert all(pool.run(2, shards_made))
 
 
 XW = {"x": 1, "weights": 1}

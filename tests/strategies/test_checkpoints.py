@@ -1,8 +1,27 @@
 """A checkpoint of one mesh is resumed on another, and the losses go on as if nothing had been."""
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from test_training import FLOAT32, FLOAT64, compare
-from trained import adamw, fit, fit_and_save, reference, samples
+from torch.utils.data import DataLoader
+from trained import (
+    SMALL_BUCKETS,
+    Module,
+    adamw,
+    collated,
+    fit,
+    fit_and_save,
+    quiet,
+    reference,
+    samples,
+    started,
+    sums,
+    trainer_of,
+)
+
+from lightning_longnet import sequence_context
+from lightning_longnet.strategies import RingSequenceParallelStrategy
 
 TWO_EPOCHS = {"samples": samples(24), "micro_batches": 6, "epochs": 2}
 DEEPSPEED = {**FLOAT32, "optimizer": adamw}  # its universal format knows the states of Adam alone
@@ -36,3 +55,53 @@ def test_float64_goes_on_elsewhere(trainers, sharding, wanted, tmp_path):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_goes_on_elsewhere(deepspeed_trainers, stage, wanted, tmp_path):
     check(deepspeed_trainers, f"deepspeed_stage_{stage}", DEEPSPEED, wanted, str(tmp_path), 1e-5)
+
+
+def fit_and_save_one_file(rank, world, setting, folder):
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    told = {"engine": {"save_distributed_checkpoint": False}}
+    return fit(rank, world, setting, "fsdp2", world, callbacks=[saving], **told)
+
+
+def resume_one_file(rank, world, setting, path):
+    return fit(rank, world, setting, "fsdp2", world, resume_from=path, engine={"save_distributed_checkpoint": False})
+
+
+def test_fsdp2_may_save_one_file(trainers, wanted, tmp_path):
+    setting, (losses, parameters) = {**FLOAT64, **TWO_EPOCHS}, wanted[torch.float64]
+    trainers.run(2, fit_and_save_one_file, setting, str(tmp_path))
+    path = tmp_path / "step=2.ckpt"
+    weights = torch.load(path, weights_only=True, mmap=True)["state_dict"]
+    started(setting).load_state_dict({name.removeprefix("model."): x for name, x in weights.items()})
+    for found in trainers.run(2, resume_one_file, setting, str(path)):
+        compare(found, (losses[4:], parameters), 1e-9)
+
+
+class Both(Module):
+    def validation_step(self, batch, batch_idx):
+        self.log("val", sequence_context(self).token_mean(*sums(self.model(batch), batch["labels"])))
+
+
+def run_again(rank, world, sharding):
+    """Losses of two fits and what is validated between, of one module."""
+    with quiet():
+        told = {"engine": SMALL_BUCKETS} if sharding.startswith("deepspeed") else {}
+        module = Both(started(DEEPSPEED), adamw)
+        rows = DataLoader(DEEPSPEED["samples"], batch_size=4, collate_fn=collated)
+        found = []
+        for _ in range(2):
+            strategy = RingSequenceParallelStrategy(sharding=sharding, **told)
+            trainer = trainer_of(strategy, world, max_epochs=1, limit_train_batches=2)
+            trainer.fit(module, rows)
+            found.append(trainer.validate(module, rows, verbose=False)[0]["val"])
+    return found, module.losses
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "hsdp", "deepspeed_stage_1", "deepspeed_stage_2"])
+def test_a_module_is_fitted_validated_and_fitted_again(trainers, deepspeed_trainers, sharding):
+    workers = deepspeed_trainers(2) if sharding.startswith("deepspeed") else trainers
+    (values, losses) = trainers.run(1, run_again, "ddp")[0]
+    assert values[1] < values[0]
+    for found, others in workers.run(2, run_again, sharding):
+        assert found == pytest.approx(values, rel=1e-5)
+        assert others == pytest.approx(losses, rel=1e-5)

@@ -1,0 +1,192 @@
+"""What the strategy costs where nothing is split: a training step over that of Lightning's own strategy.
+
+    python benchmarks/strategy.py
+    python benchmarks/strategy.py --table            # the committed result, as the README shows it
+
+Each round trains the same model for some steps under every participant in turn, in the same processes of one thread
+each; a step's time is from its batch's hand-over to the end of the optimiser's step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import socket
+import statistics
+import warnings
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from machine import described
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.utils.data import DataLoader
+
+from lightning_longnet import DilatedSelfAttention, FeedForward, Pattern, sequence_context
+from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+SIZES = {"4,096 tokens, width 128": (4096, 128), "512 tokens, width 64": (512, 64)}
+LAYERS, STEPS, SKIPPED = 4, 12, 2
+RESULT = Path(__file__).parent / "results" / "strategy-cpu.json"
+
+
+class Net(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        pattern = Pattern.dilated((256, 1024, 4096), (1, 2, 4), is_causal=True)
+        self.embed = nn.Embedding(256, dim)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(dim), DilatedSelfAttention(dim, 4, pattern), FeedForward(dim))
+            for _ in range(LAYERS)
+        )
+        self.head = nn.Linear(dim, 256)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+class Model(L.LightningModule):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.net = Net(dim)
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        logits, labels = self.net(batch["input_ids"]), batch["labels"]
+        nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return sequence_context(self).token_mean(nats, labels.numel())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+class Sharded(Model):
+    """As a user of Lightning's own strategy writes it."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        for block in self.net.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+
+class Timed(L.Callback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.seconds.append(perf_counter())
+
+
+def participants(ranks: int) -> dict[str, tuple[type[Model], Any]]:
+    def ours(sharding: str) -> RingSequenceParallelStrategy:
+        return RingSequenceParallelStrategy(1, sharding)  # type: ignore[arg-type]
+
+    return {
+        "ddp: Lightning's": (Model, DDPStrategy()),
+        "ddp: ours": (Model, ours("ddp")),
+        "fsdp2: Lightning's": (Sharded, ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)),
+        "fsdp2: ours": (Model, ours("fsdp2")),
+    }
+
+
+def train(kind: type[Model], strategy: Any, ranks: int, tokens: int, dim: int) -> list[float]:
+    """Seconds from one batch's hand-over to the next."""
+    torch.manual_seed(0)
+    rows = [{"input_ids": torch.randint(256, (tokens,)), "labels": torch.randint(256, (tokens,))} for _ in range(8)]
+    timed = Timed()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategy,
+        max_steps=STEPS + 1,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[timed],
+    )
+    loader: Any = DataLoader(rows * STEPS, batch_size=1)  # type: ignore[arg-type]
+    trainer.fit(kind(dim), loader)
+    return [after - before for before, after in zip(timed.seconds, timed.seconds[1:], strict=False)][SKIPPED:]
+
+
+def work(rank: int, ranks: int, port: int, rounds: int, path: str) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+    }
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    medians: dict[str, dict[str, list[float]]] = {}
+    for _ in range(rounds):
+        for size, (tokens, dim) in SIZES.items():
+            for name, (kind, strategy) in participants(ranks).items():
+                seconds = statistics.median(train(kind, strategy, ranks, tokens, dim))
+                medians.setdefault(size, {}).setdefault(name, []).append(seconds)
+    if rank == 0:
+        Path(path).write_text(json.dumps(medians))
+    dist.destroy_process_group()
+
+
+def measured(rounds: int) -> dict[str, Any]:
+    rows = []
+    for ranks in (1, 2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        path = RESULT.with_suffix(f".{ranks}")
+        spawn(work, (ranks, port, rounds, str(path)), nprocs=ranks)
+        for size, found in json.loads(path.read_text()).items():
+            for name, seconds in found.items():
+                rows.append({"ranks": ranks, "size": size, "name": name, "seconds": [round(s, 5) for s in seconds]})
+        path.unlink()
+    return {"machine": described("cpu"), "rounds": rounds, "steps": STEPS - SKIPPED, "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Medians, and the median over the rounds of ours over Lightning's."""
+    lines = ["| ranks | model | engine | Lightning's | ours | ratio |", "|---|---|---|---|---|---|"]
+    seconds = {(row["ranks"], row["size"], row["name"]): row["seconds"] for row in result["rows"]}
+    for ranks, size, name in seconds:
+        if not name.endswith("ours"):
+            continue
+        engine = name.split(":")[0]
+        own, stock = seconds[ranks, size, name], seconds[ranks, size, f"{engine}: Lightning's"]
+        ratio = statistics.median(a / b for a, b in zip(own, stock, strict=True))
+        shown = (f"{statistics.median(each) * 1e3:,.1f} ms" for each in (stock, own))
+        lines.append(f"| {ranks} | {size} | {engine} | {' | '.join(shown)} | {ratio:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--table", action="store_true", help="print the committed result")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        RESULT.write_text(json.dumps(measured(arguments.rounds), indent=1) + "\n")
+    print(table(json.loads(RESULT.read_text())))
+
+
+if __name__ == "__main__":
+    main()
