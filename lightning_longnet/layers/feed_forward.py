@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_longnet.layers.arguments import positive_integer, positive_number, probability
+from lightning_longnet.layers.initialization import xavier_parts
 
-Activation = Literal["gelu", "relu", "silu"]
+Activation = Literal["gelu", "relu", "silu", "swiglu"]
 
 
 class FeedForward(nn.Module):
     """`second(sub_norm(dropout(activation(first(x)))))`; the dropout of the residual is the block's.
 
+    With "swiglu" the first map is twice as wide, and its second half is gated by the SiLU of its first.
+
     Args:
         embed_dim: width of the input and of the output.
-        hidden_dim: width between; four times `embed_dim` by default.
-        activation: "gelu", "relu" or "silu".
+        hidden_dim: width between; four times `embed_dim` by default, and 8/3 times, which is as many parameters, with
+            "swiglu".
+        activation: "gelu", "relu", "silu" or "swiglu".
         bias: of both maps.
         dropout: of the hidden values, in training.
         sub_norm: a LayerNorm before the second map (MAGNETO).
         gain: of both maps' initialisation; see `magneto_gain`.
+        chunk_tokens: compute so many tokens at a time, and again in the backward: the hidden values of no more than
+            these are ever held.
     """
 
     def __init__(
@@ -36,6 +44,7 @@ class FeedForward(nn.Module):
         dropout: float = 0.0,
         sub_norm: bool = False,
         gain: float = 1.0,
+        chunk_tokens: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -44,25 +53,41 @@ class FeedForward(nn.Module):
             allowed = ", ".join(map(repr, get_args(Activation)))
             raise ValueError(f"activation must be one of {allowed}, got {activation!r}")
         embed_dim = positive_integer("embed_dim", embed_dim)
-        hidden_dim = 4 * embed_dim if hidden_dim is None else positive_integer("hidden_dim", hidden_dim)
+        if hidden_dim is None:
+            hidden_dim = 8 * ceil(embed_dim / 3) if activation == "swiglu" else 4 * embed_dim
+        hidden_dim = positive_integer("hidden_dim", hidden_dim)
+        self.chunk_tokens = None if chunk_tokens is None else positive_integer("chunk_tokens", chunk_tokens)
         self.activation, self.dropout = activation, probability("dropout", dropout)
         self.gain = positive_number("gain", gain)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.first = nn.Linear(embed_dim, hidden_dim, bias=bias, **made)
+        self.first = nn.Linear(embed_dim, hidden_dim * (2 if activation == "swiglu" else 1), bias=bias, **made)
         self.sub_norm = nn.LayerNorm(hidden_dim, **made) if sub_norm else None
         self.second = nn.Linear(hidden_dim, embed_dim, bias=bias, **made)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        parts = 2 if self.activation == "swiglu" else 1
+        xavier_parts(self.first.weight, [self.second.in_features] * parts, [self.gain] * parts)
+        nn.init.xavier_normal_(self.second.weight, self.gain)
         for linear in (self.first, self.second):
-            nn.init.xavier_normal_(linear.weight, self.gain)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         if self.sub_norm is not None:
             self.sub_norm.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = getattr(F, self.activation)(self.first(x))
+        if self.chunk_tokens is None or x.shape[-2] <= self.chunk_tokens:
+            return self._mapped(x)
+        chunks = x.split(self.chunk_tokens, dim=-2)
+        return torch.cat([checkpoint(self._mapped, chunk, use_reentrant=False) for chunk in chunks], dim=-2)
+
+    def _mapped(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if self.activation == "swiglu":
+            gate, value = hidden.chunk(2, -1)
+            hidden = F.silu(gate) * value
+        else:
+            hidden = getattr(F, self.activation)(hidden)
         hidden = F.dropout(hidden, self.dropout, self.training)
         if self.sub_norm is not None:
             hidden = self.sub_norm(hidden)

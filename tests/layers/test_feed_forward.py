@@ -9,6 +9,7 @@ ACTIVATIONS = {
     "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
     "relu": lambda x: x.clamp_min(0),
     "silu": lambda x: x / (1 + (-x).exp()),
+    "swiglu": lambda x: x[..., :7] / (1 + (-x[..., :7]).exp()) * x[..., 7:],
 }
 
 
@@ -36,6 +37,35 @@ def test_equals_the_restatement_gradients_included(activation, bias, sub_norm):
 
 def test_is_four_times_as_wide_inside():
     assert FeedForward(8).first.out_features == 32
+    assert FeedForward(768, activation="swiglu").first.out_features == 2 * 2048
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_chunks_of_tokens_change_nothing_and_hold_less(activation):
+    told = {"activation": activation, "sub_norm": True, "dtype": torch.float64}
+    whole, chunked = FeedForward(16, 512, dropout=0.3, **told), FeedForward(16, 512, chunk_tokens=10, **told)
+    chunked.load_state_dict(whole.state_dict())
+    x, grad = torch.randn(2, 3, 64, 16, dtype=torch.float64).unbind()
+    x.requires_grad_()
+    whole.eval()
+    for call in (chunked, chunked.eval()):
+        torch.testing.assert_close(call(x), whole(x))
+    results = []
+    held = []
+    for layer in (whole, chunked):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            out = layer(x)
+        held.append(sum(sizes))
+        results.append(torch.autograd.grad(out, [x, *layer.parameters()], grad))
+    torch.testing.assert_close(results[0], results[1])
+    assert held[1] < held[0] / 10
+    chunked.train().dropout = 0.5
+    torch.manual_seed(0)
+    by_hand = torch.cat([chunked(piece) for piece in x.split(10, 1)], 1)
+    torch.manual_seed(0)
+    out = chunked(x)  # what is computed again in the backward drops the same
+    torch.testing.assert_close(torch.autograd.grad(out, x, grad), torch.autograd.grad(by_hand, x, grad))
 
 
 def test_dropout_is_of_the_hidden_values():
@@ -51,11 +81,12 @@ def test_dropout_is_of_the_hidden_values():
 REFUSALS = {
     "activation": (
         lambda: FeedForward(8, activation="tanh"),
-        "activation must be one of 'gelu', 'relu', 'silu', got 'tanh'",
+        "activation must be one of 'gelu', 'relu', 'silu', 'swiglu', got 'tanh'",
     ),
     "embed_dim": (lambda: FeedForward(8.0), "embed_dim must be a positive integer, got 8.0"),
     "hidden_dim": (lambda: FeedForward(8, 0), "hidden_dim must be a positive integer, got 0"),
     "dropout": (lambda: FeedForward(8, dropout=2), "dropout must be at least 0 and less than 1, got 2"),
+    "chunk_tokens": (lambda: FeedForward(8, chunk_tokens=0), "chunk_tokens must be a positive integer, got 0"),
     "gain": (lambda: FeedForward(8, gain=-1.0), "gain must be a positive, finite number, got -1.0"),
 }
 
