@@ -1,0 +1,66 @@
+"""A program as users have it, started by whatever starts programs: `script.py '{"kind": "ddp", ...}'`.
+
+Each rank writes its losses to a file of its own as soon as it has them.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+from trained import Module, adamw, collated, quiet, samples, started
+
+import lightning_longnet
+
+
+class Told(Module):
+    def __init__(self, model, told):
+        super().__init__(model, adamw)
+        self.told = told
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        rank, number = self.global_rank, self.trainer.fit_loop.epoch_loop.total_batch_idx
+        with (Path(self.told["folder"]) / f"losses-{rank}.txt").open("a") as file:
+            file.write(f"{number} {loss.item()!r}\n")
+        if [rank, number] == self.told.get("at"):
+            os.kill(os.getpid(), getattr(signal, self.told["signal"]))
+        time.sleep(self.told.get("pause", 0))
+        return loss
+
+
+def main():
+    told = json.loads(sys.argv[1])
+    os.environ.setdefault("PL_GLOBAL_SEED", "5")
+    torch.set_num_threads(1)
+    folder = Path(told["folder"])
+    (folder / f"pid-{os.environ.get('RANK', os.environ.get('LOCAL_RANK', 0))}").write_text(str(os.getpid()))
+    assert Path(lightning_longnet.__file__).parents[1] == Path(__file__).parents[2]
+    if told.get("at") == "start" and os.environ.get("LOCAL_RANK", "0") == "0":
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.alarm(told["seconds"])
+    trainer = L.Trainer(
+        strategy=f"ring_sequence_parallel_{told['kind']}",
+        accelerator="cpu",
+        devices=told.get("devices", 2),
+        num_nodes=told.get("nodes", 1),
+        max_steps=told.get("steps", 3),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    model = started({"dropout": 0.2, "dtype": torch.float64})
+    loader = DataLoader(samples(64), batch_size=4, collate_fn=collated)
+    with quiet():
+        trainer.fit(Told(model, told), loader, ckpt_path=told.get("resume"))
+
+
+if __name__ == "__main__":
+    main()
