@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 def skip_finished_batches(trainer: Trainer) -> None:
     """Draw the batches that were trained on before the checkpoint: Lightning begins the epoch's data anew.
 
-    They are read again, and thrown away.  The order of the epoch must not depend on what was drawn before: samplers that
-    have `set_epoch`, as those that Lightning puts in have, are told the epoch.  Loaders that keep their own place are
-    left alone, and so is a `training_step` that draws from the iterator itself.
+    They are read again, and thrown away.  The order of the epoch must not depend on what was drawn before: samplers
+    with a `set_epoch`, as those that Lightning puts in, are told the epoch.  Loaders that keep their own place are left
+    alone, and so is a `training_step` that draws from the iterator itself.
     """
     loop, epoch = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current.processed
     fetcher, loader = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader

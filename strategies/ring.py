@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _distributed_is_initialized, _sync_ddp_if_available
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_longnet.attention.placement import Kind  # noqa: TC001  for the command line's reading of types
@@ -17,7 +18,7 @@ from lightning_longnet.callbacks import Preemption
 from lightning_longnet.sequence.batches import checked_dims
 from lightning_longnet.sequence.context import SequenceContext, hand_down
 from lightning_longnet.sequence.mesh import check_sizes, sequence_mesh
-from lightning_longnet.strategies.orphans import watch_launcher
+from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
 from lightning_longnet.strategies.resume import skip_finished_batches
 from lightning_longnet.strategies.seeds import dropout_seed
 
@@ -124,8 +125,11 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
     def _configure_launcher(self) -> None:
         # the first to be called with the number of ranks known: before processes are started, and before data
         check_sizes(self._ranks(), self._sequence_parallel_size)
-        watch_launcher()
         super()._configure_launcher()
+        watch_launcher()
+        if type(self._launcher) is _SubprocessScriptLauncher:
+            given = self._launcher
+            self._launcher = WatchedLauncher(given.cluster_environment, given.num_processes, given.num_nodes)
 
     @property
     def root_device(self) -> torch.device:
@@ -266,6 +270,12 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         if self.lightning_module is not None:
             hand_down(self.lightning_module, None)
         super().teardown()
+        if isinstance(self._launcher, WatchedLauncher) and self._is_interrupted():
+            self._launcher.end_children()
+
+    def _is_interrupted(self) -> bool:
+        trainer = getattr(self.lightning_module, "_trainer", None)
+        return trainer is not None and bool(trainer.interrupted)
 
 
 def _engine(sharding: str) -> type[RingSequenceParallelStrategy]:

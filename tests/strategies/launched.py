@@ -1,5 +1,6 @@
 """Starts `script.py` and waits for its end, for so long and no longer."""
 
+import contextlib
 import json
 import os
 import signal
@@ -42,10 +43,8 @@ def ended(process, folder, patience=PATIENCE):
 
 def end_group(process):
     """Nothing that it started is left behind."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -54,20 +53,17 @@ def losses(folder, rank):
     return {int(number): float(loss) for number, loss in map(str.split, rows)}
 
 
-def pids(folder):
-    return [int(path.read_text()) for path in folder.glob("pid-*")]
-
-
-def is_there(pid):
-    """Does it run still?  One that nobody has waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def await_end_of(numbers, patience):
+def await_end_of_session(leader, patience):
+    """All that a program has started; one that has ended, and that nobody has waited for, does not count."""
     end = time.monotonic() + patience
-    while left := [pid for pid in numbers if is_there(pid)]:
+    while left := [pid for pid, session, state in _processes() if session == leader and state != "Z"]:
         assert time.monotonic() < end, f"{left} still run"
         time.sleep(0.2)
+
+
+def _processes():
+    """(pid, session, state) of all that run, on Linux."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            yield int(path.parent.name), int(session), state

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 from trained import Module, adamw, collated, quiet, samples, started
 
 import lightning_longnet
+from lightning_longnet.strategies import RingSequenceParallelStrategy
+from lightning_longnet.strategies.ddp import DDPSequenceParallelStrategy
 
 
 class Told(Module):
@@ -39,13 +41,11 @@ def main():
     os.environ.setdefault("PL_GLOBAL_SEED", "5")
     torch.set_num_threads(1)
     folder = Path(told["folder"])
-    (folder / f"pid-{os.environ.get('RANK', os.environ.get('LOCAL_RANK', 0))}").write_text(str(os.getpid()))
     assert Path(lightning_longnet.__file__).parents[1] == Path(__file__).parents[2]
-    if told.get("at") == "start" and os.environ.get("LOCAL_RANK", "0") == "0":
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        signal.alarm(told["seconds"])
+    if told.get("at") == ["connecting", int(os.environ.get("LOCAL_RANK", 0))]:
+        DDPSequenceParallelStrategy.setup_environment = lambda _: os.kill(os.getpid(), signal.SIGTERM)
     trainer = L.Trainer(
-        strategy=f"ring_sequence_parallel_{told['kind']}",
+        strategy=RingSequenceParallelStrategy(sharding=told["kind"], timeout=told.get("timeout", 60)),
         accelerator="cpu",
         devices=told.get("devices", 2),
         num_nodes=told.get("nodes", 1),

@@ -28,7 +28,8 @@ def compare(trainers, tmp_path, world, kind, chosen=None, callbacks=checkpoints_
             wanted = {step: loss for step, loss in right.items() if step >= micro_batches(name)}
             assert sorted(found) == sorted(wanted), name
             for step, loss in wanted.items():
-                torch.testing.assert_close(found[step], loss, rtol=1e-9, atol=0, msg=lambda m: f"{name}, {step}: {m}")
+                message = f"{name}, {step}: {found[step]}, not {loss}"
+                torch.testing.assert_close(found[step], loss, rtol=1e-9, atol=0, msg=message)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
