@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sysconfig
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,9 @@ class Block(nn.Module):
 class ByteModel(L.LightningModule):
     """Each rank is given its part of a batch; layers and the loss see to the rest."""
 
-    def __init__(self, tokens: int, dim: int, layers: int, dropout: float) -> None:
+    def __init__(self, tokens: int, dim: int, layers: int, dropout: float, pause: float) -> None:
         super().__init__()
+        self.pause = pause
         pattern = Pattern.dilated((tokens // 8, tokens // 2, tokens), (1, 4, 8), is_causal=True)
         self.embed = nn.Embedding(256, dim)
         self.blocks = nn.ModuleList([Block(dim, pattern, dropout) for _ in range(layers)])
@@ -75,6 +77,7 @@ class ByteModel(L.LightningModule):
         loss_sum = F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten(), reduction="sum")
         loss = sequence_context(self).token_mean(loss_sum, labels.numel())
         self.print(f"step {self.global_step}: loss {loss.item():.7f}", flush=True)
+        time.sleep(self.pause)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -92,6 +95,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds in each step, to try signals out")
     # what SLURM was asked for is what the Trainer must be told
     parser.add_argument("--nodes", type=int, default=int(os.environ.get("SLURM_NNODES", 1)))
     parser.add_argument("--devices", type=int, default=int(os.environ.get("SLURM_NTASKS_PER_NODE", 1)))
@@ -113,7 +117,7 @@ def main() -> None:
         enable_checkpointing=False,  # what Preemption saves is all that this run needs
         **settings,
     )
-    model = ByteModel(told.tokens, told.dim, told.layers, told.dropout)
+    model = ByteModel(told.tokens, told.dim, told.layers, told.dropout, told.pause)
     trainer.fit(model, DataLoader(Sources(told.tokens), told.batch_size, shuffle=True))
     trainer.print("done", flush=True)
 
