@@ -76,7 +76,7 @@ class Cluster:
         for node in range(self.nodes):
             place = f"NodeHostname=localhost NodeAddr=127.0.0.1 Port={free_port()}"
             lines.append(f"NodeName=n{node} {place} CPUs={processors} RealMemory=1000 State=UNKNOWN\n")
-        lines.append(f"PartitionName=all Nodes=n[0-{self.nodes - 1}] Default=YES MaxTime=30 State=UP\n")
+        lines.append(f"PartitionName=all Nodes=n[0-{self.nodes - 1}] Default=YES MaxTime=INFINITE State=UP\n")
         (self.folder / "slurm.conf").write_text("".join(lines))
         key = self.folder / "munge/key"
         key.write_bytes(os.urandom(1024))
@@ -115,18 +115,26 @@ class Cluster:
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", job)))
 
     def await_state(self, job, *states, patience=90):
-        return self.await_(
-            lambda: (found := self.about(job))["JobState"] in states and found, patience, f"job {job} is not {states}"
-        )
+        """What is known of a job once it is in one of these."""
+        seen = {}
+
+        def reached():
+            seen.update(self.about(job))
+            return seen["JobState"] in states
+
+        try:
+            self.await_(reached, patience, f"job {job} was none of {states}")
+        except AssertionError as error:
+            error.add_note(str(seen))
+            raise
+        return seen
 
     def close(self):
+        pids = []
         for path in (*self.folder.glob("slurmd.*.pid"), self.folder / "slurmctld.pid", self.folder / "munge/pid"):
             with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
-                pid = int(path.read_text())
-                os.kill(pid, signal.SIGTERM)
-                self._await_end(pid)
-
-    def _await_end(self, pid):
-        end = time.monotonic() + 10
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+                pids.append(int(path.read_text()))
+                os.kill(pids[-1], signal.SIGTERM)
+        end = time.monotonic() + 15
+        while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
             time.sleep(0.1)

@@ -6,6 +6,8 @@ import pytest
 from launched import end_group, ended, losses, start
 from trainers import free_port
 
+pytestmark = pytest.mark.long
+
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
