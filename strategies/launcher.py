@@ -14,7 +14,7 @@ import time
 
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-GRACE = 10.0  # seconds in which an error may show, and callbacks may save
+GRACE = 5.0  # seconds in which an error may show, and callbacks may save
 _PARENT = "LIGHTNING_LONGNET_LAUNCHER"
 
 
