@@ -18,7 +18,8 @@ def skip_finished_batches(trainer: Trainer) -> None:
     with a `set_epoch`, as those that Lightning puts in, are told the epoch.  Loaders that keep their own place are left
     alone, and so is a `training_step` that draws from the iterator itself.
     """
-    loop, epoch = trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_progress.current.processed
+    loop = trainer.fit_loop.epoch_loop
+    epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     fetcher, loader = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
     if not loop.restarting or loader is None or fetcher is None:
         return

@@ -61,6 +61,33 @@ def test_whoever_is_told_all_stop(trainers, undisturbed, tmp_path, kind, told):
 
 
 @pytest.mark.long
+def test_deepspeed(trainers, undisturbed, tmp_path):
+    stop_and_go_on(trainers, tmp_path, "deepspeed_stage_2", WHERE["one rank"], 2, undisturbed("deepspeed_stage_2"))
+
+
+def rare(folder):
+    from lightning_longnet.callbacks import Preemption
+
+    return [Preemption(every_n_steps=3, dirpath=f"{folder}/elsewhere")]
+
+
+def test_a_stock_strategy_and_fewer_looks(trainers, tmp_path):
+    told = {"signals": WHERE["one rank"], "callbacks": rare, "limit_val_batches": 0}
+    for losses, code, _ in trainers.run(2, Run(str(tmp_path), "stock ddp", 2, **told)):
+        assert code == 143
+        assert sorted(losses) == [0, 1, 2, 3, 4]
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["preemption-step=3.ckpt"]
+
+
+def test_what_is_not_a_number_of_steps():
+    from lightning_longnet.callbacks import Preemption
+
+    for steps in (0, -1, 1.5, True, "2"):
+        with pytest.raises(ValueError, match="every_n_steps must be a number of steps, at least 1"):
+            Preemption(every_n_steps=steps)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("told", WHILE)
 def test_whenever_it_comes(trainers, undisturbed, tmp_path, told):
     stop_and_go_on(trainers, tmp_path, "fsdp2", *WHILE[told], undisturbed("fsdp2"))
