@@ -21,9 +21,9 @@ def skip_finished_batches(trainer: Trainer) -> None:
     loop = trainer.fit_loop.epoch_loop
     epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     fetcher, loader = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
-    if not loop.restarting or loader is None or fetcher is None:
+    if not trainer.fit_loop.is_resuming or loader is None or fetcher is None:
         return
-    if not loop.restarted_on_train_batch_end:
+    if loop.restarting and not loop.restarted_on_train_batch_end:
         # attention dropout goes by this number; a step that was not finished is not to be counted twice
         loop.batch_progress.total.reset_on_restart()
     if isinstance(fetcher, _DataLoaderIterDataFetcher) or all(hasattr(x, "load_state_dict") for x in loader.flattened):
@@ -34,7 +34,7 @@ def skip_finished_batches(trainer: Trainer) -> None:
             _set_sampler_epoch(each, epoch)
         iter(fetcher)
     finished = loop.batch_progress.current.completed + int(loop.restarted_on_train_batch_end)
-    if finished >= trainer.num_training_batches:
+    if not loop.restarting or finished >= trainer.num_training_batches:
         return  # a new epoch begins
     for done in range(finished):
         try:

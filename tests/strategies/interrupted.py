@@ -9,11 +9,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
-from trained import Module, adamw, collated, quiet, samples, sgd, started, trainer_of
+from trained import Module, adamw, collated, quiet, samples, started, trainer_of
 
 SETTING = {"dropout": 0.2, "dtype": torch.float64, "optimizer": adamw, "seed": 5}
-# deepspeed's optimizers are of float32
-FLOAT32 = {**SETTING, "dtype": torch.float32, "optimizer": sgd}
 
 
 class Watched(Module):
@@ -59,14 +57,13 @@ def strategy_of(kind, size):
 
 def train(rank, world, folder, kind, size, *, signals=None, resume=None, callbacks=None, loading=None, **told):
     """What a run gave: losses by micro-batch, exit status or None, and the files that are there."""
-    setting = FLOAT32 if kind.startswith("deepspeed") else SETTING
     loading = {"batch_size": 4 * size // world, "collate_fn": collated, **(loading or {})}
-    os.environ["PL_GLOBAL_SEED"] = str(setting["seed"])
+    os.environ["PL_GLOBAL_SEED"] = str(SETTING["seed"])
     multiprocessing.current_process()._config["daemon"] = False  # else the loader may have no workers
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     code = None
     with quiet():
-        module = Watched(started(setting, seed=11 + rank), setting["optimizer"], (signals or {}).get(rank, {}))
+        module = Watched(started(SETTING, seed=11 + rank), SETTING["optimizer"], (signals or {}).get(rank, {}))
         trainer = trainer_of(
             strategy_of(kind, size),
             world,

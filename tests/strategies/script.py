@@ -56,7 +56,8 @@ def main():
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    model = started({"dropout": 0.2, "dtype": torch.float64})
+    dtype = torch.float32 if "deepspeed" in told["kind"] else torch.float64
+    model = started({"dropout": 0.2, "dtype": dtype})
     loader = DataLoader(samples(64), batch_size=4, collate_fn=collated)
     with quiet():
         trainer.fit(Told(model, told), loader, ckpt_path=told.get("resume"))

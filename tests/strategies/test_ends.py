@@ -7,9 +7,9 @@ TERMINATED, KILLED = 143, -9
 PATIENCE = 45  # seconds for those who are left: to see that the launcher is gone, and some grace
 
 
-def run(folder, **told):
+def run(folder, kind="ddp", **told):
     """The status of rank 0, once all ranks are gone by themselves."""
-    process = start(folder, kind="ddp", steps=1000, **told)
+    process = start(folder, kind=kind, steps=1000, **told)
     try:
         process.wait(120)
         await_end_of_session(process.pid, PATIENCE)
@@ -39,3 +39,13 @@ def test_sigterm_to_the_launcher_before_the_ranks_are_connected(tmp_path):
 @pytest.mark.long
 def test_a_rank_that_stands_still(tmp_path):
     assert run(tmp_path, at=[1, 3], signal="SIGSTOP", timeout=5) != 0
+
+
+@pytest.mark.long
+def test_deepspeed_goes_on_after_sigterm(tmp_path):
+    kind = "deepspeed_stage_2"
+    assert run(tmp_path, kind, at=[1, 1], signal="SIGTERM") == TERMINATED, (tmp_path / "output.txt").read_text()
+    resume = str(tmp_path / "preemption-step=2.ckpt")
+    assert ended(start(tmp_path, kind=kind, steps=3, resume=resume), tmp_path) == 0
+    assert sorted(losses(tmp_path, 0)) == [0, 1, 2]
+    assert losses(tmp_path, 0) == losses(tmp_path, 1)

@@ -45,11 +45,17 @@ def test_from_wherever_it_was_saved(trainers, tmp_path, kind, world, size):
 
 
 @pytest.mark.parametrize("name", ["step=1.ckpt", "step=3.ckpt"])
-def test_with_workers_and_what_model_checkpoint_saves(trainers, tmp_path, name):
+def test_what_model_checkpoint_saves_of_whole_batches(trainers, tmp_path, name):
+    compare(trainers, tmp_path, 1, "fsdp2", [name], checkpoints_by_steps, loading={"drop_last": True})
+
+
+@pytest.mark.long
+def test_with_workers(trainers, tmp_path):
     loading = {"num_workers": 2, "drop_last": True}
-    compare(trainers, tmp_path, 1, "fsdp2", [name], checkpoints_by_steps, loading=loading)
+    compare(trainers, tmp_path, 1, "fsdp2", ["step=3.ckpt"], checkpoints_by_steps, loading=loading)
 
 
+@pytest.mark.long
 def test_after_an_epoch_with_workers(trainers, tmp_path):
     compare(trainers, tmp_path, 1, "ddp", ["5-epoch.ckpt"], loading={"num_workers": 2})
 
