@@ -15,7 +15,7 @@ WHERE = {
 }
 WHILE = {
     "before training": ({0: {("start", 0): SIGTERM}}, 1),
-    "in the middle of accumulating": ({1: {("training", 6): SIGTERM}}, 4),
+    "in the middle of accumulating": ({1: {("training", 5): SIGTERM}}, 4),
     "at the end of an epoch": ({1: {("training", 4): SIGTERM}}, 3),
     "twice, and while it saves": ({0: {("training", 2): SIGTERM, ("saving", 2): SIGTERM}}, 2),
     "in a validation": ({1: {("validation", 1): SIGTERM}}, 1),
