@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -11,15 +14,34 @@ if TYPE_CHECKING:
 def skip_finished_batches(trainer: Trainer) -> None:
     """Draw the batches that were trained on before the checkpoint: Lightning begins the epoch's data anew.
 
-    Loaders that keep their own place are left alone.
+    They are read again, and thrown away.  The order of the epoch must not depend on what was drawn before: samplers
+    with a `set_epoch`, as those that Lightning puts in, are told the epoch.  Loaders that keep their own place are left
+    alone, and so is a `training_step` that draws from the iterator itself.
     """
     loop = trainer.fit_loop.epoch_loop
-    finished = loop.batch_progress.current.completed + int(loop.restarted_on_train_batch_end)
+    epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
     fetcher, loader = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
-    if not loop.restarting or loader is None or fetcher is None:
+    if not trainer.fit_loop.is_resuming or loader is None or fetcher is None:
         return
-    if finished >= trainer.num_training_batches or all(hasattr(each, "load_state_dict") for each in loader.flattened):
+    if loop.restarting and not loop.restarted_on_train_batch_end:
+        # attention dropout goes by this number; a step that was not finished is not to be counted twice
+        loop.batch_progress.total.reset_on_restart()
+    if isinstance(fetcher, _DataLoaderIterDataFetcher) or all(hasattr(x, "load_state_dict") for x in loader.flattened):
         return
-    for _ in range(finished):
-        next(fetcher)
+    if epoch > 0:
+        # workers have begun to read in the order of epoch 0
+        for each in loader.flattened:
+            _set_sampler_epoch(each, epoch)
+        iter(fetcher)
+    finished = loop.batch_progress.current.completed + int(loop.restarted_on_train_batch_end)
+    if not loop.restarting or finished >= trainer.num_training_batches:
+        return  # a new epoch begins
+    for done in range(finished):
+        try:
+            next(fetcher)
+        except StopIteration:
+            raise ValueError(
+                f"the checkpoint was saved after {finished} batches of an epoch, and the training data has {done}: "
+                f"resume with the data, the batch size and the number of ranks that it was saved with"
+            ) from None
     fetcher.fetched -= finished  # the loop adds them itself

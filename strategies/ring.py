@@ -9,12 +9,16 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _distributed_is_initialized, _sync_ddp_if_available
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_longnet.attention.placement import Kind  # noqa: TC001  for the command line's reading of types
 from lightning_longnet.attention.schedule import Exchange  # noqa: TC001
+from lightning_longnet.callbacks import Preemption
 from lightning_longnet.sequence.batches import checked_dims
 from lightning_longnet.sequence.context import SequenceContext, hand_down
 from lightning_longnet.sequence.mesh import check_sizes, sequence_mesh
+from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
 from lightning_longnet.strategies.resume import skip_finished_batches
 from lightning_longnet.strategies.seeds import dropout_seed
 
@@ -122,6 +126,10 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         # the first to be called with the number of ranks known: before processes are started, and before data
         check_sizes(self._ranks(), self._sequence_parallel_size)
         super()._configure_launcher()
+        watch_launcher()
+        if type(self._launcher) is _SubprocessScriptLauncher:
+            given = self._launcher
+            self._launcher = WatchedLauncher(given.cluster_environment, given.num_processes, given.num_nodes)
 
     @property
     def root_device(self) -> torch.device:
@@ -192,6 +200,8 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         assert self.lightning_module is not None
         if self.accumulate == "tokens" and not self.lightning_module.automatic_optimization:
             raise ValueError("accumulate must be 'batches' with manual optimisation, which weights its losses itself")
+        if trainer.state.fn == TrainerFn.FITTING and not any(isinstance(c, Preemption) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.callbacks.append(Preemption())  # type: ignore[attr-defined]
         self._compared.clear()
         hand_down(self.lightning_module, self.sequence_context)
         super().setup(trainer)
@@ -260,6 +270,12 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         if self.lightning_module is not None:
             hand_down(self.lightning_module, None)
         super().teardown()
+        if isinstance(self._launcher, WatchedLauncher) and self._is_interrupted():
+            self._launcher.end_children()
+
+    def _is_interrupted(self) -> bool:
+        trainer = getattr(self.lightning_module, "_trainer", None)
+        return trainer is not None and bool(trainer.interrupted)
 
 
 def _engine(sharding: str) -> type[RingSequenceParallelStrategy]:

@@ -1,0 +1,215 @@
+"""A run that is told to stop saves one checkpoint, all ranks together, and ends; on SLURM it can be queued again."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_longnet.callbacks.whole import save_whole
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from lightning.pytorch import LightningModule, Trainer
+
+# What was received; the larger one is obeyed
+NOTHING, REQUEUE, TERMINATE = 0, 1, 2
+TERMINATED = 128 + signal.SIGTERM  # the exit status that shells give to a process that SIGTERM ended
+PATIENCE = 60  # seconds for scontrol
+
+
+class Preemption(Callback):
+    """SIGTERM, or SLURM's signal to requeue, to any rank: one checkpoint of all ranks, then the run ends.
+
+    Signal handlers only take a note.  Ranks compare notes when an optimizer's step is complete, after each validation
+    and at the end of training, where all of them stand at the same place; a SIGTERM before training or while a
+    validation runs is thus obeyed after it.  All ranks then save one checkpoint, and
+
+    - after SIGTERM each exits with status 143;
+    - after the signal that the `SLURMEnvironment` requeues with, SIGUSR1 by default, rank 0 has SLURM queue the job
+      again, and all exit with status 0.  SIGTERM wins where both came.
+
+    Under a `SLURMEnvironment` with `auto_requeue` the checkpoint is the "hpc_ckpt" in the Trainer's `default_root_dir`
+    that Lightning resumes from by itself.  Elsewhere it is `preemption-step=N.ckpt`, and the log says where.  It is
+    saved under another name and renamed when it is complete: a kill while saving leaves no half of a checkpoint.
+
+    It stands in for Lightning's own handlers while a model is fitted: those run collectives, and hang.
+
+    Args:
+        every_n_steps: notes are compared at every n-th step of the optimizer; each time costs an all-reduce of one
+            number on the host.
+        dirpath: the folder of the checkpoint; by default that of the Trainer's ModelCheckpoint, else its
+            `default_root_dir`.  All ranks must see it.  Not used under SLURM's auto_requeue.
+    """
+
+    def __init__(self, every_n_steps: int = 1, dirpath: str | None = None) -> None:
+        if not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be a number of steps, at least 1, got {every_n_steps!r}")
+        self.every_n_steps, self.dirpath = every_n_steps, dirpath
+        self._received = NOTHING
+        self._steps = 0
+        self._replaced: dict[int, Any] = {}
+        self._group: dist.ProcessGroup | None = None
+        self._is_ending = False
+
+    # Signals
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # last, so that what other callbacks do at the end of a step is in the checkpoint
+        trainer.callbacks = [*(each for each in trainer.callbacks if each is not self), self]  # type: ignore[attr-defined]
+        self._received, self._steps, self._is_ending = NOTHING, 0, False
+        self._group = _group_of_notes(trainer)
+        if threading.current_thread() is not threading.main_thread():
+            return  # where no handler can be set
+        # what Lightning does just before training, and would put in the place of ours
+        setattr(trainer._signal_connector, "register_signal_handlers", lambda: None)  # noqa: B010
+        self._replace(signal.SIGTERM, TERMINATE)
+        environment = _requeueing(trainer)
+        if environment is not None and environment.requeue_signal is not None:
+            wanted = environment.requeue_signal
+            if signal.getsignal(wanted) in (None, signal.SIG_DFL):  # as Lightning does: one's own is kept
+                self._replace(wanted, REQUEUE)
+
+    def _replace(self, signum: int, note: int) -> None:
+        def take_note(_: int, __: FrameType | None) -> None:
+            self._received = max(self._received, note)
+
+        self._replaced[signum] = signal.signal(signum, take_note)
+
+    def _restore(self, trainer: Trainer) -> None:
+        self._group = None
+        if not self._replaced:
+            return
+        for signum, handler in self._replaced.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        self._replaced = {}
+        del trainer._signal_connector.register_signal_handlers
+        if self._received == TERMINATE:
+            signal.raise_signal(signal.SIGTERM)  # it came too late for us, and must not be lost
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not self._is_ending:  # until the process is gone a second signal must find a handler
+            self._restore(trainer)
+
+    # Where all ranks are in step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return  # gradients that are being accumulated are in no checkpoint
+        self._steps += 1
+        if self._steps % self.every_n_steps == 0:
+            self._compare_notes(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        is_fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if is_fitting and not trainer.fit_loop._should_accumulate():
+            self._compare_notes(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._compare_notes(trainer)
+
+    def _compare_notes(self, trainer: Trainer) -> None:
+        note = torch.tensor(self._received)
+        if self._group is not None:
+            note = note.to(_device_of(self._group, trainer))
+            dist.all_reduce(note, dist.ReduceOp.MAX, group=self._group)
+        agreed = int(note)
+        if agreed == NOTHING:
+            return
+        self._is_ending = True
+        _dismiss_observer()
+        path = self._path(trainer)
+        save_whole(trainer, path)
+        rank_zero_info(f"Preemption: saved step {trainer.global_step} as {path}")
+        if agreed == TERMINATE:
+            raise SIGTERMException(TERMINATED)
+        _requeue(trainer, path)
+        raise SystemExit(0)
+
+    def _path(self, trainer: Trainer) -> str:
+        """Where rank 0 finds a free name."""
+        path = ""
+        if trainer.is_global_zero:
+            if _requeueing(trainer) is not None:
+                path = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+            else:
+                saver = trainer.checkpoint_callback
+                folder = self.dirpath or getattr(saver, "dirpath", None) or trainer.default_root_dir
+                name = f"preemption-step={trainer.global_step}"
+                path, version = os.path.join(folder, f"{name}.ckpt"), 0
+                while Path(path).exists():
+                    version += 1
+                    path = os.path.join(folder, f"{name}-v{version}.ckpt")
+        told: str = trainer.strategy.broadcast(path)
+        return told
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_group": None, "_replaced": {}}
+
+
+def _group_of_notes(trainer: Trainer) -> dist.ProcessGroup | None:
+    """All ranks, over gloo where it can be had: a number on the host waits for nothing that a GPU does."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_backend() == "fake":
+        return None
+    if dist.get_backend() == "gloo" or not dist.is_gloo_available():
+        return dist.group.WORLD
+    timeout = getattr(trainer.strategy, "_timeout", None)
+    found = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(found, dist.ProcessGroup)
+    return found
+
+
+def _device_of(group: dist.ProcessGroup, trainer: Trainer) -> torch.device:
+    return torch.device("cpu") if dist.get_backend(group) == "gloo" else trainer.strategy.root_device
+
+
+def _requeueing(trainer: Trainer) -> SLURMEnvironment | None:
+    environment = trainer._accelerator_connector.cluster_environment
+    return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+
+
+def _dismiss_observer() -> None:
+    """Lightning's launcher kills rank 0, with SIGKILL, as soon as it sees another rank end with any status but 0."""
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            thread._child_processes = []
+
+
+def _requeue(trainer: Trainer, path: str) -> None:
+    """By rank 0; an error on all ranks where SLURM refuses."""
+    problem = _ask_slurm() if trainer.is_global_zero else ""
+    if problem := trainer.strategy.broadcast(problem):
+        raise RuntimeError(
+            f"SLURM was asked to queue the job again, and {problem}; submit it anew: it goes on from {path}"
+        )
+
+
+def _ask_slurm() -> str:
+    """What went wrong, if anything did."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    assert re.fullmatch("[0-9_]+", job)
+    try:
+        found = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=PATIENCE)
+    except FileNotFoundError:
+        return "scontrol is not on this node's PATH"
+    except subprocess.TimeoutExpired:
+        return f"scontrol did not answer in {PATIENCE} seconds"
+    return "" if found.returncode == 0 else f"scontrol said: {found.stderr.strip()}"

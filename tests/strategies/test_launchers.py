@@ -1,0 +1,40 @@
+"""Whatever starts the ranks, they train alike."""
+
+import sys
+
+import pytest
+from launched import end_group, ended, losses, start
+from trainers import free_port
+
+pytestmark = pytest.mark.long
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
+@pytest.fixture(scope="module")
+def by_lightning(tmp_path_factory):
+    """What the launcher of Lightning's own gives: the script starts its second rank."""
+    folder = tmp_path_factory.mktemp("lightning")
+    assert ended(start(folder, kind="fsdp2"), folder) == 0, (folder / "output.txt").read_text()
+    found = losses(folder, 0)
+    assert sorted(found) == [0, 1, 2]
+    assert losses(folder, 1) == found
+    return found
+
+
+def test_torchrun(by_lightning, tmp_path):
+    process = start(tmp_path, *TORCHRUN, "--nproc-per-node=2", f"--master-port={free_port()}", kind="fsdp2")
+    assert ended(process, tmp_path) == 0, (tmp_path / "output.txt").read_text()
+    assert losses(tmp_path, 0) == losses(tmp_path, 1) == by_lightning
+
+
+def test_torchrun_with_two_agents(by_lightning, tmp_path):
+    rendezvous = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=two-agents")
+    command = (*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--local-addr=127.0.0.1", *rendezvous)
+    agents = [start(tmp_path, *command, kind="fsdp2", devices=1, nodes=2) for _ in range(2)]
+    try:
+        assert [ended(agent, tmp_path) for agent in agents] == [0, 0], (tmp_path / "output.txt").read_text()
+    finally:
+        for agent in agents:
+            end_group(agent)
+    assert losses(tmp_path, 0) == losses(tmp_path, 1) == by_lightning

@@ -1,0 +1,88 @@
+"""Signals: one checkpoint of all ranks, exit status 143, and losses that go on as if nothing had been."""
+
+from signal import SIGTERM
+
+import pytest
+import torch
+from interrupted import Run
+
+STEPS = {"accumulate_grad_batches": 2, "val_check_interval": 2}
+# who is told, where: a micro-batch of training, or a step of the optimizer while it validates or saves
+WHERE = {
+    "one rank": {1: {("training", 3): SIGTERM}},
+    "rank 0": {0: {("training", 3): SIGTERM}},
+    "all ranks": {0: {("training", 3): SIGTERM}, 1: {("training", 3): SIGTERM}},
+}
+WHILE = {
+    "before training": ({0: {("start", 0): SIGTERM}}, 1),
+    "in the middle of accumulating": ({1: {("training", 5): SIGTERM}}, 4),
+    "at the end of an epoch": ({1: {("training", 4): SIGTERM}}, 3),
+    "twice, and while it saves": ({0: {("training", 2): SIGTERM, ("saving", 2): SIGTERM}}, 2),
+    "in a validation": ({1: {("validation", 1): SIGTERM}}, 1),
+    "after the last step": ({0: {("epoch", 6): SIGTERM}}, 6),
+    "in the last step": ({1: {("training", 9): SIGTERM}}, 6),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trainers, tmp_path_factory):
+    made = {}
+
+    def losses(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            ((made[kind], code, names), *_) = trainers.run(2, Run(str(folder), kind, 2, **STEPS))
+            assert (code, names) == (None, [])
+        return made[kind]
+
+    return losses
+
+
+def stop_and_go_on(trainers, folder, kind, signals, step, right):
+    stopped = trainers.run(2, Run(str(folder), kind, 2, signals=signals, **STEPS))
+    for losses, code, names in stopped:
+        assert code == 143
+        assert names == [f"preemption-step={step}.ckpt"]
+        assert losses == stopped[0][0]
+    resume = str(folder / names[0])
+    for rest, code, _ in trainers.run(2, Run(str(folder), kind, 2, resume=resume, **STEPS)):
+        assert code is None
+        assert not set(rest) & set(losses)
+        found = {**losses, **rest}
+        assert sorted(found) == sorted(right)
+        for number, loss in right.items():
+            torch.testing.assert_close(found[number], loss, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("told", WHERE)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_whoever_is_told_all_stop(trainers, undisturbed, tmp_path, kind, told):
+    stop_and_go_on(trainers, tmp_path, kind, WHERE[told], 2, undisturbed(kind))
+
+
+def rare(folder):
+    from lightning_longnet.callbacks import Preemption
+
+    return [Preemption(every_n_steps=3, dirpath=f"{folder}/elsewhere")]
+
+
+def test_a_stock_strategy_and_fewer_looks(trainers, tmp_path):
+    told = {"signals": WHERE["one rank"], "callbacks": rare, "limit_val_batches": 0}
+    for losses, code, _ in trainers.run(2, Run(str(tmp_path), "stock ddp", 2, **told)):
+        assert code == 143
+        assert sorted(losses) == [0, 1, 2, 3, 4]
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["preemption-step=3.ckpt"]
+
+
+def test_what_is_not_a_number_of_steps():
+    from lightning_longnet.callbacks import Preemption
+
+    for steps in (0, -1, 1.5, True, "2"):
+        with pytest.raises(ValueError, match="every_n_steps must be a number of steps, at least 1"):
+            Preemption(every_n_steps=steps)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("told", WHILE)
+def test_whenever_it_comes(trainers, undisturbed, tmp_path, told):
+    stop_and_go_on(trainers, tmp_path, "fsdp2", *WHILE[told], undisturbed("fsdp2"))

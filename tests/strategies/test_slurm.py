@@ -1,0 +1,117 @@
+"""A real SLURM of two nodes runs the batch script that is shipped, and stops it, and queues it again."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launched import ROOT, environment
+
+pytestmark = pytest.mark.long
+
+SCRIPT = "examples/slurm/train.sbatch"
+MODEL = ("--tokens=256", "--dim=32", "--layers=1", "--accelerator=cpu")
+RANKS = ("--sequence-parallel-size=2", "--batch-size=1")  # two groups of two ranks
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    from slurm.cluster import Cluster
+
+    found = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The losses of one process, on batches as large as those of all ranks."""
+    command = [sys.executable, "examples/slurm/train.py", *MODEL, "--batch-size=2", f"--steps={STEPS}"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment())
+    assert found.returncode == 0, found.stderr
+    return losses(found.stdout)
+
+
+def losses(text):
+    """(step, loss) as they were printed."""
+    return [(int(step), float(loss)) for step, loss in re.findall(r"^step (\d+): loss (\S+)$", text, re.MULTILINE)]
+
+
+def same(found, wanted):
+    assert [step for step, _ in found] == list(range(len(found)))
+    torch.testing.assert_close(
+        torch.tensor([x for _, x in found]), torch.tensor([x for _, x in wanted[: len(found)]]), rtol=1e-4, atol=1e-4
+    )
+
+
+class Job:
+    def __init__(self, cluster, folder, *told):
+        self.cluster, self.folder, self.output = cluster, folder, folder / "output.txt"
+        places = ("--chdir", str(ROOT), "--output", str(self.output))
+        options = (*MODEL, *RANKS, "--folder", str(folder), *told)
+        self.number = cluster.submit(*places, str(ROOT / SCRIPT), *options, **places_of_loopback())
+
+    def text(self):
+        return self.output.read_text() if self.output.exists() else ""
+
+    def await_step(self, step):
+        self.cluster.await_(lambda: f"step {step}: " in self.text(), 90, f"no step {step}\n{self.text()[-2000:]}")
+
+    def ended(self):
+        """(its state, its exit status)"""
+        found = self.cluster.await_state(self.number, "COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
+        return found["JobState"], int(found["ExitCode"].split(":")[0])
+
+    def saved(self):
+        return sorted(path.name for path in self.folder.iterdir() if "ckpt" in path.name)
+
+
+def places_of_loopback():
+    """Names of nodes mean nothing here."""
+    return {**environment(), "PYTHON": sys.executable, "MASTER_ADDR": "127.0.0.1"}
+
+
+def test_losses_are_those_of_one_process_though_usr1_stops_it(cluster, alone, tmp_path):
+    job = Job(cluster, tmp_path, f"--steps={STEPS}", "--pause=0.5")
+    job.await_step(2)
+    cluster.run("scancel", "--signal=USR1", job.number)
+    cluster.await_state(job.number, "PENDING")
+    assert job.saved() == ["hpc_ckpt_1.ckpt"]
+    done = len(losses(job.text()))
+    assert 3 <= done < STEPS
+    cluster.run("scontrol", "update", f"JobId={job.number}", "StartTime=now")  # SLURM would wait for two minutes
+    assert job.ended() == ("COMPLETED", 0), job.text()
+    assert cluster.about(job.number)["Restarts"] == "1"
+    same(losses(job.text()), alone)  # each step once
+    assert len(losses(job.text())) == STEPS
+    assert job.text().endswith("done\n")
+    assert f"saved step {done} as {tmp_path / 'hpc_ckpt_1.ckpt'}" in job.text()
+    assert job.saved() == ["hpc_ckpt_1.ckpt"]
+
+
+@pytest.mark.parametrize("told", ["all ranks", "rank 2"])
+def test_sigterm_ends_it_with_one_checkpoint(cluster, alone, tmp_path, told):
+    job = Job(cluster, tmp_path, "--steps=10000", "--pause=0.3")
+    job.await_step(2)
+    if told == "all ranks":
+        cluster.run("scancel", "--signal=TERM", job.number)
+    else:
+        subprocess.run(["kill", "-TERM", rank_of(job, 2)], check=True, timeout=10)
+    assert job.ended() == ("FAILED", 143), job.text()
+    same(losses(job.text())[: len(alone)], alone)
+    assert job.saved() == ["hpc_ckpt_1.ckpt"]
+
+
+def rank_of(job, number):
+    """The pid of a rank."""
+    wanted = {f"SLURM_JOB_ID={job.number}", f"SLURM_PROCID={number}"}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if wanted <= set(path.read_text().split("\0")) and "train.py" in (path.parent / "cmdline").read_text():
+                return path.parent.name
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    raise AssertionError(f"no rank {number} of job {job.number}")
