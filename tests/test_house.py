@@ -165,7 +165,10 @@ def code_blocks(page):
 
 
 @pytest.mark.parametrize("page", ["README.md"])
-@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")  # its advice
+@pytest.mark.filterwarnings(
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",  # its advice
+    "ignore:.*LeafSpec.*:FutureWarning",  # what it uses of torch
+)
 def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = code_blocks(page)
