@@ -2,8 +2,9 @@
 
     gather   one round holds what every rank wants of every other; it is kept for the backward, which sends dK and dV of
              the same rows home
-    ring     a round for each other rank, fetched one ahead: two ranks' rows are in memory, never more.  The backward
-             fetches them again and sends dK and dV home round by round
+    ring     a round for each other rank, fetched one ahead: two ranks' keys and values are in memory, never more;
+             beside them the copy that is sent, and in the backward the gradients of two.  The backward fetches keys and
+             values again and sends dK and dV home round by round
 
 Own blocks are computed while the first round is on its way.
 """
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.exchange.blocks import Terms
-    from lightning_longnet.attention.exchange.comm import Comm, Pending
+    from lightning_longnet.attention.exchange.comm import Comm, Errand, Pending
     from lightning_longnet.attention.kernels import BlockKernel
     from lightning_longnet.attention.routes import Round, Route
 
@@ -36,6 +37,7 @@ class Rounds(NamedTuple):
     """
 
     comm: Comm
+    errand: Errand
     route: Route
     terms: Terms
     kernel: BlockKernel
@@ -117,7 +119,7 @@ def _fetched(exchange: Rounds, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Pe
     """What round `i` brings, (cells, B, D + Dv): not there before it was waited for."""
     rounds = exchange.route.rounds
     if i >= len(rounds):
-        return k, exchange.comm.swap({}, {}, "nothing")
+        return k, exchange.comm.swap({}, {}, exchange.errand, "nothing")
     each = rounds[i]
     batch, _, _, width = k.shape
     flat_k, flat_v = (x.flatten(1, 2) for x in (k, v))
@@ -128,7 +130,12 @@ def _fetched(exchange: Rounds, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Pe
     total = sum(map(len, each.receive.values()))
     received = k.new_empty((total, batch, width + v.shape[3]))
     pieces = dict(zip(each.receive, received.split([len(c) for c in each.receive.values()]), strict=True))
-    return received, exchange.comm.swap(send, pieces, f"keys and values of round {i + 1} of {len(rounds)}")
+    return received, exchange.comm.swap(send, pieces, exchange.errand, f"keys and values{_turn(each)}")
+
+
+def _turn(each: Round) -> str:
+    """The same on both sides of a message, as a round's number is not: ranks leave out those that bring nothing."""
+    return f" of turn {each.turn}" if each.turn else ""
 
 
 def _returned(exchange: Rounds, i: int, dcells: Tensor, dk: Tensor, dv: Tensor) -> Callable[[], None]:
@@ -137,7 +144,7 @@ def _returned(exchange: Rounds, i: int, dcells: Tensor, dk: Tensor, dv: Tensor) 
     each = rounds[i]
     send = dict(zip(each.receive, dcells.split([len(c) for c in each.receive.values()]), strict=True))
     back = {peer: dcells.new_empty((len(cells), *dcells.shape[1:])) for peer, cells in each.send.items()}
-    pending = exchange.comm.swap(send, back, f"gradients of round {i + 1} of {len(rounds)}")
+    pending = exchange.comm.swap(send, back, exchange.errand, f"gradients{_turn(each)}")
 
     def finish() -> None:
         pending.wait()
