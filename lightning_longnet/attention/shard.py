@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from hashlib import sha256
 from itertools import count, pairwise
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from weakref import WeakValueDictionary
 
 import torch
@@ -15,7 +15,7 @@ from lightning_longnet.attention.exchange.comm import Comm
 from lightning_longnet.attention.placement import Kind, Placement
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -26,6 +26,7 @@ _WORDS = 24  # in what ranks tell each other, whatever it is: gathering tensors 
 _KINDS: tuple[Kind, ...] = ("contiguous", "zigzag")
 
 Check = Literal["first", "always"]
+Made = TypeVar("Made")
 
 
 class SequenceShard:
@@ -86,6 +87,7 @@ class SequenceShard:
         self.calls = 0
         self._check = check
         self._known: set[tuple[Any, ...]] = set()
+        self._made: dict[tuple[Any, ...], Any] = {}
         SHARDS[self.number] = self
 
     @property
@@ -115,6 +117,13 @@ class SequenceShard:
             return None
         found = [torch.searchsorted(b.to(tokens.device), tokens, right=True) % 2 == 1 for b in self._borders[rows]]
         return torch.stack(found)
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """What is worked out for this batch: it is kept as long as the shard, and no longer."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
 
     def check(self, call: Mapping[str, Any], beside: Mapping[str, Any] | None = None, fault: str = "") -> None:
         """Compare a call with those of all ranks: a ValueError on each of them that names what differs, and where.

@@ -189,10 +189,13 @@ def _groups(
         rows = slice(first, last)
         errand = Errand(f"{call}, samples {first} to {last - 1}", kind)
         distinct = 0 if apart else -(-shard.threads // (last - first))
-        layout = Layout(settings.pattern, q.shape[2], k.shape[2], each, shard.placement, distinct)
+        layout = Layout(settings.pattern, q.shape[2], k.shape[2], each, shard.placement)
         wide = torch.promote_types(q.dtype, torch.float32)
         sizes = Sizes(last - first, q.shape[3], v.shape[3], q.element_size(), wide.itemsize)
-        chosen = schedule(layout, settings.exchange, sizes)
+        # looked up by the row, which stands for its documents
+        told = settings.pattern, q.shape[2], k.shape[2], first if len(shard.cuts) > 1 else 0
+        chosen = shard.once((*told, settings.exchange, sizes), partial(schedule, layout, settings.exchange, sizes))
+        layout = layout._replace(distinct=distinct)
         heads = k.shape[2] // shard.placement.ranks
         tokens = (torch.arange(shard.length) if chosen.is_swap else shard.tokens()).to(q.device)
         terms = Terms(
@@ -206,10 +209,11 @@ def _groups(
         )
         if chosen.is_swap:
             own = range(shard.rank * heads, (shard.rank + 1) * heads)
-            parts = tuple(head_parts(layout, own))
+            parts = shard.once((*told, distinct), partial(head_parts, layout, own))
             yield rows, swap.Swap(shard.comm, errand, shard.placement, parts, terms, kernel, settings.wants_lse)
         else:
-            own_route = route(layout, shard.rank, chosen.exchanges)
+            key = *told, distinct, chosen.exchanges
+            own_route = shard.once(key, partial(route, layout, shard.rank, chosen.exchanges))
             hidden = partial(shard.hidden, rows=rows)
             yield rows, rounds.Rounds(shard.comm, errand, own_route, terms, kernel, shard.tokens, hidden)
         first = last
