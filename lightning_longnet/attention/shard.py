@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import cached_property
 from hashlib import sha256
-from itertools import count, pairwise
+from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 
+from lightning_longnet.attention.documents import changes, cuts_of, pieces_of, placed
 from lightning_longnet.attention.exchange.comm import Comm
 from lightning_longnet.attention.placement import Kind, Placement
 
@@ -64,7 +65,7 @@ class SequenceShard:
         self.comm = Comm(group)
         self.rank = self.comm.rank
         fault = _fault(self.rank, length, placement, documents, key_padding_mask, check)
-        pieces = [None if x is None or fault else _pieces(x) for x in (documents, key_padding_mask)]
+        pieces = [None if x is None or fault else pieces_of(x) for x in (documents, key_padding_mask)]
         self.number = next(_numbers)
         header = [
             -1 if fault else length,
@@ -81,8 +82,8 @@ class SequenceShard:
         self.threads = max(h[7] for h in headers)
         self.comm.shard = headers[0][8]  # each rank counts its own: all go by that of the first
         ids, padding = (self._shared(x, max(h[5 + i] for h in headers)) for i, x in enumerate(pieces))
-        self.cuts = [(0, self.length)] if ids is None else [_cuts(row, self.length) for row in ids]
-        self._borders = None if padding is None else [_changes(row) for row in padding]
+        self.cuts = [(0, self.length)] if ids is None else [cuts_of(row, self.length) for row in ids]
+        self._borders = None if padding is None else [changes(row) for row in padding]
         self.key_padding_mask = key_padding_mask
         self.calls = 0
         self._check = check
@@ -196,7 +197,7 @@ class SequenceShard:
         for row in range(len(own)):
             begun: list[tuple[int, int, int]] = []
             for rank in range(self.placement.ranks):
-                begun += _placed(everywhere[rank, row].tolist(), self.placement, rank)
+                begun += placed(everywhere[rank, row].tolist(), self.placement, rank)
             whole.append([(value, count) for _, value, count in sorted(begun)])
         return whole
 
@@ -226,46 +227,3 @@ def _fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any,
         if padding.dtype != torch.bool or padding.dim() != 2 or padding.shape[1] != length:
             return f"{wanted} {padding.dtype} of shape {tuple(padding.shape)} on rank {rank}"
     return ""
-
-
-def _pieces(x: Tensor) -> list[Tensor]:
-    """Of each row (value, how often), one after the other."""
-    rows = x if x.dim() == 2 else x[None]
-    found = [torch.unique_consecutive(row.cpu().long(), return_counts=True) for row in rows]
-    return [torch.stack(each, 1) for each in found]
-
-
-def _placed(pieces: Sequence[Sequence[int]], placement: Placement, rank: int) -> list[tuple[int, int, int]]:
-    """(where it begins in the whole, value, how often): a rank's pieces, cut where its stretches end."""
-    found, at, left = [], 0, [list(piece) for piece in pieces]
-    for stretch in placement.stretches(rank):
-        begin = stretch.begin
-        while begin < stretch.end:
-            value, count = left[at]
-            taken = min(count, stretch.end - begin)
-            found.append((begin, value, taken))
-            begin += taken
-            left[at][1] -= taken
-            at += left[at][1] == 0
-    return found
-
-
-def _cuts(pieces: Sequence[tuple[int, int]], length: int) -> tuple[int, ...]:
-    cuts, at = [0], 0
-    for (before, times), (after, _) in pairwise(pieces):
-        at += times
-        if after < before:
-            raise ValueError(f"documents must not decrease along a row, got {before} followed by {after} at token {at}")
-        if after != before:
-            cuts.append(at)
-    return (*cuts, length)
-
-
-def _changes(pieces: Sequence[tuple[int, int]]) -> Tensor:
-    """Where padding begins and ends, in turn."""
-    found, at, before = [], 0, 0
-    for value, times in pieces:
-        if value != before:
-            found.append(at)
-        at, before = at + times, value
-    return torch.tensor(found, dtype=torch.long)
