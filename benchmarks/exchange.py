@@ -23,7 +23,7 @@ from machine import described
 from torch.multiprocessing.spawn import spawn
 
 from lightning_longnet import Pattern, SequenceShard, attend
-from lightning_longnet.attention.exchange.comm import Comm, Pending
+from lightning_longnet.attention.exchange.comm import Comm, Errand, Pending
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,10 +49,10 @@ Participant = tuple[SequenceShard, "Callable[[Tensor, Tensor, Tensor], Tensor]"]
 class Silent(Comm):
     """Sends nothing: the same blocks without an exchange."""
 
-    def swap(self, send: dict[int, Tensor], receive: dict[int, Tensor], what: str) -> Pending:
+    def swap(self, send: dict[int, Tensor], receive: dict[int, Tensor], errand: Errand, what: str) -> Pending:
         for tensor in receive.values():
             tensor.fill_(0.5)
-        return Pending([], (), what, self)
+        return Pending([], (), self)
 
 
 def participants(

@@ -12,7 +12,7 @@ from lightning_longnet.attention import operators, sharded
 from lightning_longnet.attention.dropout import Dropout
 from lightning_longnet.attention.kernels import Explanation, Request, judge, reference, select
 from lightning_longnet.attention.pattern import Pattern
-from lightning_longnet.attention.schedule import Exchange  # noqa: TC001  for typing.get_type_hints
+from lightning_longnet.attention.schedule import Exchange
 from lightning_longnet.attention.shard import SequenceShard
 
 Mix = Literal["exact", "detached"]
@@ -113,19 +113,19 @@ def attend(
     >>> attend(q, k, v, Pattern.dilated((256, 1024), (1, 4), is_causal=True)).shape
     torch.Size([1, 1000, 4, 16])
     """
-    told = pattern, documents, key_padding_mask, dropout, dropout_seed, dropout_samples, scale, mix, kernel, shard
+    told = pattern, documents, key_padding_mask, dropout, dropout_seed, dropout_samples, scale, mix, kernel, exchange
     try:
-        call = _checked_call(q, k, v, *told)
+        call = _checked_call(q, k, v, *told, shard)
     except ValueError as error:
         if isinstance(shard, SequenceShard):
-            shard.check({}, str(error))  # the other ranks wait for this one
+            shard.check({}, fault=str(error))  # the other ranks wait for this one
         raise
     q, k, v, documents, hidden, seed, scale, chosen = call
     if shard is not None:
         settings = sharded.Settings(
-            shard, pattern, scale, float(dropout), seed, *dropout_samples, chosen, mix, exchange, return_lse
+            shard, pattern, scale, float(dropout), seed, *dropout_samples, chosen, mix, exchange, bool(return_lse)
         )
-        out, lse = sharded.attend(q, k, v, settings)
+        out, lse = sharded.attend(q, k, v, settings, dropout_seed is not None)
     elif chosen == reference.name and q.numel():
         drops = None if seed is None else Dropout(dropout, int(seed), *dropout_samples)
         out, lse = reference.attend(q, k, v, documents, hidden, drops, pattern, scale, mix)
@@ -162,11 +162,13 @@ def _checked_call(
     scale: float | None,
     mix: str,
     kernel: str,
+    exchange: str,
     shard: SequenceShard | None,
 ) -> _Call:
     q, k, v, documents = _checked(q, k, v, pattern, documents)
-    if mix not in get_args(Mix):
-        raise ValueError(f"mix must be one of {', '.join(map(repr, get_args(Mix)))}, got {mix!r}")
+    for name, value, allowed in (("mix", mix, get_args(Mix)), ("exchange", exchange, get_args(Exchange))):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     if scale is None:
         scale = q.shape[3] ** -0.5
     if not isinstance(scale, (int, float)) or not 0 < scale < inf:

@@ -47,6 +47,10 @@ class Placement:
     def _hash(self) -> int:
         return hash((self.lengths, self.kind))
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without what is worked out: another process hashes words in another way."""
+        return {"lengths": self.lengths, "kind": self.kind}
+
     @property
     def ranks(self) -> int:
         return len(self.lengths)

@@ -120,6 +120,8 @@ def _plan(
 ) -> Plan:
     documents: dict[int, list[int]] = defaultdict(list)
     for begin, end in pairwise(cuts):
+        if begin == end:
+            continue  # a whole without a token
         documents[end - begin].append(begin)
     planned = []
     for i, branch in enumerate(branches):

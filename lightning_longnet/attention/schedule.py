@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Literal, NamedTuple, get_args
+from heapq import nlargest
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+import torch
 
 from lightning_longnet.attention.exchange import swap
-from lightning_longnet.attention.routes import Layout, is_local, route
+from lightning_longnet.attention.routes import Layout, Wanted, crossings, is_local
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 Exchange = Literal["auto", "local", "gather", "ring", "swap"]
 
@@ -14,6 +19,8 @@ Exchange = Literal["auto", "local", "gather", "ring", "swap"]
 KEPT_SHARE = 1.0
 # What a message costs before its first byte, in bytes that could have travelled meanwhile: 20 us at 10 GB/s
 MESSAGE_BYTES = 200_000
+# Of more than twice so many ranks, "auto" looks at about so many
+WATCHED = 8
 
 
 class Volume(NamedTuple):
@@ -50,28 +57,68 @@ class Schedule(NamedTuple):
 
 
 def volume(layout: Layout, exchanges: tuple[str, ...], rank: int, sizes: Sizes) -> Volume:
-    """Read off the route: what a rank sends, forward and backward."""
-    if "swap" in exchanges:
-        lengths, ranks = layout.placement.lengths, layout.placement.ranks
-        to_heads, to_rows = lengths[rank] * (ranks - 1), layout.placement.length - lengths[rank]
-        vectors = layout.heads * sizes.head_dim + layout.kv_heads * (sizes.head_dim + sizes.value_dim)
-        vectors += layout.heads * sizes.value_dim  # out, or its gradient
-        per_token = sizes.batch * sizes.itemsize * vectors // ranks
-        peers = sum(1 for r in range(ranks) if r != rank and lengths[r])
-        trades = peers + (ranks - 1 if lengths[rank] else 0)
-        return Volume((to_heads + to_rows) * per_token, 2 * trades, layout.placement.length * per_token)
+    """What a rank sends, forward and backward, and keeps."""
+    return _volumes(layout, [exchanges], rank, sizes)[0]
+
+
+def _volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, sizes: Sizes) -> list[Volume]:
+    """Of several ways at once: the rows of each branch are looked up once for all of them."""
+    groups = [
+        tuple(tuple(i for i, kind in enumerate(way) if kind == name) for name in ("gather", "ring")) for way in ways
+    ]
+    wanted = sorted({branches for group in groups for branches in group}, key=len)
     pair = sizes.batch * (sizes.head_dim + sizes.value_dim)
-    sent = messages = kept = 0
-    for each in route(layout, rank, exchanges).rounds:
-        out, come = (sum(map(len, cells.values())) for cells in (each.send, each.receive))
-        fetches = 1 if each.keeps else 2
-        sent += pair * (fetches * out * sizes.itemsize + come * sizes.wide_itemsize)
-        messages += fetches * len(each.send) + len(each.receive)
-        kept += pair * come * sizes.itemsize if each.keeps else 0
-    return Volume(sent, messages, kept)
+    totals = [[0, 0, 0] for _ in ways]
+    between = crossings(layout)
+    for peer in between.neighbours(rank):
+        come, out = (_counts(between.wanted(*ends), wanted) for ends in ((rank, peer), (peer, rank)))
+        for total, group in zip(totals, groups, strict=True):
+            for branches, fetches in zip(group, (1, 2), strict=True):
+                total[0] += pair * (fetches * out[branches] * sizes.itemsize + come[branches] * sizes.wide_itemsize)
+                total[1] += fetches * (out[branches] > 0) + (come[branches] > 0)
+            total[2] += pair * come[group[0]] * sizes.itemsize
+    return [_swapped(layout, rank, sizes) if "swap" in way else Volume(*t) for way, t in zip(ways, totals, strict=True)]
 
 
-@lru_cache(256)
+def _counts(wanted: Wanted, groups: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
+    """How many cells some branches see together, for groups of branches in the order of their size."""
+    if not wanted.parts:
+        return dict.fromkeys(groups, 0)
+    none = torch.zeros((), dtype=torch.bool)
+    single = {branch: wanted.mask((branch,)) for branch in {part.branch for part in wanted.parts}}
+    masks: dict[tuple[int, ...], torch.Tensor] = {(): none}
+    for group in filter(None, groups):
+        smaller, other = (group[:-1], group[-1]) if group[:-1] in masks else (group[1:], group[0])
+        if smaller in masks:
+            masks[group] = masks[smaller] | single.get(other, none)
+        else:
+            masks[group] = wanted.mask(group)
+    return {group: int(masks[group].sum()) for group in groups}
+
+
+def _swapped(layout: Layout, rank: int, sizes: Sizes) -> Volume:
+    lengths, ranks = layout.placement.lengths, layout.placement.ranks
+    to_heads, to_rows = lengths[rank] * (ranks - 1), layout.placement.length - lengths[rank]
+    vectors = layout.heads * sizes.head_dim + layout.kv_heads * (sizes.head_dim + sizes.value_dim)
+    vectors += layout.heads * sizes.value_dim  # out, or its gradient
+    per_token = sizes.batch * sizes.itemsize * vectors // ranks
+    peers = sum(1 for r in range(ranks) if r != rank and lengths[r])
+    trades = peers + (ranks - 1 if lengths[rank] else 0)
+    return Volume((to_heads + to_rows) * per_token, 2 * trades, layout.placement.length * per_token)
+
+
+def _watched(layout: Layout) -> list[int]:
+    """All ranks; of many those that may have most to do, by how far their segments and documents span."""
+    lengths, ranks = layout.placement.lengths, range(layout.placement.ranks)
+    if len(ranks) <= 2 * WATCHED:
+        return list(ranks)
+    traffic = [crossings(layout).traffic(rank) for rank in ranks]
+    keys: list[Callable[[int], float]] = [lambda r: lengths[r], lambda r: traffic[r][0], lambda r: traffic[r][1]]
+    return sorted(
+        {r for key in keys for r in nlargest(WATCHED // 2, ranks, key)} | {0, len(ranks) // 2, len(ranks) - 1}
+    )
+
+
 def schedule(layout: Layout, exchange: str, sizes: Sizes) -> Schedule:
     """The exchange of each branch, or a ValueError that says why it cannot be had."""
     branches, ranks = len(layout.pattern.branches), layout.placement.ranks
@@ -89,17 +136,17 @@ def schedule(layout: Layout, exchange: str, sizes: Sizes) -> Schedule:
         return Schedule((name,) * branches, "asked for")
     if is_local(layout):
         return Schedule(("gather",) * branches, "nothing has to travel")
-    # the rank that has most to do is the last where keys come from before, and one in the middle where from both sides
-    watched = sorted({0, ranks // 2, ranks - 1})
+    # the memories of ranks are alike: what fits beside the keys of the longest fits beside those of a shorter one
     own = sizes.batch * (sizes.head_dim + sizes.value_dim) * sizes.itemsize * layout.kv_heads
     allowed = KEPT_SHARE * own * max(layout.placement.lengths)
     # the coarser a branch, the farther its keys: what is gathered is kept, and so the fine ones are gathered first
     ways = [("gather",) * i + ("ring",) * (branches - i) for i in range(branches, -1, -1)]
     ways += [] if refusal else [("swap",) * branches]
-    found = {}
-    for way in ways:
-        volumes = [volume(layout, way, rank, sizes) for rank in watched]
-        found[way] = max(v.cost for v in volumes), max(v.kept_bytes for v in volumes)
+    by_rank = [_volumes(layout, ways, rank, sizes) for rank in _watched(layout)]
+    found = {
+        way: (max(v.cost for v in volumes), max(v.kept_bytes for v in volumes))
+        for way, volumes in zip(ways, zip(*by_rank, strict=True), strict=True)
+    }
     fitting = {way: cost for way, (cost, kept) in found.items() if kept <= allowed or "gather" not in way}
     best = min(fitting, key=lambda way: (fitting[way], way.count("ring")))
     parts = [f"{_named(best)} sends least, {fitting[best] / 2**20:.2f} MiB with the cost of its messages"]

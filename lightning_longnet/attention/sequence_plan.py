@@ -50,6 +50,10 @@ class SequencePlan:
             )
         mean = sum(self.pairs) / len(self.pairs)
         lines.append(f"the busiest rank has {max(self.pairs) / mean if mean else 1:.2f} times the mean of the pairs")
+        if len(pattern.branches) > 1 and pattern.multiplicity == "multiset":
+            lines.append(
+                "a pair counts as often as branches show it; kernels that take weights compute it once, if that pays"
+            )
         return "\n".join(lines)
 
     def plot(self) -> Any:
@@ -80,7 +84,8 @@ def sequence_plan(
         heads, kv_heads: of the whole layer.
         placement: "contiguous" or "zigzag".
         exchange: as that of `attend`.
-        documents: lengths of the documents that a row holds; one whole sequence by default.
+        documents: lengths of the documents that a row holds, not the ids that `attend` is given; one whole sequence by
+            default.
         batch, head_dim, dtype: of the tensors.
 
     >>> print(sequence_plan(Pattern.dilated((512, 2048), (1, 4), is_causal=True), (1024,) * 4, heads=8))
@@ -96,6 +101,7 @@ def sequence_plan(
          2      1,024      2,364,416       1.00         1       0.00
          3      1,024      2,888,704       1.00         1       1.00
     the busiest rank has 1.10 times the mean of the pairs
+    a pair counts as often as branches show it; kernels that take weights compute it once, if that pays
     """
     where = Placement(tuple(lengths), placement)
     cuts = [0]
@@ -112,14 +118,15 @@ def sequence_plan(
     pairs = []
     for rank in ranks:
         if chosen.is_swap:
-            each = layout.kv_heads // where.ranks
-            pairs.append(sum(part.block.pairs for part in head_parts(layout, range(rank * each, (rank + 1) * each))))
+            here = layout.kv_heads // where.ranks
+            parts = head_parts(layout, range(rank * here, (rank + 1) * here))
+            pairs.append(sum(part.block.pairs * part.block.weight for part in parts))
             continue
         own = route(layout, rank, chosen.exchanges)
-        found = [*own.own, *(part for each in own.rounds for part in each.parts)]
+        wanted = [(source, each) for one in own.rounds for source, each in one.receives.items()]
+        found = [*own.own, *(part for _, each in wanted for part in each.parts)]
         pairs.append(sum(part.block.pairs * part.block.weight for part in found))
-        for one in own.rounds:
-            for source, cells in one.receive.items():
-                received[rank][source] += len(cells) * batch * 2 * head_dim * dtype.itemsize
+        for source, each in wanted:
+            received[rank][source] += int(each.mask().sum()) * batch * 2 * head_dim * dtype.itemsize
     volumes = tuple(volume(layout, chosen.exchanges, rank, sizes) for rank in ranks)
     return SequencePlan(layout, chosen, volumes, tuple(pairs), tuple(map(tuple, received)))

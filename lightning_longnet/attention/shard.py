@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from functools import cached_property
 from hashlib import sha256
-from itertools import count, pairwise
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 
+from lightning_longnet.attention.documents import changes, cuts_of, pieces_of, placed
 from lightning_longnet.attention.exchange.comm import Comm
 from lightning_longnet.attention.placement import Kind, Placement
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
 # By number: an operator's schema takes no objects.  A shard lives as long as somebody else holds it
 SHARDS: WeakValueDictionary[int, SequenceShard] = WeakValueDictionary()
 _numbers = count()
-_WORDS = 16  # that a call is compared by
+_WORDS = 24  # in what ranks tell each other, whatever it is: gathering tensors of unequal sizes ends the process
 _KINDS: tuple[Kind, ...] = ("contiguous", "zigzag")
+
+Check = Literal["first", "always"]
+Made = TypeVar("Made")
 
 
 class SequenceShard:
@@ -33,21 +37,26 @@ class SequenceShard:
     them.  `attend` takes it as `shard`.
 
     Args:
-        group: the ranks that share the sequences.
+        group: the ranks that share the sequences; None is all of them.
         length: tokens of each sequence on this rank; 0 is allowed.
         placement: "contiguous" or "zigzag"; see `Placement`.
         documents: the ids of the tokens that are here, (L,) or (B, L), not decreasing along the whole sequence.
         key_padding_mask: (B, L), True where a key is hidden from all queries.
+        check: "first" compares what the ranks call with at the first call of its kind (shapes, type, pattern and
+            settings), which costs later ones nothing; "always" compares every call, so that what does not fit is never
+            left to the group's timeout.
     """
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         length: int,
         placement: Kind = "contiguous",
         documents: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        check: Check = "first",
     ) -> None:
+        group = dist.group.WORLD if group is None else group
         if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
             raise ValueError(
                 f"group must be a process group that holds this rank, {dist.get_rank()} of all, got {group!r}: every "
@@ -55,31 +64,31 @@ class SequenceShard:
             )
         self.comm = Comm(group)
         self.rank = self.comm.rank
-        fault = _fault(length, placement, documents, key_padding_mask)
-        if documents is not None and documents.dim() == 1:
-            documents = documents[None]
-        pieces = (
-            [None if x is None else _pieces(x) for x in (documents, key_padding_mask)] if not fault else [None, None]
-        )
-        header = torch.tensor(
-            [
-                -1 if fault else length,
-                _KINDS.index(placement) if placement in _KINDS else -1,
-                *(0 if x is None else len(x) for x in pieces),
-                *(0 if x is None else max(map(len, x), default=0) for x in pieces),
-                torch.get_num_threads(),
-            ]
-        )
-        headers = self._gathered(header, "shares its lengths").tolist()
+        fault = _fault(self.rank, length, placement, documents, key_padding_mask, check)
+        pieces = [None if x is None or fault else pieces_of(x) for x in (documents, key_padding_mask)]
+        self.number = next(_numbers)
+        header = [
+            -1 if fault else length,
+            _KINDS.index(placement) if not fault else -1,
+            *(-1 if x is None else len(x) for x in pieces),
+            int(check == "always"),
+            *(0 if x is None else max(map(len, x), default=0) for x in pieces),
+            torch.get_num_threads(),
+            self.number,
+        ]
+        headers = self._everywhere(header, "makes a shard")
         self._agree(headers, fault)
         self.placement = Placement(tuple(h[0] for h in headers), placement)
-        self.threads = max(h[6] for h in headers)
-        ids, padding = (self._shared(x, max(h[4 + i] for h in headers)) for i, x in enumerate(pieces))
-        self.cuts = [(0, self.length)] if ids is None else [_cuts(row, self.length) for row in ids]
-        self._borders = None if padding is None else [_changes(row) for row in padding]
+        self.threads = max(h[7] for h in headers)
+        self.comm.shard = headers[0][8]  # each rank counts its own: all go by that of the first
+        ids, padding = (self._shared(x, max(h[5 + i] for h in headers)) for i, x in enumerate(pieces))
+        self.cuts = [(0, self.length)] if ids is None else [cuts_of(row, self.length) for row in ids]
+        self._borders = None if padding is None else [changes(row) for row in padding]
         self.key_padding_mask = key_padding_mask
-        self._is_checked = False
-        self.number = next(_numbers)
+        self.calls = 0
+        self._check = check
+        self._known: set[tuple[Any, ...]] = set()
+        self._made: dict[tuple[Any, ...], Any] = {}
         SHARDS[self.number] = self
 
     @property
@@ -99,6 +108,8 @@ class SequenceShard:
         tokens = self.tokens()
         begins = [torch.tensor(cuts[:-1]) for cuts in self.cuts]
         found = [tokens - each[torch.searchsorted(each, tokens, right=True) - 1] for each in begins]
+        if not found:
+            return tokens.new_empty(0, len(tokens))
         return found[0] if len(found) == 1 else torch.stack(found)
 
     def hidden(self, tokens: Tensor, rows: slice) -> Tensor | None:
@@ -108,26 +119,46 @@ class SequenceShard:
         found = [torch.searchsorted(b.to(tokens.device), tokens, right=True) % 2 == 1 for b in self._borders[rows]]
         return torch.stack(found)
 
-    def check(self, call: dict[str, int | str], fault: str = "") -> None:
-        """Compare the first call of all ranks: a ValueError on each of them that names what differs, and where.
+    def once(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """What is worked out for this batch: it is kept as long as the shard, and no longer."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
 
-        With a `fault` the rank raises an error of its own, of which the others are told.
+    def check(self, call: Mapping[str, Any], beside: Mapping[str, Any] | None = None, fault: str = "") -> None:
+        """Compare a call with those of all ranks: a ValueError on each of them that names what differs, and where.
+
+        A kind of call that was found equal is known, and compared no more.  What is `beside` makes no kind of its own.
+        With a `fault` the rank raises an error of its own, of which the others are told where they compare.
         """
-        if self._is_checked:
+        kind = tuple(call.items())
+        if self._check == "first" and (kind in self._known or (fault and self._known)):
             return
-        self._is_checked = True
-        words = [int.from_bytes(sha256(str(value).encode()).digest()[:7], "big") for value in call.values()]
-        words = [int(bool(fault)), *words]
-        words += [0] * (_WORDS - len(words))
-        everywhere = self._gathered(torch.tensor(words), "compares its first call").tolist()
+        before = {"number of the shard": self.comm.shard, "number of calls before": self.calls}
+        values = {**before, **call, **(beside or {})}
+        words = [int.from_bytes(sha256(str(value).encode()).digest()[:7], "big") for value in values.values()]
+        everywhere = self._everywhere([int(bool(fault)), *words], "compares a call")
         if fault:
             return
         if wrong := [r for r, found in enumerate(everywhere) if found[0]]:
             raise ValueError(_elsewhere(wrong[0]))
-        for i, (name, value) in enumerate(call.items(), 1):
-            if others := [r for r, found in enumerate(everywhere) if found[i] != words[i]]:
+        for i, (name, value) in enumerate(values.items(), 1):
+            if others := [r for r, found in enumerate(everywhere) if found[i] != words[i - 1]]:
                 told = f"{value!r} on rank {self.rank}, and something else on rank {others[0]}"
                 raise ValueError(f"{name} must be equal on all ranks of a shard, got {told}")
+        self._known.add(kind)
+
+    def _everywhere(self, words: list[int], what: str) -> list[list[int]]:
+        """Of each rank, where all do the same; the wrong ones of two that do not would read each other's words."""
+        kinds = "makes a shard", "compares a call"
+        padded = [kinds.index(what), *words] + [0] * (_WORDS - 1 - len(words))
+        assert len(padded) == _WORDS
+        found: list[list[int]] = self._gathered(torch.tensor(padded), what).tolist()
+        if others := [r for r, each in enumerate(found) if each[0] != padded[0]]:
+            told = f"rank {self.rank} of the group {what}, rank {others[0]} {kinds[found[others[0]][0]]}"
+            raise ValueError(f"all ranks of a group must do the same, in one order: {told}")
+        return [each[1:] for each in found]
 
     def _gathered(self, own: Tensor, what: str) -> Tensor:
         device = "cuda" if dist.get_backend(self.comm.group) == "nccl" else "cpu"
@@ -139,11 +170,16 @@ class SequenceShard:
             raise ValueError(fault)
         if wrong := [r for r, h in enumerate(headers) if h[0] < 0]:
             raise ValueError(_elsewhere(wrong[0]))
-        names = ("placement", "rows of documents", "rows of key_padding_mask")
-        for i, name in enumerate(names, 1):
+        names: tuple[tuple[str, Sequence[Any]], ...] = (
+            ("placement", _KINDS),
+            ("rows of documents", ()),
+            ("rows of key_padding_mask", ()),
+            ("check", get_args(Check)),
+        )
+        for i, (name, shown) in enumerate(names, 1):
             values = [h[i] for h in headers]
             if len(set(values)) > 1:
-                told = [_KINDS[v] for v in values] if i == 1 else values
+                told = [shown[v] if shown else "none" if v < 0 else v for v in values]
                 other = next(r for r, value in enumerate(values) if value != values[0])
                 raise ValueError(
                     f"{name} must be equal on all ranks, got {told[0]} on rank 0 and {told[other]} on rank {other}"
@@ -161,7 +197,7 @@ class SequenceShard:
         for row in range(len(own)):
             begun: list[tuple[int, int, int]] = []
             for rank in range(self.placement.ranks):
-                begun += _placed(everywhere[rank, row].tolist(), self.placement, rank)
+                begun += placed(everywhere[rank, row].tolist(), self.placement, rank)
             whole.append([(value, count) for _, value, count in sorted(begun)])
         return whole
 
@@ -170,62 +206,24 @@ def _elsewhere(rank: int) -> str:
     return f"rank {rank} of the group was given arguments that do not fit: its own message says which"
 
 
-def _fault(length: int, placement: str, documents: Tensor | None, padding: Tensor | None) -> str:
+def _fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any, check: Any) -> str:
     """What is wrong with this rank's own arguments."""
-    rank = dist.get_rank()
     if not isinstance(length, int) or isinstance(length, bool) or length < 0:
         return f"length must be a number of tokens, at least 0, got {length!r} on rank {rank}"
-    if placement not in _KINDS:
-        return f"placement must be one of {', '.join(map(repr, _KINDS))}, got {placement!r} on rank {rank}"
-    if documents is not None and (documents.dim() not in (1, 2) or documents.shape[-1] != length):
-        return f"documents must be ({length},) or (batch, {length}), got {tuple(documents.shape)} on rank {rank}"
-    if documents is not None and (documents.dtype.is_floating_point or documents.dtype == torch.bool):
-        return f"documents must be integer ids, got {documents.dtype} on rank {rank}"
-    if padding is not None and (padding.dtype != torch.bool or padding.dim() != 2 or padding.shape[1] != length):
-        return (
-            f"key_padding_mask must be bools of shape (batch, {length}), got {padding.dtype} of shape "
-            f"{tuple(padding.shape)} on rank {rank}"
-        )
+    for name, value, allowed in (("placement", placement, _KINDS), ("check", check, get_args(Check))):
+        if value not in allowed:
+            return f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r} on rank {rank}"
+    if documents is not None:
+        if not isinstance(documents, torch.Tensor):
+            return f"documents must be a tensor of integer ids, got {type(documents).__name__} on rank {rank}"
+        if documents.dtype.is_floating_point or documents.dtype.is_complex or documents.dtype == torch.bool:
+            return f"documents must be integer ids, got {documents.dtype} on rank {rank}"
+        if documents.dim() not in (1, 2) or documents.shape[-1] != length:
+            return f"documents must be ({length},) or (batch, {length}), got {tuple(documents.shape)} on rank {rank}"
+    if padding is not None:
+        wanted = f"key_padding_mask must be bools of shape (batch, {length}), got"
+        if not isinstance(padding, torch.Tensor):
+            return f"{wanted} {type(padding).__name__} on rank {rank}"
+        if padding.dtype != torch.bool or padding.dim() != 2 or padding.shape[1] != length:
+            return f"{wanted} {padding.dtype} of shape {tuple(padding.shape)} on rank {rank}"
     return ""
-
-
-def _pieces(x: Tensor) -> list[Tensor]:
-    """Of each row (value, how often), one after the other."""
-    found = [torch.unique_consecutive(row.cpu().long(), return_counts=True) for row in x]
-    return [torch.stack(each, 1) for each in found]
-
-
-def _placed(pieces: Sequence[Sequence[int]], placement: Placement, rank: int) -> list[tuple[int, int, int]]:
-    """(where it begins in the whole, value, how often): a rank's pieces, cut where its stretches end."""
-    found, at, left = [], 0, [list(piece) for piece in pieces]
-    for stretch in placement.stretches(rank):
-        begin = stretch.begin
-        while begin < stretch.end:
-            value, count = left[at]
-            taken = min(count, stretch.end - begin)
-            found.append((begin, value, taken))
-            begin += taken
-            left[at][1] -= taken
-            at += left[at][1] == 0
-    return found
-
-
-def _cuts(pieces: Sequence[tuple[int, int]], length: int) -> tuple[int, ...]:
-    cuts, at = [0], 0
-    for (before, times), (after, _) in pairwise(pieces):
-        at += times
-        if after < before:
-            raise ValueError(f"documents must not decrease along a row, got {before} followed by {after} at token {at}")
-        if after != before:
-            cuts.append(at)
-    return (*cuts, length)
-
-
-def _changes(pieces: Sequence[tuple[int, int]]) -> Tensor:
-    """Where padding begins and ends, in turn."""
-    found, at, before = [], 0, 0
-    for value, times in pieces:
-        if value != before:
-            found.append(at)
-        at, before = at + times, value
-    return torch.tensor(found, dtype=torch.long)

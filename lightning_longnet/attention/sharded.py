@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_longnet.attention.dropout import Dropout
 from lightning_longnet.attention.exchange import rounds, swap
 from lightning_longnet.attention.exchange.blocks import Terms
+from lightning_longnet.attention.exchange.comm import Errand
 from lightning_longnet.attention.kernels import BLOCK_KERNELS
 from lightning_longnet.attention.lattice import joined, readable
 from lightning_longnet.attention.pattern import Pattern
@@ -47,11 +48,15 @@ class Settings(NamedTuple):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def attend(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, settings: Settings, is_seed_given: bool) -> tuple[Tensor, Tensor]:
     """(out, lse) of this rank's tokens; all ranks of the shard call it together.
 
     A compiled graph is broken here: what is kept for the backward has shapes that no schema tells.
     """
+    # a seed is another one in every step, and of ranks that draw their own each has its own
+    seed = {"dropout_seed": int(settings.seed)} if is_seed_given and settings.seed is not None else {}
+    kind = _kind(q, k, v, settings)
+    settings.shard.check(kind | {"presence of a dropout_seed": bool(seed)}, seed)
     out, lse = _ShardedAttention.apply(q, k, v, settings)  # type: ignore[no-untyped-call]
     return out, lse
 
@@ -77,13 +82,20 @@ def forward(
     told = scale, dropout, seed, first_sample, sample_step, kernel, mix, exchange, wants_lse
     settings = Settings(SHARDS[shard], Pattern.loads(pattern), *told)
     q, k, v = (readable(x) for x in (q, k, v))
-    _compare(q, k, v, settings)
-    found = []
-    with torch.autocast(q.device.type, enabled=False):  # which would round the products
-        for rows, each in _groups(settings, q, k, v):
+    if not q.shape[0] * settings.shard.length:  # on all ranks, which others wait for where it is on some only
+        wide = torch.promote_types(q.dtype, torch.float32)
+        return q.new_zeros((*q.shape[:3], v.shape[3])), q.new_zeros((len(q), q.shape[2], q.shape[1]), dtype=wide), []
+    number = torch.tensor(settings.shard.calls)
+    call = f"forward of call {number}"
+    groups, found = list(_groups(settings, call, q, k, v)), []
+    settings.shard.calls += 1
+    # autocast would round the products
+    with settings.shard.comm.finished(call), torch.autocast(q.device.type, enabled=False):
+        for rows, each in groups:
             found.append(each.forward(q[rows], k[rows], v[rows], settings.branches))
     out, lse = joined([(each[0], each[1]) for each in found])
-    return out, lse, [tensor for *_, kept in found for tensor in kept]
+    # the backward goes by the number of its forward: ranks need not do theirs in one order to know whose messages come
+    return out, lse, [number, *(tensor for *_, kept in found for tensor in kept)]
 
 
 @torch.library.custom_op("lightning_longnet::attend_sharded_backward", mutates_args=())
@@ -109,10 +121,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     told = scale, dropout, seed, first_sample, sample_step, kernel, mix, exchange, wants_lse
     settings = Settings(SHARDS[shard], Pattern.loads(pattern), *told)
+    if not kept:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     grad, q, k, v, out = (readable(x) for x in (grad, q, k, v, out))
-    found, first = [], 0
-    with torch.autocast(q.device.type, enabled=False):
-        for rows, each in _groups(settings, q, k, v):
+    call, found, first = f"backward of call {kept[0]}", [], 1
+    groups = list(_groups(settings, call, q, k, v))
+    with settings.shard.comm.finished(call), torch.autocast(q.device.type, enabled=False):
+        for rows, each in groups:
             last = first + each.kept(settings.branches)
             found.append(each.backward(grad[rows], q[rows], k[rows], v[rows], out[rows], lse[rows], kept[first:last]))
             first = last
@@ -138,24 +153,28 @@ class _ShardedAttention(torch.autograd.Function):
         return *backward(grad, q, k, v, out, lse, kept, seed, *ctx.told), None
 
 
-def _compare(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> None:
-    settings.shard.check(
-        {
-            "batch": q.shape[0],
-            "heads of q": q.shape[2],
-            "heads of k": k.shape[2],
-            "head_dim": q.shape[3],
-            "width of v": v.shape[3],
-            "dtype": str(q.dtype),
-            "pattern": settings.pattern.dumps(),
-            "exchange": settings.exchange,
-            "mix": settings.mix,
-            "return_lse": settings.wants_lse,
-        }
-    )
+def _kind(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> dict[str, Any]:
+    """What all ranks must call with; what each has of its own, as the number of its tokens, is not in it."""
+    return {
+        "batch": q.shape[0],
+        "heads of q": q.shape[2],
+        "heads of k": k.shape[2],
+        "head_dim": q.shape[3],
+        "width of v": v.shape[3],
+        "dtype": str(q.dtype),
+        "pattern": settings.pattern.dumps(),
+        "exchange": settings.exchange,
+        "mix": settings.mix,
+        "return_lse": settings.wants_lse,
+        "kernel": settings.kernel,
+        "scale": settings.scale,
+        "dropout": settings.dropout,
+    }
 
 
-def _groups(settings: Settings, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[slice, rounds.Rounds | swap.Swap]]:
+def _groups(
+    settings: Settings, call: str, q: Tensor, k: Tensor, v: Tensor
+) -> Iterator[tuple[slice, rounds.Rounds | swap.Swap]]:
     """Samples that follow one another with the same documents, and how their keys are exchanged."""
     shard, kernel = settings.shard, BLOCK_KERNELS[settings.kernel]
     dropout = None
@@ -164,15 +183,19 @@ def _groups(settings: Settings, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tup
     # the copies of a pair in several branches are dropped one by one
     apart = settings.mix == "detached" or not kernel.takes_weights(q) or dropout is not None
     cuts = shard.cuts * (q.shape[0] if len(shard.cuts) == 1 else 1)
-    first = 0
+    first, kind = 0, str(_kind(q, k, v, settings))
     for each, group in groupby(cuts):
         last = first + len(list(group))
         rows = slice(first, last)
+        errand = Errand(f"{call}, samples {first} to {last - 1}", kind)
         distinct = 0 if apart else -(-shard.threads // (last - first))
-        layout = Layout(settings.pattern, q.shape[2], k.shape[2], each, shard.placement, distinct)
+        layout = Layout(settings.pattern, q.shape[2], k.shape[2], each, shard.placement)
         wide = torch.promote_types(q.dtype, torch.float32)
         sizes = Sizes(last - first, q.shape[3], v.shape[3], q.element_size(), wide.itemsize)
-        chosen = schedule(layout, settings.exchange, sizes)
+        # looked up by the row, which stands for its documents
+        told = settings.pattern, q.shape[2], k.shape[2], first if len(shard.cuts) > 1 else 0
+        chosen = shard.once((*told, settings.exchange, sizes), partial(schedule, layout, settings.exchange, sizes))
+        layout = layout._replace(distinct=distinct)
         heads = k.shape[2] // shard.placement.ranks
         tokens = (torch.arange(shard.length) if chosen.is_swap else shard.tokens()).to(q.device)
         terms = Terms(
@@ -186,10 +209,11 @@ def _groups(settings: Settings, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tup
         )
         if chosen.is_swap:
             own = range(shard.rank * heads, (shard.rank + 1) * heads)
-            parts = tuple(head_parts(layout, own))
-            yield rows, swap.Swap(shard.comm, shard.placement, parts, terms, kernel, settings.wants_lse)
+            parts = shard.once((*told, distinct), partial(head_parts, layout, own))
+            yield rows, swap.Swap(shard.comm, errand, shard.placement, parts, terms, kernel, settings.wants_lse)
         else:
-            own_route = route(layout, shard.rank, chosen.exchanges)
+            key = *told, distinct, chosen.exchanges
+            own_route = shard.once(key, partial(route, layout, shard.rank, chosen.exchanges))
             hidden = partial(shard.hidden, rows=rows)
-            yield rows, rounds.Rounds(shard.comm, own_route, terms, kernel, shard.tokens, hidden)
+            yield rows, rounds.Rounds(shard.comm, errand, own_route, terms, kernel, shard.tokens, hidden)
         first = last

@@ -95,16 +95,15 @@ def _clip(block: Block, s: int, a: int, queries: Stretch, keys: Stretch) -> _Cli
     first_key, last_key = _between(block.keys, s, a, keys)
     if first_query >= last_query or first_key >= last_key:
         return None
-    clip = None
-    while clip != (clip := (first_query, last_query, first_key, last_key)):  # until each sees one, and is seen by one
-        if block.low is not None:  # b <= a - low
-            last_key = min(last_key, last_query - block.low)
-            first_query = max(first_query, first_key + block.low)
-        if block.high is not None:  # b >= a - high
-            first_key = max(first_key, first_query - block.high)
-            last_query = min(last_query, last_key + block.high)
-        if first_query >= last_query or first_key >= last_key:
-            return None
+    # each is to see one, and to be seen by one; as low <= high, what the second bound takes away the first one allows
+    if block.low is not None:  # b <= a - low
+        last_key = min(last_key, last_query - block.low)
+        first_query = max(first_query, first_key + block.low)
+    if block.high is not None:  # b >= a - high
+        first_key = max(first_key, first_query - block.high)
+        last_query = min(last_query, last_key + block.high)
+    if first_query >= last_query or first_key >= last_key:
+        return None
     return _Clip(first_query, last_query, first_key, last_key)
 
 

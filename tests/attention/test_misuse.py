@@ -1,22 +1,21 @@
 """What ranks do wrong is an error on all of them, with words that say what and where; nobody waits for ever."""
 
-import os
 import re
-import time
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pool
 
 from lightning_longnet import Pattern, SequenceShard, attend
 
 CAUSAL = Pattern.dilated((8, 32), (1, 2), is_causal=True)
 
 
-def drawn(length=16, heads=2, kv_heads=2, dim=4, batch=1, dtype=torch.float32):
+def drawn(length=16, heads=2, kv_heads=2, dim=4, value_dim=None, batch=1, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, length, n, dim, generator=generator).to(dtype) for n in (heads, kv_heads, kv_heads)]
+    shapes = (heads, dim), (kv_heads, dim), (kv_heads, value_dim or dim)
+    return [torch.randn(batch, length, *shape, generator=generator).to(dtype) for shape in shapes]
 
 
 def make(group, settings):
@@ -61,7 +60,7 @@ SHARDS = {
     ),
     "documents on one rank": (
         [{"length": 4, "documents": ids}, {"length": 4}],
-        "rows of documents must be equal on all ranks, got 1 on rank 0 and 0 on rank 1",
+        "rows of documents must be equal on all ranks, got 1 on rank 0 and none on rank 1",
         None,
     ),
     "documents of another length": (
@@ -73,6 +72,41 @@ SHARDS = {
         [{"length": 4, "documents": ids + 3}, {"length": 4, "documents": ids}],
         "documents must not decrease along a row, got 6 followed by 0 at token 4",
         None,
+    ),
+    "documents in a list": (
+        [{"length": 4}, {"length": 4, "documents": [0, 0, 1, 1]}],
+        "documents must be a tensor of integer ids, got list on rank 1",
+        1,
+    ),
+    "complex documents": (
+        [{"length": 4}, {"length": 4, "documents": ids.to(torch.complex64)}],
+        "documents must be integer ids, got torch.complex64 on rank 1",
+        1,
+    ),
+    "documents of no sample": (
+        [{"length": 4}, {"length": 4, "documents": ids.new_empty(0, 4)}],
+        "rows of documents must be equal on all ranks, got none on rank 0 and 0 on rank 1",
+        None,
+    ),
+    "padding in a list": (
+        [{"length": 4}, {"length": 4, "key_padding_mask": [[True] * 4]}],
+        r"key_padding_mask must be bools of shape \(batch, 4\), got list on rank 1",
+        1,
+    ),
+    "no placement": (
+        [{"length": 4}, {"length": 4, "placement": None}],
+        "placement must be one of 'contiguous', 'zigzag', got None on rank 1",
+        1,
+    ),
+    "checks": (
+        [{"length": 4}, {"length": 4, "check": "always"}],
+        "check must be equal on all ranks, got first on rank 0 and always on rank 1",
+        None,
+    ),
+    "unknown check": (
+        [{"length": 4}, {"length": 4, "check": "never"}],
+        "check must be one of 'first', 'always', got 'never' on rank 1",
+        1,
     ),
     "padding of floats": (
         [{"length": 4}, {"length": 4, "key_padding_mask": torch.zeros(1, 4)}],
@@ -94,6 +128,25 @@ CALLS = {
     "widths": ([{}, {"dim": 8}], [{}, {}], "head_dim must be equal", None),
     "dtypes": ([{}, {"dtype": torch.float64}], [{}, {}], "dtype must be equal", None),
     "exchanges": ([{}, {}], [{"exchange": "ring"}, {}], "exchange must be equal", None),
+    "widths of v": ([{}, {"value_dim": 3}], [{"kernel": "eager"}] * 2, "width of v must be equal", None),
+    "mixes": ([{}, {}], [{"mix": "detached"}, {}], "mix must be equal .* got '(exact|detached)' on rank", None),
+    "wishes for lse": ([{}, {}], [{"return_lse": True}, {}], "return_lse must be equal", None),
+    "kernels": ([{}, {}], [{"kernel": "eager"}, {}], "kernel must be equal .* got '(eager|sdpa)' on rank", None),
+    "scales": ([{}, {}], [{"scale": 0.3}, {}], "scale must be equal", None),
+    "dropouts": ([{}, {}], [{"dropout": 0.3}, {"dropout": 0.4}], "dropout must be equal", None),
+    "dropout on one rank": ([{}, {}], [{"dropout": 0.3}, {}], "(dropout|kernel) must be equal", None),
+    "seeds": (
+        [{}, {}],
+        [{"dropout": 0.3, "dropout_seed": 1}, {"dropout": 0.3, "dropout_seed": 2}],
+        "dropout_seed must be equal .* got [12] on rank",
+        None,
+    ),
+    "a seed on one rank": (
+        [{}, {}],
+        [{"dropout": 0.3, "dropout_seed": 1}, {"dropout": 0.3}],
+        "presence of a dropout_seed must be equal",
+        None,
+    ),
     "tokens": ([{}, {"length": 15}], [{}, {}], "q must have the shard's 16 tokens of rank 1, got 15", 1),
     "documents": (
         [{}, {}],
@@ -103,7 +156,8 @@ CALLS = {
     ),
     "no head for a rank": ([{"heads": 3, "kv_heads": 3}] * 2, [{"exchange": "swap"}] * 2, "swap needs key heads", None),
     "keys elsewhere": ([{}] * 2, [{"exchange": "local"}] * 2, "'local' needs every query's keys on its own rank", None),
-    "no exchange": ([{}] * 2, [{"exchange": "all"}] * 2, "exchange must be one of", None),
+    "unknown exchange": ([{}] * 2, [{"exchange": "all"}] * 2, "exchange must be one of .*, got 'all'", None),
+    "no exchange": ([{}] * 2, [{}, {"exchange": None}], "exchange must be one of .*, got None", 1),
 }
 
 
@@ -126,6 +180,129 @@ def test_a_call_that_does_not_fit(pool, tensors, settings, message, culprit):
     check(pool.outcomes(2, call, tensors, settings), message, culprit)
 
 
+def repeatedly(group, tensors, settings):
+    """What every call of a shard that compares them all was told: a good one, and one that does not fit, twice."""
+    shard, told = SequenceShard(group, 16, check="always"), []
+    attend(*drawn(), CAUSAL, shard=shard)
+    for _ in range(2):
+        try:
+            attend(*drawn(**tensors[group.rank()]), **{"pattern": CAUSAL, "shard": shard, **settings[group.rank()]})
+        except ValueError as error:
+            told.append((False, (ValueError, str(error), "")))
+    attend(*drawn(), CAUSAL, shard=shard)
+    return told
+
+
+@pytest.mark.parametrize(("tensors", "settings", "message", "culprit"), CALLS.values(), ids=CALLS)
+def test_a_later_call_that_does_not_fit(pool, tensors, settings, message, culprit):
+    for outcomes in zip(*pool.run(2, repeatedly, tensors, settings), strict=True):
+        check(outcomes, message, culprit)
+
+
+def failing_first(group):
+    """A shard that compares first calls goes on comparing them until one is equal."""
+    shard, told = SequenceShard(group, 16), []
+    for _ in range(2):
+        try:
+            attend(*drawn(), Pattern.dense(group.rank() == 1), shard=shard)
+        except ValueError as error:
+            told.append(str(error))
+    attend(*drawn(), CAUSAL, shard=shard)
+    return told
+
+
+def test_a_comparison_that_failed_is_none(pool):
+    for told in pool.run(2, failing_first):
+        assert len(told) == 2
+        assert all("pattern must be equal on all ranks of a shard" in each for each in told)
+
+
+def compared(group):
+    """How often ranks compared, after each of five calls."""
+    shard, found = SequenceShard(group, 16), []
+    with patch.object(shard.comm, "gathered", wraps=shard.comm.gathered) as gathered:
+        for dropout, seed in ((0, None), (0, None), (0.1, 1), (0.1, 2), (0, None)):
+            attend(*drawn(), CAUSAL, shard=shard, kernel="eager", dropout=dropout, dropout_seed=seed)
+            found.append(gathered.call_count)
+    return found
+
+
+def test_a_call_of_a_known_kind_costs_no_comparison(pool):
+    assert pool.run(2, compared) == [[1, 1, 2, 2, 2]] * 2
+
+
+def other_things(group):
+    shard = SequenceShard(group, 16)
+    if group.rank():
+        SequenceShard(group, 16)
+    else:
+        attend(*drawn(), CAUSAL, shard=shard)
+
+
+def test_ranks_that_do_not_do_the_same(pool):
+    check(pool.outcomes(2, other_things), "rank [01] of the group (makes a shard|compares a call), rank", None)
+
+
+def other_shards(group):
+    shards = [SequenceShard(group, 16) for _ in range(2)]
+    attend(*drawn(), CAUSAL, shard=shards[group.rank()])
+
+
+def test_ranks_that_take_other_shards(pool):
+    check(pool.outcomes(2, other_shards), "number of the shard must be equal", None)
+
+
+def of_two(group):
+    """A group that does not begin with the first rank: what is named is the rank in it."""
+    own, told = dist.new_group([1, 2]), []
+    if group.rank() not in (1, 2):
+        return told
+    for make in (
+        lambda: SequenceShard(own, 16 if own.rank() == 0 else -1),
+        lambda: attend(*drawn(16 - own.rank()), CAUSAL, shard=SequenceShard(own, 16)),
+    ):
+        with pytest.raises(ValueError, match=r".") as caught:
+            make()
+        told.append(str(caught.value))
+    return told
+
+
+def test_ranks_are_named_by_their_place_in_the_group(pool):
+    _, first, second, *_ = pool.run(8, of_two)
+    assert all(told.startswith("rank 1 of the group was given arguments that do not fit") for told in first)
+    assert "got -1 on rank 1" in second[0]
+    assert "16 tokens of rank 1, got 15" in second[1]
+
+
+def everyone(group):
+    """Of no group in particular: all ranks, as everywhere in torch."""
+    shard = SequenceShard(None, 1)
+    return shard.comm.ranks, shard.placement.ranks
+
+
+def test_no_group_is_that_of_all_ranks(pool):
+    assert pool.run(8, everyone) == [(8, 8)] * 8
+
+
+def of_nothing(group, batch, length, exchange):
+    shard = SequenceShard(group, length)
+    tensors = [x.requires_grad_() for x in drawn(length, 4, 4, batch=batch)]
+    out, lse = attend(*tensors, CAUSAL, shard=shard, exchange=exchange, return_lse=True)
+    out.sum().backward()
+    documents = SequenceShard(group, length, documents=torch.zeros(batch, length, dtype=torch.long))
+    attend(*tensors, CAUSAL, shard=documents)
+    return out.shape, lse.shape, [x.grad.shape for x in tensors], documents.places.shape
+
+
+@pytest.mark.parametrize("exchange", ["gather", "swap", "auto"])
+@pytest.mark.parametrize(("batch", "length"), [(0, 16), (2, 0), (0, 0)])
+def test_nothing_at_all_is_nothing(pool, exchange, batch, length):
+    shape = batch, length, 4, 4
+    rows = (batch, length) if batch != 1 else (length,)
+    for out, lse, grads, places in pool.run(2, of_nothing, batch, length, exchange):
+        assert (out, lse, grads, places) == (shape, (batch, 4, length), [shape] * 3, rows)
+
+
 @pytest.mark.parametrize("function", [padded, documented])
 def test_a_batch_that_is_not_the_shards(pool, function):
     check(pool.outcomes(2, function, 2), "q must have the batch of the shard's .*, [13], got 2", None)
@@ -136,33 +313,3 @@ def test_a_group_that_this_rank_is_not_in(pool):
     assert is_result
     assert not is_other
     assert "group must be a process group that holds this rank, 1 of all, got" in error[1]
-
-
-def leave(group, how):
-    q, k, v = drawn()
-    shard = SequenceShard(group, 16)
-    attend(q, k, v, Pattern.dense(True), shard=shard, exchange="ring")
-    if group.rank() == 1:
-        if how == "dies":
-            os._exit(3)
-        time.sleep(12)
-    begin = time.perf_counter()
-    try:
-        attend(q, k, v, Pattern.dense(False), shard=shard, exchange="ring")
-    except RuntimeError as error:
-        return str(error), time.perf_counter() - begin
-
-
-@pytest.mark.parametrize("how", ["dies", "stalls"])
-def test_a_peer_that_leaves_ends_the_others_within_the_timeout(how):
-    pool = Pool(2, timeout=4)
-    try:
-        for pipe in pool.pipes:
-            pipe.send((leave, 2, (how,)))
-        assert pool.pipes[0].poll(60)
-        is_result, (message, seconds) = pool.pipes[0].recv()
-        assert is_result
-        assert message.startswith("rank 0 of 2, keys and values of round 1 of 1, with ranks 1: ")
-        assert seconds < 10
-    finally:
-        pool.close(kill=True)

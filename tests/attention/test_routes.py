@@ -1,5 +1,10 @@
 """Which rows travel: exactly those that a query sees and its rank does not hold, each once."""
 
+import gc
+import random
+import weakref
+from unittest.mock import patch
+
 import brute
 import drawn
 import pytest
@@ -9,10 +14,12 @@ from cells import held
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_longnet import Pattern
+from lightning_longnet import Pattern, sequence_plan
+from lightning_longnet.attention import routes
 from lightning_longnet.attention.placement import Placement
-from lightning_longnet.attention.routes import Layout, is_local, route
-from lightning_longnet.attention.schedule import Sizes, schedule, volume
+from lightning_longnet.attention.routes import Layout, crossings, is_local, route
+from lightning_longnet.attention.schedule import MESSAGE_BYTES, Sizes, schedule, volume
+from lightning_longnet.attention.shares import shares
 
 SIZES = Sizes(batch=1, head_dim=64, value_dim=64, itemsize=4, wide_itemsize=4)
 
@@ -36,10 +43,11 @@ def test_no_row_travels_that_nobody_sees_and_none_twice(shown, multiplicity, kv_
     seen = sum(brute.counts(shown, multiplicity, length, kv_heads, ids)) > 0
     moved = 0
     for exchange in ("gather", "ring"):
-        routes = [route(layout, rank, (exchange,) * len(shown)) for rank in range(placement.ranks)]
-        for rank, own in enumerate(routes):
+        found = [route(layout, rank, (exchange,) * len(shown)).rounds for rank in range(placement.ranks)]
+        sets = [[each.indices() for each in rounds] for rounds in found]
+        for rank, own in enumerate(sets):
             received = {}
-            for each in own.rounds:
+            for each in own:
                 assert all(len(cells) for cells in (*each.send.values(), *each.receive.values()))
                 if exchange == "ring":
                     ranks = placement.ranks
@@ -48,10 +56,10 @@ def test_no_row_travels_that_nobody_sees_and_none_twice(shown, multiplicity, kv_
                     assert max(len(each.receive), len(each.send)) == 1  # a chunk a round
                 received |= each.receive
                 for peer, cells in each.send.items():
-                    theirs = [r.receive[rank] for r in routes[peer].rounds if rank in r.receive]
+                    theirs = [r.receive[rank] for r in sets[peer] if rank in r.receive]
                     assert len(theirs) == 1
                     assert torch.equal(theirs[0], cells)
-            assert len(own.rounds) <= (1 if exchange == "gather" else placement.ranks - 1)
+            assert len(own) <= (1 if exchange == "gather" else placement.ranks - 1)
             for source in range(placement.ranks):
                 if source != rank:
                     needed = seen[:, held(placement, rank)][:, :, held(placement, source)].any(1)
@@ -70,7 +78,7 @@ def test_the_closed_form_of_nested_branches(is_causal):
     for ranks in (8, 16, 64):
         layout = Layout(Pattern.dilated(w, r, is_causal), 8, kv_heads, (0, here * ranks), Placement((here,) * ranks))
         received = [
-            sum(len(c) for each in route(layout, rank, ("gather",) * 4).rounds for c in each.receive.values())
+            sum(len(c) for each in route(layout, rank, ("gather",) * 4).rounds for c in each.indices().receive.values())
             for rank in (7, ranks - 1, ranks - 8)
         ]
         # causal: the last rank of a segment receives everything, the first one nothing
@@ -116,4 +124,89 @@ def test_shown_twice_travels_once():
     shown = [Shown(8, 1), Shown(16, 1)]
     layout = Layout(drawn.pattern_of(shown, "multiset"), 1, 1, (0, 16), Placement((6, 10)))
     (each,) = route(layout, 1, ("gather", "gather")).rounds
-    assert each.receive[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert each.indices().receive[0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def uneven(rng):
+    """A layout of many ranks, unequal lengths and documents."""
+    lengths = tuple(rng.choice([0, 5, 16, 40]) for _ in range(rng.choice([3, 9, 20])))
+    cuts, length = [0], sum(lengths)
+    while cuts[-1] < length:
+        cuts.append(min(length, cuts[-1] + rng.randint(1, 60)))
+    pattern = rng.choice([Pattern.dense(True), Pattern.dilated((8, 32, 64), (1, 2, 4), rng.random() < 0.5)])
+    return Layout(
+        pattern, 2, 2, tuple(cuts) if length else (0, 0), Placement(lengths, rng.choice(["contiguous", "zigzag"]))
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_volume_is_that_of_the_route(seed):
+    """Rows are counted for all ways at once, a route is made for one of them."""
+    layout = uneven(random.Random(seed))
+    for way in (("gather", "ring", "ring"), ("gather", "gather", "ring"), ("ring",) * 3, ("gather",) * 3):
+        exchanges = way[: len(layout.pattern.branches)]
+        for rank in range(layout.placement.ranks):
+            found = volume(layout, exchanges, rank, SIZES)
+            sent = messages = kept = 0
+            for each in route(layout, rank, exchanges).rounds:
+                at, fetches = each.indices(), 1 if each.keeps else 2
+                out, come = (sum(map(len, cells.values())) for cells in (at.send, at.receive))
+                sent += 128 * 4 * (fetches * out + come)
+                messages += fetches * len(at.send) + len(at.receive)
+                kept += each.keeps * 128 * 4 * come
+            assert found == (sent, messages, kept)
+
+
+def test_auto_keeps_no_more_than_it_may_on_any_rank():
+    """Documents of their own on the first, the middle and the last rank hide what the others would keep."""
+    for ranks, documents in ((8, (1, 3, 1, 2, 1)), (40, (1, 19, 1, 18, 1))):
+        here = 4096
+        told = sequence_plan(Pattern.dense(True), (here,) * ranks, 7, documents=[here * n for n in documents])
+        assert told.schedule.exchanges == ("ring",)
+        asked = sequence_plan(
+            Pattern.dense(True), (here,) * ranks, 7, documents=[here * n for n in documents], exchange="gather"
+        )
+        assert max(v.kept_bytes for v in asked.volumes) > here * 7 * 128 * 4
+
+
+def test_auto_weighs_messages_and_takes_the_way_with_fewest_rings():
+    one = Layout(Pattern.dilated((64, 512), (1, 1), True), 3, 3, (0, 512), Placement((128,) * 4))
+    for way in (("gather",) * 2, ("ring",) * 2):
+        told = volume(one, way, 3, SIZES)
+        assert told.cost == told.sent_bytes + told.messages * MESSAGE_BYTES
+    # nothing of the first branch travels: to gather it or to ring it costs the same
+    assert schedule(one, "auto", SIZES).exchanges == ("gather", "ring")
+
+
+def test_a_shard_of_other_documents_leaves_nothing_behind():
+    """What is worked out for a batch goes with it: of many thousand rows that travel, no index stays."""
+    where = Placement((4096,) * 8)
+    for i in range(12):
+        layout = Layout(Pattern.dense(True), 8, 8, (0, 1000 + i, where.length), where)
+        schedule(layout, "auto", SIZES)
+        found = route(layout, 7, ("ring",))
+        assert len(found.rounds) == 7
+        assert found.rounds[0].indices() is not found.rounds[0].indices()
+        held = weakref.ref(found)
+    del found
+    gc.collect()
+    assert held() is None
+    alive = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.dtype in (torch.int32, torch.int64)]
+    assert sum(x.numel() for x in alive) < 4096 * 8
+
+
+def test_many_documents_on_many_ranks_are_planned_at_once():
+    """Each rank is compared with those that its documents reach, and each pair of ranks with the blocks of its rows."""
+    rng = random.Random(0)
+    cuts = [0]
+    while cuts[-1] < 2**20:
+        cuts.append(min(2**20, cuts[-1] + rng.randint(1, 4000)))
+    layout = Layout(Pattern.dense(True), 8, 8, tuple(cuts), Placement((2048,) * 512))
+    between = crossings(layout)
+    assert max(len(between.neighbours(rank)) for rank in range(512)) < 8
+    asked = []
+    with patch.object(routes, "shares", lambda *a: (asked.append(a), shares(*a))[1]):
+        route(layout, 256, ("gather",))
+        assert len(asked) < 100
+        assert not is_local(layout)
+        assert len(asked) < 200

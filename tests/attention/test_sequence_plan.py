@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_longnet import Pattern, sequence_plan
+from lightning_longnet import Branch, Pattern, sequence_plan
 from lightning_longnet.attention.plan import plan
 
 LONGNET = Pattern.dilated((64, 256, 1024), (1, 2, 4), is_causal=True)
@@ -54,3 +54,18 @@ def test_documents_that_do_not_add_up():
         sequence_plan(LONGNET, (256,) * 4, 8, documents=(500, 500))
     apart = sequence_plan(LONGNET, (256,) * 4, 8, documents=(256,) * 4)
     assert apart.schedule.why == "nothing has to travel"
+
+
+@pytest.mark.parametrize("exchange", ["gather", "swap"])
+def test_pairs_are_counted_as_the_pattern_does(exchange):
+    """Where branches do not nest, blocks of negative weight take away what two of them show."""
+    pattern = Pattern((Branch(6, 2), Branch(9, 3), Branch(window=5)), "set")
+    found = sequence_plan(pattern, (10, 14), 4, exchange=exchange)
+    assert any(block.weight < 0 for blocks in plan(pattern, 4, 4, (0, 24)).branches for block in blocks)
+    assert sum(found.pairs) == int(pattern.mask(24, 4).sum())
+    assert "a pair counts" not in str(found)
+    assert "a pair counts as often as branches show it" in str(sequence_plan(LONGNET, (10, 14), 4))
+
+
+def test_nothing_is_planned_for_nothing():
+    assert sequence_plan(LONGNET, (0, 0), 4).pairs == (0, 0)

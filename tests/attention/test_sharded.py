@@ -14,13 +14,13 @@ from memory import peak_bytes
 from pool import WORLDS
 from torch.utils.checkpoint import checkpoint
 
-from lightning_longnet import Pattern, SequenceShard, attend, keep_attention
-from lightning_longnet.attention import sharded
+from lightning_longnet import Pattern, SequenceShard, attend, keep_attention, sequence_plan
+from lightning_longnet.attention import plan, sharded
 from lightning_longnet.attention.exchange.comm import Pending
 from lightning_longnet.attention.kernels.sdpa import cpu
 from lightning_longnet.attention.placement import Placement
-from lightning_longnet.attention.routes import Layout
-from lightning_longnet.attention.schedule import Schedule, Sizes, volume
+from lightning_longnet.attention.routes import Layout, crossings
+from lightning_longnet.attention.schedule import Schedule, Sizes, schedule, volume
 
 EXCHANGES = ["gather", "ring", "swap", "auto"]
 
@@ -321,3 +321,54 @@ def test_one_call_may_gather_some_branches_and_ring_others(pool, placement, mult
     for i, true in enumerate(truth):
         ours = torch.cat([(each[0], *each[2:5])[i] for each in found], 1)
         torch.testing.assert_close(ours, true[:, order], rtol=1e-10, atol=1e-10)
+
+
+def weighted(group, tensors, placement, settings):
+    """A pair that branches share is computed once, with its weight, however little that saves."""
+    with drawn.planned(distinct=True, tile=8), patch.object(plan, "NARROW_SHARE", 1.0):
+        crossings.cache_clear()
+        found = step(group, tensors, placement, None, None, settings, torch.float64)
+        layout = Layout(settings["pattern"], 4, 2, (0, placement.length), placement, 1)
+        assert plan.plan(layout.pattern, 4, 2, layout.cuts, 1).counts_once
+    crossings.cache_clear()
+    return found
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring", "swap", "auto"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_pairs_that_branches_share_are_weighed_over_ranks(pool, exchange, is_causal):
+    pattern = Pattern.dilated((8, 32, 96), (1, 2, 4), is_causal)
+    tensors = [x.detach() for x in drawn.tensors((2, 96, 4, 2, 8))]
+    world, lengths = (2, (37, 59)) if exchange == "swap" else (4, (5, 22, 40, 29))
+    where = Placement(lengths, "zigzag" if is_causal else "contiguous")
+    found = pool.run(world, weighted, tensors, where, {"pattern": pattern, "exchange": exchange})
+    leaves = [x.clone().requires_grad_() for x in tensors[:3]]
+    out = attend(*leaves, pattern, kernel="reference")
+    truth = (out, *torch.autograd.grad(out, leaves, tensors[3]))
+    order = torch.cat([held(where, rank) for rank in range(world)])
+    for i, true in enumerate(truth):
+        ours = torch.cat([(each[0], *each[2:5])[i] for each in found], 1)
+        torch.testing.assert_close(ours, true[:, order], rtol=1e-10, atol=1e-10)
+
+
+def planned(group):
+    """(threads, what the exchange of two calls was chosen from), each rank with more threads than the one before."""
+    asked = []
+    torch.set_num_threads(1 + group.rank())
+    try:
+        shard = SequenceShard(group, 64)
+        with patch.object(sharded, "schedule", lambda *told: (asked.append(told), schedule(*told))[1]):
+            q = torch.zeros(1, 64, 4, 16)
+            for _ in range(2):
+                attend(q, q, q, LONGNET, shard=shard)
+    finally:
+        torch.set_num_threads(1)
+    return shard.threads, asked
+
+
+def test_a_call_does_what_the_plan_told(pool):
+    """Once for all calls of a shard; weights, which go by the threads of all ranks, have no part in it."""
+    told = sequence_plan(LONGNET, (64,) * 3, 4, head_dim=16)
+    for threads, asked in pool.run(3, planned):
+        assert threads == 3
+        assert asked == [(told.layout, "auto", Sizes(1, 16, 16, 4, 4))]

@@ -1,5 +1,6 @@
 """Every rank's share of a plan: together they are the definition, and each asks for no more than it sees."""
 
+import pickle
 from collections import Counter
 
 import brute
@@ -111,3 +112,36 @@ def test_worlds_of_up_to_64_ranks(ranks):
                         for i, h, j, _, times in shown_pairs(part):
                             counted[h, rows[i], key_rows[j]] += times
         assert torch.equal(counted, truth)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_weights_stand_where_later_branches_show_a_pair_again(is_causal):
+    """Ranks whose borders the rate does not divide: the places modulo the rate begin anew on each."""
+    shown = [brute.Shown(8, 1, None, is_causal), brute.Shown(32, 2, None, is_causal)]
+    placement = Placement((5, 6, 21))
+    with drawn.planned(distinct=True, tile=1024):
+        found = plan(drawn.pattern_of(shown, "multiset"), 2, 2, (0, 32), 1)
+    assert found.counts_once
+    counted = Counter()
+    for rank in range(3):
+        rows = held(placement, rank).tolist()
+        for source in range(3):
+            key_rows = held(placement, source).tolist()
+            for block in (block for blocks in found.branches for block in blocks):
+                for part in all_shares(block, placement, rank, source):
+                    for i, _, j, g, times in shown_pairs(part):
+                        counted[g, rows[i], key_rows[j]] += times * part.weight
+    truth = Counter()
+    for table in brute.counts(shown, "multiset", 32, 2):
+        truth.update(map(tuple, table.nonzero().tolist()))
+    assert counted == truth
+
+
+def test_a_placement_carries_no_hash_to_another_process():
+    placement = Placement((3, 4), "zigzag")
+    hash(placement)
+    assert "_hash" in vars(placement)
+    copied = pickle.loads(pickle.dumps(placement))
+    assert set(vars(copied)) == {"lengths", "kind"}
+    assert copied == placement
+    assert hash(copied) == hash(placement)

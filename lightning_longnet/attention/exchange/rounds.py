@@ -2,8 +2,9 @@
 
     gather   one round holds what every rank wants of every other; it is kept for the backward, which sends dK and dV of
              the same rows home
-    ring     a round for each other rank, fetched one ahead: two ranks' rows are in memory, never more.  The backward
-             fetches them again and sends dK and dV home round by round
+    ring     a round for each other rank, fetched one ahead: two ranks' keys and values are in memory, never more;
+             beside them the copy that is sent, and in the backward the gradients of two.  The backward fetches keys and
+             values again and sends dK and dV home round by round
 
 Own blocks are computed while the first round is on its way.
 """
@@ -17,6 +18,7 @@ import torch
 from lightning_longnet.attention.exchange.blocks import merge, no_keys, readable_lse, rounded, spread
 from lightning_longnet.attention.exchange.keys import OwnKeys, ReceivedKeys
 from lightning_longnet.attention.partial import Partial
+from lightning_longnet.attention.routes import Indices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.exchange.blocks import Terms
-    from lightning_longnet.attention.exchange.comm import Comm, Pending
+    from lightning_longnet.attention.exchange.comm import Comm, Errand, Pending
     from lightning_longnet.attention.kernels import BlockKernel
     from lightning_longnet.attention.routes import Round, Route
 
@@ -36,6 +38,7 @@ class Rounds(NamedTuple):
     """
 
     comm: Comm
+    errand: Errand
     route: Route
     terms: Terms
     kernel: BlockKernel
@@ -50,13 +53,13 @@ class Rounds(NamedTuple):
         merge(self.kernel, self.route.own, q, OwnKeys(k, v, terms.hidden, terms.key_words()), terms, totals)
         kept = []
         for i, each in enumerate(rounds):
-            cells, pending = coming
+            at, cells, pending = coming
             pending.wait()
             coming = _fetched(self, i + 1, k, v)
-            merge(self.kernel, each.parts, q, _received(self, each, cells, k.shape[3]), terms, totals)
+            merge(self.kernel, at.parts, q, _received(self, at, cells, k.shape[3]), terms, totals)
             if each.keeps:
                 kept.append(cells)
-            del cells
+            del at, cells
         if branches == 1:
             return *rounded(totals[0], q), kept
         return *rounded(_sum(totals), q), [*kept, *(total.out for total in totals)]
@@ -76,31 +79,31 @@ class Rounds(NamedTuple):
         outs, lse = kept[keeping:] or (out,), readable_lse(lse)
         returning: list[Callable[[], None]] = []
 
-        def spread_round(i: int, cells: Tensor) -> None:
+        def spread_round(i: int, at: Indices, cells: Tensor) -> None:
             dcells = torch.zeros_like(cells, dtype=wide)
-            keys = _received(self, rounds[i], cells, k.shape[3], dcells)
-            spread(self.kernel, rounds[i].parts, grad, q, keys, outs, lse, terms, dq)
+            keys = _received(self, at, cells, k.shape[3], dcells)
+            spread(self.kernel, at.parts, grad, q, keys, outs, lse, terms, dq)
             if returning:
                 returning.pop()()  # one at most is on its way
-            returning.append(_returned(self, i, dcells, dk, dv))
+            returning.append(_returned(self, rounds[i], at, dcells, dk, dv))
 
         for i in range(keeping):
-            spread_round(i, kept[i])
+            spread_round(i, rounds[i].indices(), kept[i])
         coming = _fetched(self, keeping, k, v)
         own = OwnKeys(k, v, terms.hidden, terms.key_words(), (dk, dv))
         spread(self.kernel, self.route.own, grad, q, own, outs, lse, terms, dq)
         for i in range(keeping, len(rounds)):
-            cells, pending = coming
+            at, cells, pending = coming
             pending.wait()
             # Two ranks have two messages each way here, the keys of one turn and the gradients of another.  They come
             # in one order, though either may leave out turns of its own: the keys of t + 1, the gradients of t
             is_next = i + 1 < len(rounds) and rounds[i + 1].turn == rounds[i].turn + 1
             if is_next:
                 coming = _fetched(self, i + 1, k, v)
-            spread_round(i, cells)
+            spread_round(i, at, cells)
             if not is_next:
                 coming = _fetched(self, i + 1, k, v)
-            del cells
+            del at, cells
         for finish in returning:
             finish()
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
@@ -113,50 +116,53 @@ def _sum(totals: Sequence[Partial]) -> Partial:
     return whole
 
 
-def _fetched(exchange: Rounds, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Pending]:
+def _fetched(exchange: Rounds, i: int, k: Tensor, v: Tensor) -> tuple[Indices, Tensor, Pending]:
     """What round `i` brings, (cells, B, D + Dv): not there before it was waited for."""
     rounds = exchange.route.rounds
     if i >= len(rounds):
-        return k, exchange.comm.swap({}, {}, "nothing")
-    each = rounds[i]
+        return Indices({}, {}, ()), k, exchange.comm.swap({}, {}, exchange.errand, "nothing")
+    each, at = rounds[i], rounds[i].indices()
     batch, _, _, width = k.shape
     flat_k, flat_v = (x.flatten(1, 2) for x in (k, v))
     send = {}
-    for peer, cells in each.send.items():
-        at = cells.to(k.device)
-        send[peer] = torch.cat((flat_k[:, at], flat_v[:, at]), -1).transpose(0, 1).contiguous()
-    total = sum(map(len, each.receive.values()))
+    for peer, cells in at.send.items():
+        here = cells.to(k.device, torch.long)
+        send[peer] = torch.cat((flat_k[:, here], flat_v[:, here]), -1).transpose(0, 1).contiguous()
+    total = sum(map(len, at.receive.values()))
     received = k.new_empty((total, batch, width + v.shape[3]))
-    pieces = dict(zip(each.receive, received.split([len(c) for c in each.receive.values()]), strict=True))
-    return received, exchange.comm.swap(send, pieces, f"keys and values of round {i + 1} of {len(rounds)}")
+    pieces = dict(zip(at.receive, received.split([len(c) for c in at.receive.values()]), strict=True))
+    return at, received, exchange.comm.swap(send, pieces, exchange.errand, f"keys and values{_turn(each)}")
 
 
-def _returned(exchange: Rounds, i: int, dcells: Tensor, dk: Tensor, dv: Tensor) -> Callable[[], None]:
-    """Send the gradients of round `i` to whose keys they are; what is returned waits for one's own and adds them."""
-    rounds = exchange.route.rounds
-    each = rounds[i]
-    send = dict(zip(each.receive, dcells.split([len(c) for c in each.receive.values()]), strict=True))
-    back = {peer: dcells.new_empty((len(cells), *dcells.shape[1:])) for peer, cells in each.send.items()}
-    pending = exchange.comm.swap(send, back, f"gradients of round {i + 1} of {len(rounds)}")
+def _turn(each: Round) -> str:
+    """The same on both sides of a message, as a round's number is not: ranks leave out those that bring nothing."""
+    return f" of turn {each.turn}" if each.turn else ""
+
+
+def _returned(exchange: Rounds, each: Round, at: Indices, dcells: Tensor, dk: Tensor, dv: Tensor) -> Callable[[], None]:
+    """Send the gradients of a round to whose keys they are; what is returned waits for one's own and adds them."""
+    send = dict(zip(at.receive, dcells.split([len(c) for c in at.receive.values()]), strict=True))
+    back = {peer: dcells.new_empty((len(cells), *dcells.shape[1:])) for peer, cells in at.send.items()}
+    pending = exchange.comm.swap(send, back, exchange.errand, f"gradients{_turn(each)}")
 
     def finish() -> None:
         pending.wait()
         for peer, found in back.items():
-            at = each.send[peer].to(dk.device)
+            here = at.send[peer].to(dk.device, torch.long)
             parts = found.transpose(0, 1).split((dk.shape[3], dv.shape[3]), -1)
             for into, part in zip((dk, dv), parts, strict=True):
-                into.flatten(1, 2).index_add_(1, at, part)
+                into.flatten(1, 2).index_add_(1, here, part)
 
     return finish
 
 
 def _received(
-    exchange: Rounds, each: Round, cells: Tensor, width: int, gradients: Tensor | None = None
+    exchange: Rounds, at: Indices, cells: Tensor, width: int, gradients: Tensor | None = None
 ) -> ReceivedKeys:
     terms, kv_heads = exchange.terms, exchange.route.kv_heads
     hidden = words = None
     if terms.hidden is not None or terms.dropout is not None:
-        found = [exchange.tokens(peer)[at // kv_heads] for peer, at in each.receive.items()]
+        found = [exchange.tokens(peer)[cells // kv_heads] for peer, cells in at.receive.items()]
         tokens = torch.cat(found) if found else torch.empty(0, dtype=torch.long)
         tokens = tokens.to(cells.device)
         hidden = exchange.hidden(tokens)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.exchange.blocks import Terms
-    from lightning_longnet.attention.exchange.comm import Comm
+    from lightning_longnet.attention.exchange.comm import Comm, Errand
     from lightning_longnet.attention.kernels import BlockKernel
     from lightning_longnet.attention.placement import Placement
     from lightning_longnet.attention.routes import Part
@@ -33,6 +33,7 @@ class Swap(NamedTuple):
     """`parts` and `terms` are those of this rank's heads over the whole sequence."""
 
     comm: Comm
+    errand: Errand
     placement: Placement
     parts: tuple[Part, ...]
     terms: Terms
@@ -80,7 +81,7 @@ def _heads(swap: Swap, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
         pieces = [x.unflatten(2, (comm.ranks, -1))[:, :, peer] for x in tensors]
         send[peer] = torch.cat([piece.transpose(0, 1).flatten(1) for piece in pieces], 1)
         receive[peer] = send[peer].new_empty((lengths[peer], send[peer].shape[1]))
-    _traded(comm, send, receive, f"swap of {what} to heads")
+    _traded(swap, send, receive, f"swap of {what} to heads")
     found = []
     widths = [_width(x, comm.ranks) for x in tensors]
     for i, x in enumerate(tensors):
@@ -103,7 +104,7 @@ def _rows(swap: Swap, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
         pieces = [torch.cat([x[:, s.begin : s.end] for s in stretches], 1) if stretches else x[:, :0] for x in tensors]
         send[peer] = torch.cat([piece.transpose(0, 1).flatten(1) for piece in pieces], 1)
         receive[peer] = send[peer].new_empty((lengths[comm.rank], send[peer].shape[1]))
-    _traded(comm, send, receive, f"swap of {what} to rows")
+    _traded(swap, send, receive, f"swap of {what} to rows")
     widths = [_width(x, 1) for x in tensors]
     found = []
     for i, x in enumerate(tensors):
@@ -117,7 +118,8 @@ def _width(x: Tensor, ranks: int) -> int:
     return len(x) * x.shape[2] // ranks * x.shape[3]
 
 
-def _traded(comm: Comm, send: dict[int, Tensor], receive: dict[int, Tensor], what: str) -> None:
+def _traded(swap: Swap, send: dict[int, Tensor], receive: dict[int, Tensor], what: str) -> None:
+    comm = swap.comm
     receive[comm.rank].copy_(send.pop(comm.rank))
     others = {peer: tensor for peer, tensor in receive.items() if peer != comm.rank and tensor.numel()}
-    comm.swap({peer: x.contiguous() for peer, x in send.items() if x.numel()}, others, what).wait()
+    comm.swap({peer: x.contiguous() for peer, x in send.items() if x.numel()}, others, swap.errand, what).wait()

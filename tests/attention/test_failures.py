@@ -1,0 +1,198 @@
+"""What goes wrong after a good beginning is told within the timeout of the group, and never gives a wrong number."""
+
+import gc
+import os
+import time
+from datetime import timedelta
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import Pool
+
+from lightning_longnet import Pattern, SequenceShard, attend
+from lightning_longnet.attention.kernels import eager
+
+DENSE = Pattern.dense()
+
+
+def drawn(length=16, heads=4, dim=4, batch=1, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = batch, length, heads, dim
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+
+
+def pairs(group, function, cases):
+    """Ranks 2 i and 2 i + 1 do case i in a group of their own, which an error may leave unusable."""
+    made = [dist.new_group([2 * i, 2 * i + 1], timeout=timedelta(seconds=3)) for i in range(len(cases))]
+    begin = time.perf_counter()
+    found = function(made[group.rank() // 2], *cases[group.rank() // 2])
+    return found, time.perf_counter() - begin
+
+
+def told(function, *arguments):
+    """What went wrong, or nothing."""
+    try:
+        function(*arguments)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def step(shard, tensors, settings):
+    attend(*tensors, **{"pattern": DENSE, "exchange": "gather", "shard": shard, **settings}).float().sum().backward()
+
+
+OTHERS = {
+    "pattern": ({}, {"pattern": Pattern.window(3)}),
+    "wide type": ({"dtype": torch.float64}, {}),
+    "batch": ({"batch": 2}, {}),
+    "exchange": ({}, {"exchange": "swap"}),
+    "scale": ({}, {"scale": 3.0}),
+    "tokens": ({"length": 15}, {}),
+}
+
+
+def later(group, name, is_known):
+    """After good calls, rank 1 does something else: of a kind that is new to the shard, or known to it."""
+    shard, (tensors, settings) = SequenceShard(group, 16), OTHERS[name]
+    step(shard, drawn(), {})
+    if is_known:
+        step(shard, drawn(**tensors), settings)
+    if group.rank():
+        return told(step, shard, drawn(**tensors), settings)
+    return told(step, shard, drawn(), {})
+
+
+def test_a_later_call_that_differs_ends_at_the_timeout(pool):
+    names = ["pattern", "wide type", "batch", "tokens"]
+    found = pool.run(8, pairs, later, [(name, False) for name in names])
+    for (first, seconds), (second, _), name in zip(found[::2], found[1::2], names, strict=True):
+        assert first.startswith("RuntimeError: rank 0 of 2, forward of call 1, samples 0 to 0, keys and values"), first
+        wrong = "ValueError: q must have" if name == "tokens" else "RuntimeError: rank 1 of 2, compares a call"
+        assert second.startswith(wrong), second
+        assert seconds < 10
+
+
+def test_kinds_of_calls_never_match_each_other(pool):
+    names = ["pattern", "batch", "exchange", "scale"]
+    for found, _ in pool.run(8, pairs, later, [(name, True) for name in names]):
+        assert "of 2, forward of call 2, samples 0 to" in found, found
+
+
+def failing(group, where, exchange):
+    """A kernel fails on rank 1 in its second call; the error is caught, and the next batches are done."""
+    shard, real = SequenceShard(group, 16), getattr(eager, where)
+    calls, found = [], []
+
+    def broken(*arguments):
+        calls.append(where)
+        if group.rank() and len(calls) == 2:
+            raise torch.OutOfMemoryError("injected")
+        return real(*arguments)
+
+    with patch.object(eager, where, broken):
+        for seed in range(3):
+            found.append(told(step, shard, drawn(seed=seed), {"kernel": "eager", "exchange": exchange}))
+    return found
+
+
+def test_an_error_that_one_rank_catches_corrupts_nothing(pool):
+    cases = [(where, exchange) for where in ("forward", "backward") for exchange in ("ring", "gather")]
+    found = pool.run(8, pairs, failing, cases)
+    for (peer, _), (failed, _), (where, _) in zip(found[::2], found[1::2], cases, strict=True):
+        assert failed[0] == "OutOfMemoryError: injected"
+        for each in failed[1:]:
+            assert each.startswith(
+                f"RuntimeError: rank 1 of 2 failed in {where} of call 0 (OutOfMemoryError('injected'))"
+            )
+            assert each.endswith("make a new group and a new shard")
+        assert all(each.startswith("RuntimeError: rank 0 of 2") for each in peer[1:]), peer
+
+
+def disordered(group, way, exchange):
+    """Gradients of two calls, whose backward passes each rank does in an order of its own."""
+    shards = [SequenceShard(group, 16)] * 2 if way == "one shard" else [SequenceShard(group, 16) for _ in range(2)]
+    outs = [attend(*drawn(seed=i), DENSE, shard=shard, exchange=exchange) for i, shard in enumerate(shards)]
+    order = outs if group.rank() == 0 else outs[::-1]
+    return told(lambda: [out.sum().backward() for out in order])
+
+
+def test_backward_passes_in_another_order_are_an_error(pool):
+    cases = [("one shard", "gather"), ("one shard", "ring"), ("one shard", "swap"), ("two shards", "ring")]
+    for found, _ in pool.run(8, pairs, disordered, cases):
+        assert "of 2, backward of call" in found, found
+
+
+def forgotten(group):
+    """Nobody but the graph holds the shard."""
+    tensors = drawn()
+    shard = SequenceShard(group, 16)
+    out = attend(*tensors, DENSE, shard=shard)
+    del shard
+    gc.collect()
+    out.sum().backward()
+    return all(x.grad.isfinite().all() for x in tensors)
+
+
+def test_a_graph_holds_its_shard(pool):
+    assert pool.run(2, forgotten) == [True, True]
+
+
+def waiting(group):
+    shard = SequenceShard(group, 16)
+    tensors = [x.detach() for x in drawn()]
+    attend(*tensors, DENSE, shard=shard, exchange="ring")
+    before = shard.comm.waited_seconds
+    if group.rank():
+        time.sleep(0.5)
+    attend(*tensors, DENSE, shard=shard, exchange="ring")
+    return shard.comm.waited_seconds - before
+
+
+def test_what_a_rank_waits_is_counted(pool):
+    first, _ = pool.run(2, waiting)
+    assert 0.2 < first < 5
+
+
+def leave(group, how, culprit):
+    q, k, v = drawn()
+    begin = time.perf_counter()
+    try:
+        if group.rank() == culprit and how == "dies early":
+            os._exit(3)
+        shard = SequenceShard(group, 16)
+        attend(q, k, v, DENSE, shard=shard, exchange="ring")
+        if group.rank() == culprit:
+            if how == "dies":
+                os._exit(3)
+            time.sleep(12)
+        begin = time.perf_counter()
+        attend(q, k, v, DENSE, shard=shard, exchange="ring")
+    except RuntimeError as error:
+        return str(error), time.perf_counter() - begin
+
+
+@pytest.mark.parametrize(("how", "ranks"), [("dies", 2), ("stalls", 2), ("dies", 4), ("dies early", 2)])
+def test_a_peer_that_leaves_ends_the_others_within_the_timeout(how, ranks):
+    pool = Pool(ranks, timeout=4)
+    culprit = ranks // 2
+    try:
+        for pipe in pool.pipes:
+            pipe.send((leave, ranks, (how, culprit)))
+        for rank, pipe in enumerate(pool.pipes):
+            if rank == culprit:
+                continue
+            assert pipe.poll(60)
+            is_result, (message, seconds) = pipe.recv()
+            assert is_result
+            assert seconds < 10
+            if how == "dies early":
+                assert message.startswith(f"rank {rank} of {ranks}, makes a shard: ")
+            else:
+                assert message.startswith(f"rank {rank} of {ranks}, forward of call 1, samples 0 to 0, keys and values")
+                if ranks == 2 or rank == culprit + 1:  # who hears of the culprit first; others wait for who waits
+                    assert f", from rank {culprit}: " in message
+    finally:
+        pool.close(kill=True)
