@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader
 from lightning_longnet import DilatedSelfAttention, FeedForward, Pattern, sequence_context
 from lightning_longnet.strategies import RingSequenceParallelStrategy
 
-SIZES = {"4,096 tokens, width 128": (4096, 128), "512 tokens, width 64": (512, 64)}
-LAYERS, STEPS, SKIPPED = 4, 12, 2
+SIZES = {"2,048 tokens, width 128": (2048, 128), "512 tokens, width 64": (512, 64)}
+LAYERS, STEPS, SKIPPED = 4, 8, 2
 RESULT = Path(__file__).parent / "results" / "strategy-cpu.json"
 
 
@@ -180,7 +180,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--table", action="store_true", help="print the committed result")
     arguments = parser.parse_args()
     if not arguments.table:

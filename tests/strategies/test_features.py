@@ -80,7 +80,7 @@ def fit_with_own_exchange(rank, world):
     from lightning_longnet.attention import sharded
 
     asked, call = [], sharded.attend
-    sharded.attend = lambda q, k, v, settings: asked.append(settings.exchange) or call(q, k, v, settings)
+    sharded.attend = lambda q, k, v, settings, *told: asked.append(settings.exchange) or call(q, k, v, settings, *told)
     try:
         model = started(PLAIN)
         model.blocks[1].attention.exchange = "ring"
