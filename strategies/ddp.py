@@ -13,6 +13,8 @@ from lightning_longnet.strategies.ring import RingSequenceParallelStrategy
 class DDPSequenceParallelStrategy(RingSequenceParallelStrategy, DDPStrategy):
     """`RingSequenceParallelStrategy(sharding="ddp")`."""
 
+    stock = DDPStrategy
+
     def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         timeout = timedelta(seconds=self.timeout)
         DDPStrategy.__init__(self, process_group_backend=process_group_backend, timeout=timeout, **engine)

@@ -30,6 +30,8 @@ _STAGES: dict[str, dict[str, Any]] = {
 class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedStrategy):
     """`RingSequenceParallelStrategy(sharding="deepspeed_stage_1")`, "_2", "_3" and "_3_offload"."""
 
+    stock = DeepSpeedStrategy
+
     def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         if find_spec("deepspeed") is None:
             raise ModuleNotFoundError(
@@ -71,6 +73,17 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        batches, many = trainer.num_training_batches, trainer.accumulate_grad_batches
+        if batches != float("inf") and batches % many:
+            raise ValueError(
+                f"with deepspeed the batches of an epoch must be a multiple of accumulate_grad_batches, {many}, got "
+                f"{batches}: what is left over would be lost; set limit_train_batches to {int(batches // many * many)}"
+            )
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning has divided by the micro-batches already

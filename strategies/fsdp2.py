@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
 from types import MethodType
@@ -12,6 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_longnet.strategies.ring import RingSequenceParallelStrategy
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightning.pytorch import Trainer
+    from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -31,6 +34,8 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     A module whose `configure_model` applies `fully_shard` keeps its own way; else each block, an entry of an
     `nn.ModuleList` or `nn.Sequential`, is sharded as a unit, and then the whole.
     """
+
+    stock = ModelParallelStrategy
 
     def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         told: dict[str, Any] = {
@@ -49,7 +54,9 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     def setup(self, trainer: Trainer) -> None:
         module = self.lightning_module
         assert module is not None
-        if not any(isinstance(each, FSDPModule) for each in module.modules()):
+        if any(isinstance(each, FSDPModule) for each in module.modules()):
+            _check_sharding(module)
+        else:
             for each in (module, *_averages(trainer)):
                 self._shard(each)
         if not is_overridden("configure_model", module):
@@ -59,7 +66,9 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     def _shard(self, module: nn.Module) -> None:
         for tensor in (*module.parameters(), *module.buffers()):
             if not tensor.is_meta:
-                dist.broadcast(tensor.data, src=0)  # each rank may have drawn its own
+                held = tensor.data.to(self.root_device)  # NCCL takes nothing else
+                dist.broadcast(held, src=0)  # each rank may have drawn its own
+                tensor.data.copy_(held)
         settings: dict[str, Any] = {"mesh": self._shard_mesh()}
         if self.sharding == "fsdp2_offload":
             settings["offload_policy"] = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
@@ -69,6 +78,36 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         for name in _STEPS:
             # a step that calls parts of the module must find their parameters whole
             register_fsdp_forward_method(module, name)
+
+    # Manual optimisation: the backward runs inside of the step, which is the model's forward to FSDP
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        super().pre_backward(closure_loss)
+        if self._is_manual():
+            # it hangs its hooks on what the forward returns, and the backward begins elsewhere
+            self._root()._get_fsdp_state()._register_pre_backward_hook(closure_loss)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        self._gather_again()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().optimizer_step(*args, **kwargs)
+        self._gather_again()
+        return found
+
+    def _gather_again(self) -> None:
+        """The step may go on with the model, whose parameters the backward has freed or the optimiser changed."""
+        if self._is_manual():
+            self._root().reshard()
+            self._root().unshard()
+
+    def _is_manual(self) -> bool:
+        assert self.lightning_module is not None
+        return isinstance(self._root(), FSDPModule) and not self.lightning_module.automatic_optimization
+
+    def _root(self) -> Any:
+        return self.model
 
     def _shard_mesh(self) -> DeviceMesh:
         mesh = self.sequence_context.mesh
@@ -98,11 +137,32 @@ def _averages(trainer: Trainer) -> Iterator[nn.Module]:
             yield average
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost entries of lists of modules that are made of modules and have parameters."""
+def _check_sharding(module: nn.Module) -> None:
+    """What the user has sharded must be over all ranks, or gradients are averaged over some of them alone."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor) and parameter.device_mesh.size() != dist.get_world_size():
+            raise ValueError(
+                f"{name} is sharded over {parameter.device_mesh.size()} of {dist.get_world_size()} ranks: in "
+                f"configure_model call fully_shard with the whole of self.device_mesh, or with none, as what shares "
+                f"a sequence must average gradients too"
+            )
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """The outermost entries of lists that are made of modules and share no parameter with anything else."""
+    owned = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+
+    def is_unit(entry: nn.Module) -> bool:
+        inside = Counter(id(parameter) for _, parameter in entry.named_parameters(remove_duplicate=False))
+        return bool(inside) and all(owned[each] == times for each, times in inside.items())
+
+    found = [entry for entry in _entries(module) if any(True for _ in entry.children())]
+    return [entry for entry in dict.fromkeys(found) if is_unit(entry)]
+
+
+def _entries(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
-            composed = (entry for entry in child if any(True for _ in entry.children()))
-            yield from (entry for entry in composed if any(True for _ in entry.parameters()))
+            yield from child
         else:
-            yield from _blocks(child)
+            yield from _entries(child)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -11,12 +12,13 @@ from lightning.fabric.utilities.distributed import _distributed_is_initialized, 
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_longnet.attention.placement import Kind  # noqa: TC001  for the command line's reading of types
 from lightning_longnet.attention.schedule import Exchange  # noqa: TC001
 from lightning_longnet.callbacks import Preemption
 from lightning_longnet.sequence.batches import checked_dims
-from lightning_longnet.sequence.context import SequenceContext, hand_down
+from lightning_longnet.sequence.context import SequenceContext, gathered, hand_down
 from lightning_longnet.sequence.mesh import check_sizes, sequence_mesh
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
 from lightning_longnet.strategies.resume import skip_finished_batches
@@ -43,6 +45,10 @@ Sharding = Literal[
     "deepspeed_stage_3_offload",
 ]
 Accumulate = Literal["batches", "tokens"]
+
+# Of the engines' arguments those that are set here
+_OURS = {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin", "timeout"}
+_OURS |= {"process_group_backend", "data_parallel_size", "tensor_parallel_size", "stage", "zero_optimization"}
 
 
 class _ByEngine:
@@ -79,6 +85,8 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         process_group_backend: "gloo" on CPUs and "nccl" on GPUs by default.
     """
 
+    stock: type[ParallelStrategy]  # Lightning's strategy for the engine
+
     def __init__(
         self,
         sequence_parallel_size: int | None = None,
@@ -106,10 +114,25 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()
         self._compared: set[tuple[str, int, int]] = set()
-        self._start_engine(dict(engine or {}), process_group_backend)
+        self._start_engine(self._checked_engine(engine or {}), process_group_backend)
         self._accelerator, self.parallel_devices = accelerator, parallel_devices
         self.cluster_environment, self._checkpoint_io = cluster_environment, checkpoint_io
         self.precision_plugin = precision_plugin
+
+    def _checked_engine(self, engine: dict[str, Any]) -> dict[str, Any]:
+        """Only what the engine's own strategy takes, and we do not set."""
+        valid = set(signature(self.stock).parameters) - _OURS
+        if "kwargs" in valid:
+            valid = valid - {"kwargs"} | (set(signature(DistributedDataParallel).parameters) - {"module", "device_ids"})
+        if unknown := [name for name in engine if name not in valid]:
+            allowed = ", ".join(sorted(valid))
+            raise ValueError(f"engine must hold arguments of {self.stock.__name__}, {allowed}, got {unknown}")
+        return dict(engine)
+
+    @property
+    def _gathers_parameters(self) -> bool:
+        """Must all ranks call the model equally often?"""
+        return self.sharding not in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2")
 
     def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         """Call the initialiser of the engine's strategy."""
@@ -203,6 +226,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING and not any(isinstance(c, Preemption) for c in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.callbacks.append(Preemption())  # type: ignore[attr-defined]
         self._compared.clear()
+        self.sequence_context.close_window(1)  # what an interrupted run may have left
         hand_down(self.lightning_module, self.sequence_context)
         super().setup(trainer)
 
@@ -219,7 +243,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         when = str(trainer.state.stage), trainer.current_epoch, dataloader_idx
         if when not in self._compared:
             self._compared.add(when)
-            self.sequence_context.check_same(batch)
+            self.sequence_context.check_same(batch, getattr(module, "sequence_dims", {}))
 
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
@@ -236,7 +260,10 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         before = context.window_length
         output = super().training_step(*args, **kwargs)
         if (means := context.window_length - before) != 1:
-            raise ValueError(f"accumulate='tokens' needs one token_mean in each training_step, got {means}")
+            raise ValueError(
+                f"accumulate='tokens' needs one token_mean with a gradient in each training_step, got {means}: detach "
+                f"what is only logged"
+            )
         return output
 
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -248,6 +275,20 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
             for parameter in self.lightning_module.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
+
+    def on_predict_start(self) -> None:
+        """Samples are not repeated for prediction: a group that has fewer would leave the others waiting for it."""
+        super().on_predict_start()
+        assert self.lightning_module is not None
+        context, loop = self.sequence_context, self.lightning_module.trainer.predict_loop
+        if context.data_parallel_group is not None and self._gathers_parameters:
+            (batches,) = gathered([int(min(sum(loop.max_batches), 2**62))], context.data_parallel_group)
+            if len(set(batches)) > 1:
+                raise ValueError(
+                    f"with {self.sharding!r} all data-parallel groups must predict as many batches, as their ranks "
+                    f"gather parameters together, got {', '.join(map(str, batches))}: make the number of samples a "
+                    f"multiple of {len(batches)} times the batch size, or take 'ddp'"
+                )
 
     def on_train_end(self) -> None:
         self.sequence_context.begin(None)

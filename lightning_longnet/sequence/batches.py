@@ -75,15 +75,17 @@ def _items(batch: Any) -> Iterator[tuple[str, Any]]:
 def dim_of(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:
     """The sequence's dimension, None for a tensor of no sequence; an error where nothing is said of it.
 
-    A tensor's name is looked for first, its place in `a.b.c` whole or from the last word to the first.
+    What is declared goes first: a tensor's place in `a.b.c` whole, or a word of it, the last one before others.  What
+    is known is the last word alone, or that of the list that the tensor is in.
     """
     if x.dim() == 0:
         return None
     for name in (".".join(path[1:]), *reversed(path)):
         if name in dims:
             return _checked_dim(path, x, dims[name])
-        if name in KNOWN_DIMS and (x.dim() <= 2 or name in ("input_ids", "labels")):
-            return _checked_dim(path, x, KNOWN_DIMS[name])
+    name = _last_word(path)
+    if name in KNOWN_DIMS and (x.dim() <= 2 or name in ("input_ids", "labels")):
+        return _checked_dim(path, x, KNOWN_DIMS[name])
     raise ValueError(
         f"{_shown(path)} of shape {tuple(x.shape)} is a tensor that nothing is known of: say in the module which of "
         f"its dimensions is the sequence, sequence_dims = {{{path[-1]!r}: 1}}, or None where it has none"
@@ -109,8 +111,8 @@ def known_length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
     """As `length_of`, of what is declared or known alone; None where that is nothing, or differs."""
     lengths = set()
     for path, x in tensors(batch):
-        for name in (".".join(path[1:]), *reversed(path)):
-            dim = dims.get(name, KNOWN_DIMS.get(name))
+        for name in (".".join(path[1:]), *reversed(path), _last_word(path)):
+            dim = dims.get(name, KNOWN_DIMS.get(name) if name == _last_word(path) else None)
             if dim is not None and -x.dim() <= dim < x.dim():
                 lengths.add(x.shape[dim])
                 break
@@ -145,6 +147,10 @@ def _checked_dim(path: Path, x: Tensor, dim: int | None) -> int | None:
             f"which one is the sequence, sequence_dims = {{{path[-1]!r}: ...}}, or None where it has none"
         )
     return dim % x.dim()
+
+
+def _last_word(path: Path) -> str:
+    return next((word for word in reversed(path) if not word.isdigit()), ROOT)
 
 
 def _shown(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.attend import Mix
     from lightning_longnet.attention.pattern import Pattern
+
+
+_HANDED = "_handed_sequence_context"  # where modules hold it that are no layers of ours
 
 
 class _Made(NamedTuple):
@@ -111,12 +115,7 @@ class SequenceContext:
         if self.sequence_parallel_size == 1:
             self.begin(known_length(batch, dims))
             return batch
-        length = length_of(batch, dims)
-        if length < self.sequence_parallel_size:
-            raise ValueError(
-                f"sequences must have at least one token for each of the {self.sequence_parallel_size} ranks that "
-                f"share them, got {length}: set sequence_parallel_size to at most {length}, or pad them"
-            )
+        length = self._length_of(batch, dims)
         self.begin(length)
         placement = self.placement_of(length)
         given: dict[str, Tensor] = {}
@@ -150,22 +149,52 @@ class SequenceContext:
         finally:
             self._length, self._given, self._made, self._converted = kept
 
-    def check_same(self, batch: Any) -> None:
-        """A ValueError on all ranks of the sequence group where they hold different batches."""
-        if self.sequence_group is None or self.sequence_parallel_size == 1:
+    def check_same(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> None:
+        """A ValueError on all ranks where those that share sequences hold different batches, or one cannot be split."""
+        if self.sequence_group is None or self.data_parallel_group is None:
             return
-        device = "cuda" if dist.get_backend(self.sequence_group) == "nccl" else "cpu"
-        own = torch.tensor([digest(batch)], device=device)
-        found = [torch.empty_like(own) for _ in range(self.sequence_parallel_size)]
-        dist.all_gather(found, own, group=self.sequence_group)
-        everywhere = torch.cat(found).tolist()
-        if others := [rank for rank, number in enumerate(everywhere) if number != everywhere[0]]:
+        fault = self._fault_of(batch, sequence_dims) if self.sequence_parallel_size > 1 else ""
+        digests, faults = gathered([digest(batch), bool(fault)], self.sequence_group)
+        others = [rank for rank, number in enumerate(digests) if number != digests[0]]
+        firsts, wrong = gathered([digests[0], any(faults) or bool(others)], self.data_parallel_group)
+        if fault:
+            raise ValueError(fault)
+        if others:
             ranks = ", ".join(map(str, others))
             raise ValueError(
                 f"ranks that share sequences must be given the same batches, and ranks {ranks} of the sequence group "
                 f"hold others than rank 0: a sampler or an iterable dataset must go by data_parallel_rank "
                 f"({self.data_parallel_rank} of {self.data_parallel_size} here), not by the rank among all"
             )
+        if any(wrong):
+            raise ValueError(
+                f"the ranks of data_parallel_rank {wrong.index(1)} were given a batch that does not fit: their own "
+                f"messages say why"
+            )
+        if len(firsts) > 1 and len(set(firsts)) == 1 and self.data_parallel_rank == self.sequence_parallel_rank == 0:
+            warnings.warn(
+                f"all {len(firsts)} data-parallel groups were handed the same batch: a sampler or an iterable dataset "
+                f"of your own must go by data_parallel_rank, or samples count {len(firsts)} times",
+                stacklevel=2,
+            )
+
+    def _fault_of(self, batch: Any, sequence_dims: Mapping[str, int | None] | None) -> str:
+        """What is wrong with a batch that is to be split, said rather than raised: the other ranks wait to be told."""
+        try:
+            self._length_of(batch, checked_dims(sequence_dims or {}))
+            mapped(batch, lambda _, x: x)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def _length_of(self, batch: Any, dims: Mapping[str, int | None]) -> int:
+        length = length_of(batch, dims)
+        if length < self.sequence_parallel_size:
+            raise ValueError(
+                f"sequences must have at least one token for each of the {self.sequence_parallel_size} ranks that "
+                f"share them, got {length}: set sequence_parallel_size to at most {length}, or pad them"
+            )
+        return length
 
     @property
     def is_split(self) -> bool:
@@ -214,22 +243,22 @@ class SequenceContext:
                     self._plain.clear()
                 self._plain[self._length] = SequenceShard(self.sequence_group, here, self.placement)
             return self._plain[self._length]
-        versions = tuple(-1 if x is None else x._version for x in (documents, key_padding_mask))
+        versions = _version(documents), _version(key_padding_mask)
         for made in self._made:
             same = _is_same(made.documents, documents) and _is_same(made.padding, key_padding_mask)
             if same and made.versions == versions:
                 return made.shard
         shard = SequenceShard(self.sequence_group, here, self.placement, documents, key_padding_mask)
-        self._made.append(_Made(documents, key_padding_mask, versions, shard))  # type: ignore[arg-type]
+        self._made.append(_Made(documents, key_padding_mask, versions, shard))
         return shard
 
     def once(self, mask: Tensor, convert: Callable[[], Tensor]) -> Tensor:
         """What became of this very mask in this batch, so that layers which convert it share a shard."""
         for known in self._converted:
-            if _is_same(known.mask, mask) and known.version == mask._version:
+            if _is_same(known.mask, mask) and known.version == _version(mask):
                 return known.result
         result = convert()
-        self._converted.append(_Converted(mask, mask._version, result))
+        self._converted.append(_Converted(mask, _version(mask), result))
         return result
 
     def attend(
@@ -249,7 +278,7 @@ class SequenceContext:
     ) -> Tensor:
         """`attend` for whole sequences and for parts: documents and padding are of the tokens that are here.
 
-        `layer` tells apart what the layers of a model drop.
+        `layer` tells apart what the layers of a model drop; one that is called twice in a step drops the same twice.
         """
         settings: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel}
         if dropout > 0:
@@ -295,7 +324,8 @@ class SequenceContext:
         group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         totals = summed(loss_sum, token_count, group)
         ranks = 1 if group is None else dist.get_world_size()
-        mean: Tensor = TokenMean.apply(loss_sum, totals, self._divisor(totals[1]), ranks)  # type: ignore[no-untyped-call]
+        divisor = self._divisor(totals[1]) if loss_sum.requires_grad else totals[1]
+        mean: Tensor = TokenMean.apply(loss_sum, totals, divisor, ranks)  # type: ignore[no-untyped-call]
         return mean
 
     def gather_sequence(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -313,11 +343,15 @@ class SequenceContext:
         return whole
 
     def per_sample(self, metric: Any) -> Any:
-        """The same torchmetrics Metric, for what counts samples and not tokens.
+        """The same torchmetrics Metric or MetricCollection, for what counts samples and not tokens.
 
         Ranks that share a sequence all see its samples; it then counts them once.
         """
-        metric.dist_sync_fn = self.gather_samples
+        found = [each for each in metric.modules() if hasattr(each, "dist_sync_fn")]
+        if not found:
+            raise ValueError(f"metric must be a torchmetrics Metric or a collection of them, got {metric!r}")
+        for each in found:
+            each.dist_sync_fn = self.gather_samples
         return metric
 
     def gather_samples(self, x: Tensor, group: Any = None) -> list[Tensor]:
@@ -364,7 +398,7 @@ class SequenceContext:
         return float(micro_batches * window[0].clamp(min=1) / total) if total > 0 else 1.0
 
     def _divisor(self, count: Tensor) -> Tensor:
-        if self._window is None or not torch.is_grad_enabled():
+        if self._window is None:
             return count
         self._window.append(count)
         return self._window[0].clamp(min=1)
@@ -395,6 +429,21 @@ def _tokens(placement: Placement, rank: int) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
 
 
+def _version(x: Tensor | None) -> int:
+    """How often it was changed; tensors of inference mode do not count."""
+    return -1 if x is None or x.is_inference() else x._version
+
+
+def gathered(own: list[int], group: dist.ProcessGroup) -> list[list[int]]:
+    """Of each number its values on the ranks of a group."""
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    told = torch.tensor(own, dtype=torch.int64, device=device)
+    found = [torch.empty_like(told) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, told, group=group)
+    columns: list[list[int]] = torch.stack(found, 1).tolist()
+    return columns
+
+
 def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
     """The same numbers at the same place, whatever object stands for them.  Values must not decide: ranks differ."""
     if a is None or b is None:
@@ -403,18 +452,27 @@ def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def hand_down(module: nn.Module, context: SequenceContext | None) -> None:
-    """Give it to all layers of the module that know what to do with it: those whose class has a `sequence_context`."""
-    layers = [each for each in module.modules() if hasattr(type(each), "sequence_context")]
-    for number, layer in enumerate(layers):
-        layer.sequence_context = context  # type: ignore[assignment]
-        layer.layer_number = number  # type: ignore[assignment]
+    """Give it to all modules in this one: the layers split their work by it, `sequence_context` finds it in any."""
+    layers = 0
+    for each in module.modules():
+        if hasattr(type(each), "sequence_context"):
+            each.sequence_context = context  # type: ignore[assignment]
+            each.layer_number = layers  # type: ignore[assignment]
+            layers += 1
+        elif context is not None:
+            each.__dict__[_HANDED] = context
+        else:
+            each.__dict__.pop(_HANDED, None)
 
 
 def sequence_context(module: nn.Module) -> SequenceContext:
-    """That of a LightningModule's strategy, or of a layer; under a stock strategy one for whole sequences."""
-    own = getattr(module, "sequence_context", None)
-    if isinstance(own, SequenceContext):
-        return own
+    """That which a strategy, or `hand_down`, gave to a module; under a stock strategy one for whole sequences."""
     strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
-    found = getattr(strategy, "sequence_context", None)
-    return found if isinstance(found, SequenceContext) else SequenceContext()
+    for found in (
+        getattr(module, "sequence_context", None),
+        module.__dict__.get(_HANDED),
+        getattr(strategy, "sequence_context", None),
+    ):
+        if isinstance(found, SequenceContext):
+            return found
+    return SequenceContext()

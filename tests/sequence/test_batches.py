@@ -70,6 +70,7 @@ def test_each_kind_of_batch(batch, dims, at):
         ({"labels": torch.ones(2)}, {}, r"labels is to be split along dimension 1, and has shape \(2,\)"),
         ({"attention_mask": torch.ones(2, 1, 6, 6)}, {}, "attention_mask of shape .* nothing is known of"),
         ({"positions": torch.ones(2, 6, 3)}, {}, "positions of shape .* nothing is known of"),
+        ({"labels": {"kind": IDS}}, {}, r"labels.kind of shape \(2, 6\) is a tensor that nothing is known of"),
         ([IDS], {}, r"0 of shape \(2, 6\) is a tensor that nothing is known of.*\{'0': 1\}"),
         ({"input_ids": IDS, "labels": IDS[:, 1:]}, {}, "same number of tokens, got input_ids 6, labels 5"),
         ({"age": torch.ones(2)}, {"age": None}, "no tensor with a sequence"),
@@ -117,5 +118,6 @@ def test_digests_tell_batches_apart():
         {**batch, "flags": IDS > 4},
         {**batch, "x": -batch["x"]},
         {"ids": IDS, "x": batch["x"], "flags": batch["flags"]},
+        {**batch, "input_ids": IDS.reshape(3, 4)},
     ]
-    assert len({digest(each) for each in (batch, *others)}) == 6
+    assert len({digest(each) for each in (batch, *others)}) == 7

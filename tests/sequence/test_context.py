@@ -178,16 +178,56 @@ def test_without_ranks_everything_is_there():
     assert context.gather_samples(x)[0] is x
 
 
-def test_layers_are_handed_it_and_plain_modules_are_not():
+def test_layers_and_all_other_modules_are_handed_it():
     layer = DilatedSelfAttention(16, 4, PATTERN)
     model, context = nn.Sequential(nn.Linear(16, 16), layer, DilatedSelfAttention(16, 4, PATTERN)), SequenceContext()
     hand_down(model, context)
     assert layer.sequence_context is context
     assert [layer.layer_number, model[2].layer_number] == [0, 1]
-    assert "sequence_context" not in vars(model[0])
-    assert sequence_context(layer) is context
-    assert sequence_context(model) is not context  # it has none of its own, and no trainer
+    assert all(sequence_context(each) is context for each in model.modules())
+    assert all(sequence_context(each) is context for each in copy.deepcopy(model).modules())
     assert set(model.state_dict()) == set(nn.Sequential(nn.Linear(16, 16), layer, layer).state_dict())
+    hand_down(model, None)
+    assert not any(sequence_context(each) is context for each in model.modules())
+
+
+def test_what_counts_samples_is_told_apart():
+    from torchmetrics import MetricCollection, SumMetric
+
+    context, metrics = SequenceContext(), MetricCollection({"a": SumMetric(), "b": SumMetric()})
+    assert context.per_sample(metrics) is metrics
+    assert all(metric.dist_sync_fn == context.gather_samples for metric in metrics.values())
+    with pytest.raises(ValueError, match="metric must be a torchmetrics Metric or a collection"):
+        context.per_sample(nn.Linear(2, 2))
+
+
+def test_whole_gives_back_what_it_took():
+    context = SequenceContext()
+    context.split({"input_ids": torch.zeros(2, 9)})
+    with context.whole():
+        assert context.length is None
+    assert context.length == 9
+
+
+def windows(group):
+    """Counts of a window weigh its gradients; what has no gradient is no part of it."""
+    context, rank = SequenceContext(), torch.distributed.get_rank()
+    context.open_window()
+    found = []
+    for count in (3, 5):
+        loss = torch.tensor(2.0 * count, requires_grad=True)
+        context.token_mean(loss.detach(), count)
+        context.token_mean(loss, count).backward()
+        found.append(loss.grad.item())
+    assert context.window_length == 2
+    factor = context.close_window(2)
+    assert (context.window_length, rank >= 0) == (0, True)
+    return [grad / 2 * factor for grad in found]
+
+
+def test_a_window_weighs_by_tokens(pool):
+    for found in pool.run(8, windows):
+        assert found == pytest.approx([1 / 8] * 2)  # of a mean over 8 tokens on each of 8 ranks, averaged over ranks
 
 
 def test_dropout_follows_step_layer_and_place():

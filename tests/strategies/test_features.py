@@ -1,6 +1,7 @@
 """What a Trainer is used with: each gives what one process gives, or a run over one rank does."""
 
 import copy
+import os
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from trained import (
     PATTERN,
     VOCABULARY,
     WIDTH,
+    Block,
     KeepParameters,
     Module,
     adamw,
@@ -30,6 +32,7 @@ from trained import (
 )
 
 from lightning_longnet import (
+    DilatedSelfAttention,
     MultiheadDilatedAttention,
     Pattern,
     SequenceContext,
@@ -400,3 +403,135 @@ def test_a_module_runs_under_stock_strategies_as_it_is(trainers):
     for found in trainers.run(2, run_stock):
         compare(found, wanted, 1e-9)
     assert COMBINED["dropout"] > 0  # which a stock strategy cannot keep the same, and so is left out here
+
+
+class Flat(nn.Module):
+    """Nothing in it is a list of blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.attention = DilatedSelfAttention(WIDTH, 4, PATTERN)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, batch):
+        return self.head(self.attention(self.embedding(batch["input_ids"])))
+
+
+class InTurns(Module):
+    """A forward, a backward and a step, twice in one training_step."""
+
+    def __init__(self, *told):
+        super().__init__(*told)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            loss = super().training_step(batch, batch_idx)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return sgd(self.model.parameters()), sgd(self.model.parameters())
+
+
+def run_flat(rank, world, sharding):
+    def make():
+        torch.manual_seed(2)
+        return InTurns(Flat().double(), None)
+
+    return run(rank, world, make, sharding)
+
+
+@pytest.mark.parametrize("sharding", ["fsdp2", "hsdp"])
+def test_steps_in_turns_by_hand_without_blocks(trainers, sharding):
+    losses, parameters = trainers.run(1, run_flat, "ddp")[0]
+    assert losses[-1] < losses[0] - 0.01
+    for found in trainers.run(2, run_flat, sharding):
+        compare(found, (losses, parameters), 1e-9)
+
+
+class Positioned(nn.Module):
+    """A plain module that asks where it stands."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(64, WIDTH)
+
+    def forward(self, x):
+        return x + self.table(sequence_context(self).positions_of(x))
+
+
+def positioned():
+    torch.manual_seed(3)
+    model = started(PLAIN)
+    model.embedding = nn.Sequential(model.embedding, Positioned().double())
+    return model
+
+
+def run_positioned(rank, world):
+    return run(rank, world, lambda: Module(positioned(), adamw))
+
+
+def test_any_module_finds_the_context(trainers):
+    wanted = trainers.run(1, run_positioned)[0]
+    for found in trainers.run(2, run_positioned):
+        compare(found, wanted, 1e-9)
+
+
+class Shared(nn.Module):
+    """A block that is called thrice, and a weight that a block shares with what is outside of it."""
+
+    def __init__(self):
+        super().__init__()
+        block = Block(0.0)
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList([block] * 3)
+        self.head = nn.Sequential(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)))
+        self.head[0][1].weight = self.embedding.weight
+
+    def forward(self, batch):
+        x = self.embedding(batch["input_ids"])
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def run_shared(rank, world, sharding):
+    def make():
+        torch.manual_seed(2)
+        return Module(Shared().double(), adamw)
+
+    return run(rank, world, make, sharding)
+
+
+def test_blocks_and_weights_may_be_shared(trainers):
+    wanted = trainers.run(1, run_shared, "ddp")[0]
+    for found in trainers.run(2, run_shared, "fsdp2"):
+        compare(found, wanted, 1e-9)
+
+
+def run_inference(rank, world):
+    """As on NCCL, where Lightning evaluates in inference mode, whose tensors count no changes."""
+    with torch.inference_mode():
+        model = started(DOCUMENTS).eval()
+        context = SequenceContext(sequence_mesh_of(world))
+        hand_down(model, context)
+        batch = collated(DOCUMENTS["samples"][:2])
+        out = context.gather_sequence(model(context.split(batch)))
+        hand_down(model, None)
+        return torch.allclose(out, model(batch), atol=1e-10)
+
+
+def sequence_mesh_of(world):
+    import torch.distributed as dist
+
+    from lightning_longnet import sequence_mesh
+
+    dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=world)
+    return sequence_mesh(world, timeout=60)
+
+
+def test_inference_mode_takes_documents_and_padding(trainers):
+    assert trainers.run(2, run_inference) == [True, True]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_training import FLOAT32
 from torch.utils.data import DataLoader
-from trained import Module, collated, quiet, samples, started, trainer_of
+from trained import SMALL_BUCKETS, Module, collated, quiet, samples, started, trainer_of
 
 from lightning_longnet import sequence_context
 from lightning_longnet.strategies import RingSequenceParallelStrategy
@@ -27,6 +27,12 @@ from lightning_longnet.strategies import RingSequenceParallelStrategy
         ({"placement": "zig"}, 2, "placement must be one of 'contiguous', 'zigzag', got 'zig'"),
         ({"accumulate": "samples"}, 2, "accumulate must be one of 'batches', 'tokens', got 'samples'"),
         ({"timeout": 0}, 2, "timeout must be a number of seconds, more than 0, got 0"),
+        ({"engine": {"foo": 1}}, 2, r"engine must hold arguments of ModelParallelStrategy, save_dist.*, got \['foo'\]"),
+        (
+            {"sharding": "ddp", "engine": {"timeout": 3}},
+            2,
+            r"arguments of DDPStrategy, .*static_graph.*, got \['timeout'\]",
+        ),
         ({"sharding": "deepspeed_stage_2", "accumulate": "tokens"}, 2, "accumulate must be 'batches' with deepspeed"),
     ],
 )
@@ -136,7 +142,7 @@ def fit_tokens(rank, world, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Twice, "accumulate='tokens' needs one token_mean in each training_step, got 2"),
+        (Twice, "accumulate='tokens' needs one token_mean with a gradient in each training_step, got 2"),
         (Manual, "accumulate must be 'batches' with manual optimisation"),
     ],
 )
@@ -175,3 +181,156 @@ def test_whole_sequences_are_taken_where_that_is_said(trainers):
         assert messages[0] == after == (1, 9, 23)
         assert "tokens of each sequence of 37, got 9" in messages[1]
         assert "sequence_context(module).whole()" in messages[1]
+
+
+def fit_uneven(rank, world, rows_of):
+    """Two groups of two ranks, one of which is given what does not fit."""
+    with quiet():
+        module = Told(started(FLOAT32), FLOAT32["optimizer"], dims=None)
+        strategy = RingSequenceParallelStrategy(2, sharding="ddp")
+        trainer = trainer_of(strategy, world, max_steps=1, use_distributed_sampler=False)
+        trainer.fit(module, DataLoader(rows_of(rank), batch_size=2, collate_fn=collated))
+
+
+def first_group_differs(rank):
+    return samples(4, seed=rank if rank < 2 else 2)
+
+
+def first_group_is_short(rank):
+    return samples(4, length=1 if rank < 2 else 37)
+
+
+@pytest.mark.parametrize(
+    ("rows_of", "message"), [(first_group_differs, "the same batches"), (first_group_is_short, "at least one token")]
+)
+def test_a_fault_of_one_group_is_an_error_on_all_ranks(trainers, rows_of, message):
+    found = trainers.outcomes(4, fit_uneven, rows_of)
+    assert [is_result for is_result, _ in found] == [False] * 4
+    assert all(message in told[1] for _, told in found[:2])
+    assert all("ranks of data_parallel_rank 0 were given a batch that does not fit" in told[1] for _, told in found[2:])
+
+
+def fit_same(rank, world):
+    """What is warned of where a sampler of one's own gives all groups the same."""
+    import warnings
+
+    with quiet(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module = Told(started(FLOAT32), FLOAT32["optimizer"], dims=None)
+        strategy = RingSequenceParallelStrategy(1, sharding="ddp")
+        trainer = trainer_of(strategy, world, max_steps=1, use_distributed_sampler=False)
+        trainer.fit(module, DataLoader(samples(4), batch_size=2, collate_fn=collated))
+    return [str(each.message) for each in caught if "handed the same batch" in str(each.message)]
+
+
+def test_groups_that_are_handed_the_same_are_told(trainers):
+    first, second = trainers.run(2, fit_same)
+    assert len(first) == 1
+    assert "all 2 data-parallel groups were handed the same batch" in first[0]
+    assert not second
+
+
+def predict_uneven(rank, world, sharding):
+    class Predicting(Told):
+        def predict_step(self, batch, batch_idx):
+            return self.model(batch).shape
+
+    with quiet():
+        module = Predicting(started(FLOAT32), FLOAT32["optimizer"], dims=None)
+        trainer = trainer_of(RingSequenceParallelStrategy(1, sharding=sharding, timeout=60), world)
+        return len(trainer.predict(module, DataLoader(samples(3), batch_size=1, collate_fn=collated)))
+
+
+def test_prediction_of_unequal_numbers_is_refused_where_it_would_hang(trainers):
+    assert trainers.run(2, predict_uneven, "ddp") == [2, 1]
+    for is_result, found in trainers.outcomes(2, predict_uneven, "fsdp2"):
+        assert not is_result
+        assert "all data-parallel groups must predict as many batches" in found[1]
+        assert "got 2, 1" in found[1]
+
+
+def fit_half_sharded(rank, world):
+    from torch.distributed.fsdp import fully_shard
+
+    class HalfSharded(Told):
+        def configure_model(self):
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+    with quiet():
+        module = HalfSharded(started(FLOAT32), FLOAT32["optimizer"], dims=None)
+        trainer_of(RingSequenceParallelStrategy(), world, max_steps=1).fit(
+            module, DataLoader(samples(4), batch_size=2, collate_fn=collated)
+        )
+
+
+def test_parameters_sharded_over_some_ranks_are_refused(trainers):
+    for is_result, found in trainers.outcomes(2, fit_half_sharded):
+        assert not is_result
+        assert "is sharded over 1 of 2 ranks: in configure_model call fully_shard with the whole" in found[1]
+
+
+def fit_left_over(rank, world):
+    with quiet():
+        module = Told(started(FLOAT32), FLOAT32["optimizer"], dims=None)
+        strategy = RingSequenceParallelStrategy(sharding="deepspeed_stage_2", engine=SMALL_BUCKETS)
+        trainer = trainer_of(strategy, world, accumulate_grad_batches=2, limit_train_batches=3)
+        trainer.fit(module, DataLoader(samples(8), batch_size=2, collate_fn=collated))
+
+
+def test_deepspeed_is_left_no_incomplete_window(deepspeed_trainers):
+    for is_result, found in deepspeed_trainers(2).outcomes(2, fit_left_over):
+        assert not is_result
+        assert "must be a multiple of accumulate_grad_batches, 2, got 3" in found[1]
+
+
+def described(rank, world, size, sharding, **told):
+    """What a strategy made of its arguments."""
+    from torch.distributed.fsdp import FSDPModule
+
+    with quiet():
+        torch.manual_seed(rank)
+        strategy = RingSequenceParallelStrategy(size, sharding=sharding, **told)
+        module = Told(started(FLOAT32, seed=rank), FLOAT32["optimizer"], dims=None)
+        module.register_buffer("drawn", torch.randn(3))
+        trainer = trainer_of(strategy, world, max_steps=1)
+        trainer.fit(module, DataLoader(samples(4), batch_size=2, collate_fn=collated))
+        context = strategy.sequence_context
+        found = {
+            "mesh": context.mesh.mesh.tolist(),
+            "placement": (context.placement, context.exchange),
+            "seed": context.seed,
+            "buffer": module.drawn.tolist(),
+            "timeout": strategy._timeout.total_seconds(),
+            "mean": strategy.reduce(torch.tensor(float(rank))).item(),
+            "layers": [block.attention.sequence_context for block in module.model.blocks],
+            "window": context.window_length,
+        }
+        weight = module.model.head.weight
+        if isinstance(module, FSDPModule):
+            found["sharded over"] = [str(each) for each in weight.placements]
+            found["offload"] = type(module._get_fsdp_state()._fsdp_param_group.offload_policy).__name__
+    return found
+
+
+def describe(rank, world, size, sharding, told):
+    return described(rank, world, size, sharding, **told)
+
+
+def test_arguments_reach_what_they_are_of(trainers):
+    told = {"placement": "zigzag", "exchange": "ring", "timeout": 77}
+    for found in trainers.run(4, describe, 2, "hsdp", told):
+        assert found["mesh"] == [[0, 1], [2, 3]]
+        assert found["placement"] == ("zigzag", "ring")
+        assert found["sharded over"] == ["Replicate()", "Shard(dim=0)"] or found["sharded over"] == ["R", "S(0)"]
+        assert found["timeout"] == 77
+        assert found["mean"] == 1.5
+        assert found["layers"] == [None, None]  # the run is over
+        assert found["offload"] == "OffloadPolicy"
+
+
+@pytest.mark.parametrize(("sharding", "policy"), [("fsdp2", "OffloadPolicy"), ("fsdp2_offload", "CPUOffloadPolicy")])
+def test_ranks_end_up_equal_and_parameters_where_they_are_said_to_be(trainers, sharding, policy):
+    first, second = trainers.run(2, describe, 2, sharding, {})
+    assert first["seed"] == second["seed"]
+    assert first["buffer"] == second["buffer"]
+    assert first["offload"] == policy
