@@ -6,7 +6,7 @@ GPU_PYTHON ?=
 BIN = .venv/bin
 MARK = .venv/.installed
 
-.PHONY: help train test test-long lint bench bench-exchange gpu clean
+.PHONY: help train test test-long lint bench bench-exchange bench-strategy gpu clean
 
 help:
 	@echo "make train      set up, then train a small byte-level model on this machine's CPU"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      attention against its peers; results in benchmarks/results; BENCH_ARGS, see --help"
 	@echo "make bench-exchange   the exchanges between ranks, likewise"
+	@echo "make bench-strategy   a training step beside Lightning's own strategies"
 	@echo "make gpu        the tests that need a CUDA device, then its benchmark; GPU_PYTHON=python3 uses what is installed"
 
 $(MARK): pyproject.toml constraints.txt
@@ -43,6 +44,9 @@ bench: $(MARK)
 
 bench-exchange: $(MARK)
 	$(BIN)/python benchmarks/exchange.py $(BENCH_ARGS)
+
+bench-strategy: $(MARK)
+	$(BIN)/python benchmarks/strategy.py $(BENCH_ARGS)
 
 gpu: $(if $(GPU_PYTHON),,$(MARK))
 	@$(or $(GPU_PYTHON),$(BIN)/python) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch finds no CUDA device here")'

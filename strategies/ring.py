@@ -17,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_longnet.attention.placement import Kind  # noqa: TC001  for the command line's reading of types
 from lightning_longnet.attention.schedule import Exchange  # noqa: TC001
 from lightning_longnet.callbacks import Preemption
+from lightning_longnet.sequence.agreement import gathered
 from lightning_longnet.sequence.batches import checked_dims
-from lightning_longnet.sequence.context import SequenceContext, gathered, hand_down
+from lightning_longnet.sequence.context import SequenceContext
+from lightning_longnet.sequence.handed import hand_down
 from lightning_longnet.sequence.mesh import check_sizes, sequence_mesh
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
 from lightning_longnet.strategies.resume import skip_finished_batches

@@ -258,6 +258,7 @@ def test_the_readme_shows_the_committed_measurement():
     assert benchmark("--table", "--out", ROOT / "benchmarks/results/conditions-cpu.json") in readme
     assert benchmark("--table", name="exchange") in readme
     assert benchmark("--table", name="scaling") in readme
+    assert benchmark("--table", name="strategy") in readme
 
 
 def test_the_readme_says_that_no_gpu_was_measured():

@@ -1,6 +1,7 @@
 """What a module needs to know where its sequences are split over ranks: torch and the core alone, no Lightning."""
 
-from lightning_longnet.sequence.context import SequenceContext, hand_down, sequence_context
+from lightning_longnet.sequence.context import SequenceContext
+from lightning_longnet.sequence.handed import hand_down, sequence_context
 from lightning_longnet.sequence.mesh import sequence_mesh
 
 __all__ = ["SequenceContext", "hand_down", "sequence_context", "sequence_mesh"]

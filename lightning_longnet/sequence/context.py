@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
@@ -10,16 +9,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_longnet.attention.attend import attend
 from lightning_longnet.attention.dropout import hashed
 from lightning_longnet.attention.placement import Kind, Placement
 from lightning_longnet.attention.schedule import Exchange
 from lightning_longnet.attention.shard import SequenceShard
+from lightning_longnet.sequence.agreement import compare, fault_of
 from lightning_longnet.sequence.batches import checked_dims, digest, dim_of, known_length, length_of, mapped
 from lightning_longnet.sequence.mesh import DATA, SEQUENCE
-from lightning_longnet.sequence.reductions import GatheredSequence, TokenMean, part_of, summed
+from lightning_longnet.sequence.reductions import GatheredSequence, TokenMean, gathered_states, part_of, summed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.attend import Mix
     from lightning_longnet.attention.pattern import Pattern
-
-
-_HANDED = "_handed_sequence_context"  # where modules hold it that are no layers of ours
 
 
 class _Made(NamedTuple):
@@ -153,39 +150,12 @@ class SequenceContext:
         """A ValueError on all ranks where those that share sequences hold different batches, or one cannot be split."""
         if self.sequence_group is None or self.data_parallel_group is None:
             return
-        fault = self._fault_of(batch, sequence_dims) if self.sequence_parallel_size > 1 else ""
-        digests, faults = gathered([digest(batch), bool(fault)], self.sequence_group)
-        others = [rank for rank, number in enumerate(digests) if number != digests[0]]
-        firsts, wrong = gathered([digests[0], any(faults) or bool(others)], self.data_parallel_group)
-        if fault:
-            raise ValueError(fault)
-        if others:
-            ranks = ", ".join(map(str, others))
-            raise ValueError(
-                f"ranks that share sequences must be given the same batches, and ranks {ranks} of the sequence group "
-                f"hold others than rank 0: a sampler or an iterable dataset must go by data_parallel_rank "
-                f"({self.data_parallel_rank} of {self.data_parallel_size} here), not by the rank among all"
-            )
-        if any(wrong):
-            raise ValueError(
-                f"the ranks of data_parallel_rank {wrong.index(1)} were given a batch that does not fit: their own "
-                f"messages say why"
-            )
-        if len(firsts) > 1 and len(set(firsts)) == 1 and self.data_parallel_rank == self.sequence_parallel_rank == 0:
-            warnings.warn(
-                f"all {len(firsts)} data-parallel groups were handed the same batch: a sampler or an iterable dataset "
-                f"of your own must go by data_parallel_rank, or samples count {len(firsts)} times",
-                stacklevel=2,
-            )
-
-    def _fault_of(self, batch: Any, sequence_dims: Mapping[str, int | None] | None) -> str:
-        """What is wrong with a batch that is to be split, said rather than raised: the other ranks wait to be told."""
-        try:
-            self._length_of(batch, checked_dims(sequence_dims or {}))
-            mapped(batch, lambda _, x: x)
-        except ValueError as error:
-            return str(error)
-        return ""
+        fault = ""
+        if self.sequence_parallel_size > 1:
+            dims = checked_dims(sequence_dims or {})
+            fault = fault_of(lambda: (self._length_of(batch, dims), mapped(batch, lambda _, x: x)))
+        place = self.data_parallel_rank, self.data_parallel_size
+        compare(digest(batch), fault, self.sequence_group, self.data_parallel_group, place)
 
     def _length_of(self, batch: Any, dims: Mapping[str, int | None]) -> int:
         length = length_of(batch, dims)
@@ -356,22 +326,11 @@ class SequenceContext:
 
     def gather_samples(self, x: Tensor, group: Any = None) -> list[Tensor]:
         """What torchmetrics wants of `dist_sync_fn`: a state of each rank that has other samples, of any lengths."""
-        if self.data_parallel_group is None:
-            if group is None and not (dist.is_available() and dist.is_initialized()):
-                return [x]
-            group = dist.group.WORLD if group is None else group
-        else:
+        if self.data_parallel_group is not None:
             group = self.data_parallel_group
-        found: list[Any] = [None] * dist.get_world_size(group)
-        shape = torch.tensor(x.shape, device=x.device)
-        shapes = [torch.empty_like(shape) for _ in found]
-        dist.all_gather(shapes, shape, group=group)
-        largest = torch.stack(shapes).amax(0).tolist() if x.dim() else []
-        padded = x.new_zeros(largest)
-        padded[tuple(slice(n) for n in x.shape)] = x
-        found = [torch.empty_like(padded) for _ in found]
-        dist.all_gather(found, padded, group=group)
-        return [each[tuple(slice(n) for n in shape.tolist())] for each, shape in zip(found, shapes, strict=True)]
+        elif group is None:
+            group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        return [x] if group is None else gathered_states(x, group)
 
     # Steps
 
@@ -434,45 +393,8 @@ def _version(x: Tensor | None) -> int:
     return -1 if x is None or x.is_inference() else x._version
 
 
-def gathered(own: list[int], group: dist.ProcessGroup) -> list[list[int]]:
-    """Of each number its values on the ranks of a group."""
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    told = torch.tensor(own, dtype=torch.int64, device=device)
-    found = [torch.empty_like(told) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, told, group=group)
-    columns: list[list[int]] = torch.stack(found, 1).tolist()
-    return columns
-
-
 def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
     """The same numbers at the same place, whatever object stands for them.  Values must not decide: ranks differ."""
     if a is None or b is None:
         return a is b
     return a is b or (a.dtype == b.dtype and a.is_set_to(b))
-
-
-def hand_down(module: nn.Module, context: SequenceContext | None) -> None:
-    """Give it to all modules in this one: the layers split their work by it, `sequence_context` finds it in any."""
-    layers = 0
-    for each in module.modules():
-        if hasattr(type(each), "sequence_context"):
-            each.sequence_context = context  # type: ignore[assignment]
-            each.layer_number = layers  # type: ignore[assignment]
-            layers += 1
-        elif context is not None:
-            each.__dict__[_HANDED] = context
-        else:
-            each.__dict__.pop(_HANDED, None)
-
-
-def sequence_context(module: nn.Module) -> SequenceContext:
-    """That which a strategy, or `hand_down`, gave to a module; under a stock strategy one for whole sequences."""
-    strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
-    for found in (
-        getattr(module, "sequence_context", None),
-        module.__dict__.get(_HANDED),
-        getattr(strategy, "sequence_context", None),
-    ):
-        if isinstance(found, SequenceContext):
-            return found
-    return SequenceContext()

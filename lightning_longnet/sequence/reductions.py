@@ -73,3 +73,16 @@ def part_of(x: Tensor, placement: Placement, rank: int, dim: int) -> Tensor:
     """The tokens of a rank, in the order in which it holds them; a copy, so that the whole can be freed."""
     parts = [x.narrow(dim, begin, end - begin) for begin, end, _ in placement.stretches(rank)]
     return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0).clone()
+
+
+def gathered_states(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """What each rank of a group has, of shapes of their own."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    shape = torch.tensor(x.shape, device=x.device)
+    shapes = [torch.empty_like(shape) for _ in found]
+    dist.all_gather(shapes, shape, group=group)
+    padded = x.new_zeros(torch.stack(shapes).amax(0).tolist() if x.dim() else [])
+    padded[tuple(slice(n) for n in x.shape)] = x
+    found = [torch.empty_like(padded) for _ in found]
+    dist.all_gather(found, padded, group=group)
+    return [each[tuple(slice(n) for n in size.tolist())] for each, size in zip(found, shapes, strict=True)]

@@ -115,6 +115,43 @@ def test_batches_that_cannot_be_split_are_refused_on_all_ranks(trainers, rows_of
         assert re.search(message, found[1]), found[1]
 
 
+def fit_later_differences(rank, world, where):
+    """All ranks train on the same batches at first; then they differ where it is said."""
+
+    class Drifting(Told):
+        def validation_step(self, batch, batch_idx):
+            self.model(batch)
+
+    with quiet():
+        module = Drifting(started(FLOAT32), FLOAT32["optimizer"], dims=None)
+        trainer = trainer_of(
+            RingSequenceParallelStrategy(sharding="ddp"),
+            world,
+            max_epochs=2,
+            limit_train_batches=1,
+            reload_dataloaders_every_n_epochs=1,
+            num_sanity_val_steps=0,
+        )
+        drawn = []
+
+        def training():
+            drawn.append(samples(4, seed=rank if where == "epoch" and drawn else 3))
+            return DataLoader(drawn[-1], batch_size=2, collate_fn=collated)
+
+        module.train_dataloader = training
+        if where == "validation":
+            checked = samples(4, seed=rank)
+            module.val_dataloader = lambda: DataLoader(checked, batch_size=2, collate_fn=collated)
+        trainer.fit(module)
+
+
+@pytest.mark.parametrize("where", ["epoch", "validation"])
+def test_ranks_are_compared_in_each_epoch_and_in_validation(trainers, where):
+    for is_result, found in trainers.outcomes(2, fit_later_differences, where):
+        assert not is_result
+        assert "must be given the same batches" in found[1], found[2]
+
+
 def test_what_is_declared_is_split_or_left(trainers):
     assert trainers.run(2, fit_rows, unknown_rows, {"quality": 1}) == [1, 1]
     assert trainers.run(2, fit_rows, unknown_rows, {"quality": None}) == [1, 1]
