@@ -2,6 +2,7 @@
 
     python benchmarks/exchange.py
     python benchmarks/exchange.py --table            # the committed result, as the README shows it
+    python benchmarks/exchange.py --long             # 65,536 tokens on two ranks, where a dense ring takes minutes
 
 Every rank is a process of one thread on this machine, and messages go over gloo.  Each round runs every participant
 once, all ranks together; a step takes as long as its slowest rank, and medians over the rounds are told.
@@ -40,6 +41,7 @@ CASES = [
     (4, 32768, 1),
     (4, 32768, 2),
 ]
+LONG = [(2, 65536, 2)]
 RESULT = Path(__file__).parent / "results" / "exchange-cpu.json"
 
 
@@ -222,13 +224,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULT, help="where to write the JSON; the plot stands beside it")
+    parser.add_argument("--long", action="store_true", help="the long case, one round, to exchange-long-cpu.json")
     parser.add_argument("--table", action="store_true", help="print the table of the result at --out, measure nothing")
     options = parser.parse_args()
+    if options.long:
+        options.out, options.rounds = options.out.with_stem("exchange-long-cpu"), 1
     if options.table:
         print(table(json.loads(options.out.read_text())) if options.out.exists() else "not measured")
         return
     result: dict[str, Any] = {"machine": described("cpu"), "rows": []}
-    for case in CASES:
+    for case in LONG if options.long else CASES:
         result["rows"] += measure(*case, options.rounds, options.out)
         for row in result["rows"][-6:]:
             print(json.dumps(row), flush=True)
