@@ -23,6 +23,14 @@ def drawn(length=16, heads=4, dim=4, batch=1, dtype=torch.float32, seed=0):
     return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
 
 
+@pytest.fixture(scope="module")
+def spent():
+    """Workers of this file alone: gloo's threads never rest again once a peer has given up on a connection."""
+    found = Pool(8)
+    yield found
+    found.close(kill=True)
+
+
 def pairs(group, function, cases):
     """Ranks 2 i and 2 i + 1 do case i in a group of their own, which an error may leave unusable."""
     made = [dist.new_group([2 * i, 2 * i + 1], timeout=timedelta(seconds=3)) for i in range(len(cases))]
@@ -65,9 +73,9 @@ def later(group, name, is_known):
     return told(step, shard, drawn(), {})
 
 
-def test_a_later_call_that_differs_ends_at_the_timeout(pool):
+def test_a_later_call_that_differs_ends_at_the_timeout(spent):
     names = ["pattern", "wide type", "batch", "tokens"]
-    found = pool.run(8, pairs, later, [(name, False) for name in names])
+    found = spent.run(8, pairs, later, [(name, False) for name in names])
     for (first, seconds), (second, _), name in zip(found[::2], found[1::2], names, strict=True):
         assert first.startswith("RuntimeError: rank 0 of 2, forward of call 1, samples 0 to 0, keys and values"), first
         wrong = "ValueError: q must have" if name == "tokens" else "RuntimeError: rank 1 of 2, compares a call"
@@ -75,9 +83,9 @@ def test_a_later_call_that_differs_ends_at_the_timeout(pool):
         assert seconds < 10
 
 
-def test_kinds_of_calls_never_match_each_other(pool):
+def test_kinds_of_calls_never_match_each_other(spent):
     names = ["pattern", "batch", "exchange", "scale"]
-    for found, _ in pool.run(8, pairs, later, [(name, True) for name in names]):
+    for found, _ in spent.run(8, pairs, later, [(name, True) for name in names]):
         assert "of 2, forward of call 2, samples 0 to" in found, found
 
 
@@ -98,9 +106,9 @@ def failing(group, where, exchange):
     return found
 
 
-def test_an_error_that_one_rank_catches_corrupts_nothing(pool):
+def test_an_error_that_one_rank_catches_corrupts_nothing(spent):
     cases = [(where, exchange) for where in ("forward", "backward") for exchange in ("ring", "gather")]
-    found = pool.run(8, pairs, failing, cases)
+    found = spent.run(8, pairs, failing, cases)
     for (peer, _), (failed, _), (where, _) in zip(found[::2], found[1::2], cases, strict=True):
         assert failed[0] == "OutOfMemoryError: injected"
         for each in failed[1:]:
@@ -119,9 +127,9 @@ def disordered(group, way, exchange):
     return told(lambda: [out.sum().backward() for out in order])
 
 
-def test_backward_passes_in_another_order_are_an_error(pool):
+def test_backward_passes_in_another_order_are_an_error(spent):
     cases = [("one shard", "gather"), ("one shard", "ring"), ("one shard", "swap"), ("two shards", "ring")]
-    for found, _ in pool.run(8, pairs, disordered, cases):
+    for found, _ in spent.run(8, pairs, disordered, cases):
         assert "of 2, backward of call" in found, found
 
 

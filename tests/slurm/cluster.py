@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from trainers import free_port
+from workers import free_port
 
 PACKAGES = "slurm-wlm slurmctld slurmd slurm-client munge"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "sinfo", "scancel", "srun")

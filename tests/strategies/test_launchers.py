@@ -4,7 +4,7 @@ import sys
 
 import pytest
 from launched import end_group, ended, losses, start
-from trainers import free_port
+from workers import free_port
 
 pytestmark = pytest.mark.long
 
