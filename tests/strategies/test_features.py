@@ -1,21 +1,15 @@
 """What a Trainer is used with: each gives what one process gives, or a run over one rank does."""
 
-import copy
-import os
 from functools import partial
 
 import pytest
 import torch
-from test_training import COMBINED, DOCUMENTS, FLOAT32, FLOAT64, MESHES, compare
+from test_training import DOCUMENTS, FLOAT32, FLOAT64, MESHES, compare
 from torch import nn
 from torch.nn.utils import clip_grad_value_
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 from trained import (
-    PATTERN,
-    VOCABULARY,
-    WIDTH,
-    Block,
     KeepParameters,
     Module,
     adamw,
@@ -32,9 +26,6 @@ from trained import (
 )
 
 from lightning_longnet import (
-    DilatedSelfAttention,
-    MultiheadDilatedAttention,
-    Pattern,
     SequenceContext,
     hand_down,
     keep_attention,
@@ -46,7 +37,7 @@ PLAIN = {**FLOAT64, "dropout": 0.0, "accumulate": 1, "clip": None}
 
 
 def run(rank, world, make, sharding="ddp", size=None, rows=None, strategy=None, **settings):
-    """(what `report` of the module says, final parameters) after a fit of the module that `make` makes."""
+    """(losses, final parameters) after a fit of the module that `make` makes."""
     with quiet():
         torch.manual_seed(11)
         module = make()
@@ -328,212 +319,3 @@ def test_limits_and_checks(trainers, settings, steps, checks):
     found = trainers.run(2, run_validated, settings)
     assert found[0] == found[1]
     assert found[0][:2] == (steps, checks)
-
-
-# Modules of others
-
-
-class Encoder(nn.Module):
-    """Torch's own encoder with our attention in it."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 32, dropout=0.0, batch_first=True)
-        layer.self_attn = MultiheadDilatedAttention(WIDTH, 4, batch_first=True, pattern=Pattern.dense() + PATTERN)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
-
-    def forward(self, batch):
-        x = self.embedding(batch["input_ids"])
-        return self.head(self.encoder(x, src_key_padding_mask=batch["attention_mask"] == 0))
-
-
-def encoder():
-    torch.manual_seed(1)
-    return Encoder().double()
-
-
-def run_encoder(rank, world, sharding):
-    from lightning_longnet.sequence import context
-
-    made, kind = [], context.SequenceShard
-    context.SequenceShard = lambda *told: made.append(told) or kind(*told)
-    try:
-        return run(rank, world, lambda: Module(encoder(), adamw), sharding), len(made)
-    finally:
-        context.SequenceShard = kind
-
-
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
-def test_torchs_own_encoder_trains_and_makes_one_shard_a_batch(trainers, sharding):
-    model = encoder()
-    optimizer, wanted = adamw(model.parameters()), []
-    for i in DistributedSampler(range(4), num_replicas=1, rank=0, shuffle=False):
-        rows = PLAIN["samples"]
-        order = list(DistributedSampler(rows, num_replicas=1, rank=0))
-        batch = collated([rows[j] for j in order[4 * i : 4 * i + 4]])
-        loss = torch.divide(*sums(model(batch), batch["labels"]))
-        wanted.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    for (losses, parameters), shards in trainers.run(2, run_encoder, sharding):
-        compare((losses, parameters), (wanted, dict(model.state_dict())), 1e-9)
-        assert shards == 4
-
-
-def run_stock(rank, world):
-    """Under Lightning's own strategies a context is there too, and its mean is that of all ranks."""
-    with quiet():
-        module = Module(started(PLAIN), adamw)
-        trainer = trainer_of("ddp", world, limit_train_batches=4)
-        kept = KeepParameters()
-        trainer.callbacks.append(kept)
-        trainer.fit(module, DataLoader(PLAIN["samples"], batch_size=4 // world, collate_fn=collated))
-        context = sequence_context(module)
-    x = torch.ones(2, 5, 3)
-    assert (context.mesh, context.sequence_group, context.shard, context.positions) == (None,) * 4
-    assert torch.equal(context.positions_of(x), torch.arange(5))
-    assert context.gather_sequence(x) is x
-    assert copy.deepcopy(context) is context
-    return module.losses, kept.parameters
-
-
-def test_a_module_runs_under_stock_strategies_as_it_is(trainers):
-    wanted = reference({**PLAIN, "seed": 0})
-    for found in trainers.run(2, run_stock):
-        compare(found, wanted, 1e-9)
-    assert COMBINED["dropout"] > 0  # which a stock strategy cannot keep the same, and so is left out here
-
-
-class Flat(nn.Module):
-    """Nothing in it is a list of blocks."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.attention = DilatedSelfAttention(WIDTH, 4, PATTERN)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
-
-    def forward(self, batch):
-        return self.head(self.attention(self.embedding(batch["input_ids"])))
-
-
-class InTurns(Module):
-    """A forward, a backward and a step, twice in one training_step."""
-
-    def __init__(self, *told):
-        super().__init__(*told)
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            loss = super().training_step(batch, batch_idx)
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return sgd(self.model.parameters()), sgd(self.model.parameters())
-
-
-def run_flat(rank, world, sharding):
-    def make():
-        torch.manual_seed(2)
-        return InTurns(Flat().double(), None)
-
-    return run(rank, world, make, sharding)
-
-
-@pytest.mark.parametrize("sharding", ["fsdp2", "hsdp"])
-def test_steps_in_turns_by_hand_without_blocks(trainers, sharding):
-    losses, parameters = trainers.run(1, run_flat, "ddp")[0]
-    assert losses[-1] < losses[0] - 0.01
-    for found in trainers.run(2, run_flat, sharding):
-        compare(found, (losses, parameters), 1e-9)
-
-
-class Positioned(nn.Module):
-    """A plain module that asks where it stands."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(64, WIDTH)
-
-    def forward(self, x):
-        return x + self.table(sequence_context(self).positions_of(x))
-
-
-def positioned():
-    torch.manual_seed(3)
-    model = started(PLAIN)
-    model.embedding = nn.Sequential(model.embedding, Positioned().double())
-    return model
-
-
-def run_positioned(rank, world):
-    return run(rank, world, lambda: Module(positioned(), adamw))
-
-
-def test_any_module_finds_the_context(trainers):
-    wanted = trainers.run(1, run_positioned)[0]
-    for found in trainers.run(2, run_positioned):
-        compare(found, wanted, 1e-9)
-
-
-class Shared(nn.Module):
-    """A block that is called thrice, and a weight that a block shares with what is outside of it."""
-
-    def __init__(self):
-        super().__init__()
-        block = Block(0.0)
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList([block] * 3)
-        self.head = nn.Sequential(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)))
-        self.head[0][1].weight = self.embedding.weight
-
-    def forward(self, batch):
-        x = self.embedding(batch["input_ids"])
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-def run_shared(rank, world, sharding):
-    def make():
-        torch.manual_seed(2)
-        return Module(Shared().double(), adamw)
-
-    return run(rank, world, make, sharding)
-
-
-def test_blocks_and_weights_may_be_shared(trainers):
-    wanted = trainers.run(1, run_shared, "ddp")[0]
-    for found in trainers.run(2, run_shared, "fsdp2"):
-        compare(found, wanted, 1e-9)
-
-
-def run_inference(rank, world):
-    """As on NCCL, where Lightning evaluates in inference mode, whose tensors count no changes."""
-    with torch.inference_mode():
-        model = started(DOCUMENTS).eval()
-        context = SequenceContext(sequence_mesh_of(world))
-        hand_down(model, context)
-        batch = collated(DOCUMENTS["samples"][:2])
-        out = context.gather_sequence(model(context.split(batch)))
-        hand_down(model, None)
-        return torch.allclose(out, model(batch), atol=1e-10)
-
-
-def sequence_mesh_of(world):
-    import torch.distributed as dist
-
-    from lightning_longnet import sequence_mesh
-
-    dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=world)
-    return sequence_mesh(world, timeout=60)
-
-
-def test_inference_mode_takes_documents_and_padding(trainers):
-    assert trainers.run(2, run_inference) == [True, True]
