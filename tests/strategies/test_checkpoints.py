@@ -52,6 +52,7 @@ def test_float64_goes_on_elsewhere(trainers, sharding, wanted, tmp_path):
     check(lambda _: trainers, sharding, FLOAT64, wanted, str(tmp_path), 1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_goes_on_elsewhere(deepspeed_trainers, stage, wanted, tmp_path):
     check(deepspeed_trainers, f"deepspeed_stage_{stage}", DEEPSPEED, wanted, str(tmp_path), 1e-5)
