@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_longnet.callbacks.host import device_of, host_group
 from lightning_longnet.callbacks.whole import save_whole
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Preemption(Callback):
         # last, so that what other callbacks do at the end of a step is in the checkpoint
         trainer.callbacks = [*(each for each in trainer.callbacks if each is not self), self]  # type: ignore[attr-defined]
         self._received, self._steps, self._is_ending = NOTHING, 0, False
-        self._group = _group_of_notes(trainer)
+        self._group = host_group(trainer)
         if threading.current_thread() is not threading.main_thread():
             return  # where no handler can be set
         # what Lightning does just before training, and would put in the place of ours
@@ -128,7 +129,7 @@ class Preemption(Callback):
     def _compare_notes(self, trainer: Trainer) -> None:
         note = torch.tensor(self._received)
         if self._group is not None:
-            note = note.to(_device_of(self._group, trainer))
+            note = note.to(device_of(self._group, trainer))
             dist.all_reduce(note, dist.ReduceOp.MAX, group=self._group)
         agreed = int(note)
         if agreed == NOTHING:
@@ -162,22 +163,6 @@ class Preemption(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": None, "_replaced": {}}
-
-
-def _group_of_notes(trainer: Trainer) -> dist.ProcessGroup | None:
-    """All ranks, over gloo where it can be had: a number on the host waits for nothing that a GPU does."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_backend() == "fake":
-        return None
-    if dist.get_backend() == "gloo" or not dist.is_gloo_available():
-        return dist.group.WORLD
-    timeout = getattr(trainer.strategy, "_timeout", None)
-    found = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(found, dist.ProcessGroup)
-    return found
-
-
-def _device_of(group: dist.ProcessGroup, trainer: Trainer) -> torch.device:
-    return torch.device("cpu") if dist.get_backend(group) == "gloo" else trainer.strategy.root_device
 
 
 def _requeueing(trainer: Trainer) -> SLURMEnvironment | None:

@@ -1,0 +1,60 @@
+"""Steps timed without waiting for a GPU: its events are read when figures are logged."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import torch
+
+
+class StepClock:
+    """Marks the ends of steps, and what between them does not count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def start(self) -> None:
+        self._marks = [("step", self._now())]
+
+    def step(self) -> None:
+        """A step has ended."""
+        self._marks.append(("step", self._now()))
+
+    def pause(self) -> None:
+        self._marks.append(("pause", self._now()))
+
+    def resume(self) -> None:
+        self._marks.append(("resume", self._now()))
+
+    def seconds(self) -> list[float]:
+        """Of each step since the last time; the GPU is waited for here, and nowhere else."""
+        marks, found = self._marks, []
+        if not marks:
+            return []
+        if self._on_gpu:
+            marks[-1][1].synchronize()
+        begin, away, paused = marks[0][1], 0.0, None
+        last = 0
+        for at, (kind, stamp) in enumerate(marks[1:], 1):
+            if kind == "pause":
+                paused = stamp
+            elif kind == "resume" and paused is not None:
+                away += self._between(paused, stamp)
+                paused = None
+            elif kind == "step":
+                found.append(self._between(begin, stamp) - away)
+                begin, away, last = stamp, 0.0, at
+        self._marks = marks[last:]
+        return found
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end)) / 1e3 if self._on_gpu else end - begin

@@ -1,0 +1,124 @@
+"""What monitors share: they count on each rank, and at logging steps tell each other, all of them in one message.
+
+Every key that a callback logs, the same for CSVLogger, TensorBoard and W&B; a step is one of the optimiser:
+
+    throughput/tokens_per_second        of all ranks, padding included, since the last logging step
+    throughput/samples_per_second       whole sequences, however many ranks share one
+    throughput/step_seconds_mean        of the steps since the last logging step, without validation
+    throughput/step_seconds_p50         of the last steps, as _p90 and _max; the slowest rank's
+    throughput/waiting_seconds          of a step outside of it, for data and callbacks; the longest of any rank
+    throughput/tokens                   since the run began
+    throughput/padding_share            of the tokens of the logged step, where the batch has an attention_mask
+    throughput/mfu                      operations that the model requires, as a share of the devices' peak
+    throughput/hfu                      operations that are done, likewise
+    throughput/computed_pairs_ratio     pairs that attention computes over those that its patterns show
+    memory/peak_gib_max                 the most that any rank has held since it began, as _median and _min
+    memory/peak_rank                    which rank that is
+    memory/current_gib_max              now, as _median and _min
+    memory/parameters_gib               on the rank of the highest peak, as gradients_gib, optimizer_gib, exchange_gib
+    memory/activations_gib              there: the peak, less those, and on a CPU less what was held before the run
+    exchange/sent_bytes                 for attention in the logged step, all ranks together
+    exchange/sent_bytes_max             the most that one rank sent
+    exchange/predicted_bytes            what the plan says of sent_bytes
+    exchange/branch_W_R_bytes           what the plan says of a branch: what it adds to those finer than it
+    exchange/messages                   in the logged step, all ranks together
+    exchange/flight_seconds             a step: from the start of messages until they had come; mean of the ranks
+    exchange/waited_seconds             a step: stood still for them; mean of the ranks
+    exchange/waited_seconds_max         of the rank that stood still longest
+    exchange/hidden_share               of the flight, in which ranks computed
+    exchange/slowest_rank               which the others wait for: it waits least itself, here and for their losses
+    guard/skipped_steps                 since the run began
+
+A module logs train/loss, train/bits_per_byte, val/loss, val/bits_per_byte and val/perplexity.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lightning_longnet.callbacks.host import everywhere, host_group
+from lightning_longnet.sequence import sequence_context
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class Monitor(Callback):
+    """A callback that logs figures of all ranks at the Trainer's logging steps.
+
+    The last of a Trainer's monitors gathers for all of them, on the host: nothing else waits, and nothing is said
+    between logging steps.
+
+    Attributes:
+        figures: what was logged last, by key.
+        by_rank: what each rank told then, by name.
+    """
+
+    # what each rank tells, in the order of `own_numbers`
+    names: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+        self.by_rank: dict[str, list[float]] = {}
+        self._own: list[float] = []
+        self._group: dist.ProcessGroup | None = None
+
+    def own_numbers(self, trainer: Trainer, module: LightningModule, batch: Any) -> list[float]:
+        """Of this rank, since the last time; asked for at logging steps."""
+        raise NotImplementedError
+
+    def figures_of(self, told: dict[str, torch.Tensor]) -> dict[str, float]:
+        """What is logged, of what all ranks told: for each of `names` the numbers of all ranks."""
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._group = host_group(trainer) if _monitors(trainer)[-1] is self else None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        sequence_context(pl_module).traffic.calls = None  # nobody would empty it
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        sequence_context(pl_module).traffic.calls = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not is_logging_step(trainer):
+            return
+        self._own = self.own_numbers(trainer, pl_module, batch)
+        assert len(self._own) == len(self.names)
+        monitors = _monitors(trainer)
+        if self is not monitors[-1]:
+            return
+        gathered = everywhere([number for each in monitors for number in each._own], self._group, trainer)
+        first = 0
+        for each in monitors:
+            columns = gathered[:, first : first + len(each.names)].unbind(1)
+            first += len(each.names)
+            told = dict(zip(each.names, columns, strict=True))
+            each.by_rank = {name: column.tolist() for name, column in told.items()}
+            each.figures = each.figures_of(told)
+            # in float64: bytes are whole numbers, and more than float32 can count
+            values = {key: torch.tensor(value, dtype=torch.float64) for key, value in each.figures.items()}
+            pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_group": None}
+
+
+def _monitors(trainer: Trainer) -> list[Monitor]:
+    return [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Does an optimiser's step end here that the Trainer logs?  The same on all ranks."""
+    if trainer.fit_loop._should_accumulate():
+        return False
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+    is_trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+    return is_trial or (every > 0 and step % every == 0)

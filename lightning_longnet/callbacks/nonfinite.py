@@ -1,0 +1,180 @@
+"""A step whose loss or gradient is not finite is skipped, or ends the run: on all ranks, or on none."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch.distributed.tensor import DTensor
+
+from lightning_longnet.callbacks.host import host_group
+from lightning_longnet.callbacks.monitor import is_logging_step
+from lightning_longnet.sequence import sequence_context
+from lightning_longnet.sequence.batches import digest
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+Action = Literal["skip", "raise"]
+
+
+class _Seen(NamedTuple):
+    batch_idx: int
+    batch: Any
+    samples: tuple[str, ...]
+    loss: Tensor
+
+
+class NonFiniteGuard(Callback):
+    """Steps with a NaN or an infinity in the loss or the gradient leave parameters and optimiser as they were.
+
+    A loss that is not finite makes its gradient NaN, and so that of every rank once gradients are averaged; before the
+    optimiser's step all ranks compare what they have of it.  Then either the step is skipped, or all ranks raise a
+    FloatingPointError.  Schedules of learning rates go on.  Which batches the step was made of is logged: their
+    numbers, and the names or a digest of what each data-parallel group held.
+
+    With DeepSpeed its own check does this, which is switched on where it is not.  A GradScaler of 16-bit floats skips
+    steps by itself, as it must to find its scale: these are not counted.
+
+    Reading the comparison waits for a GPU once a step, where the optimiser's step begins.
+
+    Args:
+        action: "skip" or "raise".
+        patience: after so many skipped steps in a row the run ends all the same.
+    """
+
+    def __init__(self, action: Action = "skip", patience: int = 10) -> None:
+        if action not in get_args(Action):
+            raise ValueError(f"action must be one of {', '.join(map(repr, get_args(Action)))}, got {action!r}")
+        if not isinstance(patience, int) or isinstance(patience, bool) or patience < 1:
+            raise ValueError(f"patience must be a number of steps, at least 1, got {patience!r}")
+        self.action, self.patience = action, patience
+        self.skipped_steps = self._in_a_row = 0
+        self._seen: list[_Seen] = []
+        self._group: dist.ProcessGroup | None = None
+        self._current: tuple[int, Any, tuple[str, ...]] = 0, None, ()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._group = host_group(trainer)
+        self._seen = []
+        engine = _engine(trainer)
+        if engine is not None and hasattr(engine.optimizer, "check_grad_overflow"):
+            engine.optimizer.check_grad_overflow = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._current = batch_idx, batch, sequence_context(pl_module).samples
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        known = loss.detach()
+        self._seen.append(_Seen(*self._current, known))
+        if loss.requires_grad:
+            loss.register_hook(lambda grad: torch.where(known.isfinite(), grad, torch.nan))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if _engine(trainer) is not None or getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        bad = _is_bad(parameters).to(trainer.strategy.root_device)
+        if self._group is not None:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        if not bad.item():
+            self._in_a_row = 0
+            return
+        for parameter in parameters:
+            parameter.grad = None  # which every optimiser passes by
+        self._react(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
+        engine = _engine(trainer)
+        if engine is not None and not engine.fp16_enabled():
+            if engine.optimizer.overflow:
+                self._react(trainer, pl_module)
+            else:
+                self._in_a_row = 0
+        self._seen = []
+        if is_logging_step(trainer):
+            pl_module.log("guard/skipped_steps", float(self.skipped_steps), on_step=True, on_epoch=False, batch_size=1)
+
+    def _react(self, trainer: Trainer, module: LightningModule) -> None:
+        self.skipped_steps += 1
+        self._in_a_row += 1
+        story = self._story(trainer, module)
+        if self.action == "raise":
+            raise FloatingPointError(story)
+        if self._in_a_row >= self.patience:
+            raise FloatingPointError(f"{self._in_a_row} steps in a row were skipped; the last: {story}")
+        rank_zero_warn(f"NonFiniteGuard: skipped a step: {story}", category=RuntimeWarning)
+
+    def _story(self, trainer: Trainer, module: LightningModule) -> str:
+        """What all ranks know together; all of them ask."""
+        context = sequence_context(module)
+        losses = [float(seen.loss) for seen in self._seen]
+        own = context.data_parallel_rank, losses, [_identity(seen) for seen in self._seen]
+        told: list[Any] = [own]
+        if self._group is not None:
+            told = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(told, own, group=self._group)
+        wrong = [rank for rank, (_, found, _) in enumerate(told) if not all(map(isfinite, found))]
+        if wrong:
+            what = f"the loss is not finite on rank {_listed(wrong)}"
+        else:
+            most = max((loss for _, found, _ in told for loss in found), default=0.0)
+            what = f"the gradient is not finite, at losses up to {most:.4g}"
+        held: dict[int, list[str]] = {}
+        for group, _, batches in told:
+            held.setdefault(group, batches)
+        groups = [f"group {group} held {', '.join(batches)}" for group, batches in list(held.items())[:8]]
+        numbers = _listed([seen.batch_idx for seen in self._seen])
+        return (
+            f"{what}, in step {trainer.global_step} of epoch {trainer.current_epoch}, batch {numbers} of each group: "
+            + "; ".join(groups)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped_steps": self.skipped_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped_steps = state_dict["skipped_steps"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_group": None, "_seen": []}
+
+
+def _engine(trainer: Trainer) -> Any:
+    """DeepSpeed's, where its optimiser looks for what is not finite."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, DeepSpeedStrategy) or not hasattr(strategy.deepspeed_engine.optimizer, "overflow"):
+        return None
+    return strategy.deepspeed_engine
+
+
+def _identity(seen: _Seen) -> str:
+    """The names of a batch's samples, where it has such, or a digest of what is here of it."""
+    if seen.samples:
+        return " ".join(seen.samples[:8]) + (" ..." if len(seen.samples) > 8 else "")
+    return f"{digest(seen.batch):014x}"
+
+
+def _is_bad(parameters: list[Any]) -> Tensor:
+    """1 where a gradient that is here is not finite, else 0; nothing is waited for."""
+    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
+    grads = [grad for grad in grads if grad.numel()]
+    if not grads:
+        return torch.zeros((), dtype=torch.int32)
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(grads)])
+    return (~norms.isfinite().all()).int()
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers)) or "-"

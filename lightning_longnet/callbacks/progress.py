@@ -1,0 +1,278 @@
+"""How far a run is, and how it does: one line on a terminal, a line a logging step in a file."""
+
+from __future__ import annotations
+
+import sys
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lightning.pytorch.callbacks import ProgressBar
+from lightning_utilities.core.imports import RequirementCache
+
+from lightning_longnet.callbacks.monitor import Monitor, is_logging_step
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+# (key, how it is shown); the first of a row that was logged is taken
+_SHOWN: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("train/loss", "train_loss", "loss"), "loss {:.3f}"),
+    (("train/bits_per_byte",), "{:.3f} bits/byte"),
+    (("val/bits_per_byte",), "val {:.3f}"),
+    (("throughput/tokens_per_second",), "{} tokens/s"),
+    (("throughput/mfu",), "MFU {:.1%}"),
+    (("memory/peak_gib_max",), "{:.2f} GiB"),
+)
+
+
+class TrainingProgress(ProgressBar):
+    """A bar with the loss, bits per byte, tokens a second of all ranks, and memory.
+
+    Drawn by Rich where it is installed, else by tqdm; where the output is no terminal, a plain line at each of the
+    Trainer's logging steps.  Figures are read at logging steps alone, so that a GPU is never waited for.
+
+    Args:
+        refresh_rate: steps between two drawings of the bar.
+    """
+
+    def __init__(self, refresh_rate: int = 1) -> None:
+        super().__init__()
+        if not isinstance(refresh_rate, int) or isinstance(refresh_rate, bool) or refresh_rate < 1:
+            raise ValueError(f"refresh_rate must be a number of steps, at least 1, got {refresh_rate!r}")
+        self.refresh_rate = refresh_rate
+        self._is_enabled = True
+        self._train: _Line | None = None
+        self._other: _Line | None = None
+        self._text = ""
+
+    def disable(self) -> None:
+        self._is_enabled = False
+
+    def enable(self) -> None:
+        self._is_enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        line = self._train or self._other
+        if self._is_enabled and line is not None:
+            line.print(*args)
+        elif self._is_enabled:
+            print(*args, **kwargs)  # noqa: T201
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # after the monitors, so that what they have just found is shown
+        trainer.callbacks = [*(each for each in trainer.callbacks if each is not self), self]  # type: ignore[attr-defined]
+
+    # Training
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
+        total = int(steps) if steps not in (-1, float("inf")) else None
+        self._train = self._line("train", total)
+        self._train.update(trainer.global_step, self._text)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._train is None or trainer.fit_loop._should_accumulate():
+            return
+        is_logged, step = is_logging_step(trainer), trainer.global_step
+        if is_logged:
+            self._text = described(trainer)
+        if is_logged or step % self.refresh_rate == 0:
+            self._train.update(step, self._text, is_logged)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._train is not None:
+            self._train.update(trainer.global_step, described(trainer))
+            self._train.close()
+        self._train = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        for line in filter(None, (self._other, self._train)):
+            line.close()
+        self._train = self._other = None
+
+    # Validation, test and prediction
+
+    def _begin(self, name: str, batches: list[int | float]) -> None:
+        total = sum(batches)
+        self._other = self._line(name, None if total == float("inf") else int(total))
+        self._done = 0
+
+    def _advance(self) -> None:
+        if self._other is not None:
+            self._done += 1
+            self._other.update(self._done, "")
+
+    def _finish(self) -> None:
+        if self._other is not None:
+            self._other.close()
+        self._other = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._begin("check" if trainer.sanity_checking else "validate", list(counts))
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        self._advance()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish()
+        if self._train is not None:
+            self._text = described(trainer)
+            self._train.update(trainer.global_step, self._text)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin("test", list(trainer.num_test_batches))
+
+    def on_test_batch_end(self, *_: Any, **__: Any) -> None:
+        self._advance()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin("predict", list(trainer.num_predict_batches))
+
+    def on_predict_batch_end(self, *_: Any, **__: Any) -> None:
+        self._advance()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish()
+
+    def _line(self, name: str, total: int | None) -> _Line:
+        if not self._is_enabled:
+            return _Nothing()
+        if not sys.stdout.isatty():
+            return _Plain(name, total)
+        if not RequirementCache("rich>=13"):
+            return _Tqdm(name, total)
+        return _Rich(name, total, self._train.progress if isinstance(self._train, _Rich) else None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_train": None, "_other": None}
+
+
+def described(trainer: Trainer) -> str:
+    """The figures that are known now, as a line."""
+    found = dict(trainer.callback_metrics)
+    for each in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(each, Monitor):
+            found |= each.figures  # type: ignore[arg-type]
+    words = []
+    for keys, shape in _SHOWN:
+        value = next((float(found[key]) for key in keys if key in found), None)
+        if value is not None:
+            words.append(shape.format(_short(value) if shape == "{} tokens/s" else value))
+    return ", ".join(words)
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            unit = 1e3 if letter == "k" else size
+            return f"{value / unit:.3g}{letter}"
+    return f"{value:,.0f}"
+
+
+class _Line(Protocol):
+    def update(self, done: int, text: str, is_logged: bool = False) -> None: ...
+
+    def print(self, *args: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Nothing:
+    """Ranks other than the first."""
+
+    def update(self, done: int, text: str, is_logged: bool = False) -> None: ...
+
+    def print(self, *args: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _Plain:
+    """A line in a file: at logging steps, and for what else there is when it ends."""
+
+    def __init__(self, name: str, total: int | None) -> None:
+        self.name, self.total = name, total
+        self.done, self.text = 0, ""
+        self.begun = perf_counter()
+
+    def update(self, done: int, text: str, is_logged: bool = False) -> None:
+        self.done, self.text = done, text
+        if is_logged:
+            self.print(self._shown())
+
+    def _shown(self) -> str:
+        minutes, seconds = divmod(int(perf_counter() - self.begun), 60)
+        of = "" if self.total is None else f"/{self.total}"
+        return f"{self.name} {self.done}{of}, {minutes}:{seconds:02d}" + (f", {self.text}" if self.text else "")
+
+    def print(self, *args: Any) -> None:
+        print(*args, flush=True)  # noqa: T201
+
+    def close(self) -> None:
+        if self.name != "train":
+            self.print(self._shown())
+
+
+class _Tqdm:
+    def __init__(self, name: str, total: int | None) -> None:
+        from tqdm import tqdm
+
+        shape = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+        self.bar = tqdm(desc=name, total=total, leave=name == "train", dynamic_ncols=True, file=sys.stdout)
+        if total is not None:
+            self.bar.bar_format = shape
+
+    def update(self, done: int, text: str, is_logged: bool = False) -> None:
+        self.bar.n = done
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.refresh()
+
+    def print(self, *args: Any) -> None:
+        self.bar.write(" ".join(map(str, args)))
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class _Rich:
+    """Lines that are drawn at one time are of one `Progress`, which the first of them makes and ends."""
+
+    def __init__(self, name: str, total: int | None, progress: Any = None) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}", style="dim"),
+        )
+        self.is_owner = progress is None
+        self.progress = progress or Progress(*columns, transient=name != "train")
+        self.task = self.progress.add_task(name, total=total, text="")
+        self.progress.start()
+
+    def update(self, done: int, text: str, is_logged: bool = False) -> None:
+        self.progress.update(self.task, completed=done, text=text)
+
+    def print(self, *args: Any) -> None:
+        self.progress.console.print(*args, markup=False, highlight=False)
+
+    def close(self) -> None:
+        if self.is_owner:
+            self.progress.stop()
+        else:
+            self.progress.remove_task(self.task)

@@ -1,0 +1,158 @@
+"""What a run leaves of itself, for `longnet report`: a small JSON, and the page that is made of it."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import Counter
+from datetime import UTC, datetime
+from math import isfinite
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from lightning.pytorch.callbacks import Callback
+
+import lightning_longnet
+from lightning_longnet.attention.sequence_plan import sequence_plan
+from lightning_longnet.callbacks.monitor import Monitor
+from lightning_longnet.callbacks.peak import compute_dtype
+from lightning_longnet.callbacks.throughput import size_of
+from lightning_longnet.layers.attending import AttentionLayer
+from lightning_longnet.report import RECORD, write_report
+from lightning_longnet.sequence import sequence_context
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+_DRAWN_RANKS = 64  # a plan of more is in nobody's picture
+
+
+class RunReport(Callback):
+    """Writes `run.json` into the run's folder when fitting ends, and `report.html` beside it; rank 0 does.
+
+    The folder is that of the first logger, or the Trainer's `default_root_dir`.  A run that ends with an error leaves
+    what was known by then.
+
+    Args:
+        html: make the page, too; `longnet report` does it later.
+        images: PNGs of the charts beside it, where matplotlib is installed.
+    """
+
+    def __init__(self, html: bool = True, images: bool = False) -> None:
+        self.html, self.images = html, images
+        self._folder: Path | None = None
+        self._begun, self._started = 0.0, ""
+        self._length, self._samples = 0, 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # asked for by all ranks, as the first tells it
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self._begun = perf_counter()
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._length:
+            self._samples, _, self._length = size_of(batch, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave(trainer, pl_module, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._folder is not None:
+            self._leave(trainer, pl_module, f"ended by {type(exception).__name__}")
+
+    def _leave(self, trainer: Trainer, module: LightningModule, status: str) -> None:
+        if not trainer.is_global_zero or self._folder is None:
+            return
+        folder, self._folder = self._folder, None
+        folder.mkdir(parents=True, exist_ok=True)
+        for logger in trainer.loggers:
+            logger.save()
+        (folder / RECORD).write_text(json.dumps(self._record(trainer, module, status), indent=1) + "\n")
+        if self.html:
+            path = write_report([folder], folder / "report.html", images=self.images)
+            rank_zero_info(f"RunReport: {path}")
+
+    def _record(self, trainer: Trainer, module: LightningModule, status: str) -> dict[str, Any]:
+        context = sequence_context(module)
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        monitors = [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
+        metrics |= {key: value for each in monitors for key, value in each.figures.items()}
+        device = trainer.strategy.root_device
+        return {
+            "status": status,
+            "started": self._started,
+            "seconds": round(perf_counter() - self._begun, 3),
+            "module": type(module).__name__,
+            "parameters": sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters()),
+            "steps": trainer.global_step,
+            "ranks": trainer.world_size,
+            "data_parallel": trainer.world_size // context.sequence_parallel_size,
+            "sequence_parallel": context.sequence_parallel_size,
+            "strategy": getattr(trainer.strategy, "sharding", None) or type(trainer.strategy).__name__,
+            "precision": str(trainer.precision),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "versions": {
+                "lightning-longnet": lightning_longnet.__version__,
+                "lightning": lightning.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "tokens": self._length,
+            "samples": self._samples,
+            "final": {key: value for key, value in metrics.items() if isfinite(value)},
+            "by_rank": {name: values for each in monitors for name, values in each.by_rank.items()},
+            "attention": self._attention(module, compute_dtype(str(trainer.precision))),
+        }
+
+    def _attention(self, module: LightningModule, dtype: torch.dtype) -> list[dict[str, Any]]:
+        """Each kind of layer, how many there are, and what the plan says of it where sequences are split."""
+        context = sequence_context(module)
+        kinds = Counter(
+            (
+                layer.pattern,
+                layer.num_heads,
+                getattr(layer, "num_kv_heads", layer.num_heads),
+                layer.head_dim,
+                layer.exchange,
+            )
+            for layer in _layers(module)
+        )
+        found = []
+        for (pattern, heads, kv_heads, head_dim, exchange), many in kinds.items():
+            kind = {"layers": many, "heads": heads, "kv_heads": kv_heads, "pattern": pattern.to_dict()}
+            ranks = context.sequence_parallel_size
+            if 1 < ranks <= _DRAWN_RANKS and self._length >= ranks:
+                placement = context.placement_of(self._length)
+                plan = sequence_plan(
+                    pattern,
+                    placement.lengths,
+                    heads,
+                    kv_heads,
+                    placement=placement.kind,
+                    exchange=exchange or context.exchange,
+                    batch=max(self._samples, 1),
+                    head_dim=head_dim,
+                    dtype=dtype,
+                )
+                kind["plan"] = {
+                    "placement": placement.kind,
+                    "stretches": [[[s.begin, s.end] for s in placement.stretches(rank)] for rank in range(ranks)],
+                    "exchanges": plan.schedule.exchanges,
+                    "why": plan.schedule.why,
+                    "pairs": plan.pairs,
+                    "received": plan.received,
+                    "sent": [each.sent_bytes for each in plan.volumes],
+                }
+            found.append(kind)
+        return found
+
+
+def _layers(module: LightningModule) -> list[Any]:
+    return [each for each in module.modules() if isinstance(each, AttentionLayer)]

@@ -1,0 +1,55 @@
+"""What a run came to, and what to do next: the last lines on the screen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class FitSummary(Callback):
+    """Tells the validation's last figures, beside those of guessing by frequency alone, and where things lie.
+
+    Args:
+        next: what to try then, in lines of its own; `{checkpoint}` and `{run}` stand for the last checkpoint and the
+            folder of the run.
+    """
+
+    def __init__(self, next: str = "") -> None:
+        try:
+            next.format(checkpoint="", run="")
+        except (LookupError, ValueError) as error:  # now, and not when the run has ended
+            raise ValueError(
+                f"next must hold no braces but {{checkpoint}} and {{run}}, which others are doubled for: {error}"
+            ) from None
+        self.next = next
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run = trainer.log_dir or trainer.default_root_dir  # which all ranks ask for together
+        if trainer.is_global_zero:
+            print("\n" + "\n".join(self.lines(trainer, run)), flush=True)  # noqa: T201
+
+    def lines(self, trainer: Trainer, run: str) -> list[str]:
+        figures = {name: x.item() for name, x in trainer.callback_metrics.items()}
+        data: Any = getattr(trainer, "datamodule", None)
+        told = []
+        if "val/bits_per_byte" in figures:
+            bits = figures["val/bits_per_byte"]
+            told.append(f"{bits:.3f} bits per byte")
+            unigram = getattr(data, "unigram_bits", None)
+            if unigram is not None:
+                alone = unigram / data.bytes_per_token
+                where = "below" if bits < alone else "above"
+                told[-1] += f" ({abs(1 - bits / alone):.0%} {where} the {alone:.3f} of frequencies alone)"
+        if "val/perplexity" in figures:
+            told.append(f"perplexity {figures['val/perplexity']:.2f}")
+        found = [f"Validation: {', '.join(told)}."] if told else ["No validation ran: see val_check_interval."]
+        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if checkpoint:
+            found.append(f"Checkpoint: {checkpoint}")
+        if self.next:
+            found.append(self.next.format(checkpoint=checkpoint, run=run))
+        return found

@@ -1,0 +1,225 @@
+"""Tokens a second of all ranks together, the time of steps, and how much of the machine's arithmetic they use."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+
+from lightning_longnet.attention.documents import document_cuts
+from lightning_longnet.callbacks.clock import StepClock
+from lightning_longnet.callbacks.monitor import Monitor
+from lightning_longnet.callbacks.peak import compute_dtype, peak_flops
+from lightning_longnet.flops import Flops, ModelFlops
+from lightning_longnet.sequence import sequence_context
+from lightning_longnet.sequence.batches import KNOWN_DIMS, checked_dims, tensors
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+
+
+class TokenThroughput(Monitor):
+    """Logs `throughput/...`; see `lightning_longnet.callbacks.monitor` for the keys.
+
+    Lightning's ThroughputMonitor is another: it counts the batches of rank 0, and takes them for those of all ranks.
+    Here each rank counts the tokens that it holds, so that it is right for every mesh, for parts of unequal lengths,
+    and for micro-batches that are accumulated.  A GPU is waited for at logging steps alone.
+
+    Operations are counted by `ModelFlops`: linear maps, and the pairs that attention's patterns show.  Where rows hold
+    documents, the pairs of the logged step's batch stand for those since the last.
+
+    Args:
+        peak_flops: of one device, in operations a second; by default from a table of GPUs, and for a CPU the best of a
+            few products of matrices when training starts.
+        tokens_per_sample: of batches that show no sequence, and whose model makes none by `begin_made`.
+        window: how many of the last steps the percentiles are of.
+    """
+
+    names = (
+        "tokens",
+        "samples",
+        "seconds",
+        "steps",
+        "required_flops",
+        "done_flops",
+        "required_pairs",
+        "computed_pairs",
+        "peak_flops",
+        "step_p50",
+        "step_p90",
+        "step_max",
+        "waiting",
+        "padding",
+        "logged_tokens",
+    )
+
+    def __init__(
+        self, peak_flops: float | None = None, tokens_per_sample: int | None = None, window: int = 100
+    ) -> None:
+        super().__init__()
+        if peak_flops is not None and not peak_flops > 0:
+            raise ValueError(f"peak_flops must be operations a second, more than 0, got {peak_flops!r}")
+        for name, value in (("tokens_per_sample", tokens_per_sample or 1), ("window", window)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a number, at least 1, got {value!r}")
+        self.peak_flops, self.tokens_per_sample, self.window = peak_flops, tokens_per_sample, window
+        self.tokens = 0
+        self._peak = 0.0
+        self._model: ModelFlops | None = None
+        self._clock = StepClock(torch.device("cpu"))
+        self._steps: deque[float] = deque(maxlen=window)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing has been counted since the last logging step."""
+        self._samples = self._tokens = 0
+        self._whole_rows: Counter[int] = Counter()  # rows by the tokens of the whole sequence
+        self._waiting = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        device, dtype = trainer.strategy.root_device, compute_dtype(str(trainer.precision))
+        found = self.peak_flops or peak_flops(device, dtype)
+        if found is None:
+            rank_zero_info("TokenThroughput: no peak is known of this device; give peak_flops for MFU and HFU")
+        self._peak = found or 0.0
+        self._model = ModelFlops.of(pl_module, device.type, dtype)
+        self._clock = StepClock(device)
+        self._clock.start()
+        self._steps.clear()
+        self._forget()
+        self._ended = perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._waiting += perf_counter() - self._ended
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._clock.pause()
+            self._waiting += perf_counter() - self._ended
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._clock.resume()
+            self._ended = perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        context = sequence_context(pl_module)
+        samples, here, whole = size_of(batch, pl_module, self.tokens_per_sample)
+        self._tokens += samples * here
+        if context.sequence_parallel_rank == 0:
+            self._samples += samples
+            self._whole_rows[whole] += samples
+        if not trainer.fit_loop._should_accumulate():
+            self._clock.step()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._ended = perf_counter()
+
+    def own_numbers(self, trainer: Trainer, module: LightningModule, batch: Any) -> list[float]:
+        seconds = self._clock.seconds()
+        self._steps.extend(seconds)
+        assert self._model is not None
+        flops, pairs = self._attention(module, batch)
+        flops += self._model.token.times(self._tokens)
+        percentiles = torch.tensor(self._steps or [0.0], dtype=torch.float64).quantile(
+            torch.tensor([0.5, 0.9, 1.0], dtype=torch.float64)
+        )
+        padding, logged = _padding_of(batch)
+        own = [
+            float(self._tokens),
+            float(self._samples),
+            sum(seconds),
+            float(len(seconds)),
+            *flops,
+            *pairs,
+            self._peak,
+            *percentiles.tolist(),
+            self._waiting / max(len(seconds), 1),
+            padding,
+            logged,
+        ]
+        self._forget()
+        return own
+
+    def _attention(self, module: LightningModule, batch: Any) -> tuple[Flops, list[float]]:
+        """(operations, pairs required and computed) of whole sequences, by the first of the ranks that share them."""
+        assert self._model is not None
+        flops, pairs = Flops(0, 0), [0.0, 0.0]
+        for cuts, factor in self._rows(module, batch):
+            found = self._model.rows(cuts)
+            flops += found.flops.times(factor)
+            pairs = [total + factor * each for total, each in zip(pairs, found.pairs, strict=True)]
+        return flops, pairs
+
+    def _rows(self, module: LightningModule, batch: Any) -> list[tuple[list[tuple[int, ...]], float]]:
+        """Rows since the last logging step, by where their documents begin, each with how often it counts."""
+        context, documents = sequence_context(module), _named(batch, "documents")
+        if documents is None:
+            return [([(0, length)], float(rows)) for length, rows in self._whole_rows.items() if length]
+        samples, here, _ = size_of(batch, module, self.tokens_per_sample)
+        if context.is_split:
+            shard = context.shard  # made by all ranks of the group: all of them log here
+            assert shard is not None
+            cuts: list[tuple[int, ...]]
+            cuts, length = list(shard.cuts) * (samples if len(shard.cuts) == 1 else 1), shard.length
+        else:
+            cuts, length = document_cuts(documents.expand(samples, here), samples, here), here
+        tokens = sum(each * rows for each, rows in self._whole_rows.items())
+        return [(cuts, tokens / max(samples * length, 1))]
+
+    def figures_of(self, told: dict[str, Tensor]) -> dict[str, float]:
+        total = {name: float(numbers.sum()) for name, numbers in told.items()}
+        seconds, steps = float(told["seconds"].max()), float(told["steps"].max())
+        self.tokens += int(total["tokens"])
+        found = {"tokens": float(self.tokens)}
+        if seconds > 0:
+            found |= {
+                "samples_per_second": total["samples"] / seconds,
+                "tokens_per_second": total["tokens"] / seconds,
+                "step_seconds_mean": seconds / steps,
+                "waiting_seconds": float(told["waiting"].max()),
+            }
+            found |= {f"step_seconds_{name}": float(told[f"step_{name}"].max()) for name in ("p50", "p90", "max")}
+            if bool((told["peak_flops"] > 0).all()):
+                found["mfu"] = total["required_flops"] / seconds / total["peak_flops"]
+                found["hfu"] = total["done_flops"] / seconds / total["peak_flops"]
+        if total["required_pairs"] > 0:
+            found["computed_pairs_ratio"] = total["computed_pairs"] / total["required_pairs"]
+        if total["logged_tokens"] > 0:
+            found["padding_share"] = total["padding"] / total["logged_tokens"]
+        return {f"throughput/{name}": value for name, value in found.items()}
+
+
+def size_of(batch: Any, module: LightningModule, tokens_per_sample: int | None = None) -> tuple[int, int, int]:
+    """(samples, tokens of each on this rank, tokens of each) of a batch that was worked on.
+
+    Of the first tensor that has both, or by the sequences that the model made of the batch.
+    """
+    context, dims = sequence_context(module), checked_dims(getattr(module, "sequence_dims", {}))
+    whole, first = context.length, None
+    for path, x in tensors(batch):
+        first = x if first is None and x.dim() else first
+        dim = dims.get(path[-1], KNOWN_DIMS.get(path[-1]))
+        if dim is not None and x.dim() >= 2 and -x.dim() <= dim < x.dim() and dim % x.dim():
+            here = x.shape[dim]
+            return x.shape[0], here, whole if context.is_split and whole is not None else here
+    samples = 0 if first is None else first.shape[0]
+    if whole is None or tokens_per_sample is not None:
+        return samples, tokens_per_sample or 0, tokens_per_sample or 0
+    return samples, context.placement_of(whole).lengths[context.sequence_parallel_rank], whole
+
+
+def _named(batch: Any, name: str) -> Tensor | None:
+    return next((x for path, x in tensors(batch) if path[-1] == name), None)
+
+
+def _padding_of(batch: Any) -> tuple[float, float]:
+    mask = _named(batch, "attention_mask")
+    return (0.0, 0.0) if mask is None else (float((mask == 0).sum()), float(mask.numel()))

@@ -1,0 +1,209 @@
+"""Charts as SVG, drawn by hand: lines over steps, and bars.  Colours are the page's, which is light or dark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from html import escape
+from math import ceil, floor, log10
+
+WIDTH, HEIGHT = 400, 240
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 40
+_POINTS = 300  # a longer line is drawn by means
+
+
+@dataclass(frozen=True)
+class Line:
+    """`name` says what it is, `run` whose, where there are several; `colour` is the number of the run.
+
+    `style` is "solid", "dashed", "faint" or "dots".
+    """
+
+    name: str
+    points: list[tuple[float, float]]
+    colour: int
+    style: str = "solid"
+    run: str = ""
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.points
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A group of bars for each label; stacked, where there are several of one run."""
+
+    name: str
+    values: list[float]
+    colour: int
+    style: str = "solid"
+    run: str = ""
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.values
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One picture; `unit` stands at its y axis."""
+
+    key: str
+    title: str
+    unit: str
+    lines: list[Line] = field(default_factory=list)
+    bars: list[Bars] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    x_label: str = "step"
+    from_zero: bool = False
+    is_percent: bool = False
+    note: str = ""
+
+    @property
+    def is_empty(self) -> bool:
+        return all(line.is_empty for line in self.lines) and all(bars.is_empty for bars in self.bars)
+
+
+def shade(run: int) -> int:
+    """The page's colour of a run."""
+    return run % 6
+
+
+def svg(chart: Chart) -> str:
+    return _bars(chart) if chart.bars else _lines(chart)
+
+
+def _lines(chart: Chart) -> str:
+    drawn = [(line, thinned(line.points)) for line in chart.lines if line.points]
+    xs = [x for _, points in drawn for x, _ in points]
+    ys = [y for _, points in drawn for _, y in points]
+    x_ticks = ticks(min(xs), max(xs), 5, whole=True)
+    y_ticks = ticks(0.0 if chart.from_zero else min(ys), max(ys), 5)
+    x_low, x_high = min(min(xs), x_ticks[0]), max(max(xs), x_ticks[-1])
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+    plane = _Plane(x_low, x_high, y_low, y_high)
+    parts = [_grid(plane, y_ticks, chart)]
+    for x in x_ticks:
+        parts.append(_text(plane.x(x), HEIGHT - BOTTOM + 16, shown(x, x_ticks), "middle"))
+    for line, points in drawn:
+        at = [(plane.x(x), plane.y(y)) for x, y in points]
+        if line.style != "dots" and len(at) > 1:
+            path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
+            parts.append(f'<path d="{path}" class="line run{shade(line.colour)} {line.style}"/>')
+        if line.style == "dots" or len(at) == 1:
+            parts += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" class="fill run{shade(line.colour)}"/>' for x, y in at
+            ]
+    return _framed(chart, parts)
+
+
+def _bars(chart: Chart) -> str:
+    """Bars of one run stand upon one another, those of several side by side."""
+    runs = sorted({bars.colour for bars in chart.bars})
+    many = len(chart.labels)
+    heights = {
+        run: [sum(bars.values[i] for bars in chart.bars if bars.colour == run) for i in range(many)] for run in runs
+    }
+    y_ticks = ticks(0.0, max(max(column) for column in heights.values()), 5)
+    plane = _Plane(0.0, float(many), 0.0, y_ticks[-1])
+    parts = [_grid(plane, y_ticks, chart)]
+    slot = plane.x(1) - plane.x(0)
+    width = min(slot * 0.72, 46.0 * len(runs)) / len(runs)
+    for place, run in enumerate(runs):
+        stacked = [0.0] * many
+        for bars in (each for each in chart.bars if each.colour == run):
+            for i, value in enumerate(bars.values):
+                left = plane.x(i) + slot / 2 + (place - len(runs) / 2) * width
+                top, bottom = plane.y(stacked[i] + value), plane.y(stacked[i])
+                stacked[i] += value
+                tip = escape(f"{bars.run} {bars.name}, {chart.labels[i]}: {value:.4g} {chart.unit}")
+                parts.append(
+                    f'<rect x="{left:.1f}" y="{top:.1f}" width="{max(width - 1, 0.5):.1f}" '
+                    f'height="{bottom - top:.1f}" class="fill run{shade(run)} {bars.style}"><title>{tip}</title></rect>'
+                )
+    every = ceil(many * 30 / (WIDTH - LEFT - RIGHT))
+    for i in range(0, many, every):
+        parts.append(_text(plane.x(i) + slot / 2, HEIGHT - BOTTOM + 16, chart.labels[i], "middle"))
+    return _framed(chart, parts)
+
+
+@dataclass(frozen=True)
+class _Plane:
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.x_low) / ((self.x_high - self.x_low) or 1.0) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (value - self.y_low) / ((self.y_high - self.y_low) or 1.0) * (HEIGHT - TOP - BOTTOM)
+
+
+def _grid(plane: _Plane, y_ticks: list[float], chart: Chart) -> str:
+    parts = []
+    for y in y_ticks:
+        at = plane.y(y)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" class="grid"/>')
+        parts.append(_text(LEFT - 6, at + 4, shown(y, y_ticks, chart.is_percent), "end"))
+    return "".join(parts)
+
+
+def _framed(chart: Chart, parts: list[str]) -> str:
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(_text(middle, HEIGHT - 6, chart.x_label, "middle"))
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}, {escape(chart.unit)}">'
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def _text(x: float, y: float, words: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def ticks(low: float, high: float, many: int, whole: bool = False) -> list[float]:
+    """Round numbers, about so many, the first at most `low` and the last at least `high`."""
+    if high <= low:
+        low, high = (low - 0.5 * abs(low), low + 0.5 * abs(low)) if low else (0.0, 1.0)
+    rough = (high - low) / many
+    size = 10.0 ** floor(log10(rough))
+    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= rough * 0.999)
+    if whole:
+        step = max(float(ceil(step)), 1.0)
+    first, last = floor(low / step + 1e-9), ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def shown(value: float, among: list[float], is_percent: bool = False) -> str:
+    """A tick's label: as many digits as tell it from its neighbours."""
+    scale, suffix = 1.0, ""
+    if is_percent:
+        scale, suffix = 0.01, "%"
+    else:
+        most = max(map(abs, among))
+        for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+            if most >= size:
+                scale, suffix = (1e3 if letter == "k" else size), letter
+                break
+    step = abs(among[1] - among[0]) / scale if len(among) > 1 else abs(value / scale) or 1.0
+    digits = max(0, -floor(log10(step) + 1e-9))
+    if abs(round(step, digits) - step) > 1e-9 * step:
+        digits += 1
+    text = f"{value / scale:,.{min(digits, 6)}f}"
+    if float(text.replace(",", "")) == 0:
+        return "0%" if is_percent else "0"
+    return f"{text}{suffix}"
+
+
+def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    if len(points) <= _POINTS:
+        return points
+    size = len(points) / _POINTS
+    found = []
+    for i in range(_POINTS):
+        part = points[int(i * size) : int((i + 1) * size)]
+        found.append((sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)))
+    return found

@@ -1,0 +1,72 @@
+"""The same charts as PNGs, through matplotlib."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from lightning_longnet.attention.pattern import Pattern
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from lightning_longnet.report.charts import Chart
+    from lightning_longnet.report.runs import Run
+
+_COLOURS = ("#0a6ba8", "#c2452d", "#2c7d3f", "#7d4fb0", "#a86a00", "#4f5b66")
+_STYLES: dict[str, dict[str, Any]] = {
+    "solid": {},
+    "dashed": {"linestyle": "--"},
+    "faint": {"alpha": 0.45},
+    "dots": {"linestyle": "none", "marker": "o", "markersize": 3},
+}
+
+
+def write_images(runs: Sequence[Run], charts: Sequence[Chart], stem: Path) -> list[Path]:
+    """`stem`-KEY.png for each chart, and the pattern's picture of each run that has one."""
+    found = []
+    for chart in charts:
+        found.append(stem.with_name(f"{stem.name}-{chart.key}.png"))
+        _figure(chart).savefig(found[-1], dpi=150)
+    for i, run in enumerate(runs):
+        for j, kind in enumerate(run.record.get("attention", [])):
+            found.append(stem.with_name(f"{stem.name}-pattern-{i}-{j}.png"))
+            Pattern(**kind["pattern"]).plot().savefig(found[-1], dpi=150)
+    return found
+
+
+def _figure(chart: Chart) -> Figure:
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for line in chart.lines:
+        if line.points:
+            xs, ys = zip(*line.points, strict=True)
+            colour = _COLOURS[line.colour % len(_COLOURS)]
+            axes.plot(
+                xs, ys, color=colour, label=" ".join(filter(None, (line.run, line.name))) or None, **_STYLES[line.style]
+            )
+    colours = sorted({bars.colour for bars in chart.bars})
+    stacked = {colour: [0.0] * len(chart.labels) for colour in colours}
+    for bars in chart.bars:
+        width = 0.8 / len(colours)
+        at = [i + (colours.index(bars.colour) - (len(colours) - 1) / 2) * width for i in range(len(chart.labels))]
+        colour = _COLOURS[bars.colour % len(_COLOURS)]
+        axes.bar(at, bars.values, width, bottom=stacked[bars.colour], color=colour, label=bars.run or None)
+        stacked[bars.colour] = [a + b for a, b in zip(stacked[bars.colour], bars.values, strict=True)]
+    if chart.labels:
+        axes.set_xticks(range(len(chart.labels)), chart.labels)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if chart.from_zero:
+        axes.set_ylim(0, None)
+    if chart.is_percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set(title=chart.title, xlabel=chart.x_label, ylabel="" if chart.is_percent else chart.unit)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if any(line.run or line.name for line in chart.lines) or any(bars.run for bars in chart.bars):
+        axes.legend(fontsize=8)
+    return figure

@@ -1,0 +1,179 @@
+"""The page itself: headline, charts and pictures of one run or several, in one file that needs no network."""
+
+from __future__ import annotations
+
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_longnet.attention.pattern import Pattern
+from lightning_longnet.report.charts import Bars, Chart, Line, shade, svg
+from lightning_longnet.report.figures import charts, differing, headline
+from lightning_longnet.report.pictures import pattern_pictures, placement_picture
+from lightning_longnet.report.runs import Run, read_runs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_STYLE = (Path(__file__).parent / "page.css").read_text()
+
+
+def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None, images: bool | None = None) -> Path:
+    """One HTML file of these runs, side by side, and where it is.
+
+    Args:
+        run_dirs: folders with what a run leaves: a CSVLogger's metrics.csv and hparams.yaml, LightningCLI's
+            config.yaml, and the run.json of `RunReport`; each is read where it is there.  A folder of `version_N`s
+            stands for the last of them.
+        out: the file; by default `report.html` in the folder of the run, or here where there are several.
+        images: PNGs of the charts beside it, `report-loss.png` and so on; by default where matplotlib is installed.
+    """
+    runs = read_runs(run_dirs)
+    path = Path(out) if out is not None else (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
+    found = charts(runs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_page(runs, found))
+    has_matplotlib = find_spec("matplotlib") is not None
+    if images and not has_matplotlib:
+        raise ValueError("images need matplotlib: pip install 'lightning-longnet[plots]', or leave them out")
+    if images or (images is None and has_matplotlib):
+        from lightning_longnet.report.images import write_images
+
+        write_images(runs, found, path.with_suffix(""))
+    return path
+
+
+def _page(runs: Sequence[Run], found: Sequence[Chart]) -> str:
+    title = "Run " + runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        _about(runs),
+        _table("In figures", headline(runs), runs),
+        _charts(found),
+        *(_attention(run, len(runs) > 1) for run in runs),
+        _settings(runs),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(filter(None, parts))
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _about(runs: Sequence[Run]) -> str:
+    lines = []
+    for i, run in enumerate(runs):
+        started = str(run.record.get("started", "")).replace("T", " ").removesuffix("+00:00")
+        words = [str(run.folder), f"begun {started} UTC" if started else "", f"read: {', '.join(run.files)}"]
+        mark = f'<i class="key run{shade(i)}"></i><b>{escape(run.name)}</b>: ' if len(runs) > 1 else ""
+        lines.append(f"<p>{mark}{escape(', '.join(filter(None, words)))}</p>")
+    return f'<div class="about">{"".join(lines)}</div>'
+
+
+def _table(title: str, rows: Sequence[tuple[str, list[str]]], runs: Sequence[Run]) -> str:
+    if not rows:
+        return ""
+    head = ""
+    if len(runs) > 1:
+        names = "".join(f'<th><i class="key run{shade(i)}"></i>{escape(r.name)}</th>' for i, r in enumerate(runs))
+        head = f"<thead><tr><th></th>{names}</tr></thead>"
+    body = "".join(
+        f"<tr><th>{escape(name)}</th>" + "".join(f"<td>{escape(value)}</td>" for value in values) + "</tr>"
+        for name, values in rows
+    )
+    kind = "one" if len(runs) == 1 else "many"
+    table = f'<div class="scroll"><table class="{kind}">{head}<tbody>{body}</tbody></table></div>'
+    return f"<section><h2>{escape(title)}</h2>{table}</section>"
+
+
+def _charts(found: Sequence[Chart]) -> str:
+    if not found:
+        return ""
+    return f'<section><h2>Over the run</h2><div class="grid">{"".join(map(_figure, found))}</div></section>'
+
+
+def _figure(chart: Chart) -> str:
+    drawn: list[Line | Bars] = [line for line in chart.lines if not line.is_empty]
+    drawn += [bars for bars in chart.bars if not bars.is_empty]
+    keys = {each.run: f"run{shade(each.colour)}" for each in drawn if each.run}
+    # of one run kinds have its colour; of several they have none, and runs have no kind
+    kinds = {each.name: f"{each.style} {'ink' if keys else f'run{shade(each.colour)}'}" for each in drawn if each.name}
+    legend = [f'<span><i class="key {mark}"></i>{escape(name)}</span>' for name, mark in (keys | kinds).items()]
+    unit = f' <span class="unit">{escape(chart.unit)}</span>' if chart.unit and not chart.is_percent else ""
+    note = f"<p>{escape(chart.note)}</p>" if chart.note else ""
+    words = f'<p class="legend">{"".join(legend)}</p>' if legend else ""
+    return (
+        f'<figure id="{escape(chart.key)}"><figcaption>{escape(chart.title)}{unit}</figcaption>{words}'
+        f"{svg(chart)}{note}</figure>"
+    )
+
+
+def _attention(run: Run, is_named: bool) -> str:
+    """The patterns that a run's layers have, and how each is spread over ranks."""
+    kinds, length = _kinds(run)
+    parts = []
+    for kind in kinds:
+        pattern = Pattern(**kind["pattern"])
+        heads, kv_heads, tokens = kind["heads"], kind["kv_heads"], length or 2 * _widest(pattern)
+        named = " + ".join(
+            f"({each.segment_length or 'N'}, {each.dilation_rate})" + (f" window {each.window}" if each.window else "")
+            for each in pattern.branches
+        )
+        many = f"{kind['layers']} layers, " if kind.get("layers") else ""
+        causal = ", causal" if pattern.is_causal else ""
+        parts.append(f'<h3>{escape(f"{many}{heads} heads: {named}{causal}")}</h3><div class="grid">')
+        for caption, picture in pattern_pictures(pattern, tokens, heads, kv_heads):
+            parts.append(f"<figure>{picture}<p>{escape(caption)}</p></figure>")
+        if plan := kind.get("plan"):
+            parts.append(_placement(plan, pattern, tokens))
+        parts.append("</div>")
+    if not parts:
+        return ""
+    title = "What a query sees" + (f": {run.name}" if is_named else "")
+    return f'<section class="attention"><h2>{escape(title)}</h2>{"".join(parts)}</section>'
+
+
+def _placement(plan: dict[str, Any], pattern: Pattern, length: int) -> str:
+    rows = [
+        f"{each.segment_length or 'N'}, {each.dilation_rate}: {exchange}"
+        for each, exchange in zip(pattern.ordered(), plan["exchanges"], strict=True)
+    ]
+    sent = sum(plan["sent"]) / 2**20
+    note = (
+        f"{len(plan['pairs'])} ranks, {plan['placement']}. Exchange by branch: {'; '.join(rows)}. "
+        f"A layer sends {sent:.2f} MiB a step, all ranks together. Why, by the busiest rank: {plan['why']}."
+    )
+    picture = placement_picture(plan, length)
+    return f"<figure><figcaption>Placement over ranks</figcaption>{picture}<p>{escape(note)}</p></figure>"
+
+
+def _kinds(run: Run) -> tuple[list[dict[str, Any]], int]:
+    """Of the record, or else of the first pattern in the settings."""
+    if run.record.get("attention"):
+        return run.record["attention"], int(run.record.get("tokens") or 0)
+    for path, value in run.settings.items():
+        if isinstance(value, dict) and "branches" in value:
+            beside = path.rpartition(".")[0]
+            heads = run.settings.get(f"{beside}.heads" if beside else "heads")
+            heads = heads if isinstance(heads, int) else max(each.dilation_rate for each in Pattern(**value).branches)
+            kv_heads = run.settings.get(f"{beside}.kv_heads" if beside else "kv_heads")
+            tokens = run.settings.get("data.tokens")
+            kind = {"pattern": value, "heads": heads, "kv_heads": kv_heads if isinstance(kv_heads, int) else heads}
+            return [kind], tokens if isinstance(tokens, int) else 0
+    return [], 0
+
+
+def _widest(pattern: Pattern) -> int:
+    return max(each.segment_length or each.window or 32 for each in pattern.branches)
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    rows = differing(runs)
+    if not rows:
+        return ""
+    title = "Settings" if len(runs) == 1 else "Settings that differ"
+    table = _table(title, rows, runs)
+    return f"<details><summary>{escape(title)}</summary>{table}</details>" if len(runs) == 1 else table

@@ -1,0 +1,147 @@
+"""A pattern as a picture of which key each query sees, and the placement of a sequence over ranks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_longnet.attention.pattern import Pattern
+
+_CELLS = 96  # of the whole picture, each way
+_SAMPLED = 32  # tokens of each cell that are looked at
+_CLOSE = 48  # tokens of the picture close up
+_SHADES = 6
+_HEADS = 16  # that are looked at
+
+
+@lru_cache(16)
+def whole_shares(pattern: Pattern, length: int, heads: int) -> Tensor:
+    """(cells, cells): the share of the (query, key) pairs of all heads that is seen, by each cell's beginning."""
+    cells = min(_CELLS, length)
+    begins = torch.arange(cells) * length // cells
+    widths = torch.diff(begins, append=torch.tensor([length])).clamp(max=_SAMPLED)
+    tokens = torch.cat([torch.arange(b, b + w) for b, w in zip(begins.tolist(), widths.tolist(), strict=True)])
+    owner = torch.repeat_interleave(torch.arange(cells), widths)
+    shares = torch.zeros(cells, cells)
+    for head in range(min(heads, _HEADS)):
+        shares += _pooled(_seen(pattern, tokens, head, heads), owner, cells)
+    return shares / min(heads, _HEADS) / (widths[:, None] * widths)
+
+
+def _seen(pattern: Pattern, tokens: Tensor, head: int, heads: int) -> Tensor:
+    """(N, N) for one head, by the definition."""
+    found = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    for branch in pattern.branches:
+        segment, place = tokens * 0, tokens
+        if branch.segment_length is not None:
+            segment, place = tokens // branch.segment_length, tokens % branch.segment_length
+        member = place % branch.dilation_rate == branch.offset(head, heads)
+        seen = member[:, None] & member & (segment[:, None] == segment)
+        distance = tokens[:, None] - tokens
+        if branch.is_causal:
+            seen &= distance >= 0
+        if branch.window is not None:
+            seen &= distance.abs() < branch.window
+        found |= seen
+    return found
+
+
+def _pooled(seen: Tensor, owner: Tensor, cells: int) -> Tensor:
+    rows = torch.zeros(cells, len(seen)).index_add_(0, owner, seen.float())
+    return torch.zeros(cells, cells).index_add_(1, owner, rows)
+
+
+def pattern_pictures(pattern: Pattern, length: int, heads: int, kv_heads: int) -> list[tuple[str, str]]:
+    """(caption, SVG): the whole sequence, and the first tokens of one head."""
+    shares = whole_shares(pattern, length, kv_heads)
+    # from none to all in steps of a half: dilation thins by squares
+    levels = torch.zeros_like(shares, dtype=torch.long)
+    for level in range(1, _SHADES):
+        levels += shares > 2.0 ** -(2 * (_SHADES - 1 - level) + 1)
+    levels = torch.where(shares > 0, levels.clamp(min=1), 0)
+    caption = (
+        f"The whole sequence of {length:,} tokens: how many of the pairs are seen, over all heads; "
+        f"each shade is four times the one before, the darkest is half of them or more."
+    )
+    found = [(caption, _matrix(levels, length, "key", "query"))]
+    close = min(_CLOSE, length)
+    counts = pattern.mask(close, heads, kv_heads)[0]
+    most = max(int(counts.max()), 1)
+    levels = torch.where(counts > 0, (counts * (_SHADES - 1) / most).ceil().long(), 0)
+    caption = f"The first {close} tokens close up, head 0: darker keys are counted by more branches, up to {most}."
+    found.append((caption, _matrix(levels, close, "key", "query")))
+    return found
+
+
+def _matrix(levels: Tensor, length: int, across: str, down: str) -> str:
+    """Cells as runs of one shade along rows; a path for each shade."""
+    side, left, top, size = len(levels), 56.0, 10.0, 300.0
+    unit = size / side
+    paths: dict[int, list[str]] = {}
+    for row, values in enumerate(levels.tolist()):
+        begin = 0
+        while begin < side:
+            end = begin
+            while end < side and values[end] == values[begin]:
+                end += 1
+            if values[begin]:
+                x, y, width = left + begin * unit, top + row * unit, (end - begin) * unit
+                paths.setdefault(values[begin], []).append(f"M{x:.2f} {y:.2f}h{width:.2f}v{unit:.2f}H{x:.2f}z")
+            begin = end
+    parts = [f'<rect x="{left}" y="{top}" width="{size}" height="{size}" class="ground"/>']
+    parts += [f'<path d="{"".join(path)}" class="shade{level}"/>' for level, path in sorted(paths.items())]
+    for share in (0.0, 0.5, 1.0):
+        place, along = f"{round(share * length):,}", share * size
+        anchor = "start" if share == 0 else "end" if share == 1 else "middle"
+        parts.append(f'<text x="{left + along:.0f}" y="{top + size + 16:.0f}" text-anchor="{anchor}">{place}</text>')
+        if share:
+            y = top + along + (4 if share < 1 else 0)
+            parts.append(f'<text x="{left - 6:.0f}" y="{y:.0f}" text-anchor="end">{place}</text>')
+    middle = top + size / 4
+    parts.append(f'<text x="{left + size / 2 + 60:.0f}" y="{top + size + 16:.0f}">{across}</text>')
+    parts.append(f'<text x="{left - 6:.0f}" y="{middle:.0f}" text-anchor="end">{down}</text>')
+    return f'<svg viewBox="0 0 370 336" role="img" aria-label="which {across} each {down} sees">{"".join(parts)}</svg>'
+
+
+def placement_picture(plan: dict[str, Any], length: int) -> str:
+    """Each rank's tokens along the sequence, and beside them what it computes, of the mean."""
+    stretches, pairs = plan["stretches"], plan["pairs"]
+    ranks = len(stretches)
+    mean = sum(pairs) / ranks or 1.0
+    row = 18 if ranks <= 16 else 8
+    left, width, right = 34.0, 220.0, 60.0
+    height = ranks * row + 44
+    parts = []
+    most = max(pairs) / mean
+    for rank, held in enumerate(stretches):
+        y = 22 + rank * row
+        if row >= 12 or rank % 8 == 0:
+            parts.append(f'<text x="{left - 6}" y="{y + row - 5}" text-anchor="end">{rank}</text>')
+        parts.append(f'<rect x="{left}" y="{y}" width="{width}" height="{row - 3}" class="ground"/>')
+        for begin, end in held:
+            x = left + begin / length * width
+            parts.append(
+                f'<rect x="{x:.2f}" y="{y}" width="{max((end - begin) / length * width, 0.4):.2f}" height="{row - 3}" '
+                f'class="fill run0"><title>rank {rank}: tokens {begin:,} to {end:,}</title></rect>'
+            )
+        share = pairs[rank] / mean
+        x = left + width + 16
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y}" width="{share / most * right:.1f}" height="{row - 3}" class="fill run1">'
+            f"<title>rank {rank}: {pairs[rank]:,} pairs</title></rect>"
+        )
+        if row >= 12:
+            parts.append(f'<text x="{x + right + 6:.0f}" y="{y + row - 5}">{share:.2f}</text>')
+    parts.append(f'<text x="{left}" y="14">tokens of each rank</text>')
+    parts.append(f'<text x="{left + width + 16}" y="14">pairs, of the mean</text>')
+    foot = height - 6
+    parts.append(f'<text x="{left}" y="{foot}">0</text>')
+    parts.append(f'<text x="{left + width}" y="{foot}" text-anchor="end">{length:,}</text>')
+    label = escape(f"placement over {ranks} ranks")
+    return f'<svg viewBox="0 0 400 {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

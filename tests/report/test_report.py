@@ -1,0 +1,207 @@
+"""The page: everything that a run left is on it, nothing comes from elsewhere, and what is not there is left out."""
+
+import re
+import xml.etree.ElementTree as ET
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from left import PATTERN, leave
+
+from lightning_longnet import Pattern
+from lightning_longnet.cli import main
+from lightning_longnet.report import write_report
+from lightning_longnet.report.charts import Bars, Chart, Line, shown, svg, thinned, ticks
+from lightning_longnet.report.pictures import pattern_pictures, whole_shares
+from lightning_longnet.report.runs import read_runs
+
+SVG = re.compile(r"<svg.*?</svg>", re.DOTALL)
+
+
+def written(folders, out):
+    return write_report(folders, out, images=False).read_text()
+
+
+def test_a_run_is_on_its_page(tmp_path):
+    page = written([leave(tmp_path / "run")], tmp_path / "report.html")
+    for words in (
+        "Run run",
+        "2.869",  # bits per byte of the last validation, 2.5 + 4 exp(-19 / 6) + 0.2
+        "31.0%",
+        "0.61 GiB",
+        "4.00 MiB",
+        "80%",
+        "819,200",
+        "862,208",
+        "2, 1 x 2",
+        "fsdp2, 32-true",
+        "1 min 23 s",
+        "7.25",
+        "Placement over ranks",
+        "(256, 1) + (1024, 2) + (4096, 4), causal",
+        "lr-AdamW",
+        "model.dim",
+    ):
+        assert words in page, words
+    charts = set(re.findall(r'<figure id="([^"]+)"', page))
+    wanted = {"bits", "loss", "throughput", "steps", "utilization", "memory-ranks", "memory-kinds", "memory"}
+    assert charts == wanted | {"exchange", "hidden", "bytes", "other-lr-AdamW"}
+    assert len(SVG.findall(page)) == len(charts) + 3  # two of the pattern, one of the placement
+    for each in SVG.findall(page):
+        ET.fromstring(each)
+
+
+def test_nothing_comes_from_elsewhere(tmp_path):
+    page = written([leave(tmp_path / "run")], tmp_path / "report.html")
+    assert not re.search(r"https?:|<script|<link|<img|@import|url\(|src=|href=", page)
+
+
+def test_several_runs_stand_side_by_side(tmp_path):
+    folders = [leave(tmp_path / "a" / "version_0"), leave(tmp_path / "b" / "version_0", slope=2.0, rate=8)]
+    page = written(folders, tmp_path / "report.html")
+    assert "<h1>2 runs</h1>" in page
+    assert re.search(r"<th>validation, bits per byte</th><td>2.869</td><td>2.707</td>", page)
+    assert re.search(r'<i class="key run1"></i>b</span>', page)
+    # settings that are equal are left out
+    assert "(256, 1) + (4096, 8)" in page
+    assert "model.dim" not in page
+    bits = re.search(r'<figure id="bits".*?</figure>', page, re.DOTALL)[0]
+    assert bits.count("<path") == 4
+    assert 'class="line run1 solid"' in bits
+
+
+def test_a_run_of_others_is_shown_as_far_as_it_goes(tmp_path):
+    folder = tmp_path / "lightning_logs" / "version_3"
+    folder.mkdir(parents=True)
+    (folder / "metrics.csv").write_text("epoch,step,train_loss,acc\n0,4,2.5,\n0,9,1.5,0.25\n0,14,nan,0.5\n")
+    (folder / "hparams.yaml").write_text("lr: 0.1\npath: !!python/object/apply:pathlib.PosixPath\n- tmp\n")
+    page = written([tmp_path / "lightning_logs"], tmp_path / "report.html")
+    assert "Run lightning_logs/version_3" in page
+    assert set(re.findall(r'<figure id="([^"]+)"', page)) == {"loss", "other-acc"}
+    assert "1.5000" in page
+    assert "nan" not in page.lower()
+    assert "What a query sees" not in page
+    assert "<td>0.1</td>" in page
+
+
+def test_a_pattern_in_the_settings_is_drawn(tmp_path):
+    folder = leave(tmp_path / "run")
+    (folder / "run.json").unlink()
+    page = written([folder], tmp_path / "report.html")
+    assert "4 heads: (256, 1) + (4096, 4), causal" in page
+    assert "The whole sequence of 4,096 tokens" in page
+    assert "Placement" not in page
+
+
+def test_names_of_a_run_are_text(tmp_path):
+    folder = leave(tmp_path / "<b>&run")
+    page = written([folder], tmp_path / "report.html")
+    assert "<b>&run" not in page
+    assert "&lt;b&gt;&amp;run" in page
+
+
+def test_the_last_version_is_read(tmp_path):
+    for version in (2, 10, 9):
+        leave(tmp_path / f"version_{version}", is_ours=False)
+    (run,) = read_runs([tmp_path])
+    assert run.folder.name == "version_10"
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    folder = leave(tmp_path / "run")
+    assert main(["report", str(folder), "--no-images"]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    assert not list(folder.glob("*.png"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(folder), str(leave(tmp_path / "other")), "--no-images"]) == 0
+    assert (tmp_path / "report.html").is_file()
+    assert main(["report", str(tmp_path / "none")]) == 2
+    assert "run_dirs must be folders of runs, got" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["report", str(tmp_path / "empty")]) == 2
+    assert "run_dirs must hold metrics.csv or run.json" in capsys.readouterr().err
+
+
+def test_images_are_written_beside_it(tmp_path):
+    folder = leave(tmp_path / "run")
+    write_report([folder], images=True)
+    found = {path.name for path in folder.glob("*.png")}
+    assert {"report-bits.png", "report-throughput.png", "report-memory-ranks.png", "report-pattern-0-0.png"} <= found
+    for path in folder.glob("*.png"):
+        assert path.stat().st_size > 5_000
+
+
+@given(st.floats(-1e9, 1e9), st.floats(1e-4, 10), st.integers(3, 8))
+def test_ticks_are_round_and_hold_all(low, share, many):
+    width = share * max(abs(low), 1.0)
+    high = low + width
+    found = ticks(low, high, many)
+    assert found[0] <= low + 1e-6 * width
+    assert found[-1] >= high - 1e-6 * width
+    assert 2 <= len(found) <= many + 3
+    steps = {round((b - a) / (found[1] - found[0]), 3) for a, b in pairwise(found)}
+    assert steps == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ((0, 500, 1000), ["0", "500", "1,000"]),
+        ((0, 0.5, 1.0), ["0", "0.5", "1.0"]),
+        ((0, 0.25, 0.5), ["0", "0.25", "0.50"]),
+        ((0, 20_000, 40_000), ["0", "20k", "40k"]),
+        ((0, 2.5e6, 5e6), ["0", "2.5M", "5.0M"]),
+        ((2.45, 2.5, 2.55), ["2.45", "2.50", "2.55"]),
+        ((-1, 0, 1), ["-1", "0", "1"]),
+    ],
+)
+def test_labels_tell_ticks_apart(values, wanted):
+    assert [shown(value, list(values)) for value in values] == wanted
+
+
+def test_a_line_is_drawn_where_its_numbers_are():
+    chart = Chart("x", "title", "unit", [Line("a", [(0, 0.0), (100, 10.0)], 0)], from_zero=True)
+    path = re.search(r'<path d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"', svg(chart))
+    assert [float(x) for x in path.groups()] == [52, 200, 388, 14]
+
+
+def test_bars_stand_upon_one_another():
+    chart = Chart("x", "title", "unit", bars=[Bars("a", [1.0], 0), Bars("b", [3.0], 0)], labels=["l"])
+    shape = r'<rect x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"'
+    found = [tuple(map(float, each)) for each in re.findall(shape, svg(chart))]
+    (top, height), (upper, tall) = found
+    assert tall == pytest.approx(3 * height, abs=0.2)
+    assert upper + tall == pytest.approx(top, abs=0.2)
+
+
+def test_one_point_and_equal_points_can_be_drawn():
+    for points in ([(3, 1.0)], [(3, 0.0)], [(1, 2.0), (2, 2.0)], [(1, -5.0), (2, -5.0)]):
+        ET.fromstring(svg(Chart("x", "title", "unit", [Line("a", points, 0)])))
+
+
+def test_long_lines_are_thinned_by_means():
+    points = [(float(i), float(i % 2)) for i in range(3000)]
+    found = thinned(points)
+    assert len(found) == 300
+    assert {y for _, y in found} == {0.5}
+
+
+@pytest.mark.parametrize(
+    "pattern", [PATTERN, Pattern.dilated((64, 300), (1, 3)), Pattern.window(40, is_causal=True), Pattern.dense()]
+)
+def test_the_picture_of_a_pattern_is_its_mask(pattern):
+    length, heads = 96 * 8, 4
+    shares = whole_shares(pattern, length, heads)
+    mask = (pattern.mask(length, heads) > 0).double().mean(0)
+    wanted = mask.view(96, 8, 96, 8).mean((1, 3))
+    torch.testing.assert_close(shares.double(), wanted)
+
+
+def test_a_sequence_of_millions_can_be_drawn():
+    pattern = Pattern.dilated((2048, 32768, 2**20), (1, 16, 512), is_causal=True)
+    (_, whole), (_, close) = pattern_pictures(pattern, 2**22 + 17, 8, 8)
+    assert "4,194,321" in whole
+    assert "shade" in close
+    assert len(whole) < 300_000

@@ -1,0 +1,157 @@
+"""Every figure that a monitor logs, against a count of the same by other means, over meshes and unequal parts."""
+
+import pytest
+import torch
+from test_training import MESHES
+from torch.utils.flop_counter import FlopCounterMode
+from trained import LENGTH, PATTERN, adamw, collated, samples, sgd, started, sums
+from watched import PEAK, watch
+
+STEPS, MICRO_BATCHES, SAMPLES = 2, 2, 4  # between logging steps; samples of all groups in a micro-batch
+
+
+def last(found):
+    return found["rows"][-1][1]
+
+
+def enumerated(length):
+    """Operations of a sample: the pairs that the pattern shows, and linear maps as torch counts them."""
+    pairs = int((PATTERN.mask(length, 4, 2) > 0).sum())
+    model = started({"dropout": 0.0, "dtype": torch.float64})
+    batch = collated(samples(1, length))
+    with FlopCounterMode(display=False) as counter:
+        sums(model(batch), batch["labels"])[0].backward()
+    return counter.get_total_flops() + 2 * 12 * 4 * pairs
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sharding"),
+    [*((mesh, "ddp") for mesh in MESHES), *(pytest.param(mesh, "fsdp2", marks=pytest.mark.long) for mesh in MESHES)],
+)
+def test_throughput_is_that_of_all_ranks(trainers, mesh, sharding):
+    world, size = MESHES[mesh]
+    many = STEPS * MICRO_BATCHES * SAMPLES
+    seconds = STEPS * MICRO_BATCHES * (1.25 + 0.5 * (world - 1))  # of the slowest, without validation
+    for found in trainers.run(world, watch, size, sharding, sgd, LENGTH):
+        figures = {key.removeprefix("throughput/"): value for key, value in last(found).items()}
+        assert figures["tokens"] == 2 * many * LENGTH
+        assert figures["samples_per_second"] == pytest.approx(many / seconds)
+        assert figures["tokens_per_second"] == pytest.approx(many * LENGTH / seconds)
+        assert figures["step_seconds_mean"] == pytest.approx(seconds / STEPS)
+        for name in ("p50", "p90", "max"):
+            assert figures[f"step_seconds_{name}"] == pytest.approx(seconds / STEPS)
+        assert figures["waiting_seconds"] == pytest.approx(MICRO_BATCHES * 0.25)
+        assert figures["mfu"] == pytest.approx(many * enumerated(LENGTH) / seconds / (world * PEAK))
+        assert figures["hfu"] >= figures["mfu"]
+        assert figures["computed_pairs_ratio"] >= 1
+        # it was logged at every second step, and not between
+        logged = {step: row.get("throughput/tokens") for step, row in found["rows"]}
+        assert logged[2] == many * LENGTH
+        assert logged[3] == logged[2]
+
+
+def test_padding_and_documents_are_those_of_the_logged_batch(trainers):
+    rows = samples(32, documents=True)
+    for world, size in ((2, 2), (2, 1)):
+        for found in trainers.run(world, watch, size, "ddp", sgd, LENGTH, True):
+            share, tokens = last(found)["throughput/padding_share"], SAMPLES * LENGTH
+            assert 0 < share < 1
+            assert share * tokens == pytest.approx(round(share * tokens))  # whole tokens, of all ranks
+            whole = int((PATTERN.mask(LENGTH, 4, 2) > 0).sum())
+            required = sum(found["by_rank"]["required_pairs"]) / (2 * STEPS * MICRO_BATCHES * SAMPLES)
+            most, least = (
+                sum(int((PATTERN.mask(int(n), 4, 2) > 0).sum()) for n in row["documents"].bincount())
+                for row in (max(rows, key=lambda r: r["documents"].bincount().max()), rows[0])
+            )
+            assert min(most, least) <= required <= max(most, least) < whole
+
+
+@pytest.mark.parametrize(
+    ("mesh", "exchange"),
+    [
+        *(("1x2", exchange) for exchange in ("gather", "ring", "swap")),
+        ("2x2", "gather"),
+        ("1x4", "ring"),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("2x2", "swap"), ("1x4", "auto"), ("2x2", "ring"))),
+    ],
+)
+def test_bytes_are_those_on_the_wire_and_those_of_the_plan(trainers, mesh, exchange):
+    world, size = MESHES[mesh]
+    ranks = trainers.run(world, watch, size, "ddp", sgd, LENGTH, False, exchange)
+    wire = [found["sent"][-1] for found in ranks]
+    for found in ranks:
+        figures = {key.removeprefix("exchange/"): value for key, value in last(found).items()}
+        assert figures["sent_bytes"] == sum(each["sent_bytes"] for each in wire) > 0
+        assert figures["sent_bytes_max"] == max(each["sent_bytes"] for each in wire)
+        assert figures["messages"] == sum(each["messages"] for each in wire)
+        assert figures["predicted_bytes"] == figures["sent_bytes"]
+        assert found["by_rank"]["predicted_bytes"] == found["by_rank"]["sent_bytes"]
+        branches = [figures.get(f"branch_{w}_{r}_bytes", 0.0) for w, r in ((8, 1), (16, 2), (64, 3))]
+        assert sum(branches) == (0 if exchange == "swap" else figures["sent_bytes"])
+        assert 0 <= figures["waited_seconds"] <= figures["waited_seconds_max"]
+        assert figures["hidden_share"] == pytest.approx(1 - figures["waited_seconds"] / figures["flight_seconds"])
+
+
+def test_packed_documents_are_predicted_to_the_byte(trainers):
+    for found in trainers.run(2, watch, 2, "ddp", sgd, LENGTH, True):
+        figures = last(found)
+        assert figures["exchange/predicted_bytes"] == figures["exchange/sent_bytes"] > 0
+
+
+@pytest.mark.parametrize("exchange", ["gather", pytest.param("ring", marks=pytest.mark.long), "swap"])
+def test_what_is_computed_again_is_sent_again(trainers, exchange):
+    for found in trainers.run(2, watch, 2, "ddp", sgd, LENGTH, False, exchange, None, False, True):
+        figures = last(found)
+        assert figures["exchange/sent_bytes"] == sum(found["by_rank"]["sent_bytes"]) > 0
+        assert found["by_rank"]["predicted_bytes"] == found["by_rank"]["sent_bytes"]
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+@pytest.mark.parametrize("slow", [0, 1])
+def test_the_slowest_rank_is_the_one_that_others_wait_for(trainers, slow, is_before):
+    for found in trainers.run(2, watch, 2, "ddp", sgd, LENGTH, False, "gather", (slow, is_before)):
+        figures = last(found)
+        assert figures["exchange/slowest_rank"] == slow
+        # of 0.12 s a micro-batch; after the forward, it is for the loss that the other waits
+        waited = found["by_rank"]["waited_seconds" if is_before else "loss_seconds"][1 - slow] / STEPS
+        assert waited > 0.6 * 2 * 0.12
+        if is_before:
+            assert figures["exchange/waited_seconds_max"] == pytest.approx(waited)
+
+
+def test_nothing_is_logged_of_an_exchange_where_there_is_none(trainers):
+    for world in (1, 2):
+        for found in trainers.run(world, watch, 1, "ddp", sgd, LENGTH):
+            assert not [key for key in last(found) if key.startswith("exchange/")]
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_memory_is_told_by_kind(trainers, sharding):
+    ranks = trainers.run(2, watch, 2, sharding, adamw, LENGTH)
+    fullest = int(last(ranks[0])["memory/peak_rank"])
+    found, figures = ranks[fullest], {k: v * 2**30 for k, v in last(ranks[0]).items() if k.startswith("memory/")}
+    assert figures["memory/parameters_gib"] == pytest.approx(found["parameters"])
+    assert figures["memory/gradients_gib"] == pytest.approx(found["parameters"])
+    assert figures["memory/optimizer_gib"] == pytest.approx(found["state"])
+    assert found["state"] >= 2 * found["parameters"]
+    # the second rank keeps what the first has sent it in a forward; the first sees no later key
+    assert [each["forward"] for each in ranks][::-1] == ranks[0]["by_rank"]["exchange"]
+    assert figures["memory/exchange_gib"] == ranks[0]["by_rank"]["exchange"][fullest]
+    if sharding == "fsdp2":
+        whole = sum(each["parameters"] for each in ranks)
+        assert found["parameters"] < 0.7 * whole
+
+
+def test_memory_is_that_of_each_rank(trainers):
+    plain, hoarding = (
+        trainers.run(2, watch, 2, "ddp", sgd, LENGTH, False, "auto", None, hoard) for hoard in (False, True)
+    )
+    held = 2**27 / 2**30
+    for found in hoarding:
+        figures, by_rank = last(found), found["by_rank"]
+        assert figures["memory/peak_rank"] == 1
+        assert by_rank["current"][1] - plain[1]["by_rank"]["current"][1] > 0.9 * 2**27
+        assert figures["memory/current_gib_max"] - figures["memory/current_gib_min"] > 0.5 * held
+        assert figures["memory/peak_gib_max"] * 2**30 == max(by_rank["peak"])
+        assert figures["memory/peak_gib_min"] * 2**30 == min(by_rank["peak"])
+        assert figures["memory/peak_gib_median"] * 2**30 == pytest.approx(sum(by_rank["peak"]) / 2)
