@@ -1,0 +1,102 @@
+"""Tokens of `longnet tokenize` as data of a Trainer; the run that writes them is the command's own test."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_longnet import TokenData, TokenFileData
+from lightning_longnet.cli import main
+from lightning_longnet.data.streams import documents_of
+
+TEXTS = {"a.txt": "one\ntwo\n" * 30, "b/c.txt": "drei\n" * 40, "d.txt": "naïve", "e.txt": ""}
+
+
+def written(folder, texts):
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path, capsys):
+    def make(*arguments):
+        texts = written(tmp_path / "texts", TEXTS)
+        assert main(["tokenize", str(texts), "--out", str(tmp_path / "out"), "--workers", "1", *arguments]) == 0
+        return tmp_path / "out"
+
+    return make
+
+
+@pytest.mark.parametrize("shard_megabytes", [64, 2e-4])
+def test_bytes_there_and_back(made, shard_megabytes):
+    out = made("--shard-megabytes", str(shard_megabytes))
+    data = TokenFileData(str(out), tokens=16, batch_size=2)
+    assert isinstance(data, TokenData)
+    data.setup("fit")
+    whole = "\0".join(TEXTS.values())  # the empty file is no document
+    stream = data.train_rows.stream.stream
+    assert data.decode(stream.read(0, len(stream))) == whole
+    ends = [stream.read(begin, end) for begin, end in documents_of(stream)]
+    assert [data.decode(each) for each in ends] == [text + "\0" for text in list(TEXTS.values())[:3]]
+    told = json.loads((out / "tokens.json").read_text())
+    size = len(whole.encode())
+    assert (told["tokens"], told["documents"], told["bytes"]) == (size, 3, size - 3)
+    assert data.bytes_per_token == (size - 3) / size
+    assert (data.vocab_size, data.decode(data.encode("ok"))) == (256, "ok")
+    assert len(told["shards"]) == (1 if shard_megabytes == 64 else 2)
+    batch = next(iter(data.train_dataloader()))
+    assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
+
+
+def test_documents_are_packed(made):
+    data = TokenFileData(str(made()), tokens=64, packed=True, validation_share=0.3)
+    data.setup("fit")
+    row = data.val_rows.read(0, 0, 64)
+    assert set(row) == {"input_ids", "labels", "documents"}
+    assert data.train_rows.stream.starts.tolist() == [0, 241]
+
+
+def test_arrays_of_anyones(tmp_path):
+    np.save(tmp_path / "b.npy", np.arange(200, dtype=np.uint16))
+    np.save(tmp_path / "a.npy", np.arange(200, dtype=np.uint16))
+    data = TokenFileData(str(tmp_path), tokens=8, batch_size=1, vocab_size=200)
+    data.setup("fit")
+    assert data.bytes_per_token is None
+    assert data.train_rows.stream.starts.tolist() == [0]
+    with pytest.raises(ValueError, match=r"tokenizer must be given: nothing in .* says what its tokens stand for"):
+        data.encode("x")
+    wrong = TokenFileData(str(tmp_path), tokens=8, batch_size=1, vocab_size=100, tokenizer="bytes")
+    with pytest.raises(ValueError, match="vocab_size must be more than every token, got 100 and a token 199"):
+        wrong.setup("fit")
+    with pytest.raises(
+        ValueError, match=r"tokenizer must have the vocabulary of the tokens .* 100, got 'bytes' of 256"
+    ):
+        wrong.decode(torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"vocab_size must be given where there is no tokens\.json"):
+        TokenFileData(str(tmp_path))
+
+
+def test_what_is_not_there_is_told_in_a_line(tmp_path, made):
+    with pytest.raises(FileNotFoundError, match=r"path must be a folder of tokens, there is no folder .*missing"):
+        TokenFileData(str(tmp_path / "missing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"path must hold tokens\.json or \.npy files, found none in .*empty"):
+        TokenFileData(str(tmp_path / "empty"))
+    out = made()
+    with pytest.raises(ValueError, match=r"vocab_size must be that of the tokens in .*, 256, got 300"):
+        TokenFileData(str(out), vocab_size=300)
+    with pytest.raises(ValueError, match="tokens must be less than the data has"):
+        TokenFileData(str(out), tokens=400).setup("fit")
+    (out / "tokens-00000.npy").unlink()
+    with pytest.raises(FileNotFoundError, match=r"path must hold all shards .*tokens-00000\.npy is not there"):
+        TokenFileData(str(out), tokens=8).setup("fit")
+    (out / "tokens.json").rename(out / "unfinished.json")
+    for content, message in (("{", r"tokens\.json must be as longnet tokenize leaves it"), ("{}", "has no vocab_size")):
+        (tmp_path / "empty/tokens.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            TokenFileData(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"path must hold tokens that are complete: .* goes on where it stopped"):
+        TokenFileData(str(out))
