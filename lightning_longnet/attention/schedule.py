@@ -24,11 +24,12 @@ WATCHED = 8
 
 
 class Volume(NamedTuple):
-    """What one rank sends, forward and backward together, and what it keeps in between."""
+    """What one rank sends, forward and backward together, what it keeps in between, and what the forward sends."""
 
     sent_bytes: int
     messages: int
     kept_bytes: int
+    forward_bytes: int
 
     @property
     def cost(self) -> int:
@@ -68,13 +69,14 @@ def _volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, sizes: 
     ]
     wanted = sorted({branches for group in groups for branches in group}, key=len)
     pair = sizes.batch * (sizes.head_dim + sizes.value_dim)
-    totals = [[0, 0, 0] for _ in ways]
+    totals = [[0, 0, 0, 0] for _ in ways]
     between = crossings(layout)
     for peer in between.neighbours(rank):
         come, out = (_counts(between.wanted(*ends), wanted) for ends in ((rank, peer), (peer, rank)))
         for total, group in zip(totals, groups, strict=True):
             for branches, fetches in zip(group, (1, 2), strict=True):
                 total[0] += pair * (fetches * out[branches] * sizes.itemsize + come[branches] * sizes.wide_itemsize)
+                total[3] += pair * out[branches] * sizes.itemsize
                 total[1] += fetches * (out[branches] > 0) + (come[branches] > 0)
             total[2] += pair * come[group[0]] * sizes.itemsize
     return [_swapped(layout, rank, sizes) if "swap" in way else Volume(*t) for way, t in zip(ways, totals, strict=True)]
@@ -99,12 +101,13 @@ def _counts(wanted: Wanted, groups: Sequence[tuple[int, ...]]) -> dict[tuple[int
 def _swapped(layout: Layout, rank: int, sizes: Sizes) -> Volume:
     lengths, ranks = layout.placement.lengths, layout.placement.ranks
     to_heads, to_rows = lengths[rank] * (ranks - 1), layout.placement.length - lengths[rank]
-    vectors = layout.heads * sizes.head_dim + layout.kv_heads * (sizes.head_dim + sizes.value_dim)
-    vectors += layout.heads * sizes.value_dim  # out, or its gradient
-    per_token = sizes.batch * sizes.itemsize * vectors // ranks
+    given = layout.heads * sizes.head_dim + layout.kv_heads * (sizes.head_dim + sizes.value_dim)
+    out = layout.heads * sizes.value_dim  # or its gradient
+    per_token = sizes.batch * sizes.itemsize * (given + out) // ranks
+    forward = sizes.batch * sizes.itemsize * (given * to_heads + out * to_rows) // ranks
     peers = sum(1 for r in range(ranks) if r != rank and lengths[r])
     trades = peers + (ranks - 1 if lengths[rank] else 0)
-    return Volume((to_heads + to_rows) * per_token, 2 * trades, layout.placement.length * per_token)
+    return Volume((to_heads + to_rows) * per_token, 2 * trades, layout.placement.length * per_token, forward)
 
 
 def _watched(layout: Layout) -> list[int]:

@@ -195,6 +195,7 @@ def _groups(
         # looked up by the row, which stands for its documents
         told = settings.pattern, q.shape[2], k.shape[2], first if len(shard.cuts) > 1 else 0
         chosen = shard.once((*told, settings.exchange, sizes), partial(schedule, layout, settings.exchange, sizes))
+        shard.comm.traffic.note(call.startswith("backward"), layout, chosen.exchanges, sizes)
         layout = layout._replace(distinct=distinct)
         heads = k.shape[2] // shard.placement.ranks
         tokens = (torch.arange(shard.length) if chosen.is_swap else shard.tokens()).to(q.device)

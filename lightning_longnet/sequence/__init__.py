@@ -3,5 +3,6 @@
 from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.sequence.handed import hand_down, sequence_context
 from lightning_longnet.sequence.mesh import sequence_mesh
+from lightning_longnet.sequence.parts import SequencePart
 
-__all__ = ["SequenceContext", "hand_down", "sequence_context", "sequence_mesh"]
+__all__ = ["SequenceContext", "SequencePart", "hand_down", "sequence_context", "sequence_mesh"]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_longnet.sequence.parts import SequencePart
+
 # Tensors of these names are split where the module says nothing else
 KNOWN_DIMS: Mapping[str, int | None] = {
     "input_ids": 1,
@@ -28,6 +30,7 @@ def mapped(batch: Any, function: Callable[[Path, Tensor], Any], path: Path = (RO
     """The same batch with each tensor replaced; a container is copied, what is no tensor stays as it is."""
     if isinstance(batch, Tensor):
         return function(path, batch)
+    _refuse_inside(path, batch)
     parts = {name: mapped(value, function, (*path, name)) for name, value in _items(batch)}
     if isinstance(batch, Mapping):
         found: Any = copy.copy(batch)
@@ -56,8 +59,14 @@ def tensors(batch: Any, path: Path = (ROOT,)) -> Iterator[tuple[Path, Tensor]]:
     if isinstance(batch, Tensor):
         yield path, batch
         return
+    _refuse_inside(path, batch)
     for name, value in _items(batch):
         yield from tensors(value, (*path, name))
+
+
+def _refuse_inside(path: Path, batch: Any) -> None:
+    if isinstance(batch, SequencePart) and len(path) > 1:
+        raise ValueError(f"{_shown(path)} is a SequencePart, which must be the whole batch, got it inside of another")
 
 
 def _items(batch: Any) -> Iterator[tuple[str, Any]]:
@@ -107,6 +116,12 @@ def length_of(batch: Any, dims: Mapping[str, int | None]) -> int:
     return next(iter(lengths.values()))
 
 
+def is_whole(batch: Any, dims: Mapping[str, int | None]) -> bool:
+    """Is it said of every tensor of a batch, and of one at least, that it has no sequence?"""
+    found = [dim_of(path, x, dims) for path, x in tensors(batch) if x.dim() > 0]
+    return bool(found) and not any(dim is not None for dim in found)
+
+
 def known_length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
     """As `length_of`, of what is declared or known alone; None where that is nothing, or differs."""
     lengths = set()
@@ -120,7 +135,9 @@ def known_length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
 
 
 def digest(batch: Any) -> int:
-    """A number that two batches share where they hold equal tensors."""
+    """A number that two batches share where they hold equal tensors, or parts of the same samples."""
+    if isinstance(batch, SequencePart):
+        return batch.digest()
     found = sha256()
     for path, x in tensors(batch):
         found.update(f"{path} {tuple(x.shape)} {x.dtype}".encode())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,24 @@ from torch import Tensor
 
 from lightning_longnet.attention.attend import attend
 from lightning_longnet.attention.dropout import hashed
+from lightning_longnet.attention.exchange.comm import Traffic
 from lightning_longnet.attention.placement import Kind, Placement
 from lightning_longnet.attention.schedule import Exchange
 from lightning_longnet.attention.shard import SequenceShard
 from lightning_longnet.sequence.agreement import compare, fault_of
-from lightning_longnet.sequence.batches import checked_dims, digest, dim_of, known_length, length_of, mapped
+from lightning_longnet.sequence.batches import checked_dims, digest, dim_of, is_whole, known_length, length_of, mapped
 from lightning_longnet.sequence.mesh import DATA, SEQUENCE
-from lightning_longnet.sequence.reductions import GatheredSequence, TokenMean, gathered_states, part_of, summed
+from lightning_longnet.sequence.parts import SequencePart
+from lightning_longnet.sequence.reductions import (
+    GatheredSequence,
+    SummedParts,
+    TokenMean,
+    gathered_states,
+    part_of,
+    summed,
+)
+from lightning_longnet.sequence.shards import BatchShards
+from lightning_longnet.sequence.window import TokenWindow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -28,21 +40,6 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.attend import Mix
     from lightning_longnet.attention.pattern import Pattern
-
-
-class _Made(NamedTuple):
-    """A shard, and the very tensors that it was made with."""
-
-    documents: Tensor | None
-    padding: Tensor | None
-    versions: tuple[int, int]
-    shard: SequenceShard
-
-
-class _Converted(NamedTuple):
-    mask: Tensor
-    version: int
-    result: Tensor
 
 
 class SequenceContext:
@@ -61,6 +58,9 @@ class SequenceContext:
         mesh: as given.
         sequence_group: the ranks that share this rank's sequences; None where they are whole.
         data_parallel_group: the ranks that hold the same part of other sequences; None without a mesh.
+        samples: the names of the samples that are worked on, where the data tells them.
+        window: opened where micro-batches are to count by their tokens.
+        traffic: what this rank has sent for attention, and how long it waited for others; see `Traffic`.
     """
 
     def __init__(
@@ -85,12 +85,14 @@ class SequenceContext:
         self.sequence_group = None if mesh is None else mesh.get_group(SEQUENCE)
         self.data_parallel_group = None if mesh is None else mesh.get_group(DATA)
         self._length: int | None = None
+        self._is_whole = False
         self._given: tuple[Tensor | None, Tensor | None] = None, None
-        self._made: list[_Made] = []
-        self._converted: list[_Converted] = []
+        self._shards = BatchShards()
         self._plain: dict[int, SequenceShard] = {}
         self._step_seed = torch.tensor(seed)
-        self._window: list[Tensor] | None = None
+        self.window = TokenWindow()
+        self.traffic = Traffic()
+        self.samples: tuple[str, ...] = ()
 
     def __deepcopy__(self, _: Any) -> SequenceContext:
         return self
@@ -103,17 +105,30 @@ class SequenceContext:
     def split(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> Any:
         """The part of this rank, of a batch that all ranks of the sequence group hold whole; `begin`s it, too.
 
+        A `SequencePart` is that part already, and becomes a dictionary.
+
         Args:
-            batch: tensors in dictionaries, lists, tuples and dataclasses.
+            batch: tensors in dictionaries, lists, tuples and dataclasses; or a `SequencePart`.
             sequence_dims: of each name the dimension that is the sequence, or None for a tensor that has none.
-                input_ids, labels, attention_mask, positions and documents are known.
+                input_ids, labels, attention_mask, positions and documents are known.  Where all tensors have None the
+                batch stays whole, and the model makes the sequences; see `begin_made`.
         """
         dims = checked_dims(sequence_dims or {})
+        self.samples = ()
+        if isinstance(batch, SequencePart):
+            self._check_part(batch, dims)
+            self.begin(batch.length)
+            self.samples = batch.samples
+            if self.is_split:
+                self._give(batch.tensors)
+            return dict(batch.tensors)
         if self.sequence_parallel_size == 1:
             self.begin(known_length(batch, dims))
             return batch
         length = self._length_of(batch, dims)
         self.begin(length)
+        if length is None:
+            return batch
         placement = self.placement_of(length)
         given: dict[str, Tensor] = {}
 
@@ -126,45 +141,79 @@ class SequenceContext:
             return found
 
         batch = mapped(batch, part)
-        mask = given.get("attention_mask")
-        self._given = given.get("documents"), None if mask is None else mask == 0
+        self._give(given)
         return batch
+
+    def _give(self, parts: Mapping[str, Tensor]) -> None:
+        """What the batch's own shard is made with."""
+        mask = parts.get("attention_mask")
+        self._given = parts.get("documents"), None if mask is None else mask == 0
 
     def begin(self, length: int | None) -> None:
         """From now on layers are given their part of sequences of `length` tokens; whole ones where it is None."""
         self._length = length
         self._given = None, None
-        self._made, self._converted = [], []
+        self._shards = BatchShards()
+
+    def begin_made(self, length: int) -> Tensor:
+        """As `begin`, by a model that makes sequences itself of what all ranks of a group hold whole: images' patches.
+
+        Gives back where the tokens stand that this rank is to make of them: within `whole()`, all.
+        """
+        if self._is_whole:
+            return torch.arange(length)
+        self._check_length(length)
+        self.begin(length)
+        return _tokens(self.placement_of(length), self.sequence_parallel_rank)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         """In here layers are given whole sequences, on each rank its own: to generate text in a callback, say."""
-        kept = self._length, self._given, self._made, self._converted
-        self.begin(None)
+        with self.parts_of(None):
+            yield
+
+    @contextmanager
+    def parts_of(self, length: int | None) -> Iterator[None]:
+        """In here layers are given their part of sequences of so many tokens, and then what they were given before."""
+        kept = self._length, self._given, self._shards, self._is_whole
+        self.begin(length)
+        self._is_whole = length is None
         try:
             yield
         finally:
-            self._length, self._given, self._made, self._converted = kept
+            self._length, self._given, self._shards, self._is_whole = kept
 
     def check_same(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> None:
         """A ValueError on all ranks where those that share sequences hold different batches, or one cannot be split."""
         if self.sequence_group is None or self.data_parallel_group is None:
             return
-        fault = ""
-        if self.sequence_parallel_size > 1:
-            dims = checked_dims(sequence_dims or {})
+        fault, dims = "", checked_dims(sequence_dims or {})
+        if isinstance(batch, SequencePart):
+            fault = fault_of(lambda: self._check_part(batch, dims))
+        elif self.sequence_parallel_size > 1:
             fault = fault_of(lambda: (self._length_of(batch, dims), mapped(batch, lambda _, x: x)))
         place = self.data_parallel_rank, self.data_parallel_size
         compare(digest(batch), fault, self.sequence_group, self.data_parallel_group, place)
 
-    def _length_of(self, batch: Any, dims: Mapping[str, int | None]) -> int:
+    def _check_part(self, part: SequencePart, dims: Mapping[str, int | None]) -> None:
+        self._check_length(part.length)
+        part.check(self.placement_of(part.length), self.sequence_parallel_rank)
+        if (tokens := length_of(part.tensors, dims)) != part.tokens:
+            raise ValueError(f"a SequencePart of {part.tokens} tokens must have as many in its tensors, got {tokens}")
+
+    def _length_of(self, batch: Any, dims: Mapping[str, int | None]) -> int | None:
+        if is_whole(batch, dims):
+            return None
         length = length_of(batch, dims)
+        self._check_length(length)
+        return length
+
+    def _check_length(self, length: int) -> None:
         if length < self.sequence_parallel_size:
             raise ValueError(
                 f"sequences must have at least one token for each of the {self.sequence_parallel_size} ranks that "
                 f"share them, got {length}: set sequence_parallel_size to at most {length}, or pad them"
             )
-        return length
 
     @property
     def is_split(self) -> bool:
@@ -207,29 +256,24 @@ class SequenceContext:
         assert self._length is not None
         assert self.sequence_group is not None
         here = self.placement_of(self._length).lengths[self.sequence_parallel_rank]
-        if documents is None and key_padding_mask is None:
+        if documents is None and key_padding_mask is None:  # such a shard lasts, whatever the batch
             if self._length not in self._plain:
                 if len(self._plain) == 64:
                     self._plain.clear()
-                self._plain[self._length] = SequenceShard(self.sequence_group, here, self.placement)
+                self._plain[self._length] = self._counted(SequenceShard(self.sequence_group, here, self.placement))
             return self._plain[self._length]
-        versions = _version(documents), _version(key_padding_mask)
-        for made in self._made:
-            same = _is_same(made.documents, documents) and _is_same(made.padding, key_padding_mask)
-            if same and made.versions == versions:
-                return made.shard
-        shard = SequenceShard(self.sequence_group, here, self.placement, documents, key_padding_mask)
-        self._made.append(_Made(documents, key_padding_mask, versions, shard))
+        settings = self.sequence_group, here, self.placement, documents, key_padding_mask
+        return self._shards.of(documents, key_padding_mask, lambda: self._counted(SequenceShard(*settings)))
+
+    def _counted(self, shard: SequenceShard) -> SequenceShard:
+        self.traffic.waited_seconds += shard.comm.traffic.waited_seconds  # for the others, who make it, too
+        self.traffic.flight_seconds += shard.comm.traffic.flight_seconds
+        shard.comm.traffic = self.traffic
         return shard
 
     def once(self, mask: Tensor, convert: Callable[[], Tensor]) -> Tensor:
         """What became of this very mask in this batch, so that layers which convert it share a shard."""
-        for known in self._converted:
-            if _is_same(known.mask, mask) and known.version == _version(mask):
-                return known.result
-        result = convert()
-        self._converted.append(_Converted(mask, _version(mask), result))
-        return result
+        return self._shards.once(mask, convert)
 
     def attend(
         self,
@@ -292,9 +336,11 @@ class SequenceContext:
         DDP, FSDP and DeepSpeed do.  0 where there is no token anywhere.
         """
         group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        begin = perf_counter()
         totals = summed(loss_sum, token_count, group)
+        self.traffic.loss_seconds += perf_counter() - begin
         ranks = 1 if group is None else dist.get_world_size()
-        divisor = self._divisor(totals[1]) if loss_sum.requires_grad else totals[1]
+        divisor = self.window.divisor(totals[1]) if loss_sum.requires_grad else totals[1]
         mean: Tensor = TokenMean.apply(loss_sum, totals, divisor, ranks)  # type: ignore[no-untyped-call]
         return mean
 
@@ -311,6 +357,16 @@ class SequenceContext:
         told = self.placement_of(self._length), self.sequence_parallel_rank, self.sequence_group, dim
         whole: Tensor = GatheredSequence.apply(x, *told)  # type: ignore[no-untyped-call]
         return whole
+
+    def sum_parts(self, x: Tensor) -> Tensor:
+        """The sum of what the ranks that share sequences have each of its own part; differentiable.
+
+        As with `gather_sequence`, every rank then computes the same loss.
+        """
+        if not self.is_split:
+            return x
+        found: Tensor = SummedParts.apply(x, self.sequence_group)  # type: ignore[no-untyped-call]
+        return found
 
     def per_sample(self, metric: Any) -> Any:
         """The same torchmetrics Metric or MetricCollection, for what counts samples and not tokens.
@@ -338,30 +394,6 @@ class SequenceContext:
         """The number of a micro-batch since training began, which attention dropout follows."""
         self._step_seed = hashed(hashed(torch.tensor(self.seed)) + number)
 
-    def open_window(self) -> None:
-        """Micro-batches that follow are weighted by their tokens until `close_window`."""
-        if self._window is None:
-            self._window = []
-
-    @property
-    def window_length(self) -> int:
-        """How many means were taken in the window."""
-        return 0 if self._window is None else len(self._window)
-
-    def close_window(self, micro_batches: int) -> float:
-        """What gradients of the window are to be multiplied with, where each loss was divided by `micro_batches`."""
-        window, self._window = self._window, None
-        if not window:
-            return 1.0
-        total = torch.stack(window).sum()
-        return float(micro_batches * window[0].clamp(min=1) / total) if total > 0 else 1.0
-
-    def _divisor(self, count: Tensor) -> Tensor:
-        if self._window is None:
-            return count
-        self._window.append(count)
-        return self._window[0].clamp(min=1)
-
     def placement_of(self, length: int) -> Placement:
         """Of sequences of so many tokens: as evenly as can be."""
         return _placement(length, self.sequence_parallel_size, self.placement)
@@ -386,15 +418,3 @@ def _placement(length: int, ranks: int, kind: Kind) -> Placement:
 def _tokens(placement: Placement, rank: int) -> Tensor:
     parts = [torch.arange(begin, end) for begin, end, _ in placement.stretches(rank)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
-
-
-def _version(x: Tensor | None) -> int:
-    """How often it was changed; tensors of inference mode do not count."""
-    return -1 if x is None or x.is_inference() else x._version
-
-
-def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
-    """The same numbers at the same place, whatever object stands for them.  Values must not decide: ranks differ."""
-    if a is None or b is None:
-        return a is b
-    return a is b or (a.dtype == b.dtype and a.is_set_to(b))

@@ -18,8 +18,9 @@ def hand_down(module: nn.Module, context: SequenceContext | None) -> None:
     for each in module.modules():
         if hasattr(type(each), "sequence_context"):
             each.sequence_context = context  # type: ignore[assignment]
-            each.layer_number = layers  # type: ignore[assignment]
-            layers += 1
+            if hasattr(type(each), "layer_number"):
+                each.layer_number = layers  # type: ignore[assignment]
+                layers += 1
         elif context is not None:
             each.__dict__[_HANDED] = context
         else:

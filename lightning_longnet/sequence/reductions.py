@@ -69,6 +69,25 @@ class GatheredSequence(torch.autograd.Function):
         return part_of(grad, placement, rank, dim), None, None, None, None
 
 
+class SummedParts(torch.autograd.Function):
+    """The sum over the ranks, on each of them; the gradient of a rank's is the sum of what all ranks have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _total(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _total(grad, ctx.group), None
+
+
+def _total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
+    dist.all_reduce(wide, group=group)
+    return wide.to(x.dtype)
+
+
 def part_of(x: Tensor, placement: Placement, rank: int, dim: int) -> Tensor:
     """The tokens of a rank, in the order in which it holds them; a copy, so that the whole can be freed."""
     parts = [x.narrow(dim, begin, end - begin) for begin, end, _ in placement.stretches(rank)]

@@ -88,7 +88,7 @@ def test_the_closed_form_of_nested_branches(is_causal):
 def test_nothing_travels_while_segments_end_where_ranks_do():
     layout = Layout(Pattern.dilated((64, 128), (1, 2), True), 4, 4, (0, 1024), Placement((256,) * 4))
     assert is_local(layout)
-    assert all(volume(layout, ("gather",) * 2, rank, SIZES) == (0, 0, 0) for rank in range(4))
+    assert all(volume(layout, ("gather",) * 2, rank, SIZES) == (0, 0, 0, 0) for rank in range(4))
     assert schedule(layout, "auto", SIZES).why == "nothing has to travel"
 
 
@@ -147,14 +147,15 @@ def test_the_volume_is_that_of_the_route(seed):
         exchanges = way[: len(layout.pattern.branches)]
         for rank in range(layout.placement.ranks):
             found = volume(layout, exchanges, rank, SIZES)
-            sent = messages = kept = 0
+            sent = messages = kept = forward = 0
             for each in route(layout, rank, exchanges).rounds:
                 at, fetches = each.indices(), 1 if each.keeps else 2
                 out, come = (sum(map(len, cells.values())) for cells in (at.send, at.receive))
                 sent += 128 * 4 * (fetches * out + come)
+                forward += 128 * 4 * out
                 messages += fetches * len(at.send) + len(at.receive)
                 kept += each.keeps * 128 * 4 * come
-            assert found == (sent, messages, kept)
+            assert found == (sent, messages, kept, forward)
 
 
 def test_auto_keeps_no_more_than_it_may_on_any_rank():

@@ -5,24 +5,12 @@ import pickle
 
 import pytest
 import torch
+from contexts import made
 from torch import nn
 
 from lightning_longnet import DilatedSelfAttention, Pattern, SequenceContext, attend, hand_down, sequence_context
 
 PATTERN = Pattern.dilated((4, 8, 16), (1, 2, 3), is_causal=True)
-
-
-def made(group, placement="contiguous"):
-    """A context of this world, whose ranks all share a sequence."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
-
-    ranks = dist.get_process_group_ranks(group)
-    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    mesh = DeviceMesh.from_group(
-        [alone, group], "cpu", mesh=torch.tensor([ranks]), mesh_dim_names=("data_parallel", "sequence_parallel")
-    )
-    return SequenceContext(mesh, placement=placement)
 
 
 def drawn(seed, *shape):
@@ -212,16 +200,16 @@ def test_whole_gives_back_what_it_took():
 def windows(group):
     """Counts of a window weigh its gradients; what has no gradient is no part of it."""
     context, rank = SequenceContext(), torch.distributed.get_rank()
-    context.open_window()
+    context.window.open()
     found = []
     for count in (3, 5):
         loss = torch.tensor(2.0 * count, requires_grad=True)
         context.token_mean(loss.detach(), count)
         context.token_mean(loss, count).backward()
         found.append(loss.grad.item())
-    assert context.window_length == 2
-    factor = context.close_window(2)
-    assert (context.window_length, rank >= 0) == (0, True)
+    assert context.window.means == 2
+    factor = context.window.close(2)
+    assert (context.window.means, rank >= 0) == (0, True)
     return [grad / 2 * factor for grad in found]
 
 

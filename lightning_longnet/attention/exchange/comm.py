@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -15,6 +15,35 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
+
+
+@dataclass
+class Traffic:
+    """What one rank sent, and how long it took, since its count began.
+
+    `waited_seconds` is how long the rank stood still for what had not come, `flight_seconds` the time from the start of
+    messages until they were known to have come, in which it may have computed, and `loss_seconds` how long it stood
+    still for the losses of others.  Over NCCL they are of the host, which waits for nothing: a GPU's own waiting is not
+    in them.  Where `calls` is a list, each pass of attention over ranks is noted in it, as (is it a backward, layout,
+    exchanges, sizes); whoever wants that empties the list, too.
+    """
+
+    messages: int = 0
+    sent_bytes: int = 0
+    waited_seconds: float = 0.0
+    flight_seconds: float = 0.0
+    loss_seconds: float = 0.0
+    calls: list[tuple[bool, Any, tuple[str, ...], Any]] | None = None
+
+    def waited(self, begin: float, started: float) -> None:
+        """Until now, from `begin` on, for messages that were on their way since `started`."""
+        end = perf_counter()
+        self.waited_seconds += end - begin
+        self.flight_seconds += end - started
+
+    def note(self, is_backward: bool, layout: Any, exchanges: tuple[str, ...], sizes: Any) -> None:
+        if self.calls is not None:
+            self.calls.append((is_backward, layout, exchanges, sizes))
 
 
 @dataclass
@@ -27,8 +56,11 @@ class Pending:
     works: list[tuple[dist.Work, str]]
     tensors: tuple[Tensor, ...]
     comm: Comm
+    started: float = field(default_factory=perf_counter)
 
     def wait(self) -> None:
+        if not self.works:
+            return
         begin = perf_counter()
         for work, words in self.works:
             try:
@@ -36,7 +68,7 @@ class Pending:
             except RuntimeError as error:
                 raise RuntimeError(f"{words}: {error}") from error
         self.works, self.tensors = [], ()
-        self.comm.waited_seconds += perf_counter() - begin
+        self.comm.traffic.waited(begin, self.started)
 
 
 class Errand(NamedTuple):
@@ -49,17 +81,28 @@ class Errand(NamedTuple):
 class Comm:
     """What one rank of a group sends and receives.
 
-    `shard` is the number by which all ranks know whose messages these are.  `messages` and `sent_bytes` count what this
-    one sent, `waited_seconds` how long it stood still for what had not come.  `failure` tells what it did not finish.
+    `shard` is the number by which all ranks know whose messages these are.  `traffic` counts what this one sent; the
+    shards of a `SequenceContext` share theirs.  `failure` tells what it did not finish.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.shard = 0
-        self.messages = self.sent_bytes = 0
-        self.waited_seconds = 0.0
+        self.traffic = Traffic()
         self.failure = ""
+
+    @property
+    def messages(self) -> int:
+        return self.traffic.messages
+
+    @property
+    def sent_bytes(self) -> int:
+        return self.traffic.sent_bytes
+
+    @property
+    def waited_seconds(self) -> float:
+        return self.traffic.waited_seconds
 
     @contextmanager
     def finished(self, what: str) -> Iterator[None]:
@@ -91,8 +134,8 @@ class Comm:
             tag = self._tag(errand, what, tensor)
             operations.append(dist.P2POp(dist.isend, tensor, group=self.group, tag=tag, group_peer=peer))
             words.append(f"{story}, to rank {peer}")
-            self.messages += 1
-            self.sent_bytes += tensor.numel() * tensor.element_size()
+            self.traffic.messages += 1
+            self.traffic.sent_bytes += tensor.numel() * tensor.element_size()
         peers = ", ".join(map(str, sorted({*send, *receive})))
         try:
             works = dist.batch_isend_irecv(operations) if operations else []
@@ -106,10 +149,12 @@ class Comm:
         """(ranks, *own.shape), of tensors of one shape."""
         self._check_failure()
         found = own.new_empty((self.ranks, *own.shape))
+        begin = perf_counter()
         try:
             dist.all_gather(list(found.unbind()), own.contiguous(), group=self.group)
         except RuntimeError as error:
             raise RuntimeError(f"rank {self.rank} of {self.ranks}, {what}: {error}") from error
+        self.traffic.waited(begin, begin)
         return found
 
     def _check_failure(self) -> None:
