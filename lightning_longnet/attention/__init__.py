@@ -1,6 +1,13 @@
 """Exact dilated attention: imports torch alone, and is usable without Lightning."""
 
 from lightning_longnet.attention.attend import attend, explain
+from lightning_longnet.attention.ordering import (
+    causal_order,
+    hilbert_order,
+    inverse_order,
+    raster_order,
+    sequence_hilbert_order,
+)
 from lightning_longnet.attention.pattern import Branch, Pattern, Reach
 from lightning_longnet.attention.sequence_plan import SequencePlan, sequence_plan
 from lightning_longnet.attention.shard import SequenceShard
@@ -12,6 +19,11 @@ __all__ = [
     "SequencePlan",
     "SequenceShard",
     "attend",
+    "causal_order",
     "explain",
+    "hilbert_order",
+    "inverse_order",
+    "raster_order",
+    "sequence_hilbert_order",
     "sequence_plan",
 ]
