@@ -15,9 +15,18 @@ if TYPE_CHECKING:
         SequencePlan,
         SequenceShard,
         attend,
+        causal_order,
         explain,
+        hilbert_order,
+        inverse_order,
+        raster_order,
+        sequence_hilbert_order,
         sequence_plan,
     )
+    from lightning_longnet.checkpoints import Checkpoint, read_checkpoint
+    from lightning_longnet.data import ByteData, HubData, ImageFolderData, LongRangeData, TokenData, TokenFileData
+    from lightning_longnet.exported import export_model, load_model
+    from lightning_longnet.flops import ModelFlops, attended_pairs
     from lightning_longnet.layers import (
         DilatedSelfAttention,
         FeedForward,
@@ -28,31 +37,61 @@ if TYPE_CHECKING:
     )
     from lightning_longnet.loss import chunked_cross_entropy
     from lightning_longnet.model import LongNet, LongNetConfig
-    from lightning_longnet.sequence import SequenceContext, hand_down, sequence_context, sequence_mesh
+    from lightning_longnet.module import LongNetModule
+    from lightning_longnet.optimization import decay_groups, warmup_cosine
+    from lightning_longnet.report import write_report
+    from lightning_longnet.sequence import SequenceContext, SequencePart, hand_down, sequence_context, sequence_mesh
+    from lightning_longnet.vision import LongViT, LongViTConfig
+    from lightning_longnet.vision_module import LongViTModule
 
 __version__ = "0.1.0"
 __all__ = [
     "Branch",
+    "ByteData",
+    "Checkpoint",
     "DilatedSelfAttention",
     "FeedForward",
+    "HubData",
+    "ImageFolderData",
     "LongNet",
     "LongNetConfig",
+    "LongNetModule",
+    "LongRangeData",
+    "LongViT",
+    "LongViTConfig",
+    "LongViTModule",
+    "ModelFlops",
     "MultiheadDilatedAttention",
     "Pattern",
     "Reach",
     "RotaryPositions",
     "SequenceContext",
+    "SequencePart",
     "SequencePlan",
     "SequenceShard",
+    "TokenData",
+    "TokenFileData",
     "attend",
+    "attended_pairs",
+    "causal_order",
     "chunked_cross_entropy",
+    "decay_groups",
     "explain",
+    "export_model",
     "hand_down",
+    "hilbert_order",
+    "inverse_order",
     "keep_attention",
+    "load_model",
     "magneto_gain",
+    "raster_order",
+    "read_checkpoint",
     "sequence_context",
+    "sequence_hilbert_order",
     "sequence_mesh",
     "sequence_plan",
+    "warmup_cosine",
+    "write_report",
 ]
 
 # Loaded when first asked for: torch takes seconds, and a command line's help needs none of it
@@ -64,9 +103,16 @@ _ROOMS = {
         "SequencePlan",
         "SequenceShard",
         "attend",
+        "causal_order",
         "explain",
+        "hilbert_order",
+        "inverse_order",
+        "raster_order",
+        "sequence_hilbert_order",
         "sequence_plan",
     ),
+    "data": ("ByteData", "HubData", "ImageFolderData", "LongRangeData", "TokenData", "TokenFileData"),
+    "flops": ("ModelFlops", "attended_pairs"),
     "layers": (
         "DilatedSelfAttention",
         "FeedForward",
@@ -77,7 +123,14 @@ _ROOMS = {
     ),
     "loss": ("chunked_cross_entropy",),
     "model": ("LongNet", "LongNetConfig"),
-    "sequence": ("SequenceContext", "hand_down", "sequence_context", "sequence_mesh"),
+    "module": ("LongNetModule",),
+    "sequence": ("SequenceContext", "SequencePart", "hand_down", "sequence_context", "sequence_mesh"),
+    "optimization": ("decay_groups", "warmup_cosine"),
+    "checkpoints": ("Checkpoint", "read_checkpoint"),
+    "exported": ("export_model", "load_model"),
+    "vision": ("LongViT", "LongViTConfig"),
+    "vision_module": ("LongViTModule",),
+    "report": ("write_report",),
 }
 
 

@@ -1,6 +1,7 @@
 """The LongNet model against a plain composition, and each of its savings against none."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +145,20 @@ def test_weights_begin_as_magneto_says_or_as_they_do_alone():
 def test_refusals(change, message):
     with pytest.raises(ValueError, match=message):
         made(**change)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),  # without embeddings: 12 layers x width^2, near enough
+    [("125m", 85), ("350m", 302), ("760m", 680), ("2_7b", 2517), ("1b_tokens", 85)],
+)
+def test_longnets_sizes_are_those_of_their_names(name, millions):
+    path = Path(__file__).parents[1] / f"configs/longnet/{name}.yaml"
+    told = yaml.safe_load(path.read_text())
+    with torch.device("meta"):
+        model = LongNet(LongNetConfig(**told["model"]["config"]))
+    blocks = sum(x.numel() for x in model.blocks.parameters())
+    assert blocks / 1e6 == pytest.approx(millions, rel=0.01)
+    tokens = told["data"]["init_args"]["tokens"]
+    assert model.config.patterns[0].reach(tokens, model.config.heads).span == tokens, (
+        "every token can reach every other"
+    )

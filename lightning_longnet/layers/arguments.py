@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from math import inf
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from torch import nn
 
 from lightning_longnet.attention.attend import Mix
 from lightning_longnet.attention.kernels import kernel_names
@@ -23,6 +25,22 @@ def pattern_of(pattern: Pattern | dict[str, Any]) -> Pattern:
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern must be a Pattern, or the dictionary of Pattern.to_dict, got {pattern!r}")
     return pattern
+
+
+def class_of(value: dict[str, Any]) -> type[nn.Module]:
+    """The module that a YAML file names by its class_path."""
+    rule = 'attention must be {"class_path": "package.Name", "init_args": {...}}'
+    path = value.get("class_path") if isinstance(value, dict) and set(value) <= {"class_path", "init_args"} else None
+    if not isinstance(path, str) or "." not in path or not isinstance(value.get("init_args", {}), dict):
+        raise ValueError(f"{rule}, got {value!r}")
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{rule}, and nothing can be imported from {path!r}: {error}") from error
+    if not isinstance(found, type) or not issubclass(found, nn.Module):
+        raise ValueError(f"{rule} of an nn.Module, got {found!r}")
+    return found
 
 
 def positive_integer(name: str, value: int) -> int:

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from lightning_longnet.attention.attend import Mix, attend
 from lightning_longnet.layers.arguments import exchange_of, kernel_name, mix_of, probability
+from lightning_longnet.layers.positions import checked_positions, document_index
 
 if TYPE_CHECKING:
     from lightning_longnet.attention.pattern import Pattern
     from lightning_longnet.attention.schedule import Exchange
     from lightning_longnet.sequence.context import SequenceContext
+
+
+def places_of(x: Tensor, documents: Tensor | None, context: SequenceContext | None) -> Tensor:
+    """Where the tokens of x (B, N, ...) stand in their documents, (N,) or (B, N), whole or in parts."""
+    if documents is not None:
+        documents = checked_positions(documents, x, "documents")
+    if context is not None and context.is_split:
+        split: Tensor = context.places_of(x, documents)
+        return split
+    if documents is not None:
+        return document_index(documents)
+    return torch.arange(x.shape[1], device=x.device)
 
 
 class AttentionLayer(nn.Module):

@@ -29,6 +29,7 @@ class FeedForward(nn.Module):
         bias: of both maps.
         dropout: of the hidden values, in training.
         sub_norm: a LayerNorm before the second map (MAGNETO).
+        norm_eps: of that LayerNorm.
         gain: of both maps' initialisation; see `magneto_gain`.
         chunk_tokens: compute so many tokens at a time, and again in the backward: the hidden values of no more than
             these are ever held.
@@ -43,6 +44,7 @@ class FeedForward(nn.Module):
         bias: bool = True,
         dropout: float = 0.0,
         sub_norm: bool = False,
+        norm_eps: float = 1e-5,
         gain: float = 1.0,
         chunk_tokens: int | None = None,
         device: torch.device | str | None = None,
@@ -61,7 +63,7 @@ class FeedForward(nn.Module):
         self.gain = positive_number("gain", gain)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.first = nn.Linear(embed_dim, hidden_dim * (2 if activation == "swiglu" else 1), bias=bias, **made)
-        self.sub_norm = nn.LayerNorm(hidden_dim, **made) if sub_norm else None
+        self.sub_norm = nn.LayerNorm(hidden_dim, norm_eps, **made) if sub_norm else None
         self.second = nn.Linear(hidden_dim, embed_dim, bias=bias, **made)
         self.reset_parameters()
 

@@ -17,9 +17,9 @@ from lightning_longnet.layers.arguments import (
     positive_number,
     shown_pattern,
 )
-from lightning_longnet.layers.attending import AttentionLayer
+from lightning_longnet.layers.attending import AttentionLayer, places_of
 from lightning_longnet.layers.initialization import xavier_parts
-from lightning_longnet.layers.positions import Kind, RotaryPositions, checked_positions, document_index
+from lightning_longnet.layers.positions import Kind, RotaryPositions
 
 
 class HeadNorm(nn.RMSNorm):
@@ -45,6 +45,7 @@ class DilatedSelfAttention(AttentionLayer):
         xpos_scale_base: larger ones fade later.
         qk_norm: an RMSNorm over each head of q and of k, before the rotation.
         sub_norm: a LayerNorm over the joined heads, before the projection back (MAGNETO).
+        norm_eps: of that LayerNorm.
         gain: of the initialisation of v and of the projection back; see `magneto_gain`.
         mix: "exact" or "detached"; see `attend`.
         kernel: "auto", or the name of one; see `explain`.
@@ -71,6 +72,7 @@ class DilatedSelfAttention(AttentionLayer):
         xpos_scale_base: float = 512.0,
         qk_norm: bool = False,
         sub_norm: bool = False,
+        norm_eps: float = 1e-5,
         gain: float = 1.0,
         mix: Mix = "exact",
         kernel: str = "auto",
@@ -99,7 +101,7 @@ class DilatedSelfAttention(AttentionLayer):
                 self.head_dim, base=rope_base, kind=rotary, scale_base=xpos_scale_base, pattern=self.pattern
             )
         joined = self.num_heads * self.head_dim
-        self.sub_norm = nn.LayerNorm(joined, **made) if sub_norm else None
+        self.sub_norm = nn.LayerNorm(joined, norm_eps, **made) if sub_norm else None
         self.out_proj = nn.Linear(joined, embed_dim, bias=bias, **made)
         self.reset_parameters()
 
@@ -158,16 +160,9 @@ class DilatedSelfAttention(AttentionLayer):
 
     def _turned(self, q: Tensor, k: Tensor, positions: Tensor | None, documents: Tensor | None) -> Any:
         assert self.rotary is not None
-        if documents is not None:
-            documents = checked_positions(documents, q, "documents")
-        if self.sequence_context is not None and self.is_split:
-            index = self.sequence_context.places_of(q, documents)
-        elif documents is not None:
-            index = document_index(documents)
-        elif positions is None:
+        if positions is None and documents is None and not self.is_split:
             return self.rotary(q, k)
-        else:
-            index = torch.arange(q.shape[1], device=q.device)
+        index = places_of(q, documents, self.sequence_context)
         return self.rotary(q, k, index) if positions is None else self.rotary(q, k, positions, index=index)
 
     def extra_repr(self) -> str:

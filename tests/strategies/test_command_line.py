@@ -1,6 +1,5 @@
 """Names, YAML and help: what a user of the command line meets."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -20,7 +19,8 @@ CONFIGS = sorted((ROOT / "configs/strategies").glob("*.yaml"))
 SMALL = [
     *("--trainer.max_steps=2", "--trainer.limit_val_batches=2", "--trainer.val_check_interval=2"),
     *("--trainer.logger=false", "--trainer.callbacks=null", "--trainer.enable_progress_bar=false"),
-    *("--model.dim=16", "--model.layers=1", "--data.tokens=301", "--data.megabytes=0.05"),
+    *("--trainer.enable_checkpointing=false", "--model.config.dim=16", "--model.config.layers=1", "--model.eps=1e-4"),
+    *("--data.tokens=301", "--data.megabytes=0.05"),
 ]
 ENGINES = {"ddp": DDPStrategy, "fsdp2": ModelParallelStrategy, "hsdp": ModelParallelStrategy}
 
@@ -58,23 +58,12 @@ def test_the_package_is_imported_where_lightning_is_missing():
     assert found.stdout.strip() == "True", found.stderr
 
 
-def example():
-    path = ROOT / "examples/byte_model.py"
-    if "byte_model" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("byte_model", path)
-        sys.modules["byte_model"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["byte_model"])
-    return sys.modules["byte_model"]
-
-
 def command(rank, world, arguments):
     """What is logged by the program that the configurations name."""
-    from lightning.pytorch.cli import LightningCLI
+    from lightning_longnet.cli.trainer import run_trainer
 
-    found = example()
     with quiet():
-        told = {"seed_everything_default": 0, "save_config_callback": None, "args": arguments}
-        cli = LightningCLI(found.ByteModel, found.SourceCode, **told)
+        cli = run_trainer(arguments)
     return {name: value.item() for name, value in cli.trainer.callback_metrics.items()}, cli.trainer.global_step
 
 
@@ -103,7 +92,7 @@ def test_every_configuration_trains_two_steps(trainers, deepspeed_trainers, alon
 
 
 def printed(*told):
-    arguments = [sys.executable, "examples/byte_model.py", "fit", *told]
+    arguments = [sys.executable, "-m", "lightning_longnet", "fit", *told]
     return subprocess.run(arguments, capture_output=True, text=True, timeout=120, cwd=ROOT)
 
 

@@ -29,7 +29,7 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone():
     """The losses of one process, on batches as large as those of all ranks."""
-    command = [sys.executable, "examples/slurm/train.py", *MODEL, "--batch-size=2", f"--steps={STEPS}"]
+    command = [sys.executable, "examples/train.py", *MODEL, "--batch-size=2", f"--steps={STEPS}"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment())
     assert found.returncode == 0, found.stderr
     return losses(found.stdout)

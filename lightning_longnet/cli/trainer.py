@@ -1,0 +1,120 @@
+"""fit, validate, test and predict: LightningCLI, with our module and our data where a file names no others."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import lightning as L
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+import lightning_longnet.data
+import lightning_longnet.module
+import lightning_longnet.vision_module  # noqa: F401  short names in YAML are those of classes that are loaded
+from lightning_longnet.callbacks import PredictedTexts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+_READS_ARGUMENTS = "lightning/pytorch/trainer/connectors/"  # those of a Trainer
+
+
+class SavedConfig(SaveConfigCallback):
+    """The configuration lies beside the metrics of its run; a run that logs nothing leaves none."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong, without the hundred lines of usage before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = [line.strip() for line in message.splitlines()]
+        if "Errors:" in lines:  # of each type that a value might have had; the value itself, pages of it, follows
+            reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and "NoneType" not in line]
+            lines = [lines[0], "; ".join(reasons)]
+        self.exit(2, f"longnet: error: {' '.join(lines)}\n")
+
+
+class TrainerCLI(LightningCLI):
+    def _parse_ckpt_path(self) -> None:
+        """The model is what files and overrides say, and a checkpoint of another is refused.
+
+        Lightning would put what the checkpoint was made with in the place of what was asked for.
+        """
+        given = self.config[self.config.subcommand].get("ckpt_path")
+        is_word = given in (None, "best", "last", "hpc", "registry")
+        if not is_word and ":" not in given and not Path(given).exists():  # s3://, registry:
+            raise ValueError(f"ckpt_path must be a checkpoint, got {given}, which does not exist")
+
+    def __init__(self, *args: Any, given: Sequence[str], **kwargs: Any) -> None:
+        self.given = given
+        super().__init__(*args, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        if not names_a_model(self.given):
+            parser.set_defaults({"model": {"class_path": "lightning_longnet.LongNetModule"}})
+
+
+def names_a_model(given: Sequence[str]) -> bool:
+    """Do files or overrides choose a class?  A default one would leave its own arguments to any that shares names."""
+    found = False
+    for i, word in enumerate(given):
+        name, equals, value = word.partition("=")
+        found |= name in ("--model", "--model.class_path")
+        if name in ("-c", "--config") and (equals or i + 1 < len(given)):
+            path = Path(value if equals else given[i + 1])
+            content = _content(path) if path.is_file() else None
+            model = content.get("model") if isinstance(content, dict) else None
+            found |= isinstance(model, str) or (isinstance(model, dict) and "class_path" in model)
+    return found
+
+
+def _content(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        return None  # the parser says what is wrong with it
+
+
+def run_trainer(arguments: Sequence[str]) -> TrainerCLI:
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()  # advertisements
+    )
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's use of what torch 2.13 calls by another name
+    # None: what the process was called with, as Lightning asks where that is the same
+    is_own = list(arguments) == sys.argv[1:]
+    try:
+        return TrainerCLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            save_config_callback=SavedConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            trainer_defaults={"callbacks": PredictedTexts()},
+            args=None if is_own else list(arguments),
+            given=arguments,
+        )
+    except MisconfigurationException as error:  # Lightning's own, for its users
+        raise ValueError(" ".join(str(error).split())) from error
+    except IsADirectoryError as error:
+        if "checkpoint_connector" not in str(traceback.extract_tb(error.__traceback__)):
+            raise
+        raise ValueError(
+            f"ckpt_path must be what this strategy reads, a file, got the folder {error.filename}: go on with the "
+            f"strategy that it was saved with"
+        ) from error
+    except (ValueError, KeyError) as error:  # KeyError: a checkpoint that lacks what a run goes on with
+        if _READS_ARGUMENTS in Path(traceback.extract_tb(error.__traceback__)[-1].filename).as_posix():
+            raise ValueError(" ".join(str(error.args[0]).split())) from error
+        raise

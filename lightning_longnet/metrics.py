@@ -1,0 +1,82 @@
+"""What is told of a model of tokens, from sums of losses: right however the tokens are split over ranks and batches."""
+
+from __future__ import annotations
+
+from math import log
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torchmetrics import Metric
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+
+class MeanLoss(Metric):
+    """The mean over all tokens that were seen, by all ranks: each rank counts those that it holds.
+
+    >>> metric = MeanLoss()
+    >>> metric.update(torch.tensor(6.0), 3)
+    >>> metric.update(torch.tensor(2.0), 1)
+    >>> metric.compute()
+    tensor(2., dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    loss_sum: Tensor
+    token_count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("token_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
+        """Sums keep their type where a module is made one of bfloat16, in which counting ends at 256."""
+
+        def moved(x: Tensor) -> Tensor:
+            return x.to(fn(x.new_empty(0)).device)
+
+        return super()._apply(moved, exclude_state)
+
+    def update(self, loss_sum: Tensor, token_count: Tensor | float) -> None:
+        """A sum of losses in nats, and over how many tokens."""
+        self.loss_sum += loss_sum.detach()
+        self.token_count += token_count
+
+    def compute(self) -> Tensor:
+        return self.loss_sum / self.token_count
+
+
+class Perplexity(MeanLoss):
+    """As torchmetrics' own, of sums rather than of all the logits.
+
+    >>> metric = Perplexity()
+    >>> metric.update(torch.tensor(2.0).log() * 5, 5)
+    >>> round(metric.compute().item(), 6)
+    2.0
+    """
+
+    def compute(self) -> Tensor:
+        return super().compute().exp()
+
+
+class BitsPerByte(MeanLoss):
+    """How many bits the model needs for a byte of the text.
+
+    Args:
+        bytes_per_token: of the text, on average: 1 where tokens are bytes.
+    """
+
+    def __init__(self, bytes_per_token: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not bytes_per_token > 0:
+            raise ValueError(f"bytes_per_token must be positive, got {bytes_per_token!r}")
+        self.bytes_per_token = float(bytes_per_token)
+
+    def compute(self) -> Tensor:
+        return super().compute() / (log(2) * self.bytes_per_token)

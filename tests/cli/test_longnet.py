@@ -1,0 +1,152 @@
+"""The command line, as a newcomer meets it: what it tells, how soon, and what it says of mistakes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+
+import lightning_longnet
+from lightning_longnet import LongNet, LongNetConfig, Pattern
+from lightning_longnet.checkpoints import write_checkpoint
+from lightning_longnet.cli import COMMANDS, TRAINER_COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
+SMALL = [
+    *("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2"),
+    *("--trainer.devices=1", "--trainer.strategy=auto", "--trainer.logger=false", "--trainer.callbacks=null"),
+    *("--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"),
+    *("--model.config.dim=16", "--model.config.layers=1", "--data.tokens=301", "--data.megabytes=0.05"),
+]
+
+
+def run(*words, code=None):
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "lightning_longnet", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+def test_help_comes_at_once_and_names_every_command():
+    begin = perf_counter()
+    found = run("--help")
+    assert perf_counter() - begin < 2
+    assert found.returncode == 0
+    for name in (*TRAINER_COMMANDS, *COMMANDS):
+        assert f"  {name} " in found.stdout
+    assert run().stdout == found.stdout, "no word at all is a question, too"
+
+
+def test_helps_of_commands_load_no_torch():
+    code = (
+        "import sys\n"
+        "from lightning_longnet.cli import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    try: main([name, '--help'])\n"
+        "    except SystemExit as ended: assert ended.code == 0\n"
+        "print('loaded', {'torch', 'lightning', 'transformers'} & set(sys.modules))"
+    )
+    found = run(code=code)
+    assert found.stdout.strip().endswith("loaded set()"), found.stdout + found.stderr
+    for name in COMMANDS:
+        assert f"usage: longnet {name}" in found.stdout
+
+
+MISTAKES = {
+    "command": (["fitt"], "no command 'fitt'; there are fit, validate"),
+    "file": (["fit", "--config=nowhere.yaml"], "File does not exist: .*nowhere.yaml"),
+    "option": (["fit", QUICKSTART, "--trainer.max_stepz=2"], "unrecognized arguments: --trainer.max_stepz=2"),
+    "key": (["fit", QUICKSTART, "--config=key.yaml"], "max_stepz"),
+    "class": (["fit", QUICKSTART, "--data.class_path=ByteDatta"], "data.*ByteDatta"),
+    "data": (["fit", QUICKSTART, *SMALL, "--data.paths=nowhere"], "paths must be files or folders that are there, now"),
+    "empty": (["fit", QUICKSTART, *SMALL, "--data.paths=empty"], r"\*.py.* empty"),
+    "length": (["fit", QUICKSTART, *SMALL, "--data.tokens=10000000"], "tokens must be .* got 10,000,000"),
+    "vocabulary": (["fit", QUICKSTART, *SMALL, "--model.config.vocab_size=200"], "at least that of the data, 256, got"),
+    "heads": (["fit", QUICKSTART, *SMALL, "--model.config.heads=3"], "heads must divide dim, got heads 3 and dim 16"),
+    "endless": (["fit", QUICKSTART, *SMALL, "--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "max_steps or max"),
+    "resumed": (["fit", QUICKSTART, *SMALL, "--ckpt_path=no.ckpt"], "ckpt_path must be a checkpoint, got no.ckpt"),
+    "another engine's": (["fit", QUICKSTART, *SMALL, "--ckpt_path=empty"], "reads, a file, got the folder .*empty"),
+    "weights alone": (["fit", QUICKSTART, *SMALL, "--ckpt_path=w.ckpt"], "checkpoint contains only the model"),
+    "braces": (["fit", QUICKSTART, *SMALL, "--trainer.callbacks=lightning_longnet.callbacks.FitSummary",
+                "--trainer.callbacks.next=try {this}"], "next must hold no braces but {checkpoint} and {run}"),
+    "strategy": (["fit", QUICKSTART, *SMALL, "--trainer.strategy=rink"], "invalid strategy name: `strategy='rink'`"),
+    "device": (["fit", QUICKSTART, *SMALL, "--trainer.accelerator=gpu"], "No supported gpu backend found"),
+    "checkpoint": (["generate", "nowhere.ckpt"], "nowhere.ckpt, which does not exist"),
+    "prompt": (["generate", "a.ckpt", "--prompt="], "--prompt must hold at least one token"),
+    "other model": (["fit", QUICKSTART, *SMALL, "--model.config.vocab_size=300", "--ckpt_path=a.ckpt"],
+                    "the checkpoint's model has vocab_size 256, and config.vocab_size is 300"),
+}  # fmt: skip
+
+# one process for all of them, as loading takes longer than what is tried
+SESSION = """
+import contextlib, io, json, sys, warnings
+from lightning_longnet.cli import main
+warnings.simplefilter("ignore")
+found = {}
+for name, words in json.loads(sys.argv[1]).items():
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(words)
+        except SystemExit as ended:
+            status = ended.code
+    found[name] = status, out.getvalue(), err.getvalue()
+print("\\n" + json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """(status, stdout, stderr) of each command, in a folder of their own."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    (folder / "empty").mkdir()
+    (folder / "key.yaml").write_text("trainer: {max_stepz: 3}\n")
+    config = LongNetConfig(Pattern.window(8, is_causal=True), dim=16, layers=1, heads=4)
+    write_checkpoint(LongNet(config), folder / "w.ckpt")
+    saving = ["--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint"]
+    saving += ["--trainer.callbacks.dirpath=.", "--trainer.callbacks.filename=a"]
+    generate = ["generate", "a.ckpt", "--prompt=def ", "--tokens=12"]
+    commands = {"fit": ["fit", QUICKSTART, *SMALL, *saving], "text": generate, "again": generate}
+    predict = ["predict", QUICKSTART, *SMALL, "--ckpt_path=a.ckpt", "--model.generated_tokens=5"]
+    predict += ["--trainer.limit_predict_batches=2", "--trainer.default_root_dir=predicted"]
+    commands |= {"other": [*generate, "--seed=1"], "version": ["--version"], "predict": predict}
+    commands |= {name: words for name, (words, _) in MISTAKES.items()}
+    found = subprocess.run(
+        [sys.executable, "-c", SESSION, json.dumps(commands)], capture_output=True, text=True, timeout=200, cwd=folder
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    written = (folder / "predicted/predictions-0.jsonl").read_text().splitlines()
+    return json.loads(found.stdout.splitlines()[-1]) | {"written": [json.loads(line) for line in written]}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_in_a_line(told, name):
+    status, _, shown = told[name]
+    assert status == 2, shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("longnet: error:")]
+    assert re.search(MISTAKES[name][1], line), shown
+    assert shown.splitlines()[-1] == line, "it is the last thing that is seen"
+    assert len(line) < 400
+
+
+def test_from_training_to_text(told):
+    for name in ("fit", "text", "again", "other"):
+        assert told[name][0] == 0, told[name][2]
+    assert told["text"][1].startswith("def ")
+    assert told["again"][1] == told["text"][1], "the same seed draws the same text"
+    assert told["other"][1] != told["text"][1]
+    assert told["predict"][0] == 0, told["predict"][2]
+    assert [row["sample"] for row in told["written"]] == [0, 1]
+    assert all(len(row["text"].encode()) >= 301 for row in told["written"])
+    assert told["version"][1].strip() == lightning_longnet.__version__
+
+
+def test_a_fault_that_is_not_the_users_keeps_its_trace(monkeypatch):
+    def broken(*_):
+        [].index(3)  # a ValueError from elsewhere
+
+    monkeypatch.setattr("lightning_longnet.cli.run_command", broken)
+    with pytest.raises(ValueError, match="3 is not in list"):
+        main(["generate"])

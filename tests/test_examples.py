@@ -1,0 +1,49 @@
+"""The examples, as they are started by those who read them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *words]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout
+
+
+def test_attention_alone():
+    (difference,) = re.findall(r"largest difference to the dense definition: (\S+)", run("examples/attend.py"))
+    assert float(difference) < 1e-5
+
+
+@pytest.mark.long
+def test_plain_pytorch_learns_alike_on_one_process_and_on_two():
+    alone = run("examples/plain_pytorch.py")
+    shared = run("-m", "torch.distributed.run", "--nproc-per-node=2", "examples/plain_pytorch.py")
+    assert "500 of 1,000 tokens here" in shared
+    losses = [list(map(float, re.findall(r"loss (\S+),", text))) for text in (alone, shared)]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-5)
+    assert losses[0][-1] < 0.7 * losses[0][0]
+
+
+@pytest.mark.long
+def test_the_trainer_in_python_ends_with_a_text(tmp_path):
+    words = ["--devices=2", "--accelerator=cpu", "--steps=3", "--tokens=256", "--dim=32", f"--folder={tmp_path}"]
+    shown = run("examples/train.py", *words)
+    assert re.findall(r"^step (\d)", shown, flags=re.MULTILINE) == ["0", "1", "2"]
+    assert "def main(" in shown
+    assert "done" in shown
+
+
+@pytest.mark.long
+def test_images_are_told_apart_better_than_by_chance():
+    (share,) = re.findall(r"([\d.]+)% are told rightly, by 2 processes", run("examples/longvit.py"))
+    assert float(share) > 50
