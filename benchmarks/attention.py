@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import peers
 import torch
 from figure import draw
-from machine import described
+from machine import allocated, described
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from lightning_longnet import Pattern, explain
 from lightning_longnet.attention.kernels.products import routed_products
@@ -102,22 +101,8 @@ def peak_bytes(participant: Participant, inputs: list[Tensor], grad: Tensor) -> 
     """The most that was held at once beyond what was there before."""
     for x in inputs:
         x.grad = None
-    if grad.device.type == "cuda":
-        participant.call(*inputs).backward(grad)  # what is kept from call to call is no part of it
-        for x in inputs:
-            x.grad = None
-        torch.cuda.reset_peak_memory_stats(grad.device)
-        before = torch.cuda.memory_allocated(grad.device)
-        participant.call(*inputs).backward(grad)
-        return torch.cuda.max_memory_allocated(grad.device) - before
-    with participant.routing(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        participant.call(*inputs).backward(grad)
-    held = most = 0
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
+    with participant.routing():
+        return allocated(lambda: participant.call(*inputs).backward(grad), grad.device)
 
 
 def measure(name: str, dtype: torch.dtype, length: int, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
     python benchmarks/exchange.py
     python benchmarks/exchange.py --table            # the committed result, as the README shows it
     python benchmarks/exchange.py --long             # 65,536 tokens on two ranks, where a dense ring takes minutes
+    python benchmarks/exchange.py --peer             # adds ring-attention-pytorch at the smallest size: minutes, too
 
 Every rank is a process of one thread on this machine, and messages go over gloo.  Each round runs every participant
 once, all ranks together; a step takes as long as its slowest rank, and medians over the rounds are told.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from machine import described
+from peers import ring_attention_pytorch
 from torch.multiprocessing.spawn import spawn
 
 from lightning_longnet import Pattern, SequenceShard, attend
@@ -42,6 +44,7 @@ CASES = [
     (4, 32768, 2),
 ]
 LONG = [(2, 65536, 2)]
+PEER, PEER_CASE = "ring-attention-pytorch, dense", (2, 16384, 1)
 RESULT = Path(__file__).parent / "results" / "exchange-cpu.json"
 
 
@@ -81,6 +84,15 @@ def participants(
     return found
 
 
+def with_peer(
+    group: dist.ProcessGroup, ranks: int, tokens: int, factor: int
+) -> dict[str, tuple[Any, Callable[..., Any]]]:
+    """The peer beside what it is to be compared with."""
+    found = participants(group, ranks, tokens, factor)
+    chosen = {name: found[name] for name in ("same blocks, no exchange", "gather", "dense ring, zigzag")}
+    return chosen | {PEER: (chosen["gather"][0], ring_attention_pytorch(ranks))}
+
+
 def _everywhere(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     found: Tensor = _Everywhere.apply(x, group)  # type: ignore[no-untyped-call]
     return found
@@ -104,7 +116,9 @@ class _Everywhere(torch.autograd.Function):
         return grad, None
 
 
-def work(rank: int, ranks: int, port: int, tokens: int, factor: int, rounds: int, path: str) -> None:
+def work(
+    rank: int, ranks: int, port: int, tokens: int, factor: int, rounds: int, path: str, has_peer: bool = False
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     group = dist.group.WORLD
@@ -113,10 +127,11 @@ def work(rank: int, ranks: int, port: int, tokens: int, factor: int, rounds: int
     shape = 1, tokens // ranks, HEADS, HEAD_DIM
     q, k, v, grad = (torch.randn(shape, generator=generator) for _ in range(4))
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    running = participants(group, ranks, tokens, factor)
+    running = (with_peer if has_peer else participants)(group, ranks, tokens, factor)
     times: dict[str, list[float]] = {name: [] for name in running}
     told: dict[str, dict[str, float]] = {}
-    for turn in range(rounds + 1):  # the first one warms up
+    warm = int(rounds > 1)  # the first one warms up, but where one takes minutes
+    for turn in range(rounds + warm):
         for name, (shard, call) in running.items():
             for x in inputs:
                 x.grad = None
@@ -126,7 +141,7 @@ def work(rank: int, ranks: int, port: int, tokens: int, factor: int, rounds: int
             call(*inputs).backward(grad)
             took = torch.tensor(perf_counter() - begin)
             dist.all_reduce(took, dist.ReduceOp.MAX)
-            if turn:
+            if turn >= warm:
                 times[name].append(took.item())
             told[name] = {
                 "sent_mib": (shard.comm.sent_bytes - before[0]) / 2**20,
@@ -140,8 +155,11 @@ def work(rank: int, ranks: int, port: int, tokens: int, factor: int, rounds: int
         for name, seconds in times.items():
             step = statistics.median(seconds)
             sent = [each[name]["sent_mib"] for each in everywhere]
+            one = q.numel() * q.element_size() / 2**20
             if name == "all keys to all ranks":  # forward both, and both gradients back
-                sent = [4 * (ranks - 1) * q.numel() * q.element_size() / 2**20] * ranks
+                sent = [4 * (ranks - 1) * one] * ranks
+            elif name == PEER:  # both forward; both and their gradients backward, and those home
+                sent = [(2 * (ranks - 1) + 4 * (ranks - 1) + 2) * one] * ranks
             rows.append(
                 {
                     "ranks": ranks,
@@ -161,12 +179,14 @@ def work(rank: int, ranks: int, port: int, tokens: int, factor: int, rounds: int
     dist.destroy_process_group()
 
 
-def measure(ranks: int, tokens: int, factor: int, rounds: int, path: Path) -> list[dict[str, Any]]:
+def measure(
+    ranks: int, tokens: int, factor: int, rounds: int, path: Path, has_peer: bool = False
+) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     scratch = path.with_suffix(".part")
-    spawn(work, args=(ranks, port, tokens, factor, rounds, str(scratch)), nprocs=ranks)
+    spawn(work, args=(ranks, port, tokens, factor, rounds, str(scratch), has_peer), nprocs=ranks)
     rows: list[dict[str, Any]] = json.loads(scratch.read_text())
     scratch.unlink()
     return rows
@@ -177,9 +197,12 @@ def table(result: dict[str, Any]) -> str:
     heads = map(_title, cases)
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(cases) + 1) + "|"]
     for name in dict.fromkeys(r["participant"] for r in result["rows"]):
-        rows = [next(r for r in _rows(result, case) if r["participant"] == name) for case in cases]
+        rows = [[r for r in _rows(result, case) if r["participant"] == name] for case in cases]
         cells = [
-            f"{r['step_seconds']:.2f} s, {r['over_same_blocks']:.2f} x, {r['sent_mib_most']:.1f} MiB" for r in rows
+            f"{r[0]['step_seconds']:.2f} s, {r[0]['over_same_blocks']:.2f} x, {r[0]['sent_mib_most']:.1f} MiB"
+            if r
+            else ""
+            for r in rows
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -202,11 +225,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     cases = _cases(result)
-    names = list(dict.fromkeys(r["participant"] for r in result["rows"]))
+    names = list(dict.fromkeys(r["participant"] for r in result["rows"] if r["participant"] != PEER))
     figure = Figure(figsize=(10, 1.2 + 1.5 * len(cases)), layout="constrained")
     axes = figure.subplots(len(cases), 2, sharey=True, squeeze=False)
     for (time, sent), case in zip(axes, cases, strict=True):
-        rows = _rows(result, case)
+        rows = [r for r in _rows(result, case) if r["participant"] != PEER]
         for axis, key, unit in ((time, "step_seconds", "s"), (sent, "sent_mib_most", "MiB")):
             values = [r[key] for r in rows]
             bars = axis.barh(names, values, color=["#999999", *["#b3321f"] * 3, "#2b5d8a", "#2b5d8a"][: len(names)])
@@ -225,6 +248,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULT, help="where to write the JSON; the plot stands beside it")
     parser.add_argument("--long", action="store_true", help="the long case, one round, to exchange-long-cpu.json")
+    parser.add_argument("--peer", action="store_true", help="measure the peer, and add its row to the result at --out")
     parser.add_argument("--table", action="store_true", help="print the table of the result at --out, measure nothing")
     options = parser.parse_args()
     if options.long:
@@ -232,7 +256,15 @@ def main() -> None:
     if options.table:
         print(table(json.loads(options.out.read_text())) if options.out.exists() else "not measured")
         return
-    result: dict[str, Any] = {"machine": described("cpu"), "rows": []}
+    if options.peer:
+        result: dict[str, Any] = json.loads(options.out.read_text())
+        result["rows"] = [r for r in result["rows"] if r["participant"] != PEER]
+        for row in measure(*PEER_CASE, 1, options.out, has_peer=True):
+            print(json.dumps(row), flush=True)
+            result["rows"] += [row] if row["participant"] == PEER else []
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        return
+    result = {"machine": described("cpu"), "rows": []}
     for case in LONG if options.long else CASES:
         result["rows"] += measure(*case, options.rounds, options.out)
         for row in result["rows"][-6:]:

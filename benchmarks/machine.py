@@ -8,11 +8,15 @@ import statistics
 import subprocess
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from lightning_longnet.attention.kernels.products import routed_products
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def described(device: str) -> dict[str, Any]:
@@ -61,3 +65,21 @@ def cpu() -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "product_gflops": {"stock": stock, "routed": routed},
     }
+
+
+def allocated(call: Callable[[], Any], device: torch.device | None = None) -> int:
+    """The most bytes that torch's allocator held at once in a call beyond what was there before."""
+    if device is not None and device.type == "cuda":
+        call()  # what is kept from call to call is no part of it
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    held = most = 0
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most

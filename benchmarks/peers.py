@@ -118,3 +118,14 @@ def dilated_attention_pytorch(
 
     layer = DilatedAttention(segment_lengths, dilation_rates)
     return lambda q, k, v: layer(q, k, v, is_causal=is_causal)
+
+
+def ring_attention_pytorch(ranks: int) -> Call:
+    """Its ring of flash attention in plain PyTorch, causal, over the ranks of the default group."""
+    from ring_attention_pytorch.ring_flash_attention import ring_flash_attn
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found: Tensor = ring_flash_attn(q, k, v, causal=True, bucket_size=1024, ring_reduce_col=True, ring_size=ranks)
+        return found
+
+    return call

@@ -138,9 +138,10 @@ def work(rank: int, ranks: int, port: int, rounds: int, path: str) -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     medians: dict[str, dict[str, list[float]]] = {}
-    for _ in range(rounds):
+    for turn in range(rounds):
         for size, (tokens, dim) in SIZES.items():
-            for name, (kind, strategy) in participants(ranks).items():
+            order = list(participants(ranks).items())
+            for name, (kind, strategy) in order if turn % 2 else reversed(order):  # nobody is always first
                 seconds = statistics.median(train(kind, strategy, ranks, tokens, dim))
                 medians.setdefault(size, {}).setdefault(name, []).append(seconds)
     if rank == 0:
@@ -157,24 +158,25 @@ def measured(rounds: int) -> dict[str, Any]:
         path = RESULT.with_suffix(f".{ranks}")
         spawn(work, (ranks, port, rounds, str(path)), nprocs=ranks)
         for size, found in json.loads(path.read_text()).items():
-            for name, seconds in found.items():
-                rows.append({"ranks": ranks, "size": size, "name": name, "seconds": [round(s, 5) for s in seconds]})
+            for name in participants(ranks):
+                seconds = [round(s, 5) for s in found[name]]
+                rows.append({"ranks": ranks, "size": size, "name": name, "seconds": seconds})
         path.unlink()
     return {"machine": described("cpu"), "rounds": rounds, "steps": STEPS - SKIPPED, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:
-    """Medians, and the median over the rounds of ours over Lightning's."""
-    lines = ["| ranks | model | engine | Lightning's | ours | ratio |", "|---|---|---|---|---|---|"]
+    """Medians, and the median and the quartiles over the rounds of ours over Lightning's."""
+    lines = ["| ranks | model | engine | Lightning's | ours | ratio | its quartiles |", "|---|---|---|---|---|---|---|"]
     seconds = {(row["ranks"], row["size"], row["name"]): row["seconds"] for row in result["rows"]}
     for ranks, size, name in seconds:
         if not name.endswith("ours"):
             continue
         engine = name.split(":")[0]
         own, stock = seconds[ranks, size, name], seconds[ranks, size, f"{engine}: Lightning's"]
-        ratio = statistics.median(a / b for a, b in zip(own, stock, strict=True))
+        low, ratio, high = statistics.quantiles([a / b for a, b in zip(own, stock, strict=True)], n=4)
         shown = (f"{statistics.median(each) * 1e3:,.1f} ms" for each in (stock, own))
-        lines.append(f"| {ranks} | {size} | {engine} | {' | '.join(shown)} | {ratio:.3f} |")
+        lines.append(f"| {ranks} | {size} | {engine} | {' | '.join(shown)} | {ratio:.3f} | {low:.2f} to {high:.2f} |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,190 @@
+"""What the callbacks cost: the time inside their hooks, of a step's time, at the quickstart's size.
+
+    python benchmarks/callbacks.py
+    python benchmarks/callbacks.py --table            # the committed result
+
+The quickstart's model is trained by two processes of one thread each, with every monitor, the guard, the progress line
+and the CSVLogger, logging at every tenth step as it does.  A clock goes around each hook of each callback; what a hook
+waits for that others compute is in it.  Beside it the same run without them, in turn, tells whether the step grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import socket
+import statistics
+import tempfile
+import warnings
+from collections import defaultdict
+from functools import wraps
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.loggers import CSVLogger
+from machine import described
+from torch.multiprocessing.spawn import spawn
+from torch.utils.data import DataLoader
+
+from lightning_longnet import LongNet, LongNetConfig, Pattern, sequence_context
+from lightning_longnet.callbacks import (
+    CommunicationMonitor,
+    MemoryMonitor,
+    NonFiniteGuard,
+    TokenThroughput,
+    TrainingProgress,
+)
+from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RANKS, TOKENS, STEPS, LOGGED, SKIPPED = 2, 2048, 30, 10, 5
+RESULT = Path(__file__).parent / "results" / "callbacks-cpu.json"
+
+
+class Model(L.LightningModule):
+    """The quickstart's, by its measures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pattern = Pattern.dilated((256, 1024, 2048), (1, 2, 4), is_causal=True)
+        self.model = LongNet(LongNetConfig(pattern, dim=128, layers=4, heads=4))
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        nats, count = self.model(batch["input_ids"], batch["labels"])
+        loss = sequence_context(self).token_mean(nats, count)
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+class Timed(L.Callback):
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.stamps.append(perf_counter())
+
+
+def clocked(callback: L.Callback, spent: dict[str, list[float]]) -> L.Callback:
+    """Every hook of training notes how long it took, under the name of its callback."""
+    name = type(callback).__name__
+    for hook in ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end"):
+        inner = getattr(callback, hook)
+
+        def timed(*told: Any, inner: Any = inner) -> None:
+            begin = perf_counter()
+            inner(*told)
+            spent[name].append(perf_counter() - begin)
+
+        setattr(callback, hook, wraps(inner)(timed))
+    return callback
+
+
+def train(with_callbacks: bool) -> tuple[float, dict[str, float]]:
+    """(median seconds of a step, mean seconds of a step inside each callback)"""
+    spent: dict[str, list[float]] = defaultdict(list)
+    timed, watching = Timed(), []
+    if with_callbacks:
+        made = (TokenThroughput(), MemoryMonitor(), CommunicationMonitor(), NonFiniteGuard(), TrainingProgress())
+        watching = [clocked(each, spent) for each in made]
+    torch.manual_seed(0)
+    text = torch.randint(256, (STEPS + 1, TOKENS + 1))
+    rows: Any = [{"input_ids": row[:-1], "labels": row[1:]} for row in text]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=RANKS,
+            strategy=RingSequenceParallelStrategy(),
+            max_steps=STEPS,
+            max_epochs=-1,
+            log_every_n_steps=LOGGED,
+            logger=CSVLogger(folder),
+            enable_checkpointing=False,
+            enable_progress_bar=with_callbacks,
+            enable_model_summary=False,
+            callbacks=[timed, *watching],
+        )
+        trainer.fit(Model(), DataLoader(rows, batch_size=1))
+        dist.barrier()
+    steps = [after - before for before, after in zip(timed.stamps, timed.stamps[1:], strict=False)]
+    return statistics.median(steps[SKIPPED:]), {name: sum(each) / STEPS for name, each in spent.items()}
+
+
+def work(rank: int, port: int, rounds: int, path: str) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(RANKS),
+    }
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    found: dict[str, list[Any]] = {"with": [], "without": []}
+    for turn in range(rounds):
+        for kind in ("with", "without") if turn % 2 else ("without", "with"):
+            found[kind].append(train(kind == "with"))
+    if rank == 0:
+        Path(path).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def measured(rounds: int) -> dict[str, Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = RESULT.with_suffix(".part")
+    load = os.getloadavg()[0]
+    spawn(work, (port, rounds, str(path)), nprocs=RANKS)
+    found = json.loads(path.read_text())
+    path.unlink()
+    return {
+        "machine": described("cpu"),
+        "load_before": round(load, 2),
+        "rounds": rounds,
+        "steps": STEPS,
+        "logged_every": LOGGED,
+        "step_seconds": {kind: [round(step, 5) for step, _ in turns] for kind, turns in found.items()},
+        "hook_seconds": {name: [round(spent[name], 7) for _, spent in found["with"]] for name in found["with"][0][1]},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    step = statistics.median(result["step_seconds"]["without"])
+    lines = ["| callback | in its hooks, a step | of the step |", "|---|---|---|"]
+    total = 0.0
+    for name, seconds in result["hook_seconds"].items():
+        mean = statistics.median(seconds)
+        total += mean
+        lines.append(f"| {name} | {mean * 1e3:.2f} ms | {mean / step:.2%} |")
+    lines.append(f"| all of them | {total * 1e3:.2f} ms | {total / step:.2%} |")
+    pairs = zip(result["step_seconds"]["with"], result["step_seconds"]["without"], strict=True)
+    ratio = statistics.median(a / b for a, b in pairs)
+    lines.append(f"| a step with them, over one without | | {ratio:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--table", action="store_true", help="print the committed result")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        RESULT.write_text(json.dumps(measured(arguments.rounds), indent=1) + "\n")
+    print(table(json.loads(RESULT.read_text())))
+
+
+if __name__ == "__main__":
+    main()

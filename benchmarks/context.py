@@ -1,0 +1,127 @@
+"""Perplexity against the length of the context, at equal tokens: LongNet's own figure, small.
+
+    python benchmarks/context.py
+    python benchmarks/context.py --table            # the committed result, as the README shows it
+
+One byte-level model for each length, of the same size and start, is trained on as many bytes of the standard library's
+sources, in steps of as many tokens; all are then told the same held-out bytes, in sequences of their own length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sysconfig
+from math import log
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from machine import described
+from torch import Tensor
+
+from lightning_longnet import LongNet, LongNetConfig, Pattern
+from lightning_longnet.optimization import decay_groups, warmup_cosine
+
+LENGTHS = [256, 1024, 4096]
+STEP_TOKENS, STEPS, HELD_OUT = 8192, 60, 2**17
+RESULT = Path(__file__).parent / "results" / "context-cpu.json"
+
+
+def text() -> tuple[Tensor, Tensor]:
+    """What is trained on, and what is held out: files far from one another in the order of their names."""
+    found = bytearray()
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        found += path.read_bytes()
+    stream = torch.frombuffer(found, dtype=torch.uint8)
+    return stream[:-HELD_OUT], stream[-HELD_OUT:]
+
+
+def pattern(length: int) -> Pattern:
+    """Up to the whole sequence: near tokens all of them, far ones every fourth, then every sixteenth."""
+    branches = [(min(w, length), r) for w, r in ((256, 1), (1024, 4), (4096, 16)) if w == 256 or w <= length]
+    return Pattern.dilated([w for w, _ in branches], [r for _, r in branches], is_causal=True)
+
+
+def measure(length: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    train, held_out = text()
+    config = LongNetConfig(pattern(length), dim=128, layers=4, heads=4)
+    model = LongNet(config)
+    optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=2e-3, betas=(0.9, 0.95))
+    schedule = warmup_cosine(optimizer, STEPS, STEPS // 10, 0.1)
+    generator = torch.Generator().manual_seed(1)
+    begin = perf_counter()
+    for _ in range(STEPS):
+        starts = torch.randint(len(train) - length - 1, (STEP_TOKENS // length, 1), generator=generator)
+        rows = train[starts + torch.arange(length + 1)].long()
+        loss_sum, count = model(rows[:, :-1], rows[:, 1:])
+        (loss_sum / count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    seconds = perf_counter() - begin
+    total = tokens = 0.0
+    model.eval()
+    with torch.no_grad():
+        # the same bytes for all lengths: those that the longest can cut into whole sequences
+        kept = (len(held_out) - 1) // max(LENGTHS) * max(LENGTHS)
+        inputs, labels = (held_out[n : n + kept].long().view(-1, length) for n in (0, 1))
+        for part in range(0, len(inputs), max(1, STEP_TOKENS // length)):
+            some = slice(part, part + max(1, STEP_TOKENS // length))
+            loss_sum, count = model(inputs[some], labels[some])
+            total, tokens = total + loss_sum.item(), tokens + count.item()
+    nats = total / tokens
+    return {
+        "context": length,
+        "perplexity": round(torch.tensor(nats).exp().item(), 4),
+        "bits_per_byte": round(nats / log(2), 4),
+        "seconds": round(seconds, 1),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    rows = result["rows"]
+    return "\n".join(
+        [
+            "| context, tokens | " + " | ".join(f"{row['context']:,}" for row in rows) + " |",
+            "|---" * (len(rows) + 1) + "|",
+            "| perplexity of a byte | " + " | ".join(f"{row['perplexity']:.2f}" for row in rows) + " |",
+            "| bits per byte | " + " | ".join(f"{row['bits_per_byte']:.3f}" for row in rows) + " |",
+        ]
+    )
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([r["context"] for r in result["rows"]], [r["perplexity"] for r in result["rows"]], "o-", color="#b3321f")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([r["context"] for r in result["rows"]], [f"{r['context']:,}" for r in result["rows"]])
+    axis.set_xlabel(f"context, tokens; {result['tokens'] / 1e6:.1f} M tokens of training each")
+    axis.set_ylabel("perplexity of a held-out byte")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the committed result")
+    if not parser.parse_args().table:
+        rows = []
+        for length in LENGTHS:
+            rows.append(measure(length))
+            print(json.dumps(rows[-1]), flush=True)
+        result = {"machine": described("cpu"), "tokens": STEP_TOKENS * STEPS, "rows": rows}
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        draw(result, RESULT.with_suffix(".png"))
+    print(table(json.loads(RESULT.read_text())) if RESULT.exists() else "not measured")
+
+
+if __name__ == "__main__":
+    main()

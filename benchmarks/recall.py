@@ -1,0 +1,155 @@
+"""What a pattern can reach: recall over a distance that is longer than the tokens of one rank.
+
+    python benchmarks/recall.py
+    python benchmarks/recall.py --table            # the committed result, as the README shows it
+
+What was shown is to be repeated after a distance.  The same small model is trained twice on two processes that share
+every sequence, with `ring_sequence_parallel`: once with dilated segments up to the whole sequence, once with local
+segments alone.  The answer stands farther back than a process has tokens: it comes by the exchange, or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import socket
+import warnings
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from machine import described
+from torch.multiprocessing.spawn import spawn
+
+from lightning_longnet import LongNetConfig, LongNetModule, LongRangeData, Pattern, sequence_context, sequence_plan
+from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RANKS, TOKENS, DISTANCE, ITEMS, STEPS = 2, 128, 88, 8, 800
+PATTERNS = {
+    "32 / 1, 128 / 4: dilated, to the whole sequence": Pattern.dilated((32, 128), (1, 4), is_causal=True),
+    "32 / 1, 64 / 1: local segments alone": Pattern.dilated((32, 64), (1, 1), is_causal=True),
+}
+DIM, LAYERS, HEADS = 64, 2, 4
+RESULT = Path(__file__).parent / "results" / "recall-cpu.json"
+
+
+class Recall(LongNetModule):
+    """Tells, beside the loss, how many of the answers are right."""
+
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+        super().validation_step(batch, index)
+        asked = batch["labels"] != -100
+        right = (self(batch["input_ids"]).argmax(-1) == batch["labels"]) & asked
+        accuracy = sequence_context(self).token_mean(right.sum().double(), asked.sum())
+        self.log("val/accuracy", accuracy, batch_size=len(asked))  # as many are asked in each batch
+
+
+class Curve(L.Callback):
+    """The share of right answers at each validation."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float]] = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.points.append((trainer.global_step, round(trainer.callback_metrics["val/accuracy"].item(), 4)))
+
+
+def train(name: str, steps: int) -> dict[str, Any]:
+    data = LongRangeData("copy", TOKENS, DISTANCE, batch_size=32, items=ITEMS, validation_samples=256)
+    L.seed_everything(0)
+    config = LongNetConfig(PATTERNS[name], vocab_size=data.vocab_size, dim=DIM, layers=LAYERS, heads=HEADS)
+    module = Recall(config, learning_rate=3e-3, warmup_steps=50, weight_decay=0.01)
+    curve = Curve()
+    trainer = L.Trainer(
+        strategy=RingSequenceParallelStrategy(RANKS, "ddp"),
+        accelerator="cpu",
+        devices=RANKS,
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=100,
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[curve],
+    )
+    begin = perf_counter()
+    trainer.fit(module, datamodule=data)
+    return {
+        "pattern": name,
+        "accuracy": curve.points[-1][1],
+        "chance": data.chance,
+        "curve": curve.points,
+        "seconds": round(perf_counter() - begin, 1),
+        "sent_bytes": sent_bytes(PATTERNS[name]),
+    }
+
+
+def sent_bytes(pattern: Pattern) -> int:
+    """What the ranks send each other in a layer, forward and backward, for one row."""
+    plan = sequence_plan(pattern, (TOKENS // RANKS,) * RANKS, heads=HEADS, head_dim=DIM // HEADS)
+    return sum(rank.sent_bytes for rank in plan.volumes)
+
+
+def work(rank: int, port: int, steps: int, path: str) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(RANKS),
+    }
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    found = [train(name, steps) for name in PATTERNS]
+    if rank == 0:
+        Path(path).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def measured(steps: int) -> dict[str, Any]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = RESULT.with_suffix(".part")
+    spawn(work, (port, steps, str(path)), nprocs=RANKS)
+    rows = json.loads(path.read_text())
+    path.unlink()
+    told = {"ranks": RANKS, "tokens": TOKENS, "distance": DISTANCE, "items": ITEMS, "steps": steps}
+    return {"machine": described("cpu"), **told, "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = ["| segments | right answers | by chance | sent in a layer and row | trained in |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {row['pattern']} | {row['accuracy']:.1%} | {row['chance']:.1%} | {row['sent_bytes'] / 1024:,.0f} KiB | "
+        f"{row['seconds']:.0f} s |"
+        for row in result["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--table", action="store_true", help="print the committed result")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        RESULT.write_text(json.dumps(measured(arguments.steps), indent=1) + "\n")
+    print(table(json.loads(RESULT.read_text())) if RESULT.exists() else "not measured")
+
+
+if __name__ == "__main__":
+    main()
