@@ -6,7 +6,7 @@ GPU_PYTHON ?=
 BIN = .venv/bin
 MARK = .venv/.installed
 
-.PHONY: help train test test-long lint bench bench-exchange bench-strategy gpu clean
+.PHONY: help train test test-long lint bench bench-exchange bench-strategy bench-callbacks gpu clean
 
 help:
 	@echo "make train      set up, then train a small byte-level model on this machine's CPU"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench      attention against its peers; results in benchmarks/results; BENCH_ARGS, see --help"
 	@echo "make bench-exchange   the exchanges between ranks, likewise"
 	@echo "make bench-strategy   a training step beside Lightning's own strategies"
+	@echo "make bench-callbacks  what the callbacks cost of a step"
 	@echo "make gpu        the tests that need a CUDA device, then its benchmark; GPU_PYTHON=python3 uses what is installed"
 
 $(MARK): pyproject.toml constraints.txt
@@ -25,7 +26,7 @@ $(MARK): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(MARK)
-	$(BIN)/python examples/byte_model.py fit --config configs/quickstart.yaml
+	$(BIN)/longnet fit --config configs/quickstart.yaml
 
 test: $(MARK)
 	$(BIN)/python -m pytest -m "not long" --no-skips
@@ -47,6 +48,9 @@ bench-exchange: $(MARK)
 
 bench-strategy: $(MARK)
 	$(BIN)/python benchmarks/strategy.py $(BENCH_ARGS)
+
+bench-callbacks: $(MARK)
+	$(BIN)/python benchmarks/callbacks.py $(BENCH_ARGS)
 
 gpu: $(if $(GPU_PYTHON),,$(MARK))
 	@$(or $(GPU_PYTHON),$(BIN)/python) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch finds no CUDA device here")'

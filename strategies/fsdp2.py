@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
-_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+_ENTRIES = ("training_step", "validation_step", "test_step", "predict_step", "generate")
 
 
 class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelStrategy):
@@ -75,9 +75,9 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         for block in _blocks(module):
             fully_shard(block, **settings)
         fully_shard(module, **settings)
-        for name in _STEPS:
-            # a step that calls parts of the module must find their parameters whole
-            register_fsdp_forward_method(module, name)
+        for name in _ENTRIES:
+            if hasattr(module, name):  # what calls parts of the module must find their parameters whole
+                register_fsdp_forward_method(module, name)
 
     # Manual optimisation: the backward runs inside of the step, which is the model's forward to FSDP
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 
 def skip_finished_batches(trainer: Trainer) -> None:
-    """Draw the batches that were trained on before the checkpoint: Lightning begins the epoch's data anew.
+    """Leave out the batches that were trained on before the checkpoint: Lightning begins the epoch's data anew.
 
-    They are read again, and thrown away.  The order of the epoch must not depend on what was drawn before: samplers
+    A sampler that can `skip_samples` does so, as that of our data modules.  Of others they are read again, and thrown
+    away.  The order of the epoch must not depend on what was drawn before: samplers
     with a `set_epoch`, as those that Lightning puts in, are told the epoch.  Loaders that keep their own place are left
     alone, and so is a `training_step` that draws from the iterator itself.
     """
@@ -36,6 +37,11 @@ def skip_finished_batches(trainer: Trainer) -> None:
     finished = loop.batch_progress.current.completed + int(loop.restarted_on_train_batch_end)
     if not loop.restarting or finished >= trainer.num_training_batches:
         return  # a new epoch begins
+    sampler: Any = getattr(loader.flattened[0], "sampler", None)
+    if len(loader.flattened) == 1 and hasattr(sampler, "skip_samples"):
+        sampler.skip_samples(finished * loader.flattened[0].batch_size)
+        iter(fetcher)  # which begins to count anew; the loop adds those that are left out
+        return
     for done in range(finished):
         try:
             next(fetcher)

@@ -228,7 +228,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING and not any(isinstance(c, Preemption) for c in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.callbacks.append(Preemption())  # type: ignore[attr-defined]
         self._compared.clear()
-        self.sequence_context.close_window(1)  # what an interrupted run may have left
+        self.sequence_context.window.close(1)  # what an interrupted run may have left
         hand_down(self.lightning_module, self.sequence_context)
         super().setup(trainer)
 
@@ -257,23 +257,35 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         context, loop = self.sequence_context, self.lightning_module.trainer.fit_loop.epoch_loop
         context.begin_step(loop.total_batch_idx)
         if self.accumulate == "batches":
-            return super().training_step(*args, **kwargs)
-        context.open_window()
-        before = context.window_length
+            output = super().training_step(*args, **kwargs)
+            self._check_split()
+            return output
+        context.window.open()
+        before = context.window.means
         output = super().training_step(*args, **kwargs)
-        if (means := context.window_length - before) != 1:
+        self._check_split()
+        if (means := context.window.means - before) != 1:
             raise ValueError(
                 f"accumulate='tokens' needs one token_mean with a gradient in each training_step, got {means}: detach "
                 f"what is only logged"
             )
         return output
 
+    def _check_split(self) -> None:
+        """A batch may stay whole for a model that splits what it makes of it; one that does not would do all twice."""
+        size = self.sequence_context.sequence_parallel_size
+        if size > 1 and self.sequence_context.length is None:
+            raise ValueError(
+                f"sequence_parallel_size must be 1 where no tensor of a batch is a sequence and the model begins none "
+                f"(see SequenceContext.begin_made), got {size}"
+            )
+
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         if self.accumulate == "tokens" and not trainer.fit_loop._should_accumulate():
-            factor = self.sequence_context.close_window(trainer.accumulate_grad_batches)
+            factor = self.sequence_context.window.close(trainer.accumulate_grad_batches)
             for parameter in self.lightning_module.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
