@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
-import socket
 import statistics
 import tempfile
-import warnings
 from collections import defaultdict
 from functools import wraps
 from pathlib import Path
@@ -29,7 +26,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 from machine import described
-from torch.multiprocessing.spawn import spawn
+from ranks import on_ranks
 from torch.utils.data import DataLoader
 
 from lightning_longnet import LongNet, LongNetConfig, Pattern, sequence_context
@@ -120,36 +117,17 @@ def train(with_callbacks: bool) -> tuple[float, dict[str, float]]:
     return statistics.median(steps[SKIPPED:]), {name: sum(each) / STEPS for name, each in spent.items()}
 
 
-def work(rank: int, port: int, rounds: int, path: str) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(RANKS),
-    }
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def work(rounds: int) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {"with": [], "without": []}
     for turn in range(rounds):
         for kind in ("with", "without") if turn % 2 else ("without", "with"):
             found[kind].append(train(kind == "with"))
-    if rank == 0:
-        Path(path).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return found
 
 
 def measured(rounds: int) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = RESULT.with_suffix(".part")
     load = os.getloadavg()[0]
-    spawn(work, (port, rounds, str(path)), nprocs=RANKS)
-    found = json.loads(path.read_text())
-    path.unlink()
+    found = on_ranks(RANKS, work, rounds)
     return {
         "machine": described("cpu"),
         "load_before": round(load, 2),

@@ -24,8 +24,9 @@ from torch import Tensor
 from lightning_longnet import LongNet, LongNetConfig, Pattern
 from lightning_longnet.optimization import decay_groups, warmup_cosine
 
-LENGTHS = [256, 1024, 4096]
-STEP_TOKENS, STEPS, HELD_OUT = 8192, 60, 2**17
+LENGTHS = [16, 64, 256, 1024]
+DIM, LAYERS, HEADS = 96, 2, 4
+STEP_TOKENS, STEPS, HELD_OUT = 4096, 400, 2**17
 RESULT = Path(__file__).parent / "results" / "context-cpu.json"
 
 
@@ -40,14 +41,14 @@ def text() -> tuple[Tensor, Tensor]:
 
 def pattern(length: int) -> Pattern:
     """Up to the whole sequence: near tokens all of them, far ones every fourth, then every sixteenth."""
-    branches = [(min(w, length), r) for w, r in ((256, 1), (1024, 4), (4096, 16)) if w == 256 or w <= length]
+    branches = [(min(w, length), r) for w, r in ((128, 1), (512, 4), (2048, 16)) if w == 128 or w // 4 < length]
     return Pattern.dilated([w for w, _ in branches], [r for _, r in branches], is_causal=True)
 
 
 def measure(length: int) -> dict[str, Any]:
     torch.manual_seed(0)
     train, held_out = text()
-    config = LongNetConfig(pattern(length), dim=128, layers=4, heads=4)
+    config = LongNetConfig(pattern(length), dim=DIM, layers=LAYERS, heads=HEADS)
     model = LongNet(config)
     optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=2e-3, betas=(0.9, 0.95))
     schedule = warmup_cosine(optimizer, STEPS, STEPS // 10, 0.1)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import statistics
 from pathlib import Path
 from time import perf_counter
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 from machine import described
 from peers import ring_attention_pytorch
-from torch.multiprocessing.spawn import spawn
+from ranks import on_ranks
 
 from lightning_longnet import Pattern, SequenceShard, attend
 from lightning_longnet.attention.exchange.comm import Comm, Errand, Pending
@@ -116,14 +115,11 @@ class _Everywhere(torch.autograd.Function):
         return grad, None
 
 
-def work(
-    rank: int, ranks: int, port: int, tokens: int, factor: int, rounds: int, path: str, has_peer: bool = False
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+def work(ranks: int, tokens: int, factor: int, rounds: int, has_peer: bool = False) -> list[dict[str, Any]]:
+    dist.init_process_group("gloo")
     group = dist.group.WORLD
     assert group is not None
-    generator = torch.Generator().manual_seed(rank)
+    generator = torch.Generator().manual_seed(dist.get_rank())
     shape = 1, tokens // ranks, HEADS, HEAD_DIM
     q, k, v, grad = (torch.randn(shape, generator=generator) for _ in range(4))
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -149,46 +145,35 @@ def work(
             }
     everywhere: list[Any] = [None] * ranks
     dist.all_gather_object(everywhere, told)
-    if rank == 0:
-        alone = statistics.median(times["same blocks, no exchange"])
-        rows = []
-        for name, seconds in times.items():
-            step = statistics.median(seconds)
-            sent = [each[name]["sent_mib"] for each in everywhere]
-            one = q.numel() * q.element_size() / 2**20
-            if name == "all keys to all ranks":  # forward both, and both gradients back
-                sent = [4 * (ranks - 1) * one] * ranks
-            elif name == PEER:  # both forward; both and their gradients backward, and those home
-                sent = [(2 * (ranks - 1) + 4 * (ranks - 1) + 2) * one] * ranks
-            rows.append(
-                {
-                    "ranks": ranks,
-                    "tokens": tokens,
-                    "widths": f"{WIDTHS[0] * factor} to {WIDTHS[-1] * factor}",
-                    "participant": name,
-                    "step_seconds": round(step, 4),
-                    "over_same_blocks": round(step / alone, 3),
-                    "sent_mib_mean": round(statistics.mean(sent), 2),
-                    "sent_mib_most": round(max(sent), 2),
-                    "waited_share": round(max(each[name]["waited_seconds"] for each in everywhere) / step, 3),
-                    "rounds": len(seconds),
-                }
-            )
-        Path(path).write_text(json.dumps(rows))
-    dist.barrier()
-    dist.destroy_process_group()
+    alone = statistics.median(times["same blocks, no exchange"])
+    rows = []
+    for name, seconds in times.items():
+        step = statistics.median(seconds)
+        sent = [each[name]["sent_mib"] for each in everywhere]
+        one = q.numel() * q.element_size() / 2**20
+        if name == "all keys to all ranks":  # forward both, and both gradients back
+            sent = [4 * (ranks - 1) * one] * ranks
+        elif name == PEER:  # both forward; both and their gradients backward, and those home
+            sent = [(2 * (ranks - 1) + 4 * (ranks - 1) + 2) * one] * ranks
+        rows.append(
+            {
+                "ranks": ranks,
+                "tokens": tokens,
+                "widths": f"{WIDTHS[0] * factor} to {WIDTHS[-1] * factor}",
+                "participant": name,
+                "step_seconds": round(step, 4),
+                "over_same_blocks": round(step / alone, 3),
+                "sent_mib_mean": round(statistics.mean(sent), 2),
+                "sent_mib_most": round(max(sent), 2),
+                "waited_share": round(max(each[name]["waited_seconds"] for each in everywhere) / step, 3),
+                "rounds": len(seconds),
+            }
+        )
+    return rows
 
 
-def measure(
-    ranks: int, tokens: int, factor: int, rounds: int, path: Path, has_peer: bool = False
-) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    scratch = path.with_suffix(".part")
-    spawn(work, args=(ranks, port, tokens, factor, rounds, str(scratch), has_peer), nprocs=ranks)
-    rows: list[dict[str, Any]] = json.loads(scratch.read_text())
-    scratch.unlink()
+def measure(case: tuple[int, int, int], rounds: int, has_peer: bool = False) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = on_ranks(case[0], work, *case, rounds, has_peer)
     return rows
 
 
@@ -259,14 +244,14 @@ def main() -> None:
     if options.peer:
         result: dict[str, Any] = json.loads(options.out.read_text())
         result["rows"] = [r for r in result["rows"] if r["participant"] != PEER]
-        for row in measure(*PEER_CASE, 1, options.out, has_peer=True):
+        for row in measure(PEER_CASE, 1, has_peer=True):
             print(json.dumps(row), flush=True)
             result["rows"] += [row] if row["participant"] == PEER else []
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         return
     result = {"machine": described("cpu"), "rows": []}
     for case in LONG if options.long else CASES:
-        result["rows"] += measure(*case, options.rounds, options.out)
+        result["rows"] += measure(case, options.rounds)
         for row in result["rows"][-6:]:
             print(json.dumps(row), flush=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")

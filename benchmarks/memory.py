@@ -21,9 +21,9 @@ from machine import allocated, described
 from lightning_longnet import LongNet, LongNetConfig, Pattern, chunked_cross_entropy
 
 WIDTH, VOCABULARY = 256, 50_257
-LOSSES = [("plain", 8192), ("chunked", 8192)]
+LOSSES = [("plain", 8192), ("chunked", 8192), ("chunked", 65536)]
 DIM, LAYERS, HEADS = 128, 4, 4
-LENGTHS = [4096, 8192]
+LENGTHS = [4096, 8192, 16384, 32768]
 SAVINGS: dict[str, dict[str, Any]] = {
     "nothing": {},
     "all but attention": {"recompute": "all but attention"},

@@ -12,19 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
-import socket
-import warnings
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import torch
-import torch.distributed as dist
 from machine import described
-from torch.multiprocessing.spawn import spawn
+from ranks import on_ranks
 
 from lightning_longnet import LongNetConfig, LongNetModule, LongRangeData, Pattern, sequence_context, sequence_plan
 from lightning_longnet.strategies import RingSequenceParallelStrategy
@@ -101,32 +95,12 @@ def sent_bytes(pattern: Pattern) -> int:
     return sum(rank.sent_bytes for rank in plan.volumes)
 
 
-def work(rank: int, port: int, steps: int, path: str) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(RANKS),
-    }
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    found = [train(name, steps) for name in PATTERNS]
-    if rank == 0:
-        Path(path).write_text(json.dumps(found))
-    dist.destroy_process_group()
+def work(steps: int) -> list[dict[str, Any]]:
+    return [train(name, steps) for name in PATTERNS]
 
 
 def measured(steps: int) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = RESULT.with_suffix(".part")
-    spawn(work, (port, steps, str(path)), nprocs=RANKS)
-    rows = json.loads(path.read_text())
-    path.unlink()
+    rows = on_ranks(RANKS, work, steps)
     told = {"ranks": RANKS, "tokens": TOKENS, "distance": DISTANCE, "items": ITEMS, "steps": steps}
     return {"machine": described("cpu"), **told, "rows": rows}
 

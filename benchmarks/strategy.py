@@ -11,23 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
-import socket
 import statistics
-import warnings
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from machine import described
+from ranks import on_ranks
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.utils.data import DataLoader
 
 from lightning_longnet import DilatedSelfAttention, FeedForward, Pattern, sequence_context
@@ -125,18 +120,7 @@ def train(kind: type[Model], strategy: Any, ranks: int, tokens: int, dim: int) -
     return [after - before for before, after in zip(timed.seconds, timed.seconds[1:], strict=False)][SKIPPED:]
 
 
-def work(rank: int, ranks: int, port: int, rounds: int, path: str) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(ranks),
-    }
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def work(ranks: int, rounds: int) -> dict[str, dict[str, list[float]]]:
     medians: dict[str, dict[str, list[float]]] = {}
     for turn in range(rounds):
         for size, (tokens, dim) in SIZES.items():
@@ -144,24 +128,16 @@ def work(rank: int, ranks: int, port: int, rounds: int, path: str) -> None:
             for name, (kind, strategy) in order if turn % 2 else reversed(order):  # nobody is always first
                 seconds = statistics.median(train(kind, strategy, ranks, tokens, dim))
                 medians.setdefault(size, {}).setdefault(name, []).append(seconds)
-    if rank == 0:
-        Path(path).write_text(json.dumps(medians))
-    dist.destroy_process_group()
+    return medians
 
 
 def measured(rounds: int) -> dict[str, Any]:
     rows = []
     for ranks in (1, 2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        path = RESULT.with_suffix(f".{ranks}")
-        spawn(work, (ranks, port, rounds, str(path)), nprocs=ranks)
-        for size, found in json.loads(path.read_text()).items():
+        for size, found in on_ranks(ranks, work, ranks, rounds).items():
             for name in participants(ranks):
                 seconds = [round(s, 5) for s in found[name]]
                 rows.append({"ranks": ranks, "size": size, "name": name, "seconds": seconds})
-        path.unlink()
     return {"machine": described("cpu"), "rounds": rounds, "steps": STEPS - SKIPPED, "rows": rows}
 
 

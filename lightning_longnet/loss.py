@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 512
 IGNORED = -100
 
 
@@ -83,24 +83,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dbias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs_bias else None
             for begin in range(0, len(hidden), chunk_tokens):
                 rows = slice(begin, begin + chunk_tokens)
-                here, targets = hidden[rows].to(dtype), labels[rows]
-                counts = targets != ignore_index
-                picked = targets.where(counts, 0)[:, None]
+                is_left_out = (labels[rows] == ignore_index)[:, None]
+                # zeroed here, where rows are short, what does not count is nothing in both products below
+                here = hidden[rows].to(dtype).masked_fill(is_left_out, 0)
+                picked = labels[rows, None].masked_fill(is_left_out, 0)
                 logits = (here @ factor.T).to(wide)
                 if bias is not None:
                     logits += bias
-                lse = logits.logsumexp(-1)
-                loss += (lse - logits.gather(1, picked)[:, 0]).where(counts, 0).sum()
+                likely = logits.log_softmax(-1)
+                del logits
+                loss -= likely.gather(1, picked).masked_fill(is_left_out, 0).sum()
                 if dhidden is None and dweight is None and dbias is None:
                     continue
-                grad = logits.sub_(lse[:, None]).exp_()
+                grad = likely.exp_()
                 grad.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=wide))
-                grad.masked_fill_(~counts[:, None], 0)
                 if dbias is not None:
-                    dbias += grad.sum(0)
+                    dbias += (~is_left_out[:, 0]).to(wide) @ grad
                 narrow = grad.to(dtype)
                 if dhidden is not None:
-                    dhidden[rows] = narrow @ factor
+                    dhidden[rows] = (narrow @ factor).masked_fill_(is_left_out, 0)
                 if dweight is not None:
                     dweight += (narrow.T @ here).to(wide)
         ctx.save_for_backward(dhidden, dweight, dbias)

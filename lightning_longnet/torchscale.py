@@ -43,7 +43,13 @@ _REFUSED_NAMES = {
     "relative_position": "a relative position bias",
     "_float_tensor": "sinusoidal positions",
 }
-_REFUSED_ARGUMENTS = ("deepnorm", "multiway", "moe_freq", "rel_pos_buckets", "layernorm_embedding")
+# what is read, of all that torchscale's configurations have
+ARGUMENTS = (
+    *(f"{kind}_{name}" for kind in ("encoder", "decoder") for name in ("attention_heads", "normalize_before")),
+    *("share_encoder_input_output_embed", "share_decoder_input_output_embed", "no_scale_embedding", "activation_fn"),
+    *("segment_length", "dilated_ratio", "xpos_scale_base", "layernorm_eps", "num_heads", "final_norm_eps"),
+)
+REFUSED_ARGUMENTS = ("deepnorm", "multiway", "moe_freq", "rel_pos_buckets", "layernorm_embedding")
 # LongViT's own, by the size of the images
 _LONGVIT_RATES = [1, 2, 4, 8, 16]
 _LONGVIT_SEGMENTS = {
@@ -241,7 +247,7 @@ def _blocks(
     weights: _Weights, prefix: str, kind: str, arguments: Mapping[str, Any], is_causal: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What the configuration says of the blocks, and their weights."""
-    for name in _REFUSED_ARGUMENTS:
+    for name in REFUSED_ARGUMENTS:
         if arguments.get(name):
             raise ValueError(f"arguments must not hold {name}, which has no counterpart here, got {arguments[name]!r}")
     column = f"{prefix}layers."

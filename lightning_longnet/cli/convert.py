@@ -34,6 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
+    from difflib import get_close_matches
     from pathlib import Path
 
     told = dict(map(_setting, arguments.set))
@@ -41,8 +42,12 @@ def run(arguments: Namespace) -> None:
     if target.exists():
         raise ValueError(f"checkpoint must be a new file, got {target}, which exists")
     from lightning_longnet.checkpoints import write_checkpoint
-    from lightning_longnet.torchscale import from_torchscale, read_torchscale
+    from lightning_longnet.torchscale import ARGUMENTS, REFUSED_ARGUMENTS, from_torchscale, read_torchscale
 
+    for name in set(told) - {*ARGUMENTS, *REFUSED_ARGUMENTS}:
+        # torchscale has many arguments that change nothing here; one that is nearly read is misspelt
+        if near := get_close_matches(name, ARGUMENTS, 1, 0.85):
+            raise ValueError(f"set must name torchscale's arguments, as {near[0]}, got {name}")
     state, found = read_torchscale(arguments.source, arguments.key)
     model = from_torchscale(state, {**found, **told}, arguments.mix)
     write_checkpoint(model, target)

@@ -6,6 +6,7 @@ import logging
 import sys
 import traceback
 import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -53,6 +54,8 @@ class TrainerCLI(LightningCLI):
         is_word = given in (None, "best", "last", "hpc", "registry")
         if not is_word and ":" not in given and not Path(given).exists():  # s3://, registry:
             raise ValueError(f"ckpt_path must be a checkpoint, got {given}, which does not exist")
+        if not is_word and Path(given).is_file() and not is_saved(Path(given)):
+            raise ValueError(f"ckpt_path must be a checkpoint, got {given}, which is something else, or a part of one")
 
     def __init__(self, *args: Any, given: Sequence[str], **kwargs: Any) -> None:
         self.given = given
@@ -75,6 +78,12 @@ def names_a_model(given: Sequence[str]) -> bool:
             model = content.get("model") if isinstance(content, dict) else None
             found |= isinstance(model, str) or (isinstance(model, dict) and "class_path" in model)
     return found
+
+
+def is_saved(path: Path) -> bool:
+    """Did `torch.save` write it: an archive, or a pickle in older ones?"""
+    with path.open("rb") as file:
+        return zipfile.is_zipfile(file) or file.read(1) == b"\x80"
 
 
 def _content(path: Path) -> Any:

@@ -128,12 +128,19 @@ class HubData(StreamLoaders):
         path = Path(self.path)
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             found = datasets.load_from_disk(self.path)
-            found = found[split] if isinstance(found, datasets.DatasetDict) else found
+            if isinstance(found, datasets.DatasetDict):
+                if split not in found:
+                    raise ValueError(f"splits must be of {self.path}, {', '.join(found)}, got {split!r}")
+                found = found[split]
             found = found.to_iterable_dataset() if self.streaming else found
-        elif builder := _BUILDERS.get(path.suffix):
-            found = datasets.load_dataset(builder, data_files=self.path, split=split, streaming=self.streaming)
         else:
-            found = datasets.load_dataset(self.path, self.name, split=split, streaming=self.streaming)
+            builder = _BUILDERS.get(path.suffix)
+            told = (builder,) if builder else (self.path, self.name)
+            files = self.path if builder else None
+            try:
+                found = datasets.load_dataset(*told, data_files=files, split=split, streaming=self.streaming)
+            except ValueError as error:  # of a split or a name that there is none of
+                raise ValueError(f"path {self.path}, split {split!r}: {error}") from error
         columns = found.column_names
         if columns is not None and self.column not in columns:
             raise ValueError(f"column must be one of {', '.join(columns)}, got {self.column!r}")

@@ -102,7 +102,7 @@ class TokenFiles(_Joined):
         given = [Path(path) for path in paths]
         sizes = []
         for path in given:
-            array = np.load(path, mmap_mode="r")
+            array = _mapped(path)
             if array.ndim != 1 or array.dtype not in (np.uint8, np.uint16, np.uint32):
                 raise ValueError(
                     f"{path} must hold tokens, one row of uint8, uint16 or uint32, got {array.dtype} of shape "
@@ -126,11 +126,18 @@ class TokenFiles(_Joined):
 
     def _read_file(self, file: int, begin: int, end: int) -> Tensor:
         if file not in self._maps:
-            self._maps[file] = np.load(self.paths[file], mmap_mode="r")
+            self._maps[file] = _mapped(self.paths[file])
         return torch.from_numpy(self._maps[file][begin:end].astype(np.int64))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_maps"}  # else sent as all they hold
+
+
+def _mapped(path: Path) -> Any:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} must be a whole .npy file: {error}") from error
 
 
 class Slice(Stream):

@@ -146,7 +146,7 @@ def test_values_may_be_wider_than_keys_where_the_kernel_serves_it(kernel):
     v = torch.randn(1, 9, 2, 6, dtype=torch.float64)
     if kernel == "sdpa":
         with pytest.raises(
-            ValueError, match="kernel='sdpa' can serve this call: needs v as wide as q and k, got 6 and 4"
+            ValueError, match="kernel='sdpa' cannot serve this call: needs v as wide as q and k, got 6 and 4"
         ):
             attend(q, k, v, LONGNET, kernel="sdpa")
         return

@@ -94,7 +94,7 @@ CALLS = {
     "dropout as a string": (lambda: attend(x(), x(), x(), DENSE, dropout="0.1"), "dropout must be .* got '0.1'"),
     "dropout with a kernel that has none": (
         lambda: attend(x(), x(), x(), DENSE, dropout=0.1, kernel="sdpa"),
-        "kernel='sdpa' can serve this call: has no dropout. Those that can: 'eager', 'reference'",
+        "kernel='sdpa' cannot serve this call: has no dropout. Those that can: 'eager', 'reference'",
     ),
     "seed of a float": (
         lambda: attend(x(), x(), x(), DENSE, dropout=0.1, dropout_seed=0.5),

@@ -71,6 +71,15 @@ def test_other_arrays_are_refused(tmp_path, array):
         TokenFiles([tmp_path / "a.npy"])
 
 
+def test_a_part_of_an_array_is_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(1000, dtype=np.uint16))
+    whole = (tmp_path / "a.npy").read_bytes()
+    for kept in (0, 50, 1500):
+        (tmp_path / "a.npy").write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match=r"a\.npy must be a whole \.npy file: "):
+            TokenFiles([tmp_path / "a.npy"])
+
+
 @pytest.mark.parametrize("stretch", [(-1, 2), (3, 2), (0, 14)])
 def test_what_is_not_there_is_not_read(texts, stretch):
     with pytest.raises(ValueError, match="begin and end must lie within the 13 tokens there are"):

@@ -98,10 +98,10 @@ def judge(kernel: str, request: Request) -> Explanation:
 def select(kernel: str, request: Request) -> str:
     explanation = judge(kernel, request)
     if explanation.chosen is None:
-        asked = "no kernel" if kernel == "auto" else f"kernel={kernel!r}"
+        asked = "no kernel can" if kernel == "auto" else f"kernel={kernel!r} cannot"
         reasons = "; ".join(r for v in explanation.verdicts if kernel in ("auto", v.kernel) for r in v.refusals)
         others = [v.kernel for v in explanation.verdicts if not v.refusals]
         raise ValueError(
-            f"{asked} can serve this call: {reasons}. Those that can: {', '.join(map(repr, others)) or 'none'}"
+            f"{asked} serve this call: {reasons}. Those that can: {', '.join(map(repr, others)) or 'none'}"
         )
     return explanation.chosen
