@@ -67,7 +67,7 @@ MISTAKES = {
     "heads": (["fit", QUICKSTART, *SMALL, "--model.config.heads=3"], "heads must divide dim, got heads 3 and dim 16"),
     "endless": (["fit", QUICKSTART, *SMALL, "--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "max_steps or max"),
     "resumed": (["fit", QUICKSTART, *SMALL, "--ckpt_path=no.ckpt"], "ckpt_path must be a checkpoint, got no.ckpt"),
-    "a text": (["fit", QUICKSTART, *SMALL, "--ckpt_path=key.yaml"], "ckpt_path must be .* key.yaml, which is something"),
+    "a text": (["fit", QUICKSTART, *SMALL, "--ckpt_path=key.yaml"], "got key.yaml, which is something else"),
     "another engine's": (["fit", QUICKSTART, *SMALL, "--ckpt_path=empty"], "reads, a file, got the folder .*empty"),
     "weights alone": (["fit", QUICKSTART, *SMALL, "--ckpt_path=w.ckpt"], "checkpoint contains only the model"),
     "braces": (["fit", QUICKSTART, *SMALL, "--trainer.callbacks=lightning_longnet.callbacks.FitSummary",

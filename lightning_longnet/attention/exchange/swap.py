@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from lightning_longnet.attention.exchange.keys import OwnKeys
 from lightning_longnet.attention.partial import Partial
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -75,51 +76,75 @@ class Swap(NamedTuple):
 
 def _heads(swap: Swap, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
     """(B, L, H, D) -> (B, N, H / P, D), each."""
-    comm, lengths = swap.comm, swap.placement.lengths
-    send, receive = {}, {}
-    for peer in range(comm.ranks):
-        pieces = [x.unflatten(2, (comm.ranks, -1))[:, :, peer] for x in tensors]
-        send[peer] = torch.cat([piece.transpose(0, 1).flatten(1) for piece in pieces], 1)
-        receive[peer] = send[peer].new_empty((lengths[peer], send[peer].shape[1]))
-    _traded(swap, send, receive, f"swap of {what} to heads")
-    found = []
-    widths = [_width(x, comm.ranks) for x in tensors]
-    for i, x in enumerate(tensors):
-        shape = (len(x), x.shape[2] // comm.ranks, x.shape[3])
-        whole = x.new_empty((swap.placement.length, *shape))
-        for peer, pieces_of in receive.items():
-            piece = pieces_of.split(widths, 1)[i].unflatten(1, shape)
-            for stretch in swap.placement.stretches(peer):
+    comm, placement = swap.comm, swap.placement
+    shapes = [(len(x), x.shape[2] // comm.ranks, x.shape[3]) for x in tensors]
+    found = [x.new_empty((placement.length, *shape)) for x, shape in zip(tensors, shapes, strict=True)]
+
+    def of_heads(peer: int) -> list[Tensor]:
+        return [x.unflatten(2, (comm.ranks, -1))[:, :, peer].transpose(0, 1) for x in tensors]
+
+    def put(peer: int, pieces: Sequence[Tensor]) -> None:
+        for whole, piece in zip(found, pieces, strict=True):
+            for stretch in placement.stretches(peer):
                 whole[stretch.begin : stretch.end] = piece[stretch.local : stretch.local + stretch.end - stretch.begin]
-        found.append(whole.transpose(0, 1))
-    return found
+
+    _traded(swap, tensors[0], shapes, placement.lengths, of_heads, put, f"swap of {what} to heads")
+    return [whole.transpose(0, 1) for whole in found]
 
 
 def _rows(swap: Swap, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
     """The inverse: (B, N, H / P, D) -> (B, L, H, D), each."""
-    comm, lengths = swap.comm, swap.placement.lengths
+    comm, placement = swap.comm, swap.placement
+    shapes = [(len(x), x.shape[2], x.shape[3]) for x in tensors]
+    here = placement.lengths[comm.rank]
+    found = [x.new_empty((batch, here, comm.ranks, *rest)) for x, (batch, *rest) in zip(tensors, shapes, strict=True)]
+
+    def of_rows(peer: int) -> list[Tensor]:
+        stretches = placement.stretches(peer)
+        if len(stretches) == 1:
+            return [x[:, stretches[0].begin : stretches[0].end].transpose(0, 1) for x in tensors]
+        return [torch.cat([x[:, :0], *(x[:, s.begin : s.end] for s in stretches)], 1).transpose(0, 1) for x in tensors]
+
+    def put(peer: int, pieces: Sequence[Tensor]) -> None:
+        for own, piece in zip(found, pieces, strict=True):
+            own[:, :, peer] = piece.transpose(0, 1)
+
+    _traded(swap, tensors[0], shapes, [here] * comm.ranks, of_rows, put, f"swap of {what} to rows")
+    return [own.flatten(2, 3) for own in found]
+
+
+def _traded(
+    swap: Swap,
+    like: Tensor,
+    shapes: Sequence[tuple[int, ...]],
+    rows: Sequence[int],
+    pieces_of: Callable[[int], list[Tensor]],
+    put: Callable[[int, Sequence[Tensor]], None],
+    what: str,
+) -> None:
+    """Each rank's pieces, (rows, *shape), go to it in one message; `rows[peer]` come back.
+
+    One's own are put while the others are on their way.
+    """
+    comm = swap.comm
+    widths = [prod(shape) for shape in shapes]
+
+    def split(packed: Tensor) -> list[Tensor]:
+        return [part.unflatten(1, shape) for part, shape in zip(packed.split(widths, 1), shapes, strict=True)]
+
     send, receive = {}, {}
     for peer in range(comm.ranks):
-        stretches = swap.placement.stretches(peer)
-        pieces = [torch.cat([x[:, s.begin : s.end] for s in stretches], 1) if stretches else x[:, :0] for x in tensors]
-        send[peer] = torch.cat([piece.transpose(0, 1).flatten(1) for piece in pieces], 1)
-        receive[peer] = send[peer].new_empty((lengths[comm.rank], send[peer].shape[1]))
-    _traded(swap, send, receive, f"swap of {what} to rows")
-    widths = [_width(x, 1) for x in tensors]
-    found = []
-    for i, x in enumerate(tensors):
-        shape = (len(x), x.shape[2], x.shape[3])
-        pieces = [piece.split(widths, 1)[i].unflatten(1, shape) for _, piece in sorted(receive.items())]
-        found.append(torch.cat(pieces, 2).transpose(0, 1).contiguous())
-    return found
-
-
-def _width(x: Tensor, ranks: int) -> int:
-    return len(x) * x.shape[2] // ranks * x.shape[3]
-
-
-def _traded(swap: Swap, send: dict[int, Tensor], receive: dict[int, Tensor], what: str) -> None:
-    comm = swap.comm
-    receive[comm.rank].copy_(send.pop(comm.rank))
-    others = {peer: tensor for peer, tensor in receive.items() if peer != comm.rank and tensor.numel()}
-    comm.swap({peer: x.contiguous() for peer, x in send.items() if x.numel()}, others, swap.errand, what).wait()
+        if peer == comm.rank:
+            continue
+        pieces = pieces_of(peer)
+        if len(pieces[0]) and sum(widths):
+            send[peer] = like.new_empty((len(pieces[0]), sum(widths)))
+            for into, piece in zip(split(send[peer]), pieces, strict=True):
+                into.copy_(piece)
+        if rows[peer] and sum(widths):
+            receive[peer] = like.new_empty((rows[peer], sum(widths)))
+    pending = comm.swap(send, receive, swap.errand, what)
+    put(comm.rank, pieces_of(comm.rank))
+    pending.wait()
+    for peer, packed in receive.items():
+        put(peer, split(packed))
