@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, re
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_longnet.strategies.files import load_file
 from lightning_longnet.strategies.ring import RingSequenceParallelStrategy
 
 if TYPE_CHECKING:
@@ -78,6 +80,14 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         for name in _ENTRIES:
             if hasattr(module, name):  # what calls parts of the module must find their parameters whole
                 register_fsdp_forward_method(module, name)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        if not path.is_file():
+            return super().load_checkpoint(path, weights_only)
+        assert self.model is not None
+        assert self.lightning_module is not None
+        return load_file(path, self.model, self.optimizers, self.lightning_module.strict_loading, weights_only)
 
     # Manual optimisation: the backward runs inside of the step, which is the model's forward to FSDP
 

@@ -14,7 +14,9 @@ def micro_batches(name):
     return int(place.split("-")[0]) if "-" in place else 2 * int(place.removeprefix("step="))
 
 
-def compare(trainers, tmp_path, world, kind, chosen=None, callbacks=checkpoints_everywhere, size=None, **told):
+def compare(
+    trainers, tmp_path, world, kind, chosen=None, callbacks=checkpoints_everywhere, size=None, resumed_by=None, **told
+):
     folder, other = tmp_path / "saved", tmp_path / "other"
     folder.mkdir()
     other.mkdir()
@@ -23,7 +25,8 @@ def compare(trainers, tmp_path, world, kind, chosen=None, callbacks=checkpoints_
     assert sorted(right) == list(range(len(right)))
     assert set(chosen or names) <= set(names), names
     for name in chosen or names:
-        for found, code, _ in trainers.run(world, Run(str(other), *case, resume=str(folder / name), **told)):
+        again = Run(str(other), resumed_by or kind, size or world, resume=str(folder / name), **told)
+        for found, code, _ in trainers.run(world, again):
             assert code is None
             wanted = {step: loss for step, loss in right.items() if step >= micro_batches(name)}
             assert sorted(found) == sorted(wanted), name
@@ -35,6 +38,11 @@ def compare(trainers, tmp_path, world, kind, chosen=None, callbacks=checkpoints_
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_in_the_middle_of_a_later_epoch(trainers, tmp_path, kind):
     compare(trainers, tmp_path, 2, kind, ["7-batch.ckpt"])
+
+
+@pytest.mark.parametrize("kinds", [("ddp", "fsdp2"), ("fsdp2 in one file", "ddp")])
+def test_one_file_goes_on_under_another_engine(trainers, tmp_path, kinds):
+    compare(trainers, tmp_path, 2, kinds[0], ["7-batch.ckpt"], resumed_by=kinds[1])
 
 
 @pytest.mark.long

@@ -1,0 +1,52 @@
+"""A checkpoint in one file, whichever engine wrote it, into a module whose parameters are sharded."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.strategies.model_parallel import _load_raw_module_state
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    from torch import nn
+    from torch.optim import Optimizer
+
+
+def load_file(
+    path: Path, module: nn.Module, optimizers: Iterable[Optimizer], strict: bool, weights_only: bool | None
+) -> dict[str, Any]:
+    """Gives back what it holds besides weights."""
+    held: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+    _load_raw_module_state(held.pop("state_dict"), module, strict=strict)
+    options = StateDictOptions(broadcast_from_rank0=True, full_state_dict=True, strict=strict)
+    for optimizer, state in zip(optimizers, held.get("optimizer_states", ()), strict=False):
+        set_optimizer_state_dict(module, optimizer, _by_names(state, optimizer, module), options=options)
+    return held
+
+
+def _by_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """Where parameters are numbered, as DDP's are: in the order of the optimizer's groups, not always the module's.
+
+    Lightning takes it for the module's; what groups reorder, as those of weight decay do, would get others' moments.
+    """
+    saved = list(chain.from_iterable(group["params"] for group in state["param_groups"]))
+    if not all(isinstance(each, int) for each in saved):
+        return state
+    names = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in module.named_parameters()}
+    ours = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    if len(saved) != len(ours):
+        raise ValueError(
+            f"the checkpoint's optimizer must have as many parameters as this one, {len(ours)}, got {len(saved)}"
+        )
+    name_of = dict(zip(saved, ours, strict=True))
+    return {
+        "state": {name_of[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [name_of[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
+    }
