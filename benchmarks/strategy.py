@@ -4,7 +4,8 @@
     python benchmarks/strategy.py --table            # the committed result, as the README shows it
 
 Each round trains the same model for some steps under every participant in turn, in the same processes of one thread
-each; a step's time is from its batch's hand-over to the end of the optimiser's step.
+each; a step's time is from its batch's hand-over to the end of the optimiser's step.  Beside it stand the calls of
+functions, Python's and C's, that a step makes: they are the same in every round, whatever else the machine does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from cProfile import Profile
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -86,6 +88,23 @@ class Timed(L.Callback):
         self.seconds.append(perf_counter())
 
 
+class Counted(L.Callback):
+    """The calls of the steps that are timed."""
+
+    def __init__(self) -> None:
+        self.profile = Profile()
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == SKIPPED:
+            self.profile.enable()
+        if trainer.global_step == STEPS:
+            self.profile.disable()
+
+    @property
+    def calls(self) -> float:
+        return sum(entry.callcount for entry in self.profile.getstats()) / (STEPS - SKIPPED)
+
+
 def participants(ranks: int) -> dict[str, tuple[type[Model], Any]]:
     def ours(sharding: str) -> RingSequenceParallelStrategy:
         return RingSequenceParallelStrategy(1, sharding)  # type: ignore[arg-type]
@@ -98,7 +117,9 @@ def participants(ranks: int) -> dict[str, tuple[type[Model], Any]]:
     }
 
 
-def train(kind: type[Model], strategy: Any, ranks: int, tokens: int, dim: int) -> list[float]:
+def train(
+    kind: type[Model], strategy: Any, ranks: int, tokens: int, dim: int, counted: Counted | None = None
+) -> list[float]:
     """Seconds from one batch's hand-over to the next."""
     torch.manual_seed(0)
     rows = [{"input_ids": torch.randint(256, (tokens,)), "labels": torch.randint(256, (tokens,))} for _ in range(8)]
@@ -113,14 +134,14 @@ def train(kind: type[Model], strategy: Any, ranks: int, tokens: int, dim: int) -
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[timed],
+        callbacks=[timed, *([counted] if counted else [])],
     )
     loader: Any = DataLoader(rows * STEPS, batch_size=1)  # type: ignore[arg-type]
     trainer.fit(kind(dim), loader)
     return [after - before for before, after in zip(timed.seconds, timed.seconds[1:], strict=False)][SKIPPED:]
 
 
-def work(ranks: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+def work(ranks: int, rounds: int) -> dict[str, Any]:
     medians: dict[str, dict[str, list[float]]] = {}
     for turn in range(rounds):
         for size, (tokens, dim) in SIZES.items():
@@ -128,22 +149,31 @@ def work(ranks: int, rounds: int) -> dict[str, dict[str, list[float]]]:
             for name, (kind, strategy) in order if turn % 2 else reversed(order):  # nobody is always first
                 seconds = statistics.median(train(kind, strategy, ranks, tokens, dim))
                 medians.setdefault(size, {}).setdefault(name, []).append(seconds)
-    return medians
+    calls: dict[str, dict[str, float]] = {}
+    for size, (tokens, dim) in SIZES.items():
+        for name, (kind, strategy) in participants(ranks).items():
+            counted = Counted()
+            train(kind, strategy, ranks, tokens, dim, counted)
+            calls.setdefault(size, {})[name] = round(counted.calls, 1)
+    return {"seconds": medians, "calls": calls}
 
 
 def measured(rounds: int) -> dict[str, Any]:
     rows = []
     for ranks in (1, 2):
-        for size, found in on_ranks(ranks, work, ranks, rounds).items():
+        found = on_ranks(ranks, work, ranks, rounds)
+        for size in SIZES:
             for name in participants(ranks):
-                seconds = [round(s, 5) for s in found[name]]
-                rows.append({"ranks": ranks, "size": size, "name": name, "seconds": seconds})
+                seconds = [round(s, 5) for s in found["seconds"][size][name]]
+                row = {"ranks": ranks, "size": size, "name": name, "seconds": seconds}
+                rows.append(row | {"calls": found["calls"][size][name]})
     return {"machine": described("cpu"), "rounds": rounds, "steps": STEPS - SKIPPED, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:
-    """Medians, and the median and the quartiles over the rounds of ours over Lightning's."""
-    lines = ["| ranks | model | engine | Lightning's | ours | ratio | its quartiles |", "|---|---|---|---|---|---|---|"]
+    """Medians; the median and the quartiles, over the rounds, of ours over Lightning's; and the calls of functions."""
+    lines = ["| ranks | model | engine | Lightning's | ours | ratio | its quartiles | calls |", "|---" * 8 + "|"]
+    calls = {(row["ranks"], row["size"], row["name"]): row["calls"] for row in result["rows"]}
     seconds = {(row["ranks"], row["size"], row["name"]): row["seconds"] for row in result["rows"]}
     for ranks, size, name in seconds:
         if not name.endswith("ours"):
@@ -152,7 +182,9 @@ def table(result: dict[str, Any]) -> str:
         own, stock = seconds[ranks, size, name], seconds[ranks, size, f"{engine}: Lightning's"]
         low, ratio, high = statistics.quantiles([a / b for a, b in zip(own, stock, strict=True)], n=4)
         shown = (f"{statistics.median(each) * 1e3:,.1f} ms" for each in (stock, own))
-        lines.append(f"| {ranks} | {size} | {engine} | {' | '.join(shown)} | {ratio:.3f} | {low:.2f} to {high:.2f} |")
+        called = calls[ranks, size, name] / calls[ranks, size, f"{engine}: Lightning's"]
+        told = f"{' | '.join(shown)} | {ratio:.3f} | {low:.2f} to {high:.2f} | {called:.3f}"
+        lines.append(f"| {ranks} | {size} | {engine} | {told} |")
     return "\n".join(lines)
 
 

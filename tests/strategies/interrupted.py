@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from trained import Module, collated, quiet, samples, started, trainer_of
 
 
-
 def by_rank(parameters):
     """Groups of weight decay, as models of language have them: the optimizer's order is not the module's."""
     parameters = list(parameters)
