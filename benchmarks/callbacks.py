@@ -18,7 +18,7 @@ import tempfile
 from collections import defaultdict
 from functools import wraps
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -72,24 +72,24 @@ class Timed(L.Callback):
         self.stamps.append(perf_counter())
 
 
-def clocked(callback: L.Callback, spent: dict[str, list[float]]) -> L.Callback:
-    """Every hook of training notes how long it took, under the name of its callback."""
+def clocked(callback: L.Callback, spent: dict[str, list[tuple[float, float]]]) -> L.Callback:
+    """Every hook of training notes how long it took, under the name of its callback: by the clock, and computing."""
     name = type(callback).__name__
     for hook in ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end"):
         inner = getattr(callback, hook)
 
         def timed(*told: Any, inner: Any = inner) -> None:
-            begin = perf_counter()
+            begin = perf_counter(), thread_time()
             inner(*told)
-            spent[name].append(perf_counter() - begin)
+            spent[name].append((perf_counter() - begin[0], thread_time() - begin[1]))
 
         setattr(callback, hook, wraps(inner)(timed))
     return callback
 
 
-def train(with_callbacks: bool) -> tuple[float, dict[str, float]]:
-    """(median seconds of a step, mean seconds of a step inside each callback)"""
-    spent: dict[str, list[float]] = defaultdict(list)
+def train(with_callbacks: bool) -> tuple[float, dict[str, tuple[float, ...]]]:
+    """(median seconds of a step; of each callback the mean seconds of a step inside it, and those it computed)"""
+    spent: dict[str, list[tuple[float, float]]] = defaultdict(list)
     timed, watching = Timed(), []
     if with_callbacks:
         made = (TokenThroughput(), MemoryMonitor(), CommunicationMonitor(), NonFiniteGuard(), TrainingProgress())
@@ -114,7 +114,8 @@ def train(with_callbacks: bool) -> tuple[float, dict[str, float]]:
         trainer.fit(Model(), DataLoader(rows, batch_size=1))
         dist.barrier()
     steps = [after - before for before, after in zip(timed.stamps, timed.stamps[1:], strict=False)]
-    return statistics.median(steps[SKIPPED:]), {name: sum(each) / STEPS for name, each in spent.items()}
+    means = {name: tuple(sum(kind) / STEPS for kind in zip(*each, strict=True)) for name, each in spent.items()}
+    return statistics.median(steps[SKIPPED:]), means
 
 
 def work(rounds: int) -> dict[str, list[Any]]:
@@ -135,22 +136,25 @@ def measured(rounds: int) -> dict[str, Any]:
         "steps": STEPS,
         "logged_every": LOGGED,
         "step_seconds": {kind: [round(step, 5) for step, _ in turns] for kind, turns in found.items()},
-        "hook_seconds": {name: [round(spent[name], 7) for _, spent in found["with"]] for name in found["with"][0][1]},
+        **{
+            key: {name: [round(spent[name][i], 7) for _, spent in found["with"]] for name in found["with"][0][1]}
+            for i, key in enumerate(("hook_seconds", "computing_seconds"))
+        },
     }
 
 
 def table(result: dict[str, Any]) -> str:
     step = statistics.median(result["step_seconds"]["without"])
-    lines = ["| callback | in its hooks, a step | of the step |", "|---|---|---|"]
-    total = 0.0
+    lines = ["| callback | in its hooks, a step | of the step | not waiting for the other rank |", "|---|---|---|---|"]
+    total = [0.0, 0.0]
     for name, seconds in result["hook_seconds"].items():
-        mean = statistics.median(seconds)
-        total += mean
-        lines.append(f"| {name} | {mean * 1e3:.2f} ms | {mean / step:.2%} |")
-    lines.append(f"| all of them | {total * 1e3:.2f} ms | {total / step:.2%} |")
+        means = [statistics.median(each) for each in (seconds, result["computing_seconds"][name])]
+        total = [a + b for a, b in zip(total, means, strict=True)]
+        lines.append(f"| {name} | {means[0] * 1e3:.2f} ms | {means[0] / step:.2%} | {means[1] / step:.2%} |")
+    lines.append(f"| all of them | {total[0] * 1e3:.2f} ms | {total[0] / step:.2%} | {total[1] / step:.2%} |")
     pairs = zip(result["step_seconds"]["with"], result["step_seconds"]["without"], strict=True)
     ratio = statistics.median(a / b for a, b in pairs)
-    lines.append(f"| a step with them, over one without | | {ratio:.3f} |")
+    lines.append(f"| a step with them, over one without | | {ratio:.3f} | |")
     return "\n".join(lines)
 
 
