@@ -71,7 +71,7 @@ class Wanted(NamedTuple):
                 found.append((rows * self.kv_heads + heads).flatten())
         return torch.cat(found).unique()
 
-    def count(self) -> int:
+    def many(self) -> int:
         """How many cells are seen."""
         return len(self.listed()) if self.is_sparse else int(self.mask().sum())
 

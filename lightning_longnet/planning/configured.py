@@ -61,7 +61,7 @@ def read_job(
     if model.class_path not in _OURS:
         raise ValueError(f"model must be a LongNetModule, whose shape is known, got {model.class_path}")
     strategy = _strategy(trainer.strategy)
-    data = told.data.init_args if told.get("data") is not None else Namespace()
+    data = told.data.init_args if told.get("data") is not None else Namespace()  # type: ignore[no-untyped-call]
     length = data.get("tokens") if tokens is None else tokens
     if length is None:
         raise ValueError("tokens must be told, as the data module has no argument of that name: --tokens N")
@@ -123,7 +123,8 @@ def _copies(optimizer: Any) -> float:
     room, _, name = optimizer.class_path.rpartition(".")
     weight = torch.nn.Parameter(torch.ones(64, 64))
     weight.grad = torch.ones_like(weight)
-    made = getattr(import_module(room), name)([weight], **vars(optimizer.get("init_args") or Namespace()))
+    told = optimizer.get("init_args")
+    made = getattr(import_module(room), name)([weight], **({} if told is None else vars(told)))
     made.step()
     held = sum(x.numel() for state in made.state.values() for x in state.values() if isinstance(x, torch.Tensor))
     return round(held / weight.numel(), 2)

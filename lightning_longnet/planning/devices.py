@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lightning_longnet.callbacks.peak import listed, measured
@@ -25,6 +25,7 @@ class Device:
         efficiency: what of the peak linear maps and attention reach.
         call_seconds: what an operator takes however small it is.
         overlaps: is what travels hidden behind what is computed?
+        share: of the device, that a rank has for itself.
     """
 
     name: str
@@ -35,15 +36,29 @@ class Device:
     efficiency: tuple[float, float]
     call_seconds: float
     overlaps: bool
+    share: float = 1.0
 
     def peak(self, dtype: torch.dtype) -> float:
         """Floating-point operations a second: listed of a GPU, measured of this machine's CPU."""
         if self.name == "cpu":
-            return measured(dtype)
+            return self.share * measured(dtype)
         found = listed(self.name, dtype, allows_tf32=False)
         if found is None:
             raise ValueError(f"device {self.name} has no listed peak in {dtype}: tell --peak-tflops")
         return found
+
+    def shared(self, ranks: int, threads: int) -> Device:
+        """As each of so many ranks of a node has it: those of a CPU share its cores."""
+        if self.name != "cpu":
+            return self
+        share = min(1.0, (os.cpu_count() or 1) / (ranks * threads))
+        return replace(
+            self,
+            memory=self.memory / ranks,
+            call_seconds=self.call_seconds / share,
+            bandwidth=self.bandwidth * share,
+            share=share,
+        )
 
 
 # No GPU was measured for this: shares of the peak are what others report of such kernels, to be told better by

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
+from lightning_longnet.flops import Flops, ModelFlops
 from lightning_longnet.model import LongNet
 
 if TYPE_CHECKING:
@@ -21,24 +24,27 @@ STEP_COPIES, STEP_COPIES_SPLIT = 2.0, 1.4
 
 
 class Weights(NamedTuple):
-    """Bytes of a model's parameters: all, a block's, and those outside of the blocks."""
+    """Bytes of a model's parameters: all, a block's, those outside of the blocks, and the largest.
+
+    `parameters` is how many numbers they are, `token` what its linear maps compute for a token.
+    """
 
     all: int
     block: int
     root: int
     largest: int
-    count: int
+    parameters: int
+    token: Flops
 
     @classmethod
     def of(cls, job: Job) -> Weights:
-        import torch
-
         with torch.device("meta"):
             model = LongNet(job.config)
         counts = [p.numel() for p in model.parameters()]
         width, many = job.parameter_dtype.itemsize, sum(counts)
         blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-        return cls(many * width, max(blocks) * width, (many - sum(blocks)) * width, max(counts) * width, many)
+        root = width * (many - sum(blocks))
+        return cls(width * many, width * max(blocks), root, width * max(counts), many, ModelFlops.of(model).token)
 
 
 class Held(NamedTuple):

@@ -11,6 +11,8 @@ from lightning_longnet.attention.schedule import Schedule, Volume, branch_bytes,
 from lightning_longnet.planning.standin import Remote
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from lightning_longnet.attention.pattern import Pattern
     from lightning_longnet.attention.routes import Layout, Part
     from lightning_longnet.planning.job import Job
@@ -32,7 +34,7 @@ class Share:
 
     Attributes:
         volume: what it sends and keeps.
-        branch_bytes: what of `volume.sent_bytes` each branch adds to those finer than it; nothing where heads are traded.
+        branch_bytes: what of `volume.sent_bytes` each branch adds to those finer than it; none where heads are traded.
         own_pairs: those that wait for nobody.
         rounds: the rest.
         remote: what other ranks leave in memory.
@@ -89,12 +91,12 @@ def _share(job: Job, layout: Layout, chosen: Schedule, rank: int, distinct: int,
     computed = layout._replace(distinct=distinct)
     if chosen.is_swap:
         here = layout.kv_heads // layout.placement.ranks
-        parts = head_parts(computed, range(rank * here, (rank + 1) * here))
-        return Share(told, (), _pairs(parts), (), Remote(0, 0, layout.placement.ranks > 1))
+        traded = head_parts(computed, range(rank * here, (rank + 1) * here))
+        return Share(told, (), _pairs(traded), (), Remote(0, 0, layout.placement.ranks > 1))
     own = route(computed, rank, chosen.exchanges)
     rounds, kept, most = [], 0, 0
     for each in own.rounds:
-        cells = sum(wanted.count() for wanted in each.receives.values())
+        cells = sum(wanted.many() for wanted in each.receives.values())
         parts = [part for wanted in each.receives.values() for part in wanted.parts]
         rounds.append(Round(cells * cell, _pairs(parts)))
         kept, most = (kept + cells, most) if each.keeps else (kept, max(most, cells))
@@ -102,7 +104,7 @@ def _share(job: Job, layout: Layout, chosen: Schedule, rank: int, distinct: int,
     return Share(told, sent, _pairs(own.own), tuple(rounds), Remote(kept, most, False))
 
 
-def _pairs(parts: tuple[Part, ...] | list[Part]) -> int:
+def _pairs(parts: Iterable[Part]) -> int:
     return sum(part.block.pairs for part in parts)
 
 

@@ -6,9 +6,10 @@ import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import lightning_longnet.attention.sharded  # noqa: F401  registers the operator that is named below
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+import lightning_longnet.attention.sharded  # noqa: F401  registers the operator that is named below
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -39,7 +40,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, workspace: Mapping[Any, Callable[..., int]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.phase, self.kind = "", "activations"
         self.events: list[Event] = []
         self.moved = self.calls = 0

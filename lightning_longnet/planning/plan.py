@@ -16,6 +16,7 @@ from lightning_longnet.planning.traced import trace
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lightning_longnet.blocks import Recompute
     from lightning_longnet.planning.devices import Device
     from lightning_longnet.planning.job import Job
     from lightning_longnet.planning.traced import Trace
@@ -41,7 +42,8 @@ class RunPlan:
         peak_flops: of a device, a second.
         weights: of the model.
         kinds: layers by their pattern.
-        memories: of the fullest rank of a group and of the emptiest of those that were looked at.
+        fullest: the rank of a group that holds most.
+        memory: what it holds.
         time: of the rank that needs most.
         required: operations of a step, of all ranks.
         longest: tokens of the longest sequence that fits, estimated; 0 where none does.
@@ -54,17 +56,13 @@ class RunPlan:
     peak_flops: float
     weights: Weights
     kinds: tuple[LayerKind, ...]
-    memories: dict[int, Memory]
+    fullest: int
+    memory: Memory
     time: StepTime
     required: Required
     longest: int
     advice: tuple[Advice, ...]
     notes: tuple[str, ...]
-
-    @property
-    def fullest(self) -> int:
-        """The rank that holds most."""
-        return max(self.memories, key=lambda rank: self.memories[rank].peak)
 
     @property
     def usable(self) -> float:
@@ -73,7 +71,7 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        return self.memories[self.fullest].peak <= self.usable
+        return self.memory.peak <= self.usable
 
     @property
     def tokens_per_second(self) -> float:
@@ -109,31 +107,29 @@ class RunPlan:
 
 def plan_run(job: Job, device: Device, peak_flops: float | None = None) -> RunPlan:
     """The plan of a job on so many of these devices."""
+    device = device.shared(job.per_node, torch.get_num_threads())
     distinct = 0
     if device.name == "cpu" and job.config.mix == "exact" and not job.config.attention_dropout:
         distinct = -(-torch.get_num_threads() // job.batch)  # where pairs are computed once for all branches
     kinds, weights = layer_kinds(job, distinct), Weights.of(job)
-    traces = {rank: _traced(job, kinds, rank) for rank in _extremes(job, kinds)}
-    memories = {rank: memory(job, weights, found) for rank, found in traces.items()}
+    fullest = _fullest(job, kinds)
+    traced = _traced(job, kinds, fullest)
+    held = memory(job, weights, traced)
     peak_flops = device.peak(job.dtype) if peak_flops is None else peak_flops
-    fullest = max(memories, key=lambda rank: memories[rank].peak)
-    timed = [
-        step_time(job, device, peak_flops, kinds, rank, traces.get(rank, traces[fullest]), weights)
-        for rank in kinds[0].shares
-    ]
+    timed = [step_time(job, device, peak_flops, kinds, rank, traced, weights) for rank in kinds[0].shares]
     usable = USABLE * device.memory
-    fits = memories[fullest].peak <= usable
     return RunPlan(
         job,
         device,
         peak_flops,
         weights,
         kinds,
-        memories,
+        fullest,
+        held,
         max(timed, key=lambda each: each.seconds),
-        Required.of(job),
-        _longest(job, kinds, fullest, weights, memories[fullest].peak, usable),
-        () if fits else tuple(_advice(job, device, usable)),
+        Required.of(job, weights),
+        _longest(job, kinds, fullest, weights, held.peak, usable),
+        () if held.peak <= usable else tuple(_advice(job, usable)),
         tuple(_notes(job)),
     )
 
@@ -142,16 +138,15 @@ def _traced(job: Job, kinds: tuple[LayerKind, ...], rank: int) -> Trace:
     return trace(job, rank, {kind.pattern.dumps(): kind.shares[rank].remote for kind in kinds})
 
 
-def _extremes(job: Job, kinds: tuple[LayerKind, ...]) -> set[int]:
-    """The ranks that keep most and least of others; they run alike but for that and the tokens that they hold."""
+def _fullest(job: Job, kinds: tuple[LayerKind, ...]) -> int:
+    """The rank that has most tokens, and keeps most of others beside them: in all else ranks are alike."""
     lengths = job.placed().lengths
 
     def held(rank: int) -> tuple[int, int]:
         remotes = [(kind.layers, kind.shares[rank].remote) for kind in kinds]
         return lengths[rank], sum(n * each.kept_cells + each.round_cells for n, each in remotes)
 
-    ranks = list(kinds[0].shares)
-    return {max(ranks, key=held), min(ranks, key=held)}
+    return max(kinds[0].shares, key=held)
 
 
 def _longest(job: Job, kinds: tuple[LayerKind, ...], rank: int, weights: Weights, peak: float, usable: float) -> int:
@@ -166,13 +161,16 @@ def _longest(job: Job, kinds: tuple[LayerKind, ...], rank: int, weights: Weights
     return max(found // job.shared_by * job.shared_by, 0)
 
 
-def _advice(job: Job, device: Device, usable: float) -> Iterator[Advice]:
+def _advice(job: Job, usable: float) -> Iterator[Advice]:
     """Changes that make a run fit, each tried alone and then on top of those that helped most."""
     changes: list[tuple[str, Job]] = []
     config = job.config
-    for name, value in (("recompute", "all but attention"), ("recompute", "everything")):
-        if config.recompute != value and not (config.recompute == "everything"):
-            changes.append((f"--model.config.{name} '{value}'", replace(job, config=replace(config, recompute=value))))
+    values: tuple[Recompute, ...] = ("all but attention", "everything")
+    for value in values:
+        if config.recompute not in (value, "everything"):
+            changes.append(
+                (f"--model.config.recompute '{value}'", replace(job, config=replace(config, recompute=value)))
+            )
     if config.feed_forward_chunk is None:
         smaller = replace(config, recompute="everything", feed_forward_chunk=_CHUNK)
         changes.append(
@@ -182,9 +180,8 @@ def _advice(job: Job, device: Device, usable: float) -> Iterator[Advice]:
             )
         )
     if job.sharding == "ddp" and job.ranks > 1:
-        changes.append(
-            ("--trainer.strategy ring_sequence_parallel, which splits the model", replace(job, sharding="fsdp2"))
-        )
+        split = replace(job, sharding="fsdp2")
+        changes.append(("--trainer.strategy ring_sequence_parallel, which splits the model", split))
     if job.batch > 1:
         changes.append(("--data.batch_size 1", replace(job, batch=1)))
     if job.shared_by < job.ranks:
@@ -202,8 +199,7 @@ def _advice(job: Job, device: Device, usable: float) -> Iterator[Advice]:
 
 def _peak(job: Job) -> float:
     kinds = layer_kinds(job)
-    rank = max(_extremes(job, kinds), key=lambda r: kinds[0].shares[r].remote.kept_cells)
-    return memory(job, Weights.of(job), _traced(job, kinds, rank)).peak
+    return memory(job, Weights.of(job), _traced(job, kinds, _fullest(job, kinds))).peak
 
 
 def _notes(job: Job) -> Iterator[str]:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from lightning_longnet.attention.pattern import check_heads
-from lightning_longnet.flops import ModelFlops, attended_pairs
-from lightning_longnet.model import LongNet
+from lightning_longnet.flops import attended_pairs
 
 if TYPE_CHECKING:
     from lightning_longnet.planning.devices import Device
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
 # What a message costs before its first byte, in seconds
 LATENCY = 2e-5
 # Operations of a pair and a unit of width: scores and values, their gradients and the scores again; see `flops`
-_FORWARD, _BACKWARD = 4, 10
+FORWARD, BACKWARD = 4, 10
 
 
 class Crossing(NamedTuple):
@@ -70,17 +67,11 @@ class Required(NamedTuple):
     flops: float
 
     @classmethod
-    def of(cls, job: Job) -> Required:
+    def of(cls, job: Job, weights: Weights) -> Required:
         heads, kv_heads = job.config.heads, check_heads(job.config.heads, job.config.kv_heads)
         pairs = sum(attended_pairs(p, heads, kv_heads, (0, job.tokens)).required for p in job.config.patterns)
-        token = token_flops(job).required
         samples = job.batch * job.groups * job.accumulate
-        return cls(samples * (token * job.tokens + 12 * pairs * job.sizes.head_dim))
-
-
-def token_flops(job: Job) -> object:
-    with torch.device("meta"):
-        return ModelFlops.of(LongNet(job.config)).token
+        return cls(samples * (weights.token.required * job.tokens + 12 * pairs * job.sizes.head_dim))
 
 
 def step_time(
@@ -89,14 +80,14 @@ def step_time(
     """`peak` is the device's, in operations a second."""
     linear_share, attention_share = device.efficiency
     tokens = job.placed().lengths[rank] * job.batch
-    linear = tokens * token_flops(job).done / (peak * linear_share)
+    linear = tokens * weights.token.done / (peak * linear_share)
     pair = job.sizes.head_dim * job.batch / (peak * attention_share)
     again = job.config.recompute == "everything"
     attention = flight = waited = 0.0
     link = device.node_link if job.shared_by <= job.per_node else device.network
     for kind in kinds:
         share = kind.shares[rank]
-        attention += kind.layers * share.pairs * pair * (_FORWARD * (1 + again) + _BACKWARD)
+        attention += kind.layers * share.pairs * pair * (FORWARD * (1 + again) + BACKWARD)
         crossing = _crossing(share, pair, link, device.overlaps, kind.schedule.is_swap, 1 + again)
         flight, waited = flight + kind.layers * crossing.flight, waited + kind.layers * crossing.waited
     other = traced.moved_bytes / device.bandwidth + traced.calls * device.call_seconds
@@ -126,7 +117,7 @@ def _crossing(share: Share, pair: float, link: float, overlaps: bool, is_swap: b
     waited = 0.0
     rounds = len(share.rounds) or 1
     for is_backward in (False,) * forwards + (True,):
-        pairs, operations = share.own_pairs, _BACKWARD if is_backward else _FORWARD
+        pairs, operations = share.own_pairs, BACKWARD if is_backward else FORWARD
         each_flight = flight / (forwards + 1) / rounds
         for i in range(rounds):
             waited += max(0.0, each_flight - pairs * operations * pair)
@@ -139,7 +130,8 @@ def _synchronised(job: Job, weights: Weights, device: Device) -> float:
     ranks, kind = job.ranks, job.sharding
     if ranks == 1:
         return 0.0
-    link = device.network if job.nodes > 1 else device.node_link
+    # what all ranks gather crosses to a node once, over the links of all its devices
+    link = min(device.node_link, device.network * job.per_node) if job.nodes > 1 else device.node_link
     share = (ranks - 1) / ranks * weights.all / link
     if kind == "hsdp":
         here = job.shared_by

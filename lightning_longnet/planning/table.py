@@ -25,7 +25,7 @@ def table(plan: RunPlan) -> str:
     lengths = job.placed().lengths
     here = f"{min(lengths):,}" if min(lengths) == max(lengths) else f"{min(lengths):,} to {max(lengths):,}"
     lines = [
-        f"{plan.weights.count:,} parameters; {job.tokens:,} tokens, {here} on each of {job.shared_by:,} ranks",
+        f"{plan.weights.parameters:,} parameters; {job.tokens:,} tokens, {here} on each of {job.shared_by:,} ranks",
         f"{job.ranks:,} x {device.name} in {job.nodes:,} node{'s' * (job.nodes > 1)}, {job.groups:,} "
         f"group{'s' * (job.groups > 1)} of {job.shared_by:,}; {job.sharding}, {job.precision}, batch {job.batch}"
         + f", {job.accumulate} micro-batches"
@@ -46,14 +46,11 @@ def table(plan: RunPlan) -> str:
 
 
 def _memory_lines(plan: RunPlan) -> list[str]:
-    held = plan.memories[plan.fullest]
+    held = plan.memory
     lines = [f"{'memory of rank ' + str(plan.fullest):<28} {'GiB':>9}   at its fullest, in {_when(held.phase)}"]
     lines += [f"  {_WORDS[name]:<26} {many / GIB:>9.3f}" for name, many in held.kinds.items()]
     room = f"of {device_gib(plan):.1f} GiB that may be filled"
     lines.append(f"  {'all':<26} {held.peak / GIB:>9.3f}   {held.peak / plan.usable:.0%} {room}")
-    least = min(each.peak for each in plan.memories.values())
-    if least < held.peak:
-        lines.append(f"  {'the emptiest rank':<26} {least / GIB:>9.3f}")
     lines.append(f"the longest sequence that fits: about {plan.longest:,} tokens")
     return lines
 
@@ -70,9 +67,8 @@ def _branch_lines(plan: RunPlan, kind: LayerKind) -> list[str]:
     rank = max(kind.shares, key=lambda r: kind.shares[r].volume.sent_bytes)
     share = kind.shares[rank]
     link = plan.device.node_link if plan.job.shared_by <= plan.job.per_node else plan.device.network
-    lines = [
-        f"{'branch, ' + str(kind.layers) + ' layers':<28} {'exchange':<9} {'MiB sent':>9} {'ms':>8}   rank {rank}, a layer"
-    ]
+    head = f"branch, {kind.layers} layers"
+    lines = [f"{head:<28} {'exchange':<9} {'MiB sent':>9} {'ms':>8}   rank {rank}, a layer"]
     for i, (branch, exchange) in enumerate(zip(kind.pattern.ordered(), kind.schedule.exchanges, strict=True)):
         words = f"{branch.segment_length or 'all'} / {branch.dilation_rate}" + " causal" * branch.is_causal
         words += f" window {branch.window}" if branch.window else ""
@@ -80,9 +76,8 @@ def _branch_lines(plan: RunPlan, kind: LayerKind) -> list[str]:
         name = exchange if share.volume.messages or sent else "none"
         lines.append(f"  {words:<26} {name:<9} {sent / MIB:>9.2f} {1e3 * sent / link:>8.3f}")
     total = share.volume.sent_bytes
-    lines.append(
-        f"  {'all':<26} {'':<9} {total / MIB:>9.2f} {1e3 * total / link:>8.3f}   {share.volume.messages} messages"
-    )
+    whole = f"{total / MIB:>9.2f} {1e3 * total / link:>8.3f}   {share.volume.messages} messages"
+    lines.append(f"  {'all':<26} {'':<9} {whole}")
     lines += [f"why: {kind.schedule.why}", ""]
     return lines
 
@@ -113,7 +108,7 @@ def _time_lines(plan: RunPlan) -> list[str]:
 def values(plan: RunPlan) -> dict[str, Any]:
     job = plan.job
     return {
-        "parameters": plan.weights.count,
+        "parameters": plan.weights.parameters,
         "tokens": job.tokens,
         "tokens_of_ranks": [min(job.placed().lengths), max(job.placed().lengths)],
         "ranks": job.ranks,
@@ -121,9 +116,8 @@ def values(plan: RunPlan) -> dict[str, Any]:
         "sharding": job.sharding,
         "precision": job.precision,
         "device": plan.device.name,
-        "memory_bytes": {
-            str(rank): {"phase": each.phase, "peak": each.peak, **each.kinds} for rank, each in plan.memories.items()
-        },
+        "fullest_rank": plan.fullest,
+        "memory_bytes": {"phase": plan.memory.phase, "peak": plan.memory.peak, **plan.memory.kinds},
         "usable_bytes": plan.usable,
         "fits": plan.fits,
         "longest_tokens": plan.longest,

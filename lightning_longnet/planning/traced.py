@@ -33,7 +33,7 @@ class Moment(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """Of a micro-batch: the moments at which most is held, what operators other than products move, and how many ran."""
+    """Of a micro-batch: the moments at which most is held, what operators beside products move, and how many ran."""
 
     moments: tuple[Moment, ...]
     moved_bytes: int
@@ -48,6 +48,7 @@ def trace(job: Job, rank: int, remote: Mapping[str, Remote]) -> Trace:
     ledger = Ledger(WORKSPACE)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         model = _made(config, job.parameter_dtype)
+        model._checked_length = job.tokens  # the plan's notes tell of its reach
         hand_down(model, PlannedContext(job, rank, remote))
         ids = torch.zeros(job.batch, tokens, dtype=torch.long)
         for known in (*model.parameters(), ids):
@@ -61,7 +62,7 @@ def trace(job: Job, rank: int, remote: Mapping[str, Remote]) -> Trace:
                 loss_sum, count = chunked_cross_entropy(hidden, model.head.weight, ids, chunk_tokens=config.loss_chunk)
             del hidden
             ledger.phase, ledger.kind = BACKWARD, "activations"
-            (loss_sum / count).backward()  # type: ignore[no-untyped-call]
+            (loss_sum / count).backward()
         gradients = ledger.storages(p.grad for p in model.parameters() if p.grad is not None)
     return Trace(tuple(_moments(ledger.events, gradients)), ledger.moved, ledger.calls)
 
@@ -76,18 +77,22 @@ def _made(config: LongNetConfig, dtype: torch.dtype) -> LongNet:
 
 
 def _moments(events: list[Event], gradients: set[int]) -> Iterator[Moment]:
-    """After each event of a phase that no other of the same phase exceeds in everything that is held."""
+    """Those that no later one of their phase exceeds, which holds as many gradients or more."""
     held = {"activations": 0, "exchange": 0, "loss": 0, "gradients": 0}
-    best: dict[str, list[Moment]] = {}
+    best: dict[str, list[tuple[int, Moment]]] = {}
     for event in events:
         kind = "gradients" if event.storage in gradients else event.kind
         held[kind] += event.bytes
-        if event.bytes > 0:
-            moment = Moment(event.phase, **held)
-            rivals = best.setdefault(event.phase, [])
-            if not any(all(a >= b for a, b in zip(rival[1:], moment[1:], strict=True)) for rival in rivals):
-                rivals[:] = [r for r in rivals if not all(b >= a for a, b in zip(r[1:], moment[1:], strict=True))] + [
-                    moment
-                ]
+        if event.bytes <= 0:
+            continue
+        total = sum(held.values())
+        rivals = best.setdefault(event.phase, [])
+        # gradients only come, so what is not more without them was more with fewer of them
+        without = total - held["gradients"]
+        if rivals and rivals[-1][0] >= without and rivals[-1][1].gradients == held["gradients"]:
+            continue
+        while rivals and rivals[-1][0] <= without:
+            rivals.pop()
+        rivals.append((without, Moment(event.phase, **held)))
     for rivals in best.values():
-        yield from rivals
+        yield from (moment for _, moment in rivals)
