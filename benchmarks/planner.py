@@ -4,8 +4,8 @@
     python benchmarks/planner.py others            # and others
     python benchmarks/planner.py --table           # the committed result, as the README shows it
 
-Runs are trained for some steps by processes of one thread each, once under torch's profiler, whose events of memory tell
-the peak of each rank's tensors, and once without, for the time of a step.
+Runs are trained for some steps by processes of one thread each, once under torch's profiler, whose events of memory
+tell the peak of each rank's tensors, and once without, for the time of a step.
 """
 
 from __future__ import annotations
@@ -147,6 +147,19 @@ def ran(told: dict[str, Any], is_profiled: bool) -> list[Any]:
     return [each for _, each in sorted(found.get() for _ in range(told["ranks"]))]
 
 
+def foretold(told: dict[str, Any]) -> dict[str, Any]:
+    job = job_of(told)
+    begin = perf_counter()
+    plan = plan_run(job, named("cpu"))
+    return {
+        "in_seconds": round(perf_counter() - begin, 2),
+        "peak": round(plan.memory.peak),
+        "sent": [plan.sent_bytes(rank % job.shared_by) for rank in range(job.ranks)],
+        "seconds": round(plan.time.seconds, 4),
+        "time": {name: round(value, 5) for name, value in vars(plan.time).items()},
+    }
+
+
 def job_of(told: dict[str, Any]) -> Job:
     names = ("batch", "sharding", "exchange", "accumulate", "bucket")
     return Job(
@@ -159,20 +172,10 @@ def job_of(told: dict[str, Any]) -> Job:
 
 
 def measure(told: dict[str, Any]) -> dict[str, Any]:
-    job = job_of(told)
-    begin = perf_counter()
-    plan = plan_run(job, named("cpu"))
-    seconds = perf_counter() - begin
     profiled = ran(told, True)
     row = {
         "case": told,
-        "planned_in": round(seconds, 2),
-        "planned": {
-            "peak": round(plan.memory.peak),
-            "sent": [plan.sent_bytes(rank % job.shared_by) for rank in range(job.ranks)],
-            "seconds": round(plan.time.seconds, 4),
-            "time": {name: round(value, 5) for name, value in vars(plan.time).items()},
-        },
+        "planned": foretold(told),
         "peaks": [peak for peak, _ in profiled],
         "sent": [sent for _, sent in profiled],
         "seconds": round(max(ran(told, False)), 4),
@@ -203,15 +206,12 @@ def table(result: dict[str, Any]) -> str:
         for row in result.get(kind, []):
             peak, planned = max(row["peaks"]) / 2**20, row["planned"]["peak"] / 2**20
             sent, said = (sum(each["sent"]) / 2**10 for each in (row, row["planned"]))
-            lines.append(
-                f"| {kind} | {shown(row['case'])} | {peak:,.1f} | {planned:,.1f}, {planned / peak - 1:+.1%} | {sent:,.0f} | "
-                f"{said:,.0f} | {1e3 * row['seconds']:,.0f} | {1e3 * row['planned']['seconds']:,.0f} |"
-            )
+            times = f"{1e3 * row['seconds']:,.0f} | {1e3 * row['planned']['seconds']:,.0f}"
+            peaks = f"{peak:,.1f} | {planned:,.1f}, {planned / peak - 1:+.1%}"
+            lines.append(f"| {kind} | {shown(row['case'])} | {peaks} | {sent:,.0f} | {said:,.0f} | {times} |")
     for kind in CASES:
         right, pairs = ordered(result.get(kind, []))
-        lines.append(
-            f"| {kind} | pairs of runs whose times are in the order that was planned | | | | | {right} of {pairs} | |"
-        )
+        lines.append(f"| {kind} | pairs of runs in the order that was planned | | | | | {right} of {pairs} | |")
     return "\n".join(lines)
 
 
@@ -221,16 +221,18 @@ def main() -> None:
     parser.add_argument(
         "--only", type=int, nargs="*", help="numbers of cases of the kind, which replace those of a result"
     )
+    parser.add_argument("--replan", action="store_true", help="plan the runs of a result again, and run none")
     parser.add_argument("--table", action="store_true", help="print the committed result")
     options = parser.parse_args()
     if not options.table:
         torch.set_num_threads(1)
         result: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        result["machine"] = described("cpu")
+        result |= {} if options.replan else {"machine": described("cpu")}
         for kind in options.kinds:
             rows = result.setdefault(kind, [None] * len(CASES[kind]))
             for i in options.only if options.only is not None else range(len(CASES[kind])):
-                rows[i] = measure(CASES[kind][i])
+                told = CASES[kind][i]
+                rows[i] = rows[i] | {"planned": foretold(told)} if options.replan else measure(told)
                 RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(table(json.loads(RESULT.read_text())) if RESULT.exists() else "not measured")
 

@@ -1,8 +1,8 @@
 """Attention from 8K to a billion tokens, at one number of tokens a device: dilated beside a dense ring, by simulation.
 
 Segments grow with the sequence, and rates with segments, so that every branch costs a token as much as the first; the
-whole sequence is the last branch's segment.  What the ranks compute and send is counted by formulas, which tests compare
-with the plans of worlds that can be enumerated.
+whole sequence is the last branch's segment.  What ranks compute and what moves is counted by formulas, which tests
+compare with plans of fewer ranks.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ HEADS, HEAD_DIM, ITEMSIZE, WIDE_ITEMSIZE = 12, 64, 2, 4
 
 
 class Cost(NamedTuple):
-    """Of the rank that has most to do, in one layer's forward and backward."""
+    """Of the rank that has most to do, in one layer's forward and backward: keys come, and gradients go home."""
 
     pairs: int
-    sent_bytes: int
+    moved_bytes: int
     messages: int
 
     def seconds(self, device: Device, is_one_node: bool) -> float:
@@ -37,7 +37,7 @@ class Cost(NamedTuple):
         peak = device.peak(torch.bfloat16) * device.efficiency[1]
         computed = self.pairs * HEAD_DIM * (FORWARD + BACKWARD) / peak
         link = device.node_link if is_one_node else device.network
-        return max(computed, self.sent_bytes / link + self.messages * LATENCY)
+        return max(computed, self.moved_bytes / link + self.messages * LATENCY)
 
 
 class Row(NamedTuple):
@@ -109,12 +109,12 @@ def simulate(device: Device, devices_of_node: int = 8) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| tokens | devices | dilated, ms | dense ring, ms | dilated sends, MiB | dense sends, MiB |",
+        "| tokens | devices | dilated, ms | dense ring, ms | dilated moves, MiB | dense moves, MiB |",
         "|---" * 6 + "|",
     ]
     lines += [
         f"| {row.tokens:,} | {row.devices:,} | {1e3 * row.dilated_seconds:,.2f} | {1e3 * row.dense_seconds:,.2f} | "
-        f"{row.dilated.sent_bytes / 2**20:,.1f} | {row.dense.sent_bytes / 2**20:,.0f} |"
+        f"{row.dilated.moved_bytes / 2**20:,.1f} | {row.dense.moved_bytes / 2**20:,.0f} |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -135,15 +135,14 @@ def draw(rows: list[Row], device: Device) -> Figure:
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axis = figure.subplots()
     tokens = [row.tokens for row in rows]
-    axis.plot(
-        tokens, [1e3 * r.dense_seconds for r in rows], color="#555555", marker="s", markersize=4, label="dense ring"
-    )
-    axis.plot(
-        tokens, [1e3 * r.dilated_seconds for r in rows], color="#b3321f", marker="o", markersize=4, label="dilated"
-    )
+    lines = (("dense ring", "#555555", "s"), ("dilated", "#b3321f", "o"))
+    for (name, colour, marker), key in zip(lines, ("dense_seconds", "dilated_seconds"), strict=True):
+        times = [1e3 * getattr(row, key) for row in rows]
+        axis.plot(tokens, times, color=colour, marker=marker, markersize=4, label=name)
     axis.axvline(TOKENS_PER_DEVICE, color="#999999", linewidth=1, linestyle=":")
-    axis.text(TOKENS_PER_DEVICE * 1.15, axis.get_ylim()[1], "one device to the left,\n65,536 tokens on each to the right",
-              fontsize=8, va="top", color="#555555")  # fmt: skip
+    words = f"one device to the left,\n{TOKENS_PER_DEVICE:,} tokens on each to the right"
+    top = max(row.dense_seconds for row in rows) * 1e3
+    axis.text(TOKENS_PER_DEVICE * 1.15, top, words, fontsize=8, va="top", color="#555555")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     names = {2**13: "8K", 2**16: "64K", 2**20: "1M", 2**24: "16M", 2**27: "128M", 2**30: "1B"}
