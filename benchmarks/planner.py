@@ -203,14 +203,14 @@ def ordered(rows: list[dict[str, Any]]) -> tuple[int, int]:
 def table(result: dict[str, Any]) -> str:
     lines = ["| | run | peak, MiB | planned | sent, KiB | planned | a step, ms | planned |", "|---" * 8 + "|"]
     for kind in CASES:
-        for row in result.get(kind, []):
+        for row in filter(None, result.get(kind, [])):
             peak, planned = max(row["peaks"]) / 2**20, row["planned"]["peak"] / 2**20
             sent, said = (sum(each["sent"]) / 2**10 for each in (row, row["planned"]))
             times = f"{1e3 * row['seconds']:,.0f} | {1e3 * row['planned']['seconds']:,.0f}"
             peaks = f"{peak:,.1f} | {planned:,.1f}, {planned / peak - 1:+.1%}"
             lines.append(f"| {kind} | {shown(row['case'])} | {peaks} | {sent:,.0f} | {said:,.0f} | {times} |")
     for kind in CASES:
-        right, pairs = ordered(result.get(kind, []))
+        right, pairs = ordered([*filter(None, result.get(kind, []))])
         lines.append(f"| {kind} | pairs of runs in the order that was planned | | | | | {right} of {pairs} | |")
     return "\n".join(lines)
 

@@ -15,8 +15,8 @@ from lightning_longnet.model import LongNet
 if TYPE_CHECKING:
     from lightning_longnet.planning.job import Job
 
-# Blocks whose gradients and gathered parameters FSDP2 still holds when it no longer needs them: on CPUs 1 to 4
-LINGERING_BLOCKS = 2.5
+# Blocks whose gradients and gathered parameters FSDP2 still holds when it no longer needs them: on CPUs 1 to 10
+LINGERING_BLOCKS = 5.0
 # Blocks that are whole at once in FSDP2's backward: the one that runs, the next, and the gradients of both
 WHOLE_BLOCKS = 4.0
 # What DeepSpeed's own step makes for a moment, in copies of the parameters: stages 1 and 2, and stage 3

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_longnet.planning.devices import Device
 
 FIRST_SEGMENT, GROWTH = 4096, 8
-TOKENS_PER_DEVICE = 65_536
+TOKENS_PER_DEVICE, NODE = 65_536, 8
 LENGTHS = tuple(2**i for i in range(13, 31))
 HEADS, HEAD_DIM, ITEMSIZE, WIDE_ITEMSIZE = 12, 64, 2, 4
 
@@ -96,12 +96,12 @@ def dense(tokens: int, here: int) -> Cost:
     return Cost(HEADS * pairs, cells * (2 * ITEMSIZE + WIDE_ITEMSIZE), 3 * (ranks - 1))
 
 
-def simulate(device: Device, devices_of_node: int = 8) -> list[Row]:
+def simulate(device: Device) -> list[Row]:
     found = []
     for tokens in LENGTHS:
         here = min(tokens, TOKENS_PER_DEVICE)
         costs = dilated(tokens, here), dense(tokens, here)
-        is_one_node = tokens // here <= devices_of_node
+        is_one_node = tokens // here <= NODE
         times = [cost.seconds(device, is_one_node) for cost in costs]
         found.append(Row(tokens, tokens // here, costs[0], costs[1], times[0], times[1]))
     return found
@@ -135,10 +135,13 @@ def draw(rows: list[Row], device: Device) -> Figure:
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axis = figure.subplots()
     tokens = [row.tokens for row in rows]
-    lines = (("dense ring", "#555555", "s"), ("dilated", "#b3321f", "o"))
-    for (name, colour, marker), key in zip(lines, ("dense_seconds", "dilated_seconds"), strict=True):
-        times = [1e3 * getattr(row, key) for row in rows]
-        axis.plot(tokens, times, color=colour, marker=marker, markersize=4, label=name)
+    free = [row.dilated._replace(messages=0).seconds(device, row.devices <= NODE) for row in rows]
+    for name, colour, style, times in (
+        ("dense ring", "#555555", "s-", [row.dense_seconds for row in rows]),
+        ("dilated", "#b3321f", "o-", [row.dilated_seconds for row in rows]),
+        (f"dilated, without {1e6 * LATENCY:.0f} us a message", "#e2917f", "--", free),
+    ):
+        axis.plot(tokens, [1e3 * each for each in times], style, color=colour, markersize=4, label=name)
     axis.axvline(TOKENS_PER_DEVICE, color="#999999", linewidth=1, linestyle=":")
     words = f"one device to the left,\n{TOKENS_PER_DEVICE:,} tokens on each to the right"
     top = max(row.dense_seconds for row in rows) * 1e3
