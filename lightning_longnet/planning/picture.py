@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning_longnet.planning.table import WORDS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -22,7 +24,7 @@ def draw(plan: RunPlan) -> Figure:
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     held, sent, time = figure.subplots(3, 1, height_ratios=(1, 1.6, 1))
     usable = plan.usable / 2**30
-    kinds = {name: many / 2**30 for name, many in plan.memory.kinds.items()}
+    kinds = {WORDS[name]: many / 2**30 for name, many in plan.memory.kinds.items()}
     title = f"memory of rank {plan.fullest} at its fullest, {plan.memory.peak / 2**30:.2f} of {usable:.1f} GiB"
     _stacked(held, kinds, "GiB", title)
     if plan.memory.peak > usable / 2:
@@ -35,8 +37,10 @@ def draw(plan: RunPlan) -> Figure:
     sent.barh(names, [each / 2**20 for each in many], color="#2b5d8a", height=0.7)
     sent.invert_yaxis()
     sent.set_xlabel("MiB", fontsize=8)
-    sent.set_xlim(left=0)
-    sent.set_title(f"sent for each branch in a layer: {' + '.join(dict.fromkeys(kind.schedule.exchanges))}", fontsize=9)
+    sent.set_xlim(0, None if any(many) else 1)
+    exchanges = " + ".join(dict.fromkeys(kind.schedule.exchanges))
+    words = f"sent for each branch in a layer, {exchanges}" if any(many) else "no branch sends anything"
+    sent.set_title(words, fontsize=9)
     told = plan.time
     parts = {
         "linear maps": told.linear,

@@ -153,6 +153,6 @@ def draw(rows: list[Row], device: Device) -> Figure:
     axis.set(xlabel="tokens", ylabel="forward + backward of a layer, ms")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="center left")
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.2, 0.9), fontsize=9)
     axis.set_title(f"Simulated: {HEADS} heads of {HEAD_DIM}, causal, bfloat16, {device.name}", fontsize=10)
     return figure

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from lightning_longnet.planning.plan import RunPlan
 
 GIB, MIB = 2**30, 2**20
-_WORDS = {
+WORDS = {
     "parameters": "parameters",
     "gradients": "gradients",
     "optimizer": "optimiser",
@@ -48,8 +48,8 @@ def table(plan: RunPlan) -> str:
 def _memory_lines(plan: RunPlan) -> list[str]:
     held = plan.memory
     lines = [f"{'memory of rank ' + str(plan.fullest):<28} {'GiB':>9}   at its fullest, in {_when(held.phase)}"]
-    lines += [f"  {_WORDS[name]:<26} {many / GIB:>9.3f}" for name, many in held.kinds.items()]
-    room = f"of {device_gib(plan):.1f} GiB that may be filled"
+    lines += [f"  {WORDS[name]:<26} {many / GIB:>9.3f}" for name, many in held.kinds.items()]
+    room = f"of {plan.usable / GIB:.1f} GiB that may be filled"
     lines.append(f"  {'all':<26} {held.peak / GIB:>9.3f}   {held.peak / plan.usable:.0%} {room}")
     lines.append(f"the longest sequence that fits: about {plan.longest:,} tokens")
     return lines
@@ -59,27 +59,29 @@ def _when(phase: str) -> str:
     return phase if phase.startswith("the") else f"the {phase}"
 
 
-def device_gib(plan: RunPlan) -> float:
-    return plan.usable / GIB
-
-
 def _branch_lines(plan: RunPlan, kind: LayerKind) -> list[str]:
     rank = max(kind.shares, key=lambda r: kind.shares[r].volume.sent_bytes)
     share = kind.shares[rank]
     link = plan.device.node_link if plan.job.shared_by <= plan.job.per_node else plan.device.network
     head = f"branch, {kind.layers} layers"
-    lines = [f"{head:<28} {'exchange':<9} {'MiB sent':>9} {'ms':>8}   rank {rank}, a layer"]
+    lines = [f"{head:<28} {'exchange':<9} {'MiB sent':>9} {'ms':>8} {'hidden':>7}   rank {rank}, a layer"]
+    hidden = plan.time.hidden_share
     for i, (branch, exchange) in enumerate(zip(kind.pattern.ordered(), kind.schedule.exchanges, strict=True)):
         words = f"{branch.segment_length or 'all'} / {branch.dilation_rate}" + " causal" * branch.is_causal
         words += f" window {branch.window}" if branch.window else ""
         sent = share.branch_bytes[i] if share.branch_bytes else share.volume.sent_bytes / len(kind.schedule.exchanges)
         name = exchange if share.volume.messages or sent else "none"
-        lines.append(f"  {words:<26} {name:<9} {sent / MIB:>9.2f} {1e3 * sent / link:>8.3f}")
+        told = f"{sent / MIB:>9.2f} {1e3 * sent / link:>8.3f} {_share(hidden if sent else None)}"
+        lines.append(f"  {words:<26} {name:<9} {told}".rstrip())
     total = share.volume.sent_bytes
-    whole = f"{total / MIB:>9.2f} {1e3 * total / link:>8.3f}   {share.volume.messages} messages"
+    whole = f"{total / MIB:>9.2f} {1e3 * total / link:>8.3f} {_share(hidden)}   {share.volume.messages} messages"
     lines.append(f"  {'all':<26} {'':<9} {whole}")
     lines += [f"why: {kind.schedule.why}", ""]
     return lines
+
+
+def _share(hidden: float | None) -> str:
+    return f"{'' if hidden is None else format(hidden, '.0%'):>7}"
 
 
 def _time_lines(plan: RunPlan) -> list[str]:
