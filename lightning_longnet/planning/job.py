@@ -10,6 +10,7 @@ import torch
 from lightning_longnet.attention.pattern import check_heads
 from lightning_longnet.attention.routes import Layout
 from lightning_longnet.attention.schedule import Sizes
+from lightning_longnet.callbacks.peak import compute_dtype
 from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.sequence.mesh import check_sizes
 
@@ -94,10 +95,7 @@ class Job:
     @property
     def dtype(self) -> torch.dtype:
         """What products are computed in."""
-        for word, dtype in (("bf16", torch.bfloat16), ("16", torch.float16), ("64", torch.float64)):
-            if word in self.precision:
-                return dtype
-        return torch.float32
+        return compute_dtype(self.precision)
 
     @property
     def parameter_dtype(self) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 from lightning_longnet.planning.engines import Weights
 from lightning_longnet.planning.exchange import LayerKind, layer_kinds, sent_bytes
 from lightning_longnet.planning.memory import Memory, memory
-from lightning_longnet.planning.speed import Required, StepTime, step_time
+from lightning_longnet.planning.speed import StepTime, required_flops, step_time
 from lightning_longnet.planning.traced import trace
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class RunPlan:
     fullest: int
     memory: Memory
     time: StepTime
-    required: Required
+    required: float
     longest: int
     advice: tuple[Advice, ...]
     notes: tuple[str, ...]
@@ -80,7 +80,7 @@ class RunPlan:
 
     @property
     def mfu(self) -> float:
-        return self.required.flops / self.time.seconds / (self.peak_flops * self.job.ranks)
+        return self.required / self.time.seconds / (self.peak_flops * self.job.ranks)
 
     def sent_bytes(self, rank: int) -> int:
         """For attention, in a step."""
@@ -127,7 +127,7 @@ def plan_run(job: Job, device: Device, peak_flops: float | None = None) -> RunPl
         fullest,
         held,
         max(timed, key=lambda each: each.seconds),
-        Required.of(job, weights),
+        required_flops(job, weights),
         _longest(job, kinds, fullest, weights, held.peak, usable),
         () if held.peak <= usable else tuple(_advice(job, usable)),
         tuple(_notes(job)),

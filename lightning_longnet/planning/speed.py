@@ -61,17 +61,12 @@ class StepTime:
         return 1 - self.exchange / self.exchange_flight if self.exchange_flight else None
 
 
-class Required(NamedTuple):
+def required_flops(job: Job, weights: Weights) -> float:
     """Operations that a step of all ranks needs by its definition; see `flops`."""
-
-    flops: float
-
-    @classmethod
-    def of(cls, job: Job, weights: Weights) -> Required:
-        heads, kv_heads = job.config.heads, check_heads(job.config.heads, job.config.kv_heads)
-        pairs = sum(attended_pairs(p, heads, kv_heads, (0, job.tokens)).required for p in job.config.patterns)
-        samples = job.batch * job.groups * job.accumulate
-        return cls(samples * (weights.token.required * job.tokens + 12 * pairs * job.sizes.head_dim))
+    heads, kv_heads = job.config.heads, check_heads(job.config.heads, job.config.kv_heads)
+    pairs = sum(attended_pairs(p, heads, kv_heads, (0, job.tokens)).required for p in job.config.patterns)
+    samples = job.batch * job.groups * job.accumulate
+    return samples * (weights.token.required * job.tokens + 12 * pairs * job.sizes.head_dim)
 
 
 def step_time(
