@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 LINGERING_BLOCKS = 5.0
 # Blocks that are whole at once in FSDP2's backward: the one that runs, the next, and the gradients of both
 WHOLE_BLOCKS = 4.0
+# DeepSpeed's stage3_max_live_parameters, as Lightning leaves it
+LIVE_NUMBERS = 10**9
 # What DeepSpeed's own step makes for a moment, in copies of the parameters: stages 1 and 2, and stage 3
 STEP_COPIES, STEP_COPIES_SPLIT = 2.0, 1.4
 
@@ -82,11 +84,10 @@ class Engine(NamedTuple):
         if kind == "fsdp2_offload":
             return Held(self.weights.root + 2 * self.weights.block, 0, 0, self._lingering())
         if kind == "deepspeed_stage_3":
-            # blocks are whole, from the forward on: they are let go where 10^9 numbers are, as DeepSpeed has it
             late = self.weights.root + 2 * self.weights.block if self.splits > 1 else 0
-            return Held(2 * part + all_, part, states * part, self._bucket() + late)
+            return Held(2 * part + self._live(), part, states * part, self._bucket() + late)
         if kind == "deepspeed_stage_3_offload":
-            return Held(all_, 0, 0, self._bucket())
+            return Held(self._live(), 0, 0, self._bucket())
         return Held(all_ + part, 0, states * part, 0)
 
     def backward(self, come: float) -> Held:
@@ -119,6 +120,10 @@ class Engine(NamedTuple):
 
     def _lingering(self) -> float:
         return LINGERING_BLOCKS * self.weights.block if self.splits > 1 else 0.0
+
+    def _live(self) -> float:
+        """What is whole from the forward on: DeepSpeed lets nothing go while it is fewer numbers than that."""
+        return min(self.weights.all, LIVE_NUMBERS * self.job.parameter_dtype.itemsize)
 
     def _bucket(self) -> int:
         return self.job.bucket * self.job.parameter_dtype.itemsize

@@ -61,7 +61,7 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         out = operator(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        kept = results[2:] if operator is _OVER_RANKS else []
+        kept = results[3:] if operator is _OVER_RANKS else []
         made = sum(self._note(x, "exchange" if any(x is each for each in kept) else self.kind) for x in results)
         self.calls += bool(made)
         if (workspace := self._workspace.get(operator)) is not None:
@@ -92,7 +92,7 @@ class Ledger(TorchDispatchMode):
         return many
 
 
-_OVER_RANKS = torch.ops.lightning_longnet.attend_sharded.default  # beyond out and lse it keeps what is of other ranks
+_OVER_RANKS = torch.ops.lightning_longnet.attend_sharded.default  # after out, lse and its number
 _PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,

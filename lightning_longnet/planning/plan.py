@@ -207,6 +207,8 @@ def _notes(job: Job) -> Iterator[str]:
         yield "documents are packed: they send and compute less than the whole rows that are planned here"
     if job.sharding.endswith("offload"):
         yield "what is kept in the host's memory is not counted, nor the time to bring it"
+    if job.sharding.startswith("deepspeed") and "mixed" in job.precision:
+        yield "DeepSpeed holds parameters in half types here, and is planned as if in float32: it holds less"
     config = job.config
     reaches = [p.reach(job.tokens, config.heads, config.kv_heads) for p in dict.fromkeys(config.patterns)]
     if all(reach.has_gaps for reach in reaches):
