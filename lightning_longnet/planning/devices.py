@@ -65,7 +65,7 @@ class Device:
 # --efficiency, and calls are not captured in graphs
 _GPU = {"efficiency": (0.6, 0.45), "call_seconds": 5e-6, "overlaps": True}
 # Shares that benchmarks/planner.py found on two cores, of which others had their part, over gloo
-_CPU = {"efficiency": (0.8, 0.55), "call_seconds": 2e-5, "overlaps": False}
+_CPU = {"efficiency": (0.8, 0.3), "call_seconds": 2e-5, "overlaps": False}
 
 GB = 1e9
 _DEVICES = (
@@ -86,8 +86,8 @@ _DEVICES = (
     ("RTX 4090", 24, 1008, 32, 12.5),
     ("RTX 3090", 24, 936, 32, 12.5),
 )
-# Of an ordinary server's memory, and of gloo over the loopback
-_CPU_BANDWIDTH, _LOOPBACK = 8 * GB, 1 * GB
+# Of memory as small operators use it, and of gloo over the loopback, by the same benchmark
+_CPU_BANDWIDTH, _LOOPBACK = 5 * GB, 1 * GB
 
 
 def named(name: str) -> Device:

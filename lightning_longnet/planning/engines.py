@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_longnet.planning.job import Job
 
 # Blocks whose gradients and gathered parameters FSDP2 still holds when it no longer needs them: on CPUs 1 to 10
-LINGERING_BLOCKS = 5.0
+LINGERING_BLOCKS = 2.5
 # Blocks that are whole at once in FSDP2's backward: the one that runs, the next, and the gradients of both
 WHOLE_BLOCKS = 4.0
 # DeepSpeed's stage3_max_live_parameters, as Lightning leaves it

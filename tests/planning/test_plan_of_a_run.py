@@ -85,7 +85,7 @@ def test_engines_split_what_they_split():
     whole = Weights.of(job_of()).all
     assert peaks["ddp"].optimizer == 2 * whole
     assert {peaks[name].optimizer for name in peaks if name != "ddp"} == {whole / 2}
-    assert peaks["fsdp2"].peak < peaks["deepspeed_stage_1"].peak < peaks["ddp"].peak
+    assert all(peaks[name].peak < peaks["ddp"].peak for name in peaks if name != "ddp")
 
 
 def test_the_longest_sequence_fits_and_a_longer_one_does_not():
@@ -108,9 +108,10 @@ def test_what_does_not_fit_is_told_what_would():
 
 
 def test_more_work_takes_longer_and_a_slow_link_is_waited_for():
-    job, device = job_of(tokens=4096, per_node=4), named("h200")
-    plan, longer = (plan_run(replace(job, tokens=n), device) for n in (4096, 8192))
-    assert plan.time.seconds < longer.time.seconds
+    job, device = job_of(tokens=512, per_node=4), named("h200")
+    plan, longer = (plan_run(replace(job, tokens=n), device) for n in (512, 700))
+    for name in ("linear", "attention", "other"):
+        assert getattr(plan.time, name) < getattr(longer.time, name)
     assert plan.time.hidden_share is not None
     slow = plan_run(job, replace(device, node_link=1e6))
     assert slow.time.exchange > plan.time.exchange
