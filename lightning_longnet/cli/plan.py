@@ -38,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     import json
-    import warnings
     from dataclasses import replace
 
     from lightning_longnet.planning.devices import named
@@ -67,7 +66,6 @@ def run(arguments: argparse.Namespace) -> None:
     from lightning_longnet.planning.configured import read_job
     from lightning_longnet.planning.plan import plan_run
 
-    warnings.filterwarnings("ignore", "LightningCLI.s args parameter")  # these are not the words of this process
     words = [word for path in arguments.config for word in ("--config", path)]
     job = read_job([*words, *arguments.overrides], arguments.nodes, arguments.gpus_per_node, arguments.tokens)
     plan = plan_run(job, device, peak)

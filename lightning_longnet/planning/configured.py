@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -45,17 +46,20 @@ def read_job(
     tokens: int | None = None,
 ) -> Job:
     """The job of `longnet fit WORDS`, on other numbers of nodes and devices, or over other lengths, where told."""
-    read = _Reading(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        parser_class=Parser,
-        save_config_callback=None,
-        seed_everything_default=0,
-        args=["fit", *words],
-        given=["fit", *words],
-    )
+    given = ["fit", *words]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # these are not the words of this process
+        read = _Reading(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            save_config_callback=None,
+            seed_everything_default=0,
+            args=given,
+            given=given,
+        )
     told = read.config["fit"]
     trainer, model = told.trainer, told.model
     if model.class_path not in _OURS:

@@ -87,7 +87,7 @@ MISTAKES = {
     "device": ([QUICKSTART, "--device=h900"], "device must be one of cpu, b200"),
     "memory": ([QUICKSTART, "--memory-gib=0"], "memory-gib must be more than 0, got 0"),
     "efficiency": ([QUICKSTART, "--efficiency", "2", "1"], "efficiency must be two shares"),
-    "model": ([QUICKSTART, "--model=lightning.pytorch.demos.BoringModel"], "model must be a LongNetModule"),
+    "model": (["--config=model.yaml", "--gpus-per-node=1"], "model must be a LongNetModule, whose shape is known, got"),
     "strategy": ([QUICKSTART, "--trainer.strategy=fsdp"], "strategy must be one of ring_sequence_parallel"),
     "sizes": ([QUICKSTART, "--nodes=3", "--gpus-per-node=1", "--config", "two.yaml"], "sequence_parallel_size"),
     "swap": ([*SMALL, "--gpus-per-node=8", "--model.config.exchange=swap"], "swap needs key heads that 8 ranks divide"),
@@ -101,6 +101,7 @@ def test_mistakes_are_told_in_one_line(capsys, tmp_path, monkeypatch, mistake):
     (tmp_path / "two.yaml").write_text(
         f"trainer: {{strategy: {{class_path: {strategy}, init_args: {{sequence_parallel_size: 2}}}}}}\n"
     )
+    (tmp_path / "model.yaml").write_text("model: {class_path: lightning.pytorch.demos.boring_classes.BoringModel}\n")
     words, message = MISTAKES[mistake]
     assert main(["plan", *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
