@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.placement import Placement, Stretch
     from lightning_longnet.attention.plan import Block
 
+# A mask of all cells is faster than a list of those that are seen where these are more than one in so many
+SPARSE = 16
+
 
 class Part(NamedTuple):
     """A block of a branch; `cells` is where its keys stand in what was received, (segments, heads, rows)."""
@@ -53,6 +56,24 @@ class Wanted(NamedTuple):
 
     def cells(self) -> Tensor:
         return _cells(self.mask())
+
+    @property
+    def is_sparse(self) -> bool:
+        """Do the parts show so few cells that a list of them is less than a mask of all?"""
+        return SPARSE * sum(part.block.keys.size for part in self.parts) < self.tokens * self.kv_heads
+
+    def listed(self, branches: Collection[int] | None = None) -> Tensor:
+        """The cells of some branches or of all, in their order, without a mask of them."""
+        found = [torch.empty(0, dtype=torch.long)]
+        for part in self.parts:
+            if branches is None or part.branch in branches:
+                rows, heads = part.block.keys.indices(torch.device("cpu"))
+                found.append((rows * self.kv_heads + heads).flatten())
+        return torch.cat(found).unique()
+
+    def many(self) -> int:
+        """How many cells are seen."""
+        return len(self.listed()) if self.is_sparse else int(self.mask().sum())
 
 
 class Indices(NamedTuple):
@@ -155,18 +176,22 @@ class Crossings:
         sides = [[_extent(side) for side in (block.queries, block.keys)] for _, block in self._blocks]
         self._extents = torch.tensor(sides, dtype=torch.long).view(len(sides), 2, 2)
         self._touching: dict[tuple[int, int], set[int]] = {}
+        self._parts: dict[tuple[int, int], tuple[Part, ...]] = {}
 
     def wanted(self, rank: int, source: int, branches: Collection[int] | None = None) -> Wanted:
         """A rank's parts against the keys of a source."""
-        stretches = self.layout.placement.stretches
-        parts = tuple(
-            Part(branch, share)
-            for branch, block in (self._blocks[n] for n in sorted(self._of(rank, 0) & self._of(source, 1)))
-            if branches is None or branch in branches
-            for queries in stretches(rank)
-            for keys in stretches(source)
-            for share in shares(block, queries, keys)
-        )
+        if (rank, source) not in self._parts:
+            stretches = self.layout.placement.stretches
+            self._parts[rank, source] = tuple(
+                Part(branch, share)
+                for branch, block in (self._blocks[n] for n in sorted(self._of(rank, 0) & self._of(source, 1)))
+                for queries in stretches(rank)
+                for keys in stretches(source)
+                for share in shares(block, queries, keys)
+            )
+        parts = self._parts[rank, source]
+        if branches is not None:
+            parts = tuple(part for part in parts if part.branch in branches)
         return Wanted(parts, self.layout.placement.lengths[source], self.layout.kv_heads)
 
     def _of(self, rank: int, side: int) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from heapq import nlargest
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
@@ -82,10 +83,20 @@ def _volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, sizes: 
     return [_swapped(layout, rank, sizes) if "swap" in way else Volume(*t) for way, t in zip(ways, totals, strict=True)]
 
 
+def branch_bytes(layout: Layout, exchanges: tuple[str, ...], rank: int, sizes: Sizes) -> tuple[int, ...]:
+    """What each branch adds to the bytes of those finer than it, whose rows travel once for all of them."""
+    many = len(exchanges)
+    ways = [(*exchanges[:i], *("none",) * (many - i)) for i in range(many + 1)]
+    totals = [each.sent_bytes for each in _volumes(layout, ways, rank, sizes)]
+    return tuple(after - before for before, after in pairwise(totals))
+
+
 def _counts(wanted: Wanted, groups: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
     """How many cells some branches see together, for groups of branches in the order of their size."""
     if not wanted.parts:
         return dict.fromkeys(groups, 0)
+    if wanted.is_sparse:
+        return {group: len(wanted.listed(group)) for group in groups}
     none = torch.zeros((), dtype=torch.bool)
     single = {branch: wanted.mask((branch,)) for branch in {part.branch for part in wanted.parts}}
     masks: dict[tuple[int, ...], torch.Tensor] = {(): none}
@@ -110,7 +121,7 @@ def _swapped(layout: Layout, rank: int, sizes: Sizes) -> Volume:
     return Volume((to_heads + to_rows) * per_token, 2 * trades, layout.placement.length * per_token, forward)
 
 
-def _watched(layout: Layout) -> list[int]:
+def watched(layout: Layout) -> list[int]:
     """All ranks; of many those that may have most to do, by how far their segments and documents span."""
     lengths, ranks = layout.placement.lengths, range(layout.placement.ranks)
     if len(ranks) <= 2 * WATCHED:
@@ -145,7 +156,7 @@ def schedule(layout: Layout, exchange: str, sizes: Sizes) -> Schedule:
     # the coarser a branch, the farther its keys: what is gathered is kept, and so the fine ones are gathered first
     ways = [("gather",) * i + ("ring",) * (branches - i) for i in range(branches, -1, -1)]
     ways += [] if refusal else [("swap",) * branches]
-    by_rank = [_volumes(layout, ways, rank, sizes) for rank in _watched(layout)]
+    by_rank = [_volumes(layout, ways, rank, sizes) for rank in watched(layout)]
     found = {
         way: (max(v.cost for v in volumes), max(v.kept_bytes for v in volumes))
         for way, volumes in zip(ways, zip(*by_rank, strict=True), strict=True)

@@ -66,7 +66,7 @@ class SequenceShard:
         self.rank = self.comm.rank
         fault = _fault(self.rank, length, placement, documents, key_padding_mask, check)
         pieces = [None if x is None or fault else pieces_of(x) for x in (documents, key_padding_mask)]
-        self.number = next(_numbers)
+        self.number = numbered(self)
         header = [
             -1 if fault else length,
             _KINDS.index(placement) if not fault else -1,
@@ -89,7 +89,6 @@ class SequenceShard:
         self._check = check
         self._known: set[tuple[Any, ...]] = set()
         self._made: dict[tuple[Any, ...], Any] = {}
-        SHARDS[self.number] = self
 
     @property
     def length(self) -> int:
@@ -200,6 +199,13 @@ class SequenceShard:
                 begun += placed(everywhere[rank, row].tolist(), self.placement, rank)
             whole.append([(value, count) for _, value, count in sorted(begun)])
         return whole
+
+
+def numbered(shard: SequenceShard) -> int:
+    """By which operators find it."""
+    number = next(_numbers)
+    SHARDS[number] = shard
+    return number
 
 
 def _elsewhere(rank: int) -> str:

@@ -1,6 +1,7 @@
 """The command line `longnet`: a file for each command, which is loaded when the command is given.
 
-A command is a module with `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`; it imports nothing at its top
+A command is a module with `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`; with `TAKES_OVERRIDES` it is
+handed words that it does not know, as `arguments.overrides`.  It imports nothing at its top
 that takes long, so that every help comes at once.  What is a Trainer's goes to LightningCLI.
 """
 
@@ -27,6 +28,7 @@ COMMANDS = {
     "generate": "continue a text with a trained model",
     "tokenize": "text files to a stream of tokens that training reads without loading it",
     "export": "a trained model to safetensors, or to a Hugging Face folder",
+    "plan": "memory, bytes and time of a run, before it is launched",
     "report": "a run, or several side by side, as one page to read",
     "convert": "a torchscale LongNet or LongViT to ours",
 }
@@ -70,9 +72,15 @@ def run_command(command: str, arguments: Sequence[str]) -> None:
         prog=f"longnet {command}",
         description=module.DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     module.add_arguments(parser)
-    module.run(parser.parse_args(arguments))
+    told, others = parser.parse_known_args(arguments)
+    if getattr(module, "TAKES_OVERRIDES", False):
+        told.overrides = others  # of the files that it reads
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    module.run(told)
 
 
 def usage() -> str:

@@ -1,0 +1,87 @@
+"""`longnet plan`: what a run would hold, send and take, before it is launched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+    from lightning_longnet.planning.devices import Device
+
+DESCRIPTION = """What a run would hold, send and take, and the longest sequence that fits, before any launch.
+
+  longnet plan --config configs/longnet/2_7b.yaml --nodes 8 --gpus-per-node 8 --device h200
+  longnet plan --config configs/quickstart.yaml --device cpu --model.config.dim 256
+  longnet plan --scale                     8K to 1B tokens, dense attention beside dilated
+
+The files are those of longnet fit, and so are further overrides.  Times are of the peak and the links of the device's
+data sheet, and of shares of them that --efficiency tells."""
+
+TAKES_OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", action="append", default=[], help="of longnet fit; later ones go over it")
+    parser.add_argument("--nodes", type=int, help="machines; by default those of the file")
+    parser.add_argument("--gpus-per-node", type=int, help="devices of each; by default those of the file")
+    parser.add_argument("--tokens", type=int, help="of a sequence; by default those of the file's data")
+    parser.add_argument("--device", default="h200", help="h200 (by default), h100, a100, ..., cpu")
+    parser.add_argument("--memory-gib", type=float, help="of a device, where it is another")
+    parser.add_argument("--peak-tflops", type=float, help="of a device, where it is another")
+    parser.add_argument("--link-gbps", type=float, help="gigabits a second from device to device")
+    parser.add_argument("--efficiency", type=float, nargs=2, metavar="SHARE", help="of the peak: linear, attention")
+    parser.add_argument("--json", action="store_true", help="plain values and no tables")
+    parser.add_argument("--picture", metavar="PNG", help="draw it (the extra plots)")
+    parser.add_argument("--scale", action="store_true", help="8K to 1B tokens, at one number of tokens a device")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import json
+    from dataclasses import replace
+
+    from lightning_longnet.planning.devices import named
+
+    device = named(arguments.device)
+    told = {}
+    for name in ("memory_gib", "peak_tflops", "link_gbps"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name.replace('_', '-')} must be more than 0, got {value:g}")
+    if arguments.memory_gib is not None:
+        told["memory"] = arguments.memory_gib * 2**30
+    if arguments.link_gbps is not None:
+        told["node_link"] = told["network"] = arguments.link_gbps * 1e9 / 8
+    if arguments.efficiency is not None:
+        if not all(0 < share <= 1 for share in arguments.efficiency):
+            raise ValueError(f"efficiency must be two shares, more than 0 and at most 1, got {arguments.efficiency}")
+        told["efficiency"] = tuple(arguments.efficiency)
+    device = replace(device, **told)
+    peak = None if arguments.peak_tflops is None else arguments.peak_tflops * 1e12
+    if arguments.scale:
+        _show_scale(arguments, device)
+        return
+    if not arguments.config:
+        raise ValueError("--config must name a file, as of longnet fit")
+    from lightning_longnet.planning.configured import read_job
+    from lightning_longnet.planning.plan import plan_run
+
+    words = [word for path in arguments.config for word in ("--config", path)]
+    job = read_job([*words, *arguments.overrides], arguments.nodes, arguments.gpus_per_node, arguments.tokens)
+    plan = plan_run(job, device, peak)
+    print(json.dumps(plan.to_dict(), indent=1) if arguments.json else plan)  # noqa: T201
+    if arguments.picture is not None:
+        from lightning_longnet.planning.picture import draw
+
+        draw(plan).savefig(arguments.picture, dpi=120)
+
+
+def _show_scale(arguments: argparse.Namespace, device: Device) -> None:
+    import json
+
+    from lightning_longnet.planning import scale
+
+    rows = scale.simulate(device)
+    print(json.dumps(scale.values(rows), indent=1) if arguments.json else scale.table(rows))  # noqa: T201
+    if arguments.picture is not None:
+        scale.draw(rows, device).savefig(arguments.picture, dpi=120)

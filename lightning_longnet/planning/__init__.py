@@ -1,0 +1,7 @@
+"""A run before it is launched: what it holds, sends and takes, worked out without a GPU and without other ranks."""
+
+from lightning_longnet.planning.devices import Device, named
+from lightning_longnet.planning.job import Job
+from lightning_longnet.planning.plan import RunPlan, plan_run
+
+__all__ = ["Device", "Job", "RunPlan", "named", "plan_run"]

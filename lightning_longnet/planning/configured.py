@@ -1,0 +1,134 @@
+"""A job out of the files and overrides that `longnet fit` takes, read by the same parser."""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from jsonargparse import Namespace
+
+from lightning_longnet.attention.pattern import Branch, Pattern
+from lightning_longnet.cli.trainer import Parser, TrainerCLI
+from lightning_longnet.model import LongNetConfig
+from lightning_longnet.planning.job import Job
+from lightning_longnet.registration import NAMES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_OURS = ("lightning_longnet.LongNetModule", "lightning_longnet.module.LongNetModule")
+_STOCK = ("auto", "ddp")  # where sequences are whole, and each rank holds the model
+
+
+class _Reading(TrainerCLI):
+    """Parses and checks, and makes nothing of it."""
+
+    def _set_seed(self) -> None:
+        pass
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def read_job(
+    words: Sequence[str],
+    nodes: int | None = None,
+    per_node: int | None = None,
+    tokens: int | None = None,
+) -> Job:
+    """The job of `longnet fit WORDS`, on other numbers of nodes and devices, or over other lengths, where told."""
+    given = ["fit", *words]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # these are not the words of this process
+        read = _Reading(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            save_config_callback=None,
+            seed_everything_default=0,
+            args=given,
+            given=given,
+        )
+    told = read.config["fit"]
+    trainer, model = told.trainer, told.model
+    if model.class_path not in _OURS:
+        raise ValueError(f"model must be a LongNetModule, whose shape is known, got {model.class_path}")
+    strategy = _strategy(trainer.strategy)
+    data = told.data.init_args if told.get("data") is not None else Namespace()  # type: ignore[no-untyped-call]
+    length = data.get("tokens") if tokens is None else tokens
+    if length is None:
+        raise ValueError("tokens must be told, as the data module has no argument of that name: --tokens N")
+    return Job(
+        LongNetConfig(**_model(model.init_args.config)),
+        tokens=length,
+        batch=data.get("batch_size") or 1,
+        nodes=trainer.num_nodes if nodes is None else nodes,
+        per_node=_devices(trainer.devices) if per_node is None else per_node,
+        precision=str(trainer.precision or "32-true"),
+        accumulate=trainer.accumulate_grad_batches,
+        optimizer_copies=_copies(model.init_args.get("optimizer")),
+        is_packed=bool(data.get("packed")),
+        **strategy,
+    )
+
+
+def _model(config: Namespace) -> dict[str, Any]:
+    found = dict(config.__dict__)
+    given = found["pattern"]
+    found["pattern"] = [*map(_pattern, given)] if isinstance(given, (list, tuple)) else _pattern(given)
+    return found
+
+
+def _pattern(given: Namespace) -> Pattern:
+    branches = tuple(Branch(**(each.get("init_args") or each).__dict__) for each in given.branches)
+    return Pattern(branches, given.multiplicity)
+
+
+def _strategy(given: Any) -> dict[str, Any]:
+    if isinstance(given, str):
+        if given in NAMES:
+            return {"sharding": NAMES[given]}
+        if given in _STOCK:
+            return {"sharding": "ddp", "sequence_parallel_size": 1}
+        raise ValueError(f"strategy must be one of {', '.join([*NAMES, *_STOCK])}, got {given!r}: others are not known")
+    if not given.class_path.endswith("RingSequenceParallelStrategy"):
+        raise ValueError(f"strategy must be a RingSequenceParallelStrategy or a name of one, got {given.class_path}")
+    names = ("sharding", "sequence_parallel_size", "exchange", "placement")
+    found = {name: given.init_args[name] for name in names}
+    bucket = (given.init_args.engine or {}).get("reduce_bucket_size")
+    return found if bucket is None else found | {"bucket": int(bucket)}
+
+
+def _devices(given: Any) -> int:
+    if isinstance(given, int) and given > 0:
+        return given
+    if isinstance(given, (list, tuple)):
+        return len(given)
+    if isinstance(given, str) and given.isdecimal():
+        return int(given)
+    raise ValueError(f"--gpus-per-node must be told where trainer.devices is {given!r}")
+
+
+def _copies(optimizer: Any) -> float:
+    """What an optimiser holds, as a multiple of a matrix that it has stepped on: AdamW, the default, two."""
+    if optimizer is None:
+        return 2.0
+    room, _, name = optimizer.class_path.rpartition(".")
+    weight = torch.nn.Parameter(torch.ones(64, 64))
+    weight.grad = torch.ones_like(weight)
+    told = optimizer.get("init_args")
+    made = getattr(import_module(room), name)([weight], **({} if told is None else vars(told)))
+    made.step()
+    held = sum(x.numel() for state in made.state.values() for x in state.values() if isinstance(x, torch.Tensor))
+    return round(held / weight.numel(), 2)

@@ -1,0 +1,126 @@
+"""What is to be run, and on how many ranks: all that a plan follows from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_longnet.attention.pattern import check_heads
+from lightning_longnet.attention.routes import Layout
+from lightning_longnet.attention.schedule import Sizes
+from lightning_longnet.callbacks.peak import compute_dtype
+from lightning_longnet.sequence.context import SequenceContext
+from lightning_longnet.sequence.mesh import check_sizes
+
+if TYPE_CHECKING:
+    from lightning_longnet.attention.pattern import Pattern
+    from lightning_longnet.attention.placement import Kind, Placement
+    from lightning_longnet.attention.schedule import Exchange
+    from lightning_longnet.model import LongNetConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run, before it is one.
+
+    Attributes:
+        config: of the model.
+        tokens: of a whole sequence.
+        batch: sequences of a micro-batch, for each group of ranks that share them.
+        nodes: machines.
+        per_node: ranks of each.
+        sequence_parallel_size: how many ranks share a sequence; all of them by default.
+        sharding: the engine; see `RingSequenceParallelStrategy`.
+        exchange: of layers that say nothing of it.
+        placement: "contiguous" or "zigzag".
+        precision: as that of a Trainer.
+        accumulate: micro-batches of a step.
+        optimizer_copies: what the optimiser holds, as a multiple of the parameters.
+        bucket: numbers that DeepSpeed reduces at a time; what Lightning hands it by default.
+        is_packed: rows hold documents, which are shorter than the row and known to the data alone.
+    """
+
+    config: LongNetConfig
+    tokens: int
+    batch: int = 1
+    nodes: int = 1
+    per_node: int = 1
+    sequence_parallel_size: int | None = None
+    sharding: str = "fsdp2"
+    exchange: Exchange = "auto"
+    placement: Kind = "contiguous"
+    precision: str = "32-true"
+    accumulate: int = 1
+    optimizer_copies: float = 2.0
+    bucket: int = 200_000_000
+    is_packed: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch", "nodes", "per_node", "accumulate"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.config.attention is not None:
+            raise ValueError(
+                f"attention must be None, the class that is ours, as nothing is known of what another holds and sends, "
+                f"got {self.config.attention}"
+            )
+        if self.config.offload_activations:
+            raise ValueError("offload_activations must be False, as what waits in the host's memory is not planned")
+        size = check_sizes(self.ranks, self.sequence_parallel_size)
+        object.__setattr__(self, "sequence_parallel_size", size)
+        if self.tokens < size:
+            raise ValueError(
+                f"sequences must have at least one token for each of the {size} ranks that share them, got "
+                f"{self.tokens}: set sequence_parallel_size to at most {self.tokens}"
+            )
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.per_node
+
+    @property
+    def shared_by(self) -> int:
+        """How many ranks share a sequence."""
+        assert self.sequence_parallel_size is not None
+        return self.sequence_parallel_size
+
+    @property
+    def groups(self) -> int:
+        """Groups of ranks that work on different sequences."""
+        return self.ranks // self.shared_by
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What products are computed in."""
+        return compute_dtype(self.precision)
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """What parameters are held in: "mixed" casts them for products alone."""
+        return torch.float32 if "mixed" in self.precision else self.dtype
+
+    def placed(self) -> Placement:
+        """The tokens of each rank of a group."""
+        context = SequenceContext(placement=self.placement)
+        context.sequence_parallel_size = self.shared_by
+        return context.placement_of(self.tokens)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of the rank that has most of a sequence."""
+        return max(self.placed().lengths)
+
+    def layout(self, pattern: Pattern) -> Layout:
+        """Of a layer's attention, over the ranks that share a sequence."""
+        heads, kv_heads = self.config.heads, check_heads(self.config.heads, self.config.kv_heads)
+        return Layout(pattern, heads, kv_heads, (0, self.tokens), self.placed())
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the tensors of a layer's attention."""
+        width = self.config.dim // self.config.heads
+        wide = torch.promote_types(self.dtype, torch.float32).itemsize
+        return Sizes(self.batch, width, width, self.dtype.itemsize, wide)

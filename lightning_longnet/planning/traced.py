@@ -1,0 +1,98 @@
+"""A step of one rank on fake tensors: what it would hold and when, with no memory and no other ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_longnet.loss import chunked_cross_entropy
+from lightning_longnet.model import LongNet, LongNetConfig
+from lightning_longnet.planning.ledger import Event, Ledger
+from lightning_longnet.planning.standin import WORKSPACE, PlannedContext, Remote
+from lightning_longnet.sequence.handed import hand_down
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from lightning_longnet.planning.job import Job
+
+FORWARD, LOSS, BACKWARD = "forward", "loss", "backward"
+
+
+class Moment(NamedTuple):
+    """What is held at once, in bytes: gradients are those that have come in this backward, whole."""
+
+    phase: str
+    activations: int
+    exchange: int
+    loss: int
+    gradients: int
+
+
+class Trace(NamedTuple):
+    """Of a micro-batch: the moments at which most is held, what operators beside products move, and how many ran."""
+
+    moments: tuple[Moment, ...]
+    moved_bytes: int
+    calls: int
+
+
+def trace(job: Job, rank: int, remote: Mapping[str, Remote]) -> Trace:
+    """The forward, the loss and the backward of a rank of a sequence group."""
+    tokens = job.placed().lengths[rank]
+    # a table of positions is looked up by values, which fake tensors have none of; it adds one tensor of (N, dim)
+    config = replace(job.config, learned_positions=None)
+    ledger = Ledger(WORKSPACE)
+    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
+        model = _made(config, job.parameter_dtype)
+        model._checked_length = job.tokens  # the plan's notes tell of its reach
+        hand_down(model, PlannedContext(job, rank, remote))
+        ids = torch.zeros(job.batch, tokens, dtype=torch.long)
+        for known in (*model.parameters(), ids):
+            ledger.knows(known)
+        cast = torch.autocast("cpu", job.dtype, enabled="mixed" in job.precision)
+        with ledger:
+            with cast:
+                ledger.phase = FORWARD
+                hidden = model.encode(model.embed(ids))
+                ledger.phase = ledger.kind = LOSS
+                loss_sum, count = chunked_cross_entropy(hidden, model.head.weight, ids, chunk_tokens=config.loss_chunk)
+            del hidden
+            ledger.phase, ledger.kind = BACKWARD, "activations"
+            (loss_sum / count).backward()
+        gradients = ledger.storages(p.grad for p in model.parameters() if p.grad is not None)
+    return Trace(tuple(_moments(ledger.events, gradients)), ledger.moved, ledger.calls)
+
+
+def _made(config: LongNetConfig, dtype: torch.dtype) -> LongNet:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # fake tensors cannot be converted in their place
+    try:
+        return LongNet(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _moments(events: list[Event], gradients: set[int]) -> Iterator[Moment]:
+    """Those that no later one of their phase exceeds, which holds as many gradients or more."""
+    held = {"activations": 0, "exchange": 0, "loss": 0, "gradients": 0}
+    best: dict[str, list[tuple[int, Moment]]] = {}
+    for event in events:
+        kind = "gradients" if event.storage in gradients else event.kind
+        held[kind] += event.bytes
+        if event.bytes <= 0:
+            continue
+        total = sum(held.values())
+        rivals = best.setdefault(event.phase, [])
+        # gradients only come, so what is not more without them was more with fewer of them
+        without = total - held["gradients"]
+        if rivals and rivals[-1][0] >= without and rivals[-1][1].gradients == held["gradients"]:
+            continue
+        while rivals and rivals[-1][0] <= without:
+            rivals.pop()
+        rivals.append((without, Moment(event.phase, **held)))
+    for rivals in best.values():
+        yield from (moment for _, moment in rivals)

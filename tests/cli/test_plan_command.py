@@ -1,0 +1,109 @@
+"""`longnet plan`, as a user calls it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_longnet.cli import main
+from lightning_longnet.planning.configured import read_job
+from lightning_longnet.registration import NAMES
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs/longnet").glob("*.yaml"))
+QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
+SMALL = [QUICKSTART, "--device", "h200", "--model.config.layers", "1", "--model.config.dim", "16"]
+
+
+def told(capsys, *words):
+    assert main(["plan", *words]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_size_is_read(path):
+    job = read_job(["--config", str(path)], nodes=2, per_node=8)
+    assert job.ranks == job.shared_by == 16
+    assert job.config.vocab_size == 100352
+    assert job.sharding == "fsdp2"
+    assert job.precision == "bf16-mixed"
+    assert job.tokens == (2**30 if path.stem == "1b_tokens" else 32768)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/strategies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_strategy_is_laid_over(path):
+    job = read_job([QUICKSTART, "--config", str(path)])
+    assert job.sharding == path.stem
+    assert job.sharding in NAMES.values()
+
+
+def test_values_are_those_of_the_tables(capsys):
+    words = [*SMALL, "--nodes", "2", "--gpus-per-node", "2", "--tokens", "4096"]
+    found, shown = json.loads(told(capsys, *words, "--json")), told(capsys, *words)
+    assert found["ranks"] == 4
+    assert found["tokens_of_ranks"] == [1024, 1024]
+    assert f"{found['parameters']:,} parameters; 4,096 tokens, 1,024 on each of 4 ranks" in shown
+    assert f"{found['tokens_per_second']:,.0f} tokens a second" in shown
+    kinds = [value for name, value in found["memory_bytes"].items() if name not in ("phase", "peak")]
+    assert sum(kinds) == pytest.approx(found["memory_bytes"]["peak"])
+    most = max(each["sent_bytes"] for each in found["layers"][0]["ranks"].values())
+    assert re.search(rf"  all +{most / 2**20:.2f} ", shown)
+    for name in ("parameters", "gradients", "optimiser", "activations", "loss", "waits for keys"):
+        assert f"  {name}" in shown
+
+
+def test_what_a_device_is_can_be_told(capsys):
+    plain, slow = (
+        json.loads(told(capsys, *SMALL, "--json", *more)) for more in ([], ["--link-gbps", "0.01", "--memory-gib", "1"])
+    )
+    assert slow["seconds"]["exchange"] > plain["seconds"]["exchange"]
+    assert slow["usable_bytes"] == 0.9 * 2**30
+    assert slow["longest_tokens"] < plain["longest_tokens"]
+    half = json.loads(told(capsys, *SMALL, "--json", "--peak-tflops", "500", "--efficiency", "0.5", "0.25"))
+    assert half["seconds"]["linear"] == pytest.approx(plain["seconds"]["linear"] * 67 * 0.6 / 250)
+
+
+def test_pictures_are_drawn(capsys, tmp_path):
+    told(capsys, *SMALL, "--picture", str(tmp_path / "plan.png"))
+    told(capsys, "--scale", "--picture", str(tmp_path / "scale.png"))
+    for name in ("plan", "scale"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_readme_shows_the_scale_as_it_is(capsys):
+    assert told(capsys, "--scale").strip() in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_shows_what_the_command_prints(capsys):
+    readme = (ROOT / "README.md").read_text()
+    command, shown = re.search(r"```\n\$ longnet (plan [^\n]*)\n(.*?)```", readme, flags=re.DOTALL).groups()
+    words = [str(ROOT / word) if word.startswith("configs/") else word for word in command.split()[1:]]
+    assert told(capsys, *words) == shown
+
+
+MISTAKES = {
+    "nothing": ([], "--config must name a file"),
+    "device": ([QUICKSTART, "--device=h900"], "device must be one of cpu, b200"),
+    "memory": ([QUICKSTART, "--memory-gib=0"], "memory-gib must be more than 0, got 0"),
+    "efficiency": ([QUICKSTART, "--efficiency", "2", "1"], "efficiency must be two shares"),
+    "model": (["--config=model.yaml", "--gpus-per-node=1"], "model must be a LongNetModule, whose shape is known, got"),
+    "strategy": ([QUICKSTART, "--trainer.strategy=fsdp"], "strategy must be one of ring_sequence_parallel"),
+    "sizes": ([QUICKSTART, "--nodes=3", "--gpus-per-node=1", "--config", "two.yaml"], "sequence_parallel_size"),
+    "swap": ([*SMALL, "--gpus-per-node=8", "--model.config.exchange=swap"], "swap needs key heads that 8 ranks divide"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_in_one_line(capsys, tmp_path, monkeypatch, mistake):
+    monkeypatch.chdir(tmp_path)
+    strategy = "lightning_longnet.strategies.RingSequenceParallelStrategy"
+    (tmp_path / "two.yaml").write_text(
+        f"trainer: {{strategy: {{class_path: {strategy}, init_args: {{sequence_parallel_size: 2}}}}}}\n"
+    )
+    (tmp_path / "model.yaml").write_text("model: {class_path: lightning.pytorch.demos.boring_classes.BoringModel}\n")
+    words, message = MISTAKES[mistake]
+    assert main(["plan", *words]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("longnet: error: ")
+    assert message in lines[-1]

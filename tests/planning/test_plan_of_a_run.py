@@ -1,0 +1,146 @@
+"""What a plan says of memory and of what is computed, beside counts of the same by other means."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lightning_longnet import LongNet, LongNetConfig, Pattern
+from lightning_longnet.flops import ModelFlops
+from lightning_longnet.planning.devices import named
+from lightning_longnet.planning.engines import Weights
+from lightning_longnet.planning.exchange import layer_kinds
+from lightning_longnet.planning.job import Job
+from lightning_longnet.planning.plan import plan_run
+from lightning_longnet.planning.traced import trace
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(Nothing crosses|no head attends).*:UserWarning")
+PATTERN = Pattern.dilated((64, 256), (1, 4), is_causal=True)
+SHAPE = {"dim": 64, "layers": 3, "heads": 4, "vocab_size": 300, "loss_chunk": 128}
+
+
+def job_of(tokens=512, config=None, **told):
+    return Job(LongNetConfig(PATTERN, **SHAPE, **(config or {})), tokens, **{"sharding": "ddp", **told})
+
+
+def allocated(config, tokens, batch):
+    """The most that torch's allocator held at once in a step beyond the parameters, by its own events."""
+    model = LongNet(config)
+    ids = torch.zeros(batch, tokens, dtype=torch.long)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        loss_sum, count = model(ids, ids)
+        (loss_sum / count).backward()
+    held = most = 0
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"recompute": "all but attention", "activation": "swiglu", "kv_heads": 2},
+        {"recompute": "everything", "feed_forward_chunk": 100, "rotary": None},
+    ],
+)
+def test_a_trace_holds_what_the_allocator_holds(config):
+    job = job_of(config=config, batch=2)
+    (kind,) = layer_kinds(job)
+    traced = trace(job, 0, {kind.pattern.dumps(): kind.shares[0].remote})
+    planned = max(sum(moment[1:]) for moment in traced.moments)
+    assert planned == pytest.approx(allocated(job.config, 512, 2), rel=0.15)
+
+
+def test_what_is_kept_of_other_ranks_is_counted_in_every_layer():
+    job = job_of(per_node=4)
+    (kind,) = layer_kinds(job)
+    assert kind.schedule.exchanges == ("gather", "gather")
+    kept = [share.volume.kept_bytes for share in kind.shares.values()]
+    assert max(kept) > min(kept)
+    for rank in (kept.index(max(kept)), kept.index(min(kept))):
+        traced = trace(job, rank, {kind.pattern.dumps(): kind.shares[rank].remote})
+        assert max(moment.exchange for moment in traced.moments) == 3 * kept[rank]
+
+
+def test_parameters_and_pairs_are_those_of_the_model():
+    job = job_of(tokens=500, per_node=4, config={"kv_heads": 2})
+    weights, model = Weights.of(job), LongNet(job.config)
+    assert weights.parameters == sum(p.numel() for p in model.parameters())
+    assert weights.all == 4 * weights.parameters == weights.root + 3 * weights.block
+    assert weights.token == ModelFlops.of(model).token
+    (kind,) = layer_kinds(job)
+    shown = int(PATTERN.mask(500, 4, 2).sum())
+    assert sum(share.pairs for share in kind.shares.values()) == shown
+
+
+def test_engines_split_what_they_split():
+    peaks = {
+        sharding: plan_run(job_of(tokens=64, per_node=4, sharding=sharding, bucket=1000), named("h200")).memory
+        for sharding in ("ddp", "fsdp2", "hsdp", "deepspeed_stage_1", "deepspeed_stage_3")
+    }
+    whole = Weights.of(job_of()).all
+    assert peaks["ddp"].optimizer == 2 * whole
+    assert {peaks[name].optimizer for name in peaks if name != "ddp"} == {whole / 2}
+    assert all(peaks[name].peak < peaks["ddp"].peak for name in peaks if name != "ddp")
+
+
+def test_the_longest_sequence_fits_and_a_longer_one_does_not():
+    device = replace(named("h200"), memory=60e6)
+    job = job_of(tokens=1024)
+    longest = plan_run(job, device).longest
+    assert longest > 1024
+    fits = [plan_run(replace(job, tokens=tokens), device).fits for tokens in (int(0.98 * longest), int(1.02 * longest))]
+    assert fits == [True, False]
+
+
+def test_what_does_not_fit_is_told_what_would():
+    device = replace(named("h200"), memory=20e6)
+    plan = plan_run(job_of(tokens=2048), device)
+    assert not plan.fits
+    assert plan.advice
+    assert "--model.config.recompute everything" in str(plan)
+    for each in plan.advice:
+        assert each.peak <= plan.usable < plan.memory.peak
+
+
+def test_more_work_takes_longer_and_a_slow_link_is_waited_for():
+    job, device = job_of(tokens=512, per_node=4), named("h200")
+    plan, longer = (plan_run(replace(job, tokens=n), device) for n in (512, 700))
+    for name in ("linear", "attention", "other"):
+        assert getattr(plan.time, name) < getattr(longer.time, name)
+    assert plan.time.hidden_share is not None
+    slow = plan_run(job, replace(device, node_link=1e6))
+    assert slow.time.exchange > plan.time.exchange
+    assert slow.time.hidden_share < plan.time.hidden_share
+    assert plan_run(replace(job, sequence_parallel_size=1), device).time.hidden_share is None
+    assert 0 < plan.mfu < 1
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"tokens": 0}, "tokens must be a positive integer, got 0"),
+        ({"tokens": 3, "per_node": 4}, "at least one token for each of the 4 ranks"),
+        ({"per_node": 4, "sequence_parallel_size": 3}, "sequence_parallel_size"),
+        ({"config": {"attention": {"class_path": "torch.nn.Linear"}}}, "attention must be None"),
+        ({"config": {"offload_activations": True}}, "offload_activations must be False"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(told, message):
+    with pytest.raises(ValueError, match=message):
+        job_of(**told)
+
+
+def test_an_exchange_that_cannot_be_had_is_refused_as_in_a_run():
+    with pytest.raises(ValueError, match="swap needs key heads"):
+        plan_run(job_of(per_node=8, exchange="swap"), named("h200"))
+
+
+def test_devices_are_known_by_name():
+    assert named("RTX_4090") == named("rtx 4090")
+    with pytest.raises(ValueError, match=r"device must be one of cpu, b200, .*, got 'h900'"):
+        named("h900")
