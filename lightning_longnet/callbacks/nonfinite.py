@@ -166,6 +166,7 @@ def _identity(seen: _Seen) -> str:
     return f"{digest(seen.batch):014x}"
 
 
+@torch.no_grad()  # with gradients, what is local is a function of the whole
 def _is_bad(parameters: list[Any]) -> Tensor:
     """1 where a gradient that is here is not finite, else 0; nothing is waited for."""
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
