@@ -73,6 +73,9 @@ class Sparsity:
                 f"{self.kind!r}, whose blocks are the same for all heads"
             )
 
+    def __str__(self) -> str:
+        return f"{self.sparsity_ratio:g} of {self.kind} blocks of {self.block_size}"
+
     @property
     def stride(self) -> int:
         """From one of the blocks that a kind prefers to the next."""
