@@ -3,8 +3,8 @@
     python benchmarks/block_sparse.py
     python benchmarks/block_sparse.py --table          # the committed result, as the README shows it
 
-All are measured in turn, round by round.  Peaks are of torch's allocator in a forward and backward, beyond what is there
-before; "scores" holds all scores of each segment, and is measured for its memory alone.
+All are measured in turn, round by round.  Peaks are of torch's allocator in a forward and backward, beyond what is
+there before; "scores" holds all scores of each segment, and is measured for its memory alone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import torch
 from machine import allocated, described
 
 from lightning_longnet import Pattern, attend
-from lightning_longnet.attention.sparsity import BlockKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+    from lightning_longnet.attention.sparsity import BlockKind
 
 TOKENS, HEADS, HEAD_DIM = 8192, 8, 64
 SEGMENTS, RATES = (2048, 4096), (1, 2)
@@ -125,7 +126,9 @@ def table(result: dict[str, Any]) -> str:
             named = row["name"] + ", causal" * is_causal
             times = " | | | |"
             if "both_ms" in row:
-                cells = (f" {row[f'{kind}_ms']:,.0f} ms | {row[f'{kind}_speed']:.1f} x " for kind in ("forward", "both"))
+                cells = (
+                    f" {row[f'{kind}_ms']:,.0f} ms | {row[f'{kind}_speed']:.1f} x " for kind in ("forward", "both")
+                )
                 times = "|".join(cells) + "|"
             share = row["peak_mib"] / rows[0]["peak_mib"]
             lines.append(f"| {named} |{times} {row['peak_mib']:,.0f} MiB | {share:.0%} |")

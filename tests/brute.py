@@ -32,9 +32,9 @@ def kept_counts(ratio, some, blocks, causal):
         return counts
     total, some = math.floor(ratio * blocks * blocks + 0.5), min(some, blocks)
     others = blocks - some
-    counts = [min(blocks, max(1, (total - others) // some))] * some if some else []
-    left = max(others, total - sum(counts))
-    return counts + [left * (n + 1) // others - left * n // others for n in range(others)]
+    first = min(some * blocks, max(some, total - others))
+    shares = [(first, some), (max(others, total - first), others)]
+    return [x * (n + 1) // rows - x * n // rows for x, rows in shares for n in range(rows)]
 
 
 @lru_cache(256)

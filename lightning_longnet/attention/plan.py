@@ -39,8 +39,8 @@ Starts = range | tuple[int, ...]
 class Block:
     """One kernel call: queries of a lattice against keys of another, both with the same segments.
 
-    `low`, `high`, `repeats` and `stack` are those of `Shape`.  `weight` is how often the pairs count; a negative block takes
-    away what two branches both showed.
+    `low`, `high`, `repeats` and `stack` are those of `Shape`.  `weight` is how often the pairs count; a negative block
+    takes away what two branches both showed.
     """
 
     queries: Lattice

@@ -74,7 +74,8 @@ def own_runs(branch: Branch, kv_head: int, kv_heads: int, length: int) -> Iterat
     for starts, width in segments(branch, offset, length):
         rows = row_count(width, offset, branch.dilation_rate)
         if branch.sparsity is not None:
-            for queries, keys in kept_blocks(branch, kv_head, range(0, rows * branch.dilation_rate, branch.dilation_rate)):
+            run = range(0, rows * branch.dilation_rate, branch.dilation_rate)
+            for queries, keys in kept_blocks(branch, kv_head, run):
                 for each in keys:
                     yield from block(starts, queries, each, branch.is_causal)
             continue
@@ -121,7 +122,9 @@ def kept_blocks(branch: Branch, kv_head: int, run: range) -> Iterator[tuple[rang
         yield run[i * size : (i + 1) * size], tuple(run[j * size : (j + 1) * size] for j in kept)
 
 
-def block(starts: range, queries: range, keys: range, is_causal: bool, weight: int = 1, stack: int = 0) -> Iterator[Runs]:
+def block(
+    starts: range, queries: range, keys: range, is_causal: bool, weight: int = 1, stack: int = 0
+) -> Iterator[Runs]:
     """Kept keys, or some of them, to queries of their residue: the rows of a stack, counted from each start."""
     low = _apart(queries, keys) if is_causal else None
     if low is None or low < len(queries):

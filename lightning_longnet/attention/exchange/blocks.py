@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # A call touches about this share of all rows: what a kernel returns is held beside the accumulators until merged
 CALL_SHARE = 1 / 8
+# Gathered keys are copies, of at most so many rows for each that a call may touch otherwise
+GATHERED_ROWS = 4
 
 
 class Terms(NamedTuple):
@@ -179,8 +181,8 @@ def _cut(parts: Iterable[Part], limit: float) -> Iterator[Part]:
         queries, keys = part.block.queries, part.block.keys
         count, group = len(queries.starts), queries.heads // keys.heads
         rows = queries.rows * queries.heads
-        if isinstance(keys, Gathered):  # which are copied, whatever they are
-            rows = max(rows, keys.rows * keys.heads)
+        if isinstance(keys, Gathered):
+            rows = max(rows, keys.rows * keys.heads // GATHERED_ROWS)
         segments, heads = max(1, int(limit // rows)), keys.heads
         if queries.rows * queries.heads > limit:
             # fewer heads than threads would leave some idle: the operator's backward runs in parallel over heads
