@@ -88,7 +88,7 @@ class Branch:
 
     def connects(self, length: int) -> bool:
         """Does a query see any key but its own?"""
-        return min(self.segment_length or length, self.window or length, length) > self.dilation_rate
+        return min(self.border(length), self.window or length) > self.dilation_rate
 
     def border(self, length: int) -> int:
         """How far apart the borders lie that this branch never crosses."""
