@@ -191,6 +191,9 @@ def _gathered(
         if len(parts) == 1 and isinstance(parts[0], range):
             yield shape, parts[0]
             continue
+        if shape.stack is not None:  # copied together whatever their spacing, and with the same blocks for all heads
+            yield shape, tuple(sorted(chain.from_iterable(parts)))
+            continue
         scattered: list[int] = []
         for run in _progressions(sorted(chain.from_iterable(parts))):
             if len(run) > 3 or shape.queries > COPIED_ROWS:
