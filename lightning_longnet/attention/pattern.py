@@ -3,90 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from math import lcm
-from operator import index
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+from lightning_longnet.attention.branch import Branch, HeadOffsets, made, one_of
+from lightning_longnet.attention.sparsity import Sparsity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.figure import Figure
 
-HeadOffsets = Literal["interleaved", "blocked"]
+    from lightning_longnet.attention.sparsity import BlockKind
+
+__all__ = ["Branch", "HeadOffsets", "Multiplicity", "Pattern", "Reach", "check_heads"]
+
 Multiplicity = Literal["multiset", "set"]
-
-
-def _positive(name: str, value: Any) -> int:
-    # bool is an int to Python, but True is no segment length; numpy's integers are none to JSON
-    if not hasattr(value, "__index__") or isinstance(value, bool) or not 0 < index(value) < 2**63:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return index(value)
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-@dataclass(frozen=True)
-class Branch:
-    """Query `i` of key/value head `g` belongs to a branch iff `(i mod w) mod r == offset(g)`.
-
-    There it sees the keys of its own segment with the same residue: `j // w == i // w`, `(j mod w) mod r == offset(g)`;
-    only `j <= i` where causal, and only nearer than `window` where there is one.
-
-    Args:
-        segment_length: `w`; None is the whole sequence.
-        dilation_rate: `r`; every r-th row of a segment is kept, another residue for each head.
-        window: tokens seen at most, counted backwards from the query (and forwards, where not causal).
-        is_causal: hide the keys after the query.
-        head_offsets: "interleaved" is `g mod r` (the paper), "blocked" `g // ceil(Hkv / r)` (torchscale's checkpoints).
-    """
-
-    segment_length: int | None = None
-    dilation_rate: int = 1
-    window: int | None = None
-    is_causal: bool = False
-    head_offsets: HeadOffsets = "interleaved"
-
-    def __post_init__(self) -> None:
-        for name in ("segment_length", "dilation_rate", "window"):
-            value = getattr(self, name)
-            if value is not None or name == "dilation_rate":
-                object.__setattr__(self, name, _positive(name, value))
-        _one_of("head_offsets", self.head_offsets, get_args(HeadOffsets))
-        if not isinstance(self.is_causal, bool):
-            raise ValueError(f"is_causal must be True or False, got {self.is_causal!r}")
-
-    def offset(self, kv_head: int, kv_heads: int) -> int:
-        """The residue that this head serves.  It hangs on the key/value head, so that a GQA group shares its rows."""
-        if self.head_offsets == "interleaved":
-            return kv_head % self.dilation_rate
-        return kv_head // -(-kv_heads // self.dilation_rate)
-
-    def connects(self, length: int) -> bool:
-        """Does a query see any key but its own?"""
-        return min(self.segment_length or length, self.window or length, length) > self.dilation_rate
-
-    def visible(self, tokens: Tensor, kv_heads: int) -> Tensor:
-        """The definition itself, as a boolean (Hkv, N, N): `tokens` are places in a document."""
-        segment, place = tokens * 0, tokens
-        if self.segment_length is not None:
-            segment, place = tokens // self.segment_length, tokens % self.segment_length
-        offsets = torch.tensor([self.offset(g, kv_heads) for g in range(kv_heads)], device=tokens.device)
-        member = place % self.dilation_rate == offsets[:, None]
-        seen = member[:, :, None] & member[:, None, :] & (segment[:, None] == segment)
-        distance = tokens[:, None] - tokens
-        if self.is_causal:
-            seen &= distance >= 0
-        if self.window is not None:
-            seen &= distance.abs() < self.window
-        return seen
 
 
 class Reach(NamedTuple):
@@ -135,11 +72,11 @@ class Pattern:
     def __post_init__(self) -> None:
         if isinstance(self.branches, Branch) or not hasattr(self.branches, "__iter__"):
             raise ValueError(f"branches must be a sequence of Branch, got {self.branches!r}")
-        branches = tuple(b if isinstance(b, Branch) else _branch(b) for b in self.branches)
+        branches = tuple(b if isinstance(b, Branch) else made(Branch, "branches", b) for b in self.branches)
         if not branches:
             raise ValueError("branches must hold at least one Branch, got none")
         object.__setattr__(self, "branches", branches)
-        _one_of("multiplicity", self.multiplicity, get_args(Multiplicity))
+        one_of("multiplicity", self.multiplicity, get_args(Multiplicity))
         # made here and once: torch.compile reads an attribute, and could not follow a JSON encoder
         object.__setattr__(self, "_text", json.dumps(self.to_dict(), separators=(",", ":")))
 
@@ -173,6 +110,33 @@ class Pattern:
     def window(cls, size: int, is_causal: bool = False) -> Pattern:
         """The `size` nearest keys, the query's own among them: `i - size < j <= i`, or `|i - j| < size`."""
         return cls((Branch(window=size, is_causal=is_causal),))
+
+    @classmethod
+    def block_sparse(
+        cls,
+        kind: BlockKind,
+        block_size: int,
+        sparsity_ratio: float,
+        *,
+        within: Pattern,
+        global_tokens: int | None = None,
+        varies_over_heads: bool = False,
+    ) -> Pattern:
+        """Another pattern of which some blocks stay: that one says what is a segment, its residues and causal.
+
+        The rows of one segment and residue are cut into blocks of `block_size`, and of their blocks of pairs the share
+        `sparsity_ratio` is kept; see `Sparsity` for the kinds, and which blocks each of them prefers.
+
+        >>> dense = Pattern.dense(is_causal=True)
+        >>> Pattern.block_sparse("local_window", 2, 0.5, within=dense).mask(8, heads=1)[0, 6].tolist()
+        [0, 0, 0, 0, 1, 1, 1, 0]
+        """
+        if not isinstance(within, Pattern):
+            raise ValueError(f"within must be a Pattern, some blocks of which are kept, got {within!r}")
+        if any(branch.sparsity for branch in within.branches):
+            raise ValueError(f"within must keep all of its blocks, got {within!r}")
+        sparsity = Sparsity(kind, block_size, sparsity_ratio, global_tokens, varies_over_heads)
+        return cls(tuple(replace(branch, sparsity=sparsity) for branch in within.branches), within.multiplicity)
 
     @property
     def is_causal(self) -> bool:
@@ -213,7 +177,7 @@ class Pattern:
     def reach(self, length: int, heads: int, kv_heads: int | None = None) -> Reach:
         """How far this pattern can carry anything over `length` tokens, and which residues no head serves."""
         kv_heads = check_heads(heads, kv_heads)
-        lengths = [min(b.segment_length or length, length) for b in self.branches if b.connects(length)]
+        lengths = [b.border(length) for b in self.branches if b.connects(length)]
         span = min(lcm(*lengths), length)  # a border that every branch has is a border for good
         unserved = []
         for branch in self.branches:
@@ -241,13 +205,6 @@ class Pattern:
     @staticmethod
     def loads(text: str) -> Pattern:
         return _loads(text)
-
-
-def _branch(keywords: dict[str, Any]) -> Branch:
-    allowed = [each.name for each in fields(Branch)]
-    if not isinstance(keywords, dict) or not set(keywords) <= set(allowed):
-        raise ValueError(f"branches must be Branches or dictionaries of {', '.join(allowed)}, got {keywords!r}")
-    return Branch(**keywords)
 
 
 @lru_cache(1024)

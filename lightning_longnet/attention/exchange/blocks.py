@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_longnet.attention.exchange.keys import accumulate
+from lightning_longnet.attention.gathering import Gathered
 from lightning_longnet.attention.kernels.call import Call, Draw
 from lightning_longnet.attention.lattice import folded, unfolded
 from lightning_longnet.attention.partial import Partial
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # A call touches about this share of all rows: what a kernel returns is held beside the accumulators until merged
 CALL_SHARE = 1 / 8
+# Gathered keys are copies, of at most so many rows for each that a call may touch otherwise
+GATHERED_ROWS = 4
 
 
 class Terms(NamedTuple):
@@ -90,6 +93,7 @@ def spread(
     terms: Terms,
     dq: Tensor,
     stores: bool = False,
+    stores_keys: bool = False,
 ) -> None:
     """Each block's own backward, given the lse of the one softmax that it is a part of, into dq and the keys'.
 
@@ -98,7 +102,7 @@ def spread(
     """
     for part, call in _calls(parts, q, keys, terms):
         queries = part.block.queries
-        stored = stores and part.branch == 0
+        is_first = part.branch == 0
         found = kernel.backward(
             folded(queries, grad),
             folded(queries, q),
@@ -107,8 +111,8 @@ def spread(
             folded(queries, lse).squeeze(-1),
             call,
         )
-        accumulate(part, dq, found[0], stored, of_queries=True)
-        keys.add(part, *found[1:], stored)
+        accumulate(part, dq, found[0], stores and is_first, of_queries=True)
+        keys.add(part, *found[1:], stores_keys and is_first)
         del found  # before the next call makes its own
 
 
@@ -177,7 +181,10 @@ def _cut(parts: Iterable[Part], limit: float) -> Iterator[Part]:
     for part in parts:
         queries, keys = part.block.queries, part.block.keys
         count, group = len(queries.starts), queries.heads // keys.heads
-        segments, heads = max(1, int(limit // (queries.rows * queries.heads))), keys.heads
+        rows = queries.rows * queries.heads
+        if isinstance(keys, Gathered):
+            rows = max(rows, keys.rows * keys.heads // GATHERED_ROWS)
+        segments, heads = max(1, int(limit // rows)), keys.heads
         if queries.rows * queries.heads > limit:
             # fewer heads than threads would leave some idle: the operator's backward runs in parallel over heads
             heads = max(int(limit // (queries.rows * group)), -(-torch.get_num_threads() // group))
