@@ -41,7 +41,8 @@ class Preset:
         """The pattern that is attended with: of a sparse row blocks of it, unless it is made of blocks already."""
         if not self.is_sparse or any(branch.blocks is not None for branch in pattern.branches):
             return pattern
-        return Pattern.block_sparse(kind, block_size, sparsity_ratio, within=pattern, **beside)
+        found: Pattern = Pattern.block_sparse(kind, block_size, sparsity_ratio, within=pattern, **beside)
+        return found
 
     def settings(self) -> dict[str, Any]:
         """Arguments of `DilatedAttention`, `DilatedSelfAttention` or `MultiheadDilatedAttention`."""

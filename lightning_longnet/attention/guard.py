@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -201,44 +202,37 @@ def _rank(shard: SequenceShard | None) -> str:
 
 def _fault(name: str, kind: _Kind, q: Tensor, k: Tensor, pattern: Pattern, told: dict[str, Any]) -> str:
     """Why a kernel fails on a few tokens, by its own error or by the equation; nothing where it serves or refuses."""
-    heads, kv_heads = q.shape[2], k.shape[2]
     small = Pattern.dilated((4, 8), (1, 2), is_causal=pattern.is_causal)
-    tensors = [
-        _waves(8, many, width, place).to(q.device, q.dtype).requires_grad_()
-        for place, (many, width) in enumerate(
-            ((heads, kind.head_dim), (kv_heads, kind.head_dim), (kv_heads, kind.value_dim))
-        )
-    ]
-    grad = _waves(8, heads, kind.value_dim, 3).to(q.device, q.dtype)
-    settings: dict[str, Any] = {"mix": told.get("mix", "exact"), "dropout": 0.0, "dropout_seed": 0}
+    widths = ((q.shape[2], kind.head_dim), (k.shape[2], kind.head_dim), (k.shape[2], kind.value_dim))
     hidden = (torch.arange(8) >= 6).to(q.device)[None]
-    for mask in (None, hidden):
-        for dropout in {0.0, told.get("dropout", 0.0)}:
+    # evaluation may run in inference mode, and the backward is to be tried there, too
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+        given = [_waves(8, *width, place).to(q.device, q.dtype) for place, width in enumerate(widths)]
+        grad = _waves(8, q.shape[2], kind.value_dim, 3).to(q.device, q.dtype)
+        for mask, dropout in product((None, hidden), {0.0, told.get("dropout", 0.0)}):
             judged = {"key_padding_mask": mask, "dropout": dropout}
-            if explain(*tensors, small, kernel=name, **judged).chosen is None:  # type: ignore[arg-type]
+            if explain(given[0], given[1], given[2], small, kernel=name, **judged).chosen is None:
                 continue
-            settings |= judged
-            truth = _tried(
-                reference.name, [x.detach().double().requires_grad_() for x in tensors], small, grad, settings
-            )
+            settings = {**judged, "mix": told.get("mix", "exact"), "dropout_seed": 0}
+            truth = _tried(reference.name, [x.double() for x in given], small, grad.double(), settings)
             try:
-                found = _tried(name, tensors, small, grad, settings)
+                found = _tried(name, given, small, grad, settings)
             except (RuntimeError, ImportError) as error:
-                return f"it fails on a few tokens: {type(error).__name__}: {str(error).splitlines()[0]}"
+                return f"it fails on a few tokens: {error!r}"
             allowed = torch.finfo(q.dtype).eps ** 0.5
             for ours, true in zip(found, truth, strict=True):
                 far = (ours.double() - true).abs().max().item()
-                if not far <= allowed * max(1.0, true.abs().max().item()):
+                if not far <= allowed * max(1.0, true.abs().max().item()):  # nor where it is no number
                     return f"it is wrong on a few tokens, by {far:.2g}"
     return ""
 
 
 def _tried(
-    name: str, tensors: list[Tensor], pattern: Pattern, grad: Tensor, settings: dict[str, Any]
+    name: str, given: list[Tensor], pattern: Pattern, grad: Tensor, settings: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-        out: Tensor = attend(*tensors, pattern, kernel=name, **settings)
-        return out, *torch.autograd.grad(out, tensors, grad.to(out.dtype))
+    leaves = [x.clone().requires_grad_() for x in given]
+    out: Tensor = attend(leaves[0], leaves[1], leaves[2], pattern, kernel=name, **settings)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
 
 def _waves(tokens: int, heads: int, width: int, place: int) -> Tensor:

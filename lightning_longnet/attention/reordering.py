@@ -66,13 +66,15 @@ class Reordering:
         """Into the order."""
         if self._trade is None:
             return [x.index_select(1, self.order) for x in tensors]
-        return self._traded(tensors, is_back=False)
+        found: list[Tensor] = self._traded(tensors, is_back=False)
+        return found
 
     def back(self, x: Tensor) -> Tensor:
         """Out of it again."""
         if self._trade is None:
             return x.index_select(1, inverse_order(self.order))
-        return self._traded([x], is_back=True)[0]
+        (found,) = self._traded([x], is_back=True)
+        return found
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _traded(self, tensors: Sequence[Tensor], is_back: bool) -> list[Tensor]:
@@ -94,7 +96,7 @@ class Reordering:
 
 
 class _Trade(NamedTuple):
-    """For each rank: which of this one's tokens it takes, and at which of this one's places its tokens come to stand."""
+    """For each rank: which of this one's tokens it takes, and at which of this one's places its own come to stand."""
 
     taken: dict[int, Tensor]
     placed: dict[int, Tensor]

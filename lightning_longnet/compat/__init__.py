@@ -18,9 +18,10 @@ from lightning_longnet.compat.classes import (
     RingDilatedAttentionV2Collective,
     RingMultiheadAttention,
     RingMultiheadDilatedAttentionHybrid,
+    UlyssesAttention,
 )
 from lightning_longnet.compat.configuration import RingAttentionConfig, SparsePatternConfig
-from lightning_longnet.presets import available_presets, nearest
+from lightning_longnet.presets import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +40,17 @@ BlockSparseRingMultiheadDilatedAttentionFixed = BlockSparseRingMultiheadDilatedA
 
 # what `create_standardized_ring_attention` takes beside the presets' own names
 _ALIASES = {"hybrid": "ring", "true": "ring", "v3": "ring", "v2_collective": "collective"}
+_BY_PRESET: dict[str, type[RingAttention]] = {
+    row.preset: row
+    for row in (
+        RingDilatedAttention,
+        RingDilatedAttentionProduction,
+        RingDilatedAttentionHilbertOptimized,
+        RingDilatedAttentionV2Collective,
+        BlockSparseRingDilatedAttention,
+        UlyssesAttention,
+    )
+}
 _MULTIHEAD: dict[str, type[RingMultiheadAttention]] = {
     "multihead_hybrid": RingMultiheadDilatedAttentionHybrid,
     "block_sparse_multihead": BlockSparseRingMultiheadDilatedAttention,
@@ -74,11 +86,10 @@ def create_standardized_ring_attention(attention_type: str, **arguments: Any) ->
 
     >>> arguments = {"segment_lengths": [2048, 4096], "dilation_rates": [1, 2], "dim": 64, "heads": 8}
     >>> create_standardized_ring_attention("ring", **arguments, dropout=0.1)
-    ring(2048/1 + 4096/2, dropout=0.1, exchange='ring', ordering='raster', is_guarded=False)
+    RingDilatedAttention(2048/1 + 4096/2, dropout=0.1, exchange='ring', ordering='raster', is_guarded=False)
     """
     if attention_type in _MULTIHEAD:
         return _MULTIHEAD[attention_type](**arguments)
-    names = available_presets()
     preset = _ALIASES.get(attention_type, attention_type)
     if preset not in names:
         known = [*names, *_ALIASES, *_MULTIHEAD]

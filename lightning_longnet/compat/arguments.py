@@ -105,7 +105,7 @@ def settings_of(
 
 def _blocks_of(given: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `Pattern.block_sparse`."""
-    found = {name: given[name] for name in ("sparsity_ratio", "block_size") if name in given}
+    found: dict[str, Any] = {name: given[name] for name in ("sparsity_ratio", "block_size") if name in given}
     configs = [name for name in _SPARSE if name in given]
     if not configs:
         return found

@@ -1,4 +1,4 @@
-"""The ancestor's classes: one body for those without weights, one for those with projections, and a row for each name."""
+"""The ancestor's classes: a body for those without weights, one for those with projections, and a row for each."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RingAttention(DilatedAttention):
         self.ring_size = _ring_size(given)
         self.heads, self.dim = expected_shape(given)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -133,6 +133,12 @@ class RingDilatedAttentionV2Collective(RingAttention):
     """Keys are gathered."""
 
     preset = "collective"
+
+
+class UlyssesAttention(RingAttention):
+    """Ranks trade tokens for heads."""
+
+    preset = "ulysses"
 
 
 class BlockSparseRingDilatedAttention(RingAttention):

@@ -102,7 +102,8 @@ class AttentionLayer(nn.Module):
         }
         if self.sequence_context is None:
             if self.guard is not None:
-                return self.guard.attend(q, k, v, pattern, **told)
+                guarded: Tensor = self.guard.attend(q, k, v, pattern, **told)
+                return guarded
             out: Tensor = attend(q, k, v, pattern, **told)
             return out
         return self.sequence_context.attend(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from lightning_longnet.attention.attend import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.attention.guard import Guard  # noqa: TC001
 from lightning_longnet.attention.ordering import Ordering  # noqa: TC001
-from lightning_longnet.attention.pattern import Pattern
+from lightning_longnet.attention.pattern import Pattern  # noqa: TC001
 from lightning_longnet.attention.reordering import check_ordering
 from lightning_longnet.attention.schedule import Exchange  # noqa: TC001
 from lightning_longnet.layers.arguments import pattern_of, positive_number, shown_pattern
 from lightning_longnet.layers.attending import AttentionLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DilatedAttention(AttentionLayer):

@@ -303,7 +303,8 @@ class SequenceContext:
         if not self.is_split:
             settings |= {"documents": documents, "key_padding_mask": key_padding_mask}
             if guard is not None:
-                return guard.attend(q, k, v, pattern, is_placed=self.mesh is not None, **settings)
+                guarded: Tensor = guard.attend(q, k, v, pattern, is_placed=self.mesh is not None, **settings)
+                return guarded
             whole: Tensor = attend(q, k, v, pattern, **settings)
             return whole
         settings["exchange"] = self.exchange if exchange is None else exchange
@@ -325,7 +326,8 @@ class SequenceContext:
         self._check_tokens(q.shape[1])
         shard = self.shard_of(documents, key_padding_mask)
         if guard is not None:
-            return guard.attend(q, k, v, pattern, shard=shard, **settings)
+            guarded: Tensor = guard.attend(q, k, v, pattern, shard=shard, **settings)
+            return guarded
         out: Tensor = attend(q, k, v, pattern, shard=shard, **settings)
         return out
 
