@@ -39,7 +39,7 @@ class Preset:
         **beside: Any,
     ) -> Pattern:
         """The pattern that is attended with: of a sparse row blocks of it, unless it is made of blocks already."""
-        if not self.is_sparse or any(branch.blocks is not None for branch in pattern.branches):
+        if not self.is_sparse or any(branch.sparsity is not None for branch in pattern.branches):
             return pattern
         found: Pattern = Pattern.block_sparse(kind, block_size, sparsity_ratio, within=pattern, **beside)
         return found

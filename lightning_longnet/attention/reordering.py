@@ -73,8 +73,8 @@ class Reordering:
         """Out of it again."""
         if self._trade is None:
             return x.index_select(1, inverse_order(self.order))
-        (found,) = self._traded([x], is_back=True)
-        return found
+        found: list[Tensor] = self._traded([x], is_back=True)
+        return found[0]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _traded(self, tensors: Sequence[Tensor], is_back: bool) -> list[Tensor]:

@@ -91,14 +91,11 @@ def create_standardized_ring_attention(attention_type: str, **arguments: Any) ->
     if attention_type in _MULTIHEAD:
         return _MULTIHEAD[attention_type](**arguments)
     preset = _ALIASES.get(attention_type, attention_type)
-    if preset not in names:
-        known = [*names, *_ALIASES, *_MULTIHEAD]
-        told = ", ".join(map(repr, known))
-        raise ValueError(
-            f"attention_type must be one of {told}, got {attention_type!r}{nearest(attention_type, known)}"
-        )
-    made: RingAttention = type(preset, (RingAttention,), {"preset": preset})(**arguments)
-    return made
+    if preset not in _BY_PRESET:
+        known = [*_BY_PRESET, *_ALIASES, *_MULTIHEAD]
+        told = f"{', '.join(map(repr, known))}, got {attention_type!r}{nearest(attention_type, known)}"
+        raise ValueError(f"attention_type must be one of {told}")
+    return _BY_PRESET[preset](**arguments)
 
 
 def create_ring_multihead_attention_hybrid(
