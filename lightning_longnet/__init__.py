@@ -10,6 +10,7 @@ from lightning_longnet.registration import register
 if TYPE_CHECKING:
     from lightning_longnet.attention import (
         Branch,
+        Guard,
         Pattern,
         Reach,
         SequencePlan,
@@ -25,10 +26,34 @@ if TYPE_CHECKING:
         sequence_plan,
     )
     from lightning_longnet.checkpoints import Checkpoint, read_checkpoint
+    from lightning_longnet.compat import (
+        BlockSparseRingDilatedAttention,
+        BlockSparseRingDilatedAttentionFixed,
+        BlockSparseRingMultiheadDilatedAttention,
+        BlockSparseRingMultiheadDilatedAttentionFixed,
+        RingAttentionConfig,
+        RingDilatedAttention,
+        RingDilatedAttentionHilbertOptimized,
+        RingDilatedAttentionHilbertOptimizedFixed,
+        RingDilatedAttentionHybrid,
+        RingDilatedAttentionHybridFixed,
+        RingDilatedAttentionProduction,
+        RingDilatedAttentionProductionFixed,
+        RingDilatedAttentionTrue,
+        RingDilatedAttentionV2Collective,
+        RingDilatedAttentionV3,
+        RingMultiheadDilatedAttentionHybrid,
+        RingMultiheadDilatedAttentionHybridFixed,
+        SparsePatternConfig,
+        StandardizedRingConfig,
+        create_ring_multihead_attention_hybrid,
+        create_standardized_ring_attention,
+    )
     from lightning_longnet.data import ByteData, HubData, ImageFolderData, LongRangeData, TokenData, TokenFileData
     from lightning_longnet.exported import export_model, load_model
     from lightning_longnet.flops import ModelFlops, attended_pairs
     from lightning_longnet.layers import (
+        DilatedAttention,
         DilatedSelfAttention,
         FeedForward,
         MultiheadDilatedAttention,
@@ -40,6 +65,7 @@ if TYPE_CHECKING:
     from lightning_longnet.model import LongNet, LongNetConfig
     from lightning_longnet.module import LongNetModule
     from lightning_longnet.optimization import decay_groups, warmup_cosine
+    from lightning_longnet.presets import available_presets
     from lightning_longnet.report import write_report
     from lightning_longnet.sequence import SequenceContext, SequencePart, hand_down, sequence_context, sequence_mesh
     from lightning_longnet.vision import LongViT, LongViTConfig
@@ -47,11 +73,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BlockSparseRingDilatedAttention",
+    "BlockSparseRingDilatedAttentionFixed",
+    "BlockSparseRingMultiheadDilatedAttention",
+    "BlockSparseRingMultiheadDilatedAttentionFixed",
     "Branch",
     "ByteData",
     "Checkpoint",
+    "DilatedAttention",
     "DilatedSelfAttention",
     "FeedForward",
+    "Guard",
     "HubData",
     "ImageFolderData",
     "LongNet",
@@ -65,18 +97,36 @@ __all__ = [
     "MultiheadDilatedAttention",
     "Pattern",
     "Reach",
+    "RingAttentionConfig",
+    "RingDilatedAttention",
+    "RingDilatedAttentionHilbertOptimized",
+    "RingDilatedAttentionHilbertOptimizedFixed",
+    "RingDilatedAttentionHybrid",
+    "RingDilatedAttentionHybridFixed",
+    "RingDilatedAttentionProduction",
+    "RingDilatedAttentionProductionFixed",
+    "RingDilatedAttentionTrue",
+    "RingDilatedAttentionV2Collective",
+    "RingDilatedAttentionV3",
+    "RingMultiheadDilatedAttentionHybrid",
+    "RingMultiheadDilatedAttentionHybridFixed",
     "RotaryPositions",
     "SequenceContext",
     "SequencePart",
     "SequencePlan",
     "SequenceShard",
+    "SparsePatternConfig",
     "Sparsity",
+    "StandardizedRingConfig",
     "TokenData",
     "TokenFileData",
     "attend",
     "attended_pairs",
+    "available_presets",
     "causal_order",
     "chunked_cross_entropy",
+    "create_ring_multihead_attention_hybrid",
+    "create_standardized_ring_attention",
     "decay_groups",
     "explain",
     "export_model",
@@ -100,6 +150,7 @@ __all__ = [
 _ROOMS = {
     "attention": (
         "Branch",
+        "Guard",
         "Pattern",
         "Reach",
         "SequencePlan",
@@ -117,6 +168,7 @@ _ROOMS = {
     "data": ("ByteData", "HubData", "ImageFolderData", "LongRangeData", "TokenData", "TokenFileData"),
     "flops": ("ModelFlops", "attended_pairs"),
     "layers": (
+        "DilatedAttention",
         "DilatedSelfAttention",
         "FeedForward",
         "MultiheadDilatedAttention",
@@ -134,6 +186,30 @@ _ROOMS = {
     "vision": ("LongViT", "LongViTConfig"),
     "vision_module": ("LongViTModule",),
     "report": ("write_report",),
+    "presets": ("available_presets",),
+    "compat": (
+        "BlockSparseRingDilatedAttention",
+        "BlockSparseRingDilatedAttentionFixed",
+        "BlockSparseRingMultiheadDilatedAttention",
+        "BlockSparseRingMultiheadDilatedAttentionFixed",
+        "RingAttentionConfig",
+        "RingDilatedAttention",
+        "RingDilatedAttentionHilbertOptimized",
+        "RingDilatedAttentionHilbertOptimizedFixed",
+        "RingDilatedAttentionHybrid",
+        "RingDilatedAttentionHybridFixed",
+        "RingDilatedAttentionProduction",
+        "RingDilatedAttentionProductionFixed",
+        "RingDilatedAttentionTrue",
+        "RingDilatedAttentionV2Collective",
+        "RingDilatedAttentionV3",
+        "RingMultiheadDilatedAttentionHybrid",
+        "RingMultiheadDilatedAttentionHybridFixed",
+        "SparsePatternConfig",
+        "StandardizedRingConfig",
+        "create_ring_multihead_attention_hybrid",
+        "create_standardized_ring_attention",
+    ),
 }
 
 

@@ -16,12 +16,23 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from lightning_longnet.attention.attend import Mix  # noqa: TC001  for the command line's reading of types
+from lightning_longnet.attention.guard import Guard
+from lightning_longnet.attention.ordering import Ordering  # noqa: TC001
 from lightning_longnet.attention.pattern import Pattern, check_heads
+from lightning_longnet.attention.reordering import check_ordering
 from lightning_longnet.attention.schedule import Exchange  # noqa: TC001
 from lightning_longnet.layers import DilatedSelfAttention, FeedForward, keep_attention, magneto_gain
-from lightning_longnet.layers.arguments import class_of, pattern_of, positive_integer, positive_number, probability
+from lightning_longnet.layers.arguments import (
+    class_of,
+    ordering_of,
+    pattern_of,
+    positive_integer,
+    positive_number,
+    probability,
+)
 from lightning_longnet.layers.feed_forward import Activation  # noqa: TC001
 from lightning_longnet.layers.positions import Kind  # noqa: TC001
+from lightning_longnet.presets import Preset, preset_of
 
 if TYPE_CHECKING:
     from lightning_longnet.sequence.context import SequenceContext
@@ -57,6 +68,10 @@ class BlocksConfig:
         mix: "exact" or "detached"; see `attend`.
         kernel: "auto", or the name of one; see `explain`.
         exchange: where sequences are split over ranks; None leaves it to the strategy.
+        ordering: of the line that the pattern is drawn on in every layer: "raster" is the sequence itself, "hilbert" a
+            curve over it; see `sequence_hilbert_order`.
+        preset: a row of `available_presets()`, which sets exchange, ordering and guard, and of "block_sparse" keeps
+            blocks of a pattern that has none; what is given beside it must agree.
         attention: a class of one's own for the layers, {"class_path": "package.Name", "init_args": {...}}: made of
             (dim, heads, pattern, **init_args), and called as `DilatedSelfAttention` is; that one by default, of which
             the values above tell.
@@ -84,6 +99,8 @@ class BlocksConfig:
     mix: Mix = "exact"
     kernel: str = "auto"
     exchange: Exchange | None = None
+    ordering: Ordering = "raster"
+    preset: str | None = None
     attention: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -94,6 +111,7 @@ class BlocksConfig:
             raise ValueError(f"heads must divide dim, got heads {self.heads} and dim {self.dim}")
         object.__setattr__(self, "norm_eps", epsilon("norm_eps", self.norm_eps))
         probability("dropout", self.dropout)
+        ordering_of(self.ordering)
         if self.attention is not None:
             class_of(self.attention)
         if self.recompute not in get_args(Recompute):
@@ -105,6 +123,27 @@ class BlocksConfig:
         if isinstance(patterns, tuple) and len(patterns) != self.layers:
             raise ValueError(f"pattern must be one, or one for each of the {self.layers} layers, got {len(patterns)}")
         object.__setattr__(self, "pattern", patterns)
+        if self.preset is not None:
+            self._take(preset_of(self.preset))
+        for pattern in self.patterns:
+            check_ordering(self.layer_ordering, pattern)
+
+    def _take(self, preset: Preset) -> None:
+        """What it sets, unless that contradicts what is given."""
+        for name, value, unset in (("exchange", preset.exchange, None), ("ordering", preset.ordering, "raster")):
+            given = getattr(self, name)
+            if given not in (unset, value):
+                raise ValueError(f"{name} must be {value!r} with preset={preset.name!r}, got {given!r}")
+            object.__setattr__(self, name, value)
+        if self.attention is not None:
+            raise ValueError(f"attention must be None with preset={preset.name!r}: a preset is of our own layers")
+        made = tuple(preset.pattern_of(each) for each in self.patterns)
+        object.__setattr__(self, "pattern", made if isinstance(self.pattern, tuple) else made[0])
+
+    @property
+    def layer_ordering(self) -> Ordering:
+        """What layers do themselves; a model whose tokens form a grid orders them where they enter."""
+        return self.ordering
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
@@ -134,13 +173,13 @@ def epsilon(name: str, value: float | str) -> float:
 class LongNetBlock(nn.Module):
     """Attention and feed-forward, each after a LayerNorm and beside a path that changes nothing."""
 
-    def __init__(self, config: BlocksConfig, pattern: Pattern) -> None:
+    def __init__(self, config: BlocksConfig, pattern: Pattern, guard: Guard | None = None) -> None:
         super().__init__()
         gain = magneto_gain(config.layers) if config.sub_norm else 1.0
         shared: dict[str, Any] = {"bias": config.bias, "sub_norm": config.sub_norm, "gain": gain}
         shared["norm_eps"] = config.norm_eps
         self.attention_norm = nn.LayerNorm(config.dim, config.norm_eps)
-        self.attention = _attention(config, pattern, shared)
+        self.attention = _attention(config, pattern, shared, guard)
         self.feed_forward_norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(
             config.dim,
@@ -161,7 +200,7 @@ class LongNetBlock(nn.Module):
         return out
 
 
-def _attention(config: BlocksConfig, pattern: Pattern, shared: dict[str, Any]) -> nn.Module:
+def _attention(config: BlocksConfig, pattern: Pattern, shared: dict[str, Any], guard: Guard | None) -> nn.Module:
     if config.attention is not None:
         made: nn.Module = class_of(config.attention)(
             config.dim, config.heads, pattern, **config.attention.get("init_args", {})
@@ -180,6 +219,8 @@ def _attention(config: BlocksConfig, pattern: Pattern, shared: dict[str, Any]) -
         mix=config.mix,
         kernel=config.kernel,
         exchange=config.exchange,
+        ordering=config.layer_ordering,
+        guard=guard,
         **shared,
     )
 
@@ -187,16 +228,19 @@ def _attention(config: BlocksConfig, pattern: Pattern, shared: dict[str, Any]) -
 class Blocks(nn.Module):
     """A model's way through its blocks, and what of it is held for the backward.  A model adds both ends.
 
-    A strategy, or `hand_down`, sets `sequence_context` where sequences are split over ranks.
+    A strategy, or `hand_down`, sets `sequence_context` where sequences are split over ranks.  `guard` is what the
+    layers share where the preset is guarded: its counts are for callbacks to read.
     """
 
     config: BlocksConfig
+    guard: Guard | None = None
     sequence_context: SequenceContext | None = None
 
     def _make_blocks(self, config: BlocksConfig) -> None:
         """At its place among the model's parameters."""
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList([LongNetBlock(config, pattern) for pattern in config.patterns])
+        self.guard = Guard() if config.preset is not None and preset_of(config.preset).is_guarded else None
+        self.blocks = nn.ModuleList([LongNetBlock(config, pattern, self.guard) for pattern in config.patterns])
         self._checked_length = 0
 
     def _passed(

@@ -48,7 +48,6 @@ class LongViTConfig(BlocksConfig):
     classes: int = 1000
     image_size: int = 1024
     patch_size: int = 32
-    ordering: Ordering = "raster"
     channels: int = 3
     learned_positions: bool = True
     resize_offset: float = 0.0
@@ -66,7 +65,7 @@ class LongViTConfig(BlocksConfig):
             raise ValueError(
                 f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}"
             )
-        for name, kinds in (("ordering", Ordering), ("pooling", Pooling), ("normed", Normed)):
+        for name, kinds in (("pooling", Pooling), ("normed", Normed)):
             if getattr(self, name) not in get_args(kinds):
                 allowed = ", ".join(map(repr, get_args(kinds)))
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
@@ -79,6 +78,11 @@ class LongViTConfig(BlocksConfig):
             )
         if not 0 <= self.resize_offset < 1:
             raise ValueError(f"resize_offset must be at least 0 and less than 1, got {self.resize_offset!r}")
+
+    @property
+    def layer_ordering(self) -> Ordering:
+        """Patches are ordered where they enter the model, by the grid that they form."""
+        return "raster"
 
     @property
     def grid(self) -> int:

@@ -37,8 +37,10 @@ ROOMS = [
     "schedule",
     "sequence_plan",
     "shard",
+    "reordering",
     "sharded",
     "attend",
+    "guard",
 ]
 
 
@@ -103,7 +105,7 @@ def test_layers_import_torch_and_the_core_alone(path):
             )
 
 
-MODELS = ["blocks", "model", "vision"]
+MODELS = ["presets", "blocks", "model", "vision"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_contexts_models_and_loss_import_torch_and_what_stands_below_them(path):
         if parts[0] == "lightning_longnet":
             below = ("attention", "sequence")
             if path.stem in MODELS:
-                below = ("attention", "layers", "loss", "blocks", *(["sequence"] if typing_only else []))
+                below = ("attention", "layers", "loss", "blocks", "presets", *(["sequence"] if typing_only else []))
             assert parts[1] in below, f"{path.relative_to(ROOT)} imports {module}"
         else:
             assert parts[0] == "torch" or parts[0] in sys.stdlib_module_names, f"{path.name} imports {module}"
@@ -202,7 +204,7 @@ def code_blocks(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md"])
+@pytest.mark.parametrize("page", ["README.md", "MIGRATING.md"])
 @pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",  # its advice
     "ignore:.*LeafSpec.*:FutureWarning",  # what it uses of torch
@@ -257,6 +259,8 @@ def test_nothing_names_a_sibling_folder_or_a_registry_host():
         "layers.multihead",
         "layers.initialization",
         "layers.checkpointing",
+        "layers.dilated",
+        "presets",
     ],
 )
 def test_examples_in_docstrings_are_true(module):

@@ -1,6 +1,7 @@
 """Exact dilated attention: imports torch alone, and is usable without Lightning."""
 
 from lightning_longnet.attention.attend import attend, explain
+from lightning_longnet.attention.guard import Guard
 from lightning_longnet.attention.ordering import (
     causal_order,
     hilbert_order,
@@ -15,6 +16,7 @@ from lightning_longnet.attention.sparsity import Sparsity
 
 __all__ = [
     "Branch",
+    "Guard",
     "Pattern",
     "Reach",
     "SequencePlan",

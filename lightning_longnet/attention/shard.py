@@ -148,9 +148,13 @@ class SequenceShard:
                 raise ValueError(f"{name} must be equal on all ranks of a shard, got {told}")
         self._known.add(kind)
 
+    def agree(self, words: Sequence[int]) -> list[list[int]]:
+        """What each rank says about its kernels, where all of them ask."""
+        return [found[: len(words)] for found in self._everywhere(list(words), "agrees on kernels")]
+
     def _everywhere(self, words: list[int], what: str) -> list[list[int]]:
         """Of each rank, where all do the same; the wrong ones of two that do not would read each other's words."""
-        kinds = "makes a shard", "compares a call"
+        kinds = "makes a shard", "compares a call", "agrees on kernels"
         padded = [kinds.index(what), *words] + [0] * (_WORDS - 1 - len(words))
         assert len(padded) == _WORDS
         found: list[list[int]] = self._gathered(torch.tensor(padded), what).tolist()

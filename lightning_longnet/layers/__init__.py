@@ -1,6 +1,7 @@
 """Modules around `attend`: they import torch and the core alone, and are usable without Lightning."""
 
 from lightning_longnet.layers.checkpointing import keep_attention
+from lightning_longnet.layers.dilated import DilatedAttention
 from lightning_longnet.layers.feed_forward import FeedForward
 from lightning_longnet.layers.initialization import magneto_gain
 from lightning_longnet.layers.multihead import MultiheadDilatedAttention
@@ -8,6 +9,7 @@ from lightning_longnet.layers.positions import RotaryPositions
 from lightning_longnet.layers.self_attention import DilatedSelfAttention
 
 __all__ = [
+    "DilatedAttention",
     "DilatedSelfAttention",
     "FeedForward",
     "MultiheadDilatedAttention",

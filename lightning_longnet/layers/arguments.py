@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_longnet.attention.attend import Mix
 from lightning_longnet.attention.kernels import kernel_names
+from lightning_longnet.attention.ordering import Ordering
 from lightning_longnet.attention.pattern import Branch, Pattern
 from lightning_longnet.attention.schedule import Exchange
 
@@ -84,6 +85,12 @@ def exchange_of(value: Exchange | None) -> Exchange | None:
     if value is not None and value not in get_args(Exchange):
         allowed = ", ".join(map(repr, get_args(Exchange)))
         raise ValueError(f"exchange must be one of {allowed}, or None for the strategy's, got {value!r}")
+    return value
+
+
+def ordering_of(value: Ordering) -> Ordering:
+    if value not in get_args(Ordering):
+        raise ValueError(f"ordering must be one of {', '.join(map(repr, get_args(Ordering)))}, got {value!r}")
     return value
 
 

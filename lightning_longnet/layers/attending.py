@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_longnet.attention.attend import Mix, attend
-from lightning_longnet.layers.arguments import exchange_of, kernel_name, mix_of, probability
+from lightning_longnet.attention.reordering import Reordering, order_of_sequence
+from lightning_longnet.layers.arguments import exchange_of, kernel_name, mix_of, ordering_of, probability
 from lightning_longnet.layers.positions import checked_positions, document_index
 
 if TYPE_CHECKING:
+    from lightning_longnet.attention.guard import Guard
+    from lightning_longnet.attention.ordering import Ordering
     from lightning_longnet.attention.pattern import Pattern
     from lightning_longnet.attention.schedule import Exchange
     from lightning_longnet.sequence.context import SequenceContext
@@ -35,10 +38,19 @@ class AttentionLayer(nn.Module):
     sequence_context: SequenceContext | None = None
     layer_number: int = 0
 
-    def __init__(self, dropout: float, mix: Mix, kernel: str, exchange: Exchange | None) -> None:
+    def __init__(
+        self,
+        dropout: float,
+        mix: Mix,
+        kernel: str,
+        exchange: Exchange | None,
+        ordering: Ordering = "raster",
+        guard: Guard | None = None,
+    ) -> None:
         super().__init__()
         self.dropout = probability("dropout", dropout)
         self.mix, self.kernel, self.exchange = mix_of(mix), kernel_name(kernel), exchange_of(exchange)
+        self.ordering, self.guard = ordering_of(ordering), guard
 
     @property
     def is_split(self) -> bool:
@@ -48,29 +60,55 @@ class AttentionLayer(nn.Module):
     def _attended(
         self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, documents: Tensor | None, hidden: Tensor | None
     ) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
+        if self.ordering == "raster":
+            return self._attended_in_order(q, k, v, pattern, documents, hidden)
+        line = self._line(q, pattern, documents, hidden)
+        if hidden is not None:
+            hidden = self._hidden_in_order(hidden, line)
+        q, k, v = line.there(q, k, v)
+        return line.back(self._attended_in_order(q, k, v, pattern, None, hidden))
+
+    def _line(self, x: Tensor, pattern: Pattern, documents: Tensor | None, hidden: Tensor | None) -> Reordering:
+        """The order that the pattern is drawn on, for whole sequences or for parts."""
+        context = self.sequence_context
+        shard = None if context is None or not context.is_split else context.shard_of()
+        length = x.shape[1] if shard is None else shard.length
+        try:
+            if documents is not None:
+                raise ValueError(f"documents must be None where ordering is {self.ordering!r}: its curve runs over all")
+            if hidden is not None and (hidden.dtype != torch.bool or hidden.shape != x.shape[:2]):
+                wanted, got = tuple(x.shape[:2]), f"{hidden.dtype} {tuple(hidden.shape)}"
+                raise ValueError(f"key_padding_mask must be bools of shape {wanted}, got {got}")
+            order = order_of_sequence(self.ordering, length, pattern, x.device)
+        except ValueError as error:
+            if shard is not None:
+                shard.check({}, fault=str(error))  # the other ranks wait for this one
+            raise
+        return Reordering(order, f"{self.ordering} {pattern.dumps() if pattern.is_causal else ''}", shard)
+
+    def _hidden_in_order(self, hidden: Tensor, line: Reordering) -> Tensor:
+        def convert() -> Tensor:
+            return line.there(hidden.to(torch.uint8))[0].bool()
+
+        # the layers of a model are handed one mask: let them have one shard
+        return convert() if self.sequence_context is None else self.sequence_context.once(hidden, convert)
+
+    def _attended_in_order(
+        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, documents: Tensor | None, hidden: Tensor | None
+    ) -> Tensor:
+        told: dict[str, Any] = {
+            "documents": documents,
+            "key_padding_mask": hidden,
+            "dropout": self.dropout if self.training else 0.0,
+            "mix": self.mix,
+            "kernel": self.kernel,
+        }
         if self.sequence_context is None:
-            return attend(
-                q,
-                k,
-                v,
-                pattern,
-                documents=documents,
-                key_padding_mask=hidden,
-                dropout=dropout,
-                mix=self.mix,
-                kernel=self.kernel,
-            )
+            if self.guard is not None:
+                guarded: Tensor = self.guard.attend(q, k, v, pattern, **told)
+                return guarded
+            out: Tensor = attend(q, k, v, pattern, **told)
+            return out
         return self.sequence_context.attend(
-            q,
-            k,
-            v,
-            pattern,
-            documents=documents,
-            key_padding_mask=hidden,
-            dropout=dropout,
-            layer=self.layer_number,
-            mix=self.mix,
-            kernel=self.kernel,
-            exchange=self.exchange,
+            q, k, v, pattern, layer=self.layer_number, exchange=self.exchange, guard=self.guard, **told
         )

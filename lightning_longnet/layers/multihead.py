@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_longnet.attention.attend import Mix  # noqa: TC001  for typing.get_type_hints
+from lightning_longnet.attention.guard import Guard  # noqa: TC001
+from lightning_longnet.attention.ordering import Ordering  # noqa: TC001
 from lightning_longnet.attention.pattern import Pattern
+from lightning_longnet.attention.reordering import check_ordering
 from lightning_longnet.attention.schedule import Exchange  # noqa: TC001
 from lightning_longnet.layers.arguments import (
     pattern_of,
@@ -51,6 +54,9 @@ class MultiheadDilatedAttention(AttentionLayer):
         kernel: "auto", or the name of one; see `explain`.
         exchange: where sequences are split over ranks, how keys reach the queries of others; see `attend`.  None leaves
             it to the strategy.
+        ordering: of the line that the pattern is drawn on: the sequence itself ("raster"), or a Hilbert curve over it
+            ("hilbert"), see `sequence_hilbert_order`.
+        guard: tries kernels before they are used, and says what fails; see `Guard`.
 
     >>> layer = nn.TransformerEncoderLayer(64, 4, batch_first=True)
     >>> layer.self_attn = MultiheadDilatedAttention(64, 4, batch_first=True, pattern=Pattern.dilated((8, 32), (1, 4)))
@@ -83,8 +89,10 @@ class MultiheadDilatedAttention(AttentionLayer):
         mix: Mix = "exact",
         kernel: str = "auto",
         exchange: Exchange | None = None,
+        ordering: Ordering = "raster",
+        guard: Guard | None = None,
     ) -> None:
-        super().__init__(dropout, mix, kernel, exchange)
+        super().__init__(dropout, mix, kernel, exchange, ordering, guard)
         for name, value in (("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if value:
                 raise ValueError(f"{name} must be False, got {value!r}: a key of no token has no place in a pattern")
@@ -97,6 +105,7 @@ class MultiheadDilatedAttention(AttentionLayer):
         self.head_dim = embed_dim // num_heads
         self.batch_first, self.gain = batch_first, positive_number("gain", gain)
         self.pattern = pattern_of(pattern)
+        check_ordering(self.ordering, self.pattern)
         self.causal_pattern = replace(
             self.pattern, branches=tuple(replace(branch, is_causal=True) for branch in self.pattern.branches)
         )

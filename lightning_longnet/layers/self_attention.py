@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_longnet.attention.attend import Mix  # noqa: TC001  for typing.get_type_hints
+from lightning_longnet.attention.guard import Guard  # noqa: TC001
+from lightning_longnet.attention.ordering import Ordering  # noqa: TC001
 from lightning_longnet.attention.pattern import Pattern, check_heads
+from lightning_longnet.attention.reordering import check_ordering
 from lightning_longnet.attention.schedule import Exchange  # noqa: TC001
 from lightning_longnet.layers.arguments import (
     pattern_of,
@@ -51,6 +54,9 @@ class DilatedSelfAttention(AttentionLayer):
         kernel: "auto", or the name of one; see `explain`.
         exchange: where sequences are split over ranks, how keys reach the queries of others; see `attend`.  None leaves
             it to the strategy.
+        ordering: of the line that the pattern is drawn on: the sequence itself ("raster"), or a Hilbert curve over it
+            ("hilbert"), see `sequence_hilbert_order`.
+        guard: tries kernels before they are used, and says what fails; see `Guard`.
 
     >>> layer = DilatedSelfAttention(64, 4, Pattern.dilated((128, 512), (1, 4), is_causal=True), num_kv_heads=2)
     >>> layer(torch.randn(1, 1000, 64)).shape
@@ -77,10 +83,12 @@ class DilatedSelfAttention(AttentionLayer):
         mix: Mix = "exact",
         kernel: str = "auto",
         exchange: Exchange | None = None,
+        ordering: Ordering = "raster",
+        guard: Guard | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dropout, mix, kernel, exchange)
+        super().__init__(dropout, mix, kernel, exchange, ordering, guard)
         self.embed_dim = positive_integer("embed_dim", embed_dim)
         self.num_heads = positive_integer("num_heads", num_heads)
         self.num_kv_heads = check_heads(num_heads, num_kv_heads)
@@ -90,6 +98,7 @@ class DilatedSelfAttention(AttentionLayer):
             )
         self.head_dim = embed_dim // num_heads if head_dim is None else positive_integer("head_dim", head_dim)
         self.pattern = pattern_of(pattern)
+        check_ordering(self.ordering, self.pattern)
         self.gain = positive_number("gain", gain)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.qkv_proj = nn.Linear(embed_dim, sum(self._rows()), bias=bias, **made)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from lightning_longnet.attention.attend import Mix
+    from lightning_longnet.attention.guard import Guard
     from lightning_longnet.attention.pattern import Pattern
 
 
@@ -289,6 +290,7 @@ class SequenceContext:
         mix: Mix = "exact",
         kernel: str = "auto",
         exchange: Exchange | None = None,
+        guard: Guard | None = None,
     ) -> Tensor:
         """`attend` for whole sequences and for parts: documents and padding are of the tokens that are here.
 
@@ -300,10 +302,13 @@ class SequenceContext:
             settings["dropout_samples"] = self.data_parallel_rank, self.data_parallel_size
         if not self.is_split:
             settings |= {"documents": documents, "key_padding_mask": key_padding_mask}
+            if guard is not None:
+                guarded: Tensor = guard.attend(q, k, v, pattern, is_placed=self.mesh is not None, **settings)
+                return guarded
             whole: Tensor = attend(q, k, v, pattern, **settings)
             return whole
         settings["exchange"] = self.exchange if exchange is None else exchange
-        part: Tensor = self._attend_part(q, k, v, pattern, documents, key_padding_mask, settings)
+        part: Tensor = self._attend_part(q, k, v, pattern, documents, key_padding_mask, settings, guard)
         return part
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -316,9 +321,14 @@ class SequenceContext:
         documents: Tensor | None,
         key_padding_mask: Tensor | None,
         settings: dict[str, Any],
+        guard: Guard | None,
     ) -> Tensor:
         self._check_tokens(q.shape[1])
-        out: Tensor = attend(q, k, v, pattern, shard=self.shard_of(documents, key_padding_mask), **settings)
+        shard = self.shard_of(documents, key_padding_mask)
+        if guard is not None:
+            guarded: Tensor = guard.attend(q, k, v, pattern, shard=shard, **settings)
+            return guarded
+        out: Tensor = attend(q, k, v, pattern, shard=shard, **settings)
         return out
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -82,7 +82,8 @@ class Comm:
     """What one rank of a group sends and receives.
 
     `shard` is the number by which all ranks know whose messages these are.  `traffic` counts what this one sent; the
-    shards of a `SequenceContext` share theirs.  `failure` tells what it did not finish.
+    shards of a `SequenceContext` share theirs.  `failure` tells what it did not finish; `on_failure`, where there is
+    one, is told of it with the error, which it may add to.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -91,6 +92,7 @@ class Comm:
         self.shard = 0
         self.traffic = Traffic()
         self.failure = ""
+        self.on_failure: Callable[[BaseException, str], None] | None = None
 
     @property
     def messages(self) -> int:
@@ -114,7 +116,10 @@ class Comm:
             done = True
         finally:
             if not done:
-                self.failure = f"rank {self.rank} of {self.ranks} failed in {what} ({sys.exc_info()[1]!r})"
+                error = sys.exc_info()[1]
+                self.failure = f"rank {self.rank} of {self.ranks} failed in {what} ({error!r})"
+                if self.on_failure is not None and error is not None:
+                    self.on_failure(error, self.failure)
 
     def swap(self, send: dict[int, Tensor], receive: dict[int, Tensor], errand: Errand, what: str) -> Pending:
         """One message to each rank of `send` and from each of `receive`; none of them empty.

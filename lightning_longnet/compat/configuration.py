@@ -1,0 +1,106 @@
+"""The ancestor's configurations: frozen, checked where they are made."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from lightning_longnet.attention.pattern import Pattern
+from lightning_longnet.layers.arguments import positive_integer, probability
+from lightning_longnet.presets import nearest
+
+
+@dataclass(frozen=True)
+class SparsePatternConfig:
+    """Which blocks are kept; see `Pattern.block_sparse`.  How many follows from `sparsity_ratio`, for windows too."""
+
+    pattern_type: Literal["local_window", "dilated_sparse", "global_local", "strided"] = "local_window"
+    block_size: int = 64
+    sparsity_ratio: float = 0.1
+    window_size: int | None = None
+    local_window_size: int | None = None
+    dilation_rates: list[int] | None = None
+    global_tokens: int | None = None
+
+    def __new__(cls, *_: Any, **given: Any) -> SparsePatternConfig:
+        check_names(cls.__name__, given, [each.name for each in fields(cls)])
+        return super().__new__(cls)
+
+    def blocks(self) -> dict[str, Any]:
+        """Arguments of `Pattern.block_sparse`."""
+        void = [
+            name for name in ("window_size", "local_window_size", "dilation_rates") if getattr(self, name) is not None
+        ]
+        if void:
+            words = "as many blocks are kept as sparsity_ratio says, and it says how far apart they are"
+            warnings.warn(f"SparsePatternConfig has no use for {', '.join(void)}: {words}", stacklevel=5)
+        found = {"kind": self.pattern_type, "block_size": self.block_size, "sparsity_ratio": self.sparsity_ratio}
+        return found | ({} if self.global_tokens is None else {"global_tokens": self.global_tokens})
+
+
+@dataclass(frozen=True)
+class RingAttentionConfig:
+    """What the ancestor's classes are told, by the names of both of its configurations.
+
+    `dim` is the width of a head, `embed_dim` of all heads together.
+    """
+
+    segment_lengths: tuple[int, ...] | list[int] | None = None
+    dilation_rates: tuple[int, ...] | list[int] | None = None
+    dropout: float = 0.0
+    ring_size: int | None = None
+    dim: int | None = None
+    heads: int | None = None
+    embed_dim: int | None = None
+    bias: bool | None = None
+    attention_scale: float | None = None
+    enable_error_recovery: bool | None = None
+    use_hilbert: bool | None = None
+    sparse_pattern_config: SparsePatternConfig | dict[str, Any] | None = None
+    sparsity_ratio: float | None = None
+    block_size: int | None = None
+    use_memory_pool: bool | None = None
+    memory_pool_size: int | None = None
+    use_gradient_checkpointing: bool | None = None
+    mixed_precision: bool | None = None
+    log_memory_usage: bool | None = None
+    hilbert_chunk_size: int | None = None
+    use_flash: bool | None = None
+
+    def __new__(cls, *_: Any, **given: Any) -> RingAttentionConfig:
+        check_names("RingAttentionConfig", given, [each.name for each in fields(cls)])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name in ("ring_size", "dim", "heads", "embed_dim"):
+            if getattr(self, name) is not None:
+                positive_integer(name, getattr(self, name))
+        probability("dropout", self.dropout)
+        for name in ("segment_lengths", "dilation_rates"):
+            given = getattr(self, name)
+            if given is None:
+                raise ValueError(f"{name} must be a sequence of integers, got None")
+            object.__setattr__(self, name, tuple(given))
+        assert self.segment_lengths is not None
+        assert self.dilation_rates is not None
+        Pattern.dilated(self.segment_lengths, self.dilation_rates)  # refuses what they must not be
+        if self.embed_dim is not None and self.heads is not None:
+            if self.embed_dim % self.heads or self.dim not in (None, self.embed_dim // self.heads):
+                told = f"{self.embed_dim}, {self.heads} and {self.dim}"
+                raise ValueError(f"embed_dim must be heads times dim, got {told}")
+            object.__setattr__(self, "dim", self.embed_dim // self.heads)
+        elif self.dim is not None and self.heads is not None:
+            object.__setattr__(self, "embed_dim", self.dim * self.heads)
+
+    def given(self) -> dict[str, Any]:
+        """What was said, by its name."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def check_names(owner: str, given: dict[str, Any], known: list[str]) -> None:
+    """A ValueError for a name that nobody knows, with the nearest of those that are."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{owner} takes no {name!r}{nearest(name, known)}")

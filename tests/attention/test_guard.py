@@ -1,0 +1,214 @@
+"""Kernels that fail, memory that is short, errors in the middle of a step: on all ranks, told, and never guessed."""
+
+import logging
+from datetime import timedelta
+from unittest.mock import patch
+
+import brute
+import pytest
+import torch
+import torch.distributed as dist
+from brute import Shown
+from pool import Pool
+
+from lightning_longnet import Guard, Pattern, SequenceShard
+from lightning_longnet.attention import guard as guards
+from lightning_longnet.attention.kernels import eager, sdpa
+
+PATTERN = Pattern.dilated((8, 32), (1, 2))
+SHOWN = [Shown(8), Shown(32, 2)]
+LENGTH = 24
+NOTHING = {"preflights": 0, "replacements": 0, "refusals": 0, "failures": 0}
+
+
+def drawn(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(4, 2, LENGTH, 4, 6, dtype=torch.float64, generator=generator).to(dtype).unbind()
+
+
+def truth():
+    *wide, grad = drawn()
+    wide = [x.requires_grad_() for x in wide]
+    out = brute.attention(*wide, [brute.counts(SHOWN, "multiset", LENGTH, 4)] * 2, 6**-0.5)[0]
+    return out.detach(), *torch.autograd.grad(out, wide, grad)
+
+
+class Lines(logging.Handler):
+    """What the guard logs."""
+
+    def __enter__(self):
+        self.found = []
+        guards.logger.addHandler(self)
+        guards.logger.setLevel(logging.INFO)
+        return self
+
+    def emit(self, record):
+        self.found.append(f"{record.levelname}: {record.getMessage()}")
+
+    def __exit__(self, *_):
+        guards.logger.removeHandler(self)
+        guards.logger.setLevel(logging.NOTSET)
+
+
+def raising(*_):
+    raise RuntimeError("no kernel image is available")
+
+
+def backward_of_zeros(grad, q, k, v, *_):
+    return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+
+
+FAULTS = {"raises": ("forward", raising), "gives zeros": ("backward", backward_of_zeros)}
+
+
+def stepped(shard, guard, at):
+    *leaves, grad = (x[:, at] for x in drawn())
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    out = guard.attend(*leaves, PATTERN, shard=shard)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+
+def with_a_broken_kernel(group, broken_rank, fault):
+    """Two steps: what came of the second, the counts and the log, and how often the kernel was called after."""
+    shard, guard = SequenceShard(group, LENGTH // group.size()), Guard()
+    name, function = FAULTS[fault]
+    with Lines() as log:
+        if group.rank() == broken_rank:
+            with patch.object(sdpa, name, function):
+                stepped(shard, guard, shard.tokens())
+        else:
+            stepped(shard, guard, shard.tokens())
+        with patch.object(sdpa, "forward", side_effect=AssertionError("was called")):
+            found = stepped(shard, guard, shard.tokens())
+    return shard.tokens(), found, guard.counts, log.found
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_all_ranks_replace_a_kernel_that_fails_on_one(pool, fault):
+    for world in (1, 2, 4):
+        for rank, (at, found, counts, lines) in enumerate(pool.run(world, with_a_broken_kernel, world - 1, fault)):
+            for ours, true in zip(found, truth(), strict=True):
+                assert (ours - true[:, at]).abs().max() <= 1e-10 * max(1, true.abs().max())
+            assert counts == NOTHING | {"preflights": 1, "replacements": 1}
+            preflight, replaced = lines
+            who = f"rank {rank} of {world} that share sequences"
+            assert preflight.startswith(f"INFO: {who}: preflight on cpu, float64, heads of 6: kernels that work: eager")
+            assert replaced.startswith(f"WARNING: {who}: kernel 'sdpa' is replaced with 'eager' for calls on cpu")
+            why = {"raises": "no kernel image", "gives zeros": "it is wrong on a few tokens"}[fault]
+            assert (why if rank == world - 1 else f"it fails on rank {world - 1}, whose own log says why") in replaced
+
+
+def test_a_kernel_that_works_is_kept_and_draws_nothing():
+    q, k, v, _ = drawn()
+    state, guard = torch.get_rng_state(), Guard()
+    with torch.inference_mode(), Lines() as log, patch.object(eager, "forward", wraps=eager.forward) as plain:
+        found = guard.attend(q, k, v, PATTERN)
+        tried = plain.call_count
+        guard.attend(q, k, v, PATTERN)
+        assert plain.call_count == tried  # in the preflight alone
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (found - truth()[0]).abs().max() < 1e-12
+    assert guard.counts == NOTHING | {"preflights": 1}
+    assert len(log.found) == 1
+
+
+def test_each_kind_of_call_has_its_preflight():
+    guard = Guard()
+    for dtype, dropout, preflights in (
+        (torch.float64, 0.0, 1),
+        (torch.float32, 0.0, 2),
+        (torch.float32, 0.1, 3),
+        (torch.float64, 0.0, 3),
+    ):
+        guard.attend(*drawn(dtype)[:3], PATTERN, dropout=dropout)
+        assert guard.counts == NOTHING | {"preflights": preflights}
+
+
+def test_where_no_kernel_works_nothing_is_made_up():
+    wanted = pytest.raises(
+        ValueError, match="no kernel can serve this call, as each that could has failed: flash: it is"
+    )
+    with patch.object(guards, "_fault", return_value="it is broken"), wanted:
+        Guard().attend(*drawn()[:3], PATTERN)
+
+
+def short_of_memory(group, poor_rank):
+    shard, guard = SequenceShard(group, LENGTH // 2), Guard()
+    free = patch.object(guards, "_free_bytes", return_value=100 if group.rank() == poor_rank else 2**40)
+    with free, pytest.raises(ValueError, match=r"memory|free") as told:
+        stepped(shard, guard, shard.tokens())
+    return str(told.value), guard.counts, len(stepped(shard, guard, shard.tokens()))
+
+
+def test_all_ranks_end_where_one_has_too_little_memory(pool):
+    for rank, (message, counts, results) in enumerate(pool.run(2, short_of_memory, 1)):
+        about = "results alone need 0 MiB, and free are 0 MiB" if rank else "another rank, 1, has too little memory"
+        assert message.startswith(f"rank {rank} of 2 that share sequences: ")
+        assert about in message
+        assert "sequence_parallel_size" in message
+        assert counts == NOTHING | {"refusals": 1, "preflights": 1}
+        assert results == 4  # once there is enough
+
+
+def failing_later(group, what):
+    """The first step is good; in the next one the kernel of rank 1 fails."""
+    own = dist.new_group([0, 1], timeout=timedelta(seconds=3))
+    shard, guard = SequenceShard(own, LENGTH // 2), Guard()
+    stepped(shard, guard, shard.tokens())
+    with Lines() as log:
+        try:
+            if group.rank():
+                with patch.object(sdpa, what, side_effect=RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+                    stepped(shard, guard, shard.tokens())
+            else:
+                stepped(shard, guard, shard.tokens())
+        except RuntimeError as error:
+            return str(error), error.__notes__, guard.counts, log.found
+    return None
+
+
+@pytest.mark.parametrize("what", ["forward", "backward"])
+def test_an_error_in_a_step_ends_all_ranks_with_advice(what):
+    pool = Pool(2)  # gloo's threads never rest again once a peer has given up
+    try:
+        (waited, *other), (raised, *first) = pool.run(2, failing_later, what)
+    finally:
+        pool.close(kill=True)
+    assert "can't allocate memory" in raised
+    assert "Memory is short: share each sequence among more ranks" in first[0][0]
+    assert waited.startswith("rank 0 of 2, backward of call 1")  # in the forward it had all that it waits for
+    assert other[0] == ["Another rank has ended or does something else: the first error among the ranks says why."]
+    for rank, (_, counts, lines) in enumerate((other, first)):
+        assert counts == NOTHING | {"preflights": 1, "failures": 1}
+        assert len(lines) == 1
+        where = what if rank else "backward"
+        assert lines[0].startswith(f"ERROR: rank {rank} of 2 failed in {where} of call 1 ")
+
+
+def test_an_error_on_one_process_has_advice_and_no_second_try():
+    guard = Guard()
+    q, k, v, _ = drawn()
+    guard.attend(q, k, v, PATTERN)
+    broken = patch.object(sdpa, "forward", side_effect=RuntimeError("broken"))
+    with broken as kernel, pytest.raises(RuntimeError, match="broken") as told:
+        guard.attend(q, k, v, PATTERN)
+    assert kernel.call_count == 1
+    assert "the kernel 'eager' is the plainest" in told.value.__notes__[0]
+    assert guard.counts == NOTHING | {"preflights": 1, "failures": 1}
+
+
+def alone_among_ranks(group):
+    guard = Guard()
+    with Lines() as log:
+        for _ in range(2):
+            guard.attend(*drawn()[:3], PATTERN)
+        Guard().attend(*drawn()[:3], PATTERN, is_placed=True)
+    return [line for line in log.found if "WARNING" in line]
+
+
+def test_whole_sequences_on_each_of_many_ranks_are_no_secret(pool):
+    (found,) = pool.run(1, alone_among_ranks)
+    assert found == [
+        "WARNING: 8 ranks are connected, and attention is given whole sequences on each: a strategy or hand_down "
+        "splits them"
+    ]
