@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from math import lcm
 from operator import index
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
+
+from lightning_longnet.attention.sparsity import Sparsity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.figure import Figure
 
+    from lightning_longnet.attention.sparsity import BlockKind
+
+T = TypeVar("T")
 HeadOffsets = Literal["interleaved", "blocked"]
 Multiplicity = Literal["multiset", "set"]
 
@@ -38,7 +43,8 @@ class Branch:
     """Query `i` of key/value head `g` belongs to a branch iff `(i mod w) mod r == offset(g)`.
 
     There it sees the keys of its own segment with the same residue: `j // w == i // w`, `(j mod w) mod r == offset(g)`;
-    only `j <= i` where causal, and only nearer than `window` where there is one.
+    only `j <= i` where causal, only nearer than `window` where there is one, and only those in blocks that are kept
+    where there is a sparsity.
 
     Args:
         segment_length: `w`; None is the whole sequence.
@@ -46,6 +52,7 @@ class Branch:
         window: tokens seen at most, counted backwards from the query (and forwards, where not causal).
         is_causal: hide the keys after the query.
         head_offsets: "interleaved" is `g mod r` (the paper), "blocked" `g // ceil(Hkv / r)` (torchscale's checkpoints).
+        sparsity: which blocks of the rows of a segment and residue are kept; None keeps all.
     """
 
     segment_length: int | None = None
@@ -53,6 +60,7 @@ class Branch:
     window: int | None = None
     is_causal: bool = False
     head_offsets: HeadOffsets = "interleaved"
+    sparsity: Sparsity | None = None
 
     def __post_init__(self) -> None:
         for name in ("segment_length", "dilation_rate", "window"):
@@ -62,6 +70,15 @@ class Branch:
         _one_of("head_offsets", self.head_offsets, get_args(HeadOffsets))
         if not isinstance(self.is_causal, bool):
             raise ValueError(f"is_causal must be True or False, got {self.is_causal!r}")
+        if isinstance(self.sparsity, dict):
+            object.__setattr__(self, "sparsity", _made(Sparsity, "sparsity", self.sparsity))
+        if self.sparsity is not None and not isinstance(self.sparsity, Sparsity):
+            raise ValueError(f"sparsity must be a Sparsity or None, got {self.sparsity!r}")
+        if self.sparsity is not None and self.window is not None:
+            raise ValueError(
+                f"sparsity must be None where there is a window, got both, window {self.window}: the kind "
+                f"'local_window' keeps the near blocks of a branch without one"
+            )
 
     def offset(self, kv_head: int, kv_heads: int) -> int:
         """The residue that this head serves.  It hangs on the key/value head, so that a GQA group shares its rows."""
@@ -73,8 +90,18 @@ class Branch:
         """Does a query see any key but its own?"""
         return min(self.segment_length or length, self.window or length, length) > self.dilation_rate
 
+    def border(self, length: int) -> int:
+        """How far apart the borders lie that this branch never crosses."""
+        width = min(self.segment_length or length, length)
+        if self.sparsity is not None:
+            own = self.sparsity.block_size * self.dilation_rate
+            kept = self.sparsity.kept(-(-width // self.dilation_rate), 0, self.is_causal)
+            if width % own == 0 and all(len(row) == 1 for row in kept):
+                return own
+        return width
+
     def visible(self, tokens: Tensor, kv_heads: int) -> Tensor:
-        """The definition itself, as a boolean (Hkv, N, N): `tokens` are places in a document."""
+        """The definition itself, as a boolean (Hkv, N, N): `tokens` are places in documents, of each all."""
         segment, place = tokens * 0, tokens
         if self.segment_length is not None:
             segment, place = tokens // self.segment_length, tokens % self.segment_length
@@ -86,7 +113,34 @@ class Branch:
             seen &= distance >= 0
         if self.window is not None:
             seen &= distance.abs() < self.window
+        if self.sparsity is not None:
+            document = (tokens == 0).cumsum(0)
+            lengths = document.bincount()[document]
+            seen &= torch.stack([self.keeps(tokens, lengths, g, kv_heads) for g in range(kv_heads)])
         return seen
+
+    def keeps(self, tokens: Tensor, lengths: Tensor, kv_head: int, kv_heads: int) -> Tensor:
+        """Whether the block of a query keeps the block of a key of its own set, (N, N), for tokens that a head serves.
+
+        `lengths` are those of the tokens' documents: the last segment may be shorter.
+        """
+        assert self.sparsity is not None
+        found = torch.zeros(len(tokens), len(tokens), dtype=torch.bool, device=tokens.device)
+        width, offset = lengths, self.offset(kv_head, kv_heads)
+        place = tokens
+        if self.segment_length is not None:
+            place = tokens % self.segment_length
+            width = (lengths - (tokens - place)).clamp(max=self.segment_length)
+        rows = torch.where(place % self.dilation_rate == offset, -(-(width - offset) // self.dilation_rate), 0)
+        for count in set(rows.tolist()) - {0}:
+            at = (rows == count).nonzero().flatten()
+            blocks = self.sparsity.blocks(count)
+            table = torch.zeros(blocks, blocks, dtype=torch.bool, device=tokens.device)
+            for block, kept in enumerate(self.sparsity.kept(count, kv_head, self.is_causal)):
+                table[block, list(kept)] = True
+            block = place[at] // self.dilation_rate // self.sparsity.block_size
+            found[at[:, None], at] = table[block[:, None], block]
+        return found
 
 
 class Reach(NamedTuple):
@@ -135,7 +189,7 @@ class Pattern:
     def __post_init__(self) -> None:
         if isinstance(self.branches, Branch) or not hasattr(self.branches, "__iter__"):
             raise ValueError(f"branches must be a sequence of Branch, got {self.branches!r}")
-        branches = tuple(b if isinstance(b, Branch) else _branch(b) for b in self.branches)
+        branches = tuple(b if isinstance(b, Branch) else _made(Branch, "branches", b) for b in self.branches)
         if not branches:
             raise ValueError("branches must hold at least one Branch, got none")
         object.__setattr__(self, "branches", branches)
@@ -173,6 +227,33 @@ class Pattern:
     def window(cls, size: int, is_causal: bool = False) -> Pattern:
         """The `size` nearest keys, the query's own among them: `i - size < j <= i`, or `|i - j| < size`."""
         return cls((Branch(window=size, is_causal=is_causal),))
+
+    @classmethod
+    def block_sparse(
+        cls,
+        kind: BlockKind,
+        block_size: int,
+        sparsity_ratio: float,
+        *,
+        within: Pattern,
+        global_tokens: int | None = None,
+        varies_over_heads: bool = False,
+    ) -> Pattern:
+        """Another pattern of which some blocks stay: that one says what is a segment, its residues and causal.
+
+        The rows of one segment and residue are cut into blocks of `block_size`, and of their blocks of pairs the share
+        `sparsity_ratio` is kept; see `Sparsity` for the kinds, and which blocks each of them prefers.
+
+        >>> dense = Pattern.dense(is_causal=True)
+        >>> Pattern.block_sparse("local_window", 2, 0.5, within=dense).mask(8, heads=1)[0, 6].tolist()
+        [0, 0, 0, 0, 1, 1, 1, 0]
+        """
+        if not isinstance(within, Pattern):
+            raise ValueError(f"within must be a Pattern, some blocks of which are kept, got {within!r}")
+        if any(branch.sparsity for branch in within.branches):
+            raise ValueError(f"within must keep all of its blocks, got {within!r}")
+        sparsity = Sparsity(kind, block_size, sparsity_ratio, global_tokens, varies_over_heads)
+        return cls(tuple(replace(branch, sparsity=sparsity) for branch in within.branches), within.multiplicity)
 
     @property
     def is_causal(self) -> bool:
@@ -213,7 +294,7 @@ class Pattern:
     def reach(self, length: int, heads: int, kv_heads: int | None = None) -> Reach:
         """How far this pattern can carry anything over `length` tokens, and which residues no head serves."""
         kv_heads = check_heads(heads, kv_heads)
-        lengths = [min(b.segment_length or length, length) for b in self.branches if b.connects(length)]
+        lengths = [b.border(length) for b in self.branches if b.connects(length)]
         span = min(lcm(*lengths), length)  # a border that every branch has is a border for good
         unserved = []
         for branch in self.branches:
@@ -243,11 +324,13 @@ class Pattern:
         return _loads(text)
 
 
-def _branch(keywords: dict[str, Any]) -> Branch:
-    allowed = [each.name for each in fields(Branch)]
+def _made(cls: type[T], name: str, keywords: Any) -> T:
+    """From keywords, as YAML gives them."""
+    allowed = [each.name for each in fields(cls)]  # type: ignore[arg-type]
     if not isinstance(keywords, dict) or not set(keywords) <= set(allowed):
-        raise ValueError(f"branches must be Branches or dictionaries of {', '.join(allowed)}, got {keywords!r}")
-    return Branch(**keywords)
+        what = f"{cls.__name__}es" if name == "branches" else f"a {cls.__name__}"
+        raise ValueError(f"{name} must be {what} or dictionaries of {', '.join(allowed)}, got {keywords!r}")
+    return cls(**keywords)
 
 
 @lru_cache(1024)
