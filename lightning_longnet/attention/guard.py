@@ -204,9 +204,9 @@ def _fault(name: str, kind: _Kind, q: Tensor, k: Tensor, pattern: Pattern, told:
     """Why a kernel fails on a few tokens, by its own error or by the equation; nothing where it serves or refuses."""
     small = Pattern.dilated((4, 8), (1, 2), is_causal=pattern.is_causal)
     widths = ((q.shape[2], kind.head_dim), (k.shape[2], kind.head_dim), (k.shape[2], kind.value_dim))
-    hidden = (torch.arange(8) >= 6).to(q.device)[None]
     # evaluation may run in inference mode, and the backward is to be tried there, too
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+        hidden = (torch.arange(8) >= 6).to(q.device)[None]
         given = [_waves(8, *width, place).to(q.device, q.dtype) for place, width in enumerate(widths)]
         grad = _waves(8, q.shape[2], kind.value_dim, 3).to(q.device, q.dtype)
         for mask, dropout in product((None, hidden), {0.0, told.get("dropout", 0.0)}):

@@ -17,7 +17,7 @@ from lightning_longnet.attention.kernels import eager, sdpa
 
 PATTERN = Pattern.dilated((8, 32), (1, 2))
 SHOWN = [Shown(8), Shown(32, 2)]
-LENGTH = 22
+LENGTH = 24
 NOTHING = {"preflights": 0, "replacements": 0, "refusals": 0, "failures": 0}
 
 
@@ -125,7 +125,9 @@ def test_each_kind_of_call_has_its_preflight():
 
 
 def test_where_no_kernel_works_nothing_is_made_up():
-    wanted = pytest.raises(ValueError, match="no kernel can serve this call, as each that could has failed: flash: it is")
+    wanted = pytest.raises(
+        ValueError, match="no kernel can serve this call, as each that could has failed: flash: it is"
+    )
     with patch.object(guards, "_fault", return_value="it is broken"), wanted:
         Guard().attend(*drawn()[:3], PATTERN)
 
@@ -174,12 +176,13 @@ def test_an_error_in_a_step_ends_all_ranks_with_advice(what):
         pool.close(kill=True)
     assert "can't allocate memory" in raised
     assert "Memory is short: share each sequence among more ranks" in first[0][0]
-    assert waited.startswith(f"rank 0 of 2, {what} of call ")
+    assert waited.startswith("rank 0 of 2, backward of call 1")  # in the forward it had all that it waits for
     assert other[0] == ["Another rank has ended or does something else: the first error among the ranks says why."]
     for rank, (_, counts, lines) in enumerate((other, first)):
         assert counts == NOTHING | {"preflights": 1, "failures": 1}
         assert len(lines) == 1
-        assert lines[0].startswith(f"ERROR: rank {rank} of 2 failed in {what} of call ")
+        where = what if rank else "backward"
+        assert lines[0].startswith(f"ERROR: rank {rank} of 2 failed in {where} of call 1 ")
 
 
 def test_an_error_on_one_process_has_advice_and_no_second_try():
