@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -9,13 +10,55 @@ import torch
 
 @dataclass(frozen=True)
 class Shown:
-    """One branch: segment length (None: the whole), rate, window (None: no end), causal, grouping of the heads."""
+    """One branch: segment length (None: the whole), rate, window (None: no end), causal, grouping of the heads, and
+    kept blocks (None: all): kind, rows of a block, ratio, global rows, whether heads differ.
+    """
 
     w: int | None = None
     r: int = 1
     window: int | None = None
     causal: bool = False
     offsets: str = "interleaved"
+    sparsity: tuple | None = None
+
+
+def kept_counts(ratio, some, blocks, causal):
+    """How many blocks each row of blocks keeps, `some` of them global."""
+    if causal:
+        counts = []
+        for i in range(blocks):
+            wanted = math.floor(ratio * ((i + 1) * (i + 2) // 2) + 0.5) - sum(counts)
+            counts.append(max(1, min(wanted, i + 1)))
+        return counts
+    total, some = math.floor(ratio * blocks * blocks + 0.5), min(some, blocks)
+    others = blocks - some
+    first = min(some * blocks, max(some, total - others))
+    shares = [(first, some), (max(others, total - first), others)]
+    return [x * (n + 1) // rows - x * n // rows for x, rows in shares for n in range(rows)]
+
+
+@lru_cache(256)
+def kept_blocks(sparsity, blocks, causal, head):
+    """The pairs of blocks that are kept, each by its place among all that a row could keep."""
+    kind, _, ratio, global_rows, varies = sparsity
+    some = -(-global_rows // sparsity[1])
+    pairs = set()
+    for i, count in enumerate(kept_counts(ratio, some, blocks, causal)):
+        others = [j for j in range(i + 1 if causal else blocks) if j != i]
+        others.sort(key=lambda j: (abs(i - j), j))
+        if kind == "dilated_sparse":
+            every = math.floor(1 / ratio + 0.5)
+            moved = head % every if varies else 0
+            others.sort(key=lambda j: (i - moved - j) % every != 0)
+        if kind == "strided":
+            every = math.floor(2 / ratio + 0.5)
+            moved = head % every if varies else 0
+            columns = [j for j in others if (j + 1 + moved) % every == 0]
+            rest = [j for j in others if (j + 1 + moved) % every]
+            others.sort(key=lambda j: 2 * columns.index(j) + 1 if j in columns else 2 * rest.index(j))
+        others.sort(key=lambda j: min(j, some))
+        pairs |= {(i, j) for j in [i, *others][:count]}
+    return pairs
 
 
 def counts(shown, multiplicity, length, kv_heads, ids=None):
@@ -27,6 +70,7 @@ def counts(shown, multiplicity, length, kv_heads, ids=None):
     tables = [torch.zeros(kv_heads, length, length, dtype=torch.float64) for _ in shown]
     for g in range(kv_heads):
         for query in range(length):
+            whole = ids.count(ids[query])
             for key in range(length):
                 if ids[query] != ids[key]:
                     continue
@@ -37,6 +81,11 @@ def counts(shown, multiplicity, length, kv_heads, ids=None):
                     sees = (i % w) % b.r == offset and (j % w) % b.r == offset and i // w == j // w
                     sees = sees and not (b.causal and j > i)
                     sees = sees and not (b.window is not None and abs(i - j) >= b.window)
+                    if sees and b.sparsity is not None:
+                        size = b.sparsity[1]
+                        rows = len(range(offset, min(w, whole - i // w * w), b.r))
+                        pair = (i % w) // b.r // size, (j % w) // b.r // size
+                        sees = pair in kept_blocks(b.sparsity, -(-rows // size), b.causal, g)
                     if sees:
                         table[g, query, key] = 1
                         if multiplicity == "set":

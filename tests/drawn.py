@@ -9,18 +9,32 @@ from hypothesis import strategies as st
 
 from lightning_longnet import Branch, Pattern
 from lightning_longnet.attention import overlap, plan, runs
+from lightning_longnet.attention.sparsity import Sparsity
 
 positive = st.integers(1, 12)
 
 
 @st.composite
+def sparsities(draw):
+    """Kept blocks as the brute force writes them; None half of the time."""
+    if draw(st.booleans()):
+        return None
+    kind = draw(st.sampled_from(["local_window", "dilated_sparse", "global_local", "strided"]))
+    some = draw(st.integers(1, 5)) if kind == "global_local" else draw(st.sampled_from([0, 0, 1, 4]))
+    varies = kind in ("dilated_sparse", "strided") and draw(st.booleans())
+    return kind, draw(st.integers(1, 4)), draw(st.sampled_from([0.05, 0.2, 0.35, 0.6, 1.0])), some, varies
+
+
+@st.composite
 def branches(draw):
+    sparsity = draw(sparsities())
     return Shown(
         w=draw(st.none() | st.integers(1, 20)),
         r=draw(st.integers(1, 6)),
-        window=draw(st.none() | positive),
+        window=None if sparsity else draw(st.none() | positive),
         causal=draw(st.booleans()),
         offsets=draw(st.sampled_from(["interleaved", "blocked"])),
+        sparsity=sparsity,
     )
 
 
@@ -37,7 +51,11 @@ def nested_branches(draw):
 
 
 def pattern_of(shown, multiplicity):
-    return Pattern(tuple(Branch(b.w, b.r, b.window, b.causal, b.offsets) for b in shown), multiplicity)
+    branches = (
+        Branch(b.w, b.r, b.window, b.causal, b.offsets, None if b.sparsity is None else Sparsity(*b.sparsity))
+        for b in shown
+    )
+    return Pattern(tuple(branches), multiplicity)
 
 
 @st.composite

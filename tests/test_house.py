@@ -204,7 +204,7 @@ def code_blocks(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md"])
+@pytest.mark.parametrize("page", ["README.md", "MIGRATING.md"])
 @pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",  # its advice
     "ignore:.*LeafSpec.*:FutureWarning",  # what it uses of torch

@@ -12,6 +12,7 @@ from lightning_longnet.attention.ordering import (
 from lightning_longnet.attention.pattern import Branch, Pattern, Reach
 from lightning_longnet.attention.sequence_plan import SequencePlan, sequence_plan
 from lightning_longnet.attention.shard import SequenceShard
+from lightning_longnet.attention.sparsity import Sparsity
 
 __all__ = [
     "Branch",
@@ -20,6 +21,7 @@ __all__ = [
     "Reach",
     "SequencePlan",
     "SequenceShard",
+    "Sparsity",
     "attend",
     "causal_order",
     "explain",

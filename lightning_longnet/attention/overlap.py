@@ -2,7 +2,8 @@
 
 Where branches nest, what a branch shows beyond the earlier ones is the branch without their segments, as plain
 rectangles and less work than the branch itself.  Elsewhere it is counted by inclusion and exclusion.  Both rest on one
-fact: a branch splits a head's rows into runs that see only themselves, and so does what two branches share.
+fact: a branch splits a head's rows into runs that see only themselves, or kept blocks of themselves, and so does what
+two branches share.
 """
 
 from __future__ import annotations
@@ -11,7 +12,18 @@ from itertools import pairwise
 from math import gcd
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_longnet.attention.runs import Repeat, Runs, banded, rectangle, row_count, segments, shifted
+from lightning_longnet.attention.runs import (
+    Repeat,
+    Runs,
+    banded,
+    block,
+    kept_blocks,
+    narrow,
+    rectangle,
+    row_count,
+    segments,
+    shifted,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,7 +36,7 @@ REPEAT_TILE = 1024
 
 def nests(inner: Branch, outer: Branch, kv_heads: int) -> bool:
     """Is everything that `outer` shows within one of `inner`'s segments shown by `inner` too, whatever the head?"""
-    if inner.window or outer.window or inner.is_causal != outer.is_causal:
+    if inner.window or outer.window or inner.sparsity or outer.sparsity or inner.is_causal != outer.is_causal:
         return False
     if outer.dilation_rate % inner.dilation_rate:
         return False
@@ -48,18 +60,27 @@ def exclusive_runs(
     if all(nests(a, b, kv_heads) for a, b in pairwise(chain)):
         yield from _outside(branch, earlier[-1], branch.offset(kv_head, kv_heads), length)
         return
-    terms = {_relation(branch, branch.offset(kv_head, kv_heads), length): 1}
+    terms = {_relation(branch, kv_head, kv_heads, length): 1}
     for other in earlier:
-        shown = _relation(other, other.offset(kv_head, kv_heads), length)
+        shown = _relation(other, kv_head, kv_heads, length)
         for relation, count in list(terms.items()):
             common = _intersection(relation, shown)
-            if common.runs:
+            if common.shown:
                 terms[common] = terms.get(common, 0) - count
     for layer, (relation, count) in enumerate(terms.items()):
-        if count:
-            for run in relation.runs:
-                start = range(run.start, run.start + 1)
-                yield from banded(start, len(run), run.step, relation.is_causal, relation.window, count, layer)
+        if not count:
+            continue
+        for queries, keys in relation.shown:
+            if relation.is_whole:
+                start = range(queries.start, queries.start + 1)
+                told = queries.step, relation.is_causal, relation.window, count, layer
+                yield from banded(start, len(queries), *told)
+                continue
+            for n, each in enumerate(keys):
+                if relation.window is None:
+                    yield from block(range(1), queries, each, relation.is_causal, count, layer)
+                else:
+                    yield from narrow(queries, each, relation.is_causal, relation.window, count, (layer, n))
 
 
 def repeats_align(branches: Sequence[Branch], kv_heads: int) -> bool:
@@ -124,33 +145,43 @@ def _outside(branch: Branch, inner: Branch, offset: int, length: int) -> Iterato
 
 
 class _Relation(NamedTuple):
-    """Runs of one head in one document, each seeing only itself."""
+    """Of one head in one document: runs of queries, in their order, and the runs of keys that each sees.
+
+    Where it `is_whole`, each run of queries sees itself and nothing else.
+    """
 
     is_causal: bool
     window: int | None
-    runs: tuple[range, ...]
+    is_whole: bool
+    shown: tuple[tuple[range, tuple[range, ...]], ...]
 
 
-def _relation(branch: Branch, offset: int, length: int) -> _Relation:
-    runs = []
+def _relation(branch: Branch, kv_head: int, kv_heads: int, length: int) -> _Relation:
+    shown: list[tuple[range, tuple[range, ...]]] = []
+    offset = branch.offset(kv_head, kv_heads)
     for starts, width in segments(branch, offset, length):
         rows = row_count(width, offset, branch.dilation_rate)
-        runs += [range(s, s + rows * branch.dilation_rate, branch.dilation_rate) for s in starts if rows]
-    return _Relation(branch.is_causal, branch.window, tuple(runs))
+        for run in (range(s, s + rows * branch.dilation_rate, branch.dilation_rate) for s in starts if rows):
+            shown += [(run, (run,))] if branch.sparsity is None else kept_blocks(branch, kv_head, run)
+    return _Relation(branch.is_causal, branch.window, branch.sparsity is None, tuple(shown))
 
 
 def _intersection(a: _Relation, b: _Relation) -> _Relation:
     windows = [w for w in (a.window, b.window) if w is not None]
-    runs, i, j = [], 0, 0
-    while i < len(a.runs) and j < len(b.runs):
-        if common := _common(a.runs[i], b.runs[j]):
-            runs.append(common)
+    is_whole = a.is_whole and b.is_whole
+    shown, i, j = [], 0, 0
+    while i < len(a.shown) and j < len(b.shown):
+        (queries, keys), (other_queries, other_keys) = a.shown[i], b.shown[j]
+        if common := _common(queries, other_queries):
+            seen = (common,) if is_whole else tuple(c for x in keys for y in other_keys if (c := _common(x, y)))
+            if seen:
+                shown.append((common, seen))
         # the runs of a relation follow one another, so the one that ends first meets no other
-        if a.runs[i][-1] < b.runs[j][-1]:
+        if queries[-1] < other_queries[-1]:
             i += 1
         else:
             j += 1
-    return _Relation(a.is_causal or b.is_causal, min(windows, default=None), tuple(runs))
+    return _Relation(a.is_causal or b.is_causal, min(windows, default=None), is_whole, tuple(shown))
 
 
 def _common(a: range, b: range) -> range:

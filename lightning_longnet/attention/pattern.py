@@ -88,7 +88,7 @@ class Branch:
 
     def connects(self, length: int) -> bool:
         """Does a query see any key but its own?"""
-        return min(self.segment_length or length, self.window or length, length) > self.dilation_rate
+        return min(self.border(length), self.window or length) > self.dilation_rate
 
     def border(self, length: int) -> int:
         """How far apart the borders lie that this branch never crosses."""
@@ -328,8 +328,8 @@ def _made(cls: type[T], name: str, keywords: Any) -> T:
     """From keywords, as YAML gives them."""
     allowed = [each.name for each in fields(cls)]  # type: ignore[arg-type]
     if not isinstance(keywords, dict) or not set(keywords) <= set(allowed):
-        what = f"{cls.__name__}es" if name == "branches" else f"a {cls.__name__}"
-        raise ValueError(f"{name} must be {what} or dictionaries of {', '.join(allowed)}, got {keywords!r}")
+        what = "Branches or dictionaries" if name == "branches" else f"a {cls.__name__} or a dictionary"
+        raise ValueError(f"{name} must be {what} of {', '.join(allowed)}, got {keywords!r}")
     return cls(**keywords)
 
 

@@ -67,6 +67,8 @@ def _named(branch: Branch) -> str:
         parts.append(f"({branch.segment_length or 'N'}, {branch.dilation_rate})")
     if branch.window is not None:
         parts.append(f"window {branch.window}")
+    if branch.sparsity is not None:
+        parts.append(str(branch.sparsity))
     return " ".join(parts)
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
+from lightning_longnet.attention.gathering import gathered
 from lightning_longnet.attention.lattice import Lattice
 from lightning_longnet.attention.overlap import exclusive_runs, repeated, repeats_align
 from lightning_longnet.attention.runs import own_runs, shifted
@@ -38,8 +39,8 @@ Starts = range | tuple[int, ...]
 class Block:
     """One kernel call: queries of a lattice against keys of another, both with the same segments.
 
-    `low`, `high` and `repeats` are those of `Shape`.  `weight` is how often the pairs count; a negative block takes
-    away what two branches both showed.
+    `low`, `high`, `repeats` and `stack` are those of `Shape`.  `weight` is how often the pairs count; a negative block
+    takes away what two branches both showed.
     """
 
     queries: Lattice
@@ -48,6 +49,7 @@ class Block:
     high: int | None = None
     weight: int = 1
     repeats: tuple[Repeat, ...] = ()
+    stack: int | None = None
 
     @property
     def pairs(self) -> int:
@@ -78,6 +80,11 @@ class Plan:
     branches: tuple[tuple[Block, ...], ...]
     is_partitioned: bool
     counts_once: bool
+
+    @cached_property
+    def calls(self) -> tuple[tuple[Block, ...], ...]:
+        """The blocks as one process runs them."""
+        return tuple(gathered(blocks) for blocks in self.branches)
 
     @property
     def pairs(self) -> int:
@@ -127,11 +134,14 @@ def _plan(
     for i, branch in enumerate(branches):
         earlier = branches[:i] if earlier_excluded else ()
         later = branches[i + 1 :] if repeats else ()
-        found: dict[tuple[Shape, tuple[int, ...]], list[tuple[int, Starts]]] = defaultdict(list)
+        found: dict[tuple[Shape, tuple[int, ...], int], list[tuple[int, Starts]]] = defaultdict(list)
+        # heads that share a few of their kept blocks would be parted wherever they differ, and share no gathered call
+        is_shared = not any(each.sparsity and each.sparsity.varies_over_heads for each in (*earlier, branch))
         for members in _alike((*earlier, branch, *later), kv_heads):
             for shape, starts in _gathered(branch, earlier, later, members[0], kv_heads, documents):
-                found[shape, _spacing(starts)] += [(head, starts) for head in members]
-        blocks = [b for (shape, _), placed in found.items() for b in _fused(shape, placed, heads // kv_heads)]
+                whose = 0 if is_shared or shape.stack is None else members[0]
+                found[shape, _spacing(starts), whose] += [(head, starts) for head in members]
+        blocks = [b for (shape, *_), placed in found.items() for b in _fused(shape, placed, heads // kv_heads)]
         # what is taken away comes last, so that no sum ever falls below its final value
         planned.append(tuple(sorted(blocks, key=lambda b: -b.weight)))
     is_partitioned = _partitions(planned[0], branches[0], heads, kv_heads, cuts[-1])
@@ -148,10 +158,11 @@ def _partitions(blocks: Sequence[Block], branch: Branch, heads: int, kv_heads: i
 
 
 def _alike(branches: Sequence[Branch], kv_heads: int) -> list[list[int]]:
-    """Heads that have the same offset in every branch, and so the same runs."""
+    """Heads that have the same offset and phase in every branch, and so the same runs."""
     alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for g in range(kv_heads):
-        alike[tuple(branch.offset(g, kv_heads) for branch in branches)].append(g)
+        phases = (branch.sparsity.phase(g) if branch.sparsity else 0 for branch in branches)
+        alike[(*(branch.offset(g, kv_heads) for branch in branches), *phases)].append(g)
     return list(alike.values())
 
 
@@ -169,7 +180,7 @@ def _gathered(
         if earlier:
             found = exclusive_runs(branch, earlier, kv_head, kv_heads, length)
         else:
-            found = own_runs(branch, branch.offset(kv_head, kv_heads), length)
+            found = own_runs(branch, kv_head, kv_heads, length)
         if later:
             found = repeated(found, later, kv_head, kv_heads)
         for shape, starts in found:
@@ -235,6 +246,7 @@ def _fused(shape: Shape, placed: list[tuple[int, Starts]], group: int) -> Iterat
                 shape.high,
                 shape.weight,
                 shape.repeats,
+                shape.stack,
             )
 
 

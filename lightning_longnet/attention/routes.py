@@ -9,15 +9,17 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lightning_longnet.attention.gathering import gathered
 from lightning_longnet.attention.plan import plan
 from lightning_longnet.attention.shares import shares
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
     from torch import Tensor
 
@@ -90,7 +92,7 @@ class Round:
             mask = wanted.mask()
             receive[r] = _cells(mask)
             places = (mask.cumsum(0) + (first - 1)).view(1, wanted.tokens, wanted.kv_heads, 1)
-            for part in wanted.parts:
+            for part in _gathered(wanted.parts):
                 parts.append(part._replace(cells=part.block.keys.read(places)[0, ..., 0].clone()))
             first += len(receive[r])
         parts.sort(key=lambda part: part.branch)
@@ -127,7 +129,7 @@ def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
     for turn in sorted({(rank - r) % ranks for r in peers} | {(r - rank) % ranks for r in peers}) if rings else ():
         before, behind = (rank - turn) % ranks, (rank + turn) % ranks
         rounds.append(_round(between, rank, [before], [behind], rings, turn))
-    own = between.wanted(rank, rank).parts
+    own = _gathered(between.wanted(rank, rank).parts)
     return Route(own, tuple(each for each in rounds if each.sends or each.receives), layout.kv_heads)
 
 
@@ -235,7 +237,16 @@ def head_parts(layout: Layout, kv_heads: range) -> tuple[Part, ...]:
                 queries = replace(queries, head=queries.head - kv_heads.start * group)
                 keys = replace(keys, head=keys.head - kv_heads.start)
                 parts.append(Part(branch, replace(block, queries=queries, keys=keys)))
-    return tuple(parts)
+    return _gathered(parts)
+
+
+def _gathered(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """As they are run; those of a branch follow one another."""
+    return tuple(
+        Part(branch, block)
+        for branch, group in groupby(parts, key=lambda part: part.branch)
+        for block in gathered(part.block for part in group)
+    )
 
 
 def _cells(mask: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ class Shape(NamedTuple):
     weight: int = 1
     layer: tuple[int, int] = (0, 0)  # runs of different layers may have rows in common, and so no call
     repeats: tuple[Repeat, ...] = ()
+    # Runs of one stack have queries that are equal or have nothing in common, so that their keys may be gathered
+    stack: int | None = None
 
 
 class Runs(NamedTuple):
@@ -67,9 +69,16 @@ def row_count(width: int, offset: int, rate: int) -> int:
     return max(0, -(-(width - offset) // rate))
 
 
-def own_runs(branch: Branch, offset: int, length: int) -> Iterator[Runs]:
+def own_runs(branch: Branch, kv_head: int, kv_heads: int, length: int) -> Iterator[Runs]:
+    offset = branch.offset(kv_head, kv_heads)
     for starts, width in segments(branch, offset, length):
         rows = row_count(width, offset, branch.dilation_rate)
+        if branch.sparsity is not None:
+            run = range(0, rows * branch.dilation_rate, branch.dilation_rate)
+            for queries, keys in kept_blocks(branch, kv_head, run):
+                for each in keys:
+                    yield from block(starts, queries, each, branch.is_causal)
+            continue
         yield from banded(starts, rows, branch.dilation_rate, branch.is_causal, branch.window)
 
 
@@ -103,6 +112,46 @@ def banded(
             sizes = end - begin, right - left
             shape = _shape(*sizes, local * step, step, low + local, high + local, weight, (layer, n % apart))
             yield Runs(shape, shifted(starts, begin * step))
+
+
+def kept_blocks(branch: Branch, kv_head: int, run: range) -> Iterator[tuple[range, tuple[range, ...]]]:
+    """Of a run's rows: each block of queries, and the blocks of keys that are kept for it."""
+    assert branch.sparsity is not None
+    size = branch.sparsity.block_size
+    for i, kept in enumerate(branch.sparsity.kept(len(run), kv_head, branch.is_causal)):
+        yield run[i * size : (i + 1) * size], tuple(run[j * size : (j + 1) * size] for j in kept)
+
+
+def block(
+    starts: range, queries: range, keys: range, is_causal: bool, weight: int = 1, stack: int = 0
+) -> Iterator[Runs]:
+    """Kept keys, or some of them, to queries of their residue: the rows of a stack, counted from each start."""
+    low = _apart(queries, keys) if is_causal else None
+    if low is None or low < len(queries):
+        shape = _shape(len(queries), len(keys), keys.start - queries.start, queries.step, low, None, weight)
+        yield Runs(shape._replace(stack=stack), shifted(starts, queries.start))
+
+
+def narrow(
+    queries: range, keys: range, is_causal: bool, window: int, weight: int, layer: tuple[int, int]
+) -> Iterator[Runs]:
+    """The same beneath a window, of which each query is to see a key: no stack, as queries are left out."""
+    apart, most = _apart(queries, keys), (window - 1) // queries.step
+    low, high = apart if is_causal else apart - most, apart + most
+    first_query, last_key = max(0, low), min(len(keys), len(queries) - low)
+    first_key, last_query = max(0, first_query - high), min(len(queries), last_key + high)
+    if first_query >= last_query or first_key >= last_key:
+        return
+    moved = first_query - first_key
+    queries, keys = queries[first_query:last_query], keys[first_key:last_key]
+    told = keys.start - queries.start, queries.step, low - moved, high - moved, weight, layer
+    yield Runs(_shape(len(queries), len(keys), *told), range(queries.start, queries.start + 1))
+
+
+def _apart(queries: range, keys: range) -> int:
+    assert keys.step == queries.step
+    assert (keys.start - queries.start) % queries.step == 0, "queries and keys have one residue"
+    return (keys.start - queries.start) // queries.step
 
 
 def rectangle(starts: range, queries: range, keys: range) -> Iterator[Runs]:

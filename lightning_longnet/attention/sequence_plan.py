@@ -40,6 +40,7 @@ class SequencePlan:
         for branch, exchange in zip(pattern.ordered(), self.schedule.exchanges, strict=True):
             words = f"{branch.segment_length or 'all'} / {branch.dilation_rate}"
             words += " causal" * branch.is_causal + (f" window {branch.window}" if branch.window else "")
+            words += f" {branch.sparsity}" if branch.sparsity else ""
             lines.append(f"{words:<28} {exchange}")
         lines += [f"why: {self.schedule.why}", ""]
         lines.append(f"{'rank':>6} {'tokens':>10} {'pairs':>14} {'sends MiB':>10} {'messages':>9} {'keeps MiB':>10}")

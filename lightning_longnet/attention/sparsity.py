@@ -73,6 +73,9 @@ class Sparsity:
                 f"{self.kind!r}, whose blocks are the same for all heads"
             )
 
+    def __str__(self) -> str:
+        return f"{self.sparsity_ratio:g} of {self.kind} blocks of {self.block_size}"
+
     @property
     def stride(self) -> int:
         """From one of the blocks that a kind prefers to the next."""
@@ -105,9 +108,8 @@ class Sparsity:
         total = floor(self.sparsity_ratio * blocks**2 + 0.5)
         some = min(self.global_blocks, blocks)
         rest = blocks - some
-        full = min(max((total - rest) // some, 1), blocks) if some else 0
-        left = max(total - some * full, rest)
-        return [full] * some + [left * (i + 1) // rest - left * i // rest for i in range(rest)]
+        spare = min(max(total - rest, some), some * blocks)  # what the global rows get: all, if that leaves own blocks
+        return [*_spread(spare, some), *_spread(max(total - spare, rest), rest)]
 
     @property
     def global_blocks(self) -> int:
@@ -131,6 +133,11 @@ class Sparsity:
             turns = chain.from_iterable(zip_longest(others, columns))
             yield from (j for j in turns if j is not None)
         yield from _nearest(block, seen)
+
+
+def _spread(total: int, rows: int) -> list[int]:
+    """As evenly as integers are."""
+    return [total * (i + 1) // rows - total * i // rows for i in range(rows)]
 
 
 def _nearest(block: int, seen: int) -> Iterator[int]:

@@ -111,6 +111,8 @@ def _shown_branch(branch: Branch) -> str:
     words = [f"{branch.segment_length or 'all'}/{branch.dilation_rate}"]
     if branch.window is not None:
         words.append(f"window {branch.window}")
+    if branch.sparsity is not None:
+        words.append(str(branch.sparsity))
     if branch.is_causal:
         words.append("causal")
     if branch.head_offsets != "interleaved":

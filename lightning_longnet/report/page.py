@@ -119,7 +119,9 @@ def _attention(run: Run, is_named: bool) -> str:
         pattern = Pattern(**kind["pattern"])
         heads, kv_heads, tokens = kind["heads"], kind["kv_heads"], length or 2 * _widest(pattern)
         named = " + ".join(
-            f"({each.segment_length or 'N'}, {each.dilation_rate})" + (f" window {each.window}" if each.window else "")
+            f"({each.segment_length or 'N'}, {each.dilation_rate})"
+            + (f" window {each.window}" if each.window else "")
+            + (f" {each.sparsity}" if each.sparsity else "")
             for each in pattern.branches
         )
         many = f"{kind['layers']} layers, " if kind.get("layers") else ""

@@ -30,12 +30,12 @@ def whole_shares(pattern: Pattern, length: int, heads: int) -> Tensor:
     owner = torch.repeat_interleave(torch.arange(cells), widths)
     shares = torch.zeros(cells, cells)
     for head in range(min(heads, _HEADS)):
-        shares += _pooled(_seen(pattern, tokens, head, heads), owner, cells)
+        shares += _pooled(_seen(pattern, tokens, length, head, heads), owner, cells)
     return shares / min(heads, _HEADS) / (widths[:, None] * widths)
 
 
-def _seen(pattern: Pattern, tokens: Tensor, head: int, heads: int) -> Tensor:
-    """(N, N) for one head, by the definition."""
+def _seen(pattern: Pattern, tokens: Tensor, length: int, head: int, heads: int) -> Tensor:
+    """(N, N) for one head of a sequence of `length` tokens, by the definition."""
     found = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
     for branch in pattern.branches:
         segment, place = tokens * 0, tokens
@@ -48,6 +48,8 @@ def _seen(pattern: Pattern, tokens: Tensor, head: int, heads: int) -> Tensor:
             seen &= distance >= 0
         if branch.window is not None:
             seen &= distance.abs() < branch.window
+        if branch.sparsity is not None:
+            seen &= branch.keeps(tokens, torch.full_like(tokens, length), head, heads)
         found |= seen
     return found
 

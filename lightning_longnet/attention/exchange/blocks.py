@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_longnet.attention.exchange.keys import accumulate
+from lightning_longnet.attention.gathering import Gathered
 from lightning_longnet.attention.kernels.call import Call, Draw
 from lightning_longnet.attention.lattice import folded, unfolded
 from lightning_longnet.attention.partial import Partial
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # A call touches about this share of all rows: what a kernel returns is held beside the accumulators until merged
 CALL_SHARE = 1 / 8
+# Gathered keys are copies, of at most so many rows for each that a call may touch otherwise
+GATHERED_ROWS = 4
 
 
 class Terms(NamedTuple):
@@ -177,7 +180,10 @@ def _cut(parts: Iterable[Part], limit: float) -> Iterator[Part]:
     for part in parts:
         queries, keys = part.block.queries, part.block.keys
         count, group = len(queries.starts), queries.heads // keys.heads
-        segments, heads = max(1, int(limit // (queries.rows * queries.heads))), keys.heads
+        rows = queries.rows * queries.heads
+        if isinstance(keys, Gathered):
+            rows = max(rows, keys.rows * keys.heads // GATHERED_ROWS)
+        segments, heads = max(1, int(limit // rows)), keys.heads
         if queries.rows * queries.heads > limit:
             # fewer heads than threads would leave some idle: the operator's backward runs in parallel over heads
             heads = max(int(limit // (queries.rows * group)), -(-torch.get_num_threads() // group))

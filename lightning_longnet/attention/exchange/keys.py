@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from lightning_longnet.attention.gathering import Gathered
 from lightning_longnet.attention.lattice import folded, unfolded
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def accumulate(part: Part, into: Tensor, found: Tensor, stores: bool, of_queries
     found = unfolded(at, found, into.shape[0])
     if stores:
         at.write(into, found)
+    elif isinstance(at, Gathered):
+        at.add(into, found, part.block.weight)
     elif at.is_view:
         at.read(into).add_(found, alpha=part.block.weight)
     else:

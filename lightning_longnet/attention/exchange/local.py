@@ -68,4 +68,4 @@ def backward(
 
 
 def _parts(plan: Plan, branch: int) -> list[Part]:
-    return [Part(branch, block) for block in plan.branches[branch]]
+    return [Part(branch, block) for block in plan.calls[branch]]
