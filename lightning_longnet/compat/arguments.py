@@ -38,7 +38,7 @@ WITHOUT_MEANING = {
     "overlap_communication": "messages travel while local branches are computed",
     **dict.fromkeys(
         ("enable_profiling", "log_memory_usage"),
-        "the callbacks ThroughputMonitor, MemoryMonitor and CommunicationMonitor measure",
+        "the callbacks TokenThroughput, MemoryMonitor and CommunicationMonitor measure",
     ),
 }
 WITHOUT_WEIGHTS = dict.fromkeys(("device", "dtype", "bias"), "it has no weights")
