@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import brute
+import lightning as L
 import pytest
 import torch
 from brute import Shown
@@ -172,6 +173,38 @@ def test_a_model_along_the_curve_is_the_same_on_more_ranks(pool):
         assert sum(own for own, _ in found) == pytest.approx(loss, rel=1e-10)
         for many, one in zip(zip(*(grads for _, grads in found), strict=True), grads, strict=True):
             torch.testing.assert_close(sum(many), one, rtol=1e-8, atol=1e-10)
+
+
+class Reader(L.Callback):
+    """Reads what the guard has counted, as anyone's callback may."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.found = dict(pl_module.model.guard.counts)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
+    "ignore:.*LeafSpec.*:FutureWarning",
+)
+def test_a_callback_reads_what_the_guard_counted():
+    module = LongNetModule({**CONFIG, "preset": "production"})
+    row = torch.arange(32)
+    batches = [{"input_ids": row[None], "labels": row.roll(-1)[None]}] * 3
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    reader = Reader()
+    L.Trainer(accelerator="cpu", devices=1, max_steps=3, callbacks=[reader], **quiet).fit(module, batches)
+    assert reader.found == {"preflights": 1, "replacements": 0, "refusals": 0, "failures": 0}
+
+
+def test_a_mask_of_another_shape_is_refused():
+    layer = DilatedSelfAttention(16, 4, PATTERN, ordering="hilbert")
+    with pytest.raises(ValueError, match=r"key_padding_mask must be bools of shape \(1, 8\), got torch.bool \(1, 7\)"):
+        layer(torch.zeros(1, 8, 16), key_padding_mask=torch.zeros(1, 7, dtype=torch.bool))
 
 
 def refused(group, ids):

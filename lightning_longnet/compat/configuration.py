@@ -20,17 +20,21 @@ class SparsePatternConfig:
     sparsity_ratio: float = 0.1
     window_size: int | None = None
     local_window_size: int | None = None
+    dilation_rates: list[int] | None = None
     global_tokens: int | None = None
 
-    def __new__(cls, **given: Any) -> SparsePatternConfig:
+    def __new__(cls, *_: Any, **given: Any) -> SparsePatternConfig:
         check_names(cls.__name__, given, [each.name for each in fields(cls)])
         return super().__new__(cls)
 
     def blocks(self) -> dict[str, Any]:
         """Arguments of `Pattern.block_sparse`."""
-        if self.window_size is not None or self.local_window_size is not None:
-            words = "SparsePatternConfig has no use for window_size: as many blocks are kept as sparsity_ratio says"
-            warnings.warn(words, stacklevel=5)
+        void = [
+            name for name in ("window_size", "local_window_size", "dilation_rates") if getattr(self, name) is not None
+        ]
+        if void:
+            words = "as many blocks are kept as sparsity_ratio says, and it says how far apart they are"
+            warnings.warn(f"SparsePatternConfig has no use for {', '.join(void)}: {words}", stacklevel=5)
         found = {"kind": self.pattern_type, "block_size": self.block_size, "sparsity_ratio": self.sparsity_ratio}
         return found | ({} if self.global_tokens is None else {"global_tokens": self.global_tokens})
 

@@ -62,13 +62,13 @@ class AttentionLayer(nn.Module):
     ) -> Tensor:
         if self.ordering == "raster":
             return self._attended_in_order(q, k, v, pattern, documents, hidden)
-        line = self._line(q, pattern, documents)
+        line = self._line(q, pattern, documents, hidden)
         if hidden is not None:
             hidden = self._hidden_in_order(hidden, line)
         q, k, v = line.there(q, k, v)
         return line.back(self._attended_in_order(q, k, v, pattern, None, hidden))
 
-    def _line(self, x: Tensor, pattern: Pattern, documents: Tensor | None) -> Reordering:
+    def _line(self, x: Tensor, pattern: Pattern, documents: Tensor | None, hidden: Tensor | None) -> Reordering:
         """The order that the pattern is drawn on, for whole sequences or for parts."""
         context = self.sequence_context
         shard = None if context is None or not context.is_split else context.shard_of()
@@ -76,6 +76,9 @@ class AttentionLayer(nn.Module):
         try:
             if documents is not None:
                 raise ValueError(f"documents must be None where ordering is {self.ordering!r}: its curve runs over all")
+            if hidden is not None and (hidden.dtype != torch.bool or hidden.shape != x.shape[:2]):
+                wanted, got = tuple(x.shape[:2]), f"{hidden.dtype} {tuple(hidden.shape)}"
+                raise ValueError(f"key_padding_mask must be bools of shape {wanted}, got {got}")
             order = order_of_sequence(self.ordering, length, pattern, x.device)
         except ValueError as error:
             if shard is not None:

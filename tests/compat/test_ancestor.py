@@ -111,9 +111,10 @@ def test_blocks_are_said_once_and_by_known_names():
         compat.BlockSparseRingDilatedAttention(**BRANCHES, sparse_config={"block_sise": 3})
     with pytest.raises(ValueError, match="sparse_config must be a SparsePatternConfig or its dictionary, got 3"):
         compat.BlockSparseRingDilatedAttention(**BRANCHES, sparse_config=3)
-    for name in ("window_size", "local_window_size"):
-        with pytest.warns(UserWarning, match="no use for window_size: as many blocks are kept as sparsity_ratio"):
+    for name in ("window_size", "local_window_size", "dilation_rates"):
+        with pytest.warns(UserWarning, match=f"no use for {name}: as many blocks are kept as sparsity_ratio") as told:
             compat.BlockSparseRingDilatedAttention(**BRANCHES, sparse_config={name: 256})
+        assert told[0].filename == __file__
 
 
 VOID = arguments.WITHOUT_MEANING | arguments.WITHOUT_WEIGHTS | {"block_size": "tiles"}
