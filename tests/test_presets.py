@@ -198,9 +198,8 @@ def test_a_callback_reads_what_the_guard_counted():
         "enable_model_summary": False,
     }
     reader = Reader()
-    L.Trainer(accelerator="cpu", devices=1, max_steps=3, callbacks=[reader], **quiet).fit(
-        module, DataLoader(batches, batch_size=None)
-    )
+    trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=3, callbacks=[reader], **quiet)
+    trainer.fit(module, DataLoader(batches, batch_size=None))
     assert reader.found == {"preflights": 1, "replacements": 0, "refusals": 0, "failures": 0}
 
 
