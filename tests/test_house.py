@@ -20,9 +20,12 @@ PACKAGE = ROOT / "lightning_longnet"
 # each room may import those before it, and itself
 ROOMS = [
     "runs",
+    "sparsity",
+    "branch",
     "pattern",
     "ordering",
     "lattice",
+    "gathering",
     "overlap",
     "placement",
     "plan",

@@ -61,7 +61,8 @@ class Lattice:
             return t[:, rows, heads]
         # rows of one dimension are copied at twice the speed of rows of two
         cells = rows * t.shape[2] + heads
-        return t.flatten(1, 2).index_select(1, cells.flatten()).unflatten(1, cells.shape)
+        found: Tensor = t.flatten(1, 2).index_select(1, cells.flatten()).unflatten(1, cells.shape)
+        return found
 
     def write(self, t: Tensor, values: Tensor) -> None:
         """The inverse of `read`."""

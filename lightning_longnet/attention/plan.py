@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
-from lightning_longnet.attention.gathering import gathered
+from lightning_longnet.attention.gathering import Gathered, gathered
 from lightning_longnet.attention.lattice import Lattice
 from lightning_longnet.attention.overlap import exclusive_runs, repeated, repeats_align
 from lightning_longnet.attention.runs import own_runs, shifted
@@ -80,6 +80,19 @@ class Plan:
     branches: tuple[tuple[Block, ...], ...]
     is_partitioned: bool
     counts_once: bool
+    rows: int = 0  # of all query heads
+
+    @cached_property
+    def queries_once(self) -> bool:
+        """Does the first branch run every query in one call?  Kept blocks do, though their keys stand in several.
+
+        Each of its calls adds to the sum, and with residues of several rates some rows stand in none.
+        """
+        return self.is_partitioned or (
+            all(call.queries.step == 1 and call.weight == 1 for call in self.calls[0])
+            and sum(call.queries.size for call in self.calls[0]) == self.rows
+            and all(isinstance(call.keys, Gathered) for call in self.calls[0])
+        )
 
     @cached_property
     def calls(self) -> tuple[tuple[Block, ...], ...]:
@@ -145,7 +158,7 @@ def _plan(
         # what is taken away comes last, so that no sum ever falls below its final value
         planned.append(tuple(sorted(blocks, key=lambda b: -b.weight)))
     is_partitioned = _partitions(planned[0], branches[0], heads, kv_heads, cuts[-1])
-    return Plan(tuple(planned), is_partitioned, counts_once=earlier_excluded)
+    return Plan(tuple(planned), is_partitioned, earlier_excluded, cuts[-1] * heads)
 
 
 def _partitions(blocks: Sequence[Block], branch: Branch, heads: int, kv_heads: int, length: int) -> bool:
@@ -190,6 +203,9 @@ def _gathered(
     for shape, parts in gathered.items():
         if len(parts) == 1 and isinstance(parts[0], range):
             yield shape, parts[0]
+            continue
+        if shape.stack is not None:  # copied together whatever their spacing, and with the same blocks for all heads
+            yield shape, tuple(sorted(chain.from_iterable(parts)))
             continue
         scattered: list[int] = []
         for run in _progressions(sorted(chain.from_iterable(parts))):

@@ -93,6 +93,7 @@ def spread(
     terms: Terms,
     dq: Tensor,
     stores: bool = False,
+    stores_keys: bool = False,
 ) -> None:
     """Each block's own backward, given the lse of the one softmax that it is a part of, into dq and the keys'.
 
@@ -101,7 +102,7 @@ def spread(
     """
     for part, call in _calls(parts, q, keys, terms):
         queries = part.block.queries
-        stored = stores and part.branch == 0
+        is_first = part.branch == 0
         found = kernel.backward(
             folded(queries, grad),
             folded(queries, q),
@@ -110,8 +111,8 @@ def spread(
             folded(queries, lse).squeeze(-1),
             call,
         )
-        accumulate(part, dq, found[0], stored, of_queries=True)
-        keys.add(part, *found[1:], stored)
+        accumulate(part, dq, found[0], stores and is_first, of_queries=True)
+        keys.add(part, *found[1:], stores_keys and is_first)
         del found  # before the next call makes its own
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def forward(kernel: BlockKernel, plan: Plan, q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Partial:
     """The whole attention of q (B, N, H, D), with lse (B, H, N)."""
-    stores = plan.is_partitioned and terms.hidden is None  # calls that see nothing are left out
+    stores = plan.queries_once and terms.hidden is None  # calls that see nothing are left out
     total = empty_partial(q, v) if stores else no_keys(q, v)
     keys = OwnKeys(k, v, terms.hidden, terms.key_words())
     for branch in range(len(plan.branches)):
@@ -50,9 +50,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv.  For "detached" a branch's own out is computed again."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    stores = plan.is_partitioned and terms.hidden is None
-    create = torch.empty_like if stores else torch.zeros_like
-    dq, dk, dv = (create(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
+    stores, stores_keys = (once and terms.hidden is None for once in (plan.queries_once, plan.is_partitioned))
+    dq, dk, dv = (
+        (torch.empty_like if stored else torch.zeros_like)(x, dtype=wide, memory_format=torch.contiguous_format)
+        for x, stored in ((q, stores), (k, stores_keys), (v, stores_keys))
+    )
     keys = OwnKeys(k, v, terms.hidden, terms.key_words(), (dk, dv))
     lse = readable_lse(lse)
     for branch in range(len(plan.branches)):
@@ -60,7 +62,7 @@ def backward(
             own = no_keys(q, v)
             merge(kernel, _parts(plan, branch), q, keys, terms, [own])
             out = own.out
-        spread(kernel, _parts(plan, branch), grad, q, keys, [out], lse, terms, dq, stores)
+        spread(kernel, _parts(plan, branch), grad, q, keys, [out], lse, terms, dq, stores, stores_keys)
     wide_grads = [dq, dk, dv]
     del dq, dk, dv, keys  # so that each is let go as soon as it is rounded
     dq, dk, dv = (wide_grads.pop(0).to(q.dtype) for _ in range(3))
