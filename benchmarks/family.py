@@ -161,7 +161,7 @@ def main() -> None:
     told = parser.parse_args()
     if not told.table:
         known: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": [], "memory": []}
-        cases = [tuple(told.case)] if told.case else [] if told.memory else CASES
+        cases = [(told.case[0], told.case[1])] if told.case else [] if told.memory else CASES
         for case in cases:
             rows = [row for row in known["rows"] if (row["ranks"], row["tokens"]) != case]
             known["rows"] = [*rows, *measure(*case, told.rounds)]
