@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.ordering import Ordering
     from lightning_longnet.attention.schedule import Exchange
+    from lightning_longnet.attention.sparsity import BlockKind
 
 # what the preset keeps of a pattern that has no blocks
-_KIND, _BLOCK_SIZE, _SPARSITY_RATIO = "local_window", 64, 0.1
+_KIND: BlockKind = "local_window"
+_BLOCK_SIZE, _SPARSITY_RATIO = 64, 0.1
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Preset:
     def pattern_of(
         self,
         pattern: Pattern,
-        kind: str = _KIND,
+        kind: BlockKind = _KIND,
         block_size: int = _BLOCK_SIZE,
         sparsity_ratio: float = _SPARSITY_RATIO,
         **beside: Any,

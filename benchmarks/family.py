@@ -1,0 +1,175 @@
+"""The presets side by side, as the ancestor measured its classes; and what a rank holds as ranks are added.
+
+    python benchmarks/family.py
+    python benchmarks/family.py --case 2 8192        # some rows of it again: ranks and tokens
+    python benchmarks/family.py --memory             # the second table alone
+    python benchmarks/family.py --table              # the committed result, as the README shows it
+
+Every rank is a process of one thread on this machine, and messages go over gloo.  Each round runs every preset once, a
+forward and a backward, all ranks together, and begins with another one; a step takes as long as its slowest rank.
+Medians over the rounds are told, and the ratio to "production" is the median of the rounds' own ratios.  Peaks are of
+torch's allocator, on the rank that has most, beyond what is there before the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import statistics
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from machine import allocated, described
+from torch.multiprocessing.spawn import spawn
+
+from lightning_longnet import create_standardized_ring_attention, hand_down, sequence_mesh
+from lightning_longnet.sequence import SequenceContext
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PRESETS = ("hilbert", "production", "block_sparse", "ring", "collective")
+HEADS, HEAD_DIM = 8, 64
+BRANCHES = {"segment_lengths": [2048, 4096], "dilation_rates": [1, 2]}
+CASES = [(1, 4096), (1, 8192), (2, 4096), (2, 8192)]
+# one segment over all ranks, so that keys travel however many they are
+MEMORY_RANKS, MEMORY_TOKENS = (1, 2, 4, 8), 8192
+MEMORY_BRANCHES = {"segment_lengths": [2048, 8192], "dilation_rates": [1, 4]}
+ROUNDS = 5
+RESULT = Path(__file__).parent / "results" / "family-cpu.json"
+MIB = 2**20
+
+
+def work(rank: int, ranks: int, port: int, tokens: int, rounds: int, path: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    context = SequenceContext(sequence_mesh(ranks))
+    rows = timed(context, tokens, rounds) if rounds else [held(context, tokens)]
+    if rank == 0:
+        Path(path).write_text(json.dumps([{"ranks": ranks, "tokens": tokens, **row} for row in rows]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def step_of(context: SequenceContext, preset: str, tokens: int, branches: dict[str, Any]) -> Callable[[], None]:
+    layer = create_standardized_ring_attention(preset, **branches)
+    hand_down(layer, context)
+    generator = torch.Generator().manual_seed(context.sequence_parallel_rank)
+    shape = 1, tokens // context.sequence_parallel_size, HEADS, HEAD_DIM
+    *inputs, grad = (torch.randn(shape, generator=generator) for _ in range(4))
+    for x in inputs:
+        x.requires_grad_()
+
+    def step() -> None:
+        for x in inputs:
+            x.grad = None
+        layer(*inputs).backward(grad)
+
+    return step
+
+
+def most(value: float) -> float:
+    found = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.item()
+
+
+def timed(context: SequenceContext, tokens: int, rounds: int) -> list[dict[str, Any]]:
+    context.begin(tokens)
+    steps = {name: step_of(context, name, tokens, BRANCHES) for name in PRESETS}
+    peaks = {name: (step(), most(allocated(step)))[1] for name, step in steps.items()}  # after a first one
+    times: dict[str, list[float]] = {name: [] for name in PRESETS}
+    for turn in range(rounds):
+        for name in (*PRESETS[turn % len(PRESETS) :], *PRESETS[: turn % len(PRESETS)]):
+            dist.barrier()
+            begin = perf_counter()
+            steps[name]()
+            times[name].append(most(perf_counter() - begin))
+    return [
+        {
+            "preset": name,
+            "tokens_per_second": round(tokens / statistics.median(seconds)),
+            "over_production": round(
+                statistics.median(a / b for a, b in zip(seconds, times["production"], strict=True)), 3
+            ),
+            "peak_mib": round(peaks[name] / MIB, 2),
+            "rounds": rounds,
+        }
+        for name, seconds in times.items()
+    ]
+
+
+def held(context: SequenceContext, tokens: int) -> dict[str, Any]:
+    """What a rank holds of a ring: its own rows, and the peak of a step beyond them."""
+    context.begin(tokens)
+    step = step_of(context, "ring", tokens, MEMORY_BRANCHES)
+    step()
+    own = tokens // context.sequence_parallel_size * HEADS * HEAD_DIM * 4
+    longest, rate = MEMORY_BRANCHES["segment_lengths"][-1], MEMORY_BRANCHES["dilation_rates"][-1]
+    rows = longest // rate
+    return {
+        "queries_mib": round(own / MIB, 2),
+        "keys_mib": round(2 * own / MIB, 2),
+        "peak_mib": round(most(allocated(step)) / MIB, 2),
+        # of the longest branch, were they held: this rank's rows by all of the segment's
+        "scores_mib": round(HEADS * rows // context.sequence_parallel_size * rows * 4 / MIB, 2),
+    }
+
+
+def measure(ranks: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    scratch = RESULT.with_suffix(".part")
+    spawn(work, args=(ranks, port, tokens, rounds, str(scratch)), nprocs=ranks)
+    rows: list[dict[str, Any]] = json.loads(scratch.read_text())
+    scratch.unlink()
+    return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    cases = sorted({(row["ranks"], row["tokens"]) for row in result["rows"]})
+    heads = [f"{ranks} rank{'s' * (ranks > 1)}, {tokens:,} tokens" for ranks, tokens in cases]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(cases) + 1) + "|"]
+    by_name = {(row["preset"], row["ranks"], row["tokens"]): row for row in result["rows"]}
+    for name in PRESETS:
+        rows = [by_name[name, *case] for case in cases]
+        cells = (
+            f"{r['tokens_per_second']:,} tokens/s, {r['over_production']:.2f}; {r['peak_mib']:,.0f} MiB" for r in rows
+        )
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    lines += ["", "| ranks | queries | keys and values | peak of a step beyond them | scores, were they held |"]
+    lines += ["|---" * 5 + "|"]
+    lines += [
+        f"| {r['ranks']} | {r['queries_mib']:.1f} MiB | {r['keys_mib']:.1f} MiB | {r['peak_mib']:.1f} MiB | "
+        f"{r['scores_mib']:,.0f} MiB |"
+        for r in result["memory"]
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the committed result")
+    parser.add_argument("--case", type=int, nargs=2, help="ranks and tokens, measured again")
+    parser.add_argument("--memory", action="store_true", help="the memory of a ring alone, measured again")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    told = parser.parse_args()
+    if not told.table:
+        known: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": [], "memory": []}
+        cases = [(told.case[0], told.case[1])] if told.case else [] if told.memory else CASES
+        for case in cases:
+            rows = [row for row in known["rows"] if (row["ranks"], row["tokens"]) != case]
+            known["rows"] = [*rows, *measure(*case, told.rounds)]
+        if told.memory or not told.case:
+            known["memory"] = [row for n in MEMORY_RANKS for row in measure(n, MEMORY_TOKENS, 0)]
+        RESULT.write_text(json.dumps({**known, "machine": described("cpu")}, indent=1) + "\n")
+    print(table(json.loads(RESULT.read_text())) if RESULT.exists() else "not measured")
+
+
+if __name__ == "__main__":
+    main()
