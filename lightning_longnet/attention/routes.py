@@ -71,7 +71,8 @@ class Wanted(NamedTuple):
             if branches is None or part.branch in branches:
                 rows, heads = part.block.keys.indices(torch.device("cpu"))
                 found.append((rows * self.kv_heads + heads).flatten())
-        return torch.cat(found).unique()
+        cells: Tensor = torch.cat(found).unique()
+        return cells
 
     def many(self) -> int:
         """How many cells are seen."""

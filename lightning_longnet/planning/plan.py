@@ -162,7 +162,7 @@ def _longest(job: Job, kinds: tuple[LayerKind, ...], rank: int, weights: Weights
 
 
 def _advice(job: Job, usable: float) -> Iterator[Advice]:
-    """Changes that make a run fit, each tried alone and then on top of those that helped most."""
+    """Changes that make a run fit, each tried alone; more nodes last."""
     changes: list[tuple[str, Job]] = []
     config = job.config
     values: tuple[Recompute, ...] = ("all but attention", "everything")
@@ -184,13 +184,14 @@ def _advice(job: Job, usable: float) -> Iterator[Advice]:
         changes.append(("--trainer.strategy ring_sequence_parallel, which splits the model", split))
     if job.batch > 1:
         changes.append(("--data.batch_size 1", replace(job, batch=1)))
-    if job.shared_by < job.ranks:
+    is_swap = (config.exchange or job.exchange) == "swap"  # more ranks may not divide the heads
+    if job.shared_by < job.ranks and not is_swap:
         changes.append((f"sequence_parallel_size {job.ranks}", replace(job, sequence_parallel_size=job.ranks)))
     for change, other in changes:
         peak = _peak(other)
         if peak <= usable:
             yield Advice(change, peak)
-    for factor in (2, 4, 8, 16):
+    for factor in () if is_swap else (2, 4, 8, 16):
         wider = replace(job, nodes=job.nodes * factor, sequence_parallel_size=job.shared_by * factor)
         if wider.shared_by <= job.tokens and (peak := _peak(wider)) <= usable:
             yield Advice(f"--nodes {wider.nodes}, which share the sequence", peak)

@@ -211,3 +211,16 @@ def test_many_documents_on_many_ranks_are_planned_at_once():
         assert len(asked) < 100
         assert not is_local(layout)
         assert len(asked) < 200
+
+
+def test_few_cells_are_listed_as_a_mask_shows_them():
+    pattern = Pattern.dilated((64, 1024, 4096), (1, 32, 64), is_causal=True)
+    layout = Layout(pattern, 4, 2, (0, 4096), Placement((1024,) * 4))
+    wanted = crossings(layout).wanted(3, 0)
+    assert wanted.is_sparse
+    assert wanted.listed().tolist() == wanted.cells().tolist()
+    assert wanted.many() == len(wanted.cells()) > 0
+    near = crossings(layout).wanted(0, 0)
+    assert not near.is_sparse
+    assert near.many() == len(near.cells()) == len(near.listed())
+    assert near.listed((1,)).tolist() == near.mask((1,)).nonzero().flatten().tolist()

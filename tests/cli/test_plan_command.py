@@ -10,6 +10,8 @@ from lightning_longnet.cli import main
 from lightning_longnet.planning.configured import read_job
 from lightning_longnet.registration import NAMES
 
+# of what Lightning uses of jsonargparse
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs/longnet").glob("*.yaml"))
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
@@ -101,7 +103,10 @@ def test_mistakes_are_told_in_one_line(capsys, tmp_path, monkeypatch, mistake):
     (tmp_path / "two.yaml").write_text(
         f"trainer: {{strategy: {{class_path: {strategy}, init_args: {{sequence_parallel_size: 2}}}}}}\n"
     )
-    (tmp_path / "model.yaml").write_text("model: {class_path: lightning.pytorch.demos.boring_classes.BoringModel}\n")
+    boring = "lightning.pytorch.demos.boring_classes.Boring"
+    (tmp_path / "model.yaml").write_text(
+        f"model: {{class_path: {boring}Model}}\ndata: {{class_path: {boring}DataModule}}\n"
+    )
     words, message = MISTAKES[mistake]
     assert main(["plan", *words]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
