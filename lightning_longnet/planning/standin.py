@@ -149,12 +149,7 @@ def _bytes(x: Tensor, itemsize: int) -> int:
     return x.numel() * itemsize
 
 
-def _exponentials(x: Tensor, *_: Any) -> int:
-    return _bytes(x, x.element_size())
-
-
 WORKSPACE: dict[Any, Callable[..., int]] = {
-    torch.ops.aten.logsumexp.default: _exponentials,
     torch.ops.lightning_longnet.attend.default: _forward_workspace,
     torch.ops.lightning_longnet.attend_backward.default: _backward_workspace,
     torch.ops.lightning_longnet.attend_sharded.default: _remote_forward,
