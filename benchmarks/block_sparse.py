@@ -3,8 +3,9 @@
     python benchmarks/block_sparse.py
     python benchmarks/block_sparse.py --table          # the committed result, as the README shows it
 
-All are measured in turn, round by round.  Peaks are of torch's allocator in a forward and backward, beyond what is
-there before; "scores" holds all scores of each segment, and is measured for its memory alone.
+All are measured in turn, round by round, each with the kernel that `attend` chooses for it.  Peaks are of torch's
+allocator in a forward and backward, beyond what is there before; "scores" holds all scores of each segment, and is
+measured for its memory alone.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def tensors() -> list[Tensor]:
 
 def forward(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> None:
     with torch.no_grad():
-        attend(q, k, v, pattern, kernel="sdpa")
+        attend(q, k, v, pattern)
 
 
 def both(call: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> None:
@@ -90,7 +91,7 @@ def measured(is_causal: bool) -> list[dict[str, Any]]:
     calls: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
         name: (
             partial(forward, pattern, q, k, v),
-            partial(both, partial(attend, pattern=pattern, kernel="sdpa"), q, k, v, grad),
+            partial(both, partial(attend, pattern=pattern), q, k, v, grad),
         )
         for name, pattern in known.items()
     }

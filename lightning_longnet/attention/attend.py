@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_longnet.attention import operators, sharded
 from lightning_longnet.attention.dropout import Dropout
-from lightning_longnet.attention.kernels import Explanation, Request, judge, reference, select
+from lightning_longnet.attention.kernels import Explanation, Request, has_few_keys, judge, reference, select
 from lightning_longnet.attention.pattern import Pattern
 from lightning_longnet.attention.schedule import Exchange
 from lightning_longnet.attention.shard import SequenceShard
@@ -179,7 +179,7 @@ def _checked_call(
         hidden = shard.key_padding_mask
     seed = _checked_seed(dropout, dropout_seed)
     _check_samples(dropout_samples)
-    chosen = select(kernel, _request(q, v, hidden, dropout))
+    chosen = select(kernel, _request(q, v, pattern, hidden, dropout))
     return _Call(q, k, v, documents, hidden, seed, float(scale), chosen)
 
 
@@ -207,10 +207,10 @@ def explain(
     """
     q, k, v, _ = _checked(q, k, v, pattern, documents)
     _checked_probability(dropout)
-    return judge(kernel, _request(q, v, _checked_padding(key_padding_mask, q), dropout))
+    return judge(kernel, _request(q, v, pattern, _checked_padding(key_padding_mask, q), dropout))
 
 
-def _request(q: Tensor, v: Tensor, hidden: Tensor | None, dropout: float) -> Request:
+def _request(q: Tensor, v: Tensor, pattern: Pattern, hidden: Tensor | None, dropout: float) -> Request:
     return Request(
         q.device.type,
         q.dtype,
@@ -221,6 +221,7 @@ def _request(q: Tensor, v: Tensor, hidden: Tensor | None, dropout: float) -> Req
         hidden is not None,
         dropout > 0,
         _capability(q.device.index) if q.device.type == "cuda" else None,
+        has_few_keys(pattern),
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pool import WORLDS
 
-from lightning_longnet import Branch, Pattern, SequenceShard, Sparsity, attend, sequence_plan
+from lightning_longnet import Branch, Pattern, SequenceShard, Sparsity, attend, explain, sequence_plan
 from lightning_longnet.attention.gathering import Gathered
 from lightning_longnet.attention.kernels.sdpa import cpu
 from lightning_longnet.attention.placement import Placement
@@ -260,3 +260,12 @@ REFUSALS = {
 def test_what_makes_no_sense_is_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_products_serve_where_few_keys_are_kept():
+    q = torch.zeros(1, 64, 2, 8)
+    whole = Pattern.dilated((1024, 4096), (1, 2))
+    few, many = (Pattern.block_sparse("strided", 128, ratio, within=whole) for ratio in (0.25, 0.26))
+    assert [explain(q, q, q, pattern).chosen for pattern in (few, many, whole)] == ["eager", "sdpa", "sdpa"]
+    assert explain(q, q, q, few + whole).chosen == "sdpa"
+    assert explain(q, q, q, few, kernel="sdpa").chosen == "sdpa"

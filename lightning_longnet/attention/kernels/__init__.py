@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.kernels.call import Call
+    from lightning_longnet.attention.pattern import Pattern
 
 
 class Request(NamedTuple):
@@ -25,6 +26,7 @@ class Request(NamedTuple):
     is_padded: bool = False
     has_dropout: bool = False
     capability: tuple[int, int] | None = None  # of a CUDA device
+    has_few_keys: bool = False
 
 
 class Kernel(Protocol):
@@ -52,6 +54,8 @@ class BlockKernel(Protocol):
 
 BLOCK_KERNELS: dict[str, BlockKernel] = {"flash": flash, "sdpa": sdpa, "cudnn": cudnn, "eager": eager}
 _KERNELS: tuple[Kernel, ...] = (flash, sdpa, cudnn, eager, reference)  # in the order of preference
+# On a CPU flash attention takes longer than plain products for calls of fewer keys (benchmarks/block_sparse.py)
+FEW_KEYS = 512
 
 
 class Verdict(NamedTuple):
@@ -82,6 +86,16 @@ def kernel_names() -> tuple[str, ...]:
     return tuple(each.name for each in _KERNELS)
 
 
+def has_few_keys(pattern: Pattern) -> bool:
+    """Are kept blocks all that a query sees, and few of them?  Alike on all ranks, whatever their lengths."""
+    return all(
+        branch.sparsity is not None
+        and branch.segment_length is not None
+        and branch.sparsity.sparsity_ratio * branch.segment_length <= FEW_KEYS * branch.dilation_rate
+        for branch in pattern.branches
+    )
+
+
 def judge(kernel: str, request: Request) -> Explanation:
     """The kernel of this name, or for "auto" the first that serves the request."""
     verdicts = []
@@ -92,6 +106,8 @@ def judge(kernel: str, request: Request) -> Explanation:
     if kernel != "auto" and kernel not in names:
         raise ValueError(f"kernel must be one of 'auto', {', '.join(map(repr, names))}, got {kernel!r}")
     serving = [v.kernel for v in verdicts if not v.refusals and kernel in ("auto", v.kernel)]
+    if request.has_few_keys and request.device == "cpu":
+        serving.sort(key=lambda name: name != eager.name)
     return Explanation(serving[0] if serving else None, tuple(verdicts), request)
 
 
