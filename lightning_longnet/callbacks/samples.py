@@ -66,7 +66,8 @@ class GenerateSamples(Callback):
             if not len(data.encode(prompt)):
                 raise ValueError(f"prompts must each be a token of the data at least, got {prompt!r}, which is none")
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # before on_validation_end, from where on time counts as a step's again
         if self.every_n_steps is None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._write(trainer, pl_module)
 
