@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import statistics
 from pathlib import Path
 from time import perf_counter
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from machine import allocated, described
-from torch.multiprocessing.spawn import spawn
+from ranks import on_ranks
 
 from lightning_longnet import create_standardized_ring_attention, hand_down, sequence_mesh
 from lightning_longnet.sequence import SequenceContext
@@ -44,15 +43,11 @@ RESULT = Path(__file__).parent / "results" / "family-cpu.json"
 MIB = 2**20
 
 
-def work(rank: int, ranks: int, port: int, tokens: int, rounds: int, path: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+def work(ranks: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
+    dist.init_process_group("gloo")
     context = SequenceContext(sequence_mesh(ranks))
     rows = timed(context, tokens, rounds) if rounds else [held(context, tokens)]
-    if rank == 0:
-        Path(path).write_text(json.dumps([{"ranks": ranks, "tokens": tokens, **row} for row in rows]))
-    dist.barrier()
-    dist.destroy_process_group()
+    return [{"ranks": ranks, "tokens": tokens, **row} for row in rows]
 
 
 def step_of(context: SequenceContext, preset: str, tokens: int, branches: dict[str, Any]) -> Callable[[], None]:
@@ -121,13 +116,7 @@ def held(context: SequenceContext, tokens: int) -> dict[str, Any]:
 
 
 def measure(ranks: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    scratch = RESULT.with_suffix(".part")
-    spawn(work, args=(ranks, port, tokens, rounds, str(scratch)), nprocs=ranks)
-    rows: list[dict[str, Any]] = json.loads(scratch.read_text())
-    scratch.unlink()
+    rows: list[dict[str, Any]] = on_ranks(ranks, work, ranks, tokens, rounds)
     return rows
 
 
@@ -164,7 +153,7 @@ def main() -> None:
         cases = [(told.case[0], told.case[1])] if told.case else [] if told.memory else CASES
         for case in cases:
             rows = [row for row in known["rows"] if (row["ranks"], row["tokens"]) != case]
-            known["rows"] = [*rows, *measure(*case, told.rounds)]
+            known["rows"] = [*rows, *measure(case[0], case[1], told.rounds)]
         if told.memory or not told.case:
             known["memory"] = [row for n in MEMORY_RANKS for row in measure(n, MEMORY_TOKENS, 0)]
         RESULT.write_text(json.dumps({**known, "machine": described("cpu")}, indent=1) + "\n")

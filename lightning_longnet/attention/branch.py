@@ -59,10 +59,11 @@ class Branch:
         one_of("head_offsets", self.head_offsets, get_args(HeadOffsets))
         if not isinstance(self.is_causal, bool):
             raise ValueError(f"is_causal must be True or False, got {self.is_causal!r}")
-        if isinstance(self.sparsity, dict):
-            object.__setattr__(self, "sparsity", made(Sparsity, "sparsity", self.sparsity))
-        if self.sparsity is not None and not isinstance(self.sparsity, Sparsity):
-            raise ValueError(f"sparsity must be a Sparsity or None, got {self.sparsity!r}")
+        sparsity: Any = self.sparsity
+        if isinstance(sparsity, dict):
+            object.__setattr__(self, "sparsity", made(Sparsity, "sparsity", sparsity))
+        elif sparsity is not None and not isinstance(sparsity, Sparsity):
+            raise ValueError(f"sparsity must be a Sparsity or None, got {sparsity!r}")
         if self.sparsity is not None and self.window is not None:
             raise ValueError(
                 f"sparsity must be None where there is a window, got both, window {self.window}: the kind "
@@ -127,8 +128,8 @@ class Branch:
             table = torch.zeros(blocks, blocks, dtype=torch.bool, device=tokens.device)
             for block, kept in enumerate(self.sparsity.kept(count, kv_head, self.is_causal)):
                 table[block, list(kept)] = True
-            block = place[at] // self.dilation_rate // self.sparsity.block_size
-            found[at[:, None], at] = table[block[:, None], block]
+            blocks_at = place[at] // self.dilation_rate // self.sparsity.block_size
+            found[at[:, None], at] = table[blocks_at[:, None], blocks_at]
         return found
 
 
