@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 1024
 IGNORED = -100
 
 
@@ -102,8 +102,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 narrow = grad.to(dtype)
                 if dhidden is not None:
                     dhidden[rows] = (narrow @ factor).masked_fill_(is_left_out, 0)
-                if dweight is not None:
-                    dweight += (narrow.T @ here).to(wide)
+                if dweight is not None and dtype == wide:
+                    dweight.addmm_(narrow.T, here)
+                elif dweight is not None:
+                    dweight += narrow.T @ here
         ctx.save_for_backward(dhidden, dweight, dbias)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return loss.to(wide)

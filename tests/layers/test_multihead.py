@@ -1,5 +1,7 @@
 """MultiheadDilatedAttention against nn.MultiheadAttention, against the brute force, and within torch's encoder."""
 
+from dataclasses import replace
+
 import brute
 import drawn
 import pytest
@@ -119,7 +121,7 @@ def test_patterns_equal_brute_force(case, sub_norm):
         nn.init.normal_(layer.sub_norm.weight)
     shown = case["shown"]
     if case["causal"] is not None:
-        shown = [brute.Shown(b.w, b.r, b.window, True, b.offsets) for b in shown]
+        shown = [replace(b, causal=True) for b in shown]
     (batch, length), heads, width = case["shape"], case["heads"], case["embed_dim"]
     tables = [brute.counts(shown, "multiset", length, heads)] * batch
     if case["hidden"] is not None:
