@@ -132,6 +132,8 @@ class BlocksConfig:
         """What it sets, unless that contradicts what is given."""
         for name, value, unset in (("exchange", preset.exchange, None), ("ordering", preset.ordering, "raster")):
             given = getattr(self, name)
+            if value is None:
+                continue
             if given not in (unset, value):
                 raise ValueError(f"{name} must be {value!r} with preset={preset.name!r}, got {given!r}")
             object.__setattr__(self, name, value)

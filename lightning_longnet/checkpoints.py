@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_longnet.attention.pattern import Branch, Pattern
+from lightning_longnet.attention.sparsity import Sparsity
 from lightning_longnet.model import LongNetConfig
 from lightning_longnet.vision import LongViTConfig
 
@@ -33,6 +34,13 @@ _DEEPSPEED_TAG = "checkpoint"  # the folder that Lightning has DeepSpeed write t
 _NO_CHECKPOINT: tuple[type[Exception], ...] = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, AssertionError),
     *(struct.error, zipfile.BadZipFile),
+)
+
+
+# as files name them: branches have moved
+_OWN: tuple[Any, ...] = (
+    *(Branch, Sparsity, Pattern, LongNetConfig, LongViTConfig),
+    (Branch, "lightning_longnet.attention.pattern.Branch"),
 )
 
 
@@ -81,7 +89,7 @@ def write_checkpoint(model: LongNet | LongViT, path: str | Path) -> None:
 def read_file(path: Path, allowed: tuple[Any, ...] = ()) -> Any:
     """What `torch.save` wrote, of tensors, plain values and classes of ours; `allowed` names further classes."""
     try:
-        with torch.serialization.safe_globals([Branch, Pattern, LongNetConfig, LongViTConfig, *allowed]):
+        with torch.serialization.safe_globals([*_OWN, *allowed]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except _NO_CHECKPOINT as error:
         reason = "it is something else" if path.stat().st_size else "it is empty"

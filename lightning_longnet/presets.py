@@ -23,11 +23,11 @@ _BLOCK_SIZE, _SPARSITY_RATIO = 64, 0.1
 
 @dataclass(frozen=True)
 class Preset:
-    """A row.  `settings` and `pattern_of` are what a layer is made with."""
+    """A row.  `settings` and `pattern_of` are what a layer is made with; an exchange of None leaves it to others."""
 
     name: str
     line: str
-    exchange: Exchange = "auto"
+    exchange: Exchange | None = None
     ordering: Ordering = "raster"
     is_sparse: bool = False
     is_guarded: bool = False
@@ -79,7 +79,7 @@ def available_presets() -> dict[str, str]:
 
 def preset_of(name: str) -> Preset:
     """By its name."""
-    if name not in _PRESETS:
+    if not isinstance(name, str) or name not in _PRESETS:
         raise ValueError(
             f"preset must be one of {', '.join(map(repr, _PRESETS))}, got {name!r}{nearest(name, _PRESETS)}"
         )

@@ -25,9 +25,8 @@ def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
         order_of_sequence(ordering, 1, pattern, torch.device("cpu"))
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def order_of_sequence(ordering: Ordering, length: int, pattern: Pattern, device: torch.device) -> Tensor:
-    """`order[p]` is the token at place p of the line that the pattern is drawn on.
+def order_of_sequence(ordering: Ordering, length: int, pattern: Pattern, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`order[p]` is the token at place p of the line that the pattern is drawn on; the inverse stands beside it.
 
     Where the pattern is causal, a query sees those of its segment and residue that do not come after it in the
     sequence; this is possible for a pattern of one branch alone, see `causal_order`.
@@ -36,7 +35,8 @@ def order_of_sequence(ordering: Ordering, length: int, pattern: Pattern, device:
 
 
 @lru_cache(32)
-def _order(ordering: Ordering, length: int, text: str, device: torch.device) -> Tensor:
+@torch.inference_mode(False)  # training uses it, too
+def _order(ordering: Ordering, length: int, text: str, device: torch.device) -> tuple[Tensor, Tensor]:
     pattern = Pattern.loads(text)
     order = torch.arange(length)
     if ordering == "hilbert":
@@ -46,7 +46,7 @@ def _order(ordering: Ordering, length: int, text: str, device: torch.device) -> 
             raise ValueError("pattern must be causal in all of its branches or in none where ordering is 'hilbert'")
         if all(causal):
             order = causal_order(order, pattern)
-    return order.to(device)
+    return order.to(device), inverse_order(order).to(device)
 
 
 class Reordering:
@@ -56,8 +56,8 @@ class Reordering:
     `name` tells orders of one length apart, and is equal on all ranks.
     """
 
-    def __init__(self, order: Tensor, name: str, shard: SequenceShard | None = None) -> None:
-        self.order, self.shard = order, shard
+    def __init__(self, order: Tensor, inverse: Tensor, name: str, shard: SequenceShard | None = None) -> None:
+        self.order, self.inverse, self.name, self.shard = order, inverse, name, shard
         self._trade: _Trade | None = None
         if shard is not None:
             self._trade = shard.once(("reordering", name), partial(_trade, order, shard))
@@ -72,7 +72,7 @@ class Reordering:
     def back(self, x: Tensor) -> Tensor:
         """Out of it again."""
         if self._trade is None:
-            return x.index_select(1, inverse_order(self.order))
+            return x.index_select(1, self.inverse)
         found: list[Tensor] = self._traded([x], is_back=True)
         return found[0]
 

@@ -37,6 +37,8 @@ class AttentionLayer(nn.Module):
 
     sequence_context: SequenceContext | None = None
     layer_number: int = 0
+    ordering: Ordering = "raster"
+    guard: Guard | None = None
 
     def __init__(
         self,
@@ -62,36 +64,46 @@ class AttentionLayer(nn.Module):
     ) -> Tensor:
         if self.ordering == "raster":
             return self._attended_in_order(q, k, v, pattern, documents, hidden)
-        line = self._line(q, pattern, documents, hidden)
+        line: Reordering = self._line(q, k, v, pattern, documents, hidden)
         if hidden is not None:
             hidden = self._hidden_in_order(hidden, line)
         q, k, v = line.there(q, k, v)
         return line.back(self._attended_in_order(q, k, v, pattern, None, hidden))
 
-    def _line(self, x: Tensor, pattern: Pattern, documents: Tensor | None, hidden: Tensor | None) -> Reordering:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _line(
+        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, documents: Tensor | None, hidden: Tensor | None
+    ) -> Reordering:
         """The order that the pattern is drawn on, for whole sequences or for parts."""
         context = self.sequence_context
         shard = None if context is None or not context.is_split else context.shard_of()
-        length = x.shape[1] if shard is None else shard.length
+        length = q.shape[1] if shard is None else shard.length
+        here = length if shard is None else shard.placement.lengths[shard.rank]
         try:
+            if q.shape[1] != here:
+                raise ValueError(f"q must have the {here} tokens of each sequence that are here, got {q.shape[1]}")
+            for name, x in (("k", k), ("v", v)):
+                if x.shape[:2] != q.shape[:2]:
+                    told = f"{tuple(q.shape[:2])}, got {tuple(x.shape[:2])}"
+                    raise ValueError(f"{name} must have the batch and tokens of q, {told}")
             if documents is not None:
                 raise ValueError(f"documents must be None where ordering is {self.ordering!r}: its curve runs over all")
-            if hidden is not None and (hidden.dtype != torch.bool or hidden.shape != x.shape[:2]):
-                wanted, got = tuple(x.shape[:2]), f"{hidden.dtype} {tuple(hidden.shape)}"
+            if hidden is not None and (hidden.dtype != torch.bool or hidden.shape != q.shape[:2]):
+                wanted, got = tuple(q.shape[:2]), f"{hidden.dtype} {tuple(hidden.shape)}"
                 raise ValueError(f"key_padding_mask must be bools of shape {wanted}, got {got}")
-            order = order_of_sequence(self.ordering, length, pattern, x.device)
+            order, inverse = order_of_sequence(self.ordering, length, pattern, q.device)
         except ValueError as error:
             if shard is not None:
                 shard.check({}, fault=str(error))  # the other ranks wait for this one
             raise
-        return Reordering(order, f"{self.ordering} {pattern.dumps() if pattern.is_causal else ''}", shard)
+        return Reordering(order, inverse, f"{self.ordering} {pattern.dumps() if pattern.is_causal else ''}", shard)
 
     def _hidden_in_order(self, hidden: Tensor, line: Reordering) -> Tensor:
         def convert() -> Tensor:
             return line.there(hidden.to(torch.uint8))[0].bool()
 
         # the layers of a model are handed one mask: let them have one shard
-        return convert() if self.sequence_context is None else self.sequence_context.once(hidden, convert)
+        return convert() if self.sequence_context is None else self.sequence_context.once(hidden, line.name, convert)
 
     def _attended_in_order(
         self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, documents: Tensor | None, hidden: Tensor | None

@@ -205,7 +205,7 @@ class MultiheadDilatedAttention(AttentionLayer):
         if self.sequence_context is None or not self.is_split:
             return ignored_keys(mask, shape)
         # the layers of a model are handed one mask: let them have one shard
-        return self.sequence_context.once(mask, lambda: ignored_keys(mask, shape))
+        return self.sequence_context.once(mask, "ignored keys", lambda: ignored_keys(mask, shape))
 
     def _check_tokens(self, query: Tensor, key: Tensor, value: Tensor) -> int:
         if query.dim() not in (2, 3):

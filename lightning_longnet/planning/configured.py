@@ -91,8 +91,15 @@ def _model(config: Namespace) -> dict[str, Any]:
 
 
 def _pattern(given: Namespace) -> Pattern:
-    branches = tuple(Branch(**(each.get("init_args") or each).__dict__) for each in given.branches)
-    return Pattern(branches, given.multiplicity)
+    return Pattern(tuple(map(_branch, given.branches)), given.multiplicity)
+
+
+def _branch(given: Namespace) -> Branch:
+    told = dict((given.get("init_args") or given).__dict__)
+    sparsity = told.get("sparsity")
+    if isinstance(sparsity, Namespace):
+        told["sparsity"] = dict((sparsity.get("init_args") or sparsity).__dict__)
+    return Branch(**told)
 
 
 def _strategy(given: Any) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class Job:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.config.ordering != "raster":
+            raise ValueError(
+                f"ordering must be 'raster' in a plan, which does not know what reordering sends and holds, got "
+                f"{self.config.ordering!r}"
+            )
         if self.config.attention is not None:
             raise ValueError(
                 f"attention must be None, the class that is ours, as nothing is known of what another holds and sends, "

@@ -43,8 +43,9 @@ class Trace(NamedTuple):
 def trace(job: Job, rank: int, remote: Mapping[str, Remote]) -> Trace:
     """The forward, the loss and the backward of a rank of a sequence group."""
     tokens = job.placed().lengths[rank]
-    # a table of positions is looked up by values, which fake tensors have none of; it adds one tensor of (N, dim)
-    config = replace(job.config, learned_positions=None)
+    # a table of positions is looked up by values, which fake tensors have none of; it adds one tensor of (N, dim).  A
+    # preset has left in the configuration what it sets, but for its guard, which compares values, too
+    config = replace(job.config, learned_positions=None, preset=None)
     ledger = Ledger(WORKSPACE)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         model = _made(config, job.parameter_dtype)

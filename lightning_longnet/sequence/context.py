@@ -272,9 +272,9 @@ class SequenceContext:
         shard.comm.traffic = self.traffic
         return shard
 
-    def once(self, mask: Tensor, convert: Callable[[], Tensor]) -> Tensor:
-        """What became of this very mask in this batch, so that layers which convert it share a shard."""
-        return self._shards.once(mask, convert)
+    def once(self, mask: Tensor, into: str, convert: Callable[[], Tensor]) -> Tensor:
+        """What became of this very mask in this batch, so that layers which convert it alike share a shard."""
+        return self._shards.once(mask, into, convert)
 
     def attend(
         self,

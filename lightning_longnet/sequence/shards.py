@@ -24,6 +24,7 @@ class _Made(NamedTuple):
 class _Converted(NamedTuple):
     mask: Tensor
     version: int
+    into: str
     result: Tensor
 
 
@@ -45,13 +46,13 @@ class BatchShards:
         self._made.append(_Made(documents, padding, versions, shard))
         return shard
 
-    def once(self, mask: Tensor, convert: Callable[[], Tensor]) -> Tensor:
-        """What became of this very mask, so that layers which convert it share a shard."""
+    def once(self, mask: Tensor, into: str, convert: Callable[[], Tensor]) -> Tensor:
+        """What became of this very mask, so that layers which convert it share a shard; `into` names the conversion."""
         for known in self._converted:
-            if _is_same(known.mask, mask) and known.version == _version(mask):
+            if _is_same(known.mask, mask) and (known.version, known.into) == (_version(mask), into):
                 return known.result
         result = convert()
-        self._converted.append(_Converted(mask, _version(mask), result))
+        self._converted.append(_Converted(mask, _version(mask), into, result))
         return result
 
 

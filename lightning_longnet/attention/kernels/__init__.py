@@ -88,12 +88,13 @@ def kernel_names() -> tuple[str, ...]:
 
 def has_few_keys(pattern: Pattern) -> bool:
     """Are kept blocks all that a query sees, and few of them?  Alike on all ranks, whatever their lengths."""
-    return all(
-        branch.sparsity is not None
-        and branch.segment_length is not None
-        and branch.sparsity.sparsity_ratio * branch.segment_length <= FEW_KEYS * branch.dilation_rate
-        for branch in pattern.branches
-    )
+    for branch in pattern.branches:
+        if branch.sparsity is None or branch.segment_length is None:
+            return False
+        kept = branch.sparsity.sparsity_ratio * branch.segment_length / branch.dilation_rate
+        if max(kept, branch.sparsity.block_size) > FEW_KEYS:  # own blocks stay, whatever the ratio
+            return False
+    return True
 
 
 def judge(kernel: str, request: Request) -> Explanation:
