@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from lightning_longnet import LongNet, LongNetConfig, LongViT, LongViTConfig, Pattern, magneto_gain
+from lightning_longnet import Branch, LongNet, LongNetConfig, LongViT, LongViTConfig, Pattern, magneto_gain
 from lightning_longnet.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from lightning_longnet.exported import config_of, export_model, load_model, model_of
 
@@ -198,3 +198,12 @@ def test_hyper_parameters_without_a_model_are_told():
     for told in ({}, {"config": 3}, {"config": {"dim": 3}}):
         with pytest.raises(ValueError, match="hyper_parameters must hold the config of a LongNet or a LongViT, got"):
             config_of(told)
+
+
+def test_patterns_in_files_are_read_wherever_branches_lived(tmp_path, monkeypatch):
+    pattern = Pattern.block_sparse("strided", 4, 0.5, within=Pattern.dilated((8, 16), (1, 2)))
+    for module in (Branch.__module__, "lightning_longnet.attention.pattern"):  # where they were
+        monkeypatch.setattr(Branch, "__module__", module)
+        torch.save({"state_dict": {}, "hyper_parameters": {"pattern": pattern}}, tmp_path / "a.ckpt")
+        monkeypatch.undo()
+        assert read_checkpoint(tmp_path / "a.ckpt").hyper_parameters == {"pattern": pattern}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_longnet import Sparsity
 from lightning_longnet.cli import main
 from lightning_longnet.planning.configured import read_job
 from lightning_longnet.registration import NAMES
@@ -31,6 +32,13 @@ def test_every_size_is_read(path):
     assert job.sharding == "fsdp2"
     assert job.precision == "bf16-mixed"
     assert job.tokens == (2**30 if path.stem == "1b_tokens" else 32768)
+
+
+def test_kept_blocks_are_read(tmp_path):
+    branch = {"segment_length": 256, "sparsity": {"kind": "strided", "block_size": 4, "sparsity_ratio": 0.5}}
+    (tmp_path / "sparse.yaml").write_text(json.dumps({"model": {"config": {"pattern": {"branches": [branch]}}}}))
+    (found,) = read_job([QUICKSTART, "--config", str(tmp_path / "sparse.yaml")]).config.pattern.branches
+    assert found.sparsity == Sparsity("strided", 4, 0.5)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/strategies").glob("*.yaml")), ids=lambda path: path.stem)

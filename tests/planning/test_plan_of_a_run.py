@@ -21,7 +21,7 @@ SHAPE = {"dim": 64, "layers": 3, "heads": 4, "vocab_size": 300, "loss_chunk": 12
 
 
 def job_of(tokens=512, config=None, **told):
-    return Job(LongNetConfig(PATTERN, **SHAPE, **(config or {})), tokens, **{"sharding": "ddp", **told})
+    return Job(LongNetConfig(**{"pattern": PATTERN, **SHAPE, **(config or {})}), tokens, **{"sharding": "ddp", **told})
 
 
 def allocated(config, tokens, batch):
@@ -128,11 +128,18 @@ def test_more_work_takes_longer_and_a_slow_link_is_waited_for():
         ({"per_node": 4, "sequence_parallel_size": 3}, "sequence_parallel_size"),
         ({"config": {"attention": {"class_path": "torch.nn.Linear"}}}, "attention must be None"),
         ({"config": {"offload_activations": True}}, "offload_activations must be False"),
+        ({"config": {"ordering": "hilbert", "pattern": Pattern.dense(True)}}, "ordering must be 'raster' in a plan"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(told, message):
     with pytest.raises(ValueError, match=message):
         job_of(**told)
+
+
+@pytest.mark.parametrize("preset", ["production", "block_sparse", "ring"])
+def test_presets_are_planned_without_their_guard(preset):
+    found = plan_run(job_of(config={"preset": preset}, per_node=2), named("h200"))
+    assert found.memory.peak > 0
 
 
 def test_an_exchange_that_cannot_be_had_is_refused_as_in_a_run():
