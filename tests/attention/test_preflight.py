@@ -216,7 +216,7 @@ def test_whole_sequences_on_each_of_many_ranks_are_no_secret(pool):
 
 @pytest.mark.parametrize("recompute", ["everything", "all but attention"])
 def test_a_preflight_is_no_part_of_what_is_computed_again(recompute):
-    config = {"vocab_size": 16, "dim": 16, "depth": 2, "heads": 2, "segment_lengths": (8,), "dilation_rates": (1,)}
+    config = {"vocab_size": 16, "dim": 16, "layers": 2, "heads": 2, "pattern": PATTERN}
     model = LongNet(LongNetConfig(**config, preset="production", recompute=recompute))
     model(torch.arange(16)[None]).square().mean().backward()
     assert model.guard.counts == NOTHING | {"preflights": 1}
