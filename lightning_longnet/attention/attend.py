@@ -210,6 +210,31 @@ def explain(
     return judge(kernel, _request(q, v, pattern, _checked_padding(key_padding_mask, q), dropout))
 
 
+def explain_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    documents: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    dropout_samples: tuple[int, int] = (0, 1),
+    scale: float | None = None,
+    mix: Mix = "exact",
+    kernel: str = "auto",
+    shard: SequenceShard | None = None,
+    exchange: Exchange = "auto",
+    return_lse: bool = False,
+) -> Explanation:
+    """As `explain`, of all that `attend` is told: a ValueError is the one that it would raise.  No seed is drawn."""
+    seed = 0 if dropout_seed is None else dropout_seed
+    told = pattern, documents, key_padding_mask, dropout, seed, dropout_samples, scale, mix, kernel, exchange
+    call = _checked_call(q, k, v, *told, shard)
+    return judge(kernel, _request(call.q, call.v, pattern, call.hidden, dropout))
+
+
 def _request(q: Tensor, v: Tensor, pattern: Pattern, hidden: Tensor | None, dropout: float) -> Request:
     return Request(
         q.device.type,

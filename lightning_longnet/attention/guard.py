@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,14 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.attention.attend import attend, explain
+from lightning_longnet.attention.attend import attend, explain, explain_call
 from lightning_longnet.attention.kernels import kernel_names, reference
 from lightning_longnet.attention.pattern import Pattern
+from lightning_longnet.attention.shard import SequenceShard
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from lightning_longnet.attention.shard import SequenceShard
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class _Kind(NamedTuple):
     head_dim: int
     value_dim: int
     has_dropout: bool
+    group: str | None  # that agreed; a verdict of one rank alone holds for its whole sequences
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -80,15 +82,16 @@ class Guard:
         """As `attend`.  With `is_placed` whole sequences are meant to be on one rank, though there are others."""
         told: dict[str, Any] = {**settings, "shard": shard}
         chosen = self._chosen(q, k, v, pattern, kernel, told)
-        if shard is not None:
-            shard.comm.on_failure = self._failed
-        elif not is_placed:
+        if isinstance(shard, SequenceShard):
+            with shard.comm.heard(self._failed):
+                part: Tensor = attend(q, k, v, pattern, kernel=chosen, **told)
+            return part
+        if not is_placed:
             self._warn_of_ranks()
         try:
             out: Tensor = attend(q, k, v, pattern, kernel=chosen, **told)
         except RuntimeError as error:
-            if shard is None:
-                self._failed(error, f"attention over {q.shape[1]:,} tokens failed")
+            self._failed(error, f"attention over {q.shape[1]:,} tokens failed")
             raise
         return out
 
@@ -96,14 +99,16 @@ class Guard:
 
     def _chosen(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kernel: str, told: dict[str, Any]) -> str:
         shard: SequenceShard | None = told["shard"]
-        hidden = told.get("key_padding_mask") if shard is None else shard.key_padding_mask
+        group = shard.comm.group.group_name if isinstance(shard, SequenceShard) else None
         try:
-            said = explain(q, k, v, pattern, key_padding_mask=hidden, dropout=told.get("dropout", 0.0), kernel=kernel)
-        except ValueError:
+            said = explain_call(q, k, v, pattern, kernel=kernel, **told)
+        except ValueError as error:
+            if isinstance(shard, SequenceShard) and all(kind.group != group for kind in self._broken):
+                shard.agree([], fault=str(error))  # where the other ranks wait for this one
+                raise
             return kernel  # `attend` says so, and tells the other ranks
-        if said.chosen is None:
-            return kernel
-        kind = _Kind(q.device.type, q.dtype, q.shape[3], v.shape[3], told.get("dropout", 0.0) > 0)
+        assert said.chosen is not None
+        kind = _Kind(q.device.type, said.request.dtype, q.shape[3], v.shape[3], told.get("dropout", 0.0) > 0, group)
         if kind not in self._broken:
             names = [verdict.kernel for verdict in said.verdicts if not verdict.refusals]
             self._broken[kind] = self._preflight(kind, q, k, v, pattern, told, names)
@@ -137,8 +142,12 @@ class Guard:
         """Why kernels must not be used, by their names; the same names on all ranks of the shard."""
         shard: SequenceShard | None = told["shard"]
         names = kernel_names()
-        broken = {name: fault for name in names if (fault := _fault(name, kind, q, k, pattern, told))}
-        needed, free = _needed_bytes(q, k, v), _free_bytes(q.device)
+        # A thread of its own knows nothing of what the call may stand in: inference mode, autocast, and checkpoints,
+        # which would count what the trial saves
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.map(lambda name: _fault(name, kind, q, k, pattern, told), names)
+            broken = {name: fault for name, fault in zip(names, found, strict=True) if fault}
+        needed, free = _needed_bytes(q, k, v, kind.dtype), _free_bytes(q.device)
         is_short = free is not None and needed > free
         everywhere = [[int(name in broken) for name in names] + [int(is_short)]]
         own = 0
@@ -204,11 +213,10 @@ def _fault(name: str, kind: _Kind, q: Tensor, k: Tensor, pattern: Pattern, told:
     """Why a kernel fails on a few tokens, by its own error or by the equation; nothing where it serves or refuses."""
     small = Pattern.dilated((4, 8), (1, 2), is_causal=pattern.is_causal)
     widths = ((q.shape[2], kind.head_dim), (k.shape[2], kind.head_dim), (k.shape[2], kind.value_dim))
-    # evaluation may run in inference mode, and the backward is to be tried there, too
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
+    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
         hidden = (torch.arange(8) >= 6).to(q.device)[None]
-        given = [_waves(8, *width, place).to(q.device, q.dtype) for place, width in enumerate(widths)]
-        grad = _waves(8, q.shape[2], kind.value_dim, 3).to(q.device, q.dtype)
+        given = [_waves(8, *width, place).to(q.device, kind.dtype) for place, width in enumerate(widths)]
+        grad = _waves(8, q.shape[2], kind.value_dim, 3).to(q.device, kind.dtype)
         for mask, dropout in product((None, hidden), {0.0, told.get("dropout", 0.0)}):
             judged = {"key_padding_mask": mask, "dropout": dropout}
             if explain(given[0], given[1], given[2], small, kernel=name, **judged).chosen is None:
@@ -219,7 +227,7 @@ def _fault(name: str, kind: _Kind, q: Tensor, k: Tensor, pattern: Pattern, told:
                 found = _tried(name, given, small, grad, settings)
             except (RuntimeError, ImportError) as error:
                 return f"it fails on a few tokens: {error!r}"
-            allowed = torch.finfo(q.dtype).eps ** 0.5
+            allowed = torch.finfo(kind.dtype).eps ** 0.5
             for ours, true in zip(found, truth, strict=True):
                 far = (ours.double() - true).abs().max().item()
                 if not far <= allowed * max(1.0, true.abs().max().item()):  # nor where it is no number
@@ -240,12 +248,12 @@ def _waves(tokens: int, heads: int, width: int, place: int) -> Tensor:
     return torch.arange(tokens * heads * width).mul(0.7 + place).sin().view(1, tokens, heads, width)
 
 
-def _needed_bytes(q: Tensor, k: Tensor, v: Tensor) -> int:
+def _needed_bytes(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> int:
     """Of out and lse, and of the gradients where there will be any."""
     out = q.shape[:3].numel() * v.shape[3]
-    found = out * q.element_size() + q.shape[:3].numel() * max(q.element_size(), 4)
+    found = out * dtype.itemsize + q.shape[:3].numel() * max(dtype.itemsize, 4)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        found += (q.numel() + k.numel() + v.numel()) * q.element_size()
+        found += (q.numel() + k.numel() + v.numel()) * dtype.itemsize
     return found
 
 

@@ -148,9 +148,15 @@ class SequenceShard:
                 raise ValueError(f"{name} must be equal on all ranks of a shard, got {told}")
         self._known.add(kind)
 
-    def agree(self, words: Sequence[int]) -> list[list[int]]:
-        """What each rank says about its kernels, where all of them ask."""
-        return [found[: len(words)] for found in self._everywhere(list(words), "agrees on kernels")]
+    def agree(self, words: Sequence[int], fault: str = "") -> list[list[int]]:
+        """What each rank says about its kernels, where all of them ask.
+
+        With a `fault` the rank raises an error of its own, and says nothing: the others are told of that.
+        """
+        everywhere = self._everywhere([int(bool(fault)), *words], "agrees on kernels")
+        if not fault and (wrong := [r for r, found in enumerate(everywhere) if found[0]]):
+            raise ValueError(_elsewhere(wrong[0]))
+        return [found[1 : 1 + len(words)] for found in everywhere]
 
     def _everywhere(self, words: list[int], what: str) -> list[list[int]]:
         """Of each rank, where all do the same; the wrong ones of two that do not would read each other's words."""

@@ -142,7 +142,7 @@ class _ShardedAttention(torch.autograd.Function):
         told = seed, shard.number, pattern.dumps(), scale, dropout, *words
         out, lse, kept = forward(q, k, v, *told)
         ctx.save_for_backward(q, k, v, out, lse, seed, *kept)
-        ctx.told, ctx.shard = told[1:], shard
+        ctx.told, ctx.shard, ctx.on_failure = told[1:], shard, shard.comm.on_failure
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -150,7 +150,8 @@ class _ShardedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         q, k, v, out, lse, seed, *kept = ctx.saved_tensors
-        return *backward(grad, q, k, v, out, lse, kept, seed, *ctx.told), None
+        with ctx.shard.comm.heard(ctx.on_failure):
+            return *backward(grad, q, k, v, out, lse, kept, seed, *ctx.told), None
 
 
 def _kind(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> dict[str, Any]:

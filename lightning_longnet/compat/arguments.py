@@ -59,14 +59,27 @@ def given_to(owner: str, order: tuple[str, ...], arguments: tuple[Any, ...], nam
         configs, arguments = [arguments[0], *configs], arguments[1:]
     if len(arguments) > len(order):
         raise ValueError(f"{owner} takes {', '.join(order)} by place, and the rest by name, got {len(arguments)}")
-    by_place = dict(zip(order, arguments, strict=False))
+    by_place = {name: value for name, value in zip(order, arguments, strict=False) if value is not None}
     for config in configs:
         if not isinstance(config, RingAttentionConfig):
             raise ValueError(f"config must be a RingAttentionConfig, got {config!r}")
-        by_place |= config.given()
-    if twice := [name for name in by_place if found.get(name) is not None]:
+        said = config.given()
+        if not said["dropout"]:  # what it is where nobody says it
+            del said["dropout"]
+        _add(owner, by_place, said)
+    _add(owner, by_place, found)
+    for name, other in (("heads", "num_heads"), ("dim", "head_dim")):
+        if by_place.get(name, by_place.get(other)) != by_place.get(other, by_place.get(name)):
+            raise ValueError(f"{name} and {other} must be equal, got {by_place[name]} and {by_place[other]}")
+    return by_place
+
+
+def _add(owner: str, told: dict[str, Any], said: dict[str, Any]) -> None:
+    """To what was told; nothing is told twice."""
+    said = {name: value for name, value in said.items() if value is not None}
+    if twice := [name for name in said if told.get(name) is not None]:
         raise ValueError(f"{owner} was told {twice[0]} twice")
-    return {name: value for name, value in (by_place | found).items() if value is not None}
+    told |= said
 
 
 def settings_of(

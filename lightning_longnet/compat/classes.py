@@ -54,17 +54,24 @@ class RingAttention(DilatedAttention):
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """As `DilatedAttention`."""
-        if attention_mask is not None:
-            raise ValueError("attention_mask must be None: hand in key_padding_mask, documents, or another pattern")
-        if return_attention_weights:
-            raise ValueError("return_attention_weights must be False: the weights of N x N pairs are never held")
         check_ring_size(self, self.ring_size)
-        for name, wanted, found in (("heads", self.heads, query.shape[2]), ("dim", self.dim, query.shape[3])):
-            if wanted not in (None, found):
-                raise ValueError(
-                    f"query must have {name} {wanted}, as the layer was told, got shape {tuple(query.shape)}"
-                )
+        if fault := self._fault(query, attention_mask, return_attention_weights):
+            context = self.sequence_context
+            if context is not None and context.is_split:  # the other ranks wait for this one
+                context.shard_of(documents, key_padding_mask).check({}, fault=fault)
+            raise ValueError(fault)
         return super().forward(query, key, value, is_causal, documents=documents, key_padding_mask=key_padding_mask)
+
+    def _fault(self, query: Tensor, attention_mask: Tensor | None, return_attention_weights: bool) -> str:
+        if attention_mask is not None:
+            return "attention_mask must be None: hand in key_padding_mask, documents, or another pattern"
+        if return_attention_weights:
+            return "return_attention_weights must be False: the weights of N x N pairs are never held"
+        if query.dim() == 4:  # `attend` refuses others
+            for name, wanted, found in (("heads", self.heads, query.shape[2]), ("dim", self.dim, query.shape[3])):
+                if wanted not in (None, found):
+                    return f"query must have {name} {wanted}, as the layer was told, got shape {tuple(query.shape)}"
+        return ""
 
 
 class RingMultiheadAttention(MultiheadDilatedAttention):
@@ -103,7 +110,7 @@ def _ring_size(given: dict[str, Any]) -> int | None:
 def check_ring_size(layer: AttentionLayer, ring_size: int | None) -> None:
     """The same number on all ranks, and so an error on all of them."""
     context = layer.sequence_context
-    ranks = context.sequence_parallel_size if context is not None and context.is_split else 1
+    ranks = context.sequence_parallel_size if context is not None else 1  # within `whole()`, too
     if ring_size not in (None, ranks):
         raise ValueError(
             f"ring_size must be the number of ranks that share a sequence, {ranks} here, got {ring_size}: "

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from brute import Shown
 from pool import Pool
 
-from lightning_longnet import Guard, Pattern, SequenceShard
+from lightning_longnet import Guard, LongNet, LongNetConfig, Pattern, SequenceShard, attend
 from lightning_longnet.attention import guard as guards
 from lightning_longnet.attention.kernels import eager, sdpa
 
@@ -212,3 +212,63 @@ def test_whole_sequences_on_each_of_many_ranks_are_no_secret(pool):
         "WARNING: 8 ranks are connected, and attention is given whole sequences on each: a strategy or hand_down "
         "splits them"
     ]
+
+
+@pytest.mark.parametrize("recompute", ["everything", "all but attention"])
+def test_a_preflight_is_no_part_of_what_is_computed_again(recompute):
+    config = {"vocab_size": 16, "dim": 16, "layers": 2, "heads": 2, "pattern": PATTERN}
+    model = LongNet(LongNetConfig(**config, preset="production", recompute=recompute))
+    model(torch.arange(16)[None]).square().mean().backward()
+    assert model.guard.counts == NOTHING | {"preflights": 1}
+
+
+def test_under_autocast_the_kernels_are_tried_in_its_dtype():
+    with Lines() as log, torch.autocast("cpu", torch.bfloat16):
+        guard = Guard()
+        guard.attend(*drawn(torch.float32)[:3], PATTERN)
+        guard.attend(*drawn(torch.bfloat16)[:3], PATTERN)
+    assert "preflight on cpu, bfloat16," in log.found[0]
+    assert guard.counts == NOTHING | {"preflights": 1}
+
+
+def first_alone(group):
+    shard, guard = SequenceShard(group, LENGTH // 2), Guard()
+    if group.rank() == 0:
+        guard.attend(*drawn()[:3], PATTERN, is_placed=True)
+    stepped(shard, guard, shard.tokens())
+    return guard.counts["preflights"]
+
+
+def test_a_verdict_of_one_rank_alone_is_not_agreed_on(pool):
+    assert pool.run(2, first_alone) == [2, 1]
+
+
+def wrong_first(group, name, value):
+    shard, guard = SequenceShard(group, LENGTH // 2), Guard()
+    q, k, v, _ = (x[:, shard.tokens()] for x in drawn())
+    with pytest.raises(ValueError, match=r".") as told:
+        guard.attend(q, k, v, PATTERN, shard=shard, **({name: value} if group.rank() else {}))
+    stepped(shard, guard, shard.tokens())
+    return str(told.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("kernel", "reference"), ("mix", "vague"), ("scale", -1.0)])
+def test_arguments_of_one_rank_that_are_wrong_are_told_on_all(pool, name, value):
+    other, own = pool.run(2, wrong_first, name, value)
+    assert own.startswith(f"{name} must ")
+    assert other.startswith("rank 1 of the group was given arguments that do not fit")
+
+
+def failing_unguarded(group, what):
+    shard, guard = SequenceShard(group, LENGTH), Guard()
+    stepped(shard, guard, shard.tokens())
+    q, k, v, grad = drawn()
+    q.requires_grad_()
+    with pytest.raises(RuntimeError, match="broken"), patch.object(sdpa, what, side_effect=RuntimeError("broken")):
+        attend(q, k, v, PATTERN, shard=shard).backward(grad)
+    return guard.counts
+
+
+@pytest.mark.parametrize("what", ["forward", "backward"])
+def test_failures_of_calls_without_the_guard_are_not_its_own(pool, what):
+    assert pool.run(1, failing_unguarded, what) == [NOTHING | {"preflights": 1}]

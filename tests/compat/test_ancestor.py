@@ -170,6 +170,8 @@ def test_what_has_another_meaning_is_refused():
         ({"apply_hilbert_to_kv": False, **BRANCHES}, "apply_hilbert_to_kv must be True, got False"),
         ({"embed_dim": 25, "heads": 4, **BRANCHES}, "embed_dim must be heads times dim, got 25, 4 and None"),
         ({"config": compat.RingAttentionConfig(**BRANCHES), **BRANCHES}, "was told segment_lengths twice"),
+        ({"heads": 4, "num_heads": 2, **BRANCHES}, "heads and num_heads must be equal, got 4 and 2"),
+        ({"dim": 4, "head_dim": 2, **BRANCHES}, "dim and head_dim must be equal, got 4 and 2"),
         ({"config": 3, **BRANCHES}, "config must be a RingAttentionConfig, got 3"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -256,3 +258,47 @@ def test_a_ring_size_is_held_to_or_refused_on_all_ranks(pool):
         torch.testing.assert_close(out, truth[:, at])
     for found in pool.run(2, on_ranks, 4):
         assert "ring_size must be the number of ranks that share a sequence, 2 here, got 4" in found
+
+
+def test_a_configuration_and_arguments_beside_it_say_each_thing_once():
+    ring, config = compat.RingDilatedAttentionHybrid, compat.RingAttentionConfig(**BRANCHES)
+    assert ring(config=config, dropout=0.1).dropout == 0.1
+    with pytest.raises(ValueError, match="was told dropout twice"):
+        ring(config=compat.RingAttentionConfig(**BRANCHES, dropout=0.2), dropout=0.1)
+    with pytest.raises(ValueError, match="was told segment_lengths twice"):
+        ring([4], [1], config=config)
+
+
+def wrong_on_the_last(group, given):
+    from contexts import made
+
+    layer = compat.RingDilatedAttentionHybrid(**BRANCHES, heads=4)
+    context = made(group)
+    hand_down(layer, context)
+    parts = [context.split({"x": x}, {"x": 1})["x"] for x in drawn(heads=2 if "heads" in given and group.rank() else 4)]
+    given = {name: value for name, value in given.items() if name != "heads"}
+    with pytest.raises(ValueError, match=r".") as told:
+        layer(*parts, **(given if group.rank() else {}))
+    return str(told.value)
+
+
+@pytest.mark.parametrize("given", [{"heads": 2}, {"attention_mask": 0}, {"return_attention_weights": True}])
+def test_what_is_refused_on_one_rank_is_told_on_all(pool, given):
+    other, own = pool.run(2, wrong_on_the_last, given)
+    assert re.match("query must have heads 4|attention_mask must be|return_attention_weights must be", own)
+    assert other.startswith("rank 1 of the group was given arguments that do not fit")
+
+
+def whole_on_ranks(group):
+    from contexts import made
+
+    layer = compat.RingDilatedAttentionHybrid(**BRANCHES, ring_size=2)
+    context = made(group)
+    hand_down(layer, context)
+    with context.whole():
+        return layer(*drawn())
+
+
+def test_a_ring_may_be_given_whole_sequences(pool):
+    for found in pool.run(2, whole_on_ranks):
+        torch.testing.assert_close(found, attend(*drawn(), PATTERN))

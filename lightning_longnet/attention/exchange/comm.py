@@ -83,7 +83,7 @@ class Comm:
 
     `shard` is the number by which all ranks know whose messages these are.  `traffic` counts what this one sent; the
     shards of a `SequenceContext` share theirs.  `failure` tells what it did not finish; `on_failure`, where there is
-    one, is told of it with the error, which it may add to.
+    one, is told of it with the error, which it may add to: that of a call hears of its forward and its backward.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -105,6 +105,15 @@ class Comm:
     @property
     def waited_seconds(self) -> float:
         return self.traffic.waited_seconds
+
+    @contextmanager
+    def heard(self, on_failure: Callable[[BaseException, str], None] | None) -> Iterator[None]:
+        """In here failures are told to this one."""
+        kept, self.on_failure = self.on_failure, on_failure
+        try:
+            yield
+        finally:
+            self.on_failure = kept
 
     @contextmanager
     def finished(self, what: str) -> Iterator[None]:
