@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lightning_longnet.attention import operators, sharded
+from lightning_longnet.attention.exchange.comm import Comm, Traffic
 from lightning_longnet.attention.pattern import Pattern
 from lightning_longnet.attention.shard import SHARDS, SequenceShard, numbered
 from lightning_longnet.sequence.context import SequenceContext
@@ -36,6 +37,14 @@ class Remote(NamedTuple):
     is_swap: bool
 
 
+class Unconnected(Comm):
+    """Nobody is at the other end: nothing is sent, and nothing fails."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks, self.shard = rank, ranks, 0
+        self.traffic, self.failure, self.on_failure = Traffic(), "", None
+
+
 class PlannedShard(SequenceShard):
     """What a rank would know of the others; there is nobody to ask."""
 
@@ -43,6 +52,7 @@ class PlannedShard(SequenceShard):
         self.placement, self.rank, self.remote = placement, rank, remote
         self.cuts, self._borders, self.key_padding_mask = [(0, placement.length)], None, None
         self._made = {}
+        self.comm = Unconnected(rank, placement.ranks)
         self.number = numbered(self)
 
     def check(self, call: Mapping[str, Any], beside: Mapping[str, Any] | None = None, fault: str = "") -> None:
