@@ -102,9 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 narrow = grad.to(dtype)
                 if dhidden is not None:
                     dhidden[rows] = (narrow @ factor).masked_fill_(is_left_out, 0)
-                if dweight is not None and dtype == wide:
-                    dweight.addmm_(narrow.T, here)
-                elif dweight is not None:
+                if dweight is not None:
                     dweight += narrow.T @ here
         ctx.save_for_backward(dhidden, dweight, dbias)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
