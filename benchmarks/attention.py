@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py --torchscale ~/src/torchscale --dilated-attention-pytorch ~/src/dilated
     python benchmarks/attention.py --device cuda    # each of our kernels, and dense attention
-    python benchmarks/attention.py --table          # the committed result, as the README shows it
+    python benchmarks/attention.py --table          # the committed result, as the pages show it
 
 Each round runs every participant once, so that a slow moment of the machine falls on all; medians over the rounds.
 Peak memory is what torch's allocator held beyond the inputs and the incoming gradient: on a CPU read off a profiler's

@@ -1,7 +1,7 @@
 """Attention to a tenth of the blocks of LongNet's segments, beside flash attention to all of them.
 
     python benchmarks/block_sparse.py
-    python benchmarks/block_sparse.py --table          # the committed result, as the README shows it
+    python benchmarks/block_sparse.py --table          # the committed result, as the pages show it
 
 All are measured in turn, round by round, each with the kernel that `attend` chooses for it.  Peaks are of torch's
 allocator in a forward and backward, beyond what is there before; "scores" holds all scores of each segment, and is

@@ -1,7 +1,7 @@
 """What a pool of exchange buffers could gain: at most what all memory gains where none is given back to the system.
 
     python benchmarks/buffers.py
-    python benchmarks/buffers.py --table           # the committed result, as the README shows it
+    python benchmarks/buffers.py --table           # the committed result, as the pages show it
 
 A pool keeps what was freed, so that the next round finds its pages there.  glibc does that for every tensor where it is
 told to (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`), so steps of a ring with and without bound from above what

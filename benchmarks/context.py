@@ -1,7 +1,7 @@
 """Perplexity against the length of the context, at equal tokens: LongNet's own figure, small.
 
     python benchmarks/context.py
-    python benchmarks/context.py --table            # the committed result, as the README shows it
+    python benchmarks/context.py --table            # the committed result, as the pages show it
 
 One byte-level model for each length, of the same size and start, is trained on as many bytes of the standard library's
 sources, in steps of as many tokens; all are then told the same held-out bytes, in sequences of their own length.

@@ -1,7 +1,7 @@
 """Dilated attention over ranks: what each exchange costs beside the same blocks without any, and beside dense rings.
 
     python benchmarks/exchange.py
-    python benchmarks/exchange.py --table            # the committed result, as the README shows it
+    python benchmarks/exchange.py --table            # the committed result, as the pages show it
     python benchmarks/exchange.py --long             # 65,536 tokens on two ranks, where a dense ring takes minutes
     python benchmarks/exchange.py --peer             # adds ring-attention-pytorch at the smallest size: minutes, too
 

@@ -3,7 +3,7 @@
     python benchmarks/family.py
     python benchmarks/family.py --case 2 8192        # some rows of it again: ranks and tokens
     python benchmarks/family.py --memory             # the second table alone
-    python benchmarks/family.py --table              # the committed result, as the README shows it
+    python benchmarks/family.py --table              # the committed result, as the pages show it
 
 Every rank is a process of one thread on this machine, and messages go over gloo.  Each round runs every preset once, a
 forward and a backward, all ranks together, and begins with another one; a step takes as long as its slowest rank.

@@ -1,7 +1,7 @@
 """What a Hilbert curve through a grid changes: how compact segments are, what a small model learns, what it costs.
 
     python benchmarks/ordering.py
-    python benchmarks/ordering.py --table          # the committed result, as the README shows it
+    python benchmarks/ordering.py --table          # the committed result, as the pages show it
 
 The task: an image of noise shows two red marks and two blue ones.  In one class each blue mark is near a red one, in
 the other none is.  No patch tells it, and segments are shorter than the image.  Both models begin with the same

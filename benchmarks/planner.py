@@ -2,7 +2,7 @@
 
     python benchmarks/planner.py calibrated        # the configurations that its constants were found with
     python benchmarks/planner.py others            # and others
-    python benchmarks/planner.py --table           # the committed result, as the README shows it
+    python benchmarks/planner.py --table           # the committed result, as the pages show it
 
 Runs are trained for some steps by processes of one thread each, once under torch's profiler, whose events of memory
 tell the peak of each rank's tensors, and once without, for the time of a step.

@@ -1,7 +1,7 @@
 """What a pattern can reach: recall over a distance that is longer than the tokens of one rank.
 
     python benchmarks/recall.py
-    python benchmarks/recall.py --table            # the committed result, as the README shows it
+    python benchmarks/recall.py --table            # the committed result, as the pages show it
 
 What was shown is to be repeated after a distance.  The same small model is trained twice on two processes that share
 every sequence, with `ring_sequence_parallel`: once with dilated segments up to the whole sequence, once with local

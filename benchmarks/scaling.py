@@ -1,7 +1,7 @@
 """What each rank would send, for worlds of up to 16,384 ranks: worked out in one process, with no process group.
 
 python benchmarks/scaling.py
-python benchmarks/scaling.py --table            # the committed result, as the README shows it
+python benchmarks/scaling.py --table            # the committed result, as the pages show it
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the strategy costs where nothing is split: a training step over that of Lightning's own strategy.
 
     python benchmarks/strategy.py
-    python benchmarks/strategy.py --table            # the committed result, as the README shows it
+    python benchmarks/strategy.py --table            # the committed result, as the pages show it
 
 Each round trains the same model for some steps under every participant in turn, in the same processes of one thread
 each; a step's time is from its batch's hand-over to the end of the optimiser's step.  Beside it stand the calls of

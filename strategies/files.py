@@ -38,7 +38,13 @@ def _by_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) ->
     if not all(isinstance(each, int) for each in saved):
         return state
     names = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in module.named_parameters()}
-    ours = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if strange := [tuple(parameter.shape) for parameter in held if id(parameter) not in names]:
+        raise ValueError(
+            "a checkpoint in one file is read by the names of the module's parameters, and the optimizer holds some "
+            f"that it has not, the first of shape {strange[0]}"
+        )
+    ours = [names[id(parameter)] for parameter in held]
     if len(saved) != len(ours):
         raise ValueError(
             f"the checkpoint's optimizer must have as many parameters as this one, {len(ours)}, got {len(saved)}"

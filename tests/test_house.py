@@ -1,4 +1,4 @@
-"""The house's own laws: who may import whom, that configs load, that the README's code runs."""
+"""The house's own laws: who may import whom, that configs load, that pages say what is so."""
 
 import ast
 import csv
@@ -203,22 +203,23 @@ def test_every_config_is_accepted_by_the_program_it_names():
         assert "segment_length: 2048" in shown or path.stem == "1b_tokens", path
 
 
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+
+
 def code_blocks(page):
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "MIGRATING.md"])
+@pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page)])
 @pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",  # its advice
     "ignore:.*LeafSpec.*:FutureWarning",  # what it uses of torch
 )
 def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = code_blocks(page)
-    assert blocks
     names = {}
     try:
-        for block in blocks:
+        for block in code_blocks(page):
             exec(compile(block, page, "exec"), names)
             _leave_group()
     finally:
@@ -231,12 +232,28 @@ def _leave_group():
         torch.distributed.destroy_process_group()
 
 
-def test_the_readmes_tree_names_every_file():
-    tree = (ROOT / "README.md").read_text()
+def anchors(page):
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            found = (ROOT / page).parent / path if path else ROOT / page
+            assert found.exists(), f"{page} links to {target}"
+            assert not anchor or anchor in anchors(found), f"{page} links to {target}"
+
+
+def test_the_tree_names_every_file():
+    tree = (ROOT / "CONTRIBUTING.md").read_text()
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
     files = [Path(name) for name in tracked if name.endswith((".py", ".yaml")) and not name.startswith((".", "tests/"))]
     missing = [str(f) for f in files if f.name not in tree and f.name != "__init__.py"]
-    assert not missing, f"the README's tree does not name {missing}"
+    assert not missing, f"the tree of CONTRIBUTING.md does not name {missing}"
 
 
 def test_nothing_names_a_sibling_folder_or_a_registry_host():
@@ -305,15 +322,16 @@ def benchmark(*arguments, name="attention"):
     return found.stdout
 
 
-def test_the_readme_shows_the_committed_measurements():
-    readme, folder = (ROOT / "README.md").read_text(), ROOT / "benchmarks"
+def test_pages_show_the_committed_measurements():
+    folder = ROOT / "benchmarks"
+    pages = [(ROOT / page).read_text() for page in ("README.md", "docs/measurements.md")]
     commands = [[path, "--table"] for path in sorted(folder.glob("*.py")) if '"--table"' in path.read_text()]
     assert len(commands) >= 7
     commands.append([folder / "attention.py", "--table", "--out", folder / "results/conditions-cpu.json"])
     for words, (status, shown) in zip(commands, programs(commands), strict=True):
         assert status == 0
         assert "not measured" not in shown, words
-        assert shown in readme, words
+        assert any(shown in page for page in pages), words
 
 
 @pytest.mark.long

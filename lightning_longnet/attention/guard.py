@@ -48,8 +48,9 @@ class Guard:
 
     Before the first call of a kind each kernel is tried on a few tokens, forward and backward, and compared with the
     equation; one that raises, or is wrong, is not used on any of the ranks that share sequences, which agree on it.
-    The next kernel that serves replaces it.  The memory that is free is compared with what the call's results need at
-    the least, and where that is too little on one rank, all of them end before the first step.
+    The next kernel that serves replaces it.  The memory that is free is compared with what that call's results need at
+    the least, and where that is too little on one rank, all of them end before the first step.  Later calls of the kind
+    are not looked at again, longer ones neither.
 
     An error in the middle of a step ends all ranks: that of one is told with advice, the others' with whom they waited
     for.  Nothing is guessed and no call is repeated on fewer devices.

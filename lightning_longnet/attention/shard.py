@@ -68,7 +68,7 @@ class SequenceShard:
         pieces = [None if x is None or fault else pieces_of(x) for x in (documents, key_padding_mask)]
         self.number = numbered(self)
         header = [
-            -1 if fault else length,
+            0 if fault else length,
             _KINDS.index(placement) if not fault else -1,
             *(-1 if x is None else len(x) for x in pieces),
             int(check == "always"),
@@ -76,7 +76,7 @@ class SequenceShard:
             torch.get_num_threads(),
             self.number,
         ]
-        headers = self._everywhere(header, "makes a shard")
+        headers = self._everywhere(header, "makes a shard", fault)
         self._agree(headers, fault)
         self.placement = Placement(tuple(h[0] for h in headers), placement)
         self.threads = max(h[7] for h in headers)
@@ -137,13 +137,11 @@ class SequenceShard:
         before = {"number of the shard": self.comm.shard, "number of calls before": self.calls}
         values = {**before, **call, **(beside or {})}
         words = [int.from_bytes(sha256(str(value).encode()).digest()[:7], "big") for value in values.values()]
-        everywhere = self._everywhere([int(bool(fault)), *words], "compares a call")
+        everywhere = self._everywhere(words, "compares a call", fault)
         if fault:
             return
-        if wrong := [r for r, found in enumerate(everywhere) if found[0]]:
-            raise ValueError(_elsewhere(wrong[0]))
-        for i, (name, value) in enumerate(values.items(), 1):
-            if others := [r for r, found in enumerate(everywhere) if found[i] != words[i - 1]]:
+        for i, (name, value) in enumerate(values.items()):
+            if others := [r for r, found in enumerate(everywhere) if found[i] != words[i]]:
                 told = f"{value!r} on rank {self.rank}, and something else on rank {others[0]}"
                 raise ValueError(f"{name} must be equal on all ranks of a shard, got {told}")
         self._known.add(kind)
@@ -153,21 +151,24 @@ class SequenceShard:
 
         With a `fault` the rank raises an error of its own, and says nothing: the others are told of that.
         """
-        everywhere = self._everywhere([int(bool(fault)), *words], "agrees on kernels")
-        if not fault and (wrong := [r for r, found in enumerate(everywhere) if found[0]]):
-            raise ValueError(_elsewhere(wrong[0]))
-        return [found[1 : 1 + len(words)] for found in everywhere]
+        return [found[: len(words)] for found in self._everywhere(list(words), "agrees on kernels", fault)]
 
-    def _everywhere(self, words: list[int], what: str) -> list[list[int]]:
-        """Of each rank, where all do the same; the wrong ones of two that do not would read each other's words."""
+    def _everywhere(self, words: list[int], what: str, fault: str) -> list[list[int]]:
+        """Of each rank, where all do the same; the wrong ones of two that do not would read each other's words.
+
+        A rank with a `fault` is told nothing, as it raises its own error; the others hear of it, whatever they do.
+        """
         kinds = "makes a shard", "compares a call", "agrees on kernels"
-        padded = [kinds.index(what), *words] + [0] * (_WORDS - 1 - len(words))
+        padded = [kinds.index(what), int(bool(fault)), *words] + [0] * (_WORDS - 2 - len(words))
         assert len(padded) == _WORDS
         found: list[list[int]] = self._gathered(torch.tensor(padded), what).tolist()
-        if others := [r for r, each in enumerate(found) if each[0] != padded[0]]:
-            told = f"rank {self.rank} of the group {what}, rank {others[0]} {kinds[found[others[0]][0]]}"
-            raise ValueError(f"all ranks of a group must do the same, in one order: {told}")
-        return [each[1:] for each in found]
+        if not fault:
+            if wrong := [r for r, each in enumerate(found) if each[1]]:
+                raise ValueError(_elsewhere(wrong[0]))
+            if others := [r for r, each in enumerate(found) if each[0] != padded[0]]:
+                told = f"rank {self.rank} of the group {what}, rank {others[0]} {kinds[found[others[0]][0]]}"
+                raise ValueError(f"all ranks of a group must do the same, in one order: {told}")
+        return [each[2:] for each in found]
 
     def _gathered(self, own: Tensor, what: str) -> Tensor:
         device = "cuda" if dist.get_backend(self.comm.group) == "nccl" else "cpu"
@@ -177,8 +178,6 @@ class SequenceShard:
         """Raise what is wrong anywhere, on every rank."""
         if fault:
             raise ValueError(fault)
-        if wrong := [r for r, h in enumerate(headers) if h[0] < 0]:
-            raise ValueError(_elsewhere(wrong[0]))
         names: tuple[tuple[str, Sequence[Any]], ...] = (
             ("placement", _KINDS),
             ("rows of documents", ()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import is_dataclass
 from typing import Any
 
 from lightning_longnet.attention.guard import Guard
@@ -47,7 +48,8 @@ WITHOUT_GATE = dict.fromkeys(("gamma_init", "gate_bias", "gate_temperature"), "i
 _SPARSE = ("sparse_pattern_config", "sparse_config", "sparsity_config")
 _ALIASES = {"head_dim": "dim", "num_heads": "heads"}
 _ACTING = ("segment_lengths", "dilation_rates", "dropout", "ring_size", "dim", "heads", "embed_dim", *_ALIASES)
-_ACTING += ("attention_scale", "enable_error_recovery", "use_hilbert", "apply_hilbert_to_kv", *_SPARSE)
+_SWITCHES = ("enable_error_recovery", "use_hilbert", "apply_hilbert_to_kv")
+_ACTING += ("attention_scale", *_SWITCHES, *_SPARSE)
 _ACTING += ("sparsity_ratio", "block_size")
 
 
@@ -55,7 +57,7 @@ def given_to(owner: str, order: tuple[str, ...], arguments: tuple[Any, ...], nam
     """All that was said, by its name: in a configuration, in this order, or by name."""
     found = dict(named)
     configs = [found.pop(name) for name in ("config", "ring_attention_config") if found.get(name) is not None]
-    if arguments and not isinstance(arguments[0], (list, tuple, int)):
+    if arguments and (isinstance(arguments[0], dict) or is_dataclass(arguments[0])):
         configs, arguments = [arguments[0], *configs], arguments[1:]
     if len(arguments) > len(order):
         raise ValueError(f"{owner} takes {', '.join(order)} by place, and the rest by name, got {len(arguments)}")
@@ -96,6 +98,9 @@ def settings_of(
     for name in ("segment_lengths", "dilation_rates"):
         if name not in given:
             raise ValueError(f"{owner} needs {name}, a sequence of integers")
+    for name in _SWITCHES:
+        if not isinstance(given.get(name, True), bool):
+            raise ValueError(f"{name} must be True or False, got {given[name]!r}")
     if not given.get("apply_hilbert_to_kv", True):
         raise ValueError("apply_hilbert_to_kv must be True, got False: queries and keys stand on one line")
     found = row.settings()

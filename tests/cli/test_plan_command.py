@@ -81,13 +81,13 @@ def test_pictures_are_drawn(capsys, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
-def test_the_readme_shows_the_scale_as_it_is(capsys):
-    assert told(capsys, "--scale").strip() in (ROOT / "README.md").read_text()
+def test_a_page_shows_the_scale_as_it_is(capsys):
+    assert told(capsys, "--scale").strip() in (ROOT / "docs/measurements.md").read_text()
 
 
-def test_the_readme_shows_what_the_command_prints(capsys):
-    readme = (ROOT / "README.md").read_text()
-    command, shown = re.search(r"```\n\$ longnet (plan [^\n]*)\n(.*?)```", readme, flags=re.DOTALL).groups()
+def test_a_page_shows_what_the_command_prints(capsys):
+    page = (ROOT / "docs/planning.md").read_text()
+    command, shown = re.search(r"```\n\$ longnet (plan [^\n]*)\n(.*?)```", page, flags=re.DOTALL).groups()
     words = [str(ROOT / word) if word.startswith("configs/") else word for word in command.split()[1:]]
     assert told(capsys, *words) == shown
 

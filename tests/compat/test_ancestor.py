@@ -4,6 +4,7 @@ import re
 import warnings
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 import torch
 
@@ -173,6 +174,9 @@ def test_what_has_another_meaning_is_refused():
         ({"heads": 4, "num_heads": 2, **BRANCHES}, "heads and num_heads must be equal, got 4 and 2"),
         ({"dim": 4, "head_dim": 2, **BRANCHES}, "dim and head_dim must be equal, got 4 and 2"),
         ({"config": 3, **BRANCHES}, "config must be a RingAttentionConfig, got 3"),
+        ({"use_hilbert": "false", **BRANCHES}, "use_hilbert must be True or False, got 'false'"),
+        ({"enable_error_recovery": "no", **BRANCHES}, "enable_error_recovery must be True or False, got 'no'"),
+        ({"apply_hilbert_to_kv": 0, **BRANCHES}, "apply_hilbert_to_kv must be True or False, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             ring(**given)
@@ -221,6 +225,9 @@ def test_multihead_arguments_act_or_are_refused_or_warn():
     for name, (value, message) in MULTIHEAD_REFUSED.items():
         with pytest.raises(ValueError, match=message):
             ring(24, 4, **BRANCHES, **{name: value})
+    for wrong in (24.0, np.int64(24)):
+        with pytest.raises(ValueError, match="embed_dim must be a positive integer, got"):
+            ring(wrong, 4, **BRANCHES)
     for name in arguments.WITHOUT_GATE:
         with pytest.warns(UserWarning, match=f"no use for {name}: it has no gate"):
             ring(24, 4, **BRANCHES, **{name: 2.0})
@@ -269,10 +276,10 @@ def test_a_configuration_and_arguments_beside_it_say_each_thing_once():
         ring([4], [1], config=config)
 
 
-def wrong_on_the_last(group, given):
+def wrong_on_the_last(group, name, given):
     from contexts import made
 
-    layer = compat.RingDilatedAttentionHybrid(**BRANCHES, heads=4)
+    layer = getattr(compat, name)(**BRANCHES, heads=4)
     context = made(group)
     hand_down(layer, context)
     parts = [context.split({"x": x}, {"x": 1})["x"] for x in drawn(heads=2 if "heads" in given and group.rank() else 4)]
@@ -283,8 +290,9 @@ def wrong_on_the_last(group, given):
 
 
 @pytest.mark.parametrize("given", [{"heads": 2}, {"attention_mask": 0}, {"return_attention_weights": True}])
-def test_what_is_refused_on_one_rank_is_told_on_all(pool, given):
-    other, own = pool.run(2, wrong_on_the_last, given)
+@pytest.mark.parametrize("name", ["RingDilatedAttentionHybrid", "RingDilatedAttentionProduction"])  # the latter guarded
+def test_what_is_refused_on_one_rank_is_told_on_all(pool, name, given):
+    other, own = pool.run(2, wrong_on_the_last, name, given)
     assert re.match("query must have heads 4|attention_mask must be|return_attention_weights must be", own)
     assert other.startswith("rank 1 of the group was given arguments that do not fit")
 

@@ -22,6 +22,7 @@ from trained import (
 
 from lightning_longnet import sequence_context
 from lightning_longnet.strategies import RingSequenceParallelStrategy
+from lightning_longnet.strategies.files import load_file
 
 TWO_EPOCHS = {"samples": samples(24), "micro_batches": 6, "epochs": 2}
 DEEPSPEED = {**FLOAT32, "optimizer": adamw}  # its universal format knows the states of Adam alone
@@ -76,6 +77,15 @@ def test_fsdp2_may_save_one_file(trainers, wanted, tmp_path):
     started(setting).load_state_dict({name.removeprefix("model."): x for name, x in weights.items()})
     for found in trainers.run(2, resume_one_file, setting, str(path)):
         compare(found, (losses[4:], parameters), 1e-9)
+
+
+def test_one_file_is_refused_for_parameters_without_a_name(tmp_path):
+    module = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW([*module.parameters(), torch.nn.Parameter(torch.zeros(5))])
+    path = tmp_path / "held.ckpt"
+    torch.save({"state_dict": module.state_dict(), "optimizer_states": [optimizer.state_dict()]}, path)
+    with pytest.raises(ValueError, match=r"holds some that it has not, the first of shape \(5,\)"):
+        load_file(path, module, [optimizer], strict=True, weights_only=True)
 
 
 class Both(Module):
