@@ -1,7 +1,8 @@
-"""What a training step of a LongNet holds in memory, against the length; and its loss beside the plain one.
+"""What a step holds in memory: of a LongNet against the length, of its loss beside the plain one, on ranks of a ring.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py --table            # the committed result, as the README shows it
+    python benchmarks/memory.py --table            # the committed result, as the pages show it
+    python benchmarks/memory.py --ring             # measures the ranks of a ring alone, and keeps the rest
 
 Peaks are of torch's allocator, beyond what is there before: parameters are not counted, gradients are.
 """
@@ -15,10 +16,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from machine import allocated, described
+from ranks import on_ranks
 
-from lightning_longnet import LongNet, LongNetConfig, Pattern, chunked_cross_entropy
+from lightning_longnet import LongNet, LongNetConfig, Pattern, SequenceShard, attend, chunked_cross_entropy
 
 WIDTH, VOCABULARY = 256, 50_257
 LOSSES = [("plain", 8192), ("chunked", 8192), ("chunked", 65536)]
@@ -29,6 +32,11 @@ SAVINGS: dict[str, dict[str, Any]] = {
     "all but attention": {"recompute": "all but attention"},
     "everything": {"recompute": "everything"},
     "all but attention, feed-forward in chunks": {"recompute": "all but attention", "feed_forward_chunk": 1024},
+}
+RANKS, OF_EACH, OF_HEADS, HEAD_DIM = [2, 3, 4, 5, 8], 1024, 4, 32
+RINGS = {
+    "dilated, the longest segment over 8 ranks": Pattern.dilated((512, 2048, 8192), (1, 4, 16), is_causal=True),
+    "dense": Pattern.dense(),
 }
 RESULT = Path(__file__).parent / "results" / "memory-cpu.json"
 
@@ -78,6 +86,31 @@ def model_row(name: str, savings: dict[str, Any], tokens: int) -> dict[str, Any]
     }
 
 
+def ring_row(name: str, exchange: str, ranks: int) -> dict[str, Any]:
+    peaks: list[int] = on_ranks(ranks, ring_peaks, name, exchange)
+    return {"pattern": name, "exchange": exchange, "ranks": ranks, "peak_mib": round(max(peaks) / 2**20, 2)}
+
+
+def ring_peaks(name: str, exchange: str) -> list[int]:
+    """Of a step on each rank, beyond its own queries, keys and values and the gradient that comes in."""
+    dist.init_process_group("gloo")
+    group = dist.group.WORLD
+    assert group is not None
+    shard = SequenceShard(group, OF_EACH)
+    q, k, v, grad = (torch.randn(1, OF_EACH, OF_HEADS, HEAD_DIM) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def call() -> None:
+        attend(q, k, v, RINGS[name], shard=shard, exchange=exchange).backward(grad)  # type: ignore[arg-type]
+
+    call()
+    for x in leaves:
+        x.grad = None
+    peaks = [0] * dist.get_world_size()
+    dist.all_gather_object(peaks, allocated(call))
+    return peaks
+
+
 def table(result: dict[str, Any]) -> str:
     lengths = sorted({row["tokens"] for row in result["model"]})
     lines = [
@@ -93,13 +126,24 @@ def table(result: dict[str, Any]) -> str:
         f"| {row['loss']} | {row['tokens']:,} | {row['peak_mib']:,.0f} MiB | {row['seconds']:.1f} |"
         for row in result["loss"]
     ]
+    lines += ["", "| pattern | exchange | " + " | ".join(f"{n} ranks" for n in RANKS) + " |"]
+    lines += ["|---" * (len(RANKS) + 2) + "|"]
+    for name, exchange in dict.fromkeys((row["pattern"], row["exchange"]) for row in result["ring"]):
+        peaks = [row["peak_mib"] for row in result["ring"] if (row["pattern"], row["exchange"]) == (name, exchange)]
+        lines.append(f"| {name} | {exchange} | " + " | ".join(f"{peak:.1f} MiB" for peak in peaks) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the committed result")
-    if not parser.parse_args().table:
+    parser.add_argument("--ring", action="store_true", help="measure the ranks of a ring alone")
+    options = parser.parse_args()
+    rings = [(name, exchange, n) for name in RINGS for exchange in ("ring", "gather") for n in RANKS]
+    if options.ring:
+        kept = json.loads(RESULT.read_text()) | {"ring": [ring_row(*each) for each in rings]}
+        RESULT.write_text(json.dumps(kept, indent=1) + "\n")
+    elif not options.table:
         result: dict[str, Any] = {
             "machine": described("cpu"),
             "width": WIDTH,
@@ -109,6 +153,7 @@ def main() -> None:
             "heads": HEADS,
             "loss": [loss_row(*each) for each in LOSSES],
             "model": [model_row(name, savings, n) for n in LENGTHS for name, savings in SAVINGS.items()],
+            "ring": [ring_row(*each) for each in rings],
         }
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(table(json.loads(RESULT.read_text())) if RESULT.exists() else "not measured")

@@ -12,11 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import os
-import socket
 import statistics
-import warnings
 from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
@@ -24,9 +20,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from machine import described
-from torch.multiprocessing.spawn import spawn
-from torch.profiler import ProfilerActivity, profile
+import torch.distributed as dist
+from machine import allocated, described
+from ranks import on_ranks
 from torch.utils.data import DataLoader
 
 from lightning_longnet import LongNetConfig, LongNetModule, Pattern, sequence_context
@@ -112,39 +108,20 @@ def train(told: dict[str, Any], steps: int) -> tuple[LongNetModule, list[float]]
     return module, begun.times[::many]
 
 
-def work(rank: int, ranks: int, port: int, told: dict[str, Any], is_profiled: bool, found: Any) -> None:
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(ranks),
-    }
-    if not is_profiled:
+def work(told: dict[str, Any], is_profiled: bool) -> list[Any]:
+    """Of each rank: its peak and what it sent in a step, or how long one takes."""
+    found: Any
+    if is_profiled:
+        modules: list[LongNetModule] = []
+        peak = allocated(lambda: modules.append(train(told, PROFILED)[0]))
+        found = peak, sequence_context(modules[0]).traffic.sent_bytes // PROFILED
+    else:
         begun = train(told, TIMED)[1]
-        found.put((rank, statistics.median(b - a for a, b in zip(begun[SKIPPED:], begun[SKIPPED + 1 :], strict=False))))
-        return
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        module, _ = train(told, PROFILED)
-    held = most = 0
-    events = [each for each in seen.profiler.kineto_results.events() if each.name() == "[memory]"]
-    for event in sorted(events, key=lambda each: each.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    found.put((rank, (most, sequence_context(module).traffic.sent_bytes // PROFILED)))
-
-
-def ran(told: dict[str, Any], is_profiled: bool) -> list[Any]:
-    """Of each rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    found = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    spawn(work, (told["ranks"], port, told, is_profiled, found), nprocs=told["ranks"])
-    return [each for _, each in sorted(found.get() for _ in range(told["ranks"]))]
+        found = statistics.median(b - a for a, b in zip(begun[SKIPPED:], begun[SKIPPED + 1 :], strict=False))
+    everywhere = [found] * told["ranks"]
+    if dist.is_initialized():
+        dist.all_gather_object(everywhere, found)
+    return everywhere
 
 
 @lru_cache(1)
@@ -178,13 +155,13 @@ def job_of(told: dict[str, Any]) -> Job:
 
 
 def measure(told: dict[str, Any]) -> dict[str, Any]:
-    profiled = ran(told, True)
+    profiled = on_ranks(told["ranks"], work, told, True)
     row = {
         "case": told,
         "planned": foretold(told),
         "peaks": [peak for peak, _ in profiled],
         "sent": [sent for _, sent in profiled],
-        "seconds": round(max(ran(told, False)), 4),
+        "seconds": round(max(on_ranks(told["ranks"], work, told, False)), 4),
     }
     print(row, flush=True)
     return row
