@@ -184,13 +184,12 @@ def test_sends_what_the_schedule_says(pool, exchange, dtype):
         assert messages == told.messages + (3 if exchange == "swap" else 0)
 
 
-def peak(group, exchange, tokens, is_causal):
+def peak(group, exchange, tokens, pattern):
     """The most that a rank's allocator held at once, beyond its inputs, of a step over all ranks."""
     shape = 1, tokens, 4, 32
     q, k, v, grad = (torch.randn(shape) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     shard = SequenceShard(group, tokens)
-    pattern = Pattern.dense(is_causal)
 
     def step():
         for x in leaves:
@@ -206,13 +205,22 @@ def peak(group, exchange, tokens, is_causal):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_ring_needs_no_more_memory_on_more_ranks(pool, is_causal):
     """Beside one chunk on its way: another of keys, the copy that is sent, and two of gradients, whatever the world."""
-    peaks = {world: max(pool.run(world, peak, "ring", 1024, is_causal)) for world in (2, 3, 5, 8)}
+    pattern = Pattern.dense(is_causal)
+    peaks = {world: max(pool.run(world, peak, "ring", 1024, pattern)) for world in (2, 3, 5, 8)}
     chunk = 2 * 1024 * 4 * 32 * 4
     assert all(peaks[world] <= 1.02 * (peaks[2] + 4 * chunk) for world in (3, 5, 8))
     if not is_causal:
         assert peaks[8] <= 1.02 * peaks[5]
-    gathered = max(pool.run(8, peak, "gather", 1024, is_causal))
+    gathered = max(pool.run(8, peak, "gather", 1024, pattern))
     assert gathered > peaks[8] + 5 * chunk
+
+
+def test_a_dilated_ring_needs_as_much_memory_on_any_number_of_ranks(pool):
+    """Within a tenth, though the longest segment spans all eight."""
+    pattern = Pattern.dilated((512, 2048, 8192), (1, 4, 16), is_causal=True)
+    peaks = {world: max(pool.run(world, peak, "ring", 1024, pattern)) for world in (2, 3, 5, 8)}
+    assert max(peaks.values()) <= 1.1 * min(peaks.values()), peaks
+    assert max(pool.run(8, peak, "gather", 1024, pattern)) > 1.2 * peaks[8]
 
 
 def checkpointed(group, way):
