@@ -101,7 +101,7 @@ def ring_peaks(name: str, exchange: str) -> list[int]:
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
     def call() -> None:
-        attend(q, k, v, RINGS[name], shard=shard, exchange=exchange).backward(grad)  # type: ignore[arg-type]
+        attend(q, k, v, RINGS[name], shard=shard, exchange=exchange).backward(grad)  # type: ignore[call-overload]
 
     call()
     for x in leaves:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from lightning_longnet.attention.attend import Mix  # noqa: TC001  for the command line's reading of types
+from lightning_longnet.attention.arguments import Mix  # noqa: TC001  for the command line's reading of types
 from lightning_longnet.attention.guard import Guard
 from lightning_longnet.attention.ordering import Ordering  # noqa: TC001
 from lightning_longnet.attention.pattern import Pattern, check_heads

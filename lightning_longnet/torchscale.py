@@ -30,7 +30,7 @@ from lightning_longnet.model import LongNet, LongNetConfig
 from lightning_longnet.vision import LongViT, LongViTConfig
 
 if TYPE_CHECKING:
-    from lightning_longnet.attention.attend import Mix
+    from lightning_longnet.attention.arguments import Mix
 
 _LAYER = "layers.0.self_attn.q_proj."
 _FIRST_POSITION = 2  # its learned positions begin there, as fairseq's do

@@ -40,6 +40,7 @@ ROOMS = [
     "schedule",
     "sequence_plan",
     "shard",
+    "arguments",
     "reordering",
     "sharded",
     "attend",

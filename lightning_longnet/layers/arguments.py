@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
-from lightning_longnet.attention.attend import Mix
+from lightning_longnet.attention.arguments import Mix
 from lightning_longnet.attention.kernels import kernel_names
 from lightning_longnet.attention.ordering import Ordering
 from lightning_longnet.attention.pattern import Branch, Pattern

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lightning_longnet.attention.attend import Mix  # noqa: TC001  for typing.get_type_hints
+from lightning_longnet.attention.arguments import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.attention.guard import Guard  # noqa: TC001
 from lightning_longnet.attention.ordering import Ordering  # noqa: TC001
 from lightning_longnet.attention.pattern import Pattern  # noqa: TC001

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_longnet.attention.attend import Mix  # noqa: TC001  for typing.get_type_hints
+from lightning_longnet.attention.arguments import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.attention.guard import Guard  # noqa: TC001
 from lightning_longnet.attention.ordering import Ordering  # noqa: TC001
 from lightning_longnet.attention.pattern import Pattern

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from lightning_longnet.attention.attend import Mix
+    from lightning_longnet.attention.arguments import Mix
     from lightning_longnet.attention.guard import Guard
     from lightning_longnet.attention.pattern import Pattern
 
