@@ -159,7 +159,7 @@ def work(ranks: int, tokens: int, factor: int, rounds: int, has_peer: bool = Fal
             {
                 "ranks": ranks,
                 "tokens": tokens,
-                "widths": f"{WIDTHS[0] * factor} to {WIDTHS[-1] * factor}",
+                "widths": _widths(factor),
                 "participant": name,
                 "step_seconds": round(step, 4),
                 "over_same_blocks": round(step / alone, 3),
@@ -202,6 +202,10 @@ def _title(case: tuple[int, int, str]) -> str:
     return f"{ranks} {'rank' if ranks == 1 else 'ranks'}, {tokens:,} tokens, segments {widths}"
 
 
+def _widths(factor: int) -> str:
+    return f"{WIDTHS[0] * factor} to {WIDTHS[-1] * factor}"
+
+
 def _rows(result: dict[str, Any], case: tuple[int, int, str]) -> list[dict[str, Any]]:
     return [r for r in result["rows"] if (r["ranks"], r["tokens"], r["widths"]) == case]
 
@@ -234,6 +238,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT, help="where to write the JSON; the plot stands beside it")
     parser.add_argument("--long", action="store_true", help="the long case, one round, to exchange-long-cpu.json")
     parser.add_argument("--peer", action="store_true", help="measure the peer, and add its row to the result at --out")
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of cases, to replace those at --out")
     parser.add_argument("--table", action="store_true", help="print the table of the result at --out, measure nothing")
     options = parser.parse_args()
     if options.long:
@@ -249,11 +254,16 @@ def main() -> None:
             result["rows"] += [row] if row["participant"] == PEER else []
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         return
-    result = {"machine": described("cpu"), "rows": []}
-    for case in LONG if options.long else CASES:
-        result["rows"] += measure(case, options.rounds)
-        for row in result["rows"][-6:]:
-            print(json.dumps(row), flush=True)
+    before = {"rows": []} if options.only is None else json.loads(options.out.read_text())
+    found: list[dict[str, Any]] = []
+    for number, case in enumerate(LONG if options.long else CASES):
+        stays = _rows(before, (case[0], case[1], _widths(case[2])))
+        if options.only is None or number in options.only:
+            measured = measure(case, options.rounds)
+            print(*map(json.dumps, measured), sep="\n", flush=True)
+            stays = measured + [r for r in stays if r["participant"] == PEER]
+        found += stays
+    result = {"machine": described("cpu"), "rows": found}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     draw(result, options.out.with_suffix(".png"))
 
