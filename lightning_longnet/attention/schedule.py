@@ -83,12 +83,12 @@ def _volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, sizes: 
     return [_swapped(layout, rank, sizes) if "swap" in way else Volume(*t) for way, t in zip(ways, totals, strict=True)]
 
 
-def branch_bytes(layout: Layout, exchanges: tuple[str, ...], rank: int, sizes: Sizes) -> tuple[int, ...]:
-    """What each branch adds to the bytes of those finer than it, whose rows travel once for all of them."""
+def branch_volumes(layout: Layout, exchanges: tuple[str, ...], rank: int, sizes: Sizes) -> tuple[Volume, ...]:
+    """What each branch adds to those finer than it, whose rows travel once for all of them."""
     many = len(exchanges)
     ways = [(*exchanges[:i], *("none",) * (many - i)) for i in range(many + 1)]
-    totals = [each.sent_bytes for each in _volumes(layout, ways, rank, sizes)]
-    return tuple(after - before for before, after in pairwise(totals))
+    totals = _volumes(layout, ways, rank, sizes)
+    return tuple(Volume(*(b - a for a, b in zip(*pair, strict=True))) for pair in pairwise(totals))
 
 
 def _counts(wanted: Wanted, groups: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], int]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from lightning_longnet.attention.pattern import Pattern
-from lightning_longnet.attention.schedule import Sizes, Volume, volume
+from lightning_longnet.attention.schedule import Sizes, Volume, branch_volumes, volume
 from lightning_longnet.callbacks.monitor import Monitor
 from lightning_longnet.sequence import sequence_context
 
@@ -80,13 +79,12 @@ class CommunicationMonitor(Monitor):
         rank, predicted = sequence_context(module).sequence_parallel_rank, 0
         by_branch = [0.0] * _BRANCHES
         for layout, exchanges, sizes, forwards, backwards in _alike(self._calls):
-            predicted += _predicted(layout, exchanges, sizes, rank, forwards, backwards)
+            predicted += _sent(_volume(layout, exchanges, rank, sizes), forwards, backwards)
             if not self._branches:
                 self._branches = layout.pattern.ordered()
             if layout.pattern.ordered() == self._branches and "swap" not in exchanges:
-                parts = _of_branches(layout, exchanges, sizes, rank, forwards, backwards)
-                for i, part in enumerate(parts[:_BRANCHES]):
-                    by_branch[i] += part
+                for i, each in enumerate(_branch_volumes(layout, exchanges, rank, sizes)[:_BRANCHES]):
+                    by_branch[i] += _sent(each, forwards, backwards)
         step = self._step | self._seconds
         own = [*(float(step[name]) for name in _COUNTED), float(self._steps), float(predicted), *by_branch]
         self._forget()
@@ -132,27 +130,9 @@ def _alike(calls: list[Any]) -> list[tuple[Layout, tuple[str, ...], Sizes, int, 
     return [(*kind, *many) for kind, many in found.items()]
 
 
-def _predicted(
-    layout: Layout, exchanges: tuple[str, ...], sizes: Sizes, rank: int, forwards: int, backwards: int
-) -> int:
-    told = _volume(layout, exchanges, rank, sizes)
-    # a checkpoint computes a forward again
+def _sent(told: Volume, forwards: int, backwards: int) -> int:
+    """A checkpoint computes a forward again."""
     return backwards * told.sent_bytes + (forwards - backwards) * told.forward_bytes
 
 
-def _of_branches(
-    layout: Layout, exchanges: tuple[str, ...], sizes: Sizes, rank: int, forwards: int, backwards: int
-) -> list[int]:
-    ordered, found, before = layout.pattern.ordered(), [], 0
-    for i in range(1, len(ordered) + 1):
-        pattern = Pattern(ordered[:i], layout.pattern.multiplicity)
-        own = layout._replace(pattern=pattern)
-        total = _predicted(own, exchanges[:i], sizes, rank, forwards, backwards)
-        found.append(total - before)
-        before = total
-    return found
-
-
-@lru_cache(64)
-def _volume(layout: Layout, exchanges: tuple[str, ...], rank: int, sizes: Sizes) -> Volume:
-    return volume(layout, exchanges, rank, sizes)
+_volume, _branch_volumes = lru_cache(64)(volume), lru_cache(64)(branch_volumes)

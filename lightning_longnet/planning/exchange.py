@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_longnet.attention.routes import crossings, head_parts, is_local, route
-from lightning_longnet.attention.schedule import Schedule, Volume, branch_bytes, schedule, volume, watched
+from lightning_longnet.attention.schedule import Schedule, Volume, branch_volumes, schedule, volume, watched
 from lightning_longnet.planning.standin import Remote
 
 if TYPE_CHECKING:
@@ -100,7 +100,9 @@ def _share(job: Job, layout: Layout, chosen: Schedule, rank: int, distinct: int,
         parts = [part for wanted in each.receives.values() for part in wanted.parts]
         rounds.append(Round(cells * cell, _pairs(parts)))
         kept, most = (kept + cells, most) if each.keeps else (kept, max(most, cells))
-    sent = (0,) * len(chosen.exchanges) if local else branch_bytes(layout, chosen.exchanges, rank, sizes)
+    sent = (0,) * len(chosen.exchanges)
+    if not local:
+        sent = tuple(each.sent_bytes for each in branch_volumes(layout, chosen.exchanges, rank, sizes))
     return Share(told, sent, _pairs(own.own), tuple(rounds), Remote(kept, most, False))
 
 
