@@ -185,14 +185,14 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(cases) + 1) + "|"]
     for name in dict.fromkeys(r["participant"] for r in result["rows"]):
         rows = [[r for r in _rows(result, case) if r["participant"] == name] for case in cases]
-        cells = [
-            f"{r[0]['step_seconds']:.2f} s, {r[0]['over_same_blocks']:.2f} x, {r[0]['sent_mib_most']:.1f} MiB"
-            if r
-            else ""
-            for r in rows
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(_cell(r[0]) if r else "" for r in rows) + " |")
     return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    found = f"{row['step_seconds']:.2f} s, {row['over_same_blocks']:.2f} x, {row['sent_mib_most']:.1f} MiB"
+    is_counted = row["participant"] in ("gather", "ring", "swap", "dense ring, zigzag") and row["ranks"] > 1
+    return f"{found}, {row['waited_share']:.0%}" if is_counted else found
 
 
 def _cases(result: dict[str, Any]) -> list[tuple[int, int, str]]:

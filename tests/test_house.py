@@ -329,6 +329,7 @@ def test_pages_show_the_committed_measurements():
     commands = [[path, "--table"] for path in sorted(folder.glob("*.py")) if '"--table"' in path.read_text()]
     assert len(commands) >= 7
     commands.append([folder / "attention.py", "--table", "--out", folder / "results/conditions-cpu.json"])
+    commands.append([folder / "exchange.py", "--table", "--long"])
     for words, (status, shown) in zip(commands, programs(commands), strict=True):
         assert status == 0
         assert "not measured" not in shown, words
