@@ -9,6 +9,24 @@ import torch
 from lightning_longnet.attention.kernels import products
 
 
+@pytest.fixture
+def slow_mkl(monkeypatch):
+    """A CPU of another maker, whatever this one is."""
+    monkeypatch.setattr(products, "_maker", lambda: "AuthenticAMD")
+    products._is_routed.cache_clear()
+    yield
+    products._is_routed.cache_clear()
+
+
+@pytest.mark.usefixtures("slow_mkl")
+def test_products_are_left_to_mkl_on_its_makers_cpus(monkeypatch):
+    assert products._is_routed() == products._is_exact()
+    products._is_routed.cache_clear()
+    monkeypatch.setattr(products, "_maker", lambda: "GenuineIntel")
+    assert not products._is_routed()
+
+
+@pytest.mark.usefixtures("slow_mkl")
 def test_products_are_routed_only_where_that_rounds_nothing():
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(300, 300, generator=generator) for _ in range(2))
@@ -18,6 +36,7 @@ def test_products_are_routed_only_where_that_rounds_nothing():
     assert error <= 4 * ((a @ b) - truth).abs().max()
 
 
+@pytest.mark.usefixtures("slow_mkl")
 def test_routing_is_undone_to_what_the_user_chose():
     setting = torch.backends.mkldnn.matmul
     assert setting.fp32_precision == "none"
@@ -38,12 +57,15 @@ def test_routing_is_undone_to_what_the_user_chose():
         setting.fp32_precision = "none"
 
 
+@pytest.mark.usefixtures("slow_mkl")
 def test_routing_stays_off_where_it_would_round(monkeypatch):
-    monkeypatch.setattr(products, "_routing_is_exact", lambda: False)
+    monkeypatch.setattr(products, "_is_exact", lambda: False)
+    products._is_routed.cache_clear()
     with products.routed_products():
         assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
+@pytest.mark.usefixtures("slow_mkl")
 def test_threads_that_come_and_go_leave_the_setting_as_it_was():
     setting = torch.backends.mkldnn.matmul
     inside = Barrier(4)
