@@ -220,7 +220,8 @@ def test_a_dilated_ring_needs_as_much_memory_on_any_number_of_ranks(pool):
     pattern = Pattern.dilated((512, 2048, 8192), (1, 4, 16), is_causal=True)
     peaks = {world: max(pool.run(world, peak, "ring", 1024, pattern)) for world in (2, 3, 5, 8)}
     assert max(peaks.values()) <= 1.1 * min(peaks.values()), peaks
-    assert max(pool.run(8, peak, "gather", 1024, pattern)) > 1.2 * peaks[8]
+    few, many = (max(pool.run(world, peak, "gather", 1024, pattern)) for world in (2, 8))
+    assert many > 1.1 * few  # what keeps all keys would not pass
 
 
 def checkpointed(group, way):
