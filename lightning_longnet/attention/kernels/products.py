@@ -26,11 +26,8 @@ def routed_products() -> Iterator[None]:
     if not _is_routed():
         yield
         return
-    _setting.enter()
-    try:
+    with _setting.routed():
         yield
-    finally:
-        _setting.leave()
 
 
 class _Setting:
@@ -39,20 +36,21 @@ class _Setting:
     def __init__(self) -> None:
         self._lock, self._inside, self._before = Lock(), 0, "none"
 
-    def enter(self) -> None:
+    @contextmanager
+    def routed(self) -> Iterator[None]:
         products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         with self._lock:
             if self._inside == 0:
                 self._before = products.fp32_precision
                 products.fp32_precision = "bf16"
             self._inside += 1
-
-    def leave(self) -> None:
-        products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                products.fp32_precision = self._before
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    products.fp32_precision = self._before
 
 
 _setting = _Setting()
@@ -74,12 +72,7 @@ def _maker() -> str:
 
 
 def _is_exact() -> bool:
-    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     a = torch.rand(256, 256, generator=torch.Generator().manual_seed(0)) - 0.5
     truth = a.double() @ a.double()
-    before = products.fp32_precision
-    products.fp32_precision = "bf16"
-    try:
+    with _setting.routed():
         return bool(((a @ a) - truth).abs().max() < 1e-5 * truth.abs().max())
-    finally:
-        products.fp32_precision = before

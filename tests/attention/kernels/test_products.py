@@ -67,7 +67,6 @@ def test_routing_stays_off_where_it_would_round(monkeypatch):
 
 @pytest.mark.usefixtures("slow_mkl")
 def test_threads_that_come_and_go_leave_the_setting_as_it_was():
-    setting = torch.backends.mkldnn.matmul
     inside = Barrier(4)
 
     def route():
@@ -77,7 +76,23 @@ def test_threads_that_come_and_go_leave_the_setting_as_it_was():
         with products.routed_products():
             inside.wait(10)
 
-    with ThreadPoolExecutor(4) as threads:
-        for future in [threads.submit(route) for _ in range(4)]:
+    on_threads(4, route)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def test_threads_that_ask_at_once_whether_products_are_exact_leave_the_setting_as_it_was():
+    ready = Barrier(4)
+
+    def ask():
+        for _ in range(50):
+            ready.wait(10)
+            products._is_exact()
+
+    on_threads(4, ask)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+def on_threads(count, task):
+    with ThreadPoolExecutor(count) as threads:
+        for future in [threads.submit(task) for _ in range(count)]:
             future.result()
-    assert setting.fp32_precision == "none"
