@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import LONGNET, programs
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_longnet"
@@ -162,34 +163,6 @@ def test_strategies_have_one_import_name():
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
-# one process for many programs, as loading torch and Lightning takes longer than what they do
-PROGRAMS = """
-import contextlib, io, json, runpy, sys
-found = []
-for path, *words in json.loads(sys.argv[1]):
-    sys.argv, out = [path, *words], io.StringIO()
-    sys.path.insert(0, path.rpartition("/")[0])
-    with contextlib.redirect_stdout(out):
-        try:
-            runpy.run_path(path, run_name="__main__")
-            status = 0
-        except SystemExit as ended:
-            status = ended.code or 0
-    sys.path.pop(0)
-    found.append([status, out.getvalue()])
-print("\\n" + json.dumps(found))
-"""
-
-
-def programs(commands):
-    """(status, stdout) of each [path, word, ...]."""
-    told = json.dumps([list(map(str, words)) for words in commands])
-    found = subprocess.run(
-        [sys.executable, "-c", PROGRAMS, told], capture_output=True, text=True, timeout=300, cwd=ROOT
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
-    return json.loads(found.stdout.splitlines()[-1])
-
 
 def test_every_config_is_accepted_by_the_program_it_names():
     commands = []
@@ -198,8 +171,8 @@ def test_every_config_is_accepted_by_the_program_it_names():
         assert command, f"{path} does not say in a comment what runs it"
         words = command[1].split()
         assert words[-2:] == ["--config", str(path.relative_to(ROOT))]
-        commands.append([PACKAGE / "__main__.py", *words, "--print_config"])
-    for path, (status, shown) in zip(CONFIGS, programs(commands), strict=True):
+        commands.append([LONGNET, *words, "--print_config"])
+    for path, (status, shown, _) in zip(CONFIGS, programs(commands), strict=True):
         assert status == 0, path
         assert "segment_length: 2048" in shown or path.stem == "1b_tokens", path
 
@@ -298,11 +271,9 @@ def test_a_skip_fails_unless_it_waits_for_a_gpu(tmp_path):
         "@pytest.mark.gpu\n"
         "def test_gpu(): pytest.skip('no device')\n"
     )
-    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path)]
-    command += ["-p", "no:cacheprovider", str(tmp_path)]
-    for option, outcome in ((), "2 skipped"), (("--no-skips",), "1 failed, 1 skipped"):
-        found = subprocess.run([*command, *option], capture_output=True, text=True, timeout=60, cwd=tmp_path)
-        assert outcome in found.stdout, found.stdout
+    words = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), "-p", "no:cacheprovider", str(tmp_path)]
+    found = run(f"import pytest; [pytest.main({words} + option) for option in ([], ['--no-skips'])]").stdout
+    assert re.findall(r"=+ (.*) in ", found) == ["2 skipped", "1 failed, 1 skipped"], found
 
 
 @pytest.mark.long
@@ -330,7 +301,7 @@ def test_pages_show_the_committed_measurements():
     assert len(commands) >= 7
     commands.append([folder / "attention.py", "--table", "--out", folder / "results/conditions-cpu.json"])
     commands.append([folder / "exchange.py", "--table", "--long"])
-    for words, (status, shown) in zip(commands, programs(commands), strict=True):
+    for words, (status, shown, _) in zip(commands, programs(commands), strict=True):
         assert status == 0
         assert "not measured" not in shown, words
         assert any(shown in page for page in pages), words

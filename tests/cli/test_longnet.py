@@ -8,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 
 import pytest
+from programs import LONGNET, programs
 
 import lightning_longnet
 from lightning_longnet import LongNet, LongNetConfig, Pattern
@@ -80,23 +81,6 @@ MISTAKES = {
                     "the checkpoint's model has vocab_size 256, and config.vocab_size is 300"),
 }  # fmt: skip
 
-# one process for all of them, as loading takes longer than what is tried
-SESSION = """
-import contextlib, io, json, sys, warnings
-from lightning_longnet.cli import main
-warnings.simplefilter("ignore")
-found = {}
-for name, words in json.loads(sys.argv[1]).items():
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = main(words)
-        except SystemExit as ended:
-            status = ended.code
-    found[name] = status, out.getvalue(), err.getvalue()
-print("\\n" + json.dumps(found))
-"""
-
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
@@ -114,12 +98,9 @@ def told(tmp_path_factory):
     predict += ["--trainer.limit_predict_batches=2", "--trainer.default_root_dir=predicted"]
     commands |= {"other": [*generate, "--seed=1"], "version": ["--version"], "predict": predict}
     commands |= {name: words for name, (words, _) in MISTAKES.items()}
-    found = subprocess.run(
-        [sys.executable, "-c", SESSION, json.dumps(commands)], capture_output=True, text=True, timeout=200, cwd=folder
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
+    found = programs([[LONGNET, *words] for words in commands.values()], folder)
     written = (folder / "predicted/predictions-0.jsonl").read_text().splitlines()
-    return json.loads(found.stdout.splitlines()[-1]) | {"written": [json.loads(line) for line in written]}
+    return dict(zip(commands, found, strict=True)) | {"written": [json.loads(line) for line in written]}
 
 
 @pytest.mark.parametrize("name", MISTAKES)

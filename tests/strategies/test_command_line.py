@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import yaml
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
+from programs import LONGNET, programs
 from trained import quiet, trainer_of
 
 from lightning_longnet.registration import NAMES
@@ -91,36 +92,41 @@ def test_every_configuration_trains_two_steps(trainers, deepspeed_trainers, alon
         assert metrics == pytest.approx(alone[0], rel=1e-4)
 
 
-def printed(*told):
-    arguments = [sys.executable, "-m", "lightning_longnet", "fit", *told]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120, cwd=ROOT)
+@pytest.fixture(scope="module")
+def told():
+    """What three commands say, by name."""
+    commands = {
+        "printed": ["--config=configs/quickstart.yaml", "--config=configs/strategies/hsdp.yaml", "--print_config"],
+        "help": ["--trainer.strategy.help=lightning_longnet.strategies.RingSequenceParallelStrategy"],
+        "wrong": ["--config=configs/quickstart.yaml", "--config=configs/strategies/ddp.yaml",
+                  "--trainer.strategy.init_args.sharding=zero"],
+    }  # fmt: skip
+    return dict(zip(commands, programs([LONGNET, "fit", *words] for words in commands.values()), strict=True))
 
 
-def test_a_printed_configuration_can_be_read_again(tmp_path):
-    first = printed("--config=configs/quickstart.yaml", "--config=configs/strategies/hsdp.yaml", "--print_config")
-    told = yaml.safe_load(first.stdout)["trainer"]["strategy"]
-    assert told["class_path"] == "lightning_longnet.strategies.RingSequenceParallelStrategy"
-    assert told["init_args"]["sharding"] == "hsdp"
-    (tmp_path / "printed.yaml").write_text(first.stdout)
-    again = printed(f"--config={tmp_path}/printed.yaml", "--print_config")
-    assert yaml.safe_load(again.stdout) == yaml.safe_load(first.stdout), again.stderr
+def test_a_printed_configuration_can_be_read_again(tmp_path, told):
+    _, first, _ = told["printed"]
+    strategy = yaml.safe_load(first)["trainer"]["strategy"]
+    assert strategy["class_path"] == "lightning_longnet.strategies.RingSequenceParallelStrategy"
+    assert strategy["init_args"]["sharding"] == "hsdp"
+    (tmp_path / "printed.yaml").write_text(first)
+    ((_, again, error),) = programs([[LONGNET, "fit", f"--config={tmp_path}/printed.yaml", "--print_config"]])
+    assert yaml.safe_load(again) == yaml.safe_load(first), error
 
 
-def test_help_tells_what_the_strategy_takes():
-    found = printed("--trainer.strategy.help=lightning_longnet.strategies.RingSequenceParallelStrategy").stdout
-    text = re.sub(r"\s+", " ", found)
+def test_help_tells_what_the_strategy_takes(told):
+    text = re.sub(r"\s+", " ", told["help"][1])
     for name in ("sequence_parallel_size", "sharding", "exchange", "placement", "accumulate", "timeout", "engine"):
         assert f"--trainer.strategy.{name}" in text
     assert "how many ranks share a sequence" in text
     assert "{auto,local,gather,ring,swap}" in text
 
 
-def test_a_wrong_value_is_told_with_the_valid_ones():
-    found = printed("--config=configs/quickstart.yaml", "--config=configs/strategies/ddp.yaml",
-                    "--trainer.strategy.init_args.sharding=zero")  # fmt: skip
-    assert found.returncode == 2
-    assert "zero" in found.stderr
-    assert "deepspeed_stage_3" in found.stderr
+def test_a_wrong_value_is_told_with_the_valid_ones(told):
+    status, _, error = told["wrong"]
+    assert status == 2
+    assert "zero" in error
+    assert "deepspeed_stage_3" in error
 
 
 def test_the_stock_registry_says_what_is_wrong_with_a_name():
