@@ -123,9 +123,9 @@ def attend(
     told = pattern, documents, key_padding_mask, dropout, dropout_seed, dropout_samples, scale, mix, kernel, exchange
     try:
         call = checked_call(q, k, v, *told, shard)
-    except ValueError as error:
+    except (ValueError, RuntimeError, MemoryError) as error:
         if isinstance(shard, SequenceShard):
-            shard.check({}, fault=str(error))  # the other ranks wait for this one
+            shard.check({}, fault=str(error) or repr(error))  # the other ranks wait for this one
         raise
     q, k, v, documents, hidden, seed, scale, chosen = call
     if shard is not None:

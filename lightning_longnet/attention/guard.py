@@ -122,7 +122,10 @@ class Guard:
         ]
         if not serving:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
-            raise ValueError(f"{_rank(shard)}: no kernel can serve this call, as each that could has failed: {reasons}")
+            fault = f"{_rank(shard)}: no kernel can serve this call, as each that could has failed: {reasons}"
+            if shard is not None:
+                shard.check({}, fault=fault)
+            raise ValueError(fault)
         if serving[0] != said.chosen and (kind, said.chosen) not in self._announced:
             self._announced.add((kind, said.chosen))
             self.counts["replacements"] += 1

@@ -120,13 +120,12 @@ def _trade(order: Tensor, shard: SequenceShard) -> _Trade:
 class _Traded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, shard: SequenceShard, trade: _Trade, is_back: bool) -> Tensor:
-        ctx.shard, ctx.trade, ctx.is_back, ctx.number = shard, trade, is_back, shard.calls
-        shard.calls += 1
-        return _moved(rows, shard, trade, is_back, f"forward of reordering {ctx.number}")
+        ctx.shard, ctx.trade, ctx.is_back, ctx.call = shard, trade, is_back, shard.call_of(shard.calls)
+        return _moved(rows, shard, trade, is_back, f"forward of reordering, {ctx.call}")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        words = f"backward of reordering {ctx.number}"
+        words = f"backward of reordering, {ctx.call}"
         return _moved(grad.contiguous(), ctx.shard, ctx.trade, not ctx.is_back, words), None, None, None
 
 

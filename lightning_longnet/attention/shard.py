@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SHARDS: WeakValueDictionary[int, SequenceShard] = WeakValueDictionary()
 _numbers = count()
 _WORDS = 24  # in what ranks tell each other, whatever it is: gathering tensors of unequal sizes ends the process
+_LETTERS = 400  # of a value that is told to others
+_CALLS = 2**20  # more than a batch has
 _KINDS: tuple[Kind, ...] = ("contiguous", "zigzag")
 
 Check = Literal["first", "always"]
@@ -43,8 +45,8 @@ class SequenceShard:
         documents: the ids of the tokens that are here, (L,) or (B, L), not decreasing along the whole sequence.
         key_padding_mask: (B, L), True where a key is hidden from all queries.
         check: "first" compares what the ranks call with at the first call of its kind (shapes, type, pattern and
-            settings), which costs later ones nothing; "always" compares every call, so that what does not fit is never
-            left to the group's timeout.
+            settings), which costs later ones nothing; "always" compares every call, so that what ranks call with is
+            never left to the group's timeout.
     """
 
     def __init__(
@@ -95,6 +97,12 @@ class SequenceShard:
         """Tokens of a whole sequence."""
         return self.placement.length
 
+    @staticmethod
+    def call_of(calls: int) -> str:
+        """What a call is named on all ranks, by what `calls` was when it had begun."""
+        batch, number = divmod(calls - 1, _CALLS)
+        return f"call {number} of batch {batch}" if batch else f"call {number}"
+
     def tokens(self, rank: int | None = None) -> Tensor:
         """Where the tokens of a rank, by default of this one, stand in the whole sequence."""
         stretches = self.placement.stretches(self.rank if rank is None else rank)
@@ -126,25 +134,36 @@ class SequenceShard:
         return made
 
     def check(self, call: Mapping[str, Any], beside: Mapping[str, Any] | None = None, fault: str = "") -> None:
-        """Compare a call with those of all ranks: a ValueError on each of them that names what differs, and where.
+        """Begin a call, and compare it with those of all ranks: a ValueError on each names what differs, and where.
 
         A kind of call that was found equal is known, and compared no more.  What is `beside` makes no kind of its own.
-        With a `fault` the rank raises an error of its own, of which the others are told where they compare.
+        With a `fault` the rank raises an error of its own, of which the others are told where they compare.  It counts
+        as a call, too: the rank's next one must not be taken for this one by others.
         """
+        self.calls += 1
         kind = tuple(call.items())
         if self._check == "first" and (kind in self._known or (fault and self._known)):
             return
-        before = {"number of the shard": self.comm.shard, "number of calls before": self.calls}
+        before = {"number of the shard": self.comm.shard, "place among the calls": self.call_of(self.calls)}
         values = {**before, **call, **(beside or {})}
         words = [int.from_bytes(sha256(str(value).encode()).digest()[:7], "big") for value in values.values()]
         everywhere = self._everywhere(words, "compares a call", fault)
         if fault:
             return
         for i, (name, value) in enumerate(values.items()):
-            if others := [r for r, found in enumerate(everywhere) if found[i] != words[i]]:
-                told = f"{value!r} on rank {self.rank}, and something else on rank {others[0]}"
-                raise ValueError(f"{name} must be equal on all ranks of a shard, got {told}")
+            if others := [r for r, found in enumerate(everywhere) if found[i] != everywhere[0][i]]:
+                shown = self._told(repr(value))  # on all ranks, which see the same words
+                got = f"{shown[0]} on rank 0 and {shown[others[0]]} on rank {others[0]}"
+                raise ValueError(f"{name} must be equal on all ranks of a shard, got {got}")
         self._known.add(kind)
+
+    def begin_batch(self, number: int) -> None:
+        """Calls from now on are of batch `number`, where one shard serves many.
+
+        A rank that gives a batch up between two calls, and goes on with the next one, then meets nobody: the others
+        wait until the timeout, instead of taking its next call for the one that they wait for.
+        """
+        self.calls = max(self.calls, number * _CALLS)
 
     def agree(self, words: Sequence[int], fault: str = "") -> list[list[int]]:
         """What each rank says about its kernels, where all of them ask.
@@ -169,6 +188,12 @@ class SequenceShard:
                 told = f"rank {self.rank} of the group {what}, rank {others[0]} {kinds[found[others[0]][0]]}"
                 raise ValueError(f"all ranks of a group must do the same, in one order: {told}")
         return [each[2:] for each in found]
+
+    def _told(self, text: str) -> list[str]:
+        """What each rank has to say, cut to one length."""
+        own = text.encode()[:_LETTERS].ljust(_LETTERS)
+        found = self._gathered(torch.tensor(list(own), dtype=torch.uint8), "compares a call")
+        return [bytes(row.tolist()).decode(errors="ignore").rstrip() for row in found]
 
     def _gathered(self, own: Tensor, what: str) -> Tensor:
         device = "cuda" if dist.get_backend(self.comm.group) == "nccl" else "cpu"
@@ -218,7 +243,7 @@ def numbered(shard: SequenceShard) -> int:
 
 
 def _elsewhere(rank: int) -> str:
-    return f"rank {rank} of the group was given arguments that do not fit: its own message says which"
+    return f"rank {rank} of the group was given arguments that do not fit, or no memory: its own message says which"
 
 
 def _fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any, check: Any) -> str:

@@ -55,8 +55,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, settings: Settings, is_seed_given: b
     """
     # a seed is another one in every step, and of ranks that draw their own each has its own
     seed = {"dropout_seed": int(settings.seed)} if is_seed_given and settings.seed is not None else {}
-    kind = _kind(q, k, v, settings)
-    settings.shard.check(kind | {"presence of a dropout_seed": bool(seed)}, seed)
+    has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    beside = {"presence of a dropout_seed": bool(seed), "presence of a gradient": has_gradient}
+    settings.shard.check(_kind(q, k, v, settings) | beside, seed)
     out, lse = _ShardedAttention.apply(q, k, v, settings)  # type: ignore[no-untyped-call]
     return out, lse
 
@@ -81,19 +82,17 @@ def forward(
     """Out, lse, and what the backward is to be given besides."""
     told = scale, dropout, seed, first_sample, sample_step, kernel, mix, exchange, wants_lse
     settings = Settings(SHARDS[shard], Pattern.loads(pattern), *told)
-    q, k, v = (readable(x) for x in (q, k, v))
     if not q.shape[0] * settings.shard.length:  # on all ranks, which others wait for where it is on some only
         wide = torch.promote_types(q.dtype, torch.float32)
         return q.new_zeros((*q.shape[:3], v.shape[3])), q.new_zeros((len(q), q.shape[2], q.shape[1]), dtype=wide), []
-    number = torch.tensor(settings.shard.calls)
-    call = f"forward of call {number}"
-    groups, found = list(_groups(settings, call, q, k, v)), []
-    settings.shard.calls += 1
+    number, found = torch.tensor(settings.shard.calls), []
+    call = f"forward of {settings.shard.call_of(settings.shard.calls)}"
     # autocast would round the products
     with settings.shard.comm.finished(call), torch.autocast(q.device.type, enabled=False):
-        for rows, each in groups:
+        q, k, v = (readable(x) for x in (q, k, v))
+        for rows, each in list(_groups(settings, call, q, k, v)):
             found.append(each.forward(q[rows], k[rows], v[rows], settings.branches))
-    out, lse = joined([(each[0], each[1]) for each in found])
+        out, lse = joined([(each[0], each[1]) for each in found])
     # the backward goes by the number of its forward: ranks need not do theirs in one order to know whose messages come
     return out, lse, [number, *(tensor for *_, kept in found for tensor in kept)]
 
@@ -123,15 +122,14 @@ def backward(
     settings = Settings(SHARDS[shard], Pattern.loads(pattern), *told)
     if not kept:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    grad, q, k, v, out = (readable(x) for x in (grad, q, k, v, out))
-    call, found, first = f"backward of call {kept[0]}", [], 1
-    groups = list(_groups(settings, call, q, k, v))
+    call, found, first = f"backward of {settings.shard.call_of(int(kept[0]))}", [], 1
     with settings.shard.comm.finished(call), torch.autocast(q.device.type, enabled=False):
-        for rows, each in groups:
+        grad, q, k, v, out = (readable(x) for x in (grad, q, k, v, out))
+        for rows, each in list(_groups(settings, call, q, k, v)):
             last = first + each.kept(settings.branches)
             found.append(each.backward(grad[rows], q[rows], k[rows], v[rows], out[rows], lse[rows], kept[first:last]))
             first = last
-    dq, dk, dv = joined(found)
+        dq, dk, dv = joined(found)
     return dq, dk, dv
 
 
@@ -170,6 +168,7 @@ def _kind(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> dict[str, Any]
         "kernel": settings.kernel,
         "scale": settings.scale,
         "dropout": settings.dropout,
+        "dropout_samples": (settings.first_sample, settings.sample_step) if settings.dropout else None,
     }
 
 

@@ -90,6 +90,7 @@ class SequenceContext:
         self._given: tuple[Tensor | None, Tensor | None] = None, None
         self._shards = BatchShards()
         self._plain: dict[int, SequenceShard] = {}
+        self._batches = 0
         self._step_seed = torch.tensor(seed)
         self.window = TokenWindow()
         self.traffic = Traffic()
@@ -116,6 +117,7 @@ class SequenceContext:
         """
         dims = checked_dims(sequence_dims or {})
         self.samples = ()
+        self._batches += 1
         if isinstance(batch, SequencePart):
             self._check_part(batch, dims)
             self.begin(batch.length)
@@ -262,7 +264,9 @@ class SequenceContext:
                 if len(self._plain) == 64:
                     self._plain.clear()
                 self._plain[self._length] = self._counted(SequenceShard(self.sequence_group, here, self.placement))
-            return self._plain[self._length]
+            shard = self._plain[self._length]
+            shard.begin_batch(self._batches)
+            return shard
         settings = self.sequence_group, here, self.placement, documents, key_padding_mask
         return self._shards.of(documents, key_padding_mask, lambda: self._counted(SequenceShard(*settings)))
 

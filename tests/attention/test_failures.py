@@ -9,9 +9,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from contexts import made
 from pool import Pool
 
 from lightning_longnet import Pattern, SequenceShard, attend
+from lightning_longnet.attention import arguments, sharded
 from lightning_longnet.attention.kernels import eager
 
 DENSE = Pattern.dense()
@@ -89,34 +91,97 @@ def test_kinds_of_calls_never_match_each_other(spent):
         assert "of 2, forward of call 2, samples 0 to" in found, found
 
 
-def failing(group, where, exchange):
-    """A kernel fails on rank 1 in its second call; the error is caught, and the next batches are done."""
-    shard, real = SequenceShard(group, 16), getattr(eager, where)
+PLACES = {
+    "a kernel's forward": (eager, "forward", 2),
+    "a kernel's backward": (eager, "backward", 2),
+    "copies": (sharded, "readable", 1),
+    "copies of a backward": (sharded, "readable", 4),
+    "a plan": (sharded, "route", 1),
+    "arguments": (arguments, "request_of", 1),
+}
+
+
+def failing(group, place, exchange):
+    """Something fails on rank 1 in the first step; the error is caught, and the next batches are done."""
+    where, name, at = PLACES[place]
+    shard, real = SequenceShard(group, 16), getattr(where, name)
     calls, found = [], []
+    if place == "arguments":  # of a call whose kind is known: of a first one the others would be told
+        step(shard, drawn(), {"kernel": "eager", "exchange": exchange})
 
-    def broken(*arguments):
-        calls.append(where)
-        if group.rank() and len(calls) == 2:
+    def broken(*told, **settings):
+        calls.append(name)
+        if group.rank() and len(calls) == at:
             raise torch.OutOfMemoryError("injected")
-        return real(*arguments)
+        return real(*told, **settings)
 
-    with patch.object(eager, where, broken):
+    with patch.object(where, name, broken):
         for seed in range(3):
             found.append(told(step, shard, drawn(seed=seed), {"kernel": "eager", "exchange": exchange}))
     return found
 
 
 def test_an_error_that_one_rank_catches_corrupts_nothing(spent):
-    cases = [(where, exchange) for where in ("forward", "backward") for exchange in ("ring", "gather")]
-    found = spent.run(8, pairs, failing, cases)
-    for (peer, _), (failed, _), (where, _) in zip(found[::2], found[1::2], cases, strict=True):
+    cases = [(place, exchange) for place in list(PLACES)[:2] for exchange in ("ring", "gather")]
+    cases += [("copies", "gather"), ("copies of a backward", "ring"), ("a plan", "gather"), ("arguments", "gather")]
+    found = spent.run(8, pairs, failing, cases[:4]) + spent.run(8, pairs, failing, cases[4:])
+    for (peer, _), (failed, _), (place, _) in zip(found[::2], found[1::2], cases, strict=True):
         assert failed[0] == "OutOfMemoryError: injected"
         for each in failed[1:]:
+            if place == "arguments":  # nothing of the call was begun: the next one waits for those who are behind
+                assert each.startswith("RuntimeError: rank 1 of 2"), each
+                continue
+            where = "backward" if "backward" in place else "forward"
             assert each.startswith(
                 f"RuntimeError: rank 1 of 2 failed in {where} of call 0 (OutOfMemoryError('injected'))"
             )
             assert each.endswith("make a new group and a new shard")
         assert all(each.startswith("RuntimeError: rank 0 of 2") for each in peer[1:]), peer
+
+
+def refusing(group):
+    """Of calls of one kind rank 1 is given a wrong one, whose error it catches."""
+    shard, found = SequenceShard(group, 16), []
+    for i in range(4):
+        wrong = {"dtype": torch.int64} if group.rank() and i == 1 else {}
+        q, k, v = (x.detach().to(**wrong) for x in drawn(seed=i))
+        found.append(told(lambda: attend(q, k, v, DENSE, shard=shard, exchange="gather")))  # noqa: B023  called here
+    return found
+
+
+def giving_up(group, is_context):
+    """Batches of two calls; of the second batch rank 1 does one, and goes on with the next."""
+    context = made(group)
+    shard, found = None if is_context else SequenceShard(group, 16), []
+    for batch in range(3):
+        if is_context:
+            context.split({"input_ids": torch.zeros(1, 32, dtype=torch.long)})
+        else:
+            shard.begin_batch(batch)
+        for layer in range(2):
+            if group.rank() and (batch, layer) == (1, 1):
+                break
+            q, k, v = (x.detach() for x in drawn(seed=2 * batch + layer))
+            call = context.attend if is_context else attend
+            settings = {"exchange": "gather"} | ({} if is_context else {"shard": shard})
+            found.append(told(lambda: call(q, k, v, DENSE, **settings)))  # noqa: B023  called here
+    return found
+
+
+def doing(group, function, *arguments):
+    return function(group, *arguments)
+
+
+def test_a_rank_that_gives_up_a_call_or_a_batch_meets_nobody_in_the_next(spent):
+    cases = [(refusing,), (giving_up, False), (giving_up, True)]
+    found = spent.run(8, pairs, doing, [*cases, (refusing,)])
+    for (first, _), (second, _) in zip(found[::2], found[1::2], strict=True):
+        assert "" in first
+        assert "" in second
+        for own in (first, second):
+            failed = [bool(each) for each in own]
+            assert failed == sorted(failed), own  # once ranks are apart nothing succeeds
+            assert failed[-1]
 
 
 def disordered(group, way, exchange):

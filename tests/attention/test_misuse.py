@@ -12,10 +12,11 @@ from lightning_longnet import Pattern, SequenceShard, attend
 CAUSAL = Pattern.dilated((8, 32), (1, 2), is_causal=True)
 
 
-def drawn(length=16, heads=2, kv_heads=2, dim=4, value_dim=None, batch=1, dtype=torch.float32):
+def drawn(length=16, heads=2, kv_heads=2, dim=4, value_dim=None, batch=1, dtype=torch.float32, has_gradient=False):
     generator = torch.Generator().manual_seed(0)
     shapes = (heads, dim), (kv_heads, dim), (kv_heads, value_dim or dim)
-    return [torch.randn(batch, length, *shape, generator=generator).to(dtype) for shape in shapes]
+    found = [torch.randn(batch, length, *shape, generator=generator).to(dtype) for shape in shapes]
+    return [x.requires_grad_(has_gradient) for x in found]
 
 
 def make(group, settings):
@@ -119,32 +120,84 @@ CALLS = {
     "patterns": (
         [{}, {}],
         [{}, {"pattern": Pattern.dense(True)}],
-        "pattern must be equal on all ranks of a shard",
+        "pattern must be equal on all ranks of a shard, got .*32.* on rank 0 and .*null.* on rank 1",
         None,
     ),
-    "batches": ([{}, {"batch": 2}], [{}, {}], "batch must be equal .* got [12] on rank [01], .* on rank [01]", None),
-    "heads": ([{}, {"heads": 4}], [{}, {}], "heads of q must be equal", None),
-    "key heads": ([{"heads": 4}, {"heads": 4, "kv_heads": 4}], [{}, {}], "heads of k must be equal", None),
-    "widths": ([{}, {"dim": 8}], [{}, {}], "head_dim must be equal", None),
-    "dtypes": ([{}, {"dtype": torch.float64}], [{}, {}], "dtype must be equal", None),
-    "exchanges": ([{}, {}], [{"exchange": "ring"}, {}], "exchange must be equal", None),
-    "widths of v": ([{}, {"value_dim": 3}], [{"kernel": "eager"}] * 2, "width of v must be equal", None),
-    "mixes": ([{}, {}], [{"mix": "detached"}, {}], "mix must be equal .* got '(exact|detached)' on rank", None),
-    "wishes for lse": ([{}, {}], [{"return_lse": True}, {}], "return_lse must be equal", None),
-    "kernels": ([{}, {}], [{"kernel": "eager"}, {}], "kernel must be equal .* got '(eager|sdpa)' on rank", None),
-    "scales": ([{}, {}], [{"scale": 0.3}, {}], "scale must be equal", None),
-    "dropouts": ([{}, {}], [{"dropout": 0.3}, {"dropout": 0.4}], "dropout must be equal", None),
+    "batches": ([{}, {"batch": 2}], [{}, {}], "batch must be equal .* got 1 on rank 0 and 2 on rank 1", None),
+    "heads": ([{}, {"heads": 4}], [{}, {}], "heads of q must be equal .* got 2 on rank 0 and 4 on rank 1", None),
+    "key heads": (
+        [{"heads": 4}, {"heads": 4, "kv_heads": 4}],
+        [{}, {}],
+        "heads of k must be equal .* got 2 on rank 0 and 4 on rank 1",
+        None,
+    ),
+    "widths": ([{}, {"dim": 8}], [{}, {}], "head_dim must be equal .* got 4 on rank 0 and 8 on rank 1", None),
+    "dtypes": (
+        [{}, {"dtype": torch.float64}],
+        [{}, {}],
+        "dtype must be equal .* got 'torch.float32' on rank 0 and 'torch.float64' on rank 1",
+        None,
+    ),
+    "exchanges": (
+        [{}, {}],
+        [{"exchange": "ring"}, {}],
+        "exchange must be equal .* got 'ring' on rank 0 and 'auto' on rank 1",
+        None,
+    ),
+    "widths of v": (
+        [{}, {"value_dim": 3}],
+        [{"kernel": "eager"}] * 2,
+        "width of v must be equal .* got 4 on rank 0 and 3",
+        None,
+    ),
+    "mixes": (
+        [{}, {}],
+        [{"mix": "detached"}, {}],
+        "mix must be equal .* got 'detached' on rank 0 and 'exact' on rank 1",
+        None,
+    ),
+    "wishes for lse": (
+        [{}, {}],
+        [{"return_lse": True}, {}],
+        "return_lse must be equal .* got True on rank 0 and False on rank 1",
+        None,
+    ),
+    "kernels": (
+        [{}, {}],
+        [{"kernel": "eager"}, {}],
+        "kernel must be equal .* got 'eager' on rank 0 and 'sdpa' on rank 1",
+        None,
+    ),
+    "scales": ([{}, {}], [{"scale": 0.3}, {}], "scale must be equal .* got 0.3 on rank 0 and 0.5 on rank 1", None),
+    "dropouts": (
+        [{}, {}],
+        [{"dropout": 0.3}, {"dropout": 0.4}],
+        "dropout must be equal .* got 0.3 on rank 0 and 0.4 on rank 1",
+        None,
+    ),
     "dropout on one rank": ([{}, {}], [{"dropout": 0.3}, {}], "(dropout|kernel) must be equal", None),
     "seeds": (
         [{}, {}],
         [{"dropout": 0.3, "dropout_seed": 1}, {"dropout": 0.3, "dropout_seed": 2}],
-        "dropout_seed must be equal .* got [12] on rank",
+        "dropout_seed must be equal .* got 1 on rank 0 and 2 on rank 1",
         None,
     ),
     "a seed on one rank": (
         [{}, {}],
         [{"dropout": 0.3, "dropout_seed": 1}, {"dropout": 0.3}],
-        "presence of a dropout_seed must be equal",
+        "presence of a dropout_seed must be equal .* got True on rank 0 and False on rank 1",
+        None,
+    ),
+    "samples": (
+        [{}, {}],
+        [{"dropout": 0.3, "dropout_samples": (0, 2)}, {"dropout": 0.3, "dropout_samples": (1, 2)}],
+        r"dropout_samples must be equal .* got \(0, 2\) on rank 0 and \(1, 2\) on rank 1",
+        None,
+    ),
+    "gradients": (
+        [{"has_gradient": True}, {}],
+        [{}, {}],
+        "presence of a gradient must be equal .* got True on rank 0 and False on rank 1",
         None,
     ),
     "tokens": ([{}, {"length": 15}], [{}, {}], "q must have the shard's 16 tokens of rank 1, got 15", 1),

@@ -1,17 +1,23 @@
 """Attention over ranks against the brute force: every exchange and placement, on 1 to 8 processes."""
 
 import re
+from collections import Counter
+from contextlib import ExitStack
+from functools import partial
+from inspect import isfunction, signature
 from unittest.mock import patch
 
 import brute
 import drawn
 import pytest
 import torch
+import torch.distributed as dist
 from cells import held
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory import peak_bytes
 from pool import WORLDS
+from torch.distributed import distributed_c10d
 from torch.utils.checkpoint import checkpoint
 
 from lightning_longnet import Pattern, SequenceShard, attend, keep_attention, sequence_plan
@@ -128,10 +134,11 @@ def test_equals_brute_force_in_float64(pool, world, exchange, data):
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("world", WORLDS)
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_equals_brute_force_in_float32(pool, exchange, data):
-    drawn_on(pool, 3, exchange, data, torch.float32, 1e-5)
+def test_equals_brute_force_in_float32(pool, world, exchange, data):
+    drawn_on(pool, world, exchange, data, torch.float32, 1e-5)
 
 
 @pytest.mark.long
@@ -184,7 +191,86 @@ def test_sends_what_the_schedule_says(pool, exchange, dtype):
         assert messages == told.messages + (3 if exchange == "swap" else 0)
 
 
-def peak(group, exchange, tokens, pattern):
+def whole(tensors, pattern, placement, **settings):
+    """What one process gives, in the order in which ranks hold tokens: out, dq, dk, dv."""
+    leaves = [x.clone().requires_grad_() for x in tensors[:3]]
+    out = attend(*leaves, pattern, **settings)
+    order = torch.cat([held(placement, rank) for rank in range(placement.ranks)])
+    return [x[:, order] for x in (out, *torch.autograd.grad(out, leaves, tensors[3]))]
+
+
+def side_by_side(found):
+    """The same, of what each rank gave."""
+    return [torch.cat([(each[0], *each[2:5])[i] for each in found], 1) for i in range(4)]
+
+
+def test_local_sends_nothing_where_each_segment_is_on_one_rank(pool):
+    pattern = Pattern.dilated((4, 12), (1, 3), is_causal=True)
+    tensors = [x.detach() for x in drawn.tensors((2, 60, 4, 2, 8))]
+    where = Placement((24, 0, 36), "contiguous")
+    found = pool.run(3, step, tensors, where, None, None, {"pattern": pattern, "exchange": "local"}, torch.float64)
+    assert all(each[5:] == (0, 0) for each in found)
+    torch.testing.assert_close(side_by_side(found), whole(tensors, pattern, where), rtol=1e-10, atol=1e-10)
+
+
+def alternating(group, tensors, placement, patterns, exchange):
+    """Steps of one shard with one pattern and the other, and of both again; of each its out, lse and gradients."""
+    at = held(placement, group.rank())
+    q, k, v, grad = (x[:, at] for x in tensors)
+    shard, found = SequenceShard(group, len(at)), []
+    for pattern in (*patterns, *patterns):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = attend(*leaves, pattern, shard=shard, exchange=exchange, return_lse=True)
+        out.backward(grad, retain_graph=True)
+        once = [x.grad.clone() for x in leaves]
+        out.backward(grad)
+        assert all(torch.equal(x.grad, 2 * each) for x, each in zip(leaves, once, strict=True))
+        found.append((out.detach(), lse.detach(), *once))
+    return found
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring", "swap", "auto"])
+def test_a_shard_serves_layers_of_several_patterns_and_gradients_twice(pool, exchange):
+    patterns = LONGNET, Pattern.dilated((16, 64, 256), (2, 1, 4), is_causal=True), Pattern.window(50)
+    tensors = [x.detach() for x in drawn.tensors((1, 150, 6, 3, 8))]
+    where = Placement((40, 77, 33), "contiguous")
+    found = pool.run(3, alternating, tensors, where, patterns, exchange)
+    for pattern, each in zip((*patterns, *patterns), zip(*found, strict=True), strict=True):
+        torch.testing.assert_close(side_by_side(each), whole(tensors, pattern, where), rtol=1e-10, atol=1e-10)
+
+
+def collectives(group, exchange):
+    """How often each function of torch.distributed is called in a step of a known kind."""
+    shard, calls = SequenceShard(group, 32), Counter()
+    tensors = [x.requires_grad_() for x in torch.randn(3, 1, 32, 4, 8)]
+    attend(*tensors, Pattern.dense(), shard=shard, exchange=exchange)
+    names = [
+        name
+        for name in distributed_c10d.__all__
+        if isfunction(real := getattr(distributed_c10d, name)) and "async_op" in signature(real).parameters
+    ]
+    assert {"barrier", "all_reduce", "all_gather", "all_to_all_single"} <= {*names}
+    with ExitStack() as patches:
+        for name in (*names, "send", "recv", "batch_isend_irecv"):
+            patches.enter_context(patch.object(dist, name, partial(counted, calls, name, getattr(dist, name))))
+        attend(*tensors, Pattern.dense(), shard=shard, exchange=exchange).sum().backward()
+    return dict(calls)
+
+
+def counted(calls, name, real, *arguments, **settings):
+    calls[name] += 1
+    return real(*arguments, **settings)
+
+
+@pytest.mark.parametrize(("exchange", "batches"), [("gather", 2), ("ring", 9), ("swap", 4)])
+def test_a_step_is_messages_and_no_barrier(pool, exchange, batches):
+    """Gather: keys, and their gradients.  Ring on four: three rounds, and in the backward three of each.  Swap: there
+    and back, twice.
+    """
+    assert pool.run(4, collectives, exchange) == [{"batch_isend_irecv": batches}] * 4
+
+
+def peak(group, exchange, tokens, pattern, is_forward=False):
     """The most that a rank's allocator held at once, beyond its inputs, of a step over all ranks."""
     shape = 1, tokens, 4, 32
     q, k, v, grad = (torch.randn(shape) for _ in range(4))
@@ -194,7 +280,10 @@ def peak(group, exchange, tokens, pattern):
     def step():
         for x in leaves:
             x.grad = None
-        attend(*leaves, pattern, shard=shard, exchange=exchange).backward(grad)
+        with torch.set_grad_enabled(not is_forward):
+            out = attend(*leaves, pattern, shard=shard, exchange=exchange)
+        if not is_forward:
+            out.backward(grad)
 
     step()  # once for what is kept from call to call
     for x in leaves:
@@ -213,6 +302,9 @@ def test_a_ring_needs_no_more_memory_on_more_ranks(pool, is_causal):
         assert peaks[8] <= 1.02 * peaks[5]
     gathered = max(pool.run(8, peak, "gather", 1024, pattern))
     assert gathered > peaks[8] + 5 * chunk
+    forward = {world: max(pool.run(world, peak, "ring", 1024, pattern, True)) for world in (2, 5, 8)}
+    assert forward[8] <= 1.02 * forward[5]
+    assert forward[5] <= 1.02 * (forward[2] + 2 * chunk)  # a second chunk, and the copy that is sent
 
 
 def test_a_dilated_ring_needs_as_much_memory_on_any_number_of_ranks(pool):
@@ -323,13 +415,7 @@ def test_one_call_may_gather_some_branches_and_ring_others(pool, placement, mult
     tensors = [x.detach() for x in drawn.tensors((2, 300, 4, 2, 8))]
     where = Placement((90, 50, 100, 60), placement)
     found = pool.run(4, mixed, tensors, where, {"pattern": pattern, "mix": mix})
-    leaves = [x.clone().requires_grad_() for x in tensors[:3]]
-    out = attend(*leaves, pattern, mix=mix)
-    truth = (out, *torch.autograd.grad(out, leaves, tensors[3]))
-    order = torch.cat([held(where, rank) for rank in range(4)])
-    for i, true in enumerate(truth):
-        ours = torch.cat([(each[0], *each[2:5])[i] for each in found], 1)
-        torch.testing.assert_close(ours, true[:, order], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(side_by_side(found), whole(tensors, pattern, where, mix=mix), rtol=1e-10, atol=1e-10)
 
 
 def weighted(group, tensors, placement, settings):
@@ -351,13 +437,8 @@ def test_pairs_that_branches_share_are_weighed_over_ranks(pool, exchange, is_cau
     world, lengths = (2, (37, 59)) if exchange == "swap" else (4, (5, 22, 40, 29))
     where = Placement(lengths, "zigzag" if is_causal else "contiguous")
     found = pool.run(world, weighted, tensors, where, {"pattern": pattern, "exchange": exchange})
-    leaves = [x.clone().requires_grad_() for x in tensors[:3]]
-    out = attend(*leaves, pattern, kernel="reference")
-    truth = (out, *torch.autograd.grad(out, leaves, tensors[3]))
-    order = torch.cat([held(where, rank) for rank in range(world)])
-    for i, true in enumerate(truth):
-        ours = torch.cat([(each[0], *each[2:5])[i] for each in found], 1)
-        torch.testing.assert_close(ours, true[:, order], rtol=1e-10, atol=1e-10)
+    truth = whole(tensors, pattern, where, kernel="reference")
+    torch.testing.assert_close(side_by_side(found), truth, rtol=1e-10, atol=1e-10)
 
 
 def planned(group):

@@ -119,10 +119,13 @@ class Comm:
     def finished(self, what: str) -> Iterator[None]:
         """A rank does all of it, or nothing more: after an error others wait, and nobody knows who has heard what."""
         self._check_failure()
-        done = False
+        before, done = self.messages, False
         try:
             yield
             done = True
+        except ValueError:
+            done = self.messages == before  # what a schedule refuses it refuses on all ranks
+            raise
         finally:
             if not done:
                 error = sys.exc_info()[1]
@@ -153,7 +156,7 @@ class Comm:
         peers = ", ".join(map(str, sorted({*send, *receive})))
         try:
             works = dist.batch_isend_irecv(operations) if operations else []
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # a ValueError where the group was destroyed
             raise RuntimeError(f"{story}, with ranks {peers}: {error}") from error
         if len(works) < len(words):  # NCCL has one for all of them
             words = [f"{story}, with ranks {peers}"] * len(works)
