@@ -295,14 +295,14 @@ def peak(group, exchange, tokens, pattern, is_forward=False):
 def test_a_ring_needs_no_more_memory_on_more_ranks(pool, is_causal):
     """Beside one chunk on its way: another of keys, the copy that is sent, and two of gradients, whatever the world."""
     pattern = Pattern.dense(is_causal)
-    peaks = {world: max(pool.run(world, peak, "ring", 1024, pattern)) for world in (2, 3, 5, 8)}
-    chunk = 2 * 1024 * 4 * 32 * 4
+    peaks = {world: max(pool.run(world, peak, "ring", 512, pattern)) for world in (2, 3, 5, 8)}
+    chunk = 2 * 512 * 4 * 32 * 4
     assert all(peaks[world] <= 1.02 * (peaks[2] + 4 * chunk) for world in (3, 5, 8))
     if not is_causal:
         assert peaks[8] <= 1.02 * peaks[5]
-    gathered = max(pool.run(8, peak, "gather", 1024, pattern))
+    gathered = max(pool.run(8, peak, "gather", 512, pattern))
     assert gathered > peaks[8] + 5 * chunk
-    forward = {world: max(pool.run(world, peak, "ring", 1024, pattern, True)) for world in (2, 5, 8)}
+    forward = {world: max(pool.run(world, peak, "ring", 512, pattern, True)) for world in (2, 5, 8)}
     assert forward[8] <= 1.02 * forward[5]
     assert forward[5] <= 1.02 * (forward[2] + 2 * chunk)  # a second chunk, and the copy that is sent
 
