@@ -141,20 +141,20 @@ class Comm:
         order alone.
         """
         story = f"rank {self.rank} of {self.ranks}, {errand.words}, {what}"
-        operations, words = [], []
-        for peer, tensor in sorted(receive.items()):
-            tag = self._tag(errand, what, tensor)
-            operations.append(dist.P2POp(dist.irecv, tensor, group=self.group, tag=tag, group_peer=peer))
-            words.append(f"{story}, from rank {peer}")
-        for peer, tensor in sorted(send.items()):
-            assert tensor.is_contiguous()
-            tag = self._tag(errand, what, tensor)
-            operations.append(dist.P2POp(dist.isend, tensor, group=self.group, tag=tag, group_peer=peer))
-            words.append(f"{story}, to rank {peer}")
-            self.traffic.messages += 1
-            self.traffic.sent_bytes += tensor.numel() * tensor.element_size()
         peers = ", ".join(map(str, sorted({*send, *receive})))
+        operations, words = [], []
         try:
+            for peer, tensor in sorted(receive.items()):
+                tag = self._tag(errand, what, tensor)
+                operations.append(dist.P2POp(dist.irecv, tensor, group=self.group, tag=tag, group_peer=peer))
+                words.append(f"{story}, from rank {peer}")
+            for peer, tensor in sorted(send.items()):
+                assert tensor.is_contiguous()
+                tag = self._tag(errand, what, tensor)
+                operations.append(dist.P2POp(dist.isend, tensor, group=self.group, tag=tag, group_peer=peer))
+                words.append(f"{story}, to rank {peer}")
+                self.traffic.messages += 1
+                self.traffic.sent_bytes += tensor.numel() * tensor.element_size()
             works = dist.batch_isend_irecv(operations) if operations else []
         except (RuntimeError, ValueError) as error:  # a ValueError where the group was destroyed
             raise RuntimeError(f"{story}, with ranks {peers}: {error}") from error
