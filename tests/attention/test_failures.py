@@ -214,14 +214,16 @@ def test_a_graph_holds_its_shard(pool):
 
 
 def destroyed(group):
-    own = dist.new_group([0, 1], use_local_synchronization=True)
+    own = dist.new_group([0, 1])
+    if group.rank() > 1:
+        return ""
     out = attend(*drawn(), DENSE, shard=SequenceShard(own, 16), exchange="gather")
     dist.destroy_process_group(own)
     return told(out.sum().backward)
 
 
 def test_a_group_that_is_gone_is_told_with_the_call(pool):
-    for rank, message in enumerate(pool.run(2, destroyed)):
+    for rank, message in enumerate(pool.run(8, destroyed)[:2]):
         expected = (
             f"RuntimeError: rank {rank} of 2, backward of call 0, samples 0 to 0, gradients, with ranks {1 - rank}"
         )
