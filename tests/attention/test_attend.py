@@ -10,7 +10,7 @@ KERNELS = ["sdpa", "eager", "reference"]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(case=drawn.cases())
 def test_equals_brute_force_in_float64(kernel, case):
     compare_attention(case, kernel, torch.float64, 1e-10)
@@ -25,7 +25,7 @@ def test_equals_brute_force_in_float32(kernel, case):
 
 @pytest.mark.long
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(case=drawn.cases())
 def test_equals_brute_force_in_float64_over_many_cases(kernel, case):
     compare_attention(case, kernel, torch.float64, 1e-10)

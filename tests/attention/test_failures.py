@@ -139,6 +139,23 @@ def test_an_error_that_one_rank_catches_corrupts_nothing(spent):
         assert all(each.startswith("RuntimeError: rank 0 of 2") for each in peer[1:]), peer
 
 
+def receiving(group):
+    """A kernel fails on the rank that only receives, with the error of a refusal; what it does then."""
+    shard, found = SequenceShard(group, 16), []
+    q, k, v = (x.detach() for x in drawn())
+    broken = {"side_effect": ValueError("injected")} if group.rank() else {"wraps": eager.forward}
+    with patch.object(eager, "forward", **broken):
+        for _ in range(2):
+            found.append(told(lambda: attend(q, k, v, Pattern.dense(True), shard=shard, kernel="eager")))
+    return found
+
+
+def test_a_refusal_once_messages_are_on_their_way_is_a_failure(spent):
+    for (refused, later), _ in spent.run(8, pairs, receiving, [()] * 4)[1::2]:
+        assert refused == "ValueError: injected"
+        assert later.startswith("RuntimeError: rank 1 of 2 failed in forward of call 0 (ValueError('injected'))")
+
+
 def refusing(group):
     """Of calls of one kind rank 1 is given a wrong one, whose error it catches."""
     shard, found = SequenceShard(group, 16), []

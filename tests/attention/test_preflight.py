@@ -132,6 +132,22 @@ def test_where_no_kernel_works_nothing_is_made_up():
         Guard().attend(*drawn()[:3], PATTERN)
 
 
+def without_kernels(group, is_known):
+    """Calls that were counted for one that no kernel can serve, and the results of the next step."""
+    shard = SequenceShard(group, LENGTH // 2)
+    if is_known:
+        stepped(shard, Guard(), shard.tokens())
+    before = shard.calls
+    with patch.object(guards, "_fault", return_value="it is broken"), pytest.raises(ValueError, match="no kernel can"):
+        stepped(shard, Guard(), shard.tokens())
+    return shard.calls - before, len(stepped(shard, Guard(), shard.tokens()))
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_call_that_no_kernel_serves_counts_as_one_on_all_ranks(pool, is_known):
+    assert pool.run(2, without_kernels, is_known) == [(1, 4)] * 2
+
+
 def short_of_memory(group, poor_rank):
     shard, guard = SequenceShard(group, LENGTH // 2), Guard()
     free = patch.object(guards, "_free_bytes", return_value=100 if group.rank() == poor_rank else 2**40)

@@ -86,6 +86,8 @@ class Comm:
     one, is told of it with the error, which it may add to: that of a call hears of its forward and its backward.
     """
 
+    swaps = 0  # begun so far
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -119,12 +121,12 @@ class Comm:
     def finished(self, what: str) -> Iterator[None]:
         """A rank does all of it, or nothing more: after an error others wait, and nobody knows who has heard what."""
         self._check_failure()
-        before, done = self.messages, False
+        before, done = self.swaps, False
         try:
             yield
             done = True
         except ValueError:
-            done = self.messages == before  # what a schedule refuses it refuses on all ranks
+            done = self.swaps == before  # what a schedule refuses it refuses on all ranks, before anything is begun
             raise
         finally:
             if not done:
@@ -142,6 +144,7 @@ class Comm:
         """
         story = f"rank {self.rank} of {self.ranks}, {errand.words}, {what}"
         peers = ", ".join(map(str, sorted({*send, *receive})))
+        self.swaps += bool(peers)
         operations, words = [], []
         try:
             for peer, tensor in sorted(receive.items()):
