@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lightning_longnet import Pattern, explain
 from lightning_longnet.attention.kernels.products import routed_products
-from lightning_longnet.attention.plan import plan
+from lightning_longnet.attention.plan.blocks import plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.sparsity import BlockKind
+    from lightning_longnet.attention.pattern.sparsity import BlockKind
 
 TOKENS, HEADS, HEAD_DIM = 8192, 8, 64
 SEGMENTS, RATES = (2048, 4096), (1, 2)

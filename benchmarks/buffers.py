@@ -26,7 +26,7 @@ from ranks import on_ranks
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lightning_longnet import Pattern, SequenceShard, attend
-from lightning_longnet.attention.exchange import rounds
+from lightning_longnet.attention.parallel import rounds
 
 RANKS, TOKENS, HEADS, HEAD_DIM, STEPS = 2, 16384, 8, 64, 4
 PATTERN = Pattern.dilated([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 8, 16], is_causal=True)

@@ -22,7 +22,7 @@ from machine import described
 from torch import Tensor
 
 from lightning_longnet import LongNet, LongNetConfig, Pattern
-from lightning_longnet.optimization import decay_groups, warmup_cosine
+from lightning_longnet.training.optimization import decay_groups, warmup_cosine
 
 LENGTHS = [16, 64, 256, 1024]
 DIM, LAYERS, HEADS = 96, 2, 4

@@ -25,7 +25,7 @@ from peers import ring_attention_pytorch
 from ranks import on_ranks
 
 from lightning_longnet import Pattern, SequenceShard, attend
-from lightning_longnet.attention.exchange.comm import Comm, Errand, Pending
+from lightning_longnet.attention.parallel.comm import Comm, Errand, Pending
 
 if TYPE_CHECKING:
     from collections.abc import Callable

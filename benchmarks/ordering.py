@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from machine import allocated, described
 
 from lightning_longnet import LongViT, LongViTConfig, Pattern, hilbert_order, raster_order
-from lightning_longnet.attention.ordering import Ordering, order_of
+from lightning_longnet.attention.pattern.ordering import Ordering, order_of
 
 if TYPE_CHECKING:
     from torch import Tensor

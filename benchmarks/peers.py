@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_longnet import Pattern, attend
 
 if TYPE_CHECKING:
-    from lightning_longnet.attention.pattern import HeadOffsets
+    from lightning_longnet.attention.pattern.pattern import HeadOffsets
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -29,7 +29,7 @@ from lightning_longnet import LongNetConfig, LongNetModule, Pattern, sequence_co
 from lightning_longnet.callbacks.peak import measured
 from lightning_longnet.planning.devices import named
 from lightning_longnet.planning.job import Job
-from lightning_longnet.planning.plan import plan_run
+from lightning_longnet.planning.run import plan_run
 from lightning_longnet.strategies import RingSequenceParallelStrategy
 
 PATTERN = Pattern.dilated((256, 1024, 4096), (1, 2, 4), is_causal=True)

@@ -13,9 +13,9 @@ from time import perf_counter
 from typing import Any
 
 from lightning_longnet import Pattern
-from lightning_longnet.attention.placement import Placement
-from lightning_longnet.attention.routes import Layout
-from lightning_longnet.attention.schedule import Sizes, schedule, volume
+from lightning_longnet.attention.parallel.placement import Placement
+from lightning_longnet.attention.parallel.routes import Layout
+from lightning_longnet.attention.parallel.schedule import Sizes, schedule, volume
 
 HEADS, SIZES = 16, Sizes(batch=1, head_dim=64, value_dim=64, itemsize=2, wide_itemsize=4)
 PATTERNS = {

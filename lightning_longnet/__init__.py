@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_longnet.aliases import install
 from lightning_longnet.registration import register
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
         sequence_hilbert_order,
         sequence_plan,
     )
-    from lightning_longnet.checkpoints import Checkpoint, read_checkpoint
+    from lightning_longnet.checkpointing.checkpoints import Checkpoint, read_checkpoint
+    from lightning_longnet.checkpointing.exports import export_model, load_model
     from lightning_longnet.compat import (
         BlockSparseRingDilatedAttention,
         BlockSparseRingDilatedAttentionFixed,
@@ -50,8 +52,6 @@ if TYPE_CHECKING:
         create_standardized_ring_attention,
     )
     from lightning_longnet.data import ByteData, HubData, ImageFolderData, LongRangeData, TokenData, TokenFileData
-    from lightning_longnet.exported import export_model, load_model
-    from lightning_longnet.flops import ModelFlops, attended_pairs
     from lightning_longnet.layers import (
         DilatedAttention,
         DilatedSelfAttention,
@@ -61,15 +61,16 @@ if TYPE_CHECKING:
         keep_attention,
         magneto_gain,
     )
-    from lightning_longnet.loss import chunked_cross_entropy
-    from lightning_longnet.model import LongNet, LongNetConfig
-    from lightning_longnet.module import LongNetModule
-    from lightning_longnet.optimization import decay_groups, warmup_cosine
-    from lightning_longnet.presets import available_presets
+    from lightning_longnet.layers.loss import chunked_cross_entropy
+    from lightning_longnet.layers.presets import available_presets
+    from lightning_longnet.models.longnet import LongNet, LongNetConfig
+    from lightning_longnet.models.longvit import LongViT, LongViTConfig
+    from lightning_longnet.planning.flops import ModelFlops, attended_pairs
     from lightning_longnet.report import write_report
     from lightning_longnet.sequence import SequenceContext, SequencePart, hand_down, sequence_context, sequence_mesh
-    from lightning_longnet.vision import LongViT, LongViTConfig
-    from lightning_longnet.vision_module import LongViTModule
+    from lightning_longnet.training.module import LongNetModule
+    from lightning_longnet.training.optimization import decay_groups, warmup_cosine
+    from lightning_longnet.training.vision_module import LongViTModule
 
 __version__ = "0.1.0"
 __all__ = [
@@ -146,8 +147,8 @@ __all__ = [
     "write_report",
 ]
 
-# Loaded when first asked for: torch takes seconds, and a command line's help needs none of it
-_ROOMS = {
+# A module is imported when one of its names is first used: torch takes seconds, and `longnet --help` needs none of it
+_MODULES = {
     "attention": (
         "Branch",
         "Guard",
@@ -166,7 +167,7 @@ _ROOMS = {
         "sequence_plan",
     ),
     "data": ("ByteData", "HubData", "ImageFolderData", "LongRangeData", "TokenData", "TokenFileData"),
-    "flops": ("ModelFlops", "attended_pairs"),
+    "planning.flops": ("ModelFlops", "attended_pairs"),
     "layers": (
         "DilatedAttention",
         "DilatedSelfAttention",
@@ -176,17 +177,17 @@ _ROOMS = {
         "keep_attention",
         "magneto_gain",
     ),
-    "loss": ("chunked_cross_entropy",),
-    "model": ("LongNet", "LongNetConfig"),
-    "module": ("LongNetModule",),
+    "layers.loss": ("chunked_cross_entropy",),
+    "models.longnet": ("LongNet", "LongNetConfig"),
+    "training.module": ("LongNetModule",),
     "sequence": ("SequenceContext", "SequencePart", "hand_down", "sequence_context", "sequence_mesh"),
-    "optimization": ("decay_groups", "warmup_cosine"),
-    "checkpoints": ("Checkpoint", "read_checkpoint"),
-    "exported": ("export_model", "load_model"),
-    "vision": ("LongViT", "LongViTConfig"),
-    "vision_module": ("LongViTModule",),
+    "training.optimization": ("decay_groups", "warmup_cosine"),
+    "checkpointing.checkpoints": ("Checkpoint", "read_checkpoint"),
+    "checkpointing.exports": ("export_model", "load_model"),
+    "models.longvit": ("LongViT", "LongViTConfig"),
+    "training.vision_module": ("LongViTModule",),
     "report": ("write_report",),
-    "presets": ("available_presets",),
+    "layers.presets": ("available_presets",),
     "compat": (
         "BlockSparseRingDilatedAttention",
         "BlockSparseRingDilatedAttentionFixed",
@@ -214,11 +215,11 @@ _ROOMS = {
 
 
 def __getattr__(name: str) -> Any:
-    for room, names in _ROOMS.items():
+    for module, names in _MODULES.items():
         if name in names:
-            found = getattr(import_module(f"lightning_longnet.{room}"), name)
-            globals()[name] = found
-            return found
+            value = getattr(import_module(f"lightning_longnet.{module}"), name)
+            globals()[name] = value
+            return value
     raise AttributeError(f"module 'lightning_longnet' has no attribute {name!r}")
 
 
@@ -226,4 +227,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+install()
 register()

@@ -4,6 +4,6 @@
 if __name__ == "strategies":
     raise ImportError("import lightning_longnet.strategies instead: the bare name would load every class twice")
 
-from lightning_longnet.strategies.ring import RingSequenceParallelStrategy
+from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 
 __all__ = ["RingSequenceParallelStrategy"]

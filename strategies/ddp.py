@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_longnet.strategies.ring import RingSequenceParallelStrategy
+from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 
 
 class DDPSequenceParallelStrategy(RingSequenceParallelStrategy, DDPStrategy):

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 
-from lightning_longnet.strategies.ring import RingSequenceParallelStrategy
+from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 from lightning_longnet.strategies.universal import convert, saved_ranks
 
 if TYPE_CHECKING:

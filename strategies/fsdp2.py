@@ -17,8 +17,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, re
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 from lightning_longnet.strategies.files import load_file
-from lightning_longnet.strategies.ring import RingSequenceParallelStrategy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

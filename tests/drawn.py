@@ -8,8 +8,9 @@ from brute import Shown
 from hypothesis import strategies as st
 
 from lightning_longnet import Branch, Pattern
-from lightning_longnet.attention import overlap, plan, runs
-from lightning_longnet.attention.sparsity import Sparsity
+from lightning_longnet.attention.pattern.sparsity import Sparsity
+from lightning_longnet.attention.plan import blocks as plan
+from lightning_longnet.attention.plan import overlap, runs
 
 positive = st.integers(1, 12)
 

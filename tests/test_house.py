@@ -15,38 +15,37 @@ import pytest
 import torch
 from programs import LONGNET, programs
 
+from lightning_longnet.aliases import MOVED
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_longnet"
 
-# each room may import those before it, and itself
-ROOMS = [
-    "runs",
-    "sparsity",
-    "branch",
-    "pattern",
-    "ordering",
-    "lattice",
-    "gathering",
-    "overlap",
-    "placement",
-    "plan",
-    "shares",
-    "routes",
-    "documents",
-    "dropout",
-    "partial",
-    "kernels",
-    "exchange",
-    "operators",
-    "schedule",
-    "sequence_plan",
-    "shard",
-    "arguments",
-    "reordering",
-    "sharded",
-    "attend",
-    "guard",
-]
+# The folders of the package, and which others the files of each may import.  `torch` marks those that import nothing
+# from outside but torch and the standard library; imports for annotations alone are free within the package.
+CORE = ["attention.pattern", "attention.plan", "attention.kernels", "attention.parallel", "attention"]
+FOLDERS = {
+    **{folder: CORE[: i + 1] for i, folder in enumerate(CORE)},
+    "sequence": [*CORE],
+    "layers": [*CORE],
+    "models": [*CORE, "sequence", "layers"],
+    "checkpointing": [*CORE, "models"],
+    "training": [*CORE, "sequence", "layers", "models", "checkpointing"],
+    "huggingface": ["models"],
+    "compat": [*CORE, "layers"],
+    "data": ["sequence", "layers"],
+    "report": [*CORE],
+    "planning": [*CORE, "sequence", "layers", "models", "callbacks", "cli", "registration"],
+    "callbacks": [*CORE, "sequence", "layers", "report", "planning", "__init__"],
+    "cli": [*CORE, "callbacks", "checkpointing", "data", "models", "planning", "report", "training", "__init__"],
+}
+TORCH_ONLY = [*CORE, "sequence", "layers", "models"]
+
+
+def folder_of(module):
+    """The folder of the package that holds a module, given without the package's name."""
+    parts = module.split(".")
+    nested = len(parts) > 1 and (PACKAGE / parts[0] / parts[1]).is_dir() and parts[0] == "attention"
+    return ".".join(parts[:2]) if nested else parts[0]
 
 
 def imports(path):
@@ -64,70 +63,48 @@ def imports(path):
             for name in node.names:
                 yield name.name, node in top, node in typing_only
         elif isinstance(node, ast.ImportFrom):
+            if node.level and path.parent.name == "huggingface":
+                continue  # these files are copied into exported folders, where they import each other
             assert node.level == 0, f"{path} imports relatively"
-            inside = node.module == "lightning_longnet.attention"  # `from ... import operators` names a room, too
-            for name in node.names if inside else node.names[:1]:
-                yield f"{node.module}.{name.name}" if inside else node.module, node in top, node in typing_only
+            submodule = (ROOT / node.module.replace(".", "/") / f"{node.names[0].name}.py").is_file()
+            yield f"{node.module}.{node.names[0].name}" if submodule else node.module, node in top, node in typing_only
 
 
 def python_files(folder):
     return sorted(p for p in folder.rglob("*.py") if "strategies" not in p.relative_to(PACKAGE).parts)
 
 
-@pytest.mark.parametrize("path", python_files(PACKAGE / "attention"), ids=lambda p: p.stem)
-def test_the_core_imports_torch_alone(path):
-    for module, at_top, typing_only in imports(path):
-        package = module.split(".")[0]
-        allowed = package in ("torch", "lightning_longnet") or package in sys.stdlib_module_names
-        drawing = package == "matplotlib" and (typing_only or (path.stem == "picture" and not at_top))
-        assert allowed or drawing, f"{path.relative_to(ROOT)} imports {module}"
-        if package == "lightning_longnet":
-            assert module.startswith("lightning_longnet.attention"), f"{path} imports {module}, outside of the core"
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_imports_what_the_table_allows(folder):
+    for path in python_files(PACKAGE):
+        relative = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if "." not in relative or folder_of(relative) != folder:
+            continue
+        for module, at_top, typing_only in imports(path):
+            package, _, name = module.partition(".")
+            if package == "lightning_longnet":
+                target = folder_of(name or "__init__")
+                assert typing_only or target == folder or target in FOLDERS[folder], f"{relative} imports {module}"
+                assert folder not in CORE or target in CORE, f"{relative} imports {module} from outside of the core"
+            elif folder in TORCH_ONLY:
+                drawing = package == "matplotlib" and (typing_only or (path.stem == "picture" and not at_top))
+                assert drawing or package == "torch" or package in sys.stdlib_module_names, (
+                    f"{relative} imports {module}"
+                )
 
 
-@pytest.mark.parametrize("path", python_files(PACKAGE / "attention"), ids=lambda p: p.stem)
-def test_imports_run_one_way(path):
-    place = path.relative_to(PACKAGE / "attention").with_suffix("").parts[0]
-    if place not in ROOMS:
-        assert place in ("__init__", "picture"), f"{place} stands in no order: add it to ROOMS"
-        return
-    for module, at_top, typing_only in imports(path):
-        parts = module.split(".")
-        if parts[:2] == ["lightning_longnet", "attention"] and at_top and not typing_only:
-            assert ROOMS.index(parts[2]) <= ROOMS.index(place), f"{place} imports {module}"
+def test_the_table_names_every_folder():
+    names = [folder_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts)) for path in python_files(PACKAGE)]
+    top = {path.stem for path in PACKAGE.glob("*.py")}
+    assert set(names) - top == set(FOLDERS)
 
 
-@pytest.mark.parametrize("path", python_files(PACKAGE / "layers"), ids=lambda p: p.stem)
-def test_layers_import_torch_and_the_core_alone(path):
-    for module, _, typing_only in imports(path):
-        parts = module.split(".")
-        if parts[0] == "lightning_longnet":
-            rooms = ("attention", "layers", *(["sequence"] if typing_only else []))
-            assert parts[1] in rooms, f"{path.relative_to(ROOT)} imports {module}"
-        else:
-            assert parts[0] == "torch" or parts[0] in sys.stdlib_module_names, (
-                f"{path.relative_to(ROOT)} imports {module}"
-            )
-
-
-MODELS = ["presets", "blocks", "model", "vision"]
-
-
-@pytest.mark.parametrize(
-    "path",
-    [*python_files(PACKAGE / "sequence"), *(PACKAGE / f"{name}.py" for name in ("loss", *MODELS))],
-    ids=lambda p: p.stem,
-)
-def test_contexts_models_and_loss_import_torch_and_what_stands_below_them(path):
-    for module, _, typing_only in imports(path):
-        parts = module.split(".")
-        if parts[0] == "lightning_longnet":
-            below = ("attention", "sequence")
-            if path.stem in MODELS:
-                below = ("attention", "layers", "loss", "blocks", "presets", *(["sequence"] if typing_only else []))
-            assert parts[1] in below, f"{path.relative_to(ROOT)} imports {module}"
-        else:
-            assert parts[0] == "torch" or parts[0] in sys.stdlib_module_names, f"{path.name} imports {module}"
+@pytest.mark.parametrize("former", sorted(MOVED))
+def test_former_module_paths_still_import(former):
+    present = importlib.import_module(f"lightning_longnet.{MOVED[former]}")
+    found = importlib.import_module(f"lightning_longnet.{former}")
+    assert found is present
+    assert found.__spec__.name == f"lightning_longnet.{MOVED[former]}"
 
 
 def test_the_package_itself_is_imported_without_torch():
@@ -244,17 +221,17 @@ def test_nothing_names_a_sibling_folder_or_a_registry_host():
 @pytest.mark.parametrize(
     "module",
     [
-        "attention.pattern",
-        "attention.ordering",
+        "attention.pattern.pattern",
+        "attention.pattern.ordering",
         "attention.attend",
-        "attention.sequence_plan",
-        "flops",
+        "attention.parallel.sequence_plan",
+        "planning.flops",
         "layers.self_attention",
         "layers.multihead",
         "layers.initialization",
         "layers.checkpointing",
         "layers.dilated",
-        "presets",
+        "layers.presets",
     ],
 )
 def test_examples_in_docstrings_are_true(module):

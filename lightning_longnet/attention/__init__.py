@@ -2,17 +2,17 @@
 
 from lightning_longnet.attention.attend import attend, explain
 from lightning_longnet.attention.guard import Guard
-from lightning_longnet.attention.ordering import (
+from lightning_longnet.attention.parallel.sequence_plan import SequencePlan, sequence_plan
+from lightning_longnet.attention.parallel.shard import SequenceShard
+from lightning_longnet.attention.pattern.ordering import (
     causal_order,
     hilbert_order,
     inverse_order,
     raster_order,
     sequence_hilbert_order,
 )
-from lightning_longnet.attention.pattern import Branch, Pattern, Reach
-from lightning_longnet.attention.sequence_plan import SequencePlan, sequence_plan
-from lightning_longnet.attention.shard import SequenceShard
-from lightning_longnet.attention.sparsity import Sparsity
+from lightning_longnet.attention.pattern.pattern import Branch, Pattern, Reach
+from lightning_longnet.attention.pattern.sparsity import Sparsity
 
 __all__ = [
     "Branch",

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention import operators, sharded
-from lightning_longnet.attention.arguments import (
+from lightning_longnet.attention import operators
+from lightning_longnet.attention.checks import (
     Mix,
     checked_call,
     checked_padding,
@@ -16,13 +16,14 @@ from lightning_longnet.attention.arguments import (
     checked_tensors,
     request_of,
 )
-from lightning_longnet.attention.dropout import Dropout
 from lightning_longnet.attention.kernels import Explanation, judge, reference
-from lightning_longnet.attention.pattern import Pattern  # noqa: TC001  for the examples below
-from lightning_longnet.attention.shard import SequenceShard
+from lightning_longnet.attention.kernels.dropout import Dropout
+from lightning_longnet.attention.parallel import sharded
+from lightning_longnet.attention.parallel.shard import SequenceShard
+from lightning_longnet.attention.pattern.pattern import Pattern  # noqa: TC001  for the examples below
 
 if TYPE_CHECKING:
-    from lightning_longnet.attention.schedule import Exchange
+    from lightning_longnet.attention.parallel.schedule import Exchange
 
 
 @overload

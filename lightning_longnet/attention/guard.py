@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from lightning_longnet.attention.attend import attend, explain, explain_call
 from lightning_longnet.attention.kernels import kernel_names, reference
-from lightning_longnet.attention.pattern import Pattern
-from lightning_longnet.attention.shard import SequenceShard
+from lightning_longnet.attention.parallel.shard import SequenceShard
+from lightning_longnet.attention.pattern.pattern import Pattern
 
 if TYPE_CHECKING:
     from torch import Tensor

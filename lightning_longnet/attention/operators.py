@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention.documents import document_cuts
-from lightning_longnet.attention.dropout import Dropout
-from lightning_longnet.attention.exchange import local
-from lightning_longnet.attention.exchange.blocks import Terms
 from lightning_longnet.attention.kernels import BLOCK_KERNELS
-from lightning_longnet.attention.lattice import joined, readable
-from lightning_longnet.attention.pattern import Pattern
-from lightning_longnet.attention.plan import plan
+from lightning_longnet.attention.kernels.blocks import Terms
+from lightning_longnet.attention.kernels.dropout import Dropout
+from lightning_longnet.attention.parallel import local
+from lightning_longnet.attention.pattern.pattern import Pattern
+from lightning_longnet.attention.plan.blocks import plan
+from lightning_longnet.attention.plan.documents import document_cuts
+from lightning_longnet.attention.plan.lattice import joined, readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightning_longnet.attention.kernels import BlockKernel
-    from lightning_longnet.attention.plan import Plan
+    from lightning_longnet.attention.plan.blocks import Plan
 
 
 @torch.library.custom_op("lightning_longnet::attend", mutates_args=())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from lightning_longnet.attention.schedule import Sizes, Volume, branch_volumes, volume
+from lightning_longnet.attention.parallel.schedule import Sizes, Volume, branch_volumes, volume
 from lightning_longnet.callbacks.monitor import Monitor
 from lightning_longnet.sequence import sequence_context
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor
 
-    from lightning_longnet.attention.exchange.comm import Traffic
-    from lightning_longnet.attention.pattern import Branch
-    from lightning_longnet.attention.routes import Layout
+    from lightning_longnet.attention.parallel.comm import Traffic
+    from lightning_longnet.attention.parallel.routes import Layout
+    from lightning_longnet.attention.pattern.pattern import Branch
 
 _COUNTED = ("messages", "sent_bytes", "waited_seconds", "flight_seconds", "loss_seconds")
 _SECONDS = _COUNTED[2:]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lightning_longnet.attention.schedule import volume
+from lightning_longnet.attention.parallel.schedule import volume
 from lightning_longnet.callbacks.monitor import Monitor
 from lightning_longnet.sequence import sequence_context
 

@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_longnet.callbacks.atomic_save import save_whole
 from lightning_longnet.callbacks.host import device_of, host_group
-from lightning_longnet.callbacks.whole import save_whole
 
 if TYPE_CHECKING:
     from types import FrameType

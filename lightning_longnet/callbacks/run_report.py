@@ -17,7 +17,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[
 from lightning.pytorch.callbacks import Callback
 
 import lightning_longnet
-from lightning_longnet.attention.sequence_plan import sequence_plan
+from lightning_longnet.attention.parallel.sequence_plan import sequence_plan
 from lightning_longnet.callbacks.monitor import Monitor
 from lightning_longnet.callbacks.peak import compute_dtype
 from lightning_longnet.callbacks.throughput import size_of

@@ -41,8 +41,13 @@ def run(arguments: Namespace) -> None:
     target = Path(arguments.checkpoint)
     if target.exists():
         raise ValueError(f"checkpoint must be a new file, got {target}, which exists")
-    from lightning_longnet.checkpoints import write_checkpoint
-    from lightning_longnet.torchscale import ARGUMENTS, REFUSED_ARGUMENTS, from_torchscale, read_torchscale
+    from lightning_longnet.checkpointing.checkpoints import write_checkpoint
+    from lightning_longnet.checkpointing.torchscale import (
+        ARGUMENTS,
+        REFUSED_ARGUMENTS,
+        from_torchscale,
+        read_torchscale,
+    )
 
     for name in set(told) - {*ARGUMENTS, *REFUSED_ARGUMENTS}:
         # torchscale has many arguments that change nothing here; one that is nearly read is misspelt

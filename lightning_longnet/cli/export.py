@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> None:
-    from lightning_longnet.exported import export_model, load_model
+    from lightning_longnet.checkpointing.exports import export_model, load_model
 
     model = load_model(arguments.checkpoint)
     export_model(model, arguments.folder, arguments.format)

@@ -28,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
-    from lightning_longnet.checkpoints import read_checkpoint
+    from lightning_longnet.checkpointing.checkpoints import read_checkpoint
+    from lightning_longnet.checkpointing.exports import model_of
     from lightning_longnet.data.tokenizers import tokenizer_of
-    from lightning_longnet.exported import model_of
-    from lightning_longnet.generation import generate
-    from lightning_longnet.model import LongNet
+    from lightning_longnet.models.generation import generate
+    from lightning_longnet.models.longnet import LongNet
 
     found = read_checkpoint(arguments.checkpoint)
     told: dict[str, Any] = found.hyper_parameters

@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.config:
         raise ValueError("--config must name a file, as of longnet fit")
     from lightning_longnet.planning.configured import read_job
-    from lightning_longnet.planning.plan import plan_run
+    from lightning_longnet.planning.run import plan_run
 
     words = [word for path in arguments.config for word in ("--config", path)]
     job = read_job([*words, *arguments.overrides], arguments.nodes, arguments.gpus_per_node, arguments.tokens)

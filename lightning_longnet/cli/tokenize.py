@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from lightning_longnet.data.found import found_files
+    from lightning_longnet.data.paths import found_files
     from lightning_longnet.data.tokenizing import plan_of, tokenize
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

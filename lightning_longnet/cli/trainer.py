@@ -16,8 +16,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import lightning_longnet.data
-import lightning_longnet.module
-import lightning_longnet.vision_module  # noqa: F401  short names in YAML are those of classes that are loaded
+import lightning_longnet.training.module
+import lightning_longnet.training.vision_module  # noqa: F401  short names in YAML are those of classes that are loaded
 from lightning_longnet.callbacks import PredictedTexts
 
 if TYPE_CHECKING:

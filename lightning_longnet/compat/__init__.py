@@ -21,7 +21,7 @@ from lightning_longnet.compat.classes import (
     UlyssesAttention,
 )
 from lightning_longnet.compat.configuration import RingAttentionConfig, SparsePatternConfig
-from lightning_longnet.presets import nearest
+from lightning_longnet.layers.presets import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

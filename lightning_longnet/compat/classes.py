@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lightning_longnet.compat.arguments import (
+from lightning_longnet.compat.options import (
     WITHOUT_GATE,
     WITHOUT_WEIGHTS,
     expected_shape,
@@ -12,7 +12,7 @@ from lightning_longnet.compat.arguments import (
     settings_of,
 )
 from lightning_longnet.layers import DilatedAttention, MultiheadDilatedAttention
-from lightning_longnet.layers.arguments import positive_integer
+from lightning_longnet.layers.options import positive_integer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,9 @@ import warnings
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from lightning_longnet.attention.pattern import Pattern
-from lightning_longnet.layers.arguments import positive_integer, probability
-from lightning_longnet.presets import nearest
+from lightning_longnet.attention.pattern.pattern import Pattern
+from lightning_longnet.layers.options import positive_integer, probability
+from lightning_longnet.layers.presets import nearest
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_longnet.data.base import StreamLoaders
-from lightning_longnet.data.found import found_files
+from lightning_longnet.data.paths import found_files
 from lightning_longnet.data.streams import ByteFiles, Slice
 from lightning_longnet.data.tokenizers import ByteTokenizer
 

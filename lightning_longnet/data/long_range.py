@@ -11,7 +11,7 @@ from lightning_longnet.data.base import RowLoaders, check_positive
 from lightning_longnet.data.order import seed_of
 from lightning_longnet.data.rows import Row, Rows
 from lightning_longnet.data.tokenizers import UNKNOWN
-from lightning_longnet.loss import IGNORED
+from lightning_longnet.layers.loss import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor

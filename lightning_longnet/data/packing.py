@@ -10,7 +10,7 @@ import torch
 
 from lightning_longnet.data.rows import Row, Rows
 from lightning_longnet.data.streams import Stream, documents_of
-from lightning_longnet.loss import IGNORED
+from lightning_longnet.layers.loss import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

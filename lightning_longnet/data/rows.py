@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import Dataset
 
-from lightning_longnet.loss import IGNORED
+from lightning_longnet.layers.loss import IGNORED
 from lightning_longnet.sequence import SequencePart
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.placement import Placement
+    from lightning_longnet.attention.parallel.placement import Placement
     from lightning_longnet.data.streams import Stream
 
 Row = dict[str, "Tensor"]

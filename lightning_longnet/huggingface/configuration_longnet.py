@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from lightning_longnet.model import LongNetConfig
+from lightning_longnet.models.longnet import LongNetConfig
 
 
 class LongNetPretrainedConfig(PretrainedConfig):

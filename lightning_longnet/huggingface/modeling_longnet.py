@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from lightning_longnet.model import LongNet, LongNetConfig
+from lightning_longnet.models.longnet import LongNet, LongNetConfig
 
 from .configuration_longnet import LongNetPretrainedConfig  # from its own folder, wherever that is
 

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_longnet.attention.attend import attend
-from lightning_longnet.attention.reordering import Reordering, order_of_sequence
-from lightning_longnet.layers.arguments import exchange_of, kernel_name, mix_of, ordering_of, probability
+from lightning_longnet.attention.parallel.reordering import Reordering, order_of_sequence
+from lightning_longnet.layers.options import exchange_of, kernel_name, mix_of, ordering_of, probability
 from lightning_longnet.layers.positions import checked_positions, document_index
 
 if TYPE_CHECKING:
-    from lightning_longnet.attention.arguments import Mix
+    from lightning_longnet.attention.checks import Mix
     from lightning_longnet.attention.guard import Guard
-    from lightning_longnet.attention.ordering import Ordering
-    from lightning_longnet.attention.pattern import Pattern
-    from lightning_longnet.attention.schedule import Exchange
+    from lightning_longnet.attention.parallel.schedule import Exchange
+    from lightning_longnet.attention.pattern.ordering import Ordering
+    from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.sequence.context import SequenceContext
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_longnet.layers.arguments import positive_integer, positive_number, probability
 from lightning_longnet.layers.initialization import xavier_parts
+from lightning_longnet.layers.options import positive_integer, positive_number, probability
 
 Activation = Literal["gelu", "relu", "silu", "swiglu"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightning_longnet.layers.arguments import positive_integer
+from lightning_longnet.layers.options import positive_integer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

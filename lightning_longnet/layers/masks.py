@@ -7,7 +7,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from lightning_longnet.layers.arguments import is_readable, require
+from lightning_longnet.layers.options import is_readable, require
 
 
 def ignored_keys(mask: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_longnet.layers.arguments import pattern_of, positive_integer, positive_number, require
+from lightning_longnet.layers.options import pattern_of, positive_integer, positive_number, require
 
 if TYPE_CHECKING:
-    from lightning_longnet.attention.pattern import Pattern
+    from lightning_longnet.attention.pattern.pattern import Pattern
 
 Kind = Literal["rope", "xpos"]
 

@@ -8,20 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_longnet.attention.arguments import Mix  # noqa: TC001  for typing.get_type_hints
+from lightning_longnet.attention.checks import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.attention.guard import Guard  # noqa: TC001
-from lightning_longnet.attention.ordering import Ordering  # noqa: TC001
-from lightning_longnet.attention.pattern import Pattern, check_heads
-from lightning_longnet.attention.reordering import check_ordering
-from lightning_longnet.attention.schedule import Exchange  # noqa: TC001
-from lightning_longnet.layers.arguments import (
+from lightning_longnet.attention.parallel.reordering import check_ordering
+from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
+from lightning_longnet.attention.pattern.ordering import Ordering  # noqa: TC001
+from lightning_longnet.attention.pattern.pattern import Pattern, check_heads
+from lightning_longnet.layers.attending import AttentionLayer, places_of
+from lightning_longnet.layers.initialization import xavier_parts
+from lightning_longnet.layers.options import (
     pattern_of,
     positive_integer,
     positive_number,
     shown_pattern,
 )
-from lightning_longnet.layers.attending import AttentionLayer, places_of
-from lightning_longnet.layers.initialization import xavier_parts
 from lightning_longnet.layers.positions import Kind, RotaryPositions
 
 

@@ -2,6 +2,6 @@
 
 from lightning_longnet.planning.devices import Device, named
 from lightning_longnet.planning.job import Job
-from lightning_longnet.planning.plan import RunPlan, plan_run
+from lightning_longnet.planning.run import RunPlan, plan_run
 
 __all__ = ["Device", "Job", "RunPlan", "named", "plan_run"]

@@ -10,9 +10,9 @@ import lightning as L
 import torch
 from jsonargparse import Namespace
 
-from lightning_longnet.attention.pattern import Branch, Pattern
+from lightning_longnet.attention.pattern.pattern import Branch, Pattern
 from lightning_longnet.cli.trainer import Parser, TrainerCLI
-from lightning_longnet.model import LongNetConfig
+from lightning_longnet.models.longnet import LongNetConfig
 from lightning_longnet.planning.job import Job
 from lightning_longnet.registration import NAMES
 

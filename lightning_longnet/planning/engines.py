@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_longnet.flops import Flops, ModelFlops
-from lightning_longnet.model import LongNet
+from lightning_longnet.models.longnet import LongNet
+from lightning_longnet.planning.flops import Flops, ModelFlops
 
 if TYPE_CHECKING:
     from lightning_longnet.planning.job import Job

@@ -6,15 +6,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_longnet.attention.routes import crossings, head_parts, is_local, route
-from lightning_longnet.attention.schedule import Schedule, Volume, branch_volumes, schedule, volume, watched
-from lightning_longnet.planning.standin import Remote
+from lightning_longnet.attention.parallel.routes import crossings, head_parts, is_local, route
+from lightning_longnet.attention.parallel.schedule import Schedule, Volume, branch_volumes, schedule, volume, watched
+from lightning_longnet.planning.fake_rank import Remote
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from lightning_longnet.attention.pattern import Pattern
-    from lightning_longnet.attention.routes import Layout, Part
+    from lightning_longnet.attention.parallel.routes import Layout, Part
+    from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.planning.job import Job
 
 # Of more ranks than these some are looked at, and the plan says which

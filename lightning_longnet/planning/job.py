@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_longnet.attention.pattern import check_heads
-from lightning_longnet.attention.routes import Layout
-from lightning_longnet.attention.schedule import Sizes
+from lightning_longnet.attention.parallel.routes import Layout
+from lightning_longnet.attention.parallel.schedule import Sizes
+from lightning_longnet.attention.pattern.pattern import check_heads
 from lightning_longnet.callbacks.peak import compute_dtype
 from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.sequence.mesh import check_sizes
 
 if TYPE_CHECKING:
-    from lightning_longnet.attention.pattern import Pattern
-    from lightning_longnet.attention.placement import Kind, Placement
-    from lightning_longnet.attention.schedule import Exchange
-    from lightning_longnet.model import LongNetConfig
+    from lightning_longnet.attention.parallel.placement import Kind, Placement
+    from lightning_longnet.attention.parallel.schedule import Exchange
+    from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.models.longnet import LongNetConfig
 
 
 @dataclass(frozen=True)

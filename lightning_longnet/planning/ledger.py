@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import lightning_longnet.attention.sharded  # noqa: F401  registers the operator that is named below
+import lightning_longnet.attention.parallel.sharded  # noqa: F401  registers the operator that is named below
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_longnet.planning.plan import RunPlan
+    from lightning_longnet.planning.run import RunPlan
 
 _COLOURS = ("#2b5d8a", "#7fa8cc", "#6b8f3c", "#d9a441", "#b3321f", "#8c6bb1", "#999999")
 

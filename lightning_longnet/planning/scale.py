@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.pattern import Pattern
+from lightning_longnet.attention.pattern.pattern import Pattern
 from lightning_longnet.planning.speed import BACKWARD, FORWARD, LATENCY
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_longnet.attention.pattern import check_heads
-from lightning_longnet.flops import attended_pairs
+from lightning_longnet.attention.pattern.pattern import check_heads
+from lightning_longnet.planning.flops import attended_pairs
 
 if TYPE_CHECKING:
     from lightning_longnet.planning.devices import Device

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_longnet.planning.exchange import LayerKind
-    from lightning_longnet.planning.plan import RunPlan
+    from lightning_longnet.planning.run import RunPlan
 
 GIB, MIB = 2**30, 2**20
 WORDS = {

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_longnet.loss import chunked_cross_entropy
-from lightning_longnet.model import LongNet, LongNetConfig
+from lightning_longnet.layers.loss import chunked_cross_entropy
+from lightning_longnet.models.longnet import LongNet, LongNetConfig
+from lightning_longnet.planning.fake_rank import WORKSPACE, PlannedContext, Remote
 from lightning_longnet.planning.ledger import Event, Ledger
-from lightning_longnet.planning.standin import WORKSPACE, PlannedContext, Remote
-from lightning_longnet.sequence.handed import hand_down
+from lightning_longnet.sequence.attach import hand_down
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lightning_longnet.attention.pattern import Pattern
+from lightning_longnet.attention.pattern.pattern import Pattern
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

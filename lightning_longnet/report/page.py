@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_longnet.attention.pattern import Pattern
+from lightning_longnet.attention.pattern.pattern import Pattern
 from lightning_longnet.report.charts import Bars, Chart, Line, shade, svg
 from lightning_longnet.report.figures import charts, differing, headline
 from lightning_longnet.report.pictures import pattern_pictures, placement_picture

@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_longnet.attention.pattern import Pattern
+    from lightning_longnet.attention.pattern.pattern import Pattern
 
 _CELLS = 96  # of the whole picture, each way
 _SAMPLED = 32  # tokens of each cell that are looked at

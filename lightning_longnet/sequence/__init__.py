@@ -1,7 +1,7 @@
 """What a module needs to know where its sequences are split over ranks: torch and the core alone, no Lightning."""
 
+from lightning_longnet.sequence.attach import hand_down, sequence_context
 from lightning_longnet.sequence.context import SequenceContext
-from lightning_longnet.sequence.handed import hand_down, sequence_context
 from lightning_longnet.sequence.mesh import sequence_mesh
 from lightning_longnet.sequence.parts import SequencePart
 

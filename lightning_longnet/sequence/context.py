@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_longnet.attention.attend import attend
-from lightning_longnet.attention.dropout import hashed
-from lightning_longnet.attention.exchange.comm import Traffic
-from lightning_longnet.attention.placement import Kind, Placement
-from lightning_longnet.attention.schedule import Exchange
-from lightning_longnet.attention.shard import SequenceShard
+from lightning_longnet.attention.kernels.dropout import hashed
+from lightning_longnet.attention.parallel.comm import Traffic
+from lightning_longnet.attention.parallel.placement import Kind, Placement
+from lightning_longnet.attention.parallel.schedule import Exchange
+from lightning_longnet.attention.parallel.shard import SequenceShard
 from lightning_longnet.sequence.agreement import compare, fault_of
 from lightning_longnet.sequence.batches import checked_dims, digest, dim_of, is_whole, known_length, length_of, mapped
 from lightning_longnet.sequence.mesh import DATA, SEQUENCE
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from lightning_longnet.attention.arguments import Mix
+    from lightning_longnet.attention.checks import Mix
     from lightning_longnet.attention.guard import Guard
-    from lightning_longnet.attention.pattern import Pattern
+    from lightning_longnet.attention.pattern.pattern import Pattern
 
 
 class SequenceContext:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lightning_longnet.attention.placement import Placement
+    from lightning_longnet.attention.parallel.placement import Placement
 
 
 @dataclass

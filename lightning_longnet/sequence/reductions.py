@@ -10,7 +10,7 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_longnet.attention.placement import Placement
+    from lightning_longnet.attention.parallel.placement import Placement
 
 
 class TokenMean(torch.autograd.Function):

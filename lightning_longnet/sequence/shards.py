@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.shard import SequenceShard
+    from lightning_longnet.attention.parallel.shard import SequenceShard
 
 
 class _Made(NamedTuple):

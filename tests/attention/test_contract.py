@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from lightning_longnet import Pattern, attend, explain
-from lightning_longnet.attention.exchange import blocks
+from lightning_longnet.attention.kernels import blocks
 from lightning_longnet.attention.kernels.sdpa import cpu
 
 KERNELS = ["sdpa", "eager", "reference"]

@@ -7,9 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lightning_longnet import Pattern, attend
-from lightning_longnet.attention.dropout import Dropout
-from lightning_longnet.attention.exchange import blocks
-from lightning_longnet.attention.kernels import eager
+from lightning_longnet.attention.kernels import blocks, eager
+from lightning_longnet.attention.kernels.dropout import Dropout
 
 LONGNET = Pattern.dilated((16, 32, 64), (1, 2, 4), is_causal=True)
 

@@ -13,8 +13,9 @@ from contexts import made
 from pool import Pool
 
 from lightning_longnet import Pattern, SequenceShard, attend
-from lightning_longnet.attention import arguments, sharded
+from lightning_longnet.attention import checks as arguments
 from lightning_longnet.attention.kernels import eager
+from lightning_longnet.attention.parallel import sharded
 
 DENSE = Pattern.dense()
 

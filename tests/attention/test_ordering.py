@@ -18,7 +18,7 @@ from lightning_longnet import (
     raster_order,
     sequence_hilbert_order,
 )
-from lightning_longnet.attention.ordering import order_of
+from lightning_longnet.attention.pattern.ordering import order_of
 
 FLAT = [
     *product(range(1, 18), repeat=2),

@@ -4,7 +4,7 @@ from math import inf, log
 
 import torch
 
-from lightning_longnet.attention.partial import Partial
+from lightning_longnet.attention.kernels.partial import Partial
 
 
 def partial(scores, values):

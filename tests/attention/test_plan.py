@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_longnet import Pattern
-from lightning_longnet.attention.overlap import repeats_align
-from lightning_longnet.attention.plan import plan
+from lightning_longnet.attention.plan.blocks import plan
+from lightning_longnet.attention.plan.overlap import repeats_align
 
 
 @settings(max_examples=150, deadline=None)

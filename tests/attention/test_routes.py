@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_longnet import Pattern, sequence_plan
-from lightning_longnet.attention import routes
-from lightning_longnet.attention.placement import Placement
-from lightning_longnet.attention.routes import Layout, crossings, is_local, route
-from lightning_longnet.attention.schedule import MESSAGE_BYTES, Sizes, schedule, volume
-from lightning_longnet.attention.shares import shares
+from lightning_longnet.attention.parallel import routes
+from lightning_longnet.attention.parallel.placement import Placement
+from lightning_longnet.attention.parallel.routes import Layout, crossings, is_local, route
+from lightning_longnet.attention.parallel.schedule import MESSAGE_BYTES, Sizes, schedule, volume
+from lightning_longnet.attention.parallel.shares import shares
 
 SIZES = Sizes(batch=1, head_dim=64, value_dim=64, itemsize=4, wide_itemsize=4)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_longnet import Branch, Pattern, sequence_plan
-from lightning_longnet.attention.plan import plan
+from lightning_longnet.attention.plan.blocks import plan
 
 LONGNET = Pattern.dilated((64, 256, 1024), (1, 2, 4), is_causal=True)
 

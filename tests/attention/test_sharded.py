@@ -13,10 +13,11 @@ from pool import WORLDS
 from split import LONGNET, side_by_side, step, whole
 
 from lightning_longnet import Pattern, SequenceShard, attend
-from lightning_longnet.attention import plan, sharded
-from lightning_longnet.attention.placement import Placement
-from lightning_longnet.attention.routes import Layout, crossings
-from lightning_longnet.attention.schedule import Schedule
+from lightning_longnet.attention.parallel import sharded
+from lightning_longnet.attention.parallel.placement import Placement
+from lightning_longnet.attention.parallel.routes import Layout, crossings
+from lightning_longnet.attention.parallel.schedule import Schedule
+from lightning_longnet.attention.plan import blocks as plan
 
 EXCHANGES = ["gather", "ring", "swap", "auto"]
 

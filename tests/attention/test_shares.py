@@ -11,9 +11,9 @@ from cells import held, shown_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_longnet.attention.placement import Placement
-from lightning_longnet.attention.plan import plan
-from lightning_longnet.attention.shares import shares
+from lightning_longnet.attention.parallel.placement import Placement
+from lightning_longnet.attention.parallel.shares import shares
+from lightning_longnet.attention.plan.blocks import plan
 
 
 def all_shares(block, placement, rank, source):

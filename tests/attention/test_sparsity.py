@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from pool import WORLDS
 
 from lightning_longnet import Branch, Pattern, SequenceShard, Sparsity, attend, explain, sequence_plan
-from lightning_longnet.attention.gathering import Gathered
 from lightning_longnet.attention.kernels.sdpa import cpu
-from lightning_longnet.attention.placement import Placement
-from lightning_longnet.attention.plan import plan
-from lightning_longnet.flops import attended_pairs
+from lightning_longnet.attention.parallel.placement import Placement
+from lightning_longnet.attention.plan.blocks import plan
+from lightning_longnet.attention.plan.gathering import Gathered
+from lightning_longnet.planning.flops import attended_pairs
 
 KINDS = ["local_window", "dilated_sparse", "global_local", "strided"]
 DILATED = Pattern.dilated((16, 32), (1, 2))

@@ -17,12 +17,12 @@ from torch.distributed import distributed_c10d
 from torch.utils.checkpoint import checkpoint
 
 from lightning_longnet import Pattern, SequenceShard, attend, keep_attention, sequence_plan
-from lightning_longnet.attention import sharded
-from lightning_longnet.attention.exchange.comm import Pending
 from lightning_longnet.attention.kernels.sdpa import cpu
-from lightning_longnet.attention.placement import Placement
-from lightning_longnet.attention.routes import Layout
-from lightning_longnet.attention.schedule import Sizes, schedule, volume
+from lightning_longnet.attention.parallel import sharded
+from lightning_longnet.attention.parallel.comm import Pending
+from lightning_longnet.attention.parallel.placement import Placement
+from lightning_longnet.attention.parallel.routes import Layout
+from lightning_longnet.attention.parallel.schedule import Sizes, schedule, volume
 
 
 @pytest.mark.parametrize("exchange", ["gather", "ring", "swap"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_longnet import LongNet, LongNetConfig, LongNetModule, LongViT, LongViTConfig, Pattern, load_model
-from lightning_longnet.checkpoints import write_checkpoint
+from lightning_longnet.checkpointing.checkpoints import write_checkpoint
 from lightning_longnet.cli import main
 
 RECORDED = torch.load(Path(__file__).parents[1] / "data/torchscale.pt", weights_only=True)

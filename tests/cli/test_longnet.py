@@ -12,7 +12,7 @@ from programs import LONGNET, programs
 
 import lightning_longnet
 from lightning_longnet import LongNet, LongNetConfig, Pattern
-from lightning_longnet.checkpoints import write_checkpoint
+from lightning_longnet.checkpointing.checkpoints import write_checkpoint
 from lightning_longnet.cli import COMMANDS, TRAINER_COMMANDS, main
 
 ROOT = Path(__file__).parents[2]

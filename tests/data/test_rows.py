@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_longnet import SequencePart
-from lightning_longnet.attention.placement import Placement
+from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.data.packing import PackedRows, packed
 from lightning_longnet.data.rows import Cut, RowParts, Windows
 

@@ -8,7 +8,7 @@ from held import drawn
 from torch.utils.data import DataLoader
 
 from lightning_longnet import SequencePart
-from lightning_longnet.attention.placement import Placement
+from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.data.rows import Cut
 from lightning_longnet.data.streaming import StreamedRows, windows
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_longnet.data.found import found_files
+from lightning_longnet.data.paths import found_files
 from lightning_longnet.data.streams import ByteFiles, Slice, TokenFiles, documents_of, entropy_bits
 
 SIZES = [5, 0, 1, 7, 0]

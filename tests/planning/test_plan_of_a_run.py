@@ -7,12 +7,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_longnet import LongNet, LongNetConfig, Pattern
-from lightning_longnet.flops import ModelFlops
 from lightning_longnet.planning.devices import named
 from lightning_longnet.planning.engines import Weights
 from lightning_longnet.planning.exchange import layer_kinds
+from lightning_longnet.planning.flops import ModelFlops
 from lightning_longnet.planning.job import Job
-from lightning_longnet.planning.plan import plan_run
+from lightning_longnet.planning.run import plan_run
 from lightning_longnet.planning.traced import trace
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(Nothing crosses|no head attends).*:UserWarning")

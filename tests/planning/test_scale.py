@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightning_longnet.attention.sequence_plan import sequence_plan
+from lightning_longnet.attention.parallel.sequence_plan import sequence_plan
 from lightning_longnet.planning import scale
 from lightning_longnet.planning.devices import named
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from lightning_longnet import SequenceContext, SequencePart
-from lightning_longnet.attention.placement import Placement
+from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.sequence.batches import digest
 
 LENGTH = 11

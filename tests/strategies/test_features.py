@@ -71,7 +71,7 @@ def fit_placed(rank, world, setting, exchange, placement):
 
 def fit_with_own_exchange(rank, world):
     """The exchanges that the layers' calls asked for, where one layer has its own."""
-    from lightning_longnet.attention import sharded
+    from lightning_longnet.attention.parallel import sharded
 
     asked, call = [], sharded.attend
     sharded.attend = lambda q, k, v, settings, *told: asked.append(settings.exchange) or call(q, k, v, settings, *told)

@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 from trained import KeepParameters, quiet, trainer_of
 
 from lightning_longnet import LongNet, LongNetConfig, LongNetModule, LongViT, LongViTConfig, Pattern, export_model
-from lightning_longnet.checkpoints import write_checkpoint
-from lightning_longnet.generation import generate
+from lightning_longnet.checkpointing.checkpoints import write_checkpoint
+from lightning_longnet.models.generation import generate
 from lightning_longnet.strategies import RingSequenceParallelStrategy
 
 PATTERN = Pattern.dilated((8, 64), (1, 2), is_causal=True)

@@ -10,8 +10,8 @@ from torch import nn
 from trained import Module, adamw, fit, fit_and_save, quiet, sgd, trainer_of
 
 from lightning_longnet import Pattern
-from lightning_longnet.checkpoints import read_checkpoint
-from lightning_longnet.model import LongNet, LongNetConfig
+from lightning_longnet.checkpointing.checkpoints import read_checkpoint
+from lightning_longnet.models.longnet import LongNet, LongNetConfig
 
 PATTERN = Pattern.dilated((8, 64), (1, 2), is_causal=True)
 

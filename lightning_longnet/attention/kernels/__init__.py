@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.kernels.call import Call
-    from lightning_longnet.attention.pattern import Pattern
+    from lightning_longnet.attention.pattern.pattern import Pattern
 
 
 class Request(NamedTuple):

@@ -12,9 +12,9 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_longnet.attention.dropout import Dropout
-    from lightning_longnet.attention.plan import Block
-    from lightning_longnet.attention.runs import Repeat
+    from lightning_longnet.attention.kernels.dropout import Dropout
+    from lightning_longnet.attention.plan.blocks import Block
+    from lightning_longnet.attention.plan.runs import Repeat
 
 
 class Draw(NamedTuple):

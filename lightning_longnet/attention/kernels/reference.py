@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_longnet.attention.documents import document_cuts
+from lightning_longnet.attention.plan.documents import document_cuts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_longnet.attention.dropout import Dropout
     from lightning_longnet.attention.kernels import Request
-    from lightning_longnet.attention.pattern import Pattern
+    from lightning_longnet.attention.kernels.dropout import Dropout
+    from lightning_longnet.attention.pattern.pattern import Pattern
 
 name = "reference"
 

@@ -5,9 +5,9 @@ import torch
 
 from lightning_longnet.attention.kernels.call import Call
 from lightning_longnet.attention.kernels.sdpa import cpu as sdpa
-from lightning_longnet.attention.lattice import Lattice
-from lightning_longnet.attention.plan import Block
-from lightning_longnet.attention.runs import Repeat
+from lightning_longnet.attention.plan.blocks import Block
+from lightning_longnet.attention.plan.lattice import Lattice
+from lightning_longnet.attention.plan.runs import Repeat
 
 SOME = Lattice(range(1), rows=1, step=1, head=0, heads=1)  # a kernel is given its rows, and does not look
 FULL, CAUSAL = Block(SOME, SOME), Block(SOME, SOME, low=0)

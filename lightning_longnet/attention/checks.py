@@ -1,0 +1,196 @@
+"""What `attend` is told, as kernels take it; or a ValueError that names what is wrong."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_longnet.attention.kernels import Request, has_few_keys, reference, select
+from lightning_longnet.attention.parallel.schedule import Exchange
+from lightning_longnet.attention.parallel.shard import SequenceShard
+from lightning_longnet.attention.pattern.pattern import Pattern
+
+Mix = Literal["exact", "detached"]
+
+
+class Call(NamedTuple):
+    """The arguments of `attend`, as kernels take them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    documents: Tensor | None
+    hidden: Tensor | None
+    seed: Tensor | None
+    scale: float
+    kernel: str
+
+
+def checked_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    documents: Tensor | None,
+    key_padding_mask: Tensor | None,
+    dropout: float,
+    dropout_seed: int | Tensor | None,
+    dropout_samples: tuple[int, int],
+    scale: float | None,
+    mix: str,
+    kernel: str,
+    exchange: str,
+    shard: SequenceShard | None,
+) -> Call:
+    q, k, v, documents = checked_tensors(q, k, v, pattern, documents)
+    for name, value, allowed in (("mix", mix, get_args(Mix)), ("exchange", exchange, get_args(Exchange))):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    if not isinstance(scale, (int, float)) or not 0 < scale < inf:
+        raise ValueError(f"scale must be a positive, finite number, got {scale!r}")
+    hidden = checked_padding(key_padding_mask, q)
+    if shard is not None:
+        _check_shard(shard, q, documents, hidden, kernel)
+        hidden = shard.key_padding_mask
+    seed = _seed(dropout, dropout_seed)
+    _check_samples(dropout_samples)
+    chosen = select(kernel, request_of(q, v, pattern, hidden, dropout))
+    return Call(q, k, v, documents, hidden, seed, float(scale), chosen)
+
+
+def request_of(q: Tensor, v: Tensor, pattern: Pattern, hidden: Tensor | None, dropout: float) -> Request:
+    return Request(
+        q.device.type,
+        q.dtype,
+        q.shape[1],
+        q.shape[2],
+        q.shape[3],
+        v.shape[3],
+        hidden is not None,
+        dropout > 0,
+        _capability(q.device.index) if q.device.type == "cuda" else None,
+        has_few_keys(pattern),
+    )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def checked_tensors(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, documents: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The arguments as the operator wants them, or a ValueError that names the one that is wrong."""
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern must be a Pattern, got {type(pattern).__name__}: see Pattern.dilated, dense, window")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be (batch, tokens, heads, head_dim), got shape {tuple(x.shape)}")
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"{name} must have a floating-point dtype, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+        if x.shape[:2] != q.shape[:2]:
+            raise ValueError(
+                f"{name} must have the batch and tokens of q, {tuple(q.shape[:2])}, got {tuple(x.shape[:2])}"
+            )
+    if q.shape[3] < 1 or v.shape[3] < 1 or k.shape[3] != q.shape[3]:
+        raise ValueError(f"k must have the head_dim of q, {q.shape[3]}, at least 1, got {k.shape[3]} (v: {v.shape[3]})")
+    if v.shape[2] != k.shape[2]:
+        raise ValueError(f"v must have the heads of k, {k.shape[2]}, got {v.shape[2]}")
+    if k.shape[2] < 1 or q.shape[2] < 1 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"q must have a multiple of the {k.shape[2]} heads of k and v, got {q.shape[2]}")
+    return q, k, v, _documents(documents, q)
+
+
+def _documents(documents: Tensor | None, q: Tensor) -> Tensor | None:
+    if documents is None:
+        return None
+    if not isinstance(documents, Tensor):
+        raise ValueError(f"documents must be a tensor of integer ids, got {type(documents).__name__}")
+    if documents.dtype.is_floating_point or documents.dtype.is_complex or documents.dtype == torch.bool:
+        raise ValueError(f"documents must be integer ids, got {documents.dtype}")
+    if documents.device != q.device:
+        raise ValueError(f"documents must be on the device of q, {q.device}, got {documents.device}")
+    if documents.dim() not in (1, 2) or documents.shape != q.shape[2 - documents.dim() : 2]:
+        raise ValueError(
+            f"documents must be (tokens,) or (batch, tokens), {tuple(q.shape[1:2])} or {tuple(q.shape[:2])}, "
+            f"got {tuple(documents.shape)}"
+        )
+    return documents.expand(q.shape[:2])
+
+
+def _check_shard(shard: SequenceShard, q: Tensor, documents: Tensor | None, hidden: Tensor | None, kernel: str) -> None:
+    if not isinstance(shard, SequenceShard):
+        raise ValueError(f"shard must be a SequenceShard, got {type(shard).__name__}")
+    if kernel == reference.name:
+        raise ValueError("kernel must serve blocks where a shard is given, got 'reference'")
+    for name, x in (("documents", documents), ("key_padding_mask", hidden)):
+        if x is not None:
+            raise ValueError(f"{name} must be None where a shard is given, which was made with its own")
+    here = shard.placement.lengths[shard.rank]
+    if q.shape[1] != here:
+        raise ValueError(f"q must have the shard's {here} tokens of rank {shard.rank}, got {q.shape[1]}")
+    if len(shard.cuts) not in (1, q.shape[0]):
+        raise ValueError(f"q must have the batch of the shard's documents, {len(shard.cuts)}, got {q.shape[0]}")
+    if shard.key_padding_mask is not None and len(shard.key_padding_mask) != q.shape[0]:
+        expected = len(shard.key_padding_mask)
+        raise ValueError(f"q must have the batch of the shard's key_padding_mask, {expected}, got {q.shape[0]}")
+
+
+def checked_padding(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"key_padding_mask must be a tensor of bools, True where a key is ignored, got {got}")
+    if mask.shape != q.shape[:2]:
+        raise ValueError(f"key_padding_mask must be (batch, tokens), {tuple(q.shape[:2])}, got {tuple(mask.shape)}")
+    if mask.device != q.device:
+        raise ValueError(f"key_padding_mask must be on the device of q, {q.device}, got {mask.device}")
+    return mask
+
+
+def checked_probability(dropout: float) -> None:
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be a probability, at least 0 and less than 1, got {dropout!r}")
+
+
+def _seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:
+    """None where nothing is dropped."""
+    checked_probability(dropout)
+    if isinstance(seed, Tensor):
+        if seed.dtype.is_floating_point or seed.dtype.is_complex or seed.numel() != 1 or seed.device.type != "cpu":
+            raise ValueError(
+                f"dropout_seed must be one integer, as a tensor on the CPU, got {tuple(seed.shape)} {seed.dtype} on "
+                f"{seed.device}"
+            )
+    elif seed is not None and (not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
+        raise ValueError(f"dropout_seed must be an integer of 64 bits, got {seed!r}")
+    if dropout == 0:
+        return None
+    if isinstance(seed, Tensor):
+        return seed.long().reshape(())
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), device="cpu")
+    return torch.tensor(seed, device="cpu")
+
+
+def _check_samples(samples: tuple[int, int]) -> None:
+    if not isinstance(samples, tuple) or len(samples) != 2 or not all(isinstance(n, int) for n in samples):
+        raise ValueError(f"dropout_samples must be two integers, (first, step), got {samples!r}")

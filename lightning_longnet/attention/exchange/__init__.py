@@ -1,1 +1,0 @@
-"""How do the keys reach the queries?  The choice must not change the answer."""

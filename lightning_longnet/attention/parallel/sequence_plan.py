@@ -1,0 +1,133 @@
+"""What every rank computes, sends and keeps, to be read before anything runs: no process group is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_longnet.attention.parallel.placement import Placement
+from lightning_longnet.attention.parallel.routes import Layout, head_parts, route
+from lightning_longnet.attention.parallel.schedule import Schedule, Sizes, Volume, schedule, volume
+from lightning_longnet.attention.pattern.pattern import Pattern, check_heads
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """`print` shows it as a table, `plot` draws it.
+
+    Forward and backward together; `received[a][b]` is what rank a receives of rank b's keys and values, in bytes.
+    """
+
+    layout: Layout
+    schedule: Schedule
+    volumes: tuple[Volume, ...]
+    pairs: tuple[int, ...]
+    received: tuple[tuple[int, ...], ...]
+
+    def __str__(self) -> str:
+        pattern, placement = self.layout.pattern, self.layout.placement
+        lines = [
+            f"{placement.length:,} tokens on {placement.ranks} ranks, {placement.kind}",
+            f"{'branch':<28} exchange",
+        ]
+        for branch, exchange in zip(pattern.ordered(), self.schedule.exchanges, strict=True):
+            words = f"{branch.segment_length or 'all'} / {branch.dilation_rate}"
+            words += " causal" * branch.is_causal + (f" window {branch.window}" if branch.window else "")
+            words += f" {branch.sparsity}" if branch.sparsity else ""
+            lines.append(f"{words:<28} {exchange}")
+        lines += [f"why: {self.schedule.why}", ""]
+        lines.append(f"{'rank':>6} {'tokens':>10} {'pairs':>14} {'sends MiB':>10} {'messages':>9} {'keeps MiB':>10}")
+        for rank, (told, pairs) in enumerate(zip(self.volumes, self.pairs, strict=True)):
+            lines.append(
+                f"{rank:>6} {placement.lengths[rank]:>10,} {pairs:>14,} {told.sent_bytes / MIB:>10.2f} "
+                f"{told.messages:>9} {told.kept_bytes / MIB:>10.2f}"
+            )
+        mean = sum(self.pairs) / len(self.pairs)
+        lines.append(f"the busiest rank has {max(self.pairs) / mean if mean else 1:.2f} times the mean of the pairs")
+        if len(pattern.branches) > 1 and pattern.multiplicity == "multiset":
+            lines.append(
+                "a pair counts as often as branches show it; kernels that take weights compute it once, if that pays"
+            )
+        return "\n".join(lines)
+
+    def plot(self) -> Any:
+        """A matplotlib figure: whose keys travel to whom, and how much each rank has to compute."""
+        from lightning_longnet.attention.pattern.picture import draw_ranks
+
+        return draw_ranks(self.received, self.pairs, self.layout.placement.kind, self.schedule.exchanges)
+
+
+def sequence_plan(
+    pattern: Pattern,
+    lengths: Sequence[int],
+    heads: int,
+    kv_heads: int | None = None,
+    *,
+    placement: Any = "contiguous",
+    exchange: str = "auto",
+    documents: Sequence[int] | None = None,
+    batch: int = 1,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+) -> SequencePlan:
+    """The plan of a layer's attention over ranks that hold so many tokens each.
+
+    Args:
+        pattern: which keys a query sees.
+        lengths: tokens of each rank.
+        heads, kv_heads: of the whole layer.
+        placement: "contiguous" or "zigzag".
+        exchange: as that of `attend`.
+        documents: lengths of the documents that a row holds, not the ids that `attend` is given; one whole sequence by
+            default.
+        batch, head_dim, dtype: of the tensors.
+
+    >>> print(sequence_plan(Pattern.dilated((512, 2048), (1, 4), is_causal=True), (1024,) * 4, heads=8))
+    4,096 tokens on 4 ranks, contiguous
+    branch                       exchange
+    512 / 1 causal               gather
+    2048 / 4 causal              gather
+    why: gather sends least, 1.19 MiB with the cost of its messages; ring 2.38 MiB; swap 14.29 MiB
+    <BLANKLINE>
+      rank     tokens          pairs  sends MiB  messages  keeps MiB
+         0      1,024      2,364,416       1.00         1       0.00
+         1      1,024      2,888,704       1.00         1       1.00
+         2      1,024      2,364,416       1.00         1       0.00
+         3      1,024      2,888,704       1.00         1       1.00
+    the busiest rank has 1.10 times the mean of the pairs
+    a pair counts as often as branches show it; kernels that take weights compute it once, if that pays
+    """
+    where = Placement(tuple(lengths), placement)
+    cuts = [0]
+    for length in documents or (where.length,):
+        cuts.append(cuts[-1] + length)
+    if cuts[-1] != where.length:
+        raise ValueError(f"documents must have the {where.length} tokens of all ranks together, got {cuts[-1]}")
+    layout = Layout(pattern, heads, check_heads(heads, kv_heads), tuple(cuts), where)
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    sizes = Sizes(batch, head_dim, head_dim, dtype.itemsize, wide)
+    chosen = schedule(layout, exchange, sizes)
+    ranks = range(where.ranks)
+    received = [[0] * where.ranks for _ in ranks]
+    pairs = []
+    for rank in ranks:
+        if chosen.is_swap:
+            here = layout.kv_heads // where.ranks
+            parts = head_parts(layout, range(rank * here, (rank + 1) * here))
+            pairs.append(sum(part.block.pairs * part.block.weight for part in parts))
+            continue
+        own = route(layout, rank, chosen.exchanges)
+        wanted = [(source, each) for one in own.rounds for source, each in one.receives.items()]
+        found = [*own.own, *(part for _, each in wanted for part in each.parts)]
+        pairs.append(sum(part.block.pairs * part.block.weight for part in found))
+        for source, each in wanted:
+            received[rank][source] += int(each.mask().sum()) * batch * 2 * head_dim * dtype.itemsize
+    volumes = tuple(volume(layout, chosen.exchanges, rank, sizes) for rank in ranks)
+    return SequencePlan(layout, chosen, volumes, tuple(pairs), tuple(map(tuple, received)))

@@ -1,0 +1,269 @@
+"""One rank's view of a batch whose sequences are split over the ranks of a group."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from hashlib import sha256
+from itertools import count
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+
+from lightning_longnet.attention.parallel.comm import Comm
+from lightning_longnet.attention.parallel.placement import Kind, Placement
+from lightning_longnet.attention.plan.documents import changes, cuts_of, pieces_of, placed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+# By number: an operator's schema takes no objects.  A shard lives as long as somebody else holds it
+SHARDS: WeakValueDictionary[int, SequenceShard] = WeakValueDictionary()
+_numbers = count()
+_WORDS = 24  # in what ranks tell each other, whatever it is: gathering tensors of unequal sizes ends the process
+_LETTERS = 400  # of a value that is told to others
+_CALLS = 2**20  # more than a batch has
+_KINDS: tuple[Kind, ...] = ("contiguous", "zigzag")
+
+Check = Literal["first", "always"]
+Made = TypeVar("Made")
+
+
+class SequenceShard:
+    """Which tokens of each sequence are on this rank, and what their neighbours elsewhere are.
+
+    Made by all ranks of the group together, once for each layout of a batch; what does not fit is an error on all of
+    them.  `attend` takes it as `shard`.
+
+    Args:
+        group: the ranks that share the sequences; None is all of them.
+        length: tokens of each sequence on this rank; 0 is allowed.
+        placement: "contiguous" or "zigzag"; see `Placement`.
+        documents: the ids of the tokens that are here, (L,) or (B, L), not decreasing along the whole sequence.
+        key_padding_mask: (B, L), True where a key is hidden from all queries.
+        check: "first" compares what the ranks call with at the first call of its kind (shapes, type, pattern and
+            settings), which costs later ones nothing; "always" compares every call, so that what ranks call with is
+            never left to the group's timeout.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        length: int,
+        placement: Kind = "contiguous",
+        documents: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        check: Check = "first",
+    ) -> None:
+        group = dist.group.WORLD if group is None else group
+        if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+            raise ValueError(
+                f"group must be a process group that holds this rank, {dist.get_rank()} of all, got {group!r}: every "
+                f"rank makes its shard with the group that it is in"
+            )
+        self.comm = Comm(group)
+        self.rank = self.comm.rank
+        fault = _fault(self.rank, length, placement, documents, key_padding_mask, check)
+        pieces = [None if x is None or fault else pieces_of(x) for x in (documents, key_padding_mask)]
+        self.number = numbered(self)
+        header = [
+            0 if fault else length,
+            _KINDS.index(placement) if not fault else -1,
+            *(-1 if x is None else len(x) for x in pieces),
+            int(check == "always"),
+            *(0 if x is None else max(map(len, x), default=0) for x in pieces),
+            torch.get_num_threads(),
+            self.number,
+        ]
+        headers = self._everywhere(header, "makes a shard", fault)
+        self._agree(headers, fault)
+        self.placement = Placement(tuple(h[0] for h in headers), placement)
+        self.threads = max(h[7] for h in headers)
+        self.comm.shard = headers[0][8]  # each rank counts its own: all go by that of the first
+        ids, padding = (self._shared(x, max(h[5 + i] for h in headers)) for i, x in enumerate(pieces))
+        self.cuts = [(0, self.length)] if ids is None else [cuts_of(row, self.length) for row in ids]
+        self._borders = None if padding is None else [changes(row) for row in padding]
+        self.key_padding_mask = key_padding_mask
+        self.calls = 0
+        self._check = check
+        self._known: set[tuple[Any, ...]] = set()
+        self._made: dict[tuple[Any, ...], Any] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens of a whole sequence."""
+        return self.placement.length
+
+    @staticmethod
+    def call_of(calls: int) -> str:
+        """What a call is named on all ranks, by what `calls` was when it had begun."""
+        batch, number = divmod(calls - 1, _CALLS)
+        return f"call {number} of batch {batch}" if batch else f"call {number}"
+
+    def tokens(self, rank: int | None = None) -> Tensor:
+        """Where the tokens of a rank, by default of this one, stand in the whole sequence."""
+        stretches = self.placement.stretches(self.rank if rank is None else rank)
+        parts = [torch.arange(stretch.begin, stretch.end) for stretch in stretches]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Where each token that is here stands in its document: (L,), or (B, L) where rows have their own documents."""
+        tokens = self.tokens()
+        begins = [torch.tensor(cuts[:-1]) for cuts in self.cuts]
+        found = [tokens - each[torch.searchsorted(each, tokens, right=True) - 1] for each in begins]
+        if not found:
+            return tokens.new_empty(0, len(tokens))
+        return found[0] if len(found) == 1 else torch.stack(found)
+
+    def hidden(self, tokens: Tensor, rows: slice) -> Tensor | None:
+        """(B, tokens), True where padding hides a token, wherever it is held; None without padding."""
+        if self._borders is None:
+            return None
+        found = [torch.searchsorted(b.to(tokens.device), tokens, right=True) % 2 == 1 for b in self._borders[rows]]
+        return torch.stack(found)
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """What is worked out for this batch: it is kept as long as the shard, and no longer."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
+    def check(self, call: Mapping[str, Any], beside: Mapping[str, Any] | None = None, fault: str = "") -> None:
+        """Begin a call, and compare it with those of all ranks: a ValueError on each names what differs, and where.
+
+        A kind of call that was found equal is known, and compared no more.  What is `beside` makes no kind of its own.
+        With a `fault` the rank raises an error of its own, of which the others are told where they compare.  It counts
+        as a call, too: the rank's next one must not be taken for this one by others.
+        """
+        self.calls += 1
+        kind = tuple(call.items())
+        if self._check == "first" and (kind in self._known or (fault and self._known)):
+            return
+        before = {"number of the shard": self.comm.shard, "place among the calls": self.call_of(self.calls)}
+        values = {**before, **call, **(beside or {})}
+        words = [int.from_bytes(sha256(str(value).encode()).digest()[:7], "big") for value in values.values()]
+        everywhere = self._everywhere(words, "compares a call", fault)
+        if fault:
+            return
+        for i, (name, value) in enumerate(values.items()):
+            if others := [r for r, found in enumerate(everywhere) if found[i] != everywhere[0][i]]:
+                shown = self._told(repr(value))  # on all ranks, which see the same words
+                got = f"{shown[0]} on rank 0 and {shown[others[0]]} on rank {others[0]}"
+                raise ValueError(f"{name} must be equal on all ranks of a shard, got {got}")
+        self._known.add(kind)
+
+    def begin_batch(self, number: int) -> None:
+        """Calls from now on are of batch `number`, where one shard serves many.
+
+        A rank that gives a batch up between two calls, and goes on with the next one, then meets nobody: the others
+        wait until the timeout, instead of taking its next call for the one that they wait for.
+        """
+        self.calls = max(self.calls, number * _CALLS)
+
+    def agree(self, words: Sequence[int], fault: str = "") -> list[list[int]]:
+        """What each rank says about its kernels, where all of them ask.
+
+        With a `fault` the rank raises an error of its own, and says nothing: the others are told of that.
+        """
+        return [found[: len(words)] for found in self._everywhere(list(words), "agrees on kernels", fault)]
+
+    def _everywhere(self, words: list[int], what: str, fault: str) -> list[list[int]]:
+        """Of each rank, where all do the same; the wrong ones of two that do not would read each other's words.
+
+        A rank with a `fault` is told nothing, as it raises its own error; the others hear of it, whatever they do.
+        """
+        kinds = "makes a shard", "compares a call", "agrees on kernels"
+        padded = [kinds.index(what), int(bool(fault)), *words] + [0] * (_WORDS - 2 - len(words))
+        assert len(padded) == _WORDS
+        found: list[list[int]] = self._gathered(torch.tensor(padded), what).tolist()
+        if not fault:
+            if wrong := [r for r, each in enumerate(found) if each[1]]:
+                raise ValueError(_elsewhere(wrong[0]))
+            if others := [r for r, each in enumerate(found) if each[0] != padded[0]]:
+                told = f"rank {self.rank} of the group {what}, rank {others[0]} {kinds[found[others[0]][0]]}"
+                raise ValueError(f"all ranks of a group must do the same, in one order: {told}")
+        return [each[2:] for each in found]
+
+    def _told(self, text: str) -> list[str]:
+        """What each rank has to say, cut to one length."""
+        own = text.encode()[:_LETTERS].ljust(_LETTERS)
+        found = self._gathered(torch.tensor(list(own), dtype=torch.uint8), "compares a call")
+        return [bytes(row.tolist()).decode(errors="ignore").rstrip() for row in found]
+
+    def _gathered(self, own: Tensor, what: str) -> Tensor:
+        device = "cuda" if dist.get_backend(self.comm.group) == "nccl" else "cpu"
+        return self.comm.gathered(own.to(device), what).cpu()
+
+    def _agree(self, headers: Sequence[Sequence[int]], fault: str) -> None:
+        """Raise what is wrong anywhere, on every rank."""
+        if fault:
+            raise ValueError(fault)
+        names: tuple[tuple[str, Sequence[Any]], ...] = (
+            ("placement", _KINDS),
+            ("rows of documents", ()),
+            ("rows of key_padding_mask", ()),
+            ("check", get_args(Check)),
+        )
+        for i, (name, shown) in enumerate(names, 1):
+            values = [h[i] for h in headers]
+            if len(set(values)) > 1:
+                told = [shown[v] if shown else "none" if v < 0 else v for v in values]
+                other = next(r for r, value in enumerate(values) if value != values[0])
+                raise ValueError(
+                    f"{name} must be equal on all ranks, got {told[0]} on rank 0 and {told[other]} on rank {other}"
+                )
+
+    def _shared(self, own: list[Tensor] | None, width: int) -> list[list[tuple[int, int]]] | None:
+        """For each row (value, how often) along the whole sequence, from what each rank has of it."""
+        if own is None:
+            return None
+        padded = torch.zeros(len(own), width, 2, dtype=torch.int64)
+        for row, found in zip(padded, own, strict=True):
+            row[: len(found)] = found
+        everywhere = self._gathered(padded, "shares its documents and padding")
+        whole = []
+        for row in range(len(own)):
+            begun: list[tuple[int, int, int]] = []
+            for rank in range(self.placement.ranks):
+                begun += placed(everywhere[rank, row].tolist(), self.placement, rank)
+            whole.append([(value, count) for _, value, count in sorted(begun)])
+        return whole
+
+
+def numbered(shard: SequenceShard) -> int:
+    """By which operators find it."""
+    number = next(_numbers)
+    SHARDS[number] = shard
+    return number
+
+
+def _elsewhere(rank: int) -> str:
+    return f"rank {rank} of the group was given arguments that do not fit, or no memory: its own message says which"
+
+
+def _fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any, check: Any) -> str:
+    """What is wrong with this rank's own arguments."""
+    if not isinstance(length, int) or isinstance(length, bool) or length < 0:
+        return f"length must be a number of tokens, at least 0, got {length!r} on rank {rank}"
+    for name, value, allowed in (("placement", placement, _KINDS), ("check", check, get_args(Check))):
+        if value not in allowed:
+            return f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r} on rank {rank}"
+    if documents is not None:
+        if not isinstance(documents, torch.Tensor):
+            return f"documents must be a tensor of integer ids, got {type(documents).__name__} on rank {rank}"
+        if documents.dtype.is_floating_point or documents.dtype.is_complex or documents.dtype == torch.bool:
+            return f"documents must be integer ids, got {documents.dtype} on rank {rank}"
+        if documents.dim() not in (1, 2) or documents.shape[-1] != length:
+            return f"documents must be ({length},) or (batch, {length}), got {tuple(documents.shape)} on rank {rank}"
+    if padding is not None:
+        wanted = f"key_padding_mask must be bools of shape (batch, {length}), got"
+        if not isinstance(padding, torch.Tensor):
+            return f"{wanted} {type(padding).__name__} on rank {rank}"
+        if padding.dtype != torch.bool or padding.dim() != 2 or padding.shape[1] != length:
+            return f"{wanted} {padding.dtype} of shape {tuple(padding.shape)} on rank {rank}"
+    return ""

@@ -1,0 +1,141 @@
+"""One rank's share of a plan: its queries' part of each block, against the part of the keys that one rank holds.
+
+A block's rows lie at equal distances, so what of them lies between two tokens is again such rows: a share is a block.
+Where both its lattices lie within one stretch of tokens, whole segments are taken at once; what a border cuts through
+is taken segment by segment.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import replace
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lightning_longnet.attention.parallel.placement import Stretch
+    from lightning_longnet.attention.plan.blocks import Block
+    from lightning_longnet.attention.plan.lattice import Lattice
+
+
+class _Clip(NamedTuple):
+    """Of one segment and key head: queries and keys by their place in the run."""
+
+    first_query: int
+    last_query: int
+    first_key: int
+    last_key: int
+
+
+def shares(block: Block, queries: Stretch, keys: Stretch) -> Iterator[Block]:
+    """The parts of a block that have their queries in one stretch and their keys in another, in local rows of each."""
+    count = len(block.queries.starts)
+    begin, end = _touching(block.queries, queries)
+    first, last = _touching(block.keys, keys)
+    begin, end = max(begin, first), min(end, last)
+    inner = [_inside(lattice, stretch) for lattice, stretch in ((block.queries, queries), (block.keys, keys))]
+    whole_begin = min(max(begin, *(a for a, _ in inner)), end)
+    whole_end = max(min(end, *(b for _, b in inner)), whole_begin)
+    assert 0 <= begin <= whole_begin <= whole_end <= max(end, begin) <= count or begin >= end
+    if begin >= end:
+        return
+    if whole_begin < whole_end:
+        yield _moved(
+            replace(
+                block,
+                queries=block.queries.segments(whole_begin, whole_end),
+                keys=block.keys.segments(whole_begin, whole_end),
+            ),
+            queries,
+            keys,
+        )
+    for s in (*range(begin, whole_begin), *range(whole_end, end)):
+        yield from _cut(block, s, queries, keys)
+
+
+def _cut(block: Block, s: int, queries: Stretch, keys: Stretch) -> Iterator[Block]:
+    """One segment, by heads: those of a diagonal have their rows at other places, and so may be cut elsewhere."""
+    group = block.queries.heads // block.keys.heads
+    clips = [(a, _clip(block, s, a, queries, keys)) for a in range(block.keys.heads)]
+    for clip, members in groupby(clips, key=lambda item: item[1]):
+        if clip is None:
+            continue
+        a = [member for member, _ in members]
+        rows = clip.last_query - clip.first_query
+        apart = clip.first_query - clip.first_key
+        low = None if block.low is None else block.low - apart
+        high = None if block.high is None else block.high - apart
+        key_rows = clip.last_key - clip.first_key
+        yield _moved(
+            replace(
+                block,
+                queries=_part(block.queries, s, a[0] * group, (a[-1] + 1) * group, clip.first_query, rows),
+                keys=_part(block.keys, s, a[0], a[-1] + 1, clip.first_key, key_rows),
+                low=None if low is None or low <= 1 - key_rows else low,
+                high=None if high is None or high >= rows - 1 else high,
+                repeats=tuple(
+                    repeat._replace(
+                        queries=(repeat.queries - clip.first_query) % repeat.every,
+                        keys=(repeat.keys - clip.first_key) % repeat.every,
+                    )
+                    for repeat in block.repeats
+                ),
+            ),
+            queries,
+            keys,
+        )
+
+
+def _clip(block: Block, s: int, a: int, queries: Stretch, keys: Stretch) -> _Clip | None:
+    """None where no query of the one stretch sees a key of the other."""
+    group = block.queries.heads // block.keys.heads
+    first_query, last_query = _between(block.queries, s, a * group, queries)
+    first_key, last_key = _between(block.keys, s, a, keys)
+    if first_query >= last_query or first_key >= last_key:
+        return None
+    # each is to see one, and to be seen by one; as low <= high, what the second bound takes away the first one allows
+    if block.low is not None:  # b <= a - low
+        last_key = min(last_key, last_query - block.low)
+        first_query = max(first_query, first_key + block.low)
+    if block.high is not None:  # b >= a - high
+        first_key = max(first_key, first_query - block.high)
+        last_query = min(last_query, last_key + block.high)
+    if first_query >= last_query or first_key >= last_key:
+        return None
+    return _Clip(first_query, last_query, first_key, last_key)
+
+
+def _between(lattice: Lattice, s: int, a: int, stretch: Stretch) -> tuple[int, int]:
+    """Which rows of a segment and head lie in a stretch."""
+    row = lattice.starts[s] + a * lattice.row_shift
+    first, last = (-((row - border) // lattice.step) for border in (stretch.begin, stretch.end))
+    return min(max(first, 0), lattice.rows), min(max(last, 0), lattice.rows)
+
+
+def _touching(lattice: Lattice, stretch: Stretch) -> tuple[int, int]:
+    """The segments that may have a row in a stretch."""
+    span = lattice.rows * lattice.step + (lattice.heads - 1) * lattice.row_shift
+    return bisect_left(lattice.starts, stretch.begin - span + 1), bisect_left(lattice.starts, stretch.end)
+
+
+def _inside(lattice: Lattice, stretch: Stretch) -> tuple[int, int]:
+    """The segments that have all their rows in a stretch."""
+    last = (lattice.rows - 1) * lattice.step + (lattice.heads - 1) * lattice.row_shift
+    return bisect_left(lattice.starts, stretch.begin), bisect_left(lattice.starts, stretch.end - last)
+
+
+def _part(lattice: Lattice, s: int, first: int, last: int, row: int, rows: int) -> Lattice:
+    part = lattice.segments(s, s + 1).diagonal(first, last).shifted(row * lattice.step)
+    start = part.starts[0]
+    return replace(part, starts=range(start, start + 1), rows=rows)
+
+
+def _moved(block: Block, queries: Stretch, keys: Stretch) -> Block:
+    """From the rows of the whole to those of the ranks."""
+    return replace(
+        block,
+        queries=block.queries.shifted(queries.local - queries.begin),
+        keys=block.keys.shifted(keys.local - keys.begin),
+    )

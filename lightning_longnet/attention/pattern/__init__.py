@@ -1,0 +1,29 @@
+"""Which keys a query sees, and on which line the pattern is drawn."""
+
+from lightning_longnet.attention.pattern.branch import Branch, HeadOffsets
+from lightning_longnet.attention.pattern.ordering import (
+    Ordering,
+    causal_order,
+    hilbert_order,
+    inverse_order,
+    raster_order,
+    sequence_hilbert_order,
+)
+from lightning_longnet.attention.pattern.pattern import Multiplicity, Pattern, Reach, check_heads
+from lightning_longnet.attention.pattern.sparsity import Sparsity
+
+__all__ = [
+    "Branch",
+    "HeadOffsets",
+    "Multiplicity",
+    "Ordering",
+    "Pattern",
+    "Reach",
+    "Sparsity",
+    "causal_order",
+    "check_heads",
+    "hilbert_order",
+    "inverse_order",
+    "raster_order",
+    "sequence_hilbert_order",
+]

@@ -1,0 +1,220 @@
+"""Which keys may a query see?  A pattern is a tuple of branches, and one softmax runs over all that they show."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from math import lcm
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_longnet.attention.pattern.branch import Branch, HeadOffsets, made, one_of
+from lightning_longnet.attention.pattern.sparsity import Sparsity
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.figure import Figure
+
+    from lightning_longnet.attention.pattern.sparsity import BlockKind
+
+__all__ = ["Branch", "HeadOffsets", "Multiplicity", "Pattern", "Reach", "check_heads"]
+
+Multiplicity = Literal["multiset", "set"]
+
+
+class Reach(NamedTuple):
+    """What a pattern can never see, whatever the depth of the model: borders, and residues that no head serves."""
+
+    length: int
+    span: int  # tokens between two borders that no branch crosses
+    unserved: tuple[tuple[Branch, tuple[int, ...]], ...]  # residues that no head attends to
+
+    @property
+    def has_gaps(self) -> bool:
+        return self.span < self.length or bool(self.unserved)
+
+    def __str__(self) -> str:
+        lines = []
+        if self.span < self.length:
+            lines.append(
+                f"Nothing crosses a multiple of {self.span:,} tokens, at any depth, in a sequence of {self.length:,}: "
+                f"make the largest segment_length at least {self.length:,}, or add a window."
+            )
+        for branch, residues in self.unserved:
+            shown = ", ".join(map(str, residues[:8])) + (", ..." if len(residues) > 8 else "")
+            lines.append(
+                f"In the branch w={branch.segment_length}, r={branch.dilation_rate} no head attends to "
+                f"{len(residues)} of its {branch.dilation_rate} residues ({shown}): with interleaved offsets, as many "
+                f"key/value heads as residues serve them all."
+            )
+        return "\n".join(lines) or f"No border in {self.length:,} tokens, and a head for every residue."
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A frozen, hashable tuple of branches; `a + b` shows a query what both show it.
+
+    Args:
+        branches: `Branch`es, or the keyword dictionaries of them (as YAML gives them).
+        multiplicity: "multiset" counts a key as often as branches show it (LongNet); "set" counts it once.
+
+    >>> Pattern.dilated((4, 8), (1, 2), is_causal=True).mask(8, heads=2)[0, 6].tolist()
+    [1, 0, 1, 0, 2, 1, 2, 0]
+    """
+
+    branches: tuple[Branch, ...]
+    multiplicity: Multiplicity = "multiset"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.branches, Branch) or not hasattr(self.branches, "__iter__"):
+            raise ValueError(f"branches must be a sequence of Branch, got {self.branches!r}")
+        branches = tuple(b if isinstance(b, Branch) else made(Branch, "branches", b) for b in self.branches)
+        if not branches:
+            raise ValueError("branches must hold at least one Branch, got none")
+        object.__setattr__(self, "branches", branches)
+        one_of("multiplicity", self.multiplicity, get_args(Multiplicity))
+        # made here and once: torch.compile reads an attribute, and could not follow a JSON encoder
+        object.__setattr__(self, "_text", json.dumps(self.to_dict(), separators=(",", ":")))
+
+    @classmethod
+    def dilated(
+        cls,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        is_causal: bool = False,
+        head_offsets: HeadOffsets = "interleaved",
+        multiplicity: Multiplicity = "multiset",
+    ) -> Pattern:
+        """LongNet: one branch for each pair of a segment length and a dilation rate."""
+        for name, values in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
+            if not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
+                raise ValueError(f"{name} must be a sequence of integers, got {values!r}")
+        if len(segment_lengths) != len(dilation_rates):
+            raise ValueError(
+                f"segment_lengths and dilation_rates must have the same count, got {len(segment_lengths)} "
+                f"({list(segment_lengths)}) and {len(dilation_rates)} ({list(dilation_rates)})"
+            )
+        pairs = zip(segment_lengths, dilation_rates, strict=True)
+        return cls(tuple(Branch(w, r, None, is_causal, head_offsets) for w, r in pairs), multiplicity)
+
+    @classmethod
+    def dense(cls, is_causal: bool = False) -> Pattern:
+        """Every key: the branch (N, 1)."""
+        return cls((Branch(is_causal=is_causal),))
+
+    @classmethod
+    def window(cls, size: int, is_causal: bool = False) -> Pattern:
+        """The `size` nearest keys, the query's own among them: `i - size < j <= i`, or `|i - j| < size`."""
+        return cls((Branch(window=size, is_causal=is_causal),))
+
+    @classmethod
+    def block_sparse(
+        cls,
+        kind: BlockKind,
+        block_size: int,
+        sparsity_ratio: float,
+        *,
+        within: Pattern,
+        global_tokens: int | None = None,
+        varies_over_heads: bool = False,
+    ) -> Pattern:
+        """Another pattern of which some blocks stay: that one says what is a segment, its residues and causal.
+
+        The rows of one segment and residue are cut into blocks of `block_size`, and of their blocks of pairs the share
+        `sparsity_ratio` is kept; see `Sparsity` for the kinds, and which blocks each of them prefers.
+
+        >>> dense = Pattern.dense(is_causal=True)
+        >>> Pattern.block_sparse("local_window", 2, 0.5, within=dense).mask(8, heads=1)[0, 6].tolist()
+        [0, 0, 0, 0, 1, 1, 1, 0]
+        """
+        if not isinstance(within, Pattern):
+            raise ValueError(f"within must be a Pattern, some blocks of which are kept, got {within!r}")
+        if any(branch.sparsity for branch in within.branches):
+            raise ValueError(f"within must keep all of its blocks, got {within!r}")
+        sparsity = Sparsity(kind, block_size, sparsity_ratio, global_tokens, varies_over_heads)
+        return cls(tuple(replace(branch, sparsity=sparsity) for branch in within.branches), within.multiplicity)
+
+    @property
+    def is_causal(self) -> bool:
+        return all(branch.is_causal for branch in self.branches)
+
+    def __add__(self, other: Pattern) -> Pattern:
+        if not isinstance(other, Pattern):
+            return NotImplemented
+        if self.multiplicity != other.multiplicity:
+            raise ValueError(
+                f"both sides of a + b must have one multiplicity, got {self.multiplicity!r} and {other.multiplicity!r}"
+            )
+        return Pattern(self.branches + other.branches, self.multiplicity)
+
+    def ordered(self) -> tuple[Branch, ...]:
+        """From the finest branch to the coarsest.  Under "set", a key belongs to the first that shows it."""
+        whole = float("inf")
+        return tuple(
+            sorted(self.branches, key=lambda b: (b.dilation_rate, b.segment_length or whole, b.window or whole))
+        )
+
+    def visible(self, tokens: Tensor, kv_heads: int) -> list[Tensor]:
+        """What each branch shows, by the definition: one boolean (Hkv, N, N) a branch, in the order of `ordered()`."""
+        shown = [branch.visible(tokens, kv_heads) for branch in self.ordered()]
+        if self.multiplicity == "set":
+            for i in range(len(shown) - 1, 0, -1):
+                shown[i] = shown[i] & ~torch.stack(shown[:i]).any(0)
+        return shown
+
+    def mask(self, length: int, heads: int, kv_heads: int | None = None) -> Tensor:
+        """How often query `i` of head `h` counts key `j`: an integer (H, N, N), for people and for tests."""
+        kv_heads = check_heads(heads, kv_heads)
+        if length < 0:
+            raise ValueError(f"length must not be negative, got {length}")
+        counts = torch.stack(self.visible(torch.arange(length), kv_heads)).sum(0)
+        return counts.repeat_interleave(heads // kv_heads, dim=0)
+
+    def reach(self, length: int, heads: int, kv_heads: int | None = None) -> Reach:
+        """How far this pattern can carry anything over `length` tokens, and which residues no head serves."""
+        kv_heads = check_heads(heads, kv_heads)
+        lengths = [b.border(length) for b in self.branches if b.connects(length)]
+        span = min(lcm(*lengths), length)  # a border that every branch has is a border for good
+        unserved = []
+        for branch in self.branches:
+            served = {branch.offset(g, kv_heads) for g in range(kv_heads)}
+            width = min(branch.dilation_rate, branch.segment_length or length, length)
+            if missing := tuple(o for o in range(width) if o not in served):
+                unserved.append((branch, missing))
+        return Reach(length, span, tuple(unserved))
+
+    def plot(self, length: int | None = None, heads: int | None = None, kv_heads: int | None = None) -> Figure:
+        """Draw what each query of each distinct head sees.  Needs matplotlib (the extra `plots`)."""
+        from lightning_longnet.attention.pattern.picture import draw_pattern
+
+        return draw_pattern(self, length, heads, kv_heads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for YAML or JSON: `Pattern(**pattern.to_dict()) == pattern`."""
+        return {"branches": [asdict(branch) for branch in self.branches], "multiplicity": self.multiplicity}
+
+    def dumps(self) -> str:
+        """One line of JSON: how a pattern travels through an operator's schema."""
+        text: str = self._text  # type: ignore[attr-defined]
+        return text
+
+    @staticmethod
+    def loads(text: str) -> Pattern:
+        return _loads(text)
+
+
+@lru_cache(1024)
+def _loads(text: str) -> Pattern:
+    return Pattern(**json.loads(text))
+
+
+def check_heads(heads: int, kv_heads: int | None) -> int:
+    """The number of key/value heads, which must divide the number of query heads."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"heads must be a multiple of kv_heads, both at least 1, got {heads} and {kv_heads}")
+    return kv_heads

@@ -1,0 +1,1 @@
+"""The blocks that a call computes: pure functions of integers."""

@@ -1,0 +1,1 @@
+"""Checkpoints and exported folders, and the conversion from torchscale."""

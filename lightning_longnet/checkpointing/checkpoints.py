@@ -1,0 +1,176 @@
+"""What a Trainer has saved, on whichever engine, read without a Trainer and on the CPU."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import warnings
+import zipfile
+from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_longnet.attention.pattern.pattern import Branch, Pattern
+from lightning_longnet.attention.pattern.sparsity import Sparsity
+from lightning_longnet.models.longnet import LongNetConfig
+from lightning_longnet.models.longvit import LongViTConfig
+
+if TYPE_CHECKING:
+    from lightning_longnet.models.longnet import LongNet
+    from lightning_longnet.models.longvit import LongViT
+
+_STATE = "state_dict."  # before the names of the weights in FSDP2's folders
+_OUTSIDE = "meta.pt"  # what Lightning saves beside these: hyper-parameters, loops
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
+_DEEPSPEED_TAG = "checkpoint"  # the folder that Lightning has DeepSpeed write to
+# what torch.load makes of files that are something else
+_NO_CHECKPOINT: tuple[type[Exception], ...] = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, AssertionError),
+    *(struct.error, zipfile.BadZipFile),
+)
+
+
+# The classes that files may name, under every module path that they have had
+_OWN: tuple[Any, ...] = (
+    *(Branch, Sparsity, Pattern, LongNetConfig, LongViTConfig),
+    (Branch, "lightning_longnet.attention.branch.Branch"),
+    (Branch, "lightning_longnet.attention.pattern.Branch"),
+    (Pattern, "lightning_longnet.attention.pattern.Pattern"),
+    (Sparsity, "lightning_longnet.attention.sparsity.Sparsity"),
+    (LongNetConfig, "lightning_longnet.model.LongNetConfig"),
+    (LongViTConfig, "lightning_longnet.vision.LongViTConfig"),
+)
+
+
+class Checkpoint(NamedTuple):
+    """The weights by their names in the LightningModule, and what the module was made with."""
+
+    state_dict: dict[str, Tensor]
+    hyper_parameters: dict[str, Any]
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a file of DDP, a folder of FSDP2 or DeepSpeed, or one that `export_model` wrote.
+
+    Files are read without running anything that they hold.  Of folders that is not so: DeepSpeed's are pickles, and so
+    is the index of FSDP2's.  Read only those that you trust.  DeepSpeed's weights are those of its optimiser, in
+    float32, and need the package.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"path must be a checkpoint, got {path}, which does not exist")
+    if path.is_file():
+        return _checkpoint_of(path, read_file(path))
+    if (path / CONFIG).is_file():
+        return _read_exported(path)
+    if (path / ".metadata").is_file():
+        return _read_distributed(path)
+    if any((path / _DEEPSPEED_TAG).glob("*model_states.pt")):
+        return _read_deepspeed(path)
+    raise ValueError(
+        f"path must be a checkpoint: a file, or a folder as FSDP2 or DeepSpeed write them, got {path}, a folder "
+        f"without .metadata and without {_DEEPSPEED_TAG}/*model_states.pt"
+    )
+
+
+def write_checkpoint(model: LongNet | LongViT, path: str | Path) -> None:
+    """As a Trainer saves a module that holds it at `model`: for `read_checkpoint`, and `load_from_checkpoint`."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    saved = {
+        "state_dict": {f"model.{name}": x for name, x in model.state_dict().items()},
+        "hyper_parameters": {"config": model.config.to_dict()},
+        "pytorch-lightning_version": version("lightning"),
+    }
+    torch.save(saved, path)
+
+
+def read_file(path: Path, allowed: tuple[Any, ...] = ()) -> Any:
+    """What `torch.save` wrote, of tensors, plain values and classes of ours; `allowed` names further classes."""
+    try:
+        with torch.serialization.safe_globals([*_OWN, *allowed]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except _NO_CHECKPOINT as error:
+        reason = "it is something else" if path.stat().st_size else "it is empty"
+        if isinstance(error, (pickle.UnpicklingError, RuntimeError)) and str(error).strip():
+            reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"path must be a file that torch.save wrote, of tensors and plain values, got {path}: {reason}"
+        ) from None
+
+
+def _checkpoint_of(path: Path, found: Any) -> Checkpoint:
+    if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
+        shown = ", ".join(map(str, list(found)[:5])) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f"path must be a checkpoint of a Trainer, which holds a state_dict, got {path}: {shown}")
+    # copies: what was mapped would change with the file
+    weights = {name: x.clone() for name, x in found["state_dict"].items() if isinstance(x, Tensor)}
+    return Checkpoint(weights, dict(found.get("hyper_parameters", {})))
+
+
+def _read_distributed(path: Path) -> Checkpoint:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = FileSystemReader(path)
+    shards = reader.read_metadata().state_dict_metadata
+    weights = {
+        name: torch.empty(shard.size, dtype=shard.properties.dtype)
+        for name, shard in shards.items()
+        if name.startswith(_STATE) and isinstance(shard, TensorStorageMetadata)
+    }
+    if not weights:
+        raise ValueError(f"path must be a checkpoint of a Trainer, which holds a state_dict, got {path}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        load(weights, storage_reader=reader, no_dist=True)
+    outside = read_file(path / _OUTSIDE) if (path / _OUTSIDE).is_file() else {}
+    state = {name.removeprefix(_STATE): x for name, x in weights.items()}
+    return _checkpoint_of(path, {**outside, "state_dict": state})
+
+
+def _read_deepspeed(path: Path) -> Checkpoint:
+    if find_spec("deepspeed") is None:
+        raise ValueError(f"path {path} was written by DeepSpeed, which is not installed: lightning-longnet[deepspeed]")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it tells of its shards
+        state = get_fp32_state_dict_from_zero_checkpoint(str(path), _DEEPSPEED_TAG)
+    first = min((path / _DEEPSPEED_TAG).glob("*mp_rank_00_model_states.pt"))
+    outside = torch.load(first, map_location="cpu", weights_only=False, mmap=True)
+    return _checkpoint_of(path, {**outside, "state_dict": state})
+
+
+def _read_exported(folder: Path) -> Checkpoint:
+    need_safetensors()
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        values = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise ValueError(f"path must be an exported folder, got {folder}, whose {CONFIG} is no JSON: {error}") from None
+    config = next((values[name] for name in ("longnet", "longvit") if name in values), None)
+    if config is None:
+        raise ValueError(f"path must be an exported folder, got {folder}, whose {CONFIG} has no longnet or longvit")
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"path must be an exported folder, got {folder}, which has no {WEIGHTS}")
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"path must be an exported folder, got {folder}: {WEIGHTS}: {error}") from None
+    if config.get("tied_embeddings") and "model.embedding.weight" in weights:
+        weights["model.head.weight"] = weights["model.embedding.weight"]  # it is held once
+    return Checkpoint(weights, {"config": config})
+
+
+def need_safetensors() -> None:
+    if find_spec("safetensors") is None:
+        raise ValueError("safetensors is not installed: lightning-longnet[hf]")

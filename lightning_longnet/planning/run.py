@@ -1,0 +1,216 @@
+"""A run's plan: what it holds, sends and takes, whether it fits, and what to change where it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from lightning_longnet.planning.engines import Weights
+from lightning_longnet.planning.exchange import LayerKind, layer_kinds, sent_bytes
+from lightning_longnet.planning.memory import Memory, memory
+from lightning_longnet.planning.speed import StepTime, required_flops, step_time
+from lightning_longnet.planning.traced import trace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lightning_longnet.models.blocks import Recompute
+    from lightning_longnet.planning.devices import Device
+    from lightning_longnet.planning.job import Job
+    from lightning_longnet.planning.traced import Trace
+
+# Of a device's memory what a run may fill: the rest is the driver's, the libraries' and what lies between tensors
+USABLE = 0.9
+_CHUNK = 4096  # of a feed-forward, where that is advised
+
+
+class Advice(NamedTuple):
+    """A change after which a run fits, and its fullest moment then."""
+
+    change: str
+    peak: float
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """`str` shows it as tables, `to_dict` as plain values, `planning.picture.draw` draws it.
+
+    Attributes:
+        job, device: what was asked.
+        peak_flops: of a device, a second.
+        weights: of the model.
+        kinds: layers by their pattern.
+        fullest: the rank of a group that holds most.
+        memory: what it holds.
+        time: of the rank that needs most.
+        required: operations of a step, of all ranks.
+        longest: tokens of the longest sequence that fits, estimated; 0 where none does.
+        advice: what makes it fit, where it does not.
+        notes: what the plan does not know.
+    """
+
+    job: Job
+    device: Device
+    peak_flops: float
+    weights: Weights
+    kinds: tuple[LayerKind, ...]
+    fullest: int
+    memory: Memory
+    time: StepTime
+    required: float
+    longest: int
+    advice: tuple[Advice, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a device that a run may fill."""
+        return USABLE * self.device.memory
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.usable
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks."""
+        return self.job.tokens * self.job.batch * self.job.groups * self.job.accumulate / self.time.seconds
+
+    @property
+    def mfu(self) -> float:
+        return self.required / self.time.seconds / (self.peak_flops * self.job.ranks)
+
+    def sent_bytes(self, rank: int) -> int:
+        """For attention, in a step."""
+        return sent_bytes(self.job, self.kinds, rank)
+
+    @property
+    def imbalance(self) -> float:
+        """Pairs of the busiest rank over the mean of those that were looked at."""
+        ranks = list(self.kinds[0].shares)
+        pairs = [sum(kind.layers * kind.shares[rank].pairs for kind in self.kinds) for rank in ranks]
+        return max(pairs) * len(pairs) / sum(pairs)
+
+    def __str__(self) -> str:
+        from lightning_longnet.planning.table import table
+
+        return table(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        from lightning_longnet.planning.table import values
+
+        return values(self)
+
+
+def plan_run(job: Job, device: Device, peak_flops: float | None = None) -> RunPlan:
+    """The plan of a job on so many of these devices."""
+    device = device.shared(job.per_node, torch.get_num_threads())
+    distinct = 0
+    if device.name == "cpu" and job.config.mix == "exact" and not job.config.attention_dropout:
+        distinct = -(-torch.get_num_threads() // job.batch)  # where pairs are computed once for all branches
+    kinds, weights = layer_kinds(job, distinct), Weights.of(job)
+    fullest = _fullest(job, kinds)
+    traced = _traced(job, kinds, fullest)
+    held = memory(job, weights, traced)
+    peak_flops = device.peak(job.dtype) if peak_flops is None else peak_flops
+    timed = [step_time(job, device, peak_flops, kinds, rank, traced, weights) for rank in kinds[0].shares]
+    usable = USABLE * device.memory
+    return RunPlan(
+        job,
+        device,
+        peak_flops,
+        weights,
+        kinds,
+        fullest,
+        held,
+        max(timed, key=lambda each: each.seconds),
+        required_flops(job, weights),
+        _longest(job, kinds, fullest, weights, held.peak, usable),
+        () if held.peak <= usable else tuple(_advice(job, usable)),
+        tuple(_notes(job)),
+    )
+
+
+def _traced(job: Job, kinds: tuple[LayerKind, ...], rank: int) -> Trace:
+    return trace(job, rank, {kind.pattern.dumps(): kind.shares[rank].remote for kind in kinds})
+
+
+def _fullest(job: Job, kinds: tuple[LayerKind, ...]) -> int:
+    """The rank that has most tokens, and keeps most of others beside them: in all else ranks are alike."""
+    lengths = job.placed().lengths
+
+    def held(rank: int) -> tuple[int, int]:
+        remotes = [(kind.layers, kind.shares[rank].remote) for kind in kinds]
+        return lengths[rank], sum(n * each.kept_cells + each.round_cells for n, each in remotes)
+
+    return max(kinds[0].shares, key=held)
+
+
+def _longest(job: Job, kinds: tuple[LayerKind, ...], rank: int, weights: Weights, peak: float, usable: float) -> int:
+    """Along the line through the peaks of this length and of half of it: what is held grows with the tokens."""
+    half = job.tokens // 2
+    if half < job.shared_by:
+        return 0
+    shorter = replace(job, tokens=half)
+    less = memory(shorter, weights, _traced(shorter, kinds, rank)).peak
+    slope = (peak - less) / (job.tokens - half)
+    found = int(job.tokens + (usable - peak) / slope) if slope > 0 else 0
+    return max(found // job.shared_by * job.shared_by, 0)
+
+
+def _advice(job: Job, usable: float) -> Iterator[Advice]:
+    """Changes that make a run fit, each tried alone; more nodes last."""
+    changes: list[tuple[str, Job]] = []
+    config = job.config
+    values: tuple[Recompute, ...] = ("all but attention", "everything")
+    for value in values:
+        if config.recompute not in (value, "everything"):
+            changes.append(
+                (f"--model.config.recompute '{value}'", replace(job, config=replace(config, recompute=value)))
+            )
+    if config.feed_forward_chunk is None:
+        smaller = replace(config, recompute="everything", feed_forward_chunk=_CHUNK)
+        changes.append(
+            (
+                f"--model.config.recompute everything --model.config.feed_forward_chunk {_CHUNK}",
+                replace(job, config=smaller),
+            )
+        )
+    if job.sharding == "ddp" and job.ranks > 1:
+        split = replace(job, sharding="fsdp2")
+        changes.append(("--trainer.strategy ring_sequence_parallel, which splits the model", split))
+    if job.batch > 1:
+        changes.append(("--data.batch_size 1", replace(job, batch=1)))
+    is_swap = (config.exchange or job.exchange) == "swap"  # more ranks may not divide the heads
+    if job.shared_by < job.ranks and not is_swap:
+        changes.append((f"sequence_parallel_size {job.ranks}", replace(job, sequence_parallel_size=job.ranks)))
+    for change, other in changes:
+        peak = _peak(other)
+        if peak <= usable:
+            yield Advice(change, peak)
+    for factor in () if is_swap else (2, 4, 8, 16):
+        wider = replace(job, nodes=job.nodes * factor, sequence_parallel_size=job.shared_by * factor)
+        if wider.shared_by <= job.tokens and (peak := _peak(wider)) <= usable:
+            yield Advice(f"--nodes {wider.nodes}, which share the sequence", peak)
+            return
+
+
+def _peak(job: Job) -> float:
+    kinds = layer_kinds(job)
+    return memory(job, Weights.of(job), _traced(job, kinds, _fullest(job, kinds))).peak
+
+
+def _notes(job: Job) -> Iterator[str]:
+    if job.is_packed:
+        yield "documents are packed: they send and compute less than the whole rows that are planned here"
+    if job.sharding.endswith("offload"):
+        yield "what is kept in the host's memory is not counted, nor the time to bring it"
+    if job.sharding.startswith("deepspeed") and "mixed" in job.precision:
+        yield "DeepSpeed holds parameters in half types here, and is planned as if in float32: it holds less"
+    config = job.config
+    reaches = [p.reach(job.tokens, config.heads, config.kv_heads) for p in dict.fromkeys(config.patterns)]
+    if all(reach.has_gaps for reach in reaches):
+        yield from (" ".join(str(reach).split()) for reach in reaches)

@@ -1,0 +1,1 @@
+"""LightningModules, their metrics and their optimiser."""

@@ -1,0 +1,73 @@
+"""What modules share of their optimisers: which parameters decay, and a schedule of warm-up and cosine."""
+
+from __future__ import annotations
+
+from math import cos, pi
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_longnet.layers.options import positive_integer
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters of a module that learn, for an optimiser: those that decay, and those that do not.
+
+    What multiplies its input decays: the weights of linear maps, convolutions and embeddings.  Biases, norms and bare
+    parameters (tables of positions, class tokens) do not.
+
+    Args:
+        module: a parameter that it holds twice is named once.
+        weight_decay: of the first group; the second has 0.
+
+    >>> [len(group["params"]) for group in decay_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), 0.1)]
+    [1, 3]
+    """
+    if not isinstance(weight_decay, (int, float)) or not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be a number, at least 0, got {weight_decay!r}")
+    decaying: dict[nn.Parameter, None] = {}
+    others: dict[nn.Parameter, None] = {}
+    for each in module.modules():
+        for name, parameter in each.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter not in decaying and parameter not in others:
+                multiplies = name.endswith("weight") and not isinstance(each, _NORMS)
+                (decaying if multiplies else others)[parameter] = None
+    groups = [
+        {"params": list(decaying), "weight_decay": float(weight_decay)},
+        {"params": list(others), "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def warmup_cosine(optimizer: Optimizer, steps: int, warmup_steps: int, final_share: float = 0.1) -> LambdaLR:
+    """The learning rate rises over `warmup_steps` to that of the optimiser, then falls as a cosine.
+
+    Step 0 has `1 / warmup_steps` of it already, step `warmup_steps - 1` all, and step `steps - 1`, like any later one,
+    `final_share`.
+
+    Args:
+        optimizer: whose learning rates are the highest.
+        steps: of the optimiser, in the whole run.
+        warmup_steps: fewer than `steps`; 0 begins at the top.
+        final_share: of the highest rate, at the end.
+    """
+    positive_integer("steps", steps)
+    if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or not 0 <= warmup_steps < steps:
+        raise ValueError(f"warmup_steps must be from 0 to {steps - 1}, fewer than steps, got {warmup_steps!r}")
+    if not isinstance(final_share, (int, float)) or not 0 <= final_share <= 1:
+        raise ValueError(f"final_share must be from 0 to 1, got {final_share!r}")
+
+    def share(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        begin = max(warmup_steps - 1, 0)
+        progress = min((step - begin) / max(steps - 1 - begin, 1), 1.0)
+        return final_share + (1 - final_share) * (1 + cos(pi * progress)) / 2
+
+    return LambdaLR(optimizer, share)

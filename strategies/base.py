@@ -1,0 +1,347 @@
+"""`RingSequenceParallelStrategy`: what sequence parallelism adds to an engine, whichever it is."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _distributed_is_initialized, _sync_ddp_if_available
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_longnet.attention.parallel.placement import Kind  # noqa: TC001  for the command line's reading of types
+from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
+from lightning_longnet.callbacks import Preemption
+from lightning_longnet.sequence.agreement import gathered
+from lightning_longnet.sequence.attach import hand_down
+from lightning_longnet.sequence.batches import checked_dims
+from lightning_longnet.sequence.context import SequenceContext
+from lightning_longnet.sequence.mesh import check_sizes, sequence_mesh
+from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
+from lightning_longnet.strategies.resume import skip_finished_batches
+from lightning_longnet.strategies.seeds import dropout_seed
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.accelerators import Accelerator
+    from lightning.pytorch.plugins import Precision
+    from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from lightning_longnet.attention.parallel.shard import SequenceShard
+
+Sharding = Literal[
+    "fsdp2",
+    "fsdp2_offload",
+    "hsdp",
+    "ddp",
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_3",
+    "deepspeed_stage_3_offload",
+]
+Accumulate = Literal["batches", "tokens"]
+
+# Of the engines' arguments those that are set here
+_OURS = {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin", "timeout"}
+_OURS |= {"process_group_backend", "data_parallel_size", "tensor_parallel_size", "stage", "zero_optimization"}
+
+
+class _ByEngine:
+    """Stands apart, as a `__new__` of the class itself would hide the arguments of `__init__` from the command line."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is RingSequenceParallelStrategy:
+            cls = _engine(kwargs.get("sharding", args[1] if len(args) > 1 else "fsdp2"))
+        return super().__new__(cls)
+
+
+class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
+    """Each rank holds a part of each sequence; attention over all of it is exact, whichever engine shards the model.
+
+    Making one gives the class of the engine, which is a subclass of this and of Lightning's strategy for it.
+
+    Args:
+        sequence_parallel_size: how many ranks share a sequence (elsewhere called context parallelism); all of them by
+            default.  The others form `ranks / sequence_parallel_size` groups that work on different batches.
+        sharding: the engine.  "fsdp2" shards parameters over all ranks, "hsdp" over those that share a sequence, "ddp"
+            not at all; "fsdp2_offload" and "deepspeed_stage_3_offload" keep them in the host's memory.
+        exchange: how keys reach the queries of other ranks: "auto", "gather", "ring", "swap" or "local".  A layer's own
+            wins.
+        placement: "contiguous", or "zigzag", which balances dense causal attention.
+        accumulate: "batches": micro-batches that are accumulated count alike, as Lightning has it; "tokens": they count
+            by their tokens, so that the gradient is that of one large batch.
+        timeout: seconds after which a rank that waits for another gives up.
+        engine: what the engine's own strategy takes besides.
+        accelerator: as for any strategy, like all that follow; the Trainer sets them.
+        parallel_devices: the devices of this node.
+        cluster_environment: who tells the ranks.
+        checkpoint_io: how files are written.
+        precision_plugin: of the computation.
+        process_group_backend: "gloo" on CPUs and "nccl" on GPUs by default.
+    """
+
+    stock: type[ParallelStrategy]  # Lightning's strategy for the engine
+
+    def __init__(
+        self,
+        sequence_parallel_size: int | None = None,
+        sharding: Sharding = "fsdp2",
+        exchange: Exchange = "auto",
+        placement: Kind = "contiguous",
+        accumulate: Accumulate = "batches",
+        timeout: float = 1800.0,
+        engine: dict[str, Any] | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+    ) -> None:
+        if accumulate not in get_args(Accumulate):
+            allowed = ", ".join(map(repr, get_args(Accumulate)))
+            raise ValueError(f"accumulate must be one of {allowed}, got {accumulate!r}")
+        if not isinstance(timeout, (int, float)) or timeout <= 0:
+            raise ValueError(f"timeout must be a number of seconds, more than 0, got {timeout!r}")
+        SequenceContext(placement=placement, exchange=exchange)  # refuses what they must not be
+        self.sharding, self.accumulate, self.timeout = sharding, accumulate, float(timeout)
+        self._sequence_parallel_size = sequence_parallel_size
+        self._placement, self._exchange = placement, exchange
+        self.sequence_context = SequenceContext()
+        self._compared: set[tuple[str, int, int]] = set()
+        self._start_engine(self._checked_engine(engine or {}), process_group_backend)
+        self._accelerator, self.parallel_devices = accelerator, parallel_devices
+        self.cluster_environment, self._checkpoint_io = cluster_environment, checkpoint_io
+        self.precision_plugin = precision_plugin
+
+    def _checked_engine(self, engine: dict[str, Any]) -> dict[str, Any]:
+        """Only what the engine's own strategy takes, and we do not set."""
+        valid = set(signature(self.stock).parameters) - _OURS
+        if "kwargs" in valid:
+            valid = valid - {"kwargs"} | (set(signature(DistributedDataParallel).parameters) - {"module", "device_ids"})
+        if unknown := [name for name in engine if name not in valid]:
+            allowed = ", ".join(sorted(valid))
+            raise ValueError(f"engine must hold arguments of {self.stock.__name__}, {allowed}, got {unknown}")
+        return dict(engine)
+
+    @property
+    def _gathers_parameters(self) -> bool:
+        """Must all ranks call the model equally often?"""
+        return self.sharding not in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2")
+
+    def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+        """Call the initialiser of the engine's strategy."""
+        raise NotImplementedError
+
+    # Ranks and groups
+
+    def _ranks(self) -> int:
+        """How many there will be, before there are any."""
+        nodes: int = self.num_nodes  # type: ignore[attr-defined]  # which the engines have
+        return nodes * len(self.parallel_devices or ())
+
+    def _configure_launcher(self) -> None:
+        # the first to be called with the number of ranks known: before processes are started, and before data
+        check_sizes(self._ranks(), self._sequence_parallel_size)
+        super()._configure_launcher()
+        watch_launcher()
+        if type(self._launcher) is _SubprocessScriptLauncher:
+            given = self._launcher
+            self._launcher = WatchedLauncher(given.cluster_environment, given.num_processes, given.num_nodes)
+
+    @property
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    def _make_context(self) -> None:
+        """Once the ranks are connected, and once for all runs of a Trainer."""
+        if self.sequence_context.mesh is not None:
+            return
+        mesh = sequence_mesh(self._sequence_parallel_size, self.root_device.type, self.timeout)
+        self.sequence_context = SequenceContext(
+            mesh, placement=self._placement, exchange=self._exchange, seed=self.broadcast(dropout_seed())
+        )
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        context = self.sequence_context
+        return {"num_replicas": context.data_parallel_size, "rank": context.data_parallel_rank}
+
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    def barrier(self, name: str | None = None) -> None:
+        if not _distributed_is_initialized():
+            return
+        is_nccl = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[self.root_device.index] if is_nccl else None)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not _distributed_is_initialized() or dist.get_backend() == "fake":  # which would hang, or give nothing
+            return obj
+        held = [obj]
+        dist.broadcast_object_list(held, src, group=dist.group.WORLD)
+        return held[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if torch.is_tensor(tensor) else tensor
+
+    # What `sequence_context(module)` offers
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        return self.sequence_context.mesh
+
+    @property
+    def sequence_group(self) -> dist.ProcessGroup | None:
+        return self.sequence_context.sequence_group
+
+    @property
+    def shard(self) -> SequenceShard | None:
+        return self.sequence_context.shard
+
+    @property
+    def positions(self) -> Tensor | None:
+        return self.sequence_context.positions
+
+    def token_mean(self, loss_sum: Tensor, token_count: Tensor | float) -> Tensor:
+        return self.sequence_context.token_mean(loss_sum, token_count)
+
+    def gather_sequence(self, x: Tensor, dim: int = 1) -> Tensor:
+        return self.sequence_context.gather_sequence(x, dim)
+
+    # A run
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        if self.accumulate == "tokens" and not self.lightning_module.automatic_optimization:
+            raise ValueError("accumulate must be 'batches' with manual optimisation, which weights its losses itself")
+        if trainer.state.fn == TrainerFn.FITTING and not any(isinstance(c, Preemption) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.callbacks.append(Preemption())  # type: ignore[attr-defined]
+        self._compared.clear()
+        self.sequence_context.window.close(1)  # what an interrupted run may have left
+        hand_down(self.lightning_module, self.sequence_context)
+        super().setup(trainer)
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        module = self.lightning_module
+        if module is not None:
+            self._compare(module, batch, dataloader_idx)
+            batch = self.sequence_context.split(batch, checked_dims(getattr(module, "sequence_dims", {})))
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int) -> None:
+        """The first batch of each loader in each epoch: those who share sequences must have the same."""
+        trainer = module.trainer
+        when = str(trainer.state.stage), trainer.current_epoch, dataloader_idx
+        if when not in self._compared:
+            self._compared.add(when)
+            self.sequence_context.check_same(batch, getattr(module, "sequence_dims", {}))
+
+    def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        skip_finished_batches(self.lightning_module.trainer)
+        super().on_train_start()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        context, loop = self.sequence_context, self.lightning_module.trainer.fit_loop.epoch_loop
+        context.begin_step(loop.total_batch_idx)
+        if self.accumulate == "batches":
+            output = super().training_step(*args, **kwargs)
+            self._check_split()
+            return output
+        context.window.open()
+        before = context.window.means
+        output = super().training_step(*args, **kwargs)
+        self._check_split()
+        if (means := context.window.means - before) != 1:
+            raise ValueError(
+                f"accumulate='tokens' needs one token_mean with a gradient in each training_step, got {means}: detach "
+                f"what is only logged"
+            )
+        return output
+
+    def _check_split(self) -> None:
+        """A batch may stay whole for a model that splits what it makes of it; one that does not would do all twice."""
+        size = self.sequence_context.sequence_parallel_size
+        if size > 1 and self.sequence_context.length is None:
+            raise ValueError(
+                f"sequence_parallel_size must be 1 where no tensor of a batch is a sequence and the model begins none "
+                f"(see SequenceContext.begin_made), got {size}"
+            )
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if self.accumulate == "tokens" and not trainer.fit_loop._should_accumulate():
+            factor = self.sequence_context.window.close(trainer.accumulate_grad_batches)
+            for parameter in self.lightning_module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+    def on_predict_start(self) -> None:
+        """Samples are not repeated for prediction: a group that has fewer would leave the others waiting for it."""
+        super().on_predict_start()
+        assert self.lightning_module is not None
+        context, loop = self.sequence_context, self.lightning_module.trainer.predict_loop
+        if context.data_parallel_group is not None and self._gathers_parameters:
+            (batches,) = gathered([int(min(sum(loop.max_batches), 2**62))], context.data_parallel_group)
+            if len(set(batches)) > 1:
+                raise ValueError(
+                    f"with {self.sharding!r} all data-parallel groups must predict as many batches, as their ranks "
+                    f"gather parameters together, got {', '.join(map(str, batches))}: make the number of samples a "
+                    f"multiple of {len(batches)} times the batch size, or take 'ddp'"
+                )
+
+    def on_train_end(self) -> None:
+        self.sequence_context.begin(None)
+        super().on_train_end()
+
+    def on_validation_end(self) -> None:
+        self.sequence_context.begin(None)
+        super().on_validation_end()
+
+    def on_test_end(self) -> None:
+        self.sequence_context.begin(None)
+        super().on_test_end()
+
+    def on_predict_end(self) -> None:
+        self.sequence_context.begin(None)
+        super().on_predict_end()
+
+    def teardown(self) -> None:
+        self.sequence_context.begin(None)
+        if self.lightning_module is not None:
+            hand_down(self.lightning_module, None)
+        super().teardown()
+        if isinstance(self._launcher, WatchedLauncher) and self._is_interrupted():
+            self._launcher.end_children()
+
+    def _is_interrupted(self) -> bool:
+        trainer = getattr(self.lightning_module, "_trainer", None)
+        return trainer is not None and bool(trainer.interrupted)
+
+
+def _engine(sharding: str) -> type[RingSequenceParallelStrategy]:
+    if sharding not in get_args(Sharding):
+        allowed = ", ".join(map(repr, get_args(Sharding)))
+        raise ValueError(f"sharding must be one of {allowed}, got {sharding!r}")
+    room, name = {
+        "ddp": ("ddp", "DDPSequenceParallelStrategy"),
+        "hsdp": ("fsdp2", "FSDP2SequenceParallelStrategy"),
+        "fsdp2": ("fsdp2", "FSDP2SequenceParallelStrategy"),
+        "fsdp2_offload": ("fsdp2", "FSDP2SequenceParallelStrategy"),
+    }.get(sharding, ("deepspeed", "DeepSpeedSequenceParallelStrategy"))
+    found: type[RingSequenceParallelStrategy] = getattr(import_module(f"lightning_longnet.strategies.{room}"), name)
+    return found

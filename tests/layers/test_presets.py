@@ -1,0 +1,227 @@
+"""Every preset against the brute force of its pattern, on 1, 2 and 4 ranks; and wherever its name is taken."""
+
+import sys
+from pathlib import Path
+
+import brute
+import lightning as L
+import pytest
+import torch
+from brute import Shown
+from contexts import made
+from torch.utils.data import DataLoader
+
+from lightning_longnet import (
+    DilatedSelfAttention,
+    LongNet,
+    LongNetConfig,
+    LongNetModule,
+    LongViT,
+    LongViTConfig,
+    Pattern,
+    available_presets,
+    create_standardized_ring_attention,
+    hand_down,
+    sequence_hilbert_order,
+)
+from lightning_longnet.cli import main
+from lightning_longnet.layers.presets import preset_of
+
+ROOT = Path(__file__).parents[2]
+BATCH, LENGTH, HEADS, DIM = 2, 45, 4, 6
+SEGMENTS, RATES = [8, 32], [1, 2]
+SPARSE = {"block_size": 3, "sparsity_ratio": 0.4}
+PATTERN = Pattern.dilated(SEGMENTS, RATES)
+
+
+def drawn(count=4, length=LENGTH):
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(count, BATCH, length, HEADS, DIM, dtype=torch.float64, generator=generator).unbind()
+
+
+def arguments(name, is_causal):
+    """A Hilbert curve has a causal order for one segment length alone."""
+    some = slice(1, 2) if name == "hilbert" and is_causal else slice(None)
+    return {"segment_lengths": SEGMENTS[some], "dilation_rates": RATES[some]} | (
+        SPARSE if name == "block_sparse" else {}
+    )
+
+
+def tables(name, is_causal):
+    """How often each branch counts a pair, from the definitions alone."""
+    given = arguments(name, is_causal)
+    if name == "block_sparse":
+        within = Pattern.dilated(SEGMENTS, RATES, is_causal=is_causal)
+        return [Pattern.block_sparse("local_window", 3, 0.4, within=within).mask(LENGTH, HEADS).double()]
+    pairs = zip(given["segment_lengths"], given["dilation_rates"], strict=True)
+    shown = [Shown(w, r, None, is_causal and name != "hilbert") for w, r in pairs]
+    found = brute.counts(shown, "multiset", LENGTH, HEADS)
+    if name == "hilbert":
+        place = sequence_hilbert_order(LENGTH).argsort()
+        found = [table[:, place][:, :, place] for table in found]
+        found = [table.tril() for table in found] if is_causal else found
+    return found
+
+
+def step(group, name, given, is_causal, placement):
+    """One rank's out and gradients of its part, and its tokens."""
+    layer = create_standardized_ring_attention(name, **given)
+    context = made(group, placement)
+    hand_down(layer, context)
+    *parts, grad = (context.split({"x": x}, {"x": 1})["x"] for x in drawn())
+    leaves = [part.clone().requires_grad_() for part in parts]
+    out = layer(*leaves, is_causal=is_causal)
+    return context.positions_of(out), out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", available_presets())
+def test_equals_brute_force_on_1_2_and_4_ranks(pool, name, is_causal):
+    *wide, grad = drawn()
+    wide = [x.requires_grad_() for x in wide]
+    out = brute.attention(*wide, [tables(name, is_causal)] * BATCH, DIM**-0.5)[0]
+    truth = out, *torch.autograd.grad(out, wide, grad)
+    for world, placement in ((1, "contiguous"), (2, "zigzag"), (4, "contiguous")):
+        for positions, *found in pool.run(world, step, name, arguments(name, is_causal), is_causal, placement):
+            for ours, true in zip(found, truth, strict=True):
+                assert (ours - true[:, positions]).abs().max() <= 1e-10 * max(1, true.abs().max())
+
+
+def test_hilbert_is_another_pattern_than_its_raster():
+    assert not torch.equal(tables("hilbert", False)[0], tables("ring", False)[0])
+
+
+def test_each_has_a_line_of_its_own():
+    lines = available_presets()
+    assert list(lines) == ["collective", "ring", "ulysses", "hilbert", "block_sparse", "production"]
+    assert len(set(lines.values())) == len(lines)
+    assert all(line and "\n" not in line for line in lines.values())
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"preset must be one of .*'production', got 'hilbrt': is it 'hilbert'"):
+        preset_of("hilbrt")
+    with pytest.raises(ValueError, match="got 'prodction': is it 'production'"):
+        LongNetConfig(PATTERN, preset="prodction")
+
+
+CONFIG = {"pattern": PATTERN.to_dict(), "dim": 16, "layers": 2, "heads": 4, "vocab_size": 32}
+
+
+@pytest.mark.parametrize("name", available_presets())
+def test_models_take_it_and_their_plain_values_hold_it(name):
+    module = LongNetModule({**CONFIG, "preset": name})
+    config, row = module.config, preset_of(name)
+    assert LongNetConfig(**config.to_dict()) == config
+    assert [layer.attention.exchange for layer in module.model.blocks] == [row.exchange] * 2
+    assert [layer.attention.ordering for layer in module.model.blocks] == [row.ordering] * 2
+    assert [layer.attention.guard is not None for layer in module.model.blocks] == [row.is_guarded] * 2
+    assert len({id(layer.attention.guard) for layer in module.model.blocks}) == 1  # one for all layers
+    assert module.model.blocks[0].attention.guard is module.model.guard
+    assert (config.pattern != PATTERN) == (name == "block_sparse")
+    module.model(torch.arange(30)[None] % 32)
+
+
+def test_what_contradicts_it_is_refused():
+    with pytest.raises(ValueError, match="exchange must be 'ring' with preset='ring', got 'gather'"):
+        LongNetConfig(PATTERN, preset="ring", exchange="gather")
+    with pytest.raises(ValueError, match="ordering must be 'raster' with preset='ring', got 'hilbert'"):
+        LongNetConfig(PATTERN, preset="ring", ordering="hilbert")
+    with pytest.raises(ValueError, match="attention must be None with preset='ring'"):
+        LongNetConfig(PATTERN, preset="ring", attention={"class_path": "torch.nn.Identity"})
+    with pytest.raises(ValueError, match="pattern must have one branch of segments, got 2"):
+        LongNetConfig(Pattern.dilated((8, 16), (1, 2), is_causal=True), preset="hilbert")
+    with pytest.raises(ValueError, match="ordering must be one of 'raster', 'hilbert', got 'snake'"):
+        LongNetConfig(PATTERN, ordering="snake")
+
+
+def test_images_are_ordered_where_they_enter_and_no_second_time():
+    config = LongViTConfig(PATTERN, dim=16, heads=4, layers=1, image_size=32, patch_size=4, classes=2, preset="hilbert")
+    assert config.ordering == "hilbert"
+    assert LongViT(config).blocks[0].attention.ordering == "raster"
+
+
+def test_the_command_line_takes_it(capsys, monkeypatch):
+    words = ["fit", "--config", str(ROOT / "configs/quickstart.yaml"), "--model.config.preset", "ring"]
+    monkeypatch.setattr(sys, "argv", ["longnet", *words, "--print_config"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert "preset: ring" in capsys.readouterr().out
+
+
+def model_step(group, hidden):
+    """Loss and gradients of a model along a Hilbert curve, with padding and dropout, as a rank has them."""
+    torch.manual_seed(0)
+    told = {"preset": "hilbert", "attention_dropout": 0.2, "rotary": "rope"}
+    model = LongNet(LongNetConfig(**{**CONFIG, **told})).double()
+    context = made(group)
+    hand_down(model, context)
+    tokens = torch.randint(32, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": tokens, "labels": tokens.roll(-1, 1), "attention_mask": (~hidden).long()}
+    given = context.split(batch)
+    context.begin_step(3)
+    loss_sum, _ = model(given["input_ids"], given["labels"], attention_mask=given["attention_mask"])
+    loss_sum.backward()
+    return loss_sum.item(), [parameter.grad for parameter in model.parameters()]
+
+
+def test_a_model_along_the_curve_is_the_same_on_more_ranks(pool):
+    hidden = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [30]])
+    ((loss, grads),) = pool.run(1, model_step, hidden)
+    for world in (2, 4):
+        found = pool.run(world, model_step, hidden)
+        assert sum(own for own, _ in found) == pytest.approx(loss, rel=1e-10)
+        for many, one in zip(zip(*(grads for _, grads in found), strict=True), grads, strict=True):
+            torch.testing.assert_close(sum(many), one, rtol=1e-8, atol=1e-10)
+
+
+class Reader(L.Callback):
+    """Reads what the guard has counted, as anyone's callback may."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.found = dict(pl_module.model.guard.counts)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",
+    "ignore:.*LeafSpec.*:FutureWarning",
+)
+def test_a_callback_reads_what_the_guard_counted():
+    module = LongNetModule({**CONFIG, "preset": "production"})
+    row = torch.arange(32)
+    batches = [{"input_ids": row[None], "labels": row.roll(-1)[None]}] * 3
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    reader = Reader()
+    trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=3, callbacks=[reader], **quiet)
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    assert reader.found == {"preflights": 1, "replacements": 0, "refusals": 0, "failures": 0}
+
+
+def test_a_mask_of_another_shape_is_refused():
+    layer = DilatedSelfAttention(16, 4, PATTERN, ordering="hilbert")
+    with pytest.raises(ValueError, match=r"key_padding_mask must be bools of shape \(1, 8\), got torch.bool \(1, 7\)"):
+        layer(torch.zeros(1, 8, 16), key_padding_mask=torch.zeros(1, 7, dtype=torch.bool))
+
+
+def refused(group, ids):
+    layer = DilatedSelfAttention(16, 4, PATTERN, ordering="hilbert", rotary=None)
+    context = made(group)
+    hand_down(layer, context)
+    x = context.split({"x": torch.zeros(1, 8, 16)}, {"x": 1})["x"]
+    documents = ids[group.rank()]
+    try:
+        layer(x, documents=documents)
+    except ValueError as error:
+        return str(error)
+
+
+def test_documents_are_refused_on_all_ranks_where_one_has_them(pool):
+    found = pool.run(2, refused, [torch.zeros(4, dtype=torch.long), None])
+    assert "documents must be None where ordering is 'hilbert'" in found[0]
+    assert "rank 0 of the group was given arguments that do not fit" in found[1]
