@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_longnet.attention.parallel.exchange import Sizes
 from lightning_longnet.attention.parallel.routes import Layout
-from lightning_longnet.attention.parallel.schedule import Sizes
 from lightning_longnet.attention.pattern.pattern import check_heads
 from lightning_longnet.callbacks.peak import compute_dtype
 from lightning_longnet.sequence.context import SequenceContext

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_longnet.attention.attend import attend
+from lightning_longnet.attention.guard import guarded_attend
 from lightning_longnet.attention.kernels.dropout import hashed
 from lightning_longnet.attention.parallel.comm import Traffic
 from lightning_longnet.attention.parallel.placement import Kind, Placement
@@ -38,9 +38,10 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from lightning_longnet.attention.checks import Mix
     from lightning_longnet.attention.guard import Guard
+    from lightning_longnet.attention.pattern.ordering import Ordering
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.attention.spec import Mix
 
 
 class SequenceContext:
@@ -294,23 +295,20 @@ class SequenceContext:
         mix: Mix = "exact",
         kernel: str = "auto",
         exchange: Exchange | None = None,
+        ordering: Ordering = "raster",
         guard: Guard | None = None,
     ) -> Tensor:
         """`attend` for whole sequences and for parts: documents and padding are of the tokens that are here.
 
         `layer` tells apart what the layers of a model drop; one that is called twice in a step drops the same twice.
         """
-        settings: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel}
+        settings: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel, "ordering": ordering}
         if dropout > 0:
             settings["dropout_seed"] = hashed(self._step_seed + layer)
             settings["dropout_samples"] = self.data_parallel_rank, self.data_parallel_size
         if not self.is_split:
             settings |= {"documents": documents, "key_padding_mask": key_padding_mask}
-            if guard is not None:
-                guarded: Tensor = guard.attend(q, k, v, pattern, is_placed=self.mesh is not None, **settings)
-                return guarded
-            whole: Tensor = attend(q, k, v, pattern, **settings)
-            return whole
+            return guarded_attend(guard, q, k, v, pattern, is_placed=self.mesh is not None, **settings)
         settings["exchange"] = self.exchange if exchange is None else exchange
         part: Tensor = self._attend_part(q, k, v, pattern, documents, key_padding_mask, settings, guard)
         return part
@@ -329,11 +327,7 @@ class SequenceContext:
     ) -> Tensor:
         self._check_tokens(q.shape[1])
         shard = self.shard_of(documents, key_padding_mask)
-        if guard is not None:
-            guarded: Tensor = guard.attend(q, k, v, pattern, shard=shard, **settings)
-            return guarded
-        out: Tensor = attend(q, k, v, pattern, shard=shard, **settings)
-        return out
+        return guarded_attend(guard, q, k, v, pattern, shard=shard, **settings)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def places_of(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
