@@ -1,8 +1,8 @@
-"""`attend`: exact attention over a pattern, one autograd.Function over two operators."""
+"""`attend`: exact attention over a pattern, on one process or over the ranks that share a sequence."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -128,8 +128,7 @@ def attend(
         if call.spec.kernel == reference.name and q.numel():
             out, lse = _attend_reference(call)
         else:
-            tensors = call[:7]
-            out, lse = _Attention.apply(*tensors, call.spec.dumps(), None)  # type: ignore[no-untyped-call]
+            out, lse, _ = op.forward(*call[:7], call.spec.dumps(), None)
     return (out, lse) if return_lse else out
 
 
@@ -182,50 +181,5 @@ def _attend_part(call: PreparedCall, shard: SequenceShard, is_seed_given: bool) 
     beside = {"presence of a dropout_seed": bool(seed), "presence of a gradient": has_gradient}
     kind = call_kind(call.q, call.k, call.v, call.spec)
     shard.check(kind | {"presence of sinks": call.sinks is not None} | beside, seed)
-    out, lse = _Attention.apply(*call[:7], call.spec.dumps(), shard)  # type: ignore[no-untyped-call]
+    out, lse, _ = op.forward(*call[:7], call.spec.dumps(), shard.number)
     return out, lse
-
-
-class _Attention(torch.autograd.Function):
-    """The gradient of a softmax is that of its blocks, given the out and lse of the whole: none flows through lse.
-
-    An autograd.Function and not `torch.library.register_autograd`, whose handling of the list of kept tensors makes
-    short calls slower.  It references the shard, since the registry of shards is weak.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, spec, shard = args
-        number = None if shard is None else shard.number
-        out, lse, kept = op.forward(*tensors, spec, number)
-        q, k, v, *others = tensors
-        ctx.save_for_backward(q, k, v, out, lse, *others, *kept)
-        ctx.spec, ctx.shard = spec, shard
-        ctx.on_failure = None if shard is None else shard.comm.on_failure
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        number = None if ctx.shard is None else ctx.shard.number
-        if ctx.shard is None:
-            gradients = _Gradient.apply(grad, *ctx.saved_tensors, ctx.spec, number)  # type: ignore[no-untyped-call]
-        else:
-            with ctx.shard.comm.failures_to(ctx.on_failure):
-                gradients = _Gradient.apply(grad, *ctx.saved_tensors, ctx.spec, number)  # type: ignore[no-untyped-call]
-        dq, dk, dv, dsinks = gradients
-        has_sinks = ctx.needs_input_grad[3]
-        return dq, dk, dv, dsinks if has_sinks else None, None, None, None, None, None
-
-
-class _Gradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        grad, q, k, v, out, lse, *others = args
-        (sinks, documents, padding, seed, *kept), spec, number = others[:-2], *others[-2:]
-        dq, dk, dv, dsinks = op.backward(grad, q, k, v, out, lse, kept, sinks, documents, padding, seed, spec, number)
-        return dq, dk, dv, dsinks
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("attend has no second derivative; kernel='reference' has")

@@ -6,6 +6,7 @@ text, a shard as its number; without a shard the call is that of one process.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from lightning_longnet.attention.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.comm import Direction
+    from lightning_longnet.attention.parallel.shard import SequenceShard
 
 
 @torch.library.custom_op("lightning_longnet::attend", mutates_args=())
@@ -131,6 +133,41 @@ def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
+
+
+# Autograd: the gradient of a softmax is that of its blocks, given the out and lse of the whole; none flows through lse
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    *tensors, spec, shard = inputs
+    out, lse, kept = output
+    q, k, v, *others = tensors
+    # without gradients for the kept rows of other ranks, of which torch would allocate zeros
+    ctx.mark_non_differentiable(lse, *kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, *others, *kept)
+    ctx.spec, ctx.number = spec, shard
+    # the registry of shards is weak: the graph must keep the shard, and the handler that was set in the forward
+    ctx.shard = None if shard is None else SHARDS[shard]
+    ctx.on_failure = None if shard is None else SHARDS[shard].comm.on_failure
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, sinks, documents, padding, seed, *kept = ctx.saved_tensors
+    shard: SequenceShard | None = ctx.shard
+    with nullcontext() if shard is None else shard.comm.failures_to(ctx.on_failure):
+        dq, dk, dv, dsinks = backward(
+            grad, q, k, v, out, lse, kept, sinks, documents, padding, seed, ctx.spec, ctx.number
+        )
+    return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None, None
+
+
+def _refuse_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("attend has no second derivative; kernel='reference' has")
+
+
+forward.register_autograd(_differentiate, setup_context=_setup_context)
+backward.register_autograd(_refuse_second_derivative)
 
 
 # Fake tensors: for torch.compile, and for the planner, whose shards know what a call keeps

@@ -213,6 +213,9 @@ def _bounded(parts: Iterable[Part], limit: float) -> Iterator[Part]:
         if queries.rows * queries.heads > limit:
             # fewer heads than threads would leave some idle: the CPU operator's backward runs in parallel over heads
             heads = max(int(limit // (queries.rows * group)), -(-torch.get_num_threads() // group))
+        if segments >= count and heads >= keys.heads:
+            yield part
+            continue
         for s in range(0, count, segments):
             for a in range(0, keys.heads, heads):
                 b = min(a + heads, keys.heads)
