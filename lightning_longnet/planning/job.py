@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.parallel.routes import Layout
 from lightning_longnet.attention.parallel.schedule import Sizes
 from lightning_longnet.attention.pattern.pattern import check_heads
 from lightning_longnet.callbacks.peak import compute_dtype
-from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.sequence.mesh import check_sizes
 
 if TYPE_CHECKING:
-    from lightning_longnet.attention.parallel.placement import Kind, Placement
+    from lightning_longnet.attention.parallel.placement import Kind
     from lightning_longnet.attention.parallel.schedule import Exchange
     from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.models.longnet import LongNetConfig
@@ -109,9 +109,7 @@ class Job:
 
     def placed(self) -> Placement:
         """The tokens of each rank of a group."""
-        context = SequenceContext(placement=self.placement)
-        context.sequence_parallel_size = self.shared_by
-        return context.placement_of(self.tokens)
+        return Placement.even(self.tokens, self.shared_by, self.placement)
 
     @property
     def most_tokens(self) -> int:

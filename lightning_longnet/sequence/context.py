@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import pairwise
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -410,7 +409,7 @@ class SequenceContext:
 
     def placement_of(self, length: int) -> Placement:
         """Of sequences of so many tokens: as evenly as can be."""
-        return _placement(length, self.sequence_parallel_size, self.placement)
+        return Placement.even(length, self.sequence_parallel_size, self.placement)
 
     def _check_tokens(self, tokens: int) -> None:
         assert self._length is not None
@@ -420,12 +419,6 @@ class SequenceContext:
                 f"this rank holds {here} tokens of each sequence of {self._length}, got {tokens}: layers are given "
                 f"parts while a batch is worked on; for whole sequences, `with sequence_context(module).whole():`"
             )
-
-
-@lru_cache(256)
-def _placement(length: int, ranks: int, kind: Kind) -> Placement:
-    cuts = [length * rank // ranks for rank in range(ranks + 1)]
-    return Placement(tuple(end - begin for begin, end in pairwise(cuts)), kind)
 
 
 @lru_cache(16)
