@@ -16,6 +16,7 @@ from lightning_longnet.attention.parallel.comm import Comm, Traffic
 from lightning_longnet.attention.parallel.shard import SHARDS, SequenceShard, numbered
 from lightning_longnet.attention.pattern.pattern import Pattern
 from lightning_longnet.sequence.context import SequenceContext
+from lightning_longnet.sequence.position import MeshPosition
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -64,9 +65,8 @@ class PlannedContext(SequenceContext):
     """That of a rank of a job, in the middle of a batch."""
 
     def __init__(self, job: Job, rank: int, remote: Mapping[str, Remote]) -> None:
-        super().__init__(placement=job.placement, exchange=job.exchange)
-        self.sequence_parallel_size, self.sequence_parallel_rank = job.shared_by, rank
-        self.data_parallel_size = job.groups
+        position = MeshPosition(job.shared_by, rank, job.groups)
+        super().__init__(placement=job.placement, exchange=job.exchange, position=position)
         self.planned = PlannedShard(job.placed(), rank, remote)
         self.begin(job.tokens)
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import torch
     from torch import Tensor
 
     from lightning_longnet.attention.parallel.placement import Placement
@@ -89,6 +89,12 @@ def collate_parts(parts: Sequence[SequencePart], **_: Any) -> SequencePart:
 
 # so that a DataLoader of anyone's collates them: torch would keep the first sample's name alone
 default_collate_fn_map[SequencePart] = collate_parts
+
+
+def part_of(x: Tensor, placement: Placement, rank: int, dim: int) -> Tensor:
+    """Return the tokens of a rank, in the order in which it holds them; a copy, so that the whole can be freed."""
+    parts = [x.narrow(dim, begin, end - begin) for begin, end, _ in placement.stretches(rank)]
+    return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0).clone()
 
 
 def _shown(stretches: Sequence[tuple[int, int]]) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_longnet import DilatedSelfAttention, Pattern, SequenceContext, attend, hand_down, sequence_context
 from lightning_longnet.attention.parallel.placement import Placement
+from lightning_longnet.sequence.position import MeshPosition
 
 PATTERN = Pattern.dilated((4, 8, 16), (1, 2, 3), is_causal=True)
 
@@ -230,11 +231,12 @@ def test_a_window_weighs_by_tokens(pool):
 
 
 def test_dropout_follows_step_layer_and_place():
-    context, q = SequenceContext(seed=3), torch.randn(2, 20, 4, 8)
+    q = torch.randn(2, 20, 4, 8)
 
     def drop(step, layer=0, rank=0, ranks=1):
+        position = MeshPosition(data_parallel_size=ranks, data_parallel_rank=rank)
+        context = SequenceContext(seed=3, position=position)
         context.begin_step(step)
-        context.data_parallel_rank, context.data_parallel_size = rank, ranks
         return context.attend(q, q, q, PATTERN, dropout=0.5, layer=layer)
 
     first = drop(0)
