@@ -19,9 +19,9 @@ from lightning.pytorch.callbacks import Callback
 import lightning_longnet
 from lightning_longnet.attention.parallel.sequence_plan import sequence_plan
 from lightning_longnet.callbacks.monitor import Monitor
-from lightning_longnet.callbacks.peak import compute_dtype
 from lightning_longnet.callbacks.throughput import size_of
 from lightning_longnet.layers.attending import AttentionLayer
+from lightning_longnet.planning.devices import compute_dtype
 from lightning_longnet.report import RECORD, write_report
 from lightning_longnet.sequence import sequence_context
 

@@ -12,7 +12,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[
 from lightning_longnet.attention.plan.documents import document_cuts
 from lightning_longnet.callbacks.clock import StepClock
 from lightning_longnet.callbacks.monitor import Monitor
-from lightning_longnet.callbacks.peak import compute_dtype, peak_flops
+from lightning_longnet.planning.devices import compute_dtype, peak_flops
 from lightning_longnet.planning.flops import Flops, ModelFlops
 from lightning_longnet.sequence import sequence_context
 from lightning_longnet.sequence.batches import KNOWN_DIMS, checked_dims, tensors

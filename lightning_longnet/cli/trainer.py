@@ -45,6 +45,27 @@ class Parser(LightningArgumentParser):
 
 
 class TrainerCLI(LightningCLI):
+    """The parser of fit, validate, test and predict, with our module where the words name no other.
+
+    Args:
+        words: the command line without the program's name.
+        args: what Lightning is to parse: the words, or None where they are those of this process.
+        options: further arguments of `LightningCLI`.
+    """
+
+    def __init__(self, words: Sequence[str], args: list[str] | None, **options: Any) -> None:
+        self.words = words
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            seed_everything_default=0,
+            args=args,
+            **options,
+        )
+
     def _parse_ckpt_path(self) -> None:
         """The model is what files and overrides say, and a checkpoint of another is refused.
 
@@ -57,12 +78,8 @@ class TrainerCLI(LightningCLI):
         if not is_word and Path(given).is_file() and not is_saved(Path(given)):
             raise ValueError(f"ckpt_path must be a checkpoint, got {given}, which is something else, or a part of one")
 
-    def __init__(self, *args: Any, given: Sequence[str], **kwargs: Any) -> None:
-        self.given = given
-        super().__init__(*args, **kwargs)
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        if not names_a_model(self.given):
+        if not names_a_model(self.words):
             parser.set_defaults({"model": {"class_path": "lightning_longnet.LongNetModule"}})
 
 
@@ -102,17 +119,11 @@ def run_trainer(arguments: Sequence[str]) -> TrainerCLI:
     is_own = list(arguments) == sys.argv[1:]
     try:
         return TrainerCLI(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=Parser,
+            arguments,
+            args=None if is_own else list(arguments),
             save_config_callback=SavedConfig,
             save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
             trainer_defaults={"callbacks": PredictedTexts()},
-            args=None if is_own else list(arguments),
-            given=arguments,
         )
     except MisconfigurationException as error:  # Lightning's own, for its users
         raise ValueError(" ".join(str(error).split())) from error

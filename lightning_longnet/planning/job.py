@@ -11,7 +11,7 @@ from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.parallel.routes import Layout
 from lightning_longnet.attention.parallel.schedule import Sizes
 from lightning_longnet.attention.pattern.pattern import check_heads
-from lightning_longnet.callbacks.peak import compute_dtype
+from lightning_longnet.planning.devices import compute_dtype
 from lightning_longnet.sequence.mesh import check_sizes
 
 if TYPE_CHECKING:

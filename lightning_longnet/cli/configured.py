@@ -1,4 +1,4 @@
-"""A job out of the files and overrides that `longnet fit` takes, read by the same parser."""
+"""The job of a plan, out of the files and overrides that `longnet fit` takes, read by the same parser."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
 from jsonargparse import Namespace
 
 from lightning_longnet.attention.pattern.pattern import Branch, Pattern
-from lightning_longnet.cli.trainer import Parser, TrainerCLI
+from lightning_longnet.cli.trainer import TrainerCLI
 from lightning_longnet.models.longnet import LongNetConfig
 from lightning_longnet.planning.job import Job
 from lightning_longnet.registration import NAMES
@@ -19,7 +18,7 @@ from lightning_longnet.registration import NAMES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_OURS = ("lightning_longnet.LongNetModule", "lightning_longnet.module.LongNetModule")
+_OURS = tuple(f"lightning_longnet.{module}LongNetModule" for module in ("", "module.", "training.module."))
 _STOCK = ("auto", "ddp")  # where sequences are whole, and each rank holds the model
 
 
@@ -49,17 +48,7 @@ def read_job(
     given = ["fit", *words]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # these are not the words of this process
-        read = _Reading(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=Parser,
-            save_config_callback=None,
-            seed_everything_default=0,
-            args=given,
-            given=given,
-        )
+        read = _Reading(given, args=given, save_config_callback=None)
     told = read.config["fit"]
     trainer, model = told.trainer, told.model
     if model.class_path not in _OURS:
