@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _distributed_is_initialized, _sync_ddp_if_available
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
@@ -79,6 +80,8 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
             by their tokens, so that the gradient is that of one large batch.
         timeout: seconds after which a rank that waits for another gives up.
         engine: what the engine's own strategy takes besides.
+        preemption: adds the callback `Preemption` when fitting, unless the Trainer has one: SIGTERM to any rank then
+            saves one checkpoint of all ranks and ends the run.  False leaves signals to Lightning.
         accelerator: as for any strategy, like all that follow; the Trainer sets them.
         parallel_devices: the devices of this node.
         cluster_environment: who tells the ranks.
@@ -104,14 +107,19 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
+        *,
+        preemption: bool = True,
     ) -> None:
         if accumulate not in get_args(Accumulate):
             allowed = ", ".join(map(repr, get_args(Accumulate)))
             raise ValueError(f"accumulate must be one of {allowed}, got {accumulate!r}")
         if not isinstance(timeout, (int, float)) or timeout <= 0:
             raise ValueError(f"timeout must be a number of seconds, more than 0, got {timeout!r}")
+        if not isinstance(preemption, bool):
+            raise ValueError(f"preemption must be True or False, got {preemption!r}")
         SequenceContext(placement=placement, exchange=exchange)  # refuses what they must not be
         self.sharding, self.accumulate, self.timeout = sharding, accumulate, float(timeout)
+        self.preemption = preemption
         self._sequence_parallel_size = sequence_parallel_size
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()
@@ -225,8 +233,8 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         assert self.lightning_module is not None
         if self.accumulate == "tokens" and not self.lightning_module.automatic_optimization:
             raise ValueError("accumulate must be 'batches' with manual optimisation, which weights its losses itself")
-        if trainer.state.fn == TrainerFn.FITTING and not any(isinstance(c, Preemption) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            trainer.callbacks.append(Preemption())  # type: ignore[attr-defined]
+        if self.preemption and trainer.state.fn == TrainerFn.FITTING:
+            _add_preemption(trainer)
         self._compared.clear()
         self.sequence_context.window.close(1)  # what an interrupted run may have left
         hand_down(self.lightning_module, self.sequence_context)
@@ -331,6 +339,18 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
     def _is_interrupted(self) -> bool:
         trainer = getattr(self.lightning_module, "_trainer", None)
         return trainer is not None and bool(trainer.interrupted)
+
+
+def _add_preemption(trainer: Trainer) -> None:
+    """Add the callback `Preemption` to a Trainer that has none."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(each, Preemption) for each in callbacks):
+        return
+    callbacks.append(Preemption())
+    rank_zero_info(
+        "RingSequenceParallelStrategy: added the callback Preemption, which saves a checkpoint at SIGTERM; "
+        "preemption=False leaves it out"
+    )
 
 
 def _engine(sharding: str) -> type[RingSequenceParallelStrategy]:
