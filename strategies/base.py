@@ -304,7 +304,8 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         assert self.lightning_module is not None
         context, loop = self.sequence_context, self.lightning_module.trainer.predict_loop
         if context.data_parallel_group is not None and self._gathers_parameters:
-            (batches,) = gathered([int(min(sum(loop.max_batches), 2**62))], context.data_parallel_group)
+            own = torch.tensor(int(min(sum(loop.max_batches), 2**62)))
+            batches = gathered(own, context.data_parallel_group).tolist()
             if len(set(batches)) > 1:
                 raise ValueError(
                     f"with {self.sharding!r} all data-parallel groups must predict as many batches, as their ranks "

@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 
+from lightning_longnet.sequence.agreement import fault_of_first
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 from lightning_longnet.strategies.universal import convert, saved_ranks
 
@@ -94,8 +95,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         path = Path(self.broadcast(checkpoint_path))
         if saved_ranks(path) in (0, self.world_size):
             return super().load_checkpoint(path, weights_only)
-        fault = self.broadcast(convert(path) if self.is_global_zero else "")
-        if fault:
+        if fault := fault_of_first(self, lambda: convert(path)):
             raise RuntimeError(f"the checkpoint {path} cannot be made to fit {self.world_size} ranks: {fault}")
         config = self.deepspeed_engine._config
         config.load_universal_checkpoint = True

@@ -94,7 +94,7 @@ class Monitor(Callback):
         monitors = _monitors(trainer)
         if self is not monitors[-1]:
             return
-        gathered = everywhere([number for each in monitors for number in each._own], self._group, trainer)
+        gathered = everywhere([number for each in monitors for number in each._own], self._group)
         first = 0
         for each in monitors:
             columns = gathered[:, first : first + len(each.names)].unbind(1)

@@ -20,7 +20,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_longnet.callbacks.atomic_save import save_whole
-from lightning_longnet.callbacks.host import device_of, host_group
+from lightning_longnet.callbacks.host import host_group
+from lightning_longnet.sequence.agreement import device_of, fault_of_first
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -129,7 +130,7 @@ class Preemption(Callback):
     def _compare_notes(self, trainer: Trainer) -> None:
         note = torch.tensor(self._received)
         if self._group is not None:
-            note = note.to(device_of(self._group, trainer))
+            note = note.to(device_of(self._group))
             dist.all_reduce(note, dist.ReduceOp.MAX, group=self._group)
         agreed = int(note)
         if agreed == NOTHING:
@@ -178,16 +179,15 @@ def _dismiss_observer() -> None:
 
 
 def _requeue(trainer: Trainer, path: str) -> None:
-    """By rank 0; an error on all ranks where SLURM refuses."""
-    problem = _ask_slurm() if trainer.is_global_zero else ""
-    if problem := trainer.strategy.broadcast(problem):
+    """Have rank 0 queue the job again; raise a RuntimeError on all ranks where SLURM refuses."""
+    if problem := fault_of_first(trainer.strategy, _ask_slurm):
         raise RuntimeError(
             f"SLURM was asked to queue the job again, and {problem}; submit it anew: it goes on from {path}"
         )
 
 
 def _ask_slurm() -> str:
-    """What went wrong, if anything did."""
+    """Return what went wrong, or an empty string."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     assert re.fullmatch("[0-9_]+", job)

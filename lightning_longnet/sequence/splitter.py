@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_longnet.attention.parallel.placement import Kind, Placement
-from lightning_longnet.sequence.agreement import compare, fault_of
+from lightning_longnet.sequence.agreement import check_same_batch, fault_of
 from lightning_longnet.sequence.batches import checked_dims, digest, dim_of, is_whole, known_length, length_of, mapped
 from lightning_longnet.sequence.parts import SequencePart, part_of
 from lightning_longnet.sequence.shards import BatchShards
@@ -139,7 +139,7 @@ class BatchSplitter:
         elif position.sequence_parallel_size > 1:
             fault = fault_of(lambda: (self._length_of(batch, dims), mapped(batch, lambda _, x: x)))
         place = position.data_parallel_rank, position.data_parallel_size
-        compare(digest(batch), fault, position.sequence_group, position.data_parallel_group, place)
+        check_same_batch(digest(batch), fault, position.sequence_group, position.data_parallel_group, place)
 
     def _check_part(self, part: SequencePart, dims: Mapping[str, int | None]) -> None:
         self._check_length(part.length)
