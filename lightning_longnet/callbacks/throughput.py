@@ -15,7 +15,7 @@ from lightning_longnet.callbacks.monitor import Monitor
 from lightning_longnet.planning.devices import compute_dtype, peak_flops
 from lightning_longnet.planning.flops import Flops, ModelFlops
 from lightning_longnet.sequence import sequence_context
-from lightning_longnet.sequence.batches import KNOWN_DIMS, checked_dims, tensors
+from lightning_longnet.sequence.batches import checked_dims, known_dim, tensors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -206,8 +206,8 @@ def size_of(batch: Any, module: LightningModule, tokens_per_sample: int | None =
     whole, first = context.length, None
     for path, x in tensors(batch):
         first = x if first is None and x.dim() else first
-        dim = dims.get(path[-1], KNOWN_DIMS.get(path[-1]))
-        if dim is not None and x.dim() >= 2 and -x.dim() <= dim < x.dim() and dim % x.dim():
+        dim = known_dim(path, x, dims)
+        if dim:  # a tensor whose first dimension is the sequence has no samples
             here = x.shape[dim]
             return x.shape[0], here, whole if context.is_split and whole is not None else here
     samples = 0 if first is None else first.shape[0]
