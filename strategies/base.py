@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -13,16 +11,23 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.nn.parallel import DistributedDataParallel
 
-from lightning_longnet.attention.parallel.placement import Kind  # noqa: TC001  for the command line's reading of types
+from lightning_longnet.attention.parallel.placement import Kind  # noqa: TC001  the command line evaluates annotations
 from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
 from lightning_longnet.callbacks import Preemption
-from lightning_longnet.sequence.agreement import gathered
 from lightning_longnet.sequence.attach import hand_down
 from lightning_longnet.sequence.batches import checked_dims
 from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.sequence.mesh import check_sizes, sequence_mesh
+from lightning_longnet.strategies.checks import (
+    Accumulate,
+    check_accumulation,
+    check_means,
+    check_options,
+    check_predicted_batches,
+    check_split,
+)
+from lightning_longnet.strategies.engines import Sharding, engine_class, engine_options, gathers_parameters
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
 from lightning_longnet.strategies.resume import skip_finished_batches
 from lightning_longnet.strategies.seeds import dropout_seed
@@ -37,29 +42,17 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.parallel.shard import SequenceShard
 
-Sharding = Literal[
-    "fsdp2",
-    "fsdp2_offload",
-    "hsdp",
-    "ddp",
-    "deepspeed_stage_1",
-    "deepspeed_stage_2",
-    "deepspeed_stage_3",
-    "deepspeed_stage_3_offload",
-]
-Accumulate = Literal["batches", "tokens"]
-
-# Of the engines' arguments those that are set here
-_OURS = {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin", "timeout"}
-_OURS |= {"process_group_backend", "data_parallel_size", "tensor_parallel_size", "stage", "zero_optimization"}
-
 
 class _ByEngine:
-    """Stands apart, as a `__new__` of the class itself would hide the arguments of `__init__` from the command line."""
+    """Makes an instance of the engine's class.
+
+    It is a class of its own because a `__new__` of the strategy would hide the arguments of `__init__` from the command
+    line, which reads signatures.
+    """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if cls is RingSequenceParallelStrategy:
-            cls = _engine(kwargs.get("sharding", args[1] if len(args) > 1 else "fsdp2"))
+            cls = engine_class(kwargs.get("sharding", args[1] if len(args) > 1 else "fsdp2"))
         return super().__new__(cls)
 
 
@@ -110,13 +103,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         *,
         preemption: bool = True,
     ) -> None:
-        if accumulate not in get_args(Accumulate):
-            allowed = ", ".join(map(repr, get_args(Accumulate)))
-            raise ValueError(f"accumulate must be one of {allowed}, got {accumulate!r}")
-        if not isinstance(timeout, (int, float)) or timeout <= 0:
-            raise ValueError(f"timeout must be a number of seconds, more than 0, got {timeout!r}")
-        if not isinstance(preemption, bool):
-            raise ValueError(f"preemption must be True or False, got {preemption!r}")
+        check_options(accumulate, timeout, preemption)
         SequenceContext(placement=placement, exchange=exchange)  # refuses what they must not be
         self.sharding, self.accumulate, self.timeout = sharding, accumulate, float(timeout)
         self.preemption = preemption
@@ -124,25 +111,10 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()
         self._compared: set[tuple[str, int, int]] = set()
-        self._start_engine(self._checked_engine(engine or {}), process_group_backend)
+        self._start_engine(engine_options(self.stock, engine or {}), process_group_backend)
         self._accelerator, self.parallel_devices = accelerator, parallel_devices
         self.cluster_environment, self._checkpoint_io = cluster_environment, checkpoint_io
         self.precision_plugin = precision_plugin
-
-    def _checked_engine(self, engine: dict[str, Any]) -> dict[str, Any]:
-        """Only what the engine's own strategy takes, and we do not set."""
-        valid = set(signature(self.stock).parameters) - _OURS
-        if "kwargs" in valid:
-            valid = valid - {"kwargs"} | (set(signature(DistributedDataParallel).parameters) - {"module", "device_ids"})
-        if unknown := [name for name in engine if name not in valid]:
-            allowed = ", ".join(sorted(valid))
-            raise ValueError(f"engine must hold arguments of {self.stock.__name__}, {allowed}, got {unknown}")
-        return dict(engine)
-
-    @property
-    def _gathers_parameters(self) -> bool:
-        """Must all ranks call the model equally often?"""
-        return self.sharding not in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2")
 
     def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         """Call the initialiser of the engine's strategy."""
@@ -231,8 +203,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
-        if self.accumulate == "tokens" and not self.lightning_module.automatic_optimization:
-            raise ValueError("accumulate must be 'batches' with manual optimisation, which weights its losses itself")
+        check_accumulation(self.accumulate, self.lightning_module)
         if self.preemption and trainer.state.fn == TrainerFn.FITTING:
             _add_preemption(trainer)
         self._compared.clear()
@@ -264,29 +235,14 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         assert self.lightning_module is not None
         context, loop = self.sequence_context, self.lightning_module.trainer.fit_loop.epoch_loop
         context.begin_step(loop.total_batch_idx)
-        if self.accumulate == "batches":
-            output = super().training_step(*args, **kwargs)
-            self._check_split()
-            return output
-        context.window.open()
-        before = context.window.means
+        if self.accumulate == "tokens":
+            context.window.open()
+        means = context.window.means
         output = super().training_step(*args, **kwargs)
-        self._check_split()
-        if (means := context.window.means - before) != 1:
-            raise ValueError(
-                f"accumulate='tokens' needs one token_mean with a gradient in each training_step, got {means}: detach "
-                f"what is only logged"
-            )
+        check_split(context)
+        if self.accumulate == "tokens":
+            check_means(context.window.means - means)
         return output
-
-    def _check_split(self) -> None:
-        """A batch may stay whole for a model that splits what it makes of it; one that does not would do all twice."""
-        size = self.sequence_context.sequence_parallel_size
-        if size > 1 and self.sequence_context.length is None:
-            raise ValueError(
-                f"sequence_parallel_size must be 1 where no tensor of a batch is a sequence and the model begins none "
-                f"(see SequenceContext.begin_made), got {size}"
-            )
 
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
@@ -299,19 +255,11 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
                     parameter.grad.mul_(factor)
 
     def on_predict_start(self) -> None:
-        """Samples are not repeated for prediction: a group that has fewer would leave the others waiting for it."""
         super().on_predict_start()
         assert self.lightning_module is not None
-        context, loop = self.sequence_context, self.lightning_module.trainer.predict_loop
-        if context.data_parallel_group is not None and self._gathers_parameters:
-            own = torch.tensor(int(min(sum(loop.max_batches), 2**62)))
-            batches = gathered(own, context.data_parallel_group).tolist()
-            if len(set(batches)) > 1:
-                raise ValueError(
-                    f"with {self.sharding!r} all data-parallel groups must predict as many batches, as their ranks "
-                    f"gather parameters together, got {', '.join(map(str, batches))}: make the number of samples a "
-                    f"multiple of {len(batches)} times the batch size, or take 'ddp'"
-                )
+        if gathers_parameters(self.sharding):
+            batches = self.lightning_module.trainer.predict_loop.max_batches
+            check_predicted_batches(self.sequence_context, self.sharding, batches)
 
     def on_train_end(self) -> None:
         self.sequence_context.begin(None)
@@ -352,17 +300,3 @@ def _add_preemption(trainer: Trainer) -> None:
         "RingSequenceParallelStrategy: added the callback Preemption, which saves a checkpoint at SIGTERM; "
         "preemption=False leaves it out"
     )
-
-
-def _engine(sharding: str) -> type[RingSequenceParallelStrategy]:
-    if sharding not in get_args(Sharding):
-        allowed = ", ".join(map(repr, get_args(Sharding)))
-        raise ValueError(f"sharding must be one of {allowed}, got {sharding!r}")
-    room, name = {
-        "ddp": ("ddp", "DDPSequenceParallelStrategy"),
-        "hsdp": ("fsdp2", "FSDP2SequenceParallelStrategy"),
-        "fsdp2": ("fsdp2", "FSDP2SequenceParallelStrategy"),
-        "fsdp2_offload": ("fsdp2", "FSDP2SequenceParallelStrategy"),
-    }.get(sharding, ("deepspeed", "DeepSpeedSequenceParallelStrategy"))
-    found: type[RingSequenceParallelStrategy] = getattr(import_module(f"lightning_longnet.strategies.{room}"), name)
-    return found
