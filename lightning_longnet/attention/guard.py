@@ -7,18 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.attention.attend import attend, explain, explain_call
-from lightning_longnet.attention.kernels import kernel_names, reference
+from lightning_longnet.attention.attend import attend, explain
+from lightning_longnet.attention.checks import prepared_call
+from lightning_longnet.attention.kernels import judge, kernel_names, reference
 from lightning_longnet.attention.parallel.shard import SequenceShard
 from lightning_longnet.attention.pattern.pattern import Pattern
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lightning_longnet.attention.checks import AttendOptions
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,26 @@ _LESS_MEMORY = (
     "share each sequence among more ranks (sequence_parallel_size), take fewer samples at a time and accumulate, or "
     "compute activations again in the backward (recompute)"
 )
+
+
+def guarded_attend(
+    guard: Guard | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    is_placed: bool = False,
+    **options: Unpack[AttendOptions],
+) -> Tensor:
+    """Call `attend` with the kernel that a guard has chosen, or as it is where there is no guard.
+
+    `is_placed` says that whole sequences are meant to be on one rank though there are others.
+    """
+    if guard is None:
+        return attend(q, k, v, pattern, **options)
+    out: Tensor = guard.attend(q, k, v, pattern, is_placed=is_placed, **options)
+    return out
 
 
 class _Kind(NamedTuple):
@@ -84,7 +107,7 @@ class Guard:
         told: dict[str, Any] = {**settings, "shard": shard}
         chosen = self._chosen(q, k, v, pattern, kernel, told)
         if isinstance(shard, SequenceShard):
-            with shard.comm.heard(self._failed):
+            with shard.comm.failures_to(self._failed):
                 part: Tensor = attend(q, k, v, pattern, kernel=chosen, **told)
             return part
         if not is_placed:
@@ -102,7 +125,9 @@ class Guard:
         shard: SequenceShard | None = told["shard"]
         group = shard.comm.group.group_name if isinstance(shard, SequenceShard) else None
         try:
-            said = explain_call(q, k, v, pattern, kernel=kernel, **told)
+            # a given seed, so that none is drawn: `attend` draws its own
+            options = {**told, "kernel": kernel, "dropout_seed": told.get("dropout_seed") or 0}
+            said = judge(kernel, prepared_call(q, k, v, pattern, options).request)
         except ValueError as error:
             if isinstance(shard, SequenceShard) and all(kind.group != group for kind in self._broken):
                 shard.agree([], fault=str(error))  # where the other ranks wait for this one

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from lightning_longnet.attention.parallel.schedule import Sizes, Volume, branch_volumes, volume
 from lightning_longnet.callbacks.monitor import Monitor
 from lightning_longnet.sequence import sequence_context
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.parallel.comm import Traffic
-    from lightning_longnet.attention.parallel.routes import Layout
+    from lightning_longnet.attention.parallel.exchange import ExchangePlan, Sizes, Volume
     from lightning_longnet.attention.pattern.pattern import Branch
 
 _COUNTED = ("messages", "sent_bytes", "waited_seconds", "flight_seconds", "loss_seconds")
@@ -78,12 +77,13 @@ class CommunicationMonitor(Monitor):
     def own_numbers(self, trainer: Trainer, module: LightningModule, batch: Any) -> list[float]:
         rank, predicted = sequence_context(module).sequence_parallel_rank, 0
         by_branch = [0.0] * _BRANCHES
-        for layout, exchanges, sizes, forwards, backwards in _alike(self._calls):
-            predicted += _sent(_volume(layout, exchanges, rank, sizes), forwards, backwards)
+        for plan, sizes, forwards, backwards in _alike(self._calls):
+            predicted += _sent(_volume(plan, rank, sizes), forwards, backwards)
+            branches = plan.layout.pattern.ordered()
             if not self._branches:
-                self._branches = layout.pattern.ordered()
-            if layout.pattern.ordered() == self._branches and "swap" not in exchanges:
-                for i, each in enumerate(_branch_volumes(layout, exchanges, rank, sizes)[:_BRANCHES]):
+                self._branches = branches
+            if branches == self._branches:
+                for i, each in enumerate(_branch_volumes(plan, rank, sizes)[:_BRANCHES]):
                     by_branch[i] += _sent(each, forwards, backwards)
         step = self._step | self._seconds
         own = [*(float(step[name]) for name in _COUNTED), float(self._steps), float(predicted), *by_branch]
@@ -122,12 +122,12 @@ def _counts(traffic: Traffic) -> dict[str, float]:
     return {name: getattr(traffic, name) for name in _COUNTED}
 
 
-def _alike(calls: list[Any]) -> list[tuple[Layout, tuple[str, ...], Sizes, int, int]]:
-    """Each kind of call with how many forwards and backwards it had."""
-    found: dict[Any, list[int]] = {}
-    for is_backward, *kind in calls:
-        found.setdefault(tuple(kind), [0, 0])[is_backward] += 1
-    return [(*kind, *many) for kind, many in found.items()]
+def _alike(calls: list[Any]) -> list[tuple[ExchangePlan, Sizes, int, int]]:
+    """Return each kind of call with the numbers of its forward and backward passes."""
+    counts: dict[Any, list[int]] = {}
+    for direction, *kind in calls:
+        counts.setdefault(tuple(kind), [0, 0])[direction == "backward"] += 1
+    return [(*kind, *many) for kind, many in counts.items()]
 
 
 def _sent(told: Volume, forwards: int, backwards: int) -> int:
@@ -135,4 +135,11 @@ def _sent(told: Volume, forwards: int, backwards: int) -> int:
     return backwards * told.sent_bytes + (forwards - backwards) * told.forward_bytes
 
 
-_volume, _branch_volumes = lru_cache(64)(volume), lru_cache(64)(branch_volumes)
+@lru_cache(64)
+def _volume(plan: ExchangePlan, rank: int, sizes: Sizes) -> Volume:
+    return plan.volume(rank, sizes)
+
+
+@lru_cache(64)
+def _branch_volumes(plan: ExchangePlan, rank: int, sizes: Sizes) -> tuple[Volume, ...]:
+    return plan.branch_volumes(rank, sizes)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lightning_longnet.attention.parallel.schedule import volume
 from lightning_longnet.callbacks.monitor import Monitor
 from lightning_longnet.sequence import sequence_context
 
@@ -105,9 +104,9 @@ def _kept(module: LightningModule) -> int:
     context = sequence_context(module)
     calls = context.traffic.calls or []
     kept = [
-        volume(layout, exchanges, context.sequence_parallel_rank, sizes).kept_bytes
-        for is_backward, layout, exchanges, sizes in calls
-        if is_backward
+        plan.volume(context.sequence_parallel_rank, sizes).kept_bytes
+        for direction, plan, sizes in calls
+        if direction == "backward"
     ]
     if len(calls) > 2 * len(kept):
         return max(kept, default=0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-import lightning_longnet.attention.attend  # noqa: F401  registers the operators that are named below
+import lightning_longnet.attention.attend  # noqa: F401  registers the operator that is named below
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -28,6 +28,5 @@ def keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManage
 
 
 def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    library = torch.ops.lightning_longnet
-    is_attention = operator in (library.attend.default, library.attend_sharded.default)
+    is_attention = operator is torch.ops.lightning_longnet.attend.default
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE

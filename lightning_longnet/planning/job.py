@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_longnet.attention.parallel.exchange import Sizes
 from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.parallel.routes import Layout
-from lightning_longnet.attention.parallel.schedule import Sizes
 from lightning_longnet.attention.pattern.pattern import check_heads
 from lightning_longnet.planning.devices import compute_dtype
 from lightning_longnet.sequence.mesh import check_sizes

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import lightning_longnet.attention.parallel.sharded  # noqa: F401  registers the operator that is named below
+import lightning_longnet.attention.op  # noqa: F401  registers the operator that is named below
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -61,7 +61,7 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         out = operator(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        kept = results[3:] if operator is _OVER_RANKS else []
+        kept = results[3:] if operator is _ATTENTION else []
         made = sum(self._note(x, "exchange" if any(x is each for each in kept) else self.kind) for x in results)
         self.calls += bool(made)
         if (workspace := self._workspace.get(operator)) is not None:
@@ -92,7 +92,7 @@ class Ledger(TorchDispatchMode):
         return many
 
 
-_OVER_RANKS = torch.ops.lightning_longnet.attend_sharded.default  # after out, lse and its number
+_ATTENTION = torch.ops.lightning_longnet.attend.default  # over ranks its results are out, lse, a number, and rows
 _PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,

@@ -108,10 +108,7 @@ class RunPlan:
 def plan_run(job: Job, device: Device, peak_flops: float | None = None) -> RunPlan:
     """The plan of a job on so many of these devices."""
     device = device.shared(job.per_node, torch.get_num_threads())
-    distinct = 0
-    if device.name == "cpu" and job.config.mix == "exact" and not job.config.attention_dropout:
-        distinct = -(-torch.get_num_threads() // job.batch)  # where pairs are computed once for all branches
-    kinds, weights = layer_kinds(job, distinct), Weights.of(job)
+    kinds, weights = layer_kinds(job, "cpu" if device.name == "cpu" else "cuda"), Weights.of(job)
     fullest = _fullest(job, kinds)
     traced = _traced(job, kinds, fullest)
     held = memory(job, weights, traced)
@@ -135,7 +132,7 @@ def plan_run(job: Job, device: Device, peak_flops: float | None = None) -> RunPl
 
 
 def _traced(job: Job, kinds: tuple[LayerKind, ...], rank: int) -> Trace:
-    return trace(job, rank, {kind.pattern.dumps(): kind.shares[rank].remote for kind in kinds})
+    return trace(job, rank, {kind.pattern.dumps(): kind.shares[rank].footprint for kind in kinds})
 
 
 def _fullest(job: Job, kinds: tuple[LayerKind, ...]) -> int:
@@ -143,8 +140,7 @@ def _fullest(job: Job, kinds: tuple[LayerKind, ...]) -> int:
     lengths = job.placed().lengths
 
     def held(rank: int) -> tuple[int, int]:
-        remotes = [(kind.layers, kind.shares[rank].remote) for kind in kinds]
-        return lengths[rank], sum(n * each.kept_cells + each.round_cells for n, each in remotes)
+        return lengths[rank], sum(kind.shares[rank].footprint.cells(kind.layers) for kind in kinds)
 
     return max(kinds[0].shares, key=held)
 

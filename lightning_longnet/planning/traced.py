@@ -10,13 +10,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_longnet.layers.loss import chunked_cross_entropy
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
-from lightning_longnet.planning.fake_rank import WORKSPACE, PlannedContext, Remote
+from lightning_longnet.planning.fake_rank import WORKSPACE, PlannedContext
 from lightning_longnet.planning.ledger import Event, Ledger
 from lightning_longnet.sequence.attach import hand_down
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from lightning_longnet.attention.parallel.exchange import Footprint
     from lightning_longnet.planning.job import Job
 
 FORWARD, LOSS, BACKWARD = "forward", "loss", "backward"
@@ -40,7 +41,7 @@ class Trace(NamedTuple):
     calls: int
 
 
-def trace(job: Job, rank: int, remote: Mapping[str, Remote]) -> Trace:
+def trace(job: Job, rank: int, footprints: Mapping[str, Footprint]) -> Trace:
     """The forward, the loss and the backward of a rank of a sequence group."""
     tokens = job.placed().lengths[rank]
     # a table of positions is looked up by values, which fake tensors have none of; it adds one tensor of (N, dim).  A
@@ -50,7 +51,7 @@ def trace(job: Job, rank: int, remote: Mapping[str, Remote]) -> Trace:
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         model = _made(config, job.parameter_dtype)
         model._checked_length = job.tokens  # the plan's notes tell of its reach
-        hand_down(model, PlannedContext(job, rank, remote))
+        hand_down(model, PlannedContext(job, rank, footprints))
         ids = torch.zeros(job.batch, tokens, dtype=torch.long)
         for known in (*model.parameters(), ids):
             ledger.knows(known)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention.attend import attend
+from lightning_longnet.attention.guard import guarded_attend
 from lightning_longnet.attention.kernels.dropout import hashed
 from lightning_longnet.attention.parallel.comm import Traffic
 from lightning_longnet.attention.parallel.placement import Kind, Placement
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from lightning_longnet.attention.checks import Mix
     from lightning_longnet.attention.guard import Guard
     from lightning_longnet.attention.parallel.shard import SequenceShard
+    from lightning_longnet.attention.pattern.ordering import Ordering
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.attention.spec import Mix
 
 
 class SequenceContext(Positioned):
@@ -183,6 +184,7 @@ class SequenceContext(Positioned):
         mix: Mix = "exact",
         kernel: str = "auto",
         exchange: Exchange | None = None,
+        ordering: Ordering = "raster",
         guard: Guard | None = None,
     ) -> Tensor:
         """Call `attend` on whole sequences or on parts; documents and key_padding_mask are of this rank's tokens.
@@ -190,17 +192,13 @@ class SequenceContext(Positioned):
         `layer` gives each layer of a model a dropout mask of its own; one that is called twice in a step drops the same
         pairs twice.
         """
-        settings: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel}
+        settings: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel, "ordering": ordering}
         if dropout > 0:
             settings["dropout_seed"] = hashed(self._step_seed + layer)
             settings["dropout_samples"] = self.data_parallel_rank, self.data_parallel_size
         if not self.is_split:
             settings |= {"documents": documents, "key_padding_mask": key_padding_mask}
-            if guard is not None:
-                guarded: Tensor = guard.attend(q, k, v, pattern, is_placed=self.mesh is not None, **settings)
-                return guarded
-            whole: Tensor = attend(q, k, v, pattern, **settings)
-            return whole
+            return guarded_attend(guard, q, k, v, pattern, is_placed=self.mesh is not None, **settings)
         settings["exchange"] = self.exchange if exchange is None else exchange
         part: Tensor = self._attend_part(q, k, v, pattern, documents, key_padding_mask, settings, guard)
         return part
@@ -219,11 +217,7 @@ class SequenceContext(Positioned):
     ) -> Tensor:
         self._splitter.check_tokens(q.shape[1])
         shard = self.shard_of(documents, key_padding_mask)
-        if guard is not None:
-            guarded: Tensor = guard.attend(q, k, v, pattern, shard=shard, **settings)
-            return guarded
-        out: Tensor = attend(q, k, v, pattern, shard=shard, **settings)
-        return out
+        return guarded_attend(guard, q, k, v, pattern, shard=shard, **settings)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def places_of(self, x: Tensor, documents: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import cached_property
 from hashlib import sha256
 from itertools import count
@@ -16,9 +17,12 @@ from lightning_longnet.attention.parallel.placement import Kind, Placement
 from lightning_longnet.attention.plan.documents import changes, cuts_of, pieces_of, placed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
+
+    from lightning_longnet.attention.parallel.exchange import Footprint
+    from lightning_longnet.attention.spec import AttentionSpec
 
 # By number: an operator's schema takes no objects.  A shard lives as long as somebody else holds it
 SHARDS: WeakValueDictionary[int, SequenceShard] = WeakValueDictionary()
@@ -68,7 +72,7 @@ class SequenceShard:
         self.rank = self.comm.rank
         fault = _fault(self.rank, length, placement, documents, key_padding_mask, check)
         pieces = [None if x is None or fault else pieces_of(x) for x in (documents, key_padding_mask)]
-        self.number = numbered(self)
+        self.number = registered(self)
         header = [
             0 if fault else length,
             _KINDS.index(placement) if not fault else -1,
@@ -90,7 +94,7 @@ class SequenceShard:
         self.calls = 0
         self._check = check
         self._known: set[tuple[Any, ...]] = set()
-        self._made: dict[tuple[Any, ...], Any] = {}
+        self._cache: dict[tuple[Any, ...], Any] = {}
 
     @property
     def length(self) -> int:
@@ -119,19 +123,28 @@ class SequenceShard:
             return tokens.new_empty(0, len(tokens))
         return found[0] if len(found) == 1 else torch.stack(found)
 
-    def hidden(self, tokens: Tensor, rows: slice) -> Tensor | None:
-        """(B, tokens), True where padding hides a token, wherever it is held; None without padding."""
+    def padding_of(self, tokens: Tensor, rows: slice) -> Tensor | None:
+        """Return (B, tokens), True where padding hides a token, whichever rank holds it; None without padding.
+
+        Args:
+            tokens: indices in the whole sequence.
+            rows: the samples.
+        """
         if self._borders is None:
             return None
-        found = [torch.searchsorted(b.to(tokens.device), tokens, right=True) % 2 == 1 for b in self._borders[rows]]
-        return torch.stack(found)
+        masks = [torch.searchsorted(b.to(tokens.device), tokens, right=True) % 2 == 1 for b in self._borders[rows]]
+        return torch.stack(masks)
 
-    def once(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
-        """What is worked out for this batch: it is kept as long as the shard, and no longer."""
-        if key not in self._made:
-            self._made[key] = make()
-        made: Made = self._made[key]
-        return made
+    def cached(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """Return the value of a key, made at its first use; it lives as long as the shard."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        value: Made = self._cache[key]
+        return value
+
+    def footprint(self, spec: AttentionSpec) -> Footprint:
+        """Return what a call takes in memory: known to the planner's shards, whose calls run on fake tensors."""
+        raise NotImplementedError("attention over ranks runs on real tensors; longnet plan runs it on fake ones")
 
     def check(self, call: Mapping[str, Any], beside: Mapping[str, Any] | None = None, fault: str = "") -> None:
         """Begin a call, and compare it with those of all ranks: a ValueError on each names what differs, and where.
@@ -235,11 +248,22 @@ class SequenceShard:
         return whole
 
 
-def numbered(shard: SequenceShard) -> int:
-    """By which operators find it."""
+def registered(shard: SequenceShard) -> int:
+    """Return the number by which an operator finds a shard in `SHARDS`."""
     number = next(_numbers)
     SHARDS[number] = shard
     return number
+
+
+@contextmanager
+def reported(shard: SequenceShard | None) -> Iterator[None]:
+    """Report an error of this rank to the ranks that wait for it where calls are compared, and raise it here."""
+    try:
+        yield
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if isinstance(shard, SequenceShard):
+            shard.check({}, fault=str(error) or repr(error))
+        raise
 
 
 def _elsewhere(rank: int) -> str:
