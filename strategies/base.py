@@ -1,4 +1,4 @@
-"""`RingSequenceParallelStrategy`: what sequence parallelism adds to an engine, whichever it is."""
+"""`RingSequenceParallelStrategy`: what sequence parallelism adds to any engine."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class _ByEngine:
 
 
 class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
-    """Each rank holds a part of each sequence; attention over all of it is exact, whichever engine shards the model.
+    """Trains with sequences split over ranks; attention over whole sequences is exact, with any engine.
 
-    Making one gives the class of the engine, which is a subclass of this and of Lightning's strategy for it.
+    The instance is of the engine's class, a subclass of this one and of Lightning's strategy for the engine.
 
     Args:
         sequence_parallel_size: how many ranks share a sequence (elsewhere called context parallelism); all of them by
@@ -72,14 +72,14 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         accumulate: "batches": micro-batches that are accumulated count alike, as Lightning has it; "tokens": they count
             by their tokens, so that the gradient is that of one large batch.
         timeout: seconds after which a rank that waits for another gives up.
-        engine: what the engine's own strategy takes besides.
+        engine: further options of Lightning's strategy for the engine.
         preemption: adds the callback `Preemption` when fitting, unless the Trainer has one: SIGTERM to any rank then
             saves one checkpoint of all ranks and ends the run.  False leaves signals to Lightning.
         accelerator: as for any strategy, like all that follow; the Trainer sets them.
         parallel_devices: the devices of this node.
-        cluster_environment: who tells the ranks.
-        checkpoint_io: how files are written.
-        precision_plugin: of the computation.
+        cluster_environment: the plugin that knows the number of each rank.
+        checkpoint_io: the plugin that writes files.
+        precision_plugin: the plugin of the precision.
         process_group_backend: "gloo" on CPUs and "nccl" on GPUs by default.
     """
 
@@ -104,7 +104,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         preemption: bool = True,
     ) -> None:
         check_options(accumulate, timeout, preemption)
-        SequenceContext(placement=placement, exchange=exchange)  # refuses what they must not be
+        SequenceContext(placement=placement, exchange=exchange)  # raises an error where they are wrong
         self.sharding, self.accumulate, self.timeout = sharding, accumulate, float(timeout)
         self.preemption = preemption
         self._sequence_parallel_size = sequence_parallel_size
@@ -123,18 +123,18 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
     # Ranks and groups
 
     def _ranks(self) -> int:
-        """How many there will be, before there are any."""
+        """Return the number of ranks, before any is started."""
         nodes: int = self.num_nodes  # type: ignore[attr-defined]  # which the engines have
         return nodes * len(self.parallel_devices or ())
 
     def _configure_launcher(self) -> None:
-        # the first to be called with the number of ranks known: before processes are started, and before data
+        # here the number of ranks is known for the first time, before processes are started and data is read
         check_sizes(self._ranks(), self._sequence_parallel_size)
         super()._configure_launcher()
         watch_launcher()
         if type(self._launcher) is _SubprocessScriptLauncher:
-            given = self._launcher
-            self._launcher = WatchedLauncher(given.cluster_environment, given.num_processes, given.num_nodes)
+            stock = self._launcher
+            self._launcher = WatchedLauncher(stock.cluster_environment, stock.num_processes, stock.num_nodes)
 
     @property
     def root_device(self) -> torch.device:
@@ -142,7 +142,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         return self.parallel_devices[self.local_rank]
 
     def _make_context(self) -> None:
-        """Once the ranks are connected, and once for all runs of a Trainer."""
+        """Make the context when the ranks are connected, once for all runs of a Trainer."""
         if self.sequence_context.mesh is not None:
             return
         mesh = sequence_mesh(self._sequence_parallel_size, self.root_device.type, self.timeout)
@@ -166,16 +166,16 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         dist.barrier(device_ids=[self.root_device.index] if is_nccl else None)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not _distributed_is_initialized() or dist.get_backend() == "fake":  # which would hang, or give nothing
+        if not _distributed_is_initialized() or dist.get_backend() == "fake":  # which would hang, or return None
             return obj
-        held = [obj]
-        dist.broadcast_object_list(held, src, group=dist.group.WORLD)
-        return held[0]
+        values = [obj]
+        dist.broadcast_object_list(values, src, group=dist.group.WORLD)
+        return values[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if torch.is_tensor(tensor) else tensor
 
-    # What `sequence_context(module)` offers
+    # The same as of `sequence_context(module)`
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -207,7 +207,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         if self.preemption and trainer.state.fn == TrainerFn.FITTING:
             _add_preemption(trainer)
         self._compared.clear()
-        self.sequence_context.window.close(1)  # what an interrupted run may have left
+        self.sequence_context.window.close(1)  # an interrupted run may have left it open
         hand_down(self.lightning_module, self.sequence_context)
         super().setup(trainer)
 
@@ -219,7 +219,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int) -> None:
-        """The first batch of each loader in each epoch: those who share sequences must have the same."""
+        """Compare the first batch of each loader in each epoch over the ranks that share sequences."""
         trainer = module.trainer
         when = str(trainer.state.stage), trainer.current_epoch, dataloader_idx
         if when not in self._compared:
