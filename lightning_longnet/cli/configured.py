@@ -23,7 +23,7 @@ _STOCK = ("auto", "ddp")  # where sequences are whole, and each rank holds the m
 
 
 class _Reading(TrainerCLI):
-    """Parses and checks, and makes nothing of it."""
+    """Parses and checks the words, without making the objects that they configure."""
 
     def _set_seed(self) -> None:
         pass
@@ -44,17 +44,16 @@ def read_job(
     per_node: int | None = None,
     tokens: int | None = None,
 ) -> Job:
-    """The job of `longnet fit WORDS`, on other numbers of nodes and devices, or over other lengths, where told."""
-    given = ["fit", *words]
+    """Return the job of `longnet fit WORDS`; the other arguments, where given, replace what the configuration says."""
+    command = ["fit", *words]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # these are not the words of this process
-        read = _Reading(given, args=given, save_config_callback=None)
-    told = read.config["fit"]
-    trainer, model = told.trainer, told.model
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        config = _Reading(command, args=command, save_config_callback=None).config["fit"]
+    trainer, model = config.trainer, config.model
     if model.class_path not in _OURS:
         raise ValueError(f"model must be a LongNetModule, whose shape is known, got {model.class_path}")
     strategy = _strategy(trainer.strategy)
-    data = told.data.init_args if told.get("data") is not None else Namespace()  # type: ignore[no-untyped-call]
+    data = config.data.init_args if config.get("data") is not None else Namespace()  # type: ignore[no-untyped-call]
     length = data.get("tokens") if tokens is None else tokens
     if length is None:
         raise ValueError("tokens must be told, as the data module has no argument of that name: --tokens N")
@@ -73,10 +72,10 @@ def read_job(
 
 
 def _model(config: Namespace) -> dict[str, Any]:
-    found = dict(config.__dict__)
-    given = found["pattern"]
-    found["pattern"] = [*map(_pattern, given)] if isinstance(given, (list, tuple)) else _pattern(given)
-    return found
+    options = dict(config.__dict__)
+    pattern = options["pattern"]
+    options["pattern"] = [*map(_pattern, pattern)] if isinstance(pattern, (list, tuple)) else _pattern(pattern)
+    return options
 
 
 def _pattern(given: Namespace) -> Pattern:
@@ -84,11 +83,11 @@ def _pattern(given: Namespace) -> Pattern:
 
 
 def _branch(given: Namespace) -> Branch:
-    told = dict((given.get("init_args") or given).__dict__)
-    sparsity = told.get("sparsity")
+    options = dict((given.get("init_args") or given).__dict__)
+    sparsity = options.get("sparsity")
     if isinstance(sparsity, Namespace):
-        told["sparsity"] = dict((sparsity.get("init_args") or sparsity).__dict__)
-    return Branch(**told)
+        options["sparsity"] = dict((sparsity.get("init_args") or sparsity).__dict__)
+    return Branch(**options)
 
 
 def _strategy(given: Any) -> dict[str, Any]:
@@ -101,9 +100,9 @@ def _strategy(given: Any) -> dict[str, Any]:
     if not given.class_path.endswith("RingSequenceParallelStrategy"):
         raise ValueError(f"strategy must be a RingSequenceParallelStrategy or a name of one, got {given.class_path}")
     names = ("sharding", "sequence_parallel_size", "exchange", "placement")
-    found = {name: given.init_args[name] for name in names}
+    options = {name: given.init_args[name] for name in names}
     bucket = (given.init_args.engine or {}).get("reduce_bucket_size")
-    return found if bucket is None else found | {"bucket": int(bucket)}
+    return options if bucket is None else options | {"bucket": int(bucket)}
 
 
 def _devices(given: Any) -> int:
@@ -117,14 +116,14 @@ def _devices(given: Any) -> int:
 
 
 def _copies(optimizer: Any) -> float:
-    """What an optimiser holds, as a multiple of a matrix that it has stepped on: AdamW, the default, two."""
+    """Return the size of an optimizer's states, as a multiple of a matrix of weights: 2 for the default, AdamW."""
     if optimizer is None:
         return 2.0
-    room, _, name = optimizer.class_path.rpartition(".")
+    module, _, name = optimizer.class_path.rpartition(".")
     weight = torch.nn.Parameter(torch.ones(64, 64))
     weight.grad = torch.ones_like(weight)
-    told = optimizer.get("init_args")
-    made = getattr(import_module(room), name)([weight], **({} if told is None else vars(told)))
+    options = optimizer.get("init_args")
+    made = getattr(import_module(module), name)([weight], **({} if options is None else vars(options)))
     made.step()
     held = sum(x.numel() for state in made.state.values() for x in state.values() if isinstance(x, torch.Tensor))
     return round(held / weight.numel(), 2)
