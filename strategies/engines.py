@@ -43,8 +43,8 @@ def engine_class(sharding: str) -> type[RingSequenceParallelStrategy]:
         allowed = ", ".join(map(repr, get_args(Sharding)))
         raise ValueError(f"sharding must be one of {allowed}, got {sharding!r}")
     module, name = _CLASSES.get(sharding, _DEEPSPEED)
-    found: type[RingSequenceParallelStrategy] = getattr(import_module(f"lightning_longnet.strategies.{module}"), name)
-    return found
+    engine: type[RingSequenceParallelStrategy] = getattr(import_module(f"lightning_longnet.strategies.{module}"), name)
+    return engine
 
 
 def engine_options(stock: type[ParallelStrategy], options: dict[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
             for each in (module, *_averages(trainer)):
                 self._shard(each)
         if not is_overridden("configure_model", module):
-            setattr(module, "configure_model", MethodType(lambda _: None, module))  # noqa: B010  Lightning wants one
+            setattr(module, "configure_model", MethodType(lambda _: None, module))  # noqa: B010  Lightning requires one
         super().setup(trainer)
 
     def _shard(self, module: nn.Module) -> None:

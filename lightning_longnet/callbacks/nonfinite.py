@@ -39,8 +39,8 @@ class NonFiniteGuard(Callback):
 
     A loss that is not finite makes its gradient NaN, and after averaging that of every rank; before the optimizer's
     step all ranks compare their parts of the gradient.  Then either all skip the step, or all raise a
-    FloatingPointError.  Schedules of learning rates go on.  The warning or error names the batches of the step: their numbers, and for each
-    data-parallel group the names of samples or a digest.
+    FloatingPointError.  Schedules of learning rates go on.  The warning or error names the batches of the step: their
+    numbers, and for each data-parallel group the names of samples or a digest.
 
     With DeepSpeed its own check is switched on and used.  A GradScaler of 16-bit floats skips steps by itself, as it
     must to find its scale: these are not counted.

@@ -149,7 +149,7 @@ class TokenThroughput(Monitor):
         return own
 
     def _attention(self, module: LightningModule, batch: Any) -> tuple[Flops, list[float]]:
-        """Return the operations, and the required and computed pairs, of whole sequences, on the first rank of a group."""
+        """Return the operations and the (required, computed) pairs of whole sequences, on the first rank of a group."""
         assert self._model is not None
         flops, pairs = Flops(0, 0), [0.0, 0.0]
         for cuts, factor in self._rows(module, batch):

@@ -56,7 +56,7 @@ def read_job(
     data = config.data.init_args if config.get("data") is not None else Namespace()  # type: ignore[no-untyped-call]
     length = data.get("tokens") if tokens is None else tokens
     if length is None:
-        raise ValueError("tokens must be told, as the data module has no argument of that name: --tokens N")
+        raise ValueError("tokens must be given, as the data module has no argument of that name: --tokens N")
     return Job(
         LongNetConfig(**_model(model.init_args.config)),
         tokens=length,
@@ -112,7 +112,7 @@ def _devices(given: Any) -> int:
         return len(given)
     if isinstance(given, str) and given.isdecimal():
         return int(given)
-    raise ValueError(f"--gpus-per-node must be told where trainer.devices is {given!r}")
+    raise ValueError(f"--gpus-per-node must be given where trainer.devices is {given!r}")
 
 
 def _copies(optimizer: Any) -> float:

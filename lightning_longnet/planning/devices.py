@@ -59,14 +59,14 @@ _SHEETS = (
     _Sheet("RTX 3090", 71, 35.6, 35.6, _Link(24, 936, 32, 12.5)),
 )
 GB = 1e9
-# Of memory as small operators use it, and of gloo over the loopback: found by benchmarks/planner.py
+# Of memory as small operators use it, and of gloo over the loopback, as benchmarks/planner.py measured them
 _CPU_BANDWIDTH, _LOOPBACK = 5 * GB, 1 * GB
 _SIZE, _TIMES = 1024, 4  # of the products that measure a CPU
 
 # No GPU was measured for this: shares of the peak are what others report of such kernels, which --efficiency replaces,
 # and calls are not captured in graphs
 _GPU = {"efficiency": (0.6, 0.45), "call_seconds": 5e-6, "overlaps": True}
-# Shares that benchmarks/planner.py found on two cores, of which others had their part, over gloo
+# Shares that benchmarks/planner.py measured over gloo on two cores, which other processes used too
 _CPU = {"efficiency": (0.8, 0.3), "call_seconds": 2e-5, "overlaps": False}
 
 
@@ -102,7 +102,7 @@ class Device:
             return self.share * measured(dtype)
         peak = listed(self.name, dtype, allows_tf32=False)
         if peak is None:
-            raise ValueError(f"device {self.name} has no listed peak in {dtype}: tell --peak-tflops")
+            raise ValueError(f"device {self.name} has no listed peak in {dtype}: give --peak-tflops")
         return peak
 
     def shared(self, ranks: int, threads: int) -> Device:

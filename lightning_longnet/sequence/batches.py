@@ -158,8 +158,8 @@ def length_of(batch: Any, dims: Mapping[str, int | None]) -> int:
 
 def is_whole(batch: Any, dims: Mapping[str, int | None]) -> bool:
     """Whether every tensor of a batch, and at least one, is declared to have no sequence."""
-    found = [dim_of(path, x, dims) for path, x in tensors(batch) if x.dim() > 0]
-    return bool(found) and not any(dim is not None for dim in found)
+    declared = [dim_of(path, x, dims) for path, x in tensors(batch) if x.dim() > 0]
+    return bool(declared) and not any(dim is not None for dim in declared)
 
 
 def known_length(batch: Any, dims: Mapping[str, int | None]) -> int | None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class SequencePart:
-    """This rank's part of sequences, cut when they were read; `SequenceContext.split` takes it without cutting.
+    """The part of sequences that a rank holds, cut when it was read; `SequenceContext.split` does not cut it again.
 
     A dataset makes one of each sample: `sequence_context(module).placement_of(length).stretches(rank)` are the tokens
     to read.  It is a dataclass and no dictionary, so that length, stretches and samples stay with the tensors when a
