@@ -34,7 +34,7 @@ def measure(name: str, tokens: int, ranks: int) -> dict[str, Any]:
         HEADS,
         HEADS,
         (0, tokens),
-        Placement((tokens // ranks,) * ranks),
+        Placement.even(tokens, ranks),
     )
     chosen = schedule(layout, "auto", SIZES)
     watched = sorted({0, ranks // 2, ranks - 1})

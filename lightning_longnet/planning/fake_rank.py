@@ -15,6 +15,7 @@ from lightning_longnet.attention.parallel.comm import Comm, Traffic
 from lightning_longnet.attention.parallel.shard import SHARDS, SequenceShard, registered
 from lightning_longnet.attention.spec import AttentionSpec
 from lightning_longnet.sequence.context import SequenceContext
+from lightning_longnet.sequence.position import MeshPosition
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -60,9 +61,8 @@ class PlannedContext(SequenceContext):
     """The context of a rank of a job in the middle of a batch."""
 
     def __init__(self, job: Job, rank: int, footprints: Mapping[str, Footprint]) -> None:
-        super().__init__(placement=job.placement, exchange=job.exchange)
-        self.sequence_parallel_size, self.sequence_parallel_rank = job.shared_by, rank
-        self.data_parallel_size = job.groups
+        position = MeshPosition(job.shared_by, rank, job.groups)
+        super().__init__(placement=job.placement, exchange=job.exchange, position=position)
         self.planned = PlannedShard(job.placed(), rank, footprints)
         self.begin(job.tokens)
 
