@@ -192,32 +192,22 @@ class SequenceContext(Positioned):
         `layer` gives each layer of a model a dropout mask of its own; one that is called twice in a step drops the same
         pairs twice.
         """
-        settings: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel, "ordering": ordering}
+        options: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel, "ordering": ordering}
         if dropout > 0:
-            settings["dropout_seed"] = hashed(self._step_seed + layer)
-            settings["dropout_samples"] = self.data_parallel_rank, self.data_parallel_size
+            options["dropout_seed"] = hashed(self._step_seed + layer)
+            options["dropout_samples"] = self.data_parallel_rank, self.data_parallel_size
         if not self.is_split:
-            settings |= {"documents": documents, "key_padding_mask": key_padding_mask}
-            return guarded_attend(guard, q, k, v, pattern, is_placed=self.mesh is not None, **settings)
-        settings["exchange"] = self.exchange if exchange is None else exchange
-        part: Tensor = self._attend_part(q, k, v, pattern, documents, key_padding_mask, settings, guard)
-        return part
+            options |= {"documents": documents, "key_padding_mask": key_padding_mask}
+            return guarded_attend(guard, q, k, v, pattern, is_placed=self.mesh is not None, **options)
+        options["exchange"] = self.exchange if exchange is None else exchange
+        options["shard"] = self._shard_for(q.shape[1], documents, key_padding_mask)
+        return guarded_attend(guard, q, k, v, pattern, **options)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _attend_part(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pattern: Pattern,
-        documents: Tensor | None,
-        key_padding_mask: Tensor | None,
-        settings: dict[str, Any],
-        guard: Guard | None,
-    ) -> Tensor:
-        self._splitter.check_tokens(q.shape[1])
-        shard = self.shard_of(documents, key_padding_mask)
-        return guarded_attend(guard, q, k, v, pattern, shard=shard, **settings)
+    def _shard_for(self, tokens: int, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
+        """Return the shard of a call on so many tokens of this rank; outside of compiled graphs, as ranks make it."""
+        self._splitter.check_tokens(tokens)
+        return self.shard_of(documents, key_padding_mask)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def places_of(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
