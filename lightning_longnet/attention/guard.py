@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.attention.attend import attend, explain
+from lightning_longnet.attention.attend import attend
 from lightning_longnet.attention.checks import prepared_call
 from lightning_longnet.attention.kernels import judge, kernel_names, reference
 from lightning_longnet.attention.parallel.shard import SequenceShard, reported
-from lightning_longnet.attention.pattern.pattern import Pattern
+from lightning_longnet.attention.trial import free_bytes, kernel_fault, needed_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.checks import AttendOptions
+    from lightning_longnet.attention.pattern.pattern import Pattern
 
 logger = logging.getLogger(__name__)
 
@@ -172,9 +170,9 @@ class Guard:
         names = kernel_names()
         # A thread of its own is in no inference mode, autocast or checkpoint, which would count what the trial saves
         with ThreadPoolExecutor(1) as thread:
-            faults = thread.map(lambda name: _fault(name, kind, q, k, pattern, options), names)
+            faults = thread.map(lambda name: kernel_fault(name, kind.dtype, q, k, v, pattern, options), names)
             broken = {name: fault for name, fault in zip(names, faults, strict=True) if fault}
-        needed, free = _needed_bytes(q, k, v, kind.dtype), _free_bytes(q.device)
+        needed, free = needed_bytes(q, k, v, kind.dtype), free_bytes(q.device)
         is_short = free is not None and needed > free
         everywhere = [[int(name in broken) for name in names] + [int(is_short)]]
         own = 0
@@ -241,64 +239,3 @@ def _rank(shard: SequenceShard | None) -> str:
     if shard is not None:
         return f"rank {shard.rank} of {shard.comm.ranks} that share sequences"
     return "whole sequences"
-
-
-def _fault(name: str, kind: _Kind, q: Tensor, k: Tensor, pattern: Pattern, options: dict[str, Any]) -> str:
-    """Return why a kernel fails on a few tokens, by its error or by the equation; an empty text where it does not."""
-    small = Pattern.dilated((4, 8), (1, 2), is_causal=pattern.is_causal)
-    widths = ((q.shape[2], kind.head_dim), (k.shape[2], kind.head_dim), (k.shape[2], kind.value_dim))
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
-        padding = (torch.arange(8) >= 6).to(q.device)[None]
-        given = [_waves(8, *width, place).to(q.device, kind.dtype) for place, width in enumerate(widths)]
-        grad = _waves(8, q.shape[2], kind.value_dim, 3).to(q.device, kind.dtype)
-        for mask, dropout in product((None, padding), {0.0, options.get("dropout", 0.0)}):
-            judged = {"key_padding_mask": mask, "dropout": dropout}
-            if explain(given[0], given[1], given[2], small, kernel=name, **judged).chosen is None:
-                continue
-            settings = {**judged, "mix": options.get("mix", "exact"), "dropout_seed": 0}
-            truth = _results(reference.name, [x.double() for x in given], small, grad.double(), settings)
-            try:
-                results = _results(name, given, small, grad, settings)
-            except (RuntimeError, ImportError) as error:
-                return f"it fails on a few tokens: {error!r}"
-            allowed = torch.finfo(kind.dtype).eps ** 0.5
-            for ours, true in zip(results, truth, strict=True):
-                far = (ours.double() - true).abs().max().item()
-                if not far <= allowed * max(1.0, true.abs().max().item()):  # true for NaN, too
-                    return f"it is wrong on a few tokens, by {far:.2g}"
-    return ""
-
-
-def _results(
-    name: str, given: list[Tensor], pattern: Pattern, grad: Tensor, settings: dict[str, Any]
-) -> tuple[Tensor, ...]:
-    leaves = [x.clone().requires_grad_() for x in given]
-    out: Tensor = attend(leaves[0], leaves[1], leaves[2], pattern, kernel=name, **settings)
-    return out.detach(), *torch.autograd.grad(out, leaves, grad)
-
-
-def _waves(tokens: int, heads: int, width: int, place: int) -> Tensor:
-    """Return values of one sample, (1, tokens, heads, width), without advancing a generator."""
-    return torch.arange(tokens * heads * width).mul(0.7 + place).sin().view(1, tokens, heads, width)
-
-
-def _needed_bytes(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> int:
-    """Return the bytes of out and lse, and of the gradients where there will be any."""
-    out = q.shape[:3].numel() * v.shape[3]
-    needed = out * dtype.itemsize + q.shape[:3].numel() * max(dtype.itemsize, 4)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        needed += (q.numel() + k.numel() + v.numel()) * dtype.itemsize
-    return needed
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of a device; None where the platform does not report it."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
-    table = Path("/proc/meminfo")
-    if device.type != "cpu" or not table.exists():
-        return None
-    rows = dict(line.split(":", 1) for line in table.read_text().splitlines())
-    return int(rows["MemAvailable"].split()[0]) * 1024

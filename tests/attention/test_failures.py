@@ -15,7 +15,7 @@ from pool import Pool
 from lightning_longnet import Pattern, SequenceShard, attend
 from lightning_longnet.attention import checks, op
 from lightning_longnet.attention.kernels import eager
-from lightning_longnet.attention.parallel import rounds
+from lightning_longnet.attention.parallel import rounds_plan
 
 DENSE = Pattern.dense()
 
@@ -97,7 +97,7 @@ PLACES = {
     "a kernel's backward": (eager, "backward", 2),
     "copies": (op, "readable", 1),
     "copies of a backward": (op, "readable", 4),
-    "a plan": (rounds, "route", 1),
+    "a plan": (rounds_plan, "route", 1),
     "arguments": (checks, "request_of", 1),
 }
 

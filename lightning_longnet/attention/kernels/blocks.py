@@ -101,37 +101,46 @@ def forward_blocks(
         del out, lse, result  # frees them before the next call allocates its own
 
 
+class BackwardInputs(NamedTuple):
+    """What the backward of every block reads: the gradient of out (B, N, H, D), and the results of the forward.
+
+    `outs` holds the out of the whole softmax, or that of each branch; `lse` (B, N, H, 1) is that of the whole.
+    """
+
+    grad: Tensor
+    outs: Sequence[Tensor]
+    lse: Tensor
+
+
 def backward_blocks(
     kernel: BlockKernel,
     parts: Iterable[Part],
-    grad: Tensor,
     q: Tensor,
     keys: Keys,
-    outs: Sequence[Tensor],
-    lse: Tensor,
+    inputs: BackwardInputs,
     options: PairOptions,
     dq: Tensor,
-    stores: bool = False,
-    stores_keys: bool = False,
+    stores: tuple[bool, bool] = (False, False),
 ) -> None:
     """Run each block's backward with the lse of the whole softmax, and add its gradients to dq and to those of `keys`.
 
     With `P = exp(S - lse)` the exact gradient of the scores is `P (g.v - g.out)`.  "detached" stops it at the branches'
-    weights, which leaves `P (g.v - g.out_b)`: `outs` holds the whole result, or that of each branch.
+    weights, which leaves `P (g.v - g.out_b)`, where out_b is the branch's own.  `stores` says for queries and for keys
+    that the first branch shows every row once: its gradients are written over uninitialized memory.
     """
     for part, call in _kernel_calls(parts, q, keys, options):
         queries = part.block.queries
         is_first = part.branch == 0
         gradients = kernel.backward(
-            folded(queries, grad),
+            folded(queries, inputs.grad),
             folded(queries, q),
             *keys.read(part),
-            folded(queries, outs[part.branch if len(outs) > 1 else 0]),
-            folded(queries, lse).squeeze(-1),
+            folded(queries, inputs.outs[part.branch if len(inputs.outs) > 1 else 0]),
+            folded(queries, inputs.lse).squeeze(-1),
             call,
         )
-        accumulate(part, dq, gradients[0], stores and is_first, of_queries=True)
-        keys.add(part, *gradients[1:], stores_keys and is_first)
+        accumulate(part, dq, gradients[0], stores[0] and is_first, of_queries=True)
+        keys.add(part, *gradients[1:], stores[1] and is_first)
         del gradients  # frees them before the next call allocates its own
 
 

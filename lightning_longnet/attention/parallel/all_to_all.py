@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_longnet.attention.kernels.blocks import (
+    BackwardInputs,
     PairOptions,
     backward_blocks,
     backward_lse,
@@ -158,7 +159,8 @@ class AllToAllCall(NamedTuple):
         (grad,) = self._to_heads((grad,), "the gradient of out")
         dq, dk, dv = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
         keys = self._keys(k, v, (dk, dv))
-        backward_blocks(self.kernel, self.parts, grad, q, keys, outs, backward_lse(lse), self.options, dq)
+        inputs = BackwardInputs(grad, outs, backward_lse(lse))
+        backward_blocks(self.kernel, self.parts, q, keys, inputs, self.options, dq)
         gradients = self._to_rows([x.to(q.dtype) for x in (dq, dk, dv)], "gradients")
         return gradients[0], gradients[1], gradients[2]
 

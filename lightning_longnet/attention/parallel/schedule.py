@@ -6,7 +6,7 @@ from heapq import nlargest
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from lightning_longnet.attention.parallel.all_to_all import AllToAllPlan, refusal
-from lightning_longnet.attention.parallel.rounds import RoundsPlan, rounds_volumes
+from lightning_longnet.attention.parallel.rounds_plan import RoundsPlan, rounds_volumes
 from lightning_longnet.attention.parallel.routes import Layout, is_local, rank_blocks
 
 if TYPE_CHECKING:
