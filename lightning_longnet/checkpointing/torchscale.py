@@ -31,7 +31,7 @@ from lightning_longnet.models.longnet import LongNet, LongNetConfig
 from lightning_longnet.models.longvit import LongViT, LongViTConfig
 
 if TYPE_CHECKING:
-    from lightning_longnet.attention.checks import Mix
+    from lightning_longnet.attention.spec import Mix
 
 _LAYER = "layers.0.self_attn.q_proj."
 _FIRST_POSITION = 2  # index of position 0 in the table of torchscale, as in that of fairseq

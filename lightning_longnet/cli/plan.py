@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if not arguments.config:
         raise ValueError("--config must name a file, as of longnet fit")
-    from lightning_longnet.planning.configured import read_job
+    from lightning_longnet.cli.configured import read_job
     from lightning_longnet.planning.run import plan_run
 
     words = [word for path in arguments.config for word in ("--config", path)]

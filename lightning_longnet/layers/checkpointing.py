@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-import lightning_longnet.attention.attend  # noqa: F401  registers the operators that `_policy` names
+import lightning_longnet.attention.attend  # noqa: F401  registers the operator that `_policy` names
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -30,7 +30,6 @@ def keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManage
 
 
 def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Return MUST_SAVE for the two attention operators, and PREFER_RECOMPUTE for all others."""
-    library = torch.ops.lightning_longnet
-    is_attention = operator in (library.attend.default, library.attend_sharded.default)
+    """Return MUST_SAVE for the attention operator, and PREFER_RECOMPUTE for all others."""
+    is_attention = operator is torch.ops.lightning_longnet.attend.default
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_longnet.attention.checks import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.attention.guard import Guard  # noqa: TC001
-from lightning_longnet.attention.parallel.reordering import check_ordering
 from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
-from lightning_longnet.attention.pattern.ordering import Ordering  # noqa: TC001
+from lightning_longnet.attention.pattern.ordering import (
+    Ordering,
+    check_ordering,
+)
 from lightning_longnet.attention.pattern.pattern import Pattern
+from lightning_longnet.attention.spec import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.layers.attending import AttentionLayer
 from lightning_longnet.layers.masks import ignored_keys, masked_causally
 from lightning_longnet.layers.options import (

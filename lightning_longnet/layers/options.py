@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
-from lightning_longnet.attention.checks import Mix
 from lightning_longnet.attention.kernels import kernel_names
 from lightning_longnet.attention.parallel.schedule import Exchange
 from lightning_longnet.attention.pattern.ordering import Ordering
 from lightning_longnet.attention.pattern.pattern import Branch, Pattern
+from lightning_longnet.attention.spec import Mix
 
 if TYPE_CHECKING:
     from torch import Tensor

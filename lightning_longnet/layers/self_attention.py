@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_longnet.attention.checks import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.attention.guard import Guard  # noqa: TC001
-from lightning_longnet.attention.parallel.reordering import check_ordering
 from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
-from lightning_longnet.attention.pattern.ordering import Ordering  # noqa: TC001
+from lightning_longnet.attention.pattern.ordering import (
+    Ordering,
+    check_ordering,
+)
 from lightning_longnet.attention.pattern.pattern import Pattern, check_heads
+from lightning_longnet.attention.spec import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.layers.attending import AttentionLayer, places_of
 from lightning_longnet.layers.initialization import xavier_parts
 from lightning_longnet.layers.options import (
