@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from contexts import made
 from pool import Pool
+from tiers import tiered
 
 from lightning_longnet import Pattern, SequenceShard, attend
 from lightning_longnet.attention import checks as arguments
@@ -282,7 +283,10 @@ def leave(group, how, culprit):
         return str(error), time.perf_counter() - begin
 
 
-@pytest.mark.parametrize(("how", "ranks"), [("dies", 2), ("stalls", 2), ("dies", 4), ("dies early", 2)])
+LEAVING = [("dies", 2), ("stalls", 2), ("dies", 4), ("dies early", 2)]
+
+
+@pytest.mark.parametrize(("how", "ranks"), tiered(LEAVING, quick=[("dies", 4), ("dies early", 2)]))
 def test_a_peer_that_leaves_ends_the_others_within_the_timeout(how, ranks):
     pool = Pool(ranks, timeout=4)
     culprit = ranks // 2

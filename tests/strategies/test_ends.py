@@ -2,6 +2,7 @@
 
 import pytest
 from launched import await_end_of_session, ended, losses, start
+from tiers import tiered
 
 TERMINATED, KILLED = 143, -9
 PATIENCE = 45  # seconds for those who are left: to see that the launcher is gone, and some grace
@@ -18,7 +19,7 @@ def run(folder, kind="ddp", **told):
     return status
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", tiered([0, 1], quick=[1]))
 def test_sigterm_to_one_rank(tmp_path, rank):
     assert run(tmp_path, at=[rank, 3], signal="SIGTERM") == TERMINATED, (tmp_path / "output.txt").read_text()
     assert losses(tmp_path, 0) == losses(tmp_path, 1)
