@@ -14,10 +14,11 @@ ROOT = TESTS.parent
 PYTEST = Path(pytest.__file__).with_name("__main__.py")
 
 
-def collect(folder, text):
+def collect(folder, text, name="test_some"):
     """The words of pytest in a folder of its own that holds this test and our conftest.py."""
+    folder.mkdir(exist_ok=True)
     (folder / "conftest.py").write_text((TESTS / "conftest.py").read_text())
-    (folder / "test_some.py").write_text(text)
+    (folder / f"{name}.py").write_text(text)
     told = ["-c", ROOT / "pyproject.toml", "--rootdir", folder, "-p", "no:cacheprovider", folder]
     return [PYTEST, *told, "-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what this process has imported
 
@@ -40,8 +41,7 @@ def test_a_skip_fails_unless_it_waits_for_a_gpu(tmp_path):
 
 
 def test_property_tests_draw_as_many_cases_as_their_tier_wants(tmp_path):
-    words = collect(
-        tmp_path,
+    text = (
         "from hypothesis import given, settings, strategies as st\n"
         "seen, plain = [], []\n"
         "@settings(max_examples=40, database=None)\n"
@@ -50,9 +50,10 @@ def test_property_tests_draw_as_many_cases_as_their_tier_wants(tmp_path):
         "@settings(max_examples=5, database=None)\n"
         "@given(st.integers())\n"
         "def test_few(x): plain.append(x)\n"
-        "def test_last(): print('drawn', len(seen), len(plain))\n",
+        "def test_last(): print('drawn', len(seen), len(plain))\n"
     )
-    found = [programs([[*words, "-s", *more]])[0] for more in ([], ["--draws=few"], ["--draws=many"])]
+    tiers = {"plain": [], "few": ["--draws=few"], "many": ["--draws=many"]}
+    found = programs([[*collect(tmp_path / t, text, f"test_{t}"), "-s", *more] for t, more in tiers.items()])
     drawn = [tuple(map(int, re.findall(r"drawn (\d+) (\d+)", shown)[0])) for _, shown, _ in found]
     assert drawn == [(40, 5), (8, 3), (400, 50)]
 
