@@ -87,6 +87,7 @@ def test_a_later_call_that_differs_ends_at_the_timeout(spent):
         assert seconds < 10
 
 
+@pytest.mark.long
 def test_kinds_of_calls_never_match_each_other(spent):
     names = ["pattern", "batch", "exchange", "scale"]
     for found, _ in spent.run(8, pairs, later, [(name, True) for name in names]):
@@ -123,10 +124,15 @@ def failing(group, place, exchange):
     return found
 
 
-def test_an_error_that_one_rank_catches_corrupts_nothing(spent):
-    cases = [(place, exchange) for place in list(PLACES)[:2] for exchange in ("ring", "gather")]
-    cases += [("copies", "gather"), ("copies of a backward", "ring"), ("a plan", "gather"), ("arguments", "gather")]
-    found = spent.run(8, pairs, failing, cases[:4]) + spent.run(8, pairs, failing, cases[4:])
+KERNELS_FAIL = tuple((place, exchange) for place in list(PLACES)[:2] for exchange in ("ring", "gather"))
+OTHERS_FAIL = (("copies", "gather"), ("copies of a backward", "ring"), ("a plan", "gather"), ("arguments", "gather"))
+
+
+@pytest.mark.parametrize(
+    "cases", [pytest.param(KERNELS_FAIL, id="kernels"), pytest.param(OTHERS_FAIL, id="others", marks=pytest.mark.long)]
+)
+def test_an_error_that_one_rank_catches_corrupts_nothing(spent, cases):
+    found = spent.run(8, pairs, failing, list(cases))
     for (peer, _), (failed, _), (place, _) in zip(found[::2], found[1::2], cases, strict=True):
         assert failed[0] == "OutOfMemoryError: injected"
         for each in failed[1:]:
@@ -152,6 +158,7 @@ def receiving(group):
     return found
 
 
+@pytest.mark.long
 def test_a_refusal_once_messages_are_on_their_way_is_a_failure(spent):
     for (refused, later), _ in spent.run(8, pairs, receiving, [()] * 4)[1::2]:
         assert refused == "ValueError: injected"

@@ -27,7 +27,7 @@ def enumerated(length):
     return counter.get_total_flops() + 2 * 12 * 4 * pairs
 
 
-@pytest.mark.parametrize(("mesh", "sharding"), tiered(product(MESHES, ["ddp", "fsdp2"]), quick=[("2x2", "ddp")]))
+@pytest.mark.parametrize(("mesh", "sharding"), tiered(product(MESHES, ["ddp", "fsdp2"]), quick=[("1x2", "ddp")]))
 def test_throughput_is_that_of_all_ranks(trainers, mesh, sharding):
     world, size = MESHES[mesh]
     many = STEPS * MICRO_BATCHES * SAMPLES
@@ -50,20 +50,20 @@ def test_throughput_is_that_of_all_ranks(trainers, mesh, sharding):
         assert logged[3] == logged[2]
 
 
-def test_padding_and_documents_are_those_of_the_logged_batch(trainers):
-    rows = samples(32, documents=True)
-    for world, size in ((2, 2), (2, 1)):
-        for found in trainers.run(world, watch, size, "ddp", sgd, LENGTH, True):
-            share, tokens = last(found)["throughput/padding_share"], SAMPLES * LENGTH
-            assert 0 < share < 1
-            assert share * tokens == pytest.approx(round(share * tokens))  # whole tokens, of all ranks
-            whole = int((PATTERN.mask(LENGTH, 4, 2) > 0).sum())
-            required = sum(found["by_rank"]["required_pairs"]) / (2 * STEPS * MICRO_BATCHES * SAMPLES)
-            most, least = (
-                sum(int((PATTERN.mask(int(n), 4, 2) > 0).sum()) for n in row["documents"].bincount())
-                for row in (max(rows, key=lambda r: r["documents"].bincount().max()), rows[0])
-            )
-            assert min(most, least) <= required <= max(most, least) < whole
+@pytest.mark.parametrize("mesh", tiered(["1x2", "2x1"], quick=["1x2"]))
+def test_padding_and_documents_are_those_of_the_logged_batch(trainers, mesh):
+    rows, (world, size) = samples(32, documents=True), MESHES[mesh]
+    for found in trainers.run(world, watch, size, "ddp", sgd, LENGTH, True):
+        share, tokens = last(found)["throughput/padding_share"], SAMPLES * LENGTH
+        assert 0 < share < 1
+        assert share * tokens == pytest.approx(round(share * tokens))  # whole tokens, of all ranks
+        whole = int((PATTERN.mask(LENGTH, 4, 2) > 0).sum())
+        required = sum(found["by_rank"]["required_pairs"]) / (2 * STEPS * MICRO_BATCHES * SAMPLES)
+        most, least = (
+            sum(int((PATTERN.mask(int(n), 4, 2) > 0).sum()) for n in row["documents"].bincount())
+            for row in (max(rows, key=lambda r: r["documents"].bincount().max()), rows[0])
+        )
+        assert min(most, least) <= required <= max(most, least) < whole
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_what_is_computed_again_is_sent_again(trainers, exchange):
         assert found["by_rank"]["predicted_bytes"] == found["by_rank"]["sent_bytes"]
 
 
-@pytest.mark.parametrize(("slow", "is_before"), tiered(product([0, 1], [True, False]), quick=[(0, False), (1, True)]))
+@pytest.mark.parametrize(("slow", "is_before"), tiered(product([0, 1], [True, False]), quick=[(1, True)]))
 def test_the_slowest_rank_is_the_one_that_others_wait_for(trainers, slow, is_before):
     for found in trainers.run(2, watch, 2, "ddp", sgd, LENGTH, False, "gather", (slow, is_before)):
         figures = last(found)

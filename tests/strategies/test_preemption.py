@@ -58,7 +58,7 @@ def stop_and_go_on(trainers, folder, kind, signals, step, right):
 
 @pytest.mark.parametrize(
     ("kind", "told"),
-    tiered(product(["ddp", "fsdp2"], WHERE), quick=[("fsdp2", "one rank"), ("fsdp2", "all ranks")]),
+    tiered(product(["ddp", "fsdp2"], WHERE), quick=[("fsdp2", "one rank")]),
 )
 def test_whoever_is_told_all_stop(trainers, undisturbed, tmp_path, kind, told):
     stop_and_go_on(trainers, tmp_path, kind, WHERE[told], 2, undisturbed(kind))
