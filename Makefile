@@ -2,16 +2,18 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 BENCH_ARGS ?=
+FULL_ARGS ?=
 GPU_PYTHON ?=
 BIN = .venv/bin
 MARK = .venv/.installed
 
-.PHONY: help train test test-long lint bench bench-exchange bench-strategy bench-callbacks gpu clean
+.PHONY: help train test test-long test-full lint bench bench-exchange bench-strategy bench-callbacks gpu clean
 
 help:
 	@echo "make train      set up, then train a small byte-level model on this machine's CPU"
-	@echo "make test       set up, then run the tests"
-	@echo "make test-long  the long tests"
+	@echo "make test       set up, then run the quick tests"
+	@echo "make test-long  the long tests, and the property tests with more cases"
+	@echo "make test-full  all tests, the matrices and soaks among them; goes on where it was stopped; FULL_ARGS, see --help"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      attention against its peers; results in benchmarks/results; BENCH_ARGS, see --help"
 	@echo "make bench-exchange   the exchanges between ranks, likewise"
@@ -29,10 +31,13 @@ train: $(MARK)
 	$(BIN)/longnet fit --config configs/quickstart.yaml
 
 test: $(MARK)
-	$(BIN)/python -m pytest -m "not long" --no-skips
+	$(BIN)/python -m pytest -m "not long and not full" --draws few --no-skips
 
 test-long: $(MARK)
-	$(BIN)/python -m pytest -m long --no-skips
+	$(BIN)/python -m pytest -m "(long or hypothesis) and not full" --no-skips
+
+test-full: $(MARK)
+	$(BIN)/python tests/full.py $(FULL_ARGS)
 
 lint: $(MARK)
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import is_hypothesis_test, settings
 
 # what deterministic products want on CUDA, read when the device is first used
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -10,6 +10,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # CI draws the same cases every time, so that it fails for what a change did; elsewhere each run draws new ones
 settings.register_profile("ci", derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+# how many cases a property test draws, beside the number that stands above it: in `make test`, `make test-long` (which
+# runs all property tests again) and `make test-full`
+DRAWS = {"few": 0.2, "all": 1, "many": 10}
+LEAST = 3
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,9 +42,14 @@ def pool():
 
 def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true", help="fail where a test is skipped that needs no GPU")
+    parser.addoption("--draws", choices=DRAWS, default="all", help="how many cases property tests draw")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    share = DRAWS[config.getoption("--draws")]
+    for test in {item.obj for item in items if is_hypothesis_test(getattr(item, "obj", None))}:
+        told = test._hypothesis_internal_use_settings  # `settings` decorates a test once
+        test._hypothesis_internal_use_settings = settings(told, max_examples=max(LEAST, int(share * told.max_examples)))
     gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):

@@ -1,36 +1,53 @@
-"""Many programs in one process: loading torch and Lightning takes longer than what each of them does."""
+"""Programs in a process that has loaded torch and Lightning: this takes longer than what each of them does."""
 
-import json
-import subprocess
+import contextlib
+import io
+import os
+import runpy
 import sys
+import warnings
 from pathlib import Path
+
+from workers import answer, forked
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGNET = ROOT / "lightning_longnet/__main__.py"
-
-SESSION = """
-import contextlib, io, json, runpy, sys, warnings
-warnings.simplefilter("ignore")
-found = []
-for path, *words in json.loads(sys.argv[1]):
-    sys.argv, out, err = [path, *words], io.StringIO(), io.StringIO()
-    sys.path.insert(0, path.rpartition("/")[0])
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            runpy.run_path(path, run_name="__main__")
-            status = 0
-        except SystemExit as ended:
-            status = ended.code or 0
-    sys.path.pop(0)
-    found.append([status, out.getvalue(), err.getvalue()])
-print("\\n" + json.dumps(found))
-"""
+PATIENCE = 300  # seconds for all of them
 
 
 def programs(commands, folder=ROOT):
-    """(status, stdout, stderr) of each [path, word, ...], in a folder."""
-    told = json.dumps([list(map(str, words)) for words in commands])
-    command = [sys.executable, "-c", SESSION, told]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
-    assert found.returncode == 0, found.stderr[-3000:]
-    return json.loads(found.stdout.splitlines()[-1])
+    """(status, stdout, stderr) of each [path, word, ...], in a folder, one after the other in one process."""
+    context = forked()
+    here, there = context.Pipe()
+    process = context.Process(target=answer, args=(there, _run, [list(map(str, words)) for words in commands], folder))
+    process.start()
+    there.close()
+    try:
+        assert here.poll(PATIENCE), f"no end in {PATIENCE} s"
+        is_result, found = here.recv()
+    finally:
+        process.kill()
+        process.join()
+    assert is_result, found[2]
+    return found
+
+
+def _run(commands, folder):
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.chdir(folder)
+    found = []
+    for path, *words in commands:
+        sys.argv, out, err = [path, *words], io.StringIO(), io.StringIO()
+        sys.path.insert(0, path.rpartition("/")[0])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(path, run_name="__main__")
+                status = 0
+            except SystemExit as ended:
+                status = ended.code or 0
+        sys.path.pop(0)
+        found.append((status, out.getvalue(), err.getvalue()))
+    return found

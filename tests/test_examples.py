@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import programs
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,7 +21,9 @@ def run(*words):
 
 
 def test_attention_alone():
-    (difference,) = re.findall(r"largest difference to the dense definition: (\S+)", run("examples/attend.py"))
+    ((status, shown, _),) = programs([[ROOT / "examples/attend.py"]])
+    assert status == 0
+    (difference,) = re.findall(r"largest difference to the dense definition: (\S+)", shown)
     assert float(difference) < 1e-5
 
 

@@ -241,19 +241,6 @@ def test_examples_in_docstrings_are_true(module):
     assert found.failed == 0
 
 
-def test_a_skip_fails_unless_it_waits_for_a_gpu(tmp_path):
-    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
-    (tmp_path / "test_skips.py").write_text(
-        "import pytest\n"
-        "def test_forgotten(): pytest.skip('some day')\n"
-        "@pytest.mark.gpu\n"
-        "def test_gpu(): pytest.skip('no device')\n"
-    )
-    words = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tmp_path), "-p", "no:cacheprovider", str(tmp_path)]
-    found = run(f"import pytest; [pytest.main({words} + option) for option in ([], ['--no-skips'])]").stdout
-    assert re.findall(r"=+ (.*) in ", found) == ["2 skipped", "1 failed, 1 skipped"], found
-
-
 @pytest.mark.long
 def test_the_wheel_holds_the_strategies_as_files(tmp_path):
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]

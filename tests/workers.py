@@ -5,7 +5,14 @@ import socket
 import traceback
 
 PATIENCE = 180  # seconds for one case
-PRELOADED = ["torch", "torch.distributed", "lightning_longnet.attention", "lightning.pytorch"]
+PRELOADED = ["torch", "torch.distributed", "lightning_longnet.attention", "lightning.pytorch", "lightning.pytorch.cli"]
+
+
+def forked():
+    """What makes processes that have loaded what takes long to load."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def free_port():
@@ -27,8 +34,7 @@ class Workers:
 
     def __init__(self, ranks, work, *arguments):
         """`work(rank, *arguments, pipe)` runs in each of them, and receives cases until there is None."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = forked()
         self.pipes, self.processes = [], []
         for rank in range(ranks):
             here, there = context.Pipe()

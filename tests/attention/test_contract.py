@@ -1,5 +1,7 @@
 """The contract's reference values, its edges, and what a call must survive: autocast, checkpointing, compilation."""
 
+from itertools import product
+
 import brute
 import drawn
 import pytest
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from brute import Shown
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import tiered
 from torch.utils.checkpoint import checkpoint
 
 from lightning_longnet import Pattern, attend, explain
@@ -209,13 +212,20 @@ def test_a_score_that_overflows_is_seen_by_none_that_cannot_see_its_key(kernel):
     torch.testing.assert_close(out[:, :40], attend(q[:, :40], k[:, :40], v[:, :40], Pattern.dense(True)))
 
 
+CUT = {
+    "longnet": LONGNET,
+    "window": Pattern.window(9, True) + Pattern.dilated((30,), (1,)),
+    "broad window": Pattern.window(600),
+    "dense": Pattern.dense(),
+}
+
+
 @pytest.mark.parametrize(
-    "pattern",
-    [LONGNET, Pattern.window(9, True) + Pattern.dilated((30,), (1,)), Pattern.window(600), Pattern.dense()],
-    ids=["longnet", "window", "broad window", "dense"],
+    ("threads", "name"),
+    tiered(product([1, 4], CUT), quick=[(1, "longnet"), (4, "longnet"), (4, "window"), (1, "dense")]),
 )
-@pytest.mark.parametrize("threads", [1, 4])
-def test_calls_are_cut_to_size_without_changing_the_answer(monkeypatch, pattern, threads):
+def test_calls_are_cut_to_size_without_changing_the_answer(monkeypatch, threads, name):
+    pattern = CUT[name]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     q, k, v, grad = drawn.tensors((2, 1400 if pattern == Pattern.window(600) else 330, 4, 2, 4))
     documents = torch.arange(q.shape[1]) // 1000

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from contexts import made
 from pool import Pool
+from tiers import tiered
 
 from lightning_longnet import Pattern, SequenceShard, attend
 from lightning_longnet.attention import checks, op
@@ -86,6 +87,7 @@ def test_a_later_call_that_differs_ends_at_the_timeout(spent):
         assert seconds < 10
 
 
+@pytest.mark.long
 def test_kinds_of_calls_never_match_each_other(spent):
     names = ["pattern", "batch", "exchange", "scale"]
     for found, _ in spent.run(8, pairs, later, [(name, True) for name in names]):
@@ -122,10 +124,15 @@ def failing(group, place, exchange):
     return found
 
 
-def test_an_error_that_one_rank_catches_corrupts_nothing(spent):
-    cases = [(place, exchange) for place in list(PLACES)[:2] for exchange in ("ring", "gather")]
-    cases += [("copies", "gather"), ("copies of a backward", "ring"), ("a plan", "gather"), ("arguments", "gather")]
-    found = spent.run(8, pairs, failing, cases[:4]) + spent.run(8, pairs, failing, cases[4:])
+KERNELS_FAIL = tuple((place, exchange) for place in list(PLACES)[:2] for exchange in ("ring", "gather"))
+OTHERS_FAIL = (("copies", "gather"), ("copies of a backward", "ring"), ("a plan", "gather"), ("arguments", "gather"))
+
+
+@pytest.mark.parametrize(
+    "cases", [pytest.param(KERNELS_FAIL, id="kernels"), pytest.param(OTHERS_FAIL, id="others", marks=pytest.mark.long)]
+)
+def test_an_error_that_one_rank_catches_corrupts_nothing(spent, cases):
+    found = spent.run(8, pairs, failing, list(cases))
     for (peer, _), (failed, _), (place, _) in zip(found[::2], found[1::2], cases, strict=True):
         assert failed[0] == "OutOfMemoryError: injected"
         for each in failed[1:]:
@@ -151,6 +158,7 @@ def receiving(group):
     return found
 
 
+@pytest.mark.long
 def test_a_refusal_once_messages_are_on_their_way_is_a_failure(spent):
     for (refused, later), _ in spent.run(8, pairs, receiving, [()] * 4)[1::2]:
         assert refused == "ValueError: injected"
@@ -282,7 +290,10 @@ def leave(group, how, culprit):
         return str(error), time.perf_counter() - begin
 
 
-@pytest.mark.parametrize(("how", "ranks"), [("dies", 2), ("stalls", 2), ("dies", 4), ("dies early", 2)])
+LEAVING = [("dies", 2), ("stalls", 2), ("dies", 4), ("dies early", 2)]
+
+
+@pytest.mark.parametrize(("how", "ranks"), tiered(LEAVING, quick=[("dies", 4), ("dies early", 2)]))
 def test_a_peer_that_leaves_ends_the_others_within_the_timeout(how, ranks):
     pool = Pool(ranks, timeout=4)
     culprit = ranks // 2

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from brute import Shown
 from pool import Pool
+from tiers import tiered
 
 from lightning_longnet import Guard, LongNet, LongNetConfig, Pattern, SequenceShard, attend
 from lightning_longnet.attention import guard as guards
@@ -186,7 +187,7 @@ def failing_later(group, what):
     return None
 
 
-@pytest.mark.parametrize("what", ["forward", "backward"])
+@pytest.mark.parametrize("what", tiered(["forward", "backward"], quick=["backward"]))
 def test_an_error_in_a_step_ends_all_ranks_with_advice(what):
     pool = Pool(2)  # gloo's threads never rest again once a peer has given up
     try:

@@ -1,5 +1,6 @@
 """Attention over ranks against the brute force: every exchange and placement, on 1 to 8 processes."""
 
+from itertools import product
 from unittest.mock import patch
 
 import brute
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pool import WORLDS
 from split import LONGNET, side_by_side, step, whole
+from tiers import tiered
 
 from lightning_longnet import Pattern, SequenceShard, attend
 from lightning_longnet.attention.parallel import calls
@@ -99,16 +101,19 @@ def drawn_on(pool, world, exchange, data, dtype, tolerance):
     compare(pool, world, exchange, *data.draw(split_cases(world)), dtype, tolerance)
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("world", WORLDS)
+def on(*worlds):
+    """Every exchange on every world, on these in the quick tests already."""
+    return tiered(product(WORLDS, EXCHANGES), quick=product(worlds, EXCHANGES))
+
+
+@pytest.mark.parametrize(("world", "exchange"), on(1, 2, 3, 5, 8))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_equals_brute_force_in_float64(pool, world, exchange, data):
     drawn_on(pool, world, exchange, data, torch.float64, 1e-10)
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("world", "exchange"), on(1, 3))
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_equals_brute_force_in_float32(pool, world, exchange, data):

@@ -10,6 +10,7 @@ import torch
 from cells import held, shown_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import tiered
 
 from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.parallel.shares import shares
@@ -91,7 +92,12 @@ def test_the_shares_of_all_ranks_are_the_definition(
     assert {pair: n for pair, n in counted.items() if n} == truth
 
 
-@pytest.mark.parametrize("ranks", range(1, 65))
+QUICK, LONG = (1, 2, 3, 8, 13, 64), (4, 5, 6, 7, 16, 31, 32, 33, 48, 63)
+
+
+@pytest.mark.parametrize(
+    "ranks", tiered(range(1, 65), quick=QUICK, full=[ranks for ranks in range(1, 65) if ranks not in QUICK + LONG])
+)
 def test_worlds_of_up_to_64_ranks(ranks):
     pattern = [brute.Shown(16, 1, None, True), brute.Shown(48, 3, None, True), brute.Shown(None, 5, None, True)]
     length = 101

@@ -10,7 +10,8 @@ import torch
 
 import lightning_longnet
 from lightning_longnet import MultiheadDilatedAttention, Pattern, attend, compat, hand_down
-from lightning_longnet.compat import arguments, classes
+from lightning_longnet.compat import classes
+from lightning_longnet.compat import options as arguments
 
 BRANCHES = {"segment_lengths": [8, 16], "dilation_rates": [1, 2]}
 PATTERN = Pattern.dilated((8, 16), (1, 2))

@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from contexts import made
+from tiers import tiered
 
 from lightning_longnet import Pattern, SequenceContext, hand_down, hilbert_order, vision
 from lightning_longnet.models.longvit import LongViT, LongViTConfig
@@ -154,18 +155,21 @@ def over_ranks(group, kind, size, placement, recompute, curved=False):
     return embedded
 
 
+SPLIT = [
+    ("mean", (20, 20), "contiguous", "nothing", False),
+    ("mean", (25, 10), "zigzag", "all but attention", False),
+    ("tokens", (25, 15), "contiguous", "everything", False),
+    ("class", (20, 20), "contiguous", "nothing", False),
+    ("both", (10, 35), "zigzag", "nothing", False),
+    ("mean", (25, 15), "contiguous", "nothing", True),
+    ("turned", (35, 20), "contiguous", "all but attention", True),
+    ("both", (20, 25), "zigzag", "everything", True),
+]
+
+
 @pytest.mark.parametrize(
     ("kind", "size", "placement", "recompute", "curved"),
-    [
-        ("mean", (20, 20), "contiguous", "nothing", False),
-        ("mean", (25, 10), "zigzag", "all but attention", False),
-        ("tokens", (25, 15), "contiguous", "everything", False),
-        ("class", (20, 20), "contiguous", "nothing", False),
-        ("both", (10, 35), "zigzag", "nothing", False),
-        ("mean", (25, 15), "contiguous", "nothing", True),
-        ("turned", (35, 20), "contiguous", "all but attention", True),
-        ("both", (20, 25), "zigzag", "everything", True),
-    ],
+    tiered(SPLIT, quick=[SPLIT[1], SPLIT[3], SPLIT[7]]),
 )
 def test_ranks_share_the_patches_of_an_image(pool, kind, size, placement, recompute, curved):
     many = size[0] * size[1] // 25

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_training import FLOAT32, FLOAT64, compare
+from tiers import tiered
 from torch.utils.data import DataLoader
 from trained import (
     SMALL_BUCKETS,
@@ -48,7 +49,7 @@ def check(trainers, sharding, setting, wanted, folder, tolerance):
                 compare(found, rest, tolerance)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "hsdp"])
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2", "hsdp"], quick=["fsdp2"]))
 def test_float64_goes_on_elsewhere(trainers, sharding, wanted, tmp_path):
     check(lambda _: trainers, sharding, FLOAT64, wanted, str(tmp_path), 1e-9)
 
@@ -108,7 +109,9 @@ def run_again(rank, world, sharding):
     return found, module.losses
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "hsdp", "deepspeed_stage_1", "deepspeed_stage_2"])
+@pytest.mark.parametrize(
+    "sharding", tiered(["ddp", "fsdp2", "hsdp", "deepspeed_stage_1", "deepspeed_stage_2"], quick=["fsdp2"])
+)
 def test_a_module_is_fitted_validated_and_fitted_again(trainers, deepspeed_trainers, sharding):
     workers = deepspeed_trainers(2) if sharding.startswith("deepspeed") else trainers
     (values, losses) = trainers.run(1, run_again, "ddp")[0]

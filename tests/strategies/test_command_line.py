@@ -10,6 +10,7 @@ import pytest
 import yaml
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
 from programs import LONGNET, programs
+from tiers import tiered
 from trained import quiet, trainer_of
 
 from lightning_longnet.registration import NAMES
@@ -41,17 +42,20 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
 
 
-@pytest.mark.parametrize("order", [("lightning_longnet", "lightning"), ("lightning", "lightning_longnet")])
-def test_importing_the_package_registers_whatever_comes_first(order):
+ORDERS = [("lightning_longnet", "lightning"), ("lightning", "lightning_longnet")]
+
+
+@pytest.mark.parametrize(("first", "second"), tiered(ORDERS, quick=ORDERS[:1]))
+def test_importing_the_package_registers_whatever_comes_first(first, second):
     found = run(
-        f"import {order[0]}, sys\n"
+        f"import {first}, sys\n"
         "early = 'lightning.pytorch' in sys.modules\n"
-        f"import {order[1]}, lightning as L\n"
+        f"import {second}, lightning as L\n"
         "trainer = L.Trainer(strategy='ring_sequence_parallel', devices=2, accelerator='cpu', logger=False)\n"
         "print(early, type(trainer.strategy).__name__, len(sys.meta_path))"
     )
     early, name, _ = found.stdout.split()
-    assert (early, name) == (str(order[0] == "lightning"), "FSDP2SequenceParallelStrategy"), found.stderr
+    assert (early, name) == (str(first == "lightning"), "FSDP2SequenceParallelStrategy"), found.stderr
 
 
 def test_the_package_is_imported_where_lightning_is_missing():
@@ -80,11 +84,16 @@ def alone(trainers):
     return trainers.run(1, command, [*told, *SMALL])[0]
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_configuration_trains_two_steps(trainers, deepspeed_trainers, alone, path):
-    is_deepspeed = "deepspeed" in path.stem
+@pytest.mark.parametrize("name", tiered([path.stem for path in CONFIGS], quick=["ddp", "fsdp2", "deepspeed_stage_2"]))
+def test_every_configuration_trains_two_steps(trainers, deepspeed_trainers, alone, name):
+    is_deepspeed = "deepspeed" in name
     workers = deepspeed_trainers(2) if is_deepspeed else trainers
-    told = ["fit", f"--config={ROOT}/configs/quickstart.yaml", f"--config={path}", *SMALL]
+    told = [
+        "fit",
+        f"--config={ROOT}/configs/quickstart.yaml",
+        f"--config={ROOT}/configs/strategies/{name}.yaml",
+        *SMALL,
+    ]
     if is_deepspeed:
         told += ["--trainer.strategy.init_args.engine={reduce_bucket_size: 16384, allgather_bucket_size: 16384}"]
     for metrics, steps in workers.run(2, command, told):

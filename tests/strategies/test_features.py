@@ -1,10 +1,12 @@
 """What a Trainer is used with: each gives what one process gives, or a run over one rank does."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from test_training import DOCUMENTS, FLOAT32, FLOAT64, MESHES, compare
+from tiers import tiered
 from torch import nn
 from torch.nn.utils import clip_grad_value_
 from torch.utils.checkpoint import checkpoint
@@ -57,8 +59,12 @@ def double():
 # Documents, exchanges and placements
 
 
-@pytest.mark.parametrize("exchange", ["auto", "gather", "ring", "swap"])
-@pytest.mark.parametrize("placement", ["contiguous", "zigzag"])
+PLACED = product(["contiguous", "zigzag"], ["auto", "gather", "ring", "swap"])
+
+
+@pytest.mark.parametrize(
+    ("placement", "exchange"), tiered(PLACED, quick=[("contiguous", "gather"), ("zigzag", "ring")])
+)
 def test_documents_by_any_exchange_and_placement(trainers, exchange, placement):
     wanted = reference(DOCUMENTS)
     for found in trainers.run(2, fit_placed, DOCUMENTS, exchange, placement):
@@ -119,7 +125,9 @@ def reference_of_windows(setting, clip_value=None, by_tokens=True):
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize(("sharding", "mesh"), [("ddp", "1x2"), ("fsdp2", "2x2"), ("hsdp", "2x2")])
+@pytest.mark.parametrize(
+    ("sharding", "mesh"), tiered([("ddp", "1x2"), ("fsdp2", "2x2"), ("hsdp", "2x2")], quick=[("ddp", "1x2")])
+)
 def test_micro_batches_may_count_by_their_tokens(trainers, sharding, mesh):
     world, size = MESHES[mesh]
     for micro_batches in (4, 3):  # the last window of an epoch may be short
@@ -136,7 +144,7 @@ def fit_by_tokens(rank, world, setting, sharding, size):
     return fit(rank, world, setting, sharding, size, accumulate="tokens")
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
 def test_gradients_are_clipped_by_value(trainers, sharding):
     wanted = reference_of_windows({**PLAIN, "optimizer": sgd, "seed": 0}, clip_value=1e-3)
     settings = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
@@ -156,8 +164,12 @@ def run_precision(rank, world, sharding, precision):
     return run(rank, world, lambda: Module(started(FLOAT32), adamw), sharding, precision=precision)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "deepspeed_stage_2"])
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+PRECISIONS = product(["bf16-mixed", "bf16-true", "32-true"], ["ddp", "fsdp2", "deepspeed_stage_2"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "sharding"), tiered(PRECISIONS, quick=[("bf16-mixed", "fsdp2"), ("bf16-true", "ddp")])
+)
 def test_half_precision_follows_the_full_one(trainers, deepspeed_trainers, sharding, precision):
     workers = deepspeed_trainers(2) if sharding.startswith("deepspeed") else trainers
     (wanted, _) = trainers.run(1, run_precision, "ddp", "32-true")[0]
@@ -198,8 +210,10 @@ def fit_checkpointed(rank, world, kind, sharding):
         trained.Module = kept
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("kind", [Checkpointed, KeptAttention])
+@pytest.mark.parametrize(
+    ("kind", "sharding"),
+    tiered(product([Checkpointed, KeptAttention], ["ddp", "fsdp2"]), quick=[(KeptAttention, "fsdp2")]),
+)
 def test_activations_may_be_computed_again(trainers, kind, sharding):
     wanted = reference(DOCUMENTS)
     for found in trainers.run(2, fit_checkpointed, kind, sharding):
@@ -222,7 +236,7 @@ def fit_compiled(rank, world, sharding):
     return losses, {name.replace("_orig_mod.", ""): x for name, x in parameters.items()}
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
 def test_blocks_may_be_compiled(trainers, sharding):
     wanted = reference({**PLAIN, "seed": 0})
     for found in trainers.run(2, fit_compiled, sharding):
@@ -245,8 +259,10 @@ def run_averaged(rank, world, kind, sharding="ddp"):
     return losses, {name: whole(x) for name, x in module.model.named_parameters()}
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "hsdp"])
-@pytest.mark.parametrize("kind", ["ema", "swa"])
+@pytest.mark.parametrize(
+    ("kind", "sharding"),
+    tiered(product(["ema", "swa"], ["ddp", "fsdp2", "hsdp"]), quick=[("ema", "fsdp2"), ("swa", "ddp")]),
+)
 def test_weights_are_averaged(trainers, kind, sharding):
     wanted = trainers.run(1, run_averaged, kind)[0]
     assert not all(torch.equal(x, y) for x, y in zip(wanted[1].values(), started(PLAIN).parameters(), strict=True))
@@ -279,7 +295,7 @@ def run_by_hand(rank, world, sharding):
     return run(rank, world, lambda: Alternating(started(PLAIN), None), sharding)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
 def test_two_optimisers_by_hand(trainers, sharding):
     wanted = reference({**PLAIN, "optimizer": sgd, "seed": 0})
     for found in trainers.run(2, run_by_hand, sharding):

@@ -3,6 +3,7 @@
 import pytest
 from guarded import guard
 from test_training import MESHES
+from tiers import tiered
 from trained import adamw, sgd
 
 
@@ -12,26 +13,24 @@ def workers_of(sharding, trainers, deepspeed_trainers, world):
 
 @pytest.mark.parametrize(
     ("sharding", "what"),
-    [
-        ("ddp", "loss"),
-        ("fsdp2", "gradient"),
-        ("deepspeed_stage_1", "loss"),
-        ("deepspeed_stage_3", "gradient"),
-        *(
-            pytest.param(sharding, what, marks=pytest.mark.long)
-            for sharding, what in (
-                ("ddp", "gradient"),
-                ("fsdp2", "loss"),
-                ("hsdp", "loss"),
-                ("fsdp2_offload", "gradient"),
-                ("deepspeed_stage_1", "gradient"),
-                ("deepspeed_stage_2", "loss"),
-                ("deepspeed_stage_2", "gradient"),
-                ("deepspeed_stage_3", "loss"),
-                ("deepspeed_stage_3_offload", "gradient"),
-            )
-        ),
-    ],
+    tiered(
+        [
+            ("ddp", "loss"),
+            ("ddp", "gradient"),
+            ("fsdp2", "loss"),
+            ("fsdp2", "gradient"),
+            ("fsdp2_offload", "gradient"),
+            ("hsdp", "loss"),
+            ("deepspeed_stage_1", "loss"),
+            ("deepspeed_stage_1", "gradient"),
+            ("deepspeed_stage_2", "loss"),
+            ("deepspeed_stage_2", "gradient"),
+            ("deepspeed_stage_3", "loss"),
+            ("deepspeed_stage_3", "gradient"),
+            ("deepspeed_stage_3_offload", "gradient"),
+        ],
+        quick=[("ddp", "loss"), ("fsdp2", "gradient"), ("deepspeed_stage_3", "gradient")],
+    ),
 )
 def test_a_skipped_step_leaves_everything_as_it_was(trainers, deepspeed_trainers, sharding, what):
     workers = workers_of(sharding, trainers, deepspeed_trainers, 2)
@@ -46,7 +45,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(trainers, deepspeed_trainers
             assert ("the loss is not finite on rank 1" if what == "loss" else "the gradient is not finite") in told[0]
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "2x1", "2x2"])
+@pytest.mark.parametrize("mesh", tiered(["1x1", "2x1", "2x2"], quick=["2x1"]))
 def test_other_meshes_and_momentum(trainers, mesh):
     world, size = MESHES[mesh]
     for same, skipped, *_ in trainers.run(world, guard, size, "fsdp2", sgd, "loss"):
@@ -64,7 +63,7 @@ def test_a_batch_of_an_accumulated_step_spoils_it(trainers):
     assert "batch 2, 3 of each group" in told[0]
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "deepspeed_stage_2"])
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2", "deepspeed_stage_2"], quick=["fsdp2"]))
 def test_raising_is_on_all_ranks(trainers, deepspeed_trainers, sharding):
     workers = workers_of(sharding, trainers, deepspeed_trainers, 2)
     for is_result, (kind, message, _) in workers.outcomes(2, guard, 2, sharding, sgd, "gradient", "raise"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
+from tiers import tiered
 from torch.utils.data import DataLoader
 from trained import quiet, trainer_of
 
@@ -64,7 +65,11 @@ def wanted(trainers):
 
 
 @pytest.mark.parametrize(
-    ("world", "sharding", "size"), [(2, "ddp", 2), (2, "fsdp2", 2), (4, "ddp", 2), (4, "hsdp", 2), (4, "fsdp2", 4)]
+    ("world", "sharding", "size"),
+    tiered(
+        [(2, "ddp", 2), (2, "fsdp2", 2), (4, "ddp", 2), (4, "hsdp", 2), (4, "fsdp2", 4)],
+        quick=[(2, "fsdp2", 2), (4, "ddp", 2)],
+    ),
 )
 def test_runs_are_equal_on_every_mesh(trainers, wanted, world, sharding, size):
     (steps, validated) = wanted

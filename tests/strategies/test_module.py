@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+from tiers import tiered
 from torch.utils.data import DataLoader
 from trained import KeepParameters, quiet, trainer_of
 
@@ -80,7 +81,8 @@ def alone(trainers):
 
 
 @pytest.mark.parametrize(
-    ("world", "size", "sharding"), [(2, 2, "fsdp2"), (2, 2, "ddp"), (2, 1, "fsdp2"), (4, 2, "ddp")]
+    ("world", "size", "sharding"),
+    tiered([(2, 2, "fsdp2"), (2, 2, "ddp"), (2, 1, "fsdp2"), (4, 2, "ddp")], quick=[(2, 2, "fsdp2")]),
 )
 def test_curves_figures_and_texts_are_those_of_one_process(trainers, alone, world, size, sharding):
     losses, told, tested, parameters, predicted, _ = alone

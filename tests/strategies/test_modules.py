@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_features import PLAIN, run
 from test_training import COMBINED, DOCUMENTS, compare
+from tiers import tiered
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 from trained import (
@@ -69,7 +70,7 @@ def run_encoder(rank, world, sharding):
         shards.SequenceShard = kind
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
 def test_torchs_own_encoder_trains_and_makes_one_shard_a_batch(trainers, sharding):
     model = encoder()
     optimizer, wanted = adamw(model.parameters()), []
@@ -150,7 +151,7 @@ def run_flat(rank, world, sharding):
     return run(rank, world, make, sharding)
 
 
-@pytest.mark.parametrize("sharding", ["fsdp2", "hsdp"])
+@pytest.mark.parametrize("sharding", tiered(["fsdp2", "hsdp"], quick=["fsdp2"]))
 def test_steps_in_turns_by_hand_without_blocks(trainers, sharding):
     losses, parameters = trainers.run(1, run_flat, "ddp")[0]
     assert losses[-1] < losses[0] - 0.01

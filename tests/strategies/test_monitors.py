@@ -1,8 +1,11 @@
 """Every figure that a monitor logs, against a count of the same by other means, over meshes and unequal parts."""
 
+from itertools import product
+
 import pytest
 import torch
 from test_training import MESHES
+from tiers import tiered
 from torch.utils.flop_counter import FlopCounterMode
 from trained import LENGTH, PATTERN, adamw, collated, samples, sgd, started, sums
 from watched import PEAK, watch
@@ -24,10 +27,7 @@ def enumerated(length):
     return counter.get_total_flops() + 2 * 12 * 4 * pairs
 
 
-@pytest.mark.parametrize(
-    ("mesh", "sharding"),
-    [*((mesh, "ddp") for mesh in MESHES), *(pytest.param(mesh, "fsdp2", marks=pytest.mark.long) for mesh in MESHES)],
-)
+@pytest.mark.parametrize(("mesh", "sharding"), tiered(product(MESHES, ["ddp", "fsdp2"]), quick=[("1x2", "ddp")]))
 def test_throughput_is_that_of_all_ranks(trainers, mesh, sharding):
     world, size = MESHES[mesh]
     many = STEPS * MICRO_BATCHES * SAMPLES
@@ -50,30 +50,32 @@ def test_throughput_is_that_of_all_ranks(trainers, mesh, sharding):
         assert logged[3] == logged[2]
 
 
-def test_padding_and_documents_are_those_of_the_logged_batch(trainers):
-    rows = samples(32, documents=True)
-    for world, size in ((2, 2), (2, 1)):
-        for found in trainers.run(world, watch, size, "ddp", sgd, LENGTH, True):
-            share, tokens = last(found)["throughput/padding_share"], SAMPLES * LENGTH
-            assert 0 < share < 1
-            assert share * tokens == pytest.approx(round(share * tokens))  # whole tokens, of all ranks
-            whole = int((PATTERN.mask(LENGTH, 4, 2) > 0).sum())
-            required = sum(found["by_rank"]["required_pairs"]) / (2 * STEPS * MICRO_BATCHES * SAMPLES)
-            most, least = (
-                sum(int((PATTERN.mask(int(n), 4, 2) > 0).sum()) for n in row["documents"].bincount())
-                for row in (max(rows, key=lambda r: r["documents"].bincount().max()), rows[0])
-            )
-            assert min(most, least) <= required <= max(most, least) < whole
+@pytest.mark.parametrize("mesh", tiered(["1x2", "2x1"], quick=["1x2"]))
+def test_padding_and_documents_are_those_of_the_logged_batch(trainers, mesh):
+    rows, (world, size) = samples(32, documents=True), MESHES[mesh]
+    for found in trainers.run(world, watch, size, "ddp", sgd, LENGTH, True):
+        share, tokens = last(found)["throughput/padding_share"], SAMPLES * LENGTH
+        assert 0 < share < 1
+        assert share * tokens == pytest.approx(round(share * tokens))  # whole tokens, of all ranks
+        whole = int((PATTERN.mask(LENGTH, 4, 2) > 0).sum())
+        required = sum(found["by_rank"]["required_pairs"]) / (2 * STEPS * MICRO_BATCHES * SAMPLES)
+        most, least = (
+            sum(int((PATTERN.mask(int(n), 4, 2) > 0).sum()) for n in row["documents"].bincount())
+            for row in (max(rows, key=lambda r: r["documents"].bincount().max()), rows[0])
+        )
+        assert min(most, least) <= required <= max(most, least) < whole
 
 
 @pytest.mark.parametrize(
     ("mesh", "exchange"),
-    [
-        *(("1x2", exchange) for exchange in ("gather", "ring", "swap")),
-        ("2x2", "gather"),
-        ("1x4", "ring"),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in (("2x2", "swap"), ("1x4", "auto"), ("2x2", "ring"))),
-    ],
+    tiered(
+        [
+            *(("1x2", exchange) for exchange in ("gather", "ring", "swap")),
+            *(("2x2", exchange) for exchange in ("gather", "swap", "ring")),
+            *(("1x4", exchange) for exchange in ("ring", "auto")),
+        ],
+        quick=[("1x2", "ring"), ("1x2", "swap"), ("2x2", "gather")],
+    ),
 )
 def test_bytes_are_those_on_the_wire_and_those_of_the_plan(trainers, mesh, exchange):
     world, size = MESHES[mesh]
@@ -98,7 +100,7 @@ def test_packed_documents_are_predicted_to_the_byte(trainers):
         assert figures["exchange/predicted_bytes"] == figures["exchange/sent_bytes"] > 0
 
 
-@pytest.mark.parametrize("exchange", ["gather", pytest.param("ring", marks=pytest.mark.long), "swap"])
+@pytest.mark.parametrize("exchange", tiered(["gather", "ring", "swap"], quick=["gather"]))
 def test_what_is_computed_again_is_sent_again(trainers, exchange):
     for found in trainers.run(2, watch, 2, "ddp", sgd, LENGTH, False, exchange, None, False, True):
         figures = last(found)
@@ -106,8 +108,7 @@ def test_what_is_computed_again_is_sent_again(trainers, exchange):
         assert found["by_rank"]["predicted_bytes"] == found["by_rank"]["sent_bytes"]
 
 
-@pytest.mark.parametrize("is_before", [True, False])
-@pytest.mark.parametrize("slow", [0, 1])
+@pytest.mark.parametrize(("slow", "is_before"), tiered(product([0, 1], [True, False]), quick=[(1, True)]))
 def test_the_slowest_rank_is_the_one_that_others_wait_for(trainers, slow, is_before):
     for found in trainers.run(2, watch, 2, "ddp", sgd, LENGTH, False, "gather", (slow, is_before)):
         figures = last(found)
@@ -125,7 +126,7 @@ def test_nothing_is_logged_of_an_exchange_where_there_is_none(trainers):
             assert not [key for key in last(found) if key.startswith("exchange/")]
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
 def test_memory_is_told_by_kind(trainers, sharding):
     ranks = trainers.run(2, watch, 2, sharding, adamw, LENGTH)
     fullest = int(last(ranks[0])["memory/peak_rank"])

@@ -2,21 +2,24 @@
 
 import pytest
 from planned import config_of, train
+from tiers import tiered
 
 from lightning_longnet.planning.exchange import layer_kinds, sent_bytes
 from lightning_longnet.planning.job import Job
 
+CASES = [
+    (2, 2, "gather", 97, {}, 2, 1),
+    (2, 2, "auto", 96, {"recompute": "all but attention"}, 1, 2),
+    (2, 2, "swap", 96, {"recompute": "everything"}, 1, 1),
+    (4, 2, "gather", 100, {"recompute": "everything"}, 1, 1),
+    (4, 4, "ring", 130, {}, 1, 1),
+    (4, 4, "ring", 131, {"recompute": "everything"}, 2, 2),
+]
+
 
 @pytest.mark.parametrize(
     ("world", "shared", "exchange", "tokens", "told", "accumulate", "batch"),
-    [
-        (2, 2, "gather", 97, {}, 2, 1),
-        (2, 2, "auto", 96, {"recompute": "all but attention"}, 1, 2),
-        (2, 2, "swap", 96, {"recompute": "everything"}, 1, 1),
-        (4, 2, "gather", 100, {"recompute": "everything"}, 1, 1),
-        (4, 4, "ring", 130, {}, 1, 1),
-        pytest.param(4, 4, "ring", 131, {"recompute": "everything"}, 2, 2, marks=pytest.mark.long),
-    ],
+    tiered(CASES, quick=[*CASES[:3], CASES[4]]),
 )
 def test_bytes_of_a_run(trainers, world, shared, exchange, tokens, told, accumulate, batch):
     job = Job(

@@ -1,11 +1,13 @@
 """Signals: one checkpoint of all ranks, exit status 143, and losses that go on as if nothing had been."""
 
 import logging
+from itertools import product
 from signal import SIGTERM
 
 import pytest
 import torch
 from interrupted import SETTING, Run
+from tiers import tiered
 from torch.utils.data import DataLoader
 from trained import Module, collated, quiet, samples, started, trainer_of
 
@@ -57,8 +59,10 @@ def stop_and_go_on(trainers, folder, kind, signals, step, right):
             torch.testing.assert_close(found[number], loss, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("told", WHERE)
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    tiered(product(["ddp", "fsdp2"], WHERE), quick=[("fsdp2", "one rank")]),
+)
 def test_whoever_is_told_all_stop(trainers, undisturbed, tmp_path, kind, told):
     stop_and_go_on(trainers, tmp_path, kind, WHERE[told], 2, undisturbed(kind))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_training import FLOAT32, FLOAT64
+from tiers import tiered
 from torch import nn
 from trained import Module, adamw, fit, fit_and_save, quiet, sgd, trainer_of
 
@@ -27,7 +28,7 @@ def check(path, results, tolerance):
         torch.testing.assert_close(read, wanted, rtol=tolerance, atol=tolerance, check_dtype=tolerance == 0)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "hsdp"])
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2", "hsdp"], quick=["fsdp2"]))
 def test_weights_of_each_engine_are_read(trainers, sharding, tmp_path):
     setting = {**FLOAT64, "micro_batches": 4}
     results = trainers.run(2, fit_and_save, setting, sharding, 2, str(tmp_path))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from interrupted import Run, checkpoints_by_steps, checkpoints_everywhere
+from tiers import tiered
 
 # five batches in an epoch make three steps of the optimizer, and a validation after two, four and seven
 STEPS = {"accumulate_grad_batches": 2, "val_check_interval": 2}
@@ -35,14 +36,17 @@ def compare(
                 torch.testing.assert_close(found[step], loss, rtol=1e-9, atol=0, msg=message)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
 def test_in_the_middle_of_a_later_epoch(trainers, tmp_path, kind):
     compare(trainers, tmp_path, 2, kind, ["7-batch.ckpt"])
 
 
-@pytest.mark.parametrize("kinds", [("ddp", "fsdp2"), ("fsdp2 in one file", "ddp")])
-def test_one_file_goes_on_under_another_engine(trainers, tmp_path, kinds):
-    compare(trainers, tmp_path, 2, kinds[0], ["7-batch.ckpt"], resumed_by=kinds[1])
+@pytest.mark.parametrize(
+    ("saved_by", "resumed_by"),
+    tiered([("ddp", "fsdp2"), ("fsdp2 in one file", "ddp")], quick=[("ddp", "fsdp2")]),
+)
+def test_one_file_goes_on_under_another_engine(trainers, tmp_path, saved_by, resumed_by):
+    compare(trainers, tmp_path, 2, saved_by, ["7-batch.ckpt"], resumed_by=resumed_by)
 
 
 @pytest.mark.long
@@ -52,7 +56,7 @@ def test_from_wherever_it_was_saved(trainers, tmp_path, kind, world, size):
     compare(trainers, tmp_path, world, kind, names, size=size)
 
 
-@pytest.mark.parametrize("name", ["step=1.ckpt", "step=3.ckpt"])
+@pytest.mark.parametrize("name", tiered(["step=1.ckpt", "step=3.ckpt"], quick=["step=3.ckpt"]))
 def test_what_model_checkpoint_saves_of_whole_batches(trainers, tmp_path, name):
     compare(trainers, tmp_path, 1, "fsdp2", [name], checkpoints_by_steps, loading={"drop_last": True})
 

@@ -1,9 +1,11 @@
 """Training over any mesh and engine equals a plain loop in one process on the same global batches."""
 
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
+from tiers import tiered
 from trained import adamw, fit, reference, samples, sgd
 
 MESHES = {"1x1": (1, 1), "1x2": (2, 2), "2x1": (2, 1), "2x2": (4, 2), "1x4": (4, 4)}
@@ -34,23 +36,24 @@ def compare(found, wanted, tolerance):
         torch.testing.assert_close(x, best[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "hsdp"])
+QUICK = [("ddp", "1x2"), ("ddp", "2x1"), ("fsdp2", "1x2"), ("hsdp", "2x2")]
+
+
+@pytest.mark.parametrize(("sharding", "mesh"), tiered(product(["ddp", "fsdp2", "hsdp"], MESHES), quick=QUICK))
 def test_float64_equals_one_process(trainers, sharding, mesh):
     world, size = MESHES[mesh]
     for found in trainers.run(world, fit, FLOAT64, sharding, size):
         compare(found, expected("float64"), 1e-9)
 
 
-@pytest.mark.parametrize("mesh", [m if MESHES[m][0] < 4 else pytest.param(m, marks=pytest.mark.long) for m in MESHES])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("stage", "mesh"), tiered(product([1, 2, 3], MESHES), quick=[(3, "1x2")]))
 def test_float32_of_deepspeed_equals_one_process(deepspeed_trainers, stage, mesh):
     world, size = MESHES[mesh]
     for found in deepspeed_trainers(world).run(world, fit, FLOAT32, f"deepspeed_stage_{stage}", size):
         compare(found, expected("float32"), 1e-5)
 
 
-@pytest.mark.parametrize("sharding", ["fsdp2_offload", "deepspeed_stage_3_offload"])
+@pytest.mark.parametrize("sharding", tiered(["fsdp2_offload", "deepspeed_stage_3_offload"], quick=["fsdp2_offload"]))
 def test_offloading_changes_nothing(trainers, deepspeed_trainers, sharding):
     workers = trainers if sharding == "fsdp2_offload" else deepspeed_trainers(2)
     for found in workers.run(2, fit, FLOAT32, sharding, 2):

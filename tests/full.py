@@ -1,0 +1,149 @@
+"""Runs all tests, the matrices and soaks among them, and keeps what came of each file: `make test-full`.
+
+Every file runs in a process of its own, and property tests draw ten times as many cases as in `make test-long`, new
+ones each time.  This takes hours.  The result is written after each file, and a run that was stopped goes on: it leaves
+out files that passed at the same commit, on the same machine and with the same versions.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ["torch", "lightning", "deepspeed", "transformers", "hypothesis", "pytest"]
+ELSEWHERE = [":(top)", ":(top,exclude)benchmarks/results"]  # a result that is committed changes nothing that is tested
+
+
+def main(words=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", help="run these files of the folder alone")
+    parser.add_argument("--tests", type=Path, default=ROOT / "tests", help="the folder of the tests")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/test-full.json")
+    parser.add_argument("--timeout", type=float, default=4 * 3600, help="seconds until a file is given up")
+    parser.add_argument("--again", action="store_true", help="run files that have passed, too")
+    told = parser.parse_args(words)
+
+    folder = told.tests.resolve()
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("test_*.py"))
+    chosen = [str(Path(name).resolve().relative_to(folder)) for name in told.files] or found
+    if unknown := set(chosen) - set(found):
+        parser.error(f"files must be tests in {folder}, got {', '.join(sorted(unknown))}")
+
+    commit, here = commit_of(folder), machine()
+    kept = json.loads(told.out.read_text()) if told.out.exists() else {}
+    results = {name: row for name, row in kept.get("files", {}).items() if name in found}
+    is_resumed = commit is not None and not told.again and kept.get("machine") == here
+    for name in chosen:
+        if is_resumed and results.get(name, {}).get("status") == "passed" and results[name]["commit"] == commit:
+            print(f"{line(name, results[name])}, before", flush=True)
+            continue
+        results[name] = {"commit": commit, **run(folder, name, told.timeout)}
+        print(line(name, results[name]), flush=True)
+        write(told.out, here, results)
+    missing = [name for name in found if name not in results]
+    print(summary(results.values(), missing))
+    return int(bool(missing) or any(row["status"] != "passed" for row in results.values()))
+
+
+def run(folder, name, timeout):
+    """What came of a file."""
+    environment = {key: text for key, text in os.environ.items() if key != "CI"}  # which draws the same cases each time
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.xml"
+        command = [sys.executable, "-m", "pytest", str(folder / name), "-q", "--draws", "many", "--no-skips"]
+        command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
+        begin, date = perf_counter(), datetime.now(UTC)
+        with (Path(scratch) / "output.txt").open("w+") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, cwd=folder.parent, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                code = process.wait(timeout)
+                status = "passed" if code == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                status = f"no end in {timeout:.0f} s"
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+            if status != "passed":
+                output.seek(0)
+                print(output.read(), flush=True)
+        counted = counts(report) if report.exists() else {"passed": 0, "failed": 0, "skipped": 0}
+    return {
+        "status": status,
+        **counted,
+        "seconds": round(perf_counter() - begin, 1),
+        "date": date.isoformat(timespec="seconds"),
+    }
+
+
+def counts(report):
+    """How many tests passed, failed or were skipped, and which failed."""
+    cases = list(ET.parse(report).iter("testcase"))
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = [case for case in cases if case.find("skipped") is not None]
+    found = {"passed": len(cases) - len(failed) - len(skipped), "failed": len(failed), "skipped": len(skipped)}
+    return found | ({"failures": [case.get("name") for case in failed]} if failed else {})
+
+
+def commit_of(folder):
+    """The last commit that changed more than a result, or None where something is not committed."""
+
+    def git(*words):
+        command = ["git", *words, "--", *ELSEWHERE]
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+    changes = git("status", "--porcelain")
+    if changes.returncode or changes.stdout.strip():
+        return None
+    return git("log", "-1", "--format=%H").stdout.strip() or None
+
+
+def machine():
+    cpu, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((row.partition(": ")[2] for row in info.read_text().splitlines() if "model name" in row), cpu)
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system(), "versions": versions}
+
+
+def write(path, here, results):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"machine": here, "files": dict(sorted(results.items()))}, indent=1) + "\n"
+    half = path.with_suffix(".part")
+    half.write_text(text)
+    half.replace(path)
+
+
+def line(name, row):
+    numbers = f"{row['passed']:5} passed {row['failed']:3} failed {row['skipped']:3} skipped {row['seconds']:8.1f} s"
+    return f"{name:45} {numbers}  {row['status']}"
+
+
+def summary(rows, missing):
+    rows = list(rows)
+    whole = {key: sum(row[key] for row in rows) for key in ("passed", "failed", "skipped", "seconds")}
+    good = sum(row["status"] == "passed" for row in rows)
+    shown = line("all", whole | {"status": f"{good} of {len(rows)} files passed"})
+    return shown + (f"\nnot run: {', '.join(missing)}" if missing else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
