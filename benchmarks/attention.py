@@ -1,12 +1,12 @@
-"""Tokens a second and peak memory of dilated attention, beside its peers, interleaved in one process.
+"""Measure the speed and peak memory of dilated attention and of its peers, interleaved in one process.
 
     python benchmarks/attention.py --torchscale ~/src/torchscale --dilated-attention-pytorch ~/src/dilated
     python benchmarks/attention.py --device cuda    # each of our kernels, and dense attention
     python benchmarks/attention.py --table          # the committed result, as the pages show it
 
-Each round runs every participant once, so that a slow moment of the machine falls on all; medians over the rounds.
-Peak memory is what torch's allocator held beyond the inputs and the incoming gradient: on a CPU read off a profiler's
-events.
+Each round runs every participant once, so that a slow moment of the machine affects all of them.  Results are medians
+over the rounds.  Peak memory is that of torch's allocator, without the inputs and the incoming gradient; on a CPU it is
+computed from the events of a profiler.
 """
 
 from __future__ import annotations
@@ -50,42 +50,42 @@ class Participant(NamedTuple):
 
 def participants(name: str, dtype: torch.dtype, length: int, options: argparse.Namespace) -> dict[str, Participant]:
     w, r = PATTERNS[name]
-    found = {"lightning-longnet": Participant(peers.ours(w, r, True))}
+    calls = {"lightning-longnet": Participant(peers.ours(w, r, True))}
     if options.device == "cuda":
         x = torch.empty(1, length, HEADS, HEAD_DIM, dtype=dtype, device="cuda")
         for verdict in explain(x, x, x, Pattern.dilated(w, r, True)).verdicts:
             if not verdict.refusals and verdict.kernel != "reference":
                 call = peers.ours(w, r, True, kernel=verdict.kernel)
-                found[f"lightning-longnet, {verdict.kernel}"] = Participant(call)
-    if len(w) > 2:  # torchscale's offsets, which do not nest from the third branch on: no pair is computed only once
-        found["lightning-longnet, blocked"] = Participant(peers.ours(w, r, True, "blocked"))
+                calls[f"lightning-longnet, {verdict.kernel}"] = Participant(call)
+    if len(w) > 2:  # torchscale's offsets, which do not nest from the third branch on, so pairs are computed twice
+        calls["lightning-longnet, blocked"] = Participant(peers.ours(w, r, True, "blocked"))
     if name == "five branches":
-        found["lightning-longnet, padded"] = Participant(peers.ours(w, r, True, padding=0.25))
-        found["lightning-longnet, dropout 0.1"] = Participant(peers.ours(w, r, True, dropout=0.1))
-    if options.device == "cpu":  # elsewhere the peers ask for libraries of their own
+        calls["lightning-longnet, padded"] = Participant(peers.ours(w, r, True, padding=0.25))
+        calls["lightning-longnet, dropout 0.1"] = Participant(peers.ours(w, r, True, dropout=0.1))
+    if options.device == "cpu":  # on other devices the peers need further libraries
         scale = peers.torchscale(options.torchscale, HEADS, w, r, True)
         pytorch = peers.dilated_attention_pytorch(options.dilated_attention_pytorch, w, r, True)
         if scale is not None:
-            found["torchscale"] = Participant(scale)
-            found["torchscale, routed"] = Participant(scale, routed_products)
-        if pytorch is not None and length % max(w) == 0:  # it refuses any other length
-            found["dilated-attention-pytorch"] = Participant(pytorch)
+            calls["torchscale"] = Participant(scale)
+            calls["torchscale, routed"] = Participant(scale, routed_products)
+        if pytorch is not None and length % max(w) == 0:  # it refuses other lengths
+            calls["dilated-attention-pytorch"] = Participant(pytorch)
     if length <= DENSE_UP_TO[options.device]:
-        found["dense"] = Participant(peers.dense(True))
+        calls["dense"] = Participant(peers.dense(True))
         if options.device == "cpu":
-            found["dense, routed"] = Participant(peers.dense(True), routed_products)
-    return found
+            calls["dense, routed"] = Participant(peers.dense(True), routed_products)
+    return calls
 
 
 def now(device: torch.device) -> float:
-    """Once the device has done what it was given."""
+    """Return the time, after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
 
 
 def step(participant: Participant, inputs: list[Tensor], grad: Tensor) -> tuple[float, float]:
-    """Seconds of the forward, and of forward and backward."""
+    """Return the seconds of the forward, and of forward and backward together."""
     for x in inputs:
         x.grad = None
     with participant.routing():
@@ -98,7 +98,7 @@ def step(participant: Participant, inputs: list[Tensor], grad: Tensor) -> tuple[
 
 
 def peak_bytes(participant: Participant, inputs: list[Tensor], grad: Tensor) -> int:
-    """The most that was held at once beyond what was there before."""
+    """Return the peak memory of a forward and backward in bytes, without what was allocated before."""
     for x in inputs:
         x.grad = None
     with participant.routing():
@@ -112,7 +112,7 @@ def measure(name: str, dtype: torch.dtype, length: int, options: argparse.Namesp
     inputs = [x.requires_grad_() for x in (q, k, v)]
     running = participants(name, dtype, length, options)
     seconds: dict[str, list[tuple[float, float]]] = {key: [] for key in running}
-    peaks = {key: peak_bytes(each, inputs, grad) for key, each in running.items()}  # warms up, too
+    peaks = {key: peak_bytes(each, inputs, grad) for key, each in running.items()}  # also warms up
     for _ in range(options.rounds or (3 if length > 16384 else 5)):
         for key, each in running.items():
             seconds[key].append(step(each, inputs, grad))
@@ -145,15 +145,15 @@ def measure(name: str, dtype: torch.dtype, length: int, options: argparse.Namesp
 
 
 def table(result: dict[str, Any], dtype: str) -> str:
-    """The five-branch rows in one type, as Markdown."""
+    """Return the rows of the five-branch pattern in one dtype as a Markdown table."""
     rows = [r for r in result["rows"] if r["pattern"] == "five branches" and r["dtype"] == dtype]
     names = list(dict.fromkeys(r["participant"] for r in rows))
     lines = ["| tokens | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for tokens in sorted({r["tokens"] for r in rows}):
         cells = []
         for name in names:
-            found = [r for r in rows if r["tokens"] == tokens and r["participant"] == name]
-            cells.append(f"{found[0]['step_seconds'] * 1e3:,.0f} ms, {found[0]['peak_tensors']:.1f}" if found else "")
+            match = [r for r in rows if r["tokens"] == tokens and r["participant"] == name]
+            cells.append(f"{match[0]['step_seconds'] * 1e3:,.0f} ms, {match[0]['peak_tensors']:.1f}" if match else "")
         lines.append(f"| {tokens:,} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -1,11 +1,11 @@
-"""Attention to a tenth of the blocks of LongNet's segments, beside flash attention to all of them.
+"""Measure attention to a tenth of the blocks of LongNet's segments, and flash attention to all of them.
 
     python benchmarks/block_sparse.py
     python benchmarks/block_sparse.py --table          # the committed result, as the pages show it
 
-All are measured in turn, round by round, each with the kernel that `attend` chooses for it.  Peaks are of torch's
-allocator in a forward and backward, beyond what is there before; "scores" holds all scores of each segment, and is
-measured for its memory alone.
+Each round runs all participants once, with the kernel that `attend` chooses.  Peaks are those of torch's allocator in a
+forward and backward, without what was allocated before.  "scores" holds all scores of each segment; only its memory is
+measured.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def both(call: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor,
 
 
 def materialised(is_causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same segments by plain products: one softmax over the scores of both branches, which are all held."""
+    """Return attention over the same segments by matrix products, with the scores of both branches in memory."""
     outs, sums = [], []
     for width, rate in zip(SEGMENTS, RATES, strict=True):
         out, total = torch.zeros_like(v), v.new_full((*v.shape[:3], 1), -torch.inf)

@@ -1,12 +1,12 @@
-"""What a pool of exchange buffers could gain: at most what all memory gains where none is given back to the system.
+"""Measure an upper bound of what a pool of exchange buffers could gain.
 
     python benchmarks/buffers.py
     python benchmarks/buffers.py --table           # the committed result, as the pages show it
 
-A pool keeps what was freed, so that the next round finds its pages there.  glibc does that for every tensor where it is
-told to (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`), so steps of a ring with and without bound from above what
-a pool for a part of the tensors gains; and of all that a step allocates, the part of the exchange is counted.  On a
-GPU torch's own allocator is such a pool.
+A pool keeps freed memory, so that the next round reuses its pages.  With `MALLOC_TRIM_THRESHOLD_` and
+`MALLOC_MMAP_THRESHOLD_` glibc does that for every tensor.  The difference between steps of a ring with and without
+these settings is therefore an upper bound of the gain of a pool for some of the tensors.  The benchmark also counts
+which part of the allocations of a step belongs to the exchange.  On a GPU torch's allocator is such a pool.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lightning_longnet.attention.parallel import rounds
 
 RANKS, TOKENS, HEADS, HEAD_DIM, STEPS = 2, 16384, 8, 64, 4
 PATTERN = Pattern.dilated([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 8, 16], is_causal=True)
-# 32 MiB is the most that glibc takes for the second; what is larger is few and not of the exchange
+# 32 MiB is the largest value that glibc takes for the second; few tensors are larger, and none of the exchange
 KEPT = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TOP_PAD_": str(2**26)}
 EXCHANGING = ("_fetched", "_returned")
 RESULT = Path(__file__).parent / "results" / "buffers-cpu.json"
@@ -65,18 +65,18 @@ def work(counts: bool) -> dict[str, Any]:
 
 
 def counted(step: Any) -> dict[str, Any]:
-    """Allocations of a step on rank 0, and those of what is sent and received among them."""
+    """Return the allocations of a step on rank 0, and how many of them are messages that are sent or received."""
     for name in EXCHANGING:
         inner = getattr(rounds, name)
 
-        def told(*given: Any, inner: Any = inner, **named: Any) -> Any:
+        def recorded(*given: Any, inner: Any = inner, **named: Any) -> Any:
             with record_function("exchange"):
                 return inner(*given, **named)
 
-        setattr(rounds, name, told)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        setattr(rounds, name, recorded)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    events = found.profiler.kineto_results.events()
+    events = profiler.profiler.kineto_results.events()
     spans = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == "exchange"]
     made = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]" and e.nbytes() > 0]
     own = [size for when, size in made if any(begin <= when <= end for begin, end in spans)]
@@ -94,7 +94,7 @@ def measured(rounds_: int) -> dict[str, Any]:
     for turn in range(rounds_):
         for name in ("given back", "kept") if turn % 2 else ("kept", "given back"):
             settings = KEPT if name == "kept" else {}
-            os.environ |= settings  # which processes read as they begin
+            os.environ |= settings  # new processes read them when they begin
             seconds[name].append(statistics.median(on_ranks(RANKS, work, False)["seconds"]))
             for each in settings:
                 del os.environ[each]

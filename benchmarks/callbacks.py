@@ -1,11 +1,11 @@
-"""What the callbacks cost: the time inside their hooks, of a step's time, at the quickstart's size.
+"""Measure the cost of the callbacks: the time inside their hooks, as a share of the time of a step.
 
     python benchmarks/callbacks.py
     python benchmarks/callbacks.py --table            # the committed result
 
-The quickstart's model is trained by two processes of one thread each, with every monitor, the guard, the progress line
-and the CSVLogger, logging at every tenth step as it does.  A clock goes around each hook of each callback; what a hook
-waits for that others compute is in it.  Beside it the same run without them, in turn, tells whether the step grew.
+Two processes of one thread each train the model of the quickstart with all monitors, the guard, the progress line and
+the CSVLogger, which logs every tenth step.  Each hook of each callback is timed, including the time in which it waits
+for other ranks.  Alternating runs without the callbacks show whether the whole step takes longer.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RESULT = Path(__file__).parent / "results" / "callbacks-cpu.json"
 
 
 class Model(L.LightningModule):
-    """The quickstart's, by its measures."""
+    """A LightningModule with the model of the quickstart."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,14 +73,14 @@ class Timed(L.Callback):
 
 
 def clocked(callback: L.Callback, spent: dict[str, list[tuple[float, float]]]) -> L.Callback:
-    """Every hook of training notes how long it took, under the name of its callback: by the clock, and computing."""
+    """Wrap the training hooks of a callback, so that each call appends its wall time and its CPU time to `spent`."""
     name = type(callback).__name__
     for hook in ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end"):
         inner = getattr(callback, hook)
 
-        def timed(*told: Any, inner: Any = inner) -> None:
+        def timed(*arguments: Any, inner: Any = inner) -> None:
             begin = perf_counter(), thread_time()
-            inner(*told)
+            inner(*arguments)
             spent[name].append((perf_counter() - begin[0], thread_time() - begin[1]))
 
         setattr(callback, hook, wraps(inner)(timed))
@@ -88,7 +88,7 @@ def clocked(callback: L.Callback, spent: dict[str, list[tuple[float, float]]]) -
 
 
 def train(with_callbacks: bool) -> tuple[float, dict[str, tuple[float, ...]]]:
-    """(median seconds of a step; of each callback the mean seconds of a step inside it, and those it computed)"""
+    """Train, and return the median seconds of a step, and the mean wall and CPU seconds a step of each callback."""
     spent: dict[str, list[tuple[float, float]]] = defaultdict(list)
     timed, watching = Timed(), []
     if with_callbacks:

@@ -1,10 +1,11 @@
-"""Perplexity against the length of the context, at equal tokens: LongNet's own figure, small.
+"""Measure perplexity against the length of the context at an equal number of tokens, as in the LongNet paper.
 
     python benchmarks/context.py
     python benchmarks/context.py --table            # the committed result, as the pages show it
 
-One byte-level model for each length, of the same size and start, is trained on as many bytes of the standard library's
-sources, in steps of as many tokens; all are then told the same held-out bytes, in sequences of their own length.
+For each length a byte-level model of the same size and initialisation is trained on the same number of bytes of the
+sources of the standard library, in steps of the same number of tokens.  All models are evaluated on the same held-out
+bytes, in sequences of the length that they were trained with.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ RESULT = Path(__file__).parent / "results" / "context-cpu.json"
 
 
 def text() -> tuple[Tensor, Tensor]:
-    """What is trained on, and what is held out: files far from one another in the order of their names."""
-    found = bytearray()
+    """Return the bytes for training and the held-out bytes, which are from other files."""
+    content = bytearray()
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        found += path.read_bytes()
-    stream = torch.frombuffer(found, dtype=torch.uint8)
+        content += path.read_bytes()
+    stream = torch.frombuffer(content, dtype=torch.uint8)
     return stream[:-HELD_OUT], stream[-HELD_OUT:]
 
 
 def pattern(length: int) -> Pattern:
-    """Up to the whole sequence: near tokens all of them, far ones every fourth, then every sixteenth."""
+    """Return a pattern over the whole sequence: all near tokens, then every fourth, then every sixteenth."""
     branches = [(min(w, length), r) for w, r in ((128, 1), (512, 4), (2048, 16)) if w == 128 or w // 4 < length]
     return Pattern.dilated([w for w, _ in branches], [r for _, r in branches], is_causal=True)
 
@@ -67,7 +68,7 @@ def measure(length: int) -> dict[str, Any]:
     total = tokens = 0.0
     model.eval()
     with torch.no_grad():
-        # the same bytes for all lengths: those that the longest can cut into whole sequences
+        # the same bytes for all lengths: a multiple of the longest length
         kept = (len(held_out) - 1) // max(LENGTHS) * max(LENGTHS)
         inputs, labels = (held_out[n : n + kept].long().view(-1, length) for n in (0, 1))
         for part in range(0, len(inputs), max(1, STEP_TOKENS // length)):

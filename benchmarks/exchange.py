@@ -1,12 +1,12 @@
-"""Dilated attention over ranks: what each exchange costs beside the same blocks without any, and beside dense rings.
+"""Measure dilated attention over ranks with each exchange, without an exchange, and dense ring attention.
 
     python benchmarks/exchange.py
     python benchmarks/exchange.py --table            # the committed result, as the pages show it
     python benchmarks/exchange.py --long             # 65,536 tokens on two ranks, where a dense ring takes minutes
     python benchmarks/exchange.py --peer             # adds ring-attention-pytorch at the smallest size: minutes, too
 
-Every rank is a process of one thread on this machine, and messages go over gloo.  Each round runs every participant
-once, all ranks together; a step takes as long as its slowest rank, and medians over the rounds are told.
+Every rank is a process of one thread on this machine, and messages use gloo.  Each round runs every participant once,
+on all ranks together.  The time of a step is that of its slowest rank, and results are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 HEADS, HEAD_DIM = 8, 64
 WIDTHS, RATES = [2048, 4096, 8192, 16384, 32768], [1, 2, 4, 8, 16]
 CASES = [
-    # ranks, tokens, what the segment lengths are multiplied with
+    # ranks, tokens, factor of the segment lengths
     (1, 16384, 1),
     (2, 16384, 1),
     (2, 16384, 2),
@@ -44,7 +44,7 @@ CASES = [
 ]
 LONG = [(2, 65536, 2)]
 PEER, PEER_CASE = "ring-attention-pytorch, dense", (2, 16384, 1)
-TAKE_MINUTES = {PEER, "dense ring, zigzag"}  # where one round is enough
+TAKE_MINUTES = {PEER, "dense ring, zigzag"}  # these run only one round
 RESULT = Path(__file__).parent / "results" / "exchange-cpu.json"
 
 
@@ -52,7 +52,7 @@ Participant = tuple[SequenceShard, "Callable[[Tensor, Tensor, Tensor], Tensor]"]
 
 
 class Silent(Comm):
-    """Sends nothing: the same blocks without an exchange."""
+    """A Comm that sends nothing, to run the same blocks without an exchange."""
 
     def exchange(
         self, send: dict[int, Tensor], receive: dict[int, Tensor], context: MessageContext, content: str
@@ -65,7 +65,7 @@ class Silent(Comm):
 def participants(
     group: dist.ProcessGroup, ranks: int, tokens: int, factor: int
 ) -> dict[str, tuple[Any, Callable[..., Any]]]:
-    """A shard and a forward for each name."""
+    """Return a shard and a function of q, k and v for each name."""
     here = tokens // ranks
     pattern = Pattern.dilated([w * factor for w in WIDTHS], RATES, is_causal=True)
     dense = Pattern.dense(is_causal=True)
@@ -89,7 +89,7 @@ def participants(
 def with_peer(
     group: dist.ProcessGroup, ranks: int, tokens: int, factor: int
 ) -> dict[str, tuple[Any, Callable[..., Any]]]:
-    """The peer beside what it is to be compared with."""
+    """Return the peer and the participants that it is compared with."""
     found = participants(group, ranks, tokens, factor)
     chosen = {name: found[name] for name in ("same blocks, no exchange", "gather", "dense ring, zigzag")}
     return chosen | {PEER: (chosen["gather"][0], ring_attention_pytorch(ranks))}
@@ -101,7 +101,7 @@ def _everywhere(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 class _Everywhere(torch.autograd.Function):
-    """An all-gather of whole keys and a reduction of their gradients: what the blocks read is still one's own part."""
+    """An all-gather of keys that returns this rank's part, so that blocks are the same; gradients are reduced."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,14 +1,14 @@
-"""The presets side by side, as the ancestor measured its classes; and what a rank holds as ranks are added.
+"""Measure all presets, as the ancestor measured its classes, and the memory of a rank for several numbers of ranks.
 
     python benchmarks/family.py
-    python benchmarks/family.py --case 2 8192        # some rows of it again: ranks and tokens
-    python benchmarks/family.py --memory             # the second table alone
+    python benchmarks/family.py --case 2 8192        # measures one case again: ranks and tokens
+    python benchmarks/family.py --memory             # measures only the second table
     python benchmarks/family.py --table              # the committed result, as the pages show it
 
-Every rank is a process of one thread on this machine, and messages go over gloo.  Each round runs every preset once, a
-forward and a backward, all ranks together, and begins with another one; a step takes as long as its slowest rank.
-Medians over the rounds are told, and the ratio to "production" is the median of the rounds' own ratios.  Peaks are of
-torch's allocator, on the rank that has most, beyond what is there before the step.
+Every rank is a process of one thread on this machine, and messages use gloo.  Each round runs a forward and backward of
+every preset, on all ranks together, and begins with another preset.  The time of a step is that of its slowest rank.
+Results are medians over the rounds; the ratio to "production" is the median of the ratios of the rounds.  Peaks are
+those of torch's allocator on the rank with the most, without what was allocated before the step.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def step_of(context: SequenceContext, preset: str, tokens: int, branches: dict[s
 
 
 def most(value: float) -> float:
-    found = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return found.item()
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total, dist.ReduceOp.MAX)
+    return total.item()
 
 
 def timed(context: SequenceContext, tokens: int, rounds: int) -> list[dict[str, Any]]:
@@ -99,7 +99,7 @@ def timed(context: SequenceContext, tokens: int, rounds: int) -> list[dict[str, 
 
 
 def held(context: SequenceContext, tokens: int) -> dict[str, Any]:
-    """What a rank holds of a ring: its own rows, and the peak of a step beyond them."""
+    """Return the memory of a rank of a ring: its own rows, and the peak of a step without them."""
     context.begin(tokens)
     step = step_of(context, "ring", tokens, MEMORY_BRANCHES)
     step()
@@ -147,14 +147,14 @@ def main() -> None:
     parser.add_argument("--case", type=int, nargs=2, help="ranks and tokens, measured again")
     parser.add_argument("--memory", action="store_true", help="the memory of a ring alone, measured again")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    told = parser.parse_args()
-    if not told.table:
+    options = parser.parse_args()
+    if not options.table:
         known: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": [], "memory": []}
-        cases = [(told.case[0], told.case[1])] if told.case else [] if told.memory else CASES
+        cases = [(options.case[0], options.case[1])] if options.case else [] if options.memory else CASES
         for case in cases:
             rows = [row for row in known["rows"] if (row["ranks"], row["tokens"]) != case]
-            known["rows"] = [*rows, *measure(case[0], case[1], told.rounds)]
-        if told.memory or not told.case:
+            known["rows"] = [*rows, *measure(case[0], case[1], options.rounds)]
+        if options.memory or not options.case:
             known["memory"] = [row for n in MEMORY_RANKS for row in measure(n, MEMORY_TOKENS, 0)]
         RESULT.write_text(json.dumps({**known, "machine": described("cpu")}, indent=1) + "\n")
     print(table(json.loads(RESULT.read_text())) if RESULT.exists() else "not measured")

@@ -1,4 +1,4 @@
-"""The plot of a result."""
+"""Plots of a result of attention.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def float32_tensors(row: dict[str, Any], machine: dict[str, Any]) -> float:
-    """The peak in one unit for all types."""
+    """Return the peak memory in units of a float32 tensor of the shape of q."""
     return float(row["peak_mib"] * 2**20 / (row["tokens"] * machine["heads"] * machine["head_dim"] * 4))
 
 

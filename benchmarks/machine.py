@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""The description of the machine and versions of a result, and measurements of memory and speed."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def cpu() -> dict[str, Any]:
 
 
 def allocated(call: Callable[[], Any], device: torch.device | None = None) -> int:
-    """The most bytes that torch's allocator held at once in a call beyond what was there before."""
+    """Return the peak memory of a call in torch's allocator in bytes, without what was allocated before."""
     if device is not None and device.type == "cuda":
-        call()  # what is kept from call to call is no part of it
+        call()  # so that buffers which are kept between calls do not count
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()

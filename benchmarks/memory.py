@@ -1,10 +1,10 @@
-"""What a step holds in memory: of a LongNet against the length, of its loss beside the plain one, on ranks of a ring.
+"""Measure the peak memory of a step: of a LongNet against the length, of its loss, and of the ranks of a ring.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --table            # the committed result, as the pages show it
-    python benchmarks/memory.py --ring             # measures the ranks of a ring alone, and keeps the rest
+    python benchmarks/memory.py --ring             # measures only the ranks of a ring, and keeps the other rows
 
-Peaks are of torch's allocator, beyond what is there before: parameters are not counted, gradients are.
+Peaks are those of torch's allocator, without what was allocated before: they include gradients, not parameters.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def ring_row(name: str, exchange: str, ranks: int) -> dict[str, Any]:
 
 
 def ring_peaks(name: str, exchange: str) -> list[int]:
-    """Of a step on each rank, beyond its own queries, keys and values and the gradient that comes in."""
+    """Return the peak of a step on each rank, without its queries, keys, values and the incoming gradient."""
     dist.init_process_group("gloo")
     group = dist.group.WORLD
     assert group is not None

@@ -1,11 +1,11 @@
-"""What a Hilbert curve through a grid changes: how compact segments are, what a small model learns, what it costs.
+"""Compare a Hilbert curve through a grid with row-by-row order: compactness of segments, accuracy and time.
 
     python benchmarks/ordering.py
     python benchmarks/ordering.py --table          # the committed result, as the pages show it
 
-The task: an image of noise shows two red marks and two blue ones.  In one class each blue mark is near a red one, in
-the other none is.  No patch tells it, and segments are shorter than the image.  Both models begin with the same
-weights and see the same images.
+The task: an image of noise has two red marks and two blue ones.  In one class each blue mark is near a red one, in the
+other none is.  A single patch does not determine the class, and segments are shorter than the image.  Both models have
+the same initial weights and the same images.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RESULT = Path(__file__).parent / "results" / "ordering-cpu.json"
 
 
 def mean_distance(order: Tensor, columns: int, segment: int) -> float:
-    """In the grid, of two tokens of one segment."""
+    """Return the mean distance in the grid of two tokens of one segment."""
     places = torch.stack([order // columns, order % columns], 1).float()
     total = sum(torch.cdist(one, one).double().sum().item() for one in places.split(segment))
     return round(total / (len(order) * (segment - 1)), 2)
@@ -71,30 +71,30 @@ def making(shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def images(many: int, random: Random) -> tuple[Tensor, Tensor]:
-    """Pixels (many, 2, SIDE, SIDE), of which each is a patch, and labels."""
+    """Return pixels (many, 2, SIDE, SIDE), where each pixel is a patch, and labels (many,)."""
     noise = torch.Generator().manual_seed(random.getrandbits(63))
     pixels = 0.1 * torch.randn(many, 2, SIDE, SIDE, generator=noise)
     labels = [random.randrange(2) for _ in range(many)]
     for image, label in zip(pixels, labels, strict=True):
         first = random.sample(PLACES, 2)
         if label:
-            second = [random.choice([b for b in PLACES if 0 < apart(a, b) <= NEAR]) for a in first]
+            second = [random.choice([b for b in PLACES if 0 < grid_distance(a, b) <= NEAR]) for a in first]
         else:
-            second = random.sample([b for b in PLACES if all(apart(a, b) >= FAR for a in first)], 2)
+            second = random.sample([b for b in PLACES if all(grid_distance(a, b) >= FAR for a in first)], 2)
         for colour, marks in enumerate((first, second)):
             for row, column in marks:
                 image[colour, row, column] = 1
     return pixels, torch.tensor(labels)
 
 
-def apart(a: tuple[int, int], b: tuple[int, int]) -> int:
+def grid_distance(a: tuple[int, int], b: tuple[int, int]) -> int:
     return max(abs(a[0] - b[0]), abs(a[1] - b[1]))
 
 
 def learning(ordering: Ordering, seed: int, steps: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    told: dict[str, Any] = {"image_size": SIDE, "patch_size": 1, "channels": 2, "classes": 2, "ordering": ordering}
-    model = LongViT(LongViTConfig(PATTERN, 32, 2, 4, **told))
+    options: dict[str, Any] = {"image_size": SIDE, "patch_size": 1, "channels": 2, "classes": 2, "ordering": ordering}
+    model = LongViT(LongViTConfig(PATTERN, 32, 2, 4, **options))
     random, held = Random(seed), images(512, Random(1_000_003))
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01)
     curve, begin = [], perf_counter()
@@ -114,7 +114,7 @@ def learning(ordering: Ordering, seed: int, steps: int) -> dict[str, Any]:
 
 
 def costs() -> list[dict[str, Any]]:
-    """A forward and backward of the same model, in turn."""
+    """Return the time of a forward and backward of the model with each ordering, measured alternately."""
     calls = {}
     for name in ORDERINGS:
         torch.manual_seed(0)

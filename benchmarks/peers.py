@@ -1,7 +1,7 @@
-"""What `attend` is measured against, each called as its own users call it, on q, k, v (B, N, H, D).
+"""The peers of `attend`, each called as its documentation does, on q, k, v (B, N, H, D).
 
-Neither peer runs on a CPU as published: both ask a CUDA library for flash attention.  Here that one call is served by
-the same torch operator that `attend` uses, so that the rest of their code is what is compared.
+torchscale and dilated-attention-pytorch do not run on a CPU as published, because they call a CUDA library for flash
+attention.  Here the torch operator that `attend` uses replaces that call, so that the rest of their code is compared.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def ours(
     padding: float = 0.0,
     dropout: float = 0.0,
 ) -> Call:
-    """With `padding`, that share of the keys at the end is hidden."""
+    """Return a call of `attend`; `padding` is the share of the keys, at the end, that is hidden."""
     pattern = Pattern.dilated(segment_lengths, dilation_rates, is_causal, offsets)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def dense(is_causal: bool) -> Call:
 def torchscale(
     path: str | None, heads: int, segment_lengths: list[int], dilation_rates: list[int], is_causal: bool
 ) -> Call | None:
-    """Its DilatedAttention between the projections; None where no copy with LongNet is installed or given."""
+    """Return a call of torchscale's DilatedAttention without projections, or None if no copy with LongNet is found."""
     if path:
         sys.path.insert(0, path)
     if find_spec("torchscale") is None or find_spec("torchscale.component.dilated_attention") is None:
@@ -96,7 +96,7 @@ def torchscale(
 def dilated_attention_pytorch(
     path: str | None, segment_lengths: list[int], dilation_rates: list[int], is_causal: bool
 ) -> Call | None:
-    """Its DilatedAttention; None where no copy is installed or given."""
+    """Return a call of the DilatedAttention of dilated-attention-pytorch, or None if no copy is found."""
     if path:
         sys.path.insert(0, path)
     if find_spec("dilated_attention_pytorch") is None:
@@ -121,11 +121,11 @@ def dilated_attention_pytorch(
 
 
 def ring_attention_pytorch(ranks: int) -> Call:
-    """Its ring of flash attention in plain PyTorch, causal, over the ranks of the default group."""
+    """Return a call of the causal ring attention of ring-attention-pytorch over the ranks of the default group."""
     from ring_attention_pytorch.ring_flash_attention import ring_flash_attn
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        found: Tensor = ring_flash_attn(q, k, v, causal=True, bucket_size=1024, ring_reduce_col=True, ring_size=ranks)
-        return found
+        out: Tensor = ring_flash_attn(q, k, v, causal=True, bucket_size=1024, ring_reduce_col=True, ring_size=ranks)
+        return out
 
     return call

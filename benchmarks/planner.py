@@ -1,11 +1,11 @@
-"""What `longnet plan` says of runs, beside what the same runs hold, send and take.
+"""Compare the memory, messages and time that `longnet plan` predicts with those of the same runs.
 
-    python benchmarks/planner.py calibrated        # the configurations that its constants were found with
-    python benchmarks/planner.py others            # and others
+    python benchmarks/planner.py calibrated        # the configurations that its constants are fitted to
+    python benchmarks/planner.py others            # other configurations
     python benchmarks/planner.py --table           # the committed result, as the pages show it
 
-Runs are trained for some steps by processes of one thread each, once under torch's profiler, whose events of memory
-tell the peak of each rank's tensors, and once without, for the time of a step.
+Processes of one thread each train for some steps, once under torch's profiler, for the peak memory of the tensors of
+each rank, and once without it, for the time of a step.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ PROFILED, TIMED, SKIPPED = 3, 7, 2  # steps
 SMALL = {"dim": 128, "layers": 4, "heads": 4}
 
 
-def case(ranks: int, shared: int, sharding: str, tokens: int, model: dict[str, Any], **told: Any) -> dict[str, Any]:
-    return {"ranks": ranks, "shared": shared, "sharding": sharding, "tokens": tokens, "model": model, **told}
+def case(ranks: int, shared: int, sharding: str, tokens: int, model: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return {"ranks": ranks, "shared": shared, "sharding": sharding, "tokens": tokens, "model": model, **options}
 
 
 CASES = {
@@ -81,18 +81,20 @@ class Begun(L.Callback):
         self.times.append(perf_counter())
 
 
-def train(told: dict[str, Any], steps: int) -> tuple[LongNetModule, list[float]]:
-    config = LongNetConfig(PATTERN, **told["model"])
-    module, begun, many = LongNetModule(config), Begun(), told.get("accumulate", 1)
+def train(options: dict[str, Any], steps: int) -> tuple[LongNetModule, list[float]]:
+    config = LongNetConfig(PATTERN, **options["model"])
+    module, begun, many = LongNetModule(config), Begun(), options.get("accumulate", 1)
     engine = (
-        None if "bucket" not in told else dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), told["bucket"])
+        None
+        if "bucket" not in options
+        else dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), options["bucket"])
     )
     trainer = L.Trainer(
         strategy=RingSequenceParallelStrategy(
-            told["shared"], told["sharding"], told.get("exchange", "auto"), engine=engine
+            options["shared"], options["sharding"], options.get("exchange", "auto"), engine=engine
         ),
         accelerator="cpu",
-        devices=told["ranks"],
+        devices=options["ranks"],
         max_steps=steps,
         accumulate_grad_batches=many,
         gradient_clip_val=1.0,
@@ -103,34 +105,34 @@ def train(told: dict[str, Any], steps: int) -> tuple[LongNetModule, list[float]]
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(Rows(told["tokens"], config.vocab_size), batch_size=told.get("batch", 1)))
+    trainer.fit(module, DataLoader(Rows(options["tokens"], config.vocab_size), batch_size=options.get("batch", 1)))
     return module, begun.times[::many]
 
 
-def work(told: dict[str, Any], is_profiled: bool) -> list[Any]:
-    """Of each rank: its peak and what it sent in a step, or how long one takes."""
-    found: Any
+def work(options: dict[str, Any], is_profiled: bool) -> list[Any]:
+    """Return, for each rank, its peak memory and the bytes that it sent in a step, or the seconds of a step."""
+    result: Any
     if is_profiled:
         modules: list[LongNetModule] = []
-        peak = allocated(lambda: modules.append(train(told, PROFILED)[0]))
-        found = peak, sequence_context(modules[0]).traffic.sent_bytes // PROFILED
+        peak = allocated(lambda: modules.append(train(options, PROFILED)[0]))
+        result = peak, sequence_context(modules[0]).traffic.sent_bytes // PROFILED
     else:
-        begun = train(told, TIMED)[1]
-        found = statistics.median(b - a for a, b in zip(begun[SKIPPED:], begun[SKIPPED + 1 :], strict=False))
-    everywhere = [found] * told["ranks"]
+        begun = train(options, TIMED)[1]
+        result = statistics.median(b - a for a, b in zip(begun[SKIPPED:], begun[SKIPPED + 1 :], strict=False))
+    everywhere = [result] * options["ranks"]
     if dist.is_initialized():
-        dist.all_gather_object(everywhere, found)
+        dist.all_gather_object(everywhere, result)
     return everywhere
 
 
 @lru_cache(1)
 def peak() -> float:
-    """Once for all of them, so that what the machine does meanwhile moves all alike."""
+    """Return the peak of this machine, measured once, so that its noise affects all rows equally."""
     return measured(torch.float32)
 
 
-def foretold(told: dict[str, Any]) -> dict[str, Any]:
-    job = job_of(told)
+def predicted(options: dict[str, Any]) -> dict[str, Any]:
+    job = job_of(options)
     begin = perf_counter()
     plan = plan_run(job, named("cpu"), named("cpu").shared(job.per_node, torch.get_num_threads()).share * peak())
     return {
@@ -142,41 +144,41 @@ def foretold(told: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def job_of(told: dict[str, Any]) -> Job:
+def job_of(options: dict[str, Any]) -> Job:
     names = ("batch", "sharding", "exchange", "accumulate", "bucket")
     return Job(
-        LongNetConfig(PATTERN, **told["model"]),
-        told["tokens"],
-        per_node=told["ranks"],
-        sequence_parallel_size=told["shared"],
-        **{name: told[name] for name in names if name in told},
+        LongNetConfig(PATTERN, **options["model"]),
+        options["tokens"],
+        per_node=options["ranks"],
+        sequence_parallel_size=options["shared"],
+        **{name: options[name] for name in names if name in options},
     )
 
 
-def measure(told: dict[str, Any]) -> dict[str, Any]:
-    profiled = on_ranks(told["ranks"], work, told, True)
+def measure(options: dict[str, Any]) -> dict[str, Any]:
+    profiled = on_ranks(options["ranks"], work, options, True)
     row = {
-        "case": told,
-        "planned": foretold(told),
+        "case": options,
+        "planned": predicted(options),
         "peaks": [peak for peak, _ in profiled],
         "sent": [sent for _, sent in profiled],
-        "seconds": round(max(on_ranks(told["ranks"], work, told, False)), 4),
+        "seconds": round(max(on_ranks(options["ranks"], work, options, False)), 4),
     }
     print(row, flush=True)
     return row
 
 
-def shown(told: dict[str, Any]) -> str:
-    model = LongNetConfig(PATTERN, **told["model"])
-    words = [told["sharding"], f"{told['ranks']} x, {told['shared']} share {told['tokens']:,} tokens"]
+def shown(options: dict[str, Any]) -> str:
+    model = LongNetConfig(PATTERN, **options["model"])
+    words = [options["sharding"], f"{options['ranks']} x, {options['shared']} share {options['tokens']:,} tokens"]
     words += [f"width {model.dim}, {model.layers} layers"]
-    words += [told["exchange"]] if "exchange" in told else []
+    words += [options["exchange"]] if "exchange" in options else []
     words += [f"computes {model.recompute} again"] if model.recompute != "nothing" else []
     return "; ".join(words)
 
 
 def ordered(rows: list[dict[str, Any]]) -> tuple[int, int]:
-    """Of pairs of runs, how many take longer in the order that the plan said."""
+    """Return how many pairs of runs take time in the predicted order, and the number of pairs."""
     pairs = [(a, b) for i, a in enumerate(rows) for b in rows[:i]]
     right = sum((a["seconds"] < b["seconds"]) == (a["planned"]["seconds"] < b["planned"]["seconds"]) for a, b in pairs)
     return right, len(pairs)
@@ -213,8 +215,8 @@ def main() -> None:
         for kind in options.kinds:
             rows = result.setdefault(kind, [None] * len(CASES[kind]))
             for i in options.only if options.only is not None else range(len(CASES[kind])):
-                told = CASES[kind][i]
-                rows[i] = rows[i] | {"planned": foretold(told)} if options.replan else measure(told)
+                chosen = CASES[kind][i]
+                rows[i] = rows[i] | {"planned": predicted(chosen)} if options.replan else measure(chosen)
                 RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(table(json.loads(RESULT.read_text())) if RESULT.exists() else "not measured")
 

@@ -1,4 +1,4 @@
-"""Several ranks on this machine, each a process of one thread, and what rank 0 found."""
+"""Several ranks on this machine, each a process of one thread, and the result of rank 0."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def on_ranks(ranks: int, work: Callable[..., Any], *told: Any) -> Any:
-    """`work(*told)` on each of them; what it gives back on rank 0, in JSON's types.
+def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Run `work(*arguments)` on each rank, and return its result on rank 0, which must be JSON.
 
-    They are to Lightning what a launcher has started, and quiet.
+    Lightning takes the processes for those of a launcher, and logs nothing.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
-        spawn(_begin, (ranks, port, path, work, told), nprocs=ranks)
+        spawn(_begin, (ranks, port, path, work, arguments), nprocs=ranks)
         return json.loads(path.read_text())
 
 
-def _begin(rank: int, ranks: int, port: int, path: Path, work: Callable[..., Any], told: tuple[Any, ...]) -> None:
+def _begin(rank: int, ranks: int, port: int, path: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -46,9 +46,9 @@ def _begin(rank: int, ranks: int, port: int, path: Path, work: Callable[..., Any
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    found = work(*told)
+    result = work(*arguments)
     if rank == 0:
-        path.write_text(json.dumps(found))
+        path.write_text(json.dumps(result))
     if dist.is_initialized():
         dist.barrier()  # nobody leaves while another still waits for him
         dist.destroy_process_group()

@@ -1,11 +1,11 @@
-"""What a pattern can reach: recall over a distance that is longer than the tokens of one rank.
+"""Train recall over a distance that is longer than the part of a sequence on one rank.
 
     python benchmarks/recall.py
     python benchmarks/recall.py --table            # the committed result, as the pages show it
 
-What was shown is to be repeated after a distance.  The same small model is trained twice on two processes that share
-every sequence, with `ring_sequence_parallel`: once with dilated segments up to the whole sequence, once with local
-segments alone.  The answer stands farther back than a process has tokens: it comes by the exchange, or not at all.
+The same small model is trained twice on two processes that share every sequence, with `ring_sequence_parallel`: once
+with dilated segments up to the whole sequence, once only with local segments.  Answers are farther back than the tokens
+of a process, so a model can only get them through the exchange.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RESULT = Path(__file__).parent / "results" / "recall-cpu.json"
 
 
 class Recall(LongNetModule):
-    """Tells, beside the loss, how many of the answers are right."""
+    """A LongNetModule that also logs the accuracy of the answers."""
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         super().validation_step(batch, index)
@@ -47,7 +47,7 @@ class Recall(LongNetModule):
 
 
 class Curve(L.Callback):
-    """The share of right answers at each validation."""
+    """A callback that records the accuracy at each validation."""
 
     def __init__(self) -> None:
         self.points: list[tuple[int, float]] = []
@@ -90,7 +90,7 @@ def train(name: str, steps: int) -> dict[str, Any]:
 
 
 def sent_bytes(pattern: Pattern) -> int:
-    """What the ranks send each other in a layer, forward and backward, for one row."""
+    """Return the bytes that all ranks send in a layer, forward and backward, for one row."""
     plan = sequence_plan(pattern, (TOKENS // RANKS,) * RANKS, heads=HEADS, head_dim=DIM // HEADS)
     return sum(rank.sent_bytes for rank in plan.volumes)
 
@@ -101,8 +101,8 @@ def work(steps: int) -> list[dict[str, Any]]:
 
 def measured(steps: int) -> dict[str, Any]:
     rows = on_ranks(RANKS, work, steps)
-    told = {"ranks": RANKS, "tokens": TOKENS, "distance": DISTANCE, "items": ITEMS, "steps": steps}
-    return {"machine": described("cpu"), **told, "rows": rows}
+    options = {"ranks": RANKS, "tokens": TOKENS, "distance": DISTANCE, "items": ITEMS, "steps": steps}
+    return {"machine": described("cpu"), **options, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:

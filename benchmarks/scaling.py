@@ -1,4 +1,4 @@
-"""What each rank would send, for worlds of up to 16,384 ranks: worked out in one process, with no process group.
+"""Compute the bytes that each of up to 16,384 ranks would send, in one process without a process group.
 
 python benchmarks/scaling.py
 python benchmarks/scaling.py --table            # the committed result, as the pages show it

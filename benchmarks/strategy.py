@@ -1,11 +1,11 @@
-"""What the strategy costs where nothing is split: a training step over that of Lightning's own strategy.
+"""Measure the cost of the strategy without split sequences: the time of a step over that with Lightning's strategy.
 
     python benchmarks/strategy.py
     python benchmarks/strategy.py --table            # the committed result, as the pages show it
 
-Each round trains the same model for some steps under every participant in turn, in the same processes of one thread
-each; a step's time is from its batch's hand-over to the end of the optimiser's step.  Beside it stand the calls of
-functions, Python's and C's, that a step makes: they are the same in every round, whatever else the machine does.
+Each round trains the same model for some steps with every participant, in the same processes of one thread each.  A
+step lasts from one batch to the next.  The benchmark also counts the calls of Python and C functions in a step, which
+do not depend on the load of the machine.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Model(L.LightningModule):
 
 
 class Sharded(Model):
-    """As a user of Lightning's own strategy writes it."""
+    """The model as a user of Lightning's FSDP2 strategy writes it."""
 
     def configure_model(self) -> None:
         from torch.distributed.fsdp import fully_shard
@@ -89,7 +89,7 @@ class Timed(L.Callback):
 
 
 class Counted(L.Callback):
-    """The calls of the steps that are timed."""
+    """A callback that counts the function calls in the timed steps."""
 
     def __init__(self) -> None:
         self.profile = Profile()
@@ -120,7 +120,7 @@ def participants(ranks: int) -> dict[str, tuple[type[Model], Any]]:
 def train(
     kind: type[Model], strategy: Any, ranks: int, tokens: int, dim: int, counted: Counted | None = None
 ) -> list[float]:
-    """Seconds from one batch's hand-over to the next."""
+    """Train, and return the seconds from one batch to the next."""
     torch.manual_seed(0)
     rows = [{"input_ids": torch.randint(256, (tokens,)), "labels": torch.randint(256, (tokens,))} for _ in range(8)]
     timed = Timed()
@@ -161,17 +161,17 @@ def work(ranks: int, rounds: int) -> dict[str, Any]:
 def measured(rounds: int) -> dict[str, Any]:
     rows = []
     for ranks in (1, 2):
-        found = on_ranks(ranks, work, ranks, rounds)
+        result = on_ranks(ranks, work, ranks, rounds)
         for size in SIZES:
             for name in participants(ranks):
-                seconds = [round(s, 5) for s in found["seconds"][size][name]]
+                seconds = [round(s, 5) for s in result["seconds"][size][name]]
                 row = {"ranks": ranks, "size": size, "name": name, "seconds": seconds}
-                rows.append(row | {"calls": found["calls"][size][name]})
+                rows.append(row | {"calls": result["calls"][size][name]})
     return {"machine": described("cpu"), "rounds": rounds, "steps": STEPS - SKIPPED, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:
-    """Medians; the median and the quartiles, over the rounds, of ours over Lightning's; and the calls of functions."""
+    """Return a Markdown table: medians, the ratio to Lightning's with its quartiles, and function calls."""
     lines = ["| ranks | model | engine | Lightning's | ours | ratio | its quartiles | calls |", "|---" * 8 + "|"]
     calls = {(row["ranks"], row["size"], row["name"]): row["calls"] for row in result["rows"]}
     seconds = {(row["ranks"], row["size"], row["name"]): row["seconds"] for row in result["rows"]}
@@ -183,8 +183,8 @@ def table(result: dict[str, Any]) -> str:
         low, ratio, high = statistics.quantiles([a / b for a, b in zip(own, stock, strict=True)], n=4)
         shown = (f"{statistics.median(each) * 1e3:,.1f} ms" for each in (stock, own))
         called = calls[ranks, size, name] / calls[ranks, size, f"{engine}: Lightning's"]
-        told = f"{' | '.join(shown)} | {ratio:.3f} | {low:.2f} to {high:.2f} | {called:.3f}"
-        lines.append(f"| {ranks} | {size} | {engine} | {told} |")
+        cells = f"{' | '.join(shown)} | {ratio:.3f} | {low:.2f} to {high:.2f} | {called:.3f}"
+        lines.append(f"| {ranks} | {size} | {engine} | {cells} |")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
-"""Images whose patches are a sequence that the processes share.  `python examples/longvit.py`
+"""Train a LongViT whose patches are split over processes: `python examples/longvit.py`.
 
-Each image shows two squares, and its class is the quarter in which the brighter one lies: no patch tells it alone.
-`ImageFolderData` reads images of one's own, a folder for each class.
+Each image has two squares, and its class is the quarter with the brighter one, which a single patch does not determine.
+For your own images use `ImageFolderData`, with a folder for each class.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SIZE, PATCH = 64, 8
 
 
 class Squares(Dataset[dict[str, Tensor]]):
-    """Drawn from the number of the sample alone."""
+    """Images that are sampled with a seed that depends only on their index."""
 
     def __init__(self, many: int, seed: int) -> None:
         self.many, self.seed = many, seed
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", type=int, default=2, help="processes that share the patches of each image")
     parser.add_argument("--steps", type=int, default=150)
-    told = parser.parse_args()
+    options = parser.parse_args()
     L.seed_everything(0)
     # no patch is first: what a segment shows is seen in both directions
     pattern = Pattern.dilated((16, 64), (1, 2))
@@ -50,12 +50,12 @@ def main() -> None:
     trainer = L.Trainer(
         strategy="ring_sequence_parallel_ddp",
         accelerator="cpu",
-        devices=told.devices,
-        max_steps=told.steps,
+        devices=options.devices,
+        max_steps=options.steps,
         max_epochs=-1,
         limit_val_batches=4,
         check_val_every_n_epoch=None,
-        val_check_interval=told.steps,
+        val_check_interval=options.steps,
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,
@@ -68,7 +68,9 @@ def main() -> None:
         DataLoader(Squares(256, 2), batch_size=64),
     )
     figures = trainer.callback_metrics
-    trainer.print(f"of 4 quarters, {figures['val/accuracy'].item():.1%} are told rightly, by {told.devices} processes")
+    trainer.print(
+        f"of 4 quarters, {figures['val/accuracy'].item():.1%} are told rightly, by {options.devices} processes"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""No Lightning: torchrun, a loop of one's own, and sequences that the processes share.
+"""Split sequences over processes in a plain training loop, without Lightning.
 
 torchrun --nproc-per-node 2 examples/plain_pytorch.py
 """

@@ -1,11 +1,11 @@
-"""A small byte-level LongNet whose sequences are split over ranks, on whatever starts them.
+"""Train a small byte-level LongNet whose sequences are split over ranks, with any launcher.
 
     python examples/train.py --devices 2                 # two processes of this machine
     torchrun --nproc-per-node=2 examples/train.py --devices 2
-    sbatch examples/slurm/train.sbatch                   # two nodes, see there
+    sbatch examples/slurm/train.sbatch                   # two nodes
 
-It trains on the sources of Python's standard library, on GPUs where there are any, prints each step's loss, and goes on
-with a text at the end.  `longnet fit` does the same out of a YAML file.
+It trains on the sources of Python's standard library, on GPUs if there are any, prints the loss of each step, and
+finally continues a text.  `longnet fit` does the same from a YAML file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_longnet.strategies import RingSequenceParallelStrategy
 
 
 class PrintedLoss(L.Callback):
-    """The loss of each step; it is the same on all ranks."""
+    """A callback that prints the loss of each step, which is the same on all ranks."""
 
     def __init__(self, pause: float) -> None:
         self.pause = pause
@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--pause", type=float, default=0.0, help="seconds in each step, to try signals out")
-    # what SLURM was asked for is what the Trainer must be told
+    # the Trainer must get the numbers of nodes and devices that SLURM allocated
     parser.add_argument("--nodes", type=int, default=int(os.environ.get("SLURM_NNODES", 1)))
     parser.add_argument("--devices", type=int, default=int(os.environ.get("SLURM_NTASKS_PER_NODE", 1)))
     parser.add_argument("--accelerator", default="auto")
@@ -53,23 +53,25 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    told = arguments()
+    options = arguments()
     L.seed_everything(0)
-    pattern = Pattern.dilated((told.tokens // 8, told.tokens // 2, told.tokens), (1, 2, 4), is_causal=True)
-    heads = told.dim // 16
-    config = LongNetConfig(pattern, dim=told.dim, layers=told.layers, heads=heads, attention_dropout=told.dropout)
+    pattern = Pattern.dilated((options.tokens // 8, options.tokens // 2, options.tokens), (1, 2, 4), is_causal=True)
+    heads = options.dim // 16
+    config = LongNetConfig(
+        pattern, dim=options.dim, layers=options.layers, heads=heads, attention_dropout=options.dropout
+    )
     module = LongNetModule(config, learning_rate=1e-3, warmup_steps=10)
-    data = ByteData(tokens=told.tokens, batch_size=told.batch_size, megabytes=1.0)
+    data = ByteData(tokens=options.tokens, batch_size=options.batch_size, megabytes=1.0)
     trainer = L.Trainer(
-        strategy=RingSequenceParallelStrategy(told.sequence_parallel_size, told.sharding),
-        accelerator=told.accelerator,
-        num_nodes=told.nodes,
-        devices=told.devices,
-        max_steps=told.steps,
-        default_root_dir=told.folder,
+        strategy=RingSequenceParallelStrategy(options.sequence_parallel_size, options.sharding),
+        accelerator=options.accelerator,
+        num_nodes=options.nodes,
+        devices=options.devices,
+        max_steps=options.steps,
+        default_root_dir=options.folder,
         enable_checkpointing=False,  # what Preemption saves is all that this run needs
         limit_val_batches=0,
-        callbacks=[PrintedLoss(told.pause)],
+        callbacks=[PrintedLoss(options.pause)],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
