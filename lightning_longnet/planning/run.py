@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from lightning_longnet.attention.parallel.schedule import refusal_of
+from lightning_longnet.attention.pattern.pattern import check_heads
 from lightning_longnet.planning.engines import Weights
 from lightning_longnet.planning.exchange import LayerKind, layer_kinds, sent_bytes
 from lightning_longnet.planning.memory import Memory, memory
@@ -182,15 +184,20 @@ def _advice(job: Job, usable: float) -> Iterator[Advice]:
         changes.append(("--trainer.strategy ring_sequence_parallel, which splits the model", split))
     if job.batch > 1:
         changes.append(("--data.batch_size 1", replace(job, batch=1)))
-    is_swap = (config.exchange or job.exchange) == "swap"  # more ranks may not divide the heads
-    if job.shared_by < job.ranks and not is_swap:
+
+    def is_refused(ranks: int) -> bool:
+        return bool(refusal_of(config.exchange or job.exchange, ranks, check_heads(config.heads, config.kv_heads)))
+
+    if job.shared_by < job.ranks and not is_refused(job.ranks):
         changes.append((f"sequence_parallel_size {job.ranks}", replace(job, sequence_parallel_size=job.ranks)))
     for change, other in changes:
         peak = _peak(other)
         if peak <= usable:
             yield Advice(change, peak)
-    for factor in () if is_swap else (2, 4, 8, 16):
+    for factor in (2, 4, 8, 16):
         wider = replace(job, nodes=job.nodes * factor, sequence_parallel_size=job.shared_by * factor)
+        if is_refused(wider.shared_by):
+            continue
         if wider.shared_by <= job.tokens and (peak := _peak(wider)) <= usable:
             yield Advice(f"--nodes {wider.nodes}, which share the sequence", peak)
             return

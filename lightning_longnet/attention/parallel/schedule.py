@@ -51,6 +51,11 @@ def watched(layout: Layout) -> list[int]:
     )
 
 
+def refusal_of(exchange: str, ranks: int, kv_heads: int) -> str:
+    """Return why an exchange cannot serve so many ranks, or an empty text."""
+    return refusal(ranks, kv_heads) if exchange == "swap" else ""
+
+
 def schedule(layout: Layout, exchange: str, sizes: Sizes) -> Schedule:
     """Return the exchange of each branch, or raise a ValueError with the reason where one cannot serve."""
     branches, ranks = len(layout.pattern.branches), layout.placement.ranks
