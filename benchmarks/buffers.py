@@ -32,7 +32,7 @@ RANKS, TOKENS, HEADS, HEAD_DIM, STEPS = 2, 16384, 8, 64, 4
 PATTERN = Pattern.dilated([2048, 4096, 8192, 16384, 32768], [1, 2, 4, 8, 16], is_causal=True)
 # 32 MiB is the largest value that glibc takes for the second; few tensors are larger, and none of the exchange
 KEPT = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TOP_PAD_": str(2**26)}
-EXCHANGING = ("_fetched", "_returned")
+EXCHANGING = ("_fetch", "_send_gradients")
 RESULT = Path(__file__).parent / "results" / "buffers-cpu.json"
 
 
@@ -67,13 +67,13 @@ def work(counts: bool) -> dict[str, Any]:
 def counted(step: Any) -> dict[str, Any]:
     """Return the allocations of a step on rank 0, and how many of them are messages that are sent or received."""
     for name in EXCHANGING:
-        inner = getattr(rounds, name)
+        inner = getattr(rounds.RoundsCall, name)
 
         def recorded(*given: Any, inner: Any = inner, **named: Any) -> Any:
             with record_function("exchange"):
                 return inner(*given, **named)
 
-        setattr(rounds, name, recorded)
+        setattr(rounds.RoundsCall, name, recorded)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()

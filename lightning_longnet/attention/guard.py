@@ -165,10 +165,10 @@ class Guard:
     def _preflight(
         self, kind: _Kind, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]
     ) -> dict[str, str]:
-        """Return why kernels must not run, by their names; the same names on all ranks of the shard."""
+        """Return {name: reason} of the kernels that fail; all ranks of the shard return the same names."""
         shard: SequenceShard | None = options.get("shard")
         names = kernel_names()
-        # A thread of its own is in no inference mode, autocast or checkpoint, which would count what the trial saves
+        # Inference mode, autocast and the hooks of a checkpoint belong to a thread: a new one has none of them
         with ThreadPoolExecutor(1) as thread:
             faults = thread.map(lambda name: kernel_fault(name, kind.dtype, q, k, v, pattern, options), names)
             broken = {name: fault for name, fault in zip(names, faults, strict=True) if fault}

@@ -45,20 +45,20 @@ def forward(
             each = _pass(options, "forward", seed, sinks)
             q, k, v = (readable(x) for x in (q, k, v))
             calls = whole_sequences(each, q, k, documents, key_padding_mask)
-            results = [call.forward(q[rows], k[rows], v[rows]) for rows, call in calls]
+            results = [call.forward(q[samples], k[samples], v[samples]) for samples, call in calls]
             out, lse = joined([result[:2] for result in results])
             return out, lse, []
-        ranks = SHARDS[shard]
-        if not q.shape[0] * ranks.length:  # true on all ranks; where it is so on some only, others wait for them
+        split = SHARDS[shard]
+        if not q.shape[0] * split.length:  # true on all ranks; where it is so on some only, others wait for them
             out, lse, _ = _empty_results(q, v)
             return out.zero_(), lse.zero_(), []
-        number = torch.tensor(ranks.calls)
-        with ranks.comm.whole_call(f"forward of {ranks.call_of(ranks.calls)}"):
+        number = torch.tensor(split.calls)
+        with split.comm.whole_call(f"forward of {split.call_of(split.calls)}"):
             each = _pass(options, "forward", seed, sinks)
             q, k, v = (readable(x) for x in (q, k, v))
             # all calls are planned before the first message: what one rank cannot plan leaves no other rank waiting
-            split = list(sequence_parts(each, q, k, v, ranks, ranks.calls))
-            results = [call.forward(q[rows], k[rows], v[rows]) for rows, call in split]
+            planned = list(sequence_parts(each, q, k, v, split, split.calls))
+            results = [call.forward(q[samples], k[samples], v[samples]) for samples, call in planned]
             out, lse = joined([result[:2] for result in results])
     # the backward goes by the number of its forward: ranks may run their backward passes in different orders
     return out, lse, [number, *(tensor for *_, kept in results for tensor in kept)]
@@ -90,20 +90,21 @@ def backward(
             each = _pass(options, "backward", seed, sinks)
             grad, q, k, v, out = (readable(x) for x in (grad, q, k, v, out))
             calls = whole_sequences(each, q, k, documents, key_padding_mask)
-            gradients = [
-                call.backward(grad[rows], q[rows], k[rows], v[rows], out[rows], lse[rows], []) for rows, call in calls
-            ]
+            gradients = []
+            for samples, call in calls:
+                own = grad[samples], q[samples], k[samples], v[samples], out[samples], lse[samples]
+                gradients.append(call.backward(*own, []))
             dq, dk, dv = joined(gradients)
             return dq, dk, dv, dsinks
         if not kept:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dsinks
-        ranks, number, first, gradients = SHARDS[shard], int(kept[0]), 1, []
-        with ranks.comm.whole_call(f"backward of {ranks.call_of(number)}"):
+        split, number, first, gradients = SHARDS[shard], int(kept[0]), 1, []
+        with split.comm.whole_call(f"backward of {split.call_of(number)}"):
             each = _pass(options, "backward", seed, sinks)
             grad, q, k, v, out = (readable(x) for x in (grad, q, k, v, out))
-            for rows, call in list(sequence_parts(each, q, k, v, ranks, number)):
+            for samples, call in list(sequence_parts(each, q, k, v, split, number)):
                 last = first + call.kept_count
-                own = grad[rows], q[rows], k[rows], v[rows], out[rows], lse[rows]
+                own = grad[samples], q[samples], k[samples], v[samples], out[samples], lse[samples]
                 gradients.append(call.backward(*own, kept[first:last]))
                 first = last
             dq, dk, dv = joined(gradients)
@@ -142,7 +143,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     *tensors, spec, shard = inputs
     out, lse, kept = output
     q, k, v, *others = tensors
-    # without gradients for the kept rows of other ranks, of which torch would allocate zeros
+    # without gradients for the kept samples of other ranks, of which torch would allocate zeros
     ctx.mark_non_differentiable(lse, *kept)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, out, lse, *others, *kept)

@@ -29,7 +29,7 @@ class AttentionSpec:
         first_sample, sample_step: sample b of the batch is number `first_sample + sample_step * b` to dropout.
         mix: "exact" or "detached"; see `attend`.
         exchange: how keys reach the queries of other ranks.
-        ordering: the line on which the pattern is drawn.
+        ordering: the permutation of tokens in which the pattern is defined; "raster" is the sequence's own order.
         returns_lse: whether the caller reads the log-sum-exp, which an all_to_all must then carry, too.
     """
 

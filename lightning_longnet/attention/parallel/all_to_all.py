@@ -1,4 +1,8 @@
-"""All-to-all over heads: each rank trades its tokens of all heads for all tokens of its heads."""
+"""The exchange "swap": an all_to_all over heads, as in DeepSpeed-Ulysses.
+
+Each rank trades its tokens of all heads for all tokens of its heads, by point-to-point messages, and then needs no
+other key.
+"""
 
 from __future__ import annotations
 
@@ -137,17 +141,21 @@ class AllToAllCall(NamedTuple):
         return 4 + self.spec.partials
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return the results; lse is uninitialized where the caller does not read it, which saves a message."""
-        rows = q
+        """Return out, lse and the tensors that the backward needs.
+
+        lse is uninitialized unless `spec.returns_lse`: to exchange it would cost one more all_to_all.  The operator
+        `lightning_longnet::attend` calls it once for each group of samples with equal documents.
+        """
+        local_q = q
         q, k, v = self._to_heads((q, k, v), "queries, keys and values")
         totals = [initial_partial(q, v) for _ in range(self.spec.partials)]
         forward_blocks(self.kernel, self.parts, q, self._keys(k, v), self.options, totals)
         out, lse = finished(total_of(totals), q, self.options.sinks)
         (own_out,) = self._to_rows((out,), "out")
-        own_lse = lse.new_empty((len(rows), rows.shape[2], rows.shape[1]))
+        own_lse = lse.new_empty((len(local_q), local_q.shape[2], local_q.shape[1]))
         if self.spec.returns_lse:
-            (wide,) = self._to_rows((lse.transpose(1, 2).unsqueeze(-1),), "lse")
-            own_lse.copy_(wide.squeeze(-1).transpose(1, 2))
+            (lse_rows,) = self._to_rows((lse.transpose(1, 2).unsqueeze(-1),), "lse")
+            own_lse.copy_(lse_rows.squeeze(-1).transpose(1, 2))
         outs = [each.out for each in totals] if len(totals) > 1 else [out]
         return own_out, own_lse, [q, k, v, lse, *outs]
 

@@ -54,7 +54,7 @@ def whole_sequences(
         tokens = order.order
     # the backward of "detached" needs the result of each branch, which the forward merges at once
     per_branch = spec.mix == "detached" and each.direction == "backward"
-    for rows, cuts in _equal_documents(document_cuts(documents, q.shape[0], length)):
+    for rows, cuts in _grouped_by_documents(document_cuts(documents, q.shape[0], length)):
         segments = spec.weighted_segments(
             q.device.type, rows.stop - rows.start, torch.get_num_threads(), per_branch=per_branch
         )
@@ -79,11 +79,11 @@ def sequence_parts(
     """Yield the calls of a rank that has a part of each sequence; `number` is that of the forward on all ranks."""
     spec, comm, call_name = each.spec, shard.comm, f"{each.direction} of {shard.call_of(number)}"
     wide, kind = torch.promote_types(q.dtype, torch.float32), str(call_kind(q, k, v, spec))
-    for rows, cuts in _equal_documents(shard.cuts * (q.shape[0] if len(shard.cuts) == 1 else 1)):
+    for rows, cuts in _grouped_by_documents(shard.cuts * (q.shape[0] if len(shard.cuts) == 1 else 1)):
         samples = rows.stop - rows.start
         sizes = Sizes(samples, q.shape[3], v.shape[3], q.element_size(), wide.itemsize)
         layout = Layout(spec.pattern, q.shape[2], k.shape[2], cuts, shard.placement)
-        # looked up by the first row, which stands for its documents
+        # the number of the first sample is the key of the group's documents
         key = spec.pattern, q.shape[2], k.shape[2], rows.start if len(shard.cuts) > 1 else 0
         exchange = shard.cached(
             ("exchange", *key, spec.exchange, sizes),
@@ -141,8 +141,8 @@ def call_kind(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> dict[str,
     }
 
 
-def _equal_documents(cuts: Sequence[tuple[int, ...]]) -> Iterator[tuple[slice, tuple[int, ...]]]:
-    """Yield samples that follow one another with the same documents."""
+def _grouped_by_documents(cuts: Sequence[tuple[int, ...]]) -> Iterator[tuple[slice, tuple[int, ...]]]:
+    """Group consecutive samples with equal documents; yield each group as a slice, with where its documents begin."""
     first = 0
     for each, group in groupby(cuts):
         last = first + len(list(group))

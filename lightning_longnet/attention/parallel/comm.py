@@ -26,7 +26,7 @@ class Traffic:
     """What one rank sent since its count began, and how long that took.
 
     Attributes:
-        messages, sent_bytes: of attention.
+        messages, sent_bytes: what attention sent.
         waited_seconds: how long the rank waited for messages without computing.
         flight_seconds: the time from the start of messages until their arrival was known; the rank may have computed
             meanwhile.
@@ -99,7 +99,7 @@ class Comm:
         on_failure: called with the error and the description when a call fails; it may add a note to the error.
     """
 
-    exchanges = 0  # that were begun
+    exchanges = 0  # the number of exchanges that were started
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -123,7 +123,10 @@ class Comm:
 
     @contextmanager
     def failures_to(self, on_failure: Callable[[BaseException, str], None] | None) -> Iterator[None]:
-        """Call `on_failure` for failures within the context."""
+        """Call `on_failure` where a `whole_call` inside the block fails.
+
+        A `Guard` sets the handler around a forward; the backward of that forward sets the same one again.
+        """
         before, self.on_failure = self.on_failure, on_failure
         try:
             yield

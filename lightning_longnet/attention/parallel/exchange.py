@@ -112,7 +112,7 @@ class RankCall(NamedTuple):
         head_dim: the width of q and k.
         device: the device of the tensors.
         key: what tells the layouts of a shard's calls from one another, for `SequenceShard.cached`.
-        order: the token at each place of the line on which the pattern is drawn; None where that is the sequence.
+        order: the permutation of tokens in which the pattern is defined; None where that is the sequence's order.
     """
 
     shard: SequenceShard
@@ -129,7 +129,7 @@ class RankCall(NamedTuple):
     order: Tensor | None
 
     def tokens_at(self, places: Tensor) -> Tensor:
-        """Return the index in the whole sequence of the tokens at some places of the line."""
+        """Return the index in the whole sequence of the tokens at some places of the permutation."""
         return places if self.order is None else self.order[places]
 
 

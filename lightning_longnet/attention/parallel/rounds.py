@@ -74,7 +74,14 @@ class RoundsCall(NamedTuple):
         return sum(each.keeps for each in self.route.rounds) + self._kept_partials
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        stores = self.route.writes_queries and self.options.key_padding_mask is None  # calls without keys are left out
+        """Compute the attention of this rank's queries and merge the blocks by their lse.
+
+        The blocks on this rank's own keys are computed while the first round is in flight, those of each round when it
+        has arrived.  The operator `lightning_longnet::attend` calls it once for each group of samples with equal
+        documents.
+        """
+        # with padding, `forward_blocks` skips segments without a key, and nothing would write their rows
+        stores = self.route.writes_queries and self.options.key_padding_mask is None
         totals = [(empty_partial if stores else initial_partial)(q, v) for _ in range(self._kept_partials or 1)]
         fetched = self._fetch(0, k, v)
         forward_blocks(self.kernel, self.route.own, q, self._own_keys(k, v), self.options, totals, stores)
@@ -95,6 +102,10 @@ class RoundsCall(NamedTuple):
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute dq, dk and dv of this rank's tokens; gradients of received keys travel back to their ranks.
+
+        The operator `lightning_longnet::attend_backward` calls it, once for each call of `forward`.
+        """
         rounds, wide = self.route.rounds, torch.promote_types(q.dtype, torch.float32)
         stores, stores_keys = (
             writes and self.options.key_padding_mask is None
@@ -106,16 +117,16 @@ class RoundsCall(NamedTuple):
         )
         keeping = sum(each.keeps for each in rounds)  # the rows that the forward kept come before its partials
         outs, lse = list(kept[keeping:]) or [out], backward_lse(lse)
-        returns: list[Callable[[], None]] = []
+        pending_gradients: list[Callable[[], None]] = []
 
         def backward_round(i: int, indices: RoundIndices, cells: Tensor) -> None:
             dcells = torch.zeros_like(cells, dtype=wide)
             keys = self._received_keys(indices, cells, k.shape[3], dcells)
             inputs = BackwardInputs(grad, outs, lse)
             backward_blocks(self.kernel, indices.parts, q, keys, inputs, self.options, dq)
-            if returns:
-                returns.pop()()  # at most one return is on its way
-            returns.append(self._return(rounds[i], indices, dcells, dk, dv))
+            if pending_gradients:
+                pending_gradients.pop()()  # at most one message of gradients is on its way
+            pending_gradients.append(self._send_gradients(rounds[i], indices, dcells, dk, dv))
 
         for i in range(keeping):
             backward_round(i, rounds[i].indices(), kept[i])
@@ -137,7 +148,7 @@ class RoundsCall(NamedTuple):
             if not is_next:
                 fetched = self._fetch(i + 1, k, v)
             del indices, cells
-        for finish in returns:
+        for finish in pending_gradients:
             finish()
         gradients = [dq, dk, dv]
         del dq, dk, dv, keys  # so that each accumulator is freed as soon as it is rounded
@@ -179,8 +190,13 @@ class RoundsCall(NamedTuple):
         pending = self.remote.comm.exchange(send, pieces, self.remote.message, f"keys and values{_step(each)}")
         return indices, received, pending
 
-    def _return(self, each: Round, indices: RoundIndices, dcells: Tensor, dk: Tensor, dv: Tensor) -> Callable[[], None]:
-        """Send a round's gradients to the ranks that own its keys; the result waits for this rank's and adds them."""
+    def _send_gradients(
+        self, each: Round, indices: RoundIndices, dcells: Tensor, dk: Tensor, dv: Tensor
+    ) -> Callable[[], None]:
+        """Send dK and dV of a round's keys to the ranks that own them.
+
+        Returns a function that waits for the dK and dV of this rank's own keys and adds them to dk and dv.
+        """
         assert self.remote is not None
         send = dict(zip(indices.receive, dcells.split([len(c) for c in indices.receive.values()]), strict=True))
         back = {peer: dcells.new_empty((len(cells), *dcells.shape[1:])) for peer, cells in indices.send.items()}
@@ -199,6 +215,7 @@ class RoundsCall(NamedTuple):
     def _received_keys(
         self, indices: RoundIndices, cells: Tensor, width: int, gradients: Tensor | None = None
     ) -> ReceivedKeys:
+        """Return the keys and values of a round with their padding and the words of dropout."""
         assert self.remote is not None
         padding = words = None
         dropout = self.options.dropout

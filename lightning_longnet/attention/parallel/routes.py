@@ -158,7 +158,7 @@ class Route:
 
 
 def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
-    """Return a rank's route.  The exchange of each branch is "gather", all in one round, or "ring", a round a step."""
+    """Return a rank's route.  "gather" has one round with all ranks, "ring" one for each step."""
     gathers, rings = (tuple(i for i, kind in enumerate(exchanges) if kind == name) for name in ("gather", "ring"))
     assert len(gathers) + len(rings) == len(exchanges) == len(layout.pattern.branches)
     between, ranks = rank_blocks(layout), layout.placement.ranks
@@ -174,10 +174,10 @@ def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
 def _round(
     between: RankBlocks, rank: int, sources: list[int], targets: list[int], branches: tuple[int, ...], step: int = 0
 ) -> Round:
-    receives = {r: between.blocks(rank, r, branches) for r in sources}
-    sends = {r: between.blocks(r, rank, branches) for r in targets}
-    some_sends, some_receives = ({r: b for r, b in each.items() if b.parts} for each in (sends, receives))
-    return Round(some_sends, some_receives, keeps=step == 0, ring_step=step)
+    """Return the round in which a rank receives from `sources` and sends to `targets`, without idle ranks."""
+    receives = {r: blocks for r in sources if (blocks := between.blocks(rank, r, branches)).parts}
+    sends = {r: blocks for r in targets if (blocks := between.blocks(r, rank, branches)).parts}
+    return Round(sends, receives, keeps=step == 0, ring_step=step)
 
 
 @lru_cache(8)
