@@ -25,7 +25,7 @@ from peers import ring_attention_pytorch
 from ranks import on_ranks
 
 from lightning_longnet import Pattern, SequenceShard, attend
-from lightning_longnet.attention.parallel.comm import Comm, Errand, Pending
+from lightning_longnet.attention.parallel.comm import Comm, MessageContext, Pending
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +54,9 @@ Participant = tuple[SequenceShard, "Callable[[Tensor, Tensor, Tensor], Tensor]"]
 class Silent(Comm):
     """Sends nothing: the same blocks without an exchange."""
 
-    def swap(self, send: dict[int, Tensor], receive: dict[int, Tensor], errand: Errand, what: str) -> Pending:
+    def exchange(
+        self, send: dict[int, Tensor], receive: dict[int, Tensor], context: MessageContext, content: str
+    ) -> Pending:
         for tensor in receive.values():
             tensor.fill_(0.5)
         return Pending([], (), self)

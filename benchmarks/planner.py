@@ -26,8 +26,7 @@ from ranks import on_ranks
 from torch.utils.data import DataLoader
 
 from lightning_longnet import LongNetConfig, LongNetModule, Pattern, sequence_context
-from lightning_longnet.callbacks.peak import measured
-from lightning_longnet.planning.devices import named
+from lightning_longnet.planning.devices import measured, named
 from lightning_longnet.planning.job import Job
 from lightning_longnet.planning.run import plan_run
 from lightning_longnet.strategies import RingSequenceParallelStrategy

@@ -13,9 +13,10 @@ from time import perf_counter
 from typing import Any
 
 from lightning_longnet import Pattern
+from lightning_longnet.attention.parallel.exchange import Sizes
 from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.parallel.routes import Layout
-from lightning_longnet.attention.parallel.schedule import Sizes, schedule, volume
+from lightning_longnet.attention.parallel.schedule import schedule
 
 HEADS, SIZES = 16, Sizes(batch=1, head_dim=64, value_dim=64, itemsize=2, wide_itemsize=4)
 PATTERNS = {
@@ -33,11 +34,11 @@ def measure(name: str, tokens: int, ranks: int) -> dict[str, Any]:
         HEADS,
         HEADS,
         (0, tokens),
-        Placement((tokens // ranks,) * ranks),
+        Placement.even(tokens, ranks),
     )
     chosen = schedule(layout, "auto", SIZES)
     watched = sorted({0, ranks // 2, ranks - 1})
-    most = max(volume(layout, chosen.exchanges, rank, SIZES).sent_bytes for rank in watched)
+    most = max(chosen.plan(layout).volume(rank, SIZES).sent_bytes for rank in watched)
     every_key = (tokens - tokens // ranks) * 2 * HEADS * SIZES.head_dim * (SIZES.itemsize + SIZES.wide_itemsize)
     return {
         "pattern": name,

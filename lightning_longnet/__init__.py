@@ -147,7 +147,8 @@ __all__ = [
     "write_report",
 ]
 
-# A module is imported when one of its names is first used: torch takes seconds, and `longnet --help` needs none of it
+# A module is imported at the first use of one of its names: importing torch takes seconds, and `longnet --help` needs
+# no torch
 _MODULES = {
     "attention": (
         "Branch",

@@ -1,4 +1,4 @@
-"""python -m lightning_longnet: the command line, where the script `longnet` is not on the path."""
+"""`python -m lightning_longnet`: the command line `longnet`, also where that script is not on the path."""
 
 import sys
 

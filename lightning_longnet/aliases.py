@@ -36,9 +36,11 @@ MOVED = {
     "torchscale": "checkpointing.torchscale",
     "flops": "planning.flops",
     "planning.plan": "planning.run",
+    "planning.configured": "cli.configured",
     "sequence.handed": "sequence.attach",
     "strategies.ring": "strategies.base",
     "callbacks.whole": "callbacks.atomic_save",
+    "callbacks.peak": "planning.devices",
 }
 
 

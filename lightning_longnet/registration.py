@@ -1,4 +1,4 @@
-"""The names that `Trainer(strategy=...)` takes, told to Lightning without importing it."""
+"""Registration of the names that `Trainer(strategy=...)` takes, without importing Lightning."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = {
 
 
 def register() -> None:
-    """Now where Lightning's strategies are loaded, else when they are: loading them takes seconds."""
+    """Register the names now where Lightning's strategies are loaded, else when they are, as loading takes seconds."""
     if LIGHTNING in sys.modules:
         _register(sys.modules[LIGHTNING])
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
@@ -36,6 +36,7 @@ def register() -> None:
 
 
 def make_strategy(**arguments: Any) -> Any:
+    """Return a `RingSequenceParallelStrategy`, whose module is imported now."""
     from lightning_longnet.strategies import RingSequenceParallelStrategy
 
     return RingSequenceParallelStrategy(**arguments)
@@ -49,7 +50,7 @@ def _register(strategies: ModuleType) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds nothing itself: it has what others find registered after its loading."""
+    """A finder that finds no module itself, but makes Lightning's strategies register the names after loading."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -64,6 +65,8 @@ class _Watch(MetaPathFinder):
 
 
 class _Registering(Loader):
+    """A loader that registers the names after the module of Lightning's strategies is executed."""
+
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
 

@@ -1,27 +1,33 @@
-"""`RingSequenceParallelStrategy`: what sequence parallelism adds to an engine, whichever it is."""
+"""`RingSequenceParallelStrategy`: what sequence parallelism adds to any engine."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _distributed_is_initialized, _sync_ddp_if_available
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.nn.parallel import DistributedDataParallel
 
-from lightning_longnet.attention.parallel.placement import Kind  # noqa: TC001  for the command line's reading of types
+from lightning_longnet.attention.parallel.placement import Kind  # noqa: TC001  the command line evaluates annotations
 from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
 from lightning_longnet.callbacks import Preemption
-from lightning_longnet.sequence.agreement import gathered
 from lightning_longnet.sequence.attach import hand_down
 from lightning_longnet.sequence.batches import checked_dims
 from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.sequence.mesh import check_sizes, sequence_mesh
+from lightning_longnet.strategies.checks import (
+    Accumulate,
+    check_accumulation,
+    check_means,
+    check_options,
+    check_predicted_batches,
+    check_split,
+)
+from lightning_longnet.strategies.engines import Sharding, engine_class, engine_options, gathers_parameters
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
 from lightning_longnet.strategies.resume import skip_finished_batches
 from lightning_longnet.strategies.seeds import dropout_seed
@@ -36,36 +42,24 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.parallel.shard import SequenceShard
 
-Sharding = Literal[
-    "fsdp2",
-    "fsdp2_offload",
-    "hsdp",
-    "ddp",
-    "deepspeed_stage_1",
-    "deepspeed_stage_2",
-    "deepspeed_stage_3",
-    "deepspeed_stage_3_offload",
-]
-Accumulate = Literal["batches", "tokens"]
-
-# Of the engines' arguments those that are set here
-_OURS = {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin", "timeout"}
-_OURS |= {"process_group_backend", "data_parallel_size", "tensor_parallel_size", "stage", "zero_optimization"}
-
 
 class _ByEngine:
-    """Stands apart, as a `__new__` of the class itself would hide the arguments of `__init__` from the command line."""
+    """Makes an instance of the engine's class.
+
+    It is a class of its own because a `__new__` of the strategy would hide the arguments of `__init__` from the command
+    line, which reads signatures.
+    """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if cls is RingSequenceParallelStrategy:
-            cls = _engine(kwargs.get("sharding", args[1] if len(args) > 1 else "fsdp2"))
+            cls = engine_class(kwargs.get("sharding", args[1] if len(args) > 1 else "fsdp2"))
         return super().__new__(cls)
 
 
 class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
-    """Each rank holds a part of each sequence; attention over all of it is exact, whichever engine shards the model.
+    """Trains with sequences split over ranks; attention over whole sequences is exact, with any engine.
 
-    Making one gives the class of the engine, which is a subclass of this and of Lightning's strategy for it.
+    The instance is of the engine's class, a subclass of this one and of Lightning's strategy for the engine.
 
     Args:
         sequence_parallel_size: how many ranks share a sequence (elsewhere called context parallelism); all of them by
@@ -78,12 +72,14 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         accumulate: "batches": micro-batches that are accumulated count alike, as Lightning has it; "tokens": they count
             by their tokens, so that the gradient is that of one large batch.
         timeout: seconds after which a rank that waits for another gives up.
-        engine: what the engine's own strategy takes besides.
+        engine: further options of Lightning's strategy for the engine.
+        preemption: adds the callback `Preemption` when fitting, unless the Trainer has one: SIGTERM to any rank then
+            saves one checkpoint of all ranks and ends the run.  False leaves signals to Lightning.
         accelerator: as for any strategy, like all that follow; the Trainer sets them.
         parallel_devices: the devices of this node.
-        cluster_environment: who tells the ranks.
-        checkpoint_io: how files are written.
-        precision_plugin: of the computation.
+        cluster_environment: the plugin that knows the number of each rank.
+        checkpoint_io: the plugin that writes files.
+        precision_plugin: the plugin of the precision.
         process_group_backend: "gloo" on CPUs and "nccl" on GPUs by default.
     """
 
@@ -104,37 +100,21 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
+        *,
+        preemption: bool = True,
     ) -> None:
-        if accumulate not in get_args(Accumulate):
-            allowed = ", ".join(map(repr, get_args(Accumulate)))
-            raise ValueError(f"accumulate must be one of {allowed}, got {accumulate!r}")
-        if not isinstance(timeout, (int, float)) or timeout <= 0:
-            raise ValueError(f"timeout must be a number of seconds, more than 0, got {timeout!r}")
-        SequenceContext(placement=placement, exchange=exchange)  # refuses what they must not be
+        check_options(accumulate, timeout, preemption)
+        SequenceContext(placement=placement, exchange=exchange)  # raises an error where they are wrong
         self.sharding, self.accumulate, self.timeout = sharding, accumulate, float(timeout)
+        self.preemption = preemption
         self._sequence_parallel_size = sequence_parallel_size
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()
         self._compared: set[tuple[str, int, int]] = set()
-        self._start_engine(self._checked_engine(engine or {}), process_group_backend)
+        self._start_engine(engine_options(self.stock, engine or {}), process_group_backend)
         self._accelerator, self.parallel_devices = accelerator, parallel_devices
         self.cluster_environment, self._checkpoint_io = cluster_environment, checkpoint_io
         self.precision_plugin = precision_plugin
-
-    def _checked_engine(self, engine: dict[str, Any]) -> dict[str, Any]:
-        """Only what the engine's own strategy takes, and we do not set."""
-        valid = set(signature(self.stock).parameters) - _OURS
-        if "kwargs" in valid:
-            valid = valid - {"kwargs"} | (set(signature(DistributedDataParallel).parameters) - {"module", "device_ids"})
-        if unknown := [name for name in engine if name not in valid]:
-            allowed = ", ".join(sorted(valid))
-            raise ValueError(f"engine must hold arguments of {self.stock.__name__}, {allowed}, got {unknown}")
-        return dict(engine)
-
-    @property
-    def _gathers_parameters(self) -> bool:
-        """Must all ranks call the model equally often?"""
-        return self.sharding not in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2")
 
     def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         """Call the initialiser of the engine's strategy."""
@@ -143,18 +123,18 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
     # Ranks and groups
 
     def _ranks(self) -> int:
-        """How many there will be, before there are any."""
+        """Return the number of ranks, before any is started."""
         nodes: int = self.num_nodes  # type: ignore[attr-defined]  # which the engines have
         return nodes * len(self.parallel_devices or ())
 
     def _configure_launcher(self) -> None:
-        # the first to be called with the number of ranks known: before processes are started, and before data
+        # here the number of ranks is known for the first time, before processes are started and data is read
         check_sizes(self._ranks(), self._sequence_parallel_size)
         super()._configure_launcher()
         watch_launcher()
         if type(self._launcher) is _SubprocessScriptLauncher:
-            given = self._launcher
-            self._launcher = WatchedLauncher(given.cluster_environment, given.num_processes, given.num_nodes)
+            stock = self._launcher
+            self._launcher = WatchedLauncher(stock.cluster_environment, stock.num_processes, stock.num_nodes)
 
     @property
     def root_device(self) -> torch.device:
@@ -162,7 +142,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         return self.parallel_devices[self.local_rank]
 
     def _make_context(self) -> None:
-        """Once the ranks are connected, and once for all runs of a Trainer."""
+        """Make the context when the ranks are connected, once for all runs of a Trainer."""
         if self.sequence_context.mesh is not None:
             return
         mesh = sequence_mesh(self._sequence_parallel_size, self.root_device.type, self.timeout)
@@ -186,16 +166,16 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         dist.barrier(device_ids=[self.root_device.index] if is_nccl else None)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not _distributed_is_initialized() or dist.get_backend() == "fake":  # which would hang, or give nothing
+        if not _distributed_is_initialized() or dist.get_backend() == "fake":  # which would hang, or return None
             return obj
-        held = [obj]
-        dist.broadcast_object_list(held, src, group=dist.group.WORLD)
-        return held[0]
+        values = [obj]
+        dist.broadcast_object_list(values, src, group=dist.group.WORLD)
+        return values[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if torch.is_tensor(tensor) else tensor
 
-    # What `sequence_context(module)` offers
+    # The same as of `sequence_context(module)`
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -223,12 +203,11 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
-        if self.accumulate == "tokens" and not self.lightning_module.automatic_optimization:
-            raise ValueError("accumulate must be 'batches' with manual optimisation, which weights its losses itself")
-        if trainer.state.fn == TrainerFn.FITTING and not any(isinstance(c, Preemption) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            trainer.callbacks.append(Preemption())  # type: ignore[attr-defined]
+        check_accumulation(self.accumulate, self.lightning_module)
+        if self.preemption and trainer.state.fn == TrainerFn.FITTING:
+            _add_preemption(trainer)
         self._compared.clear()
-        self.sequence_context.window.close(1)  # what an interrupted run may have left
+        self.sequence_context.window.close(1)  # an interrupted run may have left it open
         hand_down(self.lightning_module, self.sequence_context)
         super().setup(trainer)
 
@@ -240,7 +219,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int) -> None:
-        """The first batch of each loader in each epoch: those who share sequences must have the same."""
+        """Compare the first batch of each loader in each epoch over the ranks that share sequences."""
         trainer = module.trainer
         when = str(trainer.state.stage), trainer.current_epoch, dataloader_idx
         if when not in self._compared:
@@ -256,29 +235,14 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         assert self.lightning_module is not None
         context, loop = self.sequence_context, self.lightning_module.trainer.fit_loop.epoch_loop
         context.begin_step(loop.total_batch_idx)
-        if self.accumulate == "batches":
-            output = super().training_step(*args, **kwargs)
-            self._check_split()
-            return output
-        context.window.open()
-        before = context.window.means
+        if self.accumulate == "tokens":
+            context.window.open()
+        means = context.window.means
         output = super().training_step(*args, **kwargs)
-        self._check_split()
-        if (means := context.window.means - before) != 1:
-            raise ValueError(
-                f"accumulate='tokens' needs one token_mean with a gradient in each training_step, got {means}: detach "
-                f"what is only logged"
-            )
+        check_split(context)
+        if self.accumulate == "tokens":
+            check_means(context.window.means - means)
         return output
-
-    def _check_split(self) -> None:
-        """A batch may stay whole for a model that splits what it makes of it; one that does not would do all twice."""
-        size = self.sequence_context.sequence_parallel_size
-        if size > 1 and self.sequence_context.length is None:
-            raise ValueError(
-                f"sequence_parallel_size must be 1 where no tensor of a batch is a sequence and the model begins none "
-                f"(see SequenceContext.begin_made), got {size}"
-            )
 
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
@@ -291,18 +255,11 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
                     parameter.grad.mul_(factor)
 
     def on_predict_start(self) -> None:
-        """Samples are not repeated for prediction: a group that has fewer would leave the others waiting for it."""
         super().on_predict_start()
         assert self.lightning_module is not None
-        context, loop = self.sequence_context, self.lightning_module.trainer.predict_loop
-        if context.data_parallel_group is not None and self._gathers_parameters:
-            (batches,) = gathered([int(min(sum(loop.max_batches), 2**62))], context.data_parallel_group)
-            if len(set(batches)) > 1:
-                raise ValueError(
-                    f"with {self.sharding!r} all data-parallel groups must predict as many batches, as their ranks "
-                    f"gather parameters together, got {', '.join(map(str, batches))}: make the number of samples a "
-                    f"multiple of {len(batches)} times the batch size, or take 'ddp'"
-                )
+        if gathers_parameters(self.sharding):
+            batches = self.lightning_module.trainer.predict_loop.max_batches
+            check_predicted_batches(self.sequence_context, self.sharding, batches)
 
     def on_train_end(self) -> None:
         self.sequence_context.begin(None)
@@ -333,15 +290,13 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         return trainer is not None and bool(trainer.interrupted)
 
 
-def _engine(sharding: str) -> type[RingSequenceParallelStrategy]:
-    if sharding not in get_args(Sharding):
-        allowed = ", ".join(map(repr, get_args(Sharding)))
-        raise ValueError(f"sharding must be one of {allowed}, got {sharding!r}")
-    room, name = {
-        "ddp": ("ddp", "DDPSequenceParallelStrategy"),
-        "hsdp": ("fsdp2", "FSDP2SequenceParallelStrategy"),
-        "fsdp2": ("fsdp2", "FSDP2SequenceParallelStrategy"),
-        "fsdp2_offload": ("fsdp2", "FSDP2SequenceParallelStrategy"),
-    }.get(sharding, ("deepspeed", "DeepSpeedSequenceParallelStrategy"))
-    found: type[RingSequenceParallelStrategy] = getattr(import_module(f"lightning_longnet.strategies.{room}"), name)
-    return found
+def _add_preemption(trainer: Trainer) -> None:
+    """Add the callback `Preemption` to a Trainer that has none."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(each, Preemption) for each in callbacks):
+        return
+    callbacks.append(Preemption())
+    rank_zero_info(
+        "RingSequenceParallelStrategy: added the callback Preemption, which saves a checkpoint at SIGTERM; "
+        "preemption=False leaves it out"
+    )

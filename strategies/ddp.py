@@ -11,7 +11,7 @@ from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 
 
 class DDPSequenceParallelStrategy(RingSequenceParallelStrategy, DDPStrategy):
-    """`RingSequenceParallelStrategy(sharding="ddp")`."""
+    """The strategy of the sharding "ddp"."""
 
     stock = DDPStrategy
 

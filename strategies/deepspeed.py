@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO stages 1, 2 and 3, on GPUs, and on CPUs for tests and for trying things out."""
+"""DeepSpeed: ZeRO stages 1, 2 and 3, on GPUs, and on CPUs for tests and trials."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 
+from lightning_longnet.sequence.agreement import fault_of_first
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 from lightning_longnet.strategies.universal import convert, saved_ranks
 
@@ -28,7 +29,7 @@ _STAGES: dict[str, dict[str, Any]] = {
 
 
 class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedStrategy):
-    """`RingSequenceParallelStrategy(sharding="deepspeed_stage_1")`, "_2", "_3" and "_3_offload"."""
+    """The strategy of the shardings "deepspeed_stage_1", "_2", "_3" and "_3_offload"."""
 
     stock = DeepSpeedStrategy
 
@@ -43,33 +44,33 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
                 "accumulate must be 'batches' with deepspeed, which holds the gradients itself: take 'fsdp2', 'hsdp' "
                 "or 'ddp' for 'tokens'"
             )
-        told: dict[str, Any] = {
+        options: dict[str, Any] = {
             "process_group_backend": process_group_backend,
             "timeout": timedelta(seconds=self.timeout),
         }
-        DeepSpeedStrategy.__init__(self, **told, **_STAGES[self.sharding], **engine)
+        DeepSpeedStrategy.__init__(self, **options, **_STAGES[self.sharding], **engine)
         assert isinstance(self.config, dict)
-        # any optimiser may be offloaded; deepspeed.ops.adam.DeepSpeedCPUAdam, which it wants, is compiled at run time
+        # any optimizer may be offloaded; the one that DeepSpeed requires, DeepSpeedCPUAdam, is compiled at run time
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
 
     @property
     def root_device(self) -> torch.device:
         device = super().root_device
-        return torch.device("cpu", 0) if device.type == "cpu" else device  # deepspeed wants an index
+        return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed needs an index
 
     def setup_environment(self) -> None:
         if self.root_device.type == "cuda":
             super().setup_environment()
         else:
-            ParallelStrategy.setup_environment(self)  # Lightning's own refuses all but CUDA
+            ParallelStrategy.setup_environment(self)  # Lightning's own raises an error on a CPU
             self._connect_on_cpu()
         self._make_context()
 
     def _connect_on_cpu(self) -> None:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # which deepspeed reads when it is first used
+        os.environ["DS_ACCELERATOR"] = "cpu"  # which DeepSpeed reads at its first use
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no building of C++ at run time
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile C++ at run time
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
@@ -90,12 +91,11 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """As saved by any number of ranks, which is converted where it is another than now."""
+        """Load a checkpoint of any number of ranks, and convert it first where that is not the number of now."""
         path = Path(self.broadcast(checkpoint_path))
         if saved_ranks(path) in (0, self.world_size):
             return super().load_checkpoint(path, weights_only)
-        fault = self.broadcast(convert(path) if self.is_global_zero else "")
-        if fault:
+        if fault := fault_of_first(self, lambda: convert(path)):
             raise RuntimeError(f"the checkpoint {path} cannot be made to fit {self.world_size} ranks: {fault}")
         config = self.deepspeed_engine._config
         config.load_universal_checkpoint = True

@@ -1,4 +1,4 @@
-"""A checkpoint in one file, whichever engine wrote it, into a module whose parameters are sharded."""
+"""Loading a checkpoint in one file, whichever engine wrote it, into a module whose parameters are sharded."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
 def load_file(
     path: Path, module: nn.Module, optimizers: Iterable[Optimizer], strict: bool, weights_only: bool | None
 ) -> dict[str, Any]:
-    """Gives back what it holds besides weights."""
-    held: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
-    _load_raw_module_state(held.pop("state_dict"), module, strict=strict)
+    """Load the weights and the optimizers' states, and return the rest of the checkpoint."""
+    checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+    _load_raw_module_state(checkpoint.pop("state_dict"), module, strict=strict)
     options = StateDictOptions(broadcast_from_rank0=True, full_state_dict=True, strict=strict)
-    for optimizer, state in zip(optimizers, held.get("optimizer_states", ()), strict=False):
+    for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", ()), strict=False):
         set_optimizer_state_dict(module, optimizer, _by_names(state, optimizer, module), options=options)
-    return held
+    return checkpoint
 
 
 def _by_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """Where parameters are numbered, as DDP's are: in the order of the optimizer's groups, not always the module's.
+    """Return an optimizer's state with names in the place of numbers, as DDP's states number their parameters.
 
-    Lightning takes it for the module's; what groups reorder, as those of weight decay do, would get others' moments.
+    The numbers are in the order of the optimizer's groups.  Lightning takes it for the module's order, so that groups
+    which reorder parameters, as those of weight decay do, would get the moments of others.
     """
     saved = list(chain.from_iterable(group["params"] for group in state["param_groups"]))
     if not all(isinstance(each, int) for each in saved):

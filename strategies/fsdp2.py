@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and optimiser states sharded over all ranks, or over those that share a sequence."""
+"""FSDP2: parameters, gradients and optimizer states sharded over all ranks, or over those that share a sequence."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ _ENTRIES = ("training_step", "validation_step", "test_step", "predict_step", "ge
 
 
 class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelStrategy):
-    """`RingSequenceParallelStrategy(sharding="fsdp2")`, "fsdp2_offload" and "hsdp".
+    """The strategy of the shardings "fsdp2", "fsdp2_offload" and "hsdp".
 
-    A module whose `configure_model` applies `fully_shard` keeps its own way; else each block, an entry of an
-    `nn.ModuleList` or `nn.Sequential`, is sharded as a unit, and then the whole.
+    A module whose `configure_model` applies `fully_shard` stays as it is.  Of others each block, an entry of an
+    `nn.ModuleList` or `nn.Sequential`, is sharded as a unit, and then the whole module.
     """
 
     stock = ModelParallelStrategy
 
     def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
-        told: dict[str, Any] = {
+        options: dict[str, Any] = {
             "process_group_backend": process_group_backend,
             "timeout": timedelta(seconds=self.timeout),
         }
-        ModelParallelStrategy.__init__(self, data_parallel_size=1, tensor_parallel_size=1, **told, **engine)
+        ModelParallelStrategy.__init__(self, data_parallel_size=1, tensor_parallel_size=1, **options, **engine)
 
     def setup_environment(self) -> None:
         ParallelStrategy.setup_environment(self)  # without the mesh of data and tensor parallelism
@@ -62,15 +62,15 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
             for each in (module, *_averages(trainer)):
                 self._shard(each)
         if not is_overridden("configure_model", module):
-            setattr(module, "configure_model", MethodType(lambda _: None, module))  # noqa: B010  Lightning wants one
+            setattr(module, "configure_model", MethodType(lambda _: None, module))  # noqa: B010  Lightning requires one
         super().setup(trainer)
 
     def _shard(self, module: nn.Module) -> None:
         for tensor in (*module.parameters(), *module.buffers()):
             if not tensor.is_meta:
-                held = tensor.data.to(self.root_device)  # NCCL takes nothing else
-                dist.broadcast(held, src=0)  # each rank may have drawn its own
-                tensor.data.copy_(held)
+                values = tensor.data.to(self.root_device)  # NCCL takes nothing else
+                dist.broadcast(values, src=0)  # each rank may have initialized its own
+                tensor.data.copy_(values)
         settings: dict[str, Any] = {"mesh": self._shard_mesh()}
         if self.sharding == "fsdp2_offload":
             settings["offload_policy"] = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")
@@ -78,7 +78,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
             fully_shard(block, **settings)
         fully_shard(module, **settings)
         for name in _ENTRIES:
-            if hasattr(module, name):  # what calls parts of the module must find their parameters whole
+            if hasattr(module, name):  # a method that calls parts of the module needs their whole parameters
                 register_fsdp_forward_method(module, name)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     def pre_backward(self, closure_loss: Tensor) -> None:
         super().pre_backward(closure_loss)
         if self._is_manual():
-            # it hangs its hooks on what the forward returns, and the backward begins elsewhere
+            # FSDP registers its hooks on what the forward returns, but the backward begins at the loss
             self._root()._get_fsdp_state()._register_pre_backward_hook(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -102,12 +102,12 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         self._gather_again()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().optimizer_step(*args, **kwargs)
+        result = super().optimizer_step(*args, **kwargs)
         self._gather_again()
-        return found
+        return result
 
     def _gather_again(self) -> None:
-        """The step may go on with the model, whose parameters the backward has freed or the optimiser changed."""
+        """Gather parameters again, which the backward freed or the optimizer changed: the step may go on with them."""
         if self._is_manual():
             self._root().reshard()
             self._root().unshard()
@@ -138,7 +138,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
 
 def _averages(trainer: Trainer) -> Iterator[nn.Module]:
-    """The copies of the model in which Lightning's callbacks average weights, made before anything is sharded."""
+    """Yield the copies of the model in which Lightning's callbacks average weights, made before it is sharded."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average = getattr(callback, "_average_model", None)
         if isinstance(average, AveragedModel):
@@ -148,7 +148,7 @@ def _averages(trainer: Trainer) -> Iterator[nn.Module]:
 
 
 def _check_sharding(module: nn.Module) -> None:
-    """What the user has sharded must be over all ranks, or gradients are averaged over some of them alone."""
+    """Raise a ValueError where the user sharded over some ranks only, as gradients would be averaged over those."""
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor) and parameter.device_mesh.size() != dist.get_world_size():
             raise ValueError(
@@ -159,15 +159,15 @@ def _check_sharding(module: nn.Module) -> None:
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
-    """The outermost entries of lists that are made of modules and share no parameter with anything else."""
+    """Return the outermost entries of lists of modules that have children and share no parameter with other modules."""
     owned = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
     def is_unit(entry: nn.Module) -> bool:
         inside = Counter(id(parameter) for _, parameter in entry.named_parameters(remove_duplicate=False))
         return bool(inside) and all(owned[each] == times for each, times in inside.items())
 
-    found = [entry for entry in _entries(module) if any(True for _ in entry.children())]
-    return [entry for entry in dict.fromkeys(found) if is_unit(entry)]
+    entries = [entry for entry in _entries(module) if any(True for _ in entry.children())]
+    return [entry for entry in dict.fromkeys(entries) if is_unit(entry)]
 
 
 def _entries(module: nn.Module) -> Iterator[nn.Module]:

@@ -1,7 +1,7 @@
-"""Lightning's launcher, and the end of what it started: no process outlives the others.
+"""Lightning's launcher for a node, with a watch: no process that it started outlives the others.
 
-A rank that is killed cannot tell the others.  Those that are in a collective learn of it by an error, but not those
-that wait for the ranks to connect, or for data, nor those that a debugger or a signal has stopped.
+A rank that is killed cannot notify the others.  Those in a collective get an error, but not those that wait for the
+ranks to connect, or for data, nor those that a debugger or a signal has stopped.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ _PARENT = "LIGHTNING_LONGNET_LAUNCHER"
 
 
 class WatchedLauncher(_SubprocessScriptLauncher):
-    """Starts the other ranks of a node; those end when it does, and it ends them where it fails."""
+    """Starts the other ranks of a node, which end when it ends, and ends them where it fails."""
 
     def _call_children_scripts(self) -> None:
         os.environ[_PARENT] = str(os.getpid())
         try:
             super()._call_children_scripts()
         finally:
-            del os.environ[_PARENT]  # what is started besides is nothing of ours
+            del os.environ[_PARENT]  # other processes that this one starts must not watch it
 
     def end_children(self) -> None:
+        """Kill the ranks that have not ended after `GRACE` seconds."""
         end = time.monotonic() + GRACE
         for process in self.procs:
             try:
@@ -38,7 +39,7 @@ class WatchedLauncher(_SubprocessScriptLauncher):
 
 
 def watch_launcher() -> None:
-    """In a process that a `WatchedLauncher` has started; others are not concerned."""
+    """Start the watch in a process that a `WatchedLauncher` has started; do nothing in others."""
     parent = os.environ.pop(_PARENT, None)
     if parent is not None:
         threading.Thread(target=_watch, args=(int(parent),), name="launcher-watch", daemon=True).start()
@@ -48,5 +49,5 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
     time.sleep(GRACE)
-    # a process that hangs in a collective does not look at anything else
+    # a process that hangs in a collective handles no other signal
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A run that was stopped in the middle of an epoch goes on with the batch that follows."""
+"""Resuming in the middle of an epoch with the batch that follows."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def skip_finished_batches(trainer: Trainer) -> None:
-    """Leave out the batches that were trained on before the checkpoint: Lightning begins the epoch's data anew.
+    """Skip the batches that were trained on before the checkpoint, as Lightning begins the epoch's data anew.
 
-    A sampler that can `skip_samples` does so, as that of our data modules.  Of others they are read again, and thrown
-    away.  The order of the epoch must not depend on what was drawn before: samplers
-    with a `set_epoch`, as those that Lightning puts in, are told the epoch.  Loaders that keep their own place are left
-    alone, and so is a `training_step` that draws from the iterator itself.
+    A sampler with `skip_samples`, as our data modules have, skips them without reading.  Batches of other samplers are
+    read again and thrown away.  The order of an epoch must not depend on earlier random numbers, so `set_epoch` is
+    called on samplers that have it, as those that Lightning inserts.  Loaders that keep their own state are left alone,
+    and so is a `training_step` that takes the iterator itself.
     """
     loop = trainer.fit_loop.epoch_loop
     epoch = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
@@ -25,12 +25,12 @@ def skip_finished_batches(trainer: Trainer) -> None:
     if not trainer.fit_loop.is_resuming or loader is None or fetcher is None:
         return
     if loop.restarting and not loop.restarted_on_train_batch_end:
-        # attention dropout goes by this number; a step that was not finished is not to be counted twice
+        # the dropout mask depends on this number; a step that was not finished must not count twice
         loop.batch_progress.total.reset_on_restart()
     if isinstance(fetcher, _DataLoaderIterDataFetcher) or all(hasattr(x, "load_state_dict") for x in loader.flattened):
         return
     if epoch > 0:
-        # workers have begun to read in the order of epoch 0
+        # workers have begun to read in the order of epoch 0, so the iterator is made again
         for each in loader.flattened:
             _set_sampler_epoch(each, epoch)
         iter(fetcher)
@@ -40,7 +40,7 @@ def skip_finished_batches(trainer: Trainer) -> None:
     sampler: Any = getattr(loader.flattened[0], "sampler", None)
     if len(loader.flattened) == 1 and hasattr(sampler, "skip_samples"):
         sampler.skip_samples(finished * loader.flattened[0].batch_size)
-        iter(fetcher)  # which begins to count anew; the loop adds those that are left out
+        iter(fetcher)  # which counts from 0; the loop adds the skipped batches
         return
     for done in range(finished):
         try:
@@ -50,4 +50,4 @@ def skip_finished_batches(trainer: Trainer) -> None:
                 f"the checkpoint was saved after {finished} batches of an epoch, and the training data has {done}: "
                 f"resume with the data, the batch size and the number of ranks that it was saved with"
             ) from None
-    fetcher.fetched -= finished  # the loop adds them itself
+    fetcher.fetched -= finished  # the loop adds the skipped batches itself

@@ -1,4 +1,4 @@
-"""The seed that attention dropout follows."""
+"""The seed of attention dropout."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import torch
 
 
 def dropout_seed() -> int:
-    """That of `seed_everything`, so that a run can be repeated; else one of this process."""
-    given = os.environ.get("PL_GLOBAL_SEED")
-    return int(given) if given is not None else torch.initial_seed() % 2**63
+    """Return the seed of `seed_everything`, so that a run can be repeated; else torch's seed in this process."""
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return int(seed) if seed is not None else torch.initial_seed() % 2**63

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from lightning_longnet import attend
-from lightning_longnet.attention.kernels.call import Call, Draw
+from lightning_longnet.attention.kernels.call import Call, DropoutMask
 from lightning_longnet.attention.kernels.dropout import Dropout
 from lightning_longnet.attention.plan.blocks import Block
 from lightning_longnet.attention.plan.lattice import Lattice
@@ -61,7 +61,7 @@ def compare_block(kernel, case, dropout=0.0, value_dim=None, dtype=torch.float64
             torch.randint(-(2**31), 2**31, (batch, *n), generator=generator, dtype=torch.int32) | 1
             for n in ((heads, queries), (kv_heads, keys))
         ]
-        draw = Draw(Dropout(dropout, 0), *words)
+        draw = DropoutMask(Dropout(dropout, 0), *words)
         keeps = draw.dropout.keeps(words[0][..., None], words[1].repeat_interleave(group, 1)[:, :, None])
         share *= (keeps != 0) / (1 - dropout)
     scale = 0.4 * (4 / dim) ** 0.5
@@ -76,7 +76,7 @@ def compare_block(kernel, case, dropout=0.0, value_dim=None, dtype=torch.float64
 
     # as a lattice reads them: heads side by side in a row, samples behind one another
     q, k, v, grad = (x.to(device, dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, grad))
-    draw = draw and Draw(draw.dropout, *(words.to(device) for words in draw[1:]))
+    draw = draw and DropoutMask(draw.dropout, *(words.to(device) for words in draw[1:]))
     call = Call(Block(SOME, SOME, low, high), scale, None if hidden is None else hidden.to(device), draw)
     out, lse = kernel.forward(q, k, v, call)
     assert torch.equal((lse == -torch.inf).cpu(), empty)

@@ -112,7 +112,7 @@ def cases(draw):
 def planned(distinct, tile):
     """Pairs computed once wherever branches allow it, however little it saves, or never; in tiles of this size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "DISTINCT_PAYS", 1e9 if distinct else -1)
+        patch.setattr(plan, "WEIGHTS_PAY", 1e9 if distinct else -1)
         patch.setattr(overlap, "REPEAT_TILE", tile)
         patch.setattr(runs, "BAND_ROWS", (1, tile))
         patch.setattr(runs, "BAND_SPLIT", 4 if distinct else 512)

@@ -23,6 +23,7 @@ PACKAGE = ROOT / "lightning_longnet"
 # The folders of the package, and which others the files of each may import.  `torch` marks those that import nothing
 # from outside but torch and the standard library; imports for annotations alone are free within the package.
 CORE = ["attention.pattern", "attention.plan", "attention.kernels", "attention.parallel", "attention"]
+TOP = ["registration", "__init__"]
 FOLDERS = {
     **{folder: CORE[: i + 1] for i, folder in enumerate(CORE)},
     "sequence": [*CORE],
@@ -34,9 +35,9 @@ FOLDERS = {
     "compat": [*CORE, "layers"],
     "data": ["sequence", "layers"],
     "report": [*CORE],
-    "planning": [*CORE, "sequence", "layers", "models", "callbacks", "cli", "registration"],
+    "planning": [*CORE, "sequence", "layers", "models"],
     "callbacks": [*CORE, "sequence", "layers", "report", "planning", "__init__"],
-    "cli": [*CORE, "callbacks", "checkpointing", "data", "models", "planning", "report", "training", "__init__"],
+    "cli": [*CORE, "models", "checkpointing", "training", "data", "report", "planning", "callbacks", *TOP],
 }
 TORCH_ONLY = [*CORE, "sequence", "layers", "models"]
 

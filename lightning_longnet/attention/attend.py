@@ -1,29 +1,32 @@
-"""`attend`: exact dilated attention, one autograd.Function over two operators."""
+"""`attend`: exact attention over a pattern, on one process or over the ranks that share a sequence."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention import operators
+from lightning_longnet.attention import op
 from lightning_longnet.attention.checks import (
-    Mix,
-    checked_call,
+    AttendOptions,
+    PreparedCall,
     checked_padding,
     checked_probability,
     checked_tensors,
+    prepared_call,
     request_of,
 )
 from lightning_longnet.attention.kernels import Explanation, judge, reference
 from lightning_longnet.attention.kernels.dropout import Dropout
-from lightning_longnet.attention.parallel import sharded
-from lightning_longnet.attention.parallel.shard import SequenceShard
+from lightning_longnet.attention.parallel.calls import call_kind
+from lightning_longnet.attention.parallel.shard import SequenceShard, reported
 from lightning_longnet.attention.pattern.pattern import Pattern  # noqa: TC001  for the examples below
 
 if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.schedule import Exchange
+    from lightning_longnet.attention.pattern.ordering import Ordering
+    from lightning_longnet.attention.spec import Mix
 
 
 @overload
@@ -33,38 +36,14 @@ def attend(
     v: Tensor,
     pattern: Pattern,
     *,
-    documents: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    dropout: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
-    dropout_samples: tuple[int, int] = (0, 1),
-    scale: float | None = None,
-    mix: Mix = "exact",
-    kernel: str = "auto",
-    shard: SequenceShard | None = None,
-    exchange: Exchange = "auto",
     return_lse: Literal[False] = False,
+    **options: Unpack[AttendOptions],
 ) -> Tensor: ...
 
 
 @overload
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    *,
-    documents: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    dropout: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
-    dropout_samples: tuple[int, int] = (0, 1),
-    scale: float | None = None,
-    mix: Mix = "exact",
-    kernel: str = "auto",
-    shard: SequenceShard | None = None,
-    exchange: Exchange = "auto",
-    return_lse: Literal[True],
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, return_lse: Literal[True], **options: Unpack[AttendOptions]
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -84,9 +63,11 @@ def attend(
     kernel: str = "auto",
     shard: SequenceShard | None = None,
     exchange: Exchange = "auto",
+    ordering: Ordering = "raster",
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One softmax over all that the pattern shows each query.
+    """Compute one softmax over all keys that the pattern shows each query.
 
     Args:
         q: queries (B, N, H, D).
@@ -111,8 +92,11 @@ def attend(
             `dropout_seed` on all ranks.
         exchange: how keys reach the queries of other ranks: "gather", "ring", "swap", "local" where none has to, or
             "auto", the cheapest.
-        return_lse: return also the log-sum-exp of the scores, (B, H, N), natural log.  It carries no gradient, and the
-            backward reads it: change it only in a copy.
+        ordering: the line on which the pattern is drawn: the sequence itself ("raster"), or a Hilbert curve over it
+            ("hilbert"); see `sequence_hilbert_order`.
+        sinks: (H,) one more logit of the softmax for each query head, without a value: it takes weight from all keys.
+        return_lse: return also the log-sum-exp of the scores and the sink, (B, H, N), natural log.  It carries no
+            gradient, and the backward reads it: change it only in a copy.
 
     Returns:
         out (B, N, H, D), 0 where a query sees no key; with `return_lse` the pair (out, lse), lse -inf there.
@@ -121,26 +105,30 @@ def attend(
     >>> attend(q, k, v, Pattern.dilated((256, 1024), (1, 4), is_causal=True)).shape
     torch.Size([1, 1000, 4, 16])
     """
-    told = pattern, documents, key_padding_mask, dropout, dropout_seed, dropout_samples, scale, mix, kernel, exchange
-    try:
-        call = checked_call(q, k, v, *told, shard)
-    except (ValueError, RuntimeError, MemoryError) as error:
-        if isinstance(shard, SequenceShard):
-            shard.check({}, fault=str(error) or repr(error))  # the other ranks wait for this one
-        raise
-    q, k, v, documents, hidden, seed, scale, chosen = call
+    options: AttendOptions = {
+        "documents": documents,
+        "key_padding_mask": key_padding_mask,
+        "dropout": dropout,
+        "dropout_seed": dropout_seed,
+        "dropout_samples": dropout_samples,
+        "scale": scale,
+        "mix": mix,
+        "kernel": kernel,
+        "shard": shard,
+        "exchange": exchange,
+        "ordering": ordering,
+        "sinks": sinks,
+    }
     if shard is not None:
-        settings = sharded.Settings(
-            shard, pattern, scale, float(dropout), seed, *dropout_samples, chosen, mix, exchange, bool(return_lse)
-        )
-        out, lse = sharded.attend(q, k, v, settings, dropout_seed is not None)
-    elif chosen == reference.name and q.numel():
-        drops = None if seed is None else Dropout(dropout, int(seed), *dropout_samples)
-        out, lse = reference.attend(q, k, v, documents, hidden, drops, pattern, scale, mix)
+        with reported(shard):
+            call = prepared_call(q, k, v, pattern, options, return_lse)
+        out, lse = _attend_part(call, shard, dropout_seed is not None)
     else:
-        out, lse = _Attention.apply(  # type: ignore[no-untyped-call]
-            q, k, v, documents, hidden, seed, pattern.dumps(), scale, float(dropout), *dropout_samples, chosen, mix
-        )
+        call = prepared_call(q, k, v, pattern, options, return_lse)
+        if call.spec.kernel == reference.name and q.numel():
+            out, lse = _attend_reference(call)
+        else:
+            out, lse, _ = op.forward(*call[:7], call.spec.dumps(), None)
     return (out, lse) if return_lse else out
 
 
@@ -155,7 +143,7 @@ def explain(
     dropout: float = 0.0,
     kernel: str = "auto",
 ) -> Explanation:
-    """Which kernel `attend` would run on these tensors, which others could serve, and why the rest cannot.
+    """Return which kernel `attend` would run on these tensors, which others could serve, and why the rest cannot.
 
     >>> q = torch.zeros(1, 8, 2, 4)
     >>> print(explain(q, q, torch.zeros(1, 8, 2, 6), Pattern.dense()))
@@ -168,59 +156,30 @@ def explain(
     """
     q, k, v, _ = checked_tensors(q, k, v, pattern, documents)
     checked_probability(dropout)
-    return judge(kernel, request_of(q, v, pattern, checked_padding(key_padding_mask, q), dropout))
+    padding = checked_padding(key_padding_mask, q)
+    return judge(kernel, request_of(q, v, pattern, padding is not None, dropout > 0))
 
 
-def explain_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    *,
-    documents: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    dropout: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
-    dropout_samples: tuple[int, int] = (0, 1),
-    scale: float | None = None,
-    mix: Mix = "exact",
-    kernel: str = "auto",
-    shard: SequenceShard | None = None,
-    exchange: Exchange = "auto",
-    return_lse: bool = False,
-) -> Explanation:
-    """As `explain`, of all that `attend` is told: a ValueError is the one that it would raise.  No seed is drawn."""
-    seed = 0 if dropout_seed is None else dropout_seed
-    told = pattern, documents, key_padding_mask, dropout, seed, dropout_samples, scale, mix, kernel, exchange
-    call = checked_call(q, k, v, *told, shard)
-    return judge(kernel, request_of(call.q, call.v, pattern, call.hidden, dropout))
+def _attend_reference(call: PreparedCall) -> tuple[Tensor, Tensor]:
+    dropout = None
+    if call.seed is not None:
+        dropout = Dropout(call.spec.dropout, int(call.seed), call.spec.first_sample, call.spec.sample_step)
+    return reference.attend(call, dropout)
 
 
-class _Attention(torch.autograd.Function):
-    """Nothing flows through lse: the gradient of the softmax is that of its blocks, given the whole's out and lse."""
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_part(call: PreparedCall, shard: SequenceShard, is_seed_given: bool) -> tuple[Tensor, Tensor]:
+    """Attend over ranks; all ranks of the shard call it together.
 
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, pattern, scale, dropout, first, step, kernel, mix = args
-        out, lse = operators.forward(*tensors, pattern, scale, dropout, first, step, kernel)
-        q, k, v, *conditions = tensors
-        ctx.save_for_backward(q, k, v, out, lse, *conditions)
-        ctx.settings = pattern, scale, dropout, first, step, kernel, mix
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        grads = _Gradient.apply(grad, *ctx.saved_tensors, *ctx.settings)  # type: ignore[no-untyped-call]
-        return *grads, *(None for _ in range(10))
-
-
-class _Gradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = operators.backward(*args)
-        return dq, dk, dv
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("attend has no second derivative; kernel='reference' has")
+    A compiled graph breaks here: a pure operator may be dropped or reordered, and other ranks would wait for it.
+    """
+    # a seed differs from step to step, and ranks that draw their own each have another
+    seed = {"dropout_seed": int(call.seed)} if is_seed_given and call.seed is not None else {}
+    has_gradient = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (call.q, call.k, call.v, call.sinks)
+    )
+    beside = {"presence of a dropout_seed": bool(seed), "presence of a gradient": has_gradient}
+    kind = call_kind(call.q, call.k, call.v, call.spec)
+    shard.check(kind | {"presence of sinks": call.sinks is not None} | beside, seed)
+    out, lse, _ = op.forward(*call[:7], call.spec.dumps(), shard.number)
+    return out, lse

@@ -1,9 +1,9 @@
-"""What `attend` is told, as kernels take it; or a ValueError that names what is wrong."""
+"""The arguments of `attend`, checked: a `PreparedCall`, or a ValueError that names the argument that is wrong."""
 
 from __future__ import annotations
 
 from math import inf
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -11,59 +11,96 @@ from torch import Tensor
 from lightning_longnet.attention.kernels import Request, has_few_keys, reference, select
 from lightning_longnet.attention.parallel.schedule import Exchange
 from lightning_longnet.attention.parallel.shard import SequenceShard
+from lightning_longnet.attention.pattern.ordering import Ordering
 from lightning_longnet.attention.pattern.pattern import Pattern
+from lightning_longnet.attention.spec import AttentionSpec, Mix
 
-Mix = Literal["exact", "detached"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
-class Call(NamedTuple):
-    """The arguments of `attend`, as kernels take them."""
+class AttendOptions(TypedDict, total=False):
+    """The keyword arguments of `attend` but return_lse, which decides what it returns."""
+
+    documents: Tensor | None
+    key_padding_mask: Tensor | None
+    dropout: float
+    dropout_seed: int | Tensor | None
+    dropout_samples: tuple[int, int]
+    scale: float | None
+    mix: Mix
+    kernel: str
+    shard: SequenceShard | None
+    exchange: Exchange
+    ordering: Ordering
+    sinks: Tensor | None
+
+
+class PreparedCall(NamedTuple):
+    """A call as the operator takes it: its tensors, its spec, and what kernels judged it by."""
 
     q: Tensor
     k: Tensor
     v: Tensor
+    sinks: Tensor | None
     documents: Tensor | None
-    hidden: Tensor | None
+    key_padding_mask: Tensor | None
     seed: Tensor | None
-    scale: float
-    kernel: str
+    spec: AttentionSpec
+    request: Request
 
 
-def checked_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    documents: Tensor | None,
-    key_padding_mask: Tensor | None,
-    dropout: float,
-    dropout_seed: int | Tensor | None,
-    dropout_samples: tuple[int, int],
-    scale: float | None,
-    mix: str,
-    kernel: str,
-    exchange: str,
-    shard: SequenceShard | None,
-) -> Call:
-    q, k, v, documents = checked_tensors(q, k, v, pattern, documents)
-    for name, value, allowed in (("mix", mix, get_args(Mix)), ("exchange", exchange, get_args(Exchange))):
+def prepared_call(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Mapping[str, Any], return_lse: bool = False
+) -> PreparedCall:
+    """Check the arguments of `attend`, choose the kernel, and draw a seed where dropout was given none."""
+    get = options.get
+    shard, mix, exchange, ordering = (
+        get("shard"),
+        get("mix", "exact"),
+        get("exchange", "auto"),
+        get("ordering", "raster"),
+    )
+    dropout, samples, scale = get("dropout", 0.0), get("dropout_samples", (0, 1)), get("scale")
+    q, k, v, documents = checked_tensors(q, k, v, pattern, get("documents"))
+    for name, value, allowed in (
+        ("mix", mix, get_args(Mix)),
+        ("exchange", exchange, get_args(Exchange)),
+        ("ordering", ordering, get_args(Ordering)),
+    ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    if scale is None:
-        scale = q.shape[3] ** -0.5
-    if not isinstance(scale, (int, float)) or not 0 < scale < inf:
+    if scale is not None and (not isinstance(scale, (int, float)) or not 0 < scale < inf):
         raise ValueError(f"scale must be a positive, finite number, got {scale!r}")
-    hidden = checked_padding(key_padding_mask, q)
+    padding = checked_padding(get("key_padding_mask"), q)
+    kernel = get("kernel", "auto")
     if shard is not None:
-        _check_shard(shard, q, documents, hidden, kernel)
-        hidden = shard.key_padding_mask
-    seed = _seed(dropout, dropout_seed)
-    _check_samples(dropout_samples)
-    chosen = select(kernel, request_of(q, v, pattern, hidden, dropout))
-    return Call(q, k, v, documents, hidden, seed, float(scale), chosen)
+        _check_shard(shard, q, documents, padding, kernel)
+        padding = shard.key_padding_mask
+    if ordering != "raster":
+        _check_ordering(ordering, documents, shard, kernel)
+    sinks = _checked_sinks(get("sinks"), q, mix)
+    seed = _seed(dropout, get("dropout_seed"))
+    if not isinstance(samples, tuple) or len(samples) != 2 or not all(isinstance(n, int) for n in samples):
+        raise ValueError(f"dropout_samples must be two integers, (first, step), got {samples!r}")
+    request = request_of(q, v, pattern, padding is not None, dropout > 0)
+    spec = AttentionSpec(
+        pattern,
+        select(kernel, request),
+        None if scale is None else float(scale),
+        float(dropout),
+        samples[0],
+        samples[1],
+        mix,
+        exchange,
+        ordering,
+        return_lse or sinks is not None,
+    )
+    return PreparedCall(q, k, v, sinks, documents, None if shard is not None else padding, seed, spec, request)
 
 
-def request_of(q: Tensor, v: Tensor, pattern: Pattern, hidden: Tensor | None, dropout: float) -> Request:
+def request_of(q: Tensor, v: Tensor, pattern: Pattern, is_padded: bool, has_dropout: bool) -> Request:
+    """Return what kernels judge a call by."""
     return Request(
         q.device.type,
         q.dtype,
@@ -71,8 +108,8 @@ def request_of(q: Tensor, v: Tensor, pattern: Pattern, hidden: Tensor | None, dr
         q.shape[2],
         q.shape[3],
         v.shape[3],
-        hidden is not None,
-        dropout > 0,
+        is_padded,
+        has_dropout,
         _capability(q.device.index) if q.device.type == "cuda" else None,
         has_few_keys(pattern),
     )
@@ -86,7 +123,7 @@ def _capability(index: int) -> tuple[int, int]:
 def checked_tensors(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, documents: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The arguments as the operator wants them, or a ValueError that names the one that is wrong."""
+    """Return the tensors in one type and the documents as (B, N), or raise a ValueError that names the wrong one."""
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern must be a Pattern, got {type(pattern).__name__}: see Pattern.dilated, dense, window")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -135,12 +172,14 @@ def _documents(documents: Tensor | None, q: Tensor) -> Tensor | None:
     return documents.expand(q.shape[:2])
 
 
-def _check_shard(shard: SequenceShard, q: Tensor, documents: Tensor | None, hidden: Tensor | None, kernel: str) -> None:
+def _check_shard(
+    shard: SequenceShard, q: Tensor, documents: Tensor | None, padding: Tensor | None, kernel: str
+) -> None:
     if not isinstance(shard, SequenceShard):
         raise ValueError(f"shard must be a SequenceShard, got {type(shard).__name__}")
     if kernel == reference.name:
         raise ValueError("kernel must serve blocks where a shard is given, got 'reference'")
-    for name, x in (("documents", documents), ("key_padding_mask", hidden)):
+    for name, x in (("documents", documents), ("key_padding_mask", padding)):
         if x is not None:
             raise ValueError(f"{name} must be None where a shard is given, which was made with its own")
     here = shard.placement.lengths[shard.rank]
@@ -172,7 +211,7 @@ def checked_probability(dropout: float) -> None:
 
 
 def _seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:
-    """None where nothing is dropped."""
+    """Return the seed as a tensor, or None where nothing is dropped."""
     checked_probability(dropout)
     if isinstance(seed, Tensor):
         if seed.dtype.is_floating_point or seed.dtype.is_complex or seed.numel() != 1 or seed.device.type != "cpu":
@@ -191,6 +230,22 @@ def _seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:
     return torch.tensor(seed, device="cpu")
 
 
-def _check_samples(samples: tuple[int, int]) -> None:
-    if not isinstance(samples, tuple) or len(samples) != 2 or not all(isinstance(n, int) for n in samples):
-        raise ValueError(f"dropout_samples must be two integers, (first, step), got {samples!r}")
+def _check_ordering(ordering: Ordering, documents: Tensor | None, shard: SequenceShard | None, kernel: str) -> None:
+    """Raise a ValueError where rows cannot be reordered."""
+    if documents is not None or (shard is not None and any(len(cuts) > 2 for cuts in shard.cuts)):
+        raise ValueError(f"documents must be None where ordering is {ordering!r}: its curve runs over all")
+    if kernel == reference.name:
+        raise ValueError(f"kernel must serve blocks where ordering is {ordering!r}, got 'reference'")
+
+
+def _checked_sinks(sinks: Tensor | None, q: Tensor, mix: Mix) -> Tensor | None:
+    if sinks is None:
+        return None
+    if not isinstance(sinks, Tensor) or not sinks.dtype.is_floating_point or sinks.shape != q.shape[2:3]:
+        got = f"{sinks.dtype} {tuple(sinks.shape)}" if isinstance(sinks, Tensor) else type(sinks).__name__
+        raise ValueError(f"sinks must be a floating-point tensor of one logit a head, ({q.shape[2]},), got {got}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks must be on the device of q, {q.device}, got {sinks.device}")
+    if mix == "detached":
+        raise ValueError("sinks must be None where mix is 'detached', whose branches are no one softmax")
+    return sinks

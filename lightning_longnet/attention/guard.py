@@ -1,24 +1,25 @@
-"""What stands between a run and its surprises: kernels tried before they are used, memory looked at, failures told."""
+"""`Guard`: tries kernels and looks at the memory before the first step, and adds advice to errors."""
 
 from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from itertools import product
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.attention.attend import attend, explain, explain_call
-from lightning_longnet.attention.kernels import kernel_names, reference
-from lightning_longnet.attention.parallel.shard import SequenceShard
-from lightning_longnet.attention.pattern.pattern import Pattern
+from lightning_longnet.attention.attend import attend
+from lightning_longnet.attention.checks import prepared_call
+from lightning_longnet.attention.kernels import judge, kernel_names, reference
+from lightning_longnet.attention.parallel.shard import SequenceShard, reported
+from lightning_longnet.attention.trial import free_bytes, kernel_fault, needed_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lightning_longnet.attention.checks import AttendOptions
+    from lightning_longnet.attention.pattern.pattern import Pattern
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +29,38 @@ _LESS_MEMORY = (
 )
 
 
+def guarded_attend(
+    guard: Guard | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    is_placed: bool = False,
+    **options: Unpack[AttendOptions],
+) -> Tensor:
+    """Call `attend` with the kernel that a guard has chosen, or as it is where there is no guard.
+
+    `is_placed` says that whole sequences are meant to be on one rank though there are others.
+    """
+    if guard is None:
+        return attend(q, k, v, pattern, **options)
+    out: Tensor = guard.attend(q, k, v, pattern, is_placed=is_placed, **options)
+    return out
+
+
 class _Kind(NamedTuple):
-    """Of calls that one preflight serves: what all ranks that share sequences have in common."""
+    """What calls that share a preflight have in common on all ranks that share sequences.
+
+    `group` names the ranks that agreed on the verdict; None is a verdict of one rank for its whole sequences.
+    """
 
     device: str
     dtype: torch.dtype
     head_dim: int
     value_dim: int
     has_dropout: bool
-    group: str | None  # that agreed; a verdict of one rank alone holds for its whole sequences
+    group: str | None
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -44,16 +68,16 @@ class _Kind(NamedTuple):
 
 
 class Guard:
-    """`attend` with a preflight.  The layers of a model share one.
+    """A preflight of `attend` and a handler of its errors.  The layers of a model share one.
 
-    Before the first call of a kind each kernel is tried on a few tokens, forward and backward, and compared with the
-    equation; one that raises, or is wrong, is not used on any of the ranks that share sequences, which agree on it.
-    The next kernel that serves replaces it.  The memory that is free is compared with what that call's results need at
-    the least, and where that is too little on one rank, all of them end before the first step.  Later calls of the kind
-    are not looked at again, longer ones neither.
+    Before the first call of a kind the guard tries each kernel on a few tokens, forward and backward, and compares it
+    with the equation.  A kernel that raises or is wrong runs on none of the ranks that share sequences, which agree on
+    it; the next kernel that serves replaces it.  The guard also compares the free memory with what the results of the
+    call need at the least, and where that is too little on one rank, all of them end before the first step.  It does
+    not look at later calls of the kind, nor at longer ones.
 
-    An error in the middle of a step ends all ranks: that of one is told with advice, the others' with whom they waited
-    for.  Nothing is guessed and no call is repeated on fewer devices.
+    An error in the middle of a step ends all ranks: the guard adds advice to the error of the rank that failed, and to
+    those of the ranks that waited for it.  It guesses nothing and repeats no call on fewer devices.
 
     Each event is a line of the logger "lightning_longnet.attention.guard".
 
@@ -66,6 +90,7 @@ class Guard:
         self._broken: dict[_Kind, dict[str, str]] = {}
         self._announced: set[tuple[_Kind, str]] = set()
         self._has_warned = False
+        self._memory: tuple[int, int | None] = 0, None  # of the latest preflight: needed and free bytes
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(
@@ -75,22 +100,23 @@ class Guard:
         v: Tensor,
         pattern: Pattern,
         *,
-        kernel: str = "auto",
-        shard: SequenceShard | None = None,
         is_placed: bool = False,
-        **settings: Any,
+        **options: Any,
     ) -> Tensor:
-        """As `attend`.  With `is_placed` whole sequences are meant to be on one rank, though there are others."""
-        told: dict[str, Any] = {**settings, "shard": shard}
-        chosen = self._chosen(q, k, v, pattern, kernel, told)
+        """Call `attend` with a kernel that has passed the preflight.
+
+        `is_placed` says that whole sequences are meant to be on one rank though there are others.
+        """
+        shard: SequenceShard | None = options.get("shard")
+        options["kernel"] = self._kernel(q, k, v, pattern, options)
         if isinstance(shard, SequenceShard):
-            with shard.comm.heard(self._failed):
-                part: Tensor = attend(q, k, v, pattern, kernel=chosen, **told)
+            with shard.comm.failures_to(self._failed):
+                part: Tensor = attend(q, k, v, pattern, **options)
             return part
         if not is_placed:
             self._warn_of_ranks()
         try:
-            out: Tensor = attend(q, k, v, pattern, kernel=chosen, **told)
+            out: Tensor = attend(q, k, v, pattern, **options)
         except RuntimeError as error:
             self._failed(error, f"attention over {q.shape[1]:,} tokens failed")
             raise
@@ -98,102 +124,104 @@ class Guard:
 
     # Preflight
 
-    def _chosen(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kernel: str, told: dict[str, Any]) -> str:
-        shard: SequenceShard | None = told["shard"]
+    def _kernel(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]) -> str:
+        """Return the name of the kernel that is to run."""
+        shard, kernel = options.get("shard"), options.get("kernel", "auto")
         group = shard.comm.group.group_name if isinstance(shard, SequenceShard) else None
         try:
-            said = explain_call(q, k, v, pattern, kernel=kernel, **told)
+            # with a seed, so that none is drawn: `attend` draws its own
+            seeded = {**options, "dropout_seed": options.get("dropout_seed") or 0}
+            explanation = judge(kernel, prepared_call(q, k, v, pattern, seeded).request)
         except ValueError as error:
             if isinstance(shard, SequenceShard) and all(kind.group != group for kind in self._broken):
-                shard.agree([], fault=str(error))  # where the other ranks wait for this one
+                shard.agree([], fault=str(error))  # the other ranks wait there, for the first preflight of the group
                 raise
-            return kernel  # `attend` says so, and tells the other ranks
-        assert said.chosen is not None
-        kind = _Kind(q.device.type, said.request.dtype, q.shape[3], v.shape[3], told.get("dropout", 0.0) > 0, group)
+            return str(kernel)  # `attend` raises the error, and reports it to the other ranks
+        assert explanation.chosen is not None
+        dtype, has_dropout = explanation.request.dtype, options.get("dropout", 0.0) > 0
+        kind = _Kind(q.device.type, dtype, q.shape[3], v.shape[3], has_dropout, group)
+        serving = [verdict.kernel for verdict in explanation.verdicts if not verdict.refusals]
         if kind not in self._broken:
-            names = [verdict.kernel for verdict in said.verdicts if not verdict.refusals]
-            self._broken[kind] = self._preflight(kind, q, k, v, pattern, told, names)
+            self._broken[kind] = self._preflight(kind, q, k, v, pattern, options)
+            self._log_preflight(kind, shard, [name for name in serving if name not in self._broken[kind]])
         broken = self._broken[kind]
-        others = [verdict.kernel for verdict in said.verdicts if not verdict.refusals and verdict.kernel != said.chosen]
-        serving = [
-            name
-            for name in (said.chosen, *others)
-            if name not in broken and not (shard is not None and name == reference.name)
-        ]
-        if not serving:
+        serving.sort(key=lambda name: name != explanation.chosen)
+        working = [name for name in serving if name not in broken]
+        if shard is not None:
+            working = [name for name in working if name != reference.name]
+        if not working:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
-            fault = f"{_rank(shard)}: no kernel can serve this call, as each that could has failed: {reasons}"
-            if shard is not None:
-                shard.check({}, fault=fault)
-            raise ValueError(fault)
-        if serving[0] != said.chosen and (kind, said.chosen) not in self._announced:
-            self._announced.add((kind, said.chosen))
+            with reported(shard):
+                raise ValueError(
+                    f"{_rank(shard)}: no kernel can serve this call, as each that could has failed: {reasons}"
+                )
+        if working[0] != explanation.chosen and (kind, explanation.chosen) not in self._announced:
+            self._announced.add((kind, explanation.chosen))
             self.counts["replacements"] += 1
-            words = "%s: kernel %r is replaced with %r for calls on %s: %s"
-            logger.warning(words, _rank(shard), said.chosen, serving[0], kind, broken[said.chosen])
-        return serving[0]
+            message = "%s: kernel %r is replaced with %r for calls on %s: %s"
+            logger.warning(message, _rank(shard), explanation.chosen, working[0], kind, broken[explanation.chosen])
+        return working[0]
 
     def _preflight(
-        self,
-        kind: _Kind,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pattern: Pattern,
-        told: dict[str, Any],
-        serving: list[str],
+        self, kind: _Kind, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]
     ) -> dict[str, str]:
-        """Why kernels must not be used, by their names; the same names on all ranks of the shard."""
-        shard: SequenceShard | None = told["shard"]
+        """Return why kernels must not run, by their names; the same names on all ranks of the shard."""
+        shard: SequenceShard | None = options.get("shard")
         names = kernel_names()
-        # A thread of its own knows nothing of what the call may stand in: inference mode, autocast, and checkpoints,
-        # which would count what the trial saves
+        # A thread of its own is in no inference mode, autocast or checkpoint, which would count what the trial saves
         with ThreadPoolExecutor(1) as thread:
-            found = thread.map(lambda name: _fault(name, kind, q, k, pattern, told), names)
-            broken = {name: fault for name, fault in zip(names, found, strict=True) if fault}
-        needed, free = _needed_bytes(q, k, v, kind.dtype), _free_bytes(q.device)
+            faults = thread.map(lambda name: kernel_fault(name, kind.dtype, q, k, v, pattern, options), names)
+            broken = {name: fault for name, fault in zip(names, faults, strict=True) if fault}
+        needed, free = needed_bytes(q, k, v, kind.dtype), free_bytes(q.device)
         is_short = free is not None and needed > free
         everywhere = [[int(name in broken) for name in names] + [int(is_short)]]
         own = 0
         if shard is not None:
             everywhere, own = shard.agree(everywhere[0]), shard.rank
-        if any(found[-1] for found in everywhere):
+        if any(verdict[-1] for verdict in everywhere):
             self.counts["refusals"] += 1
             shown = "unknown" if free is None else f"{free / 2**20:,.0f} MiB"
             fault = (
                 f"{_rank(shard)}: this call's results alone need {needed / 2**20:,.0f} MiB, and free are {shown}"
                 if is_short
-                else f"{_rank(shard)}: another rank, {[f[-1] for f in everywhere].index(1)}, has too little memory"
+                else f"{_rank(shard)}: another rank, {[v[-1] for v in everywhere].index(1)}, has too little memory"
             )
             logger.error("%s", fault)
             raise ValueError(f"{fault}: {_LESS_MEMORY}")
         for i, name in enumerate(names):
-            ranks = [rank for rank, found in enumerate(everywhere) if found[i] and rank != own]
+            ranks = [rank for rank, verdict in enumerate(everywhere) if verdict[i] and rank != own]
             if ranks and name not in broken:
                 broken[name] = f"it fails on rank {ranks[0]}, whose own log says why"
         self.counts["preflights"] += 1
-        works = ", ".join(name for name in serving if name not in broken)
-        words = "%s: preflight on %s: kernels that work: %s; results need %.1f MiB of %s free"
-        shown = "an unknown number" if free is None else f"{free / 2**20:,.0f} MiB"
-        logger.info(words, _rank(shard), kind, works, needed / 2**20, shown)
+        self._memory = needed, free
         return broken
 
+    def _log_preflight(self, kind: _Kind, shard: SequenceShard | None, working: list[str]) -> None:
+        needed, free = self._memory
+        shown = "an unknown number" if free is None else f"{free / 2**20:,.0f} MiB"
+        message = "%s: preflight on %s: kernels that work: %s; results need %.1f MiB of %s free"
+        logger.info(message, _rank(shard), kind, ", ".join(working), needed / 2**20, shown)
+
     def _warn_of_ranks(self) -> None:
+        """Warn once where each of several ranks attends to whole sequences, which is seldom meant."""
         if self._has_warned or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return
         self._has_warned = True
-        words = "%d ranks are connected, and attention is given whole sequences on each: a strategy or hand_down splits"
-        logger.warning(f"{words} them", dist.get_world_size())
+        message = (
+            "%d ranks are connected, and attention is given whole sequences on each: a strategy or hand_down splits"
+        )
+        logger.warning(f"{message} them", dist.get_world_size())
 
     # Failures
 
-    def _failed(self, error: BaseException, what: str) -> None:
+    def _failed(self, error: BaseException, description: str) -> None:
+        """Add advice to an error of a call, and log it; the handler of `Comm.failures_to`."""
         if not isinstance(error, RuntimeError):
             return  # an interrupt, which wants no advice
         self.counts["failures"] += 1
         advice = _advice(error)
         error.add_note(advice)
-        logger.error("%s; %s", what, advice)
+        logger.error("%s; %s", description, advice)
 
 
 def _advice(error: RuntimeError) -> str:
@@ -211,64 +239,3 @@ def _rank(shard: SequenceShard | None) -> str:
     if shard is not None:
         return f"rank {shard.rank} of {shard.comm.ranks} that share sequences"
     return "whole sequences"
-
-
-def _fault(name: str, kind: _Kind, q: Tensor, k: Tensor, pattern: Pattern, told: dict[str, Any]) -> str:
-    """Why a kernel fails on a few tokens, by its own error or by the equation; nothing where it serves or refuses."""
-    small = Pattern.dilated((4, 8), (1, 2), is_causal=pattern.is_causal)
-    widths = ((q.shape[2], kind.head_dim), (k.shape[2], kind.head_dim), (k.shape[2], kind.value_dim))
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
-        hidden = (torch.arange(8) >= 6).to(q.device)[None]
-        given = [_waves(8, *width, place).to(q.device, kind.dtype) for place, width in enumerate(widths)]
-        grad = _waves(8, q.shape[2], kind.value_dim, 3).to(q.device, kind.dtype)
-        for mask, dropout in product((None, hidden), {0.0, told.get("dropout", 0.0)}):
-            judged = {"key_padding_mask": mask, "dropout": dropout}
-            if explain(given[0], given[1], given[2], small, kernel=name, **judged).chosen is None:
-                continue
-            settings = {**judged, "mix": told.get("mix", "exact"), "dropout_seed": 0}
-            truth = _tried(reference.name, [x.double() for x in given], small, grad.double(), settings)
-            try:
-                found = _tried(name, given, small, grad, settings)
-            except (RuntimeError, ImportError) as error:
-                return f"it fails on a few tokens: {error!r}"
-            allowed = torch.finfo(kind.dtype).eps ** 0.5
-            for ours, true in zip(found, truth, strict=True):
-                far = (ours.double() - true).abs().max().item()
-                if not far <= allowed * max(1.0, true.abs().max().item()):  # nor where it is no number
-                    return f"it is wrong on a few tokens, by {far:.2g}"
-    return ""
-
-
-def _tried(
-    name: str, given: list[Tensor], pattern: Pattern, grad: Tensor, settings: dict[str, Any]
-) -> tuple[Tensor, ...]:
-    leaves = [x.clone().requires_grad_() for x in given]
-    out: Tensor = attend(leaves[0], leaves[1], leaves[2], pattern, kernel=name, **settings)
-    return out.detach(), *torch.autograd.grad(out, leaves, grad)
-
-
-def _waves(tokens: int, heads: int, width: int, place: int) -> Tensor:
-    """Numbers of one sample that draw on no generator."""
-    return torch.arange(tokens * heads * width).mul(0.7 + place).sin().view(1, tokens, heads, width)
-
-
-def _needed_bytes(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> int:
-    """Of out and lse, and of the gradients where there will be any."""
-    out = q.shape[:3].numel() * v.shape[3]
-    found = out * dtype.itemsize + q.shape[:3].numel() * max(dtype.itemsize, 4)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        found += (q.numel() + k.numel() + v.numel()) * dtype.itemsize
-    return found
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """None where the platform does not say."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
-    table = Path("/proc/meminfo")
-    if device.type != "cpu" or not table.exists():
-        return None
-    rows = dict(line.split(":", 1) for line in table.read_text().splitlines())
-    return int(rows["MemAvailable"].split()[0]) * 1024

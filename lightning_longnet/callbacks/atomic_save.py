@@ -1,4 +1,4 @@
-"""A checkpoint that is whole or not there: a kill in the middle of saving leaves nothing under its name."""
+"""Saving a checkpoint atomically: a kill in the middle of saving leaves nothing under its name."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-def save_whole(trainer: Trainer, path: str) -> None:
-    """All ranks together, to a path that all of them see; it has the name at the end only.
+def atomic_save(trainer: Trainer, path: str) -> None:
+    """Save a checkpoint of all ranks to a path that all of them see; the path exists only when it is complete.
 
-    Files of other protocols are written straight to their name: a store of objects has no renaming, and shows an object
-    when it is complete.
+    Paths of other protocols are written directly: an object store cannot rename, and shows complete objects only.
     """
     if not _is_local_file_protocol(path):
         trainer.save_checkpoint(path)
         _await_writing(trainer)
         return
     final = Path(path)
-    # Lightning takes a number out of any name with "ckpt_" in it, and would resume from what is not there
+    # Lightning reads a number from any name with "ckpt_" in it, and would resume from a file that does not exist
     unfinished = final.with_name("unfinished-" + final.name.replace("ckpt_", ""))
     if trainer.is_global_zero:
-        # a folder of an earlier attempt would be mixed with this one
+        # files of an earlier attempt would be mixed with those of this one
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.unlink(missing_ok=True)
     trainer.strategy.barrier("unfinished checkpoint removed")
@@ -41,5 +40,5 @@ def save_whole(trainer: Trainer, path: str) -> None:
 def _await_writing(trainer: Trainer) -> None:
     writer = trainer.strategy._checkpoint_io
     if isinstance(writer, AsyncCheckpointIO):
-        writer.teardown()  # waits; it starts anew with what is saved next
+        writer.teardown()  # waits for the thread; the next checkpoint starts another
     trainer.strategy.barrier("checkpoint written")

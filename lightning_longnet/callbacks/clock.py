@@ -1,4 +1,4 @@
-"""Steps timed without waiting for a GPU: its events are read when figures are logged."""
+"""Timing steps without waiting for a GPU, whose events are read when figures are logged."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ import torch
 
 
 class StepClock:
-    """Marks the ends of steps, and what between them does not count."""
+    """Marks the ends of steps, and the pauses between them that do not count."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
 
     def start(self) -> None:
+        """Mark the begin of the first step."""
         self._marks = [("step", self._now())]
 
     def step(self) -> None:
-        """A step has ended."""
+        """Mark the end of a step."""
         self._marks.append(("step", self._now()))
 
     def pause(self) -> None:
+        """Mark the begin of what does not count."""
         self._marks.append(("pause", self._now()))
 
     def resume(self) -> None:
+        """Mark the end of what does not count."""
         self._marks.append(("resume", self._now()))
 
     def seconds(self) -> list[float]:
-        """Of each step since the last time; the GPU is waited for here, and nowhere else."""
-        marks, found = self._marks, []
+        """Return the seconds of each step since the last call; only this call waits for the GPU."""
+        marks, steps = self._marks, []
         if not marks:
             return []
         if self._on_gpu:
@@ -44,10 +47,10 @@ class StepClock:
                 away += self._between(paused, stamp)
                 paused = None
             elif kind == "step":
-                found.append(self._between(begin, stamp) - away)
+                steps.append(self._between(begin, stamp) - away)
                 begin, away, last = stamp, 0.0, at
         self._marks = marks[last:]
-        return found
+        return steps
 
     def _now(self) -> Any:
         if not self._on_gpu:

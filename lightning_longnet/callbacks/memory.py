@@ -1,4 +1,4 @@
-"""What each rank holds, at its peak and now, and what of it is of which kind."""
+"""`MemoryMonitor`: the memory of each rank, at its peak and now, by kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lightning_longnet.attention.parallel.schedule import volume
 from lightning_longnet.callbacks.monitor import Monitor
 from lightning_longnet.sequence import sequence_context
 
@@ -27,10 +26,10 @@ _KINDS = ("parameters", "gradients", "optimizer", "exchange", "activations")
 class MemoryMonitor(Monitor):
     """Logs `memory/...`; see `lightning_longnet.callbacks.monitor` for the keys.
 
-    On CUDA figures are those of torch's allocator, on a CPU those of the process: there activations are what is held
-    beyond what the process held when training began.  Gradients and states that DeepSpeed keeps in buffers of its own
-    are counted where it shows them, and else as activations.  The keys and values of other ranks that wait for the
-    backward are what the plan says.
+    On CUDA the figures are those of torch's allocator, on a CPU those of the process, whose memory before training
+    does not count as activations.  Gradients and states that DeepSpeed keeps in buffers of its own are counted where it
+    shows them, and else as activations.  The keys and values of other ranks that are kept for the backward are counted
+    as the plan predicts them.
     """
 
     names = ("peak", "current", *_KINDS)
@@ -76,38 +75,38 @@ class MemoryMonitor(Monitor):
             "optimizer": _bytes(states, device),
         }
 
-    def figures_of(self, told: dict[str, Tensor]) -> dict[str, float]:
-        found = {}
+    def figures_of(self, gathered: dict[str, Tensor]) -> dict[str, float]:
+        figures = {}
         for name in ("peak", "current"):
-            numbers = told[name] / GIB
-            found[f"{name}_gib_min"] = float(numbers.min())
-            found[f"{name}_gib_median"] = float(numbers.quantile(0.5))
-            found[f"{name}_gib_max"] = float(numbers.max())
-        fullest = int(told["peak"].argmax())
-        found["peak_rank"] = float(fullest)
-        found |= {f"{name}_gib": float(told[name][fullest]) / GIB for name in _KINDS}
-        return {f"memory/{name}": value for name, value in found.items()}
+            numbers = gathered[name] / GIB
+            figures[f"{name}_gib_min"] = float(numbers.min())
+            figures[f"{name}_gib_median"] = float(numbers.quantile(0.5))
+            figures[f"{name}_gib_max"] = float(numbers.max())
+        fullest = int(gathered["peak"].argmax())
+        figures["peak_rank"] = float(fullest)
+        figures |= {f"{name}_gib": float(gathered[name][fullest]) / GIB for name in _KINDS}
+        return {f"memory/{name}": value for name, value in figures.items()}
 
 
 def _bytes(tensors: Iterable[Tensor], device: str) -> float:
-    """Of those on such a device, each place in memory once."""
-    found: dict[tuple[int, int], int] = {}
+    """Return the bytes of the tensors on a kind of device, each place in memory once."""
+    sizes: dict[tuple[int, int], int] = {}
     for x in tensors:
-        held = getattr(x, "ds_tensor", None)  # of a parameter that DeepSpeed has split
-        local = held if isinstance(held, torch.Tensor) else x.to_local() if isinstance(x, DTensor) else x
+        part = getattr(x, "ds_tensor", None)  # of a parameter that DeepSpeed has split
+        local = part if isinstance(part, torch.Tensor) else x.to_local() if isinstance(x, DTensor) else x
         if local.device.type == device and local.numel():
-            found[local.data_ptr(), local.numel()] = local.numel() * local.element_size()
-    return float(sum(found.values()))
+            sizes[local.data_ptr(), local.numel()] = local.numel() * local.element_size()
+    return float(sum(sizes.values()))
 
 
 def _kept(module: LightningModule) -> int:
-    """Bytes of other ranks' keys that wait for the backward; of one layer where layers are computed again."""
+    """Return the bytes of remote keys that are kept for the backward: of one layer where layers are recomputed."""
     context = sequence_context(module)
     calls = context.traffic.calls or []
     kept = [
-        volume(layout, exchanges, context.sequence_parallel_rank, sizes).kept_bytes
-        for is_backward, layout, exchanges, sizes in calls
-        if is_backward
+        plan.volume(context.sequence_parallel_rank, sizes).kept_bytes
+        for direction, plan, sizes in calls
+        if direction == "backward"
     ]
     if len(calls) > 2 * len(kept):
         return max(kept, default=0)
@@ -115,7 +114,7 @@ def _kept(module: LightningModule) -> int:
 
 
 def _of_process() -> tuple[float, float]:
-    """(peak, now) of the memory that is this process's, in bytes."""
+    """Return the peak and the current bytes of this process's memory."""
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)

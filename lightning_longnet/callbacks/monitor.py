@@ -1,4 +1,4 @@
-"""What monitors share: they count on each rank, and at logging steps tell each other, all of them in one message.
+"""`Monitor`: callbacks that count on each rank, and gather at logging steps, all of them in one message.
 
 Every key that a callback logs, the same for CSVLogger, TensorBoard and W&B; a step is one of the optimiser:
 
@@ -12,20 +12,20 @@ Every key that a callback logs, the same for CSVLogger, TensorBoard and W&B; a s
     throughput/mfu                      operations that the model requires, as a share of the devices' peak
     throughput/hfu                      operations that are done, likewise
     throughput/computed_pairs_ratio     pairs that attention computes over those that its patterns show
-    memory/peak_gib_max                 the most that any rank has held since it began, as _median and _min
+    memory/peak_gib_max                 the most that any rank has held since it began; also _median and _min
     memory/peak_rank                    which rank that is
-    memory/current_gib_max              now, as _median and _min
+    memory/current_gib_max              now; also _median and _min
     memory/parameters_gib               on the rank of the highest peak, as gradients_gib, optimizer_gib, exchange_gib
     memory/activations_gib              there: the peak, less those, and on a CPU less what was held before the run
     exchange/sent_bytes                 for attention in the logged step, all ranks together
     exchange/sent_bytes_max             the most that one rank sent
-    exchange/predicted_bytes            what the plan says of sent_bytes
-    exchange/branch_W_R_bytes           what the plan says of a branch: what it adds to those finer than it
+    exchange/predicted_bytes            what the plan predicts for sent_bytes
+    exchange/branch_W_R_bytes           what the plan predicts for a branch, beyond the finer branches
     exchange/messages                   in the logged step, all ranks together
     exchange/flight_seconds             a step: from the start of messages until they had come; mean of the ranks
-    exchange/waited_seconds             a step: stood still for them; mean of the ranks
-    exchange/waited_seconds_max         of the rank that stood still longest
-    exchange/hidden_share               of the flight, in which ranks computed
+    exchange/waited_seconds             a step: waited for them; mean of the ranks
+    exchange/waited_seconds_max         of the rank that waited longest
+    exchange/hidden_share               the share of the flight in which ranks computed
     exchange/slowest_rank               which the others wait for: it waits least itself, here and for their losses
     guard/skipped_steps                 since the run began
 
@@ -50,15 +50,15 @@ if TYPE_CHECKING:
 class Monitor(Callback):
     """A callback that logs figures of all ranks at the Trainer's logging steps.
 
-    The last of a Trainer's monitors gathers for all of them, on the host: nothing else waits, and nothing is said
-    between logging steps.
+    The last of a Trainer's monitors gathers for all of them, on the host.  Ranks do not communicate between logging
+    steps, and do not wait for a GPU.
 
     Attributes:
-        figures: what was logged last, by key.
-        by_rank: what each rank told then, by name.
+        figures: the figures that were logged last, by key.
+        by_rank: the numbers of each rank that they were computed of, by name.
     """
 
-    # what each rank tells, in the order of `own_numbers`
+    # of the numbers of each rank, in the order of `own_numbers`
     names: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -68,18 +68,18 @@ class Monitor(Callback):
         self._group: dist.ProcessGroup | None = None
 
     def own_numbers(self, trainer: Trainer, module: LightningModule, batch: Any) -> list[float]:
-        """Of this rank, since the last time; asked for at logging steps."""
+        """Return the numbers of this rank since the last call; called at logging steps."""
         raise NotImplementedError
 
-    def figures_of(self, told: dict[str, torch.Tensor]) -> dict[str, float]:
-        """What is logged, of what all ranks told: for each of `names` the numbers of all ranks."""
+    def figures_of(self, gathered: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Return the figures to log, computed of the numbers of all ranks by name."""
         raise NotImplementedError
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._group = host_group(trainer) if _monitors(trainer)[-1] is self else None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        sequence_context(pl_module).traffic.calls = None  # nobody would empty it
+        sequence_context(pl_module).traffic.calls = None  # the list would grow, as nothing empties it
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         sequence_context(pl_module).traffic.calls = None
@@ -94,14 +94,14 @@ class Monitor(Callback):
         monitors = _monitors(trainer)
         if self is not monitors[-1]:
             return
-        gathered = everywhere([number for each in monitors for number in each._own], self._group, trainer)
+        gathered = everywhere([number for each in monitors for number in each._own], self._group)
         first = 0
         for each in monitors:
             columns = gathered[:, first : first + len(each.names)].unbind(1)
             first += len(each.names)
-            told = dict(zip(each.names, columns, strict=True))
-            each.by_rank = {name: column.tolist() for name, column in told.items()}
-            each.figures = each.figures_of(told)
+            by_name = dict(zip(each.names, columns, strict=True))
+            each.by_rank = {name: column.tolist() for name, column in by_name.items()}
+            each.figures = each.figures_of(by_name)
             # in float64: bytes are whole numbers, and more than float32 can count
             values = {key: torch.tensor(value, dtype=torch.float64) for key, value in each.figures.items()}
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
@@ -115,7 +115,7 @@ def _monitors(trainer: Trainer) -> list[Monitor]:
 
 
 def is_logging_step(trainer: Trainer) -> bool:
-    """Does an optimiser's step end here that the Trainer logs?  The same on all ranks."""
+    """Whether a step of the optimizer ends here that the Trainer logs; the same on all ranks."""
     if trainer.fit_loop._should_accumulate():
         return False
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite is skipped, or ends the run: on all ranks, or on none."""
+"""`NonFiniteGuard`: a step whose loss or gradient is not finite is skipped, or ends the run, on all ranks."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ Action = Literal["skip", "raise"]
 
 
 class _Seen(NamedTuple):
+    """A micro-batch of the current step, and its loss."""
+
     batch_idx: int
     batch: Any
     samples: tuple[str, ...]
@@ -33,21 +35,21 @@ class _Seen(NamedTuple):
 
 
 class NonFiniteGuard(Callback):
-    """Steps with a NaN or an infinity in the loss or the gradient leave parameters and optimiser as they were.
+    """Skips steps with a NaN or an infinity in the loss or the gradient, on all ranks, or ends the run.
 
-    A loss that is not finite makes its gradient NaN, and so that of every rank once gradients are averaged; before the
-    optimiser's step all ranks compare what they have of it.  Then either the step is skipped, or all ranks raise a
-    FloatingPointError.  Schedules of learning rates go on.  Which batches the step was made of is logged: their
-    numbers, and the names or a digest of what each data-parallel group held.
+    A loss that is not finite makes its gradient NaN, and after averaging that of every rank; before the optimizer's
+    step all ranks compare their parts of the gradient.  Then either all skip the step, or all raise a
+    FloatingPointError.  Schedules of learning rates go on.  The warning or error names the batches of the step: their
+    numbers, and for each data-parallel group the names of samples or a digest.
 
-    With DeepSpeed its own check does this, which is switched on where it is not.  A GradScaler of 16-bit floats skips
-    steps by itself, as it must to find its scale: these are not counted.
+    With DeepSpeed its own check is switched on and used.  A GradScaler of 16-bit floats skips steps by itself, as it
+    must to find its scale: these are not counted.
 
-    Reading the comparison waits for a GPU once a step, where the optimiser's step begins.
+    It waits for a GPU once a step, before the optimizer's step.
 
     Args:
         action: "skip" or "raise".
-        patience: after so many skipped steps in a row the run ends all the same.
+        patience: the number of skipped steps in a row that ends the run.
     """
 
     def __init__(self, action: Action = "skip", patience: int = 10) -> None:
@@ -88,7 +90,7 @@ class NonFiniteGuard(Callback):
             self._in_a_row = 0
             return
         for parameter in parameters:
-            parameter.grad = None  # which every optimiser passes by
+            parameter.grad = None  # every optimizer skips parameters without a gradient
         self._react(trainer, pl_module)
 
     def on_train_batch_end(
@@ -117,22 +119,22 @@ class NonFiniteGuard(Callback):
         rank_zero_warn(f"NonFiniteGuard: skipped a step: {story}", category=RuntimeWarning)
 
     def _story(self, trainer: Trainer, module: LightningModule) -> str:
-        """What all ranks know together; all of them ask."""
+        """Return a description of the step that is the same on all ranks, which call this together."""
         context = sequence_context(module)
         losses = [float(seen.loss) for seen in self._seen]
         own = context.data_parallel_rank, losses, [_identity(seen) for seen in self._seen]
-        told: list[Any] = [own]
+        everyone: list[Any] = [own]
         if self._group is not None:
-            told = [None] * dist.get_world_size(self._group)
-            dist.all_gather_object(told, own, group=self._group)
-        wrong = [rank for rank, (_, found, _) in enumerate(told) if not all(map(isfinite, found))]
+            everyone = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(everyone, own, group=self._group)
+        wrong = [rank for rank, (_, each, _) in enumerate(everyone) if not all(map(isfinite, each))]
         if wrong:
             what = f"the loss is not finite on rank {_listed(wrong)}"
         else:
-            most = max((loss for _, found, _ in told for loss in found), default=0.0)
+            most = max((loss for _, each, _ in everyone for loss in each), default=0.0)
             what = f"the gradient is not finite, at losses up to {most:.4g}"
         held: dict[int, list[str]] = {}
-        for group, _, batches in told:
+        for group, _, batches in everyone:
             held.setdefault(group, batches)
         groups = [f"group {group} held {', '.join(batches)}" for group, batches in list(held.items())[:8]]
         numbers = _listed([seen.batch_idx for seen in self._seen])
@@ -152,7 +154,7 @@ class NonFiniteGuard(Callback):
 
 
 def _engine(trainer: Trainer) -> Any:
-    """DeepSpeed's, where its optimiser looks for what is not finite."""
+    """Return DeepSpeed's engine where its optimizer checks for numbers that are not finite, else None."""
     strategy = trainer.strategy
     if not isinstance(strategy, DeepSpeedStrategy) or not hasattr(strategy.deepspeed_engine.optimizer, "overflow"):
         return None
@@ -160,15 +162,15 @@ def _engine(trainer: Trainer) -> Any:
 
 
 def _identity(seen: _Seen) -> str:
-    """The names of a batch's samples, where it has such, or a digest of what is here of it."""
+    """Return the names of a batch's samples, or a digest of this rank's part where it has none."""
     if seen.samples:
         return " ".join(seen.samples[:8]) + (" ..." if len(seen.samples) > 8 else "")
     return f"{digest(seen.batch):014x}"
 
 
-@torch.no_grad()  # with gradients, what is local is a function of the whole
+@torch.no_grad()  # with gradients, to_local would be recorded
 def _is_bad(parameters: list[Any]) -> Tensor:
-    """1 where a gradient that is here is not finite, else 0; nothing is waited for."""
+    """Return 1 where a local gradient is not finite, else 0, without waiting for a GPU."""
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
     grads = [grad for grad in grads if grad.numel()]
     if not grads:

@@ -1,4 +1,4 @@
-"""Texts that `predict` has gone on with, as lines of JSON."""
+"""`PredictedTexts`: the texts that `predict` has continued, as lines of JSON."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class PredictedTexts(BasePredictionWriter):
     """Writes {"sample": its number, "text": the whole of it} for each row of tokens (B, N) that `predict_step` returns.
 
-    In the run's folder there is a file for each group of ranks that share sequences, predictions-0.jsonl and so on.
-    Predictions that are no rows of tokens, and data modules that cannot `decode`, leave none.
+    Each group of ranks that share sequences writes a file into the run's folder, predictions-0.jsonl and so on.
+    Predictions that are no rows of tokens, or whose data module cannot `decode`, are not written.
 
     Args:
         folder: where to write; the run's folder by default.

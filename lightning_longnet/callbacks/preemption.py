@@ -1,4 +1,4 @@
-"""A run that is told to stop saves one checkpoint, all ranks together, and ends; on SLURM it can be queued again."""
+"""`Preemption`: at a signal all ranks save one checkpoint, and the run ends; on SLURM it can be queued again."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_longnet.callbacks.atomic_save import save_whole
-from lightning_longnet.callbacks.host import device_of, host_group
+from lightning_longnet.callbacks.atomic_save import atomic_save
+from lightning_longnet.callbacks.host import host_group
+from lightning_longnet.sequence.agreement import device_of, fault_of_first
 
 if TYPE_CHECKING:
     from types import FrameType
 
     from lightning.pytorch import LightningModule, Trainer
 
-# What was received; the larger one is obeyed
+# What a rank has received; the largest of all ranks is obeyed
 NOTHING, REQUEUE, TERMINATE = 0, 1, 2
 TERMINATED = 128 + signal.SIGTERM  # the exit status that shells give to a process that SIGTERM ended
 PATIENCE = 60  # seconds for scontrol
 
 
 class Preemption(Callback):
-    """SIGTERM, or SLURM's signal to requeue, to any rank: one checkpoint of all ranks, then the run ends.
+    """Saves one checkpoint of all ranks at SIGTERM, or at SLURM's signal to requeue, to any rank, and ends the run.
 
     Signal handlers only take a note.  Ranks compare notes when an optimizer's step is complete, after each validation
-    and at the end of training, where all of them stand at the same place; a SIGTERM before training or while a
-    validation runs is thus obeyed after it.  All ranks then save one checkpoint, and
+    and at the end of training, where all of them are in step; a SIGTERM before training or in a validation is thus
+    obeyed after it.  All ranks then save one checkpoint, and
 
     - after SIGTERM each exits with status 143;
     - after the signal that the `SLURMEnvironment` requeues with, SIGUSR1 by default, rank 0 has SLURM queue the job
@@ -46,9 +47,10 @@ class Preemption(Callback):
 
     Under a `SLURMEnvironment` with `auto_requeue` the checkpoint is the "hpc_ckpt" in the Trainer's `default_root_dir`
     that Lightning resumes from by itself.  Elsewhere it is `preemption-step=N.ckpt`, and the log says where.  It is
-    saved under another name and renamed when it is complete: a kill while saving leaves no half of a checkpoint.
+    saved by `atomic_save`: a kill while saving leaves no half of a checkpoint.
 
-    It stands in for Lightning's own handlers while a model is fitted: those run collectives, and hang.
+    It replaces Lightning's own handlers while a model is fitted, which run collectives and hang.
+    `RingSequenceParallelStrategy` adds it where a Trainer has none, unless `preemption=False`.
 
     Args:
         every_n_steps: notes are compared at every n-th step of the optimizer; each time costs an all-reduce of one
@@ -75,15 +77,15 @@ class Preemption(Callback):
         self._received, self._steps, self._is_ending = NOTHING, 0, False
         self._group = host_group(trainer)
         if threading.current_thread() is not threading.main_thread():
-            return  # where no handler can be set
-        # what Lightning does just before training, and would put in the place of ours
+            return  # no handler can be set in other threads
+        # Lightning calls this just before training, and would replace our handlers
         setattr(trainer._signal_connector, "register_signal_handlers", lambda: None)  # noqa: B010
         self._replace(signal.SIGTERM, TERMINATE)
         environment = _requeueing(trainer)
         if environment is not None and environment.requeue_signal is not None:
-            wanted = environment.requeue_signal
-            if signal.getsignal(wanted) in (None, signal.SIG_DFL):  # as Lightning does: one's own is kept
-                self._replace(wanted, REQUEUE)
+            requeue = environment.requeue_signal
+            if signal.getsignal(requeue) in (None, signal.SIG_DFL):  # as with Lightning, a user's handler stays
+                self._replace(requeue, REQUEUE)
 
     def _replace(self, signum: int, note: int) -> None:
         def take_note(_: int, __: FrameType | None) -> None:
@@ -100,13 +102,13 @@ class Preemption(Callback):
         self._replaced = {}
         del trainer._signal_connector.register_signal_handlers
         if self._received == TERMINATE:
-            signal.raise_signal(signal.SIGTERM)  # it came too late for us, and must not be lost
+            signal.raise_signal(signal.SIGTERM)  # it came after the last comparison, and must not be lost
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not self._is_ending:  # until the process is gone a second signal must find a handler
+        if not self._is_ending:  # a second signal must find a handler until the process ends
             self._restore(trainer)
 
     # Where all ranks are in step
@@ -129,7 +131,7 @@ class Preemption(Callback):
     def _compare_notes(self, trainer: Trainer) -> None:
         note = torch.tensor(self._received)
         if self._group is not None:
-            note = note.to(device_of(self._group, trainer))
+            note = note.to(device_of(self._group))
             dist.all_reduce(note, dist.ReduceOp.MAX, group=self._group)
         agreed = int(note)
         if agreed == NOTHING:
@@ -137,7 +139,7 @@ class Preemption(Callback):
         self._is_ending = True
         _dismiss_observer()
         path = self._path(trainer)
-        save_whole(trainer, path)
+        atomic_save(trainer, path)
         rank_zero_info(f"Preemption: saved step {trainer.global_step} as {path}")
         if agreed == TERMINATE:
             raise SIGTERMException(TERMINATED)
@@ -145,7 +147,7 @@ class Preemption(Callback):
         raise SystemExit(0)
 
     def _path(self, trainer: Trainer) -> str:
-        """Where rank 0 finds a free name."""
+        """Return the path of the checkpoint, for which rank 0 chooses a free name."""
         path = ""
         if trainer.is_global_zero:
             if _requeueing(trainer) is not None:
@@ -158,43 +160,43 @@ class Preemption(Callback):
                 while Path(path).exists():
                     version += 1
                     path = os.path.join(folder, f"{name}-v{version}.ckpt")
-        told: str = trainer.strategy.broadcast(path)
-        return told
+        common: str = trainer.strategy.broadcast(path)
+        return common
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": None, "_replaced": {}}
 
 
 def _requeueing(trainer: Trainer) -> SLURMEnvironment | None:
+    """Return the SLURM environment of a Trainer that queues its job again, or None."""
     environment = trainer._accelerator_connector.cluster_environment
     return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
 
 
 def _dismiss_observer() -> None:
-    """Lightning's launcher kills rank 0, with SIGKILL, as soon as it sees another rank end with any status but 0."""
+    """Stop the observer of Lightning's launcher, which kills rank 0 when another rank ends with any status but 0."""
     for thread in threading.enumerate():
         if isinstance(thread, _ChildProcessObserver):
             thread._child_processes = []
 
 
 def _requeue(trainer: Trainer, path: str) -> None:
-    """By rank 0; an error on all ranks where SLURM refuses."""
-    problem = _ask_slurm() if trainer.is_global_zero else ""
-    if problem := trainer.strategy.broadcast(problem):
+    """Have rank 0 queue the job again; raise a RuntimeError on all ranks where SLURM refuses."""
+    if problem := fault_of_first(trainer.strategy, _ask_slurm):
         raise RuntimeError(
             f"SLURM was asked to queue the job again, and {problem}; submit it anew: it goes on from {path}"
         )
 
 
 def _ask_slurm() -> str:
-    """What went wrong, if anything did."""
+    """Return what went wrong, or an empty string."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     assert re.fullmatch("[0-9_]+", job)
     try:
-        found = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=PATIENCE)
+        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=PATIENCE)
     except FileNotFoundError:
         return "scontrol is not on this node's PATH"
     except subprocess.TimeoutExpired:
         return f"scontrol did not answer in {PATIENCE} seconds"
-    return "" if found.returncode == 0 else f"scontrol said: {found.stderr.strip()}"
+    return "" if result.returncode == 0 else f"scontrol said: {result.stderr.strip()}"

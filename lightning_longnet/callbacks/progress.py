@@ -1,4 +1,4 @@
-"""How far a run is, and how it does: one line on a terminal, a line a logging step in a file."""
+"""`TrainingProgress`: the progress and the figures of a run, as one line on a terminal, or lines in a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_longnet.callbacks.monitor import Monitor, is_logging_step
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-# (key, how it is shown); the first of a row that was logged is taken
+# (keys, format): the first key that was logged is shown
 _SHOWN: tuple[tuple[tuple[str, ...], str], ...] = (
     (("train/loss", "train_loss", "loss"), "loss {:.3f}"),
     (("train/bits_per_byte",), "{:.3f} bits/byte"),
@@ -26,10 +26,10 @@ _SHOWN: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 class TrainingProgress(ProgressBar):
-    """A bar with the loss, bits per byte, tokens a second of all ranks, and memory.
+    """Shows a bar with the loss, bits per byte, tokens a second of all ranks, and memory.
 
-    Drawn by Rich where it is installed, else by tqdm; where the output is no terminal, a plain line at each of the
-    Trainer's logging steps.  Figures are read at logging steps alone, so that a GPU is never waited for.
+    Rich draws it where it is installed, else tqdm; where the output is no terminal, it is a plain line at each of the
+    Trainer's logging steps.  It reads figures at logging steps only, and never waits for a GPU.
 
     Args:
         refresh_rate: steps between two drawings of the bar.
@@ -60,7 +60,7 @@ class TrainingProgress(ProgressBar):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        # after the monitors, so that what they have just found is shown
+        # it must run after the monitors, to show their latest figures
         trainer.callbacks = [*(each for each in trainer.callbacks if each is not self), self]  # type: ignore[attr-defined]
 
     # Training
@@ -153,14 +153,14 @@ class TrainingProgress(ProgressBar):
 
 
 def described(trainer: Trainer) -> str:
-    """The figures that are known now, as a line."""
-    found = dict(trainer.callback_metrics)
+    """Return the latest figures as a line."""
+    figures = dict(trainer.callback_metrics)
     for each in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(each, Monitor):
-            found |= each.figures  # type: ignore[arg-type]
+            figures |= each.figures  # type: ignore[arg-type]
     words = []
     for keys, shape in _SHOWN:
-        value = next((float(found[key]) for key in keys if key in found), None)
+        value = next((float(figures[key]) for key in keys if key in figures), None)
         if value is not None:
             words.append(shape.format(_short(value) if shape == "{} tokens/s" else value))
     return ", ".join(words)
@@ -175,6 +175,8 @@ def _short(value: float) -> str:
 
 
 class _Line(Protocol):
+    """A line that shows how much is done."""
+
     def update(self, done: int, text: str, is_logged: bool = False) -> None: ...
 
     def print(self, *args: Any) -> None: ...
@@ -183,7 +185,7 @@ class _Line(Protocol):
 
 
 class _Nothing:
-    """Ranks other than the first."""
+    """The line of ranks other than the first, which shows nothing."""
 
     def update(self, done: int, text: str, is_logged: bool = False) -> None: ...
 
@@ -193,7 +195,7 @@ class _Nothing:
 
 
 class _Plain:
-    """A line in a file: at logging steps, and for what else there is when it ends."""
+    """Lines in a file: at logging steps of training, and at the end of anything else."""
 
     def __init__(self, name: str, total: int | None) -> None:
         self.name, self.total = name, total
@@ -219,6 +221,8 @@ class _Plain:
 
 
 class _Tqdm:
+    """A bar by tqdm."""
+
     def __init__(self, name: str, total: int | None) -> None:
         from tqdm import tqdm
 
@@ -240,7 +244,7 @@ class _Tqdm:
 
 
 class _Rich:
-    """Lines that are drawn at one time are of one `Progress`, which the first of them makes and ends."""
+    """A bar by Rich; bars that are shown together share one `Progress`, which the first of them makes and stops."""
 
     def __init__(self, name: str, total: int | None, progress: Any = None) -> None:
         from rich.progress import (

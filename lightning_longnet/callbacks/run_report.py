@@ -1,4 +1,4 @@
-"""What a run leaves of itself, for `longnet report`: a small JSON, and the page that is made of it."""
+"""`RunReport`: the record of a run for `longnet report`, a small JSON, and the page that is made of it."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from lightning.pytorch.callbacks import Callback
 import lightning_longnet
 from lightning_longnet.attention.parallel.sequence_plan import sequence_plan
 from lightning_longnet.callbacks.monitor import Monitor
-from lightning_longnet.callbacks.peak import compute_dtype
 from lightning_longnet.callbacks.throughput import size_of
 from lightning_longnet.layers.attending import AttentionLayer
+from lightning_longnet.planning.devices import compute_dtype
 from lightning_longnet.report import RECORD, write_report
 from lightning_longnet.sequence import sequence_context
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-_DRAWN_RANKS = 64  # a plan of more is in nobody's picture
+_DRAWN_RANKS = 64  # pictures of more ranks are not drawn
 
 
 class RunReport(Callback):
-    """Writes `run.json` into the run's folder when fitting ends, and `report.html` beside it; rank 0 does.
+    """Writes `run.json` into the run's folder on rank 0 when fitting ends, and `report.html` beside it.
 
-    The folder is that of the first logger, or the Trainer's `default_root_dir`.  A run that ends with an error leaves
-    what was known by then.
+    The folder is that of the first logger, or the Trainer's `default_root_dir`.  A run that ends with an error is
+    recorded up to the error.
 
     Args:
-        html: make the page, too; `longnet report` does it later.
-        images: PNGs of the charts beside it, where matplotlib is installed.
+        html: also make the page, which `longnet report` can make later.
+        images: write PNGs of the charts beside it, where matplotlib is installed.
     """
 
     def __init__(self, html: bool = True, images: bool = False) -> None:
@@ -49,7 +49,7 @@ class RunReport(Callback):
         self._length, self._samples = 0, 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # asked for by all ranks, as the first tells it
+        # all ranks must read log_dir, which rank 0 broadcasts
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
         self._begun = perf_counter()
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -61,13 +61,13 @@ class RunReport(Callback):
             self._samples, _, self._length = size_of(batch, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave(trainer, pl_module, "finished")
+        self._write(trainer, pl_module, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._folder is not None:
-            self._leave(trainer, pl_module, f"ended by {type(exception).__name__}")
+            self._write(trainer, pl_module, f"ended by {type(exception).__name__}")
 
-    def _leave(self, trainer: Trainer, module: LightningModule, status: str) -> None:
+    def _write(self, trainer: Trainer, module: LightningModule, status: str) -> None:
         if not trainer.is_global_zero or self._folder is None:
             return
         folder, self._folder = self._folder, None
@@ -112,7 +112,7 @@ class RunReport(Callback):
         }
 
     def _attention(self, module: LightningModule, dtype: torch.dtype) -> list[dict[str, Any]]:
-        """Each kind of layer, how many there are, and what the plan says of it where sequences are split."""
+        """Return each kind of attention layer, with its number of layers and, where sequences are split, its plan."""
         context = sequence_context(module)
         kinds = Counter(
             (
@@ -124,7 +124,7 @@ class RunReport(Callback):
             )
             for layer in _layers(module)
         )
-        found = []
+        records = []
         for (pattern, heads, kv_heads, head_dim, exchange), many in kinds.items():
             kind = {"layers": many, "heads": heads, "kv_heads": kv_heads, "pattern": pattern.to_dict()}
             ranks = context.sequence_parallel_size
@@ -150,8 +150,8 @@ class RunReport(Callback):
                     "received": plan.received,
                     "sent": [each.sent_bytes for each in plan.volumes],
                 }
-            found.append(kind)
-        return found
+            records.append(kind)
+        return records
 
 
 def _layers(module: LightningModule) -> list[Any]:

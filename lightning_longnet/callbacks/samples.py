@@ -1,4 +1,4 @@
-"""Texts that the model writes while it is trained, kept beside the run."""
+"""`GenerateSamples`: texts that the model generates while it is trained, kept beside the run."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class GenerateSamples(Callback):
     """Continues some texts, at the end of each validation or at every n-th step, on all ranks together.
 
     The module has `generate(input_ids (B, N), tokens, temperature, top_k, seed)`, which returns (B, N + tokens); the
-    data module has `encode(str)` and `decode(ids)`.  Rank 0 prints what was written, adds it to `samples.txt` in the
-    run's folder, and hands it to loggers that take texts.
+    data module has `encode(str)` and `decode(ids)`.  Rank 0 prints the texts, adds them to `samples.txt` in the run's
+    folder, and logs them to loggers that take texts.
 
     Args:
-        prompts: what is continued, a token at least; a line's end by default.
-        tokens: how many are written.
-        every_n_steps: of the optimiser; at the end of each validation by default.
+        prompts: the texts to continue, each of at least one token; a newline by default.
+        tokens: the number of tokens to generate.
+        every_n_steps: the steps of the optimizer between samples; by default they are at the end of each validation.
         temperature: below 1 likelier tokens, above 1 rarer ones.
-        top_k: only the k likeliest tokens; all by default.
-        seed: of what is drawn: the same at all times, so that texts can be compared.
-        prints: on rank 0.
+        top_k: how many of the likeliest tokens are sampled from; all by default.
+        seed: the seed of sampling, the same each time, so that texts can be compared.
+        prints: whether rank 0 prints the texts.
     """
 
     def __init__(
@@ -62,12 +62,12 @@ class GenerateSamples(Callback):
         ):
             if not callable(getattr(owner, name, None)):
                 raise ValueError(f"GenerateSamples needs `{name}` of {what}, which {type(owner).__name__} has not")
-        for prompt in self.prompts:  # now, and not when hours of training come to a sample
+        for prompt in self.prompts:  # an error now, and not after hours of training
             if not len(data.encode(prompt)):
                 raise ValueError(f"prompts must each be a token of the data at least, got {prompt!r}, which is none")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # before on_validation_end, from where on time counts as a step's again
+        # on_validation_end would be too late: from there on TokenThroughput counts time as a step's
         if self.every_n_steps is None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._write(trainer, pl_module)
 
@@ -85,14 +85,14 @@ class GenerateSamples(Callback):
             with isolate_rng(), torch.no_grad(), sequence_context(module).whole():
                 for prompt in self.prompts:
                     ids = data.encode(prompt).to(module.device)[None]
-                    told = {"temperature": self.temperature, "top_k": self.top_k, "seed": self.seed}
-                    self.last.append(data.decode(module.generate(ids, self.tokens, **told)[0].cpu()))
+                    options = {"temperature": self.temperature, "top_k": self.top_k, "seed": self.seed}
+                    self.last.append(data.decode(module.generate(ids, self.tokens, **options)[0].cpu()))
         finally:
             module.train(training)
-        self._hand_over(trainer)
+        self._publish(trainer)
 
-    def _hand_over(self, trainer: Trainer) -> None:
-        folder = trainer.log_dir or trainer.default_root_dir  # asked for by all ranks: it is told by the first
+    def _publish(self, trainer: Trainer) -> None:
+        folder = trainer.log_dir or trainer.default_root_dir  # all ranks must read log_dir, which rank 0 broadcasts
         if not trainer.is_global_zero:
             return
         pages = [f"--- step {trainer.global_step}, sample {i}\n{text}" for i, text in enumerate(self.last)]

@@ -1,4 +1,4 @@
-"""What a run came to, and what to do next: the last lines on the screen."""
+"""`FitSummary`: the results of a run and what to do next, as its last lines on the screen."""
 
 from __future__ import annotations
 
@@ -11,45 +11,46 @@ if TYPE_CHECKING:
 
 
 class FitSummary(Callback):
-    """Tells the validation's last figures, beside those of guessing by frequency alone, and where things lie.
+    """Prints the last figures of validation, beside those of guessing by frequency, and the path of the checkpoint.
 
     Args:
-        next: what to try then, in lines of its own; `{checkpoint}` and `{run}` stand for the last checkpoint and the
-            folder of the run.
+        next: lines to print after them; `{checkpoint}` and `{run}` stand for the last checkpoint and the folder of the
+            run.
     """
 
     def __init__(self, next: str = "") -> None:
         try:
             next.format(checkpoint="", run="")
-        except (LookupError, ValueError) as error:  # now, and not when the run has ended
+        except (LookupError, ValueError) as error:  # an error now, and not at the end of the run
             raise ValueError(
                 f"next must hold no braces but {{checkpoint}} and {{run}}, which others are doubled for: {error}"
             ) from None
         self.next = next
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run = trainer.log_dir or trainer.default_root_dir  # which all ranks ask for together
+        run = trainer.log_dir or trainer.default_root_dir  # all ranks must read log_dir, which rank 0 broadcasts
         if trainer.is_global_zero:
             print("\n" + "\n".join(self.lines(trainer, run)), flush=True)  # noqa: T201
 
     def lines(self, trainer: Trainer, run: str) -> list[str]:
+        """Return the lines for a run in a folder."""
         figures = {name: x.item() for name, x in trainer.callback_metrics.items()}
         data: Any = getattr(trainer, "datamodule", None)
-        told = []
+        results = []
         if "val/bits_per_byte" in figures:
             bits = figures["val/bits_per_byte"]
-            told.append(f"{bits:.3f} bits per byte")
+            results.append(f"{bits:.3f} bits per byte")
             unigram = getattr(data, "unigram_bits", None)
             if unigram is not None:
                 alone = unigram / data.bytes_per_token
                 where = "below" if bits < alone else "above"
-                told[-1] += f" ({abs(1 - bits / alone):.0%} {where} the {alone:.3f} of frequencies alone)"
+                results[-1] += f" ({abs(1 - bits / alone):.0%} {where} the {alone:.3f} of frequencies alone)"
         if "val/perplexity" in figures:
-            told.append(f"perplexity {figures['val/perplexity']:.2f}")
-        found = [f"Validation: {', '.join(told)}."] if told else ["No validation ran: see val_check_interval."]
+            results.append(f"perplexity {figures['val/perplexity']:.2f}")
+        lines = [f"Validation: {', '.join(results)}."] if results else ["No validation ran: see val_check_interval."]
         checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if checkpoint:
-            found.append(f"Checkpoint: {checkpoint}")
+            lines.append(f"Checkpoint: {checkpoint}")
         if self.next:
-            found.append(self.next.format(checkpoint=checkpoint, run=run))
-        return found
+            lines.append(self.next.format(checkpoint=checkpoint, run=run))
+        return lines

@@ -1,4 +1,4 @@
-"""Tokens a second of all ranks together, the time of steps, and how much of the machine's arithmetic they use."""
+"""`TokenThroughput`: tokens a second of all ranks together, the time of steps, and the utilization of devices."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[
 from lightning_longnet.attention.plan.documents import document_cuts
 from lightning_longnet.callbacks.clock import StepClock
 from lightning_longnet.callbacks.monitor import Monitor
-from lightning_longnet.callbacks.peak import compute_dtype, peak_flops
+from lightning_longnet.planning.devices import compute_dtype, peak_flops
 from lightning_longnet.planning.flops import Flops, ModelFlops
 from lightning_longnet.sequence import sequence_context
-from lightning_longnet.sequence.batches import KNOWN_DIMS, checked_dims, tensors
+from lightning_longnet.sequence.batches import checked_dims, known_dim, tensors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 class TokenThroughput(Monitor):
     """Logs `throughput/...`; see `lightning_longnet.callbacks.monitor` for the keys.
 
-    Lightning's ThroughputMonitor is another: it counts the batches of rank 0, and takes them for those of all ranks.
-    Here each rank counts the tokens that it holds, so that it is right for every mesh, for parts of unequal lengths,
-    and for micro-batches that are accumulated.  A GPU is waited for at logging steps alone.
+    Lightning's ThroughputMonitor counts the batches of rank 0, and takes them for those of all ranks.  Here each rank
+    counts the tokens that it holds, which is right for every mesh, for parts of unequal lengths, and for accumulated
+    micro-batches.  It waits for a GPU at logging steps only.
 
-    Operations are counted by `ModelFlops`: linear maps, and the pairs that attention's patterns show.  Where rows hold
-    documents, the pairs of the logged step's batch stand for those since the last.
+    Operations are counted by `ModelFlops`: those of linear maps, and of the pairs that attention's patterns show.
+    Where rows hold documents, the pairs of the logged step's batch stand for those since the last logging step.
 
     Args:
-        peak_flops: of one device, in operations a second; by default from a table of GPUs, and for a CPU the best of a
-            few products of matrices when training starts.
-        tokens_per_sample: of batches that show no sequence, and whose model makes none by `begin_made`.
-        window: how many of the last steps the percentiles are of.
+        peak_flops: the peak of a device in operations a second; by default from a table of GPUs, and for a CPU the best
+            of a few products of matrices when training starts.
+        tokens_per_sample: the tokens of a sample in batches without a sequence, whose model makes none by `begin_made`.
+        window: the number of last steps that percentiles are computed of.
     """
 
     names = (
@@ -75,7 +75,7 @@ class TokenThroughput(Monitor):
         self._forget()
 
     def _forget(self) -> None:
-        """Nothing has been counted since the last logging step."""
+        """Begin to count anew after a logging step."""
         self._samples = self._tokens = 0
         self._whole_rows: Counter[int] = Counter()  # rows by the tokens of the whole sequence
         self._waiting = 0.0
@@ -83,10 +83,10 @@ class TokenThroughput(Monitor):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         device, dtype = trainer.strategy.root_device, compute_dtype(str(trainer.precision))
-        found = self.peak_flops or peak_flops(device, dtype)
-        if found is None:
+        peak = self.peak_flops or peak_flops(device, dtype)
+        if peak is None:
             rank_zero_info("TokenThroughput: no peak is known of this device; give peak_flops for MFU and HFU")
-        self._peak = found or 0.0
+        self._peak = peak or 0.0
         self._model = ModelFlops.of(pl_module, device.type, dtype)
         self._clock = StepClock(device)
         self._clock.start()
@@ -149,23 +149,23 @@ class TokenThroughput(Monitor):
         return own
 
     def _attention(self, module: LightningModule, batch: Any) -> tuple[Flops, list[float]]:
-        """(operations, pairs required and computed) of whole sequences, by the first of the ranks that share them."""
+        """Return the operations and the (required, computed) pairs of whole sequences, on the first rank of a group."""
         assert self._model is not None
         flops, pairs = Flops(0, 0), [0.0, 0.0]
         for cuts, factor in self._rows(module, batch):
-            found = self._model.rows(cuts)
-            flops += found.flops.times(factor)
-            pairs = [total + factor * each for total, each in zip(pairs, found.pairs, strict=True)]
+            work = self._model.rows(cuts)
+            flops += work.flops.times(factor)
+            pairs = [total + factor * each for total, each in zip(pairs, work.pairs, strict=True)]
         return flops, pairs
 
     def _rows(self, module: LightningModule, batch: Any) -> list[tuple[list[tuple[int, ...]], float]]:
-        """Rows since the last logging step, by where their documents begin, each with how often it counts."""
+        """Return the rows since the last logging step: the cuts between their documents, and how often each counts."""
         context, documents = sequence_context(module), _named(batch, "documents")
         if documents is None:
             return [([(0, length)], float(rows)) for length, rows in self._whole_rows.items() if length]
         samples, here, _ = size_of(batch, module, self.tokens_per_sample)
         if context.is_split:
-            shard = context.shard  # made by all ranks of the group: all of them log here
+            shard = context.shard  # all ranks of the group make it together, and all of them log here
             assert shard is not None
             cuts: list[tuple[int, ...]]
             cuts, length = list(shard.cuts) * (samples if len(shard.cuts) == 1 else 1), shard.length
@@ -174,40 +174,40 @@ class TokenThroughput(Monitor):
         tokens = sum(each * rows for each, rows in self._whole_rows.items())
         return [(cuts, tokens / max(samples * length, 1))]
 
-    def figures_of(self, told: dict[str, Tensor]) -> dict[str, float]:
-        total = {name: float(numbers.sum()) for name, numbers in told.items()}
-        seconds, steps = float(told["seconds"].max()), float(told["steps"].max())
+    def figures_of(self, gathered: dict[str, Tensor]) -> dict[str, float]:
+        total = {name: float(numbers.sum()) for name, numbers in gathered.items()}
+        seconds, steps = float(gathered["seconds"].max()), float(gathered["steps"].max())
         self.tokens += int(total["tokens"])
-        found = {"tokens": float(self.tokens)}
+        figures = {"tokens": float(self.tokens)}
         if seconds > 0:
-            found |= {
+            figures |= {
                 "samples_per_second": total["samples"] / seconds,
                 "tokens_per_second": total["tokens"] / seconds,
                 "step_seconds_mean": seconds / steps,
-                "waiting_seconds": float(told["waiting"].max()),
+                "waiting_seconds": float(gathered["waiting"].max()),
             }
-            found |= {f"step_seconds_{name}": float(told[f"step_{name}"].max()) for name in ("p50", "p90", "max")}
-            if bool((told["peak_flops"] > 0).all()):
-                found["mfu"] = total["required_flops"] / seconds / total["peak_flops"]
-                found["hfu"] = total["done_flops"] / seconds / total["peak_flops"]
+            figures |= {f"step_seconds_{name}": float(gathered[f"step_{name}"].max()) for name in ("p50", "p90", "max")}
+            if bool((gathered["peak_flops"] > 0).all()):
+                figures["mfu"] = total["required_flops"] / seconds / total["peak_flops"]
+                figures["hfu"] = total["done_flops"] / seconds / total["peak_flops"]
         if total["required_pairs"] > 0:
-            found["computed_pairs_ratio"] = total["computed_pairs"] / total["required_pairs"]
+            figures["computed_pairs_ratio"] = total["computed_pairs"] / total["required_pairs"]
         if total["logged_tokens"] > 0:
-            found["padding_share"] = total["padding"] / total["logged_tokens"]
-        return {f"throughput/{name}": value for name, value in found.items()}
+            figures["padding_share"] = total["padding"] / total["logged_tokens"]
+        return {f"throughput/{name}": value for name, value in figures.items()}
 
 
 def size_of(batch: Any, module: LightningModule, tokens_per_sample: int | None = None) -> tuple[int, int, int]:
-    """(samples, tokens of each on this rank, tokens of each) of a batch that was worked on.
+    """Return (samples, tokens of each on this rank, tokens of each whole one) of the current batch.
 
-    Of the first tensor that has both, or by the sequences that the model made of the batch.
+    They are those of the first tensor that has samples and a sequence, or of the sequences that the model made.
     """
     context, dims = sequence_context(module), checked_dims(getattr(module, "sequence_dims", {}))
     whole, first = context.length, None
     for path, x in tensors(batch):
         first = x if first is None and x.dim() else first
-        dim = dims.get(path[-1], KNOWN_DIMS.get(path[-1]))
-        if dim is not None and x.dim() >= 2 and -x.dim() <= dim < x.dim() and dim % x.dim():
+        dim = known_dim(path, x, dims)
+        if dim:  # a tensor whose first dimension is the sequence has no samples
             here = x.shape[dim]
             return x.shape[0], here, whole if context.is_split and whole is not None else here
     samples = 0 if first is None else first.shape[0]

@@ -1,1 +1,1 @@
-"""Checkpoints and exported folders, and the conversion from torchscale."""
+"""Reading of checkpoints, export of models to folders, and conversion of models of torchscale."""

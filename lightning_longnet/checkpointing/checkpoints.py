@@ -1,4 +1,4 @@
-"""What a Trainer has saved, on whichever engine, read without a Trainer and on the CPU."""
+"""Reading of checkpoints that a Trainer saved with any engine, without a Trainer and on the CPU."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from lightning_longnet.models.longnet import LongNet
     from lightning_longnet.models.longvit import LongViT
 
-_STATE = "state_dict."  # before the names of the weights in FSDP2's folders
-_OUTSIDE = "meta.pt"  # what Lightning saves beside these: hyper-parameters, loops
-CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of an exported folder
-_DEEPSPEED_TAG = "checkpoint"  # the folder that Lightning has DeepSpeed write to
-# what torch.load makes of files that are something else
+_STATE = "state_dict."  # prefix of the names of the weights in folders of FSDP2
+_OTHERS = "meta.pt"  # the file in which Lightning saves everything else: hyper-parameters, loops
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # the files of an exported folder
+_DEEPSPEED_TAG = "checkpoint"  # the folder inside the checkpoint that Lightning lets DeepSpeed write to
+# the exceptions that torch.load raises on files that are no checkpoints
 _NO_CHECKPOINT: tuple[type[Exception], ...] = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, AssertionError),
     *(struct.error, zipfile.BadZipFile),
 )
 
 
-# The classes that files may name, under every module path that they have had
+# The classes that checkpoints may contain, under all module paths that they have had
 _OWN: tuple[Any, ...] = (
     *(Branch, Sparsity, Pattern, LongNetConfig, LongViTConfig),
     (Branch, "lightning_longnet.attention.branch.Branch"),
@@ -50,18 +50,26 @@ _OWN: tuple[Any, ...] = (
 
 
 class Checkpoint(NamedTuple):
-    """The weights by their names in the LightningModule, and what the module was made with."""
+    """The content of a checkpoint.
+
+    Attributes:
+        state_dict: the weights, by their names in the LightningModule.
+        hyper_parameters: the arguments that the LightningModule saved with `save_hyperparameters`.
+    """
 
     state_dict: dict[str, Tensor]
     hyper_parameters: dict[str, Any]
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a file of DDP, a folder of FSDP2 or DeepSpeed, or one that `export_model` wrote.
+    """Return the weights and hyper-parameters of a checkpoint, on the CPU.
 
-    Files are read without running anything that they hold.  Of folders that is not so: DeepSpeed's are pickles, and so
-    is the index of FSDP2's.  Read only those that you trust.  DeepSpeed's weights are those of its optimiser, in
-    float32, and need the package.
+    Files are read with `weights_only=True`, so no code in them runs.  Folders of FSDP2 and DeepSpeed hold pickles,
+    which can run code: read only folders that you trust.
+
+    Args:
+        path: a file of DDP, a folder of FSDP2 or DeepSpeed, or a folder that `export_model` wrote.  A folder of
+            DeepSpeed needs the package deepspeed, and gives the float32 weights of its optimiser.
     """
     path = Path(path)
     if not path.exists():
@@ -81,7 +89,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def write_checkpoint(model: LongNet | LongViT, path: str | Path) -> None:
-    """As a Trainer saves a module that holds it at `model`: for `read_checkpoint`, and `load_from_checkpoint`."""
+    """Write the file that a Trainer would save for a LightningModule whose attribute `model` is this model.
+
+    `read_checkpoint` and `load_from_checkpoint` of the LightningModule read it.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     saved = {
         "state_dict": {f"model.{name}": x for name, x in model.state_dict().items()},
@@ -92,7 +103,10 @@ def write_checkpoint(model: LongNet | LongViT, path: str | Path) -> None:
 
 
 def read_file(path: Path, allowed: tuple[Any, ...] = ()) -> Any:
-    """What `torch.save` wrote, of tensors, plain values and classes of ours; `allowed` names further classes."""
+    """Return the content of a file that `torch.save` wrote, on the CPU and memory-mapped where that is possible.
+
+    The file may hold tensors, plain values, configurations and patterns of this package, and the classes in `allowed`.
+    """
     try:
         with torch.serialization.safe_globals([*_OWN, *allowed]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -105,16 +119,18 @@ def read_file(path: Path, allowed: tuple[Any, ...] = ()) -> Any:
         ) from None
 
 
-def _checkpoint_of(path: Path, found: Any) -> Checkpoint:
-    if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
-        shown = ", ".join(map(str, list(found)[:5])) if isinstance(found, dict) else type(found).__name__
+def _checkpoint_of(path: Path, content: Any) -> Checkpoint:
+    """Check the dictionary that was read from `path`, and return its weights and hyper-parameters."""
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        shown = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"path must be a checkpoint of a Trainer, which holds a state_dict, got {path}: {shown}")
-    # copies: what was mapped would change with the file
-    weights = {name: x.clone() for name, x in found["state_dict"].items() if isinstance(x, Tensor)}
-    return Checkpoint(weights, dict(found.get("hyper_parameters", {})))
+    # copies, because memory-mapped tensors would change with the file
+    weights = {name: x.clone() for name, x in content["state_dict"].items() if isinstance(x, Tensor)}
+    return Checkpoint(weights, dict(content.get("hyper_parameters", {})))
 
 
 def _read_distributed(path: Path) -> Checkpoint:
+    """Read a folder of torch.distributed.checkpoint, which FSDP2 writes."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -131,24 +147,26 @@ def _read_distributed(path: Path) -> Checkpoint:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         load(weights, storage_reader=reader, no_dist=True)
-    outside = read_file(path / _OUTSIDE) if (path / _OUTSIDE).is_file() else {}
+    others = read_file(path / _OTHERS) if (path / _OTHERS).is_file() else {}
     state = {name.removeprefix(_STATE): x for name, x in weights.items()}
-    return _checkpoint_of(path, {**outside, "state_dict": state})
+    return _checkpoint_of(path, {**others, "state_dict": state})
 
 
 def _read_deepspeed(path: Path) -> Checkpoint:
+    """Read a folder of DeepSpeed: merge the shards of the float32 weights, and read the rest from the first rank."""
     if find_spec("deepspeed") is None:
         raise ValueError(f"path {path} was written by DeepSpeed, which is not installed: lightning-longnet[deepspeed]")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it tells of its shards
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # DeepSpeed prints its shards
         state = get_fp32_state_dict_from_zero_checkpoint(str(path), _DEEPSPEED_TAG)
     first = min((path / _DEEPSPEED_TAG).glob("*mp_rank_00_model_states.pt"))
-    outside = torch.load(first, map_location="cpu", weights_only=False, mmap=True)
-    return _checkpoint_of(path, {**outside, "state_dict": state})
+    others = torch.load(first, map_location="cpu", weights_only=False, mmap=True)
+    return _checkpoint_of(path, {**others, "state_dict": state})
 
 
 def _read_exported(folder: Path) -> Checkpoint:
+    """Read a folder that `export_model` wrote."""
     need_safetensors()
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -167,10 +185,11 @@ def _read_exported(folder: Path) -> Checkpoint:
     except SafetensorError as error:
         raise ValueError(f"path must be an exported folder, got {folder}: {WEIGHTS}: {error}") from None
     if config.get("tied_embeddings") and "model.embedding.weight" in weights:
-        weights["model.head.weight"] = weights["model.embedding.weight"]  # it is held once
+        weights["model.head.weight"] = weights["model.embedding.weight"]  # safetensors hold it once
     return Checkpoint(weights, {"config": config})
 
 
 def need_safetensors() -> None:
+    """Raise a ValueError where safetensors is not installed."""
     if find_spec("safetensors") is None:
         raise ValueError("safetensors is not installed: lightning-longnet[hf]")

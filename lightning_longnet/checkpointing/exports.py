@@ -1,4 +1,4 @@
-"""Models as folders of safetensors and JSON, for this package alone or for transformers too, and back."""
+"""Export of models to folders of safetensors and JSON, which this package and optionally transformers read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Format = Literal["safetensors", "huggingface"]
 
-_PREFIX = "model."  # before a weight's name in a LightningModule, and in transformers' model
+_PREFIX = "model."  # prefix of the names of weights in a LightningModule and in the model of transformers
 _CODE = ("configuration_longnet.py", "modeling_longnet.py")
 _HEAD, _EMBEDDING = "head.weight", "embedding.weight"
 _FOR_TRANSFORMERS = {
@@ -31,13 +31,14 @@ _FOR_TRANSFORMERS = {
 
 
 def export_model(model: LongNet | LongViT, folder: str | Path, format: Format = "safetensors") -> None:
-    """Write `config.json` and `model.safetensors`.
+    """Write `config.json` and `model.safetensors` to a folder.
 
     Args:
-        model: on whichever device, in whichever type.
-        folder: a new one, or one that is empty.
-        format: "huggingface" adds the code with which `AutoModelForCausalLM.from_pretrained(folder,
-            trust_remote_code=True)` reads it, where lightning-longnet is installed; for causal LongNets.
+        model: the model, on any device and of any dtype.
+        folder: a folder that is empty or does not exist.
+        format: "safetensors", or "huggingface", which adds the code with which
+            `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` reads the folder.  That format is for
+            causal LongNets, and reading needs lightning-longnet installed.
     """
     folder = Path(folder)
     if format not in get_args(Format):
@@ -54,7 +55,7 @@ def export_model(model: LongNet | LongViT, folder: str | Path, format: Format = 
 
     weights = {f"{_PREFIX}{name}": x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     if isinstance(model, LongNet) and model.config.tied_embeddings:
-        del weights[_PREFIX + _HEAD]  # the embedding's
+        del weights[_PREFIX + _HEAD]  # safetensors refuses tensors that share memory
     name = "longnet" if isinstance(model, LongNet) else "longvit"
     values: dict[str, Any] = {"model_type": name, name: model.config.to_dict()}
     if format == "huggingface":
@@ -68,18 +69,22 @@ def export_model(model: LongNet | LongViT, folder: str | Path, format: Format = 
 
 
 def load_model(path: str | Path) -> LongNet | LongViT:
-    """The model of an exported folder, or of a Trainer's checkpoint; ready for evaluation, on the CPU."""
+    """Return the model of an exported folder or of a checkpoint, on the CPU and in evaluation mode."""
     return model_of(read_checkpoint(path))
 
 
 def model_of(checkpoint: Checkpoint) -> LongNet | LongViT:
-    """That which stands in a LightningModule at `model`."""
+    """Return the model of a checkpoint, in evaluation mode: the attribute `model` of its LightningModule.
+
+    The parameters are the tensors of the checkpoint, not copies.
+    """
     config = config_of(checkpoint.hyper_parameters)
     weights = {name.removeprefix(_PREFIX): x for name, x in checkpoint.state_dict.items() if name.startswith(_PREFIX)}
     is_tied = isinstance(config, LongNetConfig) and config.tied_embeddings
     if is_tied and _EMBEDDING in weights:
         weights[_HEAD] = weights[_EMBEDDING]
-    # without memory until the weights are there; a class of one's own may hold what is no weight
+    # the meta device allocates nothing for weights that are replaced below; a custom attention class may hold tensors
+    # that are not in the state dict, and needs the CPU
     with torch.device("meta" if config.attention is None else "cpu"):
         model = LongNet(config) if isinstance(config, LongNetConfig) else LongViT(config)
     _check_weights(model, weights)
@@ -93,32 +98,33 @@ def model_of(checkpoint: Checkpoint) -> LongNet | LongViT:
 
 
 def config_of(hyper_parameters: dict[str, Any]) -> LongNetConfig | LongViTConfig:
-    """Of a module's hyper-parameters, which hold it as itself or as its `to_dict`."""
-    found = hyper_parameters.get("config")
-    if isinstance(found, (LongNetConfig, LongViTConfig)):
-        return found
-    if not isinstance(found, dict) or "pattern" not in found:
+    """Return the configuration in the hyper-parameters of a LightningModule, which hold it or its `to_dict`."""
+    value = hyper_parameters.get("config")
+    if isinstance(value, (LongNetConfig, LongViTConfig)):
+        return value
+    if not isinstance(value, dict) or "pattern" not in value:
         held = ", ".join(map(str, hyper_parameters)) or "nothing"
         raise ValueError(f"hyper_parameters must hold the config of a LongNet or a LongViT, got {held}")
-    kind = LongViTConfig if "patch_size" in found else LongNetConfig
+    kind = LongViTConfig if "patch_size" in value else LongNetConfig
     try:
-        return kind(**found)
+        return kind(**value)
     except TypeError as error:
         raise ValueError(f"config must hold what {kind.__name__} has, got another: {error}") from None
 
 
 def _check_weights(model: LongNet | LongViT, weights: dict[str, Tensor]) -> None:
-    wanted = model.state_dict()
+    """Refuse weights whose names or shapes are not those of the model."""
+    expected = model.state_dict()
     if isinstance(model, LongNet) and _EMBEDDING in weights and len(weights[_EMBEDDING]) != model.config.vocab_size:
         raise ValueError(
             f"vocab_size must be that of the weights, {len(weights[_EMBEDDING])}, got {model.config.vocab_size}"
         )
-    for name, x in wanted.items():
+    for name, x in expected.items():
         if name not in weights:
             raise ValueError(f"weights must hold {name}, which is missing")
         if weights[name].shape != x.shape:
             raise ValueError(
                 f"weights must fit the config: {name} is {tuple(x.shape)} by that, got {tuple(weights[name].shape)}"
             )
-    if rest := [name for name in weights if name not in wanted]:
+    if rest := [name for name in weights if name not in expected]:
         raise ValueError(f"weights must hold what the config has, got {rest[0]}, which it has not")

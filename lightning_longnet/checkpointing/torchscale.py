@@ -1,15 +1,16 @@
-"""torchscale's LongNet and LongViT in ours, with the same outputs.
+"""Conversion of torchscale's LongNet and LongViT to models of this package with the same outputs.
 
-What stands for what: blocked head offsets, and in training the mixture through which torchscale lets no gradient
-(`mix="detached"`).  Where outputs differ:
+A converted model has blocked head offsets and by default `mix="detached"`: torchscale stops the gradient through the
+weights that mix its branches.  The outputs differ in three cases:
 
-- An encoder, or a LongViT, over a length that its segments or rates do not divide: torchscale pads with zeros, which
-  are keys to it.  Here padding never takes part.  (Decoders are the same at any length: what follows is hidden.)
-- Padding: torchscale's dilated attention does not read its padding mask; here `attention_mask` hides keys.
+- An encoder or a LongViT, at a length that its segments or rates do not divide.  torchscale pads with zeros and attends
+  to them; this package never attends to padding.  Decoders are equal at any length, as the causal mask hides the
+  padding.
+- A padding mask.  The dilated attention of torchscale ignores it; here `attention_mask` hides keys.
 - Segments that are split over ranks, which torchscale approximates.
 
-What cannot be the same is refused by its name: post-norm and deepnorm, multiway, mixtures of experts, relative position
-biases, cross attention, a norm of embeddings, sinusoidal positions.
+Models with other features raise an error that names the feature: post-norm and deepnorm, multiway, mixtures of experts,
+relative position biases, cross attention, a norm of embeddings, sinusoidal positions.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from lightning_longnet.models.longnet import LongNet, LongNetConfig
 from lightning_longnet.models.longvit import LongViT, LongViTConfig
 
 if TYPE_CHECKING:
-    from lightning_longnet.attention.checks import Mix
+    from lightning_longnet.attention.spec import Mix
 
 _LAYER = "layers.0.self_attn.q_proj."
-_FIRST_POSITION = 2  # its learned positions begin there, as fairseq's do
+_FIRST_POSITION = 2  # index of position 0 in the table of torchscale, as in that of fairseq
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "swish": "silu"}
 _REFUSED_NAMES = {
     ".A.": "multiway",
@@ -43,14 +44,14 @@ _REFUSED_NAMES = {
     "relative_position": "a relative position bias",
     "_float_tensor": "sinusoidal positions",
 }
-# what is read, of all that torchscale's configurations have
+# the arguments of torchscale's configurations that the conversion reads
 ARGUMENTS = (
     *(f"{kind}_{name}" for kind in ("encoder", "decoder") for name in ("attention_heads", "normalize_before")),
     *("share_encoder_input_output_embed", "share_decoder_input_output_embed", "no_scale_embedding", "activation_fn"),
     *("segment_length", "dilated_ratio", "xpos_scale_base", "layernorm_eps", "num_heads", "final_norm_eps"),
 )
 REFUSED_ARGUMENTS = ("deepnorm", "multiway", "moe_freq", "rel_pos_buckets", "layernorm_embedding")
-# LongViT's own, by the size of the images
+# LongViT's rates, and its segment lengths by the size of the images
 _LONGVIT_RATES = [1, 2, 4, 8, 16]
 _LONGVIT_SEGMENTS = {
     4096: [1024, 2048, 4096, 8192, 16384],
@@ -61,25 +62,26 @@ _LONGVIT_SEGMENTS = {
 
 
 def read_torchscale(path: str | Path, key: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of a file, and the arguments that it was made with, where it holds them.
+    """Return the weights in a file of torchscale, and the arguments of the model, which are empty if it has none.
 
     Args:
-        path: what `torch.save` wrote: a state dict, or a dictionary that holds one, as fairseq's and LongViT's do.
-        key: under which of its keys the weights are; not needed where there is one.
+        path: a file that `torch.save` wrote: a state dict, or a dictionary that contains one, as the checkpoints of
+            fairseq and LongViT do.
+        key: the key of the state dict in that dictionary; not needed if only one value is a state dict.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"path must be a file that torch.save wrote, got {path}, which is none")
-    found = read_file(path, (Namespace,))
-    if not isinstance(found, dict):
-        raise ValueError(f"path must hold a dictionary, got {path}, which holds a {type(found).__name__}")
-    inside = {name: value for name, value in found.items() if isinstance(value, Mapping) and _roots(value)}
+    content = read_file(path, (Namespace,))
+    if not isinstance(content, dict):
+        raise ValueError(f"path must hold a dictionary, got {path}, which holds a {type(content).__name__}")
+    inside = {name: value for name, value in content.items() if isinstance(value, Mapping) and _roots(value)}
     if key is not None:
         if key not in inside:
             raise ValueError(f"key must be one of {', '.join(map(repr, inside)) or 'none'}, got {key!r}")
         weights = inside[key]
-    elif _roots(found):
-        weights = found
+    elif _roots(content):
+        weights = content
     elif len(inside) == 1:
         (weights,) = inside.values()
     else:
@@ -87,25 +89,26 @@ def read_torchscale(path: str | Path, key: str | None = None) -> tuple[dict[str,
         raise ValueError(
             f"key must say {among}: weights of a torchscale model have a name that ends with {_LAYER}weight"
         )
-    told = found.get("args")
-    if told is None and isinstance(found.get("cfg"), Mapping):
-        told = found["cfg"].get("model")  # newer fairseqs
-    arguments = dict(vars(told)) if isinstance(told, Namespace) else dict(told or {})
+    options = content.get("args")
+    if options is None and isinstance(content.get("cfg"), Mapping):
+        options = content["cfg"].get("model")  # as newer versions of fairseq save them
+    arguments = dict(vars(options)) if isinstance(options, Namespace) else dict(options or {})
     return {name: x for name, x in weights.items() if isinstance(x, Tensor)}, arguments
 
 
 def from_torchscale(
     state: Mapping[str, Tensor], arguments: Mapping[str, Any], mix: Mix = "detached"
 ) -> LongNet | LongViT:
-    """The same model, of a state dict and of the arguments of torchscale's EncoderConfig or DecoderConfig.
+    """Return the LongNet or LongViT that computes what a model of torchscale does, in evaluation mode.
 
     Args:
-        state: weights by torchscale's names, whatever stands before them.
-        arguments: by torchscale's names, of which weights say nothing: decoder_attention_heads (or those of the
-            encoder), segment_length and dilated_ratio are needed; activation_fn, layernorm_eps, no_scale_embedding,
-            xpos_scale_base have torchscale's defaults.  `final_norm_eps` is of a LongViT's last norm: 1e-5, and 1e-6
-            where that stands before the pooling.
-        mix: "detached" trains as torchscale does, "exact" by the gradient of what is computed.
+        state: the state dict of the model, with any prefix before the names of torchscale.
+        arguments: the arguments of torchscale's EncoderConfig or DecoderConfig that cannot be read from the weights.
+            `decoder_attention_heads` or `encoder_attention_heads`, `segment_length` and `dilated_ratio` are required;
+            `activation_fn`, `layernorm_eps`, `no_scale_embedding` and `xpos_scale_base` have the defaults of
+            torchscale.  `final_norm_eps`, the epsilon of the last norm of a LongViT, is 1e-5 by default, and 1e-6 if
+            that norm comes before the pooling.
+        mix: "detached" trains as torchscale does; "exact" trains with the gradient of the computed function.
     """
     roots = _roots(state)
     if len(roots) != 1:
@@ -119,13 +122,13 @@ def from_torchscale(
 
 
 def _roots(state: Mapping[str, Any]) -> list[str]:
-    """What stands before the names of a model's layers."""
+    """Return the prefixes before the names of layers, one for each model in the state dict."""
     ends = (f"{_LAYER}weight", f"{_LAYER}A.weight")
     return [name.removesuffix(end) for name in state for end in ends if isinstance(name, str) and name.endswith(end)]
 
 
 class _Weights:
-    """Those below a prefix, each to be taken once."""
+    """The weights below a prefix.  Each is taken once, and `finish` refuses those that nothing took."""
 
     def __init__(self, state: Mapping[str, Tensor], prefix: str) -> None:
         self.prefix = prefix
@@ -139,58 +142,62 @@ class _Weights:
         return name in self.left
 
     def take(self, name: str) -> Tensor:
+        """Remove a weight and return a copy of it."""
         if name not in self.left:
             raise ValueError(f"state must hold {self.prefix}{name}, which is missing")
         return self.left.pop(name).clone()
 
     def move(self, ours: str, name: str) -> dict[str, Tensor]:
-        """A norm or a linear map."""
+        """Take weight and bias of a norm or a linear map, under the name `ours` of the module in this package."""
         return {f"{ours}.{part}": self.take(f"{name}.{part}") for part in ("weight", "bias")}
 
     def finish(self) -> None:
-        # fairseq's decoders have a version, xPos a buffer that follows from the size of a head
+        """Refuse weights that were not taken."""
+        # the version of fairseq's decoders and the buffer of xPos, which head_dim determines, carry no information
         rest = [name for name in self.left if name != "version" and not name.endswith("xpos.scale")]
         if rest:
             raise ValueError(f"state must hold nothing that has no counterpart here, got {self.prefix}{rest[0]}")
 
 
 def _longnet(weights: _Weights, arguments: Mapping[str, Any], mix: Mix) -> LongNet:
+    """Convert an encoder or a decoder."""
     kind = _kind(weights.prefix, arguments)
     embedding = weights.take("embed_tokens.weight")
-    found = {"embedding.weight": embedding}
+    converted = {"embedding.weight": embedding}
     if "embed_positions.weight" in weights:
-        found["position_table"] = weights.take("embed_positions.weight")[_FIRST_POSITION:]
-    head = embedding  # where it has none, too
+        converted["position_table"] = weights.take("embed_positions.weight")[_FIRST_POSITION:]
+    head = embedding  # also of models without a head
     if "output_projection.weight" in weights:
         head = weights.take("output_projection.weight")
     is_tied = bool(arguments.get(f"share_{kind}_input_output_embed")) or torch.equal(head, embedding)
-    found["head.weight"] = embedding if is_tied else head
+    converted["head.weight"] = embedding if is_tied else head
     has_norm = "layer_norm.weight" in weights
     if has_norm:
-        found |= weights.move("norm", "layer_norm")
-    told, blocks = _blocks(weights, "", kind, arguments, is_causal=kind == "decoder")
+        converted |= weights.move("norm", "layer_norm")
+    fields, block_state = _blocks(weights, "", kind, arguments, is_causal=kind == "decoder")
     weights.finish()
     scale = 1.0 if arguments.get("no_scale_embedding", True) else sqrt(embedding.shape[1])
     config = LongNetConfig(
-        **told,
+        **fields,
         vocab_size=len(embedding),
         embedding_scale=scale,
-        learned_positions=len(found["position_table"]) if "position_table" in found else None,
+        learned_positions=len(converted["position_table"]) if "position_table" in converted else None,
         tied_embeddings=is_tied,
         final_norm=has_norm,
         mix=mix,
     )
     model = LongNet(config)
-    model.load_state_dict(found | blocks)
+    model.load_state_dict(converted | block_state)
     return model.eval()
 
 
 def _longvit(weights: _Weights, state: Mapping[str, Tensor], arguments: Mapping[str, Any], mix: Mix) -> LongViT:
+    """Convert a LongViT; `weights` are those of the backbone, and `state` also has the classifier around it."""
     patches = weights.take("patch_embed.proj.weight")
     table = weights.take("pos_embed")[0]
     side = isqrt(len(table))
     channels, patch_size = patches.shape[1:3]
-    found = {
+    converted = {
         "patch_embedding.weight": patches.flatten(1),
         "patch_embedding.bias": weights.take("patch_embed.proj.bias"),
         "position_table": table.unflatten(0, (side, side)),
@@ -199,12 +206,12 @@ def _longvit(weights: _Weights, state: Mapping[str, Tensor], arguments: Mapping[
     is_pooled_first = "fc_norm.weight" in ends
     if not is_pooled_first:
         ends = weights
-    found |= ends.move("norm", "fc_norm" if is_pooled_first else "norm")
+    converted |= ends.move("norm", "fc_norm" if is_pooled_first else "norm")
     classes = 0
     if "head.weight" in ends:
-        found |= ends.move("head", "head")
-        classes = len(found["head.weight"])
-    told, blocks = _blocks(
+        converted |= ends.move("head", "head")
+        classes = len(converted["head.weight"])
+    fields, block_state = _blocks(
         weights,
         "encoder.",
         "encoder",
@@ -215,7 +222,7 @@ def _longvit(weights: _Weights, state: Mapping[str, Tensor], arguments: Mapping[
     )
     weights.finish()
     config = LongViTConfig(
-        **told,
+        **fields,
         classes=classes,
         image_size=side * patch_size,
         patch_size=patch_size,
@@ -226,27 +233,28 @@ def _longvit(weights: _Weights, state: Mapping[str, Tensor], arguments: Mapping[
         mix=mix,
     )
     model = LongViT(config)
-    model.load_state_dict(found | blocks)
+    model.load_state_dict(converted | block_state)
     return model.eval()
 
 
 def _kind(prefix: str, arguments: Mapping[str, Any]) -> str:
+    """Return "decoder" or "encoder", read from the prefix of the weights or from the arguments."""
     for kind in ("decoder", "encoder"):
         if prefix.endswith(f"{kind}."):
             return kind
-    told = [kind for kind in ("decoder", "encoder") if arguments.get(f"{kind}_attention_heads") is not None]
-    if len(told) != 1:
+    kinds = [kind for kind in ("decoder", "encoder") if arguments.get(f"{kind}_attention_heads") is not None]
+    if len(kinds) != 1:
         raise ValueError(
             f"arguments must hold decoder_attention_heads or encoder_attention_heads, and not both, as nothing else "
             f"says which of them the model is, got {', '.join(map(str, arguments)) or 'none'}"
         )
-    return told[0]
+    return kinds[0]
 
 
 def _blocks(
     weights: _Weights, prefix: str, kind: str, arguments: Mapping[str, Any], is_causal: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the configuration says of the blocks, and their weights."""
+    """Return the fields of BlocksConfig that describe the blocks, and the weights of the blocks by our names."""
     for name in REFUSED_ARGUMENTS:
         if arguments.get(name):
             raise ValueError(f"arguments must not hold {name}, which has no counterpart here, got {arguments[name]!r}")
@@ -263,12 +271,12 @@ def _blocks(
     heads = arguments.get(f"{kind}_attention_heads")
     if heads is None:
         raise ValueError(f"arguments must hold {kind}_attention_heads, of which weights say nothing")
-    found: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     for i in range(layers):
         theirs, ours = f"{prefix}layers.{i}", f"blocks.{i}"
         for part in ("weight", "bias"):
             projections = [weights.take(f"{theirs}.self_attn.{each}_proj.{part}") for each in "qkv"]
-            found[f"{ours}.attention.qkv_proj.{part}"] = torch.cat(projections)
+            converted[f"{ours}.attention.qkv_proj.{part}"] = torch.cat(projections)
         names = {
             "attention.out_proj": "self_attn.out_proj",
             "attention_norm": "self_attn_layer_norm",
@@ -279,31 +287,31 @@ def _blocks(
         if has_sub_norm:
             names |= {"attention.sub_norm": "self_attn.inner_attn_ln", "feed_forward.sub_norm": "ffn.ffn_layernorm"}
         for name, their_name in names.items():
-            found |= weights.move(f"{ours}.{name}", f"{theirs}.{their_name}")
-    told = {
+            converted |= weights.move(f"{ours}.{name}", f"{theirs}.{their_name}")
+    fields = {
         "pattern": Pattern.dilated(
             _integers("segment_length", arguments), _integers("dilated_ratio", arguments), is_causal, "blocked"
         ),
-        "dim": found["blocks.0.attention_norm.weight"].shape[0],
+        "dim": converted["blocks.0.attention_norm.weight"].shape[0],
         "layers": layers,
         "heads": heads,
-        "hidden_dim": found["blocks.0.feed_forward.first.weight"].shape[0],
+        "hidden_dim": converted["blocks.0.feed_forward.first.weight"].shape[0],
         "activation": _ACTIVATIONS[activation],
         "rotary": "xpos" if has_xpos else None,
         "xpos_scale_base": arguments.get("xpos_scale_base", 512),
         "sub_norm": has_sub_norm,
         "norm_eps": arguments.get("layernorm_eps", 1e-5),
     }
-    return told, found
+    return fields, converted
 
 
 def _integers(name: str, arguments: Mapping[str, Any]) -> list[int]:
-    """Torchscale has them as text."""
+    """Return a list of integers from the arguments, where torchscale may have it as text."""
     given = arguments.get(name)
     try:
-        found = literal_eval(given) if isinstance(given, str) else given
+        values = literal_eval(given) if isinstance(given, str) else given
     except (ValueError, SyntaxError):
-        found = None
-    if not isinstance(found, (list, tuple)) or not found or not all(isinstance(each, int) for each in found):
+        values = None
+    if not isinstance(values, (list, tuple)) or not values or not all(isinstance(each, int) for each in values):
         raise ValueError(f"{name} must be a list of integers, as '[2048,4096]', got {given!r}")
-    return list(found)
+    return list(values)

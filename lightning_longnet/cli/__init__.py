@@ -1,8 +1,8 @@
-"""The command line `longnet`: a file for each command, which is loaded when the command is given.
+"""The command line `longnet`, with a module for each command that is imported when the command is given.
 
-A command is a module with `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`; with `TAKES_OVERRIDES` it is
-handed words that it does not know, as `arguments.overrides`.  It imports nothing at its top
-that takes long, so that every help comes at once.  What is a Trainer's goes to LightningCLI.
+The module of a command has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`.  With `TAKES_OVERRIDES` it
+gets the arguments that its parser does not know as `arguments.overrides`.  Slow imports are inside of `run`, so that
+`--help` is fast.  LightningCLI runs the commands of the Trainer: fit, validate, test and predict.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TRAINER_COMMANDS = {
     "test": "the test loss of a model",
     "predict": "continue the sequences of a data module",
 }
-# each a module of this folder
+# each is a module of this folder
 COMMANDS = {
     "generate": "continue a text with a trained model",
     "tokenize": "text files to a stream of tokens that training reads without loading it",
@@ -36,7 +36,11 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The status that the process ends with."""
+    """Run a command, and return the exit status of the process.
+
+    Args:
+        arguments: the command and its arguments; those of the process by default.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = given[0] if given else "--help"
     if command in ("-h", "--help"):
@@ -57,16 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             run_command(command, given[1:])
     except (ValueError, OSError) as error:
-        told = _told_by_us(error)
-        if told is None and command in COMMANDS and isinstance(error, OSError) and error.filename is not None:
-            told = error  # of a file that was named, or is to lie where one was
-        if told is None:
+        user_error = _user_error(error)
+        if user_error is None and command in COMMANDS and isinstance(error, OSError) and error.filename is not None:
+            user_error = error  # about a file that the user named
+        if user_error is None:
             raise
-        return _refuse(str(told))
+        return _refuse(str(user_error))
     return 0
 
 
 def run_command(command: str, arguments: Sequence[str]) -> None:
+    """Parse the arguments of a command of `COMMANDS`, and run it."""
     module = import_module(f"lightning_longnet.cli.{command}")
     parser = argparse.ArgumentParser(
         prog=f"longnet {command}",
@@ -75,15 +80,16 @@ def run_command(command: str, arguments: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    told, others = parser.parse_known_args(arguments)
+    options, others = parser.parse_known_args(arguments)
     if getattr(module, "TAKES_OVERRIDES", False):
-        told.overrides = others  # of the files that it reads
+        options.overrides = others  # overrides of the configuration files that the command reads
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    module.run(told)
+    module.run(options)
 
 
 def usage() -> str:
+    """Return the text of `longnet --help`."""
     lines = ["usage: longnet COMMAND ...", "", "Exact attention over millions of tokens, for Lightning.", ""]
     width = max(map(len, [*TRAINER_COMMANDS, *COMMANDS])) + 2
     lines += [f"  {name:<{width}}{line}" for name, line in (TRAINER_COMMANDS | COMMANDS).items()]
@@ -96,14 +102,16 @@ def usage() -> str:
 
 
 def _refuse(message: str) -> int:
+    """Print an error, and return the exit status 2."""
     print(f"longnet: error: {message}", file=sys.stderr)  # noqa: T201
     return 2
 
 
-def _told_by_us(error: BaseException | None) -> BaseException | None:
-    """What a line of this package raised, for its user, whoever wrapped it: the message says it all.
+def _user_error(error: BaseException | None) -> BaseException | None:
+    """Return the error, or one in its chain of causes, that was raised by a line of this package.
 
-    None for other errors, which show where they come from.
+    The messages of such errors are for users, and are shown without a traceback.  Return None if there is none: other
+    errors are shown with their traceback.
     """
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)

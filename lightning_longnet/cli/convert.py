@@ -1,4 +1,4 @@
-"""`longnet convert`: what torchscale trained, as a checkpoint of ours."""
+"""`longnet convert`: convert a model of torchscale to a checkpoint of this package."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ DESCRIPTION = """Read a LongNet or a LongViT of torchscale, and write it as a ch
   longnet convert decoder.pt decoder.ckpt --set decoder_attention_heads=12 \\
       "segment_length=[2048,4096,8192]" "dilated_ratio=[1,2,4]" no_scale_embedding=False
 
-Arguments that the file holds need not be told.  What has no counterpart here is refused by its name.  The result is
-for longnet export, and for lightning_longnet.load_model.
+Arguments that the file contains need not be given.  A feature that has no counterpart here is refused by its name.
+longnet export and lightning_longnet.load_model read the result.
 """
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of this command."""
     parser.add_argument("source", help="a file that torch.save wrote")
     parser.add_argument("checkpoint", help="the file to write")
-    parser.add_argument("--key", help="under which of its keys the weights are, where there are several")
+    parser.add_argument("--key", help="the key of the weights in the file, if several could be")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=VALUE", help="arguments of the model, by torchscale's names"
     )
@@ -29,15 +30,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--mix",
         choices=("detached", "exact"),
         default="detached",
-        help="in further training: torchscale's gradient (by default), or that of what is computed",
+        help="the gradient in further training: torchscale's (the default), or that of the computed function",
     )
 
 
 def run(arguments: Namespace) -> None:
+    """Convert the model, write the checkpoint and print its size."""
     from difflib import get_close_matches
     from pathlib import Path
 
-    told = dict(map(_setting, arguments.set))
+    options = dict(map(_setting, arguments.set))
     target = Path(arguments.checkpoint)
     if target.exists():
         raise ValueError(f"checkpoint must be a new file, got {target}, which exists")
@@ -49,26 +51,27 @@ def run(arguments: Namespace) -> None:
         read_torchscale,
     )
 
-    for name in set(told) - {*ARGUMENTS, *REFUSED_ARGUMENTS}:
-        # torchscale has many arguments that change nothing here; one that is nearly read is misspelt
+    for name in set(options) - {*ARGUMENTS, *REFUSED_ARGUMENTS}:
+        # torchscale has many arguments without effect here, so an unknown name is an error only if it looks misspelt
         if near := get_close_matches(name, ARGUMENTS, 1, 0.85):
             raise ValueError(f"set must name torchscale's arguments, as {near[0]}, got {name}")
-    state, found = read_torchscale(arguments.source, arguments.key)
-    model = from_torchscale(state, {**found, **told}, arguments.mix)
+    state, saved = read_torchscale(arguments.source, arguments.key)
+    model = from_torchscale(state, {**saved, **options}, arguments.mix)
     write_checkpoint(model, target)
-    many = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{target}: {type(model).__name__}, {many:,} parameters")  # noqa: T201
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{target}: {type(model).__name__}, {size:,} parameters")  # noqa: T201
 
 
 def _setting(text: str) -> tuple[str, Any]:
+    """Return (name, value) of the text `NAME=VALUE`, where the value is a Python literal or text."""
     from ast import literal_eval
 
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ValueError(f"set must be NAME=VALUE, got {text!r}")
-    if value.lower() in ("true", "false"):  # as YAML and shells write them: a text would be taken for True
+    if value.lower() in ("true", "false"):  # as in YAML: the text "false" would count as True
         return name, value.lower() == "true"
     try:
         return name, literal_eval(value)
     except (ValueError, SyntaxError):
-        return name, value  # text, as of activation_fn=gelu
+        return name, value  # text, such as that of activation_fn=gelu

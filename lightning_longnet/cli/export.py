@@ -1,4 +1,4 @@
-"""`longnet export`: a trained model as a folder that others can read."""
+"""`longnet export`: export a trained model to a folder."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ In Python, lightning_longnet.load_model("folder") reads either.  Needs the extra
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of this command."""
     parser.add_argument(
-        "checkpoint", help="of a Trainer on any engine, a file or a folder; or what longnet convert wrote"
+        "checkpoint", help="a checkpoint of a Trainer on any engine, a file or a folder, or of longnet convert"
     )
-    parser.add_argument("folder", help="a new one")
+    parser.add_argument("folder", help="the folder to create")
     parser.add_argument("--format", choices=("safetensors", "huggingface"), default="safetensors")
 
 
 def run(arguments: Namespace) -> None:
+    """Export the model and print its size."""
     from lightning_longnet.checkpointing.exports import export_model, load_model
 
     model = load_model(arguments.checkpoint)
     export_model(model, arguments.folder, arguments.format)
-    many = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{arguments.folder}: {type(model).__name__}, {many:,} parameters")  # noqa: T201
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{arguments.folder}: {type(model).__name__}, {size:,} parameters")  # noqa: T201

@@ -1,4 +1,4 @@
-"""longnet generate: a text, and what a trained model goes on with."""
+"""`longnet generate`: continue a text with a trained model."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import argparse
 
-DESCRIPTION = (
-    "A text, and what a trained model goes on with; one process, which computes the whole prefix for each token."
-)
+DESCRIPTION = "Continue a text with a trained model, in one process, which computes the whole prefix for each token."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="of `longnet fit`: a file, or the folder of a sharded engine")
-    parser.add_argument("--prompt", default="\n", help="where the text begins; a line's end by default")
+    """Add the arguments of this command."""
+    parser.add_argument("checkpoint", help="a checkpoint of `longnet fit`: a file, or the folder of a sharded engine")
+    parser.add_argument("--prompt", default="\n", help="the text to continue; a newline by default")
     parser.add_argument("--prompt-file", help="a file that holds the prompt")
-    parser.add_argument("--tokens", type=int, default=200, help="how many to add (200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="of what is drawn; 0 takes the likeliest (0.8)")
-    parser.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens only")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    parser.add_argument("--tokens", type=int, default=200, help="number of tokens to add (200)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="divisor of the logits; 0 takes the likeliest (0.8)"
+    )
+    parser.add_argument("--top-k", type=int, help="sample from this many of the most likely tokens only")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
     parser.add_argument(
         "--tokenizer", help="a Hugging Face name or folder, or `bytes`; that of the training by default"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Generate tokens, and print the whole text."""
     import torch
 
     from lightning_longnet.checkpointing.checkpoints import read_checkpoint
@@ -34,17 +36,17 @@ def run(arguments: argparse.Namespace) -> None:
     from lightning_longnet.models.generation import generate
     from lightning_longnet.models.longnet import LongNet
 
-    found = read_checkpoint(arguments.checkpoint)
-    told: dict[str, Any] = found.hyper_parameters
-    if "config" not in told:
+    saved = read_checkpoint(arguments.checkpoint)
+    hyper_parameters: dict[str, Any] = saved.hyper_parameters
+    if "config" not in hyper_parameters:
         raise ValueError(
-            f"checkpoint must be of a LongNetModule, got hyperparameters {', '.join(told) or 'of nothing'}"
+            f"checkpoint must be of a LongNetModule, got hyperparameters {', '.join(hyper_parameters) or 'of nothing'}"
         )
-    model = model_of(found).float()
+    model = model_of(saved).float()
     if not isinstance(model, LongNet):
         raise ValueError(f"checkpoint must be of a model that predicts tokens, got a {type(model).__name__}")
     config = model.config
-    name = arguments.tokenizer or told.get("tokenizer")
+    name = arguments.tokenizer or hyper_parameters.get("tokenizer")
     if name is None and config.vocab_size != 256:
         raise ValueError(f"--tokenizer must be named: the checkpoint tells none for {config.vocab_size} tokens")
     tokenizer = tokenizer_of(name or "bytes")
@@ -62,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--tokenizer must be the model's: it gives token {max(ids)}, and the model has {config.vocab_size}"
         )
-    whole = generate(
+    output_ids = generate(
         model,
         torch.tensor([ids]),
         arguments.tokens,
@@ -70,4 +72,4 @@ def run(arguments: argparse.Namespace) -> None:
         top_k=arguments.top_k,
         seed=arguments.seed,
     )
-    print(tokenizer.decode(whole[0].tolist()))  # noqa: T201
+    print(tokenizer.decode(output_ids[0].tolist()))  # noqa: T201

@@ -1,4 +1,4 @@
-"""`longnet plan`: what a run would hold, send and take, before it is launched."""
+"""`longnet plan`: print the memory, messages and time of a run before it is launched."""
 
 from __future__ import annotations
 
@@ -9,61 +9,67 @@ if TYPE_CHECKING:
 
     from lightning_longnet.planning.devices import Device
 
-DESCRIPTION = """What a run would hold, send and take, and the longest sequence that fits, before any launch.
+DESCRIPTION = """Predict the memory, messages and time of a run, and the longest sequence that fits, before any launch.
 
   longnet plan --config configs/longnet/2_7b.yaml --nodes 8 --gpus-per-node 8 --device h200
   longnet plan --config configs/quickstart.yaml --device cpu --model.config.dim 256
   longnet plan --scale                     8K to 1B tokens, dense attention beside dilated
 
-The files are those of longnet fit, and so are further overrides.  Times are of the peak and the links of the device's
-data sheet, and of shares of them that --efficiency tells."""
+The configuration files and overrides are those of longnet fit.  Times follow from the peak and the links in the data
+sheet of the device, and from the shares of them that --efficiency gives."""
 
 TAKES_OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", action="append", default=[], help="of longnet fit; later ones go over it")
-    parser.add_argument("--nodes", type=int, help="machines; by default those of the file")
-    parser.add_argument("--gpus-per-node", type=int, help="devices of each; by default those of the file")
-    parser.add_argument("--tokens", type=int, help="of a sequence; by default those of the file's data")
+    """Add the arguments of this command."""
+    parser.add_argument(
+        "--config", action="append", default=[], help="a file of longnet fit; later ones override earlier ones"
+    )
+    parser.add_argument("--nodes", type=int, help="number of machines; by default that of the file")
+    parser.add_argument("--gpus-per-node", type=int, help="devices of each machine; by default those of the file")
+    parser.add_argument("--tokens", type=int, help="tokens of a sequence; by default those of the file's data")
     parser.add_argument("--device", default="h200", help="h200 (by default), h100, a100, ..., cpu")
-    parser.add_argument("--memory-gib", type=float, help="of a device, where it is another")
-    parser.add_argument("--peak-tflops", type=float, help="of a device, where it is another")
-    parser.add_argument("--link-gbps", type=float, help="gigabits a second from device to device")
-    parser.add_argument("--efficiency", type=float, nargs=2, metavar="SHARE", help="of the peak: linear, attention")
-    parser.add_argument("--json", action="store_true", help="plain values and no tables")
-    parser.add_argument("--picture", metavar="PNG", help="draw it (the extra plots)")
-    parser.add_argument("--scale", action="store_true", help="8K to 1B tokens, at one number of tokens a device")
+    parser.add_argument("--memory-gib", type=float, help="memory of a device, instead of the data sheet's")
+    parser.add_argument("--peak-tflops", type=float, help="peak of a device, instead of the data sheet's")
+    parser.add_argument("--link-gbps", type=float, help="gigabits a second between devices")
+    parser.add_argument(
+        "--efficiency", type=float, nargs=2, metavar="SHARE", help="share of the peak: linear, attention"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--picture", metavar="PNG", help="write a picture (needs the extra plots)")
+    parser.add_argument("--scale", action="store_true", help="8K to 1B tokens, at a constant number of tokens a device")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Plan the run, and print the plan."""
     import json
     from dataclasses import replace
 
     from lightning_longnet.planning.devices import named
 
     device = named(arguments.device)
-    told = {}
+    overrides = {}
     for name in ("memory_gib", "peak_tflops", "link_gbps"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name.replace('_', '-')} must be more than 0, got {value:g}")
     if arguments.memory_gib is not None:
-        told["memory"] = arguments.memory_gib * 2**30
+        overrides["memory"] = arguments.memory_gib * 2**30
     if arguments.link_gbps is not None:
-        told["node_link"] = told["network"] = arguments.link_gbps * 1e9 / 8
+        overrides["node_link"] = overrides["network"] = arguments.link_gbps * 1e9 / 8
     if arguments.efficiency is not None:
         if not all(0 < share <= 1 for share in arguments.efficiency):
             raise ValueError(f"efficiency must be two shares, more than 0 and at most 1, got {arguments.efficiency}")
-        told["efficiency"] = tuple(arguments.efficiency)
-    device = replace(device, **told)
+        overrides["efficiency"] = tuple(arguments.efficiency)
+    device = replace(device, **overrides)
     peak = None if arguments.peak_tflops is None else arguments.peak_tflops * 1e12
     if arguments.scale:
         _show_scale(arguments, device)
         return
     if not arguments.config:
         raise ValueError("--config must name a file, as of longnet fit")
-    from lightning_longnet.planning.configured import read_job
+    from lightning_longnet.cli.configured import read_job
     from lightning_longnet.planning.run import plan_run
 
     words = [word for path in arguments.config for word in ("--config", path)]
@@ -77,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _show_scale(arguments: argparse.Namespace, device: Device) -> None:
+    """Print the table of `--scale`."""
     import json
 
     from lightning_longnet.planning import scale

@@ -1,4 +1,4 @@
-"""longnet report: one page of one run or of several."""
+"""`longnet report`: write one page about one run or several."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import argparse
 
-DESCRIPTION = """One HTML file, which needs no network, of what runs left in their folders: losses, throughput, memory,
-exchange, and pictures of the pattern and the placement.  Several runs are shown side by side.
+DESCRIPTION = """Write one HTML file about runs, from the files in their folders: losses, throughput, memory,
+exchange, and pictures of the pattern and the placement.  It needs no network.  Several runs are shown side by side.
 
-Read are metrics.csv (CSVLogger), config.yaml (LightningCLI), hparams.yaml and run.json (the callback RunReport),
-whichever of them are there."""
+The files are metrics.csv (CSVLogger), config.yaml (LightningCLI), hparams.yaml and run.json (the callback RunReport);
+missing ones are skipped."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a run's folder, or one of its version_N")
     parser.add_argument(
         "--out", help="the file; by default report.html in the folder of the run, or here for several runs"
     )
-    parser.add_argument("--no-images", action="store_true", help="no PNGs of the charts beside it")
+    parser.add_argument("--no-images", action="store_true", help="write no PNGs of the charts")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Write the report, and print its path."""
     from lightning_longnet.report import write_report
 
     path = write_report(arguments.run_dirs, arguments.out, images=False if arguments.no_images else None)

@@ -1,4 +1,4 @@
-"""`longnet tokenize`: text files to a stream of tokens that training reads without loading it."""
+"""`longnet tokenize`: convert text files to shards of tokens, which training reads without loading them."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ if TYPE_CHECKING:
     import argparse
 
 DESCRIPTION = """\
-Text files to shards of tokens (.npy) and a tokens.json that says what they are, for lightning_longnet.TokenFileData.
+Convert text files to shards of tokens (.npy) with a tokens.json that describes them, for
+lightning_longnet.TokenFileData.
 
-A file is a document; a token for its end follows each.  A run that was stopped goes on where it was when it is
-started again in the same way, and leaves the same bytes.  Files longer than 1 MiB are handed to the tokenizer in
-pieces that end with a line.
+Each file is a document, which ends with an end token.  An interrupted run continues if it is started again with the
+same arguments, and writes the same bytes.  The tokenizer gets files longer than 1 MiB in pieces that end with a line.
 
   longnet tokenize books/ --out tokens --tokenizer gpt2 --pattern '*.txt'
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of this command."""
     parser.add_argument("paths", nargs="+", help="files and folders of text in UTF-8")
-    parser.add_argument("--out", required=True, help="the folder to write; of its own")
+    parser.add_argument("--out", required=True, help="the folder to write, which holds nothing else")
     parser.add_argument(
         "--tokenizer",
         default="bytes",
-        help="a Hugging Face tokenizer, by its name or folder; bytes (the default) for none",
+        help="the name or folder of a Hugging Face tokenizer, or bytes (the default)",
     )
-    parser.add_argument("--pattern", default="*.txt", help="which files of a folder, however deep; *.txt by default")
-    parser.add_argument("--workers", type=int, default=0, help="processes; as many as there are cores by default")
-    parser.add_argument("--shard-megabytes", type=float, default=64.0, help="of text in a shard; 64 by default")
+    parser.add_argument(
+        "--pattern", default="*.txt", help="files that are read in folders and subfolders; *.txt by default"
+    )
+    parser.add_argument("--workers", type=int, default=0, help="number of processes; the number of cores by default")
+    parser.add_argument("--shard-megabytes", type=float, default=64.0, help="text in a shard; 64 by default")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Tokenise the files with a progress bar, and print the result."""
     from tqdm import tqdm
 
     from lightning_longnet.data.paths import found_files
@@ -48,9 +52,9 @@ def run(arguments: argparse.Namespace) -> None:
     files = found_files("paths", arguments.paths, arguments.pattern)
     plan = plan_of(files, arguments.tokenizer, max(1, int(arguments.shard_megabytes * 2**20)))
     with tqdm(total=plan.bytes, unit="B", unit_scale=True, desc=f"{len(files):,} files") as bar:
-        found = tokenize(plan, Path(arguments.out), workers, bar.update)
+        result = tokenize(plan, Path(arguments.out), workers, bar.update)
     print(  # noqa: T201
-        f"{found['tokens']:,} tokens of {found['bytes_per_token']:.2f} bytes, vocabulary {found['vocab_size']:,}, in "
-        f"{arguments.out}\n"
+        f"{result['tokens']:,} tokens of {result['bytes_per_token']:.2f} bytes, vocabulary "
+        f"{result['vocab_size']:,}, in {arguments.out}\n"
         f"next: longnet fit --data lightning_longnet.TokenFileData --data.path {arguments.out} ..."
     )

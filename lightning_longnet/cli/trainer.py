@@ -1,4 +1,4 @@
-"""fit, validate, test and predict: LightningCLI, with our module and our data where a file names no others."""
+"""fit, validate, test and predict: LightningCLI, with our module where files and overrides name no other."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from lightning_longnet.callbacks import PredictedTexts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-_READS_ARGUMENTS = "lightning/pytorch/trainer/connectors/"  # those of a Trainer
+_READS_ARGUMENTS = "lightning/pytorch/trainer/connectors/"  # where Lightning checks the arguments of a Trainer
 
 
 class SavedConfig(SaveConfigCallback):
-    """The configuration lies beside the metrics of its run; a run that logs nothing leaves none."""
+    """Saves the configuration beside the metrics of its run, where the run has a logger."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if trainer.loggers:
@@ -34,54 +34,71 @@ class SavedConfig(SaveConfigCallback):
 
 
 class Parser(LightningArgumentParser):
-    """Says what is wrong, without the hundred lines of usage before it."""
+    """A parser whose errors are one line, without a hundred lines of usage before it."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         lines = [line.strip() for line in message.splitlines()]
-        if "Errors:" in lines:  # of each type that a value might have had; the value itself, pages of it, follows
+        if "Errors:" in lines:  # one for each type of the value, and then pages of the value itself
             reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and "NoneType" not in line]
             lines = [lines[0], "; ".join(reasons)]
         self.exit(2, f"longnet: error: {' '.join(lines)}\n")
 
 
 class TrainerCLI(LightningCLI):
+    """The parser of fit, validate, test and predict, with our module where the words name no other.
+
+    Args:
+        words: the command line without the program's name.
+        args: what Lightning is to parse: the words, or None where they are those of this process.
+        options: further arguments of `LightningCLI`.
+    """
+
+    def __init__(self, words: Sequence[str], args: list[str] | None, **options: Any) -> None:
+        self.words = words
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            parser_class=Parser,
+            seed_everything_default=0,
+            args=args,
+            **options,
+        )
+
     def _parse_ckpt_path(self) -> None:
-        """The model is what files and overrides say, and a checkpoint of another is refused.
+        """Check that ckpt_path is a checkpoint, and leave the configuration as files and overrides say.
 
-        Lightning would put what the checkpoint was made with in the place of what was asked for.
+        Lightning would replace what was asked for by the options that the checkpoint was made with.
         """
-        given = self.config[self.config.subcommand].get("ckpt_path")
-        is_word = given in (None, "best", "last", "hpc", "registry")
-        if not is_word and ":" not in given and not Path(given).exists():  # s3://, registry:
-            raise ValueError(f"ckpt_path must be a checkpoint, got {given}, which does not exist")
-        if not is_word and Path(given).is_file() and not is_saved(Path(given)):
-            raise ValueError(f"ckpt_path must be a checkpoint, got {given}, which is something else, or a part of one")
-
-    def __init__(self, *args: Any, given: Sequence[str], **kwargs: Any) -> None:
-        self.given = given
-        super().__init__(*args, **kwargs)
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        is_word = path in (None, "best", "last", "hpc", "registry")
+        if not is_word and ":" not in path and not Path(path).exists():  # s3://, registry:
+            raise ValueError(f"ckpt_path must be a checkpoint, got {path}, which does not exist")
+        if not is_word and Path(path).is_file() and not is_saved(Path(path)):
+            raise ValueError(f"ckpt_path must be a checkpoint, got {path}, which is something else, or a part of one")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        if not names_a_model(self.given):
+        if not names_a_model(self.words):
             parser.set_defaults({"model": {"class_path": "lightning_longnet.LongNetModule"}})
 
 
-def names_a_model(given: Sequence[str]) -> bool:
-    """Do files or overrides choose a class?  A default one would leave its own arguments to any that shares names."""
-    found = False
-    for i, word in enumerate(given):
+def names_a_model(words: Sequence[str]) -> bool:
+    """Whether files or overrides choose a class: the default one would leave its arguments to any that shares names."""
+    is_named = False
+    for i, word in enumerate(words):
         name, equals, value = word.partition("=")
-        found |= name in ("--model", "--model.class_path")
-        if name in ("-c", "--config") and (equals or i + 1 < len(given)):
-            path = Path(value if equals else given[i + 1])
+        is_named |= name in ("--model", "--model.class_path")
+        if name in ("-c", "--config") and (equals or i + 1 < len(words)):
+            path = Path(value if equals else words[i + 1])
             content = _content(path) if path.is_file() else None
             model = content.get("model") if isinstance(content, dict) else None
-            found |= isinstance(model, str) or (isinstance(model, dict) and "class_path" in model)
-    return found
+            is_named |= isinstance(model, str) or (isinstance(model, dict) and "class_path" in model)
+    return is_named
 
 
 def is_saved(path: Path) -> bool:
-    """Did `torch.save` write it: an archive, or a pickle in older ones?"""
+    """Whether `torch.save` wrote a file: an archive, or with old versions a pickle."""
     with path.open("rb") as file:
         return zipfile.is_zipfile(file) or file.read(1) == b"\x80"
 
@@ -94,27 +111,22 @@ def _content(path: Path) -> Any:
 
 
 def run_trainer(arguments: Sequence[str]) -> TrainerCLI:
+    """Run one of fit, validate, test and predict; errors of Lightning that are for its users become a ValueError."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()  # advertisements
     )
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's use of what torch 2.13 calls by another name
-    # None: what the process was called with, as Lightning asks where that is the same
+    # Lightning warns of arguments that are those of the process, and reads these itself where args is None
     is_own = list(arguments) == sys.argv[1:]
     try:
         return TrainerCLI(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=Parser,
+            arguments,
+            args=None if is_own else list(arguments),
             save_config_callback=SavedConfig,
             save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
             trainer_defaults={"callbacks": PredictedTexts()},
-            args=None if is_own else list(arguments),
-            given=arguments,
         )
-    except MisconfigurationException as error:  # Lightning's own, for its users
+    except MisconfigurationException as error:  # Lightning's errors for its users
         raise ValueError(" ".join(str(error).split())) from error
     except IsADirectoryError as error:
         if "checkpoint_connector" not in str(traceback.extract_tb(error.__traceback__)):
@@ -123,7 +135,7 @@ def run_trainer(arguments: Sequence[str]) -> TrainerCLI:
             f"ckpt_path must be what this strategy reads, a file, got the folder {error.filename}: go on with the "
             f"strategy that it was saved with"
         ) from error
-    except (ValueError, KeyError) as error:  # KeyError: a checkpoint that lacks what a run goes on with
+    except (ValueError, KeyError) as error:  # KeyError: a checkpoint without what resuming needs
         if _READS_ARGUMENTS in Path(traceback.extract_tb(error.__traceback__)[-1].filename).as_posix():
             raise ValueError(" ".join(str(error.args[0]).split())) from error
         raise

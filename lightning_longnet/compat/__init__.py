@@ -1,7 +1,7 @@
-"""The ancestor's names, those of dilated_attention_pytorch's ring classes, as rows over the presets.
+"""The names of dilated_attention_pytorch, the ancestor of this package: its ring classes, each built from a preset.
 
-MIGRATING.md tells of each class and argument.  An argument acts, or is named in one warning, or is refused; tensors are
-(B, N, H, D).
+MIGRATING.md lists each class and argument.  An argument has an effect, or is named in a warning because it has none,
+or is refused.  Tensors are (B, N, H, D).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lightning_longnet.layers.presets import nearest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# the ancestor's other names for the same
+# further names that the ancestor has for the same classes
 StandardizedRingConfig = RingAttentionConfig
 RingDilatedAttentionV3 = RingDilatedAttention
 RingDilatedAttentionHybrid = RingDilatedAttention
@@ -38,11 +38,11 @@ BlockSparseRingDilatedAttentionFixed = BlockSparseRingDilatedAttention
 RingMultiheadDilatedAttentionHybridFixed = RingMultiheadDilatedAttentionHybrid
 BlockSparseRingMultiheadDilatedAttentionFixed = BlockSparseRingMultiheadDilatedAttention
 
-# what `create_standardized_ring_attention` takes beside the presets' own names
+# names that `create_standardized_ring_attention` takes besides those of the presets
 _ALIASES = {"hybrid": "ring", "true": "ring", "v3": "ring", "v2_collective": "collective"}
 _BY_PRESET: dict[str, type[RingAttention]] = {
-    row.preset: row
-    for row in (
+    cls.preset: cls
+    for cls in (
         RingDilatedAttention,
         RingDilatedAttentionProduction,
         RingDilatedAttentionHilbertOptimized,
@@ -82,7 +82,11 @@ __all__ = [
 
 
 def create_standardized_ring_attention(attention_type: str, **arguments: Any) -> RingAttention | RingMultiheadAttention:
-    """An attention by the name of a preset, or by a name that the ancestor had for one.
+    """Return an attention layer of the given type.
+
+    Args:
+        attention_type: the name of a preset, or a name that the ancestor has for one.
+        arguments: arguments of the class of that type.
 
     >>> arguments = {"segment_lengths": [2048, 4096], "dilation_rates": [1, 2], "dim": 64, "heads": 8}
     >>> create_standardized_ring_attention("ring", **arguments, dropout=0.1)
@@ -93,13 +97,13 @@ def create_standardized_ring_attention(attention_type: str, **arguments: Any) ->
     preset = _ALIASES.get(attention_type, attention_type)
     if preset not in _BY_PRESET:
         known = [*_BY_PRESET, *_ALIASES, *_MULTIHEAD]
-        told = f"{', '.join(map(repr, known))}, got {attention_type!r}{nearest(attention_type, known)}"
-        raise ValueError(f"attention_type must be one of {told}")
+        rule = f"{', '.join(map(repr, known))}, got {attention_type!r}{nearest(attention_type, known)}"
+        raise ValueError(f"attention_type must be one of {rule}")
     return _BY_PRESET[preset](**arguments)
 
 
 def create_ring_multihead_attention_hybrid(
     embed_dim: int, num_heads: int, segment_lengths: Sequence[int], dilation_rates: Sequence[int], **arguments: Any
 ) -> RingMultiheadDilatedAttentionHybrid:
-    """The ring, with projections."""
+    """Return a `RingMultiheadDilatedAttentionHybrid`; see there for the arguments."""
     return RingMultiheadDilatedAttentionHybrid(embed_dim, num_heads, segment_lengths, dilation_rates, **arguments)

@@ -1,4 +1,4 @@
-"""The ancestor's classes: a body for those without weights, one for those with projections, and a row for each."""
+"""The classes of the ancestor: two base classes, without and with projections, and a subclass for each preset."""
 
 from __future__ import annotations
 
@@ -21,15 +21,20 @@ if TYPE_CHECKING:
 
 _PLACES = ("segment_lengths", "dilation_rates", "dropout", "ring_size")
 _MULTIHEAD_PLACES = ("embed_dim", "num_heads", *_PLACES[:3])
-# what our own multihead layer is told by the same name
+# arguments that `MultiheadDilatedAttention` takes under the same name
 _MULTIHEAD = ("bias", "add_bias_kv", "add_zero_attn", "kdim", "vdim", "batch_first", "device", "dtype")
 
 
 class RingAttention(DilatedAttention):
-    """An ancestor's attention: queries, keys and values (B, N, H, D), `is_causal` at the call.
+    """The base of the ancestor's classes without projections: a `DilatedAttention` with the ancestor's arguments.
 
-    `ring_size` is how many ranks share a sequence; a strategy or `hand_down` makes it so, and what is not so is refused
-    at the call.  `dim` and `heads` are what tensors must have.
+    Queries, keys and values are (B, N, H, D), and `is_causal` is an argument of the call.
+
+    Args:
+        arguments: a `RingAttentionConfig`, or segment_lengths, dilation_rates, dropout and ring_size in this order.
+        named: the arguments of MIGRATING.md, by name.  `ring_size` is the number of ranks that share a sequence, which
+            a strategy or `hand_down` determines; a call on another number of ranks is refused.  `dim` and `heads` are
+            the head_dim and number of heads that the query must have.
     """
 
     preset: ClassVar[str]
@@ -53,29 +58,47 @@ class RingAttention(DilatedAttention):
         documents: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """As `DilatedAttention`."""
+        """Return the attention output (B, N, H, D); see `DilatedAttention.forward`.
+
+        Args:
+            query: (B, N, H, D).
+            key: (B, N, H, D).
+            value: (B, N, H, D).
+            is_causal: whether the pattern is causal.
+            attention_mask: must be None.
+            return_attention_weights: must be False.
+            documents: integers (N,) or (B, N), the id of each token's document, not decreasing.
+            key_padding_mask: bools (B, N), True where a key is ignored.
+        """
         check_ring_size(self, self.ring_size)
         if fault := self._fault(query, attention_mask, return_attention_weights):
             context = self.sequence_context
-            if context is not None and context.is_split:  # the other ranks wait for this one
+            if context is not None and context.is_split:  # report the fault to the other ranks, which wait for this one
                 context.shard_of(documents, key_padding_mask).check({}, fault=fault)
             raise ValueError(fault)
         return super().forward(query, key, value, is_causal, documents=documents, key_padding_mask=key_padding_mask)
 
     def _fault(self, query: Tensor, attention_mask: Tensor | None, return_attention_weights: bool) -> str:
+        """Return the message for arguments that are refused, or an empty text."""
         if attention_mask is not None:
             return "attention_mask must be None: hand in key_padding_mask, documents, or another pattern"
         if return_attention_weights:
             return "return_attention_weights must be False: the weights of N x N pairs are never held"
         if query.dim() == 4:  # `attend` refuses others
-            for name, wanted, found in (("heads", self.heads, query.shape[2]), ("dim", self.dim, query.shape[3])):
-                if wanted not in (None, found):
-                    return f"query must have {name} {wanted}, as the layer was told, got shape {tuple(query.shape)}"
+            for name, expected, actual in (("heads", self.heads, query.shape[2]), ("dim", self.dim, query.shape[3])):
+                if expected not in (None, actual):
+                    return f"query must have {name} {expected}, as the layer was told, got shape {tuple(query.shape)}"
         return ""
 
 
 class RingMultiheadAttention(MultiheadDilatedAttention):
-    """An ancestor's attention with projections: the words of `nn.MultiheadAttention`, `batch_first` by default."""
+    """The base of the ancestor's classes with projections: a `MultiheadDilatedAttention` with the ancestor's arguments.
+
+    Args:
+        arguments: a `RingAttentionConfig`, or embed_dim, num_heads, segment_lengths, dilation_rates and dropout in this
+            order.
+        named: the arguments of MIGRATING.md and of `nn.MultiheadAttention`, by name.  `batch_first` is True by default.
+    """
 
     preset: ClassVar[str]
 
@@ -93,24 +116,28 @@ class RingMultiheadAttention(MultiheadDilatedAttention):
         if heads is None or (dim is None and "embed_dim" not in given):
             raise ValueError(f"{name} needs embed_dim and num_heads")
         embed_dim = given.get("embed_dim") or heads * (dim or 0)
-        told = {"batch_first": True} | {each: given[each] for each in _MULTIHEAD if each in given}
-        super().__init__(embed_dim, heads, **told, **settings)
+        options = {"batch_first": True} | {each: given[each] for each in _MULTIHEAD if each in given}
+        super().__init__(embed_dim, heads, **options, **settings)
         self.ring_size = _ring_size(given)
 
     def forward(self, *arguments: Any, **named: Any) -> tuple[Tensor, None]:
-        """As `MultiheadDilatedAttention`."""
+        """Return (out, None); see `MultiheadDilatedAttention.forward`."""
         check_ring_size(self, self.ring_size)
         return super().forward(*arguments, **named)
 
 
 def _ring_size(given: dict[str, Any]) -> int | None:
+    """Return the checked ring_size, or None if there is none."""
     return positive_integer("ring_size", given["ring_size"]) if "ring_size" in given else None
 
 
 def check_ring_size(layer: AttentionLayer, ring_size: int | None) -> None:
-    """The same number on all ranks, and so an error on all of them."""
+    """Refuse a ring_size other than the number of ranks that share a sequence.
+
+    All ranks compare the same numbers, so the error is raised on all of them and none waits.
+    """
     context = layer.sequence_context
-    ranks = context.sequence_parallel_size if context is not None else 1  # within `whole()`, too
+    ranks = context.sequence_parallel_size if context is not None else 1  # also within `whole()`
     if ring_size not in (None, ranks):
         raise ValueError(
             f"ring_size must be the number of ranks that share a sequence, {ranks} here, got {ring_size}: "
@@ -119,48 +146,48 @@ def check_ring_size(layer: AttentionLayer, ring_size: int | None) -> None:
 
 
 class RingDilatedAttention(RingAttention):
-    """Of the first ring."""
+    """Keys pass around the ranks in a ring; see the preset "ring"."""
 
     preset = "ring"
 
 
 class RingDilatedAttentionProduction(RingAttention):
-    """With a guard, unless `enable_error_recovery` is False."""
+    """The layer has a `Guard`, unless `enable_error_recovery` is False; see the preset "production"."""
 
     preset = "production"
 
 
 class RingDilatedAttentionHilbertOptimized(RingAttention):
-    """Along a Hilbert curve, unless `use_hilbert` is False."""
+    """The pattern follows a Hilbert curve, unless `use_hilbert` is False; see the preset "hilbert"."""
 
     preset = "hilbert"
 
 
 class RingDilatedAttentionV2Collective(RingAttention):
-    """Keys are gathered."""
+    """Keys are gathered from all ranks; see the preset "collective"."""
 
     preset = "collective"
 
 
 class UlyssesAttention(RingAttention):
-    """Ranks trade tokens for heads."""
+    """An all_to_all exchanges tokens for heads; see the preset "ulysses"."""
 
     preset = "ulysses"
 
 
 class BlockSparseRingDilatedAttention(RingAttention):
-    """A share of the blocks, `sparsity_ratio`."""
+    """The pattern keeps a share of its blocks, `sparsity_ratio`; see the preset "block_sparse"."""
 
     preset = "block_sparse"
 
 
 class RingMultiheadDilatedAttentionHybrid(RingMultiheadAttention):
-    """The ring, with projections."""
+    """`RingDilatedAttention` with projections of q, k, v and the output."""
 
     preset = "ring"
 
 
 class BlockSparseRingMultiheadDilatedAttention(RingMultiheadAttention):
-    """A share of the blocks, with projections."""
+    """`BlockSparseRingDilatedAttention` with projections of q, k, v and the output."""
 
     preset = "block_sparse"

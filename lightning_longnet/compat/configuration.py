@@ -1,4 +1,4 @@
-"""The ancestor's configurations: frozen, checked where they are made."""
+"""The configurations of the ancestor: frozen dataclasses that check their values when they are made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from lightning_longnet.layers.presets import nearest
 
 @dataclass(frozen=True)
 class SparsePatternConfig:
-    """Which blocks are kept; see `Pattern.block_sparse`.  How many follows from `sparsity_ratio`, for windows too."""
+    """The choice of blocks of a block-sparse pattern; see `Pattern.block_sparse`.
+
+    `sparsity_ratio` determines the number of blocks, of windows too.
+    """
 
     pattern_type: Literal["local_window", "dilated_sparse", "global_local", "strided"] = "local_window"
     block_size: int = 64
@@ -28,22 +31,22 @@ class SparsePatternConfig:
         return super().__new__(cls)
 
     def blocks(self) -> dict[str, Any]:
-        """Arguments of `Pattern.block_sparse`."""
-        void = [
+        """Return keyword arguments of `Pattern.block_sparse`; warn of fields without effect."""
+        unused = [
             name for name in ("window_size", "local_window_size", "dilation_rates") if getattr(self, name) is not None
         ]
-        if void:
-            words = "as many blocks are kept as sparsity_ratio says, and it says how far apart they are"
-            warnings.warn(f"SparsePatternConfig has no use for {', '.join(void)}: {words}", stacklevel=5)
-        found = {"kind": self.pattern_type, "block_size": self.block_size, "sparsity_ratio": self.sparsity_ratio}
-        return found | ({} if self.global_tokens is None else {"global_tokens": self.global_tokens})
+        if unused:
+            reason = "as many blocks are kept as sparsity_ratio says, and it says how far apart they are"
+            warnings.warn(f"SparsePatternConfig has no use for {', '.join(unused)}: {reason}", stacklevel=5)
+        options = {"kind": self.pattern_type, "block_size": self.block_size, "sparsity_ratio": self.sparsity_ratio}
+        return options | ({} if self.global_tokens is None else {"global_tokens": self.global_tokens})
 
 
 @dataclass(frozen=True)
 class RingAttentionConfig:
-    """What the ancestor's classes are told, by the names of both of its configurations.
+    """The arguments of the ancestor's classes, with the field names of both of its configurations.
 
-    `dim` is the width of a head, `embed_dim` of all heads together.
+    `dim` is the width of a head, `embed_dim` that of all heads together.
     """
 
     segment_lengths: tuple[int, ...] | list[int] | None = None
@@ -84,23 +87,29 @@ class RingAttentionConfig:
             object.__setattr__(self, name, tuple(given))
         assert self.segment_lengths is not None
         assert self.dilation_rates is not None
-        Pattern.dilated(self.segment_lengths, self.dilation_rates)  # refuses what they must not be
+        Pattern.dilated(self.segment_lengths, self.dilation_rates)  # raises on invalid values
         if self.embed_dim is not None and self.heads is not None:
             if self.embed_dim % self.heads or self.dim not in (None, self.embed_dim // self.heads):
-                told = f"{self.embed_dim}, {self.heads} and {self.dim}"
-                raise ValueError(f"embed_dim must be heads times dim, got {told}")
+                shown = f"{self.embed_dim}, {self.heads} and {self.dim}"
+                raise ValueError(f"embed_dim must be heads times dim, got {shown}")
             object.__setattr__(self, "dim", self.embed_dim // self.heads)
         elif self.dim is not None and self.heads is not None:
             object.__setattr__(self, "embed_dim", self.dim * self.heads)
 
     def given(self) -> dict[str, Any]:
-        """What was said, by its name."""
-        found = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: value for name, value in found.items() if value is not None}
+        """Return the fields that are not None."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def check_names(owner: str, given: dict[str, Any], known: list[str]) -> None:
-    """A ValueError for a name that nobody knows, with the nearest of those that are."""
+    """Raise a ValueError for a name in `given` that is not in `known`, with the closest match.
+
+    Args:
+        owner: the class that the message names.
+        given: keyword arguments.
+        known: the names that `owner` takes.
+    """
     for name in given:
         if name not in known:
             raise ValueError(f"{owner} takes no {name!r}{nearest(name, known)}")

@@ -1,4 +1,4 @@
-"""What the ancestor's arguments come to: settings of our own layers, one warning, or a refusal."""
+"""Conversion of the ancestor's arguments to arguments of the layers of this package, with warnings and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_longnet.layers.presets import preset_of
 _TILES = "kernels choose their own tiles"
 _NO_GATE = "there is no gate"
 
-# what sized or switched something in the ancestor that is not here, and why nothing reads it
+# arguments of the ancestor without effect here, and the reason that the warning gives
 WITHOUT_MEANING = {
     **dict.fromkeys(
         ("use_memory_pool", "enable_memory_pool", "memory_pool_size", "memory_pool_threshold_mb", "lightweight_pool"),
@@ -54,47 +54,66 @@ _ACTING += ("sparsity_ratio", "block_size")
 
 
 def given_to(owner: str, order: tuple[str, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """All that was said, by its name: in a configuration, in this order, or by name."""
-    found = dict(named)
-    configs = [found.pop(name) for name in ("config", "ring_attention_config") if found.get(name) is not None]
+    """Return all arguments of a call by name, those that are None left out.
+
+    An argument that is given twice is refused.
+
+    Args:
+        owner: the class that messages name.
+        order: the names of positional arguments.
+        arguments: positional arguments; the first may be a `RingAttentionConfig`.
+        named: keyword arguments; `config` and `ring_attention_config` may be a `RingAttentionConfig`.
+    """
+    rest = dict(named)
+    configs = [rest.pop(name) for name in ("config", "ring_attention_config") if rest.get(name) is not None]
     if arguments and (isinstance(arguments[0], dict) or is_dataclass(arguments[0])):
         configs, arguments = [arguments[0], *configs], arguments[1:]
     if len(arguments) > len(order):
         raise ValueError(f"{owner} takes {', '.join(order)} by place, and the rest by name, got {len(arguments)}")
-    by_place = {name: value for name, value in zip(order, arguments, strict=False) if value is not None}
+    options = {name: value for name, value in zip(order, arguments, strict=False) if value is not None}
     for config in configs:
         if not isinstance(config, RingAttentionConfig):
             raise ValueError(f"config must be a RingAttentionConfig, got {config!r}")
-        said = config.given()
-        if not said["dropout"]:  # what it is where nobody says it
-            del said["dropout"]
-        _add(owner, by_place, said)
-    _add(owner, by_place, found)
+        values = config.given()
+        if not values["dropout"]:  # the default of the field, which does not count as given
+            del values["dropout"]
+        _add(owner, options, values)
+    _add(owner, options, rest)
     for name, other in (("heads", "num_heads"), ("dim", "head_dim")):
-        if by_place.get(name, by_place.get(other)) != by_place.get(other, by_place.get(name)):
-            raise ValueError(f"{name} and {other} must be equal, got {by_place[name]} and {by_place[other]}")
-    return by_place
+        if options.get(name, options.get(other)) != options.get(other, options.get(name)):
+            raise ValueError(f"{name} and {other} must be equal, got {options[name]} and {options[other]}")
+    return options
 
 
-def _add(owner: str, told: dict[str, Any], said: dict[str, Any]) -> None:
-    """To what was told; nothing is told twice."""
-    said = {name: value for name, value in said.items() if value is not None}
-    if twice := [name for name in said if told.get(name) is not None]:
-        raise ValueError(f"{owner} was told {twice[0]} twice")
-    told |= said
+def _add(owner: str, options: dict[str, Any], values: dict[str, Any]) -> None:
+    """Add keyword arguments to `options` in place; refuse a name that is already there."""
+    values = {name: value for name, value in values.items() if value is not None}
+    if repeated := [name for name in values if options.get(name) is not None]:
+        raise ValueError(f"{owner} was told {repeated[0]} twice")
+    options |= values
 
 
 def settings_of(
     owner: str, preset: str, given: dict[str, Any], meaningless: dict[str, str], acting: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Arguments of our own layer; `acting` are those that its class reads besides."""
+    """Return keyword arguments of `DilatedAttention` or `MultiheadDilatedAttention`.
+
+    Warn once of all arguments without effect, and refuse unknown ones.
+
+    Args:
+        owner: the class that messages name.
+        preset: the name of its preset.
+        given: the arguments by name, from `given_to`.
+        meaningless: arguments that have no effect in this class, each with the reason, besides `WITHOUT_MEANING`.
+        acting: arguments that the class reads itself.
+    """
     row = preset_of(preset)
     meaningless = WITHOUT_MEANING | meaningless | ({} if row.is_sparse else {"block_size": _TILES})
-    meaningless = {name: why for name, why in meaningless.items() if name not in acting}
+    meaningless = {name: reason for name, reason in meaningless.items() if name not in acting}
     check_names(owner, given, [*_ACTING, *acting, *meaningless])
-    if void := [name for name in given if name in meaningless]:
-        reasons = "; ".join(dict.fromkeys(meaningless[name] for name in void))
-        warnings.warn(f"{owner} has no use for {', '.join(void)}: {reasons}", stacklevel=3)
+    if unused := [name for name in given if name in meaningless]:
+        reasons = "; ".join(dict.fromkeys(meaningless[name] for name in unused))
+        warnings.warn(f"{owner} has no use for {', '.join(unused)}: {reasons}", stacklevel=3)
     for name in ("segment_lengths", "dilation_rates"):
         if name not in given:
             raise ValueError(f"{owner} needs {name}, a sequence of integers")
@@ -103,11 +122,11 @@ def settings_of(
             raise ValueError(f"{name} must be True or False, got {given[name]!r}")
     if not given.get("apply_hilbert_to_kv", True):
         raise ValueError("apply_hilbert_to_kv must be True, got False: queries and keys stand on one line")
-    found = row.settings()
+    options = row.settings()
     if "use_hilbert" in given:
-        found["ordering"] = "hilbert" if given["use_hilbert"] else "raster"
+        options["ordering"] = "hilbert" if given["use_hilbert"] else "raster"
     if "enable_error_recovery" in given:
-        found["guard"] = Guard() if given["enable_error_recovery"] else None
+        options["guard"] = Guard() if given["enable_error_recovery"] else None
     pattern = Pattern.dilated(given["segment_lengths"], given["dilation_rates"])
     blocks = _blocks_of(given)
     if blocks and not row.is_sparse:
@@ -116,19 +135,19 @@ def settings_of(
                 f"{owner} attends to all of its pattern, and keeps no blocks: take BlockSparse... for that"
             )
         blocks = {}
-    found["pattern"] = row.pattern_of(pattern, **blocks)
-    found["dropout"] = given.get("dropout", 0.0)
-    return found
+    options["pattern"] = row.pattern_of(pattern, **blocks)
+    options["dropout"] = given.get("dropout", 0.0)
+    return options
 
 
 def _blocks_of(given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `Pattern.block_sparse`."""
-    found: dict[str, Any] = {name: given[name] for name in ("sparsity_ratio", "block_size") if name in given}
+    """Return keyword arguments of `Pattern.block_sparse`, from a configuration or from single arguments."""
+    options: dict[str, Any] = {name: given[name] for name in ("sparsity_ratio", "block_size") if name in given}
     configs = [name for name in _SPARSE if name in given]
     if not configs:
-        return found
-    if len(configs) > 1 or found:
-        raise ValueError(f"one of {', '.join([*configs, *found])} must say which blocks are kept, got all of them")
+        return options
+    if len(configs) > 1 or options:
+        raise ValueError(f"one of {', '.join([*configs, *options])} must say which blocks are kept, got all of them")
     value = given[configs[0]]
     config = SparsePatternConfig(**value) if isinstance(value, dict) else value
     if not isinstance(config, SparsePatternConfig):
@@ -137,7 +156,7 @@ def _blocks_of(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def expected_shape(given: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Heads and the width of each that tensors must have, where they were said."""
+    """Return the number of heads and the head_dim that tensors must have; None for those that were not given."""
     heads, dim = (given.get(name, given.get(other)) for name, other in (("heads", "num_heads"), ("dim", "head_dim")))
     embed_dim = given.get("embed_dim")
     if embed_dim is not None and heads is not None:

@@ -1,4 +1,4 @@
-"""Data modules; each file is loaded when its name is asked for, so that tools for text need no torch."""
+"""Data modules.  Each is imported at its first use, so that `longnet tokenize` runs without importing torch."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ _FILES = {
 def __getattr__(name: str) -> Any:
     if name not in _FILES:
         raise AttributeError(f"module 'lightning_longnet.data' has no attribute {name!r}")
-    found = getattr(import_module(f"lightning_longnet.data.{_FILES[name]}"), name)
-    globals()[name] = found
-    return found
+    cls = getattr(import_module(f"lightning_longnet.data.{_FILES[name]}"), name)
+    globals()[name] = cls
+    return cls

@@ -1,4 +1,4 @@
-"""What all data of tokens offers, and how its loaders are made."""
+"""The interface of data modules of tokens, and base classes that make their data loaders."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class TokenData(Protocol):
-    """What a module may ask of a data module of tokens.
+    """The attributes and methods of a data module of tokens that LightningModules and callbacks read.
 
     Attributes:
-        vocab_size: tokens are numbers below it.
-        bytes_per_token: of text, on average; 1.0 where tokens are bytes, None where they are no text.
-        unigram_bits: entropy of the frequencies of the validation data's tokens, in bits per token: what a model that
-            has seen nothing but those comes to.  NaN before `setup`.
-        tokenizer_name: a Hugging Face tokenizer, or "bytes"; None where tokens are no text.  Checkpoints keep it.
+        vocab_size: size of the vocabulary.
+        bytes_per_token: average number of bytes of text per token; 1.0 where tokens are bytes, None where they are not
+            text.
+        unigram_bits: entropy of the token frequencies of the validation data, in bits per token, which is the loss of a
+            model that knows only those frequencies.  NaN before `setup`.
+        tokenizer_name: the name of a Hugging Face tokenizer, or "bytes"; None where tokens are not text.  Checkpoints
+            save it.
     """
 
     bytes_per_token: float | None
@@ -39,29 +41,30 @@ class TokenData(Protocol):
     def vocab_size(self) -> int: ...
 
     def encode(self, text: str) -> Tensor:
-        """Tokens of a text, (N,)."""
+        """Return the tokens of a text, int64 (N,)."""
 
     def decode(self, ids: Tensor) -> str:
-        """The text of tokens (N,)."""
+        """Return the text of tokens (N,)."""
 
 
 def check_positive(**numbers: Any) -> None:
+    """Raise a ValueError unless each keyword argument is a positive integer."""
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 class Loaders(L.LightningDataModule):
-    """A data module whose samples come in one order, whoever is handed them.
+    """A data module with one global order of samples, which is distributed over the data-parallel ranks.
 
-    The order is a function of `seed` and of the epoch alone: what all ranks together work on in a step is the same
-    whichever of them share sequences, and however many worker processes there are.
+    The order depends only on `seed` and the epoch.  The samples of a step, of all ranks together, are therefore the
+    same for any number of ranks that share sequences, and for any number of worker processes.
 
     Args:
-        batch_size: samples of a step, on each rank or group of ranks that share sequences.
-        seed: of the order of training samples.
-        num_workers: processes of each rank that read ahead; 0 reads when a batch is wanted.
-        pin_memory: hand out batches in memory from which GPUs copy faster.
+        batch_size: samples of a batch, on each rank or each group of ranks that share sequences.
+        seed: seed of the order of training samples.
+        num_workers: worker processes of each rank that read ahead; 0 reads in the process of the rank.
+        pin_memory: puts batches in pinned memory, from which copies to a GPU are faster.
     """
 
     def __init__(self, batch_size: int, seed: int = 0, num_workers: int = 0, pin_memory: bool = False) -> None:
@@ -73,43 +76,45 @@ class Loaders(L.LightningDataModule):
         self.num_workers, self.pin_memory = num_workers, pin_memory
 
     def _context(self) -> SequenceContext:
-        """That of the strategy; one for whole sequences where there is none."""
-        found = getattr(getattr(self.trainer, "strategy", None), "sequence_context", None)
-        return found if isinstance(found, SequenceContext) else SequenceContext()
+        """Return the context of the strategy, or one for whole sequences if the strategy has none."""
+        context = getattr(getattr(self.trainer, "strategy", None), "sequence_context", None)
+        return context if isinstance(context, SequenceContext) else SequenceContext()
 
-    def _dealt(self) -> tuple[int, int]:
-        """(how many groups of ranks are handed different samples, which is this one's), under any strategy."""
-        told = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
-        return told["num_replicas"], told["rank"]
+    def _replicas(self) -> tuple[int, int]:
+        """Return the number of data-parallel groups, and the index of this rank's group, under any strategy."""
+        sampler = getattr(self.trainer, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+        return sampler["num_replicas"], sampler["rank"]
 
     def _loader(self, samples: Any, shuffle: bool, end: End) -> DataLoader[Any]:
-        order = GlobalOrder(len(samples), self.batch_size, *self._dealt(), self.seed, shuffle, end)
+        """Return a DataLoader over this group's samples; see `GlobalOrder` for `shuffle` and `end`."""
+        order = GlobalOrder(len(samples), self.batch_size, *self._replicas(), self.seed, shuffle, end)
         return self._plain_loader(samples, sampler=order, drop_last=end == "drop")
 
-    def _plain_loader(self, samples: Dataset[Any], **told: Any) -> DataLoader[Any]:
+    def _plain_loader(self, samples: Dataset[Any], **options: Any) -> DataLoader[Any]:
+        """Return a DataLoader with the batch size, workers and memory of this data module."""
         return DataLoader(
             samples,
-            batch_size=self.batch_size,  # by its name: Lightning makes loaders for prediction anew
+            batch_size=self.batch_size,  # a keyword: Lightning makes loaders for prediction anew from these
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
-            **told,
+            **options,
         )
 
 
 class RowLoaders(Loaders):
-    """Of rows of tokens, whose ranks read only what they hold.
+    """A data module of rows of tokens, of which each rank reads only the tokens that it holds.
 
-    Subclasses set `train_rows` and `val_rows` in `setup`, and offer what `TokenData` asks for.
+    Subclasses set `train_rows` and `val_rows` in `setup`, and implement `TokenData`.
 
     Args:
-        tokens: in a row.
-        batch_size: rows of a step, on each rank or group of ranks that share sequences.
-        seed: of the order of training rows.
-        num_workers: processes of each rank that read ahead; 0 reads when a batch is wanted.
-        pin_memory: hand out batches in memory from which GPUs copy faster.
-        read_parts: where ranks share sequences each reads its own tokens alone; False: whole rows, which the strategy
-            cuts.
+        tokens: number of tokens in a row.
+        batch_size: rows of a batch, on each rank or each group of ranks that share sequences.
+        seed: seed of the order of training rows.
+        num_workers: worker processes of each rank that read ahead; 0 reads in the process of the rank.
+        pin_memory: puts batches in pinned memory, from which copies to a GPU are faster.
+        read_parts: where ranks share sequences, each reads only its own tokens.  With False it reads whole rows, which
+            the strategy splits.
     """
 
     train_rows: Rows
@@ -133,17 +138,18 @@ class RowLoaders(Loaders):
     @property
     @abstractmethod
     def vocab_size(self) -> int:
-        """Tokens are numbers below it."""
+        """The size of the vocabulary."""
 
     @abstractmethod
     def encode(self, text: str) -> Tensor:
-        """Tokens of a text, (N,)."""
+        """Return the tokens of a text, int64 (N,)."""
 
     @abstractmethod
     def decode(self, ids: Tensor) -> str:
-        """The text of tokens (N,)."""
+        """Return the text of tokens (N,)."""
 
     def _cut(self) -> Cut:
+        """Return the part of each row that this rank reads."""
         context = self._context()
         ranks = context.sequence_parallel_size
         if self.tokens < ranks:
@@ -155,33 +161,35 @@ class RowLoaders(Loaders):
         return Cut(self.tokens, context.placement_of(self.tokens), context.sequence_parallel_rank)
 
     def train_dataloader(self) -> DataLoader[Any]:
+        """Return shuffled rows; those that do not fill a batch of all ranks are left out."""
         return self._loader(RowParts(self.train_rows, self._cut()), True, "drop")
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Each row counts once: ranks that have none for the last batch are handed one without targets."""
+        """Return rows in their order, each once.  Ranks without a row in the last batch get one without targets."""
         return self._loader(RowParts(self.val_rows, self._cut()), False, "ignore")
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Any]:
+        """Return the validation rows in their order, each once; the last batch may be smaller or missing on a rank."""
         return self._loader(RowParts(self.val_rows, self._cut()), False, "ragged")
 
 
 class StreamLoaders(RowLoaders):
-    """Of rows that are cut out of a stream, the last of it kept for validation.
+    """A data module of rows that are cut from a stream, whose end is for validation.
 
     Args:
-        tokens: in a row.
-        batch_size: rows of a step, on each rank or group of ranks that share sequences.
-        packed: whole documents packed into rows, which see and predict nothing of each other; otherwise the stream is
-            cut into rows wherever they end.
-        validation_share: how much of the stream, its end, is for validation.
-        seed: of the order of training rows.
-        num_workers: processes of each rank that read ahead; 0 reads when a batch is wanted.
-        pin_memory: hand out batches in memory from which GPUs copy faster.
-        read_parts: where ranks share sequences each reads its own tokens alone; False: whole rows, which the strategy
-            cuts.
+        tokens: number of tokens in a row.
+        batch_size: rows of a batch, on each rank or each group of ranks that share sequences.
+        packed: packs whole documents into rows, in which they neither attend to nor predict each other.  With False
+            the stream is cut into rows regardless of documents.
+        validation_share: share of the stream, at its end, that is for validation.
+        seed: seed of the order of training rows.
+        num_workers: worker processes of each rank that read ahead; 0 reads in the process of the rank.
+        pin_memory: puts batches in pinned memory, from which copies to a GPU are faster.
+        read_parts: where ranks share sequences, each reads only its own tokens.  With False it reads whole rows, which
+            the strategy splits.
     """
 
     def __init__(
@@ -200,8 +208,13 @@ class StreamLoaders(RowLoaders):
             raise ValueError(f"validation_share must be more than 0 and less than 1, got {validation_share!r}")
         self.packed, self.validation_share = packed, validation_share
 
-    def _use(self, stream: Stream, validation: Stream | None = None) -> None:
-        """Make the rows: of the stream and its end, or of one stream and another."""
+    def _set_rows(self, stream: Stream, validation: Stream | None = None) -> None:
+        """Set `train_rows`, `val_rows` and `unigram_bits`.
+
+        Args:
+            stream: the training data, and the validation data at its end if `validation` is None.
+            validation: the validation data.
+        """
         if validation is None:
             cut = len(stream) - int(len(stream) * self.validation_share)
             if not self.packed and min(cut, len(stream) - cut) <= self.tokens:

@@ -1,4 +1,4 @@
-"""The bytes of files as tokens: no vocabulary, nothing to prepare."""
+"""The bytes of files as tokens, without a tokenizer and without preparation."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 
 class ByteData(StreamLoaders):
-    """The bytes of any files, one after the other in the order of their paths; the last of them for validation.
+    """A data module of the bytes of files, concatenated in the order of their paths, with the end for validation.
 
-    Nothing is loaded: rows are read from the files when they are wanted.
+    Rows are read from the files at each access; nothing is loaded beforehand.
 
     Args:
-        paths: files and folders; by default the sources of the running Python's standard library.
-        tokens: bytes in a row.
-        batch_size: rows of a step, on each rank or group of ranks that share sequences.
-        pattern: which files of a folder are read, however deep they lie.
-        megabytes: how much is read at most, of 2**20 bytes; None for all.
-        packed: whole files packed into rows, which see and predict nothing of each other; otherwise the stream is cut
-            into rows wherever they end.
-        validation_share: how much of the bytes, their end, is for validation.
-        seed: of the order of training rows.
-        num_workers: processes of each rank that read ahead; 0 reads when a batch is wanted.
-        pin_memory: hand out batches in memory from which GPUs copy faster.
-        read_parts: where ranks share sequences each reads its own bytes alone; False: whole rows, which the strategy
-            cuts.
+        paths: files and folders; by default the sources of the standard library of the running Python.
+        tokens: number of bytes in a row.
+        batch_size: rows of a batch, on each rank or each group of ranks that share sequences.
+        pattern: pattern of the files that are read in folders and their subfolders, such as "*.txt".
+        megabytes: number of megabytes of 2**20 bytes to read at most; None reads all.
+        packed: packs whole files into rows, in which they neither attend to nor predict each other.  With False the
+            stream is cut into rows regardless of files.
+        validation_share: share of the bytes, at the end, that is for validation.
+        seed: seed of the order of training rows.
+        num_workers: worker processes of each rank that read ahead; 0 reads in the process of the rank.
+        pin_memory: puts batches in pinned memory, from which copies to a GPU are faster.
+        read_parts: where ranks share sequences, each reads only its own bytes.  With False it reads whole rows, which
+            the strategy splits.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class ByteData(StreamLoaders):
         return ByteTokenizer().decode(ids.tolist())
 
     def setup(self, stage: str) -> None:
-        own = self.paths is None
+        is_default = self.paths is None
         paths = self.paths or [sysconfig.get_path("stdlib")]
-        files = found_files("paths", paths, self.pattern, ("site-packages", "dist-packages") if own else ())
+        files = found_files("paths", paths, self.pattern, ("site-packages", "dist-packages") if is_default else ())
         stream: Stream = ByteFiles(files)
         if self.megabytes is not None:
             stream = Slice(stream, 0, min(len(stream), int(self.megabytes * 2**20)))
-        self._use(stream)
+        self._set_rows(stream)

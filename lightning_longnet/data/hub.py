@@ -1,4 +1,4 @@
-"""Texts of Hugging Face `datasets`, from the Hub or from files."""
+"""Texts of datasets of Hugging Face `datasets`, from the Hub or from files."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ _BUILDERS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-_READ = 16  # texts of a stream that are read at a time
-_EACH = 20  # of so many streamed documents one is for validation
-_MEASURED = 2**22  # tokens of a stream that the frequencies of tokens are counted in, at most
+_READ = 16  # texts of a streamed dataset that are read at a time
+_EACH = 20  # every twentieth streamed text is for validation
+_MEASURED = 2**22  # maximal number of tokens of a stream in which frequencies are counted
 
 
 class HubData(StreamLoaders):
-    """A column of texts, each a document with a token for its end.
+    """A data module of a column of texts, each a document that ends with the end token of the tokenizer.
 
-    Texts are turned into tokens once and kept in the cache of `datasets`; rows are read from there.  With `streaming`
-    nothing is kept: texts come in the order in which they are stored, and every rank reads all of them.
+    Texts are tokenised once, and the tokens are stored in the cache of `datasets`, from which rows are read.  With
+    `streaming` nothing is stored: texts come in the order of the dataset, and every rank reads all of them.
 
     Args:
         path: a dataset of the Hub, a folder that `save_to_disk` wrote, or a file: .json, .jsonl, .txt, .csv, .parquet,
             .arrow.
-        name: which of its configurations.
-        split: of the data that is trained on.
-        validation_split: of the validation data; by default the end of `split`, or every twentieth text of a stream.
-        column: that of the text.
-        tokenizer: a Hugging Face tokenizer, by its name or folder, or "bytes".
-        tokens: in a row.
-        batch_size: rows of a step, on each rank or group of ranks that share sequences.
-        streaming: read from the beginning, without an index: for data too large to be kept.
-        packed: whole documents packed into rows, which see and predict nothing of each other; otherwise the stream is
-            cut into rows wherever they end.
-        validation_share: how much of the stream, its end, is for validation where there is no split of it.
-        seed: of the order of training rows.
-        num_workers: processes of each rank that read ahead; 0 reads when a batch is wanted.
-        pin_memory: hand out batches in memory from which GPUs copy faster.
-        read_parts: where ranks share sequences each is handed its own tokens alone; False: whole rows, which the
-            strategy cuts.
+        name: the name of a configuration of the dataset.
+        split: the split for training.
+        validation_split: the split for validation; by default the end of `split`, or every twentieth text of a stream.
+        column: the column that holds the texts.
+        tokenizer: the name or folder of a Hugging Face tokenizer, or "bytes".
+        tokens: number of tokens in a row.
+        batch_size: rows of a batch, on each rank or each group of ranks that share sequences.
+        streaming: reads the dataset from its beginning, without an index, for data that is too large to store.
+        packed: packs whole documents into rows, in which they neither attend to nor predict each other.  With False
+            the stream is cut into rows regardless of documents.
+        validation_share: share of `split`, at its end, that is for validation where there is no `validation_split`.
+        seed: seed of the order of training rows.
+        num_workers: worker processes of each rank that read ahead; 0 reads in the process of the rank.
+        pin_memory: puts batches in pinned memory, from which copies to a GPU are faster.
+        read_parts: where ranks share sequences, the samples of each hold only its own tokens.  With False they are
+            whole rows, which the strategy splits.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class HubData(StreamLoaders):
         return self.tokenizer.decode(ids.tolist())
 
     def prepare_data(self) -> None:
-        """On one rank of each machine, before the others look into the cache."""
+        """Tokenise on one rank of each machine, before the other ranks read the cache."""
         if not self.streaming:
             for split in filter(None, (self.split, self.validation_split)):
                 self._tokens_of(split)
@@ -119,53 +119,58 @@ class HubData(StreamLoaders):
             return
         stream = self._tokens_of(self.split)
         validation = self._tokens_of(self.validation_split) if self.validation_split else None
-        self._use(stream, validation)
+        self._set_rows(stream, validation)
         self.bytes_per_token = stream.bytes / len(stream)
 
-    def _loaded(self, split: str) -> Any:
+    def _load(self, split: str) -> Any:
+        """Return the dataset of a split, streamed or not; raise if it has no such split or column."""
         import datasets
 
         path = Path(self.path)
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            found = datasets.load_from_disk(self.path)
-            if isinstance(found, datasets.DatasetDict):
-                if split not in found:
-                    raise ValueError(f"splits must be of {self.path}, {', '.join(found)}, got {split!r}")
-                found = found[split]
-            found = found.to_iterable_dataset() if self.streaming else found
+            dataset = datasets.load_from_disk(self.path)
+            if isinstance(dataset, datasets.DatasetDict):
+                if split not in dataset:
+                    raise ValueError(f"splits must be of {self.path}, {', '.join(dataset)}, got {split!r}")
+                dataset = dataset[split]
+            dataset = dataset.to_iterable_dataset() if self.streaming else dataset
         else:
             builder = _BUILDERS.get(path.suffix)
-            told = (builder,) if builder else (self.path, self.name)
+            source = (builder,) if builder else (self.path, self.name)
             files = self.path if builder else None
             try:
-                found = datasets.load_dataset(*told, data_files=files, split=split, streaming=self.streaming)
-            except ValueError as error:  # of a split or a name that there is none of
+                dataset = datasets.load_dataset(*source, data_files=files, split=split, streaming=self.streaming)
+            except ValueError as error:  # the split or the name does not exist
                 raise ValueError(f"path {self.path}, split {split!r}: {error}") from error
-        columns = found.column_names
+        columns = dataset.column_names
         if columns is not None and self.column not in columns:
             raise ValueError(f"column must be one of {', '.join(columns)}, got {self.column!r}")
-        return found
+        return dataset
 
     def _tokens_of(self, split: str) -> TextStream:
-        found = self._loaded(split)
-        told = {"column": self.column, "tokenizer": self._tokenizer}
-        found = found.map(tokens_of, batched=True, fn_kwargs=told, remove_columns=found.column_names)
-        return TextStream(found, repr((self.path, self.name, split, self.column, self._tokenizer)))
+        """Return the tokens of a split, from the cache of `datasets` where they are there."""
+        dataset = self._load(split)
+        options = {"column": self.column, "tokenizer": self._tokenizer}
+        dataset = dataset.map(tokens_of, batched=True, fn_kwargs=options, remove_columns=dataset.column_names)
+        return TextStream(dataset, repr((self.path, self.name, split, self.column, self._tokenizer)))
 
     # Streaming
 
     def texts(self, split: str, is_validation: bool) -> Iterator[Tensor]:
-        """The tokens of each text, those of training and of validation apart where they share a split."""
-        shares = self.validation_split is None
-        # in batches: one by one, `datasets` would give each worker process texts of its own
-        batches = self._loaded(split).iter(_READ)
+        """Yield the tokens of each streamed text of training or of validation, int64 with the end token.
+
+        Without a `validation_split` both come from the same split, of which every twentieth text is for validation.
+        """
+        is_shared = self.validation_split is None
+        # in batches: a dataset that is iterated text by text distributes its texts over worker processes itself
+        batches = self._load(split).iter(_READ)
         for number, text in enumerate(text for batch in batches for text in batch[self.column]):
-            if not shares or (number % _EACH == _EACH - 1) == is_validation:
+            if not is_shared or (number % _EACH == _EACH - 1) == is_validation:
                 ids = self.tokenizer.encode(checked_text(text, self.column))
                 yield torch.tensor([*ids, self.tokenizer.end], dtype=torch.int64)
 
     def _measure(self) -> None:
-        """The frequencies of tokens, and their bytes, in the beginning of the validation data."""
+        """Set `unigram_bits` and `bytes_per_token`, measured at the beginning of the validation data."""
         counts, size = torch.zeros(self.vocab_size, dtype=torch.int64), 0
         for ids in self.texts(self.validation_split or self.split, True):
             counts += torch.bincount(ids, minlength=self.vocab_size)
@@ -176,24 +181,25 @@ class HubData(StreamLoaders):
             raise ValueError(f"validation_split must be given where a stream has fewer than {_EACH} texts")
         self.unigram_bits, self.bytes_per_token = entropy_of(counts), size / total
 
-    def _streamed(self, split: str, is_validation: bool) -> DataLoader[Any]:
+    def _stream_loader(self, split: str, is_validation: bool) -> DataLoader[Any]:
+        """Return a DataLoader of streamed rows."""
         rows = StreamedRows(
             partial(self.texts, split, is_validation),
             repr((self.path, self.name, split, is_validation, self.column, self._tokenizer)),
             self.tokens,
             self.batch_size,
-            *self._dealt(),
+            *self._replicas(),
             self._cut(),
             drop_last=not is_validation,
         )
         return self._plain_loader(rows)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._streamed(self.split, False) if self.streaming else super().train_dataloader()
+        return self._stream_loader(self.split, False) if self.streaming else super().train_dataloader()
 
     def val_dataloader(self) -> DataLoader[Any]:
         if self.streaming:
-            return self._streamed(self.validation_split or self.split, True)
+            return self._stream_loader(self.validation_split or self.split, True)
         return super().val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Any]:
@@ -201,7 +207,12 @@ class HubData(StreamLoaders):
 
 
 class TextStream(Stream):
-    """The tokens of the texts of a dataset, each with its end; read from its files on disk."""
+    """The tokens of a dataset that was tokenised by `tokens_of`, read from its files on disk.
+
+    Args:
+        texts: a dataset with the columns of `tokens_of`.
+        identity: a text that is equal for equal data on all ranks, and different for other data.
+    """
 
     def __init__(self, texts: Any, identity: str) -> None:
         self.texts = texts.with_format("torch", columns=["ids"])
@@ -225,14 +236,18 @@ class TextStream(Stream):
 
 
 def tokens_of(batch: dict[str, list[Any]], column: str, tokenizer: str) -> dict[str, list[Any]]:
-    """What `datasets` keeps of some texts; a function of this module, so that its cache knows it again."""
-    tool = tokenizer_of(tokenizer)
+    """Return the tokens of a batch of texts, their numbers and the bytes of the texts, as columns of a dataset.
+
+    It is a function at module level because the cache of `datasets` identifies the function by its pickle.
+    """
+    encoder = tokenizer_of(tokenizer)
     texts = [checked_text(text, column) for text in batch[column]]
-    ids = [[*tool.encode(text), tool.end] for text in texts]
+    ids = [[*encoder.encode(text), encoder.end] for text in texts]
     return {"ids": ids, "size": [len(each) for each in ids], "bytes": [len(text.encode()) for text in texts]}
 
 
 def checked_text(text: Any, column: str) -> str:
+    """Return `text`; raise a ValueError that names the column if it is not a string."""
     if not isinstance(text, str):
         raise ValueError(f"column must hold texts, {column!r} holds {text!r:.60}: leave such rows out, or take another")
     return text

@@ -1,4 +1,4 @@
-"""Images by the folder they lie in."""
+"""Images in one folder for each class."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
 class ImageFolderData(Loaders):
-    """A folder for each class, and in each its images, however deep: {"pixels": (B, C, H, W), "label": (B,)}.
+    """A data module of images that are sorted into one folder per class, in which they may be in subfolders.
 
-    Pixels are from -1 to 1.  Images are scaled to cover the square, and what reaches beyond it is cut off evenly.
-    Which ones are for validation goes by their names: the same in every run and on every machine.
+    Batches are {"pixels": (B, channels, size, size), "label": (B,)}, with pixels from -1 to 1.  Images are scaled to
+    cover the square, and cropped to it at the centre.  The choice of the images for validation depends only on their
+    names, so it is the same in every run and on every machine.
 
     Args:
-        path: the folder of folders; classes are numbered in the order of their names.
-        size: pixels of a side.
-        channels: 3 for colours, 1 for grey.
-        batch_size: images of a step, on each rank or group of ranks that share sequences.
-        validation_share: how many images of each class are for validation, at least one where there are two.
-        seed: of the order of training images.
-        num_workers: processes of each rank that read ahead; 0 reads when a batch is wanted.
-        pin_memory: hand out batches in memory from which GPUs copy faster.
+        path: the folder that contains the folders of the classes.  Classes are numbered in the order of their names.
+        size: width and height in pixels.
+        channels: 3 for colour, 1 for grey.
+        batch_size: images of a batch, on each rank or each group of ranks that share sequences.
+        validation_share: share of the images of each class that is for validation, at least one of two.
+        seed: seed of the order of training images.
+        num_workers: worker processes of each rank that read ahead; 0 reads in the process of the rank.
+        pin_memory: puts batches in pinned memory, from which copies to a GPU are faster.
     """
 
     def __init__(
@@ -73,9 +74,9 @@ class ImageFolderData(Loaders):
             if not images:
                 raise ValueError(f"path must hold images in each class's folder, found none in {self.folder / name}")
             images.sort(key=lambda p: (seed_of(p.relative_to(self.folder).as_posix()), p))
-            kept = min(max(1, int(len(images) * self.validation_share)), len(images) - 1)
-            validation += [(path, label) for path in images[:kept]]
-            train += [(path, label) for path in images[kept:]]
+            held_out = min(max(1, int(len(images) * self.validation_share)), len(images) - 1)
+            validation += [(path, label) for path in images[:held_out]]
+            train += [(path, label) for path in images[held_out:]]
         if not validation:
             raise ValueError(f"path must hold at least two images of some class, found one of each in {self.folder}")
         self.train_images = Images(sorted(train), self.size, self.channels)
@@ -85,7 +86,7 @@ class ImageFolderData(Loaders):
         return self._loader(self.train_images, True, "drop")
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Ranks that have none for the last batch are handed an image again."""
+        """Return images in their order.  Ranks without an image in the last batch get one of the first again."""
         return self._loader(self.val_images, False, "repeat")
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -96,7 +97,7 @@ class ImageFolderData(Loaders):
 
 
 class Images(Dataset[dict[str, "Tensor"]]):
-    """Files and their classes, read when they are wanted."""
+    """Image files with their classes, read at access; an item is {"pixels": (channels, size, size), "label": ()}."""
 
     def __init__(self, files: Sequence[tuple[Path, int]], size: int, channels: int) -> None:
         self.files, self.size, self.channels = list(files), size, channels

@@ -1,4 +1,4 @@
-"""Synthetic tasks that are solved by seeing far back, and by nothing else."""
+"""Synthetic tasks that a model solves only if it attends to tokens far back."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ BLANK, MARK, FIRST_ANSWER = 0, 1, 2
 
 
 class LongRangeRows(Rows):
-    """Rows of one task; what each holds depends on the seed and its number alone.
+    """Rows of one task, made at each access; the content of a row depends only on the seed and its number.
 
-    See `LongRangeData` for the tasks and for what the arguments mean.
+    See `LongRangeData` for the tasks and the arguments.
     """
 
     def __init__(
@@ -49,25 +49,25 @@ class LongRangeRows(Rows):
     def read(self, i: int, begin: int, end: int) -> Row:
         generator = torch.Generator().manual_seed(seed_of("long range", *self.seed, i))
 
-        def drawn(high: int, size: int) -> Tensor:
+        def integers(high: int, size: int) -> Tensor:
             return torch.randint(high, (size,), generator=generator)
 
         ids, labels = torch.full((self.tokens,), BLANK), torch.full((self.tokens,), IGNORED)
-        first = int(drawn(self.tokens - self.span + 1, 1))
-        answers = FIRST_ANSWER + drawn(self.answers, self.items)
+        first = int(integers(self.tokens - self.span + 1, 1))
+        answers = FIRST_ANSWER + integers(self.answers, self.items)
         if self.task == "recall":
             order = torch.randperm(self.items, generator=generator)
             keys = FIRST_ANSWER + self.answers + order
-            asked = torch.randperm(self.items, generator=generator)
+            question_order = torch.randperm(self.items, generator=generator)
             pairs = slice(first, first + self.pair_tokens * self.items)
             if self.pair_tokens == 2:
                 ids[pairs] = torch.stack([keys, answers], 1).flatten()
             else:
                 ids[pairs] = FIRST_ANSWER + self.answers + self.items + order * self.answers + answers - FIRST_ANSWER
             queries = slice(pairs.stop - 1 + self.distance, pairs.stop - 1 + self.distance + self.items)
-            ids[queries], labels[queries] = keys[asked], answers[asked]
+            ids[queries], labels[queries] = keys[question_order], answers[question_order]
         elif self.task == "needle":
-            ids[:] = FIRST_ANSWER + drawn(self.answers, self.tokens)
+            ids[:] = FIRST_ANSWER + integers(self.answers, self.tokens)
             ids[first], ids[first + 1] = MARK, answers[0]
             query = first + 1 + self.distance
             ids[query], labels[query] = MARK, answers[0]
@@ -80,40 +80,41 @@ class LongRangeRows(Rows):
 
 
 def spanned(task: Task, distance: int, items: int, pair_tokens: int) -> int:
-    """Tokens from the first of what is to be kept to the last that is asked."""
+    """Return the number of tokens from the first item to the last question."""
     return {"recall": (pair_tokens + 1) * items - 1 + distance, "needle": distance + 2, "copy": distance + items}[task]
 
 
 class LongRangeData(RowLoaders):
-    """A task whose answers are `distance` tokens back or farther: who does not see so far is right by chance.
+    """A data module of a task whose answers are `distance` or more tokens before their questions.
 
-    Chance is 1 / `answers`: each answer is drawn alone, all being equally likely, and no token that a question can see
-    and that is nearer to it says anything of its answer.  Only tokens that ask have a target, and `unigram_bits` is
-    log2(`answers`).  Models are causal: later tokens do tell the answers of a copy.
+    A model that attends to fewer tokens back is right with a probability of 1 / `answers`: answers are sampled
+    independently and uniformly, and no token between an answer and its question carries information about it.  Only
+    questions have a target, and `unigram_bits` is log2(`answers`).  The model must be causal, because in "copy" the
+    tokens after a question contain its answer.
 
-    - "recall": `items` pairs of a key and an answer; later on, in another order, each key asks for its answer.  A pair
-      is one token, which a layer of attention finds by itself; as two tokens, the key and then the answer, it takes two
-      layers that work together, and far more steps until they do.
-    - "needle": one answer behind a mark, in a row of other answers; later on a mark asks for it.
-    - "copy": `items` answers; later on they are to be repeated in their order, each when the one before it is shown.
+    - "recall": `items` pairs of a key and an answer; later the keys are repeated in another order, and the target of
+      each is its answer.  With `pair_tokens=1` a pair is one token, and a single layer of attention can solve the task.
+      With 2, a pair is the key and then the answer, which takes two layers, and many more training steps.
+    - "needle": a mark and an answer among other answers; later the mark is repeated, and its target is the answer.
+    - "copy": `items` answers; later a mark and the answers are repeated, and the target of each is the next answer.
 
-    Whatever is not needed is blank, and the whole begins anywhere in the row.
+    All other tokens are blank, and the task begins at a random position in the row.
 
     Args:
-        task: one of them.
-        tokens: in a row.
-        distance: tokens from an answer to the question for it, at least; exactly so many in "needle" and "copy".
-        batch_size: rows of a step, on each rank or group of ranks that share sequences.
-        answers: how many there are to choose from.
-        items: what is to be kept, in "recall" and "copy".
+        task: "recall", "needle" or "copy".
+        tokens: number of tokens in a row.
+        distance: tokens from an answer to its question: at least so many in "recall", exactly in "needle" and "copy".
+        batch_size: rows of a batch, on each rank or each group of ranks that share sequences.
+        answers: number of different answers.
+        items: number of answers in a row, in "recall" and "copy".
         pair_tokens: tokens of a pair in "recall", 1 or 2.
-        samples: training rows of an epoch; in each epoch the same.
-        validation_samples: rows of validation, which no training row equals but by chance.
-        seed: of the rows, and of their order.
-        num_workers: processes of each rank that make rows ahead; 0 makes them when a batch is wanted.
-        pin_memory: hand out batches in memory from which GPUs copy faster.
-        read_parts: where ranks share sequences each is handed its own tokens alone; False: whole rows, which the
-            strategy cuts.
+        samples: number of training rows, which are the same in each epoch.
+        validation_samples: number of validation rows, sampled with another seed than the training rows.
+        seed: seed of the rows and of their order.
+        num_workers: worker processes of each rank that make rows ahead; 0 makes them in the process of the rank.
+        pin_memory: puts batches in pinned memory, from which copies to a GPU are faster.
+        read_parts: where ranks share sequences, the samples of each hold only its own tokens.  With False they are
+            whole rows, which the strategy splits.
     """
 
     def __init__(
@@ -155,23 +156,23 @@ class LongRangeData(RowLoaders):
 
     @property
     def vocab_size(self) -> int:
-        return len(self._words)
+        return len(self._vocabulary)
 
     @property
-    def _words(self) -> list[str]:
+    def _vocabulary(self) -> list[str]:
         answers = [f"a{i}" for i in range(self.answers)]
         keys = [f"k{i}" for i in range(self.items)] if self.task == "recall" else []
         pairs = [key + answer for key in keys for answer in answers] if self.pair_tokens == 1 else []
         return [".", "?", *answers, *keys, *pairs]
 
     def encode(self, text: str) -> Tensor:
-        numbers = {word: number for number, word in enumerate(self._words)}
+        numbers = {word: number for number, word in enumerate(self._vocabulary)}
         if unknown := [word for word in text.split() if word not in numbers]:
             raise ValueError(f"text must be words of {' '.join(numbers)}, got {unknown[0]!r}")
         return torch.tensor([numbers[word] for word in text.split()], dtype=torch.int64)
 
     def decode(self, ids: Tensor) -> str:
-        words = self._words
+        words = self._vocabulary
         return " ".join(words[i] if i < len(words) else UNKNOWN for i in ids.tolist())
 
     def setup(self, stage: str) -> None:

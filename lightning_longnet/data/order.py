@@ -1,4 +1,4 @@
-"""The order of an epoch's samples: by seed and epoch alone, whoever is handed them."""
+"""The global order of the samples of an epoch, which depends only on the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ End = Literal["drop", "ignore", "repeat", "ragged"]
 
 
 def seed_of(*words: Any) -> int:
-    """A number that depends on all of these."""
+    """Return a seed, a non-negative integer below 2**56, that is a hash of all arguments."""
     return int.from_bytes(sha256(repr(words).encode()).digest()[:7], "big")
 
 
 class GlobalOrder(DistributedSampler[int]):
-    """One order for all, of which each data-parallel rank takes every so many-th sample.
+    """A sampler with one order for all ranks, of which data-parallel rank r takes samples r, r + replicas, ...
 
-    What a step of all ranks together works on depends on how many samples that are, and not on how many ranks share
-    them, nor on worker processes.  Lightning takes it as it is, and tells it the epoch.
+    The samples of a step, of all ranks together, depend on their number, `batch_size * replicas`, but not on how it is
+    divided, on how many ranks share sequences, or on worker processes.  As it is a DistributedSampler, Lightning does
+    not replace it, and calls `set_epoch`.
 
     Args:
-        samples: how many there are.
-        batch_size: samples of a step on each rank.
-        replicas: ranks that are handed different samples; see `sequence_context(module).data_parallel_size`.
-        rank: this one among them.
-        seed: of the order.
-        shuffle: False: as they stand.
-        end: what becomes of those that are left over.  "drop": they fill no batch of all ranks, and are left out.
-            "ignore": ranks that have none are handed a number past the last, for a sample that does not count.
-            "repeat": or one of the first again.  "ragged": or nothing.
+        samples: number of samples.
+        batch_size: samples of a batch on each rank.
+        replicas: number of data-parallel groups; see `sequence_context(module).data_parallel_size`.
+        rank: index of this rank's group.
+        seed: seed of the order.
+        shuffle: False keeps the order of the dataset.
+        end: treatment of the last samples.  "drop" leaves out those that do not fill a batch on all ranks.  With the
+            others, a rank without a sample in the last batch gets: an index past the last sample, for a sample that
+            does not count ("ignore"); one of the first samples again ("repeat"); nothing ("ragged").
     """
 
     def __init__(
@@ -49,8 +50,8 @@ class GlobalOrder(DistributedSampler[int]):
     ) -> None:
         if end not in get_args(End):
             raise ValueError(f"end must be one of {', '.join(map(repr, get_args(End)))}, got {end!r}")
-        together = batch_size * replicas
-        if end == "drop" and samples < together:
+        step_samples = batch_size * replicas
+        if end == "drop" and samples < step_samples:
             raise ValueError(
                 f"batch_size must leave a batch for each of the {replicas} groups of ranks: there are {samples} "
                 f"samples, got {batch_size}"
@@ -58,7 +59,7 @@ class GlobalOrder(DistributedSampler[int]):
         super().__init__(range(samples), replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.samples, self.end, self._skipped = samples, end, 0
         if end == "drop":
-            self.total_size = samples // together * together
+            self.total_size = samples // step_samples * step_samples
         elif end == "ragged":
             self.total_size = samples
         else:
@@ -69,7 +70,7 @@ class GlobalOrder(DistributedSampler[int]):
         return self.num_samples
 
     def skip_samples(self, samples: int) -> None:
-        """The next pass leaves out so many of this rank's: a run goes on where it was, without reading them."""
+        """Skip this many of the samples of this rank in the next pass, without reading them, to resume an epoch."""
         if not 0 <= samples <= self.num_samples:
             raise ValueError(f"samples must be at most the {self.num_samples} of this rank, got {samples}")
         self._skipped = samples
@@ -84,6 +85,7 @@ class GlobalOrder(DistributedSampler[int]):
                 yield int(order[place % self.samples]) if self.end == "repeat" else place
 
     def _order(self) -> torch.Tensor | range:
+        """Return the indices of all samples in the order of this epoch."""
         if not self.shuffle:
             return range(self.samples)
         generator = torch.Generator().manual_seed(seed_of("order", self.seed, self.epoch))

@@ -1,4 +1,4 @@
-"""Whole documents packed into rows."""
+"""Packing of whole documents into rows."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class PackedRows(Rows):
-    """Documents that are never cut but where one is longer than a row, and never share a target or attention.
+    """Rows of whole documents.  Only a document that is longer than a row is cut, and continues in another row.
 
-    Each row has `documents`, an id per token that rises along it: attention stays within them.  The last token of a
-    document has no target.  What is left of a row is a document of `pad` tokens without targets.
+    Each row has `documents`, ids of the documents that increase along it, so that attention stays within a document.
+    The last token of a document has no target.  The rest of a row is a document of `pad` tokens without targets.
 
     Args:
-        stream: whose documents they are.
-        tokens: in each row; longer documents go on in another.
+        stream: the documents.
+        tokens: number of tokens in a row.
         pad: the token that fills a row.
     """
 
@@ -39,7 +39,7 @@ class PackedRows(Rows):
         if not pieces:
             raise ValueError(f"the data must hold documents to fill rows of {tokens:,} tokens, got none")
         rows = packed([end - begin for begin, end, _ in pieces], tokens)
-        # arrays, not lists: worker processes share them
+        # arrays instead of lists, so that forked worker processes share their memory
         self._pieces = np.array([pieces[piece] for row in rows for piece in row], dtype=np.int64)
         self._borders = np.cumsum([0, *map(len, rows)])
 
@@ -51,31 +51,38 @@ class PackedRows(Rows):
         ids = torch.full((end - begin,), self.pad)
         labels = torch.full_like(ids, IGNORED)
         documents = torch.full_like(ids, len(pieces))
-        at = 0
+        offset = 0
         for number, (first, last, document_end) in enumerate(pieces):
-            low, high = max(at, begin), min(at + last - first, end)
+            low, high = max(offset, begin), min(offset + last - first, end)
             if low < high:
-                skipped = first - at  # from a place in the row to one in the stream
-                found = self.stream.read(low + skipped, min(high + skipped + 1, document_end))
-                ids[low - begin : high - begin] = found[: high - low]
-                labels[low - begin : low - begin + len(found) - 1] = found[1:]
+                skipped = first - offset  # offset from an index in the row to one in the stream
+                chunk = self.stream.read(low + skipped, min(high + skipped + 1, document_end))
+                ids[low - begin : high - begin] = chunk[: high - low]
+                labels[low - begin : low - begin + len(chunk) - 1] = chunk[1:]
                 documents[low - begin : high - begin] = number
-            at += last - first
+            offset += last - first
         return {"input_ids": ids, "labels": labels, "documents": documents}
 
 
 def packed(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Which pieces each row holds: the longest first, each where it leaves the least space."""
+    """Pack pieces into rows, and return the sorted indices of the pieces of each row.
+
+    The pieces are placed by decreasing length, each into the row where it leaves the least space (best fit decreasing).
+
+    Args:
+        lengths: the length of each piece, at most `tokens`.
+        tokens: the length of a row.
+    """
     rows: list[list[int]] = []
-    spaces: list[tuple[int, int]] = []  # (what is left, row), in rising order
+    spaces: list[tuple[int, int]] = []  # (free tokens, row), ascending
     for piece in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = bisect_left(spaces, (lengths[piece], 0))
         if place < len(spaces):
-            left, row = spaces.pop(place)
+            free, row = spaces.pop(place)
         else:
-            left, row = tokens, len(rows)
+            free, row = tokens, len(rows)
             rows.append([])
         rows[row].append(piece)
-        if left > lengths[piece]:
-            insort(spaces, (left - lengths[piece], row))
+        if free > lengths[piece]:
+            insort(spaces, (free - lengths[piece], row))
     return [sorted(row) for row in rows]

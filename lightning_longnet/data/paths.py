@@ -1,4 +1,4 @@
-"""Files by what a user says of them."""
+"""Collection of files from paths that a user gives."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 
 def found_files(name: str, paths: Sequence[str | Path], pattern: str, without: Sequence[str] = ()) -> list[Path]:
-    """The files among `paths`, and those of a pattern in its folders, however deep; sorted by path, each once.
+    """Return the files among `paths` and the files in their folders that match a pattern, sorted, each once.
 
-    A file that has several names, by a link or because it was named twice, has the first of them: read twice, what is
-    kept for validation would have been trained on.
+    A file that is reached by several paths, through links or repeated arguments, is listed under the first of them.
+    Listed twice, it could be both in the training and in the validation data.
 
     Args:
-        name: of the argument that gave the paths, for messages.
-        paths: files and folders.
-        pattern: as "*.txt", of what is taken in folders.
-        without: folders of these names are passed by; hidden ones always are.
+        name: the argument that holds the paths, for error messages.
+        paths: files and folders; folders are searched with their subfolders.
+        pattern: pattern of file names in folders, such as "*.txt".
+        without: names of subfolders that are skipped; hidden ones always are.
     """
-    found: set[Path] = set()
+    collected: set[Path] = set()
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"{name} must be files or folders that are there, {path} is not")
@@ -31,21 +31,22 @@ def found_files(name: str, paths: Sequence[str | Path], pattern: str, without: S
             inside = set(_in_folder(path, pattern, without))
             if not inside:
                 raise ValueError(f"{name} must hold files like {pattern!r}, found none in the folder {path}")
-            found |= inside
+            collected |= inside
         else:
-            found.add(path)
-    named: dict[Path, Path] = {}
-    for path in sorted(found):
-        named.setdefault(path.resolve(), path)
-    files = list(named.values())
+            collected.add(path)
+    by_target: dict[Path, Path] = {}
+    for path in sorted(collected):
+        by_target.setdefault(path.resolve(), path)
+    files = list(by_target.values())
     if not any(path.stat().st_size for path in files):
         raise ValueError(f"{name} must hold some text, all {len(files)} files are empty")
     return files
 
 
 def _in_folder(folder: Path, pattern: str, without: Sequence[str]) -> list[Path]:
-    found = []
-    for place, folders, names in os.walk(folder):
+    """Return the files in a folder and its subfolders that match."""
+    matches = []
+    for directory, folders, names in os.walk(folder):
         folders[:] = [each for each in folders if each not in without and not each.startswith(".")]
-        found += [Path(place) / each for each in names if fnmatch(each, pattern) and not each.startswith(".")]
-    return [path for path in found if path.is_file()]
+        matches += [Path(directory) / each for each in names if fnmatch(each, pattern) and not each.startswith(".")]
+    return [path for path in matches if path.is_file()]

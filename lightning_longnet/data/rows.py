@@ -1,4 +1,4 @@
-"""Samples: rows of tokens, each of which can be read in part."""
+"""Rows of tokens as samples, of which a rank can read only its part."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Sample = Row | SequencePart
 
 
 class Rows(ABC):
-    """Rows of `tokens` tokens, addressed by their number.
+    """Rows with a fixed number of tokens, addressed by their index.
 
     Attributes:
-        tokens: in each row.
-        identity: the same for equal rows on all ranks; others have another.
+        tokens: number of tokens in a row.
+        identity: a text that is equal for equal rows on all ranks, and different for other rows.
     """
 
     tokens: int
@@ -40,11 +40,11 @@ class Rows(ABC):
 
     @abstractmethod
     def read(self, i: int, begin: int, end: int) -> Row:
-        """Tokens `begin` to `end` of row `i`: `input_ids`, `labels`, the targets of each, and what else there is."""
+        """Return tokens `begin` to `end` of row `i`: input_ids and labels (end - begin,), and optionally documents."""
 
 
 class Windows(Rows):
-    """A stream cut into rows; the target of each token is the one that follows, across documents too."""
+    """A stream that is cut into rows.  The target of each token is the next token, also of the next document."""
 
     def __init__(self, stream: Stream, tokens: int) -> None:
         if len(stream) <= tokens:
@@ -61,35 +61,45 @@ class Windows(Rows):
 
 
 class Cut:
-    """What of each row this rank reads: all of it, or the tokens that it is to hold.
+    """The part of each row that this rank reads.
 
     Args:
-        tokens: of a row.
-        placement: of them over the ranks that share it; None for whole rows.
-        rank: this rank among them.
+        tokens: number of tokens in a row.
+        placement: the placement of the tokens over the ranks that share a row; None reads whole rows.
+        rank: the index of this rank among those.
     """
 
     def __init__(self, tokens: int, placement: Placement | None = None, rank: int = 0) -> None:
         assert placement is None or placement.length == tokens
         self.tokens, self._is_whole = tokens, placement is None
-        self._stretches: tuple[tuple[int, int], ...] = ((0, tokens),)
+        self._ranges: tuple[tuple[int, int], ...] = ((0, tokens),)
         if placement is not None:
-            self._stretches = tuple((begin, end) for begin, end, _ in placement.stretches(rank))
+            self._ranges = tuple((begin, end) for begin, end, _ in placement.stretches(rank))
 
     def row(self, read: Callable[[int, int], Row], name: str, counts: bool = True) -> Sample:
-        """What `read` gives of it, with its name where ranks hold different tokens; without targets if it is none."""
-        pieces = [read(begin, end) for begin, end in self._stretches]
+        """Return this rank's part of a row: a dictionary for whole rows, otherwise a SequencePart.
+
+        Args:
+            read: returns tokens begin to end of the row.
+            name: a name of the row that is equal on all ranks, by which the strategy checks that they read the same.
+            counts: False sets all labels to the ignored one.
+        """
+        pieces = [read(begin, end) for begin, end in self._ranges]
         row = {key: torch.cat([piece[key] for piece in pieces]) for key in pieces[0]}
         if not counts:
             row["labels"] = torch.full_like(row["labels"], IGNORED)
-        return row if self._is_whole else SequencePart(row, self.tokens, self._stretches, (name,))
+        return row if self._is_whole else SequencePart(row, self.tokens, self._ranges, (name,))
 
 
 class RowParts(Dataset[Sample]):
-    """Rows as a loader takes them.
+    """A dataset of this rank's parts of rows.
 
-    A row past the end is one that does not count: it has no targets.  Ranks whose number does not divide the samples
-    are handed those in the last batch.
+    An index past the last row gives a row without targets, which does not count.  `GlobalOrder` gives such indices to
+    ranks without a sample in the last batch.
+
+    Args:
+        rows: the rows.
+        cut: the part of each row that this rank reads; all of it by default.
     """
 
     def __init__(self, rows: Rows, cut: Cut | None = None) -> None:

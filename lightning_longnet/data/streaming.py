@@ -1,4 +1,4 @@
-"""Rows of a stream whose length nobody knows: it is read from its beginning, and rows are dealt out."""
+"""Rows of a stream of unknown length, which is read from its beginning and distributed over ranks and workers."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 class StreamedRows(IterableDataset[Sample]):
-    """The rows of one rank and one worker process, in an order that depends on neither.
+    """The rows of one rank and one worker process, in the global order of the stream.
 
-    Every rank and worker reads all of the stream and keeps what is its own: row n goes to rank n % replicas, and
-    batches to worker processes in turn, as a DataLoader asks them.
+    Every rank and every worker reads the whole stream, and keeps its own rows: row n belongs to rank n % replicas, and
+    the batches of a rank go to its workers round-robin, the order in which a DataLoader collects them.
 
     Args:
-        texts: begins the stream anew, and gives its tokens some at a time, the same on all ranks.
-        identity: of the stream.
-        tokens: in a row.
-        batch_size: rows of a step on each rank, as the DataLoader has it.
-        replicas: ranks that are handed different rows.
-        rank: this one among them.
-        cut: what of each row is handed out; all of it by default.
-        drop_last: leave out rows that fill no batch of all ranks; otherwise ranks that have none for the last batch are
-            handed one that does not count.
+        texts: returns a new iterable of the tokens of the stream, in tensors of any length, the same on all ranks.
+        identity: a text that is equal for equal streams on all ranks, and different for other streams.
+        tokens: number of tokens in a row.
+        batch_size: rows of a batch on each rank, the `batch_size` of the DataLoader.
+        replicas: number of data-parallel groups.
+        rank: index of this rank's group.
+        cut: the part of each row that samples hold; all of it by default.
+        drop_last: leaves out rows that do not fill a batch on all ranks.  With False, ranks without a row in the last
+            batch get one that does not count.
     """
 
     def __init__(
@@ -53,31 +53,33 @@ class StreamedRows(IterableDataset[Sample]):
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         for number, batch in enumerate(self._batches()):
             if number % workers == worker:
-                yield from (self._handed(*row) for row in batch)
+                yield from (self._sample(*row) for row in batch)
 
     def _batches(self) -> Iterator[list[tuple[int, Tensor, bool]]]:
-        """Those of this rank, which are as many on all ranks."""
-        together = self.batch_size * self.replicas
+        """Yield the batches of this rank, as many on each rank, of (row number, window, whether it counts)."""
+        step_rows = self.batch_size * self.replicas
         batch, count, window = [], 0, None
         for window in windows(self.texts(), self.tokens):
             if count % self.replicas == self.rank:
                 batch.append((count, window, True))
             count += 1
-            if count % together == 0:
+            if count % step_rows == 0:
                 yield batch
                 batch = []
         if window is None:
             raise ValueError(f"tokens must be less than those of the stream, got {self.tokens:,} and a shorter stream")
-        if self.drop_last and count < together:
+        if self.drop_last and count < step_rows:
             raise ValueError(
                 f"batch_size must leave a batch for each of the {self.replicas} groups of ranks: the stream has "
                 f"{count} rows of {self.tokens:,} tokens, got {self.batch_size}"
             )
-        rows = -(-(count % together) // self.replicas)
+        rows = -(-(count % step_rows) // self.replicas)
         if rows and not self.drop_last:
             yield batch if len(batch) == rows else [*batch, (count, window, False)]
 
-    def _handed(self, number: int, window: Tensor, counts: bool) -> Sample:
+    def _sample(self, number: int, window: Tensor, counts: bool) -> Sample:
+        """Return this rank's part of a row."""
+
         def read(begin: int, end: int) -> Row:
             return {"input_ids": window[begin:end], "labels": window[begin + 1 : end + 1]}
 
@@ -85,7 +87,7 @@ class StreamedRows(IterableDataset[Sample]):
 
 
 def windows(texts: Iterable[Tensor], tokens: int) -> Iterator[Tensor]:
-    """Of tokens + 1 each, the last token of one being the first of the next; what is left at the end is left out."""
+    """Cut texts (N,) into windows (tokens + 1,) that overlap by one token; an incomplete last one is left out."""
     held: list[Tensor] = []
     size = 0
     for text in texts:
@@ -93,9 +95,9 @@ def windows(texts: Iterable[Tensor], tokens: int) -> Iterator[Tensor]:
         size += len(text)
         if size <= tokens:
             continue
-        joined, begin = torch.cat(held), 0
+        buffer, begin = torch.cat(held), 0
         while begin + tokens < size:
-            yield joined[begin : begin + tokens + 1]
+            yield buffer[begin : begin + tokens + 1]
             begin += tokens
-        held = [joined[begin:].clone()]
+        held = [buffer[begin:].clone()]
         size -= begin

@@ -1,4 +1,4 @@
-"""Tokens that are addressed by their number and read when they are wanted: no stream is ever loaded whole."""
+"""Streams of tokens that are addressed by index and read at each access, without loading the whole stream."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-CHUNK, MEASURED = 2**20, 2**24  # tokens that are read at a time, and at most, to count them
+CHUNK, MEASURED = 2**20, 2**24  # tokens that are read at a time, and in total, to count frequencies
 
 
 class Stream(ABC):
-    """Tokens one after the other, with the places where documents begin."""
+    """A sequence of tokens with the indices at which documents begin."""
 
-    identity: str  # the same for equal streams on all ranks; others have another
+    identity: str  # a text that is equal for equal streams on all ranks, and different for other streams
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -34,24 +34,24 @@ class Stream(ABC):
     @property
     @abstractmethod
     def starts(self) -> Tensor:
-        """Where documents begin, in rising order; the first is 0."""
+        """The indices at which documents begin, int64, ascending from 0."""
 
     def read(self, begin: int, end: int) -> Tensor:
-        """Tokens `begin` to `end`, int64."""
+        """Return tokens `begin` to `end`, int64 (end - begin,)."""
         if not 0 <= begin <= end <= len(self):
             raise ValueError(f"begin and end must lie within the {len(self):,} tokens there are, got {begin}, {end}")
         return self._read(begin, end) if begin < end else torch.empty(0, dtype=torch.int64)
 
 
-class _Joined(Stream):
-    """Files one after the other."""
+class _ConcatenatedFiles(Stream):
+    """The concatenation of files, each a document unless a subclass overrides `starts`; empty files are left out."""
 
     def __init__(self, paths: Sequence[Path], sizes: Sequence[int]) -> None:
-        held = [(path, size) for path, size in zip(paths, sizes, strict=True) if size > 0]
-        self.paths = [path for path, _ in held]
-        self._borders = list(accumulate((size for _, size in held), initial=0))
-        named = repr([(path.name, size) for path, size in held])
-        self.identity = sha256(named.encode()).hexdigest()[:16]
+        files = [(path, size) for path, size in zip(paths, sizes, strict=True) if size > 0]
+        self.paths = [path for path, _ in files]
+        self._borders = list(accumulate((size for _, size in files), initial=0))
+        sizes_by_name = repr([(path.name, size) for path, size in files])
+        self.identity = sha256(sizes_by_name.encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return self._borders[-1]
@@ -70,11 +70,12 @@ class _Joined(Stream):
         return torch.cat(parts)
 
     def _read_file(self, file: int, begin: int, end: int) -> Tensor:
+        """Return tokens `begin` to `end` of the file with this index."""
         raise NotImplementedError
 
 
-class ByteFiles(_Joined):
-    """The bytes of files, a document each."""
+class ByteFiles(_ConcatenatedFiles):
+    """The bytes of files as tokens; each file is a document."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         given = [Path(path) for path in paths]
@@ -83,26 +84,26 @@ class ByteFiles(_Joined):
     def _read_file(self, file: int, begin: int, end: int) -> Tensor:
         with self.paths[file].open("rb") as opened:
             opened.seek(begin)
-            found = bytearray(opened.read(end - begin))
-        if len(found) < end - begin:
+            content = bytearray(opened.read(end - begin))
+        if len(content) < end - begin:
             raise ValueError(f"paths must not change while they are read: {self.paths[file]} has become shorter")
-        return torch.frombuffer(found, dtype=torch.uint8).long()
+        return torch.frombuffer(content, dtype=torch.uint8).long()
 
 
-class TokenFiles(_Joined):
-    """Numpy files of unsigned integers, mapped into memory.
+class TokenFiles(_ConcatenatedFiles):
+    """The tokens in .npy files of unsigned integers, which are memory-mapped.
 
     Args:
         paths: the shards, in their order.
-        documents: as many files, each of the places in its shard where documents begin; one document where there are
-            none.
+        documents: a file for each shard with the indices at which documents begin in it.  Without these files the
+            stream is one document.
     """
 
     def __init__(self, paths: Sequence[str | Path], documents: Sequence[str | Path] = ()) -> None:
         given = [Path(path) for path in paths]
         sizes = []
         for path in given:
-            array = _mapped(path)
+            array = _open_mapped(path)
             if array.ndim != 1 or array.dtype not in (np.uint8, np.uint16, np.uint32):
                 raise ValueError(
                     f"{path} must hold tokens, one row of uint8, uint16 or uint32, got {array.dtype} of shape "
@@ -114,11 +115,11 @@ class TokenFiles(_Joined):
 
     @cached_property
     def starts(self) -> Tensor:
-        found, begin = [np.zeros(1, np.int64)], 0
+        starts, begin = [np.zeros(1, np.int64)], 0
         for path, size in self._documents:
-            found.append(np.load(path) + begin)
+            starts.append(np.load(path) + begin)
             begin += size
-        return torch.from_numpy(np.unique(np.concatenate(found)))
+        return torch.from_numpy(np.unique(np.concatenate(starts)))
 
     @cached_property
     def _maps(self) -> dict[int, Any]:
@@ -126,14 +127,16 @@ class TokenFiles(_Joined):
 
     def _read_file(self, file: int, begin: int, end: int) -> Tensor:
         if file not in self._maps:
-            self._maps[file] = _mapped(self.paths[file])
+            self._maps[file] = _open_mapped(self.paths[file])
         return torch.from_numpy(self._maps[file][begin:end].astype(np.int64))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_maps"}  # else sent as all they hold
+        # pickle would copy the content of the memory maps
+        return {name: value for name, value in self.__dict__.items() if name != "_maps"}
 
 
-def _mapped(path: Path) -> Any:
+def _open_mapped(path: Path) -> Any:
+    """Return the array of a .npy file, memory-mapped; raise a ValueError that names the file if it is incomplete."""
     try:
         return np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
@@ -141,7 +144,7 @@ def _mapped(path: Path) -> Any:
 
 
 class Slice(Stream):
-    """Tokens `begin` to `end` of another."""
+    """Tokens `begin` to `end` of another stream.  The first token begins a document."""
 
     def __init__(self, stream: Stream, begin: int, end: int) -> None:
         assert 0 <= begin <= end <= len(stream)
@@ -162,14 +165,15 @@ class Slice(Stream):
 
 
 def documents_of(stream: Stream) -> Iterator[tuple[int, int]]:
-    """(begin, end) of each."""
+    """Return (begin, end) of each document."""
     return pairwise([*stream.starts.tolist(), len(stream)])
 
 
 def entropy_bits(stream: Stream, vocab_size: int) -> float:
-    """Of the frequencies of its tokens: what a model reaches that knows nothing else, in bits per token.
+    """Return the entropy of the token frequencies of a stream, in bits per token.
 
-    They are counted in its first `MEASURED` tokens.
+    It is the loss of a model that knows only the frequencies.  They are counted in the first `MEASURED` tokens.  A
+    token that is not below `vocab_size` raises a ValueError.
     """
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for begin in range(0, min(len(stream), MEASURED), CHUNK):
@@ -181,6 +185,6 @@ def entropy_bits(stream: Stream, vocab_size: int) -> float:
 
 
 def entropy_of(counts: Tensor) -> float:
-    """In bits, of what was counted so often."""
+    """Return the entropy in bits of the distribution that `counts` (vocab_size,) describe."""
     share = counts[counts > 0].double() / counts.sum()
     return -float((share * share.log2()).sum())

@@ -1,4 +1,4 @@
-"""Tokens in numpy files, as `longnet tokenize` leaves them."""
+"""Tokens in .npy files, as `longnet tokenize` writes them."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 
 class TokenFileData(StreamLoaders):
-    """Shards of tokens, mapped into memory; the end of them for validation.
+    """A data module of memory-mapped shards of tokens, with the end of the tokens for validation.
 
     Args:
-        path: the folder that `longnet tokenize` wrote, or one of .npy files of anyone's: a row of uint8, uint16 or
-            uint32 each, joined in the order of their names.
-        tokens: in a row.
-        batch_size: rows of a step, on each rank or group of ranks that share sequences.
-        tokenizer: a Hugging Face tokenizer, by its name or folder, or "bytes"; by default the one that the files were
-            made with.  Loaded when a text is encoded or decoded.
-        vocab_size: tokens are numbers below it; needed where there is no tokens.json.
-        packed: whole documents packed into rows, which see and predict nothing of each other; otherwise the stream is
-            cut into rows wherever they end.
-        validation_share: how much of the stream, its end, is for validation.
-        seed: of the order of training rows.
-        num_workers: processes of each rank that read ahead; 0 reads when a batch is wanted.
-        pin_memory: hand out batches in memory from which GPUs copy faster.
-        read_parts: where ranks share sequences each reads its own tokens alone; False: whole rows, which the strategy
-            cuts.
+        path: a folder that `longnet tokenize` wrote, or a folder of other .npy files, each a one-dimensional array of
+            uint8, uint16 or uint32, which are concatenated in the order of their names.
+        tokens: number of tokens in a row.
+        batch_size: rows of a batch, on each rank or each group of ranks that share sequences.
+        tokenizer: the name or folder of a Hugging Face tokenizer, or "bytes"; by default the one that made the files.
+            It is loaded when a text is encoded or decoded.
+        vocab_size: size of the vocabulary; required where there is no tokens.json.
+        packed: packs whole documents into rows, in which they neither attend to nor predict each other.  With False
+            the stream is cut into rows regardless of documents.
+        validation_share: share of the stream, at its end, that is for validation.
+        seed: seed of the order of training rows.
+        num_workers: worker processes of each rank that read ahead; 0 reads in the process of the rank.
+        pin_memory: puts batches in pinned memory, from which copies to a GPU are faster.
+        read_parts: where ranks share sequences, each reads only its own tokens.  With False it reads whole rows, which
+            the strategy splits.
     """
 
     def __init__(
@@ -53,13 +53,14 @@ class TokenFileData(StreamLoaders):
     ) -> None:
         super().__init__(tokens, batch_size, packed, validation_share, seed, num_workers, pin_memory, read_parts)
         self.folder, self._tokenizer = Path(path), tokenizer
-        told = self._description(vocab_size)
-        self._vocab_size: int = told["vocab_size"]
-        self.bytes_per_token = told.get("bytes_per_token")
-        self._made_with: str | None = told.get("tokenizer")
-        self._shards = [self.folder / name for name in told["shards"]]
+        content = self._description(vocab_size)
+        self._vocab_size: int = content["vocab_size"]
+        self.bytes_per_token = content.get("bytes_per_token")
+        self._made_with: str | None = content.get("tokenizer")
+        self._shards = [self.folder / name for name in content["shards"]]
 
     def _description(self, vocab_size: int | None) -> dict[str, Any]:
+        """Return the content of tokens.json, or a dictionary of the .npy files where there is none."""
         file = self.folder / DESCRIPTION_FILE
         if not self.folder.is_dir():
             raise FileNotFoundError(f"path must be a folder of tokens, there is no folder {self.folder}")
@@ -75,14 +76,14 @@ class TokenFileData(StreamLoaders):
             if vocab_size is None:
                 raise ValueError(f"vocab_size must be given where there is no {DESCRIPTION_FILE}, as in {self.folder}")
             return {"vocab_size": vocab_size, "shards": shards}
-        told = read_description(file)
-        if missing := [name for name in ("vocab_size", "shards") if name not in told]:
+        content = read_description(file)
+        if missing := [name for name in ("vocab_size", "shards") if name not in content]:
             raise ValueError(f"path must hold a {DESCRIPTION_FILE} of longnet tokenize, {file} has no {missing[0]}")
-        if vocab_size not in (None, told["vocab_size"]):
+        if vocab_size not in (None, content["vocab_size"]):
             raise ValueError(
-                f"vocab_size must be that of the tokens in {self.folder}, {told['vocab_size']:,}, got {vocab_size:,}"
+                f"vocab_size must be that of the tokens in {self.folder}, {content['vocab_size']:,}, got {vocab_size:,}"
             )
-        return told
+        return content
 
     @property
     def vocab_size(self) -> int:
@@ -97,13 +98,13 @@ class TokenFileData(StreamLoaders):
         name = self.tokenizer_name
         if name is None:
             raise ValueError(f"tokenizer must be given: nothing in {self.folder} says what its tokens stand for")
-        found = tokenizer_of(name)
-        if found.vocab_size != self.vocab_size:
+        tokenizer = tokenizer_of(name)
+        if tokenizer.vocab_size != self.vocab_size:
             raise ValueError(
                 f"tokenizer must have the vocabulary of the tokens in {self.folder}, {self.vocab_size:,}, got {name!r} "
-                f"of {found.vocab_size:,}"
+                f"of {tokenizer.vocab_size:,}"
             )
-        return found
+        return tokenizer
 
     def encode(self, text: str) -> Tensor:
         return torch.tensor(self.tokenizer.encode(text), dtype=torch.int64)
@@ -116,5 +117,5 @@ class TokenFileData(StreamLoaders):
             raise FileNotFoundError(
                 f"path must hold all shards that its {DESCRIPTION_FILE} names, {missing[0]} is not there"
             )
-        borders = [document_file(path) for path in self._shards] if self._made_with else []
-        self._use(TokenFiles(self._shards, borders))
+        documents = [document_file(path) for path in self._shards] if self._made_with else []
+        self._set_rows(TokenFiles(self._shards, documents))

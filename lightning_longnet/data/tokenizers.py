@@ -1,4 +1,4 @@
-"""Text to numbers and back: bytes, or a Hugging Face tokenizer.  Neither torch nor Lightning is needed."""
+"""Tokenizers: bytes, or a tokenizer of Hugging Face.  This module imports neither torch nor Lightning."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 BYTES = "bytes"
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what stands for no text
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # the text of a token that has none
 
 
 class Tokenizer(Protocol):
     """A tokenizer of text.
 
     Attributes:
-        name: by which `tokenizer_of` finds it.
-        vocab_size: tokens are numbers below it.
-        end: the token that stands after a document.
+        name: the argument of `tokenizer_of` that returns it.
+        vocab_size: size of the vocabulary.
+        end: the token that ends a document.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Bytes; the byte 0, which no text has, ends a document."""
+    """The tokenizer of UTF-8 bytes.  The byte 0 ends a document; texts are assumed not to contain it."""
 
     name, vocab_size, end = BYTES, 256, 0
 
@@ -41,12 +41,15 @@ class ByteTokenizer:
         return list(text.encode())
 
     def decode(self, ids: list[int]) -> str:
-        """A model may know more tokens than there are bytes, and draw one of those."""
+        """Return the text of tokens.
+
+        The vocabulary of a model may be larger than 256; such tokens become `UNKNOWN`.
+        """
         return b"".join(bytes([i]) if i < 256 else UNKNOWN.encode() for i in ids).decode(errors="replace")
 
 
 class HubTokenizer:
-    """That of a Hugging Face model, by its name or the folder where it lies."""
+    """The tokenizer of a Hugging Face model, given its name or its folder."""
 
     def __init__(self, name: str) -> None:
         if find_spec("transformers") is None:
@@ -57,7 +60,7 @@ class HubTokenizer:
 
         self.name = name
         try:
-            self._found: Any = AutoTokenizer.from_pretrained(name)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(
@@ -67,24 +70,25 @@ class HubTokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        return len(self._found)
+        return len(self._tokenizer)
 
     @cached_property
     def end(self) -> int:
-        for token in (self._found.eos_token_id, self._found.sep_token_id):
+        for token in (self._tokenizer.eos_token_id, self._tokenizer.sep_token_id):
             if token is not None:
                 return int(token)
         raise ValueError(f"tokenizer must have a token for the end of a document (eos or sep), {self.name!r} has none")
 
     def encode(self, text: str) -> list[int]:
-        found: list[int] = self._found(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
     def decode(self, ids: list[int]) -> str:
-        text: str = self._found.decode(ids)
+        text: str = self._tokenizer.decode(ids)
         return text
 
 
 @lru_cache(4)
 def tokenizer_of(name: str) -> Tokenizer:
+    """Return the tokenizer of this name, folder, or "bytes"."""
     return ByteTokenizer() if name == BYTES else HubTokenizer(name)

@@ -1,4 +1,4 @@
-"""Text files to shards of tokens, by several processes, and on from where a run was stopped."""
+"""Tokenisation of text files to shards of tokens, by several processes, which continues after an interruption."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 DESCRIPTION_FILE, PLAN_FILE = "tokens.json", "unfinished.json"
-PIECE_BYTES = 2**20  # of text that is handed to a tokenizer at a time
+PIECE_BYTES = 2**20  # bytes of text in one call of a tokenizer
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The lines of a file that begin from byte `begin` to `end`; a document ends with its last."""
+    """The lines of a file that begin at bytes `begin` to `end`; `is_last` marks the end of the document."""
 
     path: str
     begin: int
@@ -35,12 +35,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which text each shard holds: by the files and the settings alone, however many processes there are.
+    """The assignment of text to shards.  It depends on the files and options, and not on the number of processes.
 
     Args:
-        files: path, bytes and time of change of each, in their order.
-        tokenizer: by its name.
-        shard_bytes: of text in a shard, at least, but for the last one.
+        files: path, size in bytes and modification time in ns of each file, in their order.
+        tokenizer: the name of the tokenizer.
+        shard_bytes: minimal number of bytes of text in each shard but the last.
     """
 
     files: tuple[tuple[str, int, int], ...]
@@ -49,45 +49,49 @@ class Plan:
 
     @property
     def bytes(self) -> int:
+        """The bytes of text in all files."""
         return sum(size for _, size, _ in self.files)
 
     def digest(self) -> str:
+        """Return a hash of all fields."""
         return sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
     def shards(self) -> Iterator[list[Piece]]:
+        """Yield the pieces of each shard."""
         shard: list[Piece] = []
-        held = 0
+        shard_size = 0
         for path, size, _ in self.files:
             for begin in range(0, size, PIECE_BYTES):
                 end = min(begin + PIECE_BYTES, size)
                 shard.append(Piece(path, begin, end, end == size))
-                held += end - begin
-                if held >= self.shard_bytes:
+                shard_size += end - begin
+                if shard_size >= self.shard_bytes:
                     yield shard
-                    shard, held = [], 0
+                    shard, shard_size = [], 0
         if shard:
             yield shard
 
 
 def plan_of(files: Sequence[Path], tokenizer: str, shard_bytes: int) -> Plan:
-    told = [(path, path.stat()) for path in files]
-    found = tuple((str(path.resolve()), each.st_size, each.st_mtime_ns) for path, each in told)
-    return Plan(found, tokenizer, shard_bytes)
+    """Return the plan of these files in their present state."""
+    stats = [(path, path.stat()) for path in files]
+    described = tuple((str(path.resolve()), each.st_size, each.st_mtime_ns) for path, each in stats)
+    return Plan(described, tokenizer, shard_bytes)
 
 
 def tokenize(plan: Plan, folder: Path, workers: int, advance: Callable[[int], Any]) -> dict[str, Any]:
-    """Write the shards that are not there yet, and then what they are; that is handed back, too.
+    """Write the shards of a plan that do not exist yet, then tokens.json, and return the content of that.
 
-    A shard appears when it is whole.  A folder of another plan is refused.
+    Shards are written atomically.  A folder with another plan is refused.
 
     Args:
-        plan: what to write.
-        folder: where to.
-        workers: processes; 1 works in this one.
-        advance: told of each shard how many bytes of text it holds, also of those that were there.
+        plan: the plan.
+        folder: the folder to write to.
+        workers: number of processes; 1 works in this process.
+        advance: called with the bytes of text of each shard that is finished or existed already.
     """
-    tokenizer = tokenizer_of(plan.tokenizer)  # what is wrong with it is said before anything is written
-    told = {"tokenizer": plan.tokenizer, "vocab_size": tokenizer.vocab_size, "end": tokenizer.end}
+    tokenizer = tokenizer_of(plan.tokenizer)  # raises on a wrong name before anything is written
+    header = {"tokenizer": plan.tokenizer, "vocab_size": tokenizer.vocab_size, "end": tokenizer.end}
     _claim(folder, plan)
     shards = list(plan.shards())
     sizes = [sum(piece.end - piece.begin for piece in shard) for shard in shards]
@@ -96,11 +100,11 @@ def tokenize(plan: Plan, folder: Path, workers: int, advance: Callable[[int], An
         advance(sizes[number])
     dtype = _dtype_of(tokenizer.vocab_size)
     tasks = {number: (str(folder), number, shards[number], plan.tokenizer, dtype) for number in missing}
-    for number in _done(tasks, workers):
+    for number in _write_shards(tasks, workers):
         advance(sizes[number])
     tokens = [len(np.load(shard_file(folder, number), mmap_mode="r")) for number in range(len(shards))]
     description = {
-        **told,
+        **header,
         "dtype": dtype,
         "tokens": sum(tokens),
         "bytes": plan.bytes,
@@ -115,16 +119,17 @@ def tokenize(plan: Plan, folder: Path, workers: int, advance: Callable[[int], An
 
 
 def shard_file(folder: Path, number: int) -> Path:
+    """Return the path of a shard."""
     return folder / f"tokens-{number:05}.npy"
 
 
 def document_file(shard: Path) -> Path:
-    """Where documents begin in a shard."""
+    """Return the path of the file with the indices at which documents begin in a shard."""
     return shard.with_name(shard.name.replace("tokens", "documents"))
 
 
 def _claim(folder: Path, plan: Plan) -> None:
-    """A folder holds one plan, whose shards a run that was stopped may have left."""
+    """Create the folder and record the plan in it; refuse a folder that has another plan."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (DESCRIPTION_FILE, PLAN_FILE):
         path = folder / name
@@ -137,18 +142,18 @@ def _claim(folder: Path, plan: Plan) -> None:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """Of tokens; what is no JSON is told with its path."""
+    """Return the content of a description of tokens; raise a ValueError with the path if it is not JSON."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} must be as longnet tokenize leaves it, got what is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must be as longnet tokenize leaves it, got a {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be as longnet tokenize leaves it, got a {type(content).__name__}")
+    return content
 
 
-def _done(tasks: dict[int, tuple[Any, ...]], workers: int) -> Iterator[int]:
-    """Numbers of shards, as they are written."""
+def _write_shards(tasks: dict[int, tuple[Any, ...]], workers: int) -> Iterator[int]:
+    """Run `write_shard` for all tasks, and yield the number of each shard when it is written."""
     if workers == 1:
         for number, task in tasks.items():
             write_shard(*task)
@@ -161,21 +166,21 @@ def _done(tasks: dict[int, tuple[Any, ...]], workers: int) -> Iterator[int]:
             if error := future.exception():
                 pool.shutdown(cancel_futures=True)
                 if isinstance(error, ValueError):
-                    raise ValueError(str(error)) from error  # from here: not from where the pool hands it on
+                    raise ValueError(str(error)) from error  # without the remote traceback in the message
                 raise error
             yield numbers[future]
 
 
 def write_shard(folder: str, number: int, pieces: Sequence[Piece], tokenizer: str, dtype: str) -> None:
-    """The tokens of its text, and where documents begin in them."""
-    tool = tokenizer_of(tokenizer)
+    """Write the tokens of a shard, and the indices at which documents begin in it."""
+    encoder = tokenizer_of(tokenizer)
     parts, documents, count = [], [], 0
     for piece in pieces:
         if piece.begin == 0:
             documents.append(count)
-        ids = tool.encode(_text_of(piece))
+        ids = encoder.encode(_text_of(piece))
         if piece.is_last:
-            ids.append(tool.end)
+            ids.append(encoder.end)
         parts.append(np.array(ids, dtype=dtype))
         count += len(ids)
     path = shard_file(Path(folder), number)
@@ -184,6 +189,7 @@ def write_shard(folder: str, number: int, pieces: Sequence[Piece], tokenizer: st
 
 
 def _text_of(piece: Piece) -> str:
+    """Return the text of a piece; raise a ValueError with the path if it is not UTF-8."""
     raw = lines_of(Path(piece.path), piece.begin, piece.end)
     try:
         return raw.decode()
@@ -194,11 +200,11 @@ def _text_of(piece: Piece) -> str:
 
 
 def lines_of(path: Path, begin: int, end: int) -> bytes:
-    """Those that begin from byte `begin` to `end`, whole: pieces of a file are its lines, each once."""
+    """Return the lines that begin at bytes `begin` to `end`, whole: consecutive ranges give every line once."""
     with path.open("rb") as opened:
         if begin > 0:
             opened.seek(begin - 1)
-            opened.readline()  # of a line that began before
+            opened.readline()  # the rest of a line that began before `begin`
         first = opened.tell()
         if first >= end:
             return b""
@@ -207,7 +213,7 @@ def lines_of(path: Path, begin: int, end: int) -> bytes:
 
 
 def _write(path: Path, content: bytes | np.ndarray[Any, Any]) -> None:
-    """Whole or not at all."""
+    """Write a file atomically: to another name, and then renamed."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as opened:
         if isinstance(content, bytes):
@@ -218,11 +224,12 @@ def _write(path: Path, content: bytes | np.ndarray[Any, Any]) -> None:
 
 
 def _dtype_of(vocab_size: int) -> str:
+    """Return the smallest unsigned dtype that holds all tokens."""
     return next(name for name in ("uint8", "uint16", "uint32") if vocab_size - 1 <= np.iinfo(name).max)
 
 
 def _end_with_parent() -> None:
-    """A worker of a process that was killed would wait for work without end."""
+    """Exit this worker process when its parent ends: otherwise a worker of a killed process would wait forever."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core already
     parent = parent_process()
     assert parent is not None

@@ -1,1 +1,1 @@
-"""What an exported folder holds for transformers: `exported.py` copies both files into it as they are."""
+"""Code for transformers.  `export_model` copies both files, unchanged, into the folders that it writes."""

@@ -1,4 +1,4 @@
-"""A LongNet for transformers.  It needs the package lightning-longnet."""
+"""A LongNet for transformers.  This file needs the package lightning-longnet."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
 
-from .configuration_longnet import LongNetPretrainedConfig  # from its own folder, wherever that is
+from .configuration_longnet import LongNetPretrainedConfig  # relative: this file is copied into exported folders
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
-    """Logits of the next token.  Nothing is kept between the steps of `generate`: each begins anew."""
+    """A causal LongNet.  It has no key cache: each step of `generate` computes the whole sequence again."""
 
     config_class = LongNetPretrainedConfig
     base_model_prefix = "model"
@@ -31,18 +31,18 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """A LongNet begins by itself."""
+        """Do nothing: LongNet initialises its weights itself."""
 
     def get_input_embeddings(self) -> nn.Module:
-        found: nn.Module = self.model.embedding
-        return found
+        embedding: nn.Module = self.model.embedding
+        return embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
-        found: nn.Module = self.model.head
-        return found
+        head: nn.Module = self.model.head
+        return head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.head = new_embeddings
@@ -54,9 +54,16 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput:
-        """As any causal model of transformers: `labels` are the `input_ids`, and are shifted here."""
+        """Return the logits (B, N, vocabulary), and with labels the loss.
+
+        Args:
+            input_ids: (B, N).
+            attention_mask: (B, N), 0 where a token is padding.
+            labels: (B, N), usually the `input_ids`: as in other causal models of transformers, they are shifted here.
+            kwargs: ignored.
+        """
         if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None  # generate always hands one in, and kernels are fewer with it
+            attention_mask = None  # generate always passes a mask, and fewer kernels take one
         logits = self.model(input_ids, attention_mask=attention_mask)
         loss = None
         if labels is not None:

@@ -1,4 +1,4 @@
-"""Modules around `attend`: they import torch and the core alone, and are usable without Lightning."""
+"""Modules built on `attend`.  They import only torch and the core, and work without Lightning."""
 
 from lightning_longnet.layers.checkpointing import keep_attention
 from lightning_longnet.layers.dilated import DilatedAttention

@@ -1,4 +1,4 @@
-"""Activation checkpointing that recomputes the cheap part of a block, and keeps what attention gave."""
+"""Selective activation checkpointing that saves the output of attention and recomputes the rest of a block."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-import lightning_longnet.attention.attend  # noqa: F401  registers the operators that are named below
+import lightning_longnet.attention.attend  # noqa: F401  registers the operator that `_policy` names
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 
 def keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """As `context_fn` of torch's `checkpoint`: attention's out and lse are kept, all else is computed again.
+    """Return the two contexts that torch's `checkpoint` takes as `context_fn`.
 
-    With dropout leave `preserve_rng_state` True, as it is: the seed is drawn again.
+    The out and lse of attention are saved in the forward; everything else is recomputed in the backward.  Over ranks a
+    recomputation therefore sends nothing.  With dropout, leave `preserve_rng_state` at its default of True: the
+    recomputation samples the seed again, and must get the same one.
 
     >>> from torch.utils.checkpoint import checkpoint
     >>> from lightning_longnet import DilatedSelfAttention, Pattern, keep_attention
@@ -28,6 +30,6 @@ def keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManage
 
 
 def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    library = torch.ops.lightning_longnet
-    is_attention = operator in (library.attend.default, library.attend_sharded.default)
+    """Return MUST_SAVE for the attention operator, and PREFER_RECOMPUTE for all others."""
+    is_attention = operator is torch.ops.lightning_longnet.attend.default
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,16 +1,18 @@
-"""Attention over a pattern, and nothing besides: queries, keys and values come from elsewhere."""
+"""Attention over a pattern as a module without projections: the caller computes queries, keys and values."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lightning_longnet.attention.checks import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.attention.guard import Guard  # noqa: TC001
-from lightning_longnet.attention.parallel.reordering import check_ordering
 from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
-from lightning_longnet.attention.pattern.ordering import Ordering  # noqa: TC001
+from lightning_longnet.attention.pattern.ordering import (
+    Ordering,
+    check_ordering,
+)
 from lightning_longnet.attention.pattern.pattern import Pattern  # noqa: TC001
+from lightning_longnet.attention.spec import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.layers.attending import AttentionLayer
 from lightning_longnet.layers.options import pattern_of, positive_number, shown_pattern
 
@@ -19,19 +21,19 @@ if TYPE_CHECKING:
 
 
 class DilatedAttention(AttentionLayer):
-    """`attend` as a module without parameters, which a strategy or `hand_down` gives its context.
+    """`attend` as a module without parameters.  A strategy, or `hand_down`, sets its `sequence_context`.
 
     Args:
-        pattern: which keys a query sees; a Pattern, or the dictionary of `Pattern.to_dict`.
-        dropout: of the attention's weights, in training.
-        scale: of the scores; 1 / sqrt(head_dim) by default.
+        pattern: the keys that each query attends to, as a Pattern or the dictionary of `Pattern.to_dict`.
+        dropout: probability of dropping an attention weight, in training.
+        scale: factor of the scores; 1 / sqrt(head_dim) by default.
         mix: "exact" or "detached"; see `attend`.
-        kernel: "auto", or the name of one; see `explain`.
-        exchange: where sequences are split over ranks, how keys reach the queries of others; see `attend`.  None leaves
-            it to the strategy.
-        ordering: of the line that the pattern is drawn on: the sequence itself ("raster"), or a Hilbert curve over it
-            ("hilbert"), see `sequence_hilbert_order`.
-        guard: tries kernels before they are used, and says what fails; see `Guard`.
+        kernel: "auto", or the name of a kernel; see `explain`.
+        exchange: how keys reach the queries of other ranks where sequences are split; see `attend`.  None leaves the
+            choice to the strategy.
+        ordering: the order of tokens that the pattern applies to: "raster", the order of the sequence, or "hilbert", a
+            Hilbert curve over the sequence; see `sequence_hilbert_order`.
+        guard: a `Guard`, which tries kernels before they are used and reports which one fails; None has none.
 
     >>> layer = DilatedAttention(Pattern.dilated((128, 512), (1, 4)))
     >>> q, k, v = torch.randn(3, 1, 1000, 4, 16).unbind()
@@ -68,12 +70,18 @@ class DilatedAttention(AttentionLayer):
         documents: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Queries (B, N, H, D), keys and values (B, N, Hkv, D) to (B, N, H, D); parts where sequences are split.
+        """Return the attention output (B, N, H, D).
+
+        Where sequences are split over ranks, N counts the tokens of this rank.
 
         Args:
-            is_causal: the pattern with every branch causal; otherwise the pattern as it is.
-            documents: an id per token, (N,) or (B, N), not decreasing: each document is attended to alone.
-            key_padding_mask: (B, N), True where a key is ignored.
+            query: (B, N, H, D).
+            key: (B, N, Hkv, D).
+            value: (B, N, Hkv, D).
+            is_causal: True makes every branch of the pattern causal; False takes the pattern as it is.
+            documents: integers (N,) or (B, N), the id of each token's document, not decreasing.  A token attends only
+                within its document.
+            key_padding_mask: bools (B, N), True where a key is ignored.
         """
         if self.scale is not None:
             query = query * (self.scale * query.shape[-1] ** 0.5)

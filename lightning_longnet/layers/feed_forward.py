@@ -1,4 +1,4 @@
-"""Two linear maps and what stands between them."""
+"""The feed-forward layer of a block: two linear maps with an activation between them."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ Activation = Literal["gelu", "relu", "silu", "swiglu"]
 
 
 class FeedForward(nn.Module):
-    """`second(sub_norm(dropout(activation(first(x)))))`; the dropout of the residual is the block's.
+    """Compute `second(sub_norm(dropout(activation(first(x)))))`.
 
-    With "swiglu" the first map is twice as wide, and its second half is gated by the SiLU of its first.
+    The dropout on the residual branch belongs to the block.  With "swiglu" the output of the first map is twice as
+    wide: the SiLU of its first half multiplies its second half.
 
     Args:
         embed_dim: width of the input and of the output.
-        hidden_dim: width between; four times `embed_dim` by default, and 8/3 times, which is as many parameters, with
-            "swiglu".
+        hidden_dim: width of the hidden values.  The default is 4 times `embed_dim`, and with "swiglu" 8/3 times, which
+            gives the same number of parameters.
         activation: "gelu", "relu", "silu" or "swiglu".
-        bias: of both maps.
-        dropout: of the hidden values, in training.
-        sub_norm: a LayerNorm before the second map (MAGNETO).
-        norm_eps: of that LayerNorm.
-        gain: of both maps' initialisation; see `magneto_gain`.
-        chunk_tokens: compute so many tokens at a time, and again in the backward: the hidden values of no more than
-            these are ever held.
+        bias: whether both maps have a bias.
+        dropout: probability of dropping a hidden value, in training.
+        sub_norm: adds a LayerNorm before the second map (MAGNETO).
+        norm_eps: epsilon of that LayerNorm.
+        gain: gain of the Xavier initialisation of both maps; see `magneto_gain`.
+        chunk_tokens: number of tokens that are computed at a time, and recomputed in the backward, so that the hidden
+            values of at most this many tokens are in memory.  None computes all at once and recomputes nothing.
     """
 
     def __init__(
@@ -61,13 +62,14 @@ class FeedForward(nn.Module):
         self.chunk_tokens = None if chunk_tokens is None else positive_integer("chunk_tokens", chunk_tokens)
         self.activation, self.dropout = activation, probability("dropout", dropout)
         self.gain = positive_number("gain", gain)
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.first = nn.Linear(embed_dim, hidden_dim * (2 if activation == "swiglu" else 1), bias=bias, **made)
-        self.sub_norm = nn.LayerNorm(hidden_dim, norm_eps, **made) if sub_norm else None
-        self.second = nn.Linear(hidden_dim, embed_dim, bias=bias, **made)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.first = nn.Linear(embed_dim, hidden_dim * (2 if activation == "swiglu" else 1), bias=bias, **factory)
+        self.sub_norm = nn.LayerNorm(hidden_dim, norm_eps, **factory) if sub_norm else None
+        self.second = nn.Linear(hidden_dim, embed_dim, bias=bias, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initialise both maps with Xavier and `gain`, and set the biases to 0."""
         parts = 2 if self.activation == "swiglu" else 1
         xavier_parts(self.first.weight, [self.second.in_features] * parts, [self.gain] * parts)
         nn.init.xavier_normal_(self.second.weight, self.gain)
@@ -78,12 +80,13 @@ class FeedForward(nn.Module):
             self.sub_norm.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., N, embed_dim) to a tensor of the same shape."""
         if self.chunk_tokens is None or x.shape[-2] <= self.chunk_tokens:
-            return self._mapped(x)
+            return self._compute(x)
         chunks = x.split(self.chunk_tokens, dim=-2)
-        return torch.cat([checkpoint(self._mapped, chunk, use_reentrant=False) for chunk in chunks], dim=-2)
+        return torch.cat([checkpoint(self._compute, chunk, use_reentrant=False) for chunk in chunks], dim=-2)
 
-    def _mapped(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor) -> Tensor:
         hidden = self.first(x)
         if self.activation == "swiglu":
             gate, value = hidden.chunk(2, -1)

@@ -1,4 +1,4 @@
-"""How weights begin: xavier, and the gain of MAGNETO (Foundation Transformers, arXiv 2210.06423)."""
+"""Initialisation of weights: Xavier, and the gain of MAGNETO (Foundation Transformers, arXiv 2210.06423)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def magneto_gain(layers: int) -> float:
-    """The `gain` of a model of so many layers: sqrt(log(2 layers)), for encoders alone and decoders alone.
+    """Return sqrt(log(2 * layers)), the gain for an encoder-only or decoder-only model of this many layers.
 
-    It belongs to `sub_norm=True`; v, the output projection and the feed-forward are scaled by it, q and k are not.
+    Use it together with `sub_norm=True`.  It scales v, the output projection and the feed-forward, not q and k.
 
     >>> round(magneto_gain(12), 4)
     1.7827
@@ -27,6 +27,15 @@ def magneto_gain(layers: int) -> float:
 
 @torch.no_grad()
 def xavier_parts(weight: Tensor, rows: Sequence[int], gains: Sequence[float]) -> None:
-    """Fill a fused weight part by part: each projection has the variance of its own fan-out, not of their sum."""
+    """Fill a fused weight in place, one projection at a time.
+
+    Each projection gets the variance of its own fan-out.  Filling the weight at once would take the sum of their
+    fan-outs, and start all of them too small.
+
+    Args:
+        weight: (sum of `rows`, fan-in).
+        rows: number of rows of each projection.
+        gains: gain of each projection.
+    """
     for part, gain in zip(weight.split(list(rows)), gains, strict=True):
         nn.init.xavier_normal_(part, gain)

@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary whose logits are never held for more than some tokens."""
+"""Cross entropy over a vocabulary, computed in chunks so that the logits of all tokens are never in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IGNORED = -100
 
 
 class TokenLoss(NamedTuple):
-    """A sum over tokens and their number: what `token_mean` takes."""
+    """A sum of losses and the number of tokens in it, the arguments of `SequenceContext.token_mean`."""
 
     loss_sum: Tensor
     token_count: Tensor
@@ -27,18 +27,18 @@ def chunked_cross_entropy(
     ignore_index: int = IGNORED,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> TokenLoss:
-    """Cross entropy of `hidden @ weight.T + bias`, summed over the labels that are not `ignore_index`.
+    """Return the cross entropy of the logits `hidden @ weight.T + bias`, summed, and the number of tokens that count.
 
-    Gradients are computed in the forward, some tokens at a time, so that what is held is of the size of `hidden` and of
-    `weight`, and never tokens x vocabulary.
+    Gradients are computed in the forward, `chunk_tokens` tokens at a time.  Memory is of the size of `hidden` and
+    `weight`, never tokens x vocabulary.
 
     Args:
         hidden: (..., width).
-        weight: (vocabulary, width), as of the `nn.Linear` that would give the logits.
-        labels: (...), the right class of each.
+        weight: (vocabulary, width), the weight of the `nn.Linear` that would compute the logits.
+        labels: (...), the target class of each token.
         bias: (vocabulary,).
-        ignore_index: the label of tokens that do not count.
-        chunk_tokens: whose logits are held at a time.
+        ignore_index: label of the tokens that are left out of the sum and of the count.
+        chunk_tokens: number of tokens whose logits are in memory at a time.
 
     >>> hidden, head = torch.randn(2, 500, 16, requires_grad=True), torch.nn.Linear(16, 100)
     >>> loss_sum, count = chunked_cross_entropy(hidden, head.weight, torch.randint(100, (2, 500)), head.bias)
@@ -62,6 +62,8 @@ def chunked_cross_entropy(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The summed loss.  The forward also computes the gradients for a loss gradient of 1; the backward scales them."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -83,27 +85,29 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dbias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs_bias else None
             for begin in range(0, len(hidden), chunk_tokens):
                 rows = slice(begin, begin + chunk_tokens)
-                is_left_out = (labels[rows] == ignore_index)[:, None]
-                # zeroed here, where rows are short, what does not count is nothing in both products below
-                here = hidden[rows].to(dtype).masked_fill(is_left_out, 0)
-                picked = labels[rows, None].masked_fill(is_left_out, 0)
-                logits = (here @ factor.T).to(wide)
+                is_ignored = (labels[rows] == ignore_index)[:, None]
+                # zero the ignored tokens here, where rows are narrower than the logits: whatever they held, NaN
+                # included, they then add nothing to dweight
+                chunk = hidden[rows].to(dtype).masked_fill(is_ignored, 0)
+                targets = labels[rows, None].masked_fill(is_ignored, 0)
+                logits = (chunk @ factor.T).to(wide)
                 if bias is not None:
                     logits += bias
-                likely = logits.log_softmax(-1)
+                log_probs = logits.log_softmax(-1)
                 del logits
-                loss -= likely.gather(1, picked).masked_fill(is_left_out, 0).sum()
+                loss -= log_probs.gather(1, targets).masked_fill(is_ignored, 0).sum()
                 if dhidden is None and dweight is None and dbias is None:
                     continue
-                grad = likely.exp_()
-                grad.scatter_add_(1, picked, torch.full_like(picked, -1, dtype=wide))
+                # the gradient of the loss by the logits is softmax minus one-hot
+                grad = log_probs.exp_()
+                grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=wide))
                 if dbias is not None:
-                    dbias += (~is_left_out[:, 0]).to(wide) @ grad
+                    dbias += (~is_ignored[:, 0]).to(wide) @ grad
                 narrow = grad.to(dtype)
                 if dhidden is not None:
-                    dhidden[rows] = (narrow @ factor).masked_fill_(is_left_out, 0)
+                    dhidden[rows] = (narrow @ factor).masked_fill_(is_ignored, 0)
                 if dweight is not None:
-                    dweight += narrow.T @ here
+                    dweight += narrow.T @ chunk
         ctx.save_for_backward(dhidden, dweight, dbias)
         ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return loss.to(wide)
@@ -111,7 +115,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        found = (
+        gradients = (
             None if x is None else (x * grad).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *found, None, None, None, None
+        return *gradients, None, None, None, None

@@ -1,4 +1,4 @@
-"""What the masks of `nn.MultiheadAttention` say to a pattern, which takes padding and causality and nothing else."""
+"""Conversion of the masks of `nn.MultiheadAttention`: a pattern takes padding and causality, and refuses others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from lightning_longnet.layers.options import is_readable, require
 
 
 def ignored_keys(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The padding as booleans.  nn.TransformerEncoderLayer makes floats of them: 0, and -inf where a key is ignored."""
+    """Return a key_padding_mask as bools, True where a key is ignored.
+
+    `nn.TransformerEncoderLayer` converts bool masks to floats: 0, and -inf where a key is ignored.  Floats of any other
+    value are refused.
+
+    Args:
+        mask: bools or floats of the given shape.
+        shape: (B, N), or (N,) for one sequence.
+    """
     if mask.shape != shape:
         raise ValueError(f"key_padding_mask must have the shape {tuple(shape)}, got {tuple(mask.shape)}")
     if mask.dtype == torch.bool:
@@ -24,6 +32,13 @@ def ignored_keys(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def masked_causally(mask: Tensor | None, is_causal: bool | None, length: int) -> bool:
+    """Return whether `mask` and `is_causal` together ask for causal attention.
+
+    Args:
+        mask: attn_mask (N, N), bools or floats; None, all visible, or causal.  Any other mask is refused.
+        is_causal: the argument of the same name of `nn.MultiheadAttention.forward`.
+        length: N.
+    """
     if mask is None:
         return bool(is_causal)
     advice = (
@@ -35,16 +50,17 @@ def masked_causally(mask: Tensor | None, is_causal: bool | None, length: int) ->
             f"attn_mask must be causal, boolean or floats, of shape {(length, length)}, got {mask.dtype} of shape "
             f"{tuple(mask.shape)}: {advice}"
         )
-    places = torch.arange(length, device=mask.device)
+    positions = torch.arange(length, device=mask.device)
     hidden = mask if mask.dtype == torch.bool else mask == -inf
-    plain = hidden | (mask == 0)
-    ahead = hidden == (places[:, None] < places)
+    is_hidden_or_zero = hidden | (mask == 0)
+    matches_causal = hidden == (positions[:, None] < positions)
     if is_causal and not is_readable(mask):
+        # the answer is known without the values, so the check of the mask can run on the device
         rule = f"attn_mask must be the causal mask, or hide nothing: {advice}"
-        torch._assert_async(plain.all() & (ahead.all() | ~hidden.any()), rule)
+        torch._assert_async(is_hidden_or_zero.all() & (matches_causal.all() | ~hidden.any()), rule)
         return True
-    if plain.all() and not hidden.any():
+    if is_hidden_or_zero.all() and not hidden.any():
         return bool(is_causal)
-    if plain.all() and ahead.all():
+    if is_hidden_or_zero.all() and matches_causal.all():
         return True
     raise ValueError(f"attn_mask must be the causal mask, or hide nothing, got another one: {advice}")

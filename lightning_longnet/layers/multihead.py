@@ -1,4 +1,4 @@
-"""The words, the state dict and the results of torch's `nn.MultiheadAttention`, over a pattern."""
+"""A replacement of torch's `nn.MultiheadAttention` that attends over a pattern."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_longnet.attention.checks import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.attention.guard import Guard  # noqa: TC001
-from lightning_longnet.attention.parallel.reordering import check_ordering
 from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
-from lightning_longnet.attention.pattern.ordering import Ordering  # noqa: TC001
+from lightning_longnet.attention.pattern.ordering import (
+    Ordering,
+    check_ordering,
+)
 from lightning_longnet.attention.pattern.pattern import Pattern
+from lightning_longnet.attention.spec import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.layers.attending import AttentionLayer
 from lightning_longnet.layers.masks import ignored_keys, masked_causally
 from lightning_longnet.layers.options import (
@@ -30,33 +32,35 @@ DENSE = Pattern.dense()
 class MultiheadDilatedAttention(AttentionLayer):
     """`nn.MultiheadAttention` over a pattern: same arguments, same state dict, same results where the pattern is dense.
 
-    It differs in this alone: no weights are returned; a query whose keys are all hidden gets 0 from the attention, not
-    NaN; and queries, keys and values stand on one line of tokens.  It stands in `nn.TransformerEncoderLayer` as
-    `layer.self_attn`, and is called there in training and in evaluation.
+    There are three differences: it returns no attention weights; a query whose keys are all hidden gets 0 from the
+    attention, not NaN; and queries, keys and values must have the same tokens, so there is no cross attention.  It can
+    replace `layer.self_attn` of an `nn.TransformerEncoderLayer`, which calls it in training and in evaluation.
 
-    It is no subclass, as libraries that know `nn.MultiheadAttention` read its weights and pass its forward by.
+    It does not derive from `nn.MultiheadAttention`, because libraries that know that class read its weights and skip
+    its forward.
 
     Args:
         embed_dim: width of queries and of the output.
-        num_heads: heads, which divide `embed_dim`.
-        dropout: of the attention's weights, in training.
-        bias: of the projections.
-        add_bias_kv: refused where True: a key of no token has no place in a pattern.
-        add_zero_attn: refused where True, for the same reason.
+        num_heads: number of heads; divides `embed_dim`.
+        dropout: probability of dropping an attention weight, in training.
+        bias: whether the projections have a bias.
+        add_bias_kv: must be False: a key that belongs to no token has no position in a pattern.
+        add_zero_attn: must be False, for the same reason.
         kdim: width of keys, `embed_dim` by default.
         vdim: width of values, `embed_dim` by default.
-        batch_first: (batch, tokens, width), not (tokens, batch, width).
-        pattern: which keys a query sees; a Pattern, or the dictionary of `Pattern.to_dict`.
-        sub_norm: a LayerNorm over the joined heads, before the output projection (MAGNETO); it adds to the state dict.
-        gain: of the initialisation of v and of the output projection.  With gain 1 and no `sub_norm` the weights begin
-            as torch's do, otherwise as MAGNETO's; see `magneto_gain`.
+        batch_first: True for tensors (B, N, width), False for (N, B, width).
+        pattern: the keys that each query attends to, as a Pattern or the dictionary of `Pattern.to_dict`.
+        sub_norm: adds a LayerNorm over the concatenated heads, before the output projection (MAGNETO), and its weights
+            to the state dict.
+        gain: gain of the Xavier initialisation of v and of the output projection.  With a gain of 1 and no `sub_norm`
+            the initialisation is torch's, otherwise that of MAGNETO; see `magneto_gain`.
         mix: "exact" or "detached"; see `attend`.
-        kernel: "auto", or the name of one; see `explain`.
-        exchange: where sequences are split over ranks, how keys reach the queries of others; see `attend`.  None leaves
-            it to the strategy.
-        ordering: of the line that the pattern is drawn on: the sequence itself ("raster"), or a Hilbert curve over it
-            ("hilbert"), see `sequence_hilbert_order`.
-        guard: tries kernels before they are used, and says what fails; see `Guard`.
+        kernel: "auto", or the name of a kernel; see `explain`.
+        exchange: how keys reach the queries of other ranks where sequences are split; see `attend`.  None leaves the
+            choice to the strategy.
+        ordering: the order of tokens that the pattern applies to: "raster", the order of the sequence, or "hilbert", a
+            Hilbert curve over the sequence; see `sequence_hilbert_order`.
+        guard: a `Guard`, which tries kernels before they are used and reports which one fails; None has none.
 
     >>> layer = nn.TransformerEncoderLayer(64, 4, batch_first=True)
     >>> layer.self_attn = MultiheadDilatedAttention(64, 4, batch_first=True, pattern=Pattern.dilated((8, 32), (1, 4)))
@@ -109,32 +113,36 @@ class MultiheadDilatedAttention(AttentionLayer):
         self.causal_pattern = replace(
             self.pattern, branches=tuple(replace(branch, is_causal=True) for branch in self.pattern.branches)
         )
-        # What else torch and others read of nn.MultiheadAttention.  False keeps nn.TransformerEncoderLayer, which reads
-        # it in evaluation, from computing dense attention with our weights in an operator of its own
+        # attributes of nn.MultiheadAttention that torch and other libraries read.  nn.TransformerEncoderLayer reads
+        # _qkv_same_embed_dim in evaluation: True would let it compute dense attention with these weights in its fused
+        # operator, and not call forward
         self._qkv_same_embed_dim = False
         self.bias_k = self.bias_v = None
         self.add_zero_attn = False
 
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         shapes: dict[str, tuple[int, int]] = {"in_proj_weight": (3 * embed_dim, embed_dim)}
         if (self.kdim, self.vdim) != (embed_dim, embed_dim):
             widths = (embed_dim, self.kdim, self.vdim)
             shapes = {name: (embed_dim, width) for name, width in zip(names[1:], widths, strict=True)}
         for name in names:
-            weight = nn.Parameter(torch.empty(shapes[name], **made)) if name in shapes else None
+            weight = nn.Parameter(torch.empty(shapes[name], **factory)) if name in shapes else None
             self.register_parameter(name, weight)
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim, **made)) if bias else None
-        # reset_parameters draws its weights, and torch's order of draws has them drawn once
-        where = next(self.parameters())
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim, **factory)) if bias else None
+        # reset_parameters samples its weights; sampling them here too would leave another random state than torch's
+        first = next(self.parameters())
         self.out_proj = nn.utils.skip_init(
-            nn.Linear, embed_dim, embed_dim, bias=bias, device=where.device, dtype=where.dtype
+            nn.Linear, embed_dim, embed_dim, bias=bias, device=first.device, dtype=first.dtype
         )
-        self.sub_norm = nn.LayerNorm(embed_dim, **made) if sub_norm else None
+        self.sub_norm = nn.LayerNorm(embed_dim, **factory) if sub_norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As torch, bit by bit, or as MAGNETO: xavier with gain 1 for q and k, with `gain` for v and the output."""
+        """Initialise the weights as `nn.MultiheadAttention` does, bit by bit, where `gain` is 1 without `sub_norm`.
+
+        Otherwise initialise them as MAGNETO does: Xavier with gain 1 for q and k, and with `gain` for v and the output.
+        """
         self.out_proj.reset_parameters()
         if self.gain == 1 and self.sub_norm is None:
             for weight in self._weights() if self.in_proj_weight is None else (self.in_proj_weight,):
@@ -151,6 +159,7 @@ class MultiheadDilatedAttention(AttentionLayer):
             self.sub_norm.reset_parameters()
 
     def _weights(self) -> tuple[Tensor, ...]:
+        """Return the weights of the projections of q, k and v, as views where they are fused."""
         if self.in_proj_weight is not None:
             return self.in_proj_weight.chunk(3)
         assert self.q_proj_weight is not None
@@ -169,17 +178,20 @@ class MultiheadDilatedAttention(AttentionLayer):
         average_attn_weights: bool = True,
         is_causal: bool | None = None,
     ) -> tuple[Tensor, None]:
-        """(out, None): tensors (N, B, width), (B, N, width) where `batch_first`, or (N, width) for one sequence.
+        """Return (out, None), where out has the shape of `query`.
 
         Args:
-            key_padding_mask: (B, N), or (N,) for one sequence; True where a key is ignored, or floats, -inf there and 0
-                elsewhere.
-            need_weights: refused where True: the N x N weights are what is never held.
-            attn_mask: (N, N), hiding nothing, or the causal mask, which means the pattern with every branch causal.
-                Which of them it is must be read, and a GPU waited for; `is_causal=True` says it at once.
-            average_attn_weights: of weights that are not returned: without effect.
-            is_causal: True means the pattern with every branch causal; None and False the pattern as it is, for
-                `nn.TransformerEncoderLayer` always says one of them.
+            query: (N, B, embed_dim), (B, N, embed_dim) with `batch_first`, or (N, embed_dim) for one sequence.
+            key: as `query`, `kdim` wide.
+            value: as `query`, `vdim` wide.
+            key_padding_mask: (B, N), or (N,) for one sequence: bools, True where a key is ignored, or floats, -inf
+                there and 0 elsewhere.
+            need_weights: must be False: the N x N weights are never in memory.
+            attn_mask: (N, N), either a mask that hides nothing, or the causal mask, which makes every branch of the
+                pattern causal.  Telling the two requires its values, and so waits for a GPU; `is_causal=True` does not.
+            average_attn_weights: has no effect, as no weights are returned.
+            is_causal: True makes every branch of the pattern causal; None and False take the pattern as it is, as
+                `nn.TransformerEncoderLayer` always passes one of the two.
         """
         if need_weights:
             raise ValueError("need_weights must be False: the weights of N x N pairs are never held")
@@ -187,7 +199,7 @@ class MultiheadDilatedAttention(AttentionLayer):
             return self._forward_nested(query, key, value, key_padding_mask, attn_mask, is_causal), None
         length = self._check_tokens(query, key, value)
         pattern = self.causal_pattern if masked_causally(attn_mask, is_causal, length) else self.pattern
-        q, k, v = self._projected(query, key, value)
+        q, k, v = self._project(query, key, value)
         if query.dim() == 2:
             q, k, v = q[None], k[None], v[None]
         elif not self.batch_first:
@@ -196,18 +208,20 @@ class MultiheadDilatedAttention(AttentionLayer):
         if key_padding_mask is not None:
             expected = q.shape[1:2] if query.dim() == 2 else q.shape[:2]
             hidden = self._hidden(key_padding_mask, expected).expand(q.shape[:2])
-        out = self._joined(q, k, v, pattern, None, hidden)
+        out = self._attend_and_project(q, k, v, pattern, None, hidden)
         if query.dim() == 2:
             return out.squeeze(0), None
         return out if self.batch_first else out.transpose(0, 1), None
 
     def _hidden(self, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return key_padding_mask as bools of this shape."""
         if self.sequence_context is None or not self.is_split:
             return ignored_keys(mask, shape)
-        # the layers of a model are handed one mask: let them have one shard
+        # all layers of a model get the same mask; converting it once gives them the same tensor, and so one shard
         return self.sequence_context.once(mask, "ignored keys", lambda: ignored_keys(mask, shape))
 
     def _check_tokens(self, query: Tensor, key: Tensor, value: Tensor) -> int:
+        """Check the shapes of query, key and value, and return the number of tokens N."""
         if query.dim() not in (2, 3):
             raise ValueError(f"query must be (tokens, width) or have a batch besides, got shape {tuple(query.shape)}")
         widths = (self.embed_dim, self.kdim, self.vdim)
@@ -221,8 +235,8 @@ class MultiheadDilatedAttention(AttentionLayer):
                 )
         return query.shape[1 if query.dim() == 3 and self.batch_first else 0]
 
-    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v (..., heads, head_dim), in the order of the dimensions given."""
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the projections q, k and v, each (..., num_heads, head_dim) with the leading dimensions of `query`."""
         heads = (self.num_heads, self.head_dim)
         if self.in_proj_weight is not None and query is key and key is value:
             q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, *heads)).unbind(-3)
@@ -234,9 +248,10 @@ class MultiheadDilatedAttention(AttentionLayer):
         )
         return q, k, v
 
-    def _joined(
+    def _attend_and_project(
         self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, documents: Tensor | None, hidden: Tensor | None
     ) -> Tensor:
+        """Attend, concatenate the heads and project them: (B, N, num_heads, head_dim) to (B, N, embed_dim)."""
         out = self._attended(q, k, v, pattern, documents, hidden).flatten(2)
         if self.sub_norm is not None:
             out = self.sub_norm(out)
@@ -252,7 +267,10 @@ class MultiheadDilatedAttention(AttentionLayer):
         attn_mask: Tensor | None,
         is_causal: bool | None,
     ) -> Tensor:
-        """What nn.TransformerEncoder makes of a padded batch in evaluation: its sequences, here as packed documents."""
+        """Return the output for a nested tensor, whose sequences are packed into one row and attended to as documents.
+
+        `nn.TransformerEncoder` converts a padded batch to a nested tensor in evaluation.
+        """
         if query is not key or key is not value or query.layout != torch.strided:
             raise ValueError(
                 f"a nested query must be key and value as well, and strided, got the layout {query.layout}: pack the "
@@ -266,9 +284,9 @@ class MultiheadDilatedAttention(AttentionLayer):
         lengths = [len(part) for part in parts]
         documents = torch.arange(len(parts)).repeat_interleave(torch.tensor(lengths)).to(query.device)
         row = torch.cat(parts)[None]
-        q, k, v = self._projected(row, row, row)
+        q, k, v = self._project(row, row, row)
         pattern = self.causal_pattern if is_causal else self.pattern
-        out = self._joined(q, k, v, pattern, documents, None)
+        out = self._attend_and_project(q, k, v, pattern, documents, None)
         return torch.nested.as_nested_tensor(list(out[0].split(lengths)))
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""What the layers ask of their arguments, and how they show them."""
+"""Checks of the arguments that several layers take, and the text of a pattern for `extra_repr`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
-from lightning_longnet.attention.checks import Mix
 from lightning_longnet.attention.kernels import kernel_names
 from lightning_longnet.attention.parallel.schedule import Exchange
 from lightning_longnet.attention.pattern.ordering import Ordering
 from lightning_longnet.attention.pattern.pattern import Branch, Pattern
+from lightning_longnet.attention.spec import Mix
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def pattern_of(pattern: Pattern | dict[str, Any]) -> Pattern:
-    """A pattern, or the dictionary that a YAML file holds of one."""
+    """Return a Pattern, given one or the dictionary of `Pattern.to_dict`, as YAML files have it."""
     if isinstance(pattern, dict) and "branches" in pattern and set(pattern) <= {"branches", "multiplicity"}:
         return Pattern(**pattern)
     if not isinstance(pattern, Pattern):
@@ -29,19 +29,19 @@ def pattern_of(pattern: Pattern | dict[str, Any]) -> Pattern:
 
 
 def class_of(value: dict[str, Any]) -> type[nn.Module]:
-    """The module that a YAML file names by its class_path."""
+    """Return the nn.Module class that `value["class_path"]` names, imported.  Also checks "init_args"."""
     rule = 'attention must be {"class_path": "package.Name", "init_args": {...}}'
     path = value.get("class_path") if isinstance(value, dict) and set(value) <= {"class_path", "init_args"} else None
     if not isinstance(path, str) or "." not in path or not isinstance(value.get("init_args", {}), dict):
         raise ValueError(f"{rule}, got {value!r}")
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(import_module(module), name)
+        cls = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{rule}, and nothing can be imported from {path!r}: {error}") from error
-    if not isinstance(found, type) or not issubclass(found, nn.Module):
-        raise ValueError(f"{rule} of an nn.Module, got {found!r}")
-    return found
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        raise ValueError(f"{rule} of an nn.Module, got {cls!r}")
+    return cls
 
 
 def positive_integer(name: str, value: int) -> int:
@@ -63,12 +63,16 @@ def probability(name: str, value: float) -> float:
 
 
 def is_readable(x: Tensor) -> bool:
-    """May Python look at the values?  Elsewhere it would wait for the device, or break the graph."""
+    """Return whether Python can read the values of x without waiting for a device or breaking a compiled graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def require(allowed: Tensor, values: Tensor, rule: str) -> None:
-    """A ValueError where values can be read, an assertion on the device where not."""
+    """Check that `allowed` is True everywhere.
+
+    Where values are readable (see `is_readable`), raise a ValueError that quotes the first of `values` that is not
+    allowed.  Otherwise assert on the device, which does not wait for it.
+    """
     if not is_readable(values):
         torch._assert_async(allowed.all(), rule)
     elif not allowed.all():
@@ -102,7 +106,10 @@ def kernel_name(value: str) -> str:
 
 
 def shown_pattern(pattern: Pattern) -> str:
-    """A pattern for `extra_repr`: `2048/1 causal + 4096/2 causal` are segment lengths and rates."""
+    """Return a pattern as text for `extra_repr`, such as `2048/1 causal + 4096/2 causal`.
+
+    The numbers of a branch are its segment length and its dilation rate.
+    """
     text = " + ".join(map(_shown_branch, pattern.branches))
     return text if pattern.multiplicity == "multiset" else f"{text} ({pattern.multiplicity})"
 

@@ -1,4 +1,4 @@
-"""Where a token stands: rotations of q and k whose product depends on the distance alone."""
+"""Rotary position embeddings: rotations of q and k after which a score depends on the distance of the two tokens."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 Kind = Literal["rope", "xpos"]
 
-# xPos scales the first pair of a head by ZETA ** (position / scale_base), and every other pair by less
+# xPos scales the first pair of a head by ZETA ** (position / scale_base); other pairs by factors closer to 1
 ZETA = 0.4 / 1.4
-# The power of e that q and k are scaled by at most.  k holds that much and a masked score twice as much: float32 and
-# bfloat16 end at e^88, float16 at e^11
+# The largest power of e by which q and k are scaled.  k grows by that factor, and a masked score by its square.
+# float32 and bfloat16 overflow at e^88, float16 at e^11
 LARGEST_POWER = 41.0
 LARGEST_POWER_OF_HALF = 6.0
 
@@ -27,23 +27,26 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class RotaryPositions(nn.Module):
-    """Turns the pairs (0, 1), (2, 3), ... of each head, pair i by `position * base ** (-2 i / head_dim)`.
+    """Rotate the pairs (0, 1), (2, 3), ... of each head, pair i by the angle `position * base ** (-2 i / head_dim)`.
 
-    These are the pairs of RoFormer and of torchscale, not the two halves of a head.  Angles are taken in float64:
-    float32 would be off by half a radian at ten million tokens.  There are no buffers, and no longest sequence.
+    The pairs are adjacent, as in RoFormer and torchscale; other implementations pair the two halves of a head.  Angles
+    are computed in float64: float32 would be off by half a radian at ten million tokens.  There are no buffers, and no
+    maximal sequence length.
 
-    "xpos" (arXiv 2212.10554) also multiplies pair i of q by `zeta_i ** (position / scale_base)` and divides k by it,
-    with `zeta_i = (2 i / head_dim + 0.4) / 1.4`.  Keys fade with their distance before the query and grow with it
-    after, which is for causal patterns.  Such powers overflow: they are counted from the middle of the segment in which
-    the pattern sees a token, which changes no score within it.  A segment that is too long is refused.  Where the
-    branches share no segments, powers are counted from 0, and a position that is too large is refused.
+    "xpos" (arXiv 2212.10554) also multiplies pair i of q by `zeta_i ** (position / scale_base)` and divides pair i of k
+    by it, with `zeta_i = (2 i / head_dim + 0.4) / 1.4`.  Scores decrease with the distance of a key before its query
+    and increase with that of a key after it, so xpos is meant for causal patterns.  Such powers overflow for large
+    positions.  The exponent is therefore counted from the middle of the pattern's segment that holds the token, which
+    changes no score within a segment.  A segment that is too long is refused.  Where the branches have no common
+    segments, the exponent is counted from position 0, and a position that is too large is refused.
 
     Args:
-        head_dim: even.
-        base: of the wavelengths.
+        head_dim: width of a head, even.
+        base: base of the wavelengths.
         kind: "rope" or "xpos".
-        scale_base: xPos's: larger ones fade later, and reach further.
-        pattern: what the tokens attend by; xPos takes its segments from it.
+        scale_base: scale of the exponent of xPos.  With a larger one scores decrease more slowly, and longer segments
+            are allowed.
+        pattern: the pattern that the tokens attend by; xPos reads the segment lengths from it.
     """
 
     def __init__(
@@ -65,18 +68,20 @@ class RotaryPositions(nn.Module):
         self.segment_length = None
         if kind == "xpos" and pattern is not None:
             self.segment_length = self._common_segment(pattern_of(pattern))
-        # beforehand, as no text is made while compiling
+        # made here, because torch.compile does not trace the formatting of text
         self._rules = {dtype: self._rule(dtype) for dtype in _DTYPES}
 
     def forward(
         self, q: Tensor, k: Tensor, positions: Tensor | None = None, *, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys (B, N, heads, head_dim), turned.
+        """Return q and k, rotated, in their own shapes and dtypes.
 
         Args:
+            q: (B, N, H, head_dim).
+            k: (B, N, Hkv, head_dim).
             positions: integers (N,) or (B, N); 0 to N - 1 by default.
-            index: each token's place in its document, by which the pattern cuts segments, where `positions` are not
-                that.
+            index: integers (N,) or (B, N), the index of each token in its document, which determines its segment; the
+                same as `positions` by default.
         """
         for name, x in (("q", q), ("k", k)):
             if x.dim() != 4 or x.shape[3] != self.head_dim:
@@ -84,25 +89,31 @@ class RotaryPositions(nn.Module):
         if self.kind == "xpos":
             self._check_reach(q, positions is None)
         places = _tokens(q) if positions is None else checked_positions(positions, q)
-        wide = torch.promote_types(q.dtype, torch.float32)
+        compute_dtype = torch.promote_types(q.dtype, torch.float32)
         pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=q.device) / self.head_dim
-        angles = places.double()[..., None, None] * self.base**-pairs  # (..., N, heads, pairs)
-        cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+        angles = places.double()[..., None, None] * self.base**-pairs  # (N or B x N, 1, head_dim / 2)
+        cos, sin = angles.cos().to(compute_dtype), angles.sin().to(compute_dtype)
         if self.kind == "rope":
-            return _turned(q, cos, sin), _turned(k, cos, sin)
+            return _rotate(q, cos, sin), _rotate(k, cos, sin)
         distance = places - self._middle(places if index is None else checked_positions(index, q, "index"))
         if index is not None or (positions is not None and self.segment_length is None):
             self._check_distance(q, distance)
-        scale = torch.exp(distance.double()[..., None, None] / self.scale_base * ((pairs + 0.4) / 1.4).log()).to(wide)
-        return _turned(q, cos * scale, sin * scale), _turned(k, cos / scale, sin / scale)
+        scale = torch.exp(distance.double()[..., None, None] / self.scale_base * ((pairs + 0.4) / 1.4).log()).to(
+            compute_dtype
+        )
+        return _rotate(q, cos * scale, sin * scale), _rotate(k, cos / scale, sin / scale)
 
     def reach(self, dtype: torch.dtype = torch.float32) -> int:
-        """xPos: tokens to either side of the place that powers are counted from."""
+        """Return the largest distance in tokens from the origin of the exponent of xPos at which `dtype` is safe."""
         power = LARGEST_POWER_OF_HALF if dtype == torch.float16 else LARGEST_POWER
         return int(power * self.scale_base / -log(ZETA))
 
     def _common_segment(self, pattern: Pattern) -> int | None:
-        """The shortest segment that holds a whole number of every branch's, so that none straddles two; if any."""
+        """Return the least common multiple of the segment lengths of the branches.
+
+        A segment of that length holds a whole number of the segments of every branch, so a query and its keys are
+        always in the same one.  Return None where a branch has no segments, or where the multiple exceeds the reach.
+        """
         lengths = [branch.segment_length for branch in pattern.branches if branch.segment_length is not None]
         if longest := max(lengths, default=0):
             self._check_segment(longest, torch.float32)
@@ -110,6 +121,7 @@ class RotaryPositions(nn.Module):
         return common if len(lengths) == len(pattern.branches) and common <= 2 * self.reach() else None
 
     def _middle(self, index: Tensor) -> Tensor | int:
+        """Return the origin of the exponent for each token: the middle of its segment, or 0 without segments."""
         if self.segment_length is None:
             return 0
         return index // self.segment_length * self.segment_length + self.segment_length // 2
@@ -122,8 +134,8 @@ class RotaryPositions(nn.Module):
             )
 
     def _check_reach(self, q: Tensor, counted: bool) -> None:
-        """What is known without the values of positions; `counted`: they are 0 to N - 1."""
-        dtype, length = _rounded_to(q), q.shape[1]
+        """Refuse what can be refused without reading positions.  `counted` says that they are 0 to N - 1."""
+        dtype, length = _score_dtype(q), q.shape[1]
         if self.segment_length is not None:
             self._check_segment(self.segment_length, dtype)
         elif counted and length - 1 > self.reach(dtype):
@@ -133,7 +145,7 @@ class RotaryPositions(nn.Module):
             )
 
     def _check_distance(self, q: Tensor, distance: Tensor) -> None:
-        dtype = _rounded_to(q)
+        dtype = _score_dtype(q)
         require(distance.abs() <= self.reach(dtype), distance, self._rules[dtype])
 
     def _rule(self, dtype: torch.dtype) -> str:
@@ -158,13 +170,14 @@ def _tokens(x: Tensor) -> Tensor:
     return torch.arange(x.shape[1], device=x.device)
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the adjacent pairs of x (B, N, heads, head_dim); cos and sin end in (N, 1, head_dim / 2)."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
-def _rounded_to(q: Tensor) -> torch.dtype:
-    """What the scores are computed from: under autocast `attend` casts."""
+def _score_dtype(q: Tensor) -> torch.dtype:
+    """Return the dtype in which `attend` computes the scores of q: under autocast, the one that autocast casts to."""
     device = q.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -172,7 +185,10 @@ def _rounded_to(q: Tensor) -> torch.dtype:
 
 
 def checked_positions(positions: Tensor, x: Tensor, name: str = "positions") -> Tensor:
-    """Integers (N,) or (B, N) for the tokens of x (B, N, ...)."""
+    """Check integers (N,) or (B, N) for the tokens of x (B, N, ...), and return them as int64.
+
+    `name` is the argument that errors name.
+    """
     if not isinstance(positions, Tensor):
         raise ValueError(f"{name} must be a tensor of integers, got {type(positions).__name__}")
     if positions.dtype.is_floating_point or positions.dtype.is_complex or positions.dtype == torch.bool:
@@ -188,7 +204,7 @@ def checked_positions(positions: Tensor, x: Tensor, name: str = "positions") -> 
 
 
 def document_index(documents: Tensor) -> Tensor:
-    """Each token's place in its document, of ids (N,) or (B, N) that do not decrease."""
+    """Return the index of each token in its document, given document ids (N,) or (B, N) that do not decrease."""
     places = torch.arange(documents.shape[-1], device=documents.device).expand(documents.shape)
     begins = documents.diff(dim=-1, prepend=documents[..., :1]) != 0
     return places - torch.where(begins, places, 0).cummax(-1).values

@@ -1,4 +1,4 @@
-"""Names for what is often wanted together: rows over the axes pattern, ordering, exchange and guard."""
+"""Presets: named combinations of exchange, ordering, block sparsity and guard."""
 
 from __future__ import annotations
 
@@ -16,14 +16,23 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.pattern.ordering import Ordering
     from lightning_longnet.attention.pattern.sparsity import BlockKind
 
-# what the preset keeps of a pattern that has no blocks
+# the defaults of the preset "block_sparse", for a pattern without block sparsity
 _KIND: BlockKind = "local_window"
 _BLOCK_SIZE, _SPARSITY_RATIO = 64, 0.1
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A row.  `settings` and `pattern_of` are what a layer is made with; an exchange of None leaves it to others."""
+    """A named combination of options.  A layer takes its arguments from `settings` and its pattern from `pattern_of`.
+
+    Attributes:
+        name: the key in `available_presets`.
+        line: one line that describes the preset.
+        exchange: see `attend`; None leaves the choice to the strategy.
+        ordering: the order of tokens that the pattern applies to.
+        is_sparse: whether `pattern_of` keeps only some blocks of the pattern.
+        is_guarded: whether the layers have a `Guard`.
+    """
 
     name: str
     line: str
@@ -38,16 +47,29 @@ class Preset:
         kind: BlockKind = _KIND,
         block_size: int = _BLOCK_SIZE,
         sparsity_ratio: float = _SPARSITY_RATIO,
-        **beside: Any,
+        **options: Any,
     ) -> Pattern:
-        """The pattern that is attended with: of a sparse row blocks of it, unless it is made of blocks already."""
+        """Return the pattern that layers of this preset attend by.
+
+        A preset that is sparse keeps blocks of `pattern`, unless it is block-sparse already; others return it as it is.
+
+        Args:
+            pattern: the pattern of the user.
+            kind: which blocks are kept; see `Pattern.block_sparse`.
+            block_size: tokens of a block.
+            sparsity_ratio: share of the blocks that are kept.
+            options: further arguments of `Pattern.block_sparse`.
+        """
         if not self.is_sparse or any(branch.sparsity is not None for branch in pattern.branches):
             return pattern
-        found: Pattern = Pattern.block_sparse(kind, block_size, sparsity_ratio, within=pattern, **beside)
-        return found
+        sparse: Pattern = Pattern.block_sparse(kind, block_size, sparsity_ratio, within=pattern, **options)
+        return sparse
 
     def settings(self) -> dict[str, Any]:
-        """Arguments of `DilatedAttention`, `DilatedSelfAttention` or `MultiheadDilatedAttention`."""
+        """Return exchange, ordering and guard as keyword arguments of the attention layers.
+
+        Each call makes a new guard.
+        """
         return {
             "exchange": self.exchange,
             "ordering": self.ordering,
@@ -69,7 +91,7 @@ _PRESETS = {
 
 
 def available_presets() -> dict[str, str]:
-    """The name of each, with a line of what it is.
+    """Return the name of each preset and a line that describes it.
 
     >>> print(available_presets()["ring"])
     keys pass round the ranks: of others' at most two pieces are held at a time
@@ -78,7 +100,7 @@ def available_presets() -> dict[str, str]:
 
 
 def preset_of(name: str) -> Preset:
-    """By its name."""
+    """Return the preset of this name."""
     if not isinstance(name, str) or name not in _PRESETS:
         raise ValueError(
             f"preset must be one of {', '.join(map(repr, _PRESETS))}, got {name!r}{nearest(name, _PRESETS)}"
@@ -87,6 +109,6 @@ def preset_of(name: str) -> Preset:
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
-    """What was meant, perhaps: the end of a message."""
-    found = get_close_matches(str(name), list(known), n=1)
-    return f": is it {found[0]!r}?" if found else ""
+    """Return the end of a message that suggests the closest match of `name` in `known`, or an empty text."""
+    matches = get_close_matches(str(name), list(known), n=1)
+    return f": is it {matches[0]!r}?" if matches else ""

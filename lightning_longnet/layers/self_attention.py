@@ -1,4 +1,4 @@
-"""Self-attention with one fused projection, for models that are built around `attend`."""
+"""Self-attention with one fused projection of q, k and v, and rotary positions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_longnet.attention.checks import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.attention.guard import Guard  # noqa: TC001
-from lightning_longnet.attention.parallel.reordering import check_ordering
 from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
-from lightning_longnet.attention.pattern.ordering import Ordering  # noqa: TC001
+from lightning_longnet.attention.pattern.ordering import (
+    Ordering,
+    check_ordering,
+)
 from lightning_longnet.attention.pattern.pattern import Pattern, check_heads
+from lightning_longnet.attention.spec import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.layers.attending import AttentionLayer, places_of
 from lightning_longnet.layers.initialization import xavier_parts
 from lightning_longnet.layers.options import (
@@ -26,37 +28,40 @@ from lightning_longnet.layers.positions import Kind, RotaryPositions
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm over a head, in the type of its input: autocast hands it bfloat16 beside a float32 weight."""
+    """RMSNorm over each head that returns the dtype of its input.
+
+    Under autocast the input is bfloat16 and the weight is float32; the result would be float32 otherwise.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
 class DilatedSelfAttention(AttentionLayer):
-    """Project to queries, keys and values, turn them by their positions, `attend`, project back.
+    """Project to queries, keys and values, rotate them by their positions, `attend`, and project the result.
 
     Args:
         embed_dim: width of the input and of the output.
-        num_heads: query heads.
-        pattern: which keys a query sees; a Pattern, or the dictionary of `Pattern.to_dict`.
-        num_kv_heads: key and value heads, which divide `num_heads`; as many by default.
-        head_dim: of each head; `embed_dim / num_heads` by default.
-        bias: of both projections.
-        dropout: of the attention's weights, in training.
+        num_heads: number of query heads.
+        pattern: the keys that each query attends to, as a Pattern or the dictionary of `Pattern.to_dict`.
+        num_kv_heads: number of key and value heads; divides `num_heads`, and equals it by default.
+        head_dim: width of a head; `embed_dim / num_heads` by default.
+        bias: whether both projections have a bias.
+        dropout: probability of dropping an attention weight, in training.
         rotary: "rope", "xpos" or None; see `RotaryPositions`.
-        rope_base: of the wavelengths.
-        xpos_scale_base: larger ones fade later.
-        qk_norm: an RMSNorm over each head of q and of k, before the rotation.
-        sub_norm: a LayerNorm over the joined heads, before the projection back (MAGNETO).
-        norm_eps: of that LayerNorm.
-        gain: of the initialisation of v and of the projection back; see `magneto_gain`.
+        rope_base: base of the wavelengths of the rotation.
+        xpos_scale_base: `scale_base` of xPos.
+        qk_norm: adds an RMSNorm over each head of q and of k, before the rotation.
+        sub_norm: adds a LayerNorm over the concatenated heads, before the output projection (MAGNETO).
+        norm_eps: epsilon of that LayerNorm.
+        gain: gain of the Xavier initialisation of v and of the output projection; see `magneto_gain`.
         mix: "exact" or "detached"; see `attend`.
-        kernel: "auto", or the name of one; see `explain`.
-        exchange: where sequences are split over ranks, how keys reach the queries of others; see `attend`.  None leaves
-            it to the strategy.
-        ordering: of the line that the pattern is drawn on: the sequence itself ("raster"), or a Hilbert curve over it
-            ("hilbert"), see `sequence_hilbert_order`.
-        guard: tries kernels before they are used, and says what fails; see `Guard`.
+        kernel: "auto", or the name of a kernel; see `explain`.
+        exchange: how keys reach the queries of other ranks where sequences are split; see `attend`.  None leaves the
+            choice to the strategy.
+        ordering: the order of tokens that the pattern applies to: "raster", the order of the sequence, or "hilbert", a
+            Hilbert curve over the sequence; see `sequence_hilbert_order`.
+        guard: a `Guard`, which tries kernels before they are used and reports which one fails; None has none.
 
     >>> layer = DilatedSelfAttention(64, 4, Pattern.dilated((128, 512), (1, 4), is_causal=True), num_kv_heads=2)
     >>> layer(torch.randn(1, 1000, 64)).shape
@@ -100,27 +105,27 @@ class DilatedSelfAttention(AttentionLayer):
         self.pattern = pattern_of(pattern)
         check_ordering(self.ordering, self.pattern)
         self.gain = positive_number("gain", gain)
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.qkv_proj = nn.Linear(embed_dim, sum(self._rows()), bias=bias, **made)
-        self.q_norm = HeadNorm(self.head_dim, eps=1e-6, **made) if qk_norm else None
-        self.k_norm = HeadNorm(self.head_dim, eps=1e-6, **made) if qk_norm else None
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.qkv_proj = nn.Linear(embed_dim, sum(self._rows()), bias=bias, **factory)
+        self.q_norm = HeadNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
+        self.k_norm = HeadNorm(self.head_dim, eps=1e-6, **factory) if qk_norm else None
         self.rotary = None
         if rotary is not None:
             self.rotary = RotaryPositions(
                 self.head_dim, base=rope_base, kind=rotary, scale_base=xpos_scale_base, pattern=self.pattern
             )
-        joined = self.num_heads * self.head_dim
-        self.sub_norm = nn.LayerNorm(joined, norm_eps, **made) if sub_norm else None
-        self.out_proj = nn.Linear(joined, embed_dim, bias=bias, **made)
+        width = self.num_heads * self.head_dim
+        self.sub_norm = nn.LayerNorm(width, norm_eps, **factory) if sub_norm else None
+        self.out_proj = nn.Linear(width, embed_dim, bias=bias, **factory)
         self.reset_parameters()
 
     def _rows(self) -> tuple[int, int, int]:
-        """Of the fused weight, for q, k and v."""
+        """Return how many rows of the fused weight belong to q, to k and to v."""
         kv_rows = self.num_kv_heads * self.head_dim
         return self.num_heads * self.head_dim, kv_rows, kv_rows
 
     def reset_parameters(self) -> None:
-        """Xavier with gain 1 for q and k, and with `gain` for v and the projection back."""
+        """Initialise the weights: Xavier with gain 1 for q and k, and with `gain` for v and the output projection."""
         xavier_parts(self.qkv_proj.weight, self._rows(), (1.0, 1.0, self.gain))
         nn.init.xavier_normal_(self.out_proj.weight, self.gain)
         for linear in (self.qkv_proj, self.out_proj):
@@ -138,13 +143,18 @@ class DilatedSelfAttention(AttentionLayer):
         documents: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """X (B, N, embed_dim), and as much comes back; this rank's part where sequences are split.
+        """Return the attention output (B, N, embed_dim).
+
+        Where sequences are split over ranks, N counts the tokens of this rank.
 
         Args:
-            positions: integers (N,) or (B, N) for the rotation; a token's place in its document by default.  The
-                pattern does not follow them: it counts tokens as they stand.
-            documents: an id per token, (N,) or (B, N), not decreasing: each document is attended to alone.
-            key_padding_mask: (B, N), True where a key is ignored.  A query that sees no key gets 0 from the attention.
+            x: (B, N, embed_dim).
+            positions: integers (N,) or (B, N) for the rotation; the index of each token in its document by default.
+                The pattern does not read them: its segments count the tokens of a document in their order.
+            documents: integers (N,) or (B, N), the id of each token's document, not decreasing.  A token attends only
+                within its document.
+            key_padding_mask: bools (B, N), True where a key is ignored.  A query that sees no key gets 0 from the
+                attention.
         """
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise ValueError(f"x must be (batch, tokens, {self.embed_dim}), got shape {tuple(x.shape)}")
@@ -156,9 +166,9 @@ class DilatedSelfAttention(AttentionLayer):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotary is not None:
-            q, k = self._turned(q, k, positions, documents)
+            q, k = self._rotate(q, k, positions, documents)
             if self.q_norm is None:
-                v = v.contiguous()  # as a view it would keep the q and k from before the rotation, which nothing reads
+                v = v.contiguous()  # a view would keep the unrotated q and k in memory for the backward
         elif positions is not None:
             raise ValueError("positions must be None where rotary is None: nothing would read them")
         out = self._attended(q, k, v, self.pattern, documents, key_padding_mask).flatten(2)
@@ -167,7 +177,8 @@ class DilatedSelfAttention(AttentionLayer):
         projected: Tensor = self.out_proj(out)
         return projected
 
-    def _turned(self, q: Tensor, k: Tensor, positions: Tensor | None, documents: Tensor | None) -> Any:
+    def _rotate(self, q: Tensor, k: Tensor, positions: Tensor | None, documents: Tensor | None) -> Any:
+        """Rotate q (B, N, H, D) and k (B, N, Hkv, D), by their index in the document where `positions` is None."""
         assert self.rotary is not None
         if positions is None and documents is None and not self.is_split:
             return self.rotary(q, k)

@@ -1,1 +1,1 @@
-"""Models: blocks of attention and feed-forward layers, LongNet for tokens, LongViT for images."""
+"""Models: LongNet for tokens and LongViT for images, from the same blocks of attention and feed-forward."""

@@ -1,4 +1,4 @@
-"""What all models are made of: blocks of attention and feed-forward, their configuration, and the way through them."""
+"""The transformer blocks that all models share, their configuration, and the base class that runs them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from lightning_longnet.attention.checks import Mix  # noqa: TC001  for the command line's reading of types
 from lightning_longnet.attention.guard import Guard
-from lightning_longnet.attention.parallel.reordering import check_ordering
 from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
-from lightning_longnet.attention.pattern.ordering import Ordering  # noqa: TC001
+from lightning_longnet.attention.pattern.ordering import (
+    Ordering,
+    check_ordering,
+)
 from lightning_longnet.attention.pattern.pattern import Pattern, check_heads
+from lightning_longnet.attention.spec import Mix  # noqa: TC001  for the command line's reading of types
 from lightning_longnet.layers import DilatedSelfAttention, FeedForward, keep_attention, magneto_gain
 from lightning_longnet.layers.feed_forward import Activation  # noqa: TC001
 from lightning_longnet.layers.options import (
@@ -42,39 +44,41 @@ Recompute = Literal["nothing", "all but attention", "everything"]
 
 @dataclass(frozen=True)
 class BlocksConfig:
-    """The shape of a model's blocks, in plain values that a YAML file can hold.
+    """The configuration of a model's blocks, in plain values that a YAML file can hold.
 
     Args:
-        pattern: what a token sees; one for all layers, or one for each.
+        pattern: the keys that each token attends to; one pattern for all layers, or a list with one for each layer.
         dim: width of the model.
-        layers: how many blocks.
-        heads: query heads in each.
-        kv_heads: key and value heads, which divide `heads`; as many by default.
-        hidden_dim: width inside the feed-forward; see `FeedForward`.
-        activation: of the feed-forward: "gelu", "relu", "silu" or "swiglu".
-        rotary: "rope", "xpos" or None.
-        rope_base: of the wavelengths.
-        xpos_scale_base: larger ones fade later; see `RotaryPositions`.
-        qk_norm: an RMSNorm over each head of q and of k.
-        sub_norm: MAGNETO: LayerNorms inside the blocks, and a gain of the initialisation that goes with them.
-        norm_eps: of every LayerNorm.
-        bias: of the linear maps in the blocks.
-        dropout: of the embeddings, of what each half of a block adds, and of the feed-forward's hidden values.
-        attention_dropout: of the attention's weights.
-        recompute: what of a block is computed again in the backward rather than held: "nothing", "all but attention" or
-            "everything".
-        offload_activations: what the backward needs waits for it in the host's memory.
-        feed_forward_chunk: tokens that the feed-forward computes at a time; all by default.
+        layers: number of blocks.
+        heads: number of query heads in each block.
+        kv_heads: number of key and value heads; divides `heads`, and equals it by default.
+        hidden_dim: width of the hidden values of the feed-forward; see `FeedForward`.
+        activation: activation of the feed-forward: "gelu", "relu", "silu" or "swiglu".
+        rotary: rotary position embedding: "rope", "xpos" or None.
+        rope_base: base of the wavelengths of the rotation.
+        xpos_scale_base: `scale_base` of xPos; see `RotaryPositions`.
+        qk_norm: adds an RMSNorm over each head of q and of k.
+        sub_norm: adds LayerNorms inside the blocks, and initialises with `magneto_gain` (MAGNETO).
+        norm_eps: epsilon of every LayerNorm.
+        bias: whether the linear maps in the blocks have a bias.
+        dropout: dropout probability of the embeddings, of the output of both halves of a block, and of the hidden
+            values of the feed-forward.
+        attention_dropout: probability of dropping an attention weight.
+        recompute: activations of a block that are recomputed in the backward instead of saved: "nothing", "all but
+            attention" or "everything".
+        offload_activations: keeps the tensors that are saved for the backward in the memory of the host.
+        feed_forward_chunk: number of tokens that the feed-forward computes at a time; all by default.
         mix: "exact" or "detached"; see `attend`.
-        kernel: "auto", or the name of one; see `explain`.
-        exchange: where sequences are split over ranks; None leaves it to the strategy.
-        ordering: of the line that the pattern is drawn on in every layer: "raster" is the sequence itself, "hilbert" a
-            curve over it; see `sequence_hilbert_order`.
-        preset: a row of `available_presets()`, which sets exchange, ordering and guard, and of "block_sparse" keeps
-            blocks of a pattern that has none; what is given beside it must agree.
-        attention: a class of one's own for the layers, {"class_path": "package.Name", "init_args": {...}}: made of
-            (dim, heads, pattern, **init_args), and called as `DilatedSelfAttention` is; that one by default, of which
-            the values above tell.
+        kernel: "auto", or the name of a kernel; see `explain`.
+        exchange: how keys reach the queries of other ranks where sequences are split; see `attend`.  None leaves the
+            choice to the strategy.
+        ordering: the order of tokens that the pattern of every layer applies to: "raster", the order of the sequence,
+            or "hilbert", a Hilbert curve over the sequence; see `sequence_hilbert_order`.
+        preset: a name from `available_presets()`.  It sets exchange, ordering and guard, and "block_sparse" keeps
+            blocks of a pattern without block sparsity.  Values given beside it must agree with it.
+        attention: the class of the attention layers, {"class_path": "package.Name", "init_args": {...}}.  It is built
+            from (dim, heads, pattern, **init_args), and called as `DilatedSelfAttention`, the default, is.  The other
+            arguments of attention apply to the default alone.
     """
 
     pattern: Pattern | Sequence[Pattern]
@@ -124,12 +128,12 @@ class BlocksConfig:
             raise ValueError(f"pattern must be one, or one for each of the {self.layers} layers, got {len(patterns)}")
         object.__setattr__(self, "pattern", patterns)
         if self.preset is not None:
-            self._take(preset_of(self.preset))
+            self._apply_preset(preset_of(self.preset))
         for pattern in self.patterns:
             check_ordering(self.layer_ordering, pattern)
 
-    def _take(self, preset: Preset) -> None:
-        """What it sets, unless that contradicts what is given."""
+    def _apply_preset(self, preset: Preset) -> None:
+        """Set the fields that the preset has a value for; refuse a field that was given another value."""
         for name, value, unset in (("exchange", preset.exchange, None), ("ordering", preset.ordering, "raster")):
             given = getattr(self, name)
             if value is None:
@@ -139,33 +143,34 @@ class BlocksConfig:
             object.__setattr__(self, name, value)
         if self.attention is not None:
             raise ValueError(f"attention must be None with preset={preset.name!r}: a preset is of our own layers")
-        made = tuple(preset.pattern_of(each) for each in self.patterns)
-        object.__setattr__(self, "pattern", made if isinstance(self.pattern, tuple) else made[0])
+        patterns = tuple(preset.pattern_of(each) for each in self.patterns)
+        object.__setattr__(self, "pattern", patterns if isinstance(self.pattern, tuple) else patterns[0])
 
     @property
     def layer_ordering(self) -> Ordering:
-        """What layers do themselves; a model whose tokens form a grid orders them where they enter."""
+        """The ordering of the attention layers; LongViT, which orders its patches itself, overrides it."""
         return self.ordering
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
-        """One for each layer."""
+        """The pattern of each layer."""
         return self.pattern if isinstance(self.pattern, tuple) else (self.pattern,) * self.layers  # type: ignore[return-value]
 
     @property
     def is_causal(self) -> bool:
+        """Whether the patterns of all layers are causal."""
         return all(pattern.is_causal for pattern in self.patterns)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, of which the same class makes this one again: `LongNetConfig(**values)`."""
-        found = asdict(self)
+        """Return the fields as plain values; `LongNetConfig(**values)` makes an equal configuration of them."""
+        values = asdict(self)
         shown = [pattern.to_dict() for pattern in self.patterns]
-        found["pattern"] = shown if isinstance(self.pattern, tuple) else shown[0]
-        return found
+        values["pattern"] = shown if isinstance(self.pattern, tuple) else shown[0]
+        return values
 
 
 def epsilon(name: str, value: float | str) -> float:
-    """A small number, which YAML 1.1 takes for text where it is written 1e-05."""
+    """Return `value` as a positive float.  Text is converted, because YAML 1.1 reads 1e-05 as text."""
     try:
         return positive_number(name, float(value) if isinstance(value, str) else value)
     except ValueError:
@@ -173,7 +178,13 @@ def epsilon(name: str, value: float | str) -> float:
 
 
 class LongNetBlock(nn.Module):
-    """Attention and feed-forward, each after a LayerNorm and beside a path that changes nothing."""
+    """A pre-norm transformer block: attention and feed-forward, each after a LayerNorm and inside a residual.
+
+    Args:
+        config: the configuration of the model.
+        pattern: the pattern of this layer.
+        guard: the guard that the layers of the model share, or None.
+    """
 
     def __init__(self, config: BlocksConfig, pattern: Pattern, guard: Guard | None = None) -> None:
         super().__init__()
@@ -196,18 +207,20 @@ class LongNetBlock(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor | None, documents: Tensor | None, key_padding_mask: Tensor | None
     ) -> Tensor:
-        told = {"positions": positions, "documents": documents, "key_padding_mask": key_padding_mask}
-        x = x + self.dropout(self.attention(self.attention_norm(x), **told))
+        """Map x (B, N, dim) to a tensor of the same shape; the other arguments are those of `DilatedSelfAttention`."""
+        options = {"positions": positions, "documents": documents, "key_padding_mask": key_padding_mask}
+        x = x + self.dropout(self.attention(self.attention_norm(x), **options))
         out: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return out
 
 
 def _attention(config: BlocksConfig, pattern: Pattern, shared: dict[str, Any], guard: Guard | None) -> nn.Module:
+    """Return a new attention layer; `shared` holds the arguments that attention and feed-forward have in common."""
     if config.attention is not None:
-        made: nn.Module = class_of(config.attention)(
+        layer: nn.Module = class_of(config.attention)(
             config.dim, config.heads, pattern, **config.attention.get("init_args", {})
         )
-        return made
+        return layer
     return DilatedSelfAttention(
         config.dim,
         config.heads,
@@ -228,10 +241,14 @@ def _attention(config: BlocksConfig, pattern: Pattern, shared: dict[str, Any], g
 
 
 class Blocks(nn.Module):
-    """A model's way through its blocks, and what of it is held for the backward.  A model adds both ends.
+    """The base class of the models: it holds the blocks, runs them, and recomputes or offloads their activations.
 
-    A strategy, or `hand_down`, sets `sequence_context` where sequences are split over ranks.  `guard` is what the
-    layers share where the preset is guarded: its counts are for callbacks to read.
+    A model adds the embedding, the last norm and the head.
+
+    Attributes:
+        config: the configuration.
+        guard: the `Guard` that the layers share where the preset is guarded; callbacks read its counts.
+        sequence_context: the context that a strategy, or `hand_down`, sets where sequences are split over ranks.
     """
 
     config: BlocksConfig
@@ -239,54 +256,63 @@ class Blocks(nn.Module):
     sequence_context: SequenceContext | None = None
 
     def _make_blocks(self, config: BlocksConfig) -> None:
-        """At its place among the model's parameters."""
+        """Create the blocks.
+
+        The model calls this between its embedding and its head: the order of its parameters is that of creation.
+        """
         self.dropout = nn.Dropout(config.dropout)
         self.guard = Guard() if config.preset is not None and preset_of(config.preset).is_guarded else None
         self.blocks = nn.ModuleList([LongNetBlock(config, pattern, self.guard) for pattern in config.patterns])
         self._checked_length = 0
 
-    def _passed(
+    def _run_blocks(
         self,
         x: Tensor,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Embedded tokens (B, N, dim) through all blocks, as wide."""
+        """Run embedded tokens x (B, N, dim) through all blocks; attention_mask (B, N) is 0 where a token is padding."""
         if not torch.compiler.is_compiling():
             self._warn_of_reach(x.shape[1])
         hidden_keys = None if attention_mask is None else attention_mask == 0
         x = self.dropout(x)
-        with self._saving(x):
+        with self._offload(x):
             for block in self.blocks:
-                x = self._called(block, x, positions, documents, hidden_keys)
+                x = self._call_block(block, x, positions, documents, hidden_keys)
         return x
 
-    def _called(self, block: nn.Module, x: Tensor, *told: Tensor | None) -> Tensor:
+    def _call_block(self, block: nn.Module, x: Tensor, *arguments: Tensor | None) -> Tensor:
+        """Call a block, under activation checkpointing where `config.recompute` asks for it."""
         if self.config.recompute == "nothing" or not torch.is_grad_enabled():
-            out: Tensor = block(x, *told)
+            out: Tensor = block(x, *arguments)
             return out
         context: dict[str, Any] = {}
         if self.config.recompute == "all but attention":
             context["context_fn"] = keep_attention
-        again: Tensor = checkpoint(block, x, *told, use_reentrant=False, **context)
-        return again
+        recomputed: Tensor = checkpoint(block, x, *arguments, use_reentrant=False, **context)
+        return recomputed
 
-    def _saving(self, x: Tensor) -> AbstractContextManager[Any]:
+    def _offload(self, x: Tensor) -> AbstractContextManager[Any]:
+        """Return the context in which tensors saved for the backward move to the host, where they are offloaded."""
         if not self.config.offload_activations or not torch.is_grad_enabled():
             return nullcontext()
         return partial(save_on_cpu, pin_memory=x.device.type == "cuda")()
 
     def _warn_of_reach(self, tokens: int) -> None:
-        """Once: where tokens of these sequences can never learn of one another, or heads serve no rows."""
+        """Warn once where the patterns leave gaps at this length.
+
+        Gaps are pairs of tokens that no number of layers connects, or heads that serve no rows; see `Pattern.reach`.
+        Shorter sequences than the longest that was checked are not checked again.
+        """
         if self.config.attention is not None:
-            return  # a class of one's own may see anything
+            return  # which keys a custom class attends to is not known
         config, context = self.config, self.sequence_context
         length = tokens if context is None or context.length is None else context.length
         if length <= self._checked_length:
             return
         self._checked_length = length
-        found = [pattern.reach(length, config.heads, config.kv_heads) for pattern in dict.fromkeys(config.patterns)]
-        if all(reach.has_gaps for reach in found):  # one layer without gaps carries what the others do not
+        reaches = [pattern.reach(length, config.heads, config.kv_heads) for pattern in dict.fromkeys(config.patterns)]
+        if all(reach.has_gaps for reach in reaches):  # one layer without gaps carries what the others do not
             self._checked_length = sys.maxsize
-            warnings.warn("\n".join(map(str, found)), stacklevel=5)
+            warnings.warn("\n".join(map(str, reaches)), stacklevel=5)

@@ -1,4 +1,4 @@
-"""Text that a model goes on with: the whole prefix is computed again for each token, over ranks where it is split."""
+"""Generation of tokens.  There is no key cache: the whole prefix is computed again for each token."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ def generate(
     seed: int = 0,
     context: SequenceContext | None = None,
 ) -> Tensor:
-    """The sequences with as many tokens more, (B, N + tokens).
+    """Return `input_ids` continued by `tokens` sampled tokens, (B, N + tokens).
 
     Args:
-        model: a causal one.
-        input_ids: (B, N), whole, and the same on all ranks that share sequences.
-        tokens: how many to add.
-        temperature: what logits are divided by; 0 takes the likeliest token.
-        top_k: only so many of the likeliest are drawn from.
-        seed: of what is drawn; the same tokens come however many ranks take part.
-        context: where sequences are split; all ranks of its group call this together, and each computes its part.
+        model: a causal model.
+        input_ids: (B, N), whole sequences, the same on all ranks that share sequences.
+        tokens: number of tokens to add.
+        temperature: divisor of the logits; 0 takes the most likely token.
+        top_k: samples from this many of the most likely tokens only.
+        seed: seed of the sampling.  The same seed gives the same tokens on any number of ranks.
+        context: the context where sequences are split over ranks: all ranks of its group call this together, and each
+            computes its part.
     """
     positive_integer("tokens", tokens)
     if input_ids.dim() != 2 or input_ids.shape[1] < 1:
@@ -49,21 +50,21 @@ def generate(
         raise ValueError("model must be causal in every layer to go on with a sequence")
     context = context or SequenceContext()
     generator = torch.Generator().manual_seed(seed)
-    found = input_ids
+    output_ids = input_ids
     was_training = model.training
     model.eval()
     try:
         for _ in range(tokens):
-            logits = _last_logits(model, found, context).float().cpu()
-            drawn = _drawn(logits, temperature, top_k, generator)
-            found = torch.cat([found, drawn.to(found.device)], 1)
+            logits = _last_logits(model, output_ids, context).float().cpu()
+            token = _sample(logits, temperature, top_k, generator)
+            output_ids = torch.cat([output_ids, token.to(output_ids.device)], 1)
     finally:
         model.train(was_training)
-    return found
+    return output_ids
 
 
 def _last_logits(model: LongNet, input_ids: Tensor, context: SequenceContext) -> Tensor:
-    """Of the last token of each sequence, (B, vocabulary), on all ranks that share them."""
+    """Return the logits (B, vocabulary) of the last token of each sequence, on all ranks that share them."""
     if context.sequence_parallel_size == 1:
         hidden = model.encode(model.embed(input_ids))[:, -1]
     else:
@@ -73,17 +74,17 @@ def _last_logits(model: LongNet, input_ids: Tensor, context: SequenceContext) ->
             assert positions is not None
             places = positions.to(input_ids.device)
             hidden = model.encode(model.embed(input_ids[:, places]))
-            hidden = hidden[:, places == length - 1].sum(1)  # of one rank alone there is such a token
+            hidden = hidden[:, places == length - 1].sum(1)  # zeros on all ranks but the one that holds the last token
             dist.all_reduce(hidden, group=context.sequence_group)
     logits: Tensor = model.head(hidden)
     return logits
 
 
-def _drawn(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """A token for each row, (B, 1)."""
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    """Return one sampled token for each row of logits (B, vocabulary), as (B, 1)."""
     if temperature == 0:
         return logits.argmax(1, keepdim=True)
     if top_k is not None and top_k < logits.shape[1]:
-        least = logits.topk(top_k, dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        threshold = logits.topk(top_k, dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, float("-inf"))
     return torch.multinomial((logits / temperature).softmax(1), 1, generator=generator)

@@ -1,4 +1,4 @@
-"""LongNet: a transformer whose attention is a pattern, as a decoder or, where the pattern is not causal, an encoder."""
+"""LongNet: a transformer for tokens; a decoder where its pattern is causal, otherwise an encoder."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from lightning_longnet.models.blocks import Blocks, BlocksConfig
 
 @dataclass(frozen=True)
 class LongNetConfig(BlocksConfig):
-    """The shape of a model of tokens, in plain values that a YAML file can hold.
+    """The configuration of a LongNet, in plain values that a YAML file can hold.
 
-    What is not named here is of the blocks; see `BlocksConfig`.
+    `BlocksConfig` documents the other arguments.
 
     Args:
-        vocab_size: tokens that are told apart.
-        embedding_scale: what embedded tokens are multiplied with.
-        learned_positions: a learned vector is added for each of so many places in a document; None has none.
-        tied_embeddings: the head's weight is that of the embedding.
-        final_norm: a LayerNorm before the head.
-        loss_chunk: tokens whose logits the loss holds at a time.
+        vocab_size: size of the vocabulary.
+        embedding_scale: factor of the embedded tokens.
+        learned_positions: number of positions in a document that have a learned embedding, added to the tokens; None
+            adds none.
+        tied_embeddings: whether the head and the embedding share their weight.
+        final_norm: adds a LayerNorm before the head.
+        loss_chunk: number of tokens whose logits the loss holds at a time.
     """
 
     vocab_size: int = 256
@@ -47,7 +48,7 @@ class LongNetConfig(BlocksConfig):
 
 
 class LongNet(Blocks):
-    """Tokens to logits, or to the loss of their labels without ever holding all logits.
+    """A LongNet, which maps tokens to logits, or to the loss of their labels without holding all logits.
 
     >>> pattern = Pattern.dilated((64, 256), (1, 4), is_causal=True)
     >>> model = LongNet(LongNetConfig(pattern, dim=32, layers=2, heads=4))
@@ -74,7 +75,7 @@ class LongNet(Blocks):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Of the embedding, the positions and the head; the layers begin by themselves."""
+        """Initialise the embedding, the positions and the head.  The layers of the blocks initialise themselves."""
         nn.init.normal_(self.embedding.weight, std=self.config.dim**-0.5)
         if self.position_table is not None:
             nn.init.normal_(self.position_table, std=self.config.dim**-0.5)
@@ -112,13 +113,17 @@ class LongNet(Blocks):
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor | TokenLoss:
-        """Logits (B, N, vocabulary), or, with labels, the sum of their losses and how many count.
+        """Return logits (B, N, vocabulary), or with labels a `TokenLoss`: the sum of the losses and their number.
+
+        Where sequences are split over ranks, N counts the tokens of this rank, and the loss is that of this rank.
 
         Args:
-            input_ids: (B, N); this rank's part where sequences are split.
-            labels: (B, N): of each token the one that it is to predict, or -100.
-            positions: (N,) or (B, N), for the rotation and what is learned; places in the document by default.
-            documents: an id per token, not decreasing: each document is attended to alone.
+            input_ids: (B, N).
+            labels: (B, N), the token that each token is to predict, or -100 where there is none.
+            positions: integers (N,) or (B, N) for the rotary and the learned positions; the index of each token in its
+                document by default.
+            documents: integers (N,) or (B, N), the id of each token's document, not decreasing.  A token attends only
+                within its document.
             attention_mask: (B, N), 0 where a token is padding.
         """
         hidden = self.encode(
@@ -130,9 +135,9 @@ class LongNet(Blocks):
         return chunked_cross_entropy(hidden, self.head.weight, labels, chunk_tokens=self.config.loss_chunk)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """What `encode` takes, (B, N, dim)."""
-        found: Tensor = self.embedding(input_ids)
-        return found if self.config.embedding_scale == 1.0 else found * self.config.embedding_scale
+        """Return the embeddings (B, N, dim) of input_ids (B, N), without positions: the input of `encode`."""
+        embedded: Tensor = self.embedding(input_ids)
+        return embedded if self.config.embedding_scale == 1.0 else embedded * self.config.embedding_scale
 
     def encode(
         self,
@@ -142,23 +147,23 @@ class LongNet(Blocks):
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Embedded tokens (B, N, dim) to what the head reads, as wide."""
+        """Map embedded tokens x (B, N, dim) to the input of the head (B, N, dim); see `forward` for the arguments."""
         if self.position_table is not None:
             x = x + self._positions_of(x, positions, documents)
             if self.config.rotary is None:
-                positions = None  # which nothing else reads
-        out: Tensor = self.norm(self._passed(x, positions, documents, attention_mask))
+                positions = None  # without a rotation, attention refuses positions
+        out: Tensor = self.norm(self._run_blocks(x, positions, documents, attention_mask))
         return out
 
     def _positions_of(self, x: Tensor, positions: Tensor | None, documents: Tensor | None) -> Tensor:
-        """The learned vectors, (N, dim) or (B, N, dim)."""
+        """Return the learned position embeddings of the tokens, (N, dim) or (B, N, dim)."""
         assert self.position_table is not None
-        many = len(self.position_table)
+        size = len(self.position_table)
         if positions is None:
             places = places_of(x, documents, self.sequence_context)
         else:
             places = checked_positions(positions, x)
         require(
-            (places >= 0) & (places < many), places, f"positions must be from 0 to learned_positions - 1, {many - 1}"
+            (places >= 0) & (places < size), places, f"positions must be from 0 to learned_positions - 1, {size - 1}"
         )
         return self.position_table[places]

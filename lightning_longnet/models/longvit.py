@@ -1,4 +1,4 @@
-"""LongViT: images as long sequences of patches, in the blocks of LongNet."""
+"""LongViT: a vision transformer for large images, which are long sequences of patches, with the blocks of LongNet."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ Normed = Literal["pooled", "tokens"]
 
 @dataclass(frozen=True)
 class LongViTConfig(BlocksConfig):
-    """The shape of a model of images, in plain values that a YAML file can hold.
+    """The configuration of a LongViT, in plain values that a YAML file can hold.
 
-    What is not named here is of the blocks; see `BlocksConfig`.
+    `BlocksConfig` documents the other arguments.
 
     Args:
         dim: width of the model.
-        heads: query heads in each block.
-        rotary: by a patch's number in the grid, which counts row by row; None, as LongViT has it.
-        classes: how many the head tells apart; 0 has no head, and gives what was pooled.
-        image_size: width and height of the images whose grid has learned positions; others are interpolated.
+        heads: number of query heads in each block.
+        rotary: rotary embedding of the number of a patch in the grid, counted row by row; None, as in the paper, by
+            default.
+        classes: number of classes; with 0 there is no head, and the model returns the pooled features.
+        image_size: width and height of the images for whose grid positions are learned.  For other sizes they are
+            interpolated.
         patch_size: width and height of a patch.
-        ordering: in which order patches form the sequence: row by row ("raster"), or along a Hilbert curve ("hilbert"),
-            so that a segment is a compact part of the image.  The model is another one: train it with the same.
-        channels: of an image.
-        learned_positions: a learned vector is added for each place in the grid.
-        resize_offset: added to a grid's size where positions are interpolated; torchscale's models have 0.1.
-        pooling: "mean" of all patches, or "class", a token of its own before them.
-        normed: where the last LayerNorm stands: over what was "pooled", or over the "tokens" before that.
-        final_norm_eps: of that LayerNorm; `norm_eps` by default.
+        ordering: order of the patches in the sequence: row by row ("raster"), or along a Hilbert curve ("hilbert"), so
+            that a segment is a compact part of the image.  Use a model with the ordering that it was trained with.
+        channels: number of channels of an image.
+        learned_positions: adds a learned embedding for each patch of the grid.
+        resize_offset: added to the size of a grid where positions are interpolated; torchscale's models have 0.1.
+        pooling: "mean" over all patches, or "class", the output of a class token before them.
+        normed: input of the last LayerNorm: the "pooled" features, or all "tokens" before pooling.
+        final_norm_eps: epsilon of that LayerNorm; `norm_eps` by default.
     """
 
     dim: int = 384
@@ -81,20 +83,20 @@ class LongViTConfig(BlocksConfig):
 
     @property
     def layer_ordering(self) -> Ordering:
-        """Patches are ordered where they enter the model, by the grid that they form."""
+        """The ordering of the attention layers: always "raster", as `LongViT.encode` orders the patches itself."""
         return "raster"
 
     @property
     def grid(self) -> int:
-        """Patches to a side, where positions are learned."""
+        """The number of patches along a side of the grid for which positions are learned."""
         return self.image_size // self.patch_size
 
 
 class LongViT(Blocks):
-    """Images (B, channels, height, width) to logits (B, classes).
+    """A LongViT, which maps images (B, channels, height, width) to logits (B, classes).
 
-    Where sequences are split over ranks each of them is given whole images, and embeds and computes its own patches
-    alone; what is pooled is a sum over the ranks, so that all of them have the same logits.
+    Where sequences are split over ranks, each rank gets whole images, and embeds and computes only its own patches.
+    The pooled features are summed over the ranks, so all of them return the same logits.
 
     >>> model = LongViT(LongViTConfig(Pattern.dilated((16, 64), (1, 4)), dim=32, layers=2, heads=4, image_size=64,
     ...                               patch_size=8, classes=10))
@@ -119,7 +121,7 @@ class LongViT(Blocks):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Of both ends; the layers between begin by themselves."""
+        """Initialise all parameters but those of the blocks, whose layers initialise themselves."""
         for linear in (self.patch_embedding, self.head):
             if isinstance(linear, nn.Linear):
                 nn.init.trunc_normal_(linear.weight, std=0.02)
@@ -129,12 +131,14 @@ class LongViT(Blocks):
                 nn.init.trunc_normal_(table, std=0.02)
 
     def forward(self, pixels: Tensor, *, ordering: Tensor | None = None) -> Tensor:
-        """Logits (B, classes), on every rank those of whole images.
+        """Return the logits (B, classes) of whole images, the same on every rank that shares them.
 
         Args:
-            pixels: (B, channels, height, width), whole images on every rank; multiples of the patch's size.
-            ordering: the patches in the order in which they form the sequence, a permutation of their numbers in the
-                grid, which count row by row; that of the configuration by default.  Positions stay those of the grid.
+            pixels: (B, channels, height, width), whole images on every rank; height and width are multiples of the
+                patch size.
+            ordering: integers (patches,), the numbers of the patches in the order of the sequence, where patches are
+                numbered row by row; the ordering of the configuration by default.  It does not change the position
+                embedding of a patch.
         """
         x, pooled_share = self.encode(pixels, ordering=ordering)
         if self.config.normed == "tokens":
@@ -149,10 +153,10 @@ class LongViT(Blocks):
         return logits
 
     def encode(self, pixels: Tensor, *, ordering: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Tokens of this rank (B, L, dim) after the blocks, and each one's share (L,) of what is pooled."""
+        """Return the output of the blocks for this rank's tokens (B, L, dim), and their weights in the pooling (L,)."""
         rows, columns = self._grid_of(pixels)
         first = int(self.class_token is not None)
-        places = self._begin(rows * columns + first).to(pixels.device)
+        places = self._begin_sequence(rows * columns + first).to(pixels.device)
         patches = (places - first).clamp(min=0)
         positions = None
         if ordering is not None:
@@ -163,24 +167,26 @@ class LongViT(Blocks):
             patches = ordering[patches]
             if self.config.rotary is not None:
                 positions = patches + first
-        x = self.patch_embedding(self._cut(pixels, patches, columns))
+        x = self.patch_embedding(self._pixels_of(pixels, patches, columns))
         if self.position_table is not None:
             x = x + self._positions(rows, columns)[patches]
         share = torch.full(places.shape, 1 / (rows * columns), dtype=x.dtype, device=x.device)
         if self.class_token is not None:
             is_class = places == 0
-            # where there is none, too: every rank has a gradient for it
+            # on ranks without the class token too: every rank must have a gradient for it
             x = torch.where(is_class[:, None], self.class_token.to(x.dtype), x)
             share = is_class.to(x.dtype)
             if positions is not None:
                 positions = positions.masked_fill(is_class, 0)
-        return self._passed(x, positions), share
+        return self._run_blocks(x, positions), share
 
-    def _begin(self, length: int) -> Tensor:
+    def _begin_sequence(self, length: int) -> Tensor:
+        """Begin a sequence of this length in the context, and return the positions of this rank's tokens (L,)."""
         context = self.sequence_context
         return torch.arange(length) if context is None else context.begin_made(length)
 
     def _grid_of(self, pixels: Tensor) -> tuple[int, int]:
+        """Check pixels, and return how many rows and columns of patches they have."""
         size, channels = self.config.patch_size, self.config.channels
         if pixels.dim() != 4 or pixels.shape[1] != channels:
             raise ValueError(f"pixels must be (batch, {channels}, height, width), got shape {tuple(pixels.shape)}")
@@ -189,39 +195,40 @@ class LongViT(Blocks):
             raise ValueError(f"pixels must be multiples of patch_size {size} high and wide, got {height} x {width}")
         return height // size, width // size
 
-    def _cut(self, pixels: Tensor, patches: Tensor, columns: int) -> Tensor:
-        """These patches alone (B, L, channels * size * size)."""
+    def _pixels_of(self, pixels: Tensor, patches: Tensor, columns: int) -> Tensor:
+        """Return the pixels of the patches with these numbers (L,), as (B, L, channels * size * size)."""
         size = self.config.patch_size
         grid: Tensor = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, rows, size, columns, size)
         return grid[:, :, patches // columns, :, patches % columns].permute(1, 0, 2, 3, 4).flatten(2)
 
     def _positions(self, rows: int, columns: int) -> Tensor:
-        """Learned for the grid of `image_size`, interpolated for others: (rows * columns, dim)."""
+        """Return position embeddings (rows * columns, dim), interpolated for grids other than that of `image_size`."""
         assert self.position_table is not None
         config, table = self.config, self.position_table
         if (rows, columns) == (config.grid, config.grid):
             return table.flatten(0, 1)
         factors = tuple((many + config.resize_offset) / config.grid for many in (rows, columns))
-        told = {"size": (rows, columns)} if config.resize_offset == 0 else {"scale_factor": factors}
+        options = {"size": (rows, columns)} if config.resize_offset == 0 else {"scale_factor": factors}
         with torch.autocast(table.device.type, enabled=False):
             wide = table.permute(2, 0, 1)[None].float() if table.dtype.itemsize < 4 else table.permute(2, 0, 1)[None]
-            found = F.interpolate(wide, mode="bicubic", **told)[0]
-        assert found.shape[1:] == (rows, columns)
-        return found.to(table.dtype).flatten(1).T
+            resized = F.interpolate(wide, mode="bicubic", **options)[0]
+        assert resized.shape[1:] == (rows, columns)
+        return resized.to(table.dtype).flatten(1).T
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _grid_order(ordering: Ordering, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Made once for each grid and device; a compiled model takes it for a constant."""
-    return _made_order(ordering, rows, columns, device)
+    """Return the order of the patches (rows * columns,), as a constant where the model is compiled."""
+    return _cached_order(ordering, rows, columns, device)
 
 
 @lru_cache(32)
-def _made_order(ordering: Ordering, rows: int, columns: int, device: torch.device) -> Tensor:
+def _cached_order(ordering: Ordering, rows: int, columns: int, device: torch.device) -> Tensor:
     return order_of(ordering, (rows, columns)).to(device)
 
 
 def _checked_ordering(ordering: Tensor, patches: int, device: torch.device) -> Tensor:
+    """Check that ordering is a permutation of `patches` numbers, and return it as int64 on the device."""
     if not isinstance(ordering, Tensor) or ordering.dtype.is_floating_point or ordering.shape != (patches,):
         shown = tuple(ordering.shape) if isinstance(ordering, Tensor) else type(ordering).__name__
         raise ValueError(f"ordering must be a permutation of the {patches} patches, integers ({patches},), got {shown}")

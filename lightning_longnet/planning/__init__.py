@@ -1,4 +1,4 @@
-"""A run before it is launched: what it holds, sends and takes, worked out without a GPU and without other ranks."""
+"""Plans of runs before they are launched: memory, bytes and time, computed without a GPU and without other ranks."""
 
 from lightning_longnet.planning.devices import Device, named
 from lightning_longnet.planning.job import Job

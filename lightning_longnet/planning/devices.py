@@ -1,31 +1,89 @@
-"""What devices can do, of their makers' data sheets."""
+"""The memory, links and peaks of devices: of GPUs those of their makers' data sheets, of a CPU what is measured."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from time import perf_counter
+from typing import NamedTuple
 
-from lightning_longnet.callbacks.peak import listed, measured
+import torch
 
-if TYPE_CHECKING:
-    import torch
+
+class _Link(NamedTuple):
+    """The memory in GB, and speeds in GB/s, one way: of the memory, to a device of the same node, to another node."""
+
+    memory: float
+    bandwidth: float
+    node_link: float
+    network: float
+
+
+class _Sheet(NamedTuple):
+    """A row of a data sheet: dense peaks in TFLOP/s in half precision, TF32 and float32.
+
+    A variant that differs from another row in its peaks alone has no links; plans do not name it.
+    """
+
+    name: str
+    half: float
+    tf32: float
+    single: float
+    links: _Link | None = None
+
+    def peak(self, dtype: torch.dtype, allows_tf32: bool) -> float:
+        """Return floating-point operations a second in a dtype."""
+        return 1e12 * (self.half if dtype.itemsize == 2 else self.tf32 if allows_tf32 else self.single)
+
+
+# A GPU is the first row whose name its own name contains.  NVLink's bandwidth in NVIDIA's sheets is of both directions.
+# Networks are those of NVIDIA's DGX B200, H200, H100 (400 Gb/s for each GPU), A100 (200 Gb/s) and V100 (four of
+# 100 Gb/s for eight), and 100 Gb/s for a card of PCIe 4.0, whose 16 lanes carry 32 GB/s
+_SHEETS = (
+    _Sheet("GB200", 2500, 1250, 80),
+    _Sheet("B200", 2250, 1100, 75, _Link(180, 8000, 900, 50)),
+    _Sheet("GH200", 989.4, 494.7, 67, _Link(144, 4900, 450, 50)),
+    _Sheet("H200 NVL", 835.5, 417.5, 60),
+    _Sheet("H200", 989.4, 494.7, 67, _Link(141, 4800, 450, 50)),
+    _Sheet("H100 NVL", 835.5, 417.5, 60),
+    _Sheet("H100 PCIe", 756, 378, 51),
+    _Sheet("H100", 989.4, 494.7, 67, _Link(80, 3350, 450, 50)),
+    _Sheet("A100", 312, 156, 19.5, _Link(80, 2039, 300, 25)),
+    _Sheet("V100", 125, 15.7, 15.7, _Link(32, 900, 150, 6.25)),
+    _Sheet("L40S", 362, 183, 91.6, _Link(48, 864, 32, 12.5)),
+    _Sheet("A40", 149.7, 74.8, 37.4, _Link(48, 696, 32, 12.5)),
+    _Sheet("A10", 125, 62.5, 31.2, _Link(24, 600, 32, 12.5)),
+    _Sheet("L4", 121, 60, 30.3, _Link(24, 300, 32, 12.5)),
+    _Sheet("T4", 65, 8.1, 8.1, _Link(16, 320, 16, 12.5)),
+    _Sheet("RTX 4090", 165.2, 82.6, 82.6, _Link(24, 1008, 32, 12.5)),
+    _Sheet("RTX 3090", 71, 35.6, 35.6, _Link(24, 936, 32, 12.5)),
+)
+GB = 1e9
+# Of memory as small operators use it, and of gloo over the loopback, as benchmarks/planner.py measured them
+_CPU_BANDWIDTH, _LOOPBACK = 5 * GB, 1 * GB
+_SIZE, _TIMES = 1024, 4  # of the products that measure a CPU
+
+# No GPU was measured for this: shares of the peak are what others report of such kernels, which --efficiency replaces,
+# and calls are not captured in graphs
+_GPU = {"efficiency": (0.6, 0.45), "call_seconds": 5e-6, "overlaps": True}
+# Shares that benchmarks/planner.py measured over gloo on two cores, which other processes used too
+_CPU = {"efficiency": (0.8, 0.3), "call_seconds": 2e-5, "overlaps": False}
 
 
 @dataclass(frozen=True)
 class Device:
-    """One of the devices of a run; speeds in bytes a second, one way.
+    """A device of a run; speeds are in bytes a second, one way.
 
     Attributes:
-        name: as its maker has it.
+        name: the maker's name.
         memory: bytes.
-        bandwidth: of its memory.
-        node_link: to another of the same node.
-        network: to one of another node.
-        efficiency: what of the peak linear maps and attention reach.
-        call_seconds: what an operator takes however small it is.
-        overlaps: is what travels hidden behind what is computed?
-        share: of the device, that a rank has for itself.
+        bandwidth: the speed of its memory.
+        node_link: the speed to another device of the same node.
+        network: the speed to a device of another node.
+        efficiency: the shares of the peak that linear maps and attention reach.
+        call_seconds: the time of an operator, however small.
+        overlaps: whether messages travel while kernels compute.
+        share: the share of the device that a rank has.
     """
 
     name: str
@@ -39,16 +97,16 @@ class Device:
     share: float = 1.0
 
     def peak(self, dtype: torch.dtype) -> float:
-        """Floating-point operations a second: listed of a GPU, measured of this machine's CPU."""
+        """Return floating-point operations a second: listed for a GPU, measured for this machine's CPU."""
         if self.name == "cpu":
             return self.share * measured(dtype)
-        found = listed(self.name, dtype, allows_tf32=False)
-        if found is None:
-            raise ValueError(f"device {self.name} has no listed peak in {dtype}: tell --peak-tflops")
-        return found
+        peak = listed(self.name, dtype, allows_tf32=False)
+        if peak is None:
+            raise ValueError(f"device {self.name} has no listed peak in {dtype}: give --peak-tflops")
+        return peak
 
     def shared(self, ranks: int, threads: int) -> Device:
-        """As each of so many ranks of a node has it: those of a CPU share its cores."""
+        """Return the device as each of `ranks` ranks of a node has it: those of a CPU share its cores."""
         if self.name != "cpu":
             return self
         share = min(1.0, (os.cpu_count() or 1) / (ranks * threads))
@@ -61,42 +119,47 @@ class Device:
         )
 
 
-# No GPU was measured for this: shares of the peak are what others report of such kernels, to be told better by
-# --efficiency, and calls are not captured in graphs
-_GPU = {"efficiency": (0.6, 0.45), "call_seconds": 5e-6, "overlaps": True}
-# Shares that benchmarks/planner.py found on two cores, of which others had their part, over gloo
-_CPU = {"efficiency": (0.8, 0.3), "call_seconds": 2e-5, "overlaps": False}
-
-GB = 1e9
-_DEVICES = (
-    # NVIDIA's data sheets of each; NVLink's bandwidth there is of both directions.  Networks are those of NVIDIA's DGX
-    # B200, H200, H100 (400 Gb/s for each GPU), A100 (200 Gb/s) and V100 (four of 100 Gb/s for eight), and 100 Gb/s for
-    # a card of PCIe 4.0, whose 16 lanes carry 32 GB/s
-    ("B200", 180, 8000, 900, 50),
-    ("GH200", 144, 4900, 450, 50),
-    ("H200", 141, 4800, 450, 50),
-    ("H100", 80, 3350, 450, 50),
-    ("A100", 80, 2039, 300, 25),
-    ("V100", 32, 900, 150, 6.25),
-    ("L40S", 48, 864, 32, 12.5),
-    ("A40", 48, 696, 32, 12.5),
-    ("A10", 24, 600, 32, 12.5),
-    ("L4", 24, 300, 32, 12.5),
-    ("T4", 16, 320, 16, 12.5),
-    ("RTX 4090", 24, 1008, 32, 12.5),
-    ("RTX 3090", 24, 936, 32, 12.5),
-)
-# Of memory as small operators use it, and of gloo over the loopback, by the same benchmark
-_CPU_BANDWIDTH, _LOOPBACK = 5 * GB, 1 * GB
-
-
 def named(name: str) -> Device:
-    """The device of that name, whatever its case; "cpu" is this machine's."""
+    """Return the device of a name, in any case; "cpu" is this machine's."""
     if name.lower() == "cpu":
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         return Device("cpu", memory, _CPU_BANDWIDTH, _LOOPBACK, _LOOPBACK, **_CPU)  # type: ignore[arg-type]
-    for known, memory_gb, *speeds in _DEVICES:
-        if known.lower() == name.lower().replace("_", " "):
-            return Device(known, memory_gb * GB, *(each * GB for each in speeds), **_GPU)  # type: ignore[arg-type]
-    names = ", ".join(["cpu", *(row[0].lower() for row in _DEVICES)])
+    for sheet in _SHEETS:
+        if sheet.links is not None and sheet.name.lower() == name.lower().replace("_", " "):
+            return Device(sheet.name, *(each * GB for each in sheet.links), **_GPU)  # type: ignore[arg-type]
+    names = ", ".join(["cpu", *(sheet.name.lower() for sheet in _SHEETS if sheet.links is not None)])
     raise ValueError(f"device must be one of {names}, got {name!r}")
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """Return the dtype in which a Trainer's `precision` computes products."""
+    for word, dtype in (("bf16", torch.bfloat16), ("16", torch.float16), ("64", torch.float64)):
+        if word in precision:
+            return dtype
+    return torch.float32
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the peak of a device in operations a second, measured for a CPU; None where it is unknown."""
+    if device.type == "cpu":
+        return measured(dtype)
+    if device.type == "cuda" and dtype != torch.float64:
+        return listed(torch.cuda.get_device_name(device), dtype, torch.get_float32_matmul_precision() != "highest")
+    return None
+
+
+def listed(name: str, dtype: torch.dtype, allows_tf32: bool = False) -> float | None:
+    """Return the listed peak of the GPU of a name; None where it is not listed."""
+    sheet = next((sheet for sheet in _SHEETS if sheet.name.lower() in name.lower()), None)
+    return None if sheet is None else sheet.peak(dtype, allows_tf32)
+
+
+def measured(dtype: torch.dtype) -> float:
+    """Return the best of a few products of matrices on this process's threads, in operations a second."""
+    a = torch.ones(_SIZE, _SIZE, dtype=dtype)
+    out, best = torch.zeros_like(a), float("inf")
+    for _ in range(_TIMES):
+        begin = perf_counter()
+        torch.mm(a, a, out=out)
+        best = min(best, perf_counter() - begin)
+    return 2 * _SIZE**3 / best

@@ -1,6 +1,6 @@
-"""What each engine holds beside a step's own tensors: parameters, gradients, the optimiser's states, and its buffers.
+"""The memory of each engine beside a step's own tensors: parameters, gradients, optimizer states and its buffers.
 
-Constants are of the engines' own code, and of what the profiler showed of them (benchmarks/planner.py).
+The constants are those of the engines' code, and what the profiler showed (benchmarks/planner.py).
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from lightning_longnet.planning.flops import Flops, ModelFlops
 if TYPE_CHECKING:
     from lightning_longnet.planning.job import Job
 
-# Blocks whose gradients and gathered parameters FSDP2 still holds when it no longer needs them: on CPUs 1 to 10
+# How many blocks' gradients and gathered parameters FSDP2 still holds after their use: on CPUs 1 to 10
 LINGERING_BLOCKS = 2.5
-# Blocks that are whole at once in FSDP2's backward: the one that runs, the next, and the gradients of both
+# How many blocks are whole at once in FSDP2's backward: the one that runs, the next, and the gradients of both
 WHOLE_BLOCKS = 4.0
 # DeepSpeed's stage3_max_live_parameters, as Lightning leaves it
 LIVE_NUMBERS = 10**9
-# What DeepSpeed's own step makes for a moment, in copies of the parameters: stages 1 and 2, and stage 3
+# The temporary tensors of DeepSpeed's step, in copies of the parameters: stages 1 and 2, and stage 3
 STEP_COPIES, STEP_COPIES_SPLIT = 2.0, 1.4
 
 
 class Weights(NamedTuple):
-    """Bytes of a model's parameters: all, a block's, those outside of the blocks, and the largest.
+    """The bytes of a model's parameters: all, a block's, those outside of the blocks, and the largest.
 
-    `parameters` is how many numbers they are, `token` what its linear maps compute for a token.
+    `parameters` counts their numbers; `token` counts the operations of linear maps for a token.
     """
 
     all: int
@@ -40,6 +40,7 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, job: Job) -> Weights:
+        """Return those of a job's model, which is made on the meta device."""
         with torch.device("meta"):
             model = LongNet(job.config)
         counts = [p.numel() for p in model.parameters()]
@@ -50,7 +51,7 @@ class Weights(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Bytes, on one rank."""
+    """Bytes on one rank."""
 
     parameters: float
     gradients: float
@@ -59,20 +60,20 @@ class Held(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """What is held in the forward, in a backward that has brought gradients of so many bytes, and in the step."""
+    """The engine of a job: what a rank holds in the forward, in the backward and in the optimizer's step."""
 
     job: Job
     weights: Weights
 
     @property
     def splits(self) -> int:
-        """Over how many ranks the model is split, where it is."""
+        """The number of ranks that the model is split over; 1 where it is not."""
         if self.job.sharding == "ddp":
             return 1
         return self.job.shared_by if self.job.sharding == "hsdp" else self.job.ranks
 
     def forward(self) -> Held:
-        """The gradients of the step before are there until the backward begins."""
+        """Return what is held in the forward; the gradients of the step before are kept until the backward begins."""
         all_, part = self.weights.all, self.weights.all / self.splits
         states = self.job.optimizer_copies
         kind = self.job.sharding
@@ -90,24 +91,28 @@ class Engine(NamedTuple):
             return Held(self._live(), 0, 0, self._bucket())
         return Held(all_ + part, 0, states * part, 0)
 
-    def backward(self, come: float) -> Held:
-        """Where micro-batches are accumulated, what earlier ones have brought is there from the first."""
+    def backward(self, done: float) -> Held:
+        """Return what is held in a backward that has computed gradients of `done` bytes.
+
+        With accumulated micro-batches the gradients of earlier ones are held from the start.
+        """
         all_, part = self.weights.all, self.weights.all / self.splits
         many = self.job.accumulate > 1
         before, kind = self.forward(), self.job.sharding
         if kind == "ddp":
-            return before._replace(gradients=all_ + self.weights.largest if many else come)
+            return before._replace(gradients=all_ + self.weights.largest if many else done)
         if kind in ("fsdp2", "hsdp", "fsdp2_offload"):
             whole = WHOLE_BLOCKS / 2 * self.weights.block if self.splits > 1 else 0
-            here = 0.0 if kind == "fsdp2_offload" else part if many else come / self.splits
+            here = 0.0 if kind == "fsdp2_offload" else part if many else done / self.splits
             return before._replace(gradients=here, buffers=whole + before.buffers)
         if kind.startswith("deepspeed_stage_3"):
             return before._replace(buffers=before.buffers + self._bucket())
         # two buckets: one is reduced while the other is filled
-        arrived = come if kind == "deepspeed_stage_1" else come / self.splits
+        arrived = done if kind == "deepspeed_stage_1" else done / self.splits
         return before._replace(gradients=part if many else arrived, buffers=2 * self._bucket())
 
     def step(self) -> Held:
+        """Return what is held in the optimizer's step."""
         before, kind = self.forward(), self.job.sharding
         part = self.weights.all / self.splits
         if kind.startswith("deepspeed_stage_3"):
@@ -122,7 +127,7 @@ class Engine(NamedTuple):
         return LINGERING_BLOCKS * self.weights.block if self.splits > 1 else 0.0
 
     def _live(self) -> float:
-        """What is whole from the forward on: DeepSpeed lets nothing go while it is fewer numbers than that."""
+        """Return the bytes of gathered parameters, which DeepSpeed keeps while they are fewer than `LIVE_NUMBERS`."""
         return min(self.weights.all, LIVE_NUMBERS * self.job.parameter_dtype.itemsize)
 
     def _bucket(self) -> int:

@@ -6,15 +6,20 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_longnet.attention.parallel.routes import crossings, head_parts, is_local, route
-from lightning_longnet.attention.parallel.schedule import Schedule, Volume, branch_volumes, schedule, volume, watched
-from lightning_longnet.planning.fake_rank import Remote
+import torch
+
+from lightning_longnet.attention.kernels import Request, judge
+from lightning_longnet.attention.parallel.routes import is_local, rank_blocks
+from lightning_longnet.attention.parallel.schedule import Schedule, schedule, watched
+from lightning_longnet.attention.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from lightning_longnet.attention.parallel.routes import Layout, Part
+    from lightning_longnet.attention.parallel.exchange import ExchangePlan, Footprint, Volume
+    from lightning_longnet.attention.parallel.routes import Layout
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.attention.plan.blocks import Part
     from lightning_longnet.planning.job import Job
 
 # Of more ranks than these some are looked at, and the plan says which
@@ -37,14 +42,16 @@ class Share:
         branch_bytes: what of `volume.sent_bytes` each branch adds to those finer than it; none where heads are traded.
         own_pairs: those that wait for nobody.
         rounds: the rest.
-        remote: what other ranks leave in memory.
+        footprint: what the exchange holds in the rank's memory.
+        overlaps: whether the rank computes while messages are on their way.
     """
 
     volume: Volume
     branch_bytes: tuple[int, ...]
     own_pairs: int
     rounds: tuple[Round, ...]
-    remote: Remote
+    footprint: Footprint
+    overlaps: bool
 
     @property
     def pairs(self) -> int:
@@ -61,49 +68,50 @@ class LayerKind:
     shares: dict[int, Share]
 
 
-def layer_kinds(job: Job, distinct: int = 0) -> tuple[LayerKind, ...]:
-    """Of the ranks of a group: all of them, of many those that may have most to do.
+def layer_kinds(job: Job, device: str = "cpu") -> tuple[LayerKind, ...]:
+    """Return the kinds of a job's layers with the shares of all ranks, of many those that may have most to do.
 
-    `distinct` is that of `attention.plan.plan`: what is computed on CPUs.
+    `device` is the type of the device that computes: it decides whether repeated pairs are computed once.
     """
-    found = []
+    kinds = []
     for pattern, layers in Counter(job.config.patterns).items():
         layout = job.layout(pattern)
         chosen = schedule(layout, job.config.exchange or job.exchange, job.sizes)
-        local = is_local(layout)
-        shares = {rank: _share(job, layout, chosen, rank, distinct, local) for rank in _shown(layout, watched(layout))}
-        found.append(LayerKind(pattern, layers, chosen, shares))
-    return tuple(found)
+        local, segments = is_local(layout), _weighted_segments(job, pattern, device)
+        shares = {
+            rank: _share(job, chosen.plan(layout), rank, segments, local) for rank in _shown(layout, watched(layout))
+        }
+        kinds.append(LayerKind(pattern, layers, chosen, shares))
+    return tuple(kinds)
+
+
+def _weighted_segments(job: Job, pattern: Pattern, device: str) -> int:
+    """Return what the run would: whether, and from how many segments on, a call computes repeated pairs once."""
+    config, width = job.config, job.sizes.head_dim
+    request = Request(device, job.dtype, job.tokens, config.heads, width, width, False, config.attention_dropout > 0)
+    kernel = judge(config.kernel, request).chosen or ""
+    spec = AttentionSpec(pattern, kernel, dropout=config.attention_dropout, mix=config.mix)
+    return spec.weighted_segments(device, job.batch, torch.get_num_threads(), per_branch=config.mix == "detached")
 
 
 def _shown(layout: Layout, ranks: list[int]) -> list[int]:
     """Of ranks that have thousands of others to hear of: the first, the middle, the last, and two of the busiest."""
     if len(ranks) <= WHOLE or layout.placement.ranks <= WHOLE:
         return ranks
-    busiest = sorted(ranks, key=lambda rank: sum(crossings(layout).traffic(rank)))[-2:]
+    busiest = sorted(ranks, key=lambda rank: sum(rank_blocks(layout).traffic(rank)))[-2:]
     return sorted({ranks[0], layout.placement.ranks // 2, ranks[-1], *busiest})
 
 
-def _share(job: Job, layout: Layout, chosen: Schedule, rank: int, distinct: int, local: bool) -> Share:
+def _share(job: Job, exchange: ExchangePlan, rank: int, weighted_segments: int, local: bool) -> Share:
     sizes = job.sizes
     cell = sizes.batch * (sizes.head_dim + sizes.value_dim) * sizes.itemsize
-    told = volume(layout, chosen.exchanges, rank, sizes)
-    computed = layout._replace(distinct=distinct)
-    if chosen.is_swap:
-        here = layout.kv_heads // layout.placement.ranks
-        traded = head_parts(computed, range(rank * here, (rank + 1) * here))
-        return Share(told, (), _pairs(traded), (), Remote(0, 0, layout.placement.ranks > 1))
-    own = route(computed, rank, chosen.exchanges)
-    rounds, kept, most = [], 0, 0
-    for each in own.rounds:
-        cells = sum(wanted.many() for wanted in each.receives.values())
-        parts = [part for wanted in each.receives.values() for part in wanted.parts]
-        rounds.append(Round(cells * cell, _pairs(parts)))
-        kept, most = (kept + cells, most) if each.keeps else (kept, max(most, cells))
-    sent = (0,) * len(chosen.exchanges)
+    work = exchange.work(rank, weighted_segments)
+    rounds = tuple(Round(sum(each.received.values()) * cell, _pairs(each.parts)) for each in work.rounds)
+    sent = (0,) * len(exchange.exchanges)
     if not local:
-        sent = tuple(each.sent_bytes for each in branch_volumes(layout, chosen.exchanges, rank, sizes))
-    return Share(told, sent, _pairs(own.own), tuple(rounds), Remote(kept, most, False))
+        sent = tuple(each.sent_bytes for each in exchange.branch_volumes(rank, sizes))
+    volume, footprint = exchange.volume(rank, sizes), exchange.footprint(rank)
+    return Share(volume, sent, _pairs(work.own), rounds, footprint, exchange.overlaps)
 
 
 def _pairs(parts: Iterable[Part]) -> int:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_longnet.attention.kernels import BLOCK_KERNELS, Request, judge
+from lightning_longnet.attention.kernels import Request, judge
 from lightning_longnet.attention.pattern.pattern import Pattern
 from lightning_longnet.attention.plan.blocks import plan
+from lightning_longnet.attention.spec import AttentionSpec
 from lightning_longnet.layers.attending import AttentionLayer
 from lightning_longnet.layers.feed_forward import FeedForward
 from lightning_longnet.models.blocks import Blocks
@@ -53,11 +54,11 @@ class Flops(NamedTuple):
 
 @lru_cache(256)
 def attended_pairs(
-    pattern: Pattern, heads: int, kv_heads: int | None = None, cuts: tuple[int, ...] = (0,), distinct: int = 0
+    pattern: Pattern, heads: int, kv_heads: int | None = None, cuts: tuple[int, ...] = (0,), weighted_segments: int = 0
 ) -> Pairs:
     """The pairs of a row whose documents are `cuts[i]` to `cuts[i + 1]`; (0, N) is one whole sequence.
 
-    `distinct` is that of `plan`: with it pairs that several branches show are computed once, where that pays.
+    `weighted_segments` is that of `plan`: with it a pair that several branches show is computed once, where that pays.
 
     >>> pattern = Pattern.dilated((4, 8), (1, 2))
     >>> attended_pairs(pattern, heads=2, cuts=(0, 8))  # 2 heads: 2 segments of 4 x 4 pairs, and 4 x 4 of every second
@@ -66,7 +67,7 @@ def attended_pairs(
     kv_heads = heads if kv_heads is None else kv_heads
     once = plan(Pattern(pattern.branches, "set"), heads, kv_heads, cuts)
     required = sum(block.pairs * block.weight for blocks in once.branches for block in blocks)
-    return Pairs(required, plan(pattern, heads, kv_heads, cuts, distinct).pairs)
+    return Pairs(required, plan(pattern, heads, kv_heads, cuts, weighted_segments).pairs)
 
 
 class Work(NamedTuple):
@@ -77,19 +78,21 @@ class Work(NamedTuple):
 
 
 class AttentionShape(NamedTuple):
-    """What the pairs of a layer depend on; `apart` says that it computes each branch for itself."""
+    """What the pairs of a layer depend on: its spec, its heads, the device's type, and checkpointing."""
 
-    pattern: Pattern
+    spec: AttentionSpec
     heads: int
     kv_heads: int
     head_dim: int
-    apart: bool
+    device: str
     is_recomputed: bool
 
     def work(self, cuts: tuple[int, ...], samples: int) -> Work:
         """Of so many rows with these documents."""
-        distinct = 0 if self.apart else -(-torch.get_num_threads() // samples)
-        pairs = attended_pairs(self.pattern, self.heads, self.kv_heads, cuts, distinct)
+        segments = self.spec.weighted_segments(
+            self.device, samples, torch.get_num_threads(), per_branch=self.spec.mix == "detached"
+        )
+        pairs = attended_pairs(self.spec.pattern, self.heads, self.kv_heads, cuts, segments)
         # scores and values are 4 operations a pair and width, their four gradients 8, the scores again 2
         passes = 14 + 4 * self.is_recomputed
         flops = Flops(12 * pairs.required, passes * pairs.computed).times(self.head_dim * samples)
@@ -176,11 +179,9 @@ def _numel(weight: Any) -> int:
 def _shape(layer: Any, is_recomputed: bool, device: str, dtype: torch.dtype) -> AttentionShape:
     heads, head_dim = layer.num_heads, layer.head_dim
     request = Request(device, dtype, 2, heads, head_dim, head_dim, False, layer.dropout > 0, _capability(device))
-    kernel = BLOCK_KERNELS.get(judge(layer.kernel, request).chosen or "")
-    # elsewhere than on a CPU none does
-    weighs = device == "cpu" and kernel is not None and kernel.takes_weights(torch.empty(1, 1, heads, head_dim))
-    apart = layer.mix == "detached" or layer.dropout > 0 or not weighs
-    return AttentionShape(layer.pattern, heads, getattr(layer, "num_kv_heads", heads), head_dim, apart, is_recomputed)
+    kernel = judge(layer.kernel, request).chosen or ""
+    spec = AttentionSpec(layer.pattern, kernel, dropout=layer.dropout, mix=layer.mix)
+    return AttentionShape(spec, heads, getattr(layer, "num_kv_heads", heads), head_dim, device, is_recomputed)
 
 
 def _capability(device: str) -> tuple[int, int] | None:

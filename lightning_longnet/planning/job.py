@@ -1,4 +1,4 @@
-"""What is to be run, and on how many ranks: all that a plan follows from."""
+"""`Job`: a training run and its ranks, from which a plan is computed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_longnet.attention.parallel.exchange import Sizes
+from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.parallel.routes import Layout
-from lightning_longnet.attention.parallel.schedule import Sizes
 from lightning_longnet.attention.pattern.pattern import check_heads
-from lightning_longnet.callbacks.peak import compute_dtype
-from lightning_longnet.sequence.context import SequenceContext
+from lightning_longnet.planning.devices import compute_dtype
 from lightning_longnet.sequence.mesh import check_sizes
 
 if TYPE_CHECKING:
-    from lightning_longnet.attention.parallel.placement import Kind, Placement
+    from lightning_longnet.attention.parallel.placement import Kind
     from lightning_longnet.attention.parallel.schedule import Exchange
     from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.models.longnet import LongNetConfig
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A training run, before it is one.
+    """A training run before it is launched.
 
     Attributes:
-        config: of the model.
-        tokens: of a whole sequence.
-        batch: sequences of a micro-batch, for each group of ranks that share them.
-        nodes: machines.
-        per_node: ranks of each.
+        config: the configuration of the model.
+        tokens: the number of tokens of a whole sequence.
+        batch: the number of sequences of a micro-batch, for each group of ranks that share them.
+        nodes: the number of machines.
+        per_node: the number of ranks of each.
         sequence_parallel_size: how many ranks share a sequence; all of them by default.
         sharding: the engine; see `RingSequenceParallelStrategy`.
-        exchange: of layers that say nothing of it.
+        exchange: the exchange of layers that have none of their own.
         placement: "contiguous" or "zigzag".
-        precision: as that of a Trainer.
-        accumulate: micro-batches of a step.
-        optimizer_copies: what the optimiser holds, as a multiple of the parameters.
-        bucket: numbers that DeepSpeed reduces at a time; what Lightning hands it by default.
-        is_packed: rows hold documents, which are shorter than the row and known to the data alone.
+        precision: the `precision` of a Trainer.
+        accumulate: the number of micro-batches of a step.
+        optimizer_copies: the size of the optimizer's states, as a multiple of the parameters.
+        bucket: how many numbers DeepSpeed reduces at a time; by default Lightning's default.
+        is_packed: whether rows hold documents, which are shorter than the row and known only to the data.
     """
 
     config: LongNetConfig
@@ -88,44 +88,42 @@ class Job:
 
     @property
     def shared_by(self) -> int:
-        """How many ranks share a sequence."""
+        """The number of ranks that share a sequence."""
         assert self.sequence_parallel_size is not None
         return self.sequence_parallel_size
 
     @property
     def groups(self) -> int:
-        """Groups of ranks that work on different sequences."""
+        """The number of groups of ranks that work on different sequences."""
         return self.ranks // self.shared_by
 
     @property
     def dtype(self) -> torch.dtype:
-        """What products are computed in."""
+        """The dtype of products."""
         return compute_dtype(self.precision)
 
     @property
     def parameter_dtype(self) -> torch.dtype:
-        """What parameters are held in: "mixed" casts them for products alone."""
+        """The dtype of parameters: "mixed" casts them for products only."""
         return torch.float32 if "mixed" in self.precision else self.dtype
 
     def placed(self) -> Placement:
-        """The tokens of each rank of a group."""
-        context = SequenceContext(placement=self.placement)
-        context.sequence_parallel_size = self.shared_by
-        return context.placement_of(self.tokens)
+        """Return the placement of a sequence over the ranks of a group."""
+        return Placement.even(self.tokens, self.shared_by, self.placement)
 
     @property
     def most_tokens(self) -> int:
-        """Of the rank that has most of a sequence."""
+        """The number of tokens of the rank that has most of a sequence."""
         return max(self.placed().lengths)
 
     def layout(self, pattern: Pattern) -> Layout:
-        """Of a layer's attention, over the ranks that share a sequence."""
+        """Return the layout of a layer's attention over the ranks that share a sequence."""
         heads, kv_heads = self.config.heads, check_heads(self.config.heads, self.config.kv_heads)
         return Layout(pattern, heads, kv_heads, (0, self.tokens), self.placed())
 
     @property
     def sizes(self) -> Sizes:
-        """Of the tensors of a layer's attention."""
+        """The sizes of the tensors of a layer's attention."""
         width = self.config.dim // self.config.heads
         wide = torch.promote_types(self.dtype, torch.float32).itemsize
         return Sizes(self.batch, width, width, self.dtype.itemsize, wide)

@@ -1,4 +1,4 @@
-"""What tensors hold in memory while code runs on fake ones: every storage when it comes, and when it goes."""
+"""`Ledger`: records when code on fake tensors allocates and frees each storage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import lightning_longnet.attention.parallel.sharded  # noqa: F401  registers the operator that is named below
+import lightning_longnet.attention.op  # noqa: F401  registers the operator that is named below
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Event(NamedTuple):
-    """So many bytes of a kind more, or fewer, in a phase of the step; `storage` tells which they are."""
+    """The allocation of a storage, or with negative `bytes` its release, in a phase of the step."""
 
     phase: str
     kind: str
@@ -27,16 +27,17 @@ class Event(NamedTuple):
 
 
 class Ledger(TorchDispatchMode):
-    """Notes what operators make and what is let go.
+    """Records the storages that operators allocate, and their release.
 
     Attributes:
-        phase, kind: of what is made from now on.
-        events: in their order.
-        moved: bytes that operators other than products read and wrote.
-        calls: of operators that made something.
+        phase, kind: the phase and the kind of what is allocated from now on.
+        events: the events in their order.
+        moved: the bytes that operators other than products read and wrote.
+        calls: the number of operators that allocated something.
 
     Args:
-        workspace: for operators in which fake tensors do not look, what they hold while they run, beyond their results.
+        workspace: for opaque operators, a function of their arguments that returns the bytes which they hold while they
+            run, beyond their results.
     """
 
     def __init__(self, workspace: Mapping[Any, Callable[..., int]]) -> None:
@@ -49,19 +50,19 @@ class Ledger(TorchDispatchMode):
         self._made = 0
 
     def knows(self, x: Tensor) -> None:
-        """It is there before anything runs, and counted elsewhere."""
+        """Leave out a tensor that exists before anything runs, and is counted elsewhere."""
         storage = x.untyped_storage()
         self._known[id(storage)] = 0, weakref.ref(storage)
 
     def storages(self, tensors: Iterable[Tensor]) -> set[int]:
-        """The numbers of those that hold these tensors."""
+        """Return the numbers of the storages of these tensors."""
         return {self._known[id(x.untyped_storage())][0] for x in tensors}
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = operator(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        kept = results[3:] if operator is _OVER_RANKS else []
+        kept = results[3:] if operator is _ATTENTION else []
         made = sum(self._note(x, "exchange" if any(x is each for each in kept) else self.kind) for x in results)
         self.calls += bool(made)
         if (workspace := self._workspace.get(operator)) is not None:
@@ -83,16 +84,16 @@ class Ledger(TorchDispatchMode):
         self._made += 1
         number = self._made
 
-        def let_go(_: Any) -> None:
+        def released(_: Any) -> None:
             del self._known[key]
             self.events.append(Event(self.phase, kind, -many, number))
 
-        self._known[key] = number, weakref.ref(storage, let_go)
+        self._known[key] = number, weakref.ref(storage, released)
         self.events.append(Event(self.phase, kind, many, number))
         return many
 
 
-_OVER_RANKS = torch.ops.lightning_longnet.attend_sharded.default  # after out, lse and its number
+_ATTENTION = torch.ops.lightning_longnet.attend.default  # over ranks its results are out, lse, a number, and rows
 _PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,

@@ -1,4 +1,4 @@
-"""What a rank holds at its fullest, by kind."""
+"""The memory of a rank at its fullest, by kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NOTHING = Moment(STEP, 0, 0, 0, 0)
 
 
 class Memory(NamedTuple):
-    """Bytes at the fullest moment of a step."""
+    """The bytes of each kind at the fullest moment of a step."""
 
     phase: str
     parameters: float
@@ -36,12 +36,12 @@ class Memory(NamedTuple):
 
 
 def memory(job: Job, weights: Weights, traced: Trace) -> Memory:
-    """Of the moments that the trace found, with what the engine holds in each, the fullest."""
+    """Return the fullest of a trace's moments, each with what the engine holds in it."""
     engine = Engine(job, weights)
-    found = [
+    moments = [
         _joined(m, engine.backward(m.gradients) if m.phase == BACKWARD else engine.forward()) for m in traced.moments
     ]
-    return max((*found, _joined(_NOTHING, engine.step())), key=lambda each: each.peak)
+    return max((*moments, _joined(_NOTHING, engine.step())), key=lambda each: each.peak)
 
 
 def _joined(moment: Moment, held: Held) -> Memory:

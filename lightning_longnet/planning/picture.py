@@ -1,4 +1,4 @@
-"""A plan drawn: what a rank holds, what each branch sends, and where a step's time goes."""
+"""The picture of a plan: what a rank holds, what each branch sends, and where a step's time goes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _COLOURS = ("#2b5d8a", "#7fa8cc", "#6b8f3c", "#d9a441", "#b3321f", "#8c6bb1", "#
 
 
 def draw(plan: RunPlan) -> Figure:
+    """Return a figure of a plan."""
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:
@@ -41,17 +42,17 @@ def draw(plan: RunPlan) -> Figure:
     exchanges = " + ".join(dict.fromkeys(kind.schedule.exchanges))
     words = f"sent for each branch in a layer, {exchanges}" if any(many) else "no branch sends anything"
     sent.set_title(words, fontsize=9)
-    told = plan.time
+    step = plan.time
     parts = {
-        "linear maps": told.linear,
-        "attention": told.attention,
-        "other operators": told.other,
-        "waits for keys": told.exchange,
-        "waits for the engine": told.gradients,
-        "optimiser": told.optimizer,
+        "linear maps": step.linear,
+        "attention": step.attention,
+        "other operators": step.other,
+        "waits for keys": step.exchange,
+        "waits for the engine": step.gradients,
+        "optimiser": step.optimizer,
     }
     seconds = {name: 1e3 * each for name, each in parts.items()}
-    title = f"a step, {1e3 * told.seconds:,.0f} ms: {plan.tokens_per_second:,.0f} tokens a second, MFU {plan.mfu:.1%}"
+    title = f"a step, {1e3 * step.seconds:,.0f} ms: {plan.tokens_per_second:,.0f} tokens a second, MFU {plan.mfu:.1%}"
     _stacked(time, seconds, "ms", title)
     for axis in (held, sent, time):
         axis.tick_params(labelsize=7)
@@ -62,7 +63,7 @@ def draw(plan: RunPlan) -> Figure:
 
 
 def _stacked(axis: Axes, parts: dict[str, float], unit: str, title: str) -> None:
-    """One bar, of parts side by side; those that are nothing are left out."""
+    """Draw one bar of parts side by side, without those of no width."""
     left = 0.0
     for (name, width), colour in zip(parts.items(), _COLOURS, strict=False):
         if width:

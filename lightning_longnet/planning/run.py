@@ -1,4 +1,4 @@
-"""A run's plan: what it holds, sends and takes, whether it fits, and what to change where it does not."""
+"""`RunPlan`: what a run holds, sends and takes, whether it fits, and what to change where it does not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from lightning_longnet.attention.parallel.schedule import refusal_of
+from lightning_longnet.attention.pattern.pattern import check_heads
 from lightning_longnet.planning.engines import Weights
 from lightning_longnet.planning.exchange import LayerKind, layer_kinds, sent_bytes
 from lightning_longnet.planning.memory import Memory, memory
@@ -21,13 +23,13 @@ if TYPE_CHECKING:
     from lightning_longnet.planning.job import Job
     from lightning_longnet.planning.traced import Trace
 
-# Of a device's memory what a run may fill: the rest is the driver's, the libraries' and what lies between tensors
+# The share of a device's memory that a run may fill: the rest is for the driver, the libraries and fragmentation
 USABLE = 0.9
-_CHUNK = 4096  # of a feed-forward, where that is advised
+_CHUNK = 4096  # tokens of a feed-forward's chunk, in advice
 
 
 class Advice(NamedTuple):
-    """A change after which a run fits, and its fullest moment then."""
+    """A change after which a run fits, and the peak of its memory then."""
 
     change: str
     peak: float
@@ -35,20 +37,20 @@ class Advice(NamedTuple):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """`str` shows it as tables, `to_dict` as plain values, `planning.picture.draw` draws it.
+    """The plan of a run: `str` shows it as tables, `to_dict` as plain values, and `planning.picture.draw` draws it.
 
     Attributes:
-        job, device: what was asked.
-        peak_flops: of a device, a second.
-        weights: of the model.
-        kinds: layers by their pattern.
+        job, device: as given.
+        peak_flops: the peak of a device in operations a second.
+        weights: the sizes of the model's parameters.
+        kinds: the layers by their pattern.
         fullest: the rank of a group that holds most.
-        memory: what it holds.
-        time: of the rank that needs most.
-        required: operations of a step, of all ranks.
-        longest: tokens of the longest sequence that fits, estimated; 0 where none does.
-        advice: what makes it fit, where it does not.
-        notes: what the plan does not know.
+        memory: what that rank holds at its fullest.
+        time: the time of a step, of the slowest rank.
+        required: the required operations of a step of all ranks.
+        longest: the estimated tokens of the longest sequence that fits; 0 where none does.
+        advice: the changes that make the run fit, where it does not.
+        notes: what the plan does not count.
     """
 
     job: Job
@@ -66,29 +68,31 @@ class RunPlan:
 
     @property
     def usable(self) -> float:
-        """Bytes of a device that a run may fill."""
+        """The bytes of a device that a run may fill."""
         return USABLE * self.device.memory
 
     @property
     def fits(self) -> bool:
+        """Whether the fullest rank fits into its device."""
         return self.memory.peak <= self.usable
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks."""
+        """The tokens a second of all ranks."""
         return self.job.tokens * self.job.batch * self.job.groups * self.job.accumulate / self.time.seconds
 
     @property
     def mfu(self) -> float:
+        """The model FLOPs utilization: the required operations over the peak of all devices."""
         return self.required / self.time.seconds / (self.peak_flops * self.job.ranks)
 
     def sent_bytes(self, rank: int) -> int:
-        """For attention, in a step."""
+        """Return the bytes that a rank sends for attention in a step."""
         return sent_bytes(self.job, self.kinds, rank)
 
     @property
     def imbalance(self) -> float:
-        """Pairs of the busiest rank over the mean of those that were looked at."""
+        """The pairs of the busiest rank over the mean of the ranks that were planned."""
         ranks = list(self.kinds[0].shares)
         pairs = [sum(kind.layers * kind.shares[rank].pairs for kind in self.kinds) for rank in ranks]
         return max(pairs) * len(pairs) / sum(pairs)
@@ -99,19 +103,16 @@ class RunPlan:
         return table(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values for JSON."""
         from lightning_longnet.planning.table import values
 
         return values(self)
 
 
 def plan_run(job: Job, device: Device, peak_flops: float | None = None) -> RunPlan:
-    """The plan of a job on so many of these devices."""
+    """Return the plan of a job on devices of a kind."""
     device = device.shared(job.per_node, torch.get_num_threads())
-    distinct = 0
-    if device.name == "cpu" and job.config.mix == "exact" and not job.config.attention_dropout:
-        distinct = -(-torch.get_num_threads() // job.batch)  # where pairs are computed once for all branches
-    kinds, weights = layer_kinds(job, distinct), Weights.of(job)
+    kinds, weights = layer_kinds(job, "cpu" if device.name == "cpu" else "cuda"), Weights.of(job)
     fullest = _fullest(job, kinds)
     traced = _traced(job, kinds, fullest)
     held = memory(job, weights, traced)
@@ -135,34 +136,33 @@ def plan_run(job: Job, device: Device, peak_flops: float | None = None) -> RunPl
 
 
 def _traced(job: Job, kinds: tuple[LayerKind, ...], rank: int) -> Trace:
-    return trace(job, rank, {kind.pattern.dumps(): kind.shares[rank].remote for kind in kinds})
+    return trace(job, rank, {kind.pattern.dumps(): kind.shares[rank].footprint for kind in kinds})
 
 
 def _fullest(job: Job, kinds: tuple[LayerKind, ...]) -> int:
-    """The rank that has most tokens, and keeps most of others beside them: in all else ranks are alike."""
+    """Return the rank with most tokens and, among those, most remote rows: in all else ranks are alike."""
     lengths = job.placed().lengths
 
     def held(rank: int) -> tuple[int, int]:
-        remotes = [(kind.layers, kind.shares[rank].remote) for kind in kinds]
-        return lengths[rank], sum(n * each.kept_cells + each.round_cells for n, each in remotes)
+        return lengths[rank], sum(kind.shares[rank].footprint.cells(kind.layers) for kind in kinds)
 
     return max(kinds[0].shares, key=held)
 
 
 def _longest(job: Job, kinds: tuple[LayerKind, ...], rank: int, weights: Weights, peak: float, usable: float) -> int:
-    """Along the line through the peaks of this length and of half of it: what is held grows with the tokens."""
+    """Extrapolate the length that fits from the peaks of this length and of half of it: memory is linear in tokens."""
     half = job.tokens // 2
     if half < job.shared_by:
         return 0
     shorter = replace(job, tokens=half)
     less = memory(shorter, weights, _traced(shorter, kinds, rank)).peak
     slope = (peak - less) / (job.tokens - half)
-    found = int(job.tokens + (usable - peak) / slope) if slope > 0 else 0
-    return max(found // job.shared_by * job.shared_by, 0)
+    tokens = int(job.tokens + (usable - peak) / slope) if slope > 0 else 0
+    return max(tokens // job.shared_by * job.shared_by, 0)
 
 
 def _advice(job: Job, usable: float) -> Iterator[Advice]:
-    """Changes that make a run fit, each tried alone; more nodes last."""
+    """Yield the changes that make a run fit, each tried alone; more nodes last."""
     changes: list[tuple[str, Job]] = []
     config = job.config
     values: tuple[Recompute, ...] = ("all but attention", "everything")
@@ -184,15 +184,20 @@ def _advice(job: Job, usable: float) -> Iterator[Advice]:
         changes.append(("--trainer.strategy ring_sequence_parallel, which splits the model", split))
     if job.batch > 1:
         changes.append(("--data.batch_size 1", replace(job, batch=1)))
-    is_swap = (config.exchange or job.exchange) == "swap"  # more ranks may not divide the heads
-    if job.shared_by < job.ranks and not is_swap:
+
+    def is_refused(ranks: int) -> bool:
+        return bool(refusal_of(config.exchange or job.exchange, ranks, check_heads(config.heads, config.kv_heads)))
+
+    if job.shared_by < job.ranks and not is_refused(job.ranks):
         changes.append((f"sequence_parallel_size {job.ranks}", replace(job, sequence_parallel_size=job.ranks)))
     for change, other in changes:
         peak = _peak(other)
         if peak <= usable:
             yield Advice(change, peak)
-    for factor in () if is_swap else (2, 4, 8, 16):
+    for factor in (2, 4, 8, 16):
         wider = replace(job, nodes=job.nodes * factor, sequence_parallel_size=job.shared_by * factor)
+        if is_refused(wider.shared_by):
+            continue
         if wider.shared_by <= job.tokens and (peak := _peak(wider)) <= usable:
             yield Advice(f"--nodes {wider.nodes}, which share the sequence", peak)
             return

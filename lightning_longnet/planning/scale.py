@@ -1,8 +1,8 @@
-"""Attention from 8K to a billion tokens, at one number of tokens a device: dilated beside a dense ring, by simulation.
+"""A simulation of attention from 8K to a billion tokens, dilated beside a dense ring, at one number of tokens a device.
 
 Segments grow with the sequence, and rates with segments, so that every branch costs a token as much as the first; the
-whole sequence is the last branch's segment.  What ranks compute and what moves is counted by formulas, which tests
-compare with plans of fewer ranks.
+whole sequence is the last branch's segment.  Formulas count what ranks compute and send; tests compare them with plans
+of fewer ranks.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ HEADS, HEAD_DIM, ITEMSIZE, WIDE_ITEMSIZE = 12, 64, 2, 4
 
 
 class Cost(NamedTuple):
-    """Of the rank that has most to do, in one layer's forward and backward: keys come, and gradients go home."""
+    """The cost of a layer's forward and backward on the busiest rank, which receives keys and sends their gradients."""
 
     pairs: int
     moved_bytes: int
     messages: int
 
     def seconds(self, device: Device, is_one_node: bool) -> float:
-        """What is computed and what travels go on at the same time; the longer of both is what it takes."""
+        """Return the longer of computing and communicating, which overlap."""
         peak = device.peak(torch.bfloat16) * device.efficiency[1]
         computed = self.pairs * HEAD_DIM * (FORWARD + BACKWARD) / peak
         link = device.node_link if is_one_node else device.network
@@ -41,6 +41,8 @@ class Cost(NamedTuple):
 
 
 class Row(NamedTuple):
+    """The costs and times of both kinds of attention at one length."""
+
     tokens: int
     devices: int
     dilated: Cost
@@ -50,22 +52,23 @@ class Row(NamedTuple):
 
 
 def segments(tokens: int) -> list[tuple[int, int]]:
-    """(segment length, dilation rate) of each branch."""
-    found, length = [], min(FIRST_SEGMENT, tokens)
+    """Return (segment length, dilation rate) of each branch."""
+    branches, length = [], min(FIRST_SEGMENT, tokens)
     while True:
-        found.append((length, max(1, length // FIRST_SEGMENT)))
+        branches.append((length, max(1, length // FIRST_SEGMENT)))
         if length == tokens:
-            return found
+            return branches
         length = min(GROWTH * length, tokens)
 
 
 def pattern(tokens: int) -> Pattern:
+    """Return the dilated pattern of a length."""
     lengths, rates = zip(*segments(tokens), strict=True)
     return Pattern.dilated(lengths, rates, is_causal=True)
 
 
 def dilated(tokens: int, here: int) -> Cost:
-    """Of the last rank, which sees all the segments to their ends; `here` tokens a rank."""
+    """Return the cost of the last rank, which sees every segment to its end, with `here` tokens on each rank."""
     pairs = rows = messages = 0
     before = here
     for length, rate in segments(tokens):
@@ -78,18 +81,18 @@ def dilated(tokens: int, here: int) -> Cost:
 
 
 def _pairs_of_last(length: int, rate: int, here: int) -> int:
-    """Of a head: its rows here, each with those of its segment that are not behind it."""
+    """Return the pairs of a head: its rows on the last rank, each with the rows of its segment up to itself."""
     rows = length // rate
     if length <= here:
         return here // length * (rows * (rows + 1) // 2)
     own = here // rate
-    if not own:  # rows are farther apart than a rank is long: one in some ranks has one
+    if not own:  # the rate exceeds a rank's tokens: some ranks have one row, others none
         return rows
     return own * (rows - own) + own * (own + 1) // 2
 
 
 def dense(tokens: int, here: int) -> Cost:
-    """A ring over zigzag parts, where all ranks have as many pairs: keys go round twice, and their gradients once."""
+    """Return the cost of a ring over zigzag parts, which balance pairs: keys go round twice, their gradients once."""
     ranks = tokens // here
     pairs = tokens * (tokens + 1) // 2 // ranks
     cells = (tokens - here) * HEADS * 2 * HEAD_DIM
@@ -97,17 +100,19 @@ def dense(tokens: int, here: int) -> Cost:
 
 
 def simulate(device: Device) -> list[Row]:
-    found = []
+    """Return a row for each of `LENGTHS` on a kind of device."""
+    rows = []
     for tokens in LENGTHS:
         here = min(tokens, TOKENS_PER_DEVICE)
         costs = dilated(tokens, here), dense(tokens, here)
         is_one_node = tokens // here <= NODE
         times = [cost.seconds(device, is_one_node) for cost in costs]
-        found.append(Row(tokens, tokens // here, costs[0], costs[1], times[0], times[1]))
-    return found
+        rows.append(Row(tokens, tokens // here, costs[0], costs[1], times[0], times[1]))
+    return rows
 
 
 def table(rows: list[Row]) -> str:
+    """Return the rows as a Markdown table."""
     lines = [
         "| tokens | devices | dilated, ms | dense ring, ms | dilated moves, MiB | dense moves, MiB |",
         "|---" * 6 + "|",
@@ -121,12 +126,12 @@ def table(rows: list[Row]) -> str:
 
 
 def values(rows: list[Row]) -> list[dict[str, Any]]:
-    """Plain ones, for JSON."""
+    """Return plain values for JSON."""
     return [{**row._asdict(), "dilated": row.dilated._asdict(), "dense": row.dense._asdict()} for row in rows]
 
 
 def draw(rows: list[Row], device: Device) -> Figure:
-    """Milliseconds of a layer against the tokens, both axes logarithmic."""
+    """Return a figure of a layer's milliseconds against the tokens, both axes logarithmic."""
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:

@@ -83,7 +83,7 @@ def step_time(
     for kind in kinds:
         share = kind.shares[rank]
         attention += kind.layers * share.pairs * pair * (FORWARD * (1 + again) + BACKWARD)
-        crossing = _crossing(share, pair, link, device.overlaps, kind.schedule.is_swap, 1 + again)
+        crossing = _crossing(share, pair, link, device.overlaps and share.overlaps, 1 + again)
         flight, waited = flight + kind.layers * crossing.flight, waited + kind.layers * crossing.waited
     other = traced.moved_bytes / device.bandwidth + traced.calls * device.call_seconds
     many = job.accumulate
@@ -101,13 +101,13 @@ def step_time(
     )
 
 
-def _crossing(share: Share, pair: float, link: float, overlaps: bool, is_swap: bool, forwards: int) -> Crossing:
+def _crossing(share: Share, pair: float, link: float, overlaps: bool, forwards: int) -> Crossing:
     """Of a layer: each round travels while the one before it is computed, the first while own pairs are."""
     told = share.volume
     sent = told.sent_bytes + (forwards - 1) * told.forward_bytes
     received = sum(each.received_bytes for each in share.rounds)
     flight = max(sent, received) / link + told.messages * LATENCY
-    if is_swap or not overlaps or not flight:
+    if not overlaps or not flight:
         return Crossing(flight, flight)
     waited = 0.0
     rounds = len(share.rounds) or 1

@@ -21,6 +21,7 @@ WORDS = {
 
 
 def table(plan: RunPlan) -> str:
+    """Return a plan as lines of text."""
     job, device = plan.job, plan.device
     lengths = job.placed().lengths
     here = f"{min(lengths):,}" if min(lengths) == max(lengths) else f"{min(lengths):,} to {max(lengths):,}"
@@ -71,8 +72,8 @@ def _branch_lines(plan: RunPlan, kind: LayerKind) -> list[str]:
         words += f" window {branch.window}" if branch.window else ""
         sent = share.branch_bytes[i] if share.branch_bytes else share.volume.sent_bytes / len(kind.schedule.exchanges)
         name = exchange if share.volume.messages or sent else "none"
-        told = f"{sent / MIB:>9.2f} {1e3 * sent / link:>8.3f} {_share(hidden if sent else None)}"
-        lines.append(f"  {words:<26} {name:<9} {told}".rstrip())
+        numbers = f"{sent / MIB:>9.2f} {1e3 * sent / link:>8.3f} {_share(hidden if sent else None)}"
+        lines.append(f"  {words:<26} {name:<9} {numbers}".rstrip())
     total = share.volume.sent_bytes
     whole = f"{total / MIB:>9.2f} {1e3 * total / link:>8.3f} {_share(hidden)}   {share.volume.messages} messages"
     lines.append(f"  {'all':<26} {'':<9} {whole}")
@@ -108,6 +109,7 @@ def _time_lines(plan: RunPlan) -> list[str]:
 
 
 def values(plan: RunPlan) -> dict[str, Any]:
+    """Return a plan as plain values for JSON."""
     job = plan.job
     return {
         "parameters": plan.weights.parameters,

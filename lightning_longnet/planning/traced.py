@@ -1,4 +1,4 @@
-"""A step of one rank on fake tensors: what it would hold and when, with no memory and no other ranks."""
+"""The trace of a step of one rank on fake tensors: what it would hold and when, without memory and other ranks."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_longnet.layers.loss import chunked_cross_entropy
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
-from lightning_longnet.planning.fake_rank import WORKSPACE, PlannedContext, Remote
+from lightning_longnet.planning.fake_rank import WORKSPACE, PlannedContext
 from lightning_longnet.planning.ledger import Event, Ledger
 from lightning_longnet.sequence.attach import hand_down
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from lightning_longnet.attention.parallel.exchange import Footprint
     from lightning_longnet.planning.job import Job
 
 FORWARD, LOSS, BACKWARD = "forward", "loss", "backward"
 
 
 class Moment(NamedTuple):
-    """What is held at once, in bytes: gradients are those that have come in this backward, whole."""
+    """The bytes that are held at one moment; gradients are the whole ones that this backward has computed."""
 
     phase: str
     activations: int
@@ -33,24 +34,30 @@ class Moment(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """Of a micro-batch: the moments at which most is held, what operators beside products move, and how many ran."""
+    """The trace of a micro-batch.
+
+    Attributes:
+        moments: the moments at which most is held.
+        moved_bytes: the bytes that operators other than products read and write.
+        calls: the number of operators.
+    """
 
     moments: tuple[Moment, ...]
     moved_bytes: int
     calls: int
 
 
-def trace(job: Job, rank: int, remote: Mapping[str, Remote]) -> Trace:
-    """The forward, the loss and the backward of a rank of a sequence group."""
+def trace(job: Job, rank: int, footprints: Mapping[str, Footprint]) -> Trace:
+    """Trace the forward, the loss and the backward of a rank of a sequence group."""
     tokens = job.placed().lengths[rank]
-    # a table of positions is looked up by values, which fake tensors have none of; it adds one tensor of (N, dim).  A
-    # preset has left in the configuration what it sets, but for its guard, which compares values, too
+    # a lookup of learned positions compares values, which fake tensors lack; it adds one tensor of (N, dim).  The
+    # options that a preset sets are in the configuration already, except its guard, which compares values, too
     config = replace(job.config, learned_positions=None, preset=None)
     ledger = Ledger(WORKSPACE)
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         model = _made(config, job.parameter_dtype)
-        model._checked_length = job.tokens  # the plan's notes tell of its reach
-        hand_down(model, PlannedContext(job, rank, remote))
+        model._checked_length = job.tokens  # the plan's notes say what its pattern reaches
+        hand_down(model, PlannedContext(job, rank, footprints))
         ids = torch.zeros(job.batch, tokens, dtype=torch.long)
         for known in (*model.parameters(), ids):
             ledger.knows(known)
@@ -70,7 +77,7 @@ def trace(job: Job, rank: int, remote: Mapping[str, Remote]) -> Trace:
 
 def _made(config: LongNetConfig, dtype: torch.dtype) -> LongNet:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # fake tensors cannot be converted in their place
+    torch.set_default_dtype(dtype)  # fake tensors cannot be converted in place
     try:
         return LongNet(config)
     finally:
@@ -78,7 +85,7 @@ def _made(config: LongNetConfig, dtype: torch.dtype) -> LongNet:
 
 
 def _moments(events: list[Event], gradients: set[int]) -> Iterator[Moment]:
-    """Those that no later one of their phase exceeds, which holds as many gradients or more."""
+    """Yield the moments that no later one of their phase exceeds, which holds as many gradients or more."""
     held = {"activations": 0, "exchange": 0, "loss": 0, "gradients": 0}
     best: dict[str, list[tuple[int, Moment]]] = {}
     for event in events:
@@ -88,7 +95,7 @@ def _moments(events: list[Event], gradients: set[int]) -> Iterator[Moment]:
             continue
         total = sum(held.values())
         rivals = best.setdefault(event.phase, [])
-        # gradients only come, so what is not more without them was more with fewer of them
+        # gradients only grow, so a moment that is no fuller without them than a later one is never the fullest
         without = total - held["gradients"]
         if rivals and rivals[-1][0] >= without and rivals[-1][1].gradients == held["gradients"]:
             continue

@@ -1,4 +1,4 @@
-"""A run as a page to read: one HTML file that needs no network."""
+"""Reports about runs: one HTML file that needs no network."""
 
 from lightning_longnet.report.page import write_report
 from lightning_longnet.report.runs import RECORD

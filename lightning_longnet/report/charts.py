@@ -1,4 +1,4 @@
-"""Charts as SVG, drawn by hand: lines over steps, and bars.  Colours are the page's, which is light or dark."""
+"""Charts as SVG without a plotting library: lines over steps, and bars.  The style sheet sets their colours."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from math import ceil, floor, log10
 
 WIDTH, HEIGHT = 400, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 40
-_POINTS = 300  # a longer line is drawn by means
+_POINTS = 300  # longer lines are reduced to this many means
 
 
 @dataclass(frozen=True)
 class Line:
-    """`name` says what it is, `run` whose, where there are several; `colour` is the number of the run.
+    """A line of a chart.
 
-    `style` is "solid", "dashed", "faint" or "dots".
+    Attributes:
+        name: the quantity, for the legend; empty if the chart has only one.
+        points: (x, y) in ascending order of x.
+        colour: the number of the run.
+        style: "solid", "dashed", "faint" or "dots".
+        run: the name of the run, for the legend; empty if there is only one run.
     """
 
     name: str
@@ -31,7 +36,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Bars:
-    """A group of bars for each label; stacked, where there are several of one run."""
+    """One bar for each label of a chart.  Bars of the same colour, which is the number of the run, are stacked."""
 
     name: str
     values: list[float]
@@ -46,7 +51,20 @@ class Bars:
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture; `unit` stands at its y axis."""
+    """A chart of lines, or of bars.
+
+    Attributes:
+        key: the name of the chart in ids and file names.
+        title: the title.
+        unit: the unit of the y axis.
+        lines: the lines; empty for a bar chart.
+        bars: the bars; empty for a line chart.
+        labels: the label of each bar.
+        x_label: the label of the x axis.
+        from_zero: whether the y axis begins at 0.
+        is_percent: whether values are shares, shown in percent.
+        note: a sentence below the chart.
+    """
 
     key: str
     title: str
@@ -65,18 +83,19 @@ class Chart:
 
 
 def shade(run: int) -> int:
-    """The page's colour of a run."""
+    """Return the number of the colour of a run in the style sheet."""
     return run % 6
 
 
 def svg(chart: Chart) -> str:
+    """Return a chart as an SVG element."""
     return _bars(chart) if chart.bars else _lines(chart)
 
 
 def _lines(chart: Chart) -> str:
-    drawn = [(line, thinned(line.points)) for line in chart.lines if line.points]
-    xs = [x for _, points in drawn for x, _ in points]
-    ys = [y for _, points in drawn for _, y in points]
+    visible = [(line, thinned(line.points)) for line in chart.lines if line.points]
+    xs = [x for _, points in visible for x, _ in points]
+    ys = [y for _, points in visible for _, y in points]
     x_ticks = ticks(min(xs), max(xs), 5, whole=True)
     y_ticks = ticks(0.0 if chart.from_zero else min(ys), max(ys), 5)
     x_low, x_high = min(min(xs), x_ticks[0]), max(max(xs), x_ticks[-1])
@@ -85,7 +104,7 @@ def _lines(chart: Chart) -> str:
     parts = [_grid(plane, y_ticks, chart)]
     for x in x_ticks:
         parts.append(_text(plane.x(x), HEIGHT - BOTTOM + 16, shown(x, x_ticks), "middle"))
-    for line, points in drawn:
+    for line, points in visible:
         at = [(plane.x(x), plane.y(y)) for x, y in points]
         if line.style != "dots" and len(at) > 1:
             path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
@@ -94,11 +113,11 @@ def _lines(chart: Chart) -> str:
             parts += [
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" class="fill run{shade(line.colour)}"/>' for x, y in at
             ]
-    return _framed(chart, parts)
+    return _svg_element(chart, parts)
 
 
 def _bars(chart: Chart) -> str:
-    """Bars of one run stand upon one another, those of several side by side."""
+    """Return a bar chart, in which the bars of one run are stacked and those of several runs side by side."""
     runs = sorted({bars.colour for bars in chart.bars})
     many = len(chart.labels)
     heights = {
@@ -124,11 +143,13 @@ def _bars(chart: Chart) -> str:
     every = ceil(many * 30 / (WIDTH - LEFT - RIGHT))
     for i in range(0, many, every):
         parts.append(_text(plane.x(i) + slot / 2, HEIGHT - BOTTOM + 16, chart.labels[i], "middle"))
-    return _framed(chart, parts)
+    return _svg_element(chart, parts)
 
 
 @dataclass(frozen=True)
 class _Plane:
+    """The ranges of both axes, and the pixel coordinates of values in them."""
+
     x_low: float
     x_high: float
     y_low: float
@@ -142,6 +163,7 @@ class _Plane:
 
 
 def _grid(plane: _Plane, y_ticks: list[float], chart: Chart) -> str:
+    """Return horizontal grid lines with their labels."""
     parts = []
     for y in y_ticks:
         at = plane.y(y)
@@ -150,7 +172,8 @@ def _grid(plane: _Plane, y_ticks: list[float], chart: Chart) -> str:
     return "".join(parts)
 
 
-def _framed(chart: Chart, parts: list[str]) -> str:
+def _svg_element(chart: Chart, parts: list[str]) -> str:
+    """Return the SVG element of these parts, with the label of the x axis."""
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(_text(middle, HEIGHT - 6, chart.x_label, "middle"))
     return (
@@ -165,7 +188,10 @@ def _text(x: float, y: float, words: str, anchor: str) -> str:
 
 
 def ticks(low: float, high: float, many: int, whole: bool = False) -> list[float]:
-    """Round numbers, about so many, the first at most `low` and the last at least `high`."""
+    """Return about `many` round, equidistant numbers, from at most `low` to at least `high`.
+
+    With `whole` they are integers.
+    """
     if high <= low:
         low, high = (low - 0.5 * abs(low), low + 0.5 * abs(low)) if low else (0.0, 1.0)
     rough = (high - low) / many
@@ -178,7 +204,7 @@ def ticks(low: float, high: float, many: int, whole: bool = False) -> list[float
 
 
 def shown(value: float, among: list[float], is_percent: bool = False) -> str:
-    """A tick's label: as many digits as tell it from its neighbours."""
+    """Return the label of a tick, with the digits that distinguish it from the others in `among`."""
     scale, suffix = 1.0, ""
     if is_percent:
         scale, suffix = 0.01, "%"
@@ -199,11 +225,12 @@ def shown(value: float, among: list[float], is_percent: bool = False) -> str:
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return `points`, or `_POINTS` means of consecutive points if there are more."""
     if len(points) <= _POINTS:
         return points
     size = len(points) / _POINTS
-    found = []
+    means = []
     for i in range(_POINTS):
         part = points[int(i * size) : int((i + 1) * size)]
-        found.append((sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)))
-    return found
+        means.append((sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)))
+    return means

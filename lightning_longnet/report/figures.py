@@ -1,4 +1,4 @@
-"""What is shown of runs: the headline, and which charts."""
+"""The content of a report: the table of key figures, and the charts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 LOSS = (("train/loss", "train_loss", "train/loss_step", "train_loss_step", "loss"), ("val/loss", "val_loss"))
 BITS = (("train/bits_per_byte",), ("val/bits_per_byte",))
 KINDS = ("parameters", "gradients", "optimizer", "exchange", "activations")
-_OTHERS = 12  # charts of what a run logged under names of its own
+_OTHERS = 12  # maximal number of charts of metrics that this package does not log
 
 
 def headline(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(figure, its value in each run); figures that no run has are left out."""
+    """Return (figure, its text for each run); figures that no run has are left out."""
     rows: list[tuple[str, Callable[[Run], str]]] = [
         ("validation, bits per byte", lambda run: _figure(run.last(*BITS[1]), "{:.3f}")),
         ("training, bits per byte", lambda run: _figure(run.last(*BITS[0]), "{:.3f}")),
@@ -44,13 +44,13 @@ def headline(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("time", lambda run: _time(run.record.get("seconds"))),
         ("ended", lambda run: str(run.record.get("status", ""))),
     ]
-    found = [(name, [of(run) for run in runs]) for name, of in rows]
-    return [(name, values) for name, values in found if any(values)]
+    texts = [(name, [of(run) for run in runs]) for name, of in rows]
+    return [(name, values) for name, values in texts if any(values)]
 
 
 def charts(runs: Sequence[Run]) -> list[Chart]:
-    """Those that have anything to show."""
-    found = [
+    """Return the charts for which at least one run has data."""
+    candidates = [
         _learning(runs, "bits", "Bits per byte", "bits/byte", BITS),
         _learning(runs, "loss", "Loss", "nats/token", LOSS),
         _one(runs, "throughput", "Throughput, all ranks", "tokens/s", "throughput/tokens_per_second"),
@@ -97,11 +97,11 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
         ),
         *_others(runs),
     ]
-    return [chart for chart in found if not chart.is_empty]
+    return [chart for chart in candidates if not chart.is_empty]
 
 
 def differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Settings that are not the same in all runs; of one run all of them."""
+    """Return (setting, its text for each run) of the settings that differ between runs, or all settings of one run."""
     keys = sorted({key for run in runs for key in run.settings})
     rows = [(key, [_setting(run.settings.get(key)) for run in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(runs) == 1 or len(set(values)) > 1]
@@ -110,15 +110,17 @@ def differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
 def _learning(
     runs: Sequence[Run], key: str, title: str, unit: str, keys: tuple[tuple[str, ...], tuple[str, ...]]
 ) -> Chart:
+    """Return a chart of training and validation values; `keys` are the names that each may have in the metrics."""
     lines = []
     for i, run in enumerate(runs):
-        lines.append(Line("training", run.points(*keys[0]), i, "faint", _of(runs, run)))
-        lines.append(Line("validation", run.points(*keys[1]), i, run=_of(runs, run)))
+        lines.append(Line("training", run.points(*keys[0]), i, "faint", _legend_of(runs, run)))
+        lines.append(Line("validation", run.points(*keys[1]), i, run=_legend_of(runs, run)))
     return Chart(key, title, unit, lines)
 
 
 def _one(runs: Sequence[Run], key: str, title: str, unit: str, series: str, is_percent: bool = False) -> Chart:
-    lines = [Line("", run.points(series), i, run=_of(runs, run)) for i, run in enumerate(runs)]
+    """Return a chart of one metric."""
+    lines = [Line("", run.points(series), i, run=_legend_of(runs, run)) for i, run in enumerate(runs)]
     return Chart(key, title, unit, lines, from_zero=True, is_percent=is_percent)
 
 
@@ -132,8 +134,9 @@ def _several(
     is_percent: bool = False,
     note: str = "",
 ) -> Chart:
+    """Return a chart of several metrics, each (name in the legend, name of the metric, style)."""
     lines = [
-        Line(word, [(x, y * factor) for x, y in run.points(series)], i, style, _of(runs, run))
+        Line(word, [(x, y * factor) for x, y in run.points(series)], i, style, _legend_of(runs, run))
         for i, run in enumerate(runs)
         for word, series, style in kinds
     ]
@@ -141,11 +144,12 @@ def _several(
 
 
 def _by_rank(runs: Sequence[Run]) -> Chart:
-    told = [(i, run, run.record.get("by_rank", {}).get("peak", [])) for i, run in enumerate(runs)]
-    most = max((len(values) for *_, values in told), default=0)
+    """Return a bar chart of the peak memory of each rank."""
+    peaks = [(i, run, run.record.get("by_rank", {}).get("peak", [])) for i, run in enumerate(runs)]
+    most = max((len(values) for *_, values in peaks), default=0)
     bars = [
-        Bars("", [x / 2**30 for x in values] + [0.0] * (most - len(values)), i, run=_of(runs, run))
-        for i, run, values in told
+        Bars("", [x / 2**30 for x in values] + [0.0] * (most - len(values)), i, run=_legend_of(runs, run))
+        for i, run, values in peaks
         if values
     ]
     return Chart(
@@ -154,36 +158,40 @@ def _by_rank(runs: Sequence[Run]) -> Chart:
 
 
 def _by_kind(runs: Sequence[Run]) -> Chart:
+    """Return a bar chart of the memory of parameters, gradients, optimiser, exchange and activations."""
     bars = []
     for i, run in enumerate(runs):
-        found = [run.last(f"memory/{kind}_gib") for kind in KINDS]
-        if any(x is not None for x in found):
-            bars.append(Bars("", [1024 * (x or 0.0) for x in found], i, run=_of(runs, run)))
+        memory = [run.last(f"memory/{kind}_gib") for kind in KINDS]
+        if any(x is not None for x in memory):
+            bars.append(Bars("", [1024 * (x or 0.0) for x in memory], i, run=_legend_of(runs, run)))
     labels = ["param.", "grad.", "optim.", "exch.", "activ."]
     return Chart("memory-kinds", "Memory by kind", "MiB", bars=bars, labels=labels, x_label="of the fullest rank")
 
 
 def _others(runs: Sequence[Run]) -> list[Chart]:
+    """Return charts of the metrics that have no chart otherwise."""
     ours = {name for group in (*LOSS, *BITS) for name in group}
     prefixes = ("throughput/", "memory/", "exchange/", "guard/")
     keys = sorted({key for run in runs for key in run.series if key not in ours and not key.startswith(prefixes)})
-    found = []
+    others = []
     for key in keys[:_OTHERS]:
-        lines = [Line("", run.points(key), i, run=_of(runs, run)) for i, run in enumerate(runs)]
-        found.append(Chart("other-" + "".join(c if c.isalnum() else "-" for c in key), key, "", lines))
-    return found
+        lines = [Line("", run.points(key), i, run=_legend_of(runs, run)) for i, run in enumerate(runs)]
+        others.append(Chart("other-" + "".join(c if c.isalnum() else "-" for c in key), key, "", lines))
+    return others
 
 
-def _of(runs: Sequence[Run], run: Run) -> str:
-    """Whose, where there are several."""
+def _legend_of(runs: Sequence[Run], run: Run) -> str:
+    """Return the name of the run for a legend, or an empty text for a single run."""
     return run.name if len(runs) > 1 else ""
 
 
 def _figure(value: Any, shape: str) -> str:
+    """Return a value in the format `shape`, or an empty text for None."""
     return "" if value is None else shape.format(value)
 
 
 def _median(run: Run, key: str, shape: str) -> str:
+    """Return the median of a metric over the run, in the format `shape`."""
     points: Points = run.points(key)
     if not points:
         return _figure(run.last(key), shape)
@@ -223,6 +231,7 @@ def _time(seconds: float | None) -> str:
 
 
 def _setting(value: Any) -> str:
+    """Return the text of a setting; a pattern is shown by its segment lengths and dilation rates."""
     if isinstance(value, dict) and "branches" in value:
         return " + ".join(
             f"({each.get('segment_length') or 'N'}, {each.get('dilation_rate', 1)})"

@@ -1,4 +1,4 @@
-"""The same charts as PNGs, through matplotlib."""
+"""The charts of a report as PNGs, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ _STYLES: dict[str, dict[str, Any]] = {
 
 
 def write_images(runs: Sequence[Run], charts: Sequence[Chart], stem: Path) -> list[Path]:
-    """`stem`-KEY.png for each chart, and the pattern's picture of each run that has one."""
-    found = []
+    """Write `stem`-KEY.png for each chart and `stem`-pattern-I-J.png for pattern J of run I, and return the paths."""
+    paths = []
     for chart in charts:
-        found.append(stem.with_name(f"{stem.name}-{chart.key}.png"))
-        _figure(chart).savefig(found[-1], dpi=150)
+        paths.append(stem.with_name(f"{stem.name}-{chart.key}.png"))
+        _figure(chart).savefig(paths[-1], dpi=150)
     for i, run in enumerate(runs):
         for j, kind in enumerate(run.record.get("attention", [])):
-            found.append(stem.with_name(f"{stem.name}-pattern-{i}-{j}.png"))
-            Pattern(**kind["pattern"]).plot().savefig(found[-1], dpi=150)
-    return found
+            paths.append(stem.with_name(f"{stem.name}-pattern-{i}-{j}.png"))
+            Pattern(**kind["pattern"]).plot().savefig(paths[-1], dpi=150)
+    return paths
 
 
 def _figure(chart: Chart) -> Figure:
+    """Draw a chart."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for line in chart.lines:

@@ -1,4 +1,4 @@
-"""The page itself: headline, charts and pictures of one run or several, in one file that needs no network."""
+"""The HTML page of a report: key figures, charts and pictures of one run or several, in one file."""
 
 from __future__ import annotations
 
@@ -20,37 +20,40 @@ _STYLE = (Path(__file__).parent / "page.css").read_text()
 
 
 def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None, images: bool | None = None) -> Path:
-    """One HTML file of these runs, side by side, and where it is.
+    """Write one HTML file that shows runs side by side, and return its path.
 
     Args:
-        run_dirs: folders with what a run leaves: a CSVLogger's metrics.csv and hparams.yaml, LightningCLI's
-            config.yaml, and the run.json of `RunReport`; each is read where it is there.  A folder of `version_N`s
-            stands for the last of them.
-        out: the file; by default `report.html` in the folder of the run, or here where there are several.
-        images: PNGs of the charts beside it, `report-loss.png` and so on; by default where matplotlib is installed.
+        run_dirs: folders of runs.  The report reads metrics.csv and hparams.yaml of CSVLogger, config.yaml of
+            LightningCLI and run.json of `RunReport`, where they exist.  For a folder that contains folders `version_N`
+            it reads the last of them.
+        out: the path of the file; by default `report.html` in the folder of the run, or in the working directory if
+            there are several runs.
+        images: whether to write PNGs of the charts beside it, such as `report-loss.png`; by default if matplotlib is
+            installed.
     """
     runs = read_runs(run_dirs)
     path = Path(out) if out is not None else (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
-    found = charts(runs)
+    shown = charts(runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_page(runs, found))
+    path.write_text(_page(runs, shown))
     has_matplotlib = find_spec("matplotlib") is not None
     if images and not has_matplotlib:
         raise ValueError("images need matplotlib: pip install 'lightning-longnet[plots]', or leave them out")
     if images or (images is None and has_matplotlib):
         from lightning_longnet.report.images import write_images
 
-        write_images(runs, found, path.with_suffix(""))
+        write_images(runs, shown, path.with_suffix(""))
     return path
 
 
-def _page(runs: Sequence[Run], found: Sequence[Chart]) -> str:
+def _page(runs: Sequence[Run], shown: Sequence[Chart]) -> str:
+    """Return the whole HTML page."""
     title = "Run " + runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     parts = [
         f"<h1>{escape(title)}</h1>",
         _about(runs),
         _table("In figures", headline(runs), runs),
-        _charts(found),
+        _charts(shown),
         *(_attention(run, len(runs) > 1) for run in runs),
         _settings(runs),
     ]
@@ -64,16 +67,18 @@ def _page(runs: Sequence[Run], found: Sequence[Chart]) -> str:
 
 
 def _about(runs: Sequence[Run]) -> str:
+    """Return a line for each run: its folder, when it began, and the files that were read."""
     lines = []
     for i, run in enumerate(runs):
         started = str(run.record.get("started", "")).replace("T", " ").removesuffix("+00:00")
-        words = [str(run.folder), f"begun {started} UTC" if started else "", f"read: {', '.join(run.files)}"]
+        details = [str(run.folder), f"begun {started} UTC" if started else "", f"read: {', '.join(run.files)}"]
         mark = f'<i class="key run{shade(i)}"></i><b>{escape(run.name)}</b>: ' if len(runs) > 1 else ""
-        lines.append(f"<p>{mark}{escape(', '.join(filter(None, words)))}</p>")
+        lines.append(f"<p>{mark}{escape(', '.join(filter(None, details)))}</p>")
     return f'<div class="about">{"".join(lines)}</div>'
 
 
 def _table(title: str, rows: Sequence[tuple[str, list[str]]], runs: Sequence[Run]) -> str:
+    """Return a section with a table of (name, value for each run), or nothing without rows."""
     if not rows:
         return ""
     head = ""
@@ -89,36 +94,41 @@ def _table(title: str, rows: Sequence[tuple[str, list[str]]], runs: Sequence[Run
     return f"<section><h2>{escape(title)}</h2>{table}</section>"
 
 
-def _charts(found: Sequence[Chart]) -> str:
-    if not found:
+def _charts(shown: Sequence[Chart]) -> str:
+    """Return the section of all charts."""
+    if not shown:
         return ""
-    return f'<section><h2>Over the run</h2><div class="grid">{"".join(map(_figure, found))}</div></section>'
+    return f'<section><h2>Over the run</h2><div class="grid">{"".join(map(_figure, shown))}</div></section>'
 
 
 def _figure(chart: Chart) -> str:
-    drawn: list[Line | Bars] = [line for line in chart.lines if not line.is_empty]
-    drawn += [bars for bars in chart.bars if not bars.is_empty]
-    keys = {each.run: f"run{shade(each.colour)}" for each in drawn if each.run}
-    # of one run kinds have its colour; of several they have none, and runs have no kind
-    kinds = {each.name: f"{each.style} {'ink' if keys else f'run{shade(each.colour)}'}" for each in drawn if each.name}
+    """Return a chart with its title and legend."""
+    visible: list[Line | Bars] = [line for line in chart.lines if not line.is_empty]
+    visible += [bars for bars in chart.bars if not bars.is_empty]
+    keys = {each.run: f"run{shade(each.colour)}" for each in visible if each.run}
+    # With one run the legend shows the style of each kind in the colour of the run.  With several it shows runs by
+    # colour, and kinds by style without a colour
+    kinds = {
+        each.name: f"{each.style} {'ink' if keys else f'run{shade(each.colour)}'}" for each in visible if each.name
+    }
     legend = [f'<span><i class="key {mark}"></i>{escape(name)}</span>' for name, mark in (keys | kinds).items()]
     unit = f' <span class="unit">{escape(chart.unit)}</span>' if chart.unit and not chart.is_percent else ""
     note = f"<p>{escape(chart.note)}</p>" if chart.note else ""
-    words = f'<p class="legend">{"".join(legend)}</p>' if legend else ""
+    legend_line = f'<p class="legend">{"".join(legend)}</p>' if legend else ""
     return (
-        f'<figure id="{escape(chart.key)}"><figcaption>{escape(chart.title)}{unit}</figcaption>{words}'
+        f'<figure id="{escape(chart.key)}"><figcaption>{escape(chart.title)}{unit}</figcaption>{legend_line}'
         f"{svg(chart)}{note}</figure>"
     )
 
 
 def _attention(run: Run, is_named: bool) -> str:
-    """The patterns that a run's layers have, and how each is spread over ranks."""
+    """Return the section about attention: pictures of each pattern of a run, and its placement over ranks."""
     kinds, length = _kinds(run)
     parts = []
     for kind in kinds:
         pattern = Pattern(**kind["pattern"])
         heads, kv_heads, tokens = kind["heads"], kind["kv_heads"], length or 2 * _widest(pattern)
-        named = " + ".join(
+        branches = " + ".join(
             f"({each.segment_length or 'N'}, {each.dilation_rate})"
             + (f" window {each.window}" if each.window else "")
             + (f" {each.sparsity}" if each.sparsity else "")
@@ -126,7 +136,7 @@ def _attention(run: Run, is_named: bool) -> str:
         )
         many = f"{kind['layers']} layers, " if kind.get("layers") else ""
         causal = ", causal" if pattern.is_causal else ""
-        parts.append(f'<h3>{escape(f"{many}{heads} heads: {named}{causal}")}</h3><div class="grid">')
+        parts.append(f'<h3>{escape(f"{many}{heads} heads: {branches}{causal}")}</h3><div class="grid">')
         for caption, picture in pattern_pictures(pattern, tokens, heads, kv_heads):
             parts.append(f"<figure>{picture}<p>{escape(caption)}</p></figure>")
         if plan := kind.get("plan"):
@@ -139,6 +149,7 @@ def _attention(run: Run, is_named: bool) -> str:
 
 
 def _placement(plan: dict[str, Any], pattern: Pattern, length: int) -> str:
+    """Return a picture of the placement of tokens over ranks, with the exchange of each branch."""
     rows = [
         f"{each.segment_length or 'N'}, {each.dilation_rate}: {exchange}"
         for each, exchange in zip(pattern.ordered(), plan["exchanges"], strict=True)
@@ -153,15 +164,19 @@ def _placement(plan: dict[str, Any], pattern: Pattern, length: int) -> str:
 
 
 def _kinds(run: Run) -> tuple[list[dict[str, Any]], int]:
-    """Of the record, or else of the first pattern in the settings."""
+    """Return the kinds of attention layers of a run and the length of its sequences, which is 0 if it is unknown.
+
+    They are read from run.json, or else from the first pattern in the settings.  A kind has the keys pattern, heads and
+    kv_heads, and in run.json also layers and plan.
+    """
     if run.record.get("attention"):
         return run.record["attention"], int(run.record.get("tokens") or 0)
     for path, value in run.settings.items():
         if isinstance(value, dict) and "branches" in value:
-            beside = path.rpartition(".")[0]
-            heads = run.settings.get(f"{beside}.heads" if beside else "heads")
+            section = path.rpartition(".")[0]
+            heads = run.settings.get(f"{section}.heads" if section else "heads")
             heads = heads if isinstance(heads, int) else max(each.dilation_rate for each in Pattern(**value).branches)
-            kv_heads = run.settings.get(f"{beside}.kv_heads" if beside else "kv_heads")
+            kv_heads = run.settings.get(f"{section}.kv_heads" if section else "kv_heads")
             tokens = run.settings.get("data.tokens")
             kind = {"pattern": value, "heads": heads, "kv_heads": kv_heads if isinstance(kv_heads, int) else heads}
             return [kind], tokens if isinstance(tokens, int) else 0
@@ -169,10 +184,12 @@ def _kinds(run: Run) -> tuple[list[dict[str, Any]], int]:
 
 
 def _widest(pattern: Pattern) -> int:
+    """Return the longest segment or window of a pattern."""
     return max(each.segment_length or each.window or 32 for each in pattern.branches)
 
 
 def _settings(runs: Sequence[Run]) -> str:
+    """Return the table of settings, folded if there is one run."""
     rows = differing(runs)
     if not rows:
         return ""

@@ -1,4 +1,4 @@
-"""A pattern as a picture of which key each query sees, and the placement of a sequence over ranks."""
+"""Pictures, as SVG, of the keys that each query attends to and of the placement of a sequence over ranks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.pattern.pattern import Pattern
 
-_CELLS = 96  # of the whole picture, each way
-_SAMPLED = 32  # tokens of each cell that are looked at
-_CLOSE = 48  # tokens of the picture close up
+_CELLS = 96  # rows and columns of the picture of a whole sequence
+_SAMPLED = 32  # maximal number of tokens of each row or column that are sampled
+_CLOSE = 48  # tokens in the picture of the first tokens
 _SHADES = 6
-_HEADS = 16  # that are looked at
+_HEADS = 16  # maximal number of heads that are sampled
 
 
 @lru_cache(16)
 def whole_shares(pattern: Pattern, length: int, heads: int) -> Tensor:
-    """(cells, cells): the share of the (query, key) pairs of all heads that is seen, by each cell's beginning."""
+    """Return (cells, cells): the share of the (query, key) pairs of each cell that attend, as the mean over the heads.
+
+    It is measured on the first `_SAMPLED` tokens of each row and column of cells, and on the first `_HEADS` heads.
+    """
     cells = min(_CELLS, length)
     begins = torch.arange(cells) * length // cells
     widths = torch.diff(begins, append=torch.tensor([length])).clamp(max=_SAMPLED)
@@ -35,14 +38,17 @@ def whole_shares(pattern: Pattern, length: int, heads: int) -> Tensor:
 
 
 def _seen(pattern: Pattern, tokens: Tensor, length: int, head: int, heads: int) -> Tensor:
-    """(N, N) for one head of a sequence of `length` tokens, by the definition."""
-    found = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    """Return bools (N, N): whether token i of `tokens` (N,) attends to token j, in one head, by the definition.
+
+    `length` is the number of tokens of the whole sequence.
+    """
+    attends = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
     for branch in pattern.branches:
         segment, place = tokens * 0, tokens
         if branch.segment_length is not None:
             segment, place = tokens // branch.segment_length, tokens % branch.segment_length
-        member = place % branch.dilation_rate == branch.offset(head, heads)
-        seen = member[:, None] & member & (segment[:, None] == segment)
+        is_member = place % branch.dilation_rate == branch.offset(head, heads)
+        seen = is_member[:, None] & is_member & (segment[:, None] == segment)
         distance = tokens[:, None] - tokens
         if branch.is_causal:
             seen &= distance >= 0
@@ -50,19 +56,20 @@ def _seen(pattern: Pattern, tokens: Tensor, length: int, head: int, heads: int) 
             seen &= distance.abs() < branch.window
         if branch.sparsity is not None:
             seen &= branch.keeps(tokens, torch.full_like(tokens, length), head, heads)
-        found |= seen
-    return found
+        attends |= seen
+    return attends
 
 
 def _pooled(seen: Tensor, owner: Tensor, cells: int) -> Tensor:
+    """Return (cells, cells), the sums of `seen` (N, N) over cells; `owner` (N,) is the cell of each token."""
     rows = torch.zeros(cells, len(seen)).index_add_(0, owner, seen.float())
     return torch.zeros(cells, cells).index_add_(1, owner, rows)
 
 
 def pattern_pictures(pattern: Pattern, length: int, heads: int, kv_heads: int) -> list[tuple[str, str]]:
-    """(caption, SVG): the whole sequence, and the first tokens of one head."""
+    """Return (caption, SVG) of two pictures: the whole sequence, and the first tokens in head 0."""
     shares = whole_shares(pattern, length, kv_heads)
-    # from none to all in steps of a half: dilation thins by squares
+    # consecutive thresholds differ by a factor of 4: dilation rate r keeps 1 / r**2 of the pairs
     levels = torch.zeros_like(shares, dtype=torch.long)
     for level in range(1, _SHADES):
         levels += shares > 2.0 ** -(2 * (_SHADES - 1 - level) + 1)
@@ -71,18 +78,21 @@ def pattern_pictures(pattern: Pattern, length: int, heads: int, kv_heads: int) -
         f"The whole sequence of {length:,} tokens: how many of the pairs are seen, over all heads; "
         f"each shade is four times the one before, the darkest is half of them or more."
     )
-    found = [(caption, _matrix(levels, length, "key", "query"))]
+    pictures = [(caption, _matrix(levels, length, "key", "query"))]
     close = min(_CLOSE, length)
     counts = pattern.mask(close, heads, kv_heads)[0]
     most = max(int(counts.max()), 1)
     levels = torch.where(counts > 0, (counts * (_SHADES - 1) / most).ceil().long(), 0)
     caption = f"The first {close} tokens close up, head 0: darker keys are counted by more branches, up to {most}."
-    found.append((caption, _matrix(levels, close, "key", "query")))
-    return found
+    pictures.append((caption, _matrix(levels, close, "key", "query")))
+    return pictures
 
 
 def _matrix(levels: Tensor, length: int, across: str, down: str) -> str:
-    """Cells as runs of one shade along rows; a path for each shade."""
+    """Return a square picture of `levels` (n, n), in which 0 is empty.
+
+    Adjacent cells of one level in a row are merged, and each level is one path, which keeps the SVG small.
+    """
     side, left, top, size = len(levels), 56.0, 10.0, 300.0
     unit = size / side
     paths: dict[int, list[str]] = {}
@@ -112,7 +122,12 @@ def _matrix(levels: Tensor, length: int, across: str, down: str) -> str:
 
 
 def placement_picture(plan: dict[str, Any], length: int) -> str:
-    """Each rank's tokens along the sequence, and beside them what it computes, of the mean."""
+    """Return a picture with a row for each rank: its tokens in the sequence, and its pairs relative to the mean.
+
+    Args:
+        plan: the plan of one kind of layer in run.json, with the keys stretches and pairs.
+        length: number of tokens of the sequence.
+    """
     stretches, pairs = plan["stretches"], plan["pairs"]
     ranks = len(stretches)
     mean = sum(pairs) / ranks or 1.0
@@ -121,12 +136,12 @@ def placement_picture(plan: dict[str, Any], length: int) -> str:
     height = ranks * row + 44
     parts = []
     most = max(pairs) / mean
-    for rank, held in enumerate(stretches):
+    for rank, ranges in enumerate(stretches):
         y = 22 + rank * row
         if row >= 12 or rank % 8 == 0:
             parts.append(f'<text x="{left - 6}" y="{y + row - 5}" text-anchor="end">{rank}</text>')
         parts.append(f'<rect x="{left}" y="{y}" width="{width}" height="{row - 3}" class="ground"/>')
-        for begin, end in held:
+        for begin, end in ranges:
             x = left + begin / length * width
             parts.append(
                 f'<rect x="{x:.2f}" y="{y}" width="{max((end - begin) / length * width, 0.4):.2f}" height="{row - 3}" '

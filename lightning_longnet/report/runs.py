@@ -1,4 +1,4 @@
-"""What a run left in its folder, read as far as it goes."""
+"""Reading of the files in the folder of a run, of which any may be missing or incomplete."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ Points = list[tuple[float, float]]
 
 @dataclass
 class Run:
-    """A name, and what is known: series over steps by key, settings by their path, and the record of `RunReport`."""
+    """The content of the files of a run.
+
+    Attributes:
+        name: a name that differs from those of the other runs of a report.
+        folder: the folder.
+        series: metrics.csv, as (step, value) of each metric, ascending.
+        settings: config.yaml and hparams.yaml, by paths such as "model.config.dim".
+        record: run.json, which the callback `RunReport` writes.
+        files: names of the files that were read.
+    """
 
     name: str
     folder: Path
@@ -34,20 +43,20 @@ class Run:
     files: list[str] = field(default_factory=list)
 
     def points(self, *keys: str) -> Points:
-        """Of the first of these that was logged."""
+        """Return (step, value) of the first of these metrics that was logged, or an empty list."""
         return next((self.series[key] for key in keys if self.series.get(key)), [])
 
     def last(self, *keys: str) -> float | None:
-        """What was logged last, or what the record has."""
-        found = self.points(*keys)
-        if found:
-            return found[-1][1]
+        """Return the last value of the first of these metrics that was logged, or its value in run.json, or None."""
+        points = self.points(*keys)
+        if points:
+            return points[-1][1]
         final = self.record.get("final", {})
         return next((final[key] for key in keys if key in final), None)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Whatever a tag makes of a value, the value itself is read."""
+    """A loader that ignores tags, such as those of Python objects, and reads the plain values below them."""
 
 
 def _plain(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
@@ -63,7 +72,7 @@ _Loader.add_multi_constructor("", _plain)
 
 
 def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
-    """Each by a name that tells it from the others."""
+    """Read the runs in these folders; a folder that contains `version_N` stands for the last of them."""
     if not run_dirs:
         raise ValueError("run_dirs must name at least one folder of a run, got none")
     folders = [_folder_of(Path(each)) for each in run_dirs]
@@ -71,7 +80,7 @@ def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
 
 
 def _folder_of(given: Path) -> Path:
-    """The folder itself, or its last version, as Lightning's loggers number them."""
+    """Return the folder, or the last `version_N` in it, as Lightning's loggers number them."""
     if not given.is_dir():
         raise ValueError(f"run_dirs must be folders of runs, got {given}, which is none")
     if _is_run(given):
@@ -87,14 +96,14 @@ def _is_run(folder: Path) -> bool:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """As few of the last words of each path as tell them apart; a version that all have in common is left out."""
+    """Return distinct names: the shortest suffixes of the paths that differ, without a `version_N` common to all."""
     parts = [folder.resolve().parts for folder in folders]
     while len(folders) > 1 and len({each[-1] for each in parts}) == 1 and min(map(len, parts)) > 1:
         parts = [each[:-1] for each in parts]
     for many in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-many:]) for each in parts]
-        unclear = any(re.fullmatch(r"version_\d+", name) for name in names)
-        if len(set(names)) == len(names) and not unclear:
+        is_version = any(re.fullmatch(r"version_\d+", name) for name in names)
+        if len(set(names)) == len(names) and not is_version:
             return names
     return [f"{folder.name} ({i + 1})" for i, folder in enumerate(folders)]
 
@@ -115,20 +124,21 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _series(path: Path) -> dict[str, Points]:
-    found: dict[str, Points] = {}
+    """Return (step, value) of each metric in a metrics.csv; rows without a step are counted."""
+    series: dict[str, Points] = {}
     with path.open(newline="") as file:
         for number, row in enumerate(csv.DictReader(file)):
             step = _number(row.get("step"))
-            at = float(number) if step is None else step
+            x = float(number) if step is None else step
             for key, text in row.items():
                 value = _number(text)
                 if value is not None and key not in ("step", "epoch", None):
-                    found.setdefault(key, []).append((at, value))
-    return {key: sorted(points, key=lambda point: point[0]) for key, points in found.items()}
+                    series.setdefault(key, []).append((x, value))
+    return {key: sorted(points, key=lambda point: point[0]) for key, points in series.items()}
 
 
 def _number(text: Any) -> float | None:
-    """None for what is none, or not finite: it cannot be drawn."""
+    """Return a finite number, or None for other text: a chart shows only finite numbers."""
     try:
         value = float(text)
     except (TypeError, ValueError):
@@ -137,10 +147,10 @@ def _number(text: Any) -> float | None:
 
 
 def _flat(values: Any, path: str = "") -> dict[str, Any]:
-    """Settings by their whole path, `model.config.dim`; a pattern stays in one piece."""
+    """Return nested settings by their path, such as `model.config.dim`; a pattern stays a dictionary."""
     if isinstance(values, dict) and values and "branches" not in values:
-        found: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         for key, value in values.items():
-            found |= _flat(value, f"{path}.{key}" if path else str(key))
-        return found
+            settings |= _flat(value, f"{path}.{key}" if path else str(key))
+        return settings
     return {path: values} if path else {}

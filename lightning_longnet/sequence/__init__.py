@@ -1,4 +1,4 @@
-"""What a module needs to know where its sequences are split over ranks: torch and the core alone, no Lightning."""
+"""Sequences that are split over ranks: the context of a module, without Lightning."""
 
 from lightning_longnet.sequence.attach import hand_down, sequence_context
 from lightning_longnet.sequence.context import SequenceContext

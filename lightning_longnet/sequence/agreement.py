@@ -1,9 +1,9 @@
-"""Ranks tell each other what they were given, so that a fault of one is an error on all of them."""
+"""Agreement of ranks: a fault of one rank becomes an error on all of them, so that none waits for the others."""
 
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,9 +11,23 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
+
+class Strategy(Protocol):
+    """The part of a Lightning strategy that `fault_of_first` calls."""
+
+    @property
+    def is_global_zero(self) -> bool: ...
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any: ...
+
 
 def fault_of(check: Callable[[], Any]) -> str:
-    """What a check says is wrong, said rather than raised: the other ranks wait to be told."""
+    """Return the message of the ValueError that a check raises, or an empty string.
+
+    A rank that raised at once would leave the others waiting for it; with the message it can agree first.
+    """
     try:
         check()
     except ValueError as error:
@@ -21,16 +35,28 @@ def fault_of(check: Callable[[], Any]) -> str:
     return ""
 
 
-def compare(
+def fault_of_first(strategy: Strategy, attempt: Callable[[], str]) -> str:
+    """Return on all ranks the fault that an attempt of rank 0 returns, or an empty string."""
+    fault: str = strategy.broadcast(attempt() if strategy.is_global_zero else "")
+    return fault
+
+
+def check_same_batch(
     number: int, fault: str, sequence_group: dist.ProcessGroup, data_group: dist.ProcessGroup, place: tuple[int, int]
 ) -> None:
-    """A ValueError on all ranks where one has a fault, or where those that share sequences have unequal numbers.
+    """Raise a ValueError on all ranks where one has a fault, or where ranks that share sequences differ in `number`.
 
-    `place`: this rank's data_parallel_rank, and how many there are.
+    Args:
+        number: the digest of this rank's batch.
+        fault: what is wrong with it; "" where nothing is.
+        sequence_group: the ranks that must have the same number.
+        data_group: the ranks that hear of faults in other sequence groups.
+        place: this rank's data_parallel_rank, and how many there are.
     """
-    numbers, faults = gathered([number, bool(fault)], sequence_group)
+    numbers, faults = gathered(torch.tensor([number, bool(fault)]), sequence_group).T.tolist()
     others = [rank for rank, each in enumerate(numbers) if each != numbers[0]]
-    firsts, wrong = gathered([numbers[0], any(faults) or bool(others)], data_group)
+    state = torch.tensor([numbers[0], any(faults) or bool(others)])
+    firsts, wrong = gathered(state, data_group).T.tolist()
     if fault:
         raise ValueError(fault)
     if others:
@@ -52,11 +78,14 @@ def compare(
         )
 
 
-def gathered(own: list[int], group: dist.ProcessGroup) -> list[list[int]]:
-    """Of each number its values on the ranks of a group."""
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    told = torch.tensor(own, dtype=torch.int64, device=device)
-    found = [torch.empty_like(told) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, told, group=group)
-    columns: list[list[int]] = torch.stack(found, 1).tolist()
-    return columns
+def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the x of each rank of a group, (ranks, *x.shape), on the CPU; shapes must be equal."""
+    x = x.to(device_of(group))
+    parts = x.new_empty((dist.get_world_size(group), *x.shape))
+    dist.all_gather(list(parts.unbind()), x, group=group)
+    return parts.cpu()
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Return the device of the tensors that a group takes."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")

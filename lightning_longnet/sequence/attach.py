@@ -1,4 +1,4 @@
-"""How modules come by their context: whoever made it gives it to all of them."""
+"""Attaching a context to modules, and finding it there."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from lightning_longnet.sequence.context import SequenceContext
 if TYPE_CHECKING:
     from torch import nn
 
-_HANDED = "_handed_sequence_context"  # where modules hold it that are no layers of ours
+_ATTRIBUTE = "_attached_sequence_context"  # of modules that have no `sequence_context` of their own
 
 
 def hand_down(module: nn.Module, context: SequenceContext | None) -> None:
-    """Give it to all modules in this one: the layers split their work by it, `sequence_context` finds it in any."""
+    """Attach a context to a module and all modules inside it, or detach it where it is None.
+
+    Layers split their work by it, and `sequence_context` returns it for any of them.
+    """
     layers = 0
     for each in module.modules():
         if hasattr(type(each), "sequence_context"):
@@ -22,19 +25,19 @@ def hand_down(module: nn.Module, context: SequenceContext | None) -> None:
                 each.layer_number = layers  # type: ignore[assignment]
                 layers += 1
         elif context is not None:
-            each.__dict__[_HANDED] = context
+            each.__dict__[_ATTRIBUTE] = context
         else:
-            each.__dict__.pop(_HANDED, None)
+            each.__dict__.pop(_ATTRIBUTE, None)
 
 
 def sequence_context(module: nn.Module) -> SequenceContext:
-    """That which a strategy, or `hand_down`, gave to a module; under a stock strategy one for whole sequences."""
+    """Return the context that a strategy or `hand_down` attached to a module; else one for whole sequences."""
     strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
-    for found in (
+    for context in (
         getattr(module, "sequence_context", None),
-        module.__dict__.get(_HANDED),
+        module.__dict__.get(_ATTRIBUTE),
         getattr(strategy, "sequence_context", None),
     ):
-        if isinstance(found, SequenceContext):
-            return found
+        if isinstance(context, SequenceContext):
+            return context
     return SequenceContext()

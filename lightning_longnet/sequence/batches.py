@@ -1,4 +1,4 @@
-"""Batches of any shape, leaf by leaf: which dimension of each tensor is the sequence, and what each becomes."""
+"""Traversal of batches of any shape: their tensors, and which dimension of each is the sequence."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_longnet.sequence.parts import SequencePart
 
-# Tensors of these names are split where the module says nothing else
+# The dimension that is the sequence, of tensors whose name the module does not declare
 KNOWN_DIMS: Mapping[str, int | None] = {
     "input_ids": 1,
     "labels": 1,
@@ -26,26 +26,25 @@ ROOT = "batch"  # the name of the whole, and so of a batch that is one tensor
 Path = tuple[str, ...]
 
 
+class _Container(NamedTuple):
+    """The values of a container by their names, and a function that makes the same container of other values."""
+
+    values: dict[str, Any]
+    remake: Callable[[dict[str, Any]], Any]
+
+
 def mapped(batch: Any, function: Callable[[Path, Tensor], Any], path: Path = (ROOT,)) -> Any:
-    """The same batch with each tensor replaced; a container is copied, what is no tensor stays as it is."""
+    """Return a copy of a batch with `function(path, tensor)` in the place of each tensor.
+
+    What is neither a tensor nor a container stays the same object.
+    """
     if isinstance(batch, Tensor):
         return function(path, batch)
     _refuse_inside(path, batch)
-    parts = {name: mapped(value, function, (*path, name)) for name, value in _items(batch)}
-    if isinstance(batch, Mapping):
-        found: Any = copy.copy(batch)
-        for key in batch:
-            found[key] = parts[str(key)]
-        return found
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(**parts)
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(parts.values())
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        found = copy.copy(batch)
-        for name, value in parts.items():
-            object.__setattr__(found, name, value)
-        return found
+    container = _opened(batch)
+    if container is not None:
+        parts = {name: mapped(value, function, (*path, name)) for name, value in container.values.items()}
+        return container.remake(parts)
     if any(isinstance(value, Tensor) for value in getattr(batch, "__dict__", {}).values()):
         raise ValueError(
             f"{_shown(path)} is a {type(batch).__name__}, which cannot be split over ranks: a batch may hold tensors "
@@ -55,12 +54,13 @@ def mapped(batch: Any, function: Callable[[Path, Tensor], Any], path: Path = (RO
 
 
 def tensors(batch: Any, path: Path = (ROOT,)) -> Iterator[tuple[Path, Tensor]]:
-    """Those of a batch, in the order in which `mapped` comes by them."""
+    """Yield the tensors of a batch with their paths, in the order in which `mapped` replaces them."""
     if isinstance(batch, Tensor):
         yield path, batch
         return
     _refuse_inside(path, batch)
-    for name, value in _items(batch):
+    container = _opened(batch)
+    for name, value in container.values.items() if container is not None else ():
         yield from tensors(value, (*path, name))
 
 
@@ -69,40 +69,80 @@ def _refuse_inside(path: Path, batch: Any) -> None:
         raise ValueError(f"{_shown(path)} is a SequencePart, which must be the whole batch, got it inside of another")
 
 
-def _items(batch: Any) -> Iterator[tuple[str, Any]]:
-    """What a container holds, by names; nothing where it is none."""
+def _opened(batch: Any) -> _Container | None:
+    """Return a batch as a container, or None where it is none: the only place that knows the kinds of containers."""
     if isinstance(batch, Mapping):
-        yield from ((str(key), value) for key, value in batch.items())
-    elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        yield from zip(batch._fields, batch, strict=True)
-    elif isinstance(batch, (list, tuple)):
-        yield from ((str(i), value) for i, value in enumerate(batch))
-    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        yield from ((field.name, getattr(batch, field.name)) for field in dataclasses.fields(batch))
+        return _Container({str(key): value for key, value in batch.items()}, lambda parts: _with_items(batch, parts))
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return _Container(dict(zip(batch._fields, batch, strict=True)), lambda parts: type(batch)(**parts))
+    if isinstance(batch, (list, tuple)):
+        return _Container({str(i): value for i, value in enumerate(batch)}, lambda parts: type(batch)(parts.values()))
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        return _Container(fields, lambda parts: _with_fields(batch, parts))
+    return None
+
+
+def _with_items(batch: Any, parts: dict[str, Any]) -> Any:
+    result = copy.copy(batch)
+    for key in batch:
+        result[key] = parts[str(key)]
+    return result
+
+
+def _with_fields(batch: Any, parts: dict[str, Any]) -> Any:
+    result = copy.copy(batch)
+    for name, value in parts.items():
+        object.__setattr__(result, name, value)  # a frozen dataclass refuses setattr
+    return result
 
 
 def dim_of(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:
-    """The sequence's dimension, None for a tensor of no sequence; an error where nothing is said of it.
+    """Return the dimension of a tensor that is the sequence, or None where it has none.
 
-    What is declared goes first: a tensor's place in `a.b.c` whole, or a word of it, the last one before others.  What
-    is known is the last word alone, or that of the list that the tensor is in.
+    A tensor whose dimension is neither declared in `dims` nor known raises a ValueError.
     """
     if x.dim() == 0:
         return None
+    is_known, dim = _known(path, x, dims)
+    if not is_known:
+        raise ValueError(
+            f"{_shown(path)} of shape {tuple(x.shape)} is a tensor that nothing is known of: say in the module which "
+            f"of its dimensions is the sequence, sequence_dims = {{{path[-1]!r}: 1}}, or None where it has none"
+        )
+    if dim is None:
+        return None
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(
+            f"{_shown(path)} is to be split along dimension {dim}, and has shape {tuple(x.shape)}: say in the module "
+            f"which one is the sequence, sequence_dims = {{{path[-1]!r}: ...}}, or None where it has none"
+        )
+    return dim % x.dim()
+
+
+def known_dim(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:
+    """Return the same as `dim_of`, but None where that raises an error."""
+    _, dim = _known(path, x, dims)
+    return dim % x.dim() if dim is not None and -x.dim() <= dim < x.dim() else None
+
+
+def _known(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> tuple[bool, int | None]:
+    """Return whether a tensor's dimension is declared or known, and which it is.
+
+    A declaration goes first: of the tensor's place `a.b.c`, or of one of its words, the last one before others.  Names
+    are known by the last word, or by that of the list that holds the tensor.
+    """
     for name in (".".join(path[1:]), *reversed(path)):
         if name in dims:
-            return _checked_dim(path, x, dims[name])
-    name = _last_word(path)
+            return True, dims[name]
+    name = next((word for word in reversed(path) if not word.isdigit()), ROOT)
     if name in KNOWN_DIMS and (x.dim() <= 2 or name in ("input_ids", "labels")):
-        return _checked_dim(path, x, KNOWN_DIMS[name])
-    raise ValueError(
-        f"{_shown(path)} of shape {tuple(x.shape)} is a tensor that nothing is known of: say in the module which of "
-        f"its dimensions is the sequence, sequence_dims = {{{path[-1]!r}: 1}}, or None where it has none"
-    )
+        return True, KNOWN_DIMS[name]
+    return False, None
 
 
 def length_of(batch: Any, dims: Mapping[str, int | None]) -> int:
-    """Tokens of the sequences of a batch, which all have as many."""
+    """Return the number of tokens of a batch's sequences, which must be the same in all of them."""
     lengths = {}
     for path, x in tensors(batch):
         dim = dim_of(path, x, dims)
@@ -117,57 +157,37 @@ def length_of(batch: Any, dims: Mapping[str, int | None]) -> int:
 
 
 def is_whole(batch: Any, dims: Mapping[str, int | None]) -> bool:
-    """Is it said of every tensor of a batch, and of one at least, that it has no sequence?"""
-    found = [dim_of(path, x, dims) for path, x in tensors(batch) if x.dim() > 0]
-    return bool(found) and not any(dim is not None for dim in found)
+    """Whether every tensor of a batch, and at least one, is declared to have no sequence."""
+    declared = [dim_of(path, x, dims) for path, x in tensors(batch) if x.dim() > 0]
+    return bool(declared) and not any(dim is not None for dim in declared)
 
 
 def known_length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
-    """As `length_of`, of what is declared or known alone; None where that is nothing, or differs."""
-    lengths = set()
-    for path, x in tensors(batch):
-        for name in (".".join(path[1:]), *reversed(path), _last_word(path)):
-            dim = dims.get(name, KNOWN_DIMS.get(name) if name == _last_word(path) else None)
-            if dim is not None and -x.dim() <= dim < x.dim():
-                lengths.add(x.shape[dim])
-                break
+    """Return the same as `length_of`, but None where nothing is declared or known, or lengths differ."""
+    known = [(x, known_dim(path, x, dims)) for path, x in tensors(batch)]
+    lengths = {x.shape[dim] for x, dim in known if dim is not None}
     return lengths.pop() if len(lengths) == 1 else None
 
 
 def digest(batch: Any) -> int:
-    """A number that two batches share where they hold equal tensors, or parts of the same samples."""
+    """Return a number that two batches share where they hold equal tensors, or parts of the same samples."""
     if isinstance(batch, SequencePart):
         return batch.digest()
-    found = sha256()
+    content = sha256()
     for path, x in tensors(batch):
-        found.update(f"{path} {tuple(x.shape)} {x.dtype}".encode())
-        found.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return int.from_bytes(found.digest()[:7], "big")
+        content.update(f"{path} {tuple(x.shape)} {x.dtype}".encode())
+        content.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return int.from_bytes(content.digest()[:7], "big")
 
 
 def checked_dims(dims: Any) -> dict[str, int | None]:
-    """`sequence_dims` of a module, with names as text."""
+    """Return the `sequence_dims` of a module with names as text; a ValueError says what they must be."""
     if not isinstance(dims, Mapping) or not all(
         isinstance(name, (str, int)) and (dim is None or (isinstance(dim, int) and not isinstance(dim, bool)))
         for name, dim in dims.items()
     ):
         raise ValueError(f"sequence_dims must map names to dimensions, or to None, got {dims!r}")
     return {str(name): dim for name, dim in dims.items()}
-
-
-def _checked_dim(path: Path, x: Tensor, dim: int | None) -> int | None:
-    if dim is None:
-        return None
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(
-            f"{_shown(path)} is to be split along dimension {dim}, and has shape {tuple(x.shape)}: say in the module "
-            f"which one is the sequence, sequence_dims = {{{path[-1]!r}: ...}}, or None where it has none"
-        )
-    return dim % x.dim()
-
-
-def _last_word(path: Path) -> str:
-    return next((word for word in reversed(path) if not word.isdigit()), ROOT)
 
 
 def _shown(path: Path) -> str:

@@ -12,7 +12,7 @@ DATA, SEQUENCE = "data_parallel", "sequence_parallel"
 
 
 def check_sizes(ranks: int, sequence_parallel_size: int | None) -> int:
-    """How many ranks share a sequence; all of them by default."""
+    """Return how many ranks share a sequence, all of them by default; a ValueError names the sizes that are allowed."""
     size = ranks if sequence_parallel_size is None else sequence_parallel_size
     valid = [n for n in range(1, ranks + 1) if ranks % n == 0]
     if not isinstance(size, int) or isinstance(size, bool) or size not in valid:
@@ -25,10 +25,10 @@ def check_sizes(ranks: int, sequence_parallel_size: int | None) -> int:
 def sequence_mesh(
     sequence_parallel_size: int | None = None, device_type: str = "cpu", timeout: float = 1800.0
 ) -> DeviceMesh:
-    """A mesh of all ranks with the axes "data_parallel" and "sequence_parallel"; all ranks make it together.
+    """Make a mesh of all ranks with the axes "data_parallel" and "sequence_parallel"; all ranks call it together.
 
-    Ranks that follow one another share a sequence.  The groups of each axis are its own, so that what they send never
-    mixes with what is sent among all ranks.
+    Consecutive ranks share a sequence.  Each axis has groups of its own, whose messages never mix with those of the
+    group of all ranks.
 
     Args:
         sequence_parallel_size: how many ranks share a sequence; all of them by default.
@@ -43,11 +43,11 @@ def sequence_mesh(
 
 
 def _group_of(rows: list[list[int]], timeout: float) -> dist.ProcessGroup:
-    """That of this rank among these; each is made by all ranks."""
-    found = None
+    """Make a group of each row of ranks, as all ranks must, and return the one that holds this rank."""
+    own = None
     for row in rows:
         group = dist.new_group(row, timeout=timedelta(seconds=timeout))
         if dist.get_rank() in row:
-            found = group
-    assert isinstance(found, dist.ProcessGroup)
-    return found
+            own = group
+    assert isinstance(own, dist.ProcessGroup)
+    return own

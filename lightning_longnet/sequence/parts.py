@@ -1,4 +1,4 @@
-"""A batch of whose sequences a rank was handed its own tokens alone: nobody read the others for it."""
+"""`SequencePart`: a batch of which a rank holds its own tokens only, so that no rank reads the others' tokens."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import torch
     from torch import Tensor
 
     from lightning_longnet.attention.parallel.placement import Placement
@@ -20,18 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class SequencePart:
-    """Tensors of which sequences are cut already; `SequenceContext.split` takes them as they are.
+    """The part of sequences that a rank holds, cut when it was read; `SequenceContext.split` does not cut it again.
 
     A dataset makes one of each sample: `sequence_context(module).placement_of(length).stretches(rank)` are the tokens
-    to read.  Loaders collate, pin and send them with what is said of them, and so does whatever maps a batch's tensors:
-    this is why it is a dataclass, and no dictionary.
+    to read.  It is a dataclass and no dictionary, so that length, stretches and samples stay with the tensors when a
+    loader collates and pins them, or a plugin maps them.
 
     Args:
-        tensors: by their names, with this rank's tokens in the order in which the rank holds them.
-        length: tokens of the whole sequences.
-        stretches: begin and end of what is here, in the whole sequences.
-        samples: what the ranks that share the sequences must agree on, for they hold different values: of each sample a
-            name that no other has.
+        tensors: the tensors by name, with this rank's tokens in the order in which it holds them.
+        length: the number of tokens of the whole sequences.
+        stretches: the begin and end of each stretch of tokens that this rank holds, in the whole sequences.
+        samples: a unique name of each sample.  Ranks that share sequences compare these, as their values differ.
     """
 
     tensors: dict[str, Tensor]
@@ -45,29 +44,31 @@ class SequencePart:
 
     @property
     def tokens(self) -> int:
-        """Of each sequence, here."""
+        """The number of tokens of each sequence on this rank."""
         return sum(end - begin for begin, end in self.stretches)
 
     def check(self, placement: Placement, rank: int) -> None:
-        """A ValueError where this is not what the rank is to hold."""
-        wanted = tuple((begin, end) for begin, end, _ in placement.stretches(rank))
-        if self.stretches != wanted:
+        """Raise a ValueError where this is not the part that a placement gives to a rank."""
+        expected = tuple((begin, end) for begin, end, _ in placement.stretches(rank))
+        if self.stretches != expected:
             raise ValueError(
-                f"a SequencePart must hold the tokens {_shown(wanted)} of {self.length} on rank {rank} of the "
+                f"a SequencePart must hold the tokens {_shown(expected)} of {self.length} on rank {rank} of the "
                 f"{placement.ranks} that share a sequence, got {_shown(self.stretches)}: cut it by "
                 f"sequence_context(module).placement_of({self.length})"
             )
 
     def digest(self) -> int:
-        """A number that parts of the same samples share, whichever tokens they hold."""
+        """Return a number that parts of the same samples share, whichever tokens they hold."""
         kinds = [(name, str(value.dtype)) for name, value in sorted(self.tensors.items())]
-        told = sha256(repr((self.length, self.samples, kinds)).encode())
-        return int.from_bytes(told.digest()[:7], "big")
+        content = sha256(repr((self.length, self.samples, kinds)).encode())
+        return int.from_bytes(content.digest()[:7], "big")
 
     def to(self, device: torch.device | str, **settings: Any) -> SequencePart:
+        """Return the part with its tensors on a device."""
         return self._mapped(lambda x: x.to(device, **settings))
 
     def pin_memory(self) -> SequencePart:
+        """Return the part with its tensors in pinned memory."""
         return self._mapped(lambda x: x.pin_memory())
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> SequencePart:
@@ -75,7 +76,7 @@ class SequencePart:
 
 
 def collate_parts(parts: Sequence[SequencePart], **_: Any) -> SequencePart:
-    """One of several samples, which are cut in the same way."""
+    """Collate the parts of several samples, which must be cut alike, into one of a batch."""
     first = parts[0]
     for part in parts:
         if (part.length, part.stretches) != (first.length, first.stretches):
@@ -87,8 +88,14 @@ def collate_parts(parts: Sequence[SequencePart], **_: Any) -> SequencePart:
     return replace(first, tensors=tensors, samples=tuple(name for part in parts for name in part.samples))
 
 
-# so that a DataLoader of anyone's collates them: torch would keep the first sample's name alone
+# any DataLoader must collate them by this function: torch's own keeps only the first sample's name
 default_collate_fn_map[SequencePart] = collate_parts
+
+
+def part_of(x: Tensor, placement: Placement, rank: int, dim: int) -> Tensor:
+    """Return the tokens of a rank, in the order in which it holds them; a copy, so that the whole can be freed."""
+    parts = [x.narrow(dim, begin, end - begin) for begin, end, _ in placement.stretches(rank)]
+    return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0).clone()
 
 
 def _shown(stretches: Sequence[tuple[int, int]]) -> str:

@@ -1,22 +1,82 @@
-"""Means over the tokens of all ranks, and whole sequences out of the ranks' parts: with the gradients of both."""
+"""Reductions over ranks with their gradients: means over tokens, whole sequences out of parts, and sums of parts."""
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from lightning_longnet.sequence.parts import part_of
+from lightning_longnet.sequence.position import world_group
+
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lightning_longnet.attention.parallel.comm import Traffic
     from lightning_longnet.attention.parallel.placement import Placement
+    from lightning_longnet.sequence.splitter import BatchSplitter
+    from lightning_longnet.sequence.window import TokenWindow
+
+
+class Reductions:
+    """The reductions of a rank over the others; `SequenceContext` has the same methods and says more of each.
+
+    Args:
+        splitter: says whether sequences are split now, and how.
+        window: the window that means are taken in.
+        traffic: counts the time of the means.
+    """
+
+    def __init__(self, splitter: BatchSplitter, window: TokenWindow, traffic: Traffic) -> None:
+        self._splitter, self._window, self._traffic = splitter, window, traffic
+
+    def token_mean(self, loss_sum: Tensor, token_count: Tensor | float) -> Tensor:
+        """Return the mean over the tokens of all ranks."""
+        group = world_group()
+        begin = perf_counter()
+        totals = _totals(loss_sum, token_count, group)
+        self._traffic.loss_seconds += perf_counter() - begin
+        ranks = 1 if group is None else dist.get_world_size()
+        divisor = self._window.divisor(totals[1]) if loss_sum.requires_grad else totals[1]
+        mean: Tensor = TokenMean.apply(loss_sum, totals, divisor, ranks)  # type: ignore[no-untyped-call]
+        return mean
+
+    def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
+        """Return whole sequences, in their order, out of the parts of the ranks that share them."""
+        splitter = self._splitter
+        if not splitter.is_split:
+            return x
+        assert splitter.current.length is not None
+        dim %= x.dim()
+        splitter.check_tokens(x.shape[dim])
+        placement, position = splitter.placement_of(splitter.current.length), splitter.position
+        whole: Tensor = GatheredSequence.apply(  # type: ignore[no-untyped-call]
+            x, placement, position.sequence_parallel_rank, position.sequence_group, dim
+        )
+        return whole
+
+    def sum_parts(self, x: Tensor) -> Tensor:
+        """Return the sum of x over the ranks that share sequences."""
+        if not self._splitter.is_split:
+            return x
+        total: Tensor = SummedParts.apply(x, self._splitter.position.sequence_group)  # type: ignore[no-untyped-call]
+        return total
+
+    def gather_samples(self, x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+        """Return the x of each rank that works on other samples; `group` is asked where there is no mesh."""
+        if self._splitter.position.data_parallel_group is not None:
+            group = self._splitter.position.data_parallel_group
+        elif group is None:
+            group = world_group()
+        return [x] if group is None else _gathered_states(x, group)
 
 
 class TokenMean(torch.autograd.Function):
-    """Sum over all ranks / count over all ranks, and a gradient for engines that average gradients over all ranks.
+    """The sum over all ranks / the count over all ranks, with a gradient for engines that average gradients over ranks.
 
-    Where `divisor` is given the gradient is that of the sum / divisor, and the value stays the mean.
+    The gradient is that of the sum / `divisor`, which is the count except in a `TokenWindow`.
     """
 
     @staticmethod
@@ -30,8 +90,8 @@ class TokenMean(torch.autograd.Function):
         return (grad * ctx.factor).to(grad.dtype), None, None, None
 
 
-def summed(loss_sum: Tensor, token_count: Tensor | float, group: dist.ProcessGroup | None) -> Tensor:
-    """(sum of losses, count of tokens) over the ranks, in float64."""
+def _totals(loss_sum: Tensor, token_count: Tensor | float, group: dist.ProcessGroup | None) -> Tensor:
+    """Return (sum of losses, count of tokens) over the ranks, in float64."""
     if loss_sum.dim() != 0:
         raise ValueError(f"loss_sum must be a sum, a tensor of no dimension, got shape {tuple(loss_sum.shape)}")
     count = torch.as_tensor(token_count, dtype=torch.float64, device=loss_sum.device).detach()
@@ -44,11 +104,11 @@ def summed(loss_sum: Tensor, token_count: Tensor | float, group: dist.ProcessGro
 
 
 class GatheredSequence(torch.autograd.Function):
-    """The whole sequence on every rank; the gradient of a rank's part is the sum of what all ranks have for it."""
+    """The whole sequence on every rank; the gradient of a part is the sum of all ranks' gradients of it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, placement: Placement, rank: int, group: dist.ProcessGroup, dim: int) -> Tensor:
-        ctx.told = placement, rank, group, dim
+        ctx.where = placement, rank, group, dim
         longest = max(placement.lengths)
         local = x.movedim(dim, 0)
         padded = local.new_zeros((longest, *local.shape[1:]))
@@ -63,14 +123,14 @@ class GatheredSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        placement, rank, group, dim = ctx.told
+        placement, rank, group, dim = ctx.where
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=group)
         return part_of(grad, placement, rank, dim), None, None, None, None
 
 
 class SummedParts(torch.autograd.Function):
-    """The sum over the ranks, on each of them; the gradient of a rank's is the sum of what all ranks have for it."""
+    """The sum over the ranks, on each of them; the gradient of each addend is the sum of all ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -88,20 +148,14 @@ def _total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return wide.to(x.dtype)
 
 
-def part_of(x: Tensor, placement: Placement, rank: int, dim: int) -> Tensor:
-    """The tokens of a rank, in the order in which it holds them; a copy, so that the whole can be freed."""
-    parts = [x.narrow(dim, begin, end - begin) for begin, end, _ in placement.stretches(rank)]
-    return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0).clone()
-
-
-def gathered_states(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """What each rank of a group has, of shapes of their own."""
-    found: list[Any] = [None] * dist.get_world_size(group)
+def _gathered_states(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """Return the x of each rank of a group, whose shapes may differ but for their number of dimensions."""
     shape = torch.tensor(x.shape, device=x.device)
-    shapes = [torch.empty_like(shape) for _ in found]
+    shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shapes, shape, group=group)
+    # all_gather takes tensors of one shape
     padded = x.new_zeros(torch.stack(shapes).amax(0).tolist() if x.dim() else [])
     padded[tuple(slice(n) for n in x.shape)] = x
-    found = [torch.empty_like(padded) for _ in found]
-    dist.all_gather(found, padded, group=group)
-    return [each[tuple(slice(n) for n in size.tolist())] for each, size in zip(found, shapes, strict=True)]
+    states = [torch.empty_like(padded) for _ in shapes]
+    dist.all_gather(states, padded, group=group)
+    return [each[tuple(slice(n) for n in size.tolist())] for each, size in zip(states, shapes, strict=True)]

@@ -1,4 +1,4 @@
-"""Micro-batches whose gradients are accumulated, and are to count by their tokens."""
+"""Accumulation over micro-batches that count by their tokens."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ if TYPE_CHECKING:
 
 
 class TokenWindow:
-    """Open from the first of the micro-batches to the last: each of their means then has the first one's divisor."""
+    """Gives the means of accumulated micro-batches one divisor, and at the end a factor that corrects it to all tokens.
+
+    It is open from the first of the micro-batches to the last.
+    """
 
     def __init__(self) -> None:
         self._counts: list[Tensor] | None = None
 
     def open(self) -> None:
-        """If it is not."""
+        """Open the window where it is closed."""
         if self._counts is None:
             self._counts = []
 
     @property
     def means(self) -> int:
-        """How many were taken while it is open."""
+        """The number of means that were taken in the window."""
         return 0 if self._counts is None else len(self._counts)
 
     def divisor(self, count: Tensor) -> Tensor:
-        """Of a sum over so many tokens, for its gradient."""
+        """Return the divisor of a sum over `count` tokens, for its gradient: in a window, the first count."""
         if self._counts is None:
             return count
         self._counts.append(count)
         return self._counts[0].clamp(min=1)
 
     def close(self, micro_batches: int) -> float:
-        """What gradients are to be multiplied with, where each loss was divided by `micro_batches`."""
+        """Close the window, and return the factor of gradients whose losses were each divided by `micro_batches`."""
         counts, self._counts = self._counts, None
         if not counts:
             return 1.0

@@ -1,1 +1,1 @@
-"""LightningModules, their metrics and their optimiser."""
+"""LightningModules for the models, their metrics and their optimisers."""

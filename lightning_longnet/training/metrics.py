@@ -1,4 +1,4 @@
-"""What is told of a model of tokens, from sums of losses: right however the tokens are split over ranks and batches."""
+"""Metrics of a language model, computed from sums of losses, so exact for any split of the tokens over ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class MeanLoss(Metric):
-    """The mean over all tokens that were seen, by all ranks: each rank counts those that it holds.
+    """The mean loss over all tokens of all ranks; each rank adds the tokens that it holds.
 
     >>> metric = MeanLoss()
     >>> metric.update(torch.tensor(6.0), 3)
@@ -36,24 +36,28 @@ class MeanLoss(Metric):
         self.add_state("token_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
-        """Sums keep their type where a module is made one of bfloat16, in which counting ends at 256."""
+        """Move the state to the device of `fn`, but keep its float64.
 
-        def moved(x: Tensor) -> Tensor:
+        `fn` may convert to bfloat16, for example in `module.bfloat16()`; counting by ones in bfloat16 stops at 256.
+        """
+
+        def move(x: Tensor) -> Tensor:
             return x.to(fn(x.new_empty(0)).device)
 
-        return super()._apply(moved, exclude_state)
+        return super()._apply(move, exclude_state)
 
     def update(self, loss_sum: Tensor, token_count: Tensor | float) -> None:
-        """A sum of losses in nats, and over how many tokens."""
+        """Add a sum of losses, in nats, and the number of tokens that it is over."""
         self.loss_sum += loss_sum.detach()
         self.token_count += token_count
 
     def compute(self) -> Tensor:
+        """Return the mean loss in nats per token."""
         return self.loss_sum / self.token_count
 
 
 class Perplexity(MeanLoss):
-    """As torchmetrics' own, of sums rather than of all the logits.
+    """The exponential of the mean loss.  Unlike torchmetrics' class it takes sums of losses, not the logits.
 
     >>> metric = Perplexity()
     >>> metric.update(torch.tensor(2.0).log() * 5, 5)
@@ -62,14 +66,15 @@ class Perplexity(MeanLoss):
     """
 
     def compute(self) -> Tensor:
+        """Return the perplexity."""
         return super().compute().exp()
 
 
 class BitsPerByte(MeanLoss):
-    """How many bits the model needs for a byte of the text.
+    """The mean loss in bits per byte of the text.
 
     Args:
-        bytes_per_token: of the text, on average: 1 where tokens are bytes.
+        bytes_per_token: average number of bytes of the text per token; 1 where tokens are bytes.
     """
 
     def __init__(self, bytes_per_token: float = 1.0, **kwargs: Any) -> None:
@@ -79,4 +84,5 @@ class BitsPerByte(MeanLoss):
         self.bytes_per_token = float(bytes_per_token)
 
     def compute(self) -> Tensor:
+        """Return the bits per byte."""
         return super().compute() / (log(2) * self.bytes_per_token)

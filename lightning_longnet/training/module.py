@@ -1,4 +1,4 @@
-"""`LongNetModule`: a LongNet as a LightningModule, which learns to tell the next token."""
+"""`LongNetModule`: a LightningModule that trains a LongNet on tokens."""
 
 from __future__ import annotations
 
@@ -24,36 +24,41 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.layers.loss import TokenLoss
-# what a model cannot change and be the same: with some of these its weights would fit, and mean something else
-_OF_THE_WEIGHTS = (
+# The fields of the configuration that a checkpoint must agree on.  With some of them different the weights would still
+# fit in shape, but the model would compute something else
+_FIELDS_OF_THE_WEIGHTS = (
     *("vocab_size", "dim", "layers", "heads", "kv_heads", "hidden_dim", "activation", "rotary", "qk_norm", "sub_norm"),
     *("bias", "embedding_scale", "learned_positions", "tied_embeddings", "final_norm"),
 )
 
 
 class LongNetModule(L.LightningModule):
-    """A LongNet and how it is trained, on any strategy: under ours each rank holds its part of every sequence.
+    """A LongNet with its loss, metrics and optimiser, for any Lightning strategy.
 
-    Batches are dictionaries: `input_ids` and `labels`, and where there is any, `attention_mask`, `documents`,
-    `positions`.  `labels[t]` is what token t is to predict, or -100.
+    Under `ring_sequence_parallel` each rank holds its part of every sequence.
 
-    Logged are the loss over the tokens of all ranks, bits per byte where the data module tells `bytes_per_token`, and
-    the perplexity of validation and test data.
+    Batches are dictionaries with `input_ids` and `labels` (B, N), and optionally `attention_mask`, `documents` and
+    `positions`; see `LongNet.forward`.  `labels[:, t]` is the token that token t is to predict, or -100.
+
+    The module logs the mean loss over the tokens of all ranks, the perplexity of validation and test data, and bits per
+    byte where the data module has an attribute `bytes_per_token`.
 
     Args:
-        config: of the model.
-        learning_rate: at its peak.
-        warmup_steps: in which it rises to that; it then falls along half a cosine to the end of training.
-        final_share: of the peak, that is left at the end.
-        weight_decay: of matrices; biases and norms have none.
-        betas: of AdamW.
-        eps: of AdamW.
-        optimizer: another one, made of groups of parameters: a class of torch.optim and its arguments in YAML.
-        generated_tokens: how many `predict` adds to each sequence.
-        temperature: of what is drawn then; 0 takes the likeliest token.
-        top_k: only so many of the likeliest are drawn from.
-        weights: what the model begins with: a checkpoint of any engine, or what `longnet export` or `longnet convert`
-            wrote.  Checkpoints do not tell of it.
+        config: the configuration of the model.
+        learning_rate: the highest learning rate.
+        warmup_steps: number of steps in which the learning rate rises to that.  It then falls as half a cosine until
+            the end of training.
+        final_share: the last learning rate, as a share of the highest.
+        weight_decay: weight decay of matrices; biases and norms have none.
+        betas: betas of AdamW.
+        eps: eps of AdamW.
+        optimizer: another optimiser, called with the parameter groups: in YAML a class of torch.optim and its
+            arguments.
+        generated_tokens: number of tokens that `predict` adds to each sequence.
+        temperature: divisor of the logits in `predict`; 0 takes the most likely token.
+        top_k: `predict` samples from this many of the most likely tokens only.
+        weights: the initial weights: a checkpoint of any engine, or a file or folder that `longnet export` or `longnet
+            convert` wrote.  Checkpoints do not save this argument.
     """
 
     def __init__(
@@ -72,7 +77,7 @@ class LongNetModule(L.LightningModule):
         weights: str | Path | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(config, dict):  # as checkpoints hold it
+        if isinstance(config, dict):  # a checkpoint holds it as a dictionary
             config = LongNetConfig(**config)
         positive_number("learning_rate", learning_rate)
         self.config, self.optimizer = config, optimizer
@@ -80,7 +85,7 @@ class LongNetModule(L.LightningModule):
         self.weight_decay, self.betas, self.eps = weight_decay, (betas[0], betas[1]), eps
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
         self.generated_tokens = generated_tokens
-        # plain values, which a checkpoint is read with where none of our classes may be
+        # plain values, so that torch.load reads a checkpoint with weights_only=True and without our classes
         self.save_hyperparameters(
             {
                 "config": config.to_dict(),
@@ -97,19 +102,20 @@ class LongNetModule(L.LightningModule):
         )
         self.model = LongNet(config)
         if weights is not None:
-            found = read_checkpoint(weights)
-            self.on_load_checkpoint({"hyper_parameters": found.hyper_parameters})
-            self.model.load_state_dict(model_of(found).state_dict())
+            saved = read_checkpoint(weights)
+            self.on_load_checkpoint({"hyper_parameters": saved.hyper_parameters})
+            self.model.load_state_dict(model_of(saved).state_dict())
         self.val_metrics, self.test_metrics = self._metrics(None), self._metrics(None)
 
-    def forward(self, input_ids: Tensor, **told: Tensor) -> Tensor:
-        """Logits; see `LongNet`."""
-        logits: Tensor = self.model(input_ids, **told)
+    def forward(self, input_ids: Tensor, **options: Tensor) -> Tensor:
+        """Return the logits (B, N, vocabulary); see `LongNet.forward` for the arguments."""
+        logits: Tensor = self.model(input_ids, **options)
         return logits
 
     # Data
 
     def setup(self, stage: str) -> None:
+        """Check the vocabulary of the data module, and read its `bytes_per_token` and `tokenizer_name`."""
         data = getattr(self.trainer, "datamodule", None)
         vocabulary = getattr(data, "vocab_size", None)
         if vocabulary is not None and vocabulary > self.config.vocab_size:
@@ -117,27 +123,29 @@ class LongNetModule(L.LightningModule):
                 f"config.vocab_size must be at least that of the data, {vocabulary}, got {self.config.vocab_size}"
             )
         self.bytes_per_token: float | None = getattr(data, "bytes_per_token", None)
-        self.hparams["tokenizer"] = getattr(data, "tokenizer_name", None)  # for whoever reads the checkpoint
+        self.hparams["tokenizer"] = getattr(data, "tokenizer_name", None)  # saved for programs that read the checkpoint
         self.val_metrics, self.test_metrics = (self._metrics(self.bytes_per_token) for _ in range(2))
 
     @staticmethod
     def _metrics(bytes_per_token: float | None) -> torch.nn.ModuleDict:
-        found: dict[str, Any] = {"loss": MeanLoss(), "perplexity": Perplexity()}
+        metrics: dict[str, Any] = {"loss": MeanLoss(), "perplexity": Perplexity()}
         if bytes_per_token is not None:
-            found["bits_per_byte"] = BitsPerByte(bytes_per_token)
-        return torch.nn.ModuleDict(found)
+            metrics["bits_per_byte"] = BitsPerByte(bytes_per_token)
+        return torch.nn.ModuleDict(metrics)
 
     # Steps
 
     def _losses(self, batch: dict[str, Tensor]) -> TokenLoss:
+        """Return the sum of the losses of this rank's tokens, and their number."""
         if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
             shown = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
             raise ValueError(f"batch must be a dictionary that holds input_ids and labels, got {shown or 'nothing'}")
-        told = {name: batch[name] for name in ("positions", "documents", "attention_mask") if name in batch}
-        found: TokenLoss = self.model(batch["input_ids"], batch["labels"], **told)
-        return found
+        options = {name: batch[name] for name in ("positions", "documents", "attention_mask") if name in batch}
+        losses: TokenLoss = self.model(batch["input_ids"], batch["labels"], **options)
+        return losses
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean loss over the tokens of all ranks."""
         loss = sequence_context(self).token_mean(*self._losses(batch))
         self.log("train/loss", loss)
         if self.bytes_per_token is not None:
@@ -152,14 +160,14 @@ class LongNetModule(L.LightningModule):
         self._measure("test", self.test_metrics, batch)
 
     def _measure(self, stage: str, metrics: torch.nn.ModuleDict, batch: dict[str, Tensor]) -> None:
-        found = self._losses(batch)
+        losses = self._losses(batch)
         for name, metric in metrics.items():
             assert isinstance(metric, MeanLoss)
-            metric.update(*found)
+            metric.update(*losses)
             self.log(f"{stage}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "bits_per_byte")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The sequences of the batch with `generated_tokens` more."""
+        """Return the sequences of the batch continued by `generated_tokens` tokens, whole on every rank."""
         whole = sequence_context(self).gather_sequence(batch["input_ids"])
         return self.generate(whole, self.generated_tokens, **self.sampling)
 
@@ -171,9 +179,9 @@ class LongNetModule(L.LightningModule):
         top_k: int | None = None,
         seed: int = 0,
     ) -> Tensor:
-        """Sequences (B, N) with as many tokens more; all ranks call it together, with the same sequences.
+        """Return input_ids (B, N) continued by `tokens` sampled tokens; see `generation.generate` for the arguments.
 
-        The whole prefix is computed again for each token.
+        All ranks that share sequences call this together, with the same whole sequences.
         """
         return generate(
             self.model,
@@ -188,6 +196,7 @@ class LongNetModule(L.LightningModule):
     # Training
 
     def configure_optimizers(self) -> Any:
+        """Return AdamW, or `optimizer`, with decaying and other parameters in two groups, and the schedule per step."""
         groups = decay_groups(self, self.weight_decay)
         if self.optimizer is None:
             optimizer: Optimizer = AdamW(groups, self.learning_rate, self.betas, self.eps)
@@ -196,20 +205,21 @@ class LongNetModule(L.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("max_steps or max_epochs of the Trainer must be set: the learning rate falls to their end")
-        # a run that is shorter than its warm-up ends within it
+        # the schedule needs more steps than the warm-up; a shorter run ends within the warm-up
         steps = max(int(steps), self.warmup_steps + 1)
         schedule = warmup_cosine(optimizer, steps, self.warmup_steps, self.final_share)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        found = checkpoint.get("hyper_parameters", {}).get("config")
-        if found is None:
+        """Refuse a checkpoint whose model differs from this one in a field of `_FIELDS_OF_THE_WEIGHTS`."""
+        config = checkpoint.get("hyper_parameters", {}).get("config")
+        if config is None:
             return
-        known = dict(found)
+        known = dict(config)
         own = self.config.to_dict()
         if "vocab_size" not in known:
             raise ValueError("the checkpoint must be of a LongNet, got another model's")
         known["kv_heads"], own["kv_heads"] = known["kv_heads"] or known["heads"], own["kv_heads"] or own["heads"]
-        for name in _OF_THE_WEIGHTS:
+        for name in _FIELDS_OF_THE_WEIGHTS:
             if name in known and known[name] != own[name]:
                 raise ValueError(f"the checkpoint's model has {name} {known[name]}, and config.{name} is {own[name]}")

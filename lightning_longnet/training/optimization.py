@@ -1,4 +1,4 @@
-"""What modules share of their optimisers: which parameters decay, and a schedule of warm-up and cosine."""
+"""Parameter groups with and without weight decay, and a learning rate schedule of warm-up and cosine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters of a module that learn, for an optimiser: those that decay, and those that do not.
+    """Return the trainable parameters of a module as two groups for an optimiser: with weight decay and without.
 
-    What multiplies its input decays: the weights of linear maps, convolutions and embeddings.  Biases, norms and bare
-    parameters (tables of positions, class tokens) do not.
+    The weights of linear maps, convolutions and embeddings decay.  Biases, norms and parameters that belong to no such
+    layer (tables of positions, class tokens) do not.  A group without parameters is left out.
 
     Args:
-        module: a parameter that it holds twice is named once.
-        weight_decay: of the first group; the second has 0.
+        module: the module.  A parameter that it holds under two names is listed once.
+        weight_decay: weight decay of the first group; that of the second is 0.
 
     >>> [len(group["params"]) for group in decay_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), 0.1)]
     [1, 3]
@@ -46,16 +46,16 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 def warmup_cosine(optimizer: Optimizer, steps: int, warmup_steps: int, final_share: float = 0.1) -> LambdaLR:
-    """The learning rate rises over `warmup_steps` to that of the optimiser, then falls as a cosine.
+    """Return a schedule that raises the learning rate linearly over `warmup_steps`, then lowers it as half a cosine.
 
-    Step 0 has `1 / warmup_steps` of it already, step `warmup_steps - 1` all, and step `steps - 1`, like any later one,
-    `final_share`.
+    Step 0 has `1 / warmup_steps` of the highest rate, step `warmup_steps - 1` the highest rate, and step `steps - 1`
+    and all later ones have `final_share` of it.
 
     Args:
-        optimizer: whose learning rates are the highest.
-        steps: of the optimiser, in the whole run.
-        warmup_steps: fewer than `steps`; 0 begins at the top.
-        final_share: of the highest rate, at the end.
+        optimizer: the optimiser; its learning rates are the highest ones.
+        steps: number of optimiser steps of the whole run.
+        warmup_steps: less than `steps`; with 0 the schedule begins at the highest rate.
+        final_share: the last rate, as a share of the highest.
     """
     positive_integer("steps", steps)
     if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or not 0 <= warmup_steps < steps:

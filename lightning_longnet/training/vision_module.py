@@ -1,4 +1,4 @@
-"""Training a LongViT to tell images apart, on one process or with the patches of an image over many."""
+"""`LongViTModule`: a LightningModule that trains a LongViT to classify images."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from lightning_longnet.training.optimization import decay_groups, warmup_cosine
 
 
 class LongViTModule(L.LightningModule):
-    """Image classification: batches are {"pixels": (B, channels, height, width), "label": (B,)}.
+    """A LongViT with its loss, metrics and optimiser, for any Lightning strategy.
 
-    Under `ring_sequence_parallel` every rank is given whole images and works on its own patches; losses and accuracies
-    are the same numbers as on one process.
+    Batches are {"pixels": (B, channels, height, width), "label": (B,)}.  Under `ring_sequence_parallel` every rank gets
+    whole images and computes its own patches; losses and accuracies are those of a single process.
 
     Args:
-        config: of the model; or its `to_dict`.
-        learning_rate: at its highest.
-        weight_decay: of AdamW, for weights alone; see `decay_groups`.
-        warmup_share: of the steps, over which the learning rate rises; it then falls as a cosine.
-        final_share: of the learning rate, at the end.
-        label_smoothing: share of the target that is spread over all classes, in training.
+        config: the configuration of the model, or its `to_dict`.
+        learning_rate: the highest learning rate.
+        weight_decay: weight decay of AdamW; see `decay_groups` for the parameters that decay.
+        warmup_share: share of the steps in which the learning rate rises.  It then falls as half a cosine.
+        final_share: the last learning rate, as a share of the highest.
+        label_smoothing: `label_smoothing` of the cross entropy, in training.
     """
 
     sequence_dims: ClassVar[dict[str, int | None]] = {"pixels": None, "label": None}
@@ -59,6 +59,7 @@ class LongViTModule(L.LightningModule):
         self.test_loss, self.test_accuracy = MeanLoss(), MulticlassAccuracy(config.classes, average="micro")
 
     def setup(self, stage: str) -> None:
+        """Refuse a data module that has more classes than the model."""
         classes = getattr(getattr(self.trainer, "datamodule", None), "classes", ())
         if len(classes) > self.config.classes:
             raise ValueError(
@@ -66,22 +67,27 @@ class LongViTModule(L.LightningModule):
             )
 
     def ordering(self, rows: int, columns: int) -> Tensor | None:
-        """In which order the patches of such a grid form the sequence; None is `config.ordering`.  For subclasses."""
+        """Return the order of the patches of a grid, or None for `config.ordering`; see `LongViT.forward`.
+
+        Subclasses may override this.
+        """
         return None
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Return the logits (B, classes) of pixels (B, channels, height, width)."""
         size = self.config.patch_size
         logits: Tensor = self.model(pixels, ordering=self.ordering(pixels.shape[-2] // size, pixels.shape[-1] // size))
         return logits
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean loss over the images of all ranks."""
         logits, labels = self(batch["pixels"]), batch["label"]
         sums = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
         context = sequence_context(self)
         loss = context.token_mean(sums, len(labels))
         accuracy = context.token_mean((logits.argmax(-1) == labels).float().sum(), len(labels))
-        told: dict[str, Any] = {"prog_bar": True, "batch_size": len(labels)}
-        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, **told)
+        options: dict[str, Any] = {"prog_bar": True, "batch_size": len(labels)}
+        self.log_dict({"train/loss": loss.detach(), "train/accuracy": accuracy}, **options)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -91,20 +97,21 @@ class LongViTModule(L.LightningModule):
         self._evaluate("test", batch)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The most likely class of each image."""
+        """Return the most likely class of each image, (B,)."""
         classes: Tensor = self(batch["pixels"]).argmax(-1)
         return classes
 
     def _evaluate(self, stage: str, batch: dict[str, Tensor]) -> None:
         logits, labels = self(batch["pixels"]), batch["label"]
         loss, accuracy = getattr(self, f"{stage}_loss"), getattr(self, f"{stage}_accuracy")
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss.update(F.cross_entropy(wide, labels, reduction="sum"), len(labels))
+        float_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss.update(F.cross_entropy(float_logits, labels, reduction="sum"), len(labels))
         accuracy.update(logits, labels)
-        told: dict[str, Any] = {"on_step": False, "on_epoch": True, "prog_bar": True, "batch_size": len(labels)}
-        self.log_dict({f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}, **told)
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "prog_bar": True, "batch_size": len(labels)}
+        self.log_dict({f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}, **options)
 
     def configure_optimizers(self) -> Any:
+        """Return AdamW with decaying and other parameters in two groups, and the schedule per step."""
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("max_steps must be set where the data has no end: the learning rate falls until then")

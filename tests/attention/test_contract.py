@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_longnet import Pattern, attend, explain
 from lightning_longnet.attention.kernels import blocks
 from lightning_longnet.attention.kernels.sdpa import cpu
+from lightning_longnet.attention.spec import AttentionSpec
 
 KERNELS = ["sdpa", "eager", "reference"]
 LONGNET = Pattern.dilated((16, 32, 64), (1, 2, 4), is_causal=True)
@@ -345,11 +346,11 @@ def test_both_operators_pass_torchs_own_checks():
         ((documents, None, None), 0.0, "sdpa"),
         ((None, hidden, torch.tensor(7)), 0.2, "eager"),
     ]:
-        settings = LONGNET.dumps(), 0.3, dropout, 0, 1, kernel
-        arguments = (q, k, v, *conditions, *settings)
-        torch.library.opcheck(torch.ops.lightning_longnet.attend, arguments, test_utils=tests)
-        out, lse = torch.ops.lightning_longnet.attend(*arguments)
-        arguments = (grad, q, k, v, out, lse, *conditions, *settings, "exact")
+        sinks = torch.arange(4.0) if dropout == 0 else None
+        options = sinks, *conditions, AttentionSpec(LONGNET, kernel, 0.3, dropout).dumps(), None
+        torch.library.opcheck(torch.ops.lightning_longnet.attend, (q, k, v, *options), test_utils=tests)
+        out, lse, kept = torch.ops.lightning_longnet.attend(q, k, v, *options)
+        arguments = (grad, q, k, v, out, lse, kept, *options)
         torch.library.opcheck(torch.ops.lightning_longnet.attend_backward, arguments, test_utils=tests)
 
 

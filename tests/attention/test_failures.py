@@ -14,9 +14,9 @@ from pool import Pool
 from tiers import tiered
 
 from lightning_longnet import Pattern, SequenceShard, attend
-from lightning_longnet.attention import checks as arguments
+from lightning_longnet.attention import checks, op
 from lightning_longnet.attention.kernels import eager
-from lightning_longnet.attention.parallel import sharded
+from lightning_longnet.attention.parallel import rounds_plan
 
 DENSE = Pattern.dense()
 
@@ -97,10 +97,10 @@ def test_kinds_of_calls_never_match_each_other(spent):
 PLACES = {
     "a kernel's forward": (eager, "forward", 2),
     "a kernel's backward": (eager, "backward", 2),
-    "copies": (sharded, "readable", 1),
-    "copies of a backward": (sharded, "readable", 4),
-    "a plan": (sharded, "route", 1),
-    "arguments": (arguments, "request_of", 1),
+    "copies": (op, "readable", 1),
+    "copies of a backward": (op, "readable", 4),
+    "a plan": (rounds_plan, "route", 1),
+    "arguments": (checks, "request_of", 1),
 }
 
 

@@ -70,7 +70,7 @@ def test_computes_a_pair_once_with_its_multiplicity_as_a_weight(shown, kv_heads,
     cuts = (0, *torch.tensor(lengths).cumsum(0).tolist())
     pattern = drawn.pattern_of(shown, "multiset")
     with drawn.planned(True, tile):
-        found = plan(pattern, kv_heads * group, kv_heads, cuts, distinct=1)
+        found = plan(pattern, kv_heads * group, kv_heads, cuts, weighted_segments=1)
     blocks = [block for branch in found.branches for block in branch]
     ids = [i for i, (a, b) in enumerate(pairwise(cuts)) for _ in range(b - a)]
     counts = sum(brute.counts(shown, "multiset", cuts[-1], kv_heads, ids))
@@ -91,13 +91,13 @@ def test_computes_a_pair_once_with_its_multiplicity_as_a_weight(shown, kv_heads,
 def test_longnet_computes_a_quarter_less_than_it_shows():
     pattern = Pattern.dilated((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16), is_causal=True)
     shown = plan(pattern, 8, 8, (0, 65536))
-    assert plan(pattern, 8, 8, (0, 65536), distinct=1).pairs == pytest.approx(0.76 * shown.pairs, rel=0.01)
+    assert plan(pattern, 8, 8, (0, 65536), weighted_segments=1).pairs == pytest.approx(0.76 * shown.pairs, rel=0.01)
     # two whole segments would leave a third thread idle, and so would documents that are each a call of their own
-    assert plan(pattern, 8, 8, (0, 4096), distinct=3) == plan(pattern, 8, 8, (0, 4096))
-    assert plan(pattern, 8, 8, (0, 3000, 7000, 9100), distinct=2) == plan(pattern, 8, 8, (0, 3000, 7000, 9100))
+    assert plan(pattern, 8, 8, (0, 4096), weighted_segments=3) == plan(pattern, 8, 8, (0, 4096))
+    assert plan(pattern, 8, 8, (0, 3000, 7000, 9100), weighted_segments=2) == plan(pattern, 8, 8, (0, 3000, 7000, 9100))
     # the paper's rates 4 and 6 do not divide: their branches overlap as no table of weights could say
     paper = Pattern.dilated((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12), is_causal=True)
-    assert plan(paper, 12, 12, (0, 65536), distinct=1) == plan(paper, 12, 12, (0, 65536))
+    assert plan(paper, 12, 12, (0, 65536), weighted_segments=1) == plan(paper, 12, 12, (0, 65536))
 
 
 def test_a_longnet_branch_is_one_call_for_each_diagonal_of_heads():

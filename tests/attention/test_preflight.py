@@ -129,7 +129,7 @@ def test_where_no_kernel_works_nothing_is_made_up():
     wanted = pytest.raises(
         ValueError, match="no kernel can serve this call, as each that could has failed: flash: it is"
     )
-    with patch.object(guards, "_fault", return_value="it is broken"), wanted:
+    with patch.object(guards, "kernel_fault", return_value="it is broken"), wanted:
         Guard().attend(*drawn()[:3], PATTERN)
 
 
@@ -139,7 +139,10 @@ def without_kernels(group, is_known):
     if is_known:
         stepped(shard, Guard(), shard.tokens())
     before = shard.calls
-    with patch.object(guards, "_fault", return_value="it is broken"), pytest.raises(ValueError, match="no kernel can"):
+    with (
+        patch.object(guards, "kernel_fault", return_value="it is broken"),
+        pytest.raises(ValueError, match="no kernel can"),
+    ):
         stepped(shard, Guard(), shard.tokens())
     return shard.calls - before, len(stepped(shard, Guard(), shard.tokens()))
 
@@ -151,7 +154,7 @@ def test_a_call_that_no_kernel_serves_counts_as_one_on_all_ranks(pool, is_known)
 
 def short_of_memory(group, poor_rank):
     shard, guard = SequenceShard(group, LENGTH // 2), Guard()
-    free = patch.object(guards, "_free_bytes", return_value=100 if group.rank() == poor_rank else 2**40)
+    free = patch.object(guards, "free_bytes", return_value=100 if group.rank() == poor_rank else 2**40)
     with free, pytest.raises(ValueError, match=r"memory|free") as told:
         stepped(shard, guard, shard.tokens())
     return str(told.value), guard.counts, len(stepped(shard, guard, shard.tokens()))

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from lightning_longnet import Pattern, sequence_plan
 from lightning_longnet.attention.parallel import routes
+from lightning_longnet.attention.parallel.exchange import MESSAGE_BYTES, Sizes
 from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.routes import Layout, crossings, is_local, route
-from lightning_longnet.attention.parallel.schedule import MESSAGE_BYTES, Sizes, schedule, volume
+from lightning_longnet.attention.parallel.routes import Layout, is_local, rank_blocks, route
+from lightning_longnet.attention.parallel.schedule import exchange_plan, schedule
 from lightning_longnet.attention.parallel.shares import shares
 
 SIZES = Sizes(batch=1, head_dim=64, value_dim=64, itemsize=4, wide_itemsize=4)
@@ -88,7 +89,7 @@ def test_the_closed_form_of_nested_branches(is_causal):
 def test_nothing_travels_while_segments_end_where_ranks_do():
     layout = Layout(Pattern.dilated((64, 128), (1, 2), True), 4, 4, (0, 1024), Placement((256,) * 4))
     assert is_local(layout)
-    assert all(volume(layout, ("gather",) * 2, rank, SIZES) == (0, 0, 0, 0) for rank in range(4))
+    assert all(exchange_plan(layout, ("gather",) * 2).volume(rank, SIZES) == (0, 0, 0, 0) for rank in range(4))
     assert schedule(layout, "auto", SIZES).why == "nothing has to travel"
 
 
@@ -100,7 +101,7 @@ def test_auto_says_why():
     assert "swap " in chosen.why
     dense = Layout(Pattern.dense(True), 8, 8, (0, 65536), Placement((8192,) * 8))
     chosen = schedule(dense, "auto", SIZES)
-    assert chosen.is_swap  # every key goes everywhere: to trade heads is cheaper
+    assert chosen.exchanges == ("swap",)  # every key goes everywhere: to trade heads is cheaper
     dense = dense._replace(heads=3, kv_heads=3)
     chosen = schedule(dense, "auto", SIZES)
     assert chosen.exchanges == ("ring",)  # too much to keep
@@ -146,7 +147,7 @@ def test_the_volume_is_that_of_the_route(seed):
     for way in (("gather", "ring", "ring"), ("gather", "gather", "ring"), ("ring",) * 3, ("gather",) * 3):
         exchanges = way[: len(layout.pattern.branches)]
         for rank in range(layout.placement.ranks):
-            found = volume(layout, exchanges, rank, SIZES)
+            found = exchange_plan(layout, exchanges).volume(rank, SIZES)
             sent = messages = kept = forward = 0
             for each in route(layout, rank, exchanges).rounds:
                 at, fetches = each.indices(), 1 if each.keeps else 2
@@ -173,7 +174,7 @@ def test_auto_keeps_no_more_than_it_may_on_any_rank():
 def test_auto_weighs_messages_and_takes_the_way_with_fewest_rings():
     one = Layout(Pattern.dilated((64, 512), (1, 1), True), 3, 3, (0, 512), Placement((128,) * 4))
     for way in (("gather",) * 2, ("ring",) * 2):
-        told = volume(one, way, 3, SIZES)
+        told = exchange_plan(one, way).volume(3, SIZES)
         assert told.cost == told.sent_bytes + told.messages * MESSAGE_BYTES
     # nothing of the first branch travels: to gather it or to ring it costs the same
     assert schedule(one, "auto", SIZES).exchanges == ("gather", "ring")
@@ -203,7 +204,7 @@ def test_many_documents_on_many_ranks_are_planned_at_once():
     while cuts[-1] < 2**20:
         cuts.append(min(2**20, cuts[-1] + rng.randint(1, 4000)))
     layout = Layout(Pattern.dense(True), 8, 8, tuple(cuts), Placement((2048,) * 512))
-    between = crossings(layout)
+    between = rank_blocks(layout)
     assert max(len(between.neighbours(rank)) for rank in range(512)) < 8
     asked = []
     with patch.object(routes, "shares", lambda *a: (asked.append(a), shares(*a))[1]):
@@ -216,11 +217,11 @@ def test_many_documents_on_many_ranks_are_planned_at_once():
 def test_few_cells_are_listed_as_a_mask_shows_them():
     pattern = Pattern.dilated((64, 1024, 4096), (1, 32, 64), is_causal=True)
     layout = Layout(pattern, 4, 2, (0, 4096), Placement((1024,) * 4))
-    wanted = crossings(layout).wanted(3, 0)
+    wanted = rank_blocks(layout).blocks(3, 0)
     assert wanted.is_sparse
     assert wanted.listed().tolist() == wanted.cells().tolist()
-    assert wanted.many() == len(wanted.cells()) > 0
-    near = crossings(layout).wanted(0, 0)
+    assert wanted.cell_count() == len(wanted.cells()) > 0
+    near = rank_blocks(layout).blocks(0, 0)
     assert not near.is_sparse
-    assert near.many() == len(near.cells()) == len(near.listed())
+    assert near.cell_count() == len(near.cells()) == len(near.listed())
     assert near.listed((1,)).tolist() == near.mask((1,)).nonzero().flatten().tolist()

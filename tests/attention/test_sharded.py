@@ -15,9 +15,9 @@ from split import LONGNET, side_by_side, step, whole
 from tiers import tiered
 
 from lightning_longnet import Pattern, SequenceShard, attend
-from lightning_longnet.attention.parallel import sharded
+from lightning_longnet.attention.parallel import calls
 from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.routes import Layout, crossings
+from lightning_longnet.attention.parallel.routes import Layout, rank_blocks
 from lightning_longnet.attention.parallel.schedule import Schedule
 from lightning_longnet.attention.plan import blocks as plan
 
@@ -208,7 +208,7 @@ def test_a_compiled_call_runs_the_exchange_outside_of_its_graph(pool):
 
 
 def mixed(group, tensors, placement, settings):
-    with patch.object(sharded, "schedule", lambda *_: Schedule(("gather", "ring", "ring"), "drawn")):
+    with patch.object(calls, "schedule", lambda *_: Schedule(("gather", "ring", "ring"), "drawn")):
         return step(group, tensors, placement, None, None, settings, torch.float64)
 
 
@@ -226,11 +226,11 @@ def test_one_call_may_gather_some_branches_and_ring_others(pool, placement, mult
 def weighted(group, tensors, placement, settings):
     """A pair that branches share is computed once, with its weight, however little that saves."""
     with drawn.planned(distinct=True, tile=8), patch.object(plan, "NARROW_SHARE", 1.0):
-        crossings.cache_clear()
+        rank_blocks.cache_clear()
         found = step(group, tensors, placement, None, None, settings, torch.float64)
         layout = Layout(settings["pattern"], 4, 2, (0, placement.length), placement, 1)
         assert plan.plan(layout.pattern, 4, 2, layout.cuts, 1).counts_once
-    crossings.cache_clear()
+    rank_blocks.cache_clear()
     return found
 
 

@@ -19,11 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_longnet import Pattern, SequenceShard, attend, keep_attention, sequence_plan
 from lightning_longnet.attention.kernels.sdpa import cpu
-from lightning_longnet.attention.parallel import sharded
+from lightning_longnet.attention.parallel import calls
 from lightning_longnet.attention.parallel.comm import Pending
+from lightning_longnet.attention.parallel.exchange import Sizes
 from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.parallel.routes import Layout
-from lightning_longnet.attention.parallel.schedule import Sizes, schedule, volume
+from lightning_longnet.attention.parallel.schedule import exchange_plan, schedule
 
 
 @pytest.mark.parametrize("exchange", ["gather", "ring", "swap"])
@@ -35,7 +36,7 @@ def test_sends_what_the_schedule_says(pool, exchange, dtype):
     layout = Layout(LONGNET, 8, 4, (0, 300), where)
     sizes = Sizes(2, 16, 16, dtype.itemsize, 4)
     for rank, (*_, sent, messages) in enumerate(found):
-        told = volume(layout, (exchange,) * 3, rank, sizes)
+        told = exchange_plan(layout, (exchange,) * 3).volume(rank, sizes)
         # a shard's own words at its beginning, and lse, which this test asks for, are not the exchange's
         lse = 2 * 8 // 4 * (300 - where.lengths[rank]) * 4 if exchange == "swap" else 0
         assert sent - lse == told.sent_bytes > 0
@@ -161,7 +162,7 @@ def order(group, exchange):
         return lambda *a, **s: (done.append(name), function(*a, **s))[1]
 
     with (
-        patch.object(shard.comm, "swap", told("start", shard.comm.swap)),
+        patch.object(shard.comm, "exchange", told("start", shard.comm.exchange)),
         patch.object(Pending, "wait", lambda self, wait=Pending.wait: (done.append("wait"), wait(self))[1]),
         patch.object(cpu, "_forward", told("forward", cpu._forward)),
         patch.object(cpu, "_backward", told("backward", cpu._backward)),
@@ -190,7 +191,7 @@ def planned(group):
     torch.set_num_threads(1 + group.rank())
     try:
         shard = SequenceShard(group, 64)
-        with patch.object(sharded, "schedule", lambda *told: (asked.append(told), schedule(*told))[1]):
+        with patch.object(calls, "schedule", lambda *told: (asked.append(told), schedule(*told))[1]):
             q = torch.zeros(1, 64, 4, 16)
             for _ in range(2):
                 attend(q, q, q, LONGNET, shard=shard)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
-from lightning_longnet.callbacks.atomic_save import save_whole
+from lightning_longnet.callbacks.atomic_save import atomic_save
 
 
 def trainer_that_saves(save):
@@ -33,10 +33,10 @@ def cut_off(path):
 def test_a_save_that_is_cut_off_is_not_there(tmp_path, write):
     path = _CheckpointConnector.hpc_save_path(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        save_whole(trainer_that_saves(cut_off), path)
+        atomic_save(trainer_that_saves(cut_off), path)
     assert not Path(path).exists()
     # what it left is not taken for a checkpoint, nor mixed with the next one
     assert _CheckpointConnector.hpc_save_path(tmp_path) == path
-    save_whole(trainer_that_saves(write), path)
+    atomic_save(trainer_that_saves(write), path)
     assert [each.name for each in tmp_path.iterdir()] == [Path(path).name]
     assert not (Path(path) / "other part").exists()

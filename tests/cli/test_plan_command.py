@@ -8,7 +8,7 @@ import pytest
 
 from lightning_longnet import Sparsity
 from lightning_longnet.cli import main
-from lightning_longnet.planning.configured import read_job
+from lightning_longnet.cli.configured import read_job
 from lightning_longnet.registration import NAMES
 
 # of what Lightning uses of jsonargparse
@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs/longnet").glob("*.yaml"))
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
 SMALL = [QUICKSTART, "--device", "h200", "--model.config.layers", "1", "--model.config.dim", "16"]
+SHAPE = {"vocab_size": 8, "layers": 1, "pattern": {"branches": [{"segment_length": 16}]}}
 
 
 def told(capsys, *words):
@@ -32,6 +33,15 @@ def test_every_size_is_read(path):
     assert job.sharding == "fsdp2"
     assert job.precision == "bf16-mixed"
     assert job.tokens == (2**30 if path.stem == "1b_tokens" else 32768)
+
+
+@pytest.mark.parametrize("path", ["LongNetModule", "module.LongNetModule", "training.module.LongNetModule"])
+def test_the_module_is_known_by_all_its_paths(tmp_path, path):
+    model = {"class_path": f"lightning_longnet.{path}", "init_args": {"config": {"dim": 32, "heads": 2, **SHAPE}}}
+    data = {"class_path": "lightning_longnet.ByteData", "init_args": {"tokens": 64, "batch_size": 1}}
+    config = {"model": model, "data": data, "trainer": {"strategy": "ring_sequence_parallel", "devices": 2}}
+    (tmp_path / "model.yaml").write_text(json.dumps(config))
+    assert read_job(["--config", str(tmp_path / "model.yaml")]).config.dim == 32
 
 
 def test_kept_blocks_are_read(tmp_path):

@@ -77,7 +77,7 @@ def test_texts_become_a_stream(tmp_path, lines, kind, tokenizer):
     assert whole(data.train_rows).tolist() == functools.reduce(operator.iadd, wanted, [])
     assert data.train_rows.stream.stream.starts.tolist() == torch.tensor([0, *map(len, wanted)]).cumsum(0)[:-1].tolist()
     assert data.bytes_per_token == sum(map(len, TEXTS)) / sum(map(len, wanted))
-    assert data.vocab_size == len(tool._found)
+    assert data.vocab_size == len(tool._tokenizer)
     assert data.decode(data.encode(TEXTS[3])) == TEXTS[3]
     batch = next(iter(data.train_dataloader()))
     assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])

@@ -50,7 +50,7 @@ def allocated(config, tokens, batch):
 def test_a_trace_holds_what_the_allocator_holds(config):
     job = job_of(config=config, batch=2)
     (kind,) = layer_kinds(job)
-    traced = trace(job, 0, {kind.pattern.dumps(): kind.shares[0].remote})
+    traced = trace(job, 0, {kind.pattern.dumps(): kind.shares[0].footprint})
     planned = max(sum(moment[1:]) for moment in traced.moments)
     assert planned == pytest.approx(allocated(job.config, 512, 2), rel=0.15)
 
@@ -62,7 +62,7 @@ def test_what_is_kept_of_other_ranks_is_counted_in_every_layer():
     kept = [share.volume.kept_bytes for share in kind.shares.values()]
     assert max(kept) > min(kept)
     for rank in (kept.index(max(kept)), kept.index(min(kept))):
-        traced = trace(job, rank, {kind.pattern.dumps(): kind.shares[rank].remote})
+        traced = trace(job, rank, {kind.pattern.dumps(): kind.shares[rank].footprint})
         assert max(moment.exchange for moment in traced.moments) == 3 * kept[rank]
 
 

@@ -101,6 +101,7 @@ def test_declarations_are_checked(dims):
 
 def test_a_whole_batch_is_never_refused_for_what_is_unknown():
     assert known_length({"input_ids": IDS, "ages": torch.ones(2)}, {}) == 6
+    assert known_length({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 6, 6)}, {}) == 6
     assert known_length({"ages": torch.ones(2)}, {}) is None
     assert known_length({"input_ids": IDS, "labels": IDS[:, 1:]}, {}) is None
     context = SequenceContext()

@@ -9,6 +9,8 @@ from contexts import made
 from torch import nn
 
 from lightning_longnet import DilatedSelfAttention, Pattern, SequenceContext, attend, hand_down, sequence_context
+from lightning_longnet.attention.parallel.placement import Placement
+from lightning_longnet.sequence.position import MeshPosition
 
 PATTERN = Pattern.dilated((4, 8, 16), (1, 2, 3), is_causal=True)
 
@@ -41,6 +43,16 @@ def test_whole_sequences_come_back_with_their_gradients(pool, placement, length)
         found = pool.run(world, gathered, placement, length)
         assert all(each[:3] == (True, True, True) for each in found)
         assert sum(each[3] for each in found) == length
+
+
+@pytest.mark.parametrize(("length", "ranks", "lengths"), [(12, 3, (4, 4, 4)), (7, 3, (2, 2, 3)), (2, 3, (0, 1, 1))])
+def test_an_even_placement_differs_by_a_token_at_most(length, ranks, lengths):
+    for kind in ("contiguous", "zigzag"):
+        found = Placement.even(length, ranks, kind)
+        assert (found.lengths, found.kind) == (lengths, kind)
+        assert Placement.even(length, ranks, kind) is found
+    with pytest.raises(ValueError, match="placement must be one of"):
+        Placement.even(length, ranks, "striped")
 
 
 def attended(group, placement, documents, hidden):
@@ -219,11 +231,12 @@ def test_a_window_weighs_by_tokens(pool):
 
 
 def test_dropout_follows_step_layer_and_place():
-    context, q = SequenceContext(seed=3), torch.randn(2, 20, 4, 8)
+    q = torch.randn(2, 20, 4, 8)
 
     def drop(step, layer=0, rank=0, ranks=1):
+        position = MeshPosition(data_parallel_size=ranks, data_parallel_rank=rank)
+        context = SequenceContext(seed=3, position=position)
         context.begin_step(step)
-        context.data_parallel_rank, context.data_parallel_size = rank, ranks
         return context.attend(q, q, q, PATTERN, dropout=0.5, layer=layer)
 
     first = drop(0)

@@ -30,11 +30,15 @@ def part_of_batch(context, samples=(0, 1), length=LENGTH, rank=None):
     return SequencePart(values, length, stretches, [f"it:{sample}" for sample in samples])
 
 
+def masks_of(context):
+    return context._splitter.current.documents, context._splitter.current.key_padding_mask
+
+
 def as_if_cut_here(group, placement):
     """A context is in the same state, and made the same batch, as where it was handed the whole."""
     context = made(group, placement)
     wanted = context.split(whole_batch())
-    positions, given = context.positions, context._given
+    positions, given = context.positions, masks_of(context)
     context.begin(None)
     part = part_of_batch(context)
     context.check_same(part)
@@ -44,7 +48,7 @@ def as_if_cut_here(group, placement):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert context.length == LENGTH
     assert torch.equal(context.positions, positions)
-    for a, b in zip(context._given, given, strict=True):
+    for a, b in zip(masks_of(context), given, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
     assert context.shard is context.shard  # made with documents and padding, by all ranks
 

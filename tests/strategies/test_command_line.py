@@ -105,7 +105,8 @@ def test_every_configuration_trains_two_steps(trainers, deepspeed_trainers, alon
 def told():
     """What three commands say, by name."""
     commands = {
-        "printed": ["--config=configs/quickstart.yaml", "--config=configs/strategies/hsdp.yaml", "--print_config"],
+        "printed": ["--config=configs/quickstart.yaml", "--config=configs/strategies/hsdp.yaml",
+                    "--trainer.strategy.init_args.preemption=false", "--print_config"],
         "help": ["--trainer.strategy.help=lightning_longnet.strategies.RingSequenceParallelStrategy"],
         "wrong": ["--config=configs/quickstart.yaml", "--config=configs/strategies/ddp.yaml",
                   "--trainer.strategy.init_args.sharding=zero"],
@@ -118,6 +119,7 @@ def test_a_printed_configuration_can_be_read_again(tmp_path, told):
     strategy = yaml.safe_load(first)["trainer"]["strategy"]
     assert strategy["class_path"] == "lightning_longnet.strategies.RingSequenceParallelStrategy"
     assert strategy["init_args"]["sharding"] == "hsdp"
+    assert strategy["init_args"]["preemption"] is False
     (tmp_path / "printed.yaml").write_text(first)
     ((_, again, error),) = programs([[LONGNET, "fit", f"--config={tmp_path}/printed.yaml", "--print_config"]])
     assert yaml.safe_load(again) == yaml.safe_load(first), error
@@ -125,7 +127,8 @@ def test_a_printed_configuration_can_be_read_again(tmp_path, told):
 
 def test_help_tells_what_the_strategy_takes(told):
     text = re.sub(r"\s+", " ", told["help"][1])
-    for name in ("sequence_parallel_size", "sharding", "exchange", "placement", "accumulate", "timeout", "engine"):
+    names = ("sequence_parallel_size", "sharding", "exchange", "placement", "accumulate", "timeout", "engine")
+    for name in (*names, "preemption"):
         assert f"--trainer.strategy.{name}" in text
     assert "how many ranks share a sequence" in text
     assert "{auto,local,gather,ring,swap}" in text

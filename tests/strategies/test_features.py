@@ -77,17 +77,18 @@ def fit_placed(rank, world, setting, exchange, placement):
 
 def fit_with_own_exchange(rank, world):
     """The exchanges that the layers' calls asked for, where one layer has its own."""
-    from lightning_longnet.attention.parallel import sharded
+    from lightning_longnet.attention import op
+    from lightning_longnet.attention.spec import AttentionSpec
 
-    asked, call = [], sharded.attend
-    sharded.attend = lambda q, k, v, settings, *told: asked.append(settings.exchange) or call(q, k, v, settings, *told)
+    asked, call = [], op.forward
+    op.forward = lambda *args: asked.append(AttentionSpec.loads(args[7]).exchange) or call(*args)
     try:
         model = started(PLAIN)
         model.blocks[1].attention.exchange = "ring"
         strategy = RingSequenceParallelStrategy(sharding="ddp", exchange="gather")
         run(rank, world, lambda: Module(model, adamw), strategy=strategy, limit_train_batches=1)
     finally:
-        sharded.attend = call
+        op.forward = call
     return asked
 
 

@@ -60,14 +60,14 @@ def encoder():
 
 
 def run_encoder(rank, world, sharding):
-    from lightning_longnet.sequence import context
+    from lightning_longnet.sequence import shards
 
-    made, kind = [], context.SequenceShard
-    context.SequenceShard = lambda *told: made.append(told) or kind(*told)
+    made, kind = [], shards.SequenceShard
+    shards.SequenceShard = lambda *told: made.append(told) or kind(*told)
     try:
         return run(rank, world, lambda: Module(encoder(), adamw), sharding), len(made)
     finally:
-        context.SequenceShard = kind
+        shards.SequenceShard = kind
 
 
 @pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))

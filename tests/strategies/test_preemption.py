@@ -1,12 +1,15 @@
 """Signals: one checkpoint of all ranks, exit status 143, and losses that go on as if nothing had been."""
 
+import logging
 from itertools import product
 from signal import SIGTERM
 
 import pytest
 import torch
-from interrupted import Run
+from interrupted import SETTING, Run
 from tiers import tiered
+from torch.utils.data import DataLoader
+from trained import Module, collated, quiet, samples, started, trainer_of
 
 STEPS = {"accumulate_grad_batches": 2, "val_check_interval": 2}
 # who is told, where: a micro-batch of training, or a step of the optimizer while it validates or saves
@@ -76,6 +79,50 @@ def test_a_stock_strategy_and_fewer_looks(trainers, tmp_path):
         assert code == 143
         assert sorted(losses) == [0, 1, 2, 3, 4]
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["preemption-step=3.ckpt"]
+
+
+class Heard(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+def callbacks_of_two_fits(rank, world, preemption, own):
+    """The callbacks of each fit that are a Preemption, and what the log says of it."""
+    from lightning_longnet.callbacks import Preemption
+    from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+    logger, heard, counts = logging.getLogger("lightning.pytorch.utilities.rank_zero"), Heard(), []
+    with quiet():
+        level = logger.level
+        logger.addHandler(heard)
+        logger.setLevel(logging.INFO)
+        try:
+            strategy = RingSequenceParallelStrategy(sharding="ddp", preemption=preemption)
+            given = [Preemption(every_n_steps=7)] if own else []
+            trainer = trainer_of(strategy, world, max_epochs=1, limit_train_batches=1, callbacks=given)
+            for epochs in (1, 2):
+                trainer.fit_loop.max_epochs = epochs
+                rows = DataLoader(samples(4), batch_size=2, collate_fn=collated)
+                trainer.fit(Module(started(SETTING), SETTING["optimizer"]), rows)
+                counts.append([each.every_n_steps for each in trainer.callbacks if isinstance(each, Preemption)])
+        finally:
+            logger.removeHandler(heard)
+            logger.setLevel(level)
+    return counts, [message for message in heard.messages if "added the callback Preemption" in message]
+
+
+@pytest.mark.parametrize(
+    ("preemption", "own", "found", "announced"),
+    [(True, False, [1], 1), (True, True, [7], 0), (False, False, [], 0), (False, True, [7], 0)],
+)
+def test_it_is_added_where_there_is_none_and_announced(trainers, preemption, own, found, announced):
+    first, second = trainers.run(2, callbacks_of_two_fits, preemption, own)
+    assert first[0] == second[0] == [found, found]
+    assert (len(first[1]), len(second[1])) == (announced, 0)
 
 
 def test_what_is_not_a_number_of_steps():

@@ -27,6 +27,7 @@ from lightning_longnet.strategies import RingSequenceParallelStrategy
         ({"placement": "zig"}, 2, "placement must be one of 'contiguous', 'zigzag', got 'zig'"),
         ({"accumulate": "samples"}, 2, "accumulate must be one of 'batches', 'tokens', got 'samples'"),
         ({"timeout": 0}, 2, "timeout must be a number of seconds, more than 0, got 0"),
+        ({"preemption": "no"}, 2, "preemption must be True or False, got 'no'"),
         ({"engine": {"foo": 1}}, 2, r"engine must hold arguments of ModelParallelStrategy, save_dist.*, got \['foo'\]"),
         (
             {"sharding": "ddp", "engine": {"timeout": 3}},

@@ -1,4 +1,4 @@
-"""Runs blocks through a kernel, and merges what they give."""
+"""Run the blocks of a plan through a kernel: merge their results, and add up their gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.kernels.call import Call, Draw
+from lightning_longnet.attention.kernels.call import Call, DropoutMask
 from lightning_longnet.attention.kernels.keys import accumulate
 from lightning_longnet.attention.kernels.partial import Partial
 from lightning_longnet.attention.plan.gathering import Gathered
@@ -23,100 +23,129 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.kernels import BlockKernel
     from lightning_longnet.attention.kernels.dropout import Dropout
     from lightning_longnet.attention.kernels.keys import Keys
-    from lightning_longnet.attention.parallel.routes import Part
+    from lightning_longnet.attention.plan.blocks import Part
 
-# A call touches about this share of all rows: what a kernel returns is held beside the accumulators until merged
+# A call covers about this share of all rows: its result is held beside the accumulators until it is merged
 CALL_SHARE = 1 / 8
-# Gathered keys are copies, of at most so many rows for each that a call may touch otherwise
+# Gathered keys are copies: a call may copy this many rows for each row that it may cover otherwise
 GATHERED_ROWS = 4
 
 
-class Terms(NamedTuple):
-    """What all pairs are subject to, whatever block computes them.
+class PairOptions(NamedTuple):
+    """What holds for every pair of a call, whichever block computes it.
 
-    `rows`, `tokens` and `first_head` say where the queries that are here stand in the whole.
+    Attributes:
+        scale: the factor of the scores.
+        key_padding_mask: (B, N) of the keys on this rank, True where padding hides one.
+        dropout: the rule that drops pairs, or None.
+        samples: (B,) the rows of the batch, as dropout numbers them.
+        tokens: (N,) the index in the whole sequence of each token on this rank.
+        first_head: the first query head on this rank, where ranks hold different heads.
+        counts_once: whether a pair is one and the same in whichever branch it is computed.
+        sinks: (H,) one more logit of the softmax for each query head on this rank, without a value.
     """
 
     scale: float
-    hidden: Tensor | None = None  # (B, N), True where padding hides a key that is here
+    key_padding_mask: Tensor | None = None
     dropout: Dropout | None = None
-    rows: Tensor | None = None
+    samples: Tensor | None = None
     tokens: Tensor | None = None
     first_head: int = 0
-    counts_once: bool = False  # a pair is one and the same in whatever branch it is computed
+    counts_once: bool = False
+    sinks: Tensor | None = None
 
     def key_words(self) -> Tensor | None:
+        """Return dropout's word for each key on this rank, (N,)."""
         if self.dropout is None:
             return None
         assert self.tokens is not None
         return self.dropout.key_words(self.tokens)
 
+    def query_words(self, q: Tensor, branch: int) -> Tensor:
+        """Return dropout's word for each query, (B, N, H, 1)."""
+        assert self.dropout is not None
+        assert self.samples is not None
+        assert self.tokens is not None
+        heads = torch.arange(q.shape[2], device=q.device) + self.first_head
+        role = 0 if self.counts_once else branch
+        return self.dropout.query_words(self.samples, self.tokens, heads, role).unsqueeze(-1)
 
-def merge(
+
+def forward_blocks(
     kernel: BlockKernel,
     parts: Iterable[Part],
     q: Tensor,
     keys: Keys,
-    terms: Terms,
-    into: Sequence[Partial],
+    options: PairOptions,
+    totals: Sequence[Partial],
     stores: bool = False,
 ) -> None:
-    """Take the keys of blocks into the partial of their branch, or into the only one.
+    """Merge the result of each block into the partial of its branch, or into the only one.
 
-    `stores` says that the first branch shows every row once: its results are written, not added.
+    With `stores` the first branch shows every row once: its results are written over uninitialized memory.
     """
-    for part, call in _calls(parts, q, keys, terms):
+    for part, call in _kernel_calls(parts, q, keys, options):
         queries = part.block.queries
         out, lse = kernel.forward(folded(queries, q), *keys.read(part), call)
-        found = Partial(unfolded(queries, out, q.shape[0]), unfolded(queries, lse.unsqueeze(-1), q.shape[0]))
-        total = into[part.branch if len(into) > 1 else 0]
+        result = Partial(unfolded(queries, out, q.shape[0]), unfolded(queries, lse.unsqueeze(-1), q.shape[0]))
+        total = totals[part.branch if len(totals) > 1 else 0]
         if stores and part.branch == 0:
-            queries.write(total.out, found.out)
-            queries.write(total.lse, found.lse)
+            queries.write(total.out, result.out)
+            queries.write(total.lse, result.lse)
         else:
-            here = Partial(queries.read(total.out), queries.read(total.lse))
-            here.add_(*found, part.block.weight)
+            rows = Partial(queries.read(total.out), queries.read(total.lse))
+            rows.add_(*result, part.block.weight)
             if not queries.is_view:
-                queries.write(total.out, here.out)
-                queries.write(total.lse, here.lse)
-        del out, lse, found  # before the next call makes its own
+                queries.write(total.out, rows.out)
+                queries.write(total.lse, rows.lse)
+        del out, lse, result  # frees them before the next call allocates its own
 
 
-def spread(
+class BackwardInputs(NamedTuple):
+    """What the backward of every block reads: the gradient of out (B, N, H, D), and the results of the forward.
+
+    `outs` holds the out of the whole softmax, or that of each branch; `lse` (B, N, H, 1) is that of the whole.
+    """
+
+    grad: Tensor
+    outs: Sequence[Tensor]
+    lse: Tensor
+
+
+def backward_blocks(
     kernel: BlockKernel,
     parts: Iterable[Part],
-    grad: Tensor,
     q: Tensor,
     keys: Keys,
-    outs: Sequence[Tensor],
-    lse: Tensor,
-    terms: Terms,
+    inputs: BackwardInputs,
+    options: PairOptions,
     dq: Tensor,
-    stores: bool = False,
-    stores_keys: bool = False,
+    stores: tuple[bool, bool] = (False, False),
 ) -> None:
-    """Each block's own backward, given the lse of the one softmax that it is a part of, into dq and the keys'.
+    """Run each block's backward with the lse of the whole softmax, and add its gradients to dq and to those of `keys`.
 
     With `P = exp(S - lse)` the exact gradient of the scores is `P (g.v - g.out)`.  "detached" stops it at the branches'
-    weights, which leaves `P (g.v - g.out_b)`: `outs` holds the whole's, or each branch's own.
+    weights, which leaves `P (g.v - g.out_b)`, where out_b is the branch's own.  `stores` says for queries and for keys
+    that the first branch shows every row once: its gradients are written over uninitialized memory.
     """
-    for part, call in _calls(parts, q, keys, terms):
+    for part, call in _kernel_calls(parts, q, keys, options):
         queries = part.block.queries
         is_first = part.branch == 0
-        found = kernel.backward(
-            folded(queries, grad),
+        gradients = kernel.backward(
+            folded(queries, inputs.grad),
             folded(queries, q),
             *keys.read(part),
-            folded(queries, outs[part.branch if len(outs) > 1 else 0]),
-            folded(queries, lse).squeeze(-1),
+            folded(queries, inputs.outs[part.branch if len(inputs.outs) > 1 else 0]),
+            folded(queries, inputs.lse).squeeze(-1),
             call,
         )
-        accumulate(part, dq, found[0], stores and is_first, of_queries=True)
-        keys.add(part, *found[1:], stores_keys and is_first)
-        del found  # before the next call makes its own
+        accumulate(part, dq, gradients[0], stores[0] and is_first, of_queries=True)
+        keys.add(part, *gradients[1:], stores[1] and is_first)
+        del gradients  # frees them before the next call allocates its own
 
 
-def no_keys(q: Tensor, v: Tensor) -> Partial:
+def initial_partial(q: Tensor, v: Tensor) -> Partial:
+    """Return the partial of no key: out is 0 and lse is -inf."""
     partial = empty_partial(q, v)
     partial.out.zero_()
     partial.lse.fill_(-inf)
@@ -124,41 +153,55 @@ def no_keys(q: Tensor, v: Tensor) -> Partial:
 
 
 def empty_partial(q: Tensor, v: Tensor) -> Partial:
+    """Return uninitialized accumulators in float32, or in float64 for such tensors."""
     wide = torch.promote_types(q.dtype, torch.float32)
     return Partial(q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide), q.new_empty((*q.shape[:3], 1), dtype=wide))
 
 
-def rounded(total: Partial, like: Tensor) -> Partial:
-    """Out in the type of q, and lse (B, H, N)."""
+def total_of(partials: Sequence[Partial]) -> Partial:
+    """Return the sum of partials; the only one of one is returned as it is."""
+    if len(partials) == 1:
+        return partials[0]
+    total = Partial(*(x.clone() for x in partials[0]))
+    for each in partials[1:]:
+        total.add_(*each)
+    return total
+
+
+def finished(total: Partial, like: Tensor, sinks: Tensor | None = None) -> Partial:
+    """Return out in the type of q, and lse as (B, H, N), both with the sinks in the softmax."""
+    if sinks is not None:
+        lse = torch.logaddexp(total.lse, sinks.to(total.lse.dtype)[:, None])
+        total = Partial(total.out.mul_(torch.exp(total.lse - lse)), lse)
     return Partial(total.out.to(like.dtype), total.lse.squeeze(-1).transpose(1, 2).contiguous())
 
 
-def readable_lse(lse: Tensor) -> Tensor:
-    """(B, H, N) -> (B, N, H, 1); where a query sees no key P must be 0, which exp(S + inf) is not."""
+def backward_lse(lse: Tensor) -> Tensor:
+    """Return lse as (B, N, H, 1), +inf for a query without keys: its P = exp(S - lse) must be 0."""
     return lse.masked_fill(lse == -inf, inf).transpose(1, 2).unsqueeze(-1)
 
 
-def _calls(parts: Iterable[Part], q: Tensor, keys: Keys, terms: Terms) -> Iterator[tuple[Part, Call]]:
-    """Blocks cut to size, with the padding and the dropout of their rows."""
+def _kernel_calls(parts: Iterable[Part], q: Tensor, keys: Keys, options: PairOptions) -> Iterator[tuple[Part, Call]]:
+    """Yield blocks of bounded size, each with the padding and the dropout of its rows."""
     branch, words = -1, None
-    for whole in _cut(parts, q.shape[1] * q.shape[2] * CALL_SHARE):
-        for part, hidden in _by_padding(whole, keys.hidden(whole), q.shape[0]):
-            draw = None
-            if terms.dropout is not None:
+    for whole in _bounded(parts, q.shape[1] * q.shape[2] * CALL_SHARE):
+        for part, padding in _split_by_padding(whole, keys.key_padding_mask(whole), q.shape[0]):
+            mask = None
+            if options.dropout is not None:
                 if words is None or branch != part.branch:
-                    branch, words = part.branch, _query_words(terms, q, part.branch)
-                draw = Draw(terms.dropout, folded(part.block.queries, words).squeeze(-1), keys.words(part))
-            yield part, Call(part.block, terms.scale, hidden, draw)
+                    branch, words = part.branch, options.query_words(q, part.branch)
+                mask = DropoutMask(options.dropout, folded(part.block.queries, words).squeeze(-1), keys.words(part))
+            yield part, Call(part.block, options.scale, padding, mask)
 
 
-def _by_padding(part: Part, hidden: Tensor | None, batch: int) -> Iterator[tuple[Part, Tensor | None]]:
-    """Segments that padding hides wholly are left out, and those that it leaves alone need no mask."""
-    if hidden is None or hidden.device.type != "cpu":  # elsewhere to ask is to wait
-        yield part, hidden
+def _split_by_padding(part: Part, padding: Tensor | None, batch: int) -> Iterator[tuple[Part, Tensor | None]]:
+    """Yield a part's segments with their masks: without those that padding hides wholly, and without needless masks."""
+    if padding is None or padding.device.type != "cpu":  # reading a mask on a GPU would wait for the device
+        yield part, padding
         return
-    segments = hidden.unflatten(0, (batch, -1))
+    segments = padding.unflatten(0, (batch, -1))
     some, every = segments.any(-1).any(2).any(0), segments.all(-1).all(2).all(0)
-    kinds = (some.int() + every.int()).tolist()
+    kinds = (some.int() + every.int()).tolist()  # 0: no key is padding, 1: some are, 2: all are
     first = 0
     for kind, run in groupby(kinds):
         last = first + len(list(run))
@@ -167,17 +210,8 @@ def _by_padding(part: Part, hidden: Tensor | None, batch: int) -> Iterator[tuple
         first = last
 
 
-def _query_words(terms: Terms, q: Tensor, branch: int) -> Tensor:
-    assert terms.dropout is not None
-    assert terms.rows is not None
-    assert terms.tokens is not None
-    heads = torch.arange(q.shape[2], device=q.device) + terms.first_head
-    role = 0 if terms.counts_once else branch
-    return terms.dropout.query_words(terms.rows, terms.tokens, heads, role).unsqueeze(-1)
-
-
-def _cut(parts: Iterable[Part], limit: float) -> Iterator[Part]:
-    """Blocks of bounded size: by segments, and a large segment by heads."""
+def _bounded(parts: Iterable[Part], limit: float) -> Iterator[Part]:
+    """Cut parts to at most `limit` rows: by segments, and a large segment by heads."""
     for part in parts:
         queries, keys = part.block.queries, part.block.keys
         count, group = len(queries.starts), queries.heads // keys.heads
@@ -186,8 +220,11 @@ def _cut(parts: Iterable[Part], limit: float) -> Iterator[Part]:
             rows = max(rows, keys.rows * keys.heads // GATHERED_ROWS)
         segments, heads = max(1, int(limit // rows)), keys.heads
         if queries.rows * queries.heads > limit:
-            # fewer heads than threads would leave some idle: the operator's backward runs in parallel over heads
+            # fewer heads than threads would leave some idle: the CPU operator's backward runs in parallel over heads
             heads = max(int(limit // (queries.rows * group)), -(-torch.get_num_threads() // group))
+        if segments >= count and heads >= keys.heads:
+            yield part
+            continue
         for s in range(0, count, segments):
             for a in range(0, keys.heads, heads):
                 b = min(a + heads, keys.heads)

@@ -1,4 +1,4 @@
-"""One kernel call: a block, and what its pairs are subject to."""
+"""One kernel call: a block of pairs, and the padding and dropout of its rows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.plan.runs import Repeat
 
 
-class Draw(NamedTuple):
-    """Dropout, and the words of a call's rows: (batch, heads, queries), (batch, key heads, keys)."""
+class DropoutMask(NamedTuple):
+    """Which pairs of a call dropout keeps, as a rule and one word a row, so that no tensor of all pairs is held.
+
+    `query_words` are (batch, heads, queries), `key_words` (batch, key heads, keys).
+    """
 
     dropout: Dropout
     query_words: Tensor
@@ -27,59 +30,59 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """What a kernel is told beside its tensors, which are (batch, heads, rows, D) and hold the block's rows alone."""
+    """The arguments of a kernel besides q, k and v, which are (batch, heads, rows, D) and hold the block's rows."""
 
     block: Block
     scale: float
-    hidden: Tensor | None = None  # (batch, 1 or key heads, keys), True where padding hides a key
-    draw: Draw | None = None
+    key_padding_mask: Tensor | None = None  # (batch, 1 or key heads, keys), True where padding hides a key
+    dropout_mask: DropoutMask | None = None
 
-    def hidden_bias(self, heads: int, dtype: torch.dtype) -> Tensor | None:
-        """-inf where padding hides a key, (batch, 1 or heads, 1, keys)."""
-        if self.hidden is None:
+    def padding_bias(self, heads: int, dtype: torch.dtype) -> Tensor | None:
+        """Return a bias of -inf where padding hides a key, (batch, 1 or heads, 1, keys)."""
+        if self.key_padding_mask is None:
             return None
-        bias = torch.zeros_like(self.hidden, dtype=dtype).masked_fill_(self.hidden, -inf)
-        return self._spread(bias, heads).unsqueeze(2)
+        bias = torch.zeros_like(self.key_padding_mask, dtype=dtype).masked_fill_(self.key_padding_mask, -inf)
+        return self._per_query_head(bias, heads).unsqueeze(2)
 
-    def blind(self, queries: int, heads: int) -> Tensor | None:
-        """(batch, 1 or heads, queries), True where padding hides all that the block shows; None where it hides nothing.
+    def empty_rows(self, queries: int, heads: int) -> Tensor | None:
+        """Return (batch, 1 or heads, queries), True where padding hides every key of a query; None without padding.
 
-        Judged by counting, since an operator's log-sum-exp may be 0 for no key as well as for one.
+        The keys are counted, since an operator's log-sum-exp may be 0 for no key as well as for one.
         """
-        if self.hidden is None:
+        if self.key_padding_mask is None:
             return None
-        keys = self.hidden.shape[-1]
-        seen = torch.nn.functional.pad((~self.hidden).cumsum(-1), (1, 0))
-        row = torch.arange(queries, device=seen.device)
+        keys = self.key_padding_mask.shape[-1]
+        visible = torch.nn.functional.pad((~self.key_padding_mask).cumsum(-1), (1, 0))
+        row = torch.arange(queries, device=visible.device)
         first = row * 0 if self.block.high is None else (row - self.block.high).clamp(0, keys)
         last = row * 0 + keys if self.block.low is None else (row - self.block.low + 1).clamp(0, keys)
-        return self._spread(seen[..., last] == seen[..., first], heads)
+        return self._per_query_head(visible[..., last] == visible[..., first], heads)
 
     @staticmethod
-    def _spread(per_key_head: Tensor, heads: int) -> Tensor:
-        """To the query heads, where the key heads differ."""
-        own = per_key_head.shape[1]
-        return per_key_head if own == 1 else per_key_head.repeat_interleave(heads // own, 1)
+    def _per_query_head(per_key_head: Tensor, heads: int) -> Tensor:
+        """Repeat what differs between key heads for the query heads that they serve."""
+        key_heads = per_key_head.shape[1]
+        return per_key_head if key_heads == 1 else per_key_head.repeat_interleave(heads // key_heads, 1)
 
 
 @lru_cache(8)
 def band(
     queries: int, keys: int, low: int | None, high: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """-inf wherever not `low <= query - key <= high`."""
+    """Return a bias (queries, keys) of -inf wherever `low <= query - key <= high` does not hold."""
     distance = torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)
-    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    masked = torch.zeros_like(distance, dtype=torch.bool)
     if low is not None:
-        hidden |= distance < low
+        masked |= distance < low
     if high is not None:
-        hidden |= distance > high
-    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(hidden, -inf)
+        masked |= distance > high
+    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(masked, -inf)
 
 
 def weights(queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The log of how often each pair counts, (queries, keys).
+    """Return the log of how often each pair counts, (queries, keys).
 
-    The rates divide one another, and so do the places: heads with other offsets see one table, moved.
+    Each rate divides the next, so heads with other offsets read one shared table at another place.
     """
     every, query, key = repeats[-1]
     assert all(query % r.every == r.queries and key % r.every == r.keys for r in repeats)

@@ -52,14 +52,14 @@ def _absence() -> tuple[str, ...]:
     return tuple(reasons)
 
 
-def takes_weights(q: Tensor) -> bool:
+def takes_weights(device: str) -> bool:
     return False
 
 
 def serves(q: Tensor, k: Tensor, call: Call) -> bool:
     """No single rows, which some releases of cuDNN refuse; and a triangle only where it has one corner."""
     queries, keys, block = q.shape[2], k.shape[2], call.block
-    is_plain = call.hidden is None and block.high is None and min(queries, keys) > 1
+    is_plain = call.key_padding_mask is None and block.high is None and min(queries, keys) > 1
     return is_plain and (block.low is None or (block.low == 0 and queries == keys))
 
 

@@ -37,7 +37,7 @@ def note(request: Request) -> str:
     return "plain products in float32 or float64, a tile of scores at a time"
 
 
-def takes_weights(q: Tensor) -> bool:
+def takes_weights(device: str) -> bool:
     return False
 
 
@@ -143,18 +143,18 @@ class _Tile(NamedTuple):
             edge = min(max(self.queries.stop - 1 - high, first), last)
             cap = _cap(rows, edge - first, None, high - top + first, scores.dtype, scores.device)
             _lower(apart[..., : edge - first], cap)
-        if call.hidden is not None:
-            heads = self.part.key_heads if call.hidden.shape[1] > 1 else slice(None)
-            hidden = call.hidden[self.part.samples, heads, self.keys]
+        if call.key_padding_mask is not None:
+            heads = self.part.key_heads if call.key_padding_mask.shape[1] > 1 else slice(None)
+            hidden = call.key_padding_mask[self.part.samples, heads, self.keys]
             cap = torch.full_like(hidden, inf, dtype=scores.dtype).masked_fill_(hidden, -inf)
             _lower(scores.unflatten(0, (hidden.shape[0], -1)), cap.unsqueeze(2))
         return scores
 
     def kept(self, pairs: Tensor, call: Call) -> Tensor:
         """The pairs that dropout leaves, in place."""
-        if call.draw is None:
+        if call.dropout_mask is None:
             return pairs
-        dropout, query_words, key_words = call.draw
+        dropout, query_words, key_words = call.dropout_mask
         words = query_words[self.part.samples, self._heads, self.queries].reshape(*pairs.shape[:2], 1)
         keys = key_words[self.part.samples, self.part.key_heads, self.keys].reshape(pairs.shape[0], 1, -1)
         bits = pairs.view(torch.int64 if pairs.dtype == torch.float64 else torch.int32)

@@ -103,7 +103,7 @@ def backward(
 
 
 def _parts(q: Tensor, k: Tensor, call: Call) -> tuple[Window, ...]:
-    assert call.hidden is None and call.draw is None, "refused before, or served by another"  # noqa: PT018
+    assert call.key_padding_mask is None and call.dropout_mask is None, "refused before, or served by another"  # noqa: PT018
     assert not call.block.repeats, "flash attention takes no weights"
     return windows(q.shape[1], k.shape[1], call.block.low, call.block.high)
 

@@ -1,4 +1,4 @@
-"""Where a block's keys are read, and where their gradients go."""
+"""Where a kernel reads the keys of a block, and where it adds their gradients."""
 
 from __future__ import annotations
 
@@ -12,53 +12,55 @@ from lightning_longnet.attention.plan.lattice import folded, unfolded
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_longnet.attention.parallel.routes import Part
+    from lightning_longnet.attention.plan.blocks import Part
 
 
 class Keys(Protocol):
     """The keys and values of blocks, as a kernel reads them: (batch * segments, heads, rows, D)."""
 
-    def read(self, part: Part) -> tuple[Tensor, Tensor]: ...
+    def read(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a part."""
 
-    def hidden(self, part: Part) -> Tensor | None:
-        """(batch * segments, 1 or heads, rows), True where padding hides a key."""
+    def key_padding_mask(self, part: Part) -> Tensor | None:
+        """Return (batch * segments, 1 or heads, rows), True where padding hides a key; None without padding."""
 
     def words(self, part: Part) -> Tensor:
-        """Dropout's, (batch * segments, heads, rows)."""
+        """Return dropout's words, (batch * segments, heads, rows)."""
 
-    def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None: ...
+    def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
+        """Add the gradients of a part, or write them where it alone has these keys (`stores`)."""
 
 
 class OwnKeys:
-    """Rows of the tensors (B, N, Hkv, D) that are here.
+    """Keys and values (B, N, Hkv, D) on this rank.
 
     Args:
-        hidden: (B, N), True where padding hides a key.
-        words: dropout's, (N,).
-        gradients: what is added to, or written where a block is the only one that shows its keys.
+        padding: (B, N), True where padding hides a key.
+        words: dropout's words, (N,).
+        gradients: dk and dv, to which `add` adds.
     """
 
     def __init__(
         self,
         k: Tensor,
         v: Tensor,
-        hidden: Tensor | None,
+        padding: Tensor | None,
         words: Tensor | None,
         gradients: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self._k, self._v, self._gradients = k, v, gradients
         shape = k.shape[0], -1, k.shape[2], 1
-        self._hidden = None if hidden is None else hidden[:, :, None, None].expand(shape)
+        self._padding = None if padding is None else padding[:, :, None, None].expand(shape)
         self._words = None if words is None else words[None, :, None, None].expand(shape)
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
         return folded(part.block.keys, self._k), folded(part.block.keys, self._v)
 
-    def hidden(self, part: Part) -> Tensor | None:
-        if self._hidden is None:
+    def key_padding_mask(self, part: Part) -> Tensor | None:
+        if self._padding is None:
             return None
-        found = folded(part.block.keys, self._hidden).squeeze(-1)
-        return found[:, :1] if part.block.keys.row_shift == 0 else found  # the same for all heads
+        rows = folded(part.block.keys, self._padding).squeeze(-1)
+        return rows[:, :1] if part.block.keys.row_shift == 0 else rows  # without a shift all heads have the same rows
 
     def words(self, part: Part) -> Tensor:
         assert self._words is not None
@@ -66,55 +68,55 @@ class OwnKeys:
 
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
         assert self._gradients is not None
-        for into, found in zip(self._gradients, (dk, dv), strict=True):
-            accumulate(part, into, found, stores)
+        for total, gradient in zip(self._gradients, (dk, dv), strict=True):
+            accumulate(part, total, gradient, stores)
 
 
-def accumulate(part: Part, into: Tensor, found: Tensor, stores: bool, of_queries: bool = False) -> None:
-    """Add a block's gradient to the rows that it belongs to."""
-    at = part.block.queries if of_queries else part.block.keys
-    found = unfolded(at, found, into.shape[0])
+def accumulate(part: Part, total: Tensor, gradient: Tensor, stores: bool, of_queries: bool = False) -> None:
+    """Add a block's gradient to the rows of `total` that it belongs to, or write it there (`stores`)."""
+    rows = part.block.queries if of_queries else part.block.keys
+    gradient = unfolded(rows, gradient, total.shape[0])
     if stores:
-        at.write(into, found)
-    elif isinstance(at, Gathered):
-        at.add(into, found, part.block.weight)
-    elif at.is_view:
-        at.read(into).add_(found, alpha=part.block.weight)
+        rows.write(total, gradient)
+    elif isinstance(rows, Gathered):
+        rows.add(total, gradient, part.block.weight)
+    elif rows.is_view:
+        rows.read(total).add_(gradient, alpha=part.block.weight)
     else:
-        at.write(into, at.read(into).add_(found, alpha=part.block.weight))
+        rows.write(total, rows.read(total).add_(gradient, alpha=part.block.weight))
 
 
 class ReceivedKeys:
-    """Cells that came from other ranks: keys and values side by side, (cells, B, D + Dv).
+    """Rows of key heads that came from other ranks: keys and values side by side, (cells, B, D + Dv).
 
     Args:
-        hidden: (B, cells), True where padding hides a key.
-        words: dropout's, (cells,).
-        gradients: as the cells, in the type that is summed in.
+        padding: (B, cells), True where padding hides a key.
+        words: dropout's words, (cells,).
+        gradients: (cells, B, D + Dv), in the type of the accumulators.
     """
 
     def __init__(
         self,
         cells: Tensor,
         head_dim: int,
-        hidden: Tensor | None,
+        padding: Tensor | None,
         words: Tensor | None,
         gradients: Tensor | None = None,
     ) -> None:
-        self._cells, self._head_dim, self._hidden, self._words = cells, head_dim, hidden, words
+        self._cells, self._head_dim, self._padding, self._words = cells, head_dim, padding, words
         self._gradients = gradients
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
         assert part.cells is not None
         rows = self._cells.index_select(0, part.cells.flatten()).unflatten(0, part.cells.shape)
-        found = rows.permute(3, 0, 1, 2, 4).flatten(0, 1)
-        return found[..., : self._head_dim], found[..., self._head_dim :]
+        rows = rows.permute(3, 0, 1, 2, 4).flatten(0, 1)
+        return rows[..., : self._head_dim], rows[..., self._head_dim :]
 
-    def hidden(self, part: Part) -> Tensor | None:
-        if self._hidden is None:
+    def key_padding_mask(self, part: Part) -> Tensor | None:
+        if self._padding is None:
             return None
         assert part.cells is not None
-        return self._hidden[:, part.cells].flatten(0, 1)
+        return self._padding[:, part.cells].flatten(0, 1)
 
     def words(self, part: Part) -> Tensor:
         assert part.cells is not None
@@ -124,8 +126,8 @@ class ReceivedKeys:
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
         assert part.cells is not None
         assert self._gradients is not None
-        assert not stores
-        found = torch.cat((dk, dv), -1).unflatten(0, (-1, part.cells.shape[0])).permute(1, 2, 3, 0, 4)
+        assert not stores, "a received row may stand in several blocks"
+        rows = torch.cat((dk, dv), -1).unflatten(0, (-1, part.cells.shape[0])).permute(1, 2, 3, 0, 4)
         self._gradients.index_add_(
-            0, part.cells.flatten(), found.flatten(0, 2).to(self._gradients.dtype), alpha=part.block.weight
+            0, part.cells.flatten(), rows.flatten(0, 2).to(self._gradients.dtype), alpha=part.block.weight
         )

@@ -12,9 +12,11 @@ from lightning_longnet.attention.plan.documents import document_cuts
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lightning_longnet.attention.checks import PreparedCall
     from lightning_longnet.attention.kernels import Request
     from lightning_longnet.attention.kernels.dropout import Dropout
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.attention.spec import AttentionSpec
 
 name = "reference"
 
@@ -36,32 +38,27 @@ def refusals(request: Request) -> list[str]:
     return reasons
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Tensor | None,
-    hidden: Tensor | None,
-    dropout: Dropout | None,
-    pattern: Pattern,
-    scale: float,
-    mix: str,
-) -> tuple[Tensor, Tensor]:
-    """(out, lse), through autograd: `mix="detached"` stops the gradient at the branches' weights."""
-    kept = _kept(dropout, pattern, q)
+def attend(call: PreparedCall, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) through autograd; `mix="detached"` stops the gradient at the branches' weights."""
+    q, k, v, spec = call.q, call.k, call.v, call.spec
+    kept = _kept(dropout, spec.pattern, q)
     with torch.autocast(q.device.type, enabled=False):  # which would round the products
         rows = [
             _attend_sample(
-                q[b], k[b], v[b], cuts, None if hidden is None else hidden[b], [x[b] for x in kept], pattern, scale, mix
+                *(q[b], k[b], v[b], cuts),
+                None if call.key_padding_mask is None else call.key_padding_mask[b],
+                [x[b] for x in kept],
+                spec,
+                call.sinks,
             )
-            for b, cuts in enumerate(document_cuts(documents, q.shape[0], q.shape[1]))
+            for b, cuts in enumerate(document_cuts(call.documents, q.shape[0], q.shape[1]))
         ]
     out, lse = (torch.stack(parts) for parts in zip(*rows, strict=True))
     return out.to(q.dtype), lse.detach()
 
 
 def _kept(dropout: Dropout | None, pattern: Pattern, q: Tensor) -> list[Tensor]:
-    """What each branch's weights are multiplied with, (B, H, N, N); nothing without dropout."""
+    """Return the factors of each branch's weights, (B, H, N, N); an empty list without dropout."""
     if dropout is None:
         return []
     rows, tokens, heads = (torch.arange(n, device=q.device) for n in q.shape[:3])
@@ -78,24 +75,23 @@ def _attend_sample(
     k: Tensor,
     v: Tensor,
     cuts: tuple[int, ...],
-    hidden: Tensor | None,
+    padding: Tensor | None,
     kept: list[Tensor],
-    pattern: Pattern,
-    scale: float,
-    mix: str,
+    spec: AttentionSpec,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _, heads, _ = q.shape
     kv_heads = k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide).repeat_interleave(heads // x.shape[1], dim=1) for x in (q, k, v))
-    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+    scores = torch.einsum("ihd,jhd->hij", q, k) * spec.scale_of(q.shape[2])
     lengths = torch.tensor(cuts, device=q.device).diff()
     document = torch.arange(len(lengths), device=q.device).repeat_interleave(lengths)
     index = torch.cat([torch.arange(n, device=q.device) for n in lengths.tolist()])
-    shown = [seen.repeat_interleave(heads // kv_heads, dim=0) for seen in pattern.visible(index, kv_heads)]
+    shown = [seen.repeat_interleave(heads // kv_heads, dim=0) for seen in spec.pattern.visible(index, kv_heads)]
     shown = [seen & (document[:, None] == document) for seen in shown]
-    if hidden is not None:
-        shown = [seen & ~hidden for seen in shown]
+    if padding is not None:
+        shown = [seen & ~padding for seen in shown]
     # each branch is a softmax of its own, whose largest score cancels; empty rows are given a score, and no weight
     outs, lses = [], []
     for i, seen in enumerate(shown):
@@ -106,10 +102,11 @@ def _attend_sample(
             weights = weights * kept[i]
         outs.append(torch.einsum("hij,jhd->ihd", weights, v))
         lses.append(own.logsumexp(-1).masked_fill(~some.squeeze(-1), -inf))
-    lse = torch.stack(lses).logsumexp(0)
+    logits = lses if sinks is None else [*lses, sinks.to(wide)[:, None].expand_as(lses[0])]
+    lse = torch.stack(logits).logsumexp(0)
     finite = lse.masked_fill(lse == -inf, 0)
     shares = [(each - finite).exp() for each in lses]
-    if mix == "detached":
+    if spec.mix == "detached":
         shares = [share.detach() for share in shares]
     out = torch.stack([share.T[..., None] * each for share, each in zip(shares, outs, strict=True)]).sum(0)
     return out, lse

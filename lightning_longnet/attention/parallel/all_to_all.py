@@ -1,15 +1,26 @@
-"""Ranks trade tokens for heads: each then holds the whole sequence of its heads, and needs no other key."""
+"""All-to-all over heads: each rank trades its tokens of all heads for all tokens of its heads."""
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.kernels.blocks import merge, no_keys, readable_lse, rounded, spread
+from lightning_longnet.attention.kernels.blocks import (
+    BackwardInputs,
+    PairOptions,
+    backward_blocks,
+    backward_lse,
+    finished,
+    forward_blocks,
+    initial_partial,
+    total_of,
+)
 from lightning_longnet.attention.kernels.keys import OwnKeys
-from lightning_longnet.attention.kernels.partial import Partial
+from lightning_longnet.attention.parallel.exchange import ExchangePlan, RankWork, Volume
+from lightning_longnet.attention.parallel.routes import head_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,134 +28,216 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.kernels import BlockKernel
-    from lightning_longnet.attention.kernels.blocks import Terms
-    from lightning_longnet.attention.parallel.comm import Comm, Errand
+    from lightning_longnet.attention.parallel.comm import Comm, MessageContext
+    from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
     from lightning_longnet.attention.parallel.placement import Placement
-    from lightning_longnet.attention.parallel.routes import Part
+    from lightning_longnet.attention.plan.blocks import Part
+    from lightning_longnet.attention.spec import AttentionSpec
 
 
 def refusal(ranks: int, kv_heads: int) -> str:
-    """Why heads cannot be traded, or nothing."""
+    """Return why an all_to_all cannot serve, or an empty text."""
     if kv_heads % ranks:
         return f"swap needs key heads that {ranks} ranks divide, got {kv_heads}"
     return ""
 
 
-class Swap(NamedTuple):
-    """`parts` and `terms` are those of this rank's heads over the whole sequence."""
+class AllToAllPlan(ExchangePlan):
+    """All branches are computed on whole sequences of some heads."""
+
+    @property
+    def overlaps(self) -> bool:
+        return False
+
+    def volume(self, rank: int, sizes: Sizes) -> Volume:
+        placement = self.layout.placement
+        lengths, ranks = placement.lengths, placement.ranks
+        to_heads, to_rows = lengths[rank] * (ranks - 1), placement.length - lengths[rank]
+        inputs = self.layout.heads * sizes.head_dim + self.layout.kv_heads * (sizes.head_dim + sizes.value_dim)
+        out = self.layout.heads * sizes.value_dim  # or its gradient
+        per_token = sizes.batch * sizes.itemsize * (inputs + out) // ranks
+        forward = sizes.batch * sizes.itemsize * (inputs * to_heads + out * to_rows) // ranks
+        peers = sum(1 for r in range(ranks) if r != rank and lengths[r])
+        messages = peers + (ranks - 1 if lengths[rank] else 0)
+        return Volume((to_heads + to_rows) * per_token, 2 * messages, placement.length * per_token, forward)
+
+    def branch_volumes(self, rank: int, sizes: Sizes) -> tuple[Volume, ...]:
+        return ()
+
+    def work(self, rank: int, weighted_segments: int = 0) -> RankWork:
+        layout = self.layout._replace(weighted_segments=weighted_segments)
+        return RankWork(head_parts(layout, self._kv_heads_of(rank)))
+
+    def footprint(self, rank: int) -> AllToAllFootprint:
+        return AllToAllFootprint(self.layout.placement.ranks, self.layout.placement.length)
+
+    def call(self, call: RankCall) -> AllToAllCall:
+        shard, spec = call.shard, call.spec
+        layout = self.layout._replace(weighted_segments=call.weighted_segments)
+        kv_heads = self._kv_heads_of(shard.rank)
+        parts = shard.cached(("heads", *call.key), partial(head_parts, layout, kv_heads))
+        tokens = call.tokens_at(torch.arange(shard.length)).to(call.device)
+        group = layout.heads // layout.kv_heads
+        heads = slice(kv_heads.start * group, kv_heads.stop * group)
+        options = PairOptions(
+            spec.scale_of(call.head_dim),
+            shard.padding_of(tokens, call.rows),
+            call.dropout,
+            samples=torch.arange(call.rows.start, call.rows.stop, device=call.device),
+            tokens=tokens,
+            first_head=heads.start,
+            counts_once=spec.counts_once,
+            sinks=None if call.sinks is None else call.sinks[heads],
+        )
+        return AllToAllCall(shard.comm, call.message, shard.placement, parts, call.kernel, options, spec)
+
+    def _kv_heads_of(self, rank: int) -> range:
+        heads = self.layout.kv_heads // self.layout.placement.ranks
+        return range(rank * heads, (rank + 1) * heads)
+
+
+class AllToAllFootprint(NamedTuple):
+    """Whole sequences of `length` tokens, of one in `ranks` heads."""
+
+    ranks: int
+    length: int
+
+    def kept(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        kept = [x.new_empty((x.shape[0], self.length, x.shape[2] // self.ranks, x.shape[3])) for x in (q, k, v)]
+        rows = q.shape[0], self.length, q.shape[2] // self.ranks
+        kept.append(q.new_empty(rows, dtype=wide))
+        dtype = q.dtype if spec.mix == "exact" else wide
+        return kept + [q.new_empty((*rows, v.shape[3]), dtype=dtype) for _ in range(spec.partials)]
+
+    def cells(self, layers: int) -> int:
+        return 0  # an all_to_all holds as many rows as the rank gives away
+
+    def in_flight_bytes(self, q: Tensor, k: Tensor, v: Tensor, *, is_backward: bool) -> int:
+        # what is sent and what is received, and the wide gradients of this rank's heads
+        wide = torch.promote_types(q.dtype, torch.float32).itemsize
+        rows = self.length * q.shape[0] // self.ranks
+        own = rows * (q.shape[2] * q.shape[3] + k.shape[2] * (k.shape[3] + v.shape[3]))
+        return own * (2 * q.element_size() + (wide if is_backward else 0))
+
+
+class AllToAllCall(NamedTuple):
+    """One forward or backward; `parts` and `options` are those of this rank's heads over the whole sequence."""
 
     comm: Comm
-    errand: Errand
+    message: MessageContext
     placement: Placement
     parts: tuple[Part, ...]
-    terms: Terms
     kernel: BlockKernel
-    wants_lse: bool
+    options: PairOptions
+    spec: AttentionSpec
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, branches: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Out, lse (nothing in it, where nobody wants it), and what the backward is to be given."""
+    @property
+    def kept_count(self) -> int:
+        return 4 + self.spec.partials
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return the results; lse is uninitialized where the caller does not read it, which saves a message."""
         rows = q
-        q, k, v = _heads(self, (q, k, v), "queries, keys and values")
-        totals = [no_keys(q, v) for _ in range(branches)]
-        merge(self.kernel, self.parts, q, OwnKeys(k, v, self.terms.hidden, self.terms.key_words()), self.terms, totals)
-        whole = Partial(*(x.clone() for x in totals[0])) if branches > 1 else totals[0]
-        for each in totals[1:]:
-            whole.add_(*each)
-        out, lse = rounded(whole, q)
-        (own,) = _rows(self, (out,), "out")
-        own_lse = whole.lse.new_empty((len(rows), rows.shape[2], rows.shape[1]))
-        if self.wants_lse:
-            own_lse.copy_(_rows(self, (whole.lse,), "lse")[0].squeeze(-1).transpose(1, 2))
-        return own, own_lse, [q, k, v, lse, *([total.out for total in totals] if branches > 1 else [out])]
-
-    def kept(self, branches: int) -> int:
-        """How many tensors the backward is to be given."""
-        return 4 + branches
+        q, k, v = self._to_heads((q, k, v), "queries, keys and values")
+        totals = [initial_partial(q, v) for _ in range(self.spec.partials)]
+        forward_blocks(self.kernel, self.parts, q, self._keys(k, v), self.options, totals)
+        out, lse = finished(total_of(totals), q, self.options.sinks)
+        (own_out,) = self._to_rows((out,), "out")
+        own_lse = lse.new_empty((len(rows), rows.shape[2], rows.shape[1]))
+        if self.spec.returns_lse:
+            (wide,) = self._to_rows((lse.transpose(1, 2).unsqueeze(-1),), "lse")
+            own_lse.copy_(wide.squeeze(-1).transpose(1, 2))
+        outs = [each.out for each in totals] if len(totals) > 1 else [out]
+        return own_out, own_lse, [q, k, v, lse, *outs]
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, lse, *outs = kept
         wide = torch.promote_types(q.dtype, torch.float32)
-        (grad,) = _heads(self, (grad,), "the gradient of out")
+        (grad,) = self._to_heads((grad,), "the gradient of out")
         dq, dk, dv = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
-        keys = OwnKeys(k, v, self.terms.hidden, self.terms.key_words(), (dk, dv))
-        spread(self.kernel, self.parts, grad, q, keys, outs, readable_lse(lse), self.terms, dq)
-        found = _rows(self, [x.to(q.dtype) for x in (dq, dk, dv)], "gradients")
-        return found[0], found[1], found[2]
+        keys = self._keys(k, v, (dk, dv))
+        inputs = BackwardInputs(grad, outs, backward_lse(lse))
+        backward_blocks(self.kernel, self.parts, q, keys, inputs, self.options, dq)
+        gradients = self._to_rows([x.to(q.dtype) for x in (dq, dk, dv)], "gradients")
+        return gradients[0], gradients[1], gradients[2]
 
+    def _keys(self, k: Tensor, v: Tensor, gradients: tuple[Tensor, Tensor] | None = None) -> OwnKeys:
+        return OwnKeys(k, v, self.options.key_padding_mask, self.options.key_words(), gradients)
 
-def _heads(swap: Swap, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
-    """(B, L, H, D) -> (B, N, H / P, D), each."""
-    comm, placement = swap.comm, swap.placement
-    shapes = [(len(x), x.shape[2] // comm.ranks, x.shape[3]) for x in tensors]
-    found = [x.new_empty((placement.length, *shape)) for x, shape in zip(tensors, shapes, strict=True)]
+    def _to_heads(self, tensors: Sequence[Tensor], content: str) -> list[Tensor]:
+        """Return (B, N, H / P, D) of each (B, L, H, D)."""
+        comm, placement = self.comm, self.placement
+        shapes = [(len(x), x.shape[2] // comm.ranks, x.shape[3]) for x in tensors]
+        wholes = [x.new_empty((placement.length, *shape)) for x, shape in zip(tensors, shapes, strict=True)]
 
-    def of_heads(peer: int) -> list[Tensor]:
-        return [x.unflatten(2, (comm.ranks, -1))[:, :, peer].transpose(0, 1) for x in tensors]
+        def pieces_of(peer: int) -> list[Tensor]:
+            return [x.unflatten(2, (comm.ranks, -1))[:, :, peer].transpose(0, 1) for x in tensors]
 
-    def put(peer: int, pieces: Sequence[Tensor]) -> None:
-        for whole, piece in zip(found, pieces, strict=True):
-            for stretch in placement.stretches(peer):
-                whole[stretch.begin : stretch.end] = piece[stretch.local : stretch.local + stretch.end - stretch.begin]
+        def put(peer: int, pieces: Sequence[Tensor]) -> None:
+            for whole, piece in zip(wholes, pieces, strict=True):
+                for begin, end, local in placement.stretches(peer):
+                    whole[begin:end] = piece[local : local + end - begin]
 
-    _traded(swap, tensors[0], shapes, placement.lengths, of_heads, put, f"swap of {what} to heads")
-    return [whole.transpose(0, 1) for whole in found]
+        self._all_to_all(tensors[0], shapes, placement.lengths, pieces_of, put, f"swap of {content} to heads")
+        return [whole.transpose(0, 1) for whole in wholes]
 
+    def _to_rows(self, tensors: Sequence[Tensor], content: str) -> list[Tensor]:
+        """Return (B, L, H, D) of each (B, N, H / P, D), the inverse of `_to_heads`."""
+        comm, placement = self.comm, self.placement
+        shapes = [(len(x), x.shape[2], x.shape[3]) for x in tensors]
+        here = placement.lengths[comm.rank]
+        parts = [x.new_empty((batch, here, comm.ranks, *r)) for x, (batch, *r) in zip(tensors, shapes, strict=True)]
 
-def _rows(swap: Swap, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
-    """The inverse: (B, N, H / P, D) -> (B, L, H, D), each."""
-    comm, placement = swap.comm, swap.placement
-    shapes = [(len(x), x.shape[2], x.shape[3]) for x in tensors]
-    here = placement.lengths[comm.rank]
-    found = [x.new_empty((batch, here, comm.ranks, *rest)) for x, (batch, *rest) in zip(tensors, shapes, strict=True)]
+        def pieces_of(peer: int) -> list[Tensor]:
+            stretches = placement.stretches(peer)
+            if len(stretches) == 1:
+                return [x[:, stretches[0].begin : stretches[0].end].transpose(0, 1) for x in tensors]
+            return [
+                torch.cat([x[:, :0], *(x[:, s.begin : s.end] for s in stretches)], 1).transpose(0, 1) for x in tensors
+            ]
 
-    def of_rows(peer: int) -> list[Tensor]:
-        stretches = placement.stretches(peer)
-        if len(stretches) == 1:
-            return [x[:, stretches[0].begin : stretches[0].end].transpose(0, 1) for x in tensors]
-        return [torch.cat([x[:, :0], *(x[:, s.begin : s.end] for s in stretches)], 1).transpose(0, 1) for x in tensors]
+        def put(peer: int, pieces: Sequence[Tensor]) -> None:
+            for part, piece in zip(parts, pieces, strict=True):
+                part[:, :, peer] = piece.transpose(0, 1)
 
-    def put(peer: int, pieces: Sequence[Tensor]) -> None:
-        for own, piece in zip(found, pieces, strict=True):
-            own[:, :, peer] = piece.transpose(0, 1)
+        self._all_to_all(tensors[0], shapes, [here] * comm.ranks, pieces_of, put, f"swap of {content} to rows")
+        return [part.flatten(2, 3) for part in parts]
 
-    _traded(swap, tensors[0], shapes, [here] * comm.ranks, of_rows, put, f"swap of {what} to rows")
-    return [own.flatten(2, 3) for own in found]
+    def _all_to_all(
+        self,
+        like: Tensor,
+        shapes: Sequence[tuple[int, ...]],
+        rows: Sequence[int],
+        pieces_of: Callable[[int], list[Tensor]],
+        put: Callable[[int, Sequence[Tensor]], None],
+        content: str,
+    ) -> None:
+        """Send each rank its pieces, (rows, *shape), in one message, and `put` those that come, `rows[peer]` of each.
 
+        This rank's own pieces are put while the others are on their way.
+        """
+        comm = self.comm
+        widths = [prod(shape) for shape in shapes]
 
-def _traded(
-    swap: Swap,
-    like: Tensor,
-    shapes: Sequence[tuple[int, ...]],
-    rows: Sequence[int],
-    pieces_of: Callable[[int], list[Tensor]],
-    put: Callable[[int, Sequence[Tensor]], None],
-    what: str,
-) -> None:
-    """Each rank's pieces, (rows, *shape), go to it in one message; `rows[peer]` come back.
+        def split(packed: Tensor) -> list[Tensor]:
+            return [part.unflatten(1, shape) for part, shape in zip(packed.split(widths, 1), shapes, strict=True)]
 
-    One's own are put while the others are on their way.
-    """
-    comm = swap.comm
-    widths = [prod(shape) for shape in shapes]
-
-    def split(packed: Tensor) -> list[Tensor]:
-        return [part.unflatten(1, shape) for part, shape in zip(packed.split(widths, 1), shapes, strict=True)]
-
-    send, receive = {}, {}
-    for peer in range(comm.ranks):
-        if peer == comm.rank:
-            continue
-        pieces = pieces_of(peer)
-        if len(pieces[0]) and sum(widths):
-            send[peer] = like.new_empty((len(pieces[0]), sum(widths)))
-            for into, piece in zip(split(send[peer]), pieces, strict=True):
-                into.copy_(piece)
-        if rows[peer] and sum(widths):
-            receive[peer] = like.new_empty((rows[peer], sum(widths)))
-    pending = comm.swap(send, receive, swap.errand, what)
-    put(comm.rank, pieces_of(comm.rank))
-    pending.wait()
-    for peer, packed in receive.items():
-        put(peer, split(packed))
+        send, receive = {}, {}
+        for peer in range(comm.ranks):
+            if peer == comm.rank:
+                continue
+            pieces = pieces_of(peer)
+            if len(pieces[0]) and sum(widths):
+                send[peer] = like.new_empty((len(pieces[0]), sum(widths)))
+                for target, piece in zip(split(send[peer]), pieces, strict=True):
+                    target.copy_(piece)
+            if rows[peer] and sum(widths):
+                receive[peer] = like.new_empty((rows[peer], sum(widths)))
+        pending = comm.exchange(send, receive, self.message, content)
+        put(comm.rank, pieces_of(comm.rank))
+        pending.wait()
+        for peer, packed in receive.items():
+            put(peer, split(packed))

@@ -1,4 +1,4 @@
-"""Messages between the ranks of a group: started, and waited for with words that say what was waited for."""
+"""Messages between the ranks of a group, with descriptions of what a rank waited for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch.distributed as dist
 
@@ -16,16 +16,25 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_longnet.attention.parallel.exchange import ExchangePlan, Sizes
+
+Direction = Literal["forward", "backward"]
+
 
 @dataclass
 class Traffic:
-    """What one rank sent, and how long it took, since its count began.
+    """What one rank sent since its count began, and how long that took.
 
-    `waited_seconds` is how long the rank stood still for what had not come, `flight_seconds` the time from the start of
-    messages until they were known to have come, in which it may have computed, and `loss_seconds` how long it stood
-    still for the losses of others.  Over NCCL they are of the host, which waits for nothing: a GPU's own waiting is not
-    in them.  Where `calls` is a list, each pass of attention over ranks is noted in it, as (is it a backward, layout,
-    exchanges, sizes); whoever wants that empties the list, too.
+    Attributes:
+        messages, sent_bytes: of attention.
+        waited_seconds: how long the rank waited for messages without computing.
+        flight_seconds: the time from the start of messages until their arrival was known; the rank may have computed
+            meanwhile.
+        loss_seconds: how long the rank waited for the losses of others.
+        calls: None, or a list to which each forward and backward over ranks is added as (direction, plan, sizes);
+            whoever sets the list empties it.
+
+    Over NCCL the times are those of the host, which waits for nothing: a GPU's own waiting is not in them.
     """
 
     messages: int = 0
@@ -33,24 +42,25 @@ class Traffic:
     waited_seconds: float = 0.0
     flight_seconds: float = 0.0
     loss_seconds: float = 0.0
-    calls: list[tuple[bool, Any, tuple[str, ...], Any]] | None = None
+    calls: list[tuple[Direction, ExchangePlan, Sizes]] | None = None
 
-    def waited(self, begin: float, started: float) -> None:
-        """Until now, from `begin` on, for messages that were on their way since `started`."""
+    def add_wait(self, begin: float, started: float) -> None:
+        """Count a wait that began at `begin` and ends now, for messages that were sent at `started`."""
         end = perf_counter()
         self.waited_seconds += end - begin
         self.flight_seconds += end - started
 
-    def note(self, is_backward: bool, layout: Any, exchanges: tuple[str, ...], sizes: Any) -> None:
+    def add_call(self, direction: Direction, plan: ExchangePlan, sizes: Sizes) -> None:
+        """Record a call, where somebody asked for that."""
         if self.calls is not None:
-            self.calls.append((is_backward, layout, exchanges, sizes))
+            self.calls.append((direction, plan, sizes))
 
 
 @dataclass
 class Pending:
-    """Messages on their way, each with the words that tell whose it is.
+    """Messages on their way, each with a description for errors.
 
-    The tensors are held, as the network reads and writes them.
+    It references the tensors, since the network still reads and writes them.
     """
 
     works: list[tuple[dist.Work, str]]
@@ -59,34 +69,37 @@ class Pending:
     started: float = field(default_factory=perf_counter)
 
     def wait(self) -> None:
+        """Wait for all messages."""
         if not self.works:
             return
         begin = perf_counter()
-        for work, words in self.works:
+        for work, description in self.works:
             try:
                 work.wait()
             except RuntimeError as error:
-                raise RuntimeError(f"{words}: {error}") from error
+                raise RuntimeError(f"{description}: {error}") from error
         self.works, self.tensors = [], ()
-        self.comm.traffic.waited(begin, self.started)
+        self.comm.traffic.add_wait(begin, self.started)
 
 
-class Errand(NamedTuple):
-    """What messages are sent for: in words, and by all that must be equal on both sides."""
+class MessageContext(NamedTuple):
+    """The call that messages belong to: a description for errors, and the text of what both sides must agree on."""
 
-    words: str
+    description: str
     kind: str
 
 
 class Comm:
-    """What one rank of a group sends and receives.
+    """Messages of one rank to and from the others of a group.
 
-    `shard` is the number by which all ranks know whose messages these are.  `traffic` counts what this one sent; the
-    shards of a `SequenceContext` share theirs.  `failure` tells what it did not finish; `on_failure`, where there is
-    one, is told of it with the error, which it may add to: that of a call hears of its forward and its backward.
+    Attributes:
+        shard: the number by which all ranks know the shard that messages belong to.
+        traffic: counts what this rank sends; the shards of a `SequenceContext` share one.
+        failure: describes the call that this rank did not finish; later messages are refused with it.
+        on_failure: called with the error and the description when a call fails; it may add a note to the error.
     """
 
-    swaps = 0  # begun so far
+    exchanges = 0  # that were begun
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -109,73 +122,78 @@ class Comm:
         return self.traffic.waited_seconds
 
     @contextmanager
-    def heard(self, on_failure: Callable[[BaseException, str], None] | None) -> Iterator[None]:
-        """In here failures are told to this one."""
-        kept, self.on_failure = self.on_failure, on_failure
+    def failures_to(self, on_failure: Callable[[BaseException, str], None] | None) -> Iterator[None]:
+        """Call `on_failure` for failures within the context."""
+        before, self.on_failure = self.on_failure, on_failure
         try:
             yield
         finally:
-            self.on_failure = kept
+            self.on_failure = before
 
     @contextmanager
-    def finished(self, what: str) -> Iterator[None]:
-        """A rank does all of it, or nothing more: after an error others wait, and nobody knows who has heard what."""
+    def whole_call(self, call: str) -> Iterator[None]:
+        """Mark the communication as failed unless the call runs to its end.
+
+        After an error other ranks still wait, and no rank knows what the others have received.
+        """
         self._check_failure()
-        before, done = self.swaps, False
+        before, done = self.exchanges, False
         try:
             yield
             done = True
         except ValueError:
-            done = self.swaps == before  # what a schedule refuses it refuses on all ranks, before anything is begun
+            done = self.exchanges == before  # all ranks refuse alike, before any of them begins a message
             raise
         finally:
             if not done:
                 error = sys.exc_info()[1]
-                self.failure = f"rank {self.rank} of {self.ranks} failed in {what} ({error!r})"
+                self.failure = f"rank {self.rank} of {self.ranks} failed in {call} ({error!r})"
                 if self.on_failure is not None and error is not None:
                     self.on_failure(error, self.failure)
 
-    def swap(self, send: dict[int, Tensor], receive: dict[int, Tensor], errand: Errand, what: str) -> Pending:
-        """One message to each rank of `send` and from each of `receive`; none of them empty.
+    def exchange(
+        self, send: dict[int, Tensor], receive: dict[int, Tensor], context: MessageContext, content: str
+    ) -> Pending:
+        """Start one message to each rank of `send` and from each of `receive`; no tensor may be empty.
 
-        Messages match by a tag of the shard, the errand, `what`, and their type and shape: where ranks do different
-        things, gloo waits for what never comes, and a timeout tells.  NCCL knows no tags: there messages match in their
-        order alone.
+        Messages match by a tag of the shard, the context, the content, their type and their shape: where ranks do
+        different things, gloo waits for a message that never comes, and ends with the timeout.  NCCL ignores tags:
+        there messages match by their order alone.
         """
-        story = f"rank {self.rank} of {self.ranks}, {errand.words}, {what}"
+        story = f"rank {self.rank} of {self.ranks}, {context.description}, {content}"
         peers = ", ".join(map(str, sorted({*send, *receive})))
-        self.swaps += bool(peers)
-        operations, words = [], []
+        self.exchanges += bool(peers)
+        operations, descriptions = [], []
         try:
             for peer, tensor in sorted(receive.items()):
-                tag = self._tag(errand, what, tensor)
+                tag = self._tag(context, content, tensor)
                 operations.append(dist.P2POp(dist.irecv, tensor, group=self.group, tag=tag, group_peer=peer))
-                words.append(f"{story}, from rank {peer}")
+                descriptions.append(f"{story}, from rank {peer}")
             for peer, tensor in sorted(send.items()):
                 assert tensor.is_contiguous()
-                tag = self._tag(errand, what, tensor)
+                tag = self._tag(context, content, tensor)
                 operations.append(dist.P2POp(dist.isend, tensor, group=self.group, tag=tag, group_peer=peer))
-                words.append(f"{story}, to rank {peer}")
+                descriptions.append(f"{story}, to rank {peer}")
                 self.traffic.messages += 1
                 self.traffic.sent_bytes += tensor.numel() * tensor.element_size()
             works = dist.batch_isend_irecv(operations) if operations else []
         except (RuntimeError, ValueError) as error:  # a ValueError where the group was destroyed
             raise RuntimeError(f"{story}, with ranks {peers}: {error}") from error
-        if len(works) < len(words):  # NCCL has one for all of them
-            words = [f"{story}, with ranks {peers}"] * len(works)
-        return Pending(list(zip(works, words, strict=True)), (*send.values(), *receive.values()), self)
+        if len(works) < len(descriptions):  # NCCL returns one for all of them
+            descriptions = [f"{story}, with ranks {peers}"] * len(works)
+        return Pending(list(zip(works, descriptions, strict=True)), (*send.values(), *receive.values()), self)
 
     def gathered(self, own: Tensor, what: str) -> Tensor:
-        """(ranks, *own.shape), of tensors of one shape."""
+        """Return (ranks, *own.shape): the tensors of all ranks, which must have one shape."""
         self._check_failure()
-        found = own.new_empty((self.ranks, *own.shape))
+        everywhere = own.new_empty((self.ranks, *own.shape))
         begin = perf_counter()
         try:
-            dist.all_gather(list(found.unbind()), own.contiguous(), group=self.group)
+            dist.all_gather(list(everywhere.unbind()), own.contiguous(), group=self.group)
         except RuntimeError as error:
             raise RuntimeError(f"rank {self.rank} of {self.ranks}, {what}: {error}") from error
-        self.traffic.waited(begin, begin)
-        return found
+        self.traffic.add_wait(begin, begin)
+        return everywhere
 
     def _check_failure(self) -> None:
         if self.failure:
@@ -183,6 +201,6 @@ class Comm:
                 f"{self.failure}, and its messages may still be under way: make a new group and a new shard"
             )
 
-    def _tag(self, errand: Errand, what: str, tensor: Tensor) -> int:
-        words = f"{self.shard} {errand} {what} {tensor.dtype} {tuple(tensor.shape)}"
-        return int.from_bytes(sha256(words.encode()).digest()[:4], "big") >> 1  # what a tag may be: 31 bits
+    def _tag(self, context: MessageContext, content: str, tensor: Tensor) -> int:
+        text = f"{self.shard} {context} {content} {tensor.dtype} {tuple(tensor.shape)}"
+        return int.from_bytes(sha256(text.encode()).digest()[:4], "big") >> 1  # a tag has 31 bits

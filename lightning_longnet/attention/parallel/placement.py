@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple, get_args
 
 Kind = Literal["contiguous", "zigzag"]
@@ -39,6 +39,13 @@ class Placement:
             raise ValueError(f"placement must be one of {', '.join(map(repr, get_args(Kind)))}, got {self.kind!r}")
         if not self.lengths or min(self.lengths) < 0:
             raise ValueError(f"lengths must be those of at least one rank, none of them negative, got {self.lengths}")
+
+    @classmethod
+    @lru_cache(256)
+    def even(cls, length: int, ranks: int, kind: Kind = "contiguous") -> Placement:
+        """Return the placement of `length` tokens over `ranks` ranks, whose numbers of tokens differ by one at most."""
+        cuts = [length * rank // ranks for rank in range(ranks + 1)]
+        return cls(tuple(end - begin for begin, end in pairwise(cuts)), kind)
 
     def __hash__(self) -> int:
         return self._hash  # of thousands of lengths, for each look into a cache

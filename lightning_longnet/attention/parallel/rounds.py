@@ -1,170 +1,216 @@
-"""Keys come in rounds: all at once (gather), or from one rank after the other (ring).
+"""Gather and ring: keys travel in rounds, all at once or from one rank after the other.
 
-    gather   one round holds what every rank wants of every other; it is kept for the backward, which sends dK and dV of
-             the same rows home
-    ring     a round for each other rank, fetched one ahead: two ranks' keys and values are in memory, never more;
+    gather   one round brings the rows that a rank needs of all others; they are kept for the backward, which sends dK
+             and dV of the same rows back
+    ring     a round for each other rank, fetched one ahead: the keys and values of two ranks are in memory, never more;
              beside them the copy that is sent, and in the backward the gradients of two.  The backward fetches keys and
-             values again and sends dK and dV home round by round
+             values again and sends dK and dV back round by round
 
-Own blocks are computed while the first round is on its way.
+The blocks on a rank's own keys are computed while the first round is on its way.  Whole sequences on one process are
+the case without rounds.
 """
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.kernels.blocks import merge, no_keys, readable_lse, rounded, spread
+from lightning_longnet.attention.kernels.blocks import (
+    BackwardInputs,
+    PairOptions,
+    backward_blocks,
+    backward_lse,
+    empty_partial,
+    finished,
+    forward_blocks,
+    initial_partial,
+    total_of,
+)
 from lightning_longnet.attention.kernels.keys import OwnKeys, ReceivedKeys
-from lightning_longnet.attention.kernels.partial import Partial
-from lightning_longnet.attention.parallel.routes import Indices
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
     from lightning_longnet.attention.kernels import BlockKernel
-    from lightning_longnet.attention.kernels.blocks import Terms
-    from lightning_longnet.attention.parallel.comm import Comm, Errand, Pending
-    from lightning_longnet.attention.parallel.routes import Round, Route
+    from lightning_longnet.attention.parallel.comm import Comm, MessageContext, Pending
+    from lightning_longnet.attention.parallel.routes import Round, RoundIndices, Route
+    from lightning_longnet.attention.plan.blocks import Part
+    from lightning_longnet.attention.spec import AttentionSpec
 
 
-class Rounds(NamedTuple):
-    """One rank's exchange with the others.
+class RemoteRows(NamedTuple):
+    """The messages of a call, and what is known of the rows on other ranks.
 
-    `tokens` tells where the rows of a rank stand in the whole, `hidden` which of some tokens padding hides.
+    `tokens(rank)` returns the index in the whole sequence of a rank's tokens, and `padding_of(tokens)` (B, tokens),
+    True where padding hides one, or None.
     """
 
     comm: Comm
-    errand: Errand
-    route: Route
-    terms: Terms
-    kernel: BlockKernel
+    message: MessageContext
     tokens: Callable[[int], Tensor]
-    hidden: Callable[[Tensor], Tensor | None]
+    padding_of: Callable[[Tensor], Tensor | None]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, branches: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Out, lse, and what the backward is to be given.  `branches`: partials to keep apart, 1 for their sum."""
-        terms, rounds = self.terms, self.route.rounds
-        totals = [no_keys(q, v) for _ in range(branches)]
-        coming = _fetched(self, 0, k, v)
-        merge(self.kernel, self.route.own, q, OwnKeys(k, v, terms.hidden, terms.key_words()), terms, totals)
+
+class RoundsCall(NamedTuple):
+    """One forward or backward on this rank; without `remote` all keys are on this process."""
+
+    kernel: BlockKernel
+    route: Route
+    options: PairOptions
+    spec: AttentionSpec
+    remote: RemoteRows | None = None
+
+    @property
+    def _kept_partials(self) -> int:
+        """One process computes each branch's partial again in the backward; over ranks that would cost messages."""
+        return self.spec.partials if self.remote is not None and self.spec.partials > 1 else 0
+
+    @property
+    def kept_count(self) -> int:
+        return sum(each.keeps for each in self.route.rounds) + self._kept_partials
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        stores = self.route.writes_queries and self.options.key_padding_mask is None  # calls without keys are left out
+        totals = [(empty_partial if stores else initial_partial)(q, v) for _ in range(self._kept_partials or 1)]
+        fetched = self._fetch(0, k, v)
+        forward_blocks(self.kernel, self.route.own, q, self._own_keys(k, v), self.options, totals, stores)
         kept = []
-        for i, each in enumerate(rounds):
-            at, cells, pending = coming
+        for i, each in enumerate(self.route.rounds):
+            assert fetched is not None
+            indices, cells, pending = fetched
             pending.wait()
-            coming = _fetched(self, i + 1, k, v)
-            merge(self.kernel, at.parts, q, _received(self, at, cells, k.shape[3]), terms, totals)
+            fetched = self._fetch(i + 1, k, v)
+            keys = self._received_keys(indices, cells, k.shape[3])
+            forward_blocks(self.kernel, indices.parts, q, keys, self.options, totals)
             if each.keeps:
                 kept.append(cells)
-            del at, cells
-        if branches == 1:
-            return *rounded(totals[0], q), kept
-        return *rounded(_sum(totals), q), [*kept, *(total.out for total in totals)]
-
-    def kept(self, branches: int) -> int:
-        """How many tensors the backward is to be given."""
-        return sum(each.keeps for each in self.route.rounds) + (branches if branches > 1 else 0)
+            del indices, cells, keys
+        outs = [each.out for each in totals] if self._kept_partials else []
+        return *finished(total_of(totals), q, self.options.sinks), [*kept, *outs]
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of the tokens that are here."""
-        terms, rounds = self.terms, self.route.rounds
-        wide = torch.promote_types(q.dtype, torch.float32)
-        dq, dk, dv = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
-        keeping = sum(each.keeps for each in rounds)  # those come first
-        outs, lse = kept[keeping:] or (out,), readable_lse(lse)
-        returning: list[Callable[[], None]] = []
+        rounds, wide = self.route.rounds, torch.promote_types(q.dtype, torch.float32)
+        stores, stores_keys = (
+            writes and self.options.key_padding_mask is None
+            for writes in (self.route.writes_queries, self.route.writes_keys)
+        )
+        dq, dk, dv = (
+            (torch.empty_like if written else torch.zeros_like)(x, dtype=wide, memory_format=torch.contiguous_format)
+            for x, written in ((q, stores), (k, stores_keys), (v, stores_keys))
+        )
+        keeping = sum(each.keeps for each in rounds)  # the rows that the forward kept come before its partials
+        outs, lse = list(kept[keeping:]) or [out], backward_lse(lse)
+        returns: list[Callable[[], None]] = []
 
-        def spread_round(i: int, at: Indices, cells: Tensor) -> None:
+        def backward_round(i: int, indices: RoundIndices, cells: Tensor) -> None:
             dcells = torch.zeros_like(cells, dtype=wide)
-            keys = _received(self, at, cells, k.shape[3], dcells)
-            spread(self.kernel, at.parts, grad, q, keys, outs, lse, terms, dq)
-            if returning:
-                returning.pop()()  # one at most is on its way
-            returning.append(_returned(self, rounds[i], at, dcells, dk, dv))
+            keys = self._received_keys(indices, cells, k.shape[3], dcells)
+            inputs = BackwardInputs(grad, outs, lse)
+            backward_blocks(self.kernel, indices.parts, q, keys, inputs, self.options, dq)
+            if returns:
+                returns.pop()()  # at most one return is on its way
+            returns.append(self._return(rounds[i], indices, dcells, dk, dv))
 
         for i in range(keeping):
-            spread_round(i, rounds[i].indices(), kept[i])
-        coming = _fetched(self, keeping, k, v)
-        own = OwnKeys(k, v, terms.hidden, terms.key_words(), (dk, dv))
-        spread(self.kernel, self.route.own, grad, q, own, outs, lse, terms, dq)
+            backward_round(i, rounds[i].indices(), kept[i])
+        fetched = self._fetch(keeping, k, v)
+        keys = self._own_keys(k, v, (dk, dv))
+        for branch_outs, parts in self._own_parts(q, keys, v, outs):
+            inputs = BackwardInputs(grad, branch_outs, lse)
+            backward_blocks(self.kernel, parts, q, keys, inputs, self.options, dq, (stores, stores_keys))
         for i in range(keeping, len(rounds)):
-            at, cells, pending = coming
+            assert fetched is not None
+            indices, cells, pending = fetched
             pending.wait()
-            # Two ranks have two messages each way here, the keys of one turn and the gradients of another.  They come
-            # in one order, though either may leave out turns of its own: the keys of t + 1, the gradients of t
-            is_next = i + 1 < len(rounds) and rounds[i + 1].turn == rounds[i].turn + 1
+            # Two ranks have two messages each way here, the keys of one step and the gradients of another.  Both must
+            # send them in one order, though either may leave out steps: the keys of t + 1, then the gradients of t
+            is_next = i + 1 < len(rounds) and rounds[i + 1].ring_step == rounds[i].ring_step + 1
             if is_next:
-                coming = _fetched(self, i + 1, k, v)
-            spread_round(i, at, cells)
+                fetched = self._fetch(i + 1, k, v)
+            backward_round(i, indices, cells)
             if not is_next:
-                coming = _fetched(self, i + 1, k, v)
-            del at, cells
-        for finish in returning:
+                fetched = self._fetch(i + 1, k, v)
+            del indices, cells
+        for finish in returns:
             finish()
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        gradients = [dq, dk, dv]
+        del dq, dk, dv, keys  # so that each accumulator is freed as soon as it is rounded
+        dq, dk, dv = (gradients.pop(0).to(q.dtype) for _ in range(3))
+        return dq, dk, dv
+
+    def _own_keys(self, k: Tensor, v: Tensor, gradients: tuple[Tensor, Tensor] | None = None) -> OwnKeys:
+        return OwnKeys(k, v, self.options.key_padding_mask, self.options.key_words(), gradients)
+
+    def _own_parts(
+        self, q: Tensor, keys: OwnKeys, v: Tensor, outs: list[Tensor]
+    ) -> Iterator[tuple[list[Tensor], tuple[Part, ...]]]:
+        """Yield the own parts with the outs that their gradients need, which "detached" computes again here."""
+        if self.spec.partials == 1 or self._kept_partials:
+            yield outs, self.route.own
+            return
+        for _, group in groupby(self.route.own, key=lambda part: part.branch):
+            parts = tuple(group)
+            branch = initial_partial(q, v)
+            forward_blocks(self.kernel, parts, q, keys, self.options, [branch])
+            yield [branch.out], parts
+
+    def _fetch(self, i: int, k: Tensor, v: Tensor) -> tuple[RoundIndices, Tensor, Pending] | None:
+        """Start round `i`, if there is one: its rows (cells, B, D + Dv) are there once its messages were waited for."""
+        if i >= len(self.route.rounds):
+            return None
+        assert self.remote is not None
+        each = self.route.rounds[i]
+        indices = each.indices()
+        batch, _, _, width = k.shape
+        flat_k, flat_v = (x.flatten(1, 2) for x in (k, v))
+        send = {}
+        for peer, cells in indices.send.items():
+            rows = cells.to(k.device, torch.long)
+            send[peer] = torch.cat((flat_k[:, rows], flat_v[:, rows]), -1).transpose(0, 1).contiguous()
+        counts = [len(cells) for cells in indices.receive.values()]
+        received = k.new_empty((sum(counts), batch, width + v.shape[3]))
+        pieces = dict(zip(indices.receive, received.split(counts), strict=True))
+        pending = self.remote.comm.exchange(send, pieces, self.remote.message, f"keys and values{_step(each)}")
+        return indices, received, pending
+
+    def _return(self, each: Round, indices: RoundIndices, dcells: Tensor, dk: Tensor, dv: Tensor) -> Callable[[], None]:
+        """Send a round's gradients to the ranks that own its keys; the result waits for this rank's and adds them."""
+        assert self.remote is not None
+        send = dict(zip(indices.receive, dcells.split([len(c) for c in indices.receive.values()]), strict=True))
+        back = {peer: dcells.new_empty((len(cells), *dcells.shape[1:])) for peer, cells in indices.send.items()}
+        pending = self.remote.comm.exchange(send, back, self.remote.message, f"gradients{_step(each)}")
+
+        def finish() -> None:
+            pending.wait()
+            for peer, gradients in back.items():
+                rows = indices.send[peer].to(dk.device, torch.long)
+                parts = gradients.transpose(0, 1).split((dk.shape[3], dv.shape[3]), -1)
+                for total, part in zip((dk, dv), parts, strict=True):
+                    total.flatten(1, 2).index_add_(1, rows, part)
+
+        return finish
+
+    def _received_keys(
+        self, indices: RoundIndices, cells: Tensor, width: int, gradients: Tensor | None = None
+    ) -> ReceivedKeys:
+        assert self.remote is not None
+        padding = words = None
+        dropout = self.options.dropout
+        if self.options.key_padding_mask is not None or dropout is not None:
+            heads = self.route.kv_heads
+            rows = [self.remote.tokens(peer)[peer_cells // heads] for peer, peer_cells in indices.receive.items()]
+            tokens = (torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)).to(cells.device)
+            padding = self.remote.padding_of(tokens)
+            words = None if dropout is None else dropout.key_words(tokens)
+        return ReceivedKeys(cells, width, padding, words, gradients)
 
 
-def _sum(totals: Sequence[Partial]) -> Partial:
-    whole = Partial(totals[0].out.clone(), totals[0].lse.clone())
-    for each in totals[1:]:
-        whole.add_(*each)
-    return whole
-
-
-def _fetched(exchange: Rounds, i: int, k: Tensor, v: Tensor) -> tuple[Indices, Tensor, Pending]:
-    """What round `i` brings, (cells, B, D + Dv): not there before it was waited for."""
-    rounds = exchange.route.rounds
-    if i >= len(rounds):
-        return Indices({}, {}, ()), k, exchange.comm.swap({}, {}, exchange.errand, "nothing")
-    each, at = rounds[i], rounds[i].indices()
-    batch, _, _, width = k.shape
-    flat_k, flat_v = (x.flatten(1, 2) for x in (k, v))
-    send = {}
-    for peer, cells in at.send.items():
-        here = cells.to(k.device, torch.long)
-        send[peer] = torch.cat((flat_k[:, here], flat_v[:, here]), -1).transpose(0, 1).contiguous()
-    total = sum(map(len, at.receive.values()))
-    received = k.new_empty((total, batch, width + v.shape[3]))
-    pieces = dict(zip(at.receive, received.split([len(c) for c in at.receive.values()]), strict=True))
-    return at, received, exchange.comm.swap(send, pieces, exchange.errand, f"keys and values{_turn(each)}")
-
-
-def _turn(each: Round) -> str:
-    """The same on both sides of a message, as a round's number is not: ranks leave out those that bring nothing."""
-    return f" of turn {each.turn}" if each.turn else ""
-
-
-def _returned(exchange: Rounds, each: Round, at: Indices, dcells: Tensor, dk: Tensor, dv: Tensor) -> Callable[[], None]:
-    """Send the gradients of a round to whose keys they are; what is returned waits for one's own and adds them."""
-    send = dict(zip(at.receive, dcells.split([len(c) for c in at.receive.values()]), strict=True))
-    back = {peer: dcells.new_empty((len(cells), *dcells.shape[1:])) for peer, cells in at.send.items()}
-    pending = exchange.comm.swap(send, back, exchange.errand, f"gradients{_turn(each)}")
-
-    def finish() -> None:
-        pending.wait()
-        for peer, found in back.items():
-            here = at.send[peer].to(dk.device, torch.long)
-            parts = found.transpose(0, 1).split((dk.shape[3], dv.shape[3]), -1)
-            for into, part in zip((dk, dv), parts, strict=True):
-                into.flatten(1, 2).index_add_(1, here, part)
-
-    return finish
-
-
-def _received(
-    exchange: Rounds, at: Indices, cells: Tensor, width: int, gradients: Tensor | None = None
-) -> ReceivedKeys:
-    terms, kv_heads = exchange.terms, exchange.route.kv_heads
-    hidden = words = None
-    if terms.hidden is not None or terms.dropout is not None:
-        found = [exchange.tokens(peer)[cells // kv_heads] for peer, cells in at.receive.items()]
-        tokens = torch.cat(found) if found else torch.empty(0, dtype=torch.long)
-        tokens = tokens.to(cells.device)
-        hidden = exchange.hidden(tokens)
-        words = None if terms.dropout is None else terms.dropout.key_words(tokens)
-    return ReceivedKeys(cells, width, hidden, words, gradients)
+def _step(each: Round) -> str:
+    """Name a ring step as both sides do; a round's number differs, since ranks leave out rounds that bring nothing."""
+    return f" of turn {each.ring_step}" if each.ring_step else ""

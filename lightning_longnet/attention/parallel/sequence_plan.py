@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_longnet.attention.parallel.exchange import Sizes, Volume
 from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.routes import Layout, head_parts, route
-from lightning_longnet.attention.parallel.schedule import Schedule, Sizes, Volume, schedule, volume
+from lightning_longnet.attention.parallel.routes import Layout
+from lightning_longnet.attention.parallel.schedule import Schedule, schedule
 from lightning_longnet.attention.pattern.pattern import Pattern, check_heads
 
 if TYPE_CHECKING:
@@ -114,20 +115,14 @@ def sequence_plan(
     wide = torch.promote_types(dtype, torch.float32).itemsize
     sizes = Sizes(batch, head_dim, head_dim, dtype.itemsize, wide)
     chosen = schedule(layout, exchange, sizes)
-    ranks = range(where.ranks)
+    planned, ranks = chosen.plan(layout), range(where.ranks)
     received = [[0] * where.ranks for _ in ranks]
     pairs = []
     for rank in ranks:
-        if chosen.is_swap:
-            here = layout.kv_heads // where.ranks
-            parts = head_parts(layout, range(rank * here, (rank + 1) * here))
-            pairs.append(sum(part.block.pairs * part.block.weight for part in parts))
-            continue
-        own = route(layout, rank, chosen.exchanges)
-        wanted = [(source, each) for one in own.rounds for source, each in one.receives.items()]
-        found = [*own.own, *(part for _, each in wanted for part in each.parts)]
-        pairs.append(sum(part.block.pairs * part.block.weight for part in found))
-        for source, each in wanted:
-            received[rank][source] += int(each.mask().sum()) * batch * 2 * head_dim * dtype.itemsize
-    volumes = tuple(volume(layout, chosen.exchanges, rank, sizes) for rank in ranks)
+        work = planned.work(rank)
+        pairs.append(work.visible_pairs)
+        for each in work.rounds:
+            for source, cells in each.received.items():
+                received[rank][source] += cells * batch * 2 * head_dim * dtype.itemsize
+    volumes = tuple(planned.volume(rank, sizes) for rank in ranks)
     return SequencePlan(layout, chosen, volumes, tuple(pairs), tuple(map(tuple, received)))

@@ -1,7 +1,8 @@
-"""One rank's view of a batch whose sequences are split over the ranks of a group."""
+"""`SequenceShard`: one rank's view of a batch whose sequences are split over the ranks of a group."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import cached_property
 from hashlib import sha256
 from itertools import count
@@ -16,16 +17,20 @@ from lightning_longnet.attention.parallel.placement import Kind, Placement
 from lightning_longnet.attention.plan.documents import changes, cuts_of, pieces_of, placed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-# By number: an operator's schema takes no objects.  A shard lives as long as somebody else holds it
+    from lightning_longnet.attention.parallel.exchange import Footprint
+    from lightning_longnet.attention.spec import AttentionSpec
+
+# Shards by their number, since an operator's schema takes no objects.  The references are weak: the callers and the
+# autograd graph keep a shard alive
 SHARDS: WeakValueDictionary[int, SequenceShard] = WeakValueDictionary()
 _numbers = count()
-_WORDS = 24  # in what ranks tell each other, whatever it is: gathering tensors of unequal sizes ends the process
-_LETTERS = 400  # of a value that is told to others
-_CALLS = 2**20  # more than a batch has
+_WORDS = 24  # of every comparison between ranks: gathering tensors of unequal sizes would end the process
+_LETTERS = 400  # of a value that an error message shows from other ranks
+_CALLS = 2**20  # more calls than a batch has
 _KINDS: tuple[Kind, ...] = ("contiguous", "zigzag")
 
 Check = Literal["first", "always"]
@@ -33,20 +38,20 @@ Made = TypeVar("Made")
 
 
 class SequenceShard:
-    """Which tokens of each sequence are on this rank, and what their neighbours elsewhere are.
+    """The tokens of each sequence that are on this rank, and the documents and padding of the whole batch.
 
-    Made by all ranks of the group together, once for each layout of a batch; what does not fit is an error on all of
-    them.  `attend` takes it as `shard`.
+    All ranks of the group make it together, once for each layout of a batch; arguments that do not fit raise an error
+    on all of them.  `attend` takes it as `shard`.
 
     Args:
         group: the ranks that share the sequences; None is all of them.
         length: tokens of each sequence on this rank; 0 is allowed.
         placement: "contiguous" or "zigzag"; see `Placement`.
-        documents: the ids of the tokens that are here, (L,) or (B, L), not decreasing along the whole sequence.
+        documents: the ids of this rank's tokens, (L,) or (B, L), not decreasing along the whole sequence.
         key_padding_mask: (B, L), True where a key is hidden from all queries.
-        check: "first" compares what the ranks call with at the first call of its kind (shapes, type, pattern and
-            settings), which costs later ones nothing; "always" compares every call, so that what ranks call with is
-            never left to the group's timeout.
+        check: "first" compares the arguments of all ranks (shapes, type, pattern and options) at the first call of
+            each kind, which costs later calls nothing; "always" compares every call, so that a difference is never
+            left to the group's timeout.
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class SequenceShard:
         self.rank = self.comm.rank
         fault = _fault(self.rank, length, placement, documents, key_padding_mask, check)
         pieces = [None if x is None or fault else pieces_of(x) for x in (documents, key_padding_mask)]
-        self.number = numbered(self)
+        self.number = registered(self)
         header = [
             0 if fault else length,
             _KINDS.index(placement) if not fault else -1,
@@ -82,7 +87,7 @@ class SequenceShard:
         self._agree(headers, fault)
         self.placement = Placement(tuple(h[0] for h in headers), placement)
         self.threads = max(h[7] for h in headers)
-        self.comm.shard = headers[0][8]  # each rank counts its own: all go by that of the first
+        self.comm.shard = headers[0][8]  # ranks number their own shards: all use the number of the first rank
         ids, padding = (self._shared(x, max(h[5 + i] for h in headers)) for i, x in enumerate(pieces))
         self.cuts = [(0, self.length)] if ids is None else [cuts_of(row, self.length) for row in ids]
         self._borders = None if padding is None else [changes(row) for row in padding]
@@ -90,117 +95,129 @@ class SequenceShard:
         self.calls = 0
         self._check = check
         self._known: set[tuple[Any, ...]] = set()
-        self._made: dict[tuple[Any, ...], Any] = {}
+        self._cache: dict[tuple[Any, ...], Any] = {}
 
     @property
     def length(self) -> int:
-        """Tokens of a whole sequence."""
+        """The number of tokens of a whole sequence."""
         return self.placement.length
 
     @staticmethod
     def call_of(calls: int) -> str:
-        """What a call is named on all ranks, by what `calls` was when it had begun."""
+        """Return the name of a call on all ranks, from the value of `calls` after it had begun."""
         batch, number = divmod(calls - 1, _CALLS)
         return f"call {number} of batch {batch}" if batch else f"call {number}"
 
     def tokens(self, rank: int | None = None) -> Tensor:
-        """Where the tokens of a rank, by default of this one, stand in the whole sequence."""
+        """Return the index in the whole sequence of each token of a rank, by default of this one."""
         stretches = self.placement.stretches(self.rank if rank is None else rank)
         parts = [torch.arange(stretch.begin, stretch.end) for stretch in stretches]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
 
     @cached_property
     def places(self) -> Tensor:
-        """Where each token that is here stands in its document: (L,), or (B, L) where rows have their own documents."""
+        """The index of each token on this rank in its document: (L,), or (B, L) where rows have their own documents."""
         tokens = self.tokens()
         begins = [torch.tensor(cuts[:-1]) for cuts in self.cuts]
-        found = [tokens - each[torch.searchsorted(each, tokens, right=True) - 1] for each in begins]
-        if not found:
+        rows = [tokens - each[torch.searchsorted(each, tokens, right=True) - 1] for each in begins]
+        if not rows:
             return tokens.new_empty(0, len(tokens))
-        return found[0] if len(found) == 1 else torch.stack(found)
+        return rows[0] if len(rows) == 1 else torch.stack(rows)
 
-    def hidden(self, tokens: Tensor, rows: slice) -> Tensor | None:
-        """(B, tokens), True where padding hides a token, wherever it is held; None without padding."""
+    def padding_of(self, tokens: Tensor, rows: slice) -> Tensor | None:
+        """Return (B, tokens), True where padding hides a token, whichever rank holds it; None without padding.
+
+        Args:
+            tokens: indices in the whole sequence.
+            rows: the samples.
+        """
         if self._borders is None:
             return None
-        found = [torch.searchsorted(b.to(tokens.device), tokens, right=True) % 2 == 1 for b in self._borders[rows]]
-        return torch.stack(found)
+        masks = [torch.searchsorted(b.to(tokens.device), tokens, right=True) % 2 == 1 for b in self._borders[rows]]
+        return torch.stack(masks)
 
-    def once(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
-        """What is worked out for this batch: it is kept as long as the shard, and no longer."""
-        if key not in self._made:
-            self._made[key] = make()
-        made: Made = self._made[key]
-        return made
+    def cached(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """Return the value of a key, made at its first use; it lives as long as the shard."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        value: Made = self._cache[key]
+        return value
+
+    def footprint(self, spec: AttentionSpec) -> Footprint:
+        """Return what a call takes in memory: known to the planner's shards, whose calls run on fake tensors."""
+        raise NotImplementedError("attention over ranks runs on real tensors; longnet plan runs it on fake ones")
 
     def check(self, call: Mapping[str, Any], beside: Mapping[str, Any] | None = None, fault: str = "") -> None:
-        """Begin a call, and compare it with those of all ranks: a ValueError on each names what differs, and where.
+        """Begin a call and compare it with those of all ranks; a difference raises a ValueError on each that names it.
 
-        A kind of call that was found equal is known, and compared no more.  What is `beside` makes no kind of its own.
-        With a `fault` the rank raises an error of its own, of which the others are told where they compare.  It counts
-        as a call, too: the rank's next one must not be taken for this one by others.
+        Args:
+            call: values by their names.  Calls with equal values are one kind, which is compared once.
+            beside: more values to compare, which make no kind of their own.
+            fault: an error that this rank raises itself.  The others get it where they compare, and the call counts:
+                they must not take the rank's next call for this one.
         """
         self.calls += 1
         kind = tuple(call.items())
         if self._check == "first" and (kind in self._known or (fault and self._known)):
             return
-        before = {"number of the shard": self.comm.shard, "place among the calls": self.call_of(self.calls)}
-        values = {**before, **call, **(beside or {})}
-        words = [int.from_bytes(sha256(str(value).encode()).digest()[:7], "big") for value in values.values()]
-        everywhere = self._everywhere(words, "compares a call", fault)
+        shared = {"number of the shard": self.comm.shard, "place among the calls": self.call_of(self.calls)}
+        values = {**shared, **call, **(beside or {})}
+        digests = [int.from_bytes(sha256(str(value).encode()).digest()[:7], "big") for value in values.values()]
+        everywhere = self._everywhere(digests, "compares a call", fault)
         if fault:
             return
         for i, (name, value) in enumerate(values.items()):
-            if others := [r for r, found in enumerate(everywhere) if found[i] != everywhere[0][i]]:
-                shown = self._told(repr(value))  # on all ranks, which see the same words
+            if others := [r for r, theirs in enumerate(everywhere) if theirs[i] != everywhere[0][i]]:
+                shown = self._texts(repr(value))  # all ranks get here, as they compare the same digests
                 got = f"{shown[0]} on rank 0 and {shown[others[0]]} on rank {others[0]}"
                 raise ValueError(f"{name} must be equal on all ranks of a shard, got {got}")
         self._known.add(kind)
 
     def begin_batch(self, number: int) -> None:
-        """Calls from now on are of batch `number`, where one shard serves many.
+        """Number the calls from now on as those of batch `number`, where one shard serves many batches.
 
-        A rank that gives a batch up between two calls, and goes on with the next one, then meets nobody: the others
+        A rank that gives a batch up between two calls and goes on with the next one is then not mistaken: the others
         wait until the timeout, instead of taking its next call for the one that they wait for.
         """
         self.calls = max(self.calls, number * _CALLS)
 
-    def agree(self, words: Sequence[int], fault: str = "") -> list[list[int]]:
-        """What each rank says about its kernels, where all of them ask.
+    def agree(self, verdicts: Sequence[int], fault: str = "") -> list[list[int]]:
+        """Return the verdicts of all ranks on their kernels; all of them call it together.
 
-        With a `fault` the rank raises an error of its own, and says nothing: the others are told of that.
+        A rank with a `fault` raises an error itself; the others then raise one that names the rank.
         """
-        return [found[: len(words)] for found in self._everywhere(list(words), "agrees on kernels", fault)]
+        return [theirs[: len(verdicts)] for theirs in self._everywhere(list(verdicts), "agrees on kernels", fault)]
 
-    def _everywhere(self, words: list[int], what: str, fault: str) -> list[list[int]]:
-        """Of each rank, where all do the same; the wrong ones of two that do not would read each other's words.
+    def _everywhere(self, values: list[int], step: str, fault: str) -> list[list[int]]:
+        """Return the values of all ranks.
 
-        A rank with a `fault` is told nothing, as it raises its own error; the others hear of it, whatever they do.
+        The message names the step, so that ranks in different steps raise an error instead of reading each other's
+        values.  A rank with a `fault` raises its own error afterwards; the others raise one that names the rank.
         """
-        kinds = "makes a shard", "compares a call", "agrees on kernels"
-        padded = [kinds.index(what), int(bool(fault)), *words] + [0] * (_WORDS - 2 - len(words))
+        steps = "makes a shard", "compares a call", "agrees on kernels"
+        padded = [steps.index(step), int(bool(fault)), *values] + [0] * (_WORDS - 2 - len(values))
         assert len(padded) == _WORDS
-        found: list[list[int]] = self._gathered(torch.tensor(padded), what).tolist()
+        everywhere: list[list[int]] = self._gathered(torch.tensor(padded), step).tolist()
         if not fault:
-            if wrong := [r for r, each in enumerate(found) if each[1]]:
-                raise ValueError(_elsewhere(wrong[0]))
-            if others := [r for r, each in enumerate(found) if each[0] != padded[0]]:
-                told = f"rank {self.rank} of the group {what}, rank {others[0]} {kinds[found[others[0]][0]]}"
-                raise ValueError(f"all ranks of a group must do the same, in one order: {told}")
-        return [each[2:] for each in found]
+            if faulty := [r for r, theirs in enumerate(everywhere) if theirs[1]]:
+                raise ValueError(_elsewhere(faulty[0]))
+            if others := [r for r, theirs in enumerate(everywhere) if theirs[0] != padded[0]]:
+                other = f"rank {self.rank} of the group {step}, rank {others[0]} {steps[everywhere[others[0]][0]]}"
+                raise ValueError(f"all ranks of a group must do the same, in one order: {other}")
+        return [theirs[2:] for theirs in everywhere]
 
-    def _told(self, text: str) -> list[str]:
-        """What each rank has to say, cut to one length."""
+    def _texts(self, text: str) -> list[str]:
+        """Return the text of each rank, cut to one length."""
         own = text.encode()[:_LETTERS].ljust(_LETTERS)
-        found = self._gathered(torch.tensor(list(own), dtype=torch.uint8), "compares a call")
-        return [bytes(row.tolist()).decode(errors="ignore").rstrip() for row in found]
+        rows = self._gathered(torch.tensor(list(own), dtype=torch.uint8), "compares a call")
+        return [bytes(row.tolist()).decode(errors="ignore").rstrip() for row in rows]
 
-    def _gathered(self, own: Tensor, what: str) -> Tensor:
+    def _gathered(self, own: Tensor, step: str) -> Tensor:
         device = "cuda" if dist.get_backend(self.comm.group) == "nccl" else "cpu"
-        return self.comm.gathered(own.to(device), what).cpu()
+        return self.comm.gathered(own.to(device), step).cpu()
 
     def _agree(self, headers: Sequence[Sequence[int]], fault: str) -> None:
-        """Raise what is wrong anywhere, on every rank."""
+        """Raise the error of this rank, or one for arguments that differ between ranks, on every rank."""
         if fault:
             raise ValueError(fault)
         names: tuple[tuple[str, Sequence[Any]], ...] = (
@@ -209,22 +226,22 @@ class SequenceShard:
             ("rows of key_padding_mask", ()),
             ("check", get_args(Check)),
         )
-        for i, (name, shown) in enumerate(names, 1):
+        for i, (name, words) in enumerate(names, 1):
             values = [h[i] for h in headers]
             if len(set(values)) > 1:
-                told = [shown[v] if shown else "none" if v < 0 else v for v in values]
+                shown = [words[v] if words else "none" if v < 0 else v for v in values]
                 other = next(r for r, value in enumerate(values) if value != values[0])
                 raise ValueError(
-                    f"{name} must be equal on all ranks, got {told[0]} on rank 0 and {told[other]} on rank {other}"
+                    f"{name} must be equal on all ranks, got {shown[0]} on rank 0 and {shown[other]} on rank {other}"
                 )
 
     def _shared(self, own: list[Tensor] | None, width: int) -> list[list[tuple[int, int]]] | None:
-        """For each row (value, how often) along the whole sequence, from what each rank has of it."""
+        """Return for each row the runs (value, count) along the whole sequence, from each rank's part of them."""
         if own is None:
             return None
         padded = torch.zeros(len(own), width, 2, dtype=torch.int64)
-        for row, found in zip(padded, own, strict=True):
-            row[: len(found)] = found
+        for row, runs in zip(padded, own, strict=True):
+            row[: len(runs)] = runs
         everywhere = self._gathered(padded, "shares its documents and padding")
         whole = []
         for row in range(len(own)):
@@ -235,11 +252,22 @@ class SequenceShard:
         return whole
 
 
-def numbered(shard: SequenceShard) -> int:
-    """By which operators find it."""
+def registered(shard: SequenceShard) -> int:
+    """Return the number by which an operator finds a shard in `SHARDS`."""
     number = next(_numbers)
     SHARDS[number] = shard
     return number
+
+
+@contextmanager
+def reported(shard: SequenceShard | None) -> Iterator[None]:
+    """Report an error of this rank to the ranks that wait for it where calls are compared, and raise it here."""
+    try:
+        yield
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if isinstance(shard, SequenceShard):
+            shard.check({}, fault=str(error) or repr(error))
+        raise
 
 
 def _elsewhere(rank: int) -> str:
@@ -247,7 +275,7 @@ def _elsewhere(rank: int) -> str:
 
 
 def _fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any, check: Any) -> str:
-    """What is wrong with this rank's own arguments."""
+    """Return what is wrong with this rank's own arguments, or an empty text."""
     if not isinstance(length, int) or isinstance(length, bool) or length < 0:
         return f"length must be a number of tokens, at least 0, got {length!r} on rank {rank}"
     for name, value, allowed in (("placement", placement, _KINDS), ("check", check, get_args(Check))):

@@ -6,6 +6,7 @@ which counts the last dimension fastest.  It is applied where tokens enter a mod
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from math import isqrt, prod
 from typing import TYPE_CHECKING, Literal
@@ -120,6 +121,35 @@ def causal_order(order: Tensor, pattern: Pattern) -> Tensor:
     found = torch.empty_like(order)
     found[group.argsort(stable=True)] = order[by_token][group[by_token].argsort(stable=True)]
     return found
+
+
+def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
+    """Raise a ValueError where no order of a sequence serves the pattern."""
+    if ordering == "hilbert":
+        order_of_sequence(ordering, 1, pattern, torch.device("cpu"))
+
+
+def order_of_sequence(ordering: Ordering, length: int, pattern: Pattern, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the order of a sequence's rows and its inverse: `order[p]` is the token at place p of the line.
+
+    Where the pattern is causal, a query sees the keys of its segment and residue along the line that do not come after
+    it in the sequence.  That is possible for patterns of one branch alone; see `causal_order`.
+    """
+    return _order(ordering, length, pattern, device)
+
+
+@lru_cache(32)
+@torch.inference_mode(False)  # a cached tensor made in inference mode could not be used in training
+def _order(ordering: Ordering, length: int, pattern: Pattern, device: torch.device) -> tuple[Tensor, Tensor]:
+    order = torch.arange(length)
+    if ordering == "hilbert":
+        order = sequence_hilbert_order(length)
+        causal = [branch.is_causal for branch in pattern.branches]
+        if any(causal) and not all(causal):
+            raise ValueError("pattern must be causal in all of its branches or in none where ordering is 'hilbert'")
+        if all(causal):
+            order = causal_order(order, pattern)
+    return order.to(device), inverse_order(order).to(device)
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

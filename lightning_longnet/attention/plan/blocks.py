@@ -10,7 +10,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_longnet.attention.plan.gathering import Gathered, gathered
 from lightning_longnet.attention.plan.lattice import Lattice
@@ -20,6 +20,8 @@ from lightning_longnet.attention.plan.runs import own_runs, shifted
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from torch import Tensor
+
     from lightning_longnet.attention.pattern.pattern import Branch, Pattern
     from lightning_longnet.attention.plan.runs import Repeat, Shape
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 COPIED_ROWS = 512
 
 # Computing a pair once costs a mask of weights, 5 to 12 % of a call: it must save more
-DISTINCT_PAYS = 0.85
+WEIGHTS_PAY = 0.85
 # The share of the pairs that may be left to calls of fewer segments than there are threads
 NARROW_SHARE = 0.1
 
@@ -68,6 +70,14 @@ class Block:
         return len(self.queries.starts) * self.queries.heads * seen
 
 
+class Part(NamedTuple):
+    """A block of a branch; `cells` is where its keys stand among received rows, (segments, heads, rows)."""
+
+    branch: int
+    block: Block
+    cells: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Plan:
     """The blocks of each branch, from the finest to the coarsest.
@@ -99,33 +109,38 @@ class Plan:
         """The blocks as one process runs them."""
         return tuple(gathered(blocks) for blocks in self.branches)
 
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The blocks as one process runs them, those of a branch one after another."""
+        return tuple(Part(branch, block) for branch, blocks in enumerate(self.calls) for block in blocks)
+
     @property
     def pairs(self) -> int:
-        """(query, key) pairs that are computed."""
+        """The number of (query, key) pairs that are computed."""
         return sum(block.pairs for blocks in self.branches for block in blocks)
 
 
 @lru_cache(32)
-def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], distinct: int = 0) -> Plan:
-    """The plan of a packed row whose documents are `cuts[i]` to `cuts[i + 1]`; (0, N) is one whole sequence.
+def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], weighted_segments: int = 0) -> Plan:
+    """Return the plan of a packed row whose documents are `cuts[i]` to `cuts[i + 1]`; (0, N) is one whole sequence.
 
-    With `distinct`, a pair that several branches show is computed once, with a weight, where that pays.  The branches
-    are then no longer apart, which the detached mixture needs; and each head has its own weights and so its own call,
-    which must cover at least `distinct` segments to keep as many threads busy.
+    With `weighted_segments` a pair that several branches show is computed once, with a weight, where that pays.  The
+    plan then has no result for each branch, which the detached mixture needs; and each head has its own weights and so
+    its own call, which must cover at least so many segments to keep as many threads busy.
     """
     branches = pattern.ordered()
     counts_once = pattern.multiplicity == "set"
     whole = _plan(branches, heads, kv_heads, cuts, earlier_excluded=counts_once, repeats=False)
-    narrow = sum(block.pairs for block in whole.branches[0] if len(block.queries.starts) < distinct)
+    narrow = sum(block.pairs for block in whole.branches[0] if len(block.queries.starts) < weighted_segments)
     if (
-        distinct
+        weighted_segments
         and len(branches) > 1
         and not counts_once
         and narrow <= NARROW_SHARE * sum(block.pairs for block in whole.branches[0])
         and repeats_align(branches, kv_heads)
     ):
         once = _plan(branches, heads, kv_heads, cuts, earlier_excluded=True, repeats=True)
-        if once.pairs <= DISTINCT_PAYS * whole.pairs:
+        if once.pairs <= WEIGHTS_PAY * whole.pairs:
             return once
     return whole
 

@@ -31,9 +31,9 @@ def refusals(request: Request) -> list[str]:
     return reasons
 
 
-def takes_weights(q: Tensor) -> bool:
-    # On CUDA a bias takes a block from flash attention, is rounded to q's type, and parts heads that share a call
-    return _serving(q) is cpu
+def takes_weights(device: str) -> bool:
+    # On CUDA a bias takes a block away from flash attention, is rounded to q's type, and splits heads that share a call
+    return device == "cpu"
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     is_causal, mask = _visibility(q, k, call)
     with routed_products():
         out, lse = _forward(q, k, v, 0.0, is_causal, attn_mask=mask, scale=call.scale)
-    blind = call.blind(q.shape[2], q.shape[1])
-    return out, lse if blind is None else lse.masked_fill(blind, -torch.inf)
+    empty = call.empty_rows(q.shape[2], q.shape[1])
+    return out, lse if empty is None else lse.masked_fill(empty, -torch.inf)
 
 
 def backward(
@@ -84,9 +84,9 @@ def _half_is_faster(dtype: torch.dtype) -> bool:
 def _visibility(q: Tensor, k: Tensor, call: Call) -> tuple[bool, Tensor | None]:
     """The operator's own triangle is aligned to the top left corner, `low == 0`.  All else is a mask of floats."""
     assert 0 not in (*q.shape, *k.shape), "an empty dimension kills the process"
-    assert call.draw is None, "refused before"
+    assert call.dropout_mask is None, "refused before"
     block, wide = call.block, torch.promote_types(q.dtype, torch.float32)
-    hidden = call.hidden_bias(q.shape[1], wide)
+    padding = call.padding_bias(q.shape[1], wide)
     is_causal, mask = block.low == 0 and block.high is None, None
     if block.repeats:
         assert block.high is None, "a plan gives no weights to bands"
@@ -94,6 +94,6 @@ def _visibility(q: Tensor, k: Tensor, call: Call) -> tuple[bool, Tensor | None]:
         mask = weights(q.shape[2], k.shape[2], block.repeats, wide, q.device)[None, None]
     elif not is_causal and (block.low, block.high) != (None, None):
         mask = band(q.shape[2], k.shape[2], block.low, block.high, wide, q.device)[None, None]
-    if hidden is not None:
-        mask = hidden if mask is None else mask + hidden
+    if padding is not None:
+        mask = padding if mask is None else mask + padding
     return is_causal, mask

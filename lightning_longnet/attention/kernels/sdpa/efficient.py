@@ -45,16 +45,16 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     k, v = (_seen(x, q, call) for x in (k, v))
     q, k, v = (loadable(repeated(x, heads)) for x in (q, k, v))
 
-    def run(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        bias = _bias(q, k, hidden, call)
+    def run(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        bias = _bias(q, k, padding, call)
         out, lse, _, _ = _forward(q, k, v, bias, True, 0.0, _is_causal(call), scale=call.scale)
         return out, lse[..., :rows]
 
-    hidden = call.hidden_bias(heads, q.dtype)
-    out, lse = over_batches(run, q, k, v, _cut(hidden, k), limit=_limit(q, k, hidden, call))
-    blind = call.blind(rows, heads)
-    if blind is not None:  # the operator gives such a row an lse of 0
-        out, lse = out.masked_fill(blind[..., None], 0), lse.masked_fill(blind, -inf)
+    padding = call.padding_bias(heads, q.dtype)
+    out, lse = over_batches(run, q, k, v, _cut(padding, k), limit=_limit(q, k, padding, call))
+    empty = call.empty_rows(rows, heads)
+    if empty is not None:  # the operator gives such a row an lse of 0
+        out, lse = out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -inf)
     return out, lse
 
 
@@ -71,9 +71,9 @@ def backward(
     lse = F.pad(lse, (0, -rows % _LSE_ROWS), value=inf).contiguous()
 
     def run(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, hidden: Tensor | None
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, padding: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        bias = _bias(q, k, hidden, call)
+        bias = _bias(q, k, padding, call)
         seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)
         wanted = [True, True, True, False]
         dq, dk, dv, _ = _backward(
@@ -81,9 +81,9 @@ def backward(
         )
         return dq, dk, dv
 
-    hidden = call.hidden_bias(heads, q.dtype)
-    limit = _limit(q, k, hidden, call)
-    dq, dk, dv = over_batches(run, grad, q, k, v, out, lse, _cut(hidden, k), limit=limit)
+    padding = call.padding_bias(heads, q.dtype)
+    limit = _limit(q, k, padding, call)
+    dq, dk, dv = over_batches(run, grad, q, k, v, out, lse, _cut(padding, k), limit=limit)
     dk, dv = (F.pad(summed(x, key_heads), (0, 0, 0, keys - x.shape[2])) for x in (dk, dv))
     return dq, dk, dv
 
@@ -98,32 +98,32 @@ def _seen(x: Tensor, q: Tensor, call: Call) -> Tensor:
     return x[:, :, : q.shape[2]] if _is_causal(call) else x
 
 
-def _cut(hidden: Tensor | None, k: Tensor) -> Tensor | None:
-    return None if hidden is None else hidden[..., : k.shape[2]]
+def _cut(padding: Tensor | None, k: Tensor) -> Tensor | None:
+    return None if padding is None else padding[..., : k.shape[2]]
 
 
 def _is_banded(call: Call) -> bool:
     return not _is_causal(call) and (call.block.low, call.block.high) != (None, None)
 
 
-def _limit(q: Tensor, k: Tensor, hidden: Tensor | None, call: Call) -> int:
-    if hidden is None or not _is_banded(call):
+def _limit(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> int:
+    if padding is None or not _is_banded(call):
         return BATCHES
-    return min(BATCHES, max(1, _BIAS // (hidden.shape[1] * q.shape[2] * k.shape[2])))
+    return min(BATCHES, max(1, _BIAS // (padding.shape[1] * q.shape[2] * k.shape[2])))
 
 
-def _bias(q: Tensor, k: Tensor, hidden: Tensor | None, call: Call) -> Tensor | None:
+def _bias(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> Tensor | None:
     """What is added to the scores, (batch, heads, queries, keys), with strides of 0 where it is the same for all."""
-    assert call.draw is None, "refused before"
-    block, bias = call.block, hidden
+    assert call.dropout_mask is None, "refused before"
+    block, bias = call.block, padding
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
     if block.repeats:
         assert q.dtype == torch.float32, "a bias has the type of q, and the log of a weight must not be rounded"
-        assert hidden is None, "no plan gives weights to this operator, and padding besides"
+        assert padding is None, "no plan gives weights to this operator, and padding besides"
         bias = weights(queries, keys, block.repeats, q.dtype, q.device)[None, None]
     elif _is_banded(call):
         seen = band(queries, keys, block.low, block.high, q.dtype, q.device)[None, None]
-        bias = seen if hidden is None else seen + hidden
+        bias = seen if padding is None else seen + padding
     if bias is None:
         return None
     # zeros, as torch pads: what lies behind the last key is read, and must be a number

@@ -30,7 +30,7 @@ def serves(q: Tensor, call: Call) -> bool:
         q.dtype in fused.HALF
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= fused.WIDEST
-        and call.hidden is None
+        and call.key_padding_mask is None
         and not call.block.repeats
         and _capability(q.device) >= (8, 0)
     )

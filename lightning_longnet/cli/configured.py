@@ -1,4 +1,4 @@
-"""A job out of the files and overrides that `longnet fit` takes, read by the same parser."""
+"""The job of a plan, out of the files and overrides that `longnet fit` takes, read by the same parser."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
 from jsonargparse import Namespace
 
 from lightning_longnet.attention.pattern.pattern import Branch, Pattern
-from lightning_longnet.cli.trainer import Parser, TrainerCLI
+from lightning_longnet.cli.trainer import TrainerCLI
 from lightning_longnet.models.longnet import LongNetConfig
 from lightning_longnet.planning.job import Job
 from lightning_longnet.registration import NAMES
@@ -19,12 +18,12 @@ from lightning_longnet.registration import NAMES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_OURS = ("lightning_longnet.LongNetModule", "lightning_longnet.module.LongNetModule")
+_OURS = tuple(f"lightning_longnet.{module}LongNetModule" for module in ("", "module.", "training.module."))
 _STOCK = ("auto", "ddp")  # where sequences are whole, and each rank holds the model
 
 
 class _Reading(TrainerCLI):
-    """Parses and checks, and makes nothing of it."""
+    """Parses and checks the words, without making the objects that they configure."""
 
     def _set_seed(self) -> None:
         pass
@@ -45,30 +44,19 @@ def read_job(
     per_node: int | None = None,
     tokens: int | None = None,
 ) -> Job:
-    """The job of `longnet fit WORDS`, on other numbers of nodes and devices, or over other lengths, where told."""
-    given = ["fit", *words]
+    """Return the job of `longnet fit WORDS`; the other arguments, where given, replace what the configuration says."""
+    command = ["fit", *words]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # these are not the words of this process
-        read = _Reading(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            parser_class=Parser,
-            save_config_callback=None,
-            seed_everything_default=0,
-            args=given,
-            given=given,
-        )
-    told = read.config["fit"]
-    trainer, model = told.trainer, told.model
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")
+        config = _Reading(command, args=command, save_config_callback=None).config["fit"]
+    trainer, model = config.trainer, config.model
     if model.class_path not in _OURS:
         raise ValueError(f"model must be a LongNetModule, whose shape is known, got {model.class_path}")
     strategy = _strategy(trainer.strategy)
-    data = told.data.init_args if told.get("data") is not None else Namespace()  # type: ignore[no-untyped-call]
+    data = config.data.init_args if config.get("data") is not None else Namespace()  # type: ignore[no-untyped-call]
     length = data.get("tokens") if tokens is None else tokens
     if length is None:
-        raise ValueError("tokens must be told, as the data module has no argument of that name: --tokens N")
+        raise ValueError("tokens must be given, as the data module has no argument of that name: --tokens N")
     return Job(
         LongNetConfig(**_model(model.init_args.config)),
         tokens=length,
@@ -84,10 +72,10 @@ def read_job(
 
 
 def _model(config: Namespace) -> dict[str, Any]:
-    found = dict(config.__dict__)
-    given = found["pattern"]
-    found["pattern"] = [*map(_pattern, given)] if isinstance(given, (list, tuple)) else _pattern(given)
-    return found
+    options = dict(config.__dict__)
+    pattern = options["pattern"]
+    options["pattern"] = [*map(_pattern, pattern)] if isinstance(pattern, (list, tuple)) else _pattern(pattern)
+    return options
 
 
 def _pattern(given: Namespace) -> Pattern:
@@ -95,11 +83,11 @@ def _pattern(given: Namespace) -> Pattern:
 
 
 def _branch(given: Namespace) -> Branch:
-    told = dict((given.get("init_args") or given).__dict__)
-    sparsity = told.get("sparsity")
+    options = dict((given.get("init_args") or given).__dict__)
+    sparsity = options.get("sparsity")
     if isinstance(sparsity, Namespace):
-        told["sparsity"] = dict((sparsity.get("init_args") or sparsity).__dict__)
-    return Branch(**told)
+        options["sparsity"] = dict((sparsity.get("init_args") or sparsity).__dict__)
+    return Branch(**options)
 
 
 def _strategy(given: Any) -> dict[str, Any]:
@@ -112,9 +100,9 @@ def _strategy(given: Any) -> dict[str, Any]:
     if not given.class_path.endswith("RingSequenceParallelStrategy"):
         raise ValueError(f"strategy must be a RingSequenceParallelStrategy or a name of one, got {given.class_path}")
     names = ("sharding", "sequence_parallel_size", "exchange", "placement")
-    found = {name: given.init_args[name] for name in names}
+    options = {name: given.init_args[name] for name in names}
     bucket = (given.init_args.engine or {}).get("reduce_bucket_size")
-    return found if bucket is None else found | {"bucket": int(bucket)}
+    return options if bucket is None else options | {"bucket": int(bucket)}
 
 
 def _devices(given: Any) -> int:
@@ -124,18 +112,18 @@ def _devices(given: Any) -> int:
         return len(given)
     if isinstance(given, str) and given.isdecimal():
         return int(given)
-    raise ValueError(f"--gpus-per-node must be told where trainer.devices is {given!r}")
+    raise ValueError(f"--gpus-per-node must be given where trainer.devices is {given!r}")
 
 
 def _copies(optimizer: Any) -> float:
-    """What an optimiser holds, as a multiple of a matrix that it has stepped on: AdamW, the default, two."""
+    """Return the size of an optimizer's states, as a multiple of a matrix of weights: 2 for the default, AdamW."""
     if optimizer is None:
         return 2.0
-    room, _, name = optimizer.class_path.rpartition(".")
+    module, _, name = optimizer.class_path.rpartition(".")
     weight = torch.nn.Parameter(torch.ones(64, 64))
     weight.grad = torch.ones_like(weight)
-    told = optimizer.get("init_args")
-    made = getattr(import_module(room), name)([weight], **({} if told is None else vars(told)))
+    options = optimizer.get("init_args")
+    made = getattr(import_module(module), name)([weight], **({} if options is None else vars(options)))
     made.step()
     held = sum(x.numel() for state in made.state.values() for x in state.values() if isinstance(x, torch.Tensor))
     return round(held / weight.numel(), 2)

@@ -1,0 +1,200 @@
+"""The operators `lightning_longnet::attend` and `attend_backward`, for whole sequences and for parts of them.
+
+Selective checkpointing and torch.compile see these two and nothing inside them.  A spec travels through their schema as
+text, a shard as its number; without a shard the call is that of one process.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_longnet.attention.kernels.dropout import Dropout
+from lightning_longnet.attention.parallel.calls import Pass, sequence_parts, whole_sequences
+from lightning_longnet.attention.parallel.shard import SHARDS
+from lightning_longnet.attention.plan.lattice import joined, readable
+from lightning_longnet.attention.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from lightning_longnet.attention.parallel.comm import Direction
+    from lightning_longnet.attention.parallel.shard import SequenceShard
+
+
+@torch.library.custom_op("lightning_longnet::attend", mutates_args=())
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    documents: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    spec: str,
+    shard: int | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return out (B, N, H, Dv), lse (B, H, N), and the tensors that the backward needs besides."""
+    options = AttentionSpec.loads(spec)
+    # autocast would round the products
+    with torch.autocast(q.device.type, enabled=False):
+        if shard is None:
+            if not q.numel():
+                return _empty_results(q, v)
+            each = _pass(options, "forward", seed, sinks)
+            q, k, v = (readable(x) for x in (q, k, v))
+            calls = whole_sequences(each, q, k, documents, key_padding_mask)
+            results = [call.forward(q[rows], k[rows], v[rows]) for rows, call in calls]
+            out, lse = joined([result[:2] for result in results])
+            return out, lse, []
+        ranks = SHARDS[shard]
+        if not q.shape[0] * ranks.length:  # true on all ranks; where it is so on some only, others wait for them
+            out, lse, _ = _empty_results(q, v)
+            return out.zero_(), lse.zero_(), []
+        number = torch.tensor(ranks.calls)
+        with ranks.comm.whole_call(f"forward of {ranks.call_of(ranks.calls)}"):
+            each = _pass(options, "forward", seed, sinks)
+            q, k, v = (readable(x) for x in (q, k, v))
+            # all calls are planned before the first message: what one rank cannot plan leaves no other rank waiting
+            split = list(sequence_parts(each, q, k, v, ranks, ranks.calls))
+            results = [call.forward(q[rows], k[rows], v[rows]) for rows, call in split]
+            out, lse = joined([result[:2] for result in results])
+    # the backward goes by the number of its forward: ranks may run their backward passes in different orders
+    return out, lse, [number, *(tensor for *_, kept in results for tensor in kept)]
+
+
+@torch.library.custom_op("lightning_longnet::attend_backward", mutates_args=())
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kept: list[Tensor],
+    sinks: Tensor | None,
+    documents: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    spec: str,
+    shard: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv and dsinks for the gradient of out; dsinks is empty where there are no sinks."""
+    options = AttentionSpec.loads(spec)
+    with torch.autocast(q.device.type, enabled=False):
+        dsinks = q.new_empty(0) if sinks is None else _gradient_of_sinks(grad, out, lse, sinks)
+        if shard is None:
+            if not q.numel():
+                return *_empty_gradients(q, k, v), dsinks
+            each = _pass(options, "backward", seed, sinks)
+            grad, q, k, v, out = (readable(x) for x in (grad, q, k, v, out))
+            calls = whole_sequences(each, q, k, documents, key_padding_mask)
+            gradients = [
+                call.backward(grad[rows], q[rows], k[rows], v[rows], out[rows], lse[rows], []) for rows, call in calls
+            ]
+            dq, dk, dv = joined(gradients)
+            return dq, dk, dv, dsinks
+        if not kept:
+            return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dsinks
+        ranks, number, first, gradients = SHARDS[shard], int(kept[0]), 1, []
+        with ranks.comm.whole_call(f"backward of {ranks.call_of(number)}"):
+            each = _pass(options, "backward", seed, sinks)
+            grad, q, k, v, out = (readable(x) for x in (grad, q, k, v, out))
+            for rows, call in list(sequence_parts(each, q, k, v, ranks, number)):
+                last = first + call.kept_count
+                own = grad[rows], q[rows], k[rows], v[rows], out[rows], lse[rows]
+                gradients.append(call.backward(*own, kept[first:last]))
+                first = last
+            dq, dk, dv = joined(gradients)
+    return dq, dk, dv, dsinks
+
+
+def _pass(spec: AttentionSpec, direction: Direction, seed: Tensor | None, sinks: Tensor | None) -> Pass:
+    dropout = None
+    if seed is not None:
+        dropout = Dropout(spec.dropout, int(seed), spec.first_sample, spec.sample_step)
+    return Pass(spec, direction, dropout, sinks)
+
+
+def _gradient_of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Return -sum exp(s - lse) (g . out) for each head: a sink takes weight from all values and gives none."""
+    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+    slope = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
+    return -(share * slope).sum((0, 2)).to(sinks.dtype)
+
+
+def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
+    return out, lse, []
+
+
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+# Autograd: the gradient of a softmax is that of its blocks, given the out and lse of the whole; none flows through lse
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    *tensors, spec, shard = inputs
+    out, lse, kept = output
+    q, k, v, *others = tensors
+    # without gradients for the kept rows of other ranks, of which torch would allocate zeros
+    ctx.mark_non_differentiable(lse, *kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, *others, *kept)
+    ctx.spec, ctx.number = spec, shard
+    # the registry of shards is weak: the graph must keep the shard, and the handler that was set in the forward
+    ctx.shard = None if shard is None else SHARDS[shard]
+    ctx.on_failure = None if shard is None else SHARDS[shard].comm.on_failure
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, sinks, documents, padding, seed, *kept = ctx.saved_tensors
+    shard: SequenceShard | None = ctx.shard
+    with nullcontext() if shard is None else shard.comm.failures_to(ctx.on_failure):
+        dq, dk, dv, dsinks = backward(
+            grad, q, k, v, out, lse, kept, sinks, documents, padding, seed, ctx.spec, ctx.number
+        )
+    return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None, None
+
+
+def _refuse_second_derivative(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("attend has no second derivative; kernel='reference' has")
+
+
+forward.register_autograd(_differentiate, setup_context=_setup_context)
+backward.register_autograd(_refuse_second_derivative)
+
+
+# Fake tensors: for torch.compile, and for the planner, whose shards know what a call keeps
+
+
+@forward.register_fake
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    documents: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seed: Tensor | None,
+    spec: str,
+    shard: int | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    out, lse, kept = _empty_results(q, v)
+    if shard is not None:
+        options = AttentionSpec.loads(spec)
+        footprint = SHARDS[shard].footprint(options)
+        kept = [torch.empty((), dtype=torch.long), *footprint.kept(q, k, v, options)]
+    return out, lse, kept
+
+
+@backward.register_fake
+def _fake_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Any, sinks: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_empty_gradients(q, k, v), q.new_empty(0) if sinks is None else torch.empty_like(sinks)

@@ -1,0 +1,150 @@
+"""The calls of one forward or backward on this rank: samples with the same documents run in one of them."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from lightning_longnet.attention.kernels import BLOCK_KERNELS
+from lightning_longnet.attention.kernels.blocks import PairOptions
+from lightning_longnet.attention.parallel.comm import MessageContext
+from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
+from lightning_longnet.attention.parallel.reordering import LocalOrder, RankOrder, ReorderedCall, row_trade
+from lightning_longnet.attention.parallel.rounds import RoundsCall
+from lightning_longnet.attention.parallel.routes import Layout, Route
+from lightning_longnet.attention.parallel.schedule import schedule
+from lightning_longnet.attention.pattern.ordering import order_of_sequence
+from lightning_longnet.attention.plan.blocks import plan
+from lightning_longnet.attention.plan.documents import document_cuts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from lightning_longnet.attention.kernels.dropout import Dropout
+    from lightning_longnet.attention.parallel.comm import Direction
+    from lightning_longnet.attention.parallel.exchange import ExchangeCall, ExchangePlan
+    from lightning_longnet.attention.parallel.shard import SequenceShard
+    from lightning_longnet.attention.spec import AttentionSpec
+
+
+class Pass(NamedTuple):
+    """A forward or a backward of attention: its options, and the rule that drops pairs, or None."""
+
+    spec: AttentionSpec
+    direction: Direction
+    dropout: Dropout | None
+    sinks: Tensor | None
+
+
+def whole_sequences(
+    each: Pass, q: Tensor, k: Tensor, documents: Tensor | None, padding: Tensor | None
+) -> Iterator[tuple[slice, ExchangeCall]]:
+    """Yield the calls of a process that has whole sequences, each with its samples."""
+    spec, length = each.spec, q.shape[1]
+    if padding is not None and padding.device.type == "cpu" and not padding.any():
+        padding = None
+    tokens, order = torch.arange(length, device=q.device), None
+    if spec.ordering != "raster":
+        order = LocalOrder(*order_of_sequence(spec.ordering, length, spec.pattern, q.device))
+        tokens = order.order
+    # the backward of "detached" needs the result of each branch, which the forward merges at once
+    per_branch = spec.mix == "detached" and each.direction == "backward"
+    for rows, cuts in _equal_documents(document_cuts(documents, q.shape[0], length)):
+        segments = spec.weighted_segments(
+            q.device.type, rows.stop - rows.start, torch.get_num_threads(), per_branch=per_branch
+        )
+        whole = plan(spec.pattern, q.shape[2], k.shape[2], cuts, segments)
+        options = PairOptions(
+            spec.scale_of(q.shape[3]),
+            None if padding is None else padding[rows][:, tokens] if order is not None else padding[rows],
+            each.dropout,
+            samples=torch.arange(rows.start, rows.stop, device=q.device),
+            tokens=tokens,
+            counts_once=whole.counts_once,
+            sinks=each.sinks,
+        )
+        route = Route(whole.parts, (), k.shape[2], whole.queries_once, whole.is_partitioned)
+        call: ExchangeCall = RoundsCall(BLOCK_KERNELS[spec.kernel], route, options, spec)
+        yield rows, call if order is None else ReorderedCall(call, order, spec.returns_lse)
+
+
+def sequence_parts(
+    each: Pass, q: Tensor, k: Tensor, v: Tensor, shard: SequenceShard, number: int
+) -> Iterator[tuple[slice, ExchangeCall]]:
+    """Yield the calls of a rank that has a part of each sequence; `number` is that of the forward on all ranks."""
+    spec, comm, call_name = each.spec, shard.comm, f"{each.direction} of {shard.call_of(number)}"
+    wide, kind = torch.promote_types(q.dtype, torch.float32), str(call_kind(q, k, v, spec))
+    for rows, cuts in _equal_documents(shard.cuts * (q.shape[0] if len(shard.cuts) == 1 else 1)):
+        samples = rows.stop - rows.start
+        sizes = Sizes(samples, q.shape[3], v.shape[3], q.element_size(), wide.itemsize)
+        layout = Layout(spec.pattern, q.shape[2], k.shape[2], cuts, shard.placement)
+        # looked up by the first row, which stands for its documents
+        key = spec.pattern, q.shape[2], k.shape[2], rows.start if len(shard.cuts) > 1 else 0
+        exchange = shard.cached(
+            ("exchange", *key, spec.exchange, sizes),
+            partial(_scheduled, layout, spec.exchange, sizes),
+        )
+        comm.traffic.add_call(each.direction, exchange, sizes)
+        message = MessageContext(f"{call_name}, samples {rows.start} to {rows.stop - 1}", kind)
+        segments = spec.weighted_segments(q.device.type, samples, shard.threads, per_branch=spec.mix == "detached")
+        order = None
+        if spec.ordering != "raster":
+            order, _ = order_of_sequence(spec.ordering, shard.length, spec.pattern, torch.device("cpu"))
+        rank_call = RankCall(
+            shard,
+            message,
+            spec,
+            BLOCK_KERNELS[spec.kernel],
+            each.dropout,
+            rows,
+            segments,
+            each.sinks,
+            q.shape[3],
+            q.device,
+            key=(*key, segments),
+            order=order,
+        )
+        call = exchange.call(rank_call)
+        if order is not None:
+            trade = shard.cached(("order", spec.ordering, spec.pattern), partial(row_trade, order, shard))
+            call = ReorderedCall(call, RankOrder(comm, message, trade), spec.returns_lse)
+        yield rows, call
+
+
+def _scheduled(layout: Layout, exchange: str, sizes: Sizes) -> ExchangePlan:
+    return schedule(layout, exchange, sizes).plan(layout)
+
+
+def call_kind(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> dict[str, Any]:
+    """Return what must be equal on all ranks of a call; the number of a rank's tokens need not be."""
+    return {
+        "batch": q.shape[0],
+        "heads of q": q.shape[2],
+        "heads of k": k.shape[2],
+        "head_dim": q.shape[3],
+        "width of v": v.shape[3],
+        "dtype": str(q.dtype),
+        "pattern": spec.pattern.dumps(),
+        "exchange": spec.exchange,
+        "mix": spec.mix,
+        "ordering": spec.ordering,
+        "return_lse": spec.returns_lse,
+        "kernel": spec.kernel,
+        "scale": spec.scale_of(q.shape[3]),
+        "dropout": spec.dropout,
+        "dropout_samples": (spec.first_sample, spec.sample_step) if spec.dropout else None,
+    }
+
+
+def _equal_documents(cuts: Sequence[tuple[int, ...]]) -> Iterator[tuple[slice, tuple[int, ...]]]:
+    """Yield samples that follow one another with the same documents."""
+    first = 0
+    for each, group in groupby(cuts):
+        last = first + len(list(group))
+        yield slice(first, last), each
+        first = last

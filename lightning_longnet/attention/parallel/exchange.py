@@ -1,0 +1,171 @@
+"""What an exchange between ranks is to the plan, to the run and to the planner: one interface for all of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor
+
+    from lightning_longnet.attention.kernels import BlockKernel
+    from lightning_longnet.attention.kernels.dropout import Dropout
+    from lightning_longnet.attention.parallel.comm import MessageContext
+    from lightning_longnet.attention.parallel.routes import Layout
+    from lightning_longnet.attention.parallel.shard import SequenceShard
+    from lightning_longnet.attention.plan.blocks import Part
+    from lightning_longnet.attention.spec import AttentionSpec
+
+# The price of a message before its first byte, in bytes that could have travelled meanwhile: 20 us at 10 GB/s
+MESSAGE_BYTES = 200_000
+
+
+class Sizes(NamedTuple):
+    """The sizes of a call's tensors: samples, widths, and the bytes of an element and of an accumulator's."""
+
+    batch: int
+    head_dim: int
+    value_dim: int
+    itemsize: int
+    wide_itemsize: int
+
+
+class Volume(NamedTuple):
+    """What one rank sends in forward and backward, keeps between them, and sends in the forward alone."""
+
+    sent_bytes: int
+    messages: int
+    kept_bytes: int
+    forward_bytes: int
+
+    @property
+    def cost(self) -> int:
+        return self.sent_bytes + self.messages * MESSAGE_BYTES
+
+
+class RoundWork(NamedTuple):
+    """What a rank receives in one round, in cells by source, and the blocks that it computes with them."""
+
+    received: dict[int, int]
+    parts: tuple[Part, ...]
+    keeps: bool
+
+
+class RankWork(NamedTuple):
+    """The blocks that a rank computes without waiting for others, and its rounds."""
+
+    own: tuple[Part, ...]
+    rounds: tuple[RoundWork, ...] = ()
+
+    @property
+    def visible_pairs(self) -> int:
+        """The pairs that the rank's queries see, a repeated pair as often as branches show it."""
+        parts = (*self.own, *(part for each in self.rounds for part in each.parts))
+        return sum(part.block.pairs * part.block.weight for part in parts)
+
+
+class Footprint(Protocol):
+    """The memory that an exchange takes on a rank beside its own q, k, v and results."""
+
+    def kept(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
+        """Return uninitialized tensors like those that the forward keeps for the backward."""
+
+    def cells(self, layers: int) -> int:
+        """Return how many rows of other ranks' key heads so many layers hold at once, to compare ranks by."""
+
+    def in_flight_bytes(self, q: Tensor, k: Tensor, v: Tensor, *, is_backward: bool) -> int:
+        """Return the bytes of messages in both directions while a call runs."""
+
+
+class ExchangeCall(Protocol):
+    """One forward or one backward of attention on this rank, for samples with the same documents."""
+
+    @property
+    def kept_count(self) -> int:
+        """How many tensors the forward keeps for the backward."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return out (B, L, H, Dv), lse (B, H, L), and the tensors that the backward needs besides."""
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv of the tokens on this rank."""
+
+
+class RankCall(NamedTuple):
+    """What a call is on this rank, besides its tensors: the arguments of `ExchangePlan.call`.
+
+    Attributes:
+        shard: the tokens on this rank.
+        message: what its messages belong to.
+        spec: the options of the call.
+        kernel: the kernel that computes blocks.
+        dropout: the rule that drops pairs, or None.
+        rows: the samples, all with the same documents.
+        weighted_segments: as for `plan`.
+        sinks: (H,) a logit of each query head without a value, or None.
+        head_dim: the width of q and k.
+        device: the device of the tensors.
+        key: what tells the layouts of a shard's calls from one another, for `SequenceShard.cached`.
+        order: the token at each place of the line on which the pattern is drawn; None where that is the sequence.
+    """
+
+    shard: SequenceShard
+    message: MessageContext
+    spec: AttentionSpec
+    kernel: BlockKernel
+    dropout: Dropout | None
+    rows: slice
+    weighted_segments: int
+    sinks: Tensor | None
+    head_dim: int
+    device: torch.device
+    key: tuple[Any, ...]
+    order: Tensor | None
+
+    def tokens_at(self, places: Tensor) -> Tensor:
+        """Return the index in the whole sequence of the tokens at some places of the line."""
+        return places if self.order is None else self.order[places]
+
+
+@dataclass(frozen=True)
+class ExchangePlan(ABC):
+    """How keys reach the queries of other ranks: a pure function of the layout, equal on all ranks.
+
+    Args:
+        layout: who holds what, and what sees what.
+        exchanges: the exchange of each branch, from the finest to the coarsest.
+    """
+
+    layout: Layout
+    exchanges: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def overlaps(self) -> bool:
+        """Whether blocks are computed while messages are on their way."""
+
+    @abstractmethod
+    def volume(self, rank: int, sizes: Sizes) -> Volume:
+        """Return what a rank sends, forward and backward, and keeps."""
+
+    @abstractmethod
+    def branch_volumes(self, rank: int, sizes: Sizes) -> tuple[Volume, ...]:
+        """Return what each branch adds to those finer than it; nothing where messages are of no branch."""
+
+    @abstractmethod
+    def work(self, rank: int, weighted_segments: int = 0) -> RankWork:
+        """Return what a rank computes and receives."""
+
+    @abstractmethod
+    def footprint(self, rank: int) -> Footprint:
+        """Return what the exchange holds in a rank's memory."""
+
+    @abstractmethod
+    def call(self, call: RankCall) -> ExchangeCall:
+        """Return one call of attention on this rank."""

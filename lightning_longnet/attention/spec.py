@@ -1,0 +1,95 @@
+"""`AttentionSpec`: every option of a call of attention that is not a tensor, as one value."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_longnet.attention.kernels import BLOCK_KERNELS
+from lightning_longnet.attention.pattern.pattern import Pattern
+
+if TYPE_CHECKING:
+    from lightning_longnet.attention.parallel.schedule import Exchange
+    from lightning_longnet.attention.pattern.ordering import Ordering
+
+Mix = Literal["exact", "detached"]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The options of a call, checked: frozen, hashable, and equal on all ranks that share sequences.
+
+    Args:
+        pattern: which keys a query sees.
+        kernel: the name of the kernel that runs; never "auto".
+        scale: the factor of the scores; None is 1 / sqrt(head_dim).
+        dropout: the probability that a pair is dropped.
+        first_sample, sample_step: sample b of the batch is number `first_sample + sample_step * b` to dropout.
+        mix: "exact" or "detached"; see `attend`.
+        exchange: how keys reach the queries of other ranks.
+        ordering: the line on which the pattern is drawn.
+        returns_lse: whether the caller reads the log-sum-exp, which an all_to_all must then carry, too.
+    """
+
+    pattern: Pattern
+    kernel: str
+    scale: float | None = None
+    dropout: float = 0.0
+    first_sample: int = 0
+    sample_step: int = 1
+    mix: Mix = "exact"
+    exchange: Exchange = "auto"
+    ordering: Ordering = "raster"
+    returns_lse: bool = False
+
+    def dumps(self) -> str:
+        """Return one line of JSON, the same for equal specs: how a spec travels through an operator's schema.
+
+        It is formatted by hand because torch.compile traces this method and cannot follow a JSON encoder.
+        """
+        scale = "null" if self.scale is None else repr(self.scale)
+        return (
+            f'{{"pattern":{self.pattern.dumps()},"kernel":"{self.kernel}","scale":{scale},"dropout":{self.dropout!r},'
+            f'"first_sample":{self.first_sample},"sample_step":{self.sample_step},"mix":"{self.mix}",'
+            f'"exchange":"{self.exchange}","ordering":"{self.ordering}","returns_lse":{int(self.returns_lse)}}}'
+        )
+
+    @staticmethod
+    def loads(text: str) -> AttentionSpec:
+        """Return the spec that `dumps` wrote; equal texts give the same object."""
+        return _loads(text)
+
+    @property
+    def counts_once(self) -> bool:
+        """Whether a pair is one and the same in whichever branch it is computed."""
+        return self.pattern.multiplicity == "set"
+
+    @property
+    def partials(self) -> int:
+        """How many partial results the backward needs: one of each branch for "detached", else one of all."""
+        return len(self.pattern.branches) if self.mix == "detached" else 1
+
+    def scale_of(self, head_dim: int) -> float:
+        """Return the factor of the scores."""
+        return head_dim**-0.5 if self.scale is None else self.scale
+
+    def weighted_segments(self, device: str, samples: int, threads: int, *, per_branch: bool = False) -> int:
+        """Return how many segments a kernel call must cover for the plan to compute a repeated pair once.
+
+        0 means that every branch computes its own pairs: where the caller needs each branch's result (`per_branch`),
+        where dropout drops the copies of a pair one by one, and where the kernel takes no weights.  Otherwise a call
+        that computes pairs once serves one head, and must keep all threads busy with its segments and samples.
+        """
+        kernel = BLOCK_KERNELS.get(self.kernel)  # the reference runs no blocks
+        if per_branch or self.dropout > 0 or kernel is None or not kernel.takes_weights(device):
+            return 0
+        return -(-threads // samples)
+
+
+@lru_cache(1024)
+def _loads(text: str) -> AttentionSpec:
+    values: dict[str, Any] = json.loads(text)
+    pattern = Pattern.loads(json.dumps(values.pop("pattern"), separators=(",", ":")))
+    return AttentionSpec(pattern, **{**values, "returns_lse": bool(values["returns_lse"])})

@@ -1,0 +1,89 @@
+"""The position of a rank in the mesh: its sizes, ranks and groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from lightning_longnet.sequence.mesh import DATA, SEQUENCE
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class MeshPosition:
+    """The position of this rank in a mesh; by default that of one process.
+
+    Attributes:
+        sequence_parallel_size: how many ranks share a sequence.
+        sequence_parallel_rank: the number of this rank among them.
+        data_parallel_size: how many groups of such ranks there are, which work on different sequences.
+        data_parallel_rank: the number of this rank's group among them.
+        sequence_group: the ranks that share this rank's sequences; None without a mesh.
+        data_parallel_group: the ranks that hold the same part of other sequences; None without a mesh.
+    """
+
+    sequence_parallel_size: int = 1
+    sequence_parallel_rank: int = 0
+    data_parallel_size: int = 1
+    data_parallel_rank: int = 0
+    sequence_group: dist.ProcessGroup | None = None
+    data_parallel_group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh | None) -> MeshPosition:
+        """Return the position of this rank in a mesh as `sequence_mesh` makes one."""
+        if mesh is None:
+            return cls()
+        return cls(
+            mesh[SEQUENCE].size(),
+            mesh[SEQUENCE].get_local_rank(),
+            mesh[DATA].size(),
+            mesh[DATA].get_local_rank(),
+            mesh.get_group(SEQUENCE),
+            mesh.get_group(DATA),
+        )
+
+
+class Positioned:
+    """An object with a `position`, whose sizes, ranks and groups are attributes of the object too."""
+
+    position: MeshPosition
+
+    @property
+    def sequence_parallel_size(self) -> int:
+        """How many ranks share a sequence."""
+        return self.position.sequence_parallel_size
+
+    @property
+    def sequence_parallel_rank(self) -> int:
+        """The number of this rank among those that share its sequences."""
+        return self.position.sequence_parallel_rank
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many groups of ranks work on different sequences."""
+        return self.position.data_parallel_size
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """The number of this rank's group among them."""
+        return self.position.data_parallel_rank
+
+    @property
+    def sequence_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share this rank's sequences; None without a mesh."""
+        return self.position.sequence_group
+
+    @property
+    def data_parallel_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the same part of other sequences; None without a mesh."""
+        return self.position.data_parallel_group
+
+
+def world_group() -> dist.ProcessGroup | None:
+    """Return the group of all ranks, or None where torch.distributed is not initialized."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None

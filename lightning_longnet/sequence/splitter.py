@@ -1,0 +1,205 @@
+"""Splitting batches: which part of a batch is this rank's, and which sequences layers work on now."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_longnet.attention.parallel.placement import Kind, Placement
+from lightning_longnet.sequence.agreement import check_same_batch, fault_of
+from lightning_longnet.sequence.batches import checked_dims, digest, dim_of, is_whole, known_length, length_of, mapped
+from lightning_longnet.sequence.parts import SequencePart, part_of
+from lightning_longnet.sequence.shards import BatchShards
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+    from lightning_longnet.sequence.position import MeshPosition
+
+
+@dataclass
+class CurrentBatch:
+    """The sequences that layers work on now.
+
+    Attributes:
+        length: the number of tokens of each whole sequence; None where it is unknown, and layers get no parts.
+        is_whole: layers get whole sequences, even those that a model makes itself.
+        documents: the document ids of this rank's tokens, where the batch has them.
+        key_padding_mask: True where a token of this rank is padding, where the batch has an attention_mask.
+        shards: the shards that were made for this batch.
+    """
+
+    length: int | None = None
+    is_whole: bool = False
+    documents: Tensor | None = None
+    key_padding_mask: Tensor | None = None
+    shards: BatchShards = field(default_factory=BatchShards)
+
+
+class BatchSplitter:
+    """Splits batches over the ranks that share sequences.
+
+    Args:
+        position: the position of this rank.
+        placement: "contiguous" or "zigzag"; see `Placement`.
+
+    Attributes:
+        current: the sequences that layers work on now.
+        number: the number of batches that were split.
+        samples: the names of the current batch's samples, where the data gives them.
+    """
+
+    def __init__(self, position: MeshPosition, placement: Kind) -> None:
+        self.position, self.placement = position, placement
+        self.current = CurrentBatch()
+        self.number = 0
+        self.samples: tuple[str, ...] = ()
+
+    @property
+    def is_split(self) -> bool:
+        """Whether layers get parts of sequences now."""
+        return self.current.length is not None and self.position.sequence_parallel_size > 1
+
+    def split(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> Any:
+        """Return this rank's part of a batch, and begin the batch."""
+        dims = checked_dims(sequence_dims or {})
+        self.samples = ()
+        self.number += 1
+        if isinstance(batch, SequencePart):
+            self._check_part(batch, dims)
+            self.begin(batch.length)
+            self.samples = batch.samples
+            if self.is_split:
+                self._keep_masks(batch.tensors)
+            return dict(batch.tensors)
+        if self.position.sequence_parallel_size == 1:
+            self.begin(known_length(batch, dims))
+            return batch
+        length = self._length_of(batch, dims)
+        self.begin(length)
+        if length is None:
+            return batch
+        placement = self.placement_of(length)
+        parts: dict[str, Tensor] = {}
+
+        def part(path: tuple[str, ...], x: Tensor) -> Tensor:
+            dim = dim_of(path, x, dims)
+            if dim is None:
+                return x
+            result = part_of(x, placement, self.position.sequence_parallel_rank, dim)
+            parts.setdefault(path[-1], result)
+            return result
+
+        batch = mapped(batch, part)
+        self._keep_masks(parts)
+        return batch
+
+    def _keep_masks(self, parts: Mapping[str, Tensor]) -> None:
+        """Keep the documents and the padding of this rank's tokens, which the batch's own shard is made with."""
+        mask = parts.get("attention_mask")
+        self.current.documents = parts.get("documents")
+        self.current.key_padding_mask = None if mask is None else mask == 0
+
+    def begin(self, length: int | None) -> None:
+        """Begin a batch of sequences of `length` tokens, or of whole sequences where it is None."""
+        self.current = CurrentBatch(length, self.current.is_whole)
+
+    def begin_made(self, length: int) -> Tensor:
+        """Begin a batch of sequences that the model makes itself, and return the positions of this rank's tokens."""
+        if self.current.is_whole:
+            return torch.arange(length)
+        self._check_length(length)
+        self.begin(length)
+        return _positions(self.placement_of(length), self.position.sequence_parallel_rank)
+
+    @contextmanager
+    def parts_of(self, length: int | None) -> Iterator[None]:
+        """Give layers parts of sequences of `length` tokens inside the block, and restore the batch after it."""
+        before = self.current
+        self.current = CurrentBatch(length, is_whole=length is None)
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def check_same(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> None:
+        """Raise a ValueError on all ranks where those that share sequences hold different or unfit batches."""
+        position = self.position
+        if position.sequence_group is None or position.data_parallel_group is None:
+            return
+        fault, dims = "", checked_dims(sequence_dims or {})
+        if isinstance(batch, SequencePart):
+            fault = fault_of(lambda: self._check_part(batch, dims))
+        elif position.sequence_parallel_size > 1:
+            fault = fault_of(lambda: (self._length_of(batch, dims), mapped(batch, lambda _, x: x)))
+        place = position.data_parallel_rank, position.data_parallel_size
+        check_same_batch(digest(batch), fault, position.sequence_group, position.data_parallel_group, place)
+
+    def _check_part(self, part: SequencePart, dims: Mapping[str, int | None]) -> None:
+        self._check_length(part.length)
+        part.check(self.placement_of(part.length), self.position.sequence_parallel_rank)
+        if (tokens := length_of(part.tensors, dims)) != part.tokens:
+            raise ValueError(f"a SequencePart of {part.tokens} tokens must have as many in its tensors, got {tokens}")
+
+    def _length_of(self, batch: Any, dims: Mapping[str, int | None]) -> int | None:
+        if is_whole(batch, dims):
+            return None
+        length = length_of(batch, dims)
+        self._check_length(length)
+        return length
+
+    def _check_length(self, length: int) -> None:
+        size = self.position.sequence_parallel_size
+        if length < size:
+            raise ValueError(
+                f"sequences must have at least one token for each of the {size} ranks that "
+                f"share them, got {length}: set sequence_parallel_size to at most {length}, or pad them"
+            )
+
+    def placement_of(self, length: int) -> Placement:
+        """Return the even placement of sequences of `length` tokens."""
+        return Placement.even(length, self.position.sequence_parallel_size, self.placement)
+
+    @property
+    def local_length(self) -> int:
+        """The number of tokens of each sequence on this rank, while a batch is split."""
+        assert self.current.length is not None
+        return self.placement_of(self.current.length).lengths[self.position.sequence_parallel_rank]
+
+    @property
+    def positions(self) -> Tensor | None:
+        """The positions of this rank's tokens in the whole sequence; None where the length is unknown."""
+        if self.current.length is None:
+            return None
+        return _positions(self.placement_of(self.current.length), self.position.sequence_parallel_rank)
+
+    def positions_of(self, x: Tensor, dim: int) -> Tensor:
+        """Return the positions of the tokens along a dimension of x, on the device of x."""
+        if not self.is_split:
+            return torch.arange(x.shape[dim], device=x.device)
+        positions = self.positions
+        assert positions is not None
+        self.check_tokens(x.shape[dim])
+        return positions.to(x.device)
+
+    def check_tokens(self, tokens: int) -> None:
+        """Raise a ValueError where layers are given another number of tokens than this rank holds."""
+        here = self.local_length
+        if tokens != here:
+            raise ValueError(
+                f"this rank holds {here} tokens of each sequence of {self.current.length}, got {tokens}: layers are "
+                f"given parts while a batch is worked on; for whole sequences, "
+                f"`with sequence_context(module).whole():`"
+            )
+
+
+@lru_cache(16)
+def _positions(placement: Placement, rank: int) -> Tensor:
+    parts = [torch.arange(begin, end) for begin, end, _ in placement.stretches(rank)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)

@@ -1,0 +1,74 @@
+"""The checks of a run: wrong options and batches become errors before they become wrong numbers or a hang."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from lightning_longnet.sequence.agreement import gathered
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch import LightningModule
+
+    from lightning_longnet.sequence.context import SequenceContext
+
+Accumulate = Literal["batches", "tokens"]
+
+
+def check_options(accumulate: Any, timeout: Any, preemption: Any) -> None:
+    """Raise a ValueError where an option of the strategy has a wrong value."""
+    if accumulate not in get_args(Accumulate):
+        allowed = ", ".join(map(repr, get_args(Accumulate)))
+        raise ValueError(f"accumulate must be one of {allowed}, got {accumulate!r}")
+    if not isinstance(timeout, (int, float)) or timeout <= 0:
+        raise ValueError(f"timeout must be a number of seconds, more than 0, got {timeout!r}")
+    if not isinstance(preemption, bool):
+        raise ValueError(f"preemption must be True or False, got {preemption!r}")
+
+
+def check_accumulation(accumulate: str, module: LightningModule) -> None:
+    """Raise a ValueError where the strategy would weight losses that the module weights itself."""
+    if accumulate == "tokens" and not module.automatic_optimization:
+        raise ValueError("accumulate must be 'batches' with manual optimisation, which weights its losses itself")
+
+
+def check_split(context: SequenceContext) -> None:
+    """Raise a ValueError where ranks that share sequences have all computed the same whole batch.
+
+    A batch may stay whole for a model that splits what it makes of it, which the model says by `begin_made`.
+    """
+    size = context.sequence_parallel_size
+    if size > 1 and context.length is None:
+        raise ValueError(
+            f"sequence_parallel_size must be 1 where no tensor of a batch is a sequence and the model begins none "
+            f"(see SequenceContext.begin_made), got {size}"
+        )
+
+
+def check_means(means: int) -> None:
+    """Raise a ValueError where a step took another number of means than the one that its tokens weight."""
+    if means != 1:
+        raise ValueError(
+            f"accumulate='tokens' needs one token_mean with a gradient in each training_step, got {means}: detach "
+            f"what is only logged"
+        )
+
+
+def check_predicted_batches(context: SequenceContext, sharding: str, batches: Sequence[int | float]) -> None:
+    """Raise a ValueError on all ranks where groups predict unequal numbers of batches: one would wait for the others.
+
+    Lightning repeats no samples for prediction.
+    """
+    if context.data_parallel_group is None:
+        return
+    own = torch.tensor(int(min(sum(batches), 2**62)))
+    counts = gathered(own, context.data_parallel_group).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"with {sharding!r} all data-parallel groups must predict as many batches, as their ranks "
+            f"gather parameters together, got {', '.join(map(str, counts))}: make the number of samples a "
+            f"multiple of {len(counts)} times the batch size, or take 'ddp'"
+        )

@@ -1,0 +1,63 @@
+"""The engines: the names of shardings, the class of each, and the options that it takes."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from inspect import signature
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import ParallelStrategy
+
+    from lightning_longnet.strategies.base import RingSequenceParallelStrategy
+
+Sharding = Literal[
+    "fsdp2",
+    "fsdp2_offload",
+    "hsdp",
+    "ddp",
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_3",
+    "deepspeed_stage_3_offload",
+]
+_FSDP2 = ("fsdp2", "FSDP2SequenceParallelStrategy")
+_DEEPSPEED = ("deepspeed", "DeepSpeedSequenceParallelStrategy")
+_CLASSES = {
+    "ddp": ("ddp", "DDPSequenceParallelStrategy"),
+    "hsdp": _FSDP2,
+    "fsdp2": _FSDP2,
+    "fsdp2_offload": _FSDP2,
+}
+
+# The arguments of Lightning's strategies that ours sets itself
+_OURS = {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin", "timeout"}
+_OURS |= {"process_group_backend", "data_parallel_size", "tensor_parallel_size", "stage", "zero_optimization"}
+
+
+def engine_class(sharding: str) -> type[RingSequenceParallelStrategy]:
+    """Return the class of a sharding, whose module is imported now: DeepSpeed need not be installed for the others."""
+    if sharding not in get_args(Sharding):
+        allowed = ", ".join(map(repr, get_args(Sharding)))
+        raise ValueError(f"sharding must be one of {allowed}, got {sharding!r}")
+    module, name = _CLASSES.get(sharding, _DEEPSPEED)
+    engine: type[RingSequenceParallelStrategy] = getattr(import_module(f"lightning_longnet.strategies.{module}"), name)
+    return engine
+
+
+def engine_options(stock: type[ParallelStrategy], options: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of the options of Lightning's strategy for an engine, after checking their names."""
+    valid = set(signature(stock).parameters) - _OURS
+    if "kwargs" in valid:  # which Lightning passes on to DistributedDataParallel
+        valid = valid - {"kwargs"} | (set(signature(DistributedDataParallel).parameters) - {"module", "device_ids"})
+    if unknown := [name for name in options if name not in valid]:
+        allowed = ", ".join(sorted(valid))
+        raise ValueError(f"engine must hold arguments of {stock.__name__}, {allowed}, got {unknown}")
+    return dict(options)
+
+
+def gathers_parameters(sharding: str) -> bool:
+    """Whether ranks gather parameters in each forward, so that all of them must call the model equally often."""
+    return sharding not in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2")
