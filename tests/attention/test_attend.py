@@ -23,7 +23,7 @@ def test_equals_brute_force_in_float32(kernel, case):
     compare_attention(case, kernel, torch.float32, 1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.full
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @settings(max_examples=1500, deadline=None)
 @given(case=drawn.cases())

@@ -27,7 +27,13 @@ def enumerated(length):
     return counter.get_total_flops() + 2 * 12 * 4 * pairs
 
 
-@pytest.mark.parametrize(("mesh", "sharding"), tiered(product(MESHES, ["ddp", "fsdp2"]), quick=[("1x2", "ddp")]))
+EVERYWHERE = list(product(MESHES, ["ddp", "fsdp2"]))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sharding"),
+    tiered(EVERYWHERE, quick=[("1x2", "ddp")], full=[case for case in EVERYWHERE if case[1] == "fsdp2"]),
+)
 def test_throughput_is_that_of_all_ranks(trainers, mesh, sharding):
     world, size = MESHES[mesh]
     many = STEPS * MICRO_BATCHES * SAMPLES
