@@ -1,4 +1,4 @@
-"""Which rank holds which token.  The choice must not change the answer."""
+"""`Placement`: which rank holds which token.  It does not change results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Kind = Literal["contiguous", "zigzag"]
 
 
 class Stretch(NamedTuple):
-    """Tokens `begin` to `end` of the whole, which stand at `local` and on among those of their rank."""
+    """The tokens `begin` to `end` of the whole sequence; the first of them has the index `local` on its rank."""
 
     begin: int
     end: int
@@ -21,11 +21,11 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """So many tokens on each rank.
+    """The ranks of a sequence's tokens; `lengths[r]` is the number of tokens on rank r.
 
     "contiguous" gives each rank the tokens that follow those of the rank before it.  "zigzag" cuts each rank's tokens
-    into halves, and lays the second halves out in the opposite order: where all queries see all keys before them, every
-    rank has as many pairs to compute.
+    into halves, and places the second halves in the opposite order: under a dense causal mask all ranks then compute
+    equally many pairs.
 
         contiguous   0 0 0 0 1 1 1 1 2 2 2 2
         zigzag       0 0 1 1 2 2 2 2 1 1 0 0
@@ -48,14 +48,14 @@ class Placement:
         return cls(tuple(end - begin for begin, end in pairwise(cuts)), kind)
 
     def __hash__(self) -> int:
-        return self._hash  # of thousands of lengths, for each look into a cache
+        return self._hash  # hashing thousands of lengths would cost at every look into a cache
 
     @cached_property
     def _hash(self) -> int:
         return hash((self.lengths, self.kind))
 
     def __getstate__(self) -> dict[str, object]:
-        """Without what is worked out: another process hashes words in another way."""
+        """Leave out cached values: another process has other hashes of strings."""
         return {"lengths": self.lengths, "kind": self.kind}
 
     @property
@@ -67,7 +67,7 @@ class Placement:
         return sum(self.lengths)
 
     def stretches(self, rank: int) -> tuple[Stretch, ...]:
-        """A rank's tokens, in the order in which it holds them."""
+        """Return the stretches of a rank's tokens, in local order."""
         begins, length = self._begins, self.lengths[rank]
         if self.kind == "contiguous":
             found = [Stretch(begins[rank], begins[rank] + length, 0)]
@@ -81,7 +81,7 @@ class Placement:
         return tuple(stretch for stretch in found if stretch.begin < stretch.end)
 
     def holders(self, begin: int, end: int) -> set[int]:
-        """The ranks that hold some of the tokens `begin` to `end`."""
+        """Return the ranks that hold some of the tokens `begin` to `end`."""
         begin, end = max(begin, 0), min(end, self.length)
         if self.kind == "contiguous":
             return _between(self._begins, begin, end)
@@ -103,7 +103,7 @@ class Placement:
 
 
 def _between(borders: tuple[int, ...], begin: int, end: int) -> set[int]:
-    """Which of the stretches that these borders make have a token from `begin` to `end`."""
+    """Return the ranks between whose borders lies a token from `begin` to `end`."""
     if begin >= end:
         return set()
     first, last = bisect_right(borders, begin) - 1, bisect_left(borders, end)

@@ -1,4 +1,4 @@
-"""What every rank computes, sends and keeps, to be read before anything runs: no process group is needed."""
+"""`sequence_plan`: what every rank will compute, send and keep, without a process group."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """`print` shows it as a table, `plot` draws it.
+    """The plan of a layer's attention over ranks: `print` shows a table, and `plot` draws it.
 
-    Forward and backward together; `received[a][b]` is what rank a receives of rank b's keys and values, in bytes.
+    Attributes:
+        layout, schedule: what was planned.
+        volumes: what each rank sends and keeps, forward and backward together.
+        pairs: the pairs that each rank computes.
+        received: `received[a][b]` are the bytes of keys and values that rank a receives from rank b.
     """
 
     layout: Layout
@@ -45,10 +49,10 @@ class SequencePlan:
             lines.append(f"{words:<28} {exchange}")
         lines += [f"why: {self.schedule.why}", ""]
         lines.append(f"{'rank':>6} {'tokens':>10} {'pairs':>14} {'sends MiB':>10} {'messages':>9} {'keeps MiB':>10}")
-        for rank, (told, pairs) in enumerate(zip(self.volumes, self.pairs, strict=True)):
+        for rank, (volume, pairs) in enumerate(zip(self.volumes, self.pairs, strict=True)):
             lines.append(
-                f"{rank:>6} {placement.lengths[rank]:>10,} {pairs:>14,} {told.sent_bytes / MIB:>10.2f} "
-                f"{told.messages:>9} {told.kept_bytes / MIB:>10.2f}"
+                f"{rank:>6} {placement.lengths[rank]:>10,} {pairs:>14,} {volume.sent_bytes / MIB:>10.2f} "
+                f"{volume.messages:>9} {volume.kept_bytes / MIB:>10.2f}"
             )
         mean = sum(self.pairs) / len(self.pairs)
         lines.append(f"the busiest rank has {max(self.pairs) / mean if mean else 1:.2f} times the mean of the pairs")
@@ -59,7 +63,7 @@ class SequencePlan:
         return "\n".join(lines)
 
     def plot(self) -> Any:
-        """A matplotlib figure: whose keys travel to whom, and how much each rank has to compute."""
+        """Return a matplotlib figure: which keys travel to which rank, and how much each rank computes."""
         from lightning_longnet.attention.pattern.picture import draw_ranks
 
         return draw_ranks(self.received, self.pairs, self.layout.placement.kind, self.schedule.exchanges)
@@ -78,7 +82,7 @@ def sequence_plan(
     head_dim: int = 64,
     dtype: torch.dtype = torch.float32,
 ) -> SequencePlan:
-    """The plan of a layer's attention over ranks that hold so many tokens each.
+    """Return the plan of a layer's attention over ranks that hold `lengths` tokens.
 
     Args:
         pattern: which keys a query sees.

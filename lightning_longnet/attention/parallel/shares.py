@@ -1,8 +1,10 @@
-"""One rank's share of a plan: its queries' part of each block, against the part of the keys that one rank holds.
+"""`shares`: the parts of a block that have their queries on one rank and their keys on another (or the same) rank.
 
-A block's rows lie at equal distances, so what of them lies between two tokens is again such rows: a share is a block.
-Where both its lattices lie within one stretch of tokens, whole segments are taken at once; what a border cuts through
-is taken segment by segment.
+The rows of a block are evenly spaced, so those between two tokens are evenly spaced as well: a share is a block.
+Segments that lie within one stretch of tokens are taken at once; segments that a border cuts are taken one by one:
+
+    segments   |0 0 0 0|1 1 1 1|2 2 2 2|3 3 3 3|
+    ranks      |0 0 0 0 0 0 0 0 0 0|1 1 1 1 1 1|      rank 0 has segments 0 and 1, and a part of 2
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Clip(NamedTuple):
-    """Of one segment and key head: queries and keys by their place in the run."""
+    """The queries and keys of one segment and key head that lie in two stretches, by their index in the run."""
 
     first_query: int
     last_query: int
@@ -30,7 +32,7 @@ class _Clip(NamedTuple):
 
 
 def shares(block: Block, queries: Stretch, keys: Stretch) -> Iterator[Block]:
-    """The parts of a block that have their queries in one stretch and their keys in another, in local rows of each."""
+    """Yield the parts of a block with queries in one stretch and keys in another, in the local rows of each rank."""
     count = len(block.queries.starts)
     begin, end = _touching(block.queries, queries)
     first, last = _touching(block.keys, keys)
@@ -56,7 +58,7 @@ def shares(block: Block, queries: Stretch, keys: Stretch) -> Iterator[Block]:
 
 
 def _cut(block: Block, s: int, queries: Stretch, keys: Stretch) -> Iterator[Block]:
-    """One segment, by heads: those of a diagonal have their rows at other places, and so may be cut elsewhere."""
+    """Yield the shares of one segment: heads of a diagonal have other rows, and so may be cut at other places."""
     group = block.queries.heads // block.keys.heads
     clips = [(a, _clip(block, s, a, queries, keys)) for a in range(block.keys.heads)]
     for clip, members in groupby(clips, key=lambda item: item[1]):
@@ -89,13 +91,14 @@ def _cut(block: Block, s: int, queries: Stretch, keys: Stretch) -> Iterator[Bloc
 
 
 def _clip(block: Block, s: int, a: int, queries: Stretch, keys: Stretch) -> _Clip | None:
-    """None where no query of the one stretch sees a key of the other."""
+    """Return the rows of a segment and key head in both stretches, or None where no query sees a key."""
     group = block.queries.heads // block.keys.heads
     first_query, last_query = _between(block.queries, s, a * group, queries)
     first_key, last_key = _between(block.keys, s, a, keys)
     if first_query >= last_query or first_key >= last_key:
         return None
-    # each is to see one, and to be seen by one; as low <= high, what the second bound takes away the first one allows
+    # Leave out queries that see no key and keys that no query sees.  As low <= high, what the second bound leaves still
+    # satisfies the first
     if block.low is not None:  # b <= a - low
         last_key = min(last_key, last_query - block.low)
         first_query = max(first_query, first_key + block.low)
@@ -108,32 +111,33 @@ def _clip(block: Block, s: int, a: int, queries: Stretch, keys: Stretch) -> _Cli
 
 
 def _between(lattice: Lattice, s: int, a: int, stretch: Stretch) -> tuple[int, int]:
-    """Which rows of a segment and head lie in a stretch."""
+    """Return the first row of a segment and head in a stretch, and the end of those rows."""
     row = lattice.starts[s] + a * lattice.row_shift
     first, last = (-((row - border) // lattice.step) for border in (stretch.begin, stretch.end))
     return min(max(first, 0), lattice.rows), min(max(last, 0), lattice.rows)
 
 
 def _touching(lattice: Lattice, stretch: Stretch) -> tuple[int, int]:
-    """The segments that may have a row in a stretch."""
+    """Return the first segment that may have a row in a stretch, and the end of those segments."""
     span = lattice.rows * lattice.step + (lattice.heads - 1) * lattice.row_shift
     return bisect_left(lattice.starts, stretch.begin - span + 1), bisect_left(lattice.starts, stretch.end)
 
 
 def _inside(lattice: Lattice, stretch: Stretch) -> tuple[int, int]:
-    """The segments that have all their rows in a stretch."""
+    """Return the first segment with all its rows in a stretch, and the end of those segments."""
     last = (lattice.rows - 1) * lattice.step + (lattice.heads - 1) * lattice.row_shift
     return bisect_left(lattice.starts, stretch.begin), bisect_left(lattice.starts, stretch.end - last)
 
 
 def _part(lattice: Lattice, s: int, first: int, last: int, row: int, rows: int) -> Lattice:
+    """Return `rows` rows from `row` on, of segment s and the heads `first` to `last`."""
     part = lattice.segments(s, s + 1).diagonal(first, last).shifted(row * lattice.step)
     start = part.starts[0]
     return replace(part, starts=range(start, start + 1), rows=rows)
 
 
 def _moved(block: Block, queries: Stretch, keys: Stretch) -> Block:
-    """From the rows of the whole to those of the ranks."""
+    """Return the block in the local rows of the ranks that hold the two stretches."""
     return replace(
         block,
         queries=block.queries.shifted(queries.local - queries.begin),

@@ -1,7 +1,7 @@
-"""Which blocks are computed: a pure function of pattern, heads and documents.  Integers only, no tensor is touched.
+"""`plan`: the blocks that a call computes, as a pure function of pattern, heads and documents, in integers alone.
 
-Runs of one shape are gathered over the segments and documents, then over the heads, into lattices: a block is one
-kernel call, however much it covers.
+Runs of one shape are collected over the segments and documents, then over the heads, into lattices, so that a kernel
+call covers as many rows as possible.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.pattern.pattern import Branch, Pattern
     from lightning_longnet.attention.plan.runs import Repeat, Shape
 
-# Unevenly spaced runs up to this many rows are copied together for one call: on two CPU cores a copied row costs about
-# 100 ns, a call 50 us.  Longer runs fill a call on their own.
+# Unevenly spaced runs of up to this many rows are copied together for one call: on two CPU cores a copied row costs
+# about 100 ns, and a call 50 us.  Longer runs have calls of their own.
 COPIED_ROWS = 512
 
-# Computing a pair once costs a mask of weights, 5 to 12 % of a call: it must save more
+# To compute a pair once costs a mask of weights, 5 to 12 % of a call: the plan must save more than that
 WEIGHTS_PAY = 0.85
-# The share of the pairs that may be left to calls of fewer segments than there are threads
+# The share of the pairs that calls with fewer segments than threads may have
 NARROW_SHARE = 0.1
 
 Starts = range | tuple[int, ...]
@@ -39,10 +39,10 @@ Starts = range | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Block:
-    """One kernel call: queries of a lattice against keys of another, both with the same segments.
+    """The pairs of one kernel call: the queries of a lattice against the keys of another one with as many segments.
 
-    `low`, `high`, `repeats` and `stack` are those of `Shape`.  `weight` is how often the pairs count; a negative block
-    takes away what two branches both showed.
+    `low`, `high`, `repeats` and `stack` are those of `Shape`.  Each pair counts `weight` times; a block of negative
+    weight subtracts pairs that two branches showed.
     """
 
     queries: Lattice
@@ -55,9 +55,9 @@ class Block:
 
     @property
     def pairs(self) -> int:
-        """Visible (query, key) pairs, over all segments and query heads."""
+        """The number of visible (query, key) pairs, over all segments and query heads."""
 
-        def at_least(bound: int) -> int:  # how many (a, b) have a - b >= bound
+        def at_least(bound: int) -> int:  # the number of (a, b) with a - b >= bound
             return below(self.queries.rows - bound) - below(-bound)
 
         def below(x: int) -> int:
@@ -82,21 +82,25 @@ class Part(NamedTuple):
 class Plan:
     """The blocks of each branch, from the finest to the coarsest.
 
-    `is_partitioned` says that the first branch shows every row once, as a query and as a key: its results are stored,
-    not added, and the accumulators need no initial value.  `counts_once` says that a pair is one and the same in
-    whatever branch it is computed.
+    Attributes:
+        branches: the blocks.
+        is_partitioned: whether the first branch shows every row once, as a query and as a key.  Its results can then
+            be written instead of added, and the accumulators need no initial value.
+        counts_once: whether a pair is one and the same in whichever branch it is computed.
+        rows: the number of rows of all query heads.
     """
 
     branches: tuple[tuple[Block, ...], ...]
     is_partitioned: bool
     counts_once: bool
-    rows: int = 0  # of all query heads
+    rows: int = 0
 
     @cached_property
     def queries_once(self) -> bool:
-        """Does the first branch run every query in one call?  Kept blocks do, though their keys stand in several.
+        """Whether each query is in exactly one call of the first branch, so that its result can be written.
 
-        Each of its calls adds to the sum, and with residues of several rates some rows stand in none.
+        That may hold for kept blocks, whose keys are in several calls.  It does not hold where a query sees keys in
+        several calls, or where rows of some residues are in no call.
         """
         return self.is_partitioned or (
             all(call.queries.step == 1 and call.weight == 1 for call in self.calls[0])
@@ -106,7 +110,7 @@ class Plan:
 
     @cached_property
     def calls(self) -> tuple[tuple[Block, ...], ...]:
-        """The blocks as one process runs them."""
+        """The blocks of each branch as one process runs them, kept blocks gathered."""
         return tuple(gathered(blocks) for blocks in self.branches)
 
     @cached_property
@@ -177,7 +181,7 @@ def _plan(
 
 
 def _partitions(blocks: Sequence[Block], branch: Branch, heads: int, kv_heads: int, length: int) -> bool:
-    """Does every row stand in exactly one block?  A window shows keys twice, and so may a group of query heads."""
+    """Return whether every row is in exactly one block.  A window shows keys twice, and a group of heads may."""
     return (
         branch.dilation_rate == 1
         and sum(b.queries.size for b in blocks) == length * heads
@@ -186,7 +190,7 @@ def _partitions(blocks: Sequence[Block], branch: Branch, heads: int, kv_heads: i
 
 
 def _alike(branches: Sequence[Branch], kv_heads: int) -> list[list[int]]:
-    """Heads that have the same offset and phase in every branch, and so the same runs."""
+    """Group key heads with the same offset and phase in every branch, which have the same runs."""
     alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for g in range(kv_heads):
         phases = (branch.sparsity.phase(g) if branch.sparsity else 0 for branch in branches)
@@ -202,7 +206,7 @@ def _gathered(
     kv_heads: int,
     documents: dict[int, list[int]],
 ) -> Iterator[tuple[Shape, Starts]]:
-    """One head's runs of a branch in all documents, by shape."""
+    """Yield the runs of a branch for one key head in all documents: a shape, and the rows where runs begin."""
     gathered: dict[Shape, list[Starts]] = defaultdict(list)
     for length, begins in documents.items():
         if earlier:
@@ -219,7 +223,7 @@ def _gathered(
         if len(parts) == 1 and isinstance(parts[0], range):
             yield shape, parts[0]
             continue
-        if shape.stack is not None:  # copied together whatever their spacing, and with the same blocks for all heads
+        if shape.stack is not None:  # gathered keys are copies anyway, whatever their spacing
             yield shape, tuple(sorted(chain.from_iterable(parts)))
             continue
         scattered: list[int] = []
@@ -233,6 +237,7 @@ def _gathered(
 
 
 def _progressions(rows: list[int]) -> Iterator[range]:
+    """Split ascending rows into evenly spaced ranges, each as long as possible."""
     first = 0
     while first < len(rows):
         step = rows[first + 1] - rows[first] if first + 1 < len(rows) else 1
@@ -244,14 +249,22 @@ def _progressions(rows: list[int]) -> Iterator[range]:
 
 
 def _spacing(starts: Starts) -> tuple[int, ...]:
-    """What must agree for two heads to share a lattice, apart from where they begin."""
+    """Return what two heads must have in common, besides the shape, to share a lattice: the spacing of their runs."""
     if isinstance(starts, range):
         return len(starts), starts.step if len(starts) > 1 else 0
     return tuple(start - starts[0] for start in starts)
 
 
 def _fused(shape: Shape, placed: list[tuple[int, Starts]], group: int) -> Iterator[Block]:
-    """As few lattices as cover these heads: by heads that begin at one row, or along diagonals."""
+    """Yield blocks of a shape for heads and the rows where their runs begin, in as few lattices as possible.
+
+    A lattice takes heads with equal first rows, or heads whose first rows grow evenly (a diagonal):
+
+        by row     heads 0, 2, 4 begin at row 0 and heads 1, 3, 5 at row 1: two lattices
+        by turn    head 0 begins at row 0 and head 1 at row 1; then heads 2 and 3; then 4 and 5: three lattices
+
+    Whichever needs fewer lattices is taken; with more offsets than heads of each, that is the diagonals.
+    """
     by_row: dict[int, list[tuple[int, Starts]]] = defaultdict(list)
     by_turn: dict[int, list[tuple[int, Starts]]] = defaultdict(list)
     for head, starts in sorted(placed, key=lambda item: item[0]):
@@ -282,6 +295,7 @@ def _fused(shape: Shape, placed: list[tuple[int, Starts]], group: int) -> Iterat
 
 
 def _diagonals(items: list[tuple[int, Starts]]) -> Iterator[list[tuple[int, Starts]]]:
+    """Split heads with their first rows into groups in which both grow by equal steps."""
     run: list[tuple[int, Starts]] = []
     for item in items:
         if run:
@@ -294,7 +308,11 @@ def _diagonals(items: list[tuple[int, Starts]]) -> Iterator[list[tuple[int, Star
 
 
 def _grouped(keys: Lattice, group: int) -> Iterator[tuple[Lattice, Lattice]]:
-    """(queries, keys) lattices where each key head serves `group` query heads, which stand side by side."""
+    """Yield (queries, keys) lattices where each key head serves `group` neighbouring query heads.
+
+    One lattice can hold the query heads of several key heads only where these are neighbours with equal rows.
+    Elsewhere there is one for each member of a group, or for each key head.
+    """
     if keys.heads == 1 or (keys.head_step == 1 and keys.row_shift == 0):
         yield replace(keys, head=keys.head * group, heads=keys.heads * group, head_step=1, row_shift=0), keys
     elif keys.heads < group:

@@ -1,4 +1,4 @@
-"""Packed rows: an id per token says which document it belongs to."""
+"""Documents and padding along packed rows, as run lengths: on one process, and put together from several ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def document_cuts(documents: Tensor | None, batch: int, length: int) -> list[tuple[int, ...]]:
-    """Where the documents of each row begin, and where the last one ends."""
+    """Return for each row the index at which each document begins, and the end of the last one.
+
+    Args:
+        documents: (B, N), an id per token that does not decrease along a row; None is one document a row.
+    """
     if documents is None:
         return [(0, length)] * batch
     if batch > 1 and documents.stride(0) == 0:  # one row for all samples
@@ -35,28 +39,29 @@ def document_cuts(documents: Tensor | None, batch: int, length: int) -> list[tup
 
 
 def pieces_of(x: Tensor) -> list[Tensor]:
-    """Of each row (value, how often), one after the other."""
+    """Return for each row its runs of equal values, (runs, 2): the value and the number of tokens."""
     rows = x if x.dim() == 2 else x[None]
-    found = [torch.unique_consecutive(row.cpu().long(), return_counts=True) for row in rows]
-    return [torch.stack(each, 1) for each in found]
+    runs = [torch.unique_consecutive(row.cpu().long(), return_counts=True) for row in rows]
+    return [torch.stack(each, 1) for each in runs]
 
 
 def placed(pieces: Sequence[Sequence[int]], placement: Placement, rank: int) -> list[tuple[int, int, int]]:
-    """(where it begins in the whole, value, how often): a rank's pieces, cut where its stretches end."""
-    found, at, left = [], 0, [list(piece) for piece in pieces]
+    """Return a rank's runs as (index in the whole sequence, value, count), cut at the borders of its stretches."""
+    runs, at, left = [], 0, [list(piece) for piece in pieces]
     for stretch in placement.stretches(rank):
         begin = stretch.begin
         while begin < stretch.end:
             value, count = left[at]
             taken = min(count, stretch.end - begin)
-            found.append((begin, value, taken))
+            runs.append((begin, value, taken))
             begin += taken
             left[at][1] -= taken
-            at += left[at][1] == 0
-    return found
+            at += left[at][1] == 0  # the run is used up
+    return runs
 
 
 def cuts_of(pieces: Sequence[tuple[int, int]], length: int) -> tuple[int, ...]:
+    """Return the index at which each document of a row begins, and its length, from the runs (id, count) of the row."""
     cuts, at = [0], 0
     for (before, times), (after, _) in pairwise(pieces):
         at += times
@@ -68,10 +73,10 @@ def cuts_of(pieces: Sequence[tuple[int, int]], length: int) -> tuple[int, ...]:
 
 
 def changes(pieces: Sequence[tuple[int, int]]) -> Tensor:
-    """Where padding begins and ends, in turn."""
-    found, at, before = [], 0, 0
+    """Return the indices at which padding begins and ends, alternately, from the runs (is padding, count) of a row."""
+    borders, at, before = [], 0, 0
     for value, times in pieces:
         if value != before:
-            found.append(at)
+            borders.append(at)
         at, before = at + times, value
-    return torch.tensor(found, dtype=torch.long)
+    return torch.tensor(borders, dtype=torch.long)

@@ -1,8 +1,13 @@
-"""Blocks of keys that the same queries see, gathered: one kernel call for many queries and all that they see.
+"""`gathered`: one kernel call for all kept blocks of keys that queries of a block-sparse branch see.
 
-A plan knows a branch of kept blocks as blocks of queries and of keys at one distance each, which is what ranks can cut
-and count.  A kernel would be called for each distance, and each time with few keys.  So before they run, the keys of
-blocks with equal queries are put side by side, and queries that see equally many stand in one call.
+A plan holds a block-sparse branch as pairs of a block of queries and a block of keys at one distance, which ranks can
+cut and count.  A kernel call for each distance would have few keys.  Before they run, the keys of blocks with equal
+queries are therefore placed side by side, and queries that see equally many keys share one call:
+
+    queries   keys that are kept              calls
+    0 to 3    0 to 3                          the first has 4 keys
+    4 to 7    0 to 3, 4 to 7                  the others have 8 keys each,
+    8 to 11   0 to 3, 8 to 11                 and share one call
 """
 
 from __future__ import annotations
@@ -25,9 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gathered(Lattice):
-    """Rows of keys in pieces: row i of a segment is row `i % piece` of the one that begins at `places[s][i // piece]`.
+    """Rows of keys in pieces: row i of segment s is row `i % piece` of the piece at `places[s][i // piece]`.
 
-    A key may stand in many segments, so what is added to its row is added up.
+    A key may be in many segments, so `add` accumulates.
     """
 
     places: tuple[tuple[int, ...], ...] = ()
@@ -41,7 +46,7 @@ class Gathered(Lattice):
         return self.copied(t)
 
     def add(self, t: Tensor, values: Tensor, weight: int) -> None:
-        """Into a contiguous tensor."""
+        """Add `weight` times values (B, segments, heads, rows, D) to their rows of a contiguous (B, N, H, D)."""
         rows, heads = self.indices(t.device)
         cells = (rows * t.shape[2] + heads).flatten()
         t.view(t.shape[0], -1, t.shape[3]).index_add_(1, cells, values.flatten(1, 3).to(t.dtype), alpha=weight)
@@ -67,7 +72,7 @@ class Gathered(Lattice):
 
 
 class _Alike(NamedTuple):
-    """What calls have in common, apart from where their rows begin and how many keys there are."""
+    """What blocks must have in common to be gathered: all but the first rows and the number of keys."""
 
     queries: Lattice
     keys: Lattice
@@ -76,6 +81,8 @@ class _Alike(NamedTuple):
 
 
 class _Piece(NamedTuple):
+    """A block of keys that some queries see: the number of its rows, the bounds, and its first row."""
+
     rows: int
     low: int | None
     high: int | None
@@ -83,7 +90,7 @@ class _Piece(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """The keys of a call: pieces of so many rows, all rows together, and the bounds of what is seen."""
+    """The keys of a call: the rows of a piece, the rows of all pieces, and the bounds as in `Shape`."""
 
     piece: int
     rows: int
@@ -92,7 +99,7 @@ class _Form(NamedTuple):
 
 
 def gathered(blocks: Iterable[Block]) -> tuple[Block, ...]:
-    """The same pairs of one branch in fewer calls."""
+    """Return blocks with the same pairs as these blocks of one branch, in fewer kernel calls."""
     found: list[Block] = []
     seen: dict[_Alike, dict[int, list[_Piece]]] = defaultdict(lambda: defaultdict(list))
     templates: dict[_Alike, Block] = {}
@@ -115,11 +122,16 @@ def gathered(blocks: Iterable[Block]) -> tuple[Block, ...]:
             queries = replace(alike.queries, starts=_starts([query for query, _ in placed]))
             keys = _gathered_keys(alike.keys, form, tuple(places for _, places in placed))
             found.append(replace(templates[alike], queries=queries, keys=keys, low=form.low, high=form.high))
-    return tuple(sorted(found, key=lambda block: -block.weight))  # what is taken away comes last
+    # negative blocks come last, so that no sum is ever below its final value
+    return tuple(sorted(found, key=lambda block: -block.weight))
 
 
 def _forms(pieces: list[_Piece]) -> Iterator[tuple[_Form, tuple[int, ...]]]:
-    """Whole pieces of one size, with a last one that is shorter or bounded; what fits nowhere stands alone."""
+    """Yield the calls for the pieces that some queries see, each with the first rows of its pieces.
+
+    Whole pieces of one size share a call, with one last piece that is shorter or bounded.  A piece that fits nowhere
+    has a call of its own.
+    """
     by_rows: dict[int, list[int]] = defaultdict(list)
     bounded: list[_Piece] = []
     for piece in pieces:
@@ -134,7 +146,7 @@ def _forms(pieces: list[_Piece]) -> Iterator[tuple[_Form, tuple[int, ...]]]:
     for rows, starts in by_rows.items():
         starts.sort()
         total, low = len(starts) * rows, None
-        # a bound of the last rows binds none of those before them, as long as the first query sees one of the last
+        # a bound on the last rows does not affect the rows before them if the first query sees one of the last
         last = next((p for p in bounded if p.rows <= rows and p.high is None and (p.low or 0) <= 0), None)
         if last is not None:
             bounded.remove(last)
@@ -147,7 +159,7 @@ def _forms(pieces: list[_Piece]) -> Iterator[tuple[_Form, tuple[int, ...]]]:
 
 
 def _gathered_keys(keys: Lattice, form: _Form, places: tuple[tuple[int, ...], ...]) -> Gathered:
-    """In `keys` it stands which heads these are, and how their rows are spaced."""
+    """Return the lattice of pieces at these places; `keys` gives the heads and the spacing of rows."""
     return Gathered(
         tuple(each[0] for each in places),
         form.rows,
@@ -162,7 +174,7 @@ def _gathered_keys(keys: Lattice, form: _Form, places: tuple[tuple[int, ...], ..
 
 
 def _starts(rows: list[int]) -> range | tuple[int, ...]:
-    """As a range where they are evenly spaced, so that they are read without a copy."""
+    """Return the rows as a range where they are evenly spaced, so that they are read without a copy."""
     step = rows[1] - rows[0] if len(rows) > 1 else 1
     even = range(rows[0], rows[-1] + 1, step)
     return even if len(even) == len(rows) and list(even) == rows else tuple(rows)

@@ -1,9 +1,9 @@
-"""What branches show in common: pairs that a "set" counts once, and that a "multiset" need not compute twice.
+"""Pairs that several branches show: a "set" counts them once, and a "multiset" need not compute them twice.
 
-Where branches nest, what a branch shows beyond the earlier ones is the branch without their segments, as plain
-rectangles and less work than the branch itself.  Elsewhere it is counted by inclusion and exclusion.  Both rest on one
-fact: a branch splits a head's rows into runs that see only themselves, or kept blocks of themselves, and so does what
-two branches share.
+Where branches nest, the new pairs of a branch are those outside the segments of the earlier branches: plain
+rectangles, and less work than the branch itself.  Elsewhere the pairs are counted by inclusion and exclusion.  Both
+rest on one fact: a branch splits a head's rows into runs that see only themselves, or kept blocks of themselves, and
+the pairs that two branches share form such runs as well.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.pattern.pattern import Branch
 
-# Rows and columns of a table of weights, 4 MiB in float32: as fast as 2048, half as fast again as 512
+# Rows and columns of a table of weights, 4 MiB in float32: as fast as 2048, and 1.5 times as fast as 512
 REPEAT_TILE = 1024
 
 
 def nests(inner: Branch, outer: Branch, kv_heads: int) -> bool:
-    """Is everything that `outer` shows within one of `inner`'s segments shown by `inner` too, whatever the head?"""
+    """Return whether `inner` shows all pairs that `outer` shows within one segment of `inner`, for every head."""
     if inner.window or outer.window or inner.sparsity or outer.sparsity or inner.is_causal != outer.is_causal:
         return False
     if outer.dilation_rate % inner.dilation_rate:
@@ -55,26 +55,27 @@ def nests(inner: Branch, outer: Branch, kv_heads: int) -> bool:
 def exclusive_runs(
     branch: Branch, earlier: Sequence[Branch], kv_head: int, kv_heads: int, length: int
 ) -> Iterator[Runs]:
-    """The pairs of `branch` that none of the `earlier` branches shows."""
+    """Yield the pairs of `branch` that none of the `earlier` branches shows."""
     chain = (*earlier, branch)
     if all(nests(a, b, kv_heads) for a, b in pairwise(chain)):
         yield from _outside(branch, earlier[-1], branch.offset(kv_head, kv_heads), length)
         return
-    terms = {_relation(branch, kv_head, kv_heads, length): 1}
+    # inclusion and exclusion: each earlier branch takes away its intersection with every relation counted so far
+    signed_counts = {_relation(branch, kv_head, kv_heads, length): 1}
     for other in earlier:
         shown = _relation(other, kv_head, kv_heads, length)
-        for relation, count in list(terms.items()):
+        for relation, count in list(signed_counts.items()):
             common = _intersection(relation, shown)
             if common.shown:
-                terms[common] = terms.get(common, 0) - count
-    for layer, (relation, count) in enumerate(terms.items()):
+                signed_counts[common] = signed_counts.get(common, 0) - count
+    for layer, (relation, count) in enumerate(signed_counts.items()):
         if not count:
             continue
         for queries, keys in relation.shown:
             if relation.is_whole:
                 start = range(queries.start, queries.start + 1)
-                told = queries.step, relation.is_causal, relation.window, count, layer
-                yield from banded(start, len(queries), *told)
+                band = queries.step, relation.is_causal, relation.window, count, layer
+                yield from banded(start, len(queries), *band)
                 continue
             for n, each in enumerate(keys):
                 if relation.window is None:
@@ -84,9 +85,9 @@ def exclusive_runs(
 
 
 def repeats_align(branches: Sequence[Branch], kv_heads: int) -> bool:
-    """Do branches nest, each segment beginning at the same residue of every later rate?
+    """Return whether branches nest and each segment begins at the same residue of every later rate.
 
-    Then the pairs of a multiset can be computed once each, with a weight that depends on places modulo the rates.
+    The pairs of a multiset can then be computed once, with a weight that depends on indices modulo the rates.
     """
     return all(nests(a, b, kv_heads) for a, b in pairwise(branches)) and all(
         inner.segment_length is None or inner.segment_length % outer.dilation_rate == 0
@@ -96,7 +97,10 @@ def repeats_align(branches: Sequence[Branch], kv_heads: int) -> bool:
 
 
 def repeated(found: Iterator[Runs], later: Sequence[Branch], kv_head: int, kv_heads: int) -> Iterator[Runs]:
-    """The same pairs, with where later branches show them again; cut into tiles, whose masks are alike."""
+    """Yield the same pairs in tiles, with the places at which later branches show them again.
+
+    The tiles are small, so that few tables of weights serve all of them.
+    """
     for shape, starts in found:
         for q in range(0, shape.queries, REPEAT_TILE):
             for k in range(0, shape.keys if shape.low is None else q + 1, REPEAT_TILE):
@@ -118,12 +122,15 @@ def repeated(found: Iterator[Runs], later: Sequence[Branch], kv_head: int, kv_he
 
 
 def _outside(branch: Branch, inner: Branch, offset: int, length: int) -> Iterator[Runs]:
-    """The pairs of `branch` that lie in different segments of `inner`, halved into few large rectangles.
+    """Yield the pairs of `branch` in different segments of `inner`, as few large rectangles.
 
-    1 . . .
-    2 1 . .     1, the segments of `inner`, are left out; two of them share 2, and four share 3
-    3 3 1 .
-    3 3 2 1
+    Halving a span of segments again and again leaves out the segments of `inner`, 1.  The first step gives the
+    rectangle 3, the second the rectangles 2:
+
+        1 . . .
+        2 1 . .
+        3 3 1 .
+        3 3 2 1
     """
     for starts, width in segments(branch, offset, length):
         part = min(inner.segment_length or width, width)
@@ -145,9 +152,9 @@ def _outside(branch: Branch, inner: Branch, offset: int, length: int) -> Iterato
 
 
 class _Relation(NamedTuple):
-    """Of one head in one document: runs of queries, in their order, and the runs of keys that each sees.
+    """The pairs of one head in one document: runs of queries in ascending order, and the runs of keys that each sees.
 
-    Where it `is_whole`, each run of queries sees itself and nothing else.
+    With `is_whole` each run of queries sees itself and nothing else.
     """
 
     is_causal: bool
@@ -157,6 +164,7 @@ class _Relation(NamedTuple):
 
 
 def _relation(branch: Branch, kv_head: int, kv_heads: int, length: int) -> _Relation:
+    """Return the pairs that a branch shows."""
     shown: list[tuple[range, tuple[range, ...]]] = []
     offset = branch.offset(kv_head, kv_heads)
     for starts, width in segments(branch, offset, length):
@@ -167,6 +175,7 @@ def _relation(branch: Branch, kv_head: int, kv_heads: int, length: int) -> _Rela
 
 
 def _intersection(a: _Relation, b: _Relation) -> _Relation:
+    """Return the pairs that both relations show."""
     windows = [w for w in (a.window, b.window) if w is not None]
     is_whole = a.is_whole and b.is_whole
     shown, i, j = [], 0, 0
@@ -176,7 +185,7 @@ def _intersection(a: _Relation, b: _Relation) -> _Relation:
             seen = (common,) if is_whole else tuple(c for x in keys for y in other_keys if (c := _common(x, y)))
             if seen:
                 shown.append((common, seen))
-        # the runs of a relation follow one another, so the one that ends first meets no other
+        # the runs of a relation do not overlap, so the one that ends first meets no further run of the other
         if queries[-1] < other_queries[-1]:
             i += 1
         else:
@@ -185,7 +194,7 @@ def _intersection(a: _Relation, b: _Relation) -> _Relation:
 
 
 def _common(a: range, b: range) -> range:
-    """The rows that two runs share, by the Chinese remainder theorem."""
+    """Return the rows that two runs share, by the Chinese remainder theorem."""
     divisor = gcd(a.step, b.step)
     apart = b.start - a.start
     if apart % divisor:

@@ -1,4 +1,10 @@
-"""What one branch shows to one head of one document, as runs: equally spaced rows that see each other."""
+"""A branch as runs: equally spaced rows of one head and one document that see each other.
+
+A segment of 8 rows with rate 2 and offset 0 is one run of 4 rows; rows of other residues belong to no run of this head:
+
+    rows   0 1 2 3 4 5 6 7
+    run    x . x . x . x .
+"""
 
 from __future__ import annotations
 
@@ -10,14 +16,16 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.pattern.pattern import Branch
 
-# A band is cut into tiles of at least and at most so many queries, which share one mask.  A broad one is cut along its
-# keys, too: into two narrow ends, and a middle that needs no mask.
+# A band (a window) is cut into tiles of at least and at most so many queries, which share one mask.  A broad band is
+# cut along its keys, too: into two narrow ends with masks, and a middle that all queries of the tile see.
 BAND_ROWS = (64, 1024)
 BAND_SPLIT = 512
 
 
 class Repeat(NamedTuple):
-    """A pair counts once more where the query stands at `queries` and the key at `keys`, modulo `every`."""
+    """A later branch that shows pairs again: a pair counts once more where the query's index is `queries` and the key's
+    is `keys`, both modulo `every`.
+    """
 
     every: int
     queries: int
@@ -25,9 +33,9 @@ class Repeat(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What runs must share to be computed in one call.
+    """The shape of a run.  Runs of one shape can be computed in one kernel call.
 
-    The a-th query sees the b-th key iff `low <= a - b <= high`; a bound that is None does not bind.
+    The a-th query sees the b-th key iff `low <= a - b <= high`; None is no bound.
 
         low = high = None       low = 0, high = None       low = 0, high = 1
         x x x x                 x . . .                    x . . .
@@ -42,21 +50,21 @@ class Shape(NamedTuple):
     low: int | None = None
     high: int | None = None
     weight: int = 1
-    layer: tuple[int, int] = (0, 0)  # runs of different layers may have rows in common, and so no call
+    layer: tuple[int, int] = (0, 0)  # runs of different layers may share rows, and must not share a call
     repeats: tuple[Repeat, ...] = ()
-    # Runs of one stack have queries that are equal or have nothing in common, so that their keys may be gathered
+    # The queries of two runs of one stack are equal or disjoint, so that the keys of equal queries can be gathered
     stack: int | None = None
 
 
 class Runs(NamedTuple):
-    """Runs of one shape, beginning at these query rows."""
+    """Runs of one shape, and the query row at which each begins."""
 
     shape: Shape
     starts: range
 
 
 def segments(branch: Branch, offset: int, length: int) -> Iterator[tuple[range, int]]:
-    """(the first rows of equal segments, the width of each): the whole segments of a document, then its tail."""
+    """Yield (first rows of equal segments, their width): the whole segments of a document, then its shorter tail."""
     width = min(branch.segment_length or length, length)
     whole = length // width
     yield range(offset, whole * width + offset, width), width
@@ -65,11 +73,12 @@ def segments(branch: Branch, offset: int, length: int) -> Iterator[tuple[range, 
 
 
 def row_count(width: int, offset: int, rate: int) -> int:
-    """How many of the first `width` rows of a segment belong to this residue."""
+    """Return how many of the first `width` rows of a segment have this residue."""
     return max(0, -(-(width - offset) // rate))
 
 
 def own_runs(branch: Branch, kv_head: int, kv_heads: int, length: int) -> Iterator[Runs]:
+    """Yield all runs of a branch for one key head, in a document of `length` tokens."""
     offset = branch.offset(kv_head, kv_heads)
     for starts, width in segments(branch, offset, length):
         rows = row_count(width, offset, branch.dilation_rate)
@@ -85,7 +94,18 @@ def own_runs(branch: Branch, kv_head: int, kv_heads: int, length: int) -> Iterat
 def banded(
     starts: range, rows: int, step: int, is_causal: bool, window: int | None, weight: int = 1, layer: int = 0
 ) -> Iterator[Runs]:
-    """Runs of `rows` rows that see themselves: whole, or as tiles of queries where a window hides the far keys."""
+    """Yield runs of `rows` rows that see themselves: whole, or in tiles of queries where a window hides the far keys.
+
+    A causal window of 3 keys over 8 rows, in tiles of 4 queries; the second tile needs none of the first two keys:
+
+        x . . . . . . .
+        x x . . . . . .
+        x x x . . . . .
+        . x x x . . . .
+        ----------------
+        . . x x x . . .
+        . . . x x x . .
+    """
     if not rows:
         return
     low = 0 if is_causal else None
@@ -102,12 +122,12 @@ def banded(
         end = min(begin + tile, rows)
         cuts = [begin - high, end - low]
         if is_split:
-            cuts[1:1] = [end - high, begin - low]  # between these lie the keys that all of the tile sees
+            cuts[1:1] = [end - high, begin - low]  # all queries of the tile see the keys between these
         for left, right in pairwise(min(max(cut, 0), rows) for cut in cuts):
             if left == right:
                 continue
             local = left - begin
-            # keys that neighbouring tiles have in common: one call holds every so many tiles
+            # neighbouring tiles share keys, so that one call may take only every so many of them
             apart = -(-(right - left) // tile)
             sizes = end - begin, right - left
             shape = _shape(*sizes, local * step, step, low + local, high + local, weight, (layer, n % apart))
@@ -115,7 +135,7 @@ def banded(
 
 
 def kept_blocks(branch: Branch, kv_head: int, run: range) -> Iterator[tuple[range, tuple[range, ...]]]:
-    """Of a run's rows: each block of queries, and the blocks of keys that are kept for it."""
+    """Yield each block of queries of a run's rows with the blocks of keys that are kept for it."""
     assert branch.sparsity is not None
     size = branch.sparsity.block_size
     for i, kept in enumerate(branch.sparsity.kept(len(run), kv_head, branch.is_causal)):
@@ -125,7 +145,7 @@ def kept_blocks(branch: Branch, kv_head: int, run: range) -> Iterator[tuple[rang
 def block(
     starts: range, queries: range, keys: range, is_causal: bool, weight: int = 1, stack: int = 0
 ) -> Iterator[Runs]:
-    """Kept keys, or some of them, to queries of their residue: the rows of a stack, counted from each start."""
+    """Yield a block of kept keys for queries of the same residue, as a run of a stack; rows count from each start."""
     low = _apart(queries, keys) if is_causal else None
     if low is None or low < len(queries):
         shape = _shape(len(queries), len(keys), keys.start - queries.start, queries.step, low, None, weight)
@@ -135,7 +155,7 @@ def block(
 def narrow(
     queries: range, keys: range, is_causal: bool, window: int, weight: int, layer: tuple[int, int]
 ) -> Iterator[Runs]:
-    """The same beneath a window, of which each query is to see a key: no stack, as queries are left out."""
+    """Yield a kept block beneath a window, without queries that see none of its keys: such runs form no stack."""
     apart, most = _apart(queries, keys), (window - 1) // queries.step
     low, high = apart if is_causal else apart - most, apart + most
     first_query, last_key = max(0, low), min(len(keys), len(queries) - low)
@@ -149,13 +169,14 @@ def narrow(
 
 
 def _apart(queries: range, keys: range) -> int:
+    """Return how many rows of their residue lie from the first query to the first key."""
     assert keys.step == queries.step
     assert (keys.start - queries.start) % queries.step == 0, "queries and keys have one residue"
     return (keys.start - queries.start) // queries.step
 
 
 def rectangle(starts: range, queries: range, keys: range) -> Iterator[Runs]:
-    """Queries that all see all of other keys; both ranges are rows, counted from each start."""
+    """Yield a run whose queries see all of other keys; both ranges are rows, counted from each start."""
     if queries and keys:
         shape = _shape(len(queries), len(keys), keys.start - queries.start, queries.step)
         yield Runs(shape, shifted(starts, queries.start))
@@ -177,4 +198,5 @@ def _shape(
 
 
 def shifted(run: range, by: int) -> range:
+    """Return the range moved by so many rows."""
     return range(run.start + by, run.stop + by, run.step)
