@@ -1,4 +1,7 @@
-"""Who does the arithmetic?  The choice must not change the answer, and a kernel that cannot serve says why."""
+"""The kernels that compute attention, and the choice between them.
+
+Every kernel gives the same result up to rounding.  A kernel that cannot compute a call says why.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """What a kernel may judge a call by."""
+    """The properties of a call on which the choice of a kernel depends."""
 
     device: str
     dtype: torch.dtype
@@ -30,26 +33,44 @@ class Request(NamedTuple):
 
 
 class Kernel(Protocol):
-    """What `judge` asks of each."""
+    """A module that computes attention, as `judge` asks it whether it can compute a call."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The value of the option `kernel` that selects this one."""
 
-    def note(self, request: Request) -> str: ...
+    def note(self, request: Request) -> str:
+        """Return what this kernel would run for a call that it does not refuse."""
 
-    def refusals(self, request: Request) -> list[str]: ...
+    def refusals(self, request: Request) -> list[str]:
+        """Return the reasons why this kernel cannot compute a call; an empty list if it can."""
 
 
 class BlockKernel(Protocol):
-    """A kernel that computes one block of a larger softmax, and may count a pair of it several times."""
+    """A kernel that computes one block of a larger softmax.
 
-    def takes_weights(self, device: str) -> bool: ...
+    Shapes: q is (batch, heads, queries, D), k (batch, key heads, keys, D) and v (batch, key heads, keys, Dv), where
+    batch counts the samples times the segments of the block, and each key head serves heads / key heads query heads.
+    The lse is the log-sum-exp of the scores, (batch, heads, queries).
+    """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]: ...
+    def takes_weights(self, device: str) -> bool:
+        """Return whether the kernel can count a pair several times in one block (`Block.repeats`)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Return out, (batch, heads, queries, Dv), and lse of the block alone.
+
+        A query that sees no key of the block has out = 0 and lse = -inf.
+        """
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the block adds to dq, dk and dv.
+
+        `out` and `lse` are those of the whole softmax over all blocks, for the queries of this block.  A query that
+        sees no key in the whole softmax has lse = +inf, so that its weights exp(S - lse) are 0.
+        """
 
 
 BLOCK_KERNELS: dict[str, BlockKernel] = {"flash": flash, "sdpa": sdpa, "cudnn": cudnn, "eager": eager}
@@ -59,13 +80,15 @@ FEW_KEYS = 512
 
 
 class Verdict(NamedTuple):
+    """The answer of one kernel to a request: what it would run, or why it refuses."""
+
     kernel: str
     note: str
     refusals: tuple[str, ...]
 
 
 class Explanation(NamedTuple):
-    """Which kernel runs, and what each of them says to this call."""
+    """The kernel that runs a call, or None if all refuse it, and the verdict of each kernel."""
 
     chosen: str | None
     verdicts: tuple[Verdict, ...]
@@ -83,22 +106,29 @@ class Explanation(NamedTuple):
 
 
 def kernel_names() -> tuple[str, ...]:
+    """Return the names of all kernels, in the order of preference."""
     return tuple(each.name for each in _KERNELS)
 
 
 def has_few_keys(pattern: Pattern) -> bool:
-    """Are kept blocks all that a query sees, and few of them?  Alike on all ranks, whatever their lengths."""
+    """Return whether the kept blocks of a query hold at most `FEW_KEYS` keys in every branch, and nothing else is seen.
+
+    The answer depends on the pattern alone, not on the length, so that it is the same on all ranks.
+    """
     for branch in pattern.branches:
         if branch.sparsity is None or branch.segment_length is None:
             return False
         kept = branch.sparsity.sparsity_ratio * branch.segment_length / branch.dilation_rate
-        if max(kept, branch.sparsity.block_size) > FEW_KEYS:  # own blocks stay, whatever the ratio
+        if max(kept, branch.sparsity.block_size) > FEW_KEYS:  # a query keeps its own block at any ratio
             return False
     return True
 
 
 def judge(kernel: str, request: Request) -> Explanation:
-    """The kernel of this name, or for "auto" the first that serves the request."""
+    """Return the verdicts of all kernels, and the choice: `kernel`, or for "auto" the first that does not refuse.
+
+    The choice is None if the kernel refuses the request, or for "auto" if all do.
+    """
     verdicts = []
     for each in _KERNELS:
         refusals = tuple(each.refusals(request))
@@ -108,11 +138,16 @@ def judge(kernel: str, request: Request) -> Explanation:
         raise ValueError(f"kernel must be one of 'auto', {', '.join(map(repr, names))}, got {kernel!r}")
     serving = [v.kernel for v in verdicts if not v.refusals and kernel in ("auto", v.kernel)]
     if request.has_few_keys and request.device == "cpu":
+        # the sort is stable: eager goes to the front, the others keep their order
         serving.sort(key=lambda name: name != eager.name)
     return Explanation(serving[0] if serving else None, tuple(verdicts), request)
 
 
 def select(kernel: str, request: Request) -> str:
+    """Return the name of the kernel that runs a request, or raise a ValueError with the reasons of those that refuse.
+
+    `kernel` is a name, or "auto".
+    """
     explanation = judge(kernel, request)
     if explanation.chosen is None:
         asked = "no kernel can" if kernel == "auto" else f"kernel={kernel!r} cannot"

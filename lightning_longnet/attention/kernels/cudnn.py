@@ -1,4 +1,7 @@
-"""cuDNN's attention, as torch calls it: whole squares and triangles; other blocks go where "sdpa" sends them."""
+"""cuDNN's attention, as torch calls it: blocks without a mask, and causal squares.
+
+Other blocks of the same call run in the CUDA operators of "sdpa".
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,13 @@ _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 
 
 def note(request: Request) -> str:
+    """Return what this kernel runs for a call that it does not refuse."""
     rest = "; all of this call's are padded, and go where sdpa sends them" if request.is_padded else ""
     return f"cuDNN's attention for blocks without windows{rest}; not measured"
 
 
 def refusals(request: Request) -> list[str]:
+    """Return the reasons why cuDNN cannot compute a call."""
     if request.device != "cuda":
         return [f"serves CUDA tensors, q is on {request.device}"]
     reasons = fused.refusals(request)
@@ -43,7 +48,10 @@ def refusals(request: Request) -> list[str]:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _absence() -> tuple[str, ...]:
-    """A constant to torch.compile, which traces the choice of a kernel, and guards torch's settings itself."""
+    """Return the reasons in torch's build and settings why cuDNN cannot be used.
+
+    torch.compile traces the choice of a kernel; it takes this result for a constant, and guards the settings itself.
+    """
     reasons = []
     if torch.are_deterministic_algorithms_enabled():
         reasons.append("has no deterministic backward, which torch.use_deterministic_algorithms asks for")
@@ -57,20 +65,24 @@ def takes_weights(device: str) -> bool:
 
 
 def serves(q: Tensor, k: Tensor, call: Call) -> bool:
-    """No single rows, which some releases of cuDNN refuse; and a triangle only where it has one corner."""
+    """Return whether cuDNN can compute a block: one without padding that is unmasked, or causal and square.
+
+    cuDNN's causal mask is unambiguous only for a square block, where the top left and the bottom right alignment are
+    the same.  Some releases of cuDNN refuse a single row.
+    """
     queries, keys, block = q.shape[2], k.shape[2], call.block
     is_plain = call.key_padding_mask is None and block.high is None and min(queries, keys) > 1
     return is_plain and (block.low is None or (block.low == 0 and queries == keys))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """(batch, heads, rows, D) -> out, lse (batch, heads, rows); k and v may have fewer heads."""
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
     if not serves(q, k, call):
         return cuda.forward(q, k, v, call)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        found = _forward(q, k, v, None, True, 0.0, call.block.low == 0, False, scale=call.scale)
-        return found[0], found[1].reshape(q.shape[:3])
+        out, lse, *_ = _forward(q, k, v, None, True, 0.0, call.block.low == 0, False, scale=call.scale)
+        return out, lse.reshape(q.shape[:3])  # some releases return (batch, heads, rows, 1)
 
     out, lse = over_batches(run, *(loadable(repeated(x, q.shape[1])) for x in (q, k, v)))
     return out, lse
@@ -79,17 +91,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one block of a larger softmax, whose `out` and `lse` are given: +inf where it shows no key."""
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
     if not serves(q, k, call):
         return cuda.backward(grad, q, k, v, out, lse, call)
     heads, key_heads = q.shape[1], k.shape[1]
-    # equal strides for out and its gradient: cuDNN has read one by those of the other
+    # out and its gradient get equal strides: some releases of cuDNN read one with the strides of the other
     grad, out = (x.to(q.dtype).clone(memory_format=torch.contiguous_format) for x in (grad, out))
     q, k, v = (loadable(repeated(x, heads)) for x in (q, k, v))
     lse = lse.contiguous()
     lse = lse.unsqueeze(-1) if _lse_dims(q.device, q.dtype) == 4 else lse
 
     def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # without dropout the state of the random generator is not read
         seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)
         lengths = None, None, q.shape[2], k.shape[2]
         dq, dk, dv = _backward(
@@ -103,7 +116,10 @@ def backward(
 
 @lru_cache(4)
 def _lse_dims(device: torch.device, dtype: torch.dtype) -> int:
-    """Releases of torch differ in whether the log-sum-exp ends in a dimension of 1: the backward wants its own."""
+    """Return the number of dimensions of the log-sum-exp, which the backward takes in the same form.
+
+    Releases of torch differ in whether it ends in a dimension of 1.
+    """
     x = torch.zeros(1, 1, 64, 64, device=device, dtype=dtype)
     lse: Tensor = _forward(x, x, x, None, True, 0.0, False, False, scale=1.0)[1]
     return lse.dim()

@@ -1,7 +1,9 @@
-"""Which pairs dropout takes: a rule of seed, sample, head, query, key and branch, never of how the work was split.
+"""A dropout mask that does not depend on how the work is split over blocks and ranks.
 
-Every query and every key gets a word; a pair's fate is one multiplication and one mixing round of the two.  A word
-costs one hash a row, so a pair costs a few integer instructions, and any part of the whole can be drawn on its own.
+Whether a pair is dropped is a function of the seed, the sample, the head, the query, the key and the branch.  Every
+query and every key gets a hash, its word, at the cost of one hash a row.  The decision for a pair multiplies the two
+words and mixes the product once, which takes a few integer instructions.  So any tile of the mask can be computed
+without the rest, and the backward computes it again instead of storing it.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_KEYS = 0  # the role of a word; queries of branch b have role 1 + b
+_KEYS = 0  # the role that is hashed into the words of keys; the queries of branch b have the role 1 + b
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """Drops each pair with this probability; what stays is scaled by 1 / (1 - probability).
+    """A rule that drops each pair with `probability`; the weights that stay are scaled by 1 / (1 - probability).
 
-    Row b of the batch is sample `first_sample` + `sample_step` b.
+    Row b of the batch is sample `first_sample + sample_step * b`, so that ranks with different samples of one batch
+    drop different pairs.
     """
 
     probability: float
@@ -30,32 +33,46 @@ class Dropout:
     sample_step: int = 1
 
     def query_words(self, rows: Tensor, tokens: Tensor, heads: Tensor, branch: int) -> Tensor:
-        """(rows, tokens, heads), for a branch's place among the branches; 0 where each pair is counted once."""
+        """Return the words of queries, (rows, tokens, heads), of type int32.
+
+        Args:
+            rows: indices in the batch.
+            tokens: indices in the whole sequence.
+            heads: indices of the query heads.
+            branch: the index of the branch.  It is 0 for all branches where a pair counts once, whichever of them
+                computes it.
+        """
         samples = self.first_sample + self.sample_step * rows
         words = hashed(hashed(self._role(1 + branch, heads) + samples[:, None]) + heads)
         return _word(words[:, None] + tokens[:, None])
 
     def key_words(self, tokens: Tensor) -> Tensor:
+        """Return the words of keys, of the shape of `tokens`: one a token, the same for all samples and heads."""
         return _word(self._role(_KEYS, tokens) + tokens)
 
     def keeps(self, query_words: Tensor, key_words: Tensor) -> Tensor:
-        """All bits set where a pair stays, none where it is dropped: what a float's bits are masked with.
+        """Return -1 (all bits set) for each pair that stays and 0 for each that is dropped, one for each pair.
 
-        Comparisons and boolean masks cost ten times as much on a CPU as integer arithmetic.
+        The caller masks the bits of its floats with it: comparisons and boolean masks cost ten times as much on a CPU
+        as integer arithmetic.
         """
+        # mixing steps of a 32-bit integer hash, on wrapping integers
         pairs = query_words * key_words
         pairs ^= pairs >> 15
         pairs *= 0x2C1B3C6D
         pairs >>= 1
         pairs &= 0x7FFFFFFF
+        # pairs is now uniform in 0 ... 2^31 - 1: `threshold - 1 - pairs` is negative, and stays, iff pairs >= threshold
         return (pairs.neg_() + (round(self.probability * 2**31) - 1)) >> 31
 
     def _role(self, role: int, like: Tensor) -> Tensor:
+        """Return a hash of the seed and a role, a scalar on the device of `like`."""
         return hashed(hashed(torch.full((), self.seed, dtype=torch.int64, device=like.device)) + role)
 
 
 def hashed(x: Tensor) -> Tensor:
-    """splitmix64, on wrapping signed integers."""
+    """Return the splitmix64 hash of each integer, computed on wrapping signed integers."""
+    # >> copies the sign bit; the masks clear the copies, as an unsigned shift would
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ (x >> 30 & 2**34 - 1)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> 27 & 2**37 - 1)) * _signed(0x94D049BB133111EB)
@@ -63,9 +80,10 @@ def hashed(x: Tensor) -> Tensor:
 
 
 def _word(x: Tensor) -> Tensor:
-    """Odd, so that a product with it loses no bit."""
+    """Return the upper half of the hash as an odd int32: a product with an odd word loses no bit of the other."""
     return (hashed(x) >> 32).to(torch.int32) | 1
 
 
 def _signed(x: int) -> int:
+    """Return the signed 64-bit integer that has the bits of an unsigned one."""
     return x - 2**64 if x >= 2**63 else x

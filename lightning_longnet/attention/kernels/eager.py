@@ -1,4 +1,11 @@
-"""Plain products, a tile of scores at a time: serves every block, mask, width, type and device, and dropout."""
+"""Attention by plain matrix products, a tile of scores at a time: for every block, mask, width, type and device.
+
+It is the only block kernel with dropout.  A tile holds the scores of some queries of one group of query heads against
+the keys that they may see:
+
+    chunk   some samples and key heads, with the query heads that these serve; its keys are converted once
+    tile    some queries of a chunk: scores (samples * key heads, group * queries, keys)
+"""
 
 from __future__ import annotations
 
@@ -21,19 +28,21 @@ if TYPE_CHECKING:
 
 name = "eager"
 
-# Scores in a tile: what a CPU's caches hold beside the words of dropout, and what fills a GPU
+# The scores in a tile: as many as the caches of a CPU hold beside the words of dropout, or as fill a GPU
 _TILE = {"cpu": 2**19}
 _LARGE_TILE = 2**25
-_ROWS = 32  # fewer make poor products
+_ROWS = 32  # the fewest queries in a tile: products of fewer are slow
 
 
 def refusals(request: Request) -> list[str]:
+    """Return the reasons why this kernel cannot compute a call."""
     if request.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return [f"serves float64, float32, bfloat16 and float16, q is {request.dtype}"]
     return []
 
 
 def note(request: Request) -> str:
+    """Return what this kernel runs for a call that it does not refuse."""
     return "plain products in float32 or float64, a tile of scores at a time"
 
 
@@ -42,145 +51,168 @@ def takes_weights(device: str) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """(batch, heads, rows, D) -> out, lse (batch, heads, rows); k and v may have fewer heads."""
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide)
     lse = q.new_empty((*q.shape[:3], 1), dtype=wide)
     with routed_products():
-        for part in _parts(q, k):
-            keys, values = part.of_keys(k), part.of_keys(v)
-            for tile in part.tiles(call):
+        for chunk in _chunks(q, k):
+            keys, values = chunk.read_keys(k), chunk.read_keys(v)
+            for tile in chunk.tiles(call):
                 scores = tile.scores(tile.read(q) * call.scale, keys, call)
-                largest = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(wide).min)  # -inf - -inf is NaN
+                # a row without keys has a largest score of -inf, and -inf - -inf is NaN
+                largest = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(wide).min)
                 weights = scores.sub_(largest).exp_()
                 total = weights.sum(-1, keepdim=True)
                 tile.write(lse, largest + total.log())
-                found = torch.bmm(tile.kept(weights, call), values[:, tile.keys])
-                tile.write(out, found.div_(total.clamp_min_(1)))  # the largest weight is 1, if there is any
+                weighted = torch.bmm(tile.kept(weights, call), values[:, tile.keys])
+                # the largest weight of a row is 1, so the bound changes only the total of a row without keys, from 0
+                tile.write(out, weighted.div_(total.clamp_min_(1)))
     return out, lse.squeeze(-1)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one block of a larger softmax, whose `out` and `lse` are given: +inf where it shows no key."""
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
     wide = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.empty_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
     lse = lse.unsqueeze(-1)
     with routed_products():
-        for part in _parts(q, k):
-            keys, values = part.of_keys(k), part.of_keys(v)
+        for chunk in _chunks(q, k):
+            keys, values = chunk.read_keys(k), chunk.read_keys(v)
             dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-            for tile in part.tiles(call):
-                queries, incoming = tile.read(q) * call.scale, tile.read(grad)
-                mean = (incoming * tile.read(out)).sum(-1, keepdim=True)
+            for tile in chunk.tiles(call):
+                queries, dout = tile.read(q) * call.scale, tile.read(grad)
+                delta = (dout * tile.read(out)).sum(-1, keepdim=True)
                 weights = tile.scores(queries, keys, call).sub_(tile.read(lse)).exp_()
-                slopes = tile.kept(torch.bmm(incoming, values[:, tile.keys].mT), call)
-                slopes = slopes.sub_(mean).mul_(weights)
-                tile.write(dq, torch.bmm(slopes, keys[:, tile.keys]).mul_(call.scale))
-                dkeys[:, tile.keys].baddbmm_(slopes.mT, queries)
-                dvalues[:, tile.keys].baddbmm_(tile.kept(weights, call).mT, incoming)
-            part.into_keys(dk, dkeys)
-            part.into_keys(dv, dvalues)
+                # dS = P (g.v - g.out), where dropout masks g.v as it masked the weights
+                dscores = tile.kept(torch.bmm(dout, values[:, tile.keys].mT), call)
+                dscores = dscores.sub_(delta).mul_(weights)
+                tile.write(dq, torch.bmm(dscores, keys[:, tile.keys]).mul_(call.scale))
+                dkeys[:, tile.keys].baddbmm_(dscores.mT, queries)
+                dvalues[:, tile.keys].baddbmm_(tile.kept(weights, call).mT, dout)
+            chunk.write_keys(dk, dkeys)
+            chunk.write_keys(dv, dvalues)
     return dq, dk, dv
 
 
-class _Part(NamedTuple):
-    """Some key heads of some samples, and the query heads that they serve."""
+class _Chunk(NamedTuple):
+    """Some key heads of some samples, and the query heads that they serve, `group` for each key head."""
 
     samples: slice
     key_heads: slice
     group: int
     queries: int
     keys: int
-    rows: int  # queries in a tile
+    rows: int  # the number of queries in a tile
 
-    def of_keys(self, x: Tensor) -> Tensor:
-        """(samples * key heads, keys, D), wide and dense: what each tile reads again."""
+    def read_keys(self, x: Tensor) -> Tensor:
+        """Return the rows of k or v, (samples * key heads, keys, D), contiguous and in the type of the accumulators."""
         wide = torch.promote_types(x.dtype, torch.float32)
         return x[self.samples, self.key_heads].to(wide).flatten(0, 1).contiguous()
 
-    def into_keys(self, x: Tensor, values: Tensor) -> None:
-        at = x[self.samples, self.key_heads]
-        at.copy_(values.view(at.shape))
+    def write_keys(self, x: Tensor, values: Tensor) -> None:
+        """Write the rows that `read_keys` would read."""
+        rows = x[self.samples, self.key_heads]
+        rows.copy_(values.view(rows.shape))
 
     def tiles(self, call: Call) -> Iterator[_Tile]:
+        """Yield the tiles of this chunk, each with the keys that at least one of its queries may see.
+
+        Under `low <= a - b <= high` these are the keys between two diagonals:
+
+            tile 0    x x . . . .     keys 0 ... 2
+                      x x x . . .
+            tile 1    . x x x . .     keys 1 ... 4
+                      . . x x x .
+        """
         low, high = call.block.low, call.block.high
         for a in range(0, self.queries, self.rows):
             b = min(a + self.rows, self.queries)
+            # a tile of queries without keys still has one key, which is masked
             first = 0 if high is None else min(max(a - high, 0), self.keys - 1)
             last = self.keys if low is None else min(max(b - low, first + 1), self.keys)
             yield _Tile(self, slice(a, b), slice(first, last))
 
 
 class _Tile(NamedTuple):
-    """Some queries of a part, and the keys that they may see."""
+    """The scores of some queries of a chunk against the keys that they may see."""
 
-    part: _Part
+    chunk: _Chunk
     queries: slice
     keys: slice
 
     def read(self, x: Tensor) -> Tensor:
-        """(samples * key heads, group * queries, D), wide: a group's heads stand below one another."""
-        rows = x[self.part.samples, self._heads, self.queries].to(torch.promote_types(x.dtype, torch.float32))
-        return rows.reshape(-1, self.part.group * rows.shape[2], rows.shape[3])
+        """Return rows of q, (samples * key heads, group * queries, D): the heads of a group follow one another.
+
+        So the query heads of a group share one product with the keys of their key head.
+        """
+        rows = x[self.chunk.samples, self._heads, self.queries].to(torch.promote_types(x.dtype, torch.float32))
+        return rows.reshape(-1, self.chunk.group * rows.shape[2], rows.shape[3])
 
     def write(self, x: Tensor, values: Tensor) -> None:
-        at = x[self.part.samples, self._heads, self.queries]
-        at.copy_(values.view(at.shape))
+        """Write the rows that `read` would read."""
+        rows = x[self.chunk.samples, self._heads, self.queries]
+        rows.copy_(values.view(rows.shape))
 
     def scores(self, queries: Tensor, keys: Tensor, call: Call) -> Tensor:
-        """With -inf for what is not seen."""
+        """Return the scores, (samples * key heads, group * queries, keys), with -inf for the pairs that are masked."""
         scores = torch.bmm(queries, keys[:, self.keys].mT)
-        apart = scores.unflatten(1, (self.part.group, -1))
+        per_head = scores.unflatten(1, (self.chunk.group, -1))
         (low, high), (first, last) = (call.block.low, call.block.high), (self.keys.start, self.keys.stop)
-        top, rows = self.queries.start, apart.shape[-2]
-        if low is not None:  # beyond this key the first query sees no more
+        top, rows = self.queries.start, per_head.shape[-2]
+        if low is not None:  # every query of the tile sees the keys before `edge`: only the rest needs a mask
             edge = min(max(top - low + 1, first), last)
             cap = _cap(rows, last - edge, low - top + edge, None, scores.dtype, scores.device)
-            _lower(apart[..., edge - first :], cap)
-        if high is not None:  # from this key on the last query sees all
+            _apply_cap(per_head[..., edge - first :], cap)
+        if high is not None:  # no query of the tile is too far from the keys behind `edge`
             edge = min(max(self.queries.stop - 1 - high, first), last)
             cap = _cap(rows, edge - first, None, high - top + first, scores.dtype, scores.device)
-            _lower(apart[..., : edge - first], cap)
+            _apply_cap(per_head[..., : edge - first], cap)
         if call.key_padding_mask is not None:
-            heads = self.part.key_heads if call.key_padding_mask.shape[1] > 1 else slice(None)
-            hidden = call.key_padding_mask[self.part.samples, heads, self.keys]
-            cap = torch.full_like(hidden, inf, dtype=scores.dtype).masked_fill_(hidden, -inf)
-            _lower(scores.unflatten(0, (hidden.shape[0], -1)), cap.unsqueeze(2))
+            heads = self.chunk.key_heads if call.key_padding_mask.shape[1] > 1 else slice(None)
+            padding = call.key_padding_mask[self.chunk.samples, heads, self.keys]
+            cap = torch.full_like(padding, inf, dtype=scores.dtype).masked_fill_(padding, -inf)
+            _apply_cap(scores.unflatten(0, (padding.shape[0], -1)), cap.unsqueeze(2))
         return scores
 
     def kept(self, pairs: Tensor, call: Call) -> Tensor:
-        """The pairs that dropout leaves, in place."""
+        """Set the pairs that dropout drops to 0 and scale the others, in place."""
         if call.dropout_mask is None:
             return pairs
         dropout, query_words, key_words = call.dropout_mask
-        words = query_words[self.part.samples, self._heads, self.queries].reshape(*pairs.shape[:2], 1)
-        keys = key_words[self.part.samples, self.part.key_heads, self.keys].reshape(pairs.shape[0], 1, -1)
+        words = query_words[self.chunk.samples, self._heads, self.queries].reshape(*pairs.shape[:2], 1)
+        keys = key_words[self.chunk.samples, self.chunk.key_heads, self.keys].reshape(pairs.shape[0], 1, -1)
         bits = pairs.view(torch.int64 if pairs.dtype == torch.float64 else torch.int32)
         bits &= dropout.keeps(words, keys)
         return pairs.mul_(1 / (1 - dropout.probability))
 
     @property
     def _heads(self) -> slice:
-        key_heads, group = self.part.key_heads, self.part.group
+        """The query heads of this chunk."""
+        key_heads, group = self.chunk.key_heads, self.chunk.group
         return slice(key_heads.start * group, key_heads.stop * group)
 
 
-def _parts(q: Tensor, k: Tensor) -> Iterator[_Part]:
+def _chunks(q: Tensor, k: Tensor) -> Iterator[_Chunk]:
+    """Yield the chunks of a call: as many key heads in one tile as fit, and as many samples where all key heads fit."""
     (batch, heads, queries, _), (_, key_heads, keys, _) = q.shape, k.shape
     group, size = heads // key_heads, _TILE.get(q.device.type, _LARGE_TILE)
     rows = min(queries, max(_ROWS, size // (group * keys)))
-    many = max(1, min(key_heads, size // (group * rows * keys)))
-    samples = max(1, size // (heads * rows * keys)) if many == key_heads else 1
+    heads_each = max(1, min(key_heads, size // (group * rows * keys)))
+    samples = max(1, size // (heads * rows * keys)) if heads_each == key_heads else 1
     for s in range(0, batch, samples):
-        for h in range(0, key_heads, many):
-            part = slice(s, min(s + samples, batch)), slice(h, min(h + many, key_heads))
-            yield _Part(*part, group, queries, keys, rows)
+        for h in range(0, key_heads, heads_each):
+            chunk = slice(s, min(s + samples, batch)), slice(h, min(h + heads_each, key_heads))
+            yield _Chunk(*chunk, group, queries, keys, rows)
 
 
-def _lower(scores: Tensor, cap: Tensor) -> None:
-    """Set what is not seen to -inf.  To add -inf would make NaN of a score that overflowed."""
+def _apply_cap(scores: Tensor, cap: Tensor) -> None:
+    """Lower scores to a cap, which is -inf for masked pairs and +inf for others, in place.
+
+    Adding -inf instead would make NaN of a score that overflowed to +inf.
+    """
     torch.minimum(scores, cap, out=scores)
 
 
@@ -188,4 +220,5 @@ def _lower(scores: Tensor, cap: Tensor) -> None:
 def _cap(
     rows: int, columns: int, low: int | None, high: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
+    """Return (rows, columns): +inf where `low <= row - column <= high`, and -inf elsewhere."""
     return torch.where(band(rows, columns, low, high, dtype, device) == 0, inf, -inf)

@@ -1,4 +1,4 @@
-"""The flash-attn package, where it is installed."""
+"""The kernel "flash": the flash-attn package, if it is installed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ RELEASE = (2, 8)
 
 
 def note(request: Request) -> str:
+    """Return what this kernel runs for a call that it does not refuse."""
     return "the flash-attn package: every block as it is, windows among them"
 
 
 def refusals(request: Request) -> list[str]:
+    """Return the reasons why the package cannot compute a call."""
     if request.device != "cuda":
         return [f"serves CUDA tensors, q is on {request.device}"]
     reasons = [*_absence(), *fused.refusals(request)]
@@ -41,22 +43,22 @@ def takes_weights(device: str) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """(batch, heads, rows, D) -> out, lse (batch, heads, rows); k and v may have fewer heads."""
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
     return fused.forward(_package, q, k, v, call)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one block of a larger softmax, whose `out` and `lse` are given: +inf where it shows no key."""
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
     return fused.backward(_package, grad, q, k, v, out, lse, call)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _absence() -> tuple[str, ...]:
-    """Why the package is of no use here, looked up only for a call that it might serve.
+    """Return the reasons why the package cannot be used on this machine; it is imported only for CUDA tensors.
 
-    A constant to torch.compile, which traces the choice of a kernel and could not follow imports.
+    torch.compile traces the choice of a kernel and cannot follow imports, so it takes this result for a constant.
     """
     if find_spec("flash_attn") is None:
         return ("flash-attn is not installed",)
@@ -64,19 +66,22 @@ def _absence() -> tuple[str, ...]:
         interface = _interface()
     except ImportError as error:  # built for another torch, or another package of that name
         return (f"flash-attn cannot be imported: {error}",)
-    found = getattr(import_module("flash_attn"), "__version__", "of no version")
-    release = tuple(int(part) for part in found.split(".")[:2] if part.isdecimal())
+    version = getattr(import_module("flash_attn"), "__version__", "of no version")
+    release = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
     if release < RELEASE or not hasattr(interface, "_flash_attn_forward"):
-        return (f"needs flash-attn {RELEASE[0]}.{RELEASE[1]}, found {found}",)
+        return (f"needs flash-attn {RELEASE[0]}.{RELEASE[1]}, found {version}",)
     return ()
 
 
 @lru_cache(1)
 def _interface() -> Any:
+    """Return the module that holds the package's operators."""
     return import_module("flash_attn.flash_attn_interface")
 
 
 class _Package:
+    """The operators of the flash-attn package, with the signatures of `fused.Operator`."""
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
         out, lse, _, _ = _interface()._flash_attn_forward(
             q,

@@ -1,4 +1,4 @@
-"""Blocks through flash attention's operators, whether torch's or those of the flash-attn package."""
+"""Blocks computed by flash attention's operators, whether torch's own or those of the flash-attn package."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ WIDEST = 256
 
 
 class Operator(Protocol):
-    """Flash attention of (batch, rows, heads, D), fewer key heads allowed; lse is (batch, heads, rows), float32."""
+    """Flash attention with a window, of tensors (batch, rows, heads, D); k and v may have fewer heads.
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int
-    ) -> tuple[Tensor, Tensor]: ...
+    The lse is (batch, heads, rows) in float32.  `left` and `right` are those of `Window`.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
+        """Return out and lse."""
 
     def backward(
         self,
@@ -38,11 +40,12 @@ class Operator(Protocol):
         scale: float,
         left: int,
         right: int,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv."""
 
 
 def refusals(request: Request) -> list[str]:
-    """What every build of flash attention refuses."""
+    """Return the reasons why no build of flash attention can compute a call."""
     reasons = []
     if request.dtype not in HALF:
         reasons.append(f"serves bfloat16 and float16, q is {request.dtype}")
@@ -56,15 +59,15 @@ def refusals(request: Request) -> list[str]:
 
 
 def forward(operator: Operator, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """(batch, heads, rows, D) -> out, lse (batch, heads, rows)."""
+    """Return out (batch, heads, rows, D) and lse (batch, heads, rows) of one block, computed by `operator`."""
     q, k, v = (loadable(x.transpose(1, 2)) for x in (q, k, v))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        parts = _parts(q, k, call)
-        if _is_whole(parts, q):
+        parts = _windows(q, k, call)
+        if _has_all_rows(parts, q):
             window = parts[0]
             return operator.forward(q, k[:, window.keys], v[:, window.keys], call.scale, window.left, window.right)
-        # the operators write +inf for a row that sees no key, and such rows are in no window
+        # rows that see no key are in no window and keep 0 and -inf; the operators would give them an lse of +inf
         out, lse = torch.zeros_like(q), q.new_full((len(q), q.shape[2], q.shape[1]), -inf, dtype=torch.float32)
         for rows, keys, left, right in parts:
             out[:, rows], lse[..., rows] = operator.forward(q[:, rows], k[:, keys], v[:, keys], call.scale, left, right)
@@ -77,18 +80,19 @@ def forward(operator: Operator, q: Tensor, k: Tensor, v: Tensor, call: Call) -> 
 def backward(
     operator: Operator, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one block of a larger softmax.
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
 
-    A row that sees nothing in the whole of it has `lse = +inf`, the operators' own word for it: their
-    `exp2(S log2(e) - lse log2(e))` is then 0 for all S, -inf among them.
+    A query that sees no key in the whole softmax has lse = +inf, as the operators write it themselves: their
+    `exp2(S log2(e) - lse log2(e))` is then 0 for every score S, also for -inf.
     """
     grad, q, k, v, out = (loadable(x.to(q.dtype).transpose(1, 2)) for x in (grad, q, k, v, out))
 
     def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = _parts(q, k, call)
-        if _is_whole(parts, q) and parts[0].keys == slice(0, k.shape[1]):
+        parts = _windows(q, k, call)
+        if _has_all_rows(parts, q) and parts[0].keys == slice(0, k.shape[1]):
             _, _, left, right = parts[0]
             return operator.backward(grad, q, k, v, out, lse.contiguous(), call.scale, left, right)
+        # a key may be in several windows, so its gradients are summed in float32
         dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
         for rows, keys, left, right in parts:
             operands = grad[:, rows], q[:, rows], k[:, keys], v[:, keys], out[:, rows], lse[..., rows].contiguous()
@@ -97,16 +101,18 @@ def backward(
             dv[:, keys] += more_v
         return dq, dk, dv
 
-    found = over_batches(run, grad, q, k, v, out, lse)
-    dq, dk, dv = (x.transpose(1, 2) for x in found)
+    gradients = over_batches(run, grad, q, k, v, out, lse)
+    dq, dk, dv = (x.transpose(1, 2) for x in gradients)
     return dq, dk, dv
 
 
-def _parts(q: Tensor, k: Tensor, call: Call) -> tuple[Window, ...]:
+def _windows(q: Tensor, k: Tensor, call: Call) -> tuple[Window, ...]:
+    """Return the windows of a block, for q and k (batch, rows, heads, D)."""
     assert call.key_padding_mask is None and call.dropout_mask is None, "refused before, or served by another"  # noqa: PT018
     assert not call.block.repeats, "flash attention takes no weights"
     return windows(q.shape[1], k.shape[1], call.block.low, call.block.high)
 
 
-def _is_whole(parts: tuple[Window, ...], q: Tensor) -> bool:
+def _has_all_rows(parts: tuple[Window, ...], q: Tensor) -> bool:
+    """Return whether one window holds every query, so that its result needs no copy."""
     return len(parts) == 1 and parts[0].queries == slice(0, q.shape[1])

@@ -1,4 +1,4 @@
-"""The currency between blocks: an attention output and the log-sum-exp of the scores that made it."""
+"""The result of attention over some of the keys, in the form in which the results of blocks are merged."""
 
 from __future__ import annotations
 
@@ -10,24 +10,29 @@ from torch import Tensor
 
 
 class Partial(NamedTuple):
-    """`out` (..., D) is the softmax-weighted mean over some keys, `lse` (..., 1) the log of their weights' sum.
+    """The softmax over some of the keys: out (..., D), the weighted mean of their values, and lse (..., 1).
 
-    Partials over disjoint keys add up in any order; one that saw no key (`lse == -inf`, `out == 0`) changes nothing.
+    The lse is the log-sum-exp of the scores of these keys.  Partials over disjoint keys can be merged in any order; the
+    partial of no key (`lse == -inf`, `out == 0`) changes nothing.
     """
 
     out: Tensor
     lse: Tensor
 
     def add_(self, out: Tensor, lse: Tensor, weight: int = 1) -> None:
-        """Take in the keys of another partial, each counted `weight` times; a negative weight takes them out again."""
+        """Merge the keys of another partial into this one, in place, each counted `weight` times.
+
+        A negative weight removes keys that were merged before.
+        """
         lse = lse + log(abs(weight)) if abs(weight) != 1 else lse
         if weight > 0:
+            # exp(lse) / (exp(lse) + exp(self.lse)); where both are -inf it is NaN, and 0 keeps out as it is
             share = torch.sigmoid(lse - self.lse).masked_fill_(lse == -inf, 0)
             total = torch.logaddexp(self.lse, lse)
         else:
-            # 1 - exp(lse - self.lse), as accurate for shares near 0 as for shares near 1
+            # the share of the weights that stays, 1 - exp(lse - self.lse), as accurate near 0 as near 1
             kept = -torch.expm1((lse - self.lse).masked_fill_(lse == -inf, -inf))
-            # What is left is rounding where all was taken away: it weighs no more than the rounding of the sum itself
+            # where all keys are removed, what stays is no more than the rounding of the sum: it is set to no key
             gone = kept <= 64 * torch.finfo(kept.dtype).eps * self.lse.abs().clamp_min_(1)
             kept.masked_fill_(gone, 1)
             share = (1 - 1 / kept).masked_fill_(gone, 0)

@@ -1,4 +1,4 @@
-"""Where a CPU's matrix products are computed."""
+"""Which library computes the float32 matrix products of a CPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def routed_products() -> Iterator[None]:
-    """float32 products by oneDNN, where MKL is slow and oneDNN still computes in float32.
+    """Send float32 products to oneDNN within this context, if MKL is slow on this CPU and oneDNN does not round.
 
-    MKL runs at half speed or less on some CPUs that are not its maker's; on its maker's it is the faster one.  Asking
-    for bf16 products sends them to oneDNN, which rounds only where the CPU has tiles for it; there the setting stays as
-    it was.  While it is set, torch refuses to tell its float32 precision to other threads.
+    MKL runs at half speed or less on some CPUs that Intel has not made; on Intel's own it is the faster library.
+    Setting the precision of products to "bf16" sends them to oneDNN, which rounds to bf16 only on a CPU with
+    instructions for it; on such a CPU the setting is left alone.  While it is set, torch raises in other threads that
+    read its float32 precision.
     """
     if not _is_routed():
         yield
@@ -31,13 +32,17 @@ def routed_products() -> Iterator[None]:
 
 
 class _Setting:
-    """One for all threads: the first one in remembers what the user chose, the last one out puts it back."""
+    """The precision of torch's float32 products, which is one global setting for all threads.
+
+    The first thread that enters saves the user's choice, and the last one that leaves restores it.
+    """
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = Lock(), 0, "none"
 
     @contextmanager
     def routed(self) -> Iterator[None]:
+        """Set the precision to "bf16" within this context."""
         products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         with self._lock:
             if self._inside == 0:
@@ -58,20 +63,25 @@ _setting = _Setting()
 
 @lru_cache(1)
 def _is_routed() -> bool:
-    """By who made the CPU and not by the clock, so that all runs on a machine round alike."""
+    """Return whether float32 products are sent to oneDNN.
+
+    The vendor of the CPU decides, not a measurement, so that all runs on one machine round alike.
+    """
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return has_both and _maker() != "GenuineIntel" and _is_exact()
 
 
 def _maker() -> str:
+    """Return the vendor id of the CPU, or "" if the system does not name it."""
     table = Path("/proc/cpuinfo")
     if table.exists():
-        found = [line.partition(":")[2].strip() for line in table.read_text().splitlines() if "vendor_id" in line]
-        return found[0] if found else ""
+        vendors = [line.partition(":")[2].strip() for line in table.read_text().splitlines() if "vendor_id" in line]
+        return vendors[0] if vendors else ""
     return platform.processor().rpartition(", ")[2]  # "..., AuthenticAMD"
 
 
 def _is_exact() -> bool:
+    """Return whether oneDNN computes a product in float32 although the setting allows bf16, from one small product."""
     a = torch.rand(256, 256, generator=torch.Generator().manual_seed(0)) - 0.5
     truth = a.double() @ a.double()
     with _setting.routed():

@@ -1,4 +1,7 @@
-"""The equation, dense: one softmax over all that the branches show.  Slow, plain, and the truth of all others."""
+"""The equation in its dense form: one softmax over all keys that the branches show, at N x N scores.
+
+The tests compare the other kernels with it.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,17 @@ if TYPE_CHECKING:
 
 name = "reference"
 
-# What the scores of one sample may take, in GiB: several tensors of their size are held at once
+# The memory that the scores of one sample may take, in GiB: several tensors of this size are held at once
 SCORES_GIB = 16
 
 
 def note(request: Request) -> str:
+    """Return what this kernel runs for a call that it does not refuse."""
     return "holds all N x N scores; differentiable any number of times"
 
 
 def refusals(request: Request) -> list[str]:
+    """Return the reasons why this kernel cannot compute a call."""
     reasons = []
     if request.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"serves float64, float32, bfloat16 and float16, q is {request.dtype}")
@@ -39,10 +44,13 @@ def refusals(request: Request) -> list[str]:
 
 
 def attend(call: PreparedCall, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
-    """Return (out, lse) through autograd; `mix="detached"` stops the gradient at the branches' weights."""
+    """Return out (B, N, H, D) and lse (B, H, N), differentiable by autograd.
+
+    `mix="detached"` stops the gradient at the weights of the branches.
+    """
     q, k, v, spec = call.q, call.k, call.v, call.spec
     kept = _kept(dropout, spec.pattern, q)
-    with torch.autocast(q.device.type, enabled=False):  # which would round the products
+    with torch.autocast(q.device.type, enabled=False):  # autocast would round the products
         rows = [
             _attend_sample(
                 *(q[b], k[b], v[b], cuts),
@@ -58,7 +66,7 @@ def attend(call: PreparedCall, dropout: Dropout | None) -> tuple[Tensor, Tensor]
 
 
 def _kept(dropout: Dropout | None, pattern: Pattern, q: Tensor) -> list[Tensor]:
-    """Return the factors of each branch's weights, (B, H, N, N); an empty list without dropout."""
+    """Return the dropout mask of each branch, (B, H, N, N): 0 or 1 / (1 - p).  It is an empty list without dropout."""
     if dropout is None:
         return []
     rows, tokens, heads = (torch.arange(n, device=q.device) for n in q.shape[:3])
@@ -80,6 +88,10 @@ def _attend_sample(
     spec: AttentionSpec,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """Return out (N, H, Dv) and lse (H, N) of one sample with the documents `cuts`.
+
+    Shapes: q is (N, H, D), k and v are (N, Hkv, D), padding is (N,), and each of `kept` is (H, N, N).
+    """
     _, heads, _ = q.shape
     kv_heads = k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -88,23 +100,24 @@ def _attend_sample(
     lengths = torch.tensor(cuts, device=q.device).diff()
     document = torch.arange(len(lengths), device=q.device).repeat_interleave(lengths)
     index = torch.cat([torch.arange(n, device=q.device) for n in lengths.tolist()])
-    shown = [seen.repeat_interleave(heads // kv_heads, dim=0) for seen in spec.pattern.visible(index, kv_heads)]
-    shown = [seen & (document[:, None] == document) for seen in shown]
+    masks = [mask.repeat_interleave(heads // kv_heads, dim=0) for mask in spec.pattern.visible(index, kv_heads)]
+    masks = [mask & (document[:, None] == document) for mask in masks]
     if padding is not None:
-        shown = [seen & ~padding for seen in shown]
-    # each branch is a softmax of its own, whose largest score cancels; empty rows are given a score, and no weight
+        masks = [mask & ~padding for mask in masks]
+    # A softmax for each branch, merged below by the branches' lse.  A row that sees no key would be NaN: its scores are
+    # set to 0 here, and its weights and its lse to those of no key afterwards.
     outs, lses = [], []
-    for i, seen in enumerate(shown):
-        some = seen.any(-1, keepdim=True)
-        own = scores.masked_fill(~seen, -inf).masked_fill(~some, 0)
-        weights = own.softmax(-1).masked_fill(~seen, 0)
+    for i, mask in enumerate(masks):
+        has_keys = mask.any(-1, keepdim=True)
+        own = scores.masked_fill(~mask, -inf).masked_fill(~has_keys, 0)
+        weights = own.softmax(-1).masked_fill(~mask, 0)
         if kept:
             weights = weights * kept[i]
         outs.append(torch.einsum("hij,jhd->ihd", weights, v))
-        lses.append(own.logsumexp(-1).masked_fill(~some.squeeze(-1), -inf))
+        lses.append(own.logsumexp(-1).masked_fill(~has_keys.squeeze(-1), -inf))
     logits = lses if sinks is None else [*lses, sinks.to(wide)[:, None].expand_as(lses[0])]
     lse = torch.stack(logits).logsumexp(0)
-    finite = lse.masked_fill(lse == -inf, 0)
+    finite = lse.masked_fill(lse == -inf, 0)  # -inf - -inf is NaN
     shares = [(each - finite).exp() for each in lses]
     if spec.mix == "detached":
         shares = [share.detach() for share in shares]

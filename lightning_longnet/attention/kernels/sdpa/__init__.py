@@ -1,4 +1,4 @@
-"""torch's own attention, on CPU and on CUDA."""
+"""The kernel "sdpa": torch's own attention operators, on CPU and on CUDA."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ name = "sdpa"
 
 
 def note(request: Request) -> str:
+    """Return what this kernel runs for a call that it does not refuse."""
     return cuda.note(request) if request.device == "cuda" else cpu.note
 
 
 def refusals(request: Request) -> list[str]:
+    """Return the reasons why torch's operators cannot compute a call."""
     reasons = []
     if request.device not in ("cpu", "cuda"):
         reasons.append(f"serves CPU and CUDA tensors, q is on {request.device}")
@@ -32,23 +34,26 @@ def refusals(request: Request) -> list[str]:
 
 
 def takes_weights(device: str) -> bool:
-    # On CUDA a bias takes a block away from flash attention, is rounded to q's type, and splits heads that share a call
+    # On CUDA a block with a bias cannot run in flash attention, its bias is rounded to the type of q, and heads with
+    # different biases need a call each
     return device == "cpu"
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """(batch, heads, rows, D) -> out, lse (batch, heads, rows); k and v may have fewer heads."""
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
     return _serving(q).forward(q, k, v, call)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one block of a larger softmax, whose `out` and `lse` are given: +inf where it shows no key."""
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
     return _serving(q).backward(grad, q, k, v, out, lse, call)
 
 
 class _Device(Protocol):
+    """The operators of one kind of device, with the shapes of `BlockKernel`."""
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]: ...
 
     def backward(
@@ -57,4 +62,5 @@ class _Device(Protocol):
 
 
 def _serving(q: Tensor) -> _Device:
+    """Return the module that computes tensors on the device of q."""
     return cuda if q.device.type == "cuda" else cpu

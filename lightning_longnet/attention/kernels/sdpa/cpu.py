@@ -1,7 +1,7 @@
-"""torch's own flash attention, which returns the log-sum-exp and whose backward takes it.
+"""torch's flash attention for CPU, an operator that returns the log-sum-exp; its backward takes it as an argument.
 
-The pitfalls of the CPU operator, each held by a test: an empty dimension kills the process; a last stride other than 1
-is misread in silence; boolean masks are refused; out and v must have the width of q and k.
+The operator has pitfalls, for each of which there is a test: an empty dimension kills the process; a last stride other
+than 1 is read wrongly without an error; boolean masks are refused; out and v must have the width of q and k.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def refusals(request: Request) -> list[str]:
+    """Return the reasons why the operator cannot compute a call."""
     if request.dtype not in _DTYPES:
         return [f"serves float64, float32, bfloat16 and float16, q is {request.dtype}"]
     return []
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """(batch, heads, rows, D) -> out, lse (batch, heads, rows); k and v may have fewer heads."""
-    q, k, v = (_computed(x) for x in (q, k, v))
-    is_causal, mask = _visibility(q, k, call)
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
+    q, k, v = (_operand(x) for x in (q, k, v))
+    is_causal, mask = _mask(q, k, call)
     with routed_products():
         out, lse = _forward(q, k, v, 0.0, is_causal, attn_mask=mask, scale=call.scale)
     empty = call.empty_rows(q.shape[2], q.shape[1])
@@ -47,28 +48,32 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one block of a larger softmax, whose `out` and `lse` are given: +inf where it shows no key."""
-    grad, q, k, v = (_computed(x) for x in (grad, q, k, v))
-    out = out.to(q.dtype)  # that of a branch alone is wide
-    is_causal, mask = _visibility(q, k, call)
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
+    grad, q, k, v = (_operand(x) for x in (grad, q, k, v))
+    out = out.to(q.dtype)  # the result of a single branch is in the type of the accumulators
+    is_causal, mask = _mask(q, k, call)
     with routed_products():
         dq, dk, dv = _backward(grad, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=call.scale)
     return dq, dk, dv
 
 
-def _computed(x: Tensor) -> Tensor:
-    """What the operator is given: half types as they are where that is faster, elsewhere in float32."""
+def _operand(x: Tensor) -> Tensor:
+    """Return x in the type in which the operator computes: half types in float32, unless half is faster on this CPU."""
     is_half = x.dtype in (torch.bfloat16, torch.float16)
     return x.float() if is_half and not _half_is_faster(x.dtype) else x
 
 
 @lru_cache(2)
 def _half_is_faster(dtype: torch.dtype) -> bool:
-    """Measured once, in a tenth of a second: no flag of a CPU tells which of its products are the faster."""
+    """Return whether the operator is faster in a half type than in float32, from one measurement.
+
+    It takes a tenth of a second.  No flag of a CPU says which of its products are the faster ones.
+    """
     generator = torch.Generator().manual_seed(0)
     half = torch.randn(2, 4, 512, 64, generator=generator).to(dtype)
 
     def seconds(cast: torch.dtype) -> float:
+        """Return the time of one forward and backward in this type, the cast included."""
         begin = perf_counter()
         x = half.to(cast)
         out, lse = _forward(x, x, x)
@@ -77,12 +82,17 @@ def _half_is_faster(dtype: torch.dtype) -> bool:
 
     with routed_products():
         rounds = [(seconds(dtype), seconds(torch.float32)) for _ in range(4)]
+    # the first round is a warm-up
     fastest, fastest_wide = (min(times) for times in zip(*rounds[1:], strict=True))
     return bool(fastest < 0.95 * fastest_wide)
 
 
-def _visibility(q: Tensor, k: Tensor, call: Call) -> tuple[bool, Tensor | None]:
-    """The operator's own triangle is aligned to the top left corner, `low == 0`.  All else is a mask of floats."""
+def _mask(q: Tensor, k: Tensor, call: Call) -> tuple[bool, Tensor | None]:
+    """Return the operator's arguments `is_causal` and `attn_mask`, a bias of floats or None, for the mask of a block.
+
+    The operator's own causal mask is aligned to the top left corner (`low == 0`); any other mask is a bias, which
+    broadcasts to (batch, heads, queries, keys).
+    """
     assert 0 not in (*q.shape, *k.shape), "an empty dimension kills the process"
     assert call.dropout_mask is None, "refused before"
     block, wide = call.block, torch.promote_types(q.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""torch's operators for CUDA: flash attention for the blocks that it takes, memory-efficient attention for the rest."""
+"""torch's operators for CUDA: flash attention where it can compute a block, else memory-efficient attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class _Operator(Protocol):
-    """`refusals` are for whole requests; `serves` says of a block which the request allows whether it is taken."""
+    """One of torch's operators: `refusals` concern a whole call, `serves` one block of a call that is not refused."""
 
     @property
     def name(self) -> str: ...
@@ -32,29 +32,34 @@ class _Operator(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
-_OPERATORS: tuple[_Operator, ...] = (flash, efficient)  # the last takes every block
+_OPERATORS: tuple[_Operator, ...] = (flash, efficient)  # in the order of preference; the last one computes every block
 
 
 def note(request: Request) -> str:
+    """Return what this kernel runs for a call that it does not refuse."""
     names = [each.name for each in _OPERATORS if not each.refusals(request)]
     return f"torch's attention for CUDA: {', else '.join(names)}"
 
 
 def refusals(request: Request) -> list[str]:
+    """Return the reasons why torch's operators for CUDA cannot compute a call."""
     if torch.version.hip is not None:
         return ["serves NVIDIA's CUDA, this torch is built for ROCm"]
     return _OPERATORS[-1].refusals(request)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    return _taking(q, call).forward(q, k, v, call)
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
+    return _serving(q, call).forward(q, k, v, call)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _taking(q, call).backward(grad, q, k, v, out, lse, call)
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
+    return _serving(q, call).backward(grad, q, k, v, out, lse, call)
 
 
-def _taking(q: Tensor, call: Call) -> _Operator:
+def _serving(q: Tensor, call: Call) -> _Operator:
+    """Return the first operator that can compute a block."""
     return next(each for each in _OPERATORS if each.serves(q, call))

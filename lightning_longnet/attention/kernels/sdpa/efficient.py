@@ -1,4 +1,4 @@
-"""torch's memory-efficient attention: float32, and every block that flash attention does not take."""
+"""torch's memory-efficient attention: for float32, and for the blocks that flash attention cannot compute."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ name = "memory-efficient"
 _forward = torch.ops.aten._scaled_dot_product_efficient_attention.default
 _backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward.default
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LSE_ROWS = 32  # the operator's log-sum-exp has a multiple of these
-_BIAS_KEYS = 16  # a bias must lie in rows of a multiple of these
-_BIAS = 2**26  # elements of a bias that is another for each batch
+_LSE_ROWS = 32  # the operator pads its log-sum-exp to a multiple of this many rows
+_BIAS_KEYS = 16  # the rows of a bias must lie a multiple of this many elements from one another
+_BIAS = 2**26  # the most elements of a bias that differs between the batches
 
 
 def refusals(request: Request) -> list[str]:
+    """Return the reasons why the operator cannot compute a call."""
     if request.dtype not in _DTYPES:
         return [f"serves float32, bfloat16 and float16, q is {request.dtype}"]
     width = VECTOR // request.dtype.itemsize
@@ -37,12 +38,14 @@ def refusals(request: Request) -> list[str]:
 
 
 def serves(q: Tensor, call: Call) -> bool:
+    """Return whether the operator can compute a block: it can compute every one."""
     return True
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
     heads, rows = q.shape[1:3]
-    k, v = (_seen(x, q, call) for x in (k, v))
+    k, v = (_visible_keys(x, q, call) for x in (k, v))
     q, k, v = (loadable(repeated(x, heads)) for x in (q, k, v))
 
     def run(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -51,9 +54,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         return out, lse[..., :rows]
 
     padding = call.padding_bias(heads, q.dtype)
-    out, lse = over_batches(run, q, k, v, _cut(padding, k), limit=_limit(q, k, padding, call))
+    out, lse = over_batches(run, q, k, v, _cut_padding(padding, k), limit=_limit(q, k, padding, call))
     empty = call.empty_rows(rows, heads)
-    if empty is not None:  # the operator gives such a row an lse of 0
+    if empty is not None:  # the operator gives a row without keys an lse of 0
         out, lse = out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -inf)
     return out, lse
 
@@ -61,12 +64,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A row that sees nothing at all has `lse = +inf`, which makes `exp(S - lse)` 0; so the operator fills its own."""
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
+
+    The operator itself pads its lse with +inf, as `BlockKernel` gives it for a query without keys: exp(S - lse) is 0.
+    """
     heads, rows, key_heads, keys = *q.shape[1:3], *k.shape[1:3]
-    k, v = (_seen(x, q, call) for x in (k, v))
+    k, v = (_visible_keys(x, q, call) for x in (k, v))
     grad, out = (x.to(q.dtype) for x in (grad, out))
     grad, q, k, v = (loadable(repeated(x, heads)) for x in (grad, q, k, v))
-    # the operator takes the stride between two rows of out for heads * D
+    # the operator assumes that two rows of out lie heads * D elements from one another
     out = loadable(out.transpose(1, 2).contiguous()).transpose(1, 2)
     lse = F.pad(lse, (0, -rows % _LSE_ROWS), value=inf).contiguous()
 
@@ -75,45 +81,52 @@ def backward(
     ) -> tuple[Tensor, Tensor, Tensor]:
         bias = _bias(q, k, padding, call)
         seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)
-        wanted = [True, True, True, False]
+        needs_gradients = [True, True, True, False]  # of q, k, v and the bias
         dq, dk, dv, _ = _backward(
-            grad, q, k, v, bias, out, lse, seed, offset, 0.0, wanted, _is_causal(call), scale=call.scale
+            grad, q, k, v, bias, out, lse, seed, offset, 0.0, needs_gradients, _is_causal(call), scale=call.scale
         )
         return dq, dk, dv
 
     padding = call.padding_bias(heads, q.dtype)
     limit = _limit(q, k, padding, call)
-    dq, dk, dv = over_batches(run, grad, q, k, v, out, lse, _cut(padding, k), limit=limit)
+    dq, dk, dv = over_batches(run, grad, q, k, v, out, lse, _cut_padding(padding, k), limit=limit)
+    # keys that no query sees were cut off: their gradients are 0
     dk, dv = (F.pad(summed(x, key_heads), (0, 0, 0, keys - x.shape[2])) for x in (dk, dv))
     return dq, dk, dv
 
 
 def _is_causal(call: Call) -> bool:
-    """The operator's own triangle is aligned to the top left corner."""
+    """Return whether the operator's own causal mask applies, which is aligned to the top left corner."""
     return call.block.low == 0 and call.block.high is None
 
 
-def _seen(x: Tensor, q: Tensor, call: Call) -> Tensor:
-    """Without the keys that lie behind the last query."""
+def _visible_keys(x: Tensor, q: Tensor, call: Call) -> Tensor:
+    """Return k or v without the keys that the causal mask hides from every query, those behind the last one."""
     return x[:, :, : q.shape[2]] if _is_causal(call) else x
 
 
-def _cut(padding: Tensor | None, k: Tensor) -> Tensor | None:
+def _cut_padding(padding: Tensor | None, k: Tensor) -> Tensor | None:
+    """Return the bias of the padding for the keys that `_visible_keys` leaves."""
     return None if padding is None else padding[..., : k.shape[2]]
 
 
 def _is_banded(call: Call) -> bool:
+    """Return whether a block's mask must be a bias."""
     return not _is_causal(call) and (call.block.low, call.block.high) != (None, None)
 
 
 def _limit(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> int:
+    """Return how many batches one call may have: fewer where each needs (heads, queries, keys) of a bias of its own."""
     if padding is None or not _is_banded(call):
         return BATCHES
     return min(BATCHES, max(1, _BIAS // (padding.shape[1] * q.shape[2] * k.shape[2])))
 
 
 def _bias(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> Tensor | None:
-    """What is added to the scores, (batch, heads, queries, keys), with strides of 0 where it is the same for all."""
+    """Return the bias of the scores, (batch, heads, queries, keys), or None.
+
+    It has strides of 0 along batches and heads between which it does not differ.
+    """
     assert call.dropout_mask is None, "refused before"
     block, bias = call.block, padding
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
@@ -122,11 +135,11 @@ def _bias(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> Tensor | 
         assert padding is None, "no plan gives weights to this operator, and padding besides"
         bias = weights(queries, keys, block.repeats, q.dtype, q.device)[None, None]
     elif _is_banded(call):
-        seen = band(queries, keys, block.low, block.high, q.dtype, q.device)[None, None]
-        bias = seen if padding is None else seen + padding
+        mask = band(queries, keys, block.low, block.high, q.dtype, q.device)[None, None]
+        bias = mask if padding is None else mask + padding
     if bias is None:
         return None
-    # zeros, as torch pads: what lies behind the last key is read, and must be a number
+    # padded with zeros, as torch does: the operator reads behind the last key, and must find a number there
     aligned = bias.new_zeros((*bias.shape[:3], -(-keys // _BIAS_KEYS) * _BIAS_KEYS))
     aligned[..., :keys] = bias
     return aligned[..., :keys].expand(batch, heads, queries, keys)

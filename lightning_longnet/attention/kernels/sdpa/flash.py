@@ -1,4 +1,4 @@
-"""The flash attention that torch holds a copy of, with its windows."""
+"""torch's copy of flash attention, called below its public operator, which has no windows."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 
 name = "flash"
 
-# Not `_scaled_dot_product_flash_attention`, which calls these and knows neither windows nor packed rows
+# `_scaled_dot_product_flash_attention` calls these operators, but has no argument for windows
 _forward = torch.ops.aten._flash_attention_forward.default
 _backward = torch.ops.aten._flash_attention_backward.default
 
 
 def refusals(request: Request) -> list[str]:
+    """Return the reasons why the operator cannot compute a call."""
     return fused.refusals(request) + (["takes no padding masks"] if request.is_padded else [])
 
 
 def serves(q: Tensor, call: Call) -> bool:
+    """Return whether the operator can compute a block."""
     return (
         q.dtype in fused.HALF
         and q.shape[-1] % 8 == 0
@@ -37,12 +39,14 @@ def serves(q: Tensor, call: Call) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
     return fused.forward(_operator, q, k, v, call)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
     return fused.backward(_operator, grad, q, k, v, out, lse, call)
 
 
@@ -51,6 +55,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 class _Operator:
+    """torch's operators with the signatures of `fused.Operator`."""
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
         out, lse, _, _, _ = _forward(
             q,
@@ -103,7 +109,7 @@ class _Operator:
 
 
 def _no_random_state(q: Tensor) -> tuple[Tensor, Tensor]:
-    """What torch's own packed attention hands in where nothing is dropped."""
+    """Return the random state that the backward takes where nothing is dropped, as torch's own attention passes it."""
     return torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
 
 
