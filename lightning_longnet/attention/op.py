@@ -175,17 +175,8 @@ backward.register_autograd(_refuse_second_derivative)
 
 
 @forward.register_fake
-def _fake_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    documents: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seed: Tensor | None,
-    spec: str,
-    shard: int | None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *_, spec, shard = others
     out, lse, kept = _empty_results(q, v)
     if shard is not None:
         options = AttentionSpec.loads(spec)

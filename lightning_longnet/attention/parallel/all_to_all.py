@@ -83,16 +83,7 @@ class AllToAllPlan(ExchangePlan):
         tokens = call.tokens_at(torch.arange(shard.length)).to(call.device)
         group = layout.heads // layout.kv_heads
         heads = slice(kv_heads.start * group, kv_heads.stop * group)
-        options = PairOptions(
-            spec.scale_of(call.head_dim),
-            shard.padding_of(tokens, call.rows),
-            call.dropout,
-            samples=torch.arange(call.rows.start, call.rows.stop, device=call.device),
-            tokens=tokens,
-            first_head=heads.start,
-            counts_once=spec.counts_once,
-            sinks=None if call.sinks is None else call.sinks[heads],
-        )
+        options = call.pair_options(tokens, heads)
         return AllToAllCall(shard.comm, call.message, shard.placement, parts, call.kernel, options, spec)
 
     def _kv_heads_of(self, rank: int) -> range:

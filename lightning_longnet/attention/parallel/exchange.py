@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
+
+from lightning_longnet.attention.kernels.blocks import PairOptions
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from torch import Tensor
 
     from lightning_longnet.attention.kernels import BlockKernel
@@ -131,6 +134,19 @@ class RankCall(NamedTuple):
     def tokens_at(self, places: Tensor) -> Tensor:
         """Return the index in the whole sequence of the tokens at some places of the permutation."""
         return places if self.order is None else self.order[places]
+
+    def pair_options(self, tokens: Tensor, heads: slice = slice(None)) -> PairOptions:
+        """Return what holds for all pairs of the call, with the keys of `tokens` and some of the query heads."""
+        return PairOptions(
+            self.spec.scale_of(self.head_dim),
+            self.shard.padding_of(tokens, self.rows),
+            self.dropout,
+            samples=torch.arange(self.rows.start, self.rows.stop, device=self.device),
+            tokens=tokens,
+            first_head=heads.start or 0,
+            counts_once=self.spec.counts_once,
+            sinks=None if self.sinks is None else self.sinks[heads],
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.kernels.blocks import PairOptions
 from lightning_longnet.attention.parallel.exchange import ExchangePlan, RankWork, RoundWork, Volume
 from lightning_longnet.attention.parallel.rounds import RemoteRows, RoundsCall
 from lightning_longnet.attention.parallel.routes import rank_blocks, route
@@ -67,15 +66,7 @@ class RoundsPlan(ExchangePlan):
             return call.tokens_at(shard.tokens(peer))
 
         tokens = tokens_of(shard.rank).to(call.device)
-        options = PairOptions(
-            spec.scale_of(call.head_dim),
-            shard.padding_of(tokens, call.rows),
-            call.dropout,
-            samples=torch.arange(call.rows.start, call.rows.stop, device=call.device),
-            tokens=tokens,
-            counts_once=spec.counts_once,
-            sinks=call.sinks,
-        )
+        options = call.pair_options(tokens)
         remote = RemoteRows(shard.comm, call.message, tokens_of, partial(shard.padding_of, rows=call.rows))
         return RoundsCall(call.kernel, own_route, options, spec, remote)
 
@@ -91,7 +82,7 @@ class RoundsFootprint(NamedTuple):
         kept = []
         if self.kept_cells:
             kept.append(k.new_empty((self.kept_cells, k.shape[0], k.shape[3] + v.shape[3])))
-        if spec.mix == "detached":
+        if spec.partials > 1:
             kept += [q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide) for _ in range(spec.partials)]
         return kept
 
