@@ -50,7 +50,7 @@ def guarded_attend(
 
 
 class _Kind(NamedTuple):
-    """What calls that share a preflight have in common on all ranks that share sequences.
+    """The properties that calls of one preflight have in common, on all ranks that share sequences.
 
     `group` names the ranks that agreed on the verdict; None is a verdict of one rank for its whole sequences.
     """

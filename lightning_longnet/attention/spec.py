@@ -68,7 +68,7 @@ class AttentionSpec:
 
     @property
     def partials(self) -> int:
-        """How many partial results the backward needs: one of each branch for "detached", else one of all."""
+        """The number of partial results that the backward needs: one of each branch for "detached", else one of all."""
         return len(self.pattern.branches) if self.mix == "detached" else 1
 
     def scale_of(self, head_dim: int) -> float:

@@ -1,4 +1,4 @@
-"""What the attention layers share: the call of `attend`, for whole sequences and for parts of them."""
+"""`AttentionLayer`: the base of the attention layers, which calls `attend` on whole sequences or on parts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def places_of(x: Tensor, documents: Tensor | None, context: SequenceContext | None) -> Tensor:
-    """Where the tokens of x (B, N, ...) stand in their documents, (N,) or (B, N), whole or in parts."""
+    """Return the index of each token of x (B, N, ...) in its document, (N,) or (B, N), in whole or split sequences."""
     if documents is not None:
         documents = checked_positions(documents, x, "documents")
     if context is not None and context.is_split:
@@ -33,7 +33,7 @@ def places_of(x: Tensor, documents: Tensor | None, context: SequenceContext | No
 
 
 class AttentionLayer(nn.Module):
-    """A strategy, or `hand_down`, sets `sequence_context` and `layer_number` where sequences are split over ranks."""
+    """A layer that attends.  A strategy, or `hand_down`, sets its `sequence_context` and `layer_number`."""
 
     sequence_context: SequenceContext | None = None
     layer_number: int = 0
@@ -56,7 +56,7 @@ class AttentionLayer(nn.Module):
 
     @property
     def is_split(self) -> bool:
-        """Is this rank given a part of the sequences now?"""
+        """Whether this rank has a part of the sequences now."""
         return self.sequence_context is not None and self.sequence_context.is_split
 
     def _attended(

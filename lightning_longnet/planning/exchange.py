@@ -1,4 +1,4 @@
-"""What each kind of layer computes and sends on the ranks that have most to do: the same plan that the run follows."""
+"""The work and messages of each kind of layer on the busiest ranks, from the same plan that the run follows."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _weighted_segments(job: Job, pattern: Pattern, device: str) -> int:
 
 
 def _shown(layout: Layout, ranks: list[int]) -> list[int]:
-    """Of ranks that have thousands of others to hear of: the first, the middle, the last, and two of the busiest."""
+    """Return the ranks to show; of many the first, the middle, the last, and two of the busiest."""
     if len(ranks) <= WHOLE or layout.placement.ranks <= WHOLE:
         return ranks
     busiest = sorted(ranks, key=lambda rank: sum(rank_blocks(layout).traffic(rank)))[-2:]
@@ -119,7 +119,7 @@ def _pairs(parts: Iterable[Part]) -> int:
 
 
 def sent_bytes(job: Job, kinds: tuple[LayerKind, ...], rank: int) -> int:
-    """Of a step, by attention; a checkpoint that computes attention again fetches its keys again."""
+    """Return the bytes that attention sends in a step; a checkpoint that computes it again fetches its keys again."""
     again = job.config.recompute == "everything"
     found = 0
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""How many floating-point operations a training step needs, and how many are done: counted, not measured.
+"""The floating-point operations that a training step requires, and those that it does: counted, not measured.
 
 What is required is what a model needs by its definition, however it is computed: each pair that a query sees once, and
 nothing computed again.  What is done is what runs: the pairs of the plan, the scores again in the backward, and blocks
@@ -38,7 +38,7 @@ class Pairs(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """Of forward and backward together."""
+    """The operations of forward and backward together: those that are required, and those that are done."""
 
     required: float
     done: float
@@ -71,14 +71,14 @@ def attended_pairs(
 
 
 class Work(NamedTuple):
-    """Of attention."""
+    """The operations and pairs of attention."""
 
     flops: Flops
     pairs: Pairs
 
 
 class AttentionShape(NamedTuple):
-    """What the pairs of a layer depend on: its spec, its heads, the device's type, and checkpointing."""
+    """The properties of a layer that its pairs depend on: spec, heads, type of device, and checkpointing."""
 
     spec: AttentionSpec
     heads: int
@@ -88,7 +88,7 @@ class AttentionShape(NamedTuple):
     is_recomputed: bool
 
     def work(self, cuts: tuple[int, ...], samples: int) -> Work:
-        """Of so many rows with these documents."""
+        """Return the work of `samples` rows with these documents."""
         segments = self.spec.weighted_segments(
             self.device, samples, torch.get_num_threads(), per_branch=self.spec.mix == "detached"
         )
@@ -101,7 +101,7 @@ class AttentionShape(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Of a module: its linear maps by the token, its attention by the pairs that tokens make.
+    """The operations of a module: of linear maps for each token, of attention for each pair of tokens.
 
     Linear maps, patch projections and attention are counted, each as used once a token; norms, activations, embeddings
     and an optimiser are not, nor attention that calls `attend` outside of a layer of ours.
@@ -126,7 +126,7 @@ class ModelFlops:
         return cls(token, tuple(shapes))
 
     def rows(self, cuts: Sequence[tuple[int, ...]]) -> Work:
-        """Of the attention of a batch, a row for each entry; rows that follow one another and are alike run as one."""
+        """Return the work of attention for a batch with a row for each entry; equal neighbours run in one call."""
         flops, required, computed = Flops(0, 0), 0, 0
         for row, alike in groupby(cuts):
             many = len(list(alike))
@@ -138,7 +138,7 @@ class ModelFlops:
 
 
 def _recomputed(module: nn.Module) -> tuple[set[nn.Module], set[nn.Module]]:
-    """What checkpoints compute again: modules with linear maps, and attention layers."""
+    """Return what checkpoints compute again: the modules with linear maps, and the attention layers."""
     linear: set[nn.Module] = set()
     attention: set[nn.Module] = set()
     for model in module.modules():
@@ -172,7 +172,7 @@ def _linear(module: nn.Module, is_recomputed: bool) -> Flops:
 
 
 def _numel(weight: Any) -> int:
-    """Of the whole, where DeepSpeed holds a part; that of a DTensor is of the whole."""
+    """Return the number of elements of the whole weight, of which DeepSpeed may hold a part."""
     return int(getattr(weight, "ds_numel", weight.numel()))
 
 

@@ -1,4 +1,4 @@
-"""How long a step would take: what is computed, moved and sent, over what a device and its links do a second."""
+"""The time of a step: the work that is computed, moved and sent, divided by the rates of a device and its links."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORWARD, BACKWARD = 4, 10
 
 
 class Crossing(NamedTuple):
-    """Of one exchange, in seconds: on its way, and waited for."""
+    """The seconds of one exchange: its messages in flight, and the part of it that the rank waits."""
 
     flight: float
     waited: float
@@ -57,7 +57,7 @@ class StepTime:
 
     @property
     def hidden_share(self) -> float | None:
-        """Of the exchange; None where nothing travels."""
+        """The share of the exchange that computation hides; None where nothing travels."""
         return 1 - self.exchange / self.exchange_flight if self.exchange_flight else None
 
 
@@ -102,7 +102,7 @@ def step_time(
 
 
 def _crossing(share: Share, pair: float, link: float, overlaps: bool, forwards: int) -> Crossing:
-    """Of a layer: each round travels while the one before it is computed, the first while own pairs are."""
+    """Return the crossing of a layer: a round travels while the one before it, or the own pairs, are computed."""
     told = share.volume
     sent = told.sent_bytes + (forwards - 1) * told.forward_bytes
     received = sum(each.received_bytes for each in share.rounds)

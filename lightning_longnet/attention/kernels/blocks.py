@@ -32,7 +32,7 @@ GATHERED_ROWS = 4
 
 
 class PairOptions(NamedTuple):
-    """What holds for every pair of a call, whichever block computes it.
+    """The options that hold for every pair of a call, whichever block computes it.
 
     Attributes:
         scale: the factor of the scores.
@@ -102,7 +102,7 @@ def forward_blocks(
 
 
 class BackwardInputs(NamedTuple):
-    """What the backward of every block reads: the gradient of out (B, N, H, D), and the results of the forward.
+    """The inputs of every block's backward: the gradient of out (B, N, H, D), and the results of the forward.
 
     `outs` holds the out of the whole softmax, or that of each branch; `lse` (B, N, H, 1) is that of the whole.
     """

@@ -1,4 +1,4 @@
-"""Where a kernel reads the keys of a block, and where it adds their gradients."""
+"""The keys of a block, of this rank or received, as a kernel reads them, and the accumulation of their gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an exchange between ranks is to the plan, to the run and to the planner: one interface for all of them."""
+"""The interface of an exchange between ranks: to the plan, to the run and to the planner."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
 
 
 class Volume(NamedTuple):
-    """What one rank sends in forward and backward, keeps between them, and sends in the forward alone."""
+    """The bytes and messages that one rank sends, the bytes that it keeps, and those that the forward sends."""
 
     sent_bytes: int
     messages: int
@@ -51,7 +51,7 @@ class Volume(NamedTuple):
 
 
 class RoundWork(NamedTuple):
-    """What a rank receives in one round, in cells by source, and the blocks that it computes with them."""
+    """The cells that a rank receives in one round, by source, and the blocks that it computes with them."""
 
     received: dict[int, int]
     parts: tuple[Part, ...]
@@ -89,7 +89,7 @@ class ExchangeCall(Protocol):
 
     @property
     def kept_count(self) -> int:
-        """How many tensors the forward keeps for the backward."""
+        """The number of tensors that the forward keeps for the backward."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return out (B, L, H, Dv), lse (B, H, L), and the tensors that the backward needs besides."""
@@ -101,7 +101,7 @@ class ExchangeCall(Protocol):
 
 
 class RankCall(NamedTuple):
-    """What a call is on this rank, besides its tensors: the arguments of `ExchangePlan.call`.
+    """The arguments of a call on this rank besides its tensors; `ExchangePlan.call` takes it.
 
     Attributes:
         shard: the tokens on this rank.
@@ -151,7 +151,7 @@ class RankCall(NamedTuple):
 
 @dataclass(frozen=True)
 class ExchangePlan(ABC):
-    """How keys reach the queries of other ranks: a pure function of the layout, equal on all ranks.
+    """An exchange of keys between ranks: a pure function of the layout, equal on all ranks.
 
     Args:
         layout: who holds what, and what sees what.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class RoundsPlan(ExchangePlan):
-    """Each branch is gathered, or passed round a ring."""
+    """A plan in which the keys of each branch are gathered, or passed round a ring."""
 
     @property
     def overlaps(self) -> bool:

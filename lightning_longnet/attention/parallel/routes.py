@@ -33,7 +33,7 @@ SPARSE = 16
 
 
 class Layout(NamedTuple):
-    """What decides who computes and sends what; equal on all ranks.
+    """The inputs that decide what each rank computes and sends; equal on all ranks.
 
     Attributes:
         pattern: which keys a query sees.

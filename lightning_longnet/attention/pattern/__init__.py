@@ -1,4 +1,4 @@
-"""Which keys a query sees, and on which line the pattern is drawn."""
+"""Patterns: which keys a query sees, and the permutation of tokens in which that is defined."""
 
 from lightning_longnet.attention.pattern.branch import Branch, HeadOffsets
 from lightning_longnet.attention.pattern.ordering import (

@@ -71,17 +71,17 @@ class Branch:
             )
 
     def offset(self, kv_head: int, kv_heads: int) -> int:
-        """The residue that this head serves.  It hangs on the key/value head, so that a GQA group shares its rows."""
+        """Return the residue of a key/value head.  It depends on that head, so that a GQA group shares its rows."""
         if self.head_offsets == "interleaved":
             return kv_head % self.dilation_rate
         return kv_head // -(-kv_heads // self.dilation_rate)
 
     def connects(self, length: int) -> bool:
-        """Does a query see any key but its own?"""
+        """Return whether a query sees any key but its own."""
         return min(self.border(length), self.window or length) > self.dilation_rate
 
     def border(self, length: int) -> int:
-        """How far apart the borders lie that this branch never crosses."""
+        """Return the distance of the borders that this branch never crosses."""
         width = min(self.segment_length or length, length)
         if self.sparsity is not None:
             own = self.sparsity.block_size * self.dilation_rate
@@ -91,7 +91,7 @@ class Branch:
         return width
 
     def visible(self, tokens: Tensor, kv_heads: int) -> Tensor:
-        """The definition itself, as a boolean (Hkv, N, N): `tokens` are places in documents, of each all."""
+        """Return the definition as a boolean mask (Hkv, N, N); `tokens` are the indices of all in their documents."""
         segment, place = tokens * 0, tokens
         if self.segment_length is not None:
             segment, place = tokens // self.segment_length, tokens % self.segment_length
@@ -134,7 +134,7 @@ class Branch:
 
 
 def made(cls: type[T], name: str, keywords: Any) -> T:
-    """From keywords, as YAML gives them."""
+    """Return an object made from keyword arguments, as YAML gives them."""
     allowed = [each.name for each in fields(cls)]  # type: ignore[arg-type]
     if not isinstance(keywords, dict) or not set(keywords) <= set(allowed):
         what = "Branches or dictionaries" if name == "branches" else f"a {cls.__name__} or a dictionary"

@@ -1,4 +1,4 @@
-"""On what line a pattern is drawn: the tokens of a grid in the order of a Hilbert curve, so that segments are compact.
+"""Orders of tokens: Hilbert curves over grids of any size, along which the segments of a pattern are compact.
 
 An order is a permutation: `order[p]` is the token that stands at place p of the sequence, by its number in the grid,
 which counts the last dimension fastest.  It is applied where tokens enter a model, and its inverse where they leave.
@@ -88,7 +88,7 @@ def inverse_order(order: Tensor) -> Tensor:
 
 
 def order_of(ordering: Ordering, shape: Sequence[int]) -> Tensor:
-    """By its name."""
+    """Return the order of a grid by its name."""
     return hilbert_order(shape) if ordering == "hilbert" else raster_order(shape)
 
 

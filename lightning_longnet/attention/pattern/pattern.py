@@ -1,4 +1,4 @@
-"""Which keys may a query see?  A pattern is a tuple of branches, and one softmax runs over all that they show."""
+"""`Pattern`: the keys that each query sees, as a tuple of branches; one softmax runs over all of these keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Multiplicity = Literal["multiset", "set"]
 
 
 class Reach(NamedTuple):
-    """What a pattern can never see, whatever the depth of the model: borders, and residues that no head serves."""
+    """The limits of a pattern at any depth: borders that nothing crosses, and residues that no head serves."""
 
     length: int
     span: int  # tokens between two borders that no branch crosses
@@ -89,7 +89,7 @@ class Pattern:
         head_offsets: HeadOffsets = "interleaved",
         multiplicity: Multiplicity = "multiset",
     ) -> Pattern:
-        """LongNet: one branch for each pair of a segment length and a dilation rate."""
+        """Return LongNet's pattern: one branch for each pair of a segment length and a dilation rate."""
         for name, values in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
             if not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
                 raise ValueError(f"{name} must be a sequence of integers, got {values!r}")
@@ -103,12 +103,12 @@ class Pattern:
 
     @classmethod
     def dense(cls, is_causal: bool = False) -> Pattern:
-        """Every key: the branch (N, 1)."""
+        """Return the pattern that shows every key: one branch without a segment length."""
         return cls((Branch(is_causal=is_causal),))
 
     @classmethod
     def window(cls, size: int, is_causal: bool = False) -> Pattern:
-        """The `size` nearest keys, the query's own among them: `i - size < j <= i`, or `|i - j| < size`."""
+        """Return the pattern of a sliding window: `i - size < j <= i` where causal, else `|i - j| < size`."""
         return cls((Branch(window=size, is_causal=is_causal),))
 
     @classmethod
@@ -122,7 +122,7 @@ class Pattern:
         global_tokens: int | None = None,
         varies_over_heads: bool = False,
     ) -> Pattern:
-        """Another pattern of which some blocks stay: that one says what is a segment, its residues and causal.
+        """Return a pattern with some blocks of `within`, which defines the segments, the rates and causality.
 
         The rows of one segment and residue are cut into blocks of `block_size`, and of their blocks of pairs the share
         `sparsity_ratio` is kept; see `Sparsity` for the kinds, and which blocks each of them prefers.
@@ -152,14 +152,14 @@ class Pattern:
         return Pattern(self.branches + other.branches, self.multiplicity)
 
     def ordered(self) -> tuple[Branch, ...]:
-        """From the finest branch to the coarsest.  Under "set", a key belongs to the first that shows it."""
+        """Return the branches, the finest first.  Under "set", a key belongs to the first that shows it."""
         whole = float("inf")
         return tuple(
             sorted(self.branches, key=lambda b: (b.dilation_rate, b.segment_length or whole, b.window or whole))
         )
 
     def visible(self, tokens: Tensor, kv_heads: int) -> list[Tensor]:
-        """What each branch shows, by the definition: one boolean (Hkv, N, N) a branch, in the order of `ordered()`."""
+        """Return a boolean mask (Hkv, N, N) of each branch by the definition, in the order of `ordered()`."""
         shown = [branch.visible(tokens, kv_heads) for branch in self.ordered()]
         if self.multiplicity == "set":
             for i in range(len(shown) - 1, 0, -1):
@@ -167,7 +167,7 @@ class Pattern:
         return shown
 
     def mask(self, length: int, heads: int, kv_heads: int | None = None) -> Tensor:
-        """How often query `i` of head `h` counts key `j`: an integer (H, N, N), for people and for tests."""
+        """Return how often query `i` of head `h` counts key `j`: integers (H, N, N), for people and for tests."""
         kv_heads = check_heads(heads, kv_heads)
         if length < 0:
             raise ValueError(f"length must not be negative, got {length}")
@@ -175,7 +175,7 @@ class Pattern:
         return counts.repeat_interleave(heads // kv_heads, dim=0)
 
     def reach(self, length: int, heads: int, kv_heads: int | None = None) -> Reach:
-        """How far this pattern can carry anything over `length` tokens, and which residues no head serves."""
+        """Return how far information can travel in `length` tokens, and the residues that no head serves."""
         kv_heads = check_heads(heads, kv_heads)
         lengths = [b.border(length) for b in self.branches if b.connects(length)]
         span = min(lcm(*lengths), length)  # a border that every branch has is a border for good
@@ -194,11 +194,11 @@ class Pattern:
         return draw_pattern(self, length, heads, kv_heads)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for YAML or JSON: `Pattern(**pattern.to_dict()) == pattern`."""
+        """Return plain values for YAML or JSON: `Pattern(**pattern.to_dict()) == pattern`."""
         return {"branches": [asdict(branch) for branch in self.branches], "multiplicity": self.multiplicity}
 
     def dumps(self) -> str:
-        """One line of JSON: how a pattern travels through an operator's schema."""
+        """Return one line of JSON, in which a pattern travels through an operator's schema."""
         text: str = self._text  # type: ignore[attr-defined]
         return text
 
@@ -213,7 +213,7 @@ def _loads(text: str) -> Pattern:
 
 
 def check_heads(heads: int, kv_heads: int | None) -> int:
-    """The number of key/value heads, which must divide the number of query heads."""
+    """Return the number of key/value heads, or raise a ValueError where it does not divide that of query heads."""
     kv_heads = heads if kv_heads is None else kv_heads
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"heads must be a multiple of kv_heads, both at least 1, got {heads} and {kv_heads}")

@@ -75,7 +75,7 @@ def _named(branch: Branch) -> str:
 def draw_ranks(
     received: tuple[tuple[int, ...], ...], pairs: tuple[int, ...], placement: str, exchanges: tuple[str, ...]
 ) -> Figure:
-    """What each rank receives of each other's keys, and the pairs that it computes beside the mean of them all."""
+    """Draw what each rank receives from each other, and the pairs that it computes beside their mean over ranks."""
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:

@@ -1,4 +1,4 @@
-"""Which blocks of a branch are kept: as many as a ratio says, chosen by a rule that asks for no tensor.
+"""`Sparsity`: the blocks of a branch that are kept, as many as a ratio says, by a rule that reads no tensor.
 
 The rows of a segment that have one residue are counted from 0 and cut into blocks of `block_size`; the last may be
 shorter.  A block of queries sees the blocks of keys that are kept for it, its own among them.
@@ -78,11 +78,11 @@ class Sparsity:
 
     @property
     def stride(self) -> int:
-        """From one of the blocks that a kind prefers to the next."""
+        """The distance between two of the blocks that a kind prefers."""
         return floor((2 if self.kind == "strided" else 1) / self.sparsity_ratio + 0.5)
 
     def phase(self, kv_head: int) -> int:
-        """By how many blocks this head's are moved."""
+        """Return the number of blocks by which the kept blocks of a head are shifted."""
         return kv_head % self.stride if self.varies_over_heads else 0
 
     def blocks(self, rows: int) -> int:
@@ -96,7 +96,7 @@ class Sparsity:
         return _kept(self, self.blocks(rows), self.phase(kv_head), is_causal)
 
     def row_counts(self, blocks: int, is_causal: bool) -> list[int]:
-        """How many blocks each row of blocks keeps: together the share that was asked for, and at least one each."""
+        """Return how many blocks each row of blocks keeps: the requested share in all, and at least one each."""
         if is_causal:
             counts, seen = [], 0
             kept = 0
@@ -117,7 +117,7 @@ class Sparsity:
         return self.blocks(self.global_tokens)
 
     def preferred(self, block: int, seen: int, phase: int) -> Iterator[int]:
-        """All of the `seen` first blocks, the preferred first; some may come again."""
+        """Yield the first `seen` blocks in the order of preference; some may come again."""
 
         def near(blocks: Iterable[int]) -> list[int]:
             return sorted((j for j in blocks if j != block), key=lambda j: (abs(j - block), j))
@@ -136,7 +136,7 @@ class Sparsity:
 
 
 def _spread(total: int, rows: int) -> list[int]:
-    """As evenly as integers are."""
+    """Split a total over rows as evenly as integers allow."""
     return [total * (i + 1) // rows - total * i // rows for i in range(rows)]
 
 
