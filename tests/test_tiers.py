@@ -95,6 +95,7 @@ def pytest_addoption(parser):
 """
 
 
+@pytest.mark.long
 def test_a_full_run_goes_on_where_it_was_stopped(tmp_path):
     folder, out = tmp_path / "tests", tmp_path / "kept/full.json"
     folder.mkdir()
@@ -140,6 +141,7 @@ def test_a_full_run_goes_on_where_it_was_stopped(tmp_path):
     assert full()[2]["test_good.py"]["commit"] is None, "what is not committed is no result of a commit"
 
 
+@pytest.mark.long
 def test_a_file_without_an_end_is_given_up(tmp_path):
     (tmp_path / "conftest.py").write_text(OPTIONS)
     (tmp_path / "test_long.py").write_text("import time\ndef test_it(): time.sleep(600)\n")

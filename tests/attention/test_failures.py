@@ -77,14 +77,19 @@ def later(group, name, is_known):
     return told(step, shard, drawn(), {})
 
 
+def check_later(first, second, seconds, name):
+    assert first.startswith("RuntimeError: rank 0 of 2, forward of call 1, samples 0 to 0, keys and values"), first
+    wrong = "ValueError: q must have" if name == "tokens" else "RuntimeError: rank 1 of 2, compares a call"
+    assert second.startswith(wrong), second
+    assert seconds < 10
+
+
+@pytest.mark.long
 def test_a_later_call_that_differs_ends_at_the_timeout(spent):
     names = ["pattern", "wide type", "batch", "tokens"]
     found = spent.run(8, pairs, later, [(name, False) for name in names])
     for (first, seconds), (second, _), name in zip(found[::2], found[1::2], names, strict=True):
-        assert first.startswith("RuntimeError: rank 0 of 2, forward of call 1, samples 0 to 0, keys and values"), first
-        wrong = "ValueError: q must have" if name == "tokens" else "RuntimeError: rank 1 of 2, compares a call"
-        assert second.startswith(wrong), second
-        assert seconds < 10
+        check_later(first, second, seconds, name)
 
 
 @pytest.mark.long
@@ -128,23 +133,24 @@ KERNELS_FAIL = tuple((place, exchange) for place in list(PLACES)[:2] for exchang
 OTHERS_FAIL = (("copies", "gather"), ("copies of a backward", "ring"), ("a plan", "gather"), ("arguments", "gather"))
 
 
-@pytest.mark.parametrize(
-    "cases", [pytest.param(KERNELS_FAIL, id="kernels"), pytest.param(OTHERS_FAIL, id="others", marks=pytest.mark.long)]
-)
+def check_failing(peer, failed, place):
+    assert failed[0] == "OutOfMemoryError: injected"
+    for each in failed[1:]:
+        if place == "arguments":  # nothing of the call was begun: the next one waits for those who are behind
+            assert each.startswith("RuntimeError: rank 1 of 2"), each
+            continue
+        where = "backward" if "backward" in place else "forward"
+        assert each.startswith(f"RuntimeError: rank 1 of 2 failed in {where} of call 0 (OutOfMemoryError('injected'))")
+        assert each.endswith("make a new group and a new shard")
+    assert all(each.startswith("RuntimeError: rank 0 of 2") for each in peer[1:]), peer
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cases", [KERNELS_FAIL, OTHERS_FAIL], ids=["kernels", "others"])
 def test_an_error_that_one_rank_catches_corrupts_nothing(spent, cases):
     found = spent.run(8, pairs, failing, list(cases))
     for (peer, _), (failed, _), (place, _) in zip(found[::2], found[1::2], cases, strict=True):
-        assert failed[0] == "OutOfMemoryError: injected"
-        for each in failed[1:]:
-            if place == "arguments":  # nothing of the call was begun: the next one waits for those who are behind
-                assert each.startswith("RuntimeError: rank 1 of 2"), each
-                continue
-            where = "backward" if "backward" in place else "forward"
-            assert each.startswith(
-                f"RuntimeError: rank 1 of 2 failed in {where} of call 0 (OutOfMemoryError('injected'))"
-            )
-            assert each.endswith("make a new group and a new shard")
-        assert all(each.startswith("RuntimeError: rank 0 of 2") for each in peer[1:]), peer
+        check_failing(peer, failed, place)
 
 
 def receiving(group):
@@ -198,16 +204,21 @@ def doing(group, function, *arguments):
     return function(group, *arguments)
 
 
+def check_apart(first, second):
+    assert "" in first
+    assert "" in second
+    for own in (first, second):
+        failed = [bool(each) for each in own]
+        assert failed == sorted(failed), own  # once ranks are apart nothing succeeds
+        assert failed[-1]
+
+
+@pytest.mark.long
 def test_a_rank_that_gives_up_a_call_or_a_batch_meets_nobody_in_the_next(spent):
     cases = [(refusing,), (giving_up, False), (giving_up, True)]
     found = spent.run(8, pairs, doing, [*cases, (refusing,)])
     for (first, _), (second, _) in zip(found[::2], found[1::2], strict=True):
-        assert "" in first
-        assert "" in second
-        for own in (first, second):
-            failed = [bool(each) for each in own]
-            assert failed == sorted(failed), own  # once ranks are apart nothing succeeds
-            assert failed[-1]
+        check_apart(first, second)
 
 
 def disordered(group, way, exchange):
@@ -218,10 +229,27 @@ def disordered(group, way, exchange):
     return told(lambda: [out.sum().backward() for out in order])
 
 
+@pytest.mark.long
 def test_backward_passes_in_another_order_are_an_error(spent):
     cases = [("one shard", "gather"), ("one shard", "ring"), ("one shard", "swap"), ("two shards", "ring")]
     for found, _ in spent.run(8, pairs, disordered, cases):
         assert "of 2, backward of call" in found, found
+
+
+def test_a_fault_of_each_kind_is_told(spent):
+    """One case of each of the tests above, whose groups wait for their timeouts at the same time."""
+    cases = [
+        (later, "pattern", False),
+        (failing, "a kernel's forward", "ring"),
+        (giving_up, True),
+        (disordered, "one shard", "ring"),
+    ]
+    found = spent.run(8, pairs, doing, cases)
+    (first, seconds), (second, _) = found[:2]
+    check_later(first, second, seconds, "pattern")
+    check_failing(found[2][0], found[3][0], "a kernel's forward")
+    check_apart(found[4][0], found[5][0])
+    assert all("of 2, backward of call" in told for told, _ in found[6:]), found[6:]
 
 
 def forgotten(group):

@@ -2,6 +2,7 @@
 
 import pytest
 from recorded import NAMES, cases, summaries
+from tiers import tiered
 
 CASES = cases()
 
@@ -21,7 +22,7 @@ def differing(listed, found):
                     yield f"{name}[{which}] is {a!r}, was {b!r}, of {told}"
 
 
-@pytest.mark.parametrize("ranks", [0, 1, 2, 3, 4], ids=["one process", *(f"ranks {n}" for n in range(1, 5))])
+@pytest.mark.parametrize("ranks", tiered(range(5), quick=[0, 2, 3]))
 def test_results_are_those_that_were_recorded(request, ranks):
     listed = [case for case in CASES if len(case["lengths"] or ()) == ranks]
     found = summaries(listed, lambda: request.getfixturevalue("pool"))

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from memory import peak_bytes
 from split import LONGNET, step
-from tiers import tiered
 from torch.distributed import distributed_c10d
 from torch.utils.checkpoint import checkpoint
 
@@ -95,7 +94,8 @@ def peak(group, exchange, tokens, pattern, is_forward=False):
     return peak_bytes(step)
 
 
-@pytest.mark.parametrize("is_causal", tiered([False, True], quick=[True]))
+@pytest.mark.long
+@pytest.mark.parametrize("is_causal", [False, True])
 def test_a_ring_needs_no_more_memory_on_more_ranks(pool, is_causal):
     """Beside one chunk on its way: another of keys, the copy that is sent, and two of gradients, whatever the world."""
     pattern = Pattern.dense(is_causal)

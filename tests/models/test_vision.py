@@ -110,6 +110,7 @@ def test_the_order_of_a_grid_is_made_once():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+@pytest.mark.long
 def test_a_curved_model_compiles_without_a_break():
     model = model_of(ordering="hilbert", rotary="rope")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -70,6 +70,7 @@ def resume_one_file(rank, world, setting, path):
     return fit(rank, world, setting, "fsdp2", world, resume_from=path, engine={"save_distributed_checkpoint": False})
 
 
+@pytest.mark.long
 def test_fsdp2_may_save_one_file(trainers, wanted, tmp_path):
     setting, (losses, parameters) = {**FLOAT64, **TWO_EPOCHS}, wanted[torch.float64]
     trainers.run(2, fit_and_save_one_file, setting, str(tmp_path))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from interrupted import checkpoints_everywhere
 from lightning.pytorch.strategies import DDPStrategy
+from tiers import tiered
 from torch import nn
 from trained import PATTERN, SMALL_BUCKETS, quiet, sums, trainer_of
 
@@ -163,7 +164,7 @@ def same(found, wanted):
             torch.testing.assert_close(torch.as_tensor(x), torch.as_tensor(y), rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("mesh", ["1x2", "2x1"])
+@pytest.mark.parametrize("mesh", tiered(["1x2", "2x1"], quick=["2x1"]))
 def test_a_run_is_that_of_one_process_on_any_mesh(trainers, alone, path, mesh):
     world, size = MESHES[mesh]
     losses, batches, _, rows, *_ = alone
@@ -214,6 +215,7 @@ def test_a_run_goes_on_without_reading_what_was_trained_on(trainers, tmp_path, a
             assert count == (left * BATCH + sum(len(x) for x in rows)) * (TOKENS // 2 + 1)
 
 
+@pytest.mark.long
 def test_stock_strategies_are_dealt_the_same(trainers, alone, path):
     first, second = (each[1] for each in trainers.run(2, run, "stock ddp", 1, path))
     for mine, other, batch in zip(first, second, alone[1], strict=True):
