@@ -40,6 +40,7 @@ def test_a_skip_fails_unless_it_waits_for_a_gpu(tmp_path):
     assert [results(shown) for _, shown, _ in found] == ["2 skipped", "1 failed, 1 skipped"]
 
 
+@pytest.mark.long
 def test_property_tests_draw_as_many_cases_as_their_tier_wants(tmp_path):
     text = (
         "from hypothesis import given, settings, strategies as st\n"
@@ -58,6 +59,7 @@ def test_property_tests_draw_as_many_cases_as_their_tier_wants(tmp_path):
     assert drawn == [(40, 5), (8, 3), (400, 50)]
 
 
+@pytest.mark.long
 def test_a_test_stands_in_one_tier_and_property_tests_in_two(tmp_path):
     words = collect(
         tmp_path,

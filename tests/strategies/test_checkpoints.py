@@ -1,5 +1,7 @@
 """A checkpoint of one mesh is resumed on another, and the losses go on as if nothing had been."""
 
+from itertools import product
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -36,12 +38,12 @@ def wanted():
     return {each["dtype"]: reference({**each, **TWO_EPOCHS}) for each in (FLOAT64, DEEPSPEED)}
 
 
-def check(trainers, sharding, setting, wanted, folder, tolerance):
+def check(trainers, sharding, setting, wanted, folder, tolerance, meshes=OTHERS):
     setting = {**setting, **TWO_EPOCHS}
     losses, parameters = wanted[setting["dtype"]]
     for found in trainers(2).run(2, fit_and_save, setting, sharding, 2, folder):
         compare(found, (losses, parameters), tolerance)
-    for world, size in OTHERS.values():
+    for world, size in (OTHERS[mesh] for mesh in meshes):
         for step in STEPS:
             finished = step * setting["accumulate"]
             rest = losses[finished:], parameters
@@ -49,9 +51,11 @@ def check(trainers, sharding, setting, wanted, folder, tolerance):
                 compare(found, rest, tolerance)
 
 
-@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2", "hsdp"], quick=["fsdp2"]))
-def test_float64_goes_on_elsewhere(trainers, sharding, wanted, tmp_path):
-    check(lambda _: trainers, sharding, FLOAT64, wanted, str(tmp_path), 1e-9)
+@pytest.mark.parametrize(
+    ("sharding", "mesh"), tiered(product(["ddp", "fsdp2", "hsdp"], OTHERS), quick=[("fsdp2", "2x1")])
+)
+def test_float64_goes_on_elsewhere(trainers, sharding, mesh, wanted, tmp_path):
+    check(lambda _: trainers, sharding, FLOAT64, wanted, str(tmp_path), 1e-9, [mesh])
 
 
 @pytest.mark.long

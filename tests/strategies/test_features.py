@@ -234,7 +234,8 @@ def fit_compiled(rank, world, sharding):
     return losses, {name.replace("_orig_mod.", ""): x for name, x in parameters.items()}
 
 
-@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
+@pytest.mark.long
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_blocks_may_be_compiled(trainers, sharding):
     wanted = reference({**PLAIN, "seed": 0})
     for found in trainers.run(2, fit_compiled, sharding):
@@ -259,7 +260,7 @@ def run_averaged(rank, world, kind, sharding="ddp"):
 
 @pytest.mark.parametrize(
     ("kind", "sharding"),
-    tiered(product(["ema", "swa"], ["ddp", "fsdp2", "hsdp"]), quick=[("ema", "fsdp2"), ("swa", "ddp")]),
+    tiered(product(["ema", "swa"], ["ddp", "fsdp2", "hsdp"]), quick=[("ema", "fsdp2")]),
 )
 def test_weights_are_averaged(trainers, kind, sharding):
     wanted = trainers.run(1, run_averaged, kind)[0]
@@ -321,15 +322,15 @@ def run_validated(rank, world, settings):
     return len(module.losses), [is_sanity for is_sanity, _ in module.checked], [loss for _, loss in module.checked]
 
 
-@pytest.mark.parametrize(
-    ("settings", "steps", "checks"),
-    [
-        ({"fast_dev_run": True}, 1, [False]),
-        ({"limit_train_batches": 2, "limit_val_batches": 2, "num_sanity_val_steps": 1}, 2, [True, False, False]),
-        ({"limit_train_batches": 4, "val_check_interval": 2, "limit_val_batches": 1}, 4, [True, False, False]),
-        ({"max_steps": 3, "num_sanity_val_steps": 0}, 3, []),
-    ],
-)
+LIMITS = [
+    ({"fast_dev_run": True}, 1, [False]),
+    ({"limit_train_batches": 2, "limit_val_batches": 2, "num_sanity_val_steps": 1}, 2, [True, False, False]),
+    ({"limit_train_batches": 4, "val_check_interval": 2, "limit_val_batches": 1}, 4, [True, False, False]),
+    ({"max_steps": 3, "num_sanity_val_steps": 0}, 3, []),
+]
+
+
+@pytest.mark.parametrize(("settings", "steps", "checks"), tiered(LIMITS, quick=LIMITS[2:3]))
 def test_limits_and_checks(trainers, settings, steps, checks):
     found = trainers.run(2, run_validated, settings)
     assert found[0] == found[1]

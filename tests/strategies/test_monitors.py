@@ -126,6 +126,7 @@ def test_the_slowest_rank_is_the_one_that_others_wait_for(trainers, slow, is_bef
             assert figures["exchange/waited_seconds_max"] == pytest.approx(waited)
 
 
+@pytest.mark.long
 def test_nothing_is_logged_of_an_exchange_where_there_is_none(trainers):
     for world in (1, 2):
         for found in trainers.run(world, watch, 1, "ddp", sgd, LENGTH):
