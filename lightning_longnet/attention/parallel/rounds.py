@@ -65,6 +65,10 @@ class RoundsCall(NamedTuple):
     remote: RemoteRows | None = None
 
     @property
+    def keeps_inputs(self) -> bool:
+        return False
+
+    @property
     def _kept_partials(self) -> int:
         """One process computes each branch's partial again in the backward; over ranks that would cost messages."""
         return self.spec.partials if self.remote is not None and self.spec.partials > 1 else 0

@@ -107,13 +107,8 @@ def causal_order(order: Tensor, pattern: Pattern) -> Tensor:
         order: as `hilbert_order` makes them.
         pattern: of one branch, or of several that are equal.
     """
-    kinds = {(branch.segment_length, branch.dilation_rate, branch.window) for branch in pattern.branches}
-    if len(kinds) != 1 or next(iter(kinds))[2] is not None:
-        raise ValueError(
-            f"pattern must have one branch of segments, got {len(kinds)}: no order keeps what is causal in the grid "
-            "for segments of several lengths at once"
-        )
-    ((length, rate, _),) = kinds
+    _check_one_branch(pattern)
+    length, rate = pattern.branches[0].segment_length, pattern.branches[0].dilation_rate
     places = torch.arange(len(order), device=order.device)
     length = len(order) if length is None else length
     group = places // length * rate + places % length % rate
@@ -125,8 +120,22 @@ def causal_order(order: Tensor, pattern: Pattern) -> Tensor:
 
 def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
     """Raise a ValueError where no order of a sequence serves the pattern."""
-    if ordering == "hilbert":
-        order_of_sequence(ordering, 1, pattern, torch.device("cpu"))
+    if ordering != "hilbert":
+        return
+    if any(branch.is_causal for branch in pattern.branches):
+        if not pattern.is_causal:
+            raise ValueError("pattern must be causal in all of its branches or in none where ordering is 'hilbert'")
+        _check_one_branch(pattern)
+
+
+def _check_one_branch(pattern: Pattern) -> None:
+    """Raise a ValueError unless all branches are one, without a window."""
+    kinds = {(branch.segment_length, branch.dilation_rate, branch.window) for branch in pattern.branches}
+    if len(kinds) != 1 or pattern.branches[0].window is not None:
+        raise ValueError(
+            f"pattern must have one branch of segments, got {len(kinds)}: no order keeps what is causal in the grid "
+            "for segments of several lengths at once"
+        )
 
 
 def order_of_sequence(ordering: Ordering, length: int, pattern: Pattern, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -144,10 +153,7 @@ def _order(ordering: Ordering, length: int, pattern: Pattern, device: torch.devi
     order = torch.arange(length)
     if ordering == "hilbert":
         order = sequence_hilbert_order(length)
-        causal = [branch.is_causal for branch in pattern.branches]
-        if any(causal) and not all(causal):
-            raise ValueError("pattern must be causal in all of its branches or in none where ordering is 'hilbert'")
-        if all(causal):
+        if pattern.is_causal:
             order = causal_order(order, pattern)
     return order.to(device), inverse_order(order).to(device)
 
