@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.kernels import BlockKernel
     from lightning_longnet.attention.kernels.dropout import Dropout
     from lightning_longnet.attention.kernels.keys import Keys
-    from lightning_longnet.attention.plan.blocks import Part
+    from lightning_longnet.attention.plan.block import Part
 
 # A call covers about this share of all rows: its result is held beside the accumulators until it is merged
 CALL_SHARE = 1 / 8

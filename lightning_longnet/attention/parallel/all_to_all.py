@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.comm import Comm, MessageContext
     from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
     from lightning_longnet.attention.parallel.placement import Placement
-    from lightning_longnet.attention.plan.blocks import Part
+    from lightning_longnet.attention.plan.block import Part
     from lightning_longnet.attention.spec import AttentionSpec
 
 

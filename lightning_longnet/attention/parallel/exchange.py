@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.comm import MessageContext
     from lightning_longnet.attention.parallel.routes import Layout
     from lightning_longnet.attention.parallel.shard import SequenceShard
-    from lightning_longnet.attention.plan.blocks import Part
+    from lightning_longnet.attention.plan.block import Part
     from lightning_longnet.attention.spec import AttentionSpec
 
 # The price of a message before its first byte, in bytes that could have travelled meanwhile: 20 us at 10 GB/s

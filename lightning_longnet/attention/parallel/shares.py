@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightning_longnet.attention.parallel.placement import Stretch
-    from lightning_longnet.attention.plan.blocks import Block
+    from lightning_longnet.attention.plan.block import Block
     from lightning_longnet.attention.plan.lattice import Lattice
 
 

@@ -4,7 +4,7 @@ From a pattern to blocks:
 
     branch, one head, one document    runs: queries and keys that see each other (`own_runs`, `exclusive_runs`)
     all documents                     runs of one shape, by their first rows (`_head_runs`)
-    all heads                         lattices of heads with evenly spaced runs (`_lattice_blocks`)
+    all heads                         lattices of heads with evenly spaced runs (`lattice_blocks`)
 
 A block is one kernel call over a lattice of queries and a lattice of keys, so the fewer and larger, the better.
 """
@@ -12,23 +12,22 @@ A block is one kernel call over a lattice of queries and a lattice of keys, so t
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from lightning_longnet.attention.plan.block import Block, Part
 from lightning_longnet.attention.plan.gathering import Gathered, gathered
-from lightning_longnet.attention.plan.lattice import Lattice
+from lightning_longnet.attention.plan.heads import Starts, lattice_blocks, spacing
 from lightning_longnet.attention.plan.overlap import exclusive_runs, repeats_align, with_repeats
 from lightning_longnet.attention.plan.runs import own_runs, shifted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch import Tensor
-
     from lightning_longnet.attention.pattern.pattern import Branch, Pattern
-    from lightning_longnet.attention.plan.runs import Repeat, Shape
+    from lightning_longnet.attention.plan.runs import Shape
 
 # Runs of at most this many rows that are not evenly spaced are copied together for one call: on two CPU cores a copied
 # row costs about 100 ns, and a call 50 us.  A longer run is a call of its own.
@@ -39,57 +38,6 @@ COPIED_ROWS = 512
 WEIGHTS_PAY = 0.85
 # The largest share of the pairs that may be in calls of fewer segments than there are threads, if pairs have weights
 NARROW_SHARE = 0.1
-
-Starts = range | tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Block:
-    """The pairs of one kernel call: the queries of a lattice against the keys of another, segment by segment.
-
-    Both lattices have the same number of segments, and each key head serves `queries.heads / keys.heads` query heads.
-
-    Attributes:
-        low, high, repeats, stack: see `Shape`.
-        weight: how often each pair counts.  A block of negative weight removes pairs that two branches both show.
-    """
-
-    queries: Lattice
-    keys: Lattice
-    low: int | None = None
-    high: int | None = None
-    weight: int = 1
-    repeats: tuple[Repeat, ...] = ()
-    stack: int | None = None
-
-    @property
-    def pairs(self) -> int:
-        """The number of visible (query, key) pairs, over all segments and query heads."""
-
-        def at_least(bound: int) -> int:
-            """Return how many (a, b) have a - b >= bound: the sum over a of the keys up to a - bound."""
-            return keys_up_to(self.queries.rows - bound) - keys_up_to(-bound)
-
-        def keys_up_to(x: int) -> int:
-            """Return min(1, keys) + min(2, keys) + ... + min(x, keys)."""
-            full = min(max(x, 0), self.keys.rows)
-            return full * (full + 1) // 2 + max(x - self.keys.rows, 0) * self.keys.rows
-
-        count = self.queries.rows * self.keys.rows if self.low is None else at_least(self.low)
-        if self.high is not None:
-            count -= at_least(self.high + 1)
-        return len(self.queries.starts) * self.queries.heads * count
-
-
-class Part(NamedTuple):
-    """A block and the index of its branch.
-
-    If its keys came from other ranks, `cells` holds their places among the received rows, (segments, heads, rows).
-    """
-
-    branch: int
-    block: Block
-    cells: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -200,11 +148,11 @@ def _plan(
         for members in _equal_heads((*earlier, branch, *later), kv_heads):
             for shape, starts in _head_runs(branch, earlier, later, members[0], kv_heads, documents):
                 owner = 0 if is_shared or shape.stack is None else members[0]
-                heads_by_shape[shape, _spacing(starts), owner] += [(head, starts) for head in members]
+                heads_by_shape[shape, spacing(starts), owner] += [(head, starts) for head in members]
         blocks = [
             block
             for (shape, *_), placed in heads_by_shape.items()
-            for block in _lattice_blocks(shape, placed, heads // kv_heads)
+            for block in lattice_blocks(shape, placed, heads // kv_heads)
         ]
         # blocks of negative weight come last, so that no sum ever falls below its final value
         planned.append(tuple(sorted(blocks, key=lambda b: -b.weight)))
@@ -288,81 +236,3 @@ def _progressions(rows: list[int]) -> Iterator[range]:
             last += 1
         yield range(rows[first], rows[last] + 1, step)
         first = last + 1
-
-
-def _spacing(starts: Starts) -> tuple[int, ...]:
-    """Return the distances between starts, which must be equal for two heads to share a lattice."""
-    if isinstance(starts, range):
-        return len(starts), starts.step if len(starts) > 1 else 0
-    return tuple(start - starts[0] for start in starts)
-
-
-def _lattice_blocks(shape: Shape, placed: list[tuple[int, Starts]], group: int) -> Iterator[Block]:
-    """Yield the blocks of one shape over all heads, in as few lattices as one of two ways of grouping heads gives.
-
-    `placed` holds (key head, first rows), `group` is the number of query heads of a key head.  Where 6 heads begin at
-    rows 0, 1, 2, 0, 1, 2, each way gives lattices of evenly spaced heads:
-
-        by row         heads 0 3, 1 4, 2 5       head_step 3, row_shift 0
-        by diagonal    heads 0 1 2, 3 4 5        head_step 1, row_shift 1: fewer, and so taken
-    """
-    by_row: dict[int, list[tuple[int, Starts]]] = defaultdict(list)
-    by_diagonal: dict[int, list[tuple[int, Starts]]] = defaultdict(list)
-    for head, starts in sorted(placed, key=lambda item: item[0]):
-        # the n-th head that begins at its row is on the n-th diagonal
-        by_diagonal[len(by_row[starts[0]])].append((head, starts))
-        by_row[starts[0]].append((head, starts))
-    ways = ([run for items in way.values() for run in _evenly_spaced(items)] for way in (by_row, by_diagonal))
-    for members in min(ways, key=len):
-        (head, starts), (next_head, next_starts) = members[0], members[1] if len(members) > 1 else members[0]
-        keys = Lattice(
-            starts=starts,
-            rows=shape.keys,
-            step=shape.step,
-            head=head,
-            heads=len(members),
-            head_step=next_head - head,
-            row_shift=next_starts[0] - starts[0],
-        )
-        for queries, key_heads in _with_query_heads(keys, group):
-            yield Block(
-                replace(queries, rows=shape.queries),
-                key_heads.shifted(shape.shift),
-                shape.low,
-                shape.high,
-                shape.weight,
-                shape.repeats,
-                shape.stack,
-            )
-
-
-def _evenly_spaced(items: list[tuple[int, Starts]]) -> Iterator[list[tuple[int, Starts]]]:
-    """Yield (head, starts) in groups that one lattice can hold: heads and first rows at constant distances.
-
-    The distance of rows is never negative, so that the rows of a lattice ascend with its heads.
-    """
-    group: list[tuple[int, Starts]] = []
-    for item in items:
-        if group:
-            step = item[0] - group[-1][0], item[1][0] - group[-1][1][0]
-            if step[1] < 0 or (len(group) > 1 and step != (group[1][0] - group[0][0], group[1][1][0] - group[0][1][0])):
-                yield group
-                group = []
-        group.append(item)
-    yield group
-
-
-def _with_query_heads(keys: Lattice, group: int) -> Iterator[tuple[Lattice, Lattice]]:
-    """Yield (queries, keys) for a lattice of key heads, each of which serves `group` query heads.
-
-    The query heads of key head g are `g * group` to `(g + 1) * group`.  They are one lattice only if they are evenly
-    spaced, so otherwise there is one for each key head, or one for each place in the group, whichever is fewer.
-    """
-    if keys.heads == 1 or (keys.head_step == 1 and keys.row_shift == 0):
-        yield replace(keys, head=keys.head * group, heads=keys.heads * group, head_step=1, row_shift=0), keys
-    elif keys.heads < group:
-        for a in range(keys.heads):
-            yield from _with_query_heads(keys.diagonal(a, a + 1), group)
-    else:
-        for member in range(group):
-            yield replace(keys, head=keys.head * group + member, head_step=keys.head_step * group), keys

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.plan.blocks import Block
+    from lightning_longnet.attention.plan.block import Block
 
 
 @dataclass(frozen=True)
