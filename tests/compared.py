@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lightning_longnet import attend
 from lightning_longnet.attention.kernels.call import Call, DropoutMask
 from lightning_longnet.attention.kernels.dropout import Dropout
-from lightning_longnet.attention.plan.blocks import Block
+from lightning_longnet.attention.plan.block import Block
 from lightning_longnet.attention.plan.lattice import Lattice
 
 SOME = Lattice(range(1), rows=1, step=1, head=0, heads=1)  # a kernel is given its rows, and does not look

@@ -179,7 +179,7 @@ def _attend_part(call: PreparedCall, shard: SequenceShard, is_seed_given: bool) 
         x is not None and x.requires_grad for x in (call.q, call.k, call.v, call.sinks)
     )
     beside = {"presence of a dropout_seed": bool(seed), "presence of a gradient": has_gradient}
-    kind = call_kind(call.q, call.k, call.v, call.spec)
-    shard.check(kind | {"presence of sinks": call.sinks is not None} | beside, seed)
+    kind = call_kind(call.q, call.k, call.v, call.spec, call.sinks is not None)
+    shard.check(kind | beside, seed)
     out, lse, _ = op.forward(*call[:7], call.spec.dumps(), shard.number)
     return out, lse

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_longnet.attention.kernels import Request, has_few_keys, reference, select
 from lightning_longnet.attention.parallel.schedule import Exchange
 from lightning_longnet.attention.parallel.shard import SequenceShard
-from lightning_longnet.attention.pattern.ordering import Ordering
+from lightning_longnet.attention.pattern.ordering import Ordering, check_ordering
 from lightning_longnet.attention.pattern.pattern import Pattern
 from lightning_longnet.attention.spec import AttentionSpec, Mix
 
@@ -78,10 +78,10 @@ def prepared_call(
         _check_shard(shard, q, documents, padding, kernel)
         padding = shard.key_padding_mask
     if ordering != "raster":
-        _check_ordering(ordering, documents, shard, kernel)
+        _check_ordering(ordering, pattern, documents, shard, kernel)
     sinks = _checked_sinks(get("sinks"), q, mix)
     seed = _seed(dropout, get("dropout_seed"))
-    if not isinstance(samples, tuple) or len(samples) != 2 or not all(isinstance(n, int) for n in samples):
+    if not isinstance(samples, tuple) or len(samples) != 2 or any(type(n) is not int for n in samples):
         raise ValueError(f"dropout_samples must be two integers, (first, step), got {samples!r}")
     request = request_of(q, v, pattern, padding is not None, dropout > 0)
     spec = AttentionSpec(
@@ -230,12 +230,15 @@ def _seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:
     return torch.tensor(seed, device="cpu")
 
 
-def _check_ordering(ordering: Ordering, documents: Tensor | None, shard: SequenceShard | None, kernel: str) -> None:
+def _check_ordering(
+    ordering: Ordering, pattern: Pattern, documents: Tensor | None, shard: SequenceShard | None, kernel: str
+) -> None:
     """Raise a ValueError where rows cannot be reordered."""
     if documents is not None or (shard is not None and any(len(cuts) > 2 for cuts in shard.cuts)):
         raise ValueError(f"documents must be None where ordering is {ordering!r}: its curve runs over all")
     if kernel == reference.name:
         raise ValueError(f"kernel must serve blocks where ordering is {ordering!r}, got 'reference'")
+    check_ordering(ordering, pattern)
 
 
 def _checked_sinks(sinks: Tensor | None, q: Tensor, mix: Mix) -> Tensor | None:

@@ -58,6 +58,7 @@ def forward(
             q, k, v = (readable(x) for x in (q, k, v))
             # all calls are planned before the first message: what one rank cannot plan leaves no other rank waiting
             planned = list(sequence_parts(each, q, k, v, split, split.calls))
+            split.keeping[spec] = all(call.keeps_inputs for _, call in planned)
             results = [call.forward(q[samples], k[samples], v[samples]) for samples, call in planned]
             out, lse = joined([result[:2] for result in results])
     # the backward goes by the number of its forward: ranks may run their backward passes in different orders
@@ -101,8 +102,11 @@ def backward(
         split, number, first, gradients = SHARDS[shard], int(kept[0]), 1, []
         with split.comm.whole_call(f"backward of {split.call_of(number)}"):
             each = _pass(options, "backward", seed, sinks)
-            grad, q, k, v, out = (readable(x) for x in (grad, q, k, v, out))
-            for samples, call in list(sequence_parts(each, q, k, v, split, number)):
+            planned = list(sequence_parts(each, q, k, v, split, number))
+            grad = readable(grad)
+            if not all(call.keeps_inputs for _, call in planned):
+                q, k, v, out = (readable(x) for x in (q, k, v, out))
+            for samples, call in planned:
                 last = first + call.kept_count
                 own = grad[samples], q[samples], k[samples], v[samples], out[samples], lse[samples]
                 gradients.append(call.backward(*own, kept[first:last]))
@@ -120,7 +124,7 @@ def _pass(spec: AttentionSpec, direction: Direction, seed: Tensor | None, sinks:
 
 def _gradient_of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """Return -sum exp(s - lse) (g . out) for each head: a sink takes weight from all values and gives none."""
-    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0)
     slope = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
     return -(share * slope).sum((0, 2)).to(sinks.dtype)
 
@@ -146,6 +150,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     # without gradients for the kept samples of other ranks, of which torch would allocate zeros
     ctx.mark_non_differentiable(lse, *kept)
     ctx.set_materialize_grads(False)
+    if shard is not None and SHARDS[shard].keeps_inputs(spec):  # the backward reads their shapes alone
+        q, k, v = (x.new_empty(()).expand(x.shape) for x in (q, k, v))
     ctx.save_for_backward(q, k, v, out, lse, *others, *kept)
     ctx.spec, ctx.number = spec, shard
     # the registry of shards is weak: the graph must keep the shard, and the handler that was set in the forward
@@ -153,9 +159,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.on_failure = None if shard is None else SHARDS[shard].comm.on_failure
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, sinks, documents, padding, seed, *kept = ctx.saved_tensors
     shard: SequenceShard | None = ctx.shard
+    if grad is None:  # undefined on this rank, whose messages others may need
+        grad = torch.zeros_like(out)
     with nullcontext() if shard is None else shard.comm.failures_to(ctx.on_failure):
         dq, dk, dv, dsinks = backward(
             grad, q, k, v, out, lse, kept, sinks, documents, padding, seed, ctx.spec, ctx.number

@@ -30,7 +30,8 @@ class AttentionSpec:
         mix: "exact" or "detached"; see `attend`.
         exchange: how keys reach the queries of other ranks.
         ordering: the permutation of tokens in which the pattern is defined; "raster" is the sequence's own order.
-        returns_lse: whether the caller reads the log-sum-exp, which an all_to_all must then carry, too.
+        returns_lse: whether the caller, or the gradient of sinks, reads the log-sum-exp: an all_to_all must then carry
+            it, too.
     """
 
     pattern: Pattern

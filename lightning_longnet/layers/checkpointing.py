@@ -17,7 +17,7 @@ def keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManage
     """Return the two contexts that torch's `checkpoint` takes as `context_fn`.
 
     The out and lse of attention are saved in the forward; everything else is recomputed in the backward.  Over ranks a
-    recomputation therefore sends nothing.  With dropout, leave `preserve_rng_state` at its default of True: the
+    recomputation therefore sends no keys.  With dropout, leave `preserve_rng_state` at its default of True: the
     recomputation samples the seed again, and must get the same one.
 
     >>> from torch.utils.checkpoint import checkpoint

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.exchange import ExchangePlan, Footprint, Volume
     from lightning_longnet.attention.parallel.routes import Layout
     from lightning_longnet.attention.pattern.pattern import Pattern
-    from lightning_longnet.attention.plan.blocks import Part
+    from lightning_longnet.attention.plan.block import Part
     from lightning_longnet.planning.job import Job
 
 # Of more ranks than these some are looked at, and the plan says which

@@ -53,6 +53,9 @@ class PlannedShard(SequenceShard):
     def check(self, call: Mapping[str, Any], beside: Mapping[str, Any] | None = None, fault: str = "") -> None:
         """Compare nothing."""
 
+    def keeps_inputs(self, spec: str) -> bool:
+        return self.footprint(AttentionSpec.loads(spec)).keeps_inputs
+
     def footprint(self, spec: AttentionSpec) -> Footprint:
         return self.footprints[spec.pattern.dumps()]
 

@@ -252,3 +252,56 @@ def test_pairs_that_branches_share_are_weighed_over_ranks(pool, exchange, is_cau
     found = pool.run(world, weighted, tensors, where, {"pattern": pattern, "exchange": exchange})
     truth = whole(tensors, pattern, where, kernel="reference")
     torch.testing.assert_close(side_by_side(found), truth, rtol=1e-10, atol=1e-10)
+
+
+class Undefined(torch.autograd.Function):
+    """A sum whose gradient is undefined."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def with_an_undefined_gradient(group):
+    """The gradients of a rank where that of out is undefined on rank 1, and of a next call."""
+    shard, found = SequenceShard(group, 16), []
+    for _ in range(2):
+        q, k, v = (torch.ones(1, 16, 2, 4, requires_grad=True) for _ in range(3))
+        out = attend(q, k, v, LONGNET, shard=shard, exchange="ring")
+        loss = Undefined.apply(out) if group.rank() else out.sum()
+        loss.backward()
+        found.append([float(x.grad.sum()) for x in (q, k, v)])
+    return found
+
+
+def test_an_undefined_gradient_is_zero_and_other_ranks_get_their_part(pool):
+    q, k, v = (torch.ones(1, 32, 2, 4, requires_grad=True) for _ in range(3))
+    attend(q, k, v, LONGNET)[:, :16].sum().backward()
+    for rank, found in enumerate(pool.run(2, with_an_undefined_gradient)):
+        rows = slice(16 * rank, 16 * rank + 16)
+        assert found == [[pytest.approx(float(x.grad[:, rows].sum()), abs=1e-5) for x in (q, k, v)]] * 2
+    one = torch.ones(1, 16, 2, 4, requires_grad=True)
+    Undefined.apply(attend(one, one, one, LONGNET)).backward()
+    assert (one.grad == 0).all()
+
+
+def saved(group, exchange, ordering):
+    """MiB that the graph of a call holds of tensors like q, without the rows of q, k, v and out of this rank."""
+    shard = SequenceShard(group, 256)
+    leaves = [torch.randn(1, 256, 4, 16, requires_grad=True) for _ in range(3)]
+    own, kept = [x * 1.0 for x in leaves], {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) and x, lambda x: x
+    ):
+        attend(*own, Pattern.dilated((64,), (1,)), shard=shard, exchange=exchange, ordering=ordering)
+    return sum(kept.values()) / own[0].untyped_storage().nbytes()
+
+
+def test_a_call_that_keeps_its_inputs_saves_no_others(pool):
+    """Beside lse, an all_to_all keeps q, k, v and out of its heads, an order those of its rows; each saves out."""
+    for exchange, ordering in (("swap", "raster"), ("gather", "hilbert")):
+        assert max(pool.run(2, saved, exchange, ordering)) < 5.5

@@ -51,6 +51,34 @@ def test_equals_a_dense_softmax(name, kernel, is_padded):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "eager", "reference"])
+def test_an_infinite_sink_is_none(kernel):
+    q, k, v, _, grad = tensors()
+    padding = torch.arange(24).expand(2, 24) < 4
+    pattern, results = Pattern.dilated((4,), (1,)), []
+    for sinks in (torch.full((4,), -torch.inf, dtype=torch.float64, requires_grad=True), None):
+        out, lse = attend(q, k, v, pattern, sinks=sinks, key_padding_mask=padding, kernel=kernel, return_lse=True)
+        assert (out[:, :4] == 0).all()
+        assert (lse[..., :4] == -torch.inf).all()
+        results.append([out, *torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)])
+        if sinks is not None and kernel != "reference":
+            assert (torch.autograd.grad(out, sinks, grad)[0] == 0).all()
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def with_sinks_on_one_rank(group):
+    q, k, v, sinks, _ = (x.detach() for x in tensors())
+    shard = SequenceShard(group, 12)
+    rows = shard.tokens()
+    with pytest.raises(ValueError, match="presence of sinks must be equal on all ranks of a shard"):
+        attend(q[:, rows], k[:, rows], v[:, rows], LONGNET, shard=shard, sinks=sinks if group.rank() else None)
+
+
+def test_sinks_on_one_rank_are_an_error_on_all(pool):
+    pool.run(2, with_sinks_on_one_rank)
+
+
 def split(group, exchange, ordering):
     """Return this rank's out, lse and gradients, and its tokens."""
     q, k, v, sinks, grad = tensors()

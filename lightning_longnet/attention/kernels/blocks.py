@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.kernels import BlockKernel
     from lightning_longnet.attention.kernels.dropout import Dropout
     from lightning_longnet.attention.kernels.keys import Keys
-    from lightning_longnet.attention.plan.blocks import Part
+    from lightning_longnet.attention.plan.block import Part
 
 # A call covers about this share of all rows: its result is held beside the accumulators until it is merged
 CALL_SHARE = 1 / 8
@@ -172,7 +172,9 @@ def finished(total: Partial, like: Tensor, sinks: Tensor | None = None) -> Parti
     """Return out in the type of q, and lse as (B, H, N), both with the sinks in the softmax."""
     if sinks is not None:
         lse = torch.logaddexp(total.lse, sinks.to(total.lse.dtype)[:, None])
-        total = Partial(total.out.mul_(torch.exp(total.lse - lse)), lse)
+        # a row without keys has an lse of -inf; without a sink, too, the difference would be NaN
+        share = torch.exp(total.lse - lse).masked_fill_(total.lse == -inf, 0)
+        total = Partial(total.out.mul_(share), lse)
     return Partial(total.out.to(like.dtype), total.lse.squeeze(-1).transpose(1, 2).contiguous())
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.kernels.dropout import Dropout
-    from lightning_longnet.attention.plan.blocks import Block
+    from lightning_longnet.attention.plan.block import Block
     from lightning_longnet.attention.plan.runs import Repeat
 
 

@@ -61,6 +61,7 @@ def _absence() -> tuple[str, ...]:
 
 
 def takes_weights(device: str) -> bool:
+    """Return False: the kernel cannot count a pair several times in one block."""
     return False
 
 

@@ -47,6 +47,7 @@ def note(request: Request) -> str:
 
 
 def takes_weights(device: str) -> bool:
+    """Return False: the kernel cannot count a pair several times in one block."""
     return False
 
 
@@ -98,7 +99,7 @@ def backward(
 
 
 class _Chunk(NamedTuple):
-    """Some key heads of some samples, and the query heads that they serve, `group` for each key head."""
+    """A set of key heads of some samples, and the query heads that they serve, `group` for each key head."""
 
     samples: slice
     key_heads: slice

@@ -39,6 +39,7 @@ def refusals(request: Request) -> list[str]:
 
 
 def takes_weights(device: str) -> bool:
+    """Return False: the kernel cannot count a pair several times in one block."""
     return False
 
 
@@ -83,6 +84,7 @@ class _Package:
     """The operators of the flash-attn package, with the signatures of `fused.Operator`."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
+        """Return out and lse of one window."""
         out, lse, _, _ = _interface()._flash_attn_forward(
             q,
             k,
@@ -110,6 +112,7 @@ class _Package:
         left: int,
         right: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv of one window."""
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         _interface()._flash_attn_backward(
             grad,

@@ -12,7 +12,7 @@ from lightning_longnet.attention.plan.lattice import folded, unfolded
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_longnet.attention.plan.blocks import Part
+    from lightning_longnet.attention.plan.block import Part
 
 
 class Keys(Protocol):

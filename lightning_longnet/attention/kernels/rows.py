@@ -41,7 +41,10 @@ def over_batches(
 
 
 def repeated(x: Tensor, heads: int) -> Tensor:
-    """Repeat (batch, key heads, rows, D) to (batch, heads, rows, D), for an operator without grouped queries."""
+    """Return k or v with each head repeated for its query heads, (batch, heads, rows, D).
+
+    An operator without grouped queries needs it; x is (batch, key heads, rows, D).
+    """
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 

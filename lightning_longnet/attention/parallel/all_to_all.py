@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.comm import Comm, MessageContext
     from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
     from lightning_longnet.attention.parallel.placement import Placement
-    from lightning_longnet.attention.plan.blocks import Part
+    from lightning_longnet.attention.plan.block import Part
     from lightning_longnet.attention.spec import AttentionSpec
 
 
@@ -97,6 +97,10 @@ class AllToAllFootprint(NamedTuple):
     ranks: int
     length: int
 
+    @property
+    def keeps_inputs(self) -> bool:
+        return True
+
     def kept(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
         kept = [x.new_empty((x.shape[0], self.length, x.shape[2] // self.ranks, x.shape[3])) for x in (q, k, v)]
@@ -126,6 +130,10 @@ class AllToAllCall(NamedTuple):
     kernel: BlockKernel
     options: PairOptions
     spec: AttentionSpec
+
+    @property
+    def keeps_inputs(self) -> bool:
+        return True
 
     @property
     def kept_count(self) -> int:

@@ -78,7 +78,7 @@ def sequence_parts(
 ) -> Iterator[tuple[slice, ExchangeCall]]:
     """Yield the calls of a rank that has a part of each sequence; `number` is that of the forward on all ranks."""
     spec, comm, call_name = each.spec, shard.comm, f"{each.direction} of {shard.call_of(number)}"
-    wide, kind = torch.promote_types(q.dtype, torch.float32), str(call_kind(q, k, v, spec))
+    wide, kind = torch.promote_types(q.dtype, torch.float32), str(call_kind(q, k, v, spec, each.sinks is not None))
     for rows, cuts in _grouped_by_documents(shard.cuts * (q.shape[0] if len(shard.cuts) == 1 else 1)):
         samples = rows.stop - rows.start
         sizes = Sizes(samples, q.shape[3], v.shape[3], q.element_size(), wide.itemsize)
@@ -109,7 +109,7 @@ def sequence_parts(
             key=(*key, segments),
             order=order,
         )
-        call = exchange.call(rank_call)
+        call: ExchangeCall = exchange.call(rank_call)
         if order is not None:
             trade = shard.cached(("order", spec.ordering, spec.pattern), partial(row_trade, order, shard))
             call = ReorderedCall(call, RankOrder(comm, message, trade), spec.returns_lse)
@@ -120,7 +120,7 @@ def _scheduled(layout: Layout, exchange: str, sizes: Sizes) -> ExchangePlan:
     return schedule(layout, exchange, sizes).plan(layout)
 
 
-def call_kind(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> dict[str, Any]:
+def call_kind(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, has_sinks: bool) -> dict[str, Any]:
     """Return what must be equal on all ranks of a call; the number of a rank's tokens need not be."""
     return {
         "batch": q.shape[0],
@@ -133,6 +133,7 @@ def call_kind(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> dict[str,
         "exchange": spec.exchange,
         "mix": spec.mix,
         "ordering": spec.ordering,
+        "presence of sinks": has_sinks,
         "return_lse": spec.returns_lse,
         "kernel": spec.kernel,
         "scale": spec.scale_of(q.shape[3]),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.comm import MessageContext
     from lightning_longnet.attention.parallel.routes import Layout
     from lightning_longnet.attention.parallel.shard import SequenceShard
-    from lightning_longnet.attention.plan.blocks import Part
+    from lightning_longnet.attention.plan.block import Part
     from lightning_longnet.attention.spec import AttentionSpec
 
 # The price of a message before its first byte, in bytes that could have travelled meanwhile: 20 us at 10 GB/s
@@ -74,6 +74,10 @@ class RankWork(NamedTuple):
 class Footprint(Protocol):
     """The memory that an exchange takes on a rank beside its own q, k, v and results."""
 
+    @property
+    def keeps_inputs(self) -> bool:
+        """As that of its `ExchangeCall`."""
+
     def kept(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
         """Return uninitialized tensors like those that the forward keeps for the backward."""
 
@@ -86,6 +90,10 @@ class Footprint(Protocol):
 
 class ExchangeCall(Protocol):
     """One forward or one backward of attention on this rank, for samples with the same documents."""
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether `kept` holds all inputs of the backward, which then reads only the shapes of q, k and v."""
 
     @property
     def kept_count(self) -> int:

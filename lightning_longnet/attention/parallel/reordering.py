@@ -68,23 +68,30 @@ class RankOrder(NamedTuple):
     def _moved(
         self, tensors: Sequence[Tensor], taken: dict[int, Tensor], placed: dict[int, Tensor], content: str
     ) -> list[Tensor]:
-        """Send the rows of all tensors, which have one type, to each rank in one message."""
-        rows = torch.cat([x.transpose(0, 1).flatten(1) for x in tensors], 1)
-        send = {rank: rows[at.to(rows.device)] for rank, at in taken.items() if len(at)}
-        receive = {rank: rows.new_empty((len(at), rows.shape[1])) for rank, at in placed.items() if len(at)}
-        own = send.pop(self.comm.rank, None)
-        if own is not None:
-            receive[self.comm.rank] = own
-        others = {rank: x for rank, x in receive.items() if rank != self.comm.rank}
-        self.comm.exchange(send, others, self.message, content).wait()
-        moved = torch.empty_like(rows)
-        for rank, x in receive.items():
-            moved[placed[rank].to(rows.device)] = x
-        pieces = moved.split([len(x) * x.shape[2:].numel() for x in tensors], 1)
-        return [  # copies: the results of an operator must not share memory
-            piece.unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1).clone(memory_format=torch.contiguous_format)
-            for piece, x in zip(pieces, tensors, strict=True)
-        ]
+        """Send the rows of all tensors, which have one type, to each rank in one message.
+
+        Rows are packed for each message and unpacked into the results, so that no copy of all rows is held besides.
+        """
+        results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+        widths = [len(x) * x.shape[2:].numel() for x in tensors]
+        send, receive = {}, {}
+        for rank, rows in taken.items():
+            rows = rows.to(tensors[0].device)
+            if rank == self.comm.rank:
+                for x, result in zip(tensors, results, strict=True):
+                    result[:, placed[rank].to(x.device)] = x[:, rows]
+            elif len(rows):
+                send[rank] = torch.cat([x[:, rows].transpose(0, 1).flatten(1) for x in tensors], 1)
+        for rank, rows in placed.items():
+            if rank != self.comm.rank and len(rows):
+                receive[rank] = tensors[0].new_empty((len(rows), sum(widths)))
+        self.comm.exchange(send, receive, self.message, content).wait()
+        del send
+        for rank, packed in receive.items():
+            rows = placed[rank].to(packed.device)
+            for result, piece in zip(results, packed.split(widths, 1), strict=True):
+                result[:, rows] = piece.unflatten(1, (len(result), *result.shape[2:])).transpose(0, 1)
+        return results
 
 
 def row_trade(order: Tensor, shard: SequenceShard) -> RowTrade:
@@ -109,6 +116,10 @@ class ReorderedCall(NamedTuple):
     inner: ExchangeCall
     order: RowOrder
     returns_lse: bool
+
+    @property
+    def keeps_inputs(self) -> bool:
+        return self.order.keeps
 
     @property
     def kept_count(self) -> int:

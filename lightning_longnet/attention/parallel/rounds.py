@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.kernels import BlockKernel
     from lightning_longnet.attention.parallel.comm import Comm, MessageContext, Pending
     from lightning_longnet.attention.parallel.routes import Round, RoundIndices, Route
-    from lightning_longnet.attention.plan.blocks import Part
+    from lightning_longnet.attention.plan.block import Part
     from lightning_longnet.attention.spec import AttentionSpec
 
 
@@ -63,6 +63,10 @@ class RoundsCall(NamedTuple):
     options: PairOptions
     spec: AttentionSpec
     remote: RemoteRows | None = None
+
+    @property
+    def keeps_inputs(self) -> bool:
+        return False
 
     @property
     def _kept_partials(self) -> int:

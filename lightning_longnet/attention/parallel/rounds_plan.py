@@ -77,6 +77,10 @@ class RoundsFootprint(NamedTuple):
     kept_cells: int
     round_cells: int
 
+    @property
+    def keeps_inputs(self) -> bool:
+        return False
+
     def kept(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
         kept = []

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_longnet.attention.parallel.shares import shares
-from lightning_longnet.attention.plan.blocks import Part, plan
+from lightning_longnet.attention.plan.block import Part
+from lightning_longnet.attention.plan.blocks import plan
 from lightning_longnet.attention.plan.gathering import gathered
 
 if TYPE_CHECKING:

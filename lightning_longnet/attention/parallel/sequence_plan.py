@@ -1,4 +1,4 @@
-"""`sequence_plan`: what every rank will compute, send and keep, without a process group."""
+"""The plan of attention over ranks: what each computes, sends and keeps.  It needs no process group."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """The plan of a layer's attention over ranks: `print` shows a table, and `plot` draws it.
+    """A table of what every rank computes, sends and keeps in one forward and backward, as `print` shows it.
 
     Attributes:
-        layout, schedule: what was planned.
-        volumes: what each rank sends and keeps, forward and backward together.
-        pairs: the pairs that each rank computes.
-        received: `received[a][b]` are the bytes of keys and values that rank a receives from rank b.
+        layout: the pattern, the heads, the documents and the placement.
+        schedule: the exchange of each branch, and why.
+        volumes: for each rank what it sends and keeps.
+        pairs: for each rank how many (query, key) pairs its queries see, each as often as branches show it.
+        received: the bytes of keys and values of rank b that rank a receives in the forward, `received[a][b]`.
     """
 
     layout: Layout
@@ -63,7 +64,7 @@ class SequencePlan:
         return "\n".join(lines)
 
     def plot(self) -> Any:
-        """Return a matplotlib figure: which keys travel to which rank, and how much each rank computes."""
+        """Return a matplotlib figure of the keys and values sent between ranks, and of the pairs of each rank."""
         from lightning_longnet.attention.pattern.picture import draw_ranks
 
         return draw_ranks(self.received, self.pairs, self.layout.placement.kind, self.schedule.exchanges)
@@ -82,17 +83,16 @@ def sequence_plan(
     head_dim: int = 64,
     dtype: torch.dtype = torch.float32,
 ) -> SequencePlan:
-    """Return the plan of a layer's attention over ranks that hold `lengths` tokens.
+    """Return the plan of one layer's attention over ranks.
 
     Args:
         pattern: which keys a query sees.
-        lengths: tokens of each rank.
-        heads, kv_heads: of the whole layer.
+        lengths: the number of tokens of each rank.
+        heads, kv_heads: the numbers of query heads and of key/value heads of the whole layer.
         placement: "contiguous" or "zigzag".
-        exchange: as that of `attend`.
-        documents: lengths of the documents that a row holds, not the ids that `attend` is given; one whole sequence by
-            default.
-        batch, head_dim, dtype: of the tensors.
+        exchange: the option of `attend`.
+        documents: the lengths of the documents of a row, not their ids as `attend` takes them; one document by default.
+        batch, head_dim, dtype: the sizes and the type of q, k and v.
 
     >>> print(sequence_plan(Pattern.dilated((512, 2048), (1, 4), is_causal=True), (1024,) * 4, heads=8))
     4,096 tokens on 4 ranks, contiguous

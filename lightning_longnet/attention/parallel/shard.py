@@ -96,6 +96,7 @@ class SequenceShard:
         self._check = check
         self._known: set[tuple[Any, ...]] = set()
         self._cache: dict[tuple[Any, ...], Any] = {}
+        self.keeping: dict[str, bool] = {}  # of each spec: whether its calls keep their inputs themselves
 
     @property
     def length(self) -> int:
@@ -142,6 +143,10 @@ class SequenceShard:
             self._cache[key] = make()
         value: Made = self._cache[key]
         return value
+
+    def keeps_inputs(self, spec: str) -> bool:
+        """Return whether calls with this spec keep q, k and v themselves, as those of other rows or heads."""
+        return self.keeping.get(spec, False)
 
     def footprint(self, spec: AttentionSpec) -> Footprint:
         """Return what a call takes in memory: known to the planner's shards, whose calls run on fake tensors."""

@@ -1,10 +1,15 @@
-"""`shares`: the parts of a block that have their queries on one rank and their keys on another (or the same) rank.
+"""Shares of a plan: the part of each block that has its queries on one rank and its keys on another.
 
-The rows of a block are evenly spaced, so those between two tokens are evenly spaced as well: a share is a block.
-Segments that lie within one stretch of tokens are taken at once; segments that a border cuts are taken one by one:
+The rows of a block lie at equal distances, and so do those of them that lie between two tokens: a share is a block,
+too.  Segments with all queries in one stretch of tokens and all keys in another are taken at once.  A segment that a
+border cuts is taken alone:
 
-    segments   |0 0 0 0|1 1 1 1|2 2 2 2|3 3 3 3|
-    ranks      |0 0 0 0 0 0 0 0 0 0|1 1 1 1 1 1|      rank 0 has segments 0 and 1, and a part of 2
+    tokens     0 1 2 3 4 5 6 7 8 9 ...        a block of segments of 4 tokens
+    ranks      0 0 0 0 0 0|1 1 1 1 1 1        a border at token 6
+    segments   a a a a b b|b b c c c c
+
+    queries of rank 0, keys of rank 0    segment a as a whole, and the first two queries and keys of b
+    queries of rank 1, keys of rank 0    the last two queries of b against its first two keys
 """
 
 from __future__ import annotations
@@ -18,12 +23,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightning_longnet.attention.parallel.placement import Stretch
-    from lightning_longnet.attention.plan.blocks import Block
+    from lightning_longnet.attention.plan.block import Block
     from lightning_longnet.attention.plan.lattice import Lattice
 
 
 class _Clip(NamedTuple):
-    """The queries and keys of one segment and key head that lie in two stretches, by their index in the run."""
+    """The rows of one segment and key head that a share keeps, by their places in the runs of queries and keys."""
 
     first_query: int
     last_query: int
@@ -32,11 +37,12 @@ class _Clip(NamedTuple):
 
 
 def shares(block: Block, queries: Stretch, keys: Stretch) -> Iterator[Block]:
-    """Yield the parts of a block with queries in one stretch and keys in another, in the local rows of each rank."""
+    """Yield the parts of a block with queries in one stretch and keys in another, in the local rows of their ranks."""
     count = len(block.queries.starts)
     begin, end = _touching(block.queries, queries)
     first, last = _touching(block.keys, keys)
     begin, end = max(begin, first), min(end, last)
+    # of the segments that may have rows in both stretches, begin ... end, those that lie in them as a whole
     inner = [_inside(lattice, stretch) for lattice, stretch in ((block.queries, queries), (block.keys, keys))]
     whole_begin = min(max(begin, *(a for a, _ in inner)), end)
     whole_end = max(min(end, *(b for _, b in inner)), whole_begin)
@@ -44,7 +50,7 @@ def shares(block: Block, queries: Stretch, keys: Stretch) -> Iterator[Block]:
     if begin >= end:
         return
     if whole_begin < whole_end:
-        yield _moved(
+        yield _in_local_rows(
             replace(
                 block,
                 queries=block.queries.segments(whole_begin, whole_end),
@@ -58,23 +64,29 @@ def shares(block: Block, queries: Stretch, keys: Stretch) -> Iterator[Block]:
 
 
 def _cut(block: Block, s: int, queries: Stretch, keys: Stretch) -> Iterator[Block]:
-    """Yield the shares of one segment: heads of a diagonal have other rows, and so may be cut at other places."""
+    """Yield the shares of segment `s`, of which a border cuts off rows.
+
+    The heads of a diagonal have different rows, so a border may cut them at different places.  Heads that are cut at
+    the same place are one share.
+    """
     group = block.queries.heads // block.keys.heads
     clips = [(a, _clip(block, s, a, queries, keys)) for a in range(block.keys.heads)]
     for clip, members in groupby(clips, key=lambda item: item[1]):
         if clip is None:
             continue
-        a = [member for member, _ in members]
+        heads = [head for head, _ in members]
         rows = clip.last_query - clip.first_query
-        apart = clip.first_query - clip.first_key
-        low = None if block.low is None else block.low - apart
-        high = None if block.high is None else block.high - apart
+        # a and b count from the first rows that stay, so the bounds of a - b move by their difference
+        moved = clip.first_query - clip.first_key
+        low = None if block.low is None else block.low - moved
+        high = None if block.high is None else block.high - moved
         key_rows = clip.last_key - clip.first_key
-        yield _moved(
+        yield _in_local_rows(
             replace(
                 block,
-                queries=_part(block.queries, s, a[0] * group, (a[-1] + 1) * group, clip.first_query, rows),
-                keys=_part(block.keys, s, a[0], a[-1] + 1, clip.first_key, key_rows),
+                queries=_part(block.queries, s, heads[0] * group, (heads[-1] + 1) * group, clip.first_query, rows),
+                keys=_part(block.keys, s, heads[0], heads[-1] + 1, clip.first_key, key_rows),
+                # a bound that masks no pair is dropped, so that more shares have one shape
                 low=None if low is None or low <= 1 - key_rows else low,
                 high=None if high is None or high >= rows - 1 else high,
                 repeats=tuple(
@@ -91,14 +103,17 @@ def _cut(block: Block, s: int, queries: Stretch, keys: Stretch) -> Iterator[Bloc
 
 
 def _clip(block: Block, s: int, a: int, queries: Stretch, keys: Stretch) -> _Clip | None:
-    """Return the rows of a segment and key head in both stretches, or None where no query sees a key."""
+    """Return the rows of segment `s` and key head `a` that a share keeps; None if no query sees a key.
+
+    Rows are dropped, too, that the mask hides: queries behind a border that see no key before it, for example.
+    """
     group = block.queries.heads // block.keys.heads
     first_query, last_query = _between(block.queries, s, a * group, queries)
     first_key, last_key = _between(block.keys, s, a, keys)
     if first_query >= last_query or first_key >= last_key:
         return None
-    # Leave out queries that see no key and keys that no query sees.  As low <= high, what the second bound leaves still
-    # satisfies the first
+    # Keep the queries that see a key that is kept, and the keys that such a query sees.  One pass over each bound is
+    # enough: as low <= high, the rows that `high` leaves still see each other under `low`.
     if block.low is not None:  # b <= a - low
         last_key = min(last_key, last_query - block.low)
         first_query = max(first_query, first_key + block.low)
@@ -111,33 +126,33 @@ def _clip(block: Block, s: int, a: int, queries: Stretch, keys: Stretch) -> _Cli
 
 
 def _between(lattice: Lattice, s: int, a: int, stretch: Stretch) -> tuple[int, int]:
-    """Return the first row of a segment and head in a stretch, and the end of those rows."""
+    """Return the rows of segment `s` and head `a` that lie in a stretch, by their places in the run, first and end."""
     row = lattice.starts[s] + a * lattice.row_shift
     first, last = (-((row - border) // lattice.step) for border in (stretch.begin, stretch.end))
     return min(max(first, 0), lattice.rows), min(max(last, 0), lattice.rows)
 
 
 def _touching(lattice: Lattice, stretch: Stretch) -> tuple[int, int]:
-    """Return the first segment that may have a row in a stretch, and the end of those segments."""
+    """Return the segments that may have a row in a stretch, first and end."""
     span = lattice.rows * lattice.step + (lattice.heads - 1) * lattice.row_shift
     return bisect_left(lattice.starts, stretch.begin - span + 1), bisect_left(lattice.starts, stretch.end)
 
 
 def _inside(lattice: Lattice, stretch: Stretch) -> tuple[int, int]:
-    """Return the first segment with all its rows in a stretch, and the end of those segments."""
+    """Return the segments that have all rows in a stretch, first and end."""
     last = (lattice.rows - 1) * lattice.step + (lattice.heads - 1) * lattice.row_shift
     return bisect_left(lattice.starts, stretch.begin), bisect_left(lattice.starts, stretch.end - last)
 
 
 def _part(lattice: Lattice, s: int, first: int, last: int, row: int, rows: int) -> Lattice:
-    """Return `rows` rows from `row` on, of segment s and the heads `first` to `last`."""
+    """Return `rows` rows of segment `s`, from place `row` of the run on, of the heads `first` to `last`."""
     part = lattice.segments(s, s + 1).diagonal(first, last).shifted(row * lattice.step)
     start = part.starts[0]
     return replace(part, starts=range(start, start + 1), rows=rows)
 
 
-def _moved(block: Block, queries: Stretch, keys: Stretch) -> Block:
-    """Return the block in the local rows of the ranks that hold the two stretches."""
+def _in_local_rows(block: Block, queries: Stretch, keys: Stretch) -> Block:
+    """Return the block with local rows of the ranks in place of rows of the whole sequence."""
     return replace(
         block,
         queries=block.queries.shifted(queries.local - queries.begin),

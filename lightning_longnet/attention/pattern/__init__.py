@@ -1,4 +1,4 @@
-"""Patterns: which keys a query sees, and the permutation of tokens in which that is defined."""
+"""Which keys a query sees, and in which order of the tokens the pattern counts them."""
 
 from lightning_longnet.attention.pattern.branch import Branch, HeadOffsets
 from lightning_longnet.attention.pattern.ordering import (

@@ -16,30 +16,32 @@ HeadOffsets = Literal["interleaved", "blocked"]
 
 
 def _positive(name: str, value: Any) -> int:
-    # bool is an int to Python, but True is no segment length; numpy's integers are none to JSON
+    """Return the value as an int, or raise a ValueError if it is not a positive integer."""
+    # index() turns numpy's integers into ints, which JSON can write; a bool is an int to Python, but no segment length
     if not hasattr(value, "__index__") or isinstance(value, bool) or not 0 < index(value) < 2**63:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return index(value)
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise a ValueError if the value of an argument is not one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 @dataclass(frozen=True)
 class Branch:
-    """Query `i` of key/value head `g` belongs to a branch iff `(i mod w) mod r == offset(g)`.
+    """A branch of a pattern: segments of `w` tokens, of which each head attends to every `r`-th.
 
-    There it sees the keys of its own segment with the same residue: `j // w == i // w`, `(j mod w) mod r == offset(g)`;
-    only `j <= i` where causal, only nearer than `window` where there is one, and only those in blocks that are kept
-    where there is a sparsity.
+    Query `i` of key/value head `g` is in the branch iff `(i mod w) mod r == offset(g)`.  It sees the keys `j` of its
+    own segment with the same residue: `j // w == i // w` and `(j mod w) mod r == offset(g)`.  A causal branch shows
+    only `j <= i`, a window only `|i - j| < window`, and a sparsity only the keys in blocks that it keeps.
 
     Args:
         segment_length: `w`; None is the whole sequence.
-        dilation_rate: `r`; every r-th row of a segment is kept, another residue for each head.
-        window: tokens seen at most, counted backwards from the query (and forwards, where not causal).
-        is_causal: hide the keys after the query.
+        dilation_rate: `r`; the rows of one residue modulo `r` are kept, and `offset` gives each head a residue.
+        window: the number of tokens that a query may see, counted backwards from itself (and forwards, if not causal).
+        is_causal: whether the keys after the query are masked.
         head_offsets: "interleaved" is `g mod r` (the paper), "blocked" `g // ceil(Hkv / r)` (torchscale's checkpoints).
         sparsity: which blocks of the rows of a segment and residue are kept; None keeps all.
     """
@@ -71,56 +73,64 @@ class Branch:
             )
 
     def offset(self, kv_head: int, kv_heads: int) -> int:
-        """Return the residue of a key/value head.  It depends on that head, so that a GQA group shares its rows."""
+        """Return the residue that a head attends to.
+
+        It depends on the key/value head, so that the query heads of a GQA group see the same rows.
+        """
         if self.head_offsets == "interleaved":
             return kv_head % self.dilation_rate
         return kv_head // -(-kv_heads // self.dilation_rate)
 
     def connects(self, length: int) -> bool:
-        """Return whether a query sees any key but its own."""
+        """Return whether a query sees any other key than its own."""
         return min(self.border(length), self.window or length) > self.dilation_rate
 
     def border(self, length: int) -> int:
-        """Return the distance of the borders that this branch never crosses."""
+        """Return the distance between two borders that no pair of this branch crosses: a segment, or one kept block."""
         width = min(self.segment_length or length, length)
         if self.sparsity is not None:
             own = self.sparsity.block_size * self.dilation_rate
             kept = self.sparsity.kept(-(-width // self.dilation_rate), 0, self.is_causal)
             if width % own == 0 and all(len(row) == 1 for row in kept):
-                return own
+                return own  # every block sees itself alone
         return width
 
     def visible(self, tokens: Tensor, kv_heads: int) -> Tensor:
-        """Return the definition as a boolean mask (Hkv, N, N); `tokens` are the indices of all in their documents."""
+        """Return which pairs the branch shows, by its definition: a boolean (Hkv, N, N).
+
+        `tokens`, (N,), are the places of the tokens in their documents: 0, 1, ... for each whole document.
+        """
         segment, place = tokens * 0, tokens
         if self.segment_length is not None:
             segment, place = tokens // self.segment_length, tokens % self.segment_length
         offsets = torch.tensor([self.offset(g, kv_heads) for g in range(kv_heads)], device=tokens.device)
         member = place % self.dilation_rate == offsets[:, None]
-        seen = member[:, :, None] & member[:, None, :] & (segment[:, None] == segment)
+        visible = member[:, :, None] & member[:, None, :] & (segment[:, None] == segment)
         distance = tokens[:, None] - tokens
         if self.is_causal:
-            seen &= distance >= 0
+            visible &= distance >= 0
         if self.window is not None:
-            seen &= distance.abs() < self.window
+            visible &= distance.abs() < self.window
         if self.sparsity is not None:
             document = (tokens == 0).cumsum(0)
             lengths = document.bincount()[document]
-            seen &= torch.stack([self.keeps(tokens, lengths, g, kv_heads) for g in range(kv_heads)])
-        return seen
+            visible &= torch.stack([self.keeps(tokens, lengths, g, kv_heads) for g in range(kv_heads)])
+        return visible
 
     def keeps(self, tokens: Tensor, lengths: Tensor, kv_head: int, kv_heads: int) -> Tensor:
-        """Whether the block of a query keeps the block of a key of its own set, (N, N), for tokens that a head serves.
+        """Return whether the query's block keeps the key's block, a boolean (N, N), for one key/value head.
 
-        `lengths` are those of the tokens' documents: the last segment may be shorter.
+        Only pairs of one segment and residue have a meaning; `visible` masks the others.  `lengths`, (N,), are the
+        lengths of the tokens' documents, since the last segment of a document may be shorter.
         """
         assert self.sparsity is not None
-        found = torch.zeros(len(tokens), len(tokens), dtype=torch.bool, device=tokens.device)
+        kept_pairs = torch.zeros(len(tokens), len(tokens), dtype=torch.bool, device=tokens.device)
         width, offset = lengths, self.offset(kv_head, kv_heads)
         place = tokens
         if self.segment_length is not None:
             place = tokens % self.segment_length
             width = (lengths - (tokens - place)).clamp(max=self.segment_length)
+        # the number of rows of each token's segment and residue, which decides the blocks; 0 for other residues
         rows = torch.where(place % self.dilation_rate == offset, -(-(width - offset) // self.dilation_rate), 0)
         for count in set(rows.tolist()) - {0}:
             at = (rows == count).nonzero().flatten()
@@ -129,12 +139,12 @@ class Branch:
             for block, kept in enumerate(self.sparsity.kept(count, kv_head, self.is_causal)):
                 table[block, list(kept)] = True
             blocks_at = place[at] // self.dilation_rate // self.sparsity.block_size
-            found[at[:, None], at] = table[blocks_at[:, None], blocks_at]
-        return found
+            kept_pairs[at[:, None], at] = table[blocks_at[:, None], blocks_at]
+        return kept_pairs
 
 
 def made(cls: type[T], name: str, keywords: Any) -> T:
-    """Return an object made from keyword arguments, as YAML gives them."""
+    """Return an instance of a dataclass from its keywords, as YAML gives them, or raise a ValueError."""
     allowed = [each.name for each in fields(cls)]  # type: ignore[arg-type]
     if not isinstance(keywords, dict) or not set(keywords) <= set(allowed):
         what = "Branches or dictionaries" if name == "branches" else f"a {cls.__name__} or a dictionary"

@@ -1,6 +1,6 @@
-"""Orders of tokens: Hilbert curves over grids of any size, along which the segments of a pattern are compact.
+"""Orders of the tokens in which a pattern counts them: along a Hilbert curve the segments of a grid are compact.
 
-An order is a permutation: `order[p]` is the token that stands at place p of the sequence, by its number in the grid,
+An order is a permutation, (tokens,): `order[p]` is the token at place p of the sequence, by its number in the grid,
 which counts the last dimension fastest.  It is applied where tokens enter a model, and its inverse where they leave.
 """
 
@@ -21,26 +21,27 @@ if TYPE_CHECKING:
 
 Ordering = Literal["raster", "hilbert"]
 
-# (axis, begin, end), walked backwards where end is before begin
+# (axis, begin, end): the cells of a box along one axis, backwards if end < begin
 _Stretch = tuple[int, int, int]
+# A box within a box.  Its curve begins at the first corner and ends at the far end of the first stretch.
 _Piece = tuple[_Stretch, _Stretch, _Stretch]
 _Sizes = tuple[int, int, int]
 
 
 def raster_order(shape: Sequence[int]) -> Tensor:
-    """Tokens of a grid as they are counted: row by row."""
+    """Return the tokens of a grid in the order in which they are counted, row by row."""
     return torch.arange(prod(_checked_shape(shape)))
 
 
 def hilbert_order(shape: Sequence[int]) -> Tensor:
-    """Tokens of a grid along a generalised Hilbert curve, whatever its two or three sizes are.
+    """Return the tokens of a grid along a generalised Hilbert curve, for two or three sizes of any value.
 
-    Tokens that follow each other are neighbours in the grid, without exception.  What lies near each other along the
-    curve is near in the grid, too; the converse holds of no curve.
+    Tokens that follow each other are neighbours in the grid, without exception.  Tokens that are near each other along
+    the curve are near in the grid, too; the converse is true of no curve.
 
-    The curve is made of pieces.  Each walks from a corner to the far end of its first axis, which is possible where
-    that axis is even, or all are odd.  Pieces are cut so that this holds of every one: lengths along an axis that
-    becomes a first one are even.  The whole may end elsewhere, and then its first axis is chosen so.
+    The curve is made of pieces.  Each runs from a corner to the far end of its first axis, which is possible if that
+    axis is even, or if all three are odd.  Pieces are cut so that this is so for every one: the lengths along an axis
+    that becomes a first one are even.  The curve of the whole grid may end at another corner; see `_first_pieces`.
 
     >>> hilbert_order((4, 4)).view(4, 4).tolist()
     [[0, 4, 5, 1], [2, 3, 7, 6], [10, 11, 15, 14], [13, 9, 8, 12]]
@@ -48,11 +49,11 @@ def hilbert_order(shape: Sequence[int]) -> Tensor:
     sizes = _checked_shape(shape)
     if len(sizes) not in (2, 3):
         raise ValueError(f"shape must have two or three sizes, got {tuple(shape)!r}")
-    known: dict[_Sizes, Tensor] = {}
+    cache: dict[_Sizes, Tensor] = {}
     rows, columns = sizes[-2:]
     whole = (sizes[0] if len(sizes) == 3 else 1, rows, columns)
     places = torch.zeros(3, prod(sizes), dtype=torch.int32)
-    _lay(_opened(whole), places, known)
+    _write_pieces(_first_pieces(whole), places, cache)
     order = torch.zeros(prod(sizes), dtype=torch.long)
     for size, along in zip(sizes, places[-len(sizes) :], strict=True):
         order.mul_(size).add_(along)
@@ -60,14 +61,14 @@ def hilbert_order(shape: Sequence[int]) -> Tensor:
 
 
 def sequence_hilbert_order(length: int) -> Tensor:
-    """A sequence laid row by row over a nearly square grid, along the curve there.
+    """Return the order of a sequence that is laid row by row over a nearly square grid, along the curve there.
 
-    What it changes: a segment of s tokens is then some sqrt(s) stretches of sqrt(s) tokens each, and the stretches
-    stand about sqrt(length) apart.  This helps where tokens at such a distance belong together, as in an image or a
-    table whose rows are about that long; where their length is known, `hilbert_order` of that grid is the better one.
-    In text they do not: a segment loses near tokens for far ones that mean nothing.
+    A segment of s tokens then has about sqrt(s) stretches of sqrt(s) tokens each, at a distance of about sqrt(length)
+    from one another.  This helps if tokens at such a distance belong together, as in an image or a table with rows of
+    about that length; if that length is known, `hilbert_order` of that grid is better.  In text they do not: a segment
+    loses near tokens, and gains far ones without a meaning for it.
 
-    Neighbours in this order are in the sequence 1 or a row apart, except where the last row is not full.
+    Neighbours in this order are 1 or a row from each other in the sequence, except where the last row is not full.
     """
     if not isinstance(length, int) or isinstance(length, bool) or length < 1:
         raise ValueError(f"length must be a positive integer, got {length!r}")
@@ -77,7 +78,7 @@ def sequence_hilbert_order(length: int) -> Tensor:
 
 
 def inverse_order(order: Tensor) -> Tensor:
-    """At which place each token stands: `x[order][inverse_order(order)]` is x."""
+    """Return the place of each token, (tokens,): `x[order][inverse_order(order)]` is x."""
     if order.dim() != 1 or order.dtype.is_floating_point or order.dtype == torch.bool:
         raise ValueError(f"order must be integers (tokens,), got {order.dtype} {tuple(order.shape)}")
     inverse = torch.full_like(order, -1)
@@ -93,47 +94,57 @@ def order_of(ordering: Ordering, shape: Sequence[int]) -> Tensor:
 
 
 def causal_order(order: Tensor, pattern: Pattern) -> Tensor:
-    """The same segments and residues, each with its tokens as they are counted in the grid.
+    """Return an order with the same segments and residues, each with its tokens sorted as they are counted in the grid.
 
-    On this order a causal pattern of one branch shows a query those tokens of its set that do not come after it in the
-    grid.  A set is a segment's tokens of one residue; both are those of `order`.
+    In this order a causal pattern of one branch shows a query those tokens of its set that do not come after it in the
+    grid.  A set is the tokens of one segment and residue of `order`.
 
-    Several branches are refused, as no one order serves them.  A short segment fixes which tokens come first; a longer
-    one that holds it would have to mix them with those of the next.  In a grid of 4 x 4 under the Hilbert curve, with
-    segments of 4 and 16, token 4 is in the first segment and token 2 in the second: 4 stands before 2, and the longer
-    segment would hide 2 from 4.
+    Patterns of several different branches are refused, since no order serves them.  A short segment decides which
+    tokens come first; a longer one that contains it would have to mix them with those of the next.  In a grid of 4 x 4
+    under the Hilbert curve, with segments of 4 and 16, token 4 is in the first segment and token 2 in the second: 4 is
+    at an earlier place than 2, so the longer segment would hide 2 from 4.
 
     Args:
-        order: as `hilbert_order` makes them.
-        pattern: of one branch, or of several that are equal.
+        order: an order as that of `hilbert_order`.
+        pattern: a pattern of one branch, or of several equal ones.
     """
+    _check_one_branch(pattern)
+    length, rate = pattern.branches[0].segment_length, pattern.branches[0].dilation_rate
+    places = torch.arange(len(order), device=order.device)
+    length = len(order) if length is None else length
+    group = places // length * rate + places % length % rate  # the set of each place
+    by_token = order.argsort()
+    # Stable sorts by set: on the left the places of each set in order, on the right its tokens in ascending order.
+    result = torch.empty_like(order)
+    result[group.argsort(stable=True)] = order[by_token][group[by_token].argsort(stable=True)]
+    return result
+
+
+def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
+    """Raise a ValueError if no order of a sequence serves the pattern."""
+    if ordering != "hilbert":
+        return
+    if any(branch.is_causal for branch in pattern.branches):
+        if not pattern.is_causal:
+            raise ValueError("pattern must be causal in all of its branches or in none where ordering is 'hilbert'")
+        _check_one_branch(pattern)
+
+
+def _check_one_branch(pattern: Pattern) -> None:
+    """Raise a ValueError unless all branches are equal, without a window."""
     kinds = {(branch.segment_length, branch.dilation_rate, branch.window) for branch in pattern.branches}
-    if len(kinds) != 1 or next(iter(kinds))[2] is not None:
+    if len(kinds) != 1 or pattern.branches[0].window is not None:
         raise ValueError(
             f"pattern must have one branch of segments, got {len(kinds)}: no order keeps what is causal in the grid "
             "for segments of several lengths at once"
         )
-    ((length, rate, _),) = kinds
-    places = torch.arange(len(order), device=order.device)
-    length = len(order) if length is None else length
-    group = places // length * rate + places % length % rate
-    by_token = order.argsort()
-    found = torch.empty_like(order)
-    found[group.argsort(stable=True)] = order[by_token][group[by_token].argsort(stable=True)]
-    return found
-
-
-def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
-    """Raise a ValueError where no order of a sequence serves the pattern."""
-    if ordering == "hilbert":
-        order_of_sequence(ordering, 1, pattern, torch.device("cpu"))
 
 
 def order_of_sequence(ordering: Ordering, length: int, pattern: Pattern, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the order of a sequence's rows and its inverse: `order[p]` is the token at place p of the line.
+    """Return the order of a sequence's rows and its inverse, each (length,): `order[p]` is the token at place p.
 
-    Where the pattern is causal, a query sees the keys of its segment and residue along the line that do not come after
-    it in the sequence.  That is possible for patterns of one branch alone; see `causal_order`.
+    If the pattern is causal, a query sees the keys of its segment and residue in this order that do not come after it
+    in the sequence.  That is possible only for patterns of one branch; see `causal_order`.
     """
     return _order(ordering, length, pattern, device)
 
@@ -141,72 +152,81 @@ def order_of_sequence(ordering: Ordering, length: int, pattern: Pattern, device:
 @lru_cache(32)
 @torch.inference_mode(False)  # a cached tensor made in inference mode could not be used in training
 def _order(ordering: Ordering, length: int, pattern: Pattern, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Compute what `order_of_sequence` returns, once for the same arguments."""
     order = torch.arange(length)
     if ordering == "hilbert":
         order = sequence_hilbert_order(length)
-        causal = [branch.is_causal for branch in pattern.branches]
-        if any(causal) and not all(causal):
-            raise ValueError("pattern must be causal in all of its branches or in none where ordering is 'hilbert'")
-        if all(causal):
+        if pattern.is_causal:
             order = causal_order(order, pattern)
     return order.to(device), inverse_order(order).to(device)
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the sizes of a grid, or raise a ValueError if they are not positive integers."""
     sizes = tuple(shape)
     if not sizes or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in sizes):
         raise ValueError(f"shape must be positive integers, got {sizes!r}")
     return sizes
 
 
-def _walked(sizes: _Sizes, known: dict[_Sizes, Tensor]) -> Tensor:
-    """Places (3, cells) from the corner at 0 to the far end of the first axis; those of a size are made once."""
-    if sizes not in known:
+def _curve(sizes: _Sizes, cache: dict[_Sizes, Tensor]) -> Tensor:
+    """Return the coordinates of a box along its curve, (3, cells), from the corner at 0 to the far end of axis 0.
+
+    `cache` holds the curves of the sizes that were computed before; most pieces have one of few sizes.
+    """
+    if sizes not in cache:
         places = torch.zeros(3, prod(sizes), dtype=torch.int32)
         if sizes[1] == sizes[2] == 1:
             torch.arange(sizes[0], out=places[0])
         else:
-            _lay(_pieces(sizes), places, known)
-        known[sizes] = places
-    return known[sizes]
+            _write_pieces(_pieces(sizes), places, cache)
+        cache[sizes] = places
+    return cache[sizes]
 
 
-def _lay(pieces: list[_Piece], places: Tensor, known: dict[_Sizes, Tensor]) -> None:
-    """One piece after the other."""
+def _write_pieces(pieces: list[_Piece], places: Tensor, cache: dict[_Sizes, Tensor]) -> None:
+    """Write the coordinates of the cells along pieces that follow one another, (3, cells), to `places`."""
     done = 0
     for piece in pieces:
         first, second, third = (abs(end - begin) for _, begin, end in piece)
-        inner = _walked((first, second, third), known)
-        here = places[:, done : done + inner.shape[1]]
+        inner = _curve((first, second, third), cache)
+        target = places[:, done : done + inner.shape[1]]
         for (axis, begin, end), along in zip(piece, inner, strict=True):
             if (begin, end) == (0, 1):
-                continue  # as it was made: the memory of a dimension that a grid lacks is never touched
+                continue  # zeros already: the pages of a dimension that a grid lacks are then never allocated
             if begin < end:
-                torch.add(along, begin, out=here[axis])
+                torch.add(along, begin, out=target[axis])
             else:
-                torch.sub(torch.tensor(begin - 1, dtype=along.dtype), along, out=here[axis])
+                torch.sub(torch.tensor(begin - 1, dtype=along.dtype), along, out=target[axis])
         done += inner.shape[1]
     assert done == places.shape[1]
 
 
 def _pieces(sizes: _Sizes) -> list[_Piece]:
-    """A box whose first axis is even, or all of whose are odd, as such boxes that join."""
+    """Return the pieces of a box along its curve; it and each piece has an even first axis, or three odd ones."""
     assert sizes[0] % 2 == 0 or prod(sizes) % 2, sizes
     a, b, c = sizes
-    if 2 * a > 3 * max(b, c):
-        half = _half(a)
+    if 2 * a > 3 * max(b, c):  # a long box: one half after the other
+        half = _even_half(a)
         return [((0, 0, half), (1, 0, b), (2, 0, c)), ((0, half, a), (1, 0, b), (2, 0, c))]
     y, z = (1, 2) if b >= c else (2, 1)
     if 3 * sizes[y] <= 4 * sizes[z] and not b * c % 2:
         if sizes[z] % 2:
             y, z = z, y
-        return _five(a, sizes[y], sizes[z], y, z)
-    return _three(a, sizes[y], sizes[z], y, z)
+        return _five_pieces(a, sizes[y], sizes[z], y, z)
+    return _three_pieces(a, sizes[y], sizes[z], y, z)
 
 
-def _three(a: int, b: int, c: int, y: int, z: int) -> list[_Piece]:
-    """Up one side, across, and down the other: halves of the first axis and of y."""
-    left, low = a // 2, _half(b)
+def _three_pieces(a: int, b: int, c: int, y: int, z: int) -> list[_Piece]:
+    """Return pieces up one side, across, and down the other: halves of the first axis x and of y.
+
+    The picture has x to the right and y upwards.  Each piece has all of z, and the curve runs from the lower left
+    corner to the lower right one:
+
+        2 2 2 2
+        1 1 3 3
+    """
+    left, low = a // 2, _even_half(b)
     return [
         ((y, 0, low), (z, 0, c), (0, 0, left)),
         ((0, 0, a), (y, low, b), (z, 0, c)),
@@ -214,9 +234,17 @@ def _three(a: int, b: int, c: int, y: int, z: int) -> list[_Piece]:
     ]
 
 
-def _five(a: int, b: int, c: int, y: int, z: int) -> list[_Piece]:
-    """Up one side, back, across, forth, and down the other: halves of all axes.  z is even."""
-    left, low, near = a // 2, _half(b), _half(c)
+def _five_pieces(a: int, b: int, c: int, y: int, z: int) -> list[_Piece]:
+    """Return pieces up one side, back, across, forth, and down the other: halves of all axes, where z is even.
+
+    The picture has x to the right and y upwards.  The curve runs from the lower left corner in front to the lower right
+    one in front:
+
+        front half of z   back half of z
+        2 2 4 4           2 2 4 4
+        1 1 5 5           3 3 3 3
+    """
+    left, low, near = a // 2, _even_half(b), _even_half(c)
     return [
         ((y, 0, low), (z, 0, near), (0, 0, left)),
         ((z, 0, c), (0, 0, left), (y, low, b)),
@@ -226,13 +254,17 @@ def _five(a: int, b: int, c: int, y: int, z: int) -> list[_Piece]:
     ]
 
 
-def _half(size: int) -> int:
-    """An even one, but of 2."""
+def _even_half(size: int) -> int:
+    """Return half of a size, rounded up to an even number, unless the size is 2."""
     return size // 2 + (size // 2 % 2 if size > 2 else 0)
 
 
-def _opened(sizes: _Sizes) -> list[_Piece]:
-    """The whole, along its longest axis.  Where that is odd and another is even, its last piece turns aside."""
+def _first_pieces(sizes: _Sizes) -> list[_Piece]:
+    """Return the pieces of the whole grid, along its longest axis.
+
+    If that axis is odd and another is even, no curve ends at its far end.  Then even pieces are cut off along it, and
+    the last piece runs along an even axis instead.
+    """
     axes = sorted(range(3), key=lambda axis: -sizes[axis])
     longest = sizes[axes[0]]
     others = [(axis, 0, sizes[axis]) for axis in axes[1:]]
@@ -240,8 +272,8 @@ def _opened(sizes: _Sizes) -> list[_Piece]:
         return [((axes[0], 0, longest), others[0], others[1])]
     cuts = [0]
     while 2 * (longest - cuts[-1]) > 3 * sizes[axes[1]] and longest - cuts[-1] > 2:
-        cuts.append(cuts[-1] + _half(longest - cuts[-1]))
-    found: list[_Piece] = [((axes[0], *cut), others[0], others[1]) for cut in pairwise(cuts)]
+        cuts.append(cuts[-1] + _even_half(longest - cuts[-1]))
+    pieces: list[_Piece] = [((axes[0], *cut), others[0], others[1]) for cut in pairwise(cuts)]
     rest = (axes[0], cuts[-1], longest)
     first, second = others if others[0][2] % 2 == 0 else others[::-1]
-    return [*found, (first, rest, second)]
+    return [*pieces, (first, rest, second)]

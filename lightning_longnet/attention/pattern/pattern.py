@@ -1,4 +1,4 @@
-"""`Pattern`: the keys that each query sees, as a tuple of branches; one softmax runs over all of these keys."""
+"""Patterns: which keys a query may see.  A pattern is a tuple of branches, with one softmax over all that they show."""
 
 from __future__ import annotations
 
@@ -27,14 +27,21 @@ Multiplicity = Literal["multiset", "set"]
 
 
 class Reach(NamedTuple):
-    """The limits of a pattern at any depth: borders that nothing crosses, and residues that no head serves."""
+    """The gaps of a pattern at any depth of a model: borders that it never crosses, and residues without a head.
+
+    Attributes:
+        length: the number of tokens of the sequence.
+        span: the distance between two borders that no branch crosses; `length` if there is none.
+        unserved: each branch that has residues to which no head attends, with these residues.
+    """
 
     length: int
-    span: int  # tokens between two borders that no branch crosses
-    unserved: tuple[tuple[Branch, tuple[int, ...]], ...]  # residues that no head attends to
+    span: int
+    unserved: tuple[tuple[Branch, tuple[int, ...]], ...]
 
     @property
     def has_gaps(self) -> bool:
+        """Whether there is a border or a residue without a head."""
         return self.span < self.length or bool(self.unserved)
 
     def __str__(self) -> str:
@@ -56,7 +63,7 @@ class Reach(NamedTuple):
 
 @dataclass(frozen=True)
 class Pattern:
-    """A frozen, hashable tuple of branches; `a + b` shows a query what both show it.
+    """A frozen, hashable tuple of branches; `a + b` has the branches of both.
 
     Args:
         branches: `Branch`es, or the keyword dictionaries of them (as YAML gives them).
@@ -77,7 +84,7 @@ class Pattern:
             raise ValueError("branches must hold at least one Branch, got none")
         object.__setattr__(self, "branches", branches)
         one_of("multiplicity", self.multiplicity, get_args(Multiplicity))
-        # made here and once: torch.compile reads an attribute, and could not follow a JSON encoder
+        # encoded once and here: torch.compile reads an attribute, and could not follow a JSON encoder
         object.__setattr__(self, "_text", json.dumps(self.to_dict(), separators=(",", ":")))
 
     @classmethod
@@ -103,12 +110,12 @@ class Pattern:
 
     @classmethod
     def dense(cls, is_causal: bool = False) -> Pattern:
-        """Return the pattern that shows every key: one branch without a segment length."""
+        """Return the pattern that shows every key: the branch (N, 1)."""
         return cls((Branch(is_causal=is_causal),))
 
     @classmethod
     def window(cls, size: int, is_causal: bool = False) -> Pattern:
-        """Return the pattern of a sliding window: `i - size < j <= i` where causal, else `|i - j| < size`."""
+        """Return the pattern of the nearest keys: `i - size < j <= i` if causal, else `|i - j| < size`."""
         return cls((Branch(window=size, is_causal=is_causal),))
 
     @classmethod
@@ -122,7 +129,7 @@ class Pattern:
         global_tokens: int | None = None,
         varies_over_heads: bool = False,
     ) -> Pattern:
-        """Return a pattern with some blocks of `within`, which defines the segments, the rates and causality.
+        """Return the pattern `within`, of which only some blocks are kept.
 
         The rows of one segment and residue are cut into blocks of `block_size`, and of their blocks of pairs the share
         `sparsity_ratio` is kept; see `Sparsity` for the kinds, and which blocks each of them prefers.
@@ -140,9 +147,11 @@ class Pattern:
 
     @property
     def is_causal(self) -> bool:
+        """Whether all branches are causal."""
         return all(branch.is_causal for branch in self.branches)
 
     def __add__(self, other: Pattern) -> Pattern:
+        """Return the pattern with the branches of both, which must have one multiplicity."""
         if not isinstance(other, Pattern):
             return NotImplemented
         if self.multiplicity != other.multiplicity:
@@ -152,14 +161,17 @@ class Pattern:
         return Pattern(self.branches + other.branches, self.multiplicity)
 
     def ordered(self) -> tuple[Branch, ...]:
-        """Return the branches, the finest first.  Under "set", a key belongs to the first that shows it."""
+        """Return the branches from the finest to the coarsest.  In a "set" the first that shows a pair has it."""
         whole = float("inf")
         return tuple(
             sorted(self.branches, key=lambda b: (b.dilation_rate, b.segment_length or whole, b.window or whole))
         )
 
     def visible(self, tokens: Tensor, kv_heads: int) -> list[Tensor]:
-        """Return a boolean mask (Hkv, N, N) of each branch by the definition, in the order of `ordered()`."""
+        """Return which pairs each branch shows, by the definition: booleans (Hkv, N, N), in the order of `ordered()`.
+
+        `tokens`, (N,), are the places of the tokens in their documents: 0, 1, ... for each whole document.
+        """
         shown = [branch.visible(tokens, kv_heads) for branch in self.ordered()]
         if self.multiplicity == "set":
             for i in range(len(shown) - 1, 0, -1):
@@ -167,7 +179,7 @@ class Pattern:
         return shown
 
     def mask(self, length: int, heads: int, kv_heads: int | None = None) -> Tensor:
-        """Return how often query `i` of head `h` counts key `j`: integers (H, N, N), for people and for tests."""
+        """Return how often query `i` of head `h` counts key `j`, an integer (H, N, N), for people and for tests."""
         kv_heads = check_heads(heads, kv_heads)
         if length < 0:
             raise ValueError(f"length must not be negative, got {length}")
@@ -175,10 +187,10 @@ class Pattern:
         return counts.repeat_interleave(heads // kv_heads, dim=0)
 
     def reach(self, length: int, heads: int, kv_heads: int | None = None) -> Reach:
-        """Return how far information can travel in `length` tokens, and the residues that no head serves."""
+        """Return what this pattern never connects in a sequence of `length` tokens; see `Reach`."""
         kv_heads = check_heads(heads, kv_heads)
         lengths = [b.border(length) for b in self.branches if b.connects(length)]
-        span = min(lcm(*lengths), length)  # a border that every branch has is a border for good
+        span = min(lcm(*lengths), length)  # a border of every branch is one that no layer crosses
         unserved = []
         for branch in self.branches:
             served = {branch.offset(g, kv_heads) for g in range(kv_heads)}
@@ -188,7 +200,10 @@ class Pattern:
         return Reach(length, span, tuple(unserved))
 
     def plot(self, length: int | None = None, heads: int | None = None, kv_heads: int | None = None) -> Figure:
-        """Draw what each query of each distinct head sees.  Needs matplotlib (the extra `plots`)."""
+        """Return a figure of the keys that each query sees, a panel for each kind of head.
+
+        It needs matplotlib (the extra `plots`).
+        """
         from lightning_longnet.attention.pattern.picture import draw_pattern
 
         return draw_pattern(self, length, heads, kv_heads)
@@ -198,12 +213,13 @@ class Pattern:
         return {"branches": [asdict(branch) for branch in self.branches], "multiplicity": self.multiplicity}
 
     def dumps(self) -> str:
-        """Return one line of JSON, in which a pattern travels through an operator's schema."""
+        """Return one line of JSON, the form in which an operator takes a pattern as an argument."""
         text: str = self._text  # type: ignore[attr-defined]
         return text
 
     @staticmethod
     def loads(text: str) -> Pattern:
+        """Return the pattern of a line of `dumps`; the results are cached."""
         return _loads(text)
 
 
@@ -213,7 +229,7 @@ def _loads(text: str) -> Pattern:
 
 
 def check_heads(heads: int, kv_heads: int | None) -> int:
-    """Return the number of key/value heads, or raise a ValueError where it does not divide that of query heads."""
+    """Return the number of key/value heads, or raise a ValueError if it does not divide the number of query heads."""
     kv_heads = heads if kv_heads is None else kv_heads
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"heads must be a multiple of kv_heads, both at least 1, got {heads} and {kv_heads}")

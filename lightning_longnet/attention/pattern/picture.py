@@ -1,4 +1,4 @@
-"""Patterns drawn: which keys each query sees, and how often each counts."""
+"""Figures of patterns, and of the work and the traffic of ranks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ PANELS = 4
 
 
 def draw_pattern(pattern: Pattern, length: int | None, heads: int | None, kv_heads: int | None) -> Figure:
+    """Return a figure of how often each query counts each key, a panel for each of the first kinds of head."""
     try:
         from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
         from matplotlib.figure import Figure
@@ -26,13 +27,13 @@ def draw_pattern(pattern: Pattern, length: int | None, heads: int | None, kv_hea
     heads = max(branch.dilation_rate for branch in pattern.branches) if heads is None else heads
     counts = pattern.mask(length, heads, kv_heads)
     # heads that see the same are drawn once
-    distinct: dict[bytes, list[int]] = {}
+    by_mask: dict[bytes, list[int]] = {}
     for head in range(heads):
-        distinct.setdefault(counts[head].numpy().tobytes(), []).append(head)
-    alike = list(distinct.values())
+        by_mask.setdefault(counts[head].numpy().tobytes(), []).append(head)
+    alike = list(by_mask.values())
     shown = alike[:PANELS]
     most = int(counts.max())
-    # from unseen to counted most: legible in print and to all eyes
+    # from masked to counted most: legible in print and for the colour-blind
     ramp = LinearSegmentedColormap.from_list("", ["#f4f1ea", "#f2b872", "#d9683c", "#93295a", "#3b1f5c", "#120b2e"])
     colours = [ramp(n / max(most, 2)) for n in range(most + 1)]
     figure = Figure(figsize=(2.9 * len(shown) + 1.1, 3.7), layout="constrained")
@@ -62,6 +63,7 @@ def draw_pattern(pattern: Pattern, length: int | None, heads: int | None, kv_hea
 
 
 def _named(branch: Branch) -> str:
+    """Return the short name of a branch for a title."""
     parts = []
     if branch.segment_length is not None or branch.window is None:
         parts.append(f"({branch.segment_length or 'N'}, {branch.dilation_rate})")
@@ -75,7 +77,7 @@ def _named(branch: Branch) -> str:
 def draw_ranks(
     received: tuple[tuple[int, ...], ...], pairs: tuple[int, ...], placement: str, exchanges: tuple[str, ...]
 ) -> Figure:
-    """Draw what each rank receives from each other, and the pairs that it computes beside their mean over ranks."""
+    """Return a figure of the keys and values sent between ranks, and of the pairs of each rank beside their mean."""
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:

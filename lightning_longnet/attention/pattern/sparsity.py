@@ -1,4 +1,4 @@
-"""`Sparsity`: the blocks of a branch that are kept, as many as a ratio says, by a rule that reads no tensor.
+"""Block sparsity: which blocks of a branch are kept, by a ratio and a rule that reads no tensor.
 
 The rows of a segment that have one residue are counted from 0 and cut into blocks of `block_size`; the last may be
 shorter.  A block of queries sees the blocks of keys that are kept for it, its own among them.
@@ -18,31 +18,32 @@ if TYPE_CHECKING:
 
 BlockKind = Literal["local_window", "dilated_sparse", "global_local", "strided"]
 
-# Kinds whose blocks another head may see at another place
+# The kinds with blocks that can be moved from one head to the next
 _PHASED = ("dilated_sparse", "strided")
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """The blocks of a (segment, residue) set that stay, by what a query's block prefers.
+    """A rule for the blocks of pairs that are kept within a set, the rows of one segment and residue.
 
-    Each keeps its own block first, then the global ones, then by `kind`, the nearer of two first and the earlier of two
-    that are as near:
+    A block of queries keeps its own block first, then the global ones, then by `kind`.  Of two blocks the nearer one
+    comes first, and of two at the same distance the earlier one:
 
         local_window    the nearest
-        dilated_sparse  those whose distance is a multiple of d = 1 / sparsity_ratio; then the nearest
-        strided         by turns the nearest, and the nearest of every s-th, s = 2 / sparsity_ratio, which all queries
-                        have in common
+        dilated_sparse  those at a multiple of the distance d = 1 / sparsity_ratio; then the nearest
+        strided         alternately the nearest, and the nearest of every s-th block, s = 2 / sparsity_ratio, which
+                        are the same columns for all queries
         global_local    the nearest; some blocks are global
 
     Args:
         kind: see above.
-        block_size: rows of a block, of one residue each.
-        sparsity_ratio: the share of the set's blocks that is kept; of those that a causal set has, where it is causal.
-            Own blocks stay in any case.
-        global_tokens: so many rows at the beginning of the set, rounded up to blocks, are seen by all as far as the
-            ratio allows, and see all where not causal; None is one block for "global_local", none elsewhere.
-        varies_over_heads: key head g moves the multiples of "dilated_sparse" and the columns of "strided" by g.
+        block_size: the number of rows of a block, all of one residue.
+        sparsity_ratio: the share of the set's blocks that is kept, of those on or below the diagonal if the branch is
+            causal.  Each block of queries keeps its own block even if that exceeds the share.
+        global_tokens: the number of rows at the beginning of the set, rounded up to blocks, that are global: all
+            queries see them as far as the ratio allows, and they see all keys if the branch is not causal.  None is one
+            block for "global_local", and 0 for the other kinds.
+        varies_over_heads: whether key head g moves the multiples of "dilated_sparse" and the columns of "strided" by g.
     """
 
     kind: BlockKind
@@ -78,90 +79,101 @@ class Sparsity:
 
     @property
     def stride(self) -> int:
-        """The distance between two of the blocks that a kind prefers."""
+        """The distance between two blocks that "dilated_sparse" or "strided" prefers."""
         return floor((2 if self.kind == "strided" else 1) / self.sparsity_ratio + 0.5)
 
     def phase(self, kv_head: int) -> int:
-        """Return the number of blocks by which the kept blocks of a head are shifted."""
+        """Return by how many blocks the preferred blocks of a head are moved."""
         return kv_head % self.stride if self.varies_over_heads else 0
 
     def blocks(self, rows: int) -> int:
+        """Return how many blocks there are in a set of `rows` rows."""
         return -(-rows // self.block_size)
 
     def kept(self, rows: int, kv_head: int, is_causal: bool) -> tuple[tuple[int, ...], ...]:
-        """For each block of so many rows the blocks of keys that it sees, in ascending order.
+        """Return for each block of queries, in a set of `rows` rows, the blocks of keys that it keeps, ascending.
 
-        What a causal block sees hangs on no row behind it.
+        In a causal branch they do not depend on how many rows follow.
         """
         return _kept(self, self.blocks(rows), self.phase(kv_head), is_causal)
 
     def row_counts(self, blocks: int, is_causal: bool) -> list[int]:
-        """Return how many blocks each row of blocks keeps: the requested share in all, and at least one each."""
+        """Return how many blocks of keys each block of queries keeps: at least 1, and the ratio of all in sum."""
         if is_causal:
-            counts, seen = [], 0
+            # each row brings the sum up to the share of all blocks so far, so no count depends on later rows
+            counts, visible = [], 0
             kept = 0
             for i in range(blocks):
-                seen += i + 1
-                counts.append(min(max(floor(self.sparsity_ratio * seen + 0.5) - kept, 1), i + 1))
+                visible += i + 1
+                counts.append(min(max(floor(self.sparsity_ratio * visible + 0.5) - kept, 1), i + 1))
                 kept += counts[-1]
             return counts
         total = floor(self.sparsity_ratio * blocks**2 + 0.5)
         some = min(self.global_blocks, blocks)
         rest = blocks - some
-        spare = min(max(total - rest, some), some * blocks)  # what the global rows get: all, if that leaves own blocks
-        return [*_spread(spare, some), *_spread(max(total - spare, rest), rest)]
+        # the global rows keep all blocks, if the ratio then leaves at least one for each other row
+        spare = min(max(total - rest, some), some * blocks)
+        return [*_split_evenly(spare, some), *_split_evenly(max(total - spare, rest), rest)]
 
     @property
     def global_blocks(self) -> int:
+        """The number of global blocks."""
         assert self.global_tokens is not None
         return self.blocks(self.global_tokens)
 
-    def preferred(self, block: int, seen: int, phase: int) -> Iterator[int]:
-        """Yield the first `seen` blocks in the order of preference; some may come again."""
+    def preferred(self, block: int, visible: int, phase: int) -> Iterator[int]:
+        """Yield the first `visible` blocks of keys in the order in which a block of queries prefers them.
+
+        Some come more than once.
+        """
 
         def near(blocks: Iterable[int]) -> list[int]:
+            """Return other blocks by their distance."""
             return sorted((j for j in blocks if j != block), key=lambda j: (abs(j - block), j))
 
         yield block
-        yield from range(min(self.global_blocks, seen))
+        yield from range(min(self.global_blocks, visible))
         if self.kind == "dilated_sparse":
-            yield from near(range((block - phase) % self.stride, seen, self.stride))
+            yield from near(range((block - phase) % self.stride, visible, self.stride))
         if self.kind == "strided":
             first = (-1 - phase) % self.stride
-            columns = near(range(first, seen, self.stride))
-            others = (j for j in _nearest(block, seen) if (j - first) % self.stride)
-            turns = chain.from_iterable(zip_longest(others, columns))
-            yield from (j for j in turns if j is not None)
-        yield from _nearest(block, seen)
+            columns = near(range(first, visible, self.stride))
+            others = (j for j in _by_distance(block, visible) if (j - first) % self.stride)
+            alternating = chain.from_iterable(zip_longest(others, columns))
+            yield from (j for j in alternating if j is not None)
+        yield from _by_distance(block, visible)
 
 
-def _spread(total: int, rows: int) -> list[int]:
-    """Split a total over rows as evenly as integers allow."""
+def _split_evenly(total: int, rows: int) -> list[int]:
+    """Return `rows` integers that differ by at most 1 and have the sum `total`."""
     return [total * (i + 1) // rows - total * i // rows for i in range(rows)]
 
 
-def _nearest(block: int, seen: int) -> Iterator[int]:
-    for distance in range(1, seen):
+def _by_distance(block: int, visible: int) -> Iterator[int]:
+    """Yield the other ones of the first `visible` blocks, the nearest first and the earlier of two first."""
+    for distance in range(1, visible):
         if block >= distance:
             yield block - distance
-        if block + distance < seen:
+        if block + distance < visible:
             yield block + distance
 
 
 @lru_cache(256)
 def _kept(sparsity: Sparsity, blocks: int, phase: int, is_causal: bool) -> tuple[tuple[int, ...], ...]:
-    found = []
+    """Compute what `Sparsity.kept` returns, once for the same arguments."""
+    rows = []
     for block, count in enumerate(sparsity.row_counts(blocks, is_causal)):
         chosen: set[int] = set()
         for each in sparsity.preferred(block, block + 1 if is_causal else blocks, phase):
             chosen.add(each)
             if len(chosen) == count:
                 break
-        found.append(tuple(sorted(chosen)))
-    return tuple(found)
+        rows.append(tuple(sorted(chosen)))
+    return tuple(rows)
 
 
 def _count(name: str, value: Any, least: int) -> int:
+    """Return the value as an int, or raise a ValueError if it is not an integer of at least `least`."""
     if not hasattr(value, "__index__") or isinstance(value, bool) or not least <= index(value) < 2**63:
         raise ValueError(f"{name} must be an integer, at least {least}, got {value!r}")
     return index(value)

@@ -1,4 +1,7 @@
-"""Documents and padding along packed rows, as run lengths: on one process, and put together from several ranks."""
+"""Packed rows: an id for each token says to which document it belongs.
+
+Ranks exchange ids and padding masks in run-length form, as pieces: (value, count), one after the other.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,13 @@ if TYPE_CHECKING:
 
 
 def document_cuts(documents: Tensor | None, batch: int, length: int) -> list[tuple[int, ...]]:
-    """Return for each row the index at which each document begins, and the end of the last one.
+    """Return the cuts of each row: the first token of each document, and the end of the last one.
 
-    Args:
-        documents: (B, N), an id per token that does not decrease along a row; None is one document a row.
+    `documents` are ids (B, N), which must not decrease along a row; None is one document.
     """
     if documents is None:
         return [(0, length)] * batch
-    if batch > 1 and documents.stride(0) == 0:  # one row for all samples
+    if batch > 1 and documents.stride(0) == 0:  # expanded from one row
         return document_cuts(documents[:1], 1, length) * batch
     steps = documents.long().diff(dim=1)  # narrow and unsigned integers would wrap around
     if (decreasing := (steps < 0).nonzero()).numel():
@@ -35,33 +37,33 @@ def document_cuts(documents: Tensor | None, batch: int, length: int) -> list[tup
     borders: list[list[int]] = [[] for _ in range(batch)]
     for row, place in steps.nonzero().tolist():
         borders[row].append(place + 1)
-    return [(0, *found, length) for found in borders]
+    return [(0, *inner, length) for inner in borders]
 
 
 def pieces_of(x: Tensor) -> list[Tensor]:
-    """Return for each row its runs of equal values, (runs, 2): the value and the number of tokens."""
+    """Return the pieces of each row of x, (B, N) or (N,), as tensors (pieces, 2) of (value, count)."""
     rows = x if x.dim() == 2 else x[None]
-    runs = [torch.unique_consecutive(row.cpu().long(), return_counts=True) for row in rows]
-    return [torch.stack(each, 1) for each in runs]
+    counts = [torch.unique_consecutive(row.cpu().long(), return_counts=True) for row in rows]
+    return [torch.stack(each, 1) for each in counts]
 
 
 def placed(pieces: Sequence[Sequence[int]], placement: Placement, rank: int) -> list[tuple[int, int, int]]:
-    """Return a rank's runs as (index in the whole sequence, value, count), cut at the borders of its stretches."""
-    runs, at, left = [], 0, [list(piece) for piece in pieces]
+    """Return a rank's pieces as (first token in the whole sequence, value, count), cut where its stretches end."""
+    result, at, left = [], 0, [list(piece) for piece in pieces]
     for stretch in placement.stretches(rank):
         begin = stretch.begin
         while begin < stretch.end:
             value, count = left[at]
             taken = min(count, stretch.end - begin)
-            runs.append((begin, value, taken))
+            result.append((begin, value, taken))
             begin += taken
             left[at][1] -= taken
-            at += left[at][1] == 0  # the run is used up
-    return runs
+            at += left[at][1] == 0  # the next piece, once this one is used up
+    return result
 
 
 def cuts_of(pieces: Sequence[tuple[int, int]], length: int) -> tuple[int, ...]:
-    """Return the index at which each document of a row begins, and its length, from the runs (id, count) of the row."""
+    """Return the cuts of a row of `length` tokens from the pieces of its document ids."""
     cuts, at = [0], 0
     for (before, times), (after, _) in pairwise(pieces):
         at += times
@@ -73,10 +75,10 @@ def cuts_of(pieces: Sequence[tuple[int, int]], length: int) -> tuple[int, ...]:
 
 
 def changes(pieces: Sequence[tuple[int, int]]) -> Tensor:
-    """Return the indices at which padding begins and ends, alternately, from the runs (is padding, count) of a row."""
-    borders, at, before = [], 0, 0
+    """Return the tokens at which the value of a padding mask changes, the first of which is a change from 0."""
+    tokens, at, before = [], 0, 0
     for value, times in pieces:
         if value != before:
-            borders.append(at)
+            tokens.append(at)
         at, before = at + times, value
-    return torch.tensor(borders, dtype=torch.long)
+    return torch.tensor(tokens, dtype=torch.long)

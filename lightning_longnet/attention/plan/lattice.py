@@ -1,4 +1,7 @@
-"""`Lattice`: the rows of a block as an affine set of (segment, head, row), which is read as one strided view."""
+"""The rows of a block in memory: a set of (segment, head, row) at constant distances, read as one strided view.
+
+Shapes: B batch, N tokens, H heads, D head_dim.  A tensor (B, N, H, D) is read as (B, segments, heads, rows, D).
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lattice:
-    """The rows of several segments and heads: (s, a, i) is row `starts[s] + a * row_shift + i * step` of head
+    """A set of rows and heads: element (s, a, i) is row `starts[s] + a * row_shift + i * step` of head
     `head + a * head_step`.
 
-    The shift lets heads with different offsets share one view, along a diagonal:
+    The shift allows heads with different offsets in one view, along a diagonal:
 
-        rows    0 1 2 3 4 5 6 7        r = 2, one segment of 8
-        head 0  x . x . x . x .        head 0, row 0
-        head 1  . x . x . x . x        head_step 1, row_shift 1
+        rows    0 1 2 3 4 5 6 7        dilation_rate 2, one segment of 8: starts range(0, 1), rows 4, step 2,
+        head 0  x . x . x . x .        head 0, heads 2, head_step 1, row_shift 1
+        head 1  . x . x . x . x
 
-    `starts` is a range where the segments are evenly spaced.  Packed documents need not be, and their rows are copied.
+    `starts` is a range if the segments are evenly spaced.  Packed documents need not be: then it is a tuple, and rows
+    are copied.
     """
 
     starts: range | tuple[int, ...]
@@ -44,11 +48,11 @@ class Lattice:
 
     @property
     def size(self) -> int:
-        """The number of rows, over all segments and heads."""
+        """The number of elements, of all segments and heads."""
         return len(self.starts) * self.heads * self.rows
 
     def read(self, t: Tensor) -> Tensor:
-        """Return (B, segments, heads, rows, D) of a tensor (B, N, H, D): a view where the lattice is one."""
+        """Return the rows of t (B, N, H, D), (B, segments, heads, rows, D): a view if `is_view`, else a copy."""
         if not isinstance(self.starts, range):
             return self.copied(t)
         batch, row, head, dim = t.stride()
@@ -59,22 +63,22 @@ class Lattice:
         )
 
     def copied(self, t: Tensor) -> Tensor:
-        """Return the rows as a copy."""
+        """Return a copy of the rows of t (B, N, H, D), (B, segments, heads, rows, D)."""
         rows, heads = self.indices(t.device)
         if t.stride(1) != t.shape[2] * t.stride(2):
             return t[:, rows, heads]
-        # index_select along one dimension is twice as fast as indexing along two
+        # with tokens and heads flattened to one dimension the copy is twice as fast
         cells = rows * t.shape[2] + heads
-        selected: Tensor = t.flatten(1, 2).index_select(1, cells.flatten()).unflatten(1, cells.shape)
-        return selected
+        copy: Tensor = t.flatten(1, 2).index_select(1, cells.flatten()).unflatten(1, cells.shape)
+        return copy
 
     def write(self, t: Tensor, values: Tensor) -> None:
-        """Write values (B, segments, heads, rows, D) to the rows of a tensor (B, N, H, D)."""
+        """Write values (B, segments, heads, rows, D) to the rows of t that `read` would read."""
         if self.is_view:
             self.read(t).copy_(values)
         else:
             rows, heads = self.indices(t.device)
-            t[:, rows, heads] = values.to(t.dtype)  # unlike copy_, indexing does not convert
+            t[:, rows, heads] = values.to(t.dtype)  # an indexed assignment does not convert types
 
     def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the rows (segments, heads, rows) and the heads (heads, 1) of all elements."""
@@ -88,18 +92,18 @@ class Lattice:
         return replace(self, starts=self.starts[first:last])
 
     def diagonal(self, first: int, last: int) -> Lattice:
-        """Return the heads `first` to `last` of the lattice, each with its own rows."""
+        """Return the heads `first` to `last` of this lattice, each with its own rows."""
         moved = self.shifted(first * self.row_shift)
         return replace(moved, head=self.head + first * self.head_step, heads=last - first)
 
     def shifted(self, by: int) -> Lattice:
-        """Return the lattice moved by so many rows."""
+        """Return the same elements, `by` rows further on."""
         if isinstance(self.starts, range):
             return replace(self, starts=shifted(self.starts, by))
         return replace(self, starts=tuple(start + by for start in self.starts))
 
     def cells(self) -> Iterator[tuple[int, int]]:
-        """Yield every (row, head), for tests and pictures."""
+        """Yield the (row, head) of every element, for tests and for drawing."""
         for start in self.starts:
             for a in range(self.heads):
                 for i in range(self.rows):
@@ -107,28 +111,28 @@ class Lattice:
 
 
 def folded(at: Lattice, t: Tensor) -> Tensor:
-    """Return (B * segments, heads, rows, D) of a tensor (B, N, H, D), as kernels take it.
+    """Return the rows of a lattice in t (B, N, H, D) as kernels take them, (B * segments, heads, rows, D).
 
-    It is a copy only where samples and segments have no common stride.
+    They are a view unless samples and segments have no common stride.
     """
     return at.read(t).flatten(0, 1)
 
 
 def unfolded(at: Lattice, t: Tensor, batch: int) -> Tensor:
-    """Return (B, segments, heads, rows, D) of what a kernel returns, (B * segments, heads, rows, D)."""
-    split: Tensor = t.unflatten(0, (batch, len(at.starts)))
-    return split
+    """Return the rows of a lattice as `write` takes them, (B, segments, heads, rows, D), from the form of `folded`."""
+    rows: Tensor = t.unflatten(0, (batch, len(at.starts)))
+    return rows
 
 
 def readable(x: Tensor) -> Tensor:
-    """Return x, or a copy that kernels can read: stride 1 in the last dimension, and rows that do not overlap.
+    """Return x itself if kernels can read it, else a contiguous copy.
 
-    The gradient of a sum() has stride 0.
+    The last dimension must have stride 1 (that of a gradient of sum() has 0), and no two vectors may overlap.
     """
-    crossed = any(0 < stride < x.shape[-1] for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1)
-    return x.contiguous() if crossed or x.stride(-1) != 1 else x
+    overlaps = any(0 < stride < x.shape[-1] for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1)
+    return x.contiguous() if overlaps or x.stride(-1) != 1 else x
 
 
 def joined(results: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Concatenate the results of groups of samples along the batch."""
+    """Return the results of several calls as those of one batch: each tensor concatenated along dim 0."""
     return results[0] if len(results) == 1 else tuple(torch.cat(parts) for parts in zip(*results, strict=True))

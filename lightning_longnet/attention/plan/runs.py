@@ -1,9 +1,13 @@
-"""A branch as runs: equally spaced rows of one head and one document that see each other.
+"""The pairs that one branch shows to one key/value head of one document, as runs of equally spaced rows.
 
-A segment of 8 rows with rate 2 and offset 0 is one run of 4 rows; rows of other residues belong to no run of this head:
+A run is the rows of one segment that have the head's residue.  They see each other, and nothing else of that branch:
 
-    rows   0 1 2 3 4 5 6 7
-    run    x . x . x . x .
+    segment_length 8, dilation_rate 2, a head with offset 1, a document of 16 rows
+
+    . x . x . x . x | . x . x . x . x        two runs of 4 rows: starts range(1, 17, 8), step 2
+
+Rows are counted from the beginning of the document, and a and b are the places of a query and a key in their runs.  A
+window cuts a run into tiles, and a sparsity into blocks; each of these is a run of queries and a run of keys, too.
 """
 
 from __future__ import annotations
@@ -16,16 +20,14 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.pattern.pattern import Branch
 
-# A band (a window) is cut into tiles of at least and at most so many queries, which share one mask.  A broad band is
-# cut along its keys, too: into two narrow ends with masks, and a middle that all queries of the tile see.
+# The fewest and the most queries in a tile of a band; the tiles of a band share one mask.  A band of at least
+# BAND_SPLIT keys is also cut along its keys: into two narrow ends, and a middle that needs no mask.
 BAND_ROWS = (64, 1024)
 BAND_SPLIT = 512
 
 
 class Repeat(NamedTuple):
-    """A later branch that shows pairs again: a pair counts once more where the query's index is `queries` and the key's
-    is `keys`, both modulo `every`.
-    """
+    """A rule by which a pair counts once more: its query is at `queries` and its key at `keys`, modulo `every`."""
 
     every: int
     queries: int
@@ -33,38 +35,51 @@ class Repeat(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The shape of a run.  Runs of one shape can be computed in one kernel call.
+    """The properties that runs must have in common to be computed in one kernel call.
 
-    The a-th query sees the b-th key iff `low <= a - b <= high`; None is no bound.
+    The a-th query sees the b-th key iff `low <= a - b <= high`; a bound that is None does not bind.
 
         low = high = None       low = 0, high = None       low = 0, high = 1
         x x x x                 x . . .                    x . . .
         x x x x                 x x . .                    x x . .
         x x x x                 x x x .                    . x x .
+
+    Attributes:
+        queries, keys: the number of rows of a run of queries, and of the run of keys that it sees.
+        shift: the distance from the first query row to the first key row.
+        step: the distance between two rows of a run.
+        low, high: the mask, as above.
+        weight: how often each pair counts; a negative weight removes pairs that another block counts too often.
+        layer: runs of different layers may have rows in common, which one call must not have.
+        repeats: which pairs count more than once, where a pair that several branches show is computed once.
+        stack: a number if the runs are blocks of a sparsity: two runs of queries with one number are equal or disjoint,
+            so that all keys of the same queries can be gathered into one call.  None for all other runs.
     """
 
     queries: int
     keys: int
-    shift: int  # from a run's first query row to its first key row
+    shift: int
     step: int
     low: int | None = None
     high: int | None = None
     weight: int = 1
-    layer: tuple[int, int] = (0, 0)  # runs of different layers may share rows, and must not share a call
+    layer: tuple[int, int] = (0, 0)
     repeats: tuple[Repeat, ...] = ()
-    # The queries of two runs of one stack are equal or disjoint, so that the keys of equal queries can be gathered
     stack: int | None = None
 
 
 class Runs(NamedTuple):
-    """Runs of one shape, and the query row at which each begins."""
+    """Runs of one shape; `starts` are their first query rows."""
 
     shape: Shape
     starts: range
 
 
 def segments(branch: Branch, offset: int, length: int) -> Iterator[tuple[range, int]]:
-    """Yield (first rows of equal segments, their width): the whole segments of a document, then its shorter tail."""
+    """Yield (starts, width): where the runs of the whole segments of a document begin, and then that of a shorter tail.
+
+    Each start is the first row of a segment plus `offset`; `width` is the number of rows of a segment.
+    """
     width = min(branch.segment_length or length, length)
     whole = length // width
     yield range(offset, whole * width + offset, width), width
@@ -73,12 +88,12 @@ def segments(branch: Branch, offset: int, length: int) -> Iterator[tuple[range, 
 
 
 def row_count(width: int, offset: int, rate: int) -> int:
-    """Return how many of the first `width` rows of a segment have this residue."""
+    """Return how many of the first `width` rows of a segment have this offset modulo the rate."""
     return max(0, -(-(width - offset) // rate))
 
 
 def own_runs(branch: Branch, kv_head: int, kv_heads: int, length: int) -> Iterator[Runs]:
-    """Yield all runs of a branch for one key head, in a document of `length` tokens."""
+    """Yield all runs that a branch shows to a key/value head in a document of `length` rows."""
     offset = branch.offset(kv_head, kv_heads)
     for starts, width in segments(branch, offset, length):
         rows = row_count(width, offset, branch.dilation_rate)
@@ -86,32 +101,28 @@ def own_runs(branch: Branch, kv_head: int, kv_heads: int, length: int) -> Iterat
             run = range(0, rows * branch.dilation_rate, branch.dilation_rate)
             for queries, keys in kept_blocks(branch, kv_head, run):
                 for each in keys:
-                    yield from block(starts, queries, each, branch.is_causal)
+                    yield from kept_block_runs(starts, queries, each, branch.is_causal)
             continue
-        yield from banded(starts, rows, branch.dilation_rate, branch.is_causal, branch.window)
+        yield from band_runs(starts, rows, branch.dilation_rate, branch.is_causal, branch.window)
 
 
-def banded(
+def band_runs(
     starts: range, rows: int, step: int, is_causal: bool, window: int | None, weight: int = 1, layer: int = 0
 ) -> Iterator[Runs]:
-    """Yield runs of `rows` rows that see themselves: whole, or in tiles of queries where a window hides the far keys.
+    """Yield runs of `rows` rows that see themselves, as a whole or, where a window masks far keys, as tiles.
 
-    A causal window of 3 keys over 8 rows, in tiles of 4 queries; the second tile needs none of the first two keys:
+    A tile is some queries and the keys that they may see; a broad one is cut into three along its keys:
 
-        x . . . . . . .
-        x x . . . . . .
-        x x x . . . . .
-        . x x x . . . .
-        ----------------
-        . . x x x . . .
-        . . . x x x . .
+        keys      0 1 2 3 4 5 6       a causal window of 4 rows (low = 0, high = 3), and the tile of queries 4 and 5
+        query 4   . x x|x|x . .       far end: keys 1 and 2; middle: key 3, which both queries see; near end: keys 4
+        query 5   . . x|x|x x .       and 5
     """
     if not rows:
         return
     low = 0 if is_causal else None
     high = None if window is None else (window - 1) // step
     if high is None or high >= rows - 1:
-        yield Runs(_shape(rows, rows, 0, step, low, None, weight, (layer, 0)), starts)
+        yield Runs(_without_idle_bounds(Shape(rows, rows, 0, step, low, None, weight, (layer, 0))), starts)
         return
     low = 0 if is_causal else -high
     breadth = high - low + 1
@@ -122,81 +133,100 @@ def banded(
         end = min(begin + tile, rows)
         cuts = [begin - high, end - low]
         if is_split:
-            cuts[1:1] = [end - high, begin - low]  # all queries of the tile see the keys between these
+            cuts[1:1] = [end - high, begin - low]  # every query of the tile sees the keys between these two
         for left, right in pairwise(min(max(cut, 0), rows) for cut in cuts):
             if left == right:
                 continue
             local = left - begin
-            # neighbouring tiles share keys, so that one call may take only every so many of them
-            apart = -(-(right - left) // tile)
-            sizes = end - begin, right - left
-            shape = _shape(*sizes, local * step, step, low + local, high + local, weight, (layer, n % apart))
-            yield Runs(shape, shifted(starts, begin * step))
+            # The keys of neighbouring tiles overlap, and a call must not hold a key twice.  Tile n and tile n + layers
+            # have none in common, so the tiles go to this many calls in rotation.
+            layers = -(-(right - left) // tile)
+            shape = Shape(
+                queries=end - begin,
+                keys=right - left,
+                shift=local * step,
+                step=step,
+                low=low + local,
+                high=high + local,
+                weight=weight,
+                layer=(layer, n % layers),
+            )
+            yield Runs(_without_idle_bounds(shape), shifted(starts, begin * step))
 
 
 def kept_blocks(branch: Branch, kv_head: int, run: range) -> Iterator[tuple[range, tuple[range, ...]]]:
-    """Yield each block of queries of a run's rows with the blocks of keys that are kept for it."""
+    """Yield each block of queries of a run, as rows, with the blocks of keys that the sparsity keeps for it."""
     assert branch.sparsity is not None
     size = branch.sparsity.block_size
     for i, kept in enumerate(branch.sparsity.kept(len(run), kv_head, branch.is_causal)):
         yield run[i * size : (i + 1) * size], tuple(run[j * size : (j + 1) * size] for j in kept)
 
 
-def block(
+def kept_block_runs(
     starts: range, queries: range, keys: range, is_causal: bool, weight: int = 1, stack: int = 0
 ) -> Iterator[Runs]:
-    """Yield a block of kept keys for queries of the same residue, as a run of a stack; rows count from each start."""
-    low = _apart(queries, keys) if is_causal else None
+    """Yield runs of a block of queries against a block of keys of the same residue, unless the causal mask hides all.
+
+    Both ranges are rows, counted from each of `starts`.
+    """
+    low = _steps_between(queries, keys) if is_causal else None
     if low is None or low < len(queries):
-        shape = _shape(len(queries), len(keys), keys.start - queries.start, queries.step, low, None, weight)
-        yield Runs(shape._replace(stack=stack), shifted(starts, queries.start))
+        shape = Shape(len(queries), len(keys), keys.start - queries.start, queries.step, low, None, weight)
+        yield Runs(_without_idle_bounds(shape)._replace(stack=stack), shifted(starts, queries.start))
 
 
-def narrow(
+def windowed_block_runs(
     queries: range, keys: range, is_causal: bool, window: int, weight: int, layer: tuple[int, int]
 ) -> Iterator[Runs]:
-    """Yield a kept block beneath a window, without queries that see none of its keys: such runs form no stack."""
-    apart, most = _apart(queries, keys), (window - 1) // queries.step
-    low, high = apart if is_causal else apart - most, apart + most
+    """Yield the run of a block of queries against a block of keys, cut to the rows that see each other in a window.
+
+    The cut queries of two blocks may overlap without being equal, so these runs have no stack.
+    """
+    distance, most = _steps_between(queries, keys), (window - 1) // queries.step
+    low, high = distance if is_causal else distance - most, distance + most
+    # every query that stays sees a key that stays, and every key is seen
     first_query, last_key = max(0, low), min(len(keys), len(queries) - low)
     first_key, last_query = max(0, first_query - high), min(len(queries), last_key + high)
     if first_query >= last_query or first_key >= last_key:
         return
     moved = first_query - first_key
     queries, keys = queries[first_query:last_query], keys[first_key:last_key]
-    told = keys.start - queries.start, queries.step, low - moved, high - moved, weight, layer
-    yield Runs(_shape(len(queries), len(keys), *told), range(queries.start, queries.start + 1))
+    shape = Shape(
+        queries=len(queries),
+        keys=len(keys),
+        shift=keys.start - queries.start,
+        step=queries.step,
+        low=low - moved,
+        high=high - moved,
+        weight=weight,
+        layer=layer,
+    )
+    yield Runs(_without_idle_bounds(shape), range(queries.start, queries.start + 1))
 
 
-def _apart(queries: range, keys: range) -> int:
-    """Return how many rows of their residue lie from the first query to the first key."""
+def rectangle_runs(starts: range, queries: range, keys: range) -> Iterator[Runs]:
+    """Yield runs of queries that see all of other keys; both ranges are rows, counted from each of `starts`."""
+    if queries and keys:
+        shape = Shape(len(queries), len(keys), keys.start - queries.start, queries.step)
+        yield Runs(shape, shifted(starts, queries.start))
+
+
+def _steps_between(queries: range, keys: range) -> int:
+    """Return how many steps the first key lies behind the first query: key b is not after query a iff a - b >= it."""
     assert keys.step == queries.step
     assert (keys.start - queries.start) % queries.step == 0, "queries and keys have one residue"
     return (keys.start - queries.start) // queries.step
 
 
-def rectangle(starts: range, queries: range, keys: range) -> Iterator[Runs]:
-    """Yield a run whose queries see all of other keys; both ranges are rows, counted from each start."""
-    if queries and keys:
-        shape = _shape(len(queries), len(keys), keys.start - queries.start, queries.step)
-        yield Runs(shape, shifted(starts, queries.start))
-
-
-def _shape(
-    queries: int,
-    keys: int,
-    shift: int,
-    step: int,
-    low: int | None = None,
-    high: int | None = None,
-    weight: int = 1,
-    layer: tuple[int, int] = (0, 0),
-) -> Shape:
-    low = None if low is None or low <= 1 - keys else low
-    high = None if high is None or high >= queries - 1 else high
-    return Shape(queries, keys, shift, step, low, high, weight, layer)
+def _without_idle_bounds(shape: Shape) -> Shape:
+    """Return the shape with None for a bound that masks no pair, so that equal masks are equal shapes."""
+    low, high = shape.low, shape.high
+    return shape._replace(
+        low=None if low is None or low <= 1 - shape.keys else low,
+        high=None if high is None or high >= shape.queries - 1 else high,
+    )
 
 
 def shifted(run: range, by: int) -> range:
-    """Return the range moved by so many rows."""
+    """Return the range with each element moved by `by`."""
     return range(run.start + by, run.stop + by, run.step)

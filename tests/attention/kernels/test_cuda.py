@@ -13,7 +13,7 @@ from lightning_longnet import Pattern, attend, explain
 from lightning_longnet.attention.kernels import cudnn, flash, fused, rows, sdpa
 from lightning_longnet.attention.kernels.call import Call
 from lightning_longnet.attention.kernels.sdpa import efficient
-from lightning_longnet.attention.plan.blocks import Block
+from lightning_longnet.attention.plan.block import Block
 from lightning_longnet.attention.plan.runs import Repeat
 
 HALF, FLOAT = fused.HALF, (torch.float32,)

@@ -5,7 +5,7 @@ import torch
 
 from lightning_longnet.attention.kernels.call import Call
 from lightning_longnet.attention.kernels.sdpa import cpu as sdpa
-from lightning_longnet.attention.plan.blocks import Block
+from lightning_longnet.attention.plan.block import Block
 from lightning_longnet.attention.plan.lattice import Lattice
 from lightning_longnet.attention.plan.runs import Repeat
 

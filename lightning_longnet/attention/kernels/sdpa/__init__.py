@@ -34,6 +34,7 @@ def refusals(request: Request) -> list[str]:
 
 
 def takes_weights(device: str) -> bool:
+    """Return whether the kernel can count a pair several times in one block: on CPU alone."""
     # On CUDA a block with a bias cannot run in flash attention, its bias is rounded to the type of q, and heads with
     # different biases need a call each
     return device == "cpu"
@@ -54,11 +55,13 @@ def backward(
 class _Device(Protocol):
     """The operators of one kind of device, with the shapes of `BlockKernel`."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]: ...
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Return out and lse of one block."""
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv of one block."""
 
 
 def _serving(q: Tensor) -> _Device:

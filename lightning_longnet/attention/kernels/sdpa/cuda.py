@@ -19,17 +19,22 @@ class _Operator(Protocol):
     """One of torch's operators: `refusals` concern a whole call, `serves` one block of a call that is not refused."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name of the operator in `note`."""
 
-    def refusals(self, request: Request) -> list[str]: ...
+    def refusals(self, request: Request) -> list[str]:
+        """Return the reasons why the operator cannot compute any block of a call."""
 
-    def serves(self, q: Tensor, call: Call) -> bool: ...
+    def serves(self, q: Tensor, call: Call) -> bool:
+        """Return whether the operator can compute a block."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]: ...
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Return out and lse of one block."""
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv of one block."""
 
 
 _OPERATORS: tuple[_Operator, ...] = (flash, efficient)  # in the order of preference; the last one computes every block

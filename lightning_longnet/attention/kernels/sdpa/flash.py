@@ -58,6 +58,7 @@ class _Operator:
     """torch's operators with the signatures of `fused.Operator`."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
+        """Return out and lse of one window."""
         out, lse, _, _, _ = _forward(
             q,
             k,
@@ -87,6 +88,7 @@ class _Operator:
         left: int,
         right: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv of one window."""
         dq, dk, dv = _backward(
             grad,
             q,

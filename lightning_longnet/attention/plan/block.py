@@ -1,0 +1,61 @@
+"""`Block`: the pairs of one kernel call, and `Part`: a block of a branch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_longnet.attention.plan.lattice import Lattice
+    from lightning_longnet.attention.plan.runs import Repeat
+
+
+@dataclass(frozen=True)
+class Block:
+    """The pairs of one kernel call: the queries of a lattice against the keys of another, segment by segment.
+
+    Both lattices have the same number of segments, and each key head serves `queries.heads / keys.heads` query heads.
+
+    Attributes:
+        low, high, repeats, stack: see `Shape`.
+        weight: how often each pair counts.  A block of negative weight removes pairs that two branches both show.
+    """
+
+    queries: Lattice
+    keys: Lattice
+    low: int | None = None
+    high: int | None = None
+    weight: int = 1
+    repeats: tuple[Repeat, ...] = ()
+    stack: int | None = None
+
+    @property
+    def pairs(self) -> int:
+        """The number of visible (query, key) pairs, over all segments and query heads."""
+
+        def at_least(bound: int) -> int:
+            """Return how many (a, b) have a - b >= bound: the sum over a of the keys up to a - bound."""
+            return keys_up_to(self.queries.rows - bound) - keys_up_to(-bound)
+
+        def keys_up_to(x: int) -> int:
+            """Return min(1, keys) + min(2, keys) + ... + min(x, keys)."""
+            full = min(max(x, 0), self.keys.rows)
+            return full * (full + 1) // 2 + max(x - self.keys.rows, 0) * self.keys.rows
+
+        count = self.queries.rows * self.keys.rows if self.low is None else at_least(self.low)
+        if self.high is not None:
+            count -= at_least(self.high + 1)
+        return len(self.queries.starts) * self.queries.heads * count
+
+
+class Part(NamedTuple):
+    """A block and the index of its branch.
+
+    If its keys came from other ranks, `cells` holds their places among the received rows, (segments, heads, rows).
+    """
+
+    branch: int
+    block: Block
+    cells: Tensor | None = None
