@@ -289,6 +289,6 @@ def failing_unguarded(group, what):
     return guard.counts
 
 
-@pytest.mark.parametrize("what", ["forward", "backward"])
+@pytest.mark.parametrize("what", tiered(["forward", "backward"], quick=["forward"]))
 def test_failures_of_calls_without_the_guard_are_not_its_own(pool, what):
     assert pool.run(1, failing_unguarded, what) == [NOTHING | {"preflights": 1}]

@@ -133,6 +133,7 @@ def test_streamed(lines, tokenizer, workers):
     assert data.bytes_per_token == pytest.approx(sum(map(len, TEXTS[19::20])) / len(ids[True]))
 
 
+@pytest.mark.long
 def test_tokenize_with_a_tokenizer(tmp_path, tokenizer):
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text("\n".join(TEXTS[15 * i : 15 * i + 15]))

@@ -88,6 +88,7 @@ def test_engines_split_what_they_split():
     assert all(peaks[name].peak < peaks["ddp"].peak for name in peaks if name != "ddp")
 
 
+@pytest.mark.long
 def test_the_longest_sequence_fits_and_a_longer_one_does_not():
     device = replace(named("h200"), memory=60e6)
     job = job_of(tokens=1024)
