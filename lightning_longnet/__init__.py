@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from lightning_longnet.planning.flops import ModelFlops, attended_pairs
     from lightning_longnet.report import write_report
     from lightning_longnet.sequence import SequenceContext, SequencePart, hand_down, sequence_context, sequence_mesh
+    from lightning_longnet.split_check import SplitMismatch, Verdict, check_split
     from lightning_longnet.training.module import LongNetModule
     from lightning_longnet.training.optimization import decay_groups, warmup_cosine
     from lightning_longnet.training.vision_module import LongViTModule
@@ -118,13 +119,16 @@ __all__ = [
     "SequenceShard",
     "SparsePatternConfig",
     "Sparsity",
+    "SplitMismatch",
     "StandardizedRingConfig",
     "TokenData",
     "TokenFileData",
+    "Verdict",
     "attend",
     "attended_pairs",
     "available_presets",
     "causal_order",
+    "check_split",
     "chunked_cross_entropy",
     "create_ring_multihead_attention_hybrid",
     "create_standardized_ring_attention",
@@ -182,6 +186,7 @@ _MODULES = {
     "models.longnet": ("LongNet", "LongNetConfig"),
     "training.module": ("LongNetModule",),
     "sequence": ("SequenceContext", "SequencePart", "hand_down", "sequence_context", "sequence_mesh"),
+    "split_check": ("SplitMismatch", "Verdict", "check_split"),
     "training.optimization": ("decay_groups", "warmup_cosine"),
     "checkpointing.checkpoints": ("Checkpoint", "read_checkpoint"),
     "checkpointing.exports": ("export_model", "load_model"),

@@ -19,15 +19,18 @@ from lightning_longnet.sequence.attach import hand_down
 from lightning_longnet.sequence.batches import checked_dims
 from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.sequence.mesh import check_sizes, sequence_mesh
+from lightning_longnet.split_check.check import Action  # noqa: TC001
+from lightning_longnet.split_check.replica import whole_tensor
 from lightning_longnet.strategies.checks import (
     Accumulate,
     check_accumulation,
+    check_is_split,
     check_means,
     check_options,
     check_predicted_batches,
-    check_split,
 )
 from lightning_longnet.strategies.engines import Sharding, engine_class, engine_options, gathers_parameters
+from lightning_longnet.strategies.first_batch import FirstBatchCheck
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
 from lightning_longnet.strategies.resume import skip_finished_batches
 from lightning_longnet.strategies.seeds import dropout_seed
@@ -75,6 +78,9 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         engine: further options of Lightning's strategy for the engine.
         preemption: adds the callback `Preemption` when fitting, unless the Trainer has one: SIGTERM to any rank then
             saves one checkpoint of all ranks and ends the run.  False leaves signals to Lightning.
+        split_check: what happens where the module computes something else on parts of sequences than on whole ones,
+            which is tried on the first training batch and the first validation batch: "error" ends the run, "warn"
+            goes on, "off" does not try; see `check_split`.
         accelerator: as for any strategy, like all that follow; the Trainer sets them.
         parallel_devices: the devices of this node.
         cluster_environment: the plugin that knows the number of each rank.
@@ -102,8 +108,9 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         process_group_backend: str | None = None,
         *,
         preemption: bool = True,
+        split_check: Action = "error",
     ) -> None:
-        check_options(accumulate, timeout, preemption)
+        check_options(accumulate, timeout, preemption, split_check)
         SequenceContext(placement=placement, exchange=exchange)  # raises an error where they are wrong
         self.sharding, self.accumulate, self.timeout = sharding, accumulate, float(timeout)
         self.preemption = preemption
@@ -111,6 +118,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()
         self._compared: set[tuple[str, int, int]] = set()
+        self._first_batches = FirstBatchCheck(split_check)
         self._start_engine(engine_options(self.stock, engine or {}), process_group_backend)
         self._accelerator, self.parallel_devices = accelerator, parallel_devices
         self.cluster_environment, self._checkpoint_io = cluster_environment, checkpoint_io
@@ -209,14 +217,27 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         self._compared.clear()
         self.sequence_context.window.close(1)  # an interrupted run may have left it open
         hand_down(self.lightning_module, self.sequence_context)
+        self._begin_split_check()
         super().setup(trainer)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         module = self.lightning_module
         if module is not None:
             self._compare(module, batch, dataloader_idx)
-            batch = self.sequence_context.split(batch, checked_dims(getattr(module, "sequence_dims", {})))
+            dims = checked_dims(getattr(module, "sequence_dims", {}))
+            self._first_batches.check(self, module, batch, dims)
+            batch = self.sequence_context.split(batch, dims)
         return super().batch_to_device(batch, device, dataloader_idx)
+
+    def _begin_split_check(self) -> None:
+        """Let the split check take the structure of the module, while it is whole."""
+        assert self.lightning_module is not None
+        self._first_batches.begin(self.lightning_module, self._whole_parameter)
+
+    @staticmethod
+    def _whole_parameter(parameter: Tensor) -> Tensor:
+        """Return the whole of a parameter that the engine has sharded; all ranks call this together."""
+        return whole_tensor(parameter)
 
     def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int) -> None:
         """Compare the first batch of each loader in each epoch over the ranks that share sequences."""
@@ -239,7 +260,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
             context.window.open()
         means = context.window.means
         output = super().training_step(*args, **kwargs)
-        check_split(context)
+        check_is_split(context)
         if self.accumulate == "tokens":
             check_means(context.window.means - means)
         return output
@@ -281,6 +302,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         self.sequence_context.begin(None)
         if self.lightning_module is not None:
             hand_down(self.lightning_module, None)
+        self._first_batches.end()
         super().teardown()
         if isinstance(self._launcher, WatchedLauncher) and self._is_interrupted():
             self._launcher.end_children()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from lightning_longnet.sequence.agreement import gathered
+from lightning_longnet.split_check.check import check_action
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 Accumulate = Literal["batches", "tokens"]
 
 
-def check_options(accumulate: Any, timeout: Any, preemption: Any) -> None:
+def check_options(accumulate: Any, timeout: Any, preemption: Any, split_check: Any) -> None:
     """Raise a ValueError where an option of the strategy has a wrong value."""
     if accumulate not in get_args(Accumulate):
         allowed = ", ".join(map(repr, get_args(Accumulate)))
@@ -27,6 +28,7 @@ def check_options(accumulate: Any, timeout: Any, preemption: Any) -> None:
         raise ValueError(f"timeout must be a number of seconds, more than 0, got {timeout!r}")
     if not isinstance(preemption, bool):
         raise ValueError(f"preemption must be True or False, got {preemption!r}")
+    check_action(split_check)
 
 
 def check_accumulation(accumulate: str, module: LightningModule) -> None:
@@ -35,7 +37,7 @@ def check_accumulation(accumulate: str, module: LightningModule) -> None:
         raise ValueError("accumulate must be 'batches' with manual optimisation, which weights its losses itself")
 
 
-def check_split(context: SequenceContext) -> None:
+def check_is_split(context: SequenceContext) -> None:
     """Raise a ValueError where ranks that share sequences have all computed the same whole batch.
 
     A batch may stay whole for a model that splits what it makes of it, which the model says by `begin_made`.

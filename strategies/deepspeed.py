@@ -75,6 +75,15 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
+    @staticmethod
+    def _whole_parameter(parameter: Tensor) -> Tensor:
+        if not hasattr(parameter, "ds_id"):
+            return parameter
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.lightning_module is not None

@@ -56,6 +56,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     def setup(self, trainer: Trainer) -> None:
         module = self.lightning_module
         assert module is not None
+        self._begin_split_check()
         if any(isinstance(each, FSDPModule) for each in module.modules()):
             _check_sharding(module)
         else:

@@ -1,4 +1,5 @@
 import os
+from contextlib import closing
 
 import pytest
 import torch
@@ -38,6 +39,14 @@ def pool():
     found = Pool(max(WORLDS))
     yield found
     found.close()
+
+
+@pytest.fixture(scope="session")
+def trainers():
+    from trainers import Trainers
+
+    with closing(Trainers(4)) as found:
+        yield found
 
 
 def pytest_addoption(parser):

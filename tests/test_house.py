@@ -27,6 +27,7 @@ TOP = ["registration", "__init__"]
 FOLDERS = {
     **{folder: CORE[: i + 1] for i, folder in enumerate(CORE)},
     "sequence": [*CORE],
+    "split_check": [*CORE, "sequence"],
     "layers": [*CORE],
     "models": [*CORE, "sequence", "layers"],
     "checkpointing": [*CORE, "models"],
@@ -39,7 +40,7 @@ FOLDERS = {
     "callbacks": [*CORE, "sequence", "layers", "report", "planning", "__init__"],
     "cli": [*CORE, "models", "checkpointing", "training", "data", "report", "planning", "callbacks", *TOP],
 }
-TORCH_ONLY = [*CORE, "sequence", "layers", "models"]
+TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "models"]
 
 
 def folder_of(module):

@@ -5,14 +5,6 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def trainers():
-    from trainers import Trainers
-
-    with closing(Trainers(4)) as found:
-        yield found
-
-
-@pytest.fixture(scope="session")
 def deepspeed_trainers():
     """Of a number of processes."""
     from trainers import Trainers

@@ -1,0 +1,110 @@
+"""The place of a wrong split: the first module that gets what it should and returns something else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from lightning_longnet.sequence.parts import part_of
+from lightning_longnet.split_check.causes import ADVICE, UNKNOWN, named_causes
+from lightning_longnet.split_check.watch import STEP, Watch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lightning_longnet.attention.parallel.placement import Placement
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step computes something else on parts.
+
+    Attributes:
+        name: the name of a module, or that of the step.
+        kind: the name of the module's class.
+        causes: the likely causes, keys of `ADVICE`, the likeliest first.
+    """
+
+    name: str
+    kind: str = ""
+    causes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = f"{self.name} ({self.kind})" if self.kind else self.name
+        lines = [f"{where} is the first that gets the same and computes something else."]
+        for number, (cause, advice) in enumerate([ADVICE[name] for name in self.causes[:2]] or [UNKNOWN]):
+            lines.append(f"{'Likely cause' if number == 0 else 'Or'}: {cause}.  Instead: {advice}.")
+        return "\n".join(lines)
+
+
+def place_of(whole: Watch, part: Watch, placement: Placement | None, rank: int, tolerance: float) -> Place | None:
+    """Return the first place where parts differ from whole sequences on some rank; None where modules all agree.
+
+    All ranks call this together, and get the same.
+
+    Args:
+        whole: the record of a step on whole sequences.
+        part: the record of the step on this rank's part.
+        placement: the placement of the sequences; None where the record does not say what is a sequence.
+        rank: the number of this rank in it.
+        tolerance: the largest relative difference that is no difference.
+    """
+    same_calls = [call.name for call in whole.calls] == [call.name for call in part.calls]
+    flags = torch.ones(len(whole.calls), 2, dtype=torch.long)
+    if same_calls:
+        for i, (a, b) in enumerate(zip(whole.calls, part.calls, strict=True)):
+            flags[i, 0] = _all_same(a.inputs, b.inputs, placement, rank, tolerance)
+            flags[i, 1] = _all_same(a.outputs, b.outputs, placement, rank, tolerance)
+    agreed = torch.tensor([int(same_calls)])
+    if dist.is_initialized():
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        agreed = agreed.to(device)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN)
+        if agreed:
+            flags = flags.to(device)
+            dist.all_reduce(flags, dist.ReduceOp.MIN)
+    if not agreed:
+        return Place("the choice of modules, which differs between parts and whole sequences,")
+    for call, (gets_same, returns_same) in zip(whole.calls, flags.tolist(), strict=True):
+        if gets_same and not returns_same:
+            return _place(call.name, call.kind, part, whole)
+    return _place(STEP, None, part, whole) if part.causes.get(STEP) or whole.causes.get(STEP) else None
+
+
+def _place(name: str, kind: type[nn.Module] | None, part: Watch, whole: Watch) -> Place:
+    causes = [*part.causes.get(name, []), *whole.causes.get(name, [])]
+    return Place(name, "" if kind is None else kind.__name__, tuple(named_causes(kind, causes)))
+
+
+def _all_same(
+    whole: list[Tensor], part: list[Tensor], placement: Placement | None, rank: int, tolerance: float
+) -> bool:
+    return len(whole) == len(part) and all(
+        same_tokens(a, b, placement, rank, tolerance) for a, b in zip(whole, part, strict=True)
+    )
+
+
+def same_tokens(whole: Tensor, part: Tensor, placement: Placement | None, rank: int, tolerance: float) -> bool:
+    """Whether a tensor of a part is this rank's part of a whole one, or equal to it where it has no sequence."""
+    if whole.dim() != part.dim() or whole.dtype != part.dtype:
+        return False
+    if whole.shape != part.shape:
+        if placement is None:
+            return False
+        changed = [dim for dim in range(whole.dim()) if whole.shape[dim] != part.shape[dim]]
+        dim, tokens, here = changed[0], placement.length, placement.lengths[rank]
+        if len(changed) > 1 or whole.shape[dim] % tokens or part.shape[dim] * tokens != whole.shape[dim] * here:
+            return False
+        # (rows, tokens) may have been flattened
+        rows = whole.shape[dim] // tokens
+        whole = part_of(whole.unflatten(dim, (rows, tokens)), placement, rank, dim + 1).flatten(dim, dim + 1)
+    if not whole.is_floating_point():
+        return bool((whole == part).all())
+    difference = (whole - part).abs().nan_to_num(nan=0.0)
+    if bool((whole.isnan() != part.isnan()).any()):
+        return False
+    size = whole.abs().nan_to_num(posinf=0.0).max() if whole.numel() else 0.0
+    return bool((difference <= tolerance * size).all())

@@ -1,0 +1,213 @@
+"""Copies of a module that a split check may run: nothing that they do reaches the module itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_SHARED_NAMES = ("_trainer", "_fabric")  # objects of a run, not of a module
+_SHARED_KINDS = (dist.ProcessGroup, DeviceMesh, ModuleType)
+
+Values = Mapping[str, Tensor]
+
+
+class StopStep(BaseException):
+    """Ends a step where its optimizer would make the first update."""
+
+
+def is_whole_module(module: nn.Module) -> bool:
+    """Whether a module's parameters and buffers are whole on this rank."""
+    return not any(
+        tensor.is_meta or isinstance(tensor, (DTensor, UninitializedTensorMixin)) or hasattr(tensor, "ds_id")
+        for tensor in (*module.parameters(), *module.buffers())
+    )
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return the whole of a tensor that FSDP2 may have sharded."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # shards may be kept in the host's memory, which the ranks do not exchange
+    here: Any = tensor.detach().to(tensor.device_mesh.device_type)
+    whole: Tensor = here.full_tensor()
+    return whole
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    result = copy.deepcopy(module, memo)
+    for each, original in zip(result.modules(), module.modules(), strict=True):
+        for name in _SHARED_NAMES:  # which a LightningModule leaves out of its state
+            if name in original.__dict__:
+                each.__dict__[name] = original.__dict__[name]
+    return result
+
+
+def _shared_objects(module: nn.Module) -> dict[int, Any]:
+    """Return the objects that a copy of a module shares with it, by their ids: those of the run."""
+    return {
+        id(value): value
+        for each in module.modules()
+        for name, value in each.__dict__.items()
+        if name in _SHARED_NAMES or isinstance(value, _SHARED_KINDS)
+    }
+
+
+class Replica:
+    """The structure of a module without the values of its parameters and buffers, which are filled in for each run.
+
+    It is made before an engine shards the module, and needs next to no memory.
+
+    Args:
+        module: the module, whole on this rank.
+        whole: returns the whole of a parameter that an engine shards after that; all ranks call it together.
+    """
+
+    def __init__(self, module: nn.Module, whole: Callable[[Tensor], Tensor] = whole_tensor) -> None:
+        if not is_whole_module(module):
+            raise ValueError("its parameters are sharded or empty already")
+        tensors = (*module.parameters(), *module.buffers())
+        memo = {id(tensor): _placeholder(tensor) for tensor in tensors} | _shared_objects(module)
+        self._structure = _copied(module, memo)
+        self._whole = whole
+        self.sizes = {size for parameter in module.parameters() for size in parameter.shape}
+        self.numbers = sum(parameter.numel() for parameter in module.parameters())
+
+    def values_of(self, module: nn.Module, dtype: torch.dtype | None, device: torch.device) -> Values:
+        """Return the present values of a module's parameters and buffers, those of rank 0 on all ranks.
+
+        Args:
+            module: the module; it may have been sharded since the replica was made.
+            dtype: the dtype of values that are not integers; None keeps their own.
+            device: the device of the values.
+        """
+        values = {}
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            value = self._whole(tensor).detach().to(device, copy=True)
+            if dist.is_initialized():
+                dist.broadcast(value, src=0)
+            values[name] = value if dtype is None else in_dtype(value, dtype)
+        return values
+
+    def module_with(self, values: Values, modes: Mapping[str, bool]) -> nn.Module:
+        """Return a copy of the module with these values.
+
+        Args:
+            values: the values of its parameters and buffers, by their names.
+            modes: whether each module inside is in training mode, by its name.
+        """
+        memo = _shared_objects(self._structure)
+        for name, tensor in (*self._structure.named_parameters(), *self._structure.named_buffers()):
+            value = values[name].clone()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
+        module = _copied(self._structure, memo)
+        for name, each in module.named_modules():
+            each.training = modes.get(name, each.training)
+        return module
+
+
+def _placeholder(tensor: Tensor) -> Tensor:
+    meta = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in a floating dtype, or in the complex one of its width; integers stay as they are."""
+    if x.is_complex():
+        return x.to(torch.promote_types(dtype, torch.complex64))
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def perturbed(values: Values, size: float, seed: int) -> dict[str, Tensor]:
+    """Return values moved by about `size` of themselves, the same on all ranks; zeros move by `size` / 10."""
+    generator = torch.Generator().manual_seed(seed)
+    moved = {}
+    for name, x in values.items():
+        if not x.is_floating_point():
+            moved[name] = x
+            continue
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
+        moved[name] = torch.where(x == 0, 0.1 * size * noise, x * (1 + size * noise.clamp(-3, 3)))
+    return moved
+
+
+class Logged(dict[str, float]):
+    """The numbers that a step logs."""
+
+    def add(self, name: str, value: Any, *_: Any, **__: Any) -> None:
+        """Keep a number; a metric has none before the ranks share its state."""
+        if isinstance(value, Tensor) and value.numel() == 1:
+            self[name] = float(value.detach())
+        elif isinstance(value, (int, float)):
+            self[name] = float(value)
+
+    def add_all(self, values: Mapping[str, Any], *_: Any, **__: Any) -> None:
+        """Keep the numbers of a dictionary."""
+        for name, value in values.items():
+            self.add(name, value)
+
+
+def isolate(module: nn.Module, backward: Callable[[Tensor], None]) -> Logged:
+    """Let calls of a LightningModule's copy reach no Trainer, and return the numbers that it logs.
+
+    Args:
+        module: the copy.
+        backward: called with each loss of manual optimisation.
+    """
+    logged = Logged()
+    if not hasattr(module, "manual_backward"):
+        return logged
+    optimizer = _Optimizer(module)
+
+    def optimizers(*_: Any, **__: Any) -> Any:
+        trainer: Any = module.trainer
+        many = len(trainer.optimizers)
+        return optimizer if many == 1 else [optimizer] * many
+
+    methods = {
+        "log": logged.add,
+        "log_dict": logged.add_all,
+        "print": _nothing,
+        "manual_backward": lambda loss, *_, **__: backward(loss),
+        "optimizers": optimizers,
+        "lr_schedulers": _nothing,
+        "toggle_optimizer": _nothing,
+        "untoggle_optimizer": _nothing,
+        "clip_gradients": _nothing,
+    }
+    for name, method in methods.items():
+        module.__dict__[name] = method
+    return logged
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+class _Optimizer:
+    """An optimizer that ends the step at its first update."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.param_groups: list[dict[str, Any]] = [{"params": list(module.parameters()), "lr": 0.0}]
+        self.state: dict[Any, Any] = {}
+
+    def zero_grad(self, *_: Any, **__: Any) -> None:
+        self._module.zero_grad()
+
+    def step(self, closure: Callable[[], Any] | None = None, **__: Any) -> None:
+        if closure is not None:
+            closure()
+        raise StopStep

@@ -1,0 +1,87 @@
+"""The batch of a split check: a short piece of a real one, whose length no rank can mistake for another size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_longnet.sequence.batches import dim_of, is_whole, length_of, mapped, tensors
+from lightning_longnet.sequence.parts import SequencePart
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from lightning_longnet.sequence.context import SequenceContext
+
+_TOKENS = 129  # enough for a few tokens of every kind, and a small share of a training step
+_TOKENS_PER_RANK = 16
+_WHOLE = 8192  # the longest sequence that every rank is asked to compute whole
+
+
+def sample_lengths(length: int, ranks: int, sizes: Collection[int]) -> list[int]:
+    """Return the lengths to try: a short odd one, and the whole length where one rank can be asked to compute that.
+
+    The short one is uneven over the ranks, so that a mean of their means is not the mean, and neither it nor the number
+    of tokens of a rank is a size of a parameter, so that no dimension is mistaken for the sequence.
+
+    Args:
+        length: the number of tokens of the batch's sequences.
+        ranks: the number of ranks that share a sequence.
+        sizes: the sizes of the parameters' dimensions.
+    """
+    longest = min(length, max(_TOKENS, _TOKENS_PER_RANK * ranks + 1))
+    uneven = [n for n in range(longest, ranks, -1) if n % 2 and (ranks == 1 or n % ranks)]
+    plain = [n for n in uneven if not {n, n // ranks, n // ranks + 1} & set(sizes)]
+    lengths = (plain or uneven)[:1]
+    return lengths if length > _WHOLE or length in lengths else [*lengths, length]
+
+
+def whole_batch(batch: Any, dims: Mapping[str, int | None], context: SequenceContext) -> Any:
+    """Return a batch of whole sequences: of a `SequencePart` a piece that the group's first rank holds."""
+    if not isinstance(batch, SequencePart):
+        return batch
+    values: list[Any] = [None]
+    assert context.sequence_group is not None
+    first = dist.get_process_group_ranks(context.sequence_group)[0]
+    if dist.get_rank() == first:
+        begin, end = batch.stretches[0] if batch.stretches else (0, 0)
+        stretch = _cut(batch.tensors, dims, 0, end - begin)
+        longest = max(_TOKENS, _TOKENS_PER_RANK * context.sequence_parallel_size + 1)
+        values = [sample(stretch, dims, min(end - begin, longest))]
+    dist.broadcast_object_list(values, first, group=context.sequence_group)
+    return values[0]
+
+
+def batch_length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
+    """Return the number of tokens of a batch's sequences; None where the model makes sequences."""
+    return None if is_whole(batch, dims) else length_of(batch, dims)
+
+
+def sample(batch: Any, dims: Mapping[str, int | None], tokens: int | None) -> Any:
+    """Return a copy of a batch cut to the `tokens` neighbouring tokens with the most labels; whole where it is None."""
+    if tokens is None:
+        return mapped(batch, lambda _, x: x.detach().clone())
+    return _cut(batch, dims, _begin(batch, dims, tokens), tokens)
+
+
+def _cut(batch: Any, dims: Mapping[str, int | None], begin: int, tokens: int) -> Any:
+    def piece(path: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+        dim = dim_of(path, x, dims)
+        return x.detach().clone() if dim is None else x.detach().narrow(dim, begin, tokens).clone()
+
+    return mapped(batch, piece)
+
+
+def _begin(batch: Any, dims: Mapping[str, int | None], tokens: int) -> int:
+    """Return where the `tokens` neighbouring tokens begin of which the most have a label and are no padding."""
+    useful = torch.zeros(length_of(batch, dims))
+    for path, x in tensors(batch):
+        dim = dim_of(path, x, dims)
+        if dim is None or path[-1] not in ("labels", "attention_mask") or x.is_floating_point():
+            continue
+        counted = (x != -100) if path[-1] == "labels" else (x != 0)
+        useful += counted.movedim(dim, 0).flatten(1).sum(1).cpu() if x.dim() > 1 else counted.cpu()
+    sums = torch.cat([torch.zeros(1), useful.cumsum(0)])
+    return int((sums[tokens:] - sums[:-tokens]).argmax())

@@ -1,0 +1,90 @@
+"""A record of a step: what each module got and returned, and which of torch's functions it called itself."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_longnet.split_check.causes import cause_of_call
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+STEP = "the step itself"
+
+
+@dataclass
+class Call:
+    """One call of a module.
+
+    Attributes:
+        name: the name of the module.
+        kind: its class.
+        inputs: the tensors that it got, as they were before the call.
+        outputs: the tensors that it returned.
+    """
+
+    name: str
+    kind: type[nn.Module]
+    inputs: list[Tensor]
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+class Watch(TorchFunctionMode):
+    """Records the calls of modules in the order in which they end, and the causes that each module's functions suggest.
+
+    Args:
+        tokens: the number of tokens of each sequence in this run.
+    """
+
+    def __init__(self, tokens: int | None) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.calls: list[Call] = []
+        self.causes: dict[str, list[str]] = {}
+        self._open: list[Call] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.tokens is not None:
+            cause = cause_of_call(func, args, kwargs or {}, result, self.tokens)
+            if cause is not None:
+                causes = self.causes.setdefault(self._open[-1].name if self._open else STEP, [])
+                if cause not in causes:
+                    causes.append(cause)
+        return result
+
+    @contextmanager
+    def watching(self, module: nn.Module) -> Iterator[None]:
+        """Record what the modules inside of `module` do inside the block."""
+        handles = []
+        for name, each in module.named_modules():
+            if name:
+                handles.append(each.register_forward_pre_hook(self._before(name), prepend=True, with_kwargs=True))
+                handles.append(each.register_forward_hook(self._after, with_kwargs=True, always_call=False))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._open.append(Call(name, type(module), _copies((args, kwargs))))
+
+        return hook
+
+    def _after(self, _module: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
+        call = self._open.pop()
+        call.outputs = _copies(result)
+        self.calls.append(call)
+
+
+def _copies(values: Any) -> list[Tensor]:
+    return [x.detach().clone() for x in tree_leaves(values) if isinstance(x, Tensor)]

@@ -1,0 +1,176 @@
+"""The split check of a strategy: a wrong module ends before its first step, whatever the engine, and says where."""
+
+import logging
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from faults import VOCABULARY, Base, Convolution, Cumulative, OurAttention, PlainMean
+from tiers import tiered
+from torch.utils.data import DataLoader
+from trained import SMALL_BUCKETS, trainer_of
+
+from lightning_longnet import LongViTConfig, LongViTModule, Pattern, sequence_context
+from lightning_longnet.split_check import SplitMismatch
+
+ENGINES = ["ddp", "fsdp2", "hsdp"]
+
+
+class Module(L.LightningModule):
+    def __init__(self, kind, manual=False):
+        super().__init__()
+        self.model, self.automatic_optimization = kind(), not manual
+        self.steps, self.numbers = 0, []
+
+    def training_step(self, batch, batch_idx):
+        assert sequence_context(self) is self.trainer.strategy.sequence_context
+        self.steps += 1
+        loss = self.model.step(batch)
+        self.log("loss", loss, sync_dist=True)
+        self.logger.log_metrics({"loss": float(loss)}) if self.logger else None
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        raise_if_copied(self)
+        return None
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.model.step(batch), sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def raise_if_copied(module):
+    assert module is module.trainer.lightning_module, "the check went on behind the first update"
+
+
+class Lines(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def rows():
+    ids = torch.randint(VOCABULARY, (4, 65), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+    return DataLoader([{name: x[i] for name, x in batch.items()} for i in range(4)], batch_size=2)
+
+
+def fit(rank, world, kind, sharding, manual=False, validates=False, module=None, loader=None, resume=None, **told):
+    """(steps of the module, lines of the log that speak of the check)"""
+    from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+    if sharding.startswith("deepspeed"):
+        told = {"engine": SMALL_BUCKETS, **told}
+    torch.manual_seed(rank)
+    module = Module(kind, manual) if module is None else module()
+    lines = Lines()
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(lines)
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        try:
+            trainer = trainer_of(
+                RingSequenceParallelStrategy(2, sharding, **told),
+                world,
+                max_steps=2,
+                num_sanity_val_steps=int(validates),
+            )
+            data = rows() if loader is None else loader()
+            trainer.fit(module, data, data if validates else None)
+        finally:
+            logger.removeHandler(lines)
+    spoken = [line for line in lines.lines if line.startswith("split check")]
+    spoken += [str(each.message) for each in raised if "parts of sequences" in str(each.message)]
+    return getattr(module, "steps", None), spoken
+
+
+@pytest.mark.parametrize("sharding", tiered(ENGINES, quick=["fsdp2"]))
+def test_a_right_module_is_said_to_be(trainers, sharding):
+    (steps, lines), _ = trainers.run(2, fit, OurAttention, sharding)
+    assert steps == 2  # those of the copies are not counted
+    assert len(lines) == 1
+    assert lines[0].startswith("split check of training: checked at 63 tokens: 2 ranks equal one process, to ")
+
+
+@pytest.mark.parametrize("sharding", tiered(ENGINES, quick=["ddp"]))
+def test_a_wrong_module_ends_before_its_first_step(trainers, sharding):
+    for is_result, value in trainers.outcomes(2, fit, Cumulative, sharding):
+        assert not is_result
+        kind, message, _ = value
+        assert kind is SplitMismatch
+        assert "model.history (Functional) is the first" in message
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sharding", ["deepspeed_stage_2", "deepspeed_stage_3"])
+def test_under_deepspeed(deepspeed_trainers, sharding):
+    workers = deepspeed_trainers(2)
+    (steps, lines), _ = workers.run(2, fit, OurAttention, sharding)
+    assert steps == 2
+    assert "2 ranks equal one process" in lines[0]
+    for is_result, value in workers.outcomes(2, fit, PlainMean, sharding):
+        assert not is_result
+        assert "a mean over the tokens of this rank alone" in value[1]
+
+
+def test_manual_optimisation_is_checked_to_its_first_update(trainers):
+    (steps, lines), _ = trainers.run(2, fit, OurAttention, "ddp", True)
+    assert steps == 2
+    assert "2 ranks equal one process" in lines[0]
+    assert not any(is_result for is_result, _ in trainers.outcomes(2, fit, Convolution, "ddp", True))
+
+
+class WrongInValidation(Base):
+    def mixing(self, x):
+        return x if self.training else x.cumsum(1)
+
+
+def test_validation_is_checked_on_its_own(trainers):
+    (_, lines), _ = trainers.run(2, fit, OurAttention, "fsdp2", False, True)
+    assert [line.partition(":")[0] for line in lines] == ["split check of validation", "split check of training"]
+    for is_result, value in trainers.outcomes(2, fit, WrongInValidation, "fsdp2", False, True):
+        assert not is_result
+        assert "what is logged as val on 2 ranks differs" in value[1]
+
+
+def warned(rank, world, action):
+    return fit(rank, world, PlainMean, "ddp", split_check=action)
+
+
+def test_it_warns_or_stays_silent_where_that_is_asked_for(trainers):
+    (steps, lines), (_, other) = trainers.run(2, warned, "warn")
+    assert steps == 2
+    assert len(lines) == 1
+    assert "the step itself is the first" in lines[0]
+    assert other == []
+    assert trainers.run(2, warned, "off") == [(2, []), (2, [])]
+
+
+def images():
+    config = LongViTConfig(
+        pattern=Pattern.dilated((4, 16), (1, 2)), image_size=8, patch_size=2, dim=16, layers=1, heads=2, classes=3
+    )
+    return LongViTModule(config, learning_rate=0.01)
+
+
+def pictures():
+    torch.manual_seed(0)
+    return DataLoader([{"pixels": torch.randn(3, 8, 8), "label": i % 3} for i in range(4)], batch_size=2)
+
+
+def of_images(rank, world):
+    return fit(rank, world, None, "ddp", module=images, loader=pictures)
+
+
+def test_models_that_make_their_sequences_are_checked_whole(trainers):
+    (_, lines), _ = trainers.run(2, of_images)
+    assert lines[0].startswith("split check of training: checked: 2 ranks equal one process")
