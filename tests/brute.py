@@ -97,13 +97,15 @@ def counts(shown, multiplicity, length, kv_heads, ids=None):
                             break  # the first branch that shows it has it
     if all(b.ragged == "exact" for b in shown):
         return tables
-    zeros = [zero_keys(b, kv_heads, index, [ids.count(each) for each in ids]) for b in shown]
+    lengths = [ids.count(each) for each in ids]
+    places = max(lengths, default=0) + max(b.r for b in shown)
+    zeros = [zero_keys(b, kv_heads, index, lengths, places) for b in shown]
     return [torch.cat(pair, -1) for pair in zip(tables, zeros, strict=True)]
 
 
-def zero_keys(b, kv_heads, index, lengths):
-    """Which places of its padded segment each query sees that hold no token, (Hkv, N, the most places)."""
-    table = torch.zeros(kv_heads, len(index), max(lengths) + b.r, dtype=torch.float64)
+def zero_keys(b, kv_heads, index, lengths, places):
+    """Which places of its padded segment each query sees that hold no token, (Hkv, N, places)."""
+    table = torch.zeros(kv_heads, len(index), places, dtype=torch.float64)
     for g in range(kv_heads if b.ragged == "zero_keys" else 0):
         offset = g % b.r if b.offsets == "interleaved" else g // math.ceil(kv_heads / b.r)
         for query, (i, whole) in enumerate(zip(index, lengths, strict=True)):

@@ -81,7 +81,7 @@ class Branch:
             given = f"window {self.window}" if self.window is not None else f"sparsity {self.sparsity}"
             raise ValueError(
                 f"ragged must be 'exact' where there is a window or a sparsity, got 'zero_keys' and {given}: torchscale "
-                f"pads whole segments alone; give the window a branch of its own"
+                f"pads segments without either; a pattern may have other branches with a window or a sparsity"
             )
 
     def offset(self, kv_head: int, kv_heads: int) -> int:
