@@ -54,9 +54,7 @@ def nested_branches(draw):
 
 def pattern_of(shown, multiplicity):
     branches = (
-        Branch(
-            b.w, b.r, b.window, b.causal, b.offsets, None if b.sparsity is None else Sparsity(*b.sparsity), b.ragged
-        )
+        Branch(b.w, b.r, b.window, b.causal, b.offsets, None if b.sparsity is None else Sparsity(*b.sparsity), b.ragged)
         for b in shown
     )
     return Pattern(tuple(branches), multiplicity)

@@ -2,8 +2,8 @@
 
 A converted model has blocked head offsets, and by default what torchscale trains with:
 
-- `ragged="zero_keys"`: an encoder or a LongViT attends to the zeros with which torchscale pads segments, at lengths that
-  segment lengths or rates do not divide.  A decoder masks them.
+- `ragged="zero_keys"`: at lengths that segment lengths or rates do not divide, an encoder or a LongViT attends to the
+  zeros with which torchscale pads segments.  A decoder masks them.
 - `mix="detached"`: torchscale stops the gradient through the weights that mix its branches.
 
 The outputs differ in three cases:

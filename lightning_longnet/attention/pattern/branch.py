@@ -80,8 +80,8 @@ class Branch:
         if self.ragged == "zero_keys" and (self.window is not None or self.sparsity is not None):
             given = f"window {self.window}" if self.window is not None else f"sparsity {self.sparsity}"
             raise ValueError(
-                f"ragged must be 'exact' where there is a window or a sparsity, got 'zero_keys' and {given}: torchscale "
-                f"pads segments without either; a pattern may have other branches with a window or a sparsity"
+                f"ragged must be 'exact' where there is a window or a sparsity, got 'zero_keys' and {given}: "
+                f"torchscale pads segments without either; a pattern may have both as branches of their own"
             )
 
     def offset(self, kv_head: int, kv_heads: int) -> int:
