@@ -139,6 +139,20 @@ def test_they_stand_beside_sinks_and_other_branches(kernel):
     torch.testing.assert_close(found[3], -(torch.exp(-lse) * slope).sum((0, 2)))
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "reference"])
+@pytest.mark.parametrize("mix", ["exact", "detached"])
+def test_each_document_is_padded_as_if_it_were_alone(kernel, mix):
+    lengths = [5, 1, 9, 6]
+    q, k, v, grad = drawn.tensors((1, 21, 4, 2, 4))
+    pattern = Pattern.dilated((4, 16), (1, 3), ragged="zero_keys")
+    ids = torch.arange(4).repeat_interleave(torch.tensor(lengths))
+    packed = attend(q, k, v, pattern, documents=ids, mix=mix, kernel=kernel)
+    documents = zip(*(x.split(lengths, 1) for x in (q, k, v)), strict=True)
+    alone = torch.cat([attend(*each, pattern, mix=mix, kernel=kernel) for each in documents], 1)
+    torch.testing.assert_close(packed, alone)
+    torch.testing.assert_close(*(torch.autograd.grad(out, (q, k, v), grad) for out in (packed, alone)))
+
+
 def test_they_follow_the_line_of_the_ordering():
     q, k, v, _ = drawn.tensors((1, 20, 2, 2, 4))
     pattern = Pattern.dilated((8,), (2,), ragged="zero_keys")
@@ -251,6 +265,10 @@ def test_placements_documents_and_orderings_over_ranks(pool, lengths, exchange, 
 
 def test_documents_over_ranks_with_local_keys(pool):
     compare_ranks(pool, (9, 7), "local", "detached", ids=torch.tensor([0] * 5 + [1] * 4 + [2] * 7))
+
+
+def test_places_over_ranks_are_those_of_the_line(pool):
+    compare_ranks(pool, (9, 10), "gather", "exact", ordering="hilbert")
 
 
 def with_another_padding_on_one_rank(group):
