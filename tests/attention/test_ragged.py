@@ -112,11 +112,11 @@ def test_a_query_whose_keys_are_padding_sees_null_keys_alone(kernel, mix):
     assert (out[:, 8:] == 0).all()
     torch.testing.assert_close(lse[..., 8:], torch.full_like(lse[..., 8:], 2).log())
     assert torch.autograd.grad(out[:, 8:], q, grad[:, 8:])[0].eq(0).all()
-    found = attend(q, k, v, pattern, key_padding_mask=hidden, mix=mix, kernel=kernel)
+    results = attend(q, k, v, pattern, key_padding_mask=hidden, mix=mix, kernel=kernel)
     tables = brute.padded(brute.counts(SHOWN, "multiset", 10, 2), hidden[0].tolist())
     truth = brute.attention(q, k, v, [tables], 0.5, mix)[0]
-    torch.testing.assert_close(found, truth)
-    gradients = (torch.autograd.grad(x, (q, k, v), grad) for x in (found, truth))
+    torch.testing.assert_close(results, truth)
+    gradients = (torch.autograd.grad(x, (q, k, v), grad) for x in (results, truth))
     torch.testing.assert_close(*gradients)
 
 
@@ -127,16 +127,16 @@ def test_they_stand_beside_sinks_and_other_branches(kernel):
     pattern = Pattern.dilated((4, 16), (1, 2), ragged="zero_keys") + Pattern.window(3)
     sinks = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     out, lse = attend(q, k, v, pattern, sinks=sinks, kernel=kernel, return_lse=True)
-    found = torch.autograd.grad(out, (q, k, v, sinks), grad)
+    results = torch.autograd.grad(out, (q, k, v, sinks), grad)
     tables = brute.counts([*SHOWN, Shown(window=3)], "multiset", 10, 2)
     sink = torch.zeros(2, 10, 1, dtype=torch.float64)
     tables = [torch.cat((table, sink + (i == 0)), -1) for i, table in enumerate(tables)]
     true_out, true_lse = brute.attention(q, k, v, [tables] * 2, 0.5)
     torch.testing.assert_close((out, lse), (true_out, true_lse.detach()))
     true = torch.autograd.grad(true_out, (q, k, v), grad)
-    torch.testing.assert_close(found[:3], true)
+    torch.testing.assert_close(results[:3], true)
     slope = (grad * out).sum(-1).transpose(1, 2)
-    torch.testing.assert_close(found[3], -(torch.exp(-lse) * slope).sum((0, 2)))
+    torch.testing.assert_close(results[3], -(torch.exp(-lse) * slope).sum((0, 2)))
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "reference"])
@@ -227,16 +227,16 @@ def compare_ranks(pool, lengths, exchange, mix, placement="contiguous", ordering
     tensors = [x.detach() for x in drawn.tensors((2, sum(lengths), 8, 4, 4))]
     pattern = RANKED if ordering == "raster" else Pattern(RANKED.branches[1:2])
     settings = {"pattern": pattern, "mix": mix, "exchange": exchange, "ordering": ordering}
-    found = pool.run(len(lengths), split, tensors, where, ids, settings)
+    results = pool.run(len(lengths), split, tensors, where, ids, settings)
     one = {"mix": mix, "ordering": ordering, "documents": ids}
     truth = whole(tensors, pattern, where, **one)
-    for ours, true in zip(side_by_side(found), truth, strict=True):
+    for ours, true in zip(side_by_side(results), truth, strict=True):
         torch.testing.assert_close(ours, true, rtol=0, atol=1e-11)
     _, lse = attend(*tensors[:3], pattern, return_lse=True, **one)
-    for rank, (_, own_lse, *_) in enumerate(found):
+    for rank, (_, own_lse, *_) in enumerate(results):
         torch.testing.assert_close(own_lse, lse[..., held(where, rank)], rtol=0, atol=1e-11)
     # no byte and no message more than without them
-    assert all(each[5:7] == each[7] for each in found)
+    assert all(each[5:7] == each[7] for each in results)
 
 
 QUICK = [("gather", "exact"), ("ring", "detached"), ("swap", "detached")]

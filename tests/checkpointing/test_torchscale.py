@@ -77,8 +77,8 @@ def test_causal_masks_hide_padding():
 
 
 def test_segments_that_torchscale_displaces_are_named():
-    told = r"than a segment whose rate does not divide it \(10 by 4, 9 by 2\): torchscale displaces the outputs"
-    with pytest.warns(UserWarning, match=told):
+    message = r"than a segment whose rate does not divide it \(10 by 4, 9 by 2\): torchscale displaces the outputs"
+    with pytest.warns(UserWarning, match=message):
         converted(RAGGED, segment_length="[8,10,9]", dilated_ratio="[1,4,2]")
 
 

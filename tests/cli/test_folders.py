@@ -50,18 +50,18 @@ def test_torchscales_decoder_becomes_a_checkpoint_and_a_folder(theirs, tmp_path,
 
 @pytest.mark.filterwarnings("ignore:(Nothing crosses|In the branch):UserWarning")
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "attends to the padding of segments, as torchscale"),
         (["--ragged", "exact"], "attends to tokens alone, unlike torchscale where segments are padded"),
     ],
 )
-def test_an_encoder_keeps_its_padding_unless_it_is_told_otherwise(words, told, tmp_path, capsys):
+def test_an_encoder_keeps_its_padding_by_default(words, message, tmp_path, capsys):
     encoder = RECORDED["ragged encoder"]
     theirs, ours = saved(encoder, tmp_path / "theirs.pt"), str(tmp_path / "ours.ckpt")
     settings = [f"{name}={value}" for name, value in encoder["arguments"].items()]
     assert main(["convert", theirs, ours, *words, "--set", *settings]) == 0
-    assert capsys.readouterr().out.endswith(f" parameters, {told}\n")
+    assert capsys.readouterr().out.endswith(f" parameters, {message}\n")
     (case,) = encoder["cases"]
     found = load_model(ours)(case["input"])
     assert torch.allclose(found, case["output"], rtol=1e-5, atol=2e-5) == (not words)

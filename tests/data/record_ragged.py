@@ -41,15 +41,15 @@ def layer(segments: list[int], rates: list[int], heads: int) -> nn.Module:
     from torchscale.component.dilated_attention import DilatedAttention
 
     options = {"flash_attention": True, "seq_parallel": False, "multiway": False, "xpos_rel_pos": False}
-    found = DilatedAttention(
+    attention = DilatedAttention(
         Namespace(segment_length=segments, dilated_ratio=rates, layernorm_eps=1e-5, **options),
         heads * DIM,
         heads,
         self_attention=True,
     ).double()
     for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        setattr(found, name, nn.Identity())
-    return found
+        setattr(attention, name, nn.Identity())
+    return attention
 
 
 def record(segments: list[int], rates: list[int], heads: int, causal: bool, length: int) -> list[torch.Tensor]:
