@@ -10,8 +10,9 @@ import torch
 
 @dataclass(frozen=True)
 class Shown:
-    """One branch: segment length (None: the whole), rate, window (None: no end), causal, grouping of the heads, and
-    kept blocks (None: all): kind, rows of a block, ratio, global rows, whether heads differ.
+    """One branch: segment length (None: the whole), rate, window (None: no end), causal, grouping of the heads, kept
+    blocks (None: all): kind, rows of a block, ratio, global rows, whether heads differ; and whether segments are padded
+    with keys of zeros.
     """
 
     w: int | None = None
@@ -20,6 +21,7 @@ class Shown:
     causal: bool = False
     offsets: str = "interleaved"
     sparsity: tuple | None = None
+    ragged: str = "exact"
 
 
 def kept_counts(ratio, some, blocks, causal):
@@ -62,7 +64,10 @@ def kept_blocks(sparsity, blocks, causal, head):
 
 
 def counts(shown, multiplicity, length, kv_heads, ids=None):
-    """For each branch, finest first: how often query i of key/value head g counts key j, as (Hkv, N, N)."""
+    """For each branch, finest first: how often query i of key/value head g counts key j, as (Hkv, N, N).
+
+    Where a branch pads its segments, columns of keys of zeros follow the N of all tables.
+    """
     ids = [0] * length if ids is None else list(ids)
     index = [i - ids.index(ids[i]) for i in range(length)]
     inf = float("inf")
@@ -90,12 +95,36 @@ def counts(shown, multiplicity, length, kv_heads, ids=None):
                         table[g, query, key] = 1
                         if multiplicity == "set":
                             break  # the first branch that shows it has it
-    return tables
+    if all(b.ragged == "exact" for b in shown):
+        return tables
+    lengths = [ids.count(each) for each in ids]
+    places = max(lengths, default=0) + max(b.r for b in shown)
+    zeros = [zero_keys(b, kv_heads, index, lengths, places) for b in shown]
+    return [torch.cat(pair, -1) for pair in zip(tables, zeros, strict=True)]
+
+
+def zero_keys(b, kv_heads, index, lengths, places):
+    """Which places of its padded segment each query sees that hold no token, (Hkv, N, places)."""
+    table = torch.zeros(kv_heads, len(index), places, dtype=torch.float64)
+    for g in range(kv_heads if b.ragged == "zero_keys" else 0):
+        offset = g % b.r if b.offsets == "interleaved" else g // math.ceil(kv_heads / b.r)
+        for query, (i, whole) in enumerate(zip(index, lengths, strict=True)):
+            w = min(b.w or whole, whole)
+            first = i // w * w
+            for place in range(math.ceil(w / b.r) * b.r):
+                is_token = place < w and first + place < whole
+                sees = place % b.r == offset and (i - first) % b.r == offset
+                if sees and not is_token and not (b.causal and first + place > i):
+                    table[g, query, place] = 1
+    return table
 
 
 def padded(tables, hidden):
     """The same tables, where no query counts a key that is hidden."""
-    return [table.masked_fill(torch.tensor(hidden), 0) for table in tables]
+    hidden = torch.tensor(hidden)
+    return [
+        table.masked_fill(torch.nn.functional.pad(hidden, (0, table.shape[-1] - len(hidden))), 0) for table in tables
+    ]
 
 
 def _hashed(x):
@@ -119,7 +148,7 @@ def is_dropped(probability, seed, sample, head, branch, length):
 
 
 def kept(probability, seed, samples, heads, length, branches, multiplicity):
-    """What a weight is multiplied with: for each sample and branch (H, N, N)."""
+    """What a weight is multiplied with: for each sample and branch (H, N, N), for the keys that are tokens."""
     names = [0] * branches if multiplicity == "set" else range(branches)
     return [
         [
@@ -139,8 +168,9 @@ def attention(q, k, v, tables, scale, mix="exact", kept=None):
         out_heads, lse_heads = [], []
         for h in range(q.shape[2]):
             g = h // group
-            scores = q[b, :, h].double() @ k[b, :, g].double().T * scale
-            values = v[b, :, g].double()
+            zeros = tables[b][0].shape[-1] - k.shape[1]
+            keys, values = (torch.nn.functional.pad(x[b, :, g].double(), (0, 0, 0, zeros)) for x in (k, v))
+            scores = q[b, :, h].double() @ keys.T * scale
             weights = [table[g] * scores.exp() for table in tables[b]]
             total = sum(weights).sum(-1)
             lse_heads.append(total.log())
@@ -152,8 +182,8 @@ def attention(q, k, v, tables, scale, mix="exact", kept=None):
                     share = (safe_own / safe_total).detach()[:, None] * (weight / safe_own[:, None])
                 else:
                     share = weight / safe_total[:, None]
-                if kept is not None:
-                    share = share * kept[b][branch][h]
+                if kept is not None:  # what becomes of zeros does not matter
+                    share = share * torch.nn.functional.pad(kept[b][branch][h], (0, zeros))
                 out = out + share @ values
             out_heads.append(out)
         outs.append(torch.stack(out_heads, 1))

@@ -1,6 +1,7 @@
 """What the property tests draw: patterns as the brute force and as the library write them, shapes and documents."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def nested_branches(draw):
 
 def pattern_of(shown, multiplicity):
     branches = (
-        Branch(b.w, b.r, b.window, b.causal, b.offsets, None if b.sparsity is None else Sparsity(*b.sparsity))
+        Branch(b.w, b.r, b.window, b.causal, b.offsets, None if b.sparsity is None else Sparsity(*b.sparsity), b.ragged)
         for b in shown
     )
     return Pattern(tuple(branches), multiplicity)
@@ -91,13 +92,19 @@ def cases(draw):
     kv_heads, group = draw(st.integers(1, 5)), draw(st.integers(1, 3))
     batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 24))
     shown = draw(nested_branches() | st.lists(branches(), min_size=1, max_size=3))
+    multiplicity = draw(st.sampled_from(["multiset", "set"]))
+    if multiplicity == "multiset" and draw(st.booleans()):
+        shown = [
+            b if b.window or b.sparsity else replace(b, ragged=draw(st.sampled_from(["zero_keys", "exact"])))
+            for b in shown
+        ]
     ids = draw(document_ids(length))
     if ids is not None and batch > 1 and draw(st.booleans()):
         ids = [ids] + [draw(document_ids(length)) or [0] * length for _ in range(batch - 1)]  # each row its own
     return {
         "shape": (batch, length, kv_heads * group, kv_heads, draw(st.integers(1, 9))),
         "shown": shown,
-        "multiplicity": draw(st.sampled_from(["multiset", "set"])),
+        "multiplicity": multiplicity,
         "ids": ids,
         "hidden": draw(padding(batch, length)),
         "dropout": draw(st.sampled_from([0.0, 0.0, 0.0, 0.1, 0.6])),

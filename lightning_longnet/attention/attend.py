@@ -95,8 +95,8 @@ def attend(
         ordering: the line on which the pattern is drawn: the sequence itself ("raster"), or a Hilbert curve over it
             ("hilbert"); see `sequence_hilbert_order`.
         sinks: (H,) one more logit of the softmax for each query head, without a value: it takes weight from all keys.
-        return_lse: return also the log-sum-exp of the scores and the sink, (B, H, N), natural log.  It carries no
-            gradient, and the backward reads it: change it only in a copy.
+        return_lse: return also the log-sum-exp of the scores, the null keys (see `Branch`) and the sink, (B, H, N),
+            natural log.  It carries no gradient, and the backward reads it: change it only in a copy.
 
     Returns:
         out (B, N, H, D), 0 where a query sees no key; with `return_lse` the pair (out, lse), lse -inf there.

@@ -1,11 +1,15 @@
 """Conversion of torchscale's LongNet and LongViT to models of this package with the same outputs.
 
-A converted model has blocked head offsets and by default `mix="detached"`: torchscale stops the gradient through the
-weights that mix its branches.  The outputs differ in three cases:
+A converted model has blocked head offsets, and by default what torchscale trains with:
 
-- An encoder or a LongViT, at a length that its segments or rates do not divide.  torchscale pads with zeros and attends
-  to them; this package never attends to padding.  Decoders are equal at any length, as the causal mask hides the
-  padding.
+- `ragged="zero_keys"`: at lengths that segment lengths or rates do not divide, an encoder or a LongViT attends to the
+  zeros with which torchscale pads segments.  A decoder masks them.
+- `mix="detached"`: torchscale stops the gradient through the weights that mix its branches.
+
+The outputs differ in three cases:
+
+- A segment length that its rate does not divide, in a longer sequence.  torchscale cuts the padded segments apart where
+  they would end without their padding, so that tokens after the first segment have outputs of other tokens.
 - A padding mask.  The dilated attention of torchscale ignores it; here `attention_mask` hides keys.
 - Segments that are split over ranks, which torchscale approximates.
 
@@ -15,16 +19,18 @@ relative position biases, cross attention, a norm of embeddings, sinusoidal posi
 
 from __future__ import annotations
 
+import warnings
 from argparse import Namespace
 from ast import literal_eval
 from collections.abc import Mapping
 from math import isqrt, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_longnet.attention.pattern.branch import Ragged, one_of
 from lightning_longnet.attention.pattern.pattern import Pattern
 from lightning_longnet.checkpointing.checkpoints import read_file
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
@@ -97,7 +103,7 @@ def read_torchscale(path: str | Path, key: str | None = None) -> tuple[dict[str,
 
 
 def from_torchscale(
-    state: Mapping[str, Tensor], arguments: Mapping[str, Any], mix: Mix = "detached"
+    state: Mapping[str, Tensor], arguments: Mapping[str, Any], mix: Mix = "detached", ragged: Ragged = "zero_keys"
 ) -> LongNet | LongViT:
     """Return the LongNet or LongViT that computes what a model of torchscale does, in evaluation mode.
 
@@ -109,7 +115,10 @@ def from_torchscale(
             torchscale.  `final_norm_eps`, the epsilon of the last norm of a LongViT, is 1e-5 by default, and 1e-6 if
             that norm comes before the pooling.
         mix: "detached" trains as torchscale does; "exact" trains with the gradient of the computed function.
+        ragged: "zero_keys" attends to padding as torchscale does, which the weights are trained for; "exact" to tokens
+            alone, for further training.  Decoders are the same with both.
     """
+    one_of("ragged", ragged, get_args(Ragged))
     roots = _roots(state)
     if len(roots) != 1:
         shown = ", ".join(map(repr, roots)) or "none"
@@ -117,8 +126,8 @@ def from_torchscale(
     (root,) = roots
     outer = root.removesuffix("encoder.")
     if f"{outer}patch_embed.proj.weight" in state:
-        return _longvit(_Weights(state, outer), state, arguments, mix)
-    return _longnet(_Weights(state, root), arguments, mix)
+        return _longvit(_Weights(state, outer), state, arguments, mix, ragged)
+    return _longnet(_Weights(state, root), arguments, mix, ragged)
 
 
 def _roots(state: Mapping[str, Any]) -> list[str]:
@@ -159,7 +168,7 @@ class _Weights:
             raise ValueError(f"state must hold nothing that has no counterpart here, got {self.prefix}{rest[0]}")
 
 
-def _longnet(weights: _Weights, arguments: Mapping[str, Any], mix: Mix) -> LongNet:
+def _longnet(weights: _Weights, arguments: Mapping[str, Any], mix: Mix, ragged: Ragged) -> LongNet:
     """Convert an encoder or a decoder."""
     kind = _kind(weights.prefix, arguments)
     embedding = weights.take("embed_tokens.weight")
@@ -174,7 +183,8 @@ def _longnet(weights: _Weights, arguments: Mapping[str, Any], mix: Mix) -> LongN
     has_norm = "layer_norm.weight" in weights
     if has_norm:
         converted |= weights.move("norm", "layer_norm")
-    fields, block_state = _blocks(weights, "", kind, arguments, is_causal=kind == "decoder")
+    # a causal mask hides the padding
+    fields, block_state = _blocks(weights, "", kind, arguments, "exact" if kind == "decoder" else ragged)
     weights.finish()
     scale = 1.0 if arguments.get("no_scale_embedding", True) else sqrt(embedding.shape[1])
     config = LongNetConfig(
@@ -191,7 +201,9 @@ def _longnet(weights: _Weights, arguments: Mapping[str, Any], mix: Mix) -> LongN
     return model.eval()
 
 
-def _longvit(weights: _Weights, state: Mapping[str, Tensor], arguments: Mapping[str, Any], mix: Mix) -> LongViT:
+def _longvit(
+    weights: _Weights, state: Mapping[str, Tensor], arguments: Mapping[str, Any], mix: Mix, ragged: Ragged
+) -> LongViT:
     """Convert a LongViT; `weights` are those of the backbone, and `state` also has the classifier around it."""
     patches = weights.take("patch_embed.proj.weight")
     table = weights.take("pos_embed")[0]
@@ -218,7 +230,7 @@ def _longvit(weights: _Weights, state: Mapping[str, Tensor], arguments: Mapping[
         {"segment_length": _LONGVIT_SEGMENTS.get(side * patch_size, [64, 128, 256, 512, 1024])}
         | {"dilated_ratio": _LONGVIT_RATES, "encoder_attention_heads": arguments.get("num_heads")}
         | {name: value for name, value in arguments.items() if value is not None},
-        is_causal=False,
+        ragged,
     )
     weights.finish()
     config = LongViTConfig(
@@ -252,7 +264,7 @@ def _kind(prefix: str, arguments: Mapping[str, Any]) -> str:
 
 
 def _blocks(
-    weights: _Weights, prefix: str, kind: str, arguments: Mapping[str, Any], is_causal: bool
+    weights: _Weights, prefix: str, kind: str, arguments: Mapping[str, Any], ragged: Ragged
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the fields of BlocksConfig that describe the blocks, and the weights of the blocks by our names."""
     for name in REFUSED_ARGUMENTS:
@@ -288,10 +300,9 @@ def _blocks(
             names |= {"attention.sub_norm": "self_attn.inner_attn_ln", "feed_forward.sub_norm": "ffn.ffn_layernorm"}
         for name, their_name in names.items():
             converted |= weights.move(f"{ours}.{name}", f"{theirs}.{their_name}")
+    segments, rates = _integers("segment_length", arguments), _integers("dilated_ratio", arguments)
     fields = {
-        "pattern": Pattern.dilated(
-            _integers("segment_length", arguments), _integers("dilated_ratio", arguments), is_causal, "blocked"
-        ),
+        "pattern": Pattern.dilated(segments, rates, kind == "decoder", "blocked", ragged=ragged),
         "dim": converted["blocks.0.attention_norm.weight"].shape[0],
         "layers": layers,
         "heads": heads,
@@ -302,6 +313,12 @@ def _blocks(
         "sub_norm": has_sub_norm,
         "norm_eps": arguments.get("layernorm_eps", 1e-5),
     }
+    if odd := [f"{w} by {r}" for w, r in zip(segments, rates, strict=True) if w % r]:
+        warnings.warn(
+            f"the outputs of this model differ from torchscale's in sequences of more tokens than a segment whose rate "
+            f"does not divide it ({', '.join(odd)}): torchscale displaces the outputs of later segments",
+            stacklevel=4,
+        )
     return fields, converted
 
 

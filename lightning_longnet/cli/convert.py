@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
+    from lightning_longnet.models.longnet import LongNet
+    from lightning_longnet.models.longvit import LongViT
+
 DESCRIPTION = """Read a LongNet or a LongViT of torchscale, and write it as a checkpoint that computes the same.
+
+torchscale pads segments with zeros, and its encoders and LongViTs attend to them; so does the result.  With
+--ragged exact it attends to tokens alone, which changes its outputs at lengths that segments do not divide.
 
   longnet convert longvit.pth longvit.ckpt --set encoder_attention_heads=16
   longnet convert decoder.pt decoder.ckpt --set decoder_attention_heads=12 \\
@@ -31,6 +37,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=("detached", "exact"),
         default="detached",
         help="the gradient in further training: torchscale's (the default), or that of the computed function",
+    )
+    parser.add_argument(
+        "--ragged",
+        choices=("zero_keys", "exact"),
+        default="zero_keys",
+        help="whether an encoder attends to the padding of segments: as torchscale (the default), or to tokens alone",
     )
 
 
@@ -56,10 +68,20 @@ def run(arguments: Namespace) -> None:
         if near := get_close_matches(name, ARGUMENTS, 1, 0.85):
             raise ValueError(f"set must name torchscale's arguments, as {near[0]}, got {name}")
     state, saved = read_torchscale(arguments.source, arguments.key)
-    model = from_torchscale(state, {**saved, **options}, arguments.mix)
+    model = from_torchscale(state, {**saved, **options}, arguments.mix, arguments.ragged)
     write_checkpoint(model, target)
     size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{target}: {type(model).__name__}, {size:,} parameters")  # noqa: T201
+    print(f"{target}: {type(model).__name__}, {size:,} parameters{_padding(model)}")  # noqa: T201
+
+
+def _padding(model: LongNet | LongViT) -> str:
+    """Return what the model attends to beside tokens, or an empty text for a decoder."""
+    config = model.config
+    if all(pattern.is_causal for pattern in config.patterns):
+        return ""
+    if any(pattern.has_null_keys for pattern in config.patterns):
+        return ", attends to the padding of segments, as torchscale"
+    return ", attends to tokens alone, unlike torchscale where segments are padded"
 
 
 def _setting(text: str) -> tuple[str, Any]:

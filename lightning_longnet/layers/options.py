@@ -124,4 +124,6 @@ def _shown_branch(branch: Branch) -> str:
         words.append("causal")
     if branch.head_offsets != "interleaved":
         words.append(branch.head_offsets)
+    if branch.ragged != "exact":
+        words.append("zero keys")
     return " ".join(words)

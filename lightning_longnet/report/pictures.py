@@ -84,6 +84,8 @@ def pattern_pictures(pattern: Pattern, length: int, heads: int, kv_heads: int) -
     most = max(int(counts.max()), 1)
     levels = torch.where(counts > 0, (counts * (_SHADES - 1) / most).ceil().long(), 0)
     caption = f"The first {close} tokens close up, head 0: darker keys are counted by more branches, up to {most}."
+    if pattern.has_null_keys:
+        caption += " The zeros that pad segments are not drawn."
     pictures.append((caption, _matrix(levels, close, "key", "query")))
     return pictures
 

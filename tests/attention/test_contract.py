@@ -83,8 +83,9 @@ def test_bfloat16_is_as_close_to_the_truth_as_torchs_own(case, length, head_dim,
         ours = attend(q, k, v, drawn.pattern_of(shown, case["multiplicity"]), scale=scale, kernel="sdpa")
         ours = (ours, *torch.autograd.grad(ours, (q, k, v), grad))
     mask = sum(tables[0]).log().repeat_interleave(heads // kv_heads, 0).bfloat16()[None]
+    keys = (F.pad(x.transpose(1, 2), (0, 0, 0, mask.shape[-1] - length)) for x in (k, v))  # and those of zeros
     torchs = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, scale=scale, enable_gqa=True
+        q.transpose(1, 2), *keys, attn_mask=mask, scale=scale, enable_gqa=True
     ).transpose(1, 2)
     torchs = (torchs, *torch.autograd.grad(torchs, (q, k, v), grad))
     for a, b, truth in zip(ours, torchs, true, strict=True):

@@ -45,7 +45,7 @@ def test_the_branch_weights_have_a_gradient(kernel):
 
 @KERNELS
 def test_a_ragged_tail_attends_to_no_padding(kernel):
-    """Torchscale pads the tail with zeros, which take part in the softmax where nothing is causal."""
+    """Torchscale pads the tail with zeros, which take part in the softmax where nothing is causal: only where asked."""
     tensors = drawn.tensors((1, 13, 2, 2, 4))
     shown = [Shown(8), Shown(16, 2)]
     found = result(drawn.pattern_of(shown, "multiset"), *tensors, kernel=kernel)

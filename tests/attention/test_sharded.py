@@ -44,7 +44,7 @@ def compare(pool, world, exchange, case, placement, dtype=torch.float64, toleran
     rows = ids if ids and isinstance(ids[0], list) else [ids] * batch
     tables = [brute.counts(case["shown"], case["multiplicity"], length, kv_heads, row) for row in rows]
     moves = exchange == "swap" or any(
-        table[:, held(placement, a)][:, :, held(placement, b)].any()
+        table[:, held(placement, a)][:, :, held(placement, b)].any()  # of tokens: zero keys are on no rank
         for row in tables
         for table in row
         for a in range(world)

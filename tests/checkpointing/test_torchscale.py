@@ -11,7 +11,7 @@ from lightning_longnet.checkpointing.torchscale import from_torchscale, read_tor
 RECORDED = torch.load(Path(__file__).parents[1] / "data/torchscale.pt", weights_only=True)
 # what torchscale's small patterns cannot reach does not matter here
 pytestmark = pytest.mark.filterwarnings("ignore:(Nothing crosses|In the branch):UserWarning")
-RAGGED = "ragged encoder"
+RAGGED = "ragged encoder"  # at lengths that its segments do not divide
 
 
 def state_of(name):
@@ -21,11 +21,11 @@ def state_of(name):
     return {key: x.view(shape) for (key, shape), x in zip(packed["shapes"].items(), parts, strict=True)}
 
 
-def converted(name, mix="detached", **changes):
-    return from_torchscale(state_of(name), {**RECORDED[name]["arguments"], **changes}, mix)
+def converted(name, mix="detached", ragged="zero_keys", **changes):
+    return from_torchscale(state_of(name), {**RECORDED[name]["arguments"], **changes}, mix, ragged)
 
 
-@pytest.mark.parametrize("name", [name for name in RECORDED if name != RAGGED])
+@pytest.mark.parametrize("name", RECORDED)
 def test_outputs_are_torchscales(name):
     model = converted(name)
     for case in RECORDED[name]["cases"]:
@@ -41,7 +41,7 @@ def learned_of(model, name):
     return model.blocks[0].attention.qkv_proj.weight.grad[rows * dim : (rows + 1) * dim]
 
 
-@pytest.mark.parametrize("name", [name for name in RECORDED if name != RAGGED])
+@pytest.mark.parametrize("name", RECORDED)
 def test_gradients_are_torchscales_where_its_mixture_lets_none_through(name):
     model, learned = converted(name), RECORDED[name]["learned"]
     for case in RECORDED[name]["cases"]:
@@ -61,11 +61,30 @@ def test_the_mixture_may_be_exact_which_changes_gradients_alone():
     assert not torch.allclose(learned_of(model, RECORDED[name]["learned"]), case["grad"], rtol=0.01, atol=0.01)
 
 
-def test_an_encoder_over_a_length_that_segments_do_not_divide_differs():
-    """Its padding takes part there.  What is said of it in the docstring is to be true."""
+def test_an_encoder_may_attend_to_tokens_alone_which_differs_where_segments_are_padded():
     (case,) = RECORDED[RAGGED]["cases"]
-    found = converted(RAGGED)(case["input"])
-    assert not torch.allclose(found, case["output"], atol=1e-2)
+    model = converted(RAGGED, ragged="exact")
+    assert not model.config.pattern.has_null_keys
+    assert not torch.allclose(model(case["input"]), case["output"], atol=1e-2)
+    full = converted("encoder", ragged="exact")
+    for case in RECORDED["encoder"]["cases"]:
+        torch.testing.assert_close(full(case["input"]), case["output"], rtol=1e-5, atol=2e-5)
+
+
+def test_causal_masks_hide_padding():
+    assert {branch.ragged for branch in converted("decoder").config.pattern.branches} == {"exact"}
+    assert {branch.ragged for branch in converted("longvit").config.pattern.branches} == {"zero_keys"}
+
+
+def test_segments_that_torchscale_displaces_are_named():
+    message = r"than a segment whose rate does not divide it \(10 by 4, 9 by 2\): torchscale displaces the outputs"
+    with pytest.warns(UserWarning, match=message):
+        converted(RAGGED, segment_length="[8,10,9]", dilated_ratio="[1,4,2]")
+
+
+def test_an_unknown_padding_is_refused():
+    with pytest.raises(ValueError, match="ragged must be one of 'exact', 'zero_keys', got 'pad'"):
+        converted(RAGGED, ragged="pad")
 
 
 def test_what_weights_say_is_read_from_them():

@@ -14,13 +14,17 @@ DECODER = RECORDED["decoder"]
 SETTINGS = [f"{name}={value}" for name, value in DECODER["arguments"].items()]
 
 
-@pytest.fixture
-def theirs(tmp_path):
-    packed = DECODER["state"]
+def saved(recorded, path):
+    packed = recorded["state"]
     parts = packed["values"].split([torch.Size(shape).numel() for shape in packed["shapes"].values()])
     state = {name: x.view(shape) for (name, shape), x in zip(packed["shapes"].items(), parts, strict=True)}
-    torch.save(state, tmp_path / "theirs.pt")
-    return str(tmp_path / "theirs.pt")
+    torch.save(state, path)
+    return str(path)
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    return saved(DECODER, tmp_path / "theirs.pt")
 
 
 @pytest.mark.filterwarnings("ignore:(Nothing crosses|In the branch):UserWarning")
@@ -42,6 +46,25 @@ def test_torchscales_decoder_becomes_a_checkpoint_and_a_folder(theirs, tmp_path,
     (case, *_) = DECODER["cases"]
     for model in (load_model(ours), load_model(folder), module):
         torch.testing.assert_close(model(case["input"]), case["output"], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:(Nothing crosses|In the branch):UserWarning")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "attends to the padding of segments, as torchscale"),
+        (["--ragged", "exact"], "attends to tokens alone, unlike torchscale where segments are padded"),
+    ],
+)
+def test_an_encoder_keeps_its_padding_by_default(words, message, tmp_path, capsys):
+    encoder = RECORDED["ragged encoder"]
+    theirs, ours = saved(encoder, tmp_path / "theirs.pt"), str(tmp_path / "ours.ckpt")
+    settings = [f"{name}={value}" for name, value in encoder["arguments"].items()]
+    assert main(["convert", theirs, ours, *words, "--set", *settings]) == 0
+    assert capsys.readouterr().out.endswith(f" parameters, {message}\n")
+    (case,) = encoder["cases"]
+    found = load_model(ours)(case["input"])
+    assert torch.allclose(found, case["output"], rtol=1e-5, atol=2e-5) == (not words)
 
 
 @pytest.mark.parametrize(

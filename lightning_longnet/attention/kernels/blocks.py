@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.kernels import BlockKernel
     from lightning_longnet.attention.kernels.dropout import Dropout
     from lightning_longnet.attention.kernels.keys import Keys
+    from lightning_longnet.attention.kernels.null_keys import NullKeys
     from lightning_longnet.attention.plan.block import Part
 
 # A call covers about this share of all rows: its result is held beside the accumulators until it is merged
@@ -43,6 +44,7 @@ class PairOptions(NamedTuple):
         first_head: the first query head on this rank, where ranks hold different heads.
         counts_once: whether a pair is one and the same in whichever branch it is computed.
         sinks: (H,) one more logit of the softmax for each query head on this rank, without a value.
+        null_keys: the keys of score 0 and value 0 of the queries on this rank, or None.
     """
 
     scale: float
@@ -53,6 +55,7 @@ class PairOptions(NamedTuple):
     first_head: int = 0
     counts_once: bool = False
     sinks: Tensor | None = None
+    null_keys: NullKeys | None = None
 
     def key_words(self) -> Tensor | None:
         """Return dropout's word for each key on this rank, (N,)."""
@@ -168,13 +171,17 @@ def total_of(partials: Sequence[Partial]) -> Partial:
     return total
 
 
-def finished(total: Partial, like: Tensor, sinks: Tensor | None = None) -> Partial:
-    """Return out in the type of q, and lse as (B, H, N), both with the sinks in the softmax."""
-    if sinks is not None:
-        lse = torch.logaddexp(total.lse, sinks.to(total.lse.dtype)[:, None])
-        # a row without keys has an lse of -inf; without a sink, too, the difference would be NaN
-        share = torch.exp(total.lse - lse).masked_fill_(total.lse == -inf, 0)
-        total = Partial(total.out.mul_(share), lse)
+def finished(totals: Sequence[Partial], like: Tensor, options: PairOptions) -> Partial:
+    """Return out in the type of q, and lse as (B, H, N), both with null keys and sinks in the softmax.
+
+    Null keys are merged into `totals`, too, in place: "detached" needs the result of each branch with its own.
+    """
+    if options.null_keys is not None:
+        for branch, each in enumerate(totals):
+            options.null_keys.add_to(each, branch if len(totals) > 1 else None)
+    total = total_of(totals)
+    if options.sinks is not None:
+        total.add_logits_(options.sinks.to(total.lse.dtype)[:, None])
     return Partial(total.out.to(like.dtype), total.lse.squeeze(-1).transpose(1, 2).contiguous())
 
 

@@ -40,3 +40,10 @@ class Partial(NamedTuple):
             self.out.masked_fill_(gone, 0)
         self.out.lerp_(out.to(self.out.dtype), share)
         self.lse.copy_(total)
+
+    def add_logits_(self, logits: Tensor) -> None:
+        """Merge keys without a value, whose log-sum-exp is `logits`, in place; -inf is no key."""
+        total = torch.logaddexp(self.lse, logits)
+        # a row without keys has an lse of -inf; with logits of -inf, too, the difference would be NaN
+        self.out.mul_(torch.exp(self.lse - total).masked_fill_(self.lse == -inf, 0))
+        self.lse.copy_(total)

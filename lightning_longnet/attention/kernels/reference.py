@@ -107,10 +107,14 @@ def _attend_sample(
     # A softmax for each branch, merged below by the branches' lse.  A row that sees no key would be NaN: its scores are
     # set to 0 here, and its weights and its lse to those of no key afterwards.
     outs, lses = [], []
-    for i, mask in enumerate(masks):
-        has_keys = mask.any(-1, keepdim=True)
-        own = scores.masked_fill(~mask, -inf).masked_fill(~has_keys, 0)
-        weights = own.softmax(-1).masked_fill(~mask, 0)
+    for i, (branch, mask) in enumerate(zip(spec.pattern.ordered(), masks, strict=True)):
+        own, has_keys = scores.masked_fill(~mask, -inf), mask.any(-1, keepdim=True)
+        if branch.has_null_keys:  # one more column, which has no value
+            counts = branch.null_keys(index, lengths[document], kv_heads).repeat_interleave(heads // kv_heads, dim=0)
+            own = torch.cat((own, counts.to(wide).log()[..., None]), -1)
+            has_keys = has_keys | (counts > 0)[..., None]
+        own = own.masked_fill(~has_keys, 0)
+        weights = own.softmax(-1)[..., : len(index)].masked_fill(~mask, 0)
         if kept:
             weights = weights * kept[i]
         outs.append(torch.einsum("hij,jhd->ihd", weights, v))

@@ -20,7 +20,6 @@ from lightning_longnet.attention.kernels.blocks import (
     finished,
     forward_blocks,
     initial_partial,
-    total_of,
 )
 from lightning_longnet.attention.kernels.keys import OwnKeys
 from lightning_longnet.attention.parallel.exchange import ExchangePlan, RankWork, Volume
@@ -80,10 +79,9 @@ class AllToAllPlan(ExchangePlan):
         layout = self.layout._replace(weighted_segments=call.weighted_segments)
         kv_heads = self._kv_heads_of(shard.rank)
         parts = shard.cached(("heads", *call.key), partial(head_parts, layout, kv_heads))
-        tokens = call.tokens_at(torch.arange(shard.length)).to(call.device)
         group = layout.heads // layout.kv_heads
         heads = slice(kv_heads.start * group, kv_heads.stop * group)
-        options = call.pair_options(tokens, heads)
+        options = call.pair_options(layout, torch.arange(shard.length), heads)
         return AllToAllCall(shard.comm, call.message, shard.placement, parts, call.kernel, options, spec)
 
     def _kv_heads_of(self, rank: int) -> range:
@@ -149,7 +147,7 @@ class AllToAllCall(NamedTuple):
         q, k, v = self._to_heads((q, k, v), "queries, keys and values")
         totals = [initial_partial(q, v) for _ in range(self.spec.partials)]
         forward_blocks(self.kernel, self.parts, q, self._keys(k, v), self.options, totals)
-        out, lse = finished(total_of(totals), q, self.options.sinks)
+        out, lse = finished(totals, q, self.options)
         (own_out,) = self._to_rows((out,), "out")
         own_lse = lse.new_empty((len(local_q), local_q.shape[2], local_q.shape[1]))
         if self.spec.returns_lse:

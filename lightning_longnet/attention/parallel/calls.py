@@ -10,6 +10,7 @@ import torch
 
 from lightning_longnet.attention.kernels import BLOCK_KERNELS
 from lightning_longnet.attention.kernels.blocks import PairOptions
+from lightning_longnet.attention.kernels.null_keys import NullKeys
 from lightning_longnet.attention.parallel.comm import MessageContext
 from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
 from lightning_longnet.attention.parallel.reordering import LocalOrder, RankOrder, ReorderedCall, row_trade
@@ -48,7 +49,8 @@ def whole_sequences(
     spec, length = each.spec, q.shape[1]
     if padding is not None and padding.device.type == "cpu" and not padding.any():
         padding = None
-    tokens, order = torch.arange(length, device=q.device), None
+    places = tokens = torch.arange(length, device=q.device)
+    order = None
     if spec.ordering != "raster":
         order = LocalOrder(*order_of_sequence(spec.ordering, length, spec.pattern, q.device))
         tokens = order.order
@@ -58,7 +60,9 @@ def whole_sequences(
         segments = spec.weighted_segments(
             q.device.type, rows.stop - rows.start, torch.get_num_threads(), per_branch=per_branch
         )
-        whole = plan(spec.pattern, q.shape[2], k.shape[2], cuts, segments)
+        whole, null_keys = plan(spec.pattern, q.shape[2], k.shape[2], cuts, segments), None
+        if spec.pattern.has_null_keys:
+            null_keys = NullKeys(spec.pattern, cuts, places, q.shape[2], k.shape[2])
         options = PairOptions(
             spec.scale_of(q.shape[3]),
             None if padding is None else padding[rows][:, tokens] if order is not None else padding[rows],
@@ -67,6 +71,7 @@ def whole_sequences(
             tokens=tokens,
             counts_once=whole.counts_once,
             sinks=each.sinks,
+            null_keys=null_keys,
         )
         route = Route(whole.parts, (), k.shape[2], whole.queries_once, whole.is_partitioned)
         call: ExchangeCall = RoundsCall(BLOCK_KERNELS[spec.kernel], route, options, spec)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 
 from lightning_longnet.attention.kernels.blocks import PairOptions
+from lightning_longnet.attention.kernels.null_keys import NullKeys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,8 +144,11 @@ class RankCall(NamedTuple):
         """Return the index in the whole sequence of the tokens at some places of the permutation."""
         return places if self.order is None else self.order[places]
 
-    def pair_options(self, tokens: Tensor, heads: slice = slice(None)) -> PairOptions:
-        """Return what holds for all pairs of the call, with the keys of `tokens` and some of the query heads."""
+    def pair_options(self, layout: Layout, places: Tensor, heads: slice = slice(None)) -> PairOptions:
+        """Return what holds for all pairs of the call, with the keys at some places and some of the query heads."""
+        tokens, null_keys = self.tokens_at(places).to(self.device), None
+        if layout.pattern.has_null_keys:
+            null_keys = NullKeys(layout.pattern, layout.cuts, places, layout.heads, layout.kv_heads, heads)
         return PairOptions(
             self.spec.scale_of(self.head_dim),
             self.shard.padding_of(tokens, self.rows),
@@ -154,6 +158,7 @@ class RankCall(NamedTuple):
             first_head=heads.start or 0,
             counts_once=self.spec.counts_once,
             sinks=None if self.sinks is None else self.sinks[heads],
+            null_keys=null_keys,
         )
 
 

@@ -26,7 +26,6 @@ from lightning_longnet.attention.kernels.blocks import (
     finished,
     forward_blocks,
     initial_partial,
-    total_of,
 )
 from lightning_longnet.attention.kernels.keys import OwnKeys, ReceivedKeys
 
@@ -101,7 +100,7 @@ class RoundsCall(NamedTuple):
                 kept.append(cells)
             del indices, cells, keys
         outs = [each.out for each in totals] if self._kept_partials else []
-        return *finished(total_of(totals), q, self.options.sinks), [*kept, *outs]
+        return *finished(totals, q, self.options), [*kept, *outs]
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
@@ -173,6 +172,8 @@ class RoundsCall(NamedTuple):
             parts = tuple(group)
             branch = initial_partial(q, v)
             forward_blocks(self.kernel, parts, q, keys, self.options, [branch])
+            if self.options.null_keys is not None:
+                self.options.null_keys.add_to(branch, parts[0].branch)
             yield [branch.out], parts
 
     def _fetch(self, i: int, k: Tensor, v: Tensor) -> tuple[RoundIndices, Tensor, Pending] | None:

@@ -65,8 +65,7 @@ class RoundsPlan(ExchangePlan):
         def tokens_of(peer: int) -> Tensor:
             return call.tokens_at(shard.tokens(peer))
 
-        tokens = tokens_of(shard.rank).to(call.device)
-        options = call.pair_options(tokens)
+        options = call.pair_options(layout, shard.tokens())
         remote = RemoteRows(shard.comm, call.message, tokens_of, partial(shard.padding_of, rows=call.rows))
         return RoundsCall(call.kernel, own_route, options, spec, remote)
 

@@ -1,6 +1,6 @@
 """Which keys a query sees, and in which order of the tokens the pattern counts them."""
 
-from lightning_longnet.attention.pattern.branch import Branch, HeadOffsets
+from lightning_longnet.attention.pattern.branch import Branch, HeadOffsets, Ragged
 from lightning_longnet.attention.pattern.ordering import (
     Ordering,
     causal_order,
@@ -18,6 +18,7 @@ __all__ = [
     "Multiplicity",
     "Ordering",
     "Pattern",
+    "Ragged",
     "Reach",
     "Sparsity",
     "causal_order",

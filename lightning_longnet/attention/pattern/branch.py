@@ -13,6 +13,7 @@ from lightning_longnet.attention.pattern.sparsity import Sparsity
 
 T = TypeVar("T")
 HeadOffsets = Literal["interleaved", "blocked"]
+Ragged = Literal["exact", "zero_keys"]
 
 
 def _positive(name: str, value: Any) -> int:
@@ -44,6 +45,9 @@ class Branch:
         is_causal: whether the keys after the query are masked.
         head_offsets: "interleaved" is `g mod r` (the paper), "blocked" `g // ceil(Hkv / r)` (torchscale's checkpoints).
         sparsity: which blocks of the rows of a segment and residue are kept; None keeps all.
+        ragged: "exact" attends to tokens alone.  "zero_keys" pads as torchscale does, whose encoders were trained so:
+            each segment has `min(w, N)` tokens, padded to a multiple of `r`, and a query of a segment that is not full
+            also attends to that padding, keys of score 0 and value 0 (see `null_keys`).  A causal branch masks them.
     """
 
     segment_length: int | None = None
@@ -52,6 +56,7 @@ class Branch:
     is_causal: bool = False
     head_offsets: HeadOffsets = "interleaved"
     sparsity: Sparsity | None = None
+    ragged: Ragged = "exact"
 
     def __post_init__(self) -> None:
         for name in ("segment_length", "dilation_rate", "window"):
@@ -59,6 +64,7 @@ class Branch:
             if value is not None or name == "dilation_rate":
                 object.__setattr__(self, name, _positive(name, value))
         one_of("head_offsets", self.head_offsets, get_args(HeadOffsets))
+        one_of("ragged", self.ragged, get_args(Ragged))
         if not isinstance(self.is_causal, bool):
             raise ValueError(f"is_causal must be True or False, got {self.is_causal!r}")
         sparsity: Any = self.sparsity
@@ -70,6 +76,12 @@ class Branch:
             raise ValueError(
                 f"sparsity must be None where there is a window, got both, window {self.window}: the kind "
                 f"'local_window' keeps the near blocks of a branch without one"
+            )
+        if self.ragged == "zero_keys" and (self.window is not None or self.sparsity is not None):
+            given = f"window {self.window}" if self.window is not None else f"sparsity {self.sparsity}"
+            raise ValueError(
+                f"ragged must be 'exact' where there is a window or a sparsity, got 'zero_keys' and {given}: "
+                f"torchscale pads segments without either; a pattern may have both as branches of their own"
             )
 
     def offset(self, kv_head: int, kv_heads: int) -> int:
@@ -116,6 +128,28 @@ class Branch:
             lengths = document.bincount()[document]
             visible &= torch.stack([self.keeps(tokens, lengths, g, kv_heads) for g in range(kv_heads)])
         return visible
+
+    @property
+    def has_null_keys(self) -> bool:
+        """Whether a query may attend to null keys; a causal mask hides them, as they follow all tokens of a segment."""
+        return self.ragged == "zero_keys" and not self.is_causal
+
+    def null_keys(self, tokens: Tensor, lengths: Tensor, kv_heads: int) -> Tensor:
+        """Return how many null keys, of score 0 and value 0, each query counts: integers (Hkv, N).
+
+        They fill the rows of a segment and residue up to those of a whole segment that `r` divides.  `tokens` are the
+        places of tokens in their documents, and `lengths` the lengths of these documents, both (N,).
+        """
+        if not self.has_null_keys:
+            return torch.zeros_like(tokens).expand(kv_heads, -1)
+        offsets = torch.tensor([self.offset(g, kv_heads) for g in range(kv_heads)], device=tokens.device)
+        width = lengths if self.segment_length is None else lengths.clamp(max=self.segment_length)
+        place = tokens % width
+        residue = place % self.dilation_rate
+        rows = -(-width // self.dilation_rate)
+        in_segment = torch.minimum(width, lengths - (tokens - place))
+        missing = rows - -(-(in_segment - residue) // self.dilation_rate)
+        return torch.where(residue == offsets[:, None], missing, 0)
 
     def keeps(self, tokens: Tensor, lengths: Tensor, kv_head: int, kv_heads: int) -> Tensor:
         """Return whether the query's block keeps the key's block, a boolean (N, N), for one key/value head.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention.pattern.branch import Branch, HeadOffsets, made, one_of
+from lightning_longnet.attention.pattern.branch import Branch, HeadOffsets, Ragged, made, one_of
 from lightning_longnet.attention.pattern.sparsity import Sparsity
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.pattern.sparsity import BlockKind
 
-__all__ = ["Branch", "HeadOffsets", "Multiplicity", "Pattern", "Reach", "check_heads"]
+__all__ = ["Branch", "HeadOffsets", "Multiplicity", "Pattern", "Ragged", "Reach", "check_heads"]
 
 Multiplicity = Literal["multiset", "set"]
 
@@ -84,6 +84,11 @@ class Pattern:
             raise ValueError("branches must hold at least one Branch, got none")
         object.__setattr__(self, "branches", branches)
         one_of("multiplicity", self.multiplicity, get_args(Multiplicity))
+        if self.multiplicity == "set" and any(branch.ragged == "zero_keys" for branch in branches):
+            raise ValueError(
+                "multiplicity must be 'multiset' where a branch has ragged 'zero_keys', got 'set': the padding of each "
+                "branch is its own, and torchscale counts all of it"
+            )
         # encoded once and here: torch.compile reads an attribute, and could not follow a JSON encoder
         object.__setattr__(self, "_text", json.dumps(self.to_dict(), separators=(",", ":")))
 
@@ -95,8 +100,12 @@ class Pattern:
         is_causal: bool = False,
         head_offsets: HeadOffsets = "interleaved",
         multiplicity: Multiplicity = "multiset",
+        ragged: Ragged = "exact",
     ) -> Pattern:
-        """Return LongNet's pattern: one branch for each pair of a segment length and a dilation rate."""
+        """Return LongNet's pattern: one branch for each pair of a segment length and a dilation rate.
+
+        `ragged="zero_keys"` attends to padding where a segment is not full, as torchscale does; see `Branch`.
+        """
         for name, values in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
             if not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
                 raise ValueError(f"{name} must be a sequence of integers, got {values!r}")
@@ -106,7 +115,7 @@ class Pattern:
                 f"({list(segment_lengths)}) and {len(dilation_rates)} ({list(dilation_rates)})"
             )
         pairs = zip(segment_lengths, dilation_rates, strict=True)
-        return cls(tuple(Branch(w, r, None, is_causal, head_offsets) for w, r in pairs), multiplicity)
+        return cls(tuple(Branch(w, r, None, is_causal, head_offsets, None, ragged) for w, r in pairs), multiplicity)
 
     @classmethod
     def dense(cls, is_causal: bool = False) -> Pattern:
@@ -150,6 +159,11 @@ class Pattern:
         """Whether all branches are causal."""
         return all(branch.is_causal for branch in self.branches)
 
+    @property
+    def has_null_keys(self) -> bool:
+        """Whether a query may attend to null keys; see `null_keys`."""
+        return any(branch.has_null_keys for branch in self.branches)
+
     def __add__(self, other: Pattern) -> Pattern:
         """Return the pattern with the branches of both, which must have one multiplicity."""
         if not isinstance(other, Pattern):
@@ -184,6 +198,20 @@ class Pattern:
         if length < 0:
             raise ValueError(f"length must not be negative, got {length}")
         counts = torch.stack(self.visible(torch.arange(length), kv_heads)).sum(0)
+        return counts.repeat_interleave(heads // kv_heads, dim=0)
+
+    def null_keys(self, length: int, heads: int, kv_heads: int | None = None) -> Tensor:
+        """Return how many null keys, of score 0 and value 0, each query counts beside the keys of `mask`: (H, N).
+
+        >>> Pattern.dilated((4,), (1,), ragged="zero_keys").null_keys(6, heads=1).tolist()
+        [[0, 0, 0, 0, 2, 2]]
+        """
+        kv_heads = check_heads(heads, kv_heads)
+        if length < 0:
+            raise ValueError(f"length must not be negative, got {length}")
+        tokens = torch.arange(length)
+        lengths = torch.full_like(tokens, length)
+        counts = torch.stack([branch.null_keys(tokens, lengths, kv_heads) for branch in self.branches]).sum(0)
         return counts.repeat_interleave(heads // kv_heads, dim=0)
 
     def reach(self, length: int, heads: int, kv_heads: int | None = None) -> Reach:

@@ -71,6 +71,8 @@ def _named(branch: Branch) -> str:
         parts.append(f"window {branch.window}")
     if branch.sparsity is not None:
         parts.append(str(branch.sparsity))
+    if branch.has_null_keys:
+        parts.append("zero keys")
     return " ".join(parts)
 
 

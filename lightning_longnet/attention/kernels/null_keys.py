@@ -1,0 +1,52 @@
+"""Null keys, of score 0 and value 0: the padding of segments that are not full, for `Branch(ragged="zero_keys")`.
+
+No kernel computes them.  A query with z null keys has `log z` more in its log-sum-exp, and its out shrinks by as much;
+the backward of a block takes both as they are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_longnet.attention.kernels.partial import Partial
+    from lightning_longnet.attention.pattern.pattern import Pattern
+
+
+class NullKeys(NamedTuple):
+    """The null keys of the queries of one call.
+
+    Attributes:
+        pattern: which of its branches have them.
+        cuts: where the documents begin, and where the last one ends.
+        tokens: (N,) the index in the whole sequence of each query.
+        heads, kv_heads: of the whole layer.
+        own_heads: the query heads that the call computes.
+    """
+
+    pattern: Pattern
+    cuts: tuple[int, ...]
+    tokens: Tensor
+    heads: int
+    kv_heads: int
+    own_heads: slice = slice(None)
+
+    def add_to(self, partial: Partial, branch: int | None) -> None:
+        """Merge them into a partial of one branch, by its number in `Pattern.ordered()`; None merges those of all."""
+        ordered = self.pattern.ordered()
+        branches = [b for b in (ordered if branch is None else ordered[branch : branch + 1]) if b.has_null_keys]
+        if not branches:
+            return
+        tokens = self.tokens.to(partial.lse.device)
+        cuts = torch.tensor(self.cuts, device=tokens.device)
+        document = torch.searchsorted(cuts, tokens, right=True) - 1
+        lengths, places = cuts.diff()[document], tokens - cuts[document]
+        counts = branches[0].null_keys(places, lengths, self.kv_heads)
+        for each in branches[1:]:
+            counts = counts + each.null_keys(places, lengths, self.kv_heads)
+        per_query = counts.repeat_interleave(self.heads // self.kv_heads, 0)[self.own_heads]
+        partial.add_logits_(per_query.T[..., None].to(partial.lse.dtype).log())
