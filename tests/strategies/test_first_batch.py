@@ -75,6 +75,7 @@ def fit(rank, world, kind, sharding, manual=False, validates=False, module=None,
     lines = Lines()
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addHandler(lines)
+    logger.setLevel(logging.INFO)  # which other tests raise
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         try:

@@ -61,11 +61,13 @@ def encoder():
 
 def run_encoder(rank, world, sharding):
     from lightning_longnet.sequence import shards
+    from lightning_longnet.strategies import RingSequenceParallelStrategy
 
     made, kind = [], shards.SequenceShard
     shards.SequenceShard = lambda *told: made.append(told) or kind(*told)
     try:
-        return run(rank, world, lambda: Module(encoder(), adamw), sharding), len(made)
+        strategy = RingSequenceParallelStrategy(world, sharding, split_check="off")  # which makes some, too
+        return run(rank, world, lambda: Module(encoder(), adamw), strategy=strategy), len(made)
     finally:
         shards.SequenceShard = kind
 
