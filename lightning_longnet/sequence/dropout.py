@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lightning_longnet.sequence.splitter import BatchSplitter
 
-_CALLS = -1  # what is added to the seed of a step for the calls of plain dropout, in the place of a layer's number
+_CALLS = -1  # what is added to the seed of a step for plain dropout, in the place of a layer's number
 
 
 class DropoutSeeds:
@@ -27,12 +27,15 @@ class DropoutSeeds:
 
     def __init__(self) -> None:
         self._step: Tensor | None = None
-        self._calls: dict[int, int] = {}
+        self._generator = torch.Generator()  # of the calls of plain dropout in a step
+        self._calls: dict[int, Tensor] = {}
 
     def begin(self, seed: int, number: int | None) -> None:
         """Begin the step of this number, or end the one that was begun where it is None."""
-        self._step = None if number is None else hashed(hashed(torch.tensor(seed)) + number)
         self._calls.clear()
+        self._step = None if number is None else hashed(hashed(torch.tensor(seed)) + number)
+        if self._step is not None:
+            self._generator.manual_seed(int(hashed(self._step + _CALLS)))
 
     def of_layer(self, layer: int) -> Tensor | None:
         """Return the seed of a layer's attention in the current step; None where no step was begun."""
@@ -41,15 +44,18 @@ class DropoutSeeds:
     def of_call(self, rank: int, ranks: int) -> int:
         """Return the seed of a call of plain dropout on one of `ranks` ranks; those of other ranks are others.
 
-        torch's CPU generator advances by as much on all ranks, whatever they drop.  In a step the calls are numbered,
-        so that a run that is resumed repeats them.  A recomputation of activations restores the generator, and so draws
-        a number that it drew before: by that it is known, and has the seed of the first computation.
+        torch's CPU generator advances by as much on all ranks, whatever they drop.  In a step the seeds are drawn from
+        a generator of the step, so that a run that is resumed repeats them.  A recomputation of activations restores
+        torch's generator, and so draws numbers that were drawn before: by them it gets the seeds of the first
+        computation.
         """
         drawn = torch.randint(2**62, (ranks,), device="cpu")
-        if self._step is None:
-            return int(drawn[rank])
-        call = self._calls.setdefault(int(drawn[0]), len(self._calls))
-        return int(hashed(hashed(hashed(self._step + _CALLS) + call) + rank))
+        if self._step is not None:
+            call = int(drawn[0])
+            if call not in self._calls:
+                self._calls[call] = torch.randint(2**62, (ranks,), generator=self._generator, device="cpu")
+            drawn = self._calls[call]
+        return int(drawn[rank])
 
 
 class ContextDropout(Positioned):
@@ -75,8 +81,8 @@ class ContextDropout(Positioned):
     def dropout(self, x: Tensor, p: float = 0.5, training: bool = True, *, is_part: bool | None = None) -> Tensor:
         """Return `torch.nn.functional.dropout(x, p, training)`, where each rank drops other elements of its tokens.
 
-        Ranks that share a sequence have equal random states, or layers that are left out at random would part them.
-        The function of torch therefore drops the same elements of all parts of a sequence.  Modules of torch, such as
+        Ranks that share a sequence have equal random states, so that a layer that is left out at random is left out on
+        all of them.  The function of torch therefore drops the same elements of each part.  Modules of torch, such as
         `nn.Dropout`, do as this method does if the context was handed down to them.
 
         Args:

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from lightning_longnet import (
     DilatedSelfAttention,
     FeedForward,
+    LongNet,
+    LongNetConfig,
     Pattern,
     SequenceContext,
     hand_down,
@@ -397,3 +399,35 @@ def test_layers_that_are_left_out_at_random_are_the_same_on_all_ranks(pool):
     (kept, whole), *others = pool.run(2, layer_drops)
     assert all(each[0] == kept for each in others)
     assert torch.isfinite(whole).all()
+
+
+def model_drops(group, step):
+    """What the dropouts of a LongNet drop on this rank, and its gradients for each way to recompute."""
+    context, dropped, grads = made(group), [], []
+    for recompute in ("nothing", "all but attention", "everything"):
+        torch.manual_seed(0)
+        told = {"dropout": 0.3, "attention_dropout": 0.2, "recompute": recompute, "feed_forward_chunk": 5}
+        model = LongNet(LongNetConfig(PATTERN, vocab_size=11, dim=16, layers=2, heads=4, **told)).double()
+        hand_down(model, context)
+        if recompute == "nothing":
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.register_forward_hook(lambda _, __, out: dropped.append(out == 0))
+        tokens = torch.arange(LENGTH).expand(2, LENGTH) % 11
+        batch = context.split({"input_ids": tokens, "labels": tokens})
+        torch.manual_seed(5)
+        context.begin_step(step)
+        loss, _ = model(batch["input_ids"], batch["labels"])
+        torch.manual_seed(6)
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    same = [all(torch.equal(a, b) for a, b in zip(grads[0], each, strict=True)) for each in grads[1:]]
+    return dropped, same
+
+
+@pytest.mark.parametrize("step", [None, 3])
+def test_a_model_drops_other_values_on_each_rank_and_the_same_when_it_recomputes(pool, step):
+    (ours, same), (theirs, same_too) = pool.run(2, model_drops, step)
+    assert len(ours) == 5  # of the embeddings, and two in each of two blocks
+    assert not any(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
+    assert same == same_too == [True, True]
