@@ -27,15 +27,14 @@ class DropoutSeeds:
 
     def __init__(self) -> None:
         self._step: Tensor | None = None
-        self._generator = torch.Generator()  # of the calls of plain dropout in a step
+        self._generator: torch.Generator | None = None  # of plain dropout in the step
         self._calls: dict[int, Tensor] = {}
 
     def begin(self, seed: int, number: int | None) -> None:
         """Begin the step of this number, or end the one that was begun where it is None."""
         self._calls.clear()
         self._step = None if number is None else hashed(hashed(torch.tensor(seed)) + number)
-        if self._step is not None:
-            self._generator.manual_seed(int(hashed(self._step + _CALLS)))
+        self._generator = None
 
     def of_layer(self, layer: int) -> Tensor | None:
         """Return the seed of a layer's attention in the current step; None where no step was begun."""
@@ -52,6 +51,8 @@ class DropoutSeeds:
         drawn = torch.randint(2**62, (ranks,), device="cpu")
         if self._step is not None:
             call = int(drawn[0])
+            if self._generator is None:
+                self._generator = torch.Generator().manual_seed(int(hashed(self._step + _CALLS)))
             if call not in self._calls:
                 self._calls[call] = torch.randint(2**62, (ranks,), generator=self._generator, device="cpu")
             drawn = self._calls[call]

@@ -69,7 +69,9 @@ class BatchShards:
         self._made: list[_Made] = []
         self._converted: list[_Converted] = []
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """The number of shards that were made."""
         return len(self._made)
 
     def of(self, documents: Tensor | None, padding: Tensor | None, make: Callable[[], SequenceShard]) -> SequenceShard:

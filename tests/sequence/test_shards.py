@@ -39,7 +39,7 @@ def changed(group, changing, mode):
             x = part["q"]
             whole = context.gather_sequence(context.attend(x, x, x, PATTERN, key_padding_mask=part["hidden"]))
             torch.testing.assert_close(whole, attend(q, q, q, PATTERN, key_padding_mask=hidden))
-    return len(context._splitter.current.shards)
+    return context._splitter.current.shards.count
 
 
 MODES = {"inference": torch.inference_mode, "no_grad": torch.no_grad}
