@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_longnet.attention.guard import guarded_attend
 from lightning_longnet.attention.parallel.comm import Traffic
-from lightning_longnet.attention.parallel.local import LocalShard
+from lightning_longnet.attention.parallel.local import local_shard
 from lightning_longnet.attention.parallel.placement import Kind, Placement
 from lightning_longnet.attention.parallel.schedule import Exchange
 from lightning_longnet.sequence.dropout import ContextDropout, DropoutSeeds
@@ -169,12 +169,7 @@ class SequenceContext(ContextDropout):
         if documents is None and padding is None:
             return self.shard_of() if self.is_split else None
         if current.shard is None:
-            mask = documents if padding is None else padding
-            assert mask is not None
-            is_split = self.is_split
-            current.shard = (
-                self._shards.made(documents, padding) if is_split else LocalShard(mask.shape[-1], documents, padding)
-            )
+            current.shard = self._shards.made(documents, padding) if self.is_split else local_shard(documents, padding)
         return current.shard
 
     def shard_of(self, documents: Tensor | None = None, key_padding_mask: Tensor | None = None) -> SequenceShard:

@@ -28,6 +28,13 @@ class LocalComm(Comm):
         return own[None]
 
 
+def local_shard(documents: Tensor | None, key_padding_mask: Tensor | None) -> LocalShard:
+    """Return the shard with these documents and this padding, of which at least one is given."""
+    mask = documents if key_padding_mask is None else key_padding_mask
+    assert mask is not None
+    return LocalShard(mask.shape[-1], documents, key_padding_mask)
+
+
 class LocalShard(SequenceShard):
     """All tokens of each sequence, with their documents and padding, as `attend` takes the parts of ranks.
 
