@@ -127,7 +127,7 @@ class Guard:
     def _kernel(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]) -> str:
         """Return the name of the kernel that is to run."""
         shard, kernel = options.get("shard"), options.get("kernel", "auto")
-        group = shard.comm.group.group_name if isinstance(shard, SequenceShard) else None
+        group = shard.comm.name if isinstance(shard, SequenceShard) else None
         try:
             # with a seed, so that none is drawn: `attend` draws its own
             seeded = {**options, "dropout_seed": options.get("dropout_seed") or 0}

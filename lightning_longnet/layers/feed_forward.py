@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_longnet.layers.initialization import xavier_parts
 from lightning_longnet.layers.options import positive_integer, positive_number, probability
+
+if TYPE_CHECKING:
+    from lightning_longnet.sequence.context import SequenceContext
 
 Activation = Literal["gelu", "relu", "silu", "swiglu"]
 
@@ -35,6 +38,8 @@ class FeedForward(nn.Module):
         chunk_tokens: number of tokens that are computed at a time, and recomputed in the backward, so that the hidden
             values of at most this many tokens are in memory.  None computes all at once and recomputes nothing.
     """
+
+    sequence_context: SequenceContext | None = None
 
     def __init__(
         self,
@@ -83,17 +88,22 @@ class FeedForward(nn.Module):
         """Map x (..., N, embed_dim) to a tensor of the same shape."""
         if self.chunk_tokens is None or x.shape[-2] <= self.chunk_tokens:
             return self._compute(x)
+        context = self.sequence_context
+        is_part = None if context is None else context.holds_part(x)  # which a chunk does not show
         chunks = x.split(self.chunk_tokens, dim=-2)
-        return torch.cat([checkpoint(self._compute, chunk, use_reentrant=False) for chunk in chunks], dim=-2)
+        return torch.cat([checkpoint(self._compute, chunk, is_part, use_reentrant=False) for chunk in chunks], dim=-2)
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor, is_part: bool | None = None) -> Tensor:
         hidden = self.first(x)
         if self.activation == "swiglu":
             gate, value = hidden.chunk(2, -1)
             hidden = F.silu(gate) * value
         else:
             hidden = getattr(F, self.activation)(hidden)
-        hidden = F.dropout(hidden, self.dropout, self.training)
+        if self.sequence_context is None:
+            hidden = F.dropout(hidden, self.dropout, self.training)
+        else:
+            hidden = self.sequence_context.dropout(hidden, self.dropout, self.training, is_part=is_part)
         if self.sub_norm is not None:
             hidden = self.sub_norm(hidden)
         out: Tensor = self.second(hidden)

@@ -218,7 +218,8 @@ class MultiheadDilatedAttention(AttentionLayer):
         if self.sequence_context is None or not self.is_split:
             return ignored_keys(mask, shape)
         # all layers of a model get the same mask; converting it once gives them the same tensor, and so one shard
-        return self.sequence_context.once(mask, "ignored keys", lambda: ignored_keys(mask, shape))
+        hidden: Tensor = self.sequence_context.once(mask, "ignored keys", lambda: ignored_keys(mask, shape))
+        return hidden
 
     def _check_tokens(self, query: Tensor, key: Tensor, value: Tensor) -> int:
         """Check the shapes of query, key and value, and return the number of tokens N."""

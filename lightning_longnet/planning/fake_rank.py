@@ -6,6 +6,7 @@ call keeps of other ranks' rows; `WORKSPACE` adds what the operator holds while 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from lightning_longnet.sequence.position import MeshPosition
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -68,6 +70,10 @@ class PlannedContext(SequenceContext):
         super().__init__(placement=job.placement, exchange=job.exchange, position=position)
         self.planned = PlannedShard(job.placed(), rank, footprints)
         self.begin(job.tokens)
+        self.begin_step(0)
+
+    def random_part(self, device: torch.device, is_part: bool) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def shard_of(self, documents: Tensor | None = None, key_padding_mask: Tensor | None = None) -> SequenceShard:
         assert documents is None

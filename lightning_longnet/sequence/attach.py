@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_longnet.sequence.context import SequenceContext
+from lightning_longnet.sequence.dropout_hooks import ATTACHED, set_hooks
 
 if TYPE_CHECKING:
     from torch import nn
-
-_ATTRIBUTE = "_attached_sequence_context"  # of modules that have no `sequence_context` of their own
 
 
 def hand_down(module: nn.Module, context: SequenceContext | None) -> None:
     """Attach a context to a module and all modules inside it, or detach it where it is None.
 
-    Layers split their work by it, and `sequence_context` returns it for any of them.
+    Layers split their work by it, and `sequence_context` returns it for any of them.  Dropout modules of torch get
+    hooks, with which each rank drops other elements of its part of a sequence; see `SequenceContext.dropout`.
     """
     layers = 0
     for each in module.modules():
@@ -25,9 +25,10 @@ def hand_down(module: nn.Module, context: SequenceContext | None) -> None:
                 each.layer_number = layers  # type: ignore[assignment]
                 layers += 1
         elif context is not None:
-            each.__dict__[_ATTRIBUTE] = context
+            each.__dict__[ATTACHED] = context
         else:
-            each.__dict__.pop(_ATTRIBUTE, None)
+            each.__dict__.pop(ATTACHED, None)
+        set_hooks(each, context)
 
 
 def sequence_context(module: nn.Module) -> SequenceContext:
@@ -35,7 +36,7 @@ def sequence_context(module: nn.Module) -> SequenceContext:
     strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
     for context in (
         getattr(module, "sequence_context", None),
-        module.__dict__.get(_ATTRIBUTE),
+        module.__dict__.get(ATTACHED),
         getattr(strategy, "sequence_context", None),
     ):
         if isinstance(context, SequenceContext):

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lightning_longnet.attention.guard import guarded_attend
-from lightning_longnet.attention.kernels.dropout import hashed
 from lightning_longnet.attention.parallel.comm import Traffic
+from lightning_longnet.attention.parallel.local import local_shard
 from lightning_longnet.attention.parallel.placement import Kind, Placement
 from lightning_longnet.attention.parallel.schedule import Exchange
-from lightning_longnet.sequence.position import MeshPosition, Positioned
+from lightning_longnet.sequence.dropout import ContextDropout, DropoutSeeds
+from lightning_longnet.sequence.position import MeshPosition
 from lightning_longnet.sequence.reductions import Reductions
 from lightning_longnet.sequence.shards import ShardCache
 from lightning_longnet.sequence.splitter import BatchSplitter
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.spec import Mix
 
 
-class SequenceContext(Positioned):
+class SequenceContext(ContextDropout):
     """The position of a rank among the others, the batch that is worked on, and the operations over ranks.
 
     Without arguments it is that of one process, or of ranks that split batches alone: sequences are whole there, and
@@ -41,8 +42,8 @@ class SequenceContext(Positioned):
         mesh: a mesh with the axes "data_parallel" and "sequence_parallel"; see `sequence_mesh`.
         placement: "contiguous" or "zigzag": which tokens each rank gets.
         exchange: how keys reach the queries of other ranks, for layers without an exchange of their own; see `attend`.
-        seed: the seed of attention dropout, the same on all ranks; the dropout mask depends on it, on the step and on
-            the layer.
+        seed: the seed of dropout in steps, the same on all ranks; what attention drops depends on it, on the step and
+            on the layer; see `begin_step`.
         position: the position of this rank where there is no mesh to read it from, as in a plan.
 
     Attributes:
@@ -70,7 +71,7 @@ class SequenceContext(Positioned):
         self._splitter = BatchSplitter(self.position, placement)
         self._shards = ShardCache(self._splitter, self.traffic)
         self._reductions = Reductions(self._splitter, self.window, self.traffic)
-        self._step_seed = torch.tensor(seed)
+        self._seeds = DropoutSeeds()
 
     def __deepcopy__(self, _: Any) -> SequenceContext:
         return self
@@ -148,27 +149,41 @@ class SequenceContext(Positioned):
 
     @property
     def shard(self) -> SequenceShard | None:
-        """The `shard` for `attend`, with the batch's documents and attention_mask; None where sequences are whole.
+        """The `shard` for calls of `attend` on the batch's tokens, with the batch's documents and attention_mask.
 
-        All ranks of the sequence group make it together, at the first use in a step.
+        All ranks of the sequence group make it together, at the first use in a batch.  It has the masks that the batch
+        had when it was split, on one process too; it is None where sequences are whole and the batch has no masks.
+
+        Only the context of a batch that was split knows its masks.  Under Lightning's own strategies, and wherever no
+        batch was begun, this raises a ValueError.  `attend` of the context, which is given the masks, is right
+        everywhere.
         """
         current = self._splitter.current
-        return self.shard_of(current.documents, current.key_padding_mask) if self.is_split else None
+        documents, padding = current.documents, current.key_padding_mask
+        if not current.is_begun:
+            raise ValueError(
+                "shard must be that of a batch that was split, got none: the masks of this batch are not known here. "
+                "Call context.attend(q, k, v, pattern, documents=..., key_padding_mask=...) of this context, which is "
+                "right under any strategy and without one"
+            )
+        if documents is None and padding is None:
+            return self.shard_of() if self.is_split else None
+        if current.shard is None:
+            current.shard = self._shards.made(documents, padding) if self.is_split else local_shard(documents, padding)
+        return current.shard
 
     def shard_of(self, documents: Tensor | None = None, key_padding_mask: Tensor | None = None) -> SequenceShard:
-        """Return the shard with these documents and this padding of this rank's tokens.
+        """Return the shard with these documents and this padding of this rank's tokens, in a split batch.
 
-        One shard serves all calls with the same tensors.
+        One shard serves all calls with the same tensors, until one is changed in place on some rank.  All ranks of the
+        sequence group call it together: with masks they compare which shard they found.
         """
         return self._shards.of(documents, key_padding_mask)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def once(self, mask: Tensor, into: str, convert: Callable[[], Tensor]) -> Tensor:
         """Return `convert()` of a mask, computed once in a batch, so that layers which convert it share a shard."""
         return self._splitter.current.shards.once(mask, into, convert)
-
-    def begin_step(self, number: int) -> None:
-        """Set the number of the micro-batch since training began, which the mask of attention dropout depends on."""
-        self._step_seed = hashed(hashed(torch.tensor(self.seed)) + number)
 
     def attend(
         self,
@@ -181,26 +196,35 @@ class SequenceContext(Positioned):
         key_padding_mask: Tensor | None = None,
         dropout: float = 0.0,
         layer: int = 0,
+        scale: float | None = None,
+        sinks: Tensor | None = None,
         mix: Mix = "exact",
         kernel: str = "auto",
         exchange: Exchange | None = None,
         ordering: Ordering = "raster",
         guard: Guard | None = None,
     ) -> Tensor:
-        """Call `attend` on whole sequences or on parts; documents and key_padding_mask are of this rank's tokens.
+        """Call `attend` on whole sequences or on parts, as they are in the current batch.
 
-        `layer` gives each layer of a model a dropout mask of its own; one that is called twice in a step drops the same
-        pairs twice.
+        This is the way to call `attend` that is the same under our strategy, under any other and without one.
+        `documents` and `key_padding_mask` are those of the tokens that q, k and v have on this rank, out of the batch
+        that it was given; without them there are none.
+
+        `layer` gives each layer of a model a dropout mask of its own in a step that was begun; one that is called
+        twice in such a step drops the same pairs twice.  See `begin_step` for calls outside of steps.
         """
         options: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel, "ordering": ordering}
+        options |= {"scale": scale, "sinks": sinks}
         if dropout > 0:
-            options["dropout_seed"] = hashed(self._step_seed + layer)
+            options["dropout_seed"] = self._seeds.of_layer(layer)
             options["dropout_samples"] = self.data_parallel_rank, self.data_parallel_size
         if not self.is_split:
             options |= {"documents": documents, "key_padding_mask": key_padding_mask}
             return guarded_attend(guard, q, k, v, pattern, is_placed=self.mesh is not None, **options)
         options["exchange"] = self.exchange if exchange is None else exchange
-        options["shard"] = self._shard_for(q.shape[1], documents, key_padding_mask)
+        shard = options["shard"] = self._shard_for(q.shape[1], documents, key_padding_mask)
+        if dropout > 0 and options["dropout_seed"] is None:
+            options["dropout_seed"] = _shared_seed(shard)
         return guarded_attend(guard, q, k, v, pattern, **options)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -254,3 +278,10 @@ class SequenceContext(Positioned):
     def gather_samples(self, x: Tensor, group: Any = None) -> list[Tensor]:
         """Return the x of each rank that works on other samples, of any lengths: a `dist_sync_fn` for torchmetrics."""
         return self._reductions.gather_samples(x, group)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _shared_seed(shard: SequenceShard) -> Tensor:
+    """Return the seed that the first rank of a shard draws; all ranks draw one, so that generators stay in step."""
+    own = int(torch.randint(-(2**63), 2**63 - 1, (), device="cpu"))
+    return torch.tensor(shard.agreed(own, "agrees on a seed")[0], device="cpu")

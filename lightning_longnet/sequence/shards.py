@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from lightning_longnet.attention.parallel.shard import SequenceShard
 
 if TYPE_CHECKING:
@@ -17,52 +19,99 @@ if TYPE_CHECKING:
 _PLAIN_SHARDS = 64  # that are kept, one for each length
 
 
-class _Made(NamedTuple):
-    """A shard, and the very tensors that it was made with."""
+class _Mask(NamedTuple):
+    """A tensor at a moment, or None: it is the same later where neither its memory nor its values have changed.
 
-    documents: Tensor | None
-    padding: Tensor | None
-    versions: tuple[int, int]
+    Torch counts the changes in place of a tensor, but not of one of inference mode, whose values are copied.
+    """
+
+    tensor: Tensor | None
+    version: int
+    values: Tensor | None
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> _Mask:
+        if x is None or not x.is_inference():
+            return cls(x, 0 if x is None else x._version, None)
+        return cls(x, 0, x.clone())
+
+    def is_still(self, x: Tensor | None) -> bool:
+        """Whether this is x as it is now."""
+        if self.tensor is None or x is None:
+            return self.tensor is x
+        if x is not self.tensor and not (x.dtype == self.tensor.dtype and x.is_set_to(self.tensor)):
+            return False
+        if self.values is not None or x.is_inference():
+            return self.values is not None and torch.equal(self.values, x)
+        return x._version == self.version
+
+
+class _Made(NamedTuple):
+    """A shard, and the documents and the padding that it was made with."""
+
+    documents: _Mask
+    padding: _Mask
     shard: SequenceShard
 
 
 class _Converted(NamedTuple):
     """A mask, and the result of a conversion of it."""
 
-    mask: Tensor
-    version: int
+    mask: _Mask
     into: str
     result: Tensor
 
 
 class BatchShards:
-    """The shards of one batch, each made at its first use."""
+    """The shards of one batch, each made at its first use by all ranks together."""
 
     def __init__(self) -> None:
         self._made: list[_Made] = []
         self._converted: list[_Converted] = []
 
+    @property
+    def count(self) -> int:
+        """The number of shards that were made."""
+        return len(self._made)
+
     def of(self, documents: Tensor | None, padding: Tensor | None, make: Callable[[], SequenceShard]) -> SequenceShard:
-        """Return the shard of these very tensors, which `make` makes at the first call."""
-        versions = _version(documents), _version(padding)
-        for made in self._made:
-            same = _is_same(made.documents, documents) and _is_same(made.padding, padding)
-            if same and made.versions == versions:
-                return made.shard
+        """Return the shard of these tensors as they are now, which `make` makes where there is none on some rank.
+
+        All ranks call it together.  Outside of inference mode a mask that the program changes has another version on
+        all of them.  In inference mode each rank looks at the values of its own part, which may have changed where
+        another's have not; so they compare which shard they found, and make one together unless they all found the
+        same.
+        """
+        index = self._found(documents, padding)
+        compares = any(x is not None and x.is_inference() for x in (documents, padding))
+        if self._made and compares:  # which is so on all ranks or on none
+            indices = self._made[0].shard.agreed(index, "looks a shard up")
+            if any(other != index for other in indices):
+                index = -1
+        if index >= 0:
+            return self._made[index].shard
         shard = make()
-        self._made.append(_Made(documents, padding, versions, shard))
+        self._made.append(_Made(_Mask.of(documents), _Mask.of(padding), shard))
         return shard
 
+    def _found(self, documents: Tensor | None, padding: Tensor | None) -> int:
+        """Return the index of the shard of these tensors on this rank, the one made last; -1 where there is none."""
+        for index in reversed(range(len(self._made))):
+            made = self._made[index]
+            if made.documents.is_still(documents) and made.padding.is_still(padding):
+                return index
+        return -1
+
     def once(self, mask: Tensor, into: str, convert: Callable[[], Tensor]) -> Tensor:
-        """Return the result of converting this very mask, so that layers which convert it share a shard.
+        """Return the result of converting this mask, so that layers which convert it share a shard.
 
         `into` names the conversion.
         """
         for known in self._converted:
-            if _is_same(known.mask, mask) and (known.version, known.into) == (_version(mask), into):
+            if known.into == into and known.mask.is_still(mask):
                 return known.result
         result = convert()
-        self._converted.append(_Converted(mask, _version(mask), into, result))
+        self._converted.append(_Converted(_Mask.of(mask), into, result))
         return result
 
 
@@ -83,17 +132,18 @@ class ShardCache:
         assert length is not None
         if documents is not None or key_padding_mask is not None:
             return splitter.current.shards.of(
-                documents, key_padding_mask, lambda: self._made(documents, key_padding_mask)
+                documents, key_padding_mask, lambda: self.made(documents, key_padding_mask)
             )
         if length not in self._plain:
             if len(self._plain) == _PLAIN_SHARDS:
                 self._plain.clear()
-            self._plain[length] = self._made(None, None)
+            self._plain[length] = self.made(None, None)
         shard = self._plain[length]
         shard.begin_batch(splitter.number)
         return shard
 
-    def _made(self, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
+    def made(self, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
+        """Make a shard of the current batch, as all ranks do together."""
         splitter = self._splitter
         assert splitter.position.sequence_group is not None
         shard = SequenceShard(
@@ -104,15 +154,3 @@ class ShardCache:
         self._traffic.flight_seconds += shard.comm.traffic.flight_seconds
         shard.comm.traffic = self._traffic
         return shard
-
-
-def _version(x: Tensor | None) -> int:
-    """Return how often a tensor was changed in place, or -1 for a tensor of inference mode, which does not count."""
-    return -1 if x is None or x.is_inference() else x._version
-
-
-def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors are views of the same memory.  Values must not decide, as they differ between ranks."""
-    if a is None or b is None:
-        return a is b
-    return a is b or (a.dtype == b.dtype and a.is_set_to(b))

@@ -11,7 +11,17 @@ import torch
 
 from lightning_longnet.attention.parallel.placement import Kind, Placement
 from lightning_longnet.sequence.agreement import check_same_batch, fault_of
-from lightning_longnet.sequence.batches import checked_dims, digest, dim_of, is_whole, known_length, length_of, mapped
+from lightning_longnet.sequence.batches import (
+    checked_dims,
+    digest,
+    dim_of,
+    is_whole,
+    known_dim,
+    known_length,
+    length_of,
+    mapped,
+    tensors,
+)
 from lightning_longnet.sequence.parts import SequencePart, part_of
 from lightning_longnet.sequence.shards import BatchShards
 
@@ -20,6 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_longnet.attention.parallel.shard import SequenceShard
     from lightning_longnet.sequence.position import MeshPosition
 
 
@@ -32,14 +43,18 @@ class CurrentBatch:
         is_whole: layers get whole sequences, even those that a model makes itself.
         documents: the document ids of this rank's tokens, where the batch has them.
         key_padding_mask: True where a token of this rank is padding, where the batch has an attention_mask.
-        shards: the shards that were made for this batch.
+        shard: the shard with these documents and this padding, once it was made.
+        shards: the shards that were made for the masks that layers are given.
+        is_begun: whether anybody has begun a batch, or said that sequences are whole.
     """
 
     length: int | None = None
     is_whole: bool = False
     documents: Tensor | None = None
     key_padding_mask: Tensor | None = None
+    shard: SequenceShard | None = None
     shards: BatchShards = field(default_factory=BatchShards)
+    is_begun: bool = True
 
 
 class BatchSplitter:
@@ -57,7 +72,7 @@ class BatchSplitter:
 
     def __init__(self, position: MeshPosition, placement: Kind) -> None:
         self.position, self.placement = position, placement
-        self.current = CurrentBatch()
+        self.current = CurrentBatch(is_begun=False)
         self.number = 0
         self.samples: tuple[str, ...] = ()
 
@@ -75,11 +90,15 @@ class BatchSplitter:
             self._check_part(batch, dims)
             self.begin(batch.length)
             self.samples = batch.samples
-            if self.is_split:
-                self._keep_masks(batch.tensors)
+            self._keep_masks(batch.tensors)
             return dict(batch.tensors)
         if self.position.sequence_parallel_size == 1:
             self.begin(known_length(batch, dims))
+            known: dict[str, Tensor] = {}
+            for path, x in tensors(batch):
+                if known_dim(path, x, dims) is not None:
+                    known.setdefault(path[-1], x)
+            self._keep_masks(known)
             return batch
         length = self._length_of(batch, dims)
         self.begin(length)
@@ -101,9 +120,12 @@ class BatchSplitter:
         return batch
 
     def _keep_masks(self, parts: Mapping[str, Tensor]) -> None:
-        """Keep the documents and the padding of this rank's tokens, which the batch's own shard is made with."""
-        mask = parts.get("attention_mask")
-        self.current.documents = parts.get("documents")
+        """Keep the documents and the padding of this rank's tokens, which the batch's own shard is made with.
+
+        They are copies: whoever changes the batch's tensors in place does not change its shard.
+        """
+        documents, mask = parts.get("documents"), parts.get("attention_mask")
+        self.current.documents = None if documents is None else documents.clone()
         self.current.key_padding_mask = None if mask is None else mask == 0
 
     def begin(self, length: int | None) -> None:

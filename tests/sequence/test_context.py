@@ -171,7 +171,7 @@ def test_without_ranks_everything_is_there():
     context, x = SequenceContext(), torch.randn(2, 5, 3)
     assert context.gather_sequence(x) is x
     assert torch.equal(context.positions_of(x), torch.arange(5))
-    assert (context.mesh, context.shard, context.positions, context.sequence_group) == (None,) * 4
+    assert (context.mesh, context.positions, context.sequence_group) == (None,) * 3
     assert context.token_mean(torch.tensor(6.0), 4).item() == 1.5
     assert copy.deepcopy(context) is context
     assert isinstance(pickle.loads(pickle.dumps(context)), SequenceContext)

@@ -100,7 +100,9 @@ def run_stock(rank, world):
         trainer.fit(module, DataLoader(PLAIN["samples"], batch_size=4 // world, collate_fn=collated))
         context = sequence_context(module)
     x = torch.ones(2, 5, 3)
-    assert (context.mesh, context.sequence_group, context.shard, context.positions) == (None,) * 4
+    assert (context.mesh, context.sequence_group, context.positions) == (None,) * 3
+    with pytest.raises(ValueError, match=r"Call context\.attend"):
+        _ = context.shard
     assert torch.equal(context.positions_of(x), torch.arange(5))
     assert context.gather_sequence(x) is x
     assert copy.deepcopy(context) is context

@@ -110,6 +110,11 @@ class Comm:
         self.on_failure: Callable[[BaseException, str], None] | None = None
 
     @property
+    def name(self) -> str | None:
+        """The name of the group; None for a process that is its own."""
+        return self.group.group_name
+
+    @property
     def messages(self) -> int:
         return self.traffic.messages
 

@@ -34,6 +34,7 @@ _CALLS = 2**20  # more calls than a batch has
 _KINDS: tuple[Kind, ...] = ("contiguous", "zigzag")
 
 Check = Literal["first", "always"]
+Agreement = Literal["looks a shard up", "agrees on a seed"]
 Made = TypeVar("Made")
 
 
@@ -63,13 +64,7 @@ class SequenceShard:
         key_padding_mask: Tensor | None = None,
         check: Check = "first",
     ) -> None:
-        group = dist.group.WORLD if group is None else group
-        if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
-            raise ValueError(
-                f"group must be a process group that holds this rank, {dist.get_rank()} of all, got {group!r}: every "
-                f"rank makes its shard with the group that it is in"
-            )
-        self.comm = Comm(group)
+        self.comm = self._connected(group)
         self.rank = self.comm.rank
         fault = _fault(self.rank, length, placement, documents, key_padding_mask, check)
         pieces = [None if x is None or fault else pieces_of(x) for x in (documents, key_padding_mask)]
@@ -97,6 +92,17 @@ class SequenceShard:
         self._known: set[tuple[Any, ...]] = set()
         self._cache: dict[tuple[Any, ...], Any] = {}
         self.keeping: dict[str, bool] = {}  # of each spec: whether its calls keep their inputs themselves
+
+    @staticmethod
+    def _connected(group: dist.ProcessGroup | None) -> Comm:
+        """Return the messages of this rank in a group."""
+        group = dist.group.WORLD if group is None else group
+        if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+            raise ValueError(
+                f"group must be a process group that holds this rank, {dist.get_rank()} of all, got {group!r}: every "
+                f"rank makes its shard with the group that it is in"
+            )
+        return Comm(group)
 
     @property
     def length(self) -> int:
@@ -193,13 +199,17 @@ class SequenceShard:
         """
         return [theirs[: len(verdicts)] for theirs in self._everywhere(list(verdicts), "agrees on kernels", fault)]
 
+    def agreed(self, value: int, step: Agreement) -> list[int]:
+        """Return the value of each rank, a number of 64 bits; all of them call it together, for the same step."""
+        return [theirs[0] for theirs in self._everywhere([value], step, "")]
+
     def _everywhere(self, values: list[int], step: str, fault: str) -> list[list[int]]:
         """Return the values of all ranks.
 
         The message names the step, so that ranks in different steps raise an error instead of reading each other's
         values.  A rank with a `fault` raises its own error afterwards; the others raise one that names the rank.
         """
-        steps = "makes a shard", "compares a call", "agrees on kernels"
+        steps = "makes a shard", "compares a call", "agrees on kernels", *get_args(Agreement)
         padded = [steps.index(step), int(bool(fault)), *values] + [0] * (_WORDS - 2 - len(values))
         assert len(padded) == _WORDS
         everywhere: list[list[int]] = self._gathered(torch.tensor(padded), step).tolist()

@@ -1,0 +1,146 @@
+"""The seeds of dropout in a context, and plain dropout of which each rank that shares a sequence draws its own part."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from lightning_longnet.attention.kernels.dropout import hashed
+from lightning_longnet.sequence.position import Positioned
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+    from lightning_longnet.sequence.splitter import BatchSplitter
+
+_CALLS = -1  # what is added to the seed of a step for plain dropout, in the place of a layer's number
+
+
+class DropoutSeeds:
+    """The seeds of dropout: functions of the step where one was begun, otherwise drawn from torch's CPU generator."""
+
+    def __init__(self) -> None:
+        self._step: Tensor | None = None
+        self._generator: torch.Generator | None = None  # of plain dropout in the step
+        self._calls: dict[int, Tensor] = {}
+
+    def begin(self, seed: int, number: int | None) -> None:
+        """Begin the step of this number, or end the one that was begun where it is None."""
+        self._calls.clear()
+        self._step = None if number is None else hashed(hashed(torch.tensor(seed)) + number)
+        self._generator = None
+
+    def of_layer(self, layer: int) -> Tensor | None:
+        """Return the seed of a layer's attention in the current step; None where no step was begun."""
+        return None if self._step is None else hashed(self._step + layer)
+
+    def of_call(self, rank: int, ranks: int) -> int:
+        """Return the seed of a call of plain dropout on one of `ranks` ranks; those of other ranks are others.
+
+        torch's CPU generator advances by as much on all ranks, whatever they drop.  In a step the seeds are drawn from
+        a generator of the step, so that a run that is resumed repeats them.  A recomputation of activations restores
+        torch's generator, and so draws numbers that were drawn before: by them it gets the seeds of the first
+        computation.
+        """
+        drawn = torch.randint(2**62, (ranks,), device="cpu")
+        if self._step is not None:
+            call = int(drawn[0])
+            if self._generator is None:
+                self._generator = torch.Generator().manual_seed(int(hashed(self._step + _CALLS)))
+            if call not in self._calls:
+                self._calls[call] = torch.randint(2**62, (ranks,), generator=self._generator, device="cpu")
+            drawn = self._calls[call]
+        return int(drawn[rank])
+
+
+class ContextDropout(Positioned):
+    """The dropout of a `SequenceContext`.
+
+    Attributes:
+        seed: the seed of dropout in steps.
+    """
+
+    seed: int
+    _seeds: DropoutSeeds
+    _splitter: BatchSplitter
+
+    def begin_step(self, number: int | None) -> None:
+        """Begin the step of the micro-batch with this number since training began; None ends the step.
+
+        In a step, what is dropped is a function of `seed` and the number, so that a run that is resumed repeats it.
+        Outside of steps every call draws a seed from torch's CPU generator, that of the first rank where ranks share a
+        sequence: `torch.manual_seed` repeats it, and so does the recomputation of activations.
+        """
+        self._seeds.begin(self.seed, number)
+
+    def dropout(self, x: Tensor, p: float = 0.5, training: bool = True, *, is_part: bool | None = None) -> Tensor:
+        """Return `torch.nn.functional.dropout(x, p, training)`, where each rank drops other elements of its tokens.
+
+        Ranks that share a sequence have equal random states, so that a layer that is left out at random is left out on
+        all of them.  The function of torch therefore drops the same elements of each part.  Modules of torch, such as
+        `nn.Dropout`, do as this method does if the context was handed down to them.
+
+        Args:
+            x: a tensor of any shape.
+            p: the probability that an element is dropped.
+            training: False returns x as it is.
+            is_part: whether x holds this rank's tokens, and not what all ranks hold alike; `holds_part` by default.
+        """
+        if not (training and p > 0 and self._splitter.is_split):
+            return F.dropout(x, p, training)
+        dropped: Tensor = self._dropped_part(x, p, is_part)
+        return dropped
+
+    def holds_part(self, x: Tensor) -> bool:
+        """Return whether x holds this rank's tokens in a split batch, and not what all ranks hold alike.
+
+        Its shape decides: a dimension before the last is as long as this rank's part, and none is as long as the
+        sequences.
+        """
+        return self.holds_part_of(x.shape[:-1])
+
+    def holds_part_of(self, dims: Sequence[int]) -> bool:
+        """Return the same for a tensor whose dimensions, but for that of features, have these sizes."""
+        splitter = self._splitter
+        return splitter.is_split and splitter.local_length in dims and splitter.current.length not in dims
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _dropped_part(self, x: Tensor, p: float, is_part: bool | None) -> Tensor:
+        with self.random_part(x.device, self.holds_part(x) if is_part is None else is_part):
+            return F.dropout(x, p)
+
+    def random_part(self, device: torch.device, is_part: bool) -> AbstractContextManager[None]:
+        """Let torch's generator of a device draw inside the block for this rank's part of a sequence alone.
+
+        All ranks call it together.  Where `is_part` is False it draws the same on all ranks that share a sequence.
+        """
+        size = self.sequence_parallel_size
+        rank = self.data_parallel_rank * size + (self.sequence_parallel_rank if is_part else 0)
+        return seeded(device, self._seeds.of_call(rank, self.data_parallel_size * size))
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Let torch's generator of a device begin at a seed inside the block, and continue after it as if unused."""
+    generator = _generator_of(device)
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def _generator_of(device: torch.device) -> torch.Generator:
+    if device.type == "cpu":
+        return torch.default_generator
+    backend = torch.get_device_module(device)
+    index = backend.current_device() if device.index is None else device.index
+    generator: torch.Generator = backend.default_generators[index]
+    return generator

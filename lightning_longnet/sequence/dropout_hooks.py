@@ -1,0 +1,76 @@
+"""Hooks on the dropout modules of torch: each rank that shares a sequence drops other elements of its part of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from lightning_longnet.sequence.context import SequenceContext
+
+ATTACHED = "_attached_sequence_context"  # of modules that have no `sequence_context` of their own
+_HANDLES, _PART = "_dropout_hooks", "_random_part"
+# modules that drop whole features, and the number of dimensions of their inputs with a batch
+_OF_FEATURES = {nn.Dropout1d: 3, nn.Dropout2d: 4, nn.Dropout3d: 5, nn.FeatureAlphaDropout: 2}
+
+
+def set_hooks(module: nn.Module, context: SequenceContext | None) -> None:
+    """Register the hooks on a module that drops, where a context splits sequences, and remove them where none does."""
+    needs_hooks = context is not None and context.sequence_parallel_size > 1
+    if not isinstance(module, _DropoutNd) or needs_hooks == (_HANDLES in module.__dict__):
+        return
+    if needs_hooks:
+        before = module.register_forward_pre_hook(_begin, with_kwargs=True)
+        module.__dict__[_HANDLES] = before, module.register_forward_hook(_end, always_call=True)
+        return
+    for handle in module.__dict__.pop(_HANDLES):
+        handle.remove()
+
+
+# The hooks are functions of this module, so that modules with them can be pickled and copied.  torch.compile traces
+# their condition, and breaks the graph in split batches alone
+
+
+def _draws_parts(module: nn.Module) -> bool:
+    context: SequenceContext | None = module.__dict__.get(ATTACHED)
+    assert isinstance(module, _DropoutNd)
+    return context is not None and context.is_split and module.training and module.p > 0
+
+
+def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if _draws_parts(module):
+        _enter(module, args[0] if args else kwargs["input"])
+
+
+def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if _draws_parts(module):
+        _leave(module)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _enter(module: nn.Module, x: Tensor) -> None:
+    context: SequenceContext = module.__dict__[ATTACHED]
+    part = context.random_part(x.device, context.holds_part_of(_independent_dims(module, x)))
+    part.__enter__()
+    module.__dict__[_PART] = part
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _leave(module: nn.Module) -> None:
+    if _PART in module.__dict__:  # else `_enter` has raised an error
+        module.__dict__.pop(_PART).__exit__(None, None, None)
+
+
+def _independent_dims(module: nn.Module, x: Tensor) -> Sequence[int]:
+    """Return the sizes of the dimensions of x along which a module drops independently, but for that of features."""
+    for kind, dims in _OF_FEATURES.items():
+        if isinstance(module, kind):
+            return x.shape[: 2 if x.dim() >= dims else 1]
+    return x.shape[:-1]
