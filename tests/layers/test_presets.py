@@ -39,17 +39,13 @@ def drawn(count=4, length=LENGTH):
     return torch.randn(count, BATCH, length, HEADS, DIM, dtype=torch.float64, generator=generator).unbind()
 
 
-def arguments(name, is_causal):
-    """A Hilbert curve has a causal order for one segment length alone."""
-    some = slice(1, 2) if name == "hilbert" and is_causal else slice(None)
-    return {"segment_lengths": SEGMENTS[some], "dilation_rates": RATES[some]} | (
-        SPARSE if name == "block_sparse" else {}
-    )
+def arguments(name):
+    return {"segment_lengths": SEGMENTS, "dilation_rates": RATES} | (SPARSE if name == "block_sparse" else {})
 
 
 def tables(name, is_causal):
     """How often each branch counts a pair, from the definitions alone."""
-    given = arguments(name, is_causal)
+    given = arguments(name)
     if name == "block_sparse":
         within = Pattern.dilated(SEGMENTS, RATES, is_causal=is_causal)
         return [Pattern.block_sparse("local_window", 3, 0.4, within=within).mask(LENGTH, HEADS).double()]
@@ -82,7 +78,7 @@ def test_equals_brute_force_on_1_2_and_4_ranks(pool, name, is_causal):
     out = brute.attention(*wide, [tables(name, is_causal)] * BATCH, DIM**-0.5)[0]
     truth = out, *torch.autograd.grad(out, wide, grad)
     for world, placement in ((1, "contiguous"), (2, "zigzag"), (4, "contiguous")):
-        for positions, *found in pool.run(world, step, name, arguments(name, is_causal), is_causal, placement):
+        for positions, *found in pool.run(world, step, name, arguments(name), is_causal, placement):
             for ours, true in zip(found, truth, strict=True):
                 assert (ours - true[:, positions]).abs().max() <= 1e-10 * max(1, true.abs().max())
 
@@ -129,8 +125,6 @@ def test_what_contradicts_it_is_refused():
         LongNetConfig(PATTERN, preset="ring", ordering="hilbert")
     with pytest.raises(ValueError, match="attention must be None with preset='ring'"):
         LongNetConfig(PATTERN, preset="ring", attention={"class_path": "torch.nn.Identity"})
-    with pytest.raises(ValueError, match="pattern must have one branch of segments, got 2"):
-        LongNetConfig(Pattern.dilated((8, 16), (1, 2), is_causal=True), preset="hilbert")
     with pytest.raises(ValueError, match="ordering must be one of 'raster', 'hilbert', got 'snake'"):
         LongNetConfig(PATTERN, ordering="snake")
 
