@@ -1,6 +1,7 @@
 """Causal patterns along a curve, of any branches: what the definition shows, on one process and over ranks."""
 
 from dataclasses import replace
+from itertools import product
 
 import brute
 import pytest
@@ -9,9 +10,8 @@ from brute import Shown
 from tiers import tiered
 
 from lightning_longnet import Pattern, SequenceShard, attend, sequence_hilbert_order
-from lightning_longnet.attention.pattern.lines import lines_of
 
-LENGTH, BATCH, HEADS, KV_HEADS, DIM = 45, 2, 4, 2, 6
+LENGTH, BATCH, HEADS, KV_HEADS, DIM = 45, 2, 8, 4, 5
 
 # branches of a causal pattern, as the brute force and as the library know them
 BRANCHES = {
@@ -133,11 +133,103 @@ def assert_equal(found, expected, tolerance=1e-12):
     for ours, true in zip(found, expected, strict=True):
         finite = true.isfinite()
         assert torch.equal(ours.isfinite(), finite)
-        assert (ours - true)[finite].abs().max() <= tolerance * max(1, true[finite].abs().max())
+        torch.testing.assert_close(ours[finite], true[finite], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", BRANCHES)
+QUICK = [
+    *(("longnet", options) for options in OPTIONS),
+    *((name, "all") for name in BRANCHES),
+    ("a window, and segments", "plain"),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), tiered(product(BRANCHES, OPTIONS), dict.fromkeys(QUICK)))
 def test_equals_brute_force(name, options):
     shown = BRANCHES[name]
     assert_equal(ours(pattern_of(shown), OPTIONS[options]), truth(shown, "multiset", OPTIONS[options]))
+
+
+SETS = ["longnet", "three, of lengths that divide nothing", "a window, and segments"]
+
+
+@pytest.mark.parametrize(("name", "options"), tiered(product(SETS, OPTIONS), [("longnet", "all"), (SETS[1], "plain")]))
+def test_a_set_counts_a_key_once(name, options):
+    shown = BRANCHES[name]
+    assert_equal(ours(pattern_of(shown, "set"), OPTIONS[options]), truth(shown, "set", OPTIONS[options]))
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_each_kernel_computes_the_same(kernel):
+    shown = BRANCHES["longnet"]
+    assert_equal(ours(pattern_of(shown), {}, kernel=kernel), truth(shown, "multiset", {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_types_round_once(dtype):
+    """Results of lines are merged, and their gradients added, before they are rounded."""
+    shown = BRANCHES["three, of lengths that divide nothing"]
+    q, k, v, grad = drawn(dtype)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves, pattern_of(shown), ordering="hilbert")
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    true, _ = brute.attention(*wide, [tables_of(shown)] * BATCH, DIM**-0.5)
+    expected = true, *torch.autograd.grad(true, wide, grad.double())
+    for ours, exact in zip((out, *torch.autograd.grad(out, leaves, grad)), expected, strict=True):
+        assert (ours.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+# Over ranks
+
+LENGTHS = {
+    1: (45,),
+    2: (30, 15),
+    3: (16, 0, 29),
+    4: (11, 12, 10, 12),
+}
+
+
+def step(group, case, exchange, placement, options):
+    """One rank's tokens, out, lse and gradients."""
+    name, multiplicity = case
+    options = dict(options)
+    length = LENGTHS[group.size()][group.rank()]
+    bare = SequenceShard(group, length, placement)
+    rows = bare.tokens()
+    padding = options.pop("key_padding_mask", None)
+    shard = SequenceShard(group, length, placement, key_padding_mask=None if padding is None else padding[:, rows])
+    pattern = pattern_of(BRANCHES[name], multiplicity)
+    return rows, ours(pattern, options, rows, shard=shard, exchange=exchange)
+
+
+CASES = ["longnet", "three, of lengths that divide nothing", "a window, and segments", "not all causal"]
+OVER_RANKS = [
+    (name, multiplicity, world, exchange, placement)
+    for name, multiplicity in [*((name, "multiset") for name in CASES), ("longnet", "set")]
+    for world in LENGTHS
+    for exchange in ("gather", "ring", "swap", "auto")
+    for placement in ("contiguous", "zigzag")
+    if exchange != "swap" or world != 3
+]
+QUICK_OVER_RANKS = [
+    ("longnet", "multiset", 2, "gather", "contiguous"),
+    ("longnet", "multiset", 4, "ring", "zigzag"),
+    ("longnet", "multiset", 4, "swap", "contiguous"),
+    ("longnet", "set", 3, "gather", "contiguous"),
+    ("three, of lengths that divide nothing", "multiset", 3, "ring", "contiguous"),
+    ("a window, and segments", "multiset", 4, "auto", "contiguous"),
+    ("a window, and segments", "multiset", 2, "swap", "zigzag"),
+    ("not all causal", "multiset", 2, "ring", "contiguous"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "multiplicity", "world", "exchange", "placement"), tiered(OVER_RANKS, QUICK_OVER_RANKS)
+)
+def test_equals_brute_force_over_ranks(pool, name, multiplicity, world, exchange, placement):
+    for options in (OPTIONS["all"], OPTIONS["sinks"]):
+        out, lse, *gradients = truth(BRANCHES[name], multiplicity, options)
+        summed = 0
+        for rows, found in pool.run(world, step, (name, multiplicity), exchange, placement, options):
+            assert_equal(found[:5], [out[:, rows], lse[..., rows], *(x[:, rows] for x in gradients[:3])])
+            summed = summed + sum(found[5:])
+        assert_equal([summed][: len(gradients) - 3], gradients[3:])
