@@ -178,6 +178,67 @@ def test_narrow_types_round_once(dtype):
         assert (ours.double() - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
 
 
+def line_of(branch, length):
+    """The curve, with the tokens of each segment and residue in ascending order, as places of tokens."""
+    curve = sequence_hilbert_order(length).tolist()
+    w, line = branch.w or length, [None] * length
+    for begin in range(0, length, w):
+        for residue in range(branch.r):
+            places = range(begin + residue, min(begin + w, length), branch.r)
+            for place, token in zip(places, sorted(curve[p] for p in places), strict=True):
+                line[place] = token
+    return torch.tensor(line).argsort()
+
+
+def test_kept_blocks_are_counted_on_the_line_of_their_branch():
+    sparsity = ("local_window", 3, 0.4, 0, False)
+    shown = [Shown(w, r, None, True, sparsity=sparsity) for w, r in ((16, 1), (32, 2))]
+    within = Pattern.dilated((16, 32), (1, 2), is_causal=True)
+    pattern = Pattern.block_sparse("local_window", 3, 0.4, within=within)
+    tables = []
+    for each in shown:
+        (table,) = brute.counts([each], "multiset", LENGTH, KV_HEADS)
+        place = line_of(each, LENGTH)
+        tables.append(table[:, place][:, :, place])
+        assert torch.equal(tables[-1], tables[-1].tril())
+    q, k, v, grad = drawn()
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = brute.attention(*leaves, [tables] * BATCH, DIM**-0.5)
+    expected = out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad)
+    assert_equal(ours(pattern, {}), expected)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 10])
+def test_short_sequences(length):
+    """Segments may be longer than the sequence, and a residue may have no token."""
+    shown = [Shown(8, 3, None, True), Shown(None, 4, None, True), Shown(4, 1, None, True), Shown(None, 1, 2, True)]
+    q, k, v, _ = (x[:, :length] for x in drawn())
+    out = attend(q, k, v, pattern_of(shown), ordering="hilbert")
+    tables = tables_of(shown, length=length)
+    torch.testing.assert_close(out, brute.attention(q, k, v, [tables] * BATCH, DIM**-0.5)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_what_cannot_be_drawn_along_a_curve_is_refused():
+    q, k, v, _ = drawn()
+    mixed = pattern_of(BRANCHES["not all causal"], "set")
+    within = replace(pattern_of(BRANCHES["longnet"]), multiplicity="set")
+    for pattern, kernel, message in (
+        (mixed, "auto", "pattern must be causal in all of its branches or in none where .* multiplicity 'set'"),
+        (
+            Pattern.block_sparse("strided", 4, 0.5, within=within),
+            "auto",
+            "pattern must keep all blocks of its 2 causal branches .* multiplicity 'set'",
+        ),
+        (pattern_of(BRANCHES["longnet"]), "reference", "kernel must serve blocks where ordering is 'hilbert'"),
+        (within, "sdpa", "kernel='sdpa' cannot serve this call: cannot hide keys by their tokens. Those .* 'eager'"),
+        (pattern_of(BRANCHES["a window"]), "sdpa", "cannot hide keys by their tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend(q, k, v, pattern, ordering="hilbert", kernel=kernel)
+    with pytest.raises(ValueError, match="documents must be None where ordering is 'hilbert'"):
+        attend(q, k, v, pattern_of(BRANCHES["longnet"]), ordering="hilbert", documents=torch.zeros(LENGTH).long())
+
+
 # Over ranks
 
 LENGTHS = {
@@ -199,6 +260,21 @@ def step(group, case, exchange, placement, options):
     shard = SequenceShard(group, length, placement, key_padding_mask=None if padding is None else padding[:, rows])
     pattern = pattern_of(BRANCHES[name], multiplicity)
     return rows, ours(pattern, options, rows, shard=shard, exchange=exchange)
+
+
+def traffic(group, lengths):
+    """Messages and bytes that a rank sends in a forward and backward."""
+    shard = SequenceShard(group, 32)
+    leaves = [torch.randn(1, 32, 4, 8, requires_grad=True) for _ in range(3)]
+    pattern = Pattern.dilated(lengths, (1,) * len(lengths), is_causal=True)
+    attend(*leaves, pattern, shard=shard, ordering="hilbert", exchange="gather").sum().backward()
+    return shard.comm.messages, shard.comm.sent_bytes
+
+
+def test_a_line_whose_segments_are_on_one_rank_sends_nothing(pool):
+    one, many, wide = (pool.run(2, traffic, lengths) for lengths in ((8,), (8, 16, 32), (8, 64)))
+    assert many == one
+    assert all(sent > fewer for (_, sent), (_, fewer) in zip(wide, one, strict=True))
 
 
 CASES = ["longnet", "three, of lengths that divide nothing", "a window, and segments", "not all causal"]

@@ -144,10 +144,11 @@ def test_the_command_line_takes_it(capsys, monkeypatch):
     assert "preset: ring" in capsys.readouterr().out
 
 
-def model_step(group, hidden):
+def model_step(group, hidden, is_causal):
     """Loss and gradients of a model along a Hilbert curve, with padding and dropout, as a rank has them."""
     torch.manual_seed(0)
     told = {"preset": "hilbert", "attention_dropout": 0.2, "rotary": "rope"}
+    told["pattern"] = Pattern.dilated(SEGMENTS, RATES, is_causal=is_causal)
     model = LongNet(LongNetConfig(**{**CONFIG, **told})).double()
     context = made(group)
     hand_down(model, context)
@@ -160,11 +161,12 @@ def model_step(group, hidden):
     return loss_sum.item(), [parameter.grad for parameter in model.parameters()]
 
 
-def test_a_model_along_the_curve_is_the_same_on_more_ranks(pool):
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_model_along_the_curve_is_the_same_on_more_ranks(pool, is_causal):
     hidden = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [30]])
-    ((loss, grads),) = pool.run(1, model_step, hidden)
+    ((loss, grads),) = pool.run(1, model_step, hidden, is_causal)
     for world in (2, 4):
-        found = pool.run(world, model_step, hidden)
+        found = pool.run(world, model_step, hidden, is_causal)
         assert sum(own for own, _ in found) == pytest.approx(loss, rel=1e-10)
         for many, one in zip(zip(*(grads for _, grads in found), strict=True), grads, strict=True):
             torch.testing.assert_close(sum(many), one, rtol=1e-8, atol=1e-10)
