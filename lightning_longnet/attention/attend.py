@@ -93,7 +93,8 @@ def attend(
         exchange: how keys reach the queries of other ranks: "gather", "ring", "swap", "local" where none has to, or
             "auto", the cheapest.
         ordering: the line on which the pattern is drawn: the sequence itself ("raster"), or a Hilbert curve over it
-            ("hilbert"); see `sequence_hilbert_order`.
+            ("hilbert"); see `sequence_hilbert_order`.  A causal branch shows the keys of its segment and residue along
+            the curve that are not later in the sequence.
         sinks: (H,) one more logit of the softmax for each query head, without a value: it takes weight from all keys.
         return_lse: return also the log-sum-exp of the scores, the null keys (see `Branch`) and the sink, (B, H, N),
             natural log.  It carries no gradient, and the backward reads it: change it only in a copy.

@@ -11,7 +11,8 @@ from torch import Tensor
 from lightning_longnet.attention.kernels import Request, has_few_keys, reference, select
 from lightning_longnet.attention.parallel.schedule import Exchange
 from lightning_longnet.attention.parallel.shard import SequenceShard
-from lightning_longnet.attention.pattern.ordering import Ordering, check_ordering
+from lightning_longnet.attention.pattern.lines import check_ordering, has_masked_line
+from lightning_longnet.attention.pattern.ordering import Ordering
 from lightning_longnet.attention.pattern.pattern import Pattern
 from lightning_longnet.attention.spec import AttentionSpec, Mix
 
@@ -84,6 +85,7 @@ def prepared_call(
     if not isinstance(samples, tuple) or len(samples) != 2 or any(type(n) is not int for n in samples):
         raise ValueError(f"dropout_samples must be two integers, (first, step), got {samples!r}")
     request = request_of(q, v, pattern, padding is not None, dropout > 0)
+    request = request._replace(hides_later=has_masked_line(ordering, pattern))
     spec = AttentionSpec(
         pattern,
         select(kernel, request),

@@ -12,7 +12,7 @@ from lightning_longnet.compat.options import (
     settings_of,
 )
 from lightning_longnet.layers import DilatedAttention, MultiheadDilatedAttention
-from lightning_longnet.layers.options import positive_integer
+from lightning_longnet.layers.options import positive_integer, positive_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,9 @@ _PLACES = ("segment_lengths", "dilation_rates", "dropout", "ring_size")
 _MULTIHEAD_PLACES = ("embed_dim", "num_heads", *_PLACES[:3])
 # arguments that `MultiheadDilatedAttention` takes under the same name
 _MULTIHEAD = ("bias", "add_bias_kv", "add_zero_attn", "kdim", "vdim", "batch_first", "device", "dtype")
+
+# arguments that it takes as `sub_norm` and `gain`
+_MAGNETO = ("layer_norm", "gamma_init")
 
 
 class RingAttention(DilatedAttention):
@@ -98,6 +101,8 @@ class RingMultiheadAttention(MultiheadDilatedAttention):
         arguments: a `RingAttentionConfig`, or embed_dim, num_heads, segment_lengths, dilation_rates and dropout in this
             order.
         named: the arguments of MIGRATING.md and of `nn.MultiheadAttention`, by name.  `batch_first` is True by default.
+            `layer_norm` adds MAGNETO's LayerNorm before the output projection, and `gamma_init` is the gain with which
+            the projections of v and of the output are initialised.
     """
 
     preset: ClassVar[str]
@@ -105,18 +110,20 @@ class RingMultiheadAttention(MultiheadDilatedAttention):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         name = type(self).__name__
         given = given_to(name, _MULTIHEAD_PLACES, arguments, named)
-        if given.get("layer_norm"):
-            raise ValueError(f"layer_norm must be False for {name}: DilatedSelfAttention(qk_norm=True) norms q and k")
+        if not isinstance(given.get("layer_norm", False), bool):
+            raise ValueError(f"layer_norm must be True or False, got {given['layer_norm']!r}")
         if "gate_fn" in given:
             raise ValueError(f"gate_fn must be None for {name}, got {given['gate_fn']!r}: it has no gate")
         if "attention_scale" in given:
             raise ValueError(f"attention_scale must be None for {name}: its scores are over the root of a head's width")
-        settings = settings_of(name, self.preset, given, WITHOUT_GATE, (*_MULTIHEAD, "layer_norm", "gate_fn"))
+        settings = settings_of(name, self.preset, given, WITHOUT_GATE, (*_MULTIHEAD, *_MAGNETO, "gate_fn"))
         heads, dim = expected_shape(given)
         if heads is None or (dim is None and "embed_dim" not in given):
             raise ValueError(f"{name} needs embed_dim and num_heads")
         embed_dim = given.get("embed_dim") or heads * (dim or 0)
         options = {"batch_first": True} | {each: given[each] for each in _MULTIHEAD if each in given}
+        options["sub_norm"] = given.get("layer_norm", False)
+        options["gain"] = positive_number("gamma_init", given.get("gamma_init", 1.0))
         super().__init__(embed_dim, heads, **options, **settings)
         self.ring_size = _ring_size(given)
 

@@ -43,7 +43,7 @@ WITHOUT_MEANING = {
     ),
 }
 WITHOUT_WEIGHTS = dict.fromkeys(("device", "dtype", "bias"), "it has no weights")
-WITHOUT_GATE = dict.fromkeys(("gamma_init", "gate_bias", "gate_temperature"), "it has no gate, and no norm of q and k")
+WITHOUT_GATE = dict.fromkeys(("gate_bias", "gate_temperature"), "it has no gate")
 
 _SPARSE = ("sparse_pattern_config", "sparse_config", "sparsity_config")
 _ALIASES = {"head_dim": "dim", "num_heads": "heads"}

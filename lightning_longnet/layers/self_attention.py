@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from lightning_longnet.attention.guard import Guard  # noqa: TC001
 from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
-from lightning_longnet.attention.pattern.ordering import (
-    Ordering,
-    check_ordering,
-)
+from lightning_longnet.attention.pattern.lines import check_ordering
+from lightning_longnet.attention.pattern.ordering import Ordering  # noqa: TC001
 from lightning_longnet.attention.pattern.pattern import Pattern, check_heads
 from lightning_longnet.attention.spec import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.layers.attending import AttentionLayer, places_of

@@ -17,10 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_longnet.attention.guard import Guard
 from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
-from lightning_longnet.attention.pattern.ordering import (
-    Ordering,
-    check_ordering,
-)
+from lightning_longnet.attention.pattern.lines import check_ordering
+from lightning_longnet.attention.pattern.ordering import Ordering  # noqa: TC001
 from lightning_longnet.attention.pattern.pattern import Pattern, check_heads
 from lightning_longnet.attention.spec import Mix  # noqa: TC001  for the command line's reading of types
 from lightning_longnet.layers import DilatedSelfAttention, FeedForward, keep_attention, magneto_gain

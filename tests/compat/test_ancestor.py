@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 import torch
+from tiers import tiered
 
 import lightning_longnet
 from lightning_longnet import MultiheadDilatedAttention, Pattern, attend, compat, hand_down
@@ -195,12 +196,14 @@ MULTIHEAD_ACTS = {
     "batch_first": (False, lambda layer: not layer.batch_first),
     "device": ("meta", lambda layer: layer.out_proj.weight.is_meta),
     "dtype": (torch.float64, lambda layer: layer.out_proj.weight.dtype == torch.float64),
-    "layer_norm": (False, lambda layer: layer.sub_norm is None),
+    "layer_norm": (True, lambda layer: layer.sub_norm is not None),
+    "gamma_init": (0.5, lambda layer: layer.gain == 0.5),
 }
 MULTIHEAD_REFUSED = {
     "add_bias_kv": (True, "add_bias_kv must be False"),
     "add_zero_attn": (True, "add_zero_attn must be False"),
-    "layer_norm": (True, "layer_norm must be False"),
+    "layer_norm": ("yes", "layer_norm must be True or False, got 'yes'"),
+    "gamma_init": (-1, "gamma_init must be a positive, finite number, got -1"),
     "gate_fn": ("sigmoid", "gate_fn must be None .*, got 'sigmoid'"),
     "attention_scale": (0.3, "attention_scale must be None"),
 }
@@ -220,7 +223,12 @@ def test_multihead_classes_are_our_own(name):
 
 def test_multihead_arguments_act_or_are_refused_or_warn():
     ring = compat.RingMultiheadDilatedAttentionHybrid
-    assert {*MULTIHEAD_ACTS, *MULTIHEAD_REFUSED} == {*classes._MULTIHEAD, "layer_norm", "gate_fn", "attention_scale"}
+    assert {*MULTIHEAD_ACTS, *MULTIHEAD_REFUSED} == {
+        *classes._MULTIHEAD,
+        *classes._MAGNETO,
+        "gate_fn",
+        "attention_scale",
+    }
     for name, (value, shows) in MULTIHEAD_ACTS.items():
         assert shows(ring(24, 4, **BRANCHES, **{name: value})), name
     for name, (value, message) in MULTIHEAD_REFUSED.items():
@@ -237,6 +245,106 @@ def test_multihead_arguments_act_or_are_refused_or_warn():
     with pytest.raises(ValueError, match="ring_size must be the number of ranks"):
         ring(24, 4, **BRANCHES, ring_size=2)(*[torch.zeros(1, 8, 24)] * 3)
     assert ring(dim=6, heads=4, **BRANCHES).embed_dim == 24
+
+
+def test_magneto_is_a_norm_before_the_output_and_a_gain():
+    layer = compat.RingMultiheadDilatedAttentionHybrid(256, 4, **BRANCHES, layer_norm=True, gamma_init=0.5)
+    # Xavier: the variance of a weight is that of its gain, divided by the mean of the widths
+    weights = [*layer.in_proj_weight.chunk(3), layer.out_proj.weight]
+    for weight, gain in zip(weights, (1.0, 1.0, 0.5, 0.5), strict=True):
+        assert weight.std().item() == pytest.approx(gain * 256**-0.5, rel=0.02)
+        assert weight.abs().max() > 3 * gain * 256**-0.5  # normal: uniform weights end at 1.73 times that
+    assert not layer.in_proj_bias.any()
+    assert not layer.out_proj.bias.any()
+    torch.nn.init.normal_(layer.sub_norm.weight)
+    torch.nn.init.normal_(layer.sub_norm.bias)
+    x = torch.randn(2, 30, 256)
+    q, k, v = (x @ layer.in_proj_weight.T).unflatten(-1, (3, 4, 64)).unbind(2)
+    heads = attend(q, k, v, Pattern.dilated((8, 16), (1, 2), is_causal=True)).flatten(2)
+    centred = heads - heads.mean(-1, keepdim=True)
+    normed = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * layer.sub_norm.weight
+    expected = (normed + layer.sub_norm.bias) @ layer.out_proj.weight.T
+    torch.testing.assert_close(layer(x, x, x, is_causal=True)[0], expected, rtol=1e-4, atol=1e-4)
+    plain = compat.RingMultiheadDilatedAttentionHybrid(256, 4, **BRANCHES)
+    assert plain.sub_norm is None
+    assert plain.in_proj_weight.abs().max() <= (6 / (4 * 256)) ** 0.5  # torch's own initialisation
+
+
+LONG = {"segment_lengths": [2048, 4096], "dilation_rates": [1, 2]}
+SIZES = {"dim": 64, "heads": 8}
+SPARSE = compat.SparsePatternConfig(pattern_type="dilated_sparse", sparsity_ratio=0.1, block_size=128)
+
+# the layers that the ancestor's documents make
+DOCUMENTED = {
+    "hybrid": lambda: compat.RingDilatedAttentionHybrid(
+        **LONG,
+        dropout=0.1,
+        device="cpu",
+        dtype=torch.float32,
+        ring_size=1,
+        enable_memory_pool=True,
+        use_flash_attention=True,
+    ),
+    "hybrid with MAGNETO": lambda: compat.RingMultiheadDilatedAttentionHybrid(
+        embed_dim=768, num_heads=12, **LONG, layer_norm=True, gamma_init=0.5
+    ),
+    "hybrid with projections": lambda: compat.create_ring_multihead_attention_hybrid(512, 8, [2048, 4096], [1, 2]),
+    "hilbert": lambda: compat.create_standardized_ring_attention("hilbert", **SIZES, **LONG, dropout=0.1),
+    "hilbert, bare": lambda: compat.create_standardized_ring_attention("hilbert", **LONG),
+    "hilbert, cached": lambda: compat.RingDilatedAttentionHilbertOptimized(
+        **LONG, dropout=0.0, cache_hilbert_mappings=True, apply_hilbert_to_kv=True, enable_memory_pool=True
+    ),
+    "hilbert, chunked": lambda: compat.RingDilatedAttentionHilbertOptimized(
+        segment_lengths=[2048, 4096, 8192],
+        dilation_rates=[1, 2, 4],
+        dropout=0.1,
+        use_flash_attention=True,
+        hilbert_chunk_size=4096,
+    ),
+    "hilbert, configured": lambda: compat.RingDilatedAttentionHilbertOptimizedFixed(
+        compat.StandardizedRingConfig(**SIZES, **LONG, dropout=0.1)
+    ),
+    "production": lambda: compat.RingDilatedAttentionProduction(compat.RingAttentionConfig(**LONG, dropout=0.1)),
+    "production, configured": lambda: compat.RingDilatedAttentionProductionFixed(
+        compat.StandardizedRingConfig(**LONG, use_memory_pool=True, use_gradient_checkpointing=True)
+    ),
+    "block-sparse": lambda: compat.BlockSparseRingDilatedAttention(**LONG, sparsity_ratio=0.1, dropout=0.1),
+    "block-sparse, configured": lambda: compat.BlockSparseRingDilatedAttentionFixed(
+        compat.StandardizedRingConfig(**SIZES, **LONG, sparsity_ratio=0.1)
+    ),
+    "block-sparse with projections": lambda: compat.BlockSparseRingMultiheadDilatedAttention(
+        embed_dim=768, num_heads=12, **LONG, sparse_config=SPARSE, batch_first=True
+    ),
+    **{
+        f"the factory's {name}": lambda name=name: compat.create_standardized_ring_attention(name, **SIZES, **LONG)
+        for name in ("production", "hybrid", "hilbert", "block_sparse", "multihead_hybrid", "block_sparse_multihead")
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* has no use for:UserWarning")
+@pytest.mark.parametrize(
+    ("tokens", "name"),
+    tiered([(n, name) for n in (300, 4500) for name in DOCUMENTED], [(300, name) for name in DOCUMENTED]),
+)
+def test_what_the_ancestors_documents_show_runs_causal_and_not(tokens, name):
+    torch.manual_seed(0)
+    layer = DOCUMENTED[name]()
+    shape = (1, tokens, layer.embed_dim) if isinstance(layer, MultiheadDilatedAttention) else (1, tokens, 8, 64)
+    rows = list(torch.randn(3, *shape).unbind())
+    later = [torch.cat([x[:, :200], torch.randn_like(x[:, 200:])], 1) for x in rows]
+
+    def out(given, is_causal):
+        result = layer(*given, is_causal=is_causal)
+        return result[0] if isinstance(result, tuple) else result
+
+    assert out(rows, False).isfinite().all()  # in training, with dropout
+    assert out(rows, True).isfinite().all()
+    layer.eval()
+    assert out(rows, False).shape == shape
+    torch.testing.assert_close(out(rows, True)[:, :200], out(later, True)[:, :200])
+    if "sparse" not in name:
+        assert not torch.allclose(out(rows, False)[:, :200], out(later, False)[:, :200])
 
 
 def test_the_factory_knows_presets_and_the_ancestors_words():

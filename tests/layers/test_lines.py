@@ -4,10 +4,11 @@ import pytest
 import torch
 from contexts import made
 
-from lightning_longnet import DilatedAttention, MultiheadDilatedAttention, Pattern, hand_down
+from lightning_longnet import DilatedAttention, Guard, MultiheadDilatedAttention, Pattern, hand_down
 from lightning_longnet.sequence import SequenceContext
 
 SHORT, LONG = (Pattern.dilated((w,), (1,), is_causal=True) for w in (8, 32))
+NESTED = Pattern.dilated((8, 32), (1, 2), is_causal=True)
 LENGTH = 64
 
 
@@ -25,7 +26,7 @@ def hidden():
 
 
 def test_layers_of_two_curves_may_share_a_mask():
-    layers = along(SHORT), along(LONG)
+    layers = along(SHORT), along(LONG), along(NESTED)
     wanted = [layer(*drawn(), key_padding_mask=hidden()) for layer in layers]
     context, mask = SequenceContext(), hidden()
     for layer in layers:
@@ -79,8 +80,8 @@ def test_a_rank_that_has_too_few_keys_is_named_on_all(pool):
 def test_a_curve_of_inference_serves_training():
     q, k, v = drawn(37)  # a length that nothing else has drawn
     with torch.inference_mode():
-        wanted = along(SHORT)(q, k, v)
-    out = along(SHORT)(q.requires_grad_(), k, v)
+        wanted = along(NESTED)(q, k, v)
+    out = along(NESTED)(q.requires_grad_(), k, v)
     out.sum().backward()
     assert torch.equal(out.detach(), wanted)
     assert q.grad.abs().sum() > 0
@@ -88,5 +89,15 @@ def test_a_curve_of_inference_serves_training():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled():
-    layer, (q, k, v) = along(SHORT), drawn(41)
-    torch.testing.assert_close(torch.compile(layer, backend="eager")(q, k, v), layer(q, k, v))
+    q, k, v = drawn(41)
+    for pattern in (SHORT, NESTED, Pattern.window(5, is_causal=True)):
+        layer = along(pattern)
+        torch.testing.assert_close(torch.compile(layer, backend="eager")(q, k, v), layer(q, k, v))
+
+
+def test_a_guard_tries_the_kernel_that_hides_later_keys():
+    guard = Guard()
+    pattern = Pattern.window(5, is_causal=True) + NESTED
+    layer = DilatedAttention(pattern, ordering="hilbert", guard=guard)
+    torch.testing.assert_close(layer(*drawn()), along(pattern)(*drawn()))
+    assert guard.counts == {"preflights": 1, "replacements": 0, "refusals": 0, "failures": 0}

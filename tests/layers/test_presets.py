@@ -39,17 +39,13 @@ def drawn(count=4, length=LENGTH):
     return torch.randn(count, BATCH, length, HEADS, DIM, dtype=torch.float64, generator=generator).unbind()
 
 
-def arguments(name, is_causal):
-    """A Hilbert curve has a causal order for one segment length alone."""
-    some = slice(1, 2) if name == "hilbert" and is_causal else slice(None)
-    return {"segment_lengths": SEGMENTS[some], "dilation_rates": RATES[some]} | (
-        SPARSE if name == "block_sparse" else {}
-    )
+def arguments(name):
+    return {"segment_lengths": SEGMENTS, "dilation_rates": RATES} | (SPARSE if name == "block_sparse" else {})
 
 
 def tables(name, is_causal):
     """How often each branch counts a pair, from the definitions alone."""
-    given = arguments(name, is_causal)
+    given = arguments(name)
     if name == "block_sparse":
         within = Pattern.dilated(SEGMENTS, RATES, is_causal=is_causal)
         return [Pattern.block_sparse("local_window", 3, 0.4, within=within).mask(LENGTH, HEADS).double()]
@@ -82,7 +78,7 @@ def test_equals_brute_force_on_1_2_and_4_ranks(pool, name, is_causal):
     out = brute.attention(*wide, [tables(name, is_causal)] * BATCH, DIM**-0.5)[0]
     truth = out, *torch.autograd.grad(out, wide, grad)
     for world, placement in ((1, "contiguous"), (2, "zigzag"), (4, "contiguous")):
-        for positions, *found in pool.run(world, step, name, arguments(name, is_causal), is_causal, placement):
+        for positions, *found in pool.run(world, step, name, arguments(name), is_causal, placement):
             for ours, true in zip(found, truth, strict=True):
                 assert (ours - true[:, positions]).abs().max() <= 1e-10 * max(1, true.abs().max())
 
@@ -129,8 +125,6 @@ def test_what_contradicts_it_is_refused():
         LongNetConfig(PATTERN, preset="ring", ordering="hilbert")
     with pytest.raises(ValueError, match="attention must be None with preset='ring'"):
         LongNetConfig(PATTERN, preset="ring", attention={"class_path": "torch.nn.Identity"})
-    with pytest.raises(ValueError, match="pattern must have one branch of segments, got 2"):
-        LongNetConfig(Pattern.dilated((8, 16), (1, 2), is_causal=True), preset="hilbert")
     with pytest.raises(ValueError, match="ordering must be one of 'raster', 'hilbert', got 'snake'"):
         LongNetConfig(PATTERN, ordering="snake")
 
@@ -150,10 +144,11 @@ def test_the_command_line_takes_it(capsys, monkeypatch):
     assert "preset: ring" in capsys.readouterr().out
 
 
-def model_step(group, hidden):
+def model_step(group, hidden, is_causal):
     """Loss and gradients of a model along a Hilbert curve, with padding and dropout, as a rank has them."""
     torch.manual_seed(0)
     told = {"preset": "hilbert", "attention_dropout": 0.2, "rotary": "rope"}
+    told["pattern"] = Pattern.dilated(SEGMENTS, RATES, is_causal=is_causal)
     model = LongNet(LongNetConfig(**{**CONFIG, **told})).double()
     context = made(group)
     hand_down(model, context)
@@ -166,11 +161,12 @@ def model_step(group, hidden):
     return loss_sum.item(), [parameter.grad for parameter in model.parameters()]
 
 
-def test_a_model_along_the_curve_is_the_same_on_more_ranks(pool):
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_model_along_the_curve_is_the_same_on_more_ranks(pool, is_causal):
     hidden = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [30]])
-    ((loss, grads),) = pool.run(1, model_step, hidden)
+    ((loss, grads),) = pool.run(1, model_step, hidden, is_causal)
     for world in (2, 4):
-        found = pool.run(world, model_step, hidden)
+        found = pool.run(world, model_step, hidden, is_causal)
         assert sum(own for own, _ in found) == pytest.approx(loss, rel=1e-10)
         for many, one in zip(zip(*(grads for _, grads in found), strict=True), grads, strict=True):
             torch.testing.assert_close(sum(many), one, rtol=1e-8, atol=1e-10)

@@ -30,6 +30,7 @@ class Request(NamedTuple):
     has_dropout: bool = False
     capability: tuple[int, int] | None = None  # of a CUDA device
     has_few_keys: bool = False
+    hides_later: bool = False  # see `OrderMask`
 
 
 class Kernel(Protocol):

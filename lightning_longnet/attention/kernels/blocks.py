@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.kernels.call import Call, DropoutMask
+from lightning_longnet.attention.kernels.call import Call, DropoutMask, OrderMask
 from lightning_longnet.attention.kernels.keys import accumulate
 from lightning_longnet.attention.kernels.partial import Partial
 from lightning_longnet.attention.plan.gathering import Gathered
@@ -43,6 +43,8 @@ class PairOptions(NamedTuple):
         tokens: (N,) the index in the whole sequence of each token on this rank.
         first_head: the first query head on this rank, where ranks hold different heads.
         counts_once: whether a pair is one and the same in whichever branch it is computed.
+        branches: the index of each branch in the whole pattern; empty where these are all branches.
+        hides_later: whether each key is hidden that comes later in the sequence than the query.
         sinks: (H,) one more logit of the softmax for each query head on this rank, without a value.
         null_keys: the keys of score 0 and value 0 of the queries on this rank, or None.
     """
@@ -54,6 +56,8 @@ class PairOptions(NamedTuple):
     tokens: Tensor | None = None
     first_head: int = 0
     counts_once: bool = False
+    branches: tuple[int, ...] = ()
+    hides_later: bool = False
     sinks: Tensor | None = None
     null_keys: NullKeys | None = None
 
@@ -64,13 +68,17 @@ class PairOptions(NamedTuple):
         assert self.tokens is not None
         return self.dropout.key_words(self.tokens)
 
+    def key_tokens(self) -> Tensor | None:
+        """Return the index in the whole sequence of each key on this rank, (N,), where later keys are hidden."""
+        return self.tokens if self.hides_later else None
+
     def query_words(self, q: Tensor, branch: int) -> Tensor:
         """Return dropout's word for each query, (B, N, H, 1)."""
         assert self.dropout is not None
         assert self.samples is not None
         assert self.tokens is not None
         heads = torch.arange(q.shape[2], device=q.device) + self.first_head
-        role = 0 if self.counts_once else branch
+        role = 0 if self.counts_once else self.branches[branch] if self.branches else branch
         return self.dropout.query_words(self.samples, self.tokens, heads, role).unsqueeze(-1)
 
 
@@ -161,9 +169,9 @@ def empty_partial(q: Tensor, v: Tensor) -> Partial:
     return Partial(q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide), q.new_empty((*q.shape[:3], 1), dtype=wide))
 
 
-def total_of(partials: Sequence[Partial]) -> Partial:
-    """Return the sum of partials; the only one of one is returned as it is."""
-    if len(partials) == 1:
+def total_of(partials: Sequence[Partial], is_kept: bool = False) -> Partial:
+    """Return the sum of partials; the only one of one is returned as it is, unless it `is_kept` beside the sum."""
+    if len(partials) == 1 and not is_kept:
         return partials[0]
     total = Partial(*(x.clone() for x in partials[0]))
     for each in partials[1:]:
@@ -171,17 +179,21 @@ def total_of(partials: Sequence[Partial]) -> Partial:
     return total
 
 
-def finished(totals: Sequence[Partial], like: Tensor, options: PairOptions) -> Partial:
-    """Return out in the type of q, and lse as (B, H, N), both with null keys and sinks in the softmax.
+def merged(partials: Sequence[Partial], options: PairOptions, is_kept: bool = False) -> Partial:
+    """Return the sum of partials with null keys in them; of one partial itself, unless it `is_kept` beside the sum.
 
-    Null keys are merged into `totals`, too, in place: "detached" needs the result of each branch with its own.
+    Null keys are merged into `partials`, too, in place: "detached" needs the result of each branch with its own.
     """
     if options.null_keys is not None:
-        for branch, each in enumerate(totals):
-            options.null_keys.add_to(each, branch if len(totals) > 1 else None)
-    total = total_of(totals)
-    if options.sinks is not None:
-        total.add_logits_(options.sinks.to(total.lse.dtype)[:, None])
+        for branch, each in enumerate(partials):
+            options.null_keys.add_to(each, branch if len(partials) > 1 else None)
+    return total_of(partials, is_kept)
+
+
+def finished(total: Partial, like: Tensor, sinks: Tensor | None = None) -> Partial:
+    """Return out in the type of q, and lse as (B, H, N), both with the sinks in the softmax."""
+    if sinks is not None:
+        total.add_logits_(sinks.to(total.lse.dtype)[:, None])
     return Partial(total.out.to(like.dtype), total.lse.squeeze(-1).transpose(1, 2).contiguous())
 
 
@@ -191,7 +203,7 @@ def backward_lse(lse: Tensor) -> Tensor:
 
 
 def _kernel_calls(parts: Iterable[Part], q: Tensor, keys: Keys, options: PairOptions) -> Iterator[tuple[Part, Call]]:
-    """Yield blocks of bounded size, each with the padding and the dropout of its rows."""
+    """Yield blocks of bounded size, each with the padding, the dropout and the order of its rows."""
     branch, words = -1, None
     for whole in _bounded(parts, q.shape[1] * q.shape[2] * CALL_SHARE):
         for part, padding in _split_by_padding(whole, keys.key_padding_mask(whole), q.shape[0]):
@@ -200,7 +212,12 @@ def _kernel_calls(parts: Iterable[Part], q: Tensor, keys: Keys, options: PairOpt
                 if words is None or branch != part.branch:
                     branch, words = part.branch, options.query_words(q, part.branch)
                 mask = DropoutMask(options.dropout, folded(part.block.queries, words).squeeze(-1), keys.words(part))
-            yield part, Call(part.block, options.scale, padding, mask)
+            order = None
+            if options.hides_later:
+                assert options.tokens is not None
+                tokens = options.tokens[None, :, None, None].expand(*q.shape[:3], 1)
+                order = OrderMask(folded(part.block.queries, tokens).squeeze(-1), keys.tokens(part))
+            yield part, Call(part.block, options.scale, padding, mask, order)
 
 
 def _split_by_padding(part: Part, padding: Tensor | None, batch: int) -> Iterator[tuple[Part, Tensor | None]]:

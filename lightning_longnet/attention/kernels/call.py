@@ -28,6 +28,16 @@ class DropoutMask(NamedTuple):
     key_words: Tensor
 
 
+class OrderMask(NamedTuple):
+    """The tokens of the rows of a call: keys that come later in the sequence than the query are hidden.
+
+    `query_tokens` are (batch, heads, queries), `key_tokens` (batch, key heads, keys).
+    """
+
+    query_tokens: Tensor
+    key_tokens: Tensor
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments of a kernel besides q, k and v, which are (batch, heads, rows, D) and hold the block's rows."""
@@ -36,6 +46,7 @@ class Call:
     scale: float
     key_padding_mask: Tensor | None = None  # (batch, 1 or key heads, keys), True where padding hides a key
     dropout_mask: DropoutMask | None = None
+    order_mask: OrderMask | None = None
 
     def padding_bias(self, heads: int, dtype: torch.dtype) -> Tensor | None:
         """Return a bias of -inf where padding hides a key, (batch, 1 or heads, 1, keys)."""

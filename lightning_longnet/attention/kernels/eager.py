@@ -176,6 +176,9 @@ class _Tile(NamedTuple):
             padding = call.key_padding_mask[self.chunk.samples, heads, self.keys]
             cap = torch.full_like(padding, inf, dtype=scores.dtype).masked_fill_(padding, -inf)
             _apply_cap(scores.unflatten(0, (padding.shape[0], -1)), cap.unsqueeze(2))
+        if call.order_mask is not None:
+            query_tokens, key_tokens = call.order_mask
+            scores.masked_fill_(self._keys_of(key_tokens) > self._queries_of(query_tokens), -inf)
         return scores
 
     def kept(self, pairs: Tensor, call: Call) -> Tensor:
@@ -183,11 +186,19 @@ class _Tile(NamedTuple):
         if call.dropout_mask is None:
             return pairs
         dropout, query_words, key_words = call.dropout_mask
-        words = query_words[self.chunk.samples, self._heads, self.queries].reshape(*pairs.shape[:2], 1)
-        keys = key_words[self.chunk.samples, self.chunk.key_heads, self.keys].reshape(pairs.shape[0], 1, -1)
         bits = pairs.view(torch.int64 if pairs.dtype == torch.float64 else torch.int32)
-        bits &= dropout.keeps(words, keys)
+        bits &= dropout.keeps(self._queries_of(query_words), self._keys_of(key_words))
         return pairs.mul_(1 / (1 - dropout.probability))
+
+    def _queries_of(self, x: Tensor) -> Tensor:
+        """Return a number of each query, (samples * key heads, group * queries, 1), of x (batch, heads, queries)."""
+        rows = x[self.chunk.samples, self._heads, self.queries]
+        return rows.reshape(-1, self.chunk.group * rows.shape[2], 1)
+
+    def _keys_of(self, x: Tensor) -> Tensor:
+        """Return a number of each key, (samples * key heads, 1, keys), of x (batch, key heads, keys)."""
+        rows = x[self.chunk.samples, self.chunk.key_heads, self.keys]
+        return rows.reshape(-1, 1, rows.shape[2])
 
     @property
     def _heads(self) -> slice:

@@ -35,6 +35,8 @@ def refusals(request: Request) -> list[str]:
         reasons.append("has no padding masks")
     if request.has_dropout:
         reasons.append("has no dropout")
+    if request.hides_later:
+        reasons.append("cannot hide keys by their tokens")
     return reasons
 
 

@@ -27,6 +27,9 @@ class Keys(Protocol):
     def words(self, part: Part) -> Tensor:
         """Return dropout's words, (batch * segments, heads, rows)."""
 
+    def tokens(self, part: Part) -> Tensor:
+        """Return the index of each key in the whole sequence, (batch * segments, heads, rows)."""
+
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
         """Add the gradients of a part, or write them where it alone has these keys (`stores`)."""
 
@@ -37,6 +40,7 @@ class OwnKeys:
     Args:
         padding: (B, N), True where padding hides a key.
         words: dropout's words, (N,).
+        tokens: (N,) the index of each key in the whole sequence.
         gradients: dk and dv, to which `add` adds.
     """
 
@@ -44,14 +48,17 @@ class OwnKeys:
         self,
         k: Tensor,
         v: Tensor,
-        padding: Tensor | None,
-        words: Tensor | None,
+        padding: Tensor | None = None,
+        words: Tensor | None = None,
+        tokens: Tensor | None = None,
         gradients: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self._k, self._v, self._gradients = k, v, gradients
         shape = k.shape[0], -1, k.shape[2], 1
         self._padding = None if padding is None else padding[:, :, None, None].expand(shape)
-        self._words = None if words is None else words[None, :, None, None].expand(shape)
+        self._words, self._tokens = (
+            None if x is None else x[None, :, None, None].expand(shape) for x in (words, tokens)
+        )
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
         return folded(part.block.keys, self._k), folded(part.block.keys, self._v)
@@ -65,6 +72,10 @@ class OwnKeys:
     def words(self, part: Part) -> Tensor:
         assert self._words is not None
         return folded(part.block.keys, self._words).squeeze(-1)
+
+    def tokens(self, part: Part) -> Tensor:
+        assert self._tokens is not None
+        return folded(part.block.keys, self._tokens).squeeze(-1)
 
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
         assert self._gradients is not None
@@ -92,6 +103,7 @@ class ReceivedKeys:
     Args:
         padding: (B, cells), True where padding hides a key.
         words: dropout's words, (cells,).
+        tokens: (cells,) the index of each row in the whole sequence.
         gradients: (cells, B, D + Dv), in the type of the accumulators.
     """
 
@@ -99,12 +111,13 @@ class ReceivedKeys:
         self,
         cells: Tensor,
         head_dim: int,
-        padding: Tensor | None,
-        words: Tensor | None,
+        padding: Tensor | None = None,
+        words: Tensor | None = None,
+        tokens: Tensor | None = None,
         gradients: Tensor | None = None,
     ) -> None:
-        self._cells, self._head_dim, self._padding, self._words = cells, head_dim, padding, words
-        self._gradients = gradients
+        self._cells, self._head_dim, self._padding = cells, head_dim, padding
+        self._words, self._tokens, self._gradients = words, tokens, gradients
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
         assert part.cells is not None
@@ -119,9 +132,16 @@ class ReceivedKeys:
         return self._padding[:, part.cells].flatten(0, 1)
 
     def words(self, part: Part) -> Tensor:
+        return self._of_rows(part, self._words)
+
+    def tokens(self, part: Part) -> Tensor:
+        return self._of_rows(part, self._tokens)
+
+    def _of_rows(self, part: Part, x: Tensor | None) -> Tensor:
+        """Return a number of each row, (cells,), for the rows of a part and all samples."""
         assert part.cells is not None
-        assert self._words is not None
-        return self._words[part.cells].expand(self._cells.shape[1], *part.cells.shape).flatten(0, 1)
+        assert x is not None
+        return x[part.cells].expand(self._cells.shape[1], *part.cells.shape).flatten(0, 1)
 
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
         assert part.cells is not None

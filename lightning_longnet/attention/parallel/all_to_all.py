@@ -12,29 +12,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.kernels.blocks import (
-    BackwardInputs,
-    PairOptions,
-    backward_blocks,
-    backward_lse,
-    finished,
-    forward_blocks,
-    initial_partial,
-)
-from lightning_longnet.attention.kernels.keys import OwnKeys
 from lightning_longnet.attention.parallel.exchange import ExchangePlan, RankWork, Volume
-from lightning_longnet.attention.parallel.routes import head_parts
+from lightning_longnet.attention.parallel.lines import LinesCall
+from lightning_longnet.attention.parallel.reordering import LocalOrder
+from lightning_longnet.attention.parallel.rounds import RoundsCall
+from lightning_longnet.attention.parallel.routes import Route, head_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from lightning_longnet.attention.kernels import BlockKernel
     from lightning_longnet.attention.parallel.comm import Comm, MessageContext
     from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
     from lightning_longnet.attention.parallel.placement import Placement
-    from lightning_longnet.attention.plan.block import Part
     from lightning_longnet.attention.spec import AttentionSpec
 
 
@@ -75,14 +66,25 @@ class AllToAllPlan(ExchangePlan):
         return AllToAllFootprint(self.layout.placement.ranks, self.layout.placement.length)
 
     def call(self, call: RankCall) -> AllToAllCall:
-        shard, spec = call.shard, call.spec
-        layout = self.layout._replace(weighted_segments=call.weighted_segments)
-        kv_heads = self._kv_heads_of(shard.rank)
+        first, *others = call.by_line()
+        own = self._heads_call(first)
+        inner: RoundsCall | LinesCall = own
+        if others:
+            # a rank has whole sequences of its heads, so no row has to travel to another line
+            orders = [LocalOrder.between(first.line, each.line, call.device) for each in others]
+            inner = LinesCall(own, tuple(zip(orders, map(self._heads_call, others), strict=True)))
+        return AllToAllCall(call.shard.comm, call.message, call.shard.placement, inner, call.spec.returns_lse)
+
+    def _heads_call(self, call: RankCall) -> RoundsCall:
+        """Return the call on whole sequences of this rank's heads, for the branches of one line."""
+        shard, kv_heads = call.shard, self._kv_heads_of(call.shard.rank)
+        layout = self.layout._replace(pattern=call.line.pattern, weighted_segments=call.weighted_segments)
         parts = shard.cached(("heads", *call.key), partial(head_parts, layout, kv_heads))
         group = layout.heads // layout.kv_heads
         heads = slice(kv_heads.start * group, kv_heads.stop * group)
+        route = Route(parts, (), len(kv_heads))
         options = call.pair_options(layout, torch.arange(shard.length), heads)
-        return AllToAllCall(shard.comm, call.message, shard.placement, parts, call.kernel, options, spec)
+        return RoundsCall(call.kernel, route, options, call.own_outs, keeps_outs=True)
 
     def _kv_heads_of(self, rank: int) -> range:
         heads = self.layout.kv_heads // self.layout.placement.ranks
@@ -119,15 +121,13 @@ class AllToAllFootprint(NamedTuple):
 
 
 class AllToAllCall(NamedTuple):
-    """One forward or backward; `parts` and `options` are those of this rank's heads over the whole sequence."""
+    """One forward or backward; `inner` is that of this rank's heads over the whole sequence."""
 
     comm: Comm
     message: MessageContext
     placement: Placement
-    parts: tuple[Part, ...]
-    kernel: BlockKernel
-    options: PairOptions
-    spec: AttentionSpec
+    inner: RoundsCall | LinesCall
+    returns_lse: bool
 
     @property
     def keeps_inputs(self) -> bool:
@@ -135,42 +135,32 @@ class AllToAllCall(NamedTuple):
 
     @property
     def kept_count(self) -> int:
-        return 4 + self.spec.partials
+        return 4 + (self.inner.kept_count or 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return out, lse and the tensors that the backward needs.
 
-        lse is uninitialized unless `spec.returns_lse`: to exchange it would cost one more all_to_all.  The operator
+        lse is uninitialized unless `returns_lse`: to exchange it would cost one more all_to_all.  The operator
         `lightning_longnet::attend` calls it once for each group of samples with equal documents.
         """
         local_q = q
         q, k, v = self._to_heads((q, k, v), "queries, keys and values")
-        totals = [initial_partial(q, v) for _ in range(self.spec.partials)]
-        forward_blocks(self.kernel, self.parts, q, self._keys(k, v), self.options, totals)
-        out, lse = finished(totals, q, self.options)
+        out, lse, kept = self.inner.forward(q, k, v)
         (own_out,) = self._to_rows((out,), "out")
         own_lse = lse.new_empty((len(local_q), local_q.shape[2], local_q.shape[1]))
-        if self.spec.returns_lse:
+        if self.returns_lse:
             (lse_rows,) = self._to_rows((lse.transpose(1, 2).unsqueeze(-1),), "lse")
             own_lse.copy_(lse_rows.squeeze(-1).transpose(1, 2))
-        outs = [each.out for each in totals] if len(totals) > 1 else [out]
-        return own_out, own_lse, [q, k, v, lse, *outs]
+        return own_out, own_lse, [q, k, v, lse, *(kept or [out])]
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, lse, *outs = kept
-        wide = torch.promote_types(q.dtype, torch.float32)
         (grad,) = self._to_heads((grad,), "the gradient of out")
-        dq, dk, dv = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (q, k, v))
-        keys = self._keys(k, v, (dk, dv))
-        inputs = BackwardInputs(grad, outs, backward_lse(lse))
-        backward_blocks(self.kernel, self.parts, q, keys, inputs, self.options, dq)
-        gradients = self._to_rows([x.to(q.dtype) for x in (dq, dk, dv)], "gradients")
+        # the out of all branches is kept where the inner call keeps none of its own
+        gradients = self._to_rows(self.inner.backward(grad, q, k, v, outs[0], lse, outs), "gradients")
         return gradients[0], gradients[1], gradients[2]
-
-    def _keys(self, k: Tensor, v: Tensor, gradients: tuple[Tensor, Tensor] | None = None) -> OwnKeys:
-        return OwnKeys(k, v, self.options.key_padding_mask, self.options.key_words(), gradients)
 
     def _to_heads(self, tensors: Sequence[Tensor], content: str) -> list[Tensor]:
         """Return (B, N, H / P, D) of each (B, L, H, D)."""

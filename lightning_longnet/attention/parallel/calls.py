@@ -13,11 +13,12 @@ from lightning_longnet.attention.kernels.blocks import PairOptions
 from lightning_longnet.attention.kernels.null_keys import NullKeys
 from lightning_longnet.attention.parallel.comm import MessageContext
 from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
+from lightning_longnet.attention.parallel.lines import LinesCall
 from lightning_longnet.attention.parallel.reordering import LocalOrder, RankOrder, ReorderedCall, row_trade
 from lightning_longnet.attention.parallel.rounds import RoundsCall
 from lightning_longnet.attention.parallel.routes import Layout, Route
 from lightning_longnet.attention.parallel.schedule import schedule
-from lightning_longnet.attention.pattern.ordering import order_of_sequence
+from lightning_longnet.attention.pattern.lines import lines_of
 from lightning_longnet.attention.plan.blocks import plan
 from lightning_longnet.attention.plan.documents import document_cuts
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.comm import Direction
     from lightning_longnet.attention.parallel.exchange import ExchangeCall, ExchangePlan
     from lightning_longnet.attention.parallel.shard import SequenceShard
+    from lightning_longnet.attention.pattern.lines import Line
     from lightning_longnet.attention.spec import AttentionSpec
 
 
@@ -49,33 +51,50 @@ def whole_sequences(
     spec, length = each.spec, q.shape[1]
     if padding is not None and padding.device.type == "cpu" and not padding.any():
         padding = None
-    places = tokens = torch.arange(length, device=q.device)
-    order = None
-    if spec.ordering != "raster":
-        order = LocalOrder(*order_of_sequence(spec.ordering, length, spec.pattern, q.device))
-        tokens = order.order
+    first, *others = lines_of(spec.ordering, length, spec.pattern, q.device)
+    for rows, cuts in _grouped_by_documents(document_cuts(documents, q.shape[0], length)):
+        own_padding = None if padding is None else padding[rows]
+        own = _line_call(each, first, q, k, rows, cuts, own_padding)
+        call: ExchangeCall = own
+        if others:
+            calls = [_line_call(each, line, q, k, rows, cuts, own_padding) for line in others]
+            orders = [LocalOrder.between(first, line, q.device) for line in others]
+            call = LinesCall(own, tuple(zip(orders, calls, strict=True)))
+        if first.tokens is not None:
+            assert first.places is not None
+            call = ReorderedCall(call, LocalOrder(first.tokens, first.places), spec.returns_lse)
+        yield rows, call
+
+
+def _line_call(
+    each: Pass, line: Line, q: Tensor, k: Tensor, rows: slice, cuts: tuple[int, ...], padding: Tensor | None
+) -> RoundsCall:
+    """Return the call of the branches of one line, for whole sequences with the same documents."""
+    spec, samples = each.spec, rows.stop - rows.start
+    tokens = torch.arange(q.shape[1], device=q.device) if line.tokens is None else line.tokens
     # the backward of "detached" needs the result of each branch, which the forward merges at once
     per_branch = spec.mix == "detached" and each.direction == "backward"
-    for rows, cuts in _grouped_by_documents(document_cuts(documents, q.shape[0], length)):
-        segments = spec.weighted_segments(
-            q.device.type, rows.stop - rows.start, torch.get_num_threads(), per_branch=per_branch
-        )
-        whole, null_keys = plan(spec.pattern, q.shape[2], k.shape[2], cuts, segments), None
-        if spec.pattern.has_null_keys:
-            null_keys = NullKeys(spec.pattern, cuts, places, q.shape[2], k.shape[2])
-        options = PairOptions(
-            spec.scale_of(q.shape[3]),
-            None if padding is None else padding[rows][:, tokens] if order is not None else padding[rows],
-            each.dropout,
-            samples=torch.arange(rows.start, rows.stop, device=q.device),
-            tokens=tokens,
-            counts_once=whole.counts_once,
-            sinks=each.sinks,
-            null_keys=null_keys,
-        )
-        route = Route(whole.parts, (), k.shape[2], whole.queries_once, whole.is_partitioned)
-        call: ExchangeCall = RoundsCall(BLOCK_KERNELS[spec.kernel], route, options, spec)
-        yield rows, call if order is None else ReorderedCall(call, order, spec.returns_lse)
+    segments = spec.weighted_segments(q.device.type, samples, torch.get_num_threads(), per_branch=per_branch)
+    whole = plan(line.pattern, q.shape[2], k.shape[2], cuts, segments)
+    null_keys = None
+    if line.pattern.has_null_keys:
+        places = torch.arange(q.shape[1], device=q.device)
+        null_keys = NullKeys(line.pattern, cuts, places, q.shape[2], k.shape[2])
+    options = PairOptions(
+        spec.scale_of(q.shape[3]),
+        padding if padding is None or line.tokens is None else padding[:, tokens],
+        each.dropout,
+        samples=torch.arange(rows.start, rows.stop, device=q.device),
+        tokens=tokens,
+        counts_once=whole.counts_once,
+        branches=line.branches,
+        hides_later=line.hides_later,
+        sinks=each.sinks,
+        null_keys=null_keys,
+    )
+    route = Route(whole.parts, (), k.shape[2], whole.queries_once, whole.is_partitioned)
+    own_outs = len(line.branches) if spec.partials > 1 else 0
+    return RoundsCall(BLOCK_KERNELS[spec.kernel], route, options, own_outs)
 
 
 def sequence_parts(
@@ -83,23 +102,23 @@ def sequence_parts(
 ) -> Iterator[tuple[slice, ExchangeCall]]:
     """Yield the calls of a rank that has a part of each sequence; `number` is that of the forward on all ranks."""
     spec, comm, call_name = each.spec, shard.comm, f"{each.direction} of {shard.call_of(number)}"
+    lines = lines_of(spec.ordering, shard.length, spec.pattern, torch.device("cpu"))
+    # the pattern as its plan has it; of several lines the exchange is that of the pattern in the sequence's order
+    pattern = lines[0].pattern if len(lines) == 1 else spec.pattern
     wide, kind = torch.promote_types(q.dtype, torch.float32), str(call_kind(q, k, v, spec, each.sinks is not None))
     for rows, cuts in _grouped_by_documents(shard.cuts * (q.shape[0] if len(shard.cuts) == 1 else 1)):
         samples = rows.stop - rows.start
         sizes = Sizes(samples, q.shape[3], v.shape[3], q.element_size(), wide.itemsize)
-        layout = Layout(spec.pattern, q.shape[2], k.shape[2], cuts, shard.placement)
+        layout = Layout(pattern, q.shape[2], k.shape[2], cuts, shard.placement)
         # the number of the first sample is the key of the group's documents
-        key = spec.pattern, q.shape[2], k.shape[2], rows.start if len(shard.cuts) > 1 else 0
+        key = q.shape[2], k.shape[2], rows.start if len(shard.cuts) > 1 else 0
         exchange = shard.cached(
-            ("exchange", *key, spec.exchange, sizes),
+            ("exchange", pattern, *key, spec.exchange, sizes),
             partial(_scheduled, layout, spec.exchange, sizes),
         )
         comm.traffic.add_call(each.direction, exchange, sizes)
         message = MessageContext(f"{call_name}, samples {rows.start} to {rows.stop - 1}", kind)
         segments = spec.weighted_segments(q.device.type, samples, shard.threads, per_branch=spec.mix == "detached")
-        order = None
-        if spec.ordering != "raster":
-            order, _ = order_of_sequence(spec.ordering, shard.length, spec.pattern, torch.device("cpu"))
         rank_call = RankCall(
             shard,
             message,
@@ -112,10 +131,10 @@ def sequence_parts(
             q.shape[3],
             q.device,
             key=(*key, segments),
-            order=order,
+            lines=lines,
         )
         call: ExchangeCall = exchange.call(rank_call)
-        if order is not None:
+        if (order := lines[0].tokens) is not None:
             trade = shard.cached(("order", spec.ordering, spec.pattern), partial(row_trade, order, shard))
             call = ReorderedCall(call, RankOrder(comm, message, trade), spec.returns_lse)
         yield rows, call

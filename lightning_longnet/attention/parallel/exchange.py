@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.comm import MessageContext
     from lightning_longnet.attention.parallel.routes import Layout
     from lightning_longnet.attention.parallel.shard import SequenceShard
+    from lightning_longnet.attention.pattern.lines import Line
     from lightning_longnet.attention.plan.block import Part
     from lightning_longnet.attention.spec import AttentionSpec
 
@@ -123,8 +124,9 @@ class RankCall(NamedTuple):
         sinks: (H,) a logit of each query head without a value, or None.
         head_dim: the width of q and k.
         device: the device of the tensors.
-        key: what tells the layouts of a shard's calls from one another, for `SequenceShard.cached`.
-        order: the permutation of tokens in which the pattern is defined; None where that is the sequence's order.
+        key: what tells the layouts of a shard's calls from one another, besides the pattern, for
+            `SequenceShard.cached`.
+        lines: the lines on which the pattern is drawn; the rows that the call gets are those of the first one.
     """
 
     shard: SequenceShard
@@ -138,11 +140,31 @@ class RankCall(NamedTuple):
     head_dim: int
     device: torch.device
     key: tuple[Any, ...]
-    order: Tensor | None
+    lines: tuple[Line, ...]
+
+    @property
+    def line(self) -> Line:
+        """The line of the rows."""
+        return self.lines[0]
+
+    @property
+    def own_outs(self) -> int:
+        """The number of branches of this line whose own results the backward takes; see `RoundsCall`."""
+        return len(self.line.branches) if self.spec.partials > 1 else 0
+
+    def by_line(self) -> list[RankCall]:
+        """Return the call of each line's branches alone."""
+        calls = []
+        for line in self.lines:
+            context = self.message
+            if len(self.lines) > 1:
+                context = context._replace(description=f"{context.description}, branches {line.branches}")
+            calls.append(self._replace(lines=(line,), message=context, key=(line.pattern, *self.key)))
+        return calls
 
     def tokens_at(self, places: Tensor) -> Tensor:
-        """Return the index in the whole sequence of the tokens at some places of the permutation."""
-        return places if self.order is None else self.order[places]
+        """Return the index in the whole sequence of the tokens at some places of the line."""
+        return places if self.line.tokens is None else self.line.tokens[places]
 
     def pair_options(self, layout: Layout, places: Tensor, heads: slice = slice(None)) -> PairOptions:
         """Return what holds for all pairs of the call, with the keys at some places and some of the query heads."""
@@ -157,6 +179,8 @@ class RankCall(NamedTuple):
             tokens=tokens,
             first_head=heads.start or 0,
             counts_once=self.spec.counts_once,
+            branches=self.line.branches,
+            hides_later=self.line.hides_later,
             sinks=None if self.sinks is None else self.sinks[heads],
             null_keys=null_keys,
         )

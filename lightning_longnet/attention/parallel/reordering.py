@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.comm import Comm, MessageContext
     from lightning_longnet.attention.parallel.exchange import ExchangeCall
     from lightning_longnet.attention.parallel.shard import SequenceShard
+    from lightning_longnet.attention.pattern.lines import Line
 
 
 class RowOrder(Protocol):
@@ -36,6 +37,12 @@ class LocalOrder(NamedTuple):
     order: Tensor
     inverse: Tensor
     keeps: bool = False
+
+    @classmethod
+    def between(cls, source: Line, target: Line, device: torch.device) -> LocalOrder:
+        """Return the order that brings rows of one line into another."""
+        order, inverse = target.order_from(source)
+        return cls(order.to(device), inverse.to(device))
 
     def reorder(self, *tensors: Tensor) -> list[Tensor]:
         return [x.index_select(1, self.order) for x in tensors]

@@ -26,6 +26,7 @@ from lightning_longnet.attention.kernels.blocks import (
     finished,
     forward_blocks,
     initial_partial,
+    merged,
 )
 from lightning_longnet.attention.kernels.keys import OwnKeys, ReceivedKeys
 
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.kernels import BlockKernel
+    from lightning_longnet.attention.kernels.partial import Partial
     from lightning_longnet.attention.parallel.comm import Comm, MessageContext, Pending
     from lightning_longnet.attention.parallel.routes import Round, RoundIndices, Route
     from lightning_longnet.attention.plan.block import Part
-    from lightning_longnet.attention.spec import AttentionSpec
 
 
 class RemoteRows(NamedTuple):
@@ -55,12 +56,17 @@ class RemoteRows(NamedTuple):
 
 
 class RoundsCall(NamedTuple):
-    """One forward or backward on this rank; without `remote` all keys are on this process."""
+    """One forward or backward on this rank; without `remote` all keys are on this process.
+
+    `own_outs` is the number of branches whose own results the backward takes, those of "detached"; 0 where it takes the
+    result of all branches.  With `keeps_outs` the forward keeps them; otherwise the backward computes them again.
+    """
 
     kernel: BlockKernel
     route: Route
     options: PairOptions
-    spec: AttentionSpec
+    own_outs: int = 0
+    keeps_outs: bool = False
     remote: RemoteRows | None = None
 
     @property
@@ -68,24 +74,30 @@ class RoundsCall(NamedTuple):
         return False
 
     @property
-    def _kept_partials(self) -> int:
-        """One process computes each branch's partial again in the backward; over ranks that would cost messages."""
-        return self.spec.partials if self.remote is not None and self.spec.partials > 1 else 0
+    def _kept_outs(self) -> int:
+        return self.own_outs if self.keeps_outs else 0
 
     @property
     def kept_count(self) -> int:
-        return sum(each.keeps for each in self.route.rounds) + self._kept_partials
+        return sum(each.keeps for each in self.route.rounds) + self._kept_outs
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Compute the attention of this rank's queries and merge the blocks by their lse.
+        """Compute the attention of this rank's queries.
+
+        The operator `lightning_longnet::attend` calls it once for each group of samples with equal documents.
+        """
+        total, kept = self.partial(q, k, v)
+        return *finished(total, q, self.options.sinks), kept
+
+    def partial(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Partial, list[Tensor]]:
+        """Merge the blocks of this rank's queries by their lse; return the result and what the backward needs besides.
 
         The blocks on this rank's own keys are computed while the first round is in flight, those of each round when it
-        has arrived.  The operator `lightning_longnet::attend` calls it once for each group of samples with equal
-        documents.
+        has arrived.
         """
         # with padding, `forward_blocks` skips segments without a key, and nothing would write their rows
         stores = self.route.writes_queries and self.options.key_padding_mask is None
-        totals = [(empty_partial if stores else initial_partial)(q, v) for _ in range(self._kept_partials or 1)]
+        totals = [(empty_partial if stores else initial_partial)(q, v) for _ in range(self._kept_outs or 1)]
         fetched = self._fetch(0, k, v)
         forward_blocks(self.kernel, self.route.own, q, self._own_keys(k, v), self.options, totals, stores)
         kept = []
@@ -99,15 +111,27 @@ class RoundsCall(NamedTuple):
             if each.keeps:
                 kept.append(cells)
             del indices, cells, keys
-        outs = [each.out for each in totals] if self._kept_partials else []
-        return *finished(totals, q, self.options), [*kept, *outs]
+        outs = [each.out for each in totals] if self._kept_outs else []
+        return merged(totals, self.options, is_kept=bool(outs)), [*kept, *outs]
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute dq, dk and dv of this rank's tokens; gradients of received keys travel back to their ranks.
+        """Compute dq, dk and dv of this rank's tokens in the type of q.
 
         The operator `lightning_longnet::attend_backward` calls it, once for each call of `forward`.
+        """
+        gradients = self.gradients(grad, q, k, v, out, lse, kept)
+        # each accumulator is freed as soon as it is rounded
+        dq, dk, dv = (gradients.pop(0).to(q.dtype) for _ in range(3))
+        return dq, dk, dv
+
+    def gradients(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return dq, dk and dv of this rank's tokens as they were accumulated, in float32 or float64.
+
+        Gradients of received keys travel back to their ranks.  `out` and `lse` are those of the whole softmax.
         """
         rounds, wide = self.route.rounds, torch.promote_types(q.dtype, torch.float32)
         stores, stores_keys = (
@@ -153,19 +177,17 @@ class RoundsCall(NamedTuple):
             del indices, cells
         for finish in pending_gradients:
             finish()
-        gradients = [dq, dk, dv]
-        del dq, dk, dv, keys  # so that each accumulator is freed as soon as it is rounded
-        dq, dk, dv = (gradients.pop(0).to(q.dtype) for _ in range(3))
-        return dq, dk, dv
+        return [dq, dk, dv]
 
     def _own_keys(self, k: Tensor, v: Tensor, gradients: tuple[Tensor, Tensor] | None = None) -> OwnKeys:
-        return OwnKeys(k, v, self.options.key_padding_mask, self.options.key_words(), gradients)
+        options = self.options
+        return OwnKeys(k, v, options.key_padding_mask, options.key_words(), options.key_tokens(), gradients)
 
     def _own_parts(
         self, q: Tensor, keys: OwnKeys, v: Tensor, outs: list[Tensor]
     ) -> Iterator[tuple[list[Tensor], tuple[Part, ...]]]:
         """Yield the own parts with the outs that their gradients need, which "detached" computes again here."""
-        if self.spec.partials == 1 or self._kept_partials:
+        if not self.own_outs or self._kept_outs:
             yield outs, self.route.own
             return
         for _, group in groupby(self.route.own, key=lambda part: part.branch):
@@ -220,17 +242,17 @@ class RoundsCall(NamedTuple):
     def _received_keys(
         self, indices: RoundIndices, cells: Tensor, width: int, gradients: Tensor | None = None
     ) -> ReceivedKeys:
-        """Return the keys and values of a round with their padding and the words of dropout."""
+        """Return the keys and values of a round with their padding, the words of dropout and their tokens."""
         assert self.remote is not None
-        padding = words = None
-        dropout = self.options.dropout
-        if self.options.key_padding_mask is not None or dropout is not None:
+        padding = words = tokens = None
+        dropout, hides_later = self.options.dropout, self.options.hides_later
+        if self.options.key_padding_mask is not None or dropout is not None or hides_later:
             heads = self.route.kv_heads
             rows = [self.remote.tokens(peer)[peer_cells // heads] for peer, peer_cells in indices.receive.items()]
             tokens = (torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)).to(cells.device)
             padding = self.remote.padding_of(tokens)
             words = None if dropout is None else dropout.key_words(tokens)
-        return ReceivedKeys(cells, width, padding, words, gradients)
+        return ReceivedKeys(cells, width, padding, words, tokens if hides_later else None, gradients)
 
 
 def _step(each: Round) -> str:

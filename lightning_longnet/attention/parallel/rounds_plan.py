@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_longnet.attention.parallel.exchange import ExchangePlan, RankWork, RoundWork, Volume
+from lightning_longnet.attention.parallel.lines import LinesCall
+from lightning_longnet.attention.parallel.reordering import RankOrder, row_trade
 from lightning_longnet.attention.parallel.rounds import RemoteRows, RoundsCall
 from lightning_longnet.attention.parallel.routes import rank_blocks, route
 
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
+    from lightning_longnet.attention.parallel.reordering import RowTrade
     from lightning_longnet.attention.parallel.routes import Layout, PeerBlocks
+    from lightning_longnet.attention.parallel.shard import SequenceShard
+    from lightning_longnet.attention.pattern.lines import Line
     from lightning_longnet.attention.spec import AttentionSpec
 
 
@@ -55,19 +60,37 @@ class RoundsPlan(ExchangePlan):
         kept = sum(cells for cells, keeps in rounds if keeps)
         return RoundsFootprint(kept, max((cells for cells, keeps in rounds if not keeps), default=0))
 
-    def call(self, call: RankCall) -> RoundsCall:
-        shard, spec = call.shard, call.spec
-        layout = self.layout._replace(weighted_segments=call.weighted_segments)
-        own_route = shard.cached(
-            ("route", *call.key, self.exchanges), partial(route, layout, shard.rank, self.exchanges)
-        )
+    def call(self, call: RankCall) -> RoundsCall | LinesCall:
+        first, *others = call.by_line()
+        own = self._line_call(first)
+        if not others:
+            return own
+        lines = []
+        for each in others:
+            key = "order", *each.key, first.line.pattern
+            trade = call.shard.cached(key, partial(_line_trade, first.line, each.line, call.shard))
+            lines.append((RankOrder(call.shard.comm, each.message, trade), self._line_call(each)))
+        return LinesCall(own, tuple(lines))
+
+    def _line_call(self, call: RankCall) -> RoundsCall:
+        """Return the call of the branches of one line."""
+        shard = call.shard
+        layout = self.layout._replace(pattern=call.line.pattern, weighted_segments=call.weighted_segments)
+        exchanges = tuple(self.exchanges[i] for i in call.line.branches)
+        own_route = shard.cached(("route", *call.key, exchanges), partial(route, layout, shard.rank, exchanges))
 
         def tokens_of(peer: int) -> Tensor:
             return call.tokens_at(shard.tokens(peer))
 
         options = call.pair_options(layout, shard.tokens())
         remote = RemoteRows(shard.comm, call.message, tokens_of, partial(shard.padding_of, rows=call.rows))
-        return RoundsCall(call.kernel, own_route, options, spec, remote)
+        # to compute the results of branches again in the backward would cost messages
+        return RoundsCall(call.kernel, own_route, options, call.own_outs, keeps_outs=True, remote=remote)
+
+
+def _line_trade(source: Line, target: Line, shard: SequenceShard) -> RowTrade:
+    order, _ = target.order_from(source)
+    return row_trade(order, shard)
 
 
 class RoundsFootprint(NamedTuple):

@@ -6,7 +6,6 @@ which counts the last dimension fastest.  It is applied where tokens enter a mod
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import pairwise
 from math import isqrt, prod
 from typing import TYPE_CHECKING, Literal
@@ -99,66 +98,34 @@ def causal_order(order: Tensor, pattern: Pattern) -> Tensor:
     In this order a causal pattern of one branch shows a query those tokens of its set that do not come after it in the
     grid.  A set is the tokens of one segment and residue of `order`.
 
-    Patterns of several different branches are refused, since no order serves them.  A short segment decides which
-    tokens come first; a longer one that contains it would have to mix them with those of the next.  In a grid of 4 x 4
-    under the Hilbert curve, with segments of 4 and 16, token 4 is in the first segment and token 2 in the second: 4 is
-    at an earlier place than 2, so the longer segment would hide 2 from 4.
+    Patterns of several different branches are refused, since no single order serves them: `attend` uses one for each.
+    A short segment decides which tokens come first; a longer one that contains it would have to mix them with those of
+    the next.  In a grid of 4 x 4 under the Hilbert curve, with segments of 4 and 16, token 4 is in the first segment
+    and token 2 in the second: 4 is at an earlier place than 2, so the longer segment would hide 2 from 4.
 
     Args:
         order: an order as that of `hilbert_order`.
         pattern: a pattern of one branch, or of several equal ones.
     """
-    _check_one_branch(pattern)
-    length, rate = pattern.branches[0].segment_length, pattern.branches[0].dilation_rate
-    places = torch.arange(len(order), device=order.device)
-    length = len(order) if length is None else length
-    group = places // length * rate + places % length % rate  # the set of each place
-    by_token = order.argsort()
-    # Stable sorts by set: on the left the places of each set in order, on the right its tokens in ascending order.
-    result = torch.empty_like(order)
-    result[group.argsort(stable=True)] = order[by_token][group[by_token].argsort(stable=True)]
-    return result
-
-
-def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
-    """Raise a ValueError if no order of a sequence serves the pattern."""
-    if ordering != "hilbert":
-        return
-    if any(branch.is_causal for branch in pattern.branches):
-        if not pattern.is_causal:
-            raise ValueError("pattern must be causal in all of its branches or in none where ordering is 'hilbert'")
-        _check_one_branch(pattern)
-
-
-def _check_one_branch(pattern: Pattern) -> None:
-    """Raise a ValueError unless all branches are equal, without a window."""
     kinds = {(branch.segment_length, branch.dilation_rate, branch.window) for branch in pattern.branches}
     if len(kinds) != 1 or pattern.branches[0].window is not None:
         raise ValueError(
             f"pattern must have one branch of segments, got {len(kinds)}: no order keeps what is causal in the grid "
             "for segments of several lengths at once"
         )
+    return sorted_sets(order, pattern.branches[0].segment_length, pattern.branches[0].dilation_rate)
 
 
-def order_of_sequence(ordering: Ordering, length: int, pattern: Pattern, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the order of a sequence's rows and its inverse, each (length,): `order[p]` is the token at place p.
-
-    If the pattern is causal, a query sees the keys of its segment and residue in this order that do not come after it
-    in the sequence.  That is possible only for patterns of one branch; see `causal_order`.
-    """
-    return _order(ordering, length, pattern, device)
-
-
-@lru_cache(32)
-@torch.inference_mode(False)  # a cached tensor made in inference mode could not be used in training
-def _order(ordering: Ordering, length: int, pattern: Pattern, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Compute what `order_of_sequence` returns, once for the same arguments."""
-    order = torch.arange(length)
-    if ordering == "hilbert":
-        order = sequence_hilbert_order(length)
-        if pattern.is_causal:
-            order = causal_order(order, pattern)
-    return order.to(device), inverse_order(order).to(device)
+def sorted_sets(order: Tensor, segment_length: int | None, rate: int) -> Tensor:
+    """Return an order with the same segments and residues, each with its tokens in ascending order."""
+    places = torch.arange(len(order), device=order.device)
+    length = len(order) if segment_length is None else segment_length
+    group = places // length * rate + places % length % rate  # the set of each place
+    by_token = order.argsort()
+    # Stable sorts by set: on the left the places of each set in order, on the right its tokens in ascending order.
+    result = torch.empty_like(order)
+    result[group.argsort(stable=True)] = order[by_token][group[by_token].argsort(stable=True)]
+    return result
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

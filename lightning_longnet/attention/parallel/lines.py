@@ -1,0 +1,62 @@
+"""Calls of a pattern whose branches are drawn on several lines: each on rows in an order of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from lightning_longnet.attention.kernels.blocks import finished
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from lightning_longnet.attention.parallel.reordering import RowOrder
+    from lightning_longnet.attention.parallel.rounds import RoundsCall
+
+
+class LinesCall(NamedTuple):
+    """One forward or backward of the branches of several lines.
+
+    The partials of the lines are brought into the order of the first one and merged by their lse.  The backward of each
+    line takes the out and lse of the whole softmax, as that of each block does.
+
+    `first` is the call of the first line; `others` are those of the other lines, with the order of their rows.
+    """
+
+    first: RoundsCall
+    others: tuple[tuple[RowOrder, RoundsCall], ...]
+
+    @property
+    def keeps_inputs(self) -> bool:
+        return False
+
+    @property
+    def kept_count(self) -> int:
+        return self.first.kept_count + sum(call.kept_count for _, call in self.others)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        total, kept = self.first.partial(q, k, v)
+        for order, call in self.others:
+            own_q, own_k, own_v = order.reorder(q, k, v)
+            partial, own_kept = call.partial(own_q, own_k, own_v)
+            out, lse = order.restore(*partial)
+            total.add_(out, lse)
+            kept += own_kept
+        return *finished(total, q, self.first.options.sinks), kept
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        done = self.first.kept_count
+        totals = self.first.gradients(grad, q, k, v, out, lse, kept[:done])
+        for order, call in self.others:
+            own_grad, own_q, own_k, own_v, own_out = order.reorder(grad, q, k, v, out)
+            (own_lse,) = order.reorder(lse.transpose(1, 2))
+            own_kept = kept[done : done + call.kept_count]
+            gradients = call.gradients(own_grad, own_q, own_k, own_v, own_out, own_lse.transpose(1, 2), own_kept)
+            done += call.kept_count
+            for total, own in zip(totals, order.restore(*gradients), strict=True):
+                total.add_(own)
+        dq, dk, dv = (totals.pop(0).to(q.dtype) for _ in range(3))
+        return dq, dk, dv

@@ -1,0 +1,125 @@
+"""The lines on which the branches of a pattern are drawn: each an order of the sequence's rows.
+
+Along a curve a causal branch shows a query the keys of its segment and residue that do not come later in the sequence.
+A line with the rows of each segment and residue in the order of the sequence makes a triangle of that.  Branches with
+other segments need another line:
+
+    curve                       0 4 5 1 | 2 3 7 6      tokens of a grid of two rows, along the curve
+    line of segments of 4       0 1 4 5 | 2 3 6 7      key 1 is before query 4, as in the sequence
+    line of segments of 8       0 1 2 3   4 5 6 7
+
+A causal window counts along the curve itself, where no line makes a triangle of it: keys are hidden one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from lightning_longnet.attention.pattern.ordering import inverse_order, sequence_hilbert_order, sorted_sets
+from lightning_longnet.attention.pattern.pattern import Pattern
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_longnet.attention.pattern.branch import Branch
+    from lightning_longnet.attention.pattern.ordering import Ordering
+
+
+class Line(NamedTuple):
+    """An order of the sequence's rows, and the branches that are drawn on it.
+
+    Attributes:
+        pattern: these branches.  A causal one hides the keys behind the query on this line.
+        branches: their indices among the branches of the whole pattern, from the finest to the coarsest.
+        tokens: (N,) the token at each place of the line; None where the line is the sequence.
+        places: (N,) the place of each token; None where the line is the sequence.
+        hides_later: whether each key that comes later in the sequence than the query is hidden besides.
+    """
+
+    pattern: Pattern
+    branches: tuple[int, ...]
+    tokens: Tensor | None = None
+    places: Tensor | None = None
+    hides_later: bool = False
+
+    def order_from(self, other: Line) -> tuple[Tensor, Tensor]:
+        """Return the order that brings rows of another line into this one, and its inverse, each (N,)."""
+        assert self.tokens is not None
+        assert self.places is not None
+        assert other.tokens is not None
+        assert other.places is not None
+        return other.places[self.tokens], self.places[other.tokens]
+
+
+class _Kind(NamedTuple):
+    """The properties that branches on one line share: their segments, or None for the curve itself."""
+
+    sets: tuple[int | None, int] | None
+    hides_later: bool = False
+
+
+def lines_of(ordering: Ordering, length: int, pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
+    """Return the lines of a pattern over a sequence; the first one has the finest branch."""
+    if ordering == "raster":
+        return (Line(pattern, tuple(range(len(pattern.branches)))),)
+    return _curve_lines(length, pattern, device)
+
+
+def has_masked_line(ordering: Ordering, pattern: Pattern) -> bool:
+    """Return whether keys of some line are hidden one by one."""
+    return ordering != "raster" and any(kind.hides_later for kind in _kinds(pattern))
+
+
+def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
+    """Raise a ValueError if a pattern cannot be drawn along a curve."""
+    if ordering == "raster" or pattern.multiplicity == "multiset" or not any(b.is_causal for b in pattern.branches):
+        return
+    if not pattern.is_causal:
+        raise ValueError(
+            f"pattern must be causal in all of its branches or in none where ordering is {ordering!r} and multiplicity "
+            "'set'; 'multiset' serves both"
+        )
+    kinds = {_kind(branch) for branch in pattern.branches}
+    if len(kinds) > 1 and any(branch.sparsity is not None for branch in pattern.branches):
+        raise ValueError(
+            f"pattern must keep all blocks of its {len(pattern.branches)} causal branches where ordering is "
+            f"{ordering!r} and multiplicity 'set': the blocks of each are counted on a line of their own; 'multiset' "
+            "serves them"
+        )
+
+
+def _kind(branch: Branch) -> _Kind:
+    if not branch.is_causal:
+        return _Kind(None)
+    if branch.window is not None:
+        return _Kind(None, hides_later=True)
+    return _Kind((branch.segment_length, branch.dilation_rate))
+
+
+def _kinds(pattern: Pattern) -> dict[_Kind, tuple[int, ...]]:
+    """Return the lines that a pattern needs along a curve, with the branches of each."""
+    kinds: dict[_Kind, tuple[int, ...]] = {}
+    for i, branch in enumerate(pattern.ordered()):
+        kinds[_kind(branch)] = (*kinds.get(_kind(branch), ()), i)
+    if pattern.multiplicity == "set" and len(kinds) > 1:
+        # a pair counts in the first branch that shows it, which only a line of all branches tells
+        return {_Kind(None, hides_later=True): tuple(range(len(pattern.branches)))}
+    return kinds
+
+
+@lru_cache(32)
+@torch.inference_mode(False)  # a cached tensor made in inference mode could not be used in training
+def _curve_lines(length: int, pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
+    curve, ordered, lines = sequence_hilbert_order(length), pattern.ordered(), []
+    for (sets, hides_later), members in _kinds(pattern).items():
+        branches = tuple(ordered[i] for i in members)
+        if hides_later:
+            branches = tuple(replace(branch, is_causal=False) for branch in branches)
+        tokens = curve if sets is None else sorted_sets(curve, *sets)
+        drawn = Pattern(branches, pattern.multiplicity)
+        lines.append(Line(drawn, members, tokens.to(device), inverse_order(tokens).to(device), hides_later))
+    return tuple(lines)
