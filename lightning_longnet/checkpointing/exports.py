@@ -46,9 +46,9 @@ def export_model(
     Args:
         model: the model, on any device and of any dtype.
         folder: a folder that is empty or does not exist.
-        format: "safetensors", or "huggingface", which adds the code with which
-            `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` reads the folder, and
-            `generation_config.json`.  That format is for causal LongNets, and reading needs lightning-longnet installed.
+        format: "safetensors", or "huggingface", which adds `generation_config.json` and the code with which
+            `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` reads the folder.  That format is for
+            causal LongNets, and reading needs lightning-longnet installed.
         tokenizer: the tokenizer of the model, as `tokenizer_of` returns it, which is written for
             `AutoTokenizer.from_pretrained(folder)`; of format "huggingface" only.
         trained_length: number of tokens of a row in training, which transformers reads as `max_position_embeddings`

@@ -27,8 +27,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--format", choices=("safetensors", "huggingface"), default="safetensors")
     parser.add_argument(
         "--tokenizer",
-        help=f"with --format huggingface: a Hugging Face name or folder, `bytes`, or `{NONE}` to write no tokenizer; that "
-        f"of the training by default",
+        help=f"with --format huggingface: a Hugging Face name or folder, `bytes`, or `{NONE}` to write no tokenizer; "
+        f"that of the training by default",
     )
 
 

@@ -64,11 +64,10 @@ class ByteTokenizer:
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        # ByteLevel names each byte by a character.  The token 0 has the character of its byte as its name, so that texts
-        # which contain that byte have the same tokens here and there
+        # token 0 is named by its character and not as ByteLevel does, so that texts which contain it have it here too
         end = "\0"
-        names = sorted(pre_tokenizers.ByteLevel.alphabet(), key=_byte_of)
-        tokenizer = Tokenizer(models.BPE({**{name: i for i, name in enumerate(names) if i}, end: self.end}, []))
+        names = {**{name: i for i, name in enumerate(_byte_names()) if i}, end: self.end}
+        tokenizer = Tokenizer(models.BPE(names, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()
         special = AddedToken(end, special=True, normalized=False)
@@ -82,12 +81,11 @@ class ByteTokenizer:
         ).save_pretrained(folder)
 
 
-def _byte_of(name: str) -> int:
-    """Return the byte that ByteLevel names by this character."""
-    # ByteLevel keeps the printable characters of Latin 1, and shifts the other bytes to 256 and up, in their order
-    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    code = ord(name)
-    return code if code < 256 else [byte for byte in range(256) if byte not in kept][code - 256]
+def _byte_names() -> list[str]:
+    """Return the characters by which ByteLevel of `tokenizers` names the 256 bytes."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}  # of Latin 1; others get characters from 256 on
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 class HubTokenizer:

@@ -44,9 +44,10 @@ class LongNetPretrainedConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in FIELDS and self.__dict__.get("longnet") is not None:
-            self.longnet = {**self.longnet, FIELDS[name]: value}
+        super().__setattr__(name, value)  # type: ignore[no-untyped-call]
+        values = self.__dict__.get("longnet")
+        if name in FIELDS and values is not None:
+            self.longnet = {**values, FIELDS[name]: value}
 
     def longnet_config(self) -> LongNetConfig:
         """Return the LongNetConfig; refuse one that predicts no next token, or that differs from the other fields."""

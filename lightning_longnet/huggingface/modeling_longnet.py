@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_longnet.models.padding import TokenRows
+
 # Trainer's label smoothing shifts the labels of the models that are named here, and pipelines take them
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("longnet", "LongNetForCausalLM")
 
@@ -66,7 +68,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Return the logits (B, N, vocabulary), with labels the loss, and on request the hidden states.
 
-        The logits of a token are those of its row without padding, or of its document alone.
+        The logits of a token are those of its row without padding, or of its document alone; those of padding are 0.
 
         Args:
             input_ids: (B, N).
@@ -76,7 +78,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: refused.
             inputs_embeds: (B, N, dim) instead of input_ids: what `get_input_embeddings()` returns for them.
             labels: (B, N), usually the `input_ids`, or -100: as in other causal models of transformers, they are
-                shifted here.
+                shifted here.  What padding would have to predict is not counted.
             use_cache: changes nothing.
             logits_to_keep: number of tokens at the end of the rows whose logits are returned, or the indices of tokens;
                 0 returns all.
@@ -98,7 +100,13 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("logits_to_keep must be 0 with labels: the loss needs the logits of all tokens")
 
         x = self.model.scale_embeddings(self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
-        rows = token_rows(x, attention_mask, position_ids)
+        config = self.model.config
+        rows = token_rows(x, attention_mask, position_ids, separates_padding=config.attention is not None)
+        if rows.is_token is not None and config.layer_ordering != "raster":
+            raise ValueError(
+                f"attention_mask must be 1 everywhere with ordering {config.layer_ordering!r}, which orders whole "
+                f"rows: give rows of one length"
+            )
         states: list[Tensor] | None = [] if output_hidden_states else None
         hidden = self.model.encode(
             rows.arrange(x),
@@ -106,6 +114,8 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             documents=rows.documents,
             states=states,
         )
+        if rows.is_token is not None:
+            hidden = hidden.masked_fill(~rows.is_token[..., None], 0.0)  # padding saw tokens that stand after it
         if states is not None:
             states[-1] = hidden  # after the last norm, as transformers has it
         hidden = rows.restore(hidden)
@@ -113,9 +123,8 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.model.head(hidden if keeps_all else hidden[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options
-            )
+            options = _of_tokens({"labels": labels, **loss_options}, rows)
+            loss = self.loss_function(logits=logits, vocab_size=self.config.vocab_size, **options)
         hidden_states = None if states is None else tuple(map(rows.restore, states))
         output = CausalLMOutput(loss=loss, logits=logits, hidden_states=hidden_states)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -213,11 +222,11 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
             return
         # layers fill parts of a weight, of which transformers does not know whether they were loaded
         loaded = [(x, x.clone()) for x in owner.parameters() if getattr(x, "_is_hf_initialized", False)]
-        owner.reset_parameters()
+        owner.reset_parameters()  # type: ignore[operator]
         for parameter, value in loaded:
             parameter.copy_(value)
 
-    def _set_gradient_checkpointing(  # type: ignore[override]
+    def _set_gradient_checkpointing(
         self,
         enable: bool = True,
         gradient_checkpointing_func: Callable[..., Tensor] = checkpoint,
@@ -227,3 +236,14 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing = enable
         for number, block in enumerate(self.model.blocks):
             block.checkpointing = gradient_checkpointing_func if enable and number % every_n_layers == 0 else None
+
+
+def _of_tokens(options: dict[str, Any], rows: TokenRows) -> dict[str, Any]:
+    """Return the options of the loss with labels that padding does not predict."""
+    if rows.is_token is None:
+        return options
+    is_token = rows.restore(rows.is_token)
+    predicted = {"labels": nn.functional.pad(is_token[:, :-1], (1, 0), value=True), "shift_labels": is_token}
+    ignored = options.get("ignore_index", -100)
+    masked = {name: options[name].masked_fill(~kept, ignored) for name, kept in predicted.items() if name in options}
+    return {**options, **masked}

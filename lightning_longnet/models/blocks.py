@@ -297,10 +297,11 @@ class Blocks(nn.Module):
             states.append(x)
         return x
 
-    def _call_block(self, block: LongNetBlock, x: Tensor, *arguments: Tensor | None) -> Tensor:
+    def _call_block(self, block: nn.Module, x: Tensor, *arguments: Tensor | None) -> Tensor:
         """Call a block, under activation checkpointing where the block or `config.recompute` asks for it."""
-        if block.checkpointing is not None and self.training and torch.is_grad_enabled():
-            return block.checkpointing(block, x, *arguments)
+        checkpointing: Callable[..., Tensor] | None = getattr(block, "checkpointing", None)  # a wrapper may lack it
+        if checkpointing is not None and self.training and torch.is_grad_enabled():
+            return checkpointing(block, x, *arguments)
         if self.config.recompute == "nothing" or not torch.is_grad_enabled():
             out: Tensor = block(x, *arguments)
             return out

@@ -46,7 +46,9 @@ class TokenRows:
         return document_index(documents) * self.is_token
 
 
-def token_rows(x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> TokenRows:
+def token_rows(
+    x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, separates_padding: bool = False
+) -> TokenRows:
     """Return the rows of x (B, N, ...) as transformers describes them.
 
     Args:
@@ -54,6 +56,8 @@ def token_rows(x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | 
         attention_mask: (B, N), 1 where a token is, 0 where padding is; None has no padding.
         position_ids: (B, N) or (1, N), the index of each token in its row, or in its document, which begins where the
             index is 0.  Padding is not counted, and its values are not read.  None counts each row.
+        separates_padding: makes the padding of a row a document of its own, for layers that may read what follows a
+            token.
     """
     order = is_token = None
     if attention_mask is not None:
@@ -63,14 +67,18 @@ def token_rows(x: Tensor, attention_mask: Tensor | None, position_ids: Tensor | 
             if not torch.equal(is_token, former):
                 order = former.byte().argsort(dim=1, descending=True, stable=True)
     rows = TokenRows(order, is_token)
-    if position_ids is None:
-        return rows
-    if position_ids.dim() != 2:
-        raise ValueError(f"position_ids must be (batch, tokens) or (1, tokens), got shape {tuple(position_ids.shape)}")
-    if len(position_ids) == 1:
-        position_ids = position_ids.expand(len(x), -1)
-    index = rows.arrange(checked_positions(position_ids, x, "position_ids"))
-    return TokenRows(order, is_token, _documents(index, is_token))
+    documents = None
+    if position_ids is not None:
+        if position_ids.dim() != 2:
+            raise ValueError(
+                f"position_ids must be (batch, tokens) or (1, tokens), got shape {tuple(position_ids.shape)}"
+            )
+        if len(position_ids) == 1:
+            position_ids = position_ids.expand(len(x), -1)
+        documents = _documents(rows.arrange(checked_positions(position_ids, x, "position_ids")), is_token)
+    if separates_padding and is_token is not None:
+        documents = ~is_token + (0 if documents is None else documents)
+    return TokenRows(order, is_token, documents)
 
 
 def _checked_mask(attention_mask: Tensor, x: Tensor) -> Tensor:
@@ -112,4 +120,4 @@ def _documents(index: Tensor, is_token: Tensor | None) -> Tensor | None:
 
 def _gathered(x: Tensor, order: Tensor) -> Tensor:
     """Return x (B, N, ...) with what `order` (B, N) names at each place."""
-    return x.gather(1, order.view(*order.shape, *[1] * (x.dim() - 2)).expand(x.shape))
+    return x[torch.arange(len(x), device=x.device)[:, None], order]
