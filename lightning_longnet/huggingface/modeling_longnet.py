@@ -92,7 +92,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("either input_ids or inputs_embeds must be given, got both or neither")
         if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+            output_hidden_states = self.config.output_hidden_states or False
         if not isinstance(output_hidden_states, bool):
             raise ValueError(f"output_hidden_states must be True or False, got {output_hidden_states!r}")
         keeps_all = isinstance(logits_to_keep, int) and logits_to_keep == 0
@@ -116,7 +116,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         )
         if rows.is_token is not None:
             hidden = hidden.masked_fill(~rows.is_token[..., None], 0.0)  # padding saw tokens that stand after it
-        if states is not None:
+        if states is not None and getattr(self.config, "tie_last_hidden_states", None) is not False:
             states[-1] = hidden  # after the last norm, as transformers has it
         hidden = rows.restore(hidden)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -2,12 +2,13 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_longnet import LongNet, LongNetConfig, Pattern, export_model, load_model
+from lightning_longnet import LongNet, LongNetConfig, LongNetModule, Pattern, export_model, load_model
 from lightning_longnet.checkpointing.checkpoints import write_checkpoint
 from lightning_longnet.cli import main
 from lightning_longnet.data.tokenizers import tokenizer_of
@@ -75,7 +76,10 @@ def test_the_dtype_is_that_which_is_asked_for(dtype, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["blocks.0.attention.qkv_proj.weight", "blocks.1.feed_forward.first.weight", "norm.weight", "position_table"],
+    [
+        *("blocks.0.attention.qkv_proj.weight", "blocks.0.attention.qkv_proj.bias"),
+        *("blocks.1.feed_forward.first.weight", "norm.weight", "position_table"),
+    ],
 )
 def test_a_missing_weight_begins_as_that_of_a_longnet(name, tmp_path):
     name = f"model.{name}"
@@ -119,6 +123,8 @@ def test_an_argument_of_reading_changes_both_configurations(tmp_path):
     export_model(longnet(), tmp_path / "out", "huggingface")
     model = read(tmp_path / "out", num_hidden_layers=1)
     assert len(model.model.blocks) == model.config.longnet["layers"] == 1
+    with pytest.raises(ValueError, match="does not support Flash Attention 2"):
+        read(tmp_path / "out", attn_implementation="flash_attention_2")
 
 
 @pytest.mark.parametrize(
@@ -191,6 +197,13 @@ def test_the_tokenizer_of_the_training_is_exported(word_tokenizer, tmp_path, cap
     values = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert values == {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "use_cache": False}
     assert read(tmp_path / "out").config.max_position_embeddings == 48
+
+
+def test_checkpoints_name_the_tokenizer_and_the_length_of_the_training():
+    module = LongNetModule(longnet().config)
+    module.trainer = SimpleNamespace(datamodule=SimpleNamespace(vocab_size=256, tokenizer_name="bytes", tokens=48))
+    module.setup("fit")
+    assert (module.hparams["tokenizer"], module.hparams["tokens"]) == ("bytes", 48)
 
 
 @pytest.mark.parametrize(
