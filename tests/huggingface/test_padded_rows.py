@@ -38,6 +38,14 @@ def test_a_row_with_padding_equals_the_row_without(kind, side):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("pad", [(10, 0), (0, 10)])
+def test_padding_takes_no_learned_positions(pad):
+    model, ids = decoder("learned"), tokens(2, 30)  # 30 positions are learned
+    mask = F.pad(torch.ones_like(ids), pad)
+    found = model(F.pad(ids, pad), mask).logits[mask == 1].view(2, 30, -1)
+    torch.testing.assert_close(found, model(ids).logits, rtol=1e-12, atol=1e-12)
+
+
 def test_padding_changes_no_gradient():
     model, mask = decoder(), torch.tensor(MASKS["left"])
     rows = [tokens(3, 30)[i, :n] for i, n in enumerate(LENGTHS)]
