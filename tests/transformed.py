@@ -8,19 +8,22 @@ warnings.simplefilter("ignore")
 
 def main(folder, saved_again):
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     inputs = torch.load(f"{folder}/../inputs.pt", weights_only=True)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    whole = torch.ones_like(ids)
+    end, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     with torch.no_grad():
         found = {
             "logits": model(ids).logits,
             "masked": model(input_ids=ids, attention_mask=mask).logits,
             "loss": model(ids, labels=ids).loss,
-            "generated": model.generate(ids, max_new_tokens=6, do_sample=False),
-            "beams": model.generate(ids, max_new_tokens=4, num_beams=3, do_sample=False),
+            "generated": model.generate(ids, attention_mask=whole, max_new_tokens=6, do_sample=False),
+            "beams": model.generate(ids, attention_mask=whole, max_new_tokens=4, num_beams=3, do_sample=False),
         }
+    model.generation_config.eos_token_id = end
     model.save_pretrained(saved_again)
     again = AutoModelForCausalLM.from_pretrained(saved_again, trust_remote_code=True, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -34,6 +37,14 @@ def main(folder, saved_again):
         "parameters": model.num_parameters(),
         "fresh": fresh.state_dict()["model.blocks.0.feed_forward.first.weight"],
     }
+    writer = pipeline("text-generation", model=folder, trust_remote_code=True)
+    prompts = ["ab", "abcdefg", "a"]
+    written = writer(prompts, batch_size=3, max_new_tokens=4, do_sample=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    rows = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
+    alone = [model.generate(**row, max_new_tokens=4, do_sample=False)[0] for row in rows]
+    found["written"] = [each[0]["generated_text"] for each in written]
+    found["alone"] = [tokenizer.decode(each, skip_special_tokens=True) for each in alone]
     torch.save(found, f"{folder}/../outputs.pt")
 
 

@@ -16,9 +16,12 @@ from lightning_longnet.models.longvit import LongViT, LongViTConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lightning_longnet.data.tokenizers import Tokenizer
+
 Format = Literal["safetensors", "huggingface"]
 
 _PREFIX = "model."  # prefix of the names of weights in a LightningModule and in the model of transformers
+_GENERATION = "generation_config.json"
 _CODE = ("configuration_longnet.py", "modeling_longnet.py")
 _HEAD, _EMBEDDING = "head.weight", "embedding.weight"
 _FOR_TRANSFORMERS = {
@@ -30,26 +33,29 @@ _FOR_TRANSFORMERS = {
 }
 
 
-def export_model(model: LongNet | LongViT, folder: str | Path, format: Format = "safetensors") -> None:
+def export_model(
+    model: LongNet | LongViT,
+    folder: str | Path,
+    format: Format = "safetensors",
+    *,
+    tokenizer: Tokenizer | None = None,
+    trained_length: int | None = None,
+) -> None:
     """Write `config.json` and `model.safetensors` to a folder.
 
     Args:
         model: the model, on any device and of any dtype.
         folder: a folder that is empty or does not exist.
-        format: "safetensors", or "huggingface", which adds the code with which
+        format: "safetensors", or "huggingface", which adds `generation_config.json` and the code with which
             `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` reads the folder.  That format is for
             causal LongNets, and reading needs lightning-longnet installed.
+        tokenizer: the tokenizer of the model, as `tokenizer_of` returns it, which is written for
+            `AutoTokenizer.from_pretrained(folder)`; of format "huggingface" only.
+        trained_length: number of tokens of a row in training, which transformers reads as `max_position_embeddings`
+            where no learned positions limit the length; of format "huggingface" only.
     """
     folder = Path(folder)
-    if format not in get_args(Format):
-        raise ValueError(f"format must be one of {', '.join(map(repr, get_args(Format)))}, got {format!r}")
-    if format == "huggingface" and not (isinstance(model, LongNet) and model.config.is_causal):
-        kind = "a LongViT" if isinstance(model, LongViT) else "a LongNet whose pattern is not causal"
-        raise ValueError(
-            f"format 'huggingface' is of models that predict the next token, got {kind}: take 'safetensors'"
-        )
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"folder must be new or empty, got {folder}")
+    _check_export(model, folder, format, tokenizer)
     need_safetensors()
     from safetensors.torch import save_file
 
@@ -59,13 +65,47 @@ def export_model(model: LongNet | LongViT, folder: str | Path, format: Format = 
     name = "longnet" if isinstance(model, LongNet) else "longvit"
     values: dict[str, Any] = {"model_type": name, name: model.config.to_dict()}
     if format == "huggingface":
+        assert isinstance(model, LongNet)
         values |= _FOR_TRANSFORMERS | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+        if (length := model.config.learned_positions or trained_length) is not None:
+            values["max_position_embeddings"] = length
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    _write_json(folder / CONFIG, values)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets no other user read its file
     if format == "huggingface":
         for file in _CODE:
             shutil.copyfile(Path(__file__).parents[1] / "huggingface" / file, folder / file)
+        special = {} if tokenizer is None else tokenizer.special_tokens()
+        _write_json(folder / _GENERATION, {**special, "use_cache": False})
+        if tokenizer is not None:
+            tokenizer.save(folder)
+
+
+def _check_export(model: LongNet | LongViT, folder: Path, format: Format, tokenizer: Tokenizer | None) -> None:
+    """Refuse what cannot be exported, before anything is written."""
+    if format not in get_args(Format):
+        raise ValueError(f"format must be one of {', '.join(map(repr, get_args(Format)))}, got {format!r}")
+    if format == "huggingface" and not (isinstance(model, LongNet) and model.config.is_causal):
+        kind = "a LongViT" if isinstance(model, LongViT) else "a LongNet whose pattern is not causal"
+        raise ValueError(
+            f"format 'huggingface' is of models that predict the next token, got {kind}: take 'safetensors'"
+        )
+    if tokenizer is not None:
+        if format != "huggingface":
+            raise ValueError(f"tokenizer must be None with format {format!r}: take 'huggingface'")
+        assert isinstance(model, LongNet)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"tokenizer must be the model's: {tokenizer.name!r} has {tokenizer.vocab_size:,} tokens, and the model "
+                f"{model.config.vocab_size:,}"
+            )
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"folder must be new or empty, got {folder}")
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def load_model(path: str | Path) -> LongNet | LongViT:

@@ -10,11 +10,12 @@ if TYPE_CHECKING:
 DESCRIPTION = """Write a trained model as a folder.
 
   longnet export last.ckpt folder                       config.json and model.safetensors
-  longnet export last.ckpt folder --format huggingface  the same, and code for transformers:
+  longnet export last.ckpt folder --format huggingface  the same, the tokenizer, and code for transformers:
       AutoModelForCausalLM.from_pretrained("folder", trust_remote_code=True)
 
 In Python, lightning_longnet.load_model("folder") reads either.  Needs the extra hf.
 """
+NONE = "none"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -24,13 +25,30 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("folder", help="the folder to create")
     parser.add_argument("--format", choices=("safetensors", "huggingface"), default="safetensors")
+    parser.add_argument(
+        "--tokenizer",
+        help=f"with --format huggingface: a Hugging Face name or folder, `bytes`, or `{NONE}` to write no tokenizer; "
+        f"that of the training by default",
+    )
 
 
 def run(arguments: Namespace) -> None:
-    """Export the model and print its size."""
-    from lightning_longnet.checkpointing.exports import export_model, load_model
+    """Export the model, and print its size and tokenizer."""
+    from lightning_longnet.checkpointing.checkpoints import read_checkpoint
+    from lightning_longnet.checkpointing.exports import export_model, model_of
+    from lightning_longnet.data.tokenizers import tokenizer_of
 
-    model = load_model(arguments.checkpoint)
-    export_model(model, arguments.folder, arguments.format)
+    saved = read_checkpoint(arguments.checkpoint)
+    model = model_of(saved)
+    is_plain = arguments.format == "safetensors"
+    if is_plain and arguments.tokenizer is not None:
+        raise ValueError(f"--tokenizer is of --format huggingface, got {arguments.tokenizer!r}")
+    name = None if is_plain else arguments.tokenizer or saved.hyper_parameters.get("tokenizer")
+    tokenizer = None if name in (None, NONE) else tokenizer_of(name)
+    trained_length = saved.hyper_parameters.get("tokens")
+    export_model(model, arguments.folder, arguments.format, tokenizer=tokenizer, trained_length=trained_length)
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{arguments.folder}: {type(model).__name__}, {size:,} parameters")  # noqa: T201
+    if not is_plain:
+        unknown = "none: the checkpoint names none, and --tokenizer adds one" if name is None else NONE
+        print(f"tokenizer: {unknown if tokenizer is None else tokenizer.name}")  # noqa: T201

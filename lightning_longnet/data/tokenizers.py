@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 BYTES = "bytes"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # the text of a token that has none
@@ -31,6 +34,12 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str: ...
 
+    def special_tokens(self) -> dict[str, int]:
+        """Return the tokens for the `generation_config.json` of transformers, such as `eos_token_id`."""
+
+    def save(self, folder: Path) -> None:
+        """Write the files that `AutoTokenizer.from_pretrained(folder)` reads."""
+
 
 class ByteTokenizer:
     """The tokenizer of UTF-8 bytes.  The byte 0 ends a document; texts are assumed not to contain it."""
@@ -46,6 +55,37 @@ class ByteTokenizer:
         The vocabulary of a model may be larger than 256; such tokens become `UNKNOWN`.
         """
         return b"".join(bytes([i]) if i < 256 else UNKNOWN.encode() for i in ids).decode(errors="replace")
+
+    def special_tokens(self) -> dict[str, int]:
+        return {"eos_token_id": self.end, "pad_token_id": self.end}
+
+    def save(self, folder: Path) -> None:
+        """Write a tokenizer of transformers whose tokens are the same bytes."""
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        # token 0 is named by its character and not as ByteLevel does, so that texts which contain it have it here too
+        end = "\0"
+        names = {**{name: i for i, name in enumerate(_byte_names()) if i}, end: self.end}
+        tokenizer = Tokenizer(models.BPE(names, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        special = AddedToken(end, special=True, normalized=False)
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            eos_token=special,
+            pad_token=special,
+            padding_side="left",
+            clean_up_tokenization_spaces=False,
+            model_input_names=["input_ids", "attention_mask"],
+        ).save_pretrained(folder)
+
+
+def _byte_names() -> list[str]:
+    """Return the characters by which ByteLevel of `tokenizers` names the 256 bytes."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}  # of Latin 1; others get characters from 256 on
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 class HubTokenizer:
@@ -86,6 +126,16 @@ class HubTokenizer:
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids)
         return text
+
+    def special_tokens(self) -> dict[str, int]:
+        named = {f"{name}_token_id": getattr(self._tokenizer, f"{name}_token_id") for name in ("bos", "pad")}
+        found = {name: token for name, token in named.items() if token is not None}
+        if self._tokenizer.eos_token_id is not None or self._tokenizer.sep_token_id is not None:
+            found = {"eos_token_id": self.end, "pad_token_id": self.end, **found}
+        return found
+
+    def save(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(folder)
 
 
 @lru_cache(4)

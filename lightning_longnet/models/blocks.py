@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -182,7 +182,13 @@ class LongNetBlock(nn.Module):
         config: the configuration of the model.
         pattern: the pattern of this layer.
         guard: the guard that the layers of the model share, or None.
+
+    Attributes:
+        checkpointing: the function that calls the block under activation checkpointing while the model trains, instead
+            of what `config.recompute` asks for; None has none.  transformers sets it.
     """
+
+    checkpointing: Callable[..., Tensor] | None = None
 
     def __init__(self, config: BlocksConfig, pattern: Pattern, guard: Guard | None = None) -> None:
         super().__init__()
@@ -269,19 +275,31 @@ class Blocks(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
-        """Run embedded tokens x (B, N, dim) through all blocks; attention_mask (B, N) is 0 where a token is padding."""
+        """Run embedded tokens x (B, N, dim) through all blocks.
+
+        attention_mask (B, N) is 0 where a token is padding.  To the list `states` the input of each block is appended,
+        and the output of the last.
+        """
         if not torch.compiler.is_compiling():
             self._warn_of_reach(x.shape[1])
         hidden_keys = None if attention_mask is None else attention_mask == 0
         x = self.dropout(x)
         with self._offload(x):
             for block in self.blocks:
+                if states is not None:
+                    states.append(x)
                 x = self._call_block(block, x, positions, documents, hidden_keys)
+        if states is not None:
+            states.append(x)
         return x
 
     def _call_block(self, block: nn.Module, x: Tensor, *arguments: Tensor | None) -> Tensor:
-        """Call a block, under activation checkpointing where `config.recompute` asks for it."""
+        """Call a block, under activation checkpointing where the block or `config.recompute` asks for it."""
+        checkpointing: Callable[..., Tensor] | None = getattr(block, "checkpointing", None)  # a wrapper may lack it
+        if checkpointing is not None and self.training and torch.is_grad_enabled():
+            return checkpointing(block, x, *arguments)
         if self.config.recompute == "nothing" or not torch.is_grad_enabled():
             out: Tensor = block(x, *arguments)
             return out

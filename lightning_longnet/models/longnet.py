@@ -136,7 +136,10 @@ class LongNet(Blocks):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the embeddings (B, N, dim) of input_ids (B, N), without positions: the input of `encode`."""
-        embedded: Tensor = self.embedding(input_ids)
+        return self.scale_embeddings(self.embedding(input_ids))
+
+    def scale_embeddings(self, embedded: Tensor) -> Tensor:
+        """Return what `embedding` returned, multiplied by `embedding_scale`."""
         return embedded if self.config.embedding_scale == 1.0 else embedded * self.config.embedding_scale
 
     def encode(
@@ -146,13 +149,17 @@ class LongNet(Blocks):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
-        """Map embedded tokens x (B, N, dim) to the input of the head (B, N, dim); see `forward` for the arguments."""
+        """Map embedded tokens x (B, N, dim) to the input of the head (B, N, dim); see `forward` for the arguments.
+
+        To the list `states` the input of each block is appended, and the output of the last.
+        """
         if self.position_table is not None:
             x = x + self._positions_of(x, positions, documents)
             if self.config.rotary is None:
                 positions = None  # without a rotation, attention refuses positions
-        out: Tensor = self.norm(self._run_blocks(x, positions, documents, attention_mask))
+        out: Tensor = self.norm(self._run_blocks(x, positions, documents, attention_mask, states))
         return out
 
     def _positions_of(self, x: Tensor, positions: Tensor | None, documents: Tensor | None) -> Tensor:

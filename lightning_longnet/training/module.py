@@ -115,7 +115,7 @@ class LongNetModule(L.LightningModule):
     # Data
 
     def setup(self, stage: str) -> None:
-        """Check the vocabulary of the data module, and read its `bytes_per_token` and `tokenizer_name`."""
+        """Check the vocabulary of the data module, and read its `bytes_per_token`, `tokenizer_name` and `tokens`."""
         data = getattr(self.trainer, "datamodule", None)
         vocabulary = getattr(data, "vocab_size", None)
         if vocabulary is not None and vocabulary > self.config.vocab_size:
@@ -123,7 +123,9 @@ class LongNetModule(L.LightningModule):
                 f"config.vocab_size must be at least that of the data, {vocabulary}, got {self.config.vocab_size}"
             )
         self.bytes_per_token: float | None = getattr(data, "bytes_per_token", None)
-        self.hparams["tokenizer"] = getattr(data, "tokenizer_name", None)  # saved for programs that read the checkpoint
+        # saved for programs that read the checkpoint
+        self.hparams["tokenizer"] = getattr(data, "tokenizer_name", None)
+        self.hparams["tokens"] = getattr(data, "tokens", None)
         self.val_metrics, self.test_metrics = (self._metrics(self.bytes_per_token) for _ in range(2))
 
     @staticmethod

@@ -309,3 +309,17 @@ def test_equals_brute_force_over_ranks(pool, name, multiplicity, world, exchange
             assert_equal(found[:5], [out[:, rows], lse[..., rows], *(x[:, rows] for x in gradients[:3])])
             summed = summed + sum(found[5:])
         assert_equal([summed][: len(gradients) - 3], gradients[3:])
+
+
+def test_null_keys_are_merged_on_the_line_of_their_branches():
+    """A branch with null keys on one line, and causal branches on others, are the merge of both alone."""
+    padded = Pattern.dilated((8, 16), (2, 3), ragged="zero_keys")
+    causal = Pattern.dilated((8, 32), (1, 2), is_causal=True)
+    q, k, v = torch.randn(3, BATCH, LENGTH, HEADS, DIM, dtype=torch.float64).unbind()
+    options = {"ordering": "hilbert", "return_lse": True}
+    out, lse = attend(q, k, v, padded + causal, **options)
+    parts = [attend(q, k, v, each, **options) for each in (padded, causal)]
+    lses = torch.stack([each for _, each in parts])
+    shares = (lses - lses.logsumexp(0)).exp().transpose(2, 3).unsqueeze(-1)
+    torch.testing.assert_close(lse, lses.logsumexp(0))
+    torch.testing.assert_close(out, sum(share * each for share, (each, _) in zip(shares, parts, strict=True)))

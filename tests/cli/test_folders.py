@@ -34,10 +34,14 @@ def test_torchscales_decoder_becomes_a_checkpoint_and_a_folder(theirs, tmp_path,
     assert main(["export", ours, folder, "--format", "huggingface"]) == 0
     shown = capsys.readouterr().out
     many = sum(parameter.numel() for parameter in load_model(folder).parameters())
-    assert shown == f"{ours}: LongNet, {many:,} parameters\n{folder}: LongNet, {many:,} parameters\n"
+    assert shown == (
+        f"{ours}: LongNet, {many:,} parameters\n{folder}: LongNet, {many:,} parameters\n"
+        f"tokenizer: none: the checkpoint names none, and --tokenizer adds one\n"
+    )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "config.json",
         "model.safetensors",
+        "generation_config.json",
         "configuration_longnet.py",
         "modeling_longnet.py",
     }

@@ -1,0 +1,75 @@
+"""`generate` of transformers, of batches and of rows alone."""
+
+import pytest
+import torch
+from decoders import LENGTHS, MASKS, decoder, spread, tokens
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:(Nothing crosses|In the branch)"
+)
+
+
+def greedy(model, row, steps):
+    for _ in range(steps):
+        row = torch.cat([row, model(row[None]).logits[0, -1:].argmax(-1)])
+    return row[-steps:]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": True}, {"use_cache": False}, {"cache_implementation": "static"}])
+def test_rows_of_a_batch_are_generated_as_alone(options):
+    model, mask = decoder(), torch.tensor(MASKS["left"])
+    rows = [tokens(3, 30)[i, :n] for i, n in enumerate(LENGTHS)]
+    found = model.generate(spread(rows, mask), attention_mask=mask, max_new_tokens=5, do_sample=False, **options)
+    assert torch.equal(found[:, 30:], torch.stack([greedy(model, row, 5) for row in rows]))
+
+
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_embeddings_are_continued_as_tokens_are(with_tokens):
+    model, ids = decoder("learned", learned_positions=40), tokens(2, 20)
+    given = {"input_ids": ids} if with_tokens else {}
+    embedded = model.get_input_embeddings()(ids)
+    for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}):
+        found = model.generate(inputs_embeds=embedded, **given, max_new_tokens=4, **options)
+        assert torch.equal(found[:, -4:], model.generate(ids, max_new_tokens=4, **options)[:, 20:])
+    with pytest.raises(ValueError, match=r"inputs_embeds must embed all tokens of .*, 19, got 20"):
+        model.generate(ids[:, 1:], inputs_embeds=embedded, max_new_tokens=4)
+
+
+def test_beams_of_a_batch_are_those_of_each_row():
+    model, mask = decoder(), torch.tensor(MASKS["left"])
+    rows = [tokens(3, 30)[i, :n] for i, n in enumerate(LENGTHS)]
+    options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
+    found = model.generate(spread(rows, mask), attention_mask=mask, **options)
+    for one, row in zip(found, rows, strict=True):
+        assert torch.equal(one[30:], model.generate(row[None], **options)[0, len(row) :])
+
+
+def test_samples_are_drawn_from_the_logits():
+    model, row = decoder(), tokens(1, 9)
+    torch.manual_seed(3)
+    options = {"output_logits": True, "output_hidden_states": True, "return_dict_in_generate": True, "top_k": 0}
+    found = model.generate(row, max_new_tokens=5, do_sample=True, **options)
+    torch.manual_seed(3)
+    for logits in found.logits:
+        torch.testing.assert_close(logits, model(row).logits[:, -1].float())
+        row = torch.cat([row, torch.multinomial(logits.softmax(-1), 1)], 1)
+    assert torch.equal(found.sequences, row)
+    assert [states[0].shape for states in found.hidden_states] == [(1, n, 16) for n in range(9, 14)]
+
+
+def test_generation_refuses_what_needs_a_cache_or_weights_of_attention():
+    from transformers import DynamicCache
+
+    model, ids = decoder(), tokens(1, 9)
+    for given, error, message in (
+        ({"past_key_values": DynamicCache()}, ValueError, "past_key_values must be None: a LongNet has no key cache"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, ValueError, "output_attentions must be False"),
+        ({"prompt_lookup_num_tokens": 3}, RuntimeError, "assisted decoding requires a cache"),
+        ({"token_type_ids": ids}, ValueError, "token_type_ids"),
+    ):
+        with pytest.raises(error, match=message):
+            model.generate(ids, max_new_tokens=3, **given)
+    # a right padding, after which `generate` counts from 1
+    mask = torch.tensor([[1] * 7 + [0] * 2])
+    with pytest.raises(ValueError, match=r"position_ids must count .* row 0 has 1 after 6"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=3)
