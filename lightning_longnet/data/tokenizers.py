@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 BYTES = "bytes"
@@ -86,6 +87,11 @@ class HubTokenizer:
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids)
         return text
+
+
+def lasting_name(name: str) -> str:
+    """Return a name that finds the same tokenizer from any folder: for a folder its absolute path."""
+    return str(Path(name).resolve()) if name != BYTES and Path(name).is_dir() else name
 
 
 @lru_cache(4)
