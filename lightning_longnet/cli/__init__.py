@@ -1,8 +1,8 @@
 """The command line `longnet`, with a module for each command that is imported when the command is given.
 
-The module of a command has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`.  With `TAKES_OVERRIDES` it
-gets the arguments that its parser does not know as `arguments.overrides`.  Slow imports are inside of `run`, so that
-`--help` is fast.  LightningCLI runs the commands of the Trainer: fit, validate, test and predict.
+The module of a command has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`, which may return an exit
+status.  With `TAKES_OVERRIDES` it gets the arguments that its parser does not know as `arguments.overrides`.  Slow
+imports are inside of `run`, so that `--help` is fast.  LightningCLI runs the commands of the Trainer: fit, validate, test and predict.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ TRAINER_COMMANDS = {
 }
 # each is a module of this folder
 COMMANDS = {
+    "init": "the configuration of a first run, to begin with",
+    "doctor": "what this machine has, and whether ranks on it compute what one process does",
     "generate": "continue a text with a trained model",
     "tokenize": "text files to a stream of tokens that training reads without loading it",
     "export": "a trained model to safetensors, or to a Hugging Face folder",
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             run_trainer(given)
         else:
-            run_command(command, given[1:])
+            return run_command(command, given[1:])
     except (ValueError, OSError) as error:
         user_error = _user_error(error)
         if user_error is None and command in COMMANDS and isinstance(error, OSError) and error.filename is not None:
@@ -70,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_command(command: str, arguments: Sequence[str]) -> None:
-    """Parse the arguments of a command of `COMMANDS`, and run it."""
+def run_command(command: str, arguments: Sequence[str]) -> int:
+    """Parse the arguments of a command of `COMMANDS`, run it, and return its exit status."""
     module = import_module(f"lightning_longnet.cli.{command}")
     parser = argparse.ArgumentParser(
         prog=f"longnet {command}",
@@ -85,7 +87,7 @@ def run_command(command: str, arguments: Sequence[str]) -> None:
         options.overrides = others  # overrides of the configuration files that the command reads
     elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    module.run(options)
+    return module.run(options) or 0
 
 
 def usage() -> str:
@@ -95,7 +97,7 @@ def usage() -> str:
     lines += [f"  {name:<{width}}{line}" for name, line in (TRAINER_COMMANDS | COMMANDS).items()]
     lines += [
         "",
-        "longnet COMMAND --help tells more.  To begin with: longnet fit --config configs/quickstart.yaml",
+        "longnet COMMAND --help tells more.  To begin with: longnet init FOLDER",
         "Overrides follow the files (--model.config.dim 256); --print_config shows what they come to.",
     ]
     return "\n".join(lines)
