@@ -36,8 +36,9 @@ FOLDERS = {
     "data": ["sequence", "layers"],
     "report": [*CORE],
     "planning": [*CORE, "sequence", "layers", "models"],
+    "diagnosis": [*CORE, "__init__"],
     "callbacks": [*CORE, "sequence", "layers", "report", "planning", "__init__"],
-    "cli": [*CORE, "models", "checkpointing", "training", "data", "report", "planning", "callbacks", *TOP],
+    "cli": [*CORE, "models", "checkpointing", "training", "data", "report", "planning", "callbacks", "diagnosis", *TOP],
 }
 TORCH_ONLY = [*CORE, "sequence", "layers", "models"]
 
@@ -247,7 +248,13 @@ def test_the_wheel_holds_the_strategies_as_files(tmp_path):
     subprocess.run(command, capture_output=True, timeout=120, cwd=ROOT, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    expected = ["py.typed", "strategies/__init__.py", "attention/attend.py", "attention/kernels/sdpa/cpu.py"]
+    expected = [
+        "py.typed",
+        "cli/quickstart.yaml",
+        "strategies/__init__.py",
+        "attention/attend.py",
+        "attention/kernels/sdpa/cpu.py",
+    ]
     assert {f"lightning_longnet/{name}" for name in expected} <= set(names)
     assert not [name for name in names if name.startswith(("strategies", "tests"))]
 

@@ -2,7 +2,8 @@
 
 The module of a command has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`, which may return an exit
 status.  With `TAKES_OVERRIDES` it gets the arguments that its parser does not know as `arguments.overrides`.  Slow
-imports are inside of `run`, so that `--help` is fast.  LightningCLI runs the commands of the Trainer: fit, validate, test and predict.
+imports are inside of `run`, so that `--help` is fast.  LightningCLI runs the commands of the Trainer: fit, validate,
+test and predict.
 """
 
 from __future__ import annotations

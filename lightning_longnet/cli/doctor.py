@@ -17,8 +17,8 @@ DESCRIPTION = """Print the versions, devices, kernels and backends of this machi
   srun longnet doctor --ranks 16                    the processes of a job step of SLURM
 
 With --ranks, attention over that many ranks is compared with one process, forward and backward, for each exchange
-(swap: up to 64 ranks), over NCCL where each rank has a GPU, else over gloo on CPUs.  The exit status is 1 if anything is wrong, or if a rank
-gives no answer in time."""
+(swap: up to 64 ranks), over NCCL where each rank has a GPU, else over gloo on CPUs.  The exit status is 1 if anything
+is wrong, or if a rank gives no answer in time."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -88,9 +88,13 @@ def launched_world() -> World | None:
         here = int(given["LOCAL_RANK"]), int(given["LOCAL_WORLD_SIZE"])
         return World(ranks, (rank,), *here, given["MASTER_ADDR"], int(given["MASTER_PORT"]), hosts, "torchrun")
     if int(given.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        from lightning.fabric.plugins.environments import SLURMEnvironment  # type: ignore[attr-defined]
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-        slurm, rank = SLURMEnvironment(auto_requeue=False), int(given["SLURM_PROCID"])
+        try:
+            slurm = SLURMEnvironment(auto_requeue=False)
+        except RuntimeError as error:  # options of srun with which Lightning would not train either
+            raise ValueError(str(error)) from error
+        rank = int(given["SLURM_PROCID"])
         here = int(given["SLURM_LOCALID"]), -(-int(given["SLURM_STEP_NUM_TASKS"]) // int(given["SLURM_STEP_NUM_NODES"]))
         return World(
             int(given["SLURM_STEP_NUM_TASKS"]), (rank,), *here, slurm.main_address, slurm.main_port, rank == 0, "srun"
