@@ -17,6 +17,7 @@ import lightning_longnet
 from lightning_longnet import LongNet, LongNetConfig, Pattern
 from lightning_longnet.checkpointing.checkpoints import write_checkpoint
 from lightning_longnet.cli import COMMANDS, TRAINER_COMMANDS, main
+from lightning_longnet.cli.trainer import is_saved
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
@@ -147,6 +148,13 @@ def test_a_mistake_is_told_in_a_line(told, name):
     assert shown.splitlines()[-1] == line, "it is the last thing that is seen"
     assert len(line) < 400
     assert "torch.load" not in shown, "advice of torch that would run what a file holds"
+
+
+def test_files_of_torchs_old_format_are_checkpoints(tmp_path):
+    torch.save({}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    torch.save({}, tmp_path / "new.ckpt")
+    (tmp_path / "text").write_text("PK")
+    assert [is_saved(tmp_path / name) for name in ("old.ckpt", "new.ckpt", "text")] == [True, True, False]
 
 
 def test_the_weights_that_are_scored_are_named(told):
