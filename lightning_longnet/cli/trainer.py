@@ -23,13 +23,15 @@ import lightning_longnet.training.module
 import lightning_longnet.training.vision_module  # noqa: F401  short names in YAML are those of classes that are loaded
 from lightning_longnet.callbacks import PredictedTexts
 from lightning_longnet.checkpointing.checkpoints import refusal
-from lightning_longnet.cli.mistakes import class_of, config_files, content, explained, nearest
+from lightning_longnet.cli.classes import class_of, nearest
+from lightning_longnet.cli.given import config_files, content
+from lightning_longnet.cli.mistakes import explained
 from lightning_longnet.registration import DEFAULT, NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 # where Lightning checks the arguments of a Trainer
-_READS_ARGUMENTS = "lightning/pytorch/trainer/connectors/"
+_READS_ARGUMENTS = ("lightning/pytorch/trainer/connectors/", "lightning/fabric/accelerators/")
 _MIGRATES = "lightning/pytorch/utilities/migration/"  # where it looks at a checkpoint first
 
 
@@ -129,11 +131,11 @@ def model_path(words: Sequence[str]) -> str:
     """
     values: list[Any] = []
     for i, word in enumerate(words):
-        name, equals, value = word.partition("=")
+        name, equals, text = word.partition("=")
         if name in ("--model", "--model.class_path") and (equals or i + 1 < len(words)):
-            values.insert(0, value if equals else words[i + 1])
+            values.insert(0, text if equals else words[i + 1])
     contents = [content(path) for path in config_files(words)]
-    values += [each["model"] for each in contents if isinstance(each, dict) and "model" in each]
+    values += [each["model"] for each in contents if "model" in each]
     for value in values:
         if isinstance(value, str):
             value = content(Path(value)) if Path(value).is_file() else yaml.safe_load(value)
@@ -192,10 +194,10 @@ def run_trainer(arguments: Sequence[str]) -> TrainerCLI:
             f"ckpt_path must be what this strategy reads, a file, got the folder {error.filename}: go on with the "
             f"strategy that it was saved with"
         ) from error
-    except (ValueError, KeyError) as error:  # KeyError: a checkpoint without what resuming needs
+    except (ValueError, KeyError, TypeError) as error:  # KeyError: a checkpoint without what resuming needs
         if "You selected an invalid strategy name" in str(error):
             raise ValueError(_unknown_strategy(str(error))) from error
         where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).as_posix()
-        if _READS_ARGUMENTS in where:
+        if any(each in where for each in _READS_ARGUMENTS):
             raise ValueError(" ".join(str(error.args[0]).split())) from error
         raise

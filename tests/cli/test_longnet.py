@@ -61,7 +61,7 @@ def test_helps_of_commands_load_no_torch():
 
 MISTAKES = {
     "command": (["fitt"], "no command 'fitt'; there are fit, validate"),
-    "file": (["fit", "--config=nowhere.yaml"], "File does not exist: .*nowhere.yaml"),
+    "missing file": (["fit", "--config=nowhere.yaml"], "File does not exist: .*nowhere.yaml"),
     "option": (["fit", QUICKSTART, "--trainer.max_stepz=2"],
                r"no option --trainer\.max_stepz; did you mean --trainer\.max_steps\?"),
     "key": (["fit", QUICKSTART, "--config=key.yaml"],
@@ -71,7 +71,24 @@ MISTAKES = {
     "key of a branch": (["fit", QUICKSTART, "--config=branch.yaml"],
                         r"model\.config\.pattern\.branches\.segment_lenght in branch\.yaml.*\.segment_length\?"),
     "value": (["fit", QUICKSTART, "--model.config.dim=many"], r"--model\.config\.dim: expected an int, got many"),
-    "no YAML": (["fit", QUICKSTART, "--config=broken.yaml"], r"broken\.yaml is no YAML: .* line 2, column 1"),
+    "no YAML": (["fit", QUICKSTART, "--config=broken.yaml"], r"broken\.yaml must be YAML: .* line 2, column 1"),
+    "no options": (["fit", QUICKSTART, "--config=list.yaml"], r"list\.yaml must hold options such as .* got a list"),
+    "no text": (["fit", QUICKSTART, "--config=bytes.yaml"], r"bytes\.yaml must be YAML: 'utf-8' codec"),
+    "one value": (["fit", QUICKSTART, "--config=three.yaml"], r"trainer in three\.yaml must hold options, got 3"),
+    "key of another": (["fit", QUICKSTART, "--model.config.dim=8", "--config=flat.yaml"], r"no option dim in flat\.ya"),
+    "value in a file": (["fit", QUICKSTART, "--trainer.max_steps=3", "--config=half.yaml"],
+                        r"trainer\.max_steps in half\.yaml: expected an int, got 2\.5"),
+    "file": (["fit", "some.yaml"], r"unrecognized arguments: some\.yaml; did you mean --config some\.yaml\?"),
+    "one dash": (["fit", "-model.config.dim=3"], r"-model\.config\.dim=3; did you mean --model\.config\.dim=3\?"),
+    "word for a pattern": (["fit", QUICKSTART, "--model.config.pattern=window"],
+                           r"pattern: .* got window; a pattern looks like {branches: "),
+    "list for a pattern": (["fit", QUICKSTART, "--model.config.pattern=[1, 2]"],
+                           r"pattern: expected the arguments of a Pattern, got \[1, 2\]; a pattern looks like"),
+    "argument": (["fit", QUICKSTART, "--data=lightning_longnet.TokenFileData"], "--data.path must be given"),
+    "class of ours": (["fit", QUICKSTART, "--data=HubDatta"], r"got HubDatta; did you mean lightning_longnet\.HubData"),
+    "arguments of a name": (["fit", QUICKSTART, "--trainer.strategy.sharding=ddp"],
+                            r"arguments of a strategy need its class, such as .*Strategy, got the name ring_sequence_parallel"),
+    "devices": (["fit", QUICKSTART, *SMALL, "--trainer.devices=many"], "should be an int > 0"),
     "class": (["fit", QUICKSTART, "--data.class_path=ByteDatta"], r"--data: .*ByteDatta; did you mean ByteData\?"),
     "class of a module": (["fit", QUICKSTART, "--trainer.callbacks+=lightning_longnet.callbacks.FitSumary"],
                           r"--trainer\.callbacks: module .* no attribute 'FitSumary'.* did you mean .*FitSummary\?"),
@@ -116,6 +133,11 @@ def told(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "key.yaml").write_text("trainer: {max_stepz: 3}\n")
     (folder / "branch.yaml").write_text("model: {config: {pattern: {branches: [{segment_lenght: 3}]}}}\n")
+    (folder / "list.yaml").write_text("[1, 2]\n")
+    (folder / "bytes.yaml").write_bytes(b"\xf7\x00")
+    (folder / "three.yaml").write_text("trainer: 3\n")
+    (folder / "flat.yaml").write_text("dim: 3\n")
+    (folder / "half.yaml").write_text("trainer: {max_steps: 2.5}\n")
     (folder / "broken.yaml").write_text("trainer: [\n")
     torch.save({"state_dict": {}, "options": Namespace()}, folder / "objects.ckpt")
     torch.save([], folder / "list.ckpt")
