@@ -83,9 +83,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         return _read_distributed(path)
     if any((path / _DEEPSPEED_TAG).glob("*model_states.pt")):
         return _read_deepspeed(path)
+    # the folder of a run, as the loggers of Lightning make it
+    inside = sorted(path.glob("**/checkpoints/*.ckpt"), key=lambda each: each.stat().st_mtime)
+    question = f"; did you mean {inside[-1]}?" if inside else ""
     raise ValueError(
         f"path must be a checkpoint: a file, or a folder as FSDP2 or DeepSpeed write them, got {path}, a folder "
-        f"without .metadata and without {_DEEPSPEED_TAG}/*model_states.pt"
+        f"without .metadata and without {_DEEPSPEED_TAG}/*model_states.pt{question}"
     )
 
 

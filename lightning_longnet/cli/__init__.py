@@ -13,7 +13,7 @@ import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)  # noqa: T201
         return 0
     if command not in TRAINER_COMMANDS and command not in COMMANDS:
-        return _refuse(f"no command {command!r}; there are {', '.join([*TRAINER_COMMANDS, *COMMANDS])}")
+        names = [*TRAINER_COMMANDS, *COMMANDS]
+        return _refuse(f"no command {command!r}{_question(command, names)}; there are {', '.join(names)}")
     try:
         if command in TRAINER_COMMANDS:
             from lightning_longnet.cli.trainer import run_trainer
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_command(command: str, arguments: Sequence[str]) -> int:
     """Parse the arguments of a command of `COMMANDS`, run it, and return its exit status."""
     module = import_module(f"lightning_longnet.cli.{command}")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"longnet {command}",
         description=module.DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -84,11 +85,30 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
     )
     module.add_arguments(parser)
     options, others = parser.parse_known_args(arguments)
-    if getattr(module, "TAKES_OVERRIDES", False):
+    takes_overrides = getattr(module, "TAKES_OVERRIDES", False)
+    for word in others:
+        name = word.partition("=")[0]
+        question = _question(name, [*parser._option_string_actions]) if name.startswith("--") else ""
+        if not takes_overrides or (question and "." not in name):
+            parser.error(f"no option {name}{question}" if name.startswith("-") else f"unrecognized argument: {word}")
+    if takes_overrides:
         options.overrides = others  # overrides of the configuration files that the command reads
-    elif others:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
     return module.run(options) or 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"longnet: error: {message}; {self.prog} --help tells more\n")
+
+
+def _question(name: str, names: Sequence[str]) -> str:
+    """Return the question whether the nearest of `names` was meant, or an empty text where none is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, names, 1, 0.75)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def usage() -> str:

@@ -50,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     world = world or local_world(arguments.ranks)
     backend = arguments.backend or backend_of(world)
+    if backend == "nccl" and backend_of(world) != "nccl":
+        raise ValueError(f"--backend nccl needs a torch with NCCL and a GPU for each of {world.local_ranks} ranks here")
     answers = ask(world, backend, arguments.timeout)
     title = f"{world.ranks} rank{'s' * (world.ranks > 1)} over {backend}, forward and backward, beside one process"
     lines = _lines(title, answers) if world.reports else answers.failures

@@ -90,7 +90,9 @@ def _folder_of(given: Path) -> Path:
         return given
     versions = [each for each in given.iterdir() if re.fullmatch(r"version_\d+", each.name) and _is_run(each)]
     if not versions:
-        raise ValueError(f"run_dirs must hold {METRICS} or {RECORD}, or a version_N that does, got {given}")
+        inside = sorted({each.parent for each in given.glob("*/version_*") if each.is_dir()})
+        question = f"; did you mean {' or '.join(map(str, inside))}?" if inside else ""
+        raise ValueError(f"run_dirs must hold {METRICS} or {RECORD}, or a version_N that does, got {given}{question}")
     trained = [each for each in versions if _is_training(each)]
     return max(trained or versions, key=lambda each: int(each.name.removeprefix("version_")))
 

@@ -45,7 +45,7 @@ def test_a_machine_is_shown(capsys, monkeypatch):
 
 
 def test_two_ranks_are_checked(capsys):
-    assert main(["doctor", "--ranks", "2"]) == 0
+    assert main(["doctor", "--ranks", "2", "--backend", "gloo"]) == 0
     shown = capsys.readouterr().out
     assert "2 ranks over gloo, forward and backward, beside one process\n" in shown
     assert re.search("".join(map(EXACT.format, EXCHANGES)), shown), shown

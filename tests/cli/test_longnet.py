@@ -60,7 +60,16 @@ def test_helps_of_commands_load_no_torch():
 
 
 MISTAKES = {
-    "command": (["fitt"], "no command 'fitt'; there are fit, validate"),
+    "command": (["fitt"], r"no command 'fitt', did you mean fit\?; there are fit, validate"),
+    "word of a command": (["generate"], "following arguments are required: checkpoint; longnet generate --help tells"),
+    "number": (["generate", "a.ckpt", "--tokens=many"], "argument --tokens: invalid int value: 'many'"),
+    "option of a command": (["generate", "a.ckpt", "--promt=x"], r"no option --promt, did you mean --prompt\?"),
+    "one word too many": (["report", "empty", "--no-images", "-x"], "no option -x"),
+    "option of plan": (["plan", QUICKSTART, "--nods=3"], r"no option --nods, did you mean --nodes\?"),
+    "file of plan": (["plan", "some.yaml"], r"must name a file, .*; did you mean --config some\.yaml\?"),
+    "backend": (["doctor", "--ranks=999", "--backend=nccl"], "--backend nccl needs a torch with NCCL and a GPU"),
+    "folder of a run": (["generate", "run"], r"did you mean run/version_0/checkpoints/last\.ckpt\?"),
+    "folder of runs": (["report", "."], r"run_dirs must hold .* got \.; did you mean run\?"),
     "missing file": (["fit", "--config=nowhere.yaml"], "File does not exist: .*nowhere.yaml"),
     "option": (["fit", QUICKSTART, "--trainer.max_stepz=2"],
                r"no option --trainer\.max_stepz; did you mean --trainer\.max_steps\?"),
@@ -87,7 +96,7 @@ MISTAKES = {
     "argument": (["fit", QUICKSTART, "--data=lightning_longnet.TokenFileData"], "--data.path must be given"),
     "class of ours": (["fit", QUICKSTART, "--data=HubDatta"], r"got HubDatta; did you mean lightning_longnet\.HubData"),
     "arguments of a name": (["fit", QUICKSTART, "--trainer.strategy.sharding=ddp"],
-                            r"arguments of a strategy need its class, such as .*Strategy, got the name ring_sequence_parallel"),
+                            r"arguments of a strategy need its class, such as .*, got the name ring_sequence_p"),
     "devices": (["fit", QUICKSTART, *SMALL, "--trainer.devices=many"], "should be an int > 0"),
     "class": (["fit", QUICKSTART, "--data.class_path=ByteDatta"], r"--data: .*ByteDatta; did you mean ByteData\?"),
     "class of a module": (["fit", QUICKSTART, "--trainer.callbacks+=lightning_longnet.callbacks.FitSumary"],
@@ -133,6 +142,8 @@ def told(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "key.yaml").write_text("trainer: {max_stepz: 3}\n")
     (folder / "branch.yaml").write_text("model: {config: {pattern: {branches: [{segment_lenght: 3}]}}}\n")
+    (folder / "run/version_0/checkpoints").mkdir(parents=True)
+    (folder / "run/version_0/checkpoints/last.ckpt").touch()
     (folder / "list.yaml").write_text("[1, 2]\n")
     (folder / "bytes.yaml").write_bytes(b"\xf7\x00")
     (folder / "three.yaml").write_text("trainer: 3\n")
