@@ -5,6 +5,7 @@ import csv
 import doctest
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from programs import LONGNET, programs
 
 from lightning_longnet.aliases import MOVED
+from lightning_longnet.cli.init import content
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_longnet"
@@ -37,8 +39,9 @@ FOLDERS = {
     "data": ["sequence", "layers"],
     "report": [*CORE],
     "planning": [*CORE, "sequence", "layers", "models"],
+    "diagnosis": [*CORE, "__init__"],
     "callbacks": [*CORE, "sequence", "layers", "report", "planning", "__init__"],
-    "cli": [*CORE, "models", "checkpointing", "training", "data", "report", "planning", "callbacks", *TOP],
+    "cli": [*CORE, "models", "checkpointing", "training", "data", "report", "planning", "callbacks", "diagnosis", *TOP],
 }
 TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "models"]
 
@@ -248,9 +251,23 @@ def test_the_wheel_holds_the_strategies_as_files(tmp_path):
     subprocess.run(command, capture_output=True, timeout=120, cwd=ROOT, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    expected = ["py.typed", "strategies/__init__.py", "attention/attend.py", "attention/kernels/sdpa/cpu.py"]
+    expected = [
+        "py.typed",
+        "cli/quickstart.yaml",
+        "strategies/__init__.py",
+        "attention/attend.py",
+        "attention/kernels/sdpa/cpu.py",
+    ]
     assert {f"lightning_longnet/{name}" for name in expected} <= set(names)
     assert not [name for name in names if name.startswith(("strategies", "tests"))]
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    for words in (["init", "first"], ["doctor", "--ranks", "2"]):
+        command = [sys.executable, "-m", "lightning_longnet", *words]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=170, cwd=tmp_path, env=environment)
+        assert found.returncode == 0, found.stdout + found.stderr
+    assert "all exchanges are exact" in found.stdout
+    assert (tmp_path / "first/quickstart.yaml").read_text() == content()
 
 
 def benchmark(*arguments, name="attention"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -82,9 +83,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         return _read_distributed(path)
     if any((path / _DEEPSPEED_TAG).glob("*model_states.pt")):
         return _read_deepspeed(path)
+    # the folder of a run, as the loggers of Lightning make it
+    inside = sorted(path.glob("**/checkpoints/*.ckpt"), key=lambda each: each.stat().st_mtime)
+    question = f"; did you mean {inside[-1]}?" if inside else ""
     raise ValueError(
         f"path must be a checkpoint: a file, or a folder as FSDP2 or DeepSpeed write them, got {path}, a folder "
-        f"without .metadata and without {_DEEPSPEED_TAG}/*model_states.pt"
+        f"without .metadata and without {_DEEPSPEED_TAG}/*model_states.pt{question}"
     )
 
 
@@ -111,12 +115,26 @@ def read_file(path: Path, allowed: tuple[Any, ...] = ()) -> Any:
         with torch.serialization.safe_globals([*_OWN, *allowed]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except _NO_CHECKPOINT as error:
-        reason = "it is something else" if path.stat().st_size else "it is empty"
-        if isinstance(error, (pickle.UnpicklingError, RuntimeError)) and str(error).strip():
-            reason = str(error).strip().splitlines()[-1]
-        raise ValueError(
-            f"path must be a file that torch.save wrote, of tensors and plain values, got {path}: {reason}"
-        ) from None
+        raise ValueError(f"path must be {refusal(path, error)}") from None
+
+
+def refusal(path: str | Path, error: Exception) -> str:
+    """Return what a checkpoint is, and what the file at `path` is or holds instead, by the error of reading it.
+
+    The message of torch would advise to load objects nevertheless, which runs whatever code they hold.
+    """
+    others = re.search(r"(?:GLOBAL|class|function) `?([\w.]+)`? was not an allowed global", str(error))
+    if others:
+        found = f"holds objects of {others[1]}: loading them could run any code"
+    elif not Path(path).stat().st_size:
+        found = "is empty"
+    elif isinstance(error, RuntimeError) and str(error).strip():
+        found = f"cannot be read: {str(error).strip().splitlines()[-1]}"
+    else:
+        found = "is something else"
+    return (
+        f"a checkpoint of tensors and plain values, as longnet fit and torch.save write it, got {path}, which {found}"
+    )
 
 
 def _checkpoint_of(path: Path, content: Any) -> Checkpoint:

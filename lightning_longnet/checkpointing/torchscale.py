@@ -91,7 +91,9 @@ def read_torchscale(path: str | Path, key: str | None = None) -> tuple[dict[str,
     elif len(inside) == 1:
         (weights,) = inside.values()
     else:
-        among = f"under which of {', '.join(map(repr, inside))} they are" if inside else "what they are: found none"
+        if not inside:
+            raise ValueError(f"source must hold weights of torchscale, whose names end with {_LAYER}weight, found none")
+        among = f"under which of {', '.join(map(repr, inside))} they are"
         raise ValueError(
             f"key must say {among}: weights of a torchscale model have a name that ends with {_LAYER}weight"
         )

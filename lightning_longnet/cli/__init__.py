@@ -1,8 +1,9 @@
 """The command line `longnet`, with a module for each command that is imported when the command is given.
 
-The module of a command has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`.  With `TAKES_OVERRIDES` it
-gets the arguments that its parser does not know as `arguments.overrides`.  Slow imports are inside of `run`, so that
-`--help` is fast.  LightningCLI runs the commands of the Trainer: fit, validate, test and predict.
+The module of a command has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`, which may return an exit
+status.  With `TAKES_OVERRIDES` it gets the arguments that its parser does not know as `arguments.overrides`.  Slow
+imports are inside of `run`, so that `--help` is fast.  LightningCLI runs the commands of the Trainer: fit, validate,
+test and predict.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +26,8 @@ TRAINER_COMMANDS = {
 }
 # each is a module of this folder
 COMMANDS = {
+    "init": "the configuration of a first run, to begin with",
+    "doctor": "what this machine has, and whether ranks on it compute what one process does",
     "generate": "continue a text with a trained model",
     "tokenize": "text files to a stream of tokens that training reads without loading it",
     "export": "a trained model to safetensors, or to a Hugging Face folder",
@@ -52,14 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)  # noqa: T201
         return 0
     if command not in TRAINER_COMMANDS and command not in COMMANDS:
-        return _refuse(f"no command {command!r}; there are {', '.join([*TRAINER_COMMANDS, *COMMANDS])}")
+        names = [*TRAINER_COMMANDS, *COMMANDS]
+        return _refuse(f"no command {command!r}{_question(command, names)}; there are {', '.join(names)}")
     try:
         if command in TRAINER_COMMANDS:
             from lightning_longnet.cli.trainer import run_trainer
 
             run_trainer(given)
         else:
-            run_command(command, given[1:])
+            return run_command(command, given[1:])
     except (ValueError, OSError) as error:
         user_error = _user_error(error)
         if user_error is None and command in COMMANDS and isinstance(error, OSError) and error.filename is not None:
@@ -70,10 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_command(command: str, arguments: Sequence[str]) -> None:
-    """Parse the arguments of a command of `COMMANDS`, and run it."""
+def run_command(command: str, arguments: Sequence[str]) -> int:
+    """Parse the arguments of a command of `COMMANDS`, run it, and return its exit status."""
     module = import_module(f"lightning_longnet.cli.{command}")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"longnet {command}",
         description=module.DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -81,11 +85,30 @@ def run_command(command: str, arguments: Sequence[str]) -> None:
     )
     module.add_arguments(parser)
     options, others = parser.parse_known_args(arguments)
-    if getattr(module, "TAKES_OVERRIDES", False):
+    takes_overrides = getattr(module, "TAKES_OVERRIDES", False)
+    for word in others:
+        name = word.partition("=")[0]
+        question = _question(name, [*parser._option_string_actions]) if name.startswith("--") else ""
+        if not takes_overrides or (question and "." not in name):
+            parser.error(f"no option {name}{question}" if name.startswith("-") else f"unrecognized argument: {word}")
+    if takes_overrides:
         options.overrides = others  # overrides of the configuration files that the command reads
-    elif others:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
-    module.run(options)
+    return module.run(options) or 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"longnet: error: {message}; {self.prog} --help tells more\n")
+
+
+def _question(name: str, names: Sequence[str]) -> str:
+    """Return the question whether the nearest of `names` was meant, or an empty text where none is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, names, 1, 0.75)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def usage() -> str:
@@ -95,7 +118,7 @@ def usage() -> str:
     lines += [f"  {name:<{width}}{line}" for name, line in (TRAINER_COMMANDS | COMMANDS).items()]
     lines += [
         "",
-        "longnet COMMAND --help tells more.  To begin with: longnet fit --config configs/quickstart.yaml",
+        "longnet COMMAND --help tells more.  To begin with: longnet init FOLDER",
         "Overrides follow the files (--model.config.dim 256); --print_config shows what they come to.",
     ]
     return "\n".join(lines)

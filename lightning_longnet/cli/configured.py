@@ -10,6 +10,7 @@ import torch
 from jsonargparse import Namespace
 
 from lightning_longnet.attention.pattern.pattern import Branch, Pattern
+from lightning_longnet.cli.classes import nearest
 from lightning_longnet.cli.trainer import TrainerCLI
 from lightning_longnet.models.longnet import LongNetConfig
 from lightning_longnet.planning.job import Job
@@ -96,7 +97,9 @@ def _strategy(given: Any) -> dict[str, Any]:
             return {"sharding": NAMES[given]}
         if given in _STOCK:
             return {"sharding": "ddp", "sequence_parallel_size": 1}
-        raise ValueError(f"strategy must be one of {', '.join([*NAMES, *_STOCK])}, got {given!r}: others are not known")
+        known = [*NAMES, *_STOCK]
+        question = nearest(given, known)
+        raise ValueError(f"strategy must be one of {', '.join(known)}, got {given!r}: others are not known{question}")
     if not given.class_path.endswith("RingSequenceParallelStrategy"):
         raise ValueError(f"strategy must be a RingSequenceParallelStrategy or a name of one, got {given.class_path}")
     names = ("sharding", "sequence_parallel_size", "exchange", "placement")

@@ -68,7 +68,9 @@ def run(arguments: argparse.Namespace) -> None:
         _show_scale(arguments, device)
         return
     if not arguments.config:
-        raise ValueError("--config must name a file, as of longnet fit")
+        files = [word for word in arguments.overrides if word.endswith((".yaml", ".yml"))]
+        question = f"; did you mean --config {files[0]}?" if files else ""
+        raise ValueError(f"--config must name a file, as of longnet fit{question}")
     from lightning_longnet.cli.configured import read_job
     from lightning_longnet.planning.run import plan_run
 

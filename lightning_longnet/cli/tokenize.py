@@ -56,5 +56,6 @@ def run(arguments: argparse.Namespace) -> None:
     print(  # noqa: T201
         f"{result['tokens']:,} tokens of {result['bytes_per_token']:.2f} bytes, vocabulary "
         f"{result['vocab_size']:,}, in {arguments.out}\n"
-        f"next: longnet fit --data lightning_longnet.TokenFileData --data.path {arguments.out} ..."
+        f"next: longnet fit --config FILE --data lightning_longnet.TokenFileData --data.path {arguments.out} "
+        f"--model.config.vocab_size {result['vocab_size']}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import sys
 import traceback
 import warnings
@@ -13,16 +14,25 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import lightning as L
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_longnet.data
 import lightning_longnet.training.module
 import lightning_longnet.training.vision_module  # noqa: F401  short names in YAML are those of classes that are loaded
 from lightning_longnet.callbacks import PredictedTexts
+from lightning_longnet.checkpointing.checkpoints import refusal
+from lightning_longnet.cli.classes import class_of, nearest
+from lightning_longnet.cli.given import config_files, content
+from lightning_longnet.cli.mistakes import explained
+from lightning_longnet.registration import DEFAULT, NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-_READS_ARGUMENTS = "lightning/pytorch/trainer/connectors/"  # where Lightning checks the arguments of a Trainer
+# where Lightning checks the arguments of a Trainer
+_READS_ARGUMENTS = ("lightning/pytorch/trainer/connectors/", "lightning/fabric/accelerators/")
+_MIGRATES = "lightning/pytorch/utilities/migration/"  # where it looks at a checkpoint first
 
 
 class SavedConfig(SaveConfigCallback):
@@ -36,12 +46,10 @@ class SavedConfig(SaveConfigCallback):
 class Parser(LightningArgumentParser):
     """A parser whose errors are one line, without a hundred lines of usage before it."""
 
+    words: Sequence[str] = ()  # the command line, which a subclass for it holds
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        lines = [line.strip() for line in message.splitlines()]
-        if "Errors:" in lines:  # one for each type of the value, and then pages of the value itself
-            reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ") and "NoneType" not in line]
-            lines = [lines[0], "; ".join(reasons)]
-        self.exit(2, f"longnet: error: {' '.join(lines)}\n")
+        self.exit(2, f"longnet: error: {explained(message, self, self.words)}\n")
 
 
 class TrainerCLI(LightningCLI):
@@ -60,7 +68,7 @@ class TrainerCLI(LightningCLI):
             L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            parser_class=Parser,
+            parser_class=type("Parser", (Parser,), {"words": words}),
             seed_everything_default=0,
             args=args,
             **options,
@@ -78,36 +86,87 @@ class TrainerCLI(LightningCLI):
         if not is_word and Path(path).is_file() and not is_saved(Path(path)):
             raise ValueError(f"ckpt_path must be a checkpoint, got {path}, which is something else, or a part of one")
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (pickle.UnpicklingError, TypeError) as error:
+            path, last = self.config[subcommand].get("ckpt_path"), traceback.extract_tb(error.__traceback__)[-1]
+            if isinstance(error, pickle.UnpicklingError):  # torch advises to load the file as code
+                raise ValueError(f"ckpt_path must be {refusal(path, error)}") from error
+            if _MIGRATES not in Path(last.filename).as_posix():
+                raise
+            raise ValueError(f"ckpt_path must be a checkpoint, which holds a state_dict, got {path}") from error
+
+    def before_validate(self) -> None:  # Lightning calls these by their names
+        self._warn_of_weights()
+
+    before_test = before_predict = before_validate
+
+    def after_validate(self) -> None:
+        self._warn_of_weights()  # again, beside the figures
+
+    after_test = after_predict = after_validate
+
+    def _warn_of_weights(self) -> None:
+        """Print a line where a command is about weights that nothing has trained."""
+        command = self.config.subcommand
+        given = self.config[command]
+        weights = (given.model.get("init_args") or {}).get("weights")
+        if given.get("ckpt_path") is None and weights is None:
+            _warn(
+                f"no --ckpt_path, so longnet {command} uses the weights that the model is made with, which are random "
+                f"for a LongNetModule without weights; give --ckpt_path FILE, a checkpoint of longnet fit"
+            )
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        if not names_a_model(self.words):
-            parser.set_defaults({"model": {"class_path": "lightning_longnet.LongNetModule"}})
+        # a default of another class would leave its arguments to any that shares their names
+        parser.set_defaults({"model": {"class_path": model_path(self.words)}})
 
 
-def names_a_model(words: Sequence[str]) -> bool:
-    """Whether files or overrides choose a class: the default one would leave its arguments to any that shares names."""
-    is_named = False
+def model_path(words: Sequence[str]) -> str:
+    """Return the path of the model's class that overrides or files choose, or that of ours where they choose none.
+
+    Without it the parser would check the model's arguments against LightningModule, which has none of them.  A path
+    that leads to no class raises a ValueError with the nearest.
+    """
+    values: list[Any] = []
     for i, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        is_named |= name in ("--model", "--model.class_path")
-        if name in ("-c", "--config") and (equals or i + 1 < len(words)):
-            path = Path(value if equals else words[i + 1])
-            content = _content(path) if path.is_file() else None
-            model = content.get("model") if isinstance(content, dict) else None
-            is_named |= isinstance(model, str) or (isinstance(model, dict) and "class_path" in model)
-    return is_named
+        name, equals, text = word.partition("=")
+        if name in ("--model", "--model.class_path") and (equals or i + 1 < len(words)):
+            values.insert(0, text if equals else words[i + 1])
+    contents = [content(path) for path in config_files(words)]
+    values += [each["model"] for each in contents if "model" in each]
+    for value in values:
+        if isinstance(value, str):
+            value = content(Path(value)) if Path(value).is_file() else yaml.safe_load(value)
+        path = value.get("class_path") if isinstance(value, dict) else value
+        if isinstance(path, str):
+            found = class_of(path, L.LightningModule)
+            return path if "." in path else f"{found.__module__}.{found.__name__}"
+    return "lightning_longnet.LongNetModule"
+
+
+def _unknown_strategy(message: str) -> str:
+    """Return the error of a name that no strategy has, with ours and the nearest."""
+    name = message.partition("strategy='")[2].partition("'")[0]
+    others = sorted({*StrategyRegistry.available_strategies(), "auto"} - {*NAMES})
+    question = nearest(name, [*NAMES, *others])
+    endings = ", ".join(each.removeprefix(DEFAULT) for each in NAMES if each != DEFAULT)
+    return (
+        f"no trainer.strategy {name!r}{question or '.'} There are {DEFAULT}, alone or with one of "
+        f"{endings} after it, and Lightning's, such as auto, ddp and fsdp"
+    )
+
+
+@rank_zero_only
+def _warn(message: str) -> None:
+    print(f"longnet: warning: {message}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 def is_saved(path: Path) -> bool:
     """Whether `torch.save` wrote a file: an archive, or with old versions a pickle."""
     with path.open("rb") as file:
-        return zipfile.is_zipfile(file) or file.read(1) == b"\x80"
-
-
-def _content(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError:
-        return None  # the parser says what is wrong with it
+        return file.read(1) == b"\x80" or zipfile.is_zipfile(file)
 
 
 def run_trainer(arguments: Sequence[str]) -> TrainerCLI:
@@ -135,7 +194,10 @@ def run_trainer(arguments: Sequence[str]) -> TrainerCLI:
             f"ckpt_path must be what this strategy reads, a file, got the folder {error.filename}: go on with the "
             f"strategy that it was saved with"
         ) from error
-    except (ValueError, KeyError) as error:  # KeyError: a checkpoint without what resuming needs
-        if _READS_ARGUMENTS in Path(traceback.extract_tb(error.__traceback__)[-1].filename).as_posix():
+    except (ValueError, KeyError, TypeError) as error:  # KeyError: a checkpoint without what resuming needs
+        if "You selected an invalid strategy name" in str(error):
+            raise ValueError(_unknown_strategy(str(error))) from error
+        where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).as_posix()
+        if any(each in where for each in _READS_ARGUMENTS):
             raise ValueError(" ".join(str(error.args[0]).split())) from error
         raise

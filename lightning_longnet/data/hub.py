@@ -13,7 +13,7 @@ import torch
 from lightning_longnet.data.base import StreamLoaders
 from lightning_longnet.data.streaming import StreamedRows
 from lightning_longnet.data.streams import Stream, entropy_of
-from lightning_longnet.data.tokenizers import Tokenizer, tokenizer_of
+from lightning_longnet.data.tokenizers import Tokenizer, lasting_name, tokenizer_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,7 +91,7 @@ class HubData(StreamLoaders):
 
     @property
     def tokenizer_name(self) -> str:
-        return self._tokenizer
+        return lasting_name(self._tokenizer)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -97,9 +97,13 @@ class TokenFiles(_ConcatenatedFiles):
         paths: the shards, in their order.
         documents: a file for each shard with the indices at which documents begin in it.  Without these files the
             stream is one document.
+        vocab_size: the size of the vocabulary, below which every token that is read must be; None checks nothing.
     """
 
-    def __init__(self, paths: Sequence[str | Path], documents: Sequence[str | Path] = ()) -> None:
+    def __init__(
+        self, paths: Sequence[str | Path], documents: Sequence[str | Path] = (), vocab_size: int | None = None
+    ) -> None:
+        self.vocab_size = vocab_size
         given = [Path(path) for path in paths]
         sizes = []
         for path in given:
@@ -128,7 +132,14 @@ class TokenFiles(_ConcatenatedFiles):
     def _read_file(self, file: int, begin: int, end: int) -> Tensor:
         if file not in self._maps:
             self._maps[file] = _open_mapped(self.paths[file])
-        return torch.from_numpy(self._maps[file][begin:end].astype(np.int64))
+        tokens = torch.from_numpy(self._maps[file][begin:end].astype(np.int64))
+        if self.vocab_size is not None and len(tokens) and int(tokens.max()) >= self.vocab_size:
+            place = int((tokens >= self.vocab_size).int().argmax())
+            raise ValueError(
+                f"vocab_size must be more than every token, got {self.vocab_size:,}, and token {begin + place:,} of "
+                f"{self.paths[file]} is {int(tokens[place]):,}"
+            )
+        return tokens
 
     def __getstate__(self) -> dict[str, Any]:
         # pickle would copy the content of the memory maps
@@ -162,6 +173,18 @@ class Slice(Stream):
 
     def _read(self, begin: int, end: int) -> Tensor:
         return self.stream.read(self.begin + begin, self.begin + end)
+
+
+def read_samples(stream: Stream) -> None:
+    """Read up to `MEASURED` tokens in pieces that are spread over a stream: errors of its files show before training.
+
+    All ranks that open the stream read the same, and so raise the same.
+    """
+    size = len(stream)
+    pieces = -(-min(size, MEASURED) // CHUNK)
+    for i in range(pieces):
+        begin = i * size // pieces
+        stream.read(begin, min(begin + CHUNK, (i + 1) * size // pieces))
 
 
 def documents_of(stream: Stream) -> Iterator[tuple[int, int]]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_longnet.data.base import StreamLoaders
-from lightning_longnet.data.streams import TokenFiles
-from lightning_longnet.data.tokenizers import Tokenizer, tokenizer_of
+from lightning_longnet.data.streams import TokenFiles, read_samples
+from lightning_longnet.data.tokenizers import Tokenizer, lasting_name, tokenizer_of
 from lightning_longnet.data.tokenizing import DESCRIPTION_FILE, PLAN_FILE, document_file, read_description
 
 if TYPE_CHECKING:
@@ -91,13 +91,18 @@ class TokenFileData(StreamLoaders):
 
     @property
     def tokenizer_name(self) -> str | None:
-        return self._tokenizer or self._made_with
+        name = self._tokenizer or self._made_with
+        return None if name is None else lasting_name(name)
 
     @property
     def tokenizer(self) -> Tokenizer:
         name = self.tokenizer_name
         if name is None:
             raise ValueError(f"tokenizer must be given: nothing in {self.folder} says what its tokens stand for")
+        if Path(name).is_absolute() and not Path(name).exists():
+            raise ValueError(
+                f"tokenizer must be given: {name}, which made the tokens in {self.folder}, is not there any more"
+            )
         tokenizer = tokenizer_of(name)
         if tokenizer.vocab_size != self.vocab_size:
             raise ValueError(
@@ -118,4 +123,6 @@ class TokenFileData(StreamLoaders):
                 f"path must hold all shards that its {DESCRIPTION_FILE} names, {missing[0]} is not there"
             )
         documents = [document_file(path) for path in self._shards] if self._made_with else []
-        self._set_rows(TokenFiles(self._shards, documents))
+        stream = TokenFiles(self._shards, documents, self.vocab_size)
+        read_samples(stream)
+        self._set_rows(stream)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
+from typing import Any, Protocol
 
 BYTES = "bytes"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # the text of a token that has none
@@ -136,6 +134,11 @@ class HubTokenizer:
 
     def save(self, folder: Path) -> None:
         self._tokenizer.save_pretrained(folder)
+
+
+def lasting_name(name: str) -> str:
+    """Return a name that finds the same tokenizer from any folder: for a folder its absolute path."""
+    return str(Path(name).resolve()) if name != BYTES and Path(name).is_dir() else name
 
 
 @lru_cache(4)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_longnet.data.tokenizers import tokenizer_of
+from lightning_longnet.data.tokenizers import lasting_name, tokenizer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -76,7 +76,7 @@ def plan_of(files: Sequence[Path], tokenizer: str, shard_bytes: int) -> Plan:
     """Return the plan of these files in their present state."""
     stats = [(path, path.stat()) for path in files]
     described = tuple((str(path.resolve()), each.st_size, each.st_mtime_ns) for path, each in stats)
-    return Plan(described, tokenizer, shard_bytes)
+    return Plan(described, lasting_name(tokenizer), shard_bytes)
 
 
 def tokenize(plan: Plan, folder: Path, workers: int, advance: Callable[[int], Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _branch_lines(plan: RunPlan, kind: LayerKind) -> list[str]:
     rank = max(kind.shares, key=lambda r: kind.shares[r].volume.sent_bytes)
     share = kind.shares[rank]
     link = plan.device.node_link if plan.job.shared_by <= plan.job.per_node else plan.device.network
-    head = f"branch, {kind.layers} layers"
+    head = f"branch, {kind.layers} layer{'s' * (kind.layers > 1)}"
     lines = [f"{head:<28} {'exchange':<9} {'MiB sent':>9} {'ms':>8} {'hidden':>7}   rank {rank}, a layer"]
     hidden = plan.time.hidden_share
     for i, (branch, exchange) in enumerate(zip(kind.pattern.ordered(), kind.schedule.exchanges, strict=True)):
@@ -99,13 +99,19 @@ def _time_lines(plan: RunPlan) -> list[str]:
         + (f"   of {1e3 * time.gradients_flight:.1f}" if time.gradients_flight else ""),
         f"  {'optimiser':<26} {1e3 * time.optimizer:>9.1f}",
         f"  {'all':<26} {1e3 * time.seconds:>9.1f}",
-        f"{plan.tokens_per_second:,.0f} tokens a second, MFU {plan.mfu:.1%} of {plan.peak_flops / 1e12:,.1f} TFLOP/s; "
+        f"{plan.tokens_per_second:,.0f} tokens a second, MFU {plan.mfu:.1%} of {_rate(plan.peak_flops)}; "
         f"the busiest rank has {plan.imbalance:.2f} times the mean of the pairs",
     ]
     shown = len(plan.kinds[0].shares)
     if shown < plan.job.shared_by:
         lines.append(f"{shown} of {plan.job.shared_by:,} ranks were looked at, those that may have most to do")
     return lines
+
+
+def _rate(flops: float) -> str:
+    """Return operations a second with a unit in which they are at least 1."""
+    name, size = next((each for each in (("TFLOP/s", 1e12), ("GFLOP/s", 1e9)) if flops >= each[1]), ("MFLOP/s", 1e6))
+    return f"{flops / size:,.1f} {name}"
 
 
 def values(plan: RunPlan) -> dict[str, Any]:

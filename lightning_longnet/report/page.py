@@ -16,6 +16,7 @@ from lightning_longnet.report.runs import Run, read_runs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_LENGTHS = ("data.init_args.tokens", "data.tokens")  # settings that hold the length of a sequence
 _STYLE = (Path(__file__).parent / "page.css").read_text()
 
 
@@ -134,11 +135,12 @@ def _attention(run: Run, is_named: bool) -> str:
             + (f" {each.sparsity}" if each.sparsity else "")
             for each in pattern.branches
         )
-        many = f"{kind['layers']} layers, " if kind.get("layers") else ""
+        many = f"{kind['layers']} layer{'s' * (kind['layers'] > 1)}, " if kind.get("layers") else ""
         causal = ", causal" if pattern.is_causal else ""
         parts.append(f'<h3>{escape(f"{many}{heads} heads: {branches}{causal}")}</h3><div class="grid">')
-        for caption, picture in pattern_pictures(pattern, tokens, heads, kv_heads):
-            parts.append(f"<figure>{picture}<p>{escape(caption)}</p></figure>")
+        for caption, picture, shades in pattern_pictures(pattern, tokens, heads, kv_heads):
+            legend = "".join(f'<span><i class="key shade{n}"></i>{escape(text)}</span>' for n, text in shades.items())
+            parts.append(f'<figure>{picture}<p>{escape(caption)}</p><p class="legend">{legend}</p></figure>')
         if plan := kind.get("plan"):
             parts.append(_placement(plan, pattern, tokens))
         parts.append("</div>")
@@ -177,7 +179,7 @@ def _kinds(run: Run) -> tuple[list[dict[str, Any]], int]:
             heads = run.settings.get(f"{section}.heads" if section else "heads")
             heads = heads if isinstance(heads, int) else max(each.dilation_rate for each in Pattern(**value).branches)
             kv_heads = run.settings.get(f"{section}.kv_heads" if section else "kv_heads")
-            tokens = run.settings.get("data.tokens")
+            tokens = next((run.settings[key] for key in _LENGTHS if key in run.settings), None)
             kind = {"pattern": value, "heads": heads, "kv_heads": kv_heads if isinstance(kv_heads, int) else heads}
             return [kind], tokens if isinstance(tokens, int) else 0
     return [], 0

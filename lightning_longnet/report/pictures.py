@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -66,27 +66,41 @@ def _pooled(seen: Tensor, owner: Tensor, cells: int) -> Tensor:
     return torch.zeros(cells, cells).index_add_(1, owner, rows)
 
 
-def pattern_pictures(pattern: Pattern, length: int, heads: int, kv_heads: int) -> list[tuple[str, str]]:
-    """Return (caption, SVG) of two pictures: the whole sequence, and the first tokens in head 0."""
+class Picture(NamedTuple):
+    """A picture as SVG, with its caption and, for its legend, the text of each shade that it may show."""
+
+    caption: str
+    svg: str
+    shades: dict[int, str]
+
+
+def pattern_pictures(pattern: Pattern, length: int, heads: int, kv_heads: int) -> list[Picture]:
+    """Return two pictures: `length` tokens in all heads, and the first of them in head 0.
+
+    The shades are named by a legend: on a dark page they grow brighter, and on a light one darker.
+    """
     shares = whole_shares(pattern, length, kv_heads)
     # consecutive thresholds differ by a factor of 4: dilation rate r keeps 1 / r**2 of the pairs
     levels = torch.zeros_like(shares, dtype=torch.long)
     for level in range(1, _SHADES):
         levels += shares > 2.0 ** -(2 * (_SHADES - 1 - level) + 1)
     levels = torch.where(shares > 0, levels.clamp(min=1), 0)
-    caption = (
-        f"The whole sequence of {length:,} tokens: how many of the pairs are seen, over all heads; "
-        f"each shade is four times the one before, the darkest is half of them or more."
-    )
-    pictures = [(caption, _matrix(levels, length, "key", "query"))]
+    shades = {level: f"up to 1/{2 ** (2 * (_SHADES - 1 - level) - 1)}" for level in range(1, _SHADES - 1)}
+    shades[_SHADES - 1] = "more"
+    caption = f"A sequence of {length:,} tokens: the share of the pairs that is seen, over all heads."
+    pictures = [Picture(caption, _matrix(levels, length, "key", "query"), shades)]
     close = min(_CLOSE, length)
     counts = pattern.mask(close, heads, kv_heads)[0]
     most = max(int(counts.max()), 1)
     levels = torch.where(counts > 0, (counts * (_SHADES - 1) / most).ceil().long(), 0)
-    caption = f"The first {close} tokens close up, head 0: darker keys are counted by more branches, up to {most}."
+    shades = {}
+    for count in range(1, most + 1):
+        level = -(-count * (_SHADES - 1) // most)
+        shades[level] = f"{shades[level].partition(' ')[0]} to {count}" if level in shades else str(count)
+    caption = f"The first {close} tokens close up, head 0: how many times each key is counted."
     if pattern.has_null_keys:
         caption += " The zeros that pad segments are not drawn."
-    pictures.append((caption, _matrix(levels, close, "key", "query")))
+    pictures.append(Picture(caption, _matrix(levels, close, "key", "query"), shades))
     return pictures
 
 

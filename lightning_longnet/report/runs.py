@@ -80,19 +80,34 @@ def read_runs(run_dirs: Sequence[str | Path]) -> list[Run]:
 
 
 def _folder_of(given: Path) -> Path:
-    """Return the folder, or the last `version_N` in it, as Lightning's loggers number them."""
+    """Return the folder, or the last `version_N` in it, as Lightning's loggers number them.
+
+    Folders that a validation or a test left are taken where no training left one.
+    """
     if not given.is_dir():
         raise ValueError(f"run_dirs must be folders of runs, got {given}, which is none")
     if _is_run(given):
         return given
     versions = [each for each in given.iterdir() if re.fullmatch(r"version_\d+", each.name) and _is_run(each)]
     if not versions:
-        raise ValueError(f"run_dirs must hold {METRICS} or {RECORD}, or a version_N that does, got {given}")
-    return max(versions, key=lambda each: int(each.name.removeprefix("version_")))
+        inside = sorted({each.parent for each in given.glob("*/version_*") if each.is_dir()})
+        question = f"; did you mean {' or '.join(map(str, inside))}?" if inside else ""
+        raise ValueError(f"run_dirs must hold {METRICS} or {RECORD}, or a version_N that does, got {given}{question}")
+    trained = [each for each in versions if _is_training(each)]
+    return max(trained or versions, key=lambda each: int(each.name.removeprefix("version_")))
 
 
 def _is_run(folder: Path) -> bool:
     return (folder / METRICS).is_file() or (folder / RECORD).is_file()
+
+
+def _is_training(folder: Path) -> bool:
+    """Return whether training left a folder: a record, checkpoints, or metrics of something else than validation."""
+    if (folder / RECORD).is_file() or (folder / "checkpoints").is_dir():
+        return True
+    with (folder / METRICS).open(newline="") as file:
+        metrics = {*next(csv.reader(file), [])} - {"epoch", "step"}
+    return any(not re.match("(val|valid|validation|test)[/_]", each) for each in metrics)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -87,7 +87,7 @@ def test_an_encoder_keeps_its_padding_by_default(words, message, tmp_path, capsy
         (["export", "{encoder}", "{encoder}/new"], "Not a directory"),
         (["generate", "{here}/images.ckpt"], "checkpoint must be of a model that predicts tokens, got a LongViT"),
         (["generate", "{here}/broken.ckpt"], "weights must hold norm.weight, which is missing"),
-        (["generate", "{here}/latin.txt"], "path must be a file that torch.save wrote"),
+        (["generate", "{here}/latin.txt"], "path must be a checkpoint of tensors and plain values"),
         (["generate", "{here}/a.ckpt", "--prompt-file={here}/latin.txt"], "--prompt-file must hold text in UTF-8"),
     ],
 )

@@ -84,6 +84,13 @@ def test_what_a_device_is_can_be_told(capsys):
     assert half["seconds"]["linear"] == pytest.approx(plain["seconds"]["linear"] * 67 * 0.6 / 250)
 
 
+def test_a_peak_is_shown_in_a_unit_that_fits(capsys):
+    """That of a CPU is less than a TFLOP/s, which the tables would round to 0.0."""
+    words = [*SMALL, "--device", "cpu", "--peak-tflops"]
+    assert re.search(r"MFU \d+\.\d% of 23\.4 GFLOP/s;", told(capsys, *words, "0.02341"))
+    assert re.search(r"MFU \d+\.\d% of 1\.0 TFLOP/s;", told(capsys, *words, "1"))
+
+
 def test_pictures_are_drawn(capsys, tmp_path):
     told(capsys, *SMALL, "--picture", str(tmp_path / "plan.png"))
     told(capsys, "--scale", "--picture", str(tmp_path / "scale.png"))

@@ -69,7 +69,7 @@ def test_arrays_of_anyones(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer must be given: nothing in .* says what its tokens stand for"):
         data.encode("x")
     wrong = TokenFileData(str(tmp_path), tokens=8, batch_size=1, vocab_size=100, tokenizer="bytes")
-    with pytest.raises(ValueError, match="vocab_size must be more than every token, got 100 and a token 199"):
+    with pytest.raises(ValueError, match=r"got 100, and token 100 of .*a\.npy is 100"):
         wrong.setup("fit")
     with pytest.raises(
         ValueError, match=r"tokenizer must have the vocabulary of the tokens .* 100, got 'bytes' of 256"
@@ -77,6 +77,55 @@ def test_arrays_of_anyones(tmp_path):
         wrong.decode(torch.tensor([1]))
     with pytest.raises(ValueError, match=r"vocab_size must be given where there is no tokens\.json"):
         TokenFileData(str(tmp_path))
+
+
+def test_a_token_outside_of_the_vocabulary_is_named(tmp_path):
+    """The training data alone holds it: without a check the embedding says that an index is out of range."""
+    tokens = np.arange(1000, dtype=np.uint16) % 100
+    np.save(tmp_path / "a.npy", tokens)
+    tokens[123] = 107
+    np.save(tmp_path / "b.npy", tokens)
+    data = TokenFileData(str(tmp_path), tokens=8, vocab_size=100)
+    with pytest.raises(ValueError, match=r"vocab_size must be .* got 100, and token 123 of .*b\.npy is 107"):
+        data.setup("fit")
+
+
+def test_a_token_that_is_not_sampled_is_named_when_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_longnet.data.streams.MEASURED", 8)
+    monkeypatch.setattr("lightning_longnet.data.streams.CHUNK", 4)
+    tokens = np.arange(1000, dtype=np.uint16) % 100
+    tokens[123] = 107
+    np.save(tmp_path / "a.npy", tokens)
+    data = TokenFileData(str(tmp_path), tokens=8, vocab_size=100)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"token 123 of .*a\.npy is 107"):
+        list(data.train_dataloader())
+
+
+def test_a_tokenizer_in_a_folder_is_found_from_elsewhere(tmp_path, monkeypatch):
+    import tokenizers
+    import transformers
+
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({"one": 0, "two": 1, "?": 2}, unk_token="?")),
+        eos_token="?",
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    written(tmp_path, {"texts/a.txt": "one\ntwo\n" * 30})
+    tokenizer.save_pretrained(tmp_path / "made")
+    monkeypatch.chdir(tmp_path)
+    assert main(["tokenize", "texts", "--out", "out", "--workers", "1", "--tokenizer", "made"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    data = TokenFileData("../out", tokens=8)
+    assert data.tokenizer_name == str(tmp_path / "made")
+    assert data.encode("two one").tolist() == [1, 0]
+    monkeypatch.chdir(tmp_path)
+    assert TokenFileData("out", tokens=8, tokenizer="made").tokenizer_name == str(tmp_path / "made")
+    (tmp_path / "made").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"tokenizer must be given: .*made, which made the tokens in .*out, is not"):
+        TokenFileData("out", tokens=8).encode("two")
+    assert TokenFileData("out", tokens=8, tokenizer="moved").encode("two").tolist() == [1]
 
 
 def test_what_is_not_there_is_told_in_a_line(tmp_path, made):

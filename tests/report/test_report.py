@@ -91,7 +91,7 @@ def test_a_pattern_in_the_settings_is_drawn(tmp_path):
     (folder / "run.json").unlink()
     page = written([folder], tmp_path / "report.html")
     assert "4 heads: (256, 1) + (4096, 4), causal" in page
-    assert "The whole sequence of 4,096 tokens" in page
+    assert "A sequence of 4,096 tokens" in page
     assert "Placement" not in page
 
 
@@ -107,6 +107,48 @@ def test_the_last_version_is_read(tmp_path):
         leave(tmp_path / f"version_{version}", is_ours=False)
     (run,) = read_runs([tmp_path])
     assert run.folder.name == "version_10"
+
+
+def test_a_validation_is_not_taken_for_the_run(tmp_path):
+    left = leave(tmp_path / "version_0")
+    for version, metrics in ((1, "val/loss"), (2, "test_acc"), (3, "valid_loss")):
+        folder = tmp_path / f"version_{version}"
+        folder.mkdir()
+        (folder / "metrics.csv").write_text(f"epoch,step,{metrics}\n0,0,2.5\n")
+    (tmp_path / "version_4").mkdir()  # of a prediction
+    assert read_runs([tmp_path])[0].folder == left
+    (left / "run.json").unlink()  # of a run that was killed
+    assert read_runs([tmp_path])[0].folder == left
+    assert read_runs([tmp_path / "version_1"])[0].folder.name == "version_1", "which is asked for"
+    (left / "metrics.csv").unlink()
+    (left / "config.yaml").unlink()
+    assert read_runs([tmp_path])[0].folder.name == "version_3", "where there is no other"
+
+
+def test_the_length_of_a_class_of_data_is_found(tmp_path):
+    folder = leave(tmp_path / "run")
+    (folder / "run.json").unlink()
+    config = (folder / "config.yaml").read_text().replace("  tokens: 4096", "  init_args: {tokens: 2048}")
+    (folder / "config.yaml").write_text(config)
+    assert "A sequence of 2,048 tokens" in written([folder], tmp_path / "report.html")
+
+
+def test_shades_are_named_by_a_legend(tmp_path):
+    """On a dark page they grow brighter, so no caption may call them darker."""
+    page = written([leave(tmp_path / "run")], tmp_path / "report.html")
+    assert not re.search("darke(r|st)", page.partition("</style>")[2])
+    whole, close = re.findall(r"<figure><svg.*?</figure>", page, re.DOTALL)[:2]
+    named = [re.findall(r'<i class="key shade(\d)"></i>([^<]*)<', each) for each in (whole, close)]
+    assert named == [[("1", "up to 1/128"), ("2", "up to 1/32"), ("3", "up to 1/8"), ("4", "up to 1/2"), ("5", "more")],
+                     [("2", "1"), ("4", "2"), ("5", "3")]]  # fmt: skip
+    for each, names in zip((whole, close), named, strict=True):
+        assert set(re.findall(r'<path [^>]*class="shade(\d)"', each)) <= {shade for shade, _ in names}
+
+
+def test_shades_of_many_counts_are_ranges():
+    pattern = sum((Pattern.dilated((64,), (1,)) for _ in range(5)), Pattern.dilated((64,), (1,)))
+    _, close = pattern_pictures(pattern + Pattern.window(4), 64, 1, 1)
+    assert close.shades == {1: "1", 2: "2", 3: "3 to 4", 4: "5", 5: "6 to 7"}
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
@@ -201,7 +243,7 @@ def test_the_picture_of_a_pattern_is_its_mask(pattern):
 
 def test_a_sequence_of_millions_can_be_drawn():
     pattern = Pattern.dilated((2048, 32768, 2**20), (1, 16, 512), is_causal=True)
-    (_, whole), (_, close) = pattern_pictures(pattern, 2**22 + 17, 8, 8)
-    assert "4,194,321" in whole
-    assert "shade" in close
-    assert len(whole) < 300_000
+    whole, close = pattern_pictures(pattern, 2**22 + 17, 8, 8)
+    assert "4,194,321" in whole.svg
+    assert "shade" in close.svg
+    assert len(whole.svg) < 300_000

@@ -1,0 +1,1 @@
+"""The diagnosis of a machine: what it has, and whether ranks on it compute what one process does."""
