@@ -201,7 +201,7 @@ def size_of(batch: Any, module: LightningModule, tokens_per_sample: int | None =
     """Return (samples, tokens of each on this rank, tokens of each whole one) of the current batch.
 
     They are those of the first tensor whose samples are its first dimension, or else of the first whose tokens are; or
-    of the sequences that the model made.
+    of the sequences that the model made.  A tensor without a sequence has its samples first.
     """
     context, dims = sequence_context(module), checked_dims(getattr(module, "sequence_dims", {}))
     whole, first = context.length, None
@@ -214,9 +214,10 @@ def size_of(batch: Any, module: LightningModule, tokens_per_sample: int | None =
             return x.shape[0], here, whole if context.is_split and whole is not None else here
         if dim == 0:
             of_tokens.append(x)
-    if of_tokens and first is None:
+    if of_tokens:
         here = of_tokens[0].shape[0]
-        return _samples_beside(of_tokens), here, whole if context.is_split and whole is not None else here
+        samples = _samples_beside(of_tokens) if first is None else first.shape[0]
+        return samples, here, whole if context.is_split and whole is not None else here
     samples = 0 if first is None else first.shape[0]
     if whole is None or tokens_per_sample is not None:
         return samples, tokens_per_sample or 0, tokens_per_sample or 0

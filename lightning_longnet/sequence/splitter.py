@@ -11,7 +11,16 @@ import torch
 
 from lightning_longnet.attention.parallel.placement import Kind, Placement
 from lightning_longnet.sequence.agreement import check_same_batch, fault_of
-from lightning_longnet.sequence.batches import checked_dims, digest, dim_of, is_whole, known_length, length_of, mapped
+from lightning_longnet.sequence.batches import (
+    check_labels,
+    checked_dims,
+    digest,
+    dim_of,
+    is_whole,
+    known_length,
+    length_of,
+    mapped,
+)
 from lightning_longnet.sequence.parts import SequencePart, part_of
 from lightning_longnet.sequence.shards import BatchShards
 
@@ -151,6 +160,7 @@ class BatchSplitter:
         if is_whole(batch, dims):
             return None
         length = length_of(batch, dims)
+        check_labels(batch, dims)
         self._check_length(length)
         return length
 
