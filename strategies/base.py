@@ -29,6 +29,7 @@ from lightning_longnet.strategies.checks import (
 )
 from lightning_longnet.strategies.engines import Sharding, engine_class, engine_options, gathers_parameters
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
+from lightning_longnet.strategies.loaders import LoaderWatch
 from lightning_longnet.strategies.resume import skip_finished_batches
 from lightning_longnet.strategies.seeds import dropout_seed
 
@@ -110,7 +111,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         self._sequence_parallel_size = sequence_parallel_size
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()
-        self._compared: set[tuple[str, int, int]] = set()
+        self._loaders: LoaderWatch | None = None
         self._start_engine(engine_options(self.stock, engine or {}), process_group_backend)
         self._accelerator, self.parallel_devices = accelerator, parallel_devices
         self.cluster_environment, self._checkpoint_io = cluster_environment, checkpoint_io
@@ -149,6 +150,8 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         self.sequence_context = SequenceContext(
             mesh, placement=self._placement, exchange=self._exchange, seed=self.broadcast(dropout_seed())
         )
+        gathers = gathers_parameters(self.sharding)
+        self._loaders = LoaderWatch(self.sequence_context, self.timeout, gathers=gathers)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -206,7 +209,6 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         check_accumulation(self.accumulate, self.lightning_module)
         if self.preemption and trainer.state.fn == TrainerFn.FITTING:
             _add_preemption(trainer)
-        self._compared.clear()
         self.sequence_context.window.close(1)  # an interrupted run may have left it open
         hand_down(self.lightning_module, self.sequence_context)
         super().setup(trainer)
@@ -214,25 +216,51 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         module = self.lightning_module
         if module is not None:
-            self._compare(module, batch, dataloader_idx)
+            if self._loaders is not None:
+                self._loaders.compare(module, batch, dataloader_idx)
             batch = self.sequence_context.split(batch, checked_dims(getattr(module, "sequence_dims", {})))
         return super().batch_to_device(batch, device, dataloader_idx)
 
-    def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int) -> None:
-        """Compare the first batch of each loader in each epoch over the ranks that share sequences."""
-        trainer = module.trainer
-        when = str(trainer.state.stage), trainer.current_epoch, dataloader_idx
-        if when not in self._compared:
-            self._compared.add(when)
-            self.sequence_context.check_same(batch, getattr(module, "sequence_dims", {}))
+    def _watch_loop(self) -> None:
+        """Watch the loop that begins now."""
+        if self._loaders is not None:
+            assert self.lightning_module is not None
+            self._loaders.begin(self.lightning_module.trainer)
+
+    def _await_others(self) -> None:
+        """Wait until the batches of all ranks are compared: a step must not begin with others."""
+        if self._loaders is not None:
+            self._loaders.receive()
 
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
         skip_finished_batches(self.lightning_module.trainer)
+        self._watch_loop()
         super().on_train_start()
+
+    def on_validation_start(self) -> None:
+        self._watch_loop()
+        super().on_validation_start()
+
+    def on_test_start(self) -> None:
+        self._watch_loop()
+        super().on_test_start()
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._await_others()
+        return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._await_others()
+        return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._await_others()
+        return super().predict_step(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
+        self._await_others()
         context, loop = self.sequence_context, self.lightning_module.trainer.fit_loop.epoch_loop
         context.begin_step(loop.total_batch_idx)
         if self.accumulate == "tokens":
@@ -255,6 +283,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
                     parameter.grad.mul_(factor)
 
     def on_predict_start(self) -> None:
+        self._watch_loop()
         super().on_predict_start()
         assert self.lightning_module is not None
         if gathers_parameters(self.sharding):

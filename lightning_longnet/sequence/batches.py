@@ -136,7 +136,7 @@ def _known(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> tuple[bool,
     for name in (".".join(path[1:]), *reversed(path)):
         if name in dims:
             return True, dims[name]
-    name = next((word for word in reversed(path) if not word.isdigit()), ROOT)
+    name = _word(path)
     if name in KNOWN_DIMS and (x.dim() <= 2 or name in ("input_ids", "labels")):
         return True, KNOWN_DIMS[name]
     return False, None
@@ -154,7 +154,7 @@ def length_of(batch: Any, dims: Mapping[str, int | None]) -> int:
     if len(set(lengths.values())) > 1:
         shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
         hint = ""
-        if any(path[-1] == LABELS and _is_guessed(path, dims) for path, _ in tensors(batch)):
+        if any(_word(path) == LABELS and _is_guessed(path, dims) for path, _ in tensors(batch)):
             hint = f"; where labels are of samples, say so in the module, sequence_dims = {{{LABELS!r}: None}}"
         raise ValueError(f"all sequences of a batch must have the same number of tokens, got {shown}{hint}")
     return next(iter(lengths.values()))
@@ -167,10 +167,10 @@ def check_labels(batch: Any, dims: Mapping[str, int | None]) -> None:
     that are no whole numbers may be those of C classes for each sample, (B, C), with as many classes as tokens.
     """
     leaves = list(tensors(batch))
-    beside_ids = any(path[-1] == "input_ids" and known_dim(path, x, dims) == 1 for path, x in leaves)
+    beside_ids = any(_word(path) == "input_ids" and known_dim(path, x, dims) == 1 for path, x in leaves)
     is_declared = any(not _is_guessed(path, dims) and known_dim(path, x, dims) is not None for path, x in leaves)
     for path, x in leaves:
-        if path[-1] != LABELS or not _is_guessed(path, dims) or x.dim() < 2:
+        if _word(path) != LABELS or not _is_guessed(path, dims) or x.dim() < 2:
             continue
         are_numbers = x.dim() == 2 and (x.is_floating_point() or x.dtype == torch.bool)
         if are_numbers or (is_declared and not beside_ids):
@@ -219,6 +219,11 @@ def checked_dims(dims: Any) -> dict[str, int | None]:
     ):
         raise ValueError(f"sequence_dims must map names to dimensions, or to None, got {dims!r}")
     return {str(name): dim for name, dim in dims.items()}
+
+
+def _word(path: Path) -> str:
+    """Return the name of a tensor, or that of the list that holds it."""
+    return next((word for word in reversed(path) if not word.isdigit()), ROOT)
 
 
 def _shown(path: Path) -> str:

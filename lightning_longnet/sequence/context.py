@@ -116,6 +116,10 @@ class SequenceContext(Positioned):
         """Raise a ValueError on all ranks where those that share sequences hold different batches, or unfit ones."""
         self._splitter.check_same(batch, sequence_dims)
 
+    def fault_of(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> str:
+        """Return why a batch cannot be split, or an empty string."""
+        return self._splitter.fault_of(batch, sequence_dims)
+
     @property
     def samples(self) -> tuple[str, ...]:
         """The names of the batch's samples, where the data gives them."""

@@ -142,13 +142,18 @@ class BatchSplitter:
         position = self.position
         if position.sequence_group is None or position.data_parallel_group is None:
             return
-        fault, dims = "", checked_dims(sequence_dims or {})
-        if isinstance(batch, SequencePart):
-            fault = fault_of(lambda: self._check_part(batch, dims))
-        elif position.sequence_parallel_size > 1:
-            fault = fault_of(lambda: (self._length_of(batch, dims), mapped(batch, lambda _, x: x)))
+        fault = self.fault_of(batch, sequence_dims)
         place = position.data_parallel_rank, position.data_parallel_size
         check_same_batch(digest(batch), fault, position.sequence_group, position.data_parallel_group, place)
+
+    def fault_of(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> str:
+        """Return why a batch cannot be split, or an empty string."""
+        dims = checked_dims(sequence_dims or {})
+        if isinstance(batch, SequencePart):
+            return fault_of(lambda: self._check_part(batch, dims))
+        if self.position.sequence_parallel_size > 1:
+            return fault_of(lambda: (self._length_of(batch, dims), mapped(batch, lambda _, x: x)))
+        return ""
 
     def _check_part(self, part: SequencePart, dims: Mapping[str, int | None]) -> None:
         self._check_length(part.length)

@@ -1,0 +1,160 @@
+"""The loaders of a run: which batch of a loop is worked on, and the comparison of each over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
+
+from lightning_longnet.sequence.batches import checked_dims
+from lightning_longnet.sequence.comparison import ENDED, FAULT, BatchComparison, Note
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_longnet.sequence.context import SequenceContext
+
+
+@dataclass
+class Pass:
+    """A pass over the batches of a loop.
+
+    Attributes:
+        batches: how many batches were compared.
+        is_over: no rank goes on, as all of them know.
+        is_given: a batch was given to the loop, and not compared.
+    """
+
+    batches: int = 0
+    is_over: bool = False
+    is_given: bool = False
+
+
+def watch(fetcher: _DataFetcher, end: Callable[[Pass], None]) -> Pass:
+    """Return the pass of a loop's fetcher, which from now on calls `end` where it has no further batch."""
+    if not hasattr(fetcher, "sequence_pass"):
+        fetcher.__class__ = _watched(type(fetcher))
+        fetcher.sequence_pass, fetcher.sequence_end = Pass(is_given=True), end
+    found: Pass = fetcher.sequence_pass  # type: ignore[attr-defined]
+    return found
+
+
+@cache
+def _watched(kind: type[_DataFetcher]) -> type[_DataFetcher]:
+    """Return a subclass of a class of fetchers that keeps a `Pass`."""
+
+    class Watched(kind):  # type: ignore[misc, valid-type]
+        def __iter__(self) -> Any:
+            self.sequence_pass = Pass()
+            return super().__iter__()
+
+        def __next__(self) -> Any:
+            try:
+                item = super().__next__()
+            except StopIteration:
+                self.sequence_end(self.sequence_pass)
+                raise
+            self.sequence_pass.is_given = True
+            return item
+
+    return Watched
+
+
+class LoaderWatch:
+    """Compares the batches of ranks that share sequences, and where loaders end; ranks that differ raise together.
+
+    A rank sends a note of each batch that a loop is given, and the step waits for those of the others before it begins:
+    what follows may wait for ranks whose batches do not fit.  A rank without further batches answers until no rank goes
+    on.
+
+    Args:
+        context: the context of the strategy.
+        timeout: seconds after which a rank that waits for another gives up.
+        gathers: ranks gather parameters in each forward, so that all groups need as many batches.
+    """
+
+    def __init__(self, context: SequenceContext, timeout: float, *, gathers: bool) -> None:
+        self.context, self.gathers = context, gathers
+        self._fault, self._current = "", Pass()
+        self._is_alike = False
+        self._comparison: BatchComparison | None = None
+        if context.mesh is not None and context.sequence_parallel_size > 1 and dist.get_backend() != "fake":
+            # messages of the host, which do not wait for a GPU
+            backend = "gloo" if dist.is_gloo_available() else None
+            group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout))
+            assert isinstance(group, dist.ProcessGroup)
+            self._comparison = BatchComparison(context.mesh.mesh, group)
+
+    def begin(self, trainer: Trainer) -> None:
+        """Watch the fetcher of the loop that runs now."""
+        self._pass_of(trainer)
+
+    def compare(self, module: LightningModule, batch: Any, dataloader_idx: int) -> None:
+        """Send the note of the batch that a loop was given last, if it was not sent."""
+        trainer = module.trainer
+        current = self._pass_of(trainer)
+        if current is None or not current.is_given:
+            return  # a batch of a callback, say
+        current.is_given = False
+        current.batches += 1
+        if self._comparison is None:
+            if current.batches == 1:
+                self.context.check_same(batch, getattr(module, "sequence_dims", {}))
+            return
+        self.receive()
+        dims = checked_dims(getattr(module, "sequence_dims", {}))
+        self._fault, self._current = self.context.fault_of(batch, dims), current
+        self._is_alike = self.gathers or bool(trainer.training)  # type: ignore[attr-defined]
+        when = f"{trainer.state.stage} {dataloader_idx}"
+        if self._fault:
+            note = Note(FAULT, 0, 0)
+        else:
+            note = Note.of(batch, when, is_fault=False, is_last=_is_last(trainer))
+        self._comparison.send(note)
+        if self._fault or batch is None or isinstance(_fetcher(trainer), _DataLoaderIterDataFetcher):
+            self.receive()
+
+    def receive(self) -> None:
+        """Wait for the notes of all ranks, and raise a ValueError on all of them where they do not fit."""
+        if self._comparison is not None and self._comparison.is_pending:
+            notes = self._comparison.receive()
+            self._current.is_over = self._comparison.check(
+                notes, self._fault, self._current.batches, is_alike=self._is_alike
+            )
+
+    def end(self, current: Pass) -> None:
+        """Answer the other ranks where this one has no further batch."""
+        self.receive()
+        while self._comparison is not None and not current.is_over:
+            self._fault, self._current = "", current
+            self._comparison.send(Note(ENDED, 0, current.batches))
+            self.receive()
+
+    def _pass_of(self, trainer: Trainer) -> Pass | None:
+        fetcher = _fetcher(trainer)
+        return None if fetcher is None else watch(fetcher, self.end)
+
+
+def _fetcher(trainer: Trainer) -> _DataFetcher | None:
+    """Return the fetcher of the loop that runs now."""
+    fetcher: _DataFetcher | None = getattr(trainer._active_loop, "_data_fetcher", None)
+    return fetcher
+
+
+def _is_last(trainer: Trainer) -> bool:
+    """Whether no batch follows the one that a loop was given."""
+    fetcher = _fetcher(trainer)
+    if fetcher is None or fetcher.done or not trainer.training:  # type: ignore[attr-defined]
+        return fetcher is not None and fetcher.done
+    loop, many = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
+    ready = loop.batch_progress.current.ready + 1
+    if ready >= trainer.num_training_batches:
+        return True
+    is_step = trainer.lightning_module.automatic_optimization and ready % many == 0
+    return is_step and 0 <= trainer.fit_loop.max_steps <= trainer.global_step + 1
