@@ -31,6 +31,7 @@ from lightning_longnet.strategies.engines import Sharding, engine_class, engine_
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
 from lightning_longnet.strategies.loaders import LoaderWatch
 from lightning_longnet.strategies.resume import skip_finished_batches
+from lightning_longnet.strategies.samplers import RepeatWarning, keep_order, restore_order
 from lightning_longnet.strategies.seeds import dropout_seed
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()
         self._loaders: LoaderWatch | None = None
+        self._repeat_warning = RepeatWarning()
         self._start_engine(engine_options(self.stock, engine or {}), process_group_backend)
         self._accelerator, self.parallel_devices = accelerator, parallel_devices
         self.cluster_environment, self._checkpoint_io = cluster_environment, checkpoint_io
@@ -211,14 +213,19 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
             _add_preemption(trainer)
         self.sequence_context.window.close(1)  # an interrupted run may have left it open
         hand_down(self.lightning_module, self.sequence_context)
+        keep_order(trainer)
         super().setup(trainer)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        self._repeat_warning.of(dataloader)
+        return super().process_dataloader(dataloader)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         module = self.lightning_module
         if module is not None:
-            if self._loaders is not None:
-                self._loaders.compare(module, batch, dataloader_idx)
+            repeated = 0 if self._loaders is None else self._loaders.take(module, batch, dataloader_idx)
             batch = self.sequence_context.split(batch, checked_dims(getattr(module, "sequence_dims", {})))
+            self.sequence_context.repeated_samples = repeated
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def _watch_loop(self) -> None:
@@ -310,6 +317,8 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         self.sequence_context.begin(None)
         if self.lightning_module is not None:
             hand_down(self.lightning_module, None)
+            if getattr(self.lightning_module, "_trainer", None) is not None:
+                restore_order(self.lightning_module.trainer)
         super().teardown()
         if isinstance(self._launcher, WatchedLauncher) and self._is_interrupted():
             self._launcher.end_children()

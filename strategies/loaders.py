@@ -12,6 +12,7 @@ from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFe
 
 from lightning_longnet.sequence.batches import checked_dims
 from lightning_longnet.sequence.comparison import ENDED, FAULT, BatchComparison, Note
+from lightning_longnet.strategies.samplers import repeated_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,11 +30,13 @@ class Pass:
         batches: how many batches were compared.
         is_over: no rank goes on, as all of them know.
         is_given: a batch was given to the loop, and not compared.
+        index: the index of that batch in its loader.
     """
 
     batches: int = 0
     is_over: bool = False
     is_given: bool = False
+    index: int = 0
 
 
 def watch(fetcher: _DataFetcher, end: Callable[[Pass], None]) -> Pass:
@@ -61,6 +64,8 @@ def _watched(kind: type[_DataFetcher]) -> type[_DataFetcher]:
                 self.sequence_end(self.sequence_pass)
                 raise
             self.sequence_pass.is_given = True
+            if isinstance(item, tuple):  # and not an iterator that the step takes
+                self.sequence_pass.index = item[1]
             return item
 
     return Watched
@@ -95,14 +100,25 @@ class LoaderWatch:
         """Watch the fetcher of the loop that runs now."""
         self._pass_of(trainer)
 
-    def compare(self, module: LightningModule, batch: Any, dataloader_idx: int) -> None:
-        """Send the note of the batch that a loop was given last, if it was not sent."""
+    def take(self, module: LightningModule, batch: Any, dataloader_idx: int) -> int:
+        """Compare the batch that a loop was given last, and return how many of its last samples are not to count.
+
+        The comparison begins; `receive` waits for its end.  Other batches, as those of a callback, are not compared.
+        """
         trainer = module.trainer
         current = self._pass_of(trainer)
         if current is None or not current.is_given:
-            return  # a batch of a callback, say
+            return 0
         current.is_given = False
         current.batches += 1
+        self._compare(module, batch, dataloader_idx, current)
+        loaders = trainer._active_loop._combined_loader  # type: ignore[union-attr]
+        if trainer.training or (loaders._mode != "sequential" and len(loaders.flattened) > 1):  # type: ignore[attr-defined]
+            return 0
+        return repeated_in(loaders.flattened[dataloader_idx], current.index)
+
+    def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int, current: Pass) -> None:
+        trainer = module.trainer
         if self._comparison is None:
             if current.batches == 1:
                 self.context.check_same(batch, getattr(module, "sequence_dims", {}))

@@ -77,9 +77,7 @@ def difference_of(others: list[int], place: tuple[int, int], detail: str = "") -
 
 def strange_group(group: int) -> str:
     """Return the message for the ranks of a group where those of another have a fault."""
-    return (
-        f"the ranks of data_parallel_rank {group} were given a batch that does not fit: their own messages say why"
-    )
+    return f"the ranks of data_parallel_rank {group} were given a batch that does not fit: their own messages say why"
 
 
 def warn_of_same_batch(firsts: list[int]) -> None:

@@ -126,6 +126,18 @@ class SequenceContext(Positioned):
         return self._splitter.samples
 
     @property
+    def repeated_samples(self) -> int:
+        """How many of the last samples of a batch of validation or test are repeats, and count on another rank.
+
+        A sampler repeats samples whose number does not divide over the groups, as all need equally many batches.
+        """
+        return self._splitter.repeated
+
+    @repeated_samples.setter
+    def repeated_samples(self, samples: int) -> None:
+        self._splitter.repeated = samples
+
+    @property
     def is_split(self) -> bool:
         """Whether layers get parts of sequences now."""
         return self._splitter.is_split

@@ -62,6 +62,7 @@ class BatchSplitter:
         current: the sequences that layers work on now.
         number: the number of batches that were split.
         samples: the names of the current batch's samples, where the data gives them.
+        repeated: how many of its last samples another rank has as well, and is to count.
     """
 
     def __init__(self, position: MeshPosition, placement: Kind) -> None:
@@ -69,6 +70,7 @@ class BatchSplitter:
         self.current = CurrentBatch()
         self.number = 0
         self.samples: tuple[str, ...] = ()
+        self.repeated = 0
 
     @property
     def is_split(self) -> bool:
@@ -78,7 +80,7 @@ class BatchSplitter:
     def split(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> Any:
         """Return this rank's part of a batch, and begin the batch."""
         dims = checked_dims(sequence_dims or {})
-        self.samples = ()
+        self.samples, self.repeated = (), 0
         self.number += 1
         if isinstance(batch, SequencePart):
             self._check_part(batch, dims)

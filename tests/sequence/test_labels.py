@@ -30,7 +30,9 @@ def part(batch, dims=None):
     ],
 )
 def test_labels_that_may_be_of_samples_are_refused(batch, dims):
-    with pytest.raises(ValueError, match=r"may be of the tokens or of the samples.*\{'labels': 1\}.*\{'labels': None\}"):
+    with pytest.raises(
+        ValueError, match=r"may be of the tokens or of the samples.*\{'labels': 1\}.*\{'labels': None\}"
+    ):
         part(batch, dims)
     assert SequenceContext().split(batch, dims) is batch  # nothing is cut
 
