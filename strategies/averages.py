@@ -32,10 +32,12 @@ def has_averages(trainer: Trainer) -> bool:
 
 def whole_state(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a state with whole tensors on the CPU, which all ranks gather together."""
-    return {
-        name: value.to(device).full_tensor().cpu() if isinstance(value, DTensor) else value
-        for name, value in state.items()
-    }
+
+    def whole(value: Any) -> Any:
+        on_device: Any = value.to(device) if isinstance(value, DTensor) else None
+        return value if on_device is None else on_device.full_tensor().cpu()
+
+    return {name: whole(value) for name, value in state.items()}
 
 
 def sharded_state(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from lightning_longnet.strategies.seeds import dropout_seed
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Trainer
     from lightning.pytorch.accelerators import Accelerator
     from lightning.pytorch.plugins import Precision
     from torch import Tensor

@@ -41,10 +41,11 @@ class Pass:
 
 def watch(fetcher: _DataFetcher, end: Callable[[Pass], None]) -> Pass:
     """Return the pass of a loop's fetcher, which from now on calls `end` where it has no further batch."""
+    watched: Any = fetcher
     if not hasattr(fetcher, "sequence_pass"):
         fetcher.__class__ = _watched(type(fetcher))
-        fetcher.sequence_pass, fetcher.sequence_end = Pass(is_given=True), end
-    found: Pass = fetcher.sequence_pass  # type: ignore[attr-defined]
+        watched.sequence_pass, watched.sequence_end = Pass(is_given=True), end
+    found: Pass = watched.sequence_pass
     return found
 
 
@@ -112,8 +113,8 @@ class LoaderWatch:
         current.is_given = False
         current.batches += 1
         self._compare(module, batch, dataloader_idx, current)
-        loaders = trainer._active_loop._combined_loader  # type: ignore[union-attr]
-        if trainer.training or (loaders._mode != "sequential" and len(loaders.flattened) > 1):  # type: ignore[attr-defined]
+        loaders = getattr(trainer._active_loop, "_combined_loader", None)
+        if trainer.training or loaders is None or (loaders._mode != "sequential" and len(loaders.flattened) > 1):
             return 0
         return repeated_in(loaders.flattened[dataloader_idx], current.index)
 
@@ -126,13 +127,9 @@ class LoaderWatch:
         self.receive()
         dims = checked_dims(getattr(module, "sequence_dims", {}))
         self._fault, self._current = self.context.fault_of(batch, dims), current
-        self._is_alike = self.gathers or bool(trainer.training)  # type: ignore[attr-defined]
+        self._is_alike = self.gathers or trainer.training
         when = f"{trainer.state.stage} {dataloader_idx}"
-        if self._fault:
-            note = Note(FAULT, 0, 0)
-        else:
-            note = Note.of(batch, when, is_fault=False, is_last=_is_last(trainer))
-        self._comparison.send(note)
+        self._comparison.send(Note(FAULT, 0, 0) if self._fault else Note.of(batch, when, is_last=_is_last(trainer)))
         if self._fault or batch is None or isinstance(_fetcher(trainer), _DataLoaderIterDataFetcher):
             self.receive()
 
@@ -166,7 +163,7 @@ def _fetcher(trainer: Trainer) -> _DataFetcher | None:
 def _is_last(trainer: Trainer) -> bool:
     """Whether no batch follows the one that a loop was given."""
     fetcher = _fetcher(trainer)
-    if fetcher is None or fetcher.done or not trainer.training:  # type: ignore[attr-defined]
+    if fetcher is None or fetcher.done or not trainer.training:
         return fetcher is not None and fetcher.done
     loop, many = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
     ready = loop.batch_progress.current.ready + 1

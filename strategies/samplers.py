@@ -40,12 +40,11 @@ def restore_order(trainer: Trainer) -> None:
 
 def repeats(loader: Any) -> tuple[int, int, int] | None:
     """Return (samples, groups, samples of this rank without repeats) of a loader that repeats some, or None."""
-    sampler = getattr(loader, "sampler", None)
+    sampler: Any = getattr(loader, "sampler", None)
     is_plain = type(sampler) in (DistributedSampler, DistributedSamplerWrapper) and not sampler.drop_last
     if not is_plain and getattr(sampler, "end", None) != "repeat":  # of our `GlobalOrder`
         return None
-    assert isinstance(sampler, DistributedSampler)
-    samples, groups = len(sampler.dataset), sampler.num_replicas  # type: ignore[arg-type]
+    samples, groups = len(sampler.dataset), sampler.num_replicas
     return (samples, groups, len(range(sampler.rank, samples, groups))) if samples % groups else None
 
 
@@ -54,8 +53,8 @@ def repeated_in(loader: Any, batch_idx: int) -> int:
     found = repeats(loader)
     if found is None or type(loader.batch_sampler) is not BatchSampler:
         return 0
-    begin = batch_idx * loader.batch_size
-    end = min(begin + loader.batch_size, len(loader.sampler))
+    begin: int = batch_idx * loader.batch_size
+    end: int = min(begin + loader.batch_size, len(loader.sampler))
     return end - max(begin, min(end, found[2]))
 
 

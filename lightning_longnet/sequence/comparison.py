@@ -34,9 +34,9 @@ class Note(NamedTuple):
     content: int
 
     @classmethod
-    def of(cls, batch: Any, when: str, *, is_fault: bool, is_last: bool) -> Note:
-        """Return the note of a batch that is given to a loop at `when`."""
-        state = FAULT * is_fault + LAST * is_last
+    def of(cls, batch: Any, when: str, *, is_last: bool) -> Note:
+        """Return the note of a batch that fits, and that a loop named `when` is given."""
+        state = LAST * is_last
         if isinstance(batch, SequencePart):
             return cls(state, _number(when), batch.digest())
         leaves = list(tensors(batch))
