@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 
 from lightning_longnet.sequence.batches import checked_dims
-from lightning_longnet.sequence.comparison import ENDED, FAULT, BatchComparison, Note
+from lightning_longnet.sequence.comparison import ENDED, FAULT, LAST, VALIDATES, BatchComparison, Note
 from lightning_longnet.strategies.samplers import repeated_in
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class LoaderWatch:
         self._fault, self._current = self.context.fault_of(batch, dims), current
         self._is_alike = self.gathers or trainer.training
         when = f"{trainer.state.stage} {dataloader_idx}"
-        self._comparison.send(Note(FAULT, 0, 0) if self._fault else Note.of(batch, when, is_last=_is_last(trainer)))
+        self._comparison.send(Note(FAULT, 0, 0) if self._fault else Note.of(batch, when, _state(trainer)))
         if self._fault or batch is None or isinstance(_fetcher(trainer), _DataLoaderIterDataFetcher):
             self.receive()
 
@@ -158,6 +158,21 @@ def _fetcher(trainer: Trainer) -> _DataFetcher | None:
     """Return the fetcher of the loop that runs now."""
     fetcher: _DataFetcher | None = getattr(trainer._active_loop, "_data_fetcher", None)
     return fetcher
+
+
+def _state(trainer: Trainer) -> int:
+    """Return what follows the batch that a loop was given, as the state of a `Note`."""
+    return LAST * _is_last(trainer) + VALIDATES * (trainer.training and _validates(trainer))
+
+
+def _validates(trainer: Trainer) -> bool:
+    """Whether validation follows the batch of training, of all that the number of batches decides."""
+    loop, every = trainer.fit_loop.epoch_loop, trainer.val_check_batch
+    if every is None or every == float("inf") or not loop._should_check_val_epoch():
+        return False
+    by_epoch = trainer.check_val_every_n_epoch is not None
+    progress = loop.batch_progress.current if by_epoch else loop.batch_progress.total
+    return (progress.ready + 1) % every == 0
 
 
 def _is_last(trainer: Trainer) -> bool:

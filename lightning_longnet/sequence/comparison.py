@@ -16,7 +16,7 @@ from lightning_longnet.sequence.parts import SequencePart
 if TYPE_CHECKING:
     from torch import Tensor
 
-FAULT, LAST, ENDED = 1, 2, 4
+FAULT, LAST, ENDED, VALIDATES = 1, 2, 4, 8
 _BLOCK = 2**15  # 64-bit words of a batch that are summed at a time, with the same weights
 
 
@@ -24,7 +24,8 @@ class Note(NamedTuple):
     """What a rank tells the others of its batch, or of the end of its batches.
 
     Attributes:
-        state: a sum of FAULT (the batch does not fit), LAST (no batch follows) and ENDED (there is none).
+        state: a sum of FAULT (the batch does not fit), LAST (no batch follows), ENDED (there is none) and VALIDATES
+            (validation follows, and then more batches may).
         kind: a number of the names, shapes and types of its tensors.
         content: a number of their values; of a rank that ended, how many batches it was given.
     """
@@ -34,9 +35,8 @@ class Note(NamedTuple):
     content: int
 
     @classmethod
-    def of(cls, batch: Any, when: str, *, is_last: bool) -> Note:
+    def of(cls, batch: Any, when: str, state: int) -> Note:
         """Return the note of a batch that fits, and that a loop named `when` is given."""
-        state = LAST * is_last
         if isinstance(batch, SequencePart):
             return cls(state, _number(when), batch.digest())
         leaves = list(tensors(batch))
@@ -92,6 +92,11 @@ class BatchComparison:
             is_alike: whether all groups must have equally many batches, or only the ranks of a group.
         """
         states, kinds, contents = notes.unbind(-1)
+        first = int(states[0, 0])
+        if not first & (FAULT | ENDED) and bool((notes == notes[:, :1]).all()) and bool((states == first).all()):
+            if batches == 1:
+                warn_of_same_batch(contents[:, 0].tolist())
+            return bool(first & LAST)
         if fault:
             raise ValueError(fault)
         faulty = ((states & FAULT) != 0).any(1)
@@ -99,6 +104,13 @@ class BatchComparison:
             raise ValueError(strange_group(int(faulty.nonzero()[0])))
         ends = (states & (LAST | ENDED)) != 0
         self._check_ends(ends, states, contents, batches, is_alike=is_alike)
+        validates = (states & VALIDATES) != 0
+        if bool(validates.any()) and not bool(validates.all()):
+            raise ValueError(
+                f"all ranks must begin validation after the same batch, and {_shown(self.ranks[validates].tolist())} "
+                f"would after {batches}, and others not: the lengths of their loaders differ, of which "
+                f"val_check_interval may be a share; make them the same, or give a number of batches"
+            )
         has_batch = (states & ENDED) == 0
         # of ranks that share sequences, as those have batches or not together
         differs = ((kinds != kinds[:, :1]) | (contents != contents[:, :1])) & has_batch

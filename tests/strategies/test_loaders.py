@@ -172,6 +172,21 @@ def test_groups_that_gather_nothing_may_end_apart(trainers, stage):
     assert trainers.run(4, uneven_groups, stage) == [3, 3, 2, 2]
 
 
+def fit_unequal_shares(rank, world):
+    """The loader of one rank is longer than that of the other, and validation begins after a half of each."""
+    with quiet():
+        module = Looped(started(FLOAT32), FLOAT32["optimizer"])
+        trainer = trainer_of(RingSequenceParallelStrategy(timeout=TIMEOUT), world, val_check_interval=0.5)
+        rows = samples(12 + 4 * rank)
+        trainer.fit(module, DataLoader(rows, 2, collate_fn=collated), loader("same", rank, 0))
+
+
+def test_validation_begins_together(trainers):
+    for is_result, found in trainers.outcomes(2, fit_unequal_shares):
+        assert not is_result
+        assert "begin validation after the same batch, and rank 0 would after 3, and others not" in found[1], found[2]
+
+
 def fit_epochs(rank, world, settings):
     with quiet():
         module = Looped(started(FLOAT32), FLOAT32["optimizer"])
