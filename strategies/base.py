@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _distributed_is_initialized, _sync_ddp_if_available
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -30,6 +29,7 @@ from lightning_longnet.strategies.checks import (
 from lightning_longnet.strategies.engines import Sharding, engine_class, engine_options, gathers_parameters
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
 from lightning_longnet.strategies.loaders import LoaderWatch
+from lightning_longnet.strategies.loops import WatchedLoops
 from lightning_longnet.strategies.resume import skip_finished_batches
 from lightning_longnet.strategies.samplers import RepeatWarning, keep_order, restore_order
 from lightning_longnet.strategies.seeds import dropout_seed
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.accelerators import Accelerator
     from lightning.pytorch.plugins import Precision
+    from lightning.pytorch.strategies import ParallelStrategy
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -58,7 +59,7 @@ class _ByEngine:
         return super().__new__(cls)
 
 
-class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
+class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
     """Trains with sequences split over ranks; attention over whole sequences is exact, with any engine.
 
     The instance is of the engine's class, a subclass of this one and of Lightning's strategy for the engine.
@@ -112,8 +113,7 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         self._sequence_parallel_size = sequence_parallel_size
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()
-        self._loaders: LoaderWatch | None = None
-        self._repeat_warning = RepeatWarning()
+        self._repeats = RepeatWarning()
         self._start_engine(engine_options(self.stock, engine or {}), process_group_backend)
         self._accelerator, self.parallel_devices = accelerator, parallel_devices
         self.cluster_environment, self._checkpoint_io = cluster_environment, checkpoint_io
@@ -216,10 +216,6 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         keep_order(trainer)
         super().setup(trainer)
 
-    def process_dataloader(self, dataloader: object) -> object:
-        self._repeat_warning.of(dataloader)
-        return super().process_dataloader(dataloader)
-
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         module = self.lightning_module
         if module is not None:
@@ -228,46 +224,13 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
             self.sequence_context.repeated_samples = repeated
         return super().batch_to_device(batch, device, dataloader_idx)
 
-    def _watch_loop(self) -> None:
-        """Watch the loop that begins now."""
-        if self._loaders is not None:
-            assert self.lightning_module is not None
-            self._loaders.begin(self.lightning_module.trainer)
-
-    def _await_others(self) -> None:
-        """Wait until the batches of all ranks are compared: a step must not begin with others."""
-        if self._loaders is not None:
-            self._loaders.receive()
-
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
         skip_finished_batches(self.lightning_module.trainer)
-        self._watch_loop()
         super().on_train_start()
-
-    def on_validation_start(self) -> None:
-        self._watch_loop()
-        super().on_validation_start()
-
-    def on_test_start(self) -> None:
-        self._watch_loop()
-        super().on_test_start()
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._await_others()
-        return super().validation_step(*args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._await_others()
-        return super().test_step(*args, **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._await_others()
-        return super().predict_step(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
-        self._await_others()
         context, loop = self.sequence_context, self.lightning_module.trainer.fit_loop.epoch_loop
         context.begin_step(loop.total_batch_idx)
         if self.accumulate == "tokens":
@@ -290,7 +253,6 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
                     parameter.grad.mul_(factor)
 
     def on_predict_start(self) -> None:
-        self._watch_loop()
         super().on_predict_start()
         assert self.lightning_module is not None
         if gathers_parameters(self.sharding):

@@ -172,6 +172,33 @@ def test_groups_that_gather_nothing_may_end_apart(trainers, stage):
     assert trainers.run(4, uneven_groups, stage) == [3, 3, 2, 2]
 
 
+class Taking(Looped):
+    """A module whose step takes its batch itself."""
+
+    def training_step(self, dataloader_iter):
+        batch, _, _ = next(dataloader_iter)
+        return super().training_step(self.trainer.strategy.batch_to_device(batch), 0)
+
+
+def take(rank, world, kind):
+    with quiet():
+        module = Taking(started(FLOAT32), FLOAT32["optimizer"])
+        trainer = trainer_of(RingSequenceParallelStrategy(timeout=TIMEOUT), world)
+        trainer.fit(module, loader(kind, rank, 1))
+    return module.steps
+
+
+@pytest.mark.long
+def test_batches_that_a_step_takes_itself_are_compared(trainers):
+    assert trainers.run(2, take, "same") == [3, 3]
+    for is_result, found in trainers.outcomes(2, take, "length"):
+        assert not is_result
+        assert "hold others than rank 0, of other names, shapes or types" in found[1], found[2]
+    for is_result, found in trainers.outcomes(2, take, "short"):
+        assert not is_result
+        assert "those of rank 1 end after 2" in found[1], found[2]
+
+
 def fit_unequal_shares(rank, world):
     """The loader of one rank is longer than that of the other, and validation begins after a half of each."""
     with quiet():
