@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
+from lightning.pytorch.loops.fetchers import _DataFetcher, _DataFetcherWrapper, _DataLoaderIterDataFetcher
 
 from lightning_longnet.sequence.batches import checked_dims
 from lightning_longnet.sequence.comparison import ENDED, FAULT, LAST, VALIDATES, BatchComparison, Note
@@ -45,8 +45,28 @@ def watch(fetcher: _DataFetcher, end: Callable[[Pass], None]) -> Pass:
     if not hasattr(fetcher, "sequence_pass"):
         fetcher.__class__ = _watched(type(fetcher))
         watched.sequence_pass, watched.sequence_end = Pass(is_given=True), end
+        _watch_taken(fetcher)
     found: Pass = watched.sequence_pass
     return found
+
+
+class _Taken(_DataFetcherWrapper):
+    """The iterator that a step takes its batches from, where it does so itself."""
+
+    def __next__(self) -> Any:
+        fetcher: Any = self.data_fetcher
+        try:
+            item = super().__next__()
+        except StopIteration:
+            fetcher.sequence_end(fetcher.sequence_pass)
+            raise
+        fetcher.sequence_pass.is_given, fetcher.sequence_pass.index = True, item[1]
+        return item
+
+
+def _watch_taken(fetcher: _DataFetcher) -> None:
+    if isinstance(fetcher, _DataLoaderIterDataFetcher):
+        fetcher.iterator_wrapper.__class__ = _Taken
 
 
 @cache
@@ -56,7 +76,9 @@ def _watched(kind: type[_DataFetcher]) -> type[_DataFetcher]:
     class Watched(kind):  # type: ignore[misc, valid-type]
         def __iter__(self) -> Any:
             self.sequence_pass = Pass()
-            return super().__iter__()
+            made = super().__iter__()
+            _watch_taken(self)
+            return made
 
         def __next__(self) -> Any:
             try:
@@ -64,9 +86,8 @@ def _watched(kind: type[_DataFetcher]) -> type[_DataFetcher]:
             except StopIteration:
                 self.sequence_end(self.sequence_pass)
                 raise
-            self.sequence_pass.is_given = True
-            if isinstance(item, tuple):  # and not an iterator that the step takes
-                self.sequence_pass.index = item[1]
+            if not isinstance(self, _DataLoaderIterDataFetcher):
+                self.sequence_pass.is_given, self.sequence_pass.index = True, item[1]
             return item
 
     return Watched

@@ -177,7 +177,9 @@ class Taking(Looped):
 
     def training_step(self, dataloader_iter):
         batch, _, _ = next(dataloader_iter)
-        return super().training_step(self.trainer.strategy.batch_to_device(batch), 0)
+        batch = self.trainer.strategy.batch_to_device(batch)
+        self.steps += 1
+        return sequence_context(self).token_mean(*sums(self.model(batch), batch["labels"]))
 
 
 def take(rank, world, kind):
