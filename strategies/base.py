@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _distributed_is_initialized, _sync_ddp_if_available
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -32,14 +31,18 @@ from lightning_longnet.strategies.checks import (
 from lightning_longnet.strategies.engines import Sharding, engine_class, engine_options, gathers_parameters
 from lightning_longnet.strategies.first_batch import FirstBatchCheck
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
+from lightning_longnet.strategies.loaders import LoaderWatch
+from lightning_longnet.strategies.loops import WatchedLoops
 from lightning_longnet.strategies.resume import skip_finished_batches
+from lightning_longnet.strategies.samplers import RepeatWarning, keep_order, restore_order
 from lightning_longnet.strategies.seeds import dropout_seed
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Trainer
     from lightning.pytorch.accelerators import Accelerator
     from lightning.pytorch.plugins import Precision
+    from lightning.pytorch.strategies import ParallelStrategy
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -61,7 +64,7 @@ class _ByEngine:
         return super().__new__(cls)
 
 
-class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
+class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
     """Trains with sequences split over ranks; attention over whole sequences is exact, with any engine.
 
     The instance is of the engine's class, a subclass of this one and of Lightning's strategy for the engine.
@@ -119,9 +122,9 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         self._sequence_parallel_size = sequence_parallel_size
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()
-        self._compared: set[tuple[str, int, int]] = set()
         self._first_batches = FirstBatchCheck(split_check)
         self._evaluated = 0  # batches of the evaluation that runs
+        self._repeats = RepeatWarning()
         self._start_engine(engine_options(self.stock, engine or {}), process_group_backend)
         self._accelerator, self.parallel_devices = accelerator, parallel_devices
         self.cluster_environment, self._checkpoint_io = cluster_environment, checkpoint_io
@@ -160,6 +163,8 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         self.sequence_context = SequenceContext(
             mesh, placement=self._placement, exchange=self._exchange, seed=self.broadcast(dropout_seed())
         )
+        gathers = gathers_parameters(self.sharding)
+        self._loaders = LoaderWatch(self.sequence_context, self.timeout, gathers=gathers)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -217,19 +222,23 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         check_accumulation(self.accumulate, self.lightning_module)
         if self.preemption and trainer.state.fn == TrainerFn.FITTING:
             _add_preemption(trainer)
-        self._compared.clear()
         self.sequence_context.window.close(1)  # an interrupted run may have left it open
         hand_down(self.lightning_module, self.sequence_context)
+        keep_order(trainer)
         self._begin_split_check()
         super().setup(trainer)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         module = self.lightning_module
         if module is not None:
-            self._compare(module, batch, dataloader_idx)
+            repeated = 0 if self._loaders is None else self._loaders.take(module, batch, dataloader_idx)
             dims = checked_dims(getattr(module, "sequence_dims", {}))
-            self._first_batches.check(self, module, batch, dims)
+            if self._first_batches.is_due(self, module.trainer):
+                if self._loaders is not None:
+                    self._loaders.receive()  # the check needs the same batch on all ranks
+                self._first_batches.check(self, module, batch, dims)
             batch = self.sequence_context.split(batch, dims)
+            self.sequence_context.repeated_samples = repeated
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def _begin_split_check(self) -> None:
@@ -241,14 +250,6 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
     def _whole_parameter(parameter: Tensor) -> Tensor:
         """Return the whole of a parameter that the engine has sharded; all ranks call this together."""
         return whole_tensor(parameter)
-
-    def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int) -> None:
-        """Compare the first batch of each loader in each epoch over the ranks that share sequences."""
-        trainer = module.trainer
-        when = str(trainer.state.stage), trainer.current_epoch, dataloader_idx
-        if when not in self._compared:
-            self._compared.add(when)
-            self.sequence_context.check_same(batch, getattr(module, "sequence_dims", {}))
 
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
@@ -334,6 +335,8 @@ class RingSequenceParallelStrategy(_ByEngine, ParallelStrategy):
         self._end_batches()
         if self.lightning_module is not None:
             hand_down(self.lightning_module, None)
+            if getattr(self.lightning_module, "_trainer", None) is not None:
+                restore_order(self.lightning_module.trainer)
         self._first_batches.end()
         super().teardown()
         if isinstance(self._launcher, WatchedLauncher) and self._is_interrupted():

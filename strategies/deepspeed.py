@@ -13,10 +13,13 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 
 from lightning_longnet.sequence.agreement import fault_of_first
+from lightning_longnet.strategies.averages import has_averages
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
+from lightning_longnet.strategies.engines import gathers_parameters
 from lightning_longnet.strategies.universal import convert, saved_ranks
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
     from torch import Tensor
     from torch.optim import Optimizer
 
@@ -83,6 +86,15 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
 
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
+
+    def setup(self, trainer: Trainer) -> None:
+        if gathers_parameters(self.sharding) and has_averages(trainer):
+            raise ValueError(
+                f"sharding {self.sharding!r} takes no callback that averages weights, such as EMAWeightAveraging: "
+                f"stage 3 keeps parameters where the callback finds none; take 'fsdp2', 'hsdp', 'ddp' or "
+                f"'deepspeed_stage_2'"
+            )
+        super().setup(trainer)
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -56,13 +56,15 @@ class FirstBatchCheck:
         self._replica, self._fault = None, ""
         self._checked.clear()
 
+    def is_due(self, strategy: RingSequenceParallelStrategy, trainer: Trainer) -> bool:
+        """Whether the batch that a loop was given is the first of training or of validation."""
+        stage, size = _stage(trainer), strategy.sequence_context.sequence_parallel_size
+        return bool(stage) and stage not in self._checked and self.action != "off" and size > 1
+
     def check(self, strategy: RingSequenceParallelStrategy, module: LightningModule, batch: Any, dims: Any) -> None:
-        """Check the first batch of training, and the first of validation."""
+        """Check a first batch, which `is_due`."""
         trainer = module.trainer
-        stage = _stage(trainer)
-        context = strategy.sequence_context
-        if not stage or stage in self._checked or self.action == "off" or context.sequence_parallel_size == 1:
-            return
+        stage, context = _stage(trainer), strategy.sequence_context
         self._checked.add(stage)
         replica = self._replica
         if not gathers_parameters(strategy.sharding):  # hooks of the run may have changed the module since

@@ -10,13 +10,14 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.optim.swa_utils import AveragedModel
 
+from lightning_longnet.strategies.averages import averages, has_averages, sharded_state, whole_state
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 from lightning_longnet.strategies.files import load_file
 
@@ -34,7 +35,8 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     """The strategy of the shardings "fsdp2", "fsdp2_offload" and "hsdp".
 
     A module whose `configure_model` applies `fully_shard` stays as it is.  Of others each block, an entry of an
-    `nn.ModuleList` or `nn.Sequential`, is sharded as a unit, and then the whole module.
+    `nn.ModuleList` or `nn.Sequential`, is sharded as a unit, and then the whole module with all that is left.  An entry
+    without a `forward`, as an `nn.ModuleDict`, is no block: its own entries are.
     """
 
     stock = ModelParallelStrategy
@@ -60,8 +62,13 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         if any(isinstance(each, FSDPModule) for each in module.modules()):
             _check_sharding(module)
         else:
-            for each in (module, *_averages(trainer)):
+            for each in (module, *averages(trainer)):
                 self._shard(each)
+        if has_averages(trainer) and self._save_distributed_checkpoint:
+            self._save_distributed_checkpoint = False
+            rank_zero_info(
+                "RingSequenceParallelStrategy: a callback averages weights, so checkpoints are saved in one file each"
+            )
         if not is_overridden("configure_model", module):
             setattr(module, "configure_model", MethodType(lambda _: None, module))  # noqa: B010  Lightning requires one
         super().setup(trainer)
@@ -82,13 +89,27 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
             if hasattr(module, name):  # a method that calls parts of the module needs their whole parameters
                 register_fsdp_forward_method(module, name)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        path = Path(self.broadcast(checkpoint_path))
-        if not path.is_file():
-            return super().load_checkpoint(path, weights_only)
-        assert self.model is not None
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         assert self.lightning_module is not None
-        return load_file(path, self.model, self.optimizers, self.lightning_module.strict_loading, weights_only)
+        if has_averages(self.lightning_module.trainer):  # the callback has put parts of parameters in it
+            for name in ("state_dict", "averaging_state"):
+                if name in checkpoint:
+                    checkpoint[name] = whole_state(checkpoint[name], self.root_device)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
+        assert self.model is not None
+        assert module is not None
+        if path.is_file():
+            checkpoint = load_file(path, self.model, self.optimizers, module.strict_loading, weights_only)
+        else:
+            checkpoint = super().load_checkpoint(path, weights_only)
+        if has_averages(module.trainer):  # the callback loads its average, and the weights again
+            checkpoint["state_dict"] = module.state_dict()
+            if "current_model_state" in checkpoint:
+                checkpoint["current_model_state"] = sharded_state(checkpoint["current_model_state"], module)
+        return checkpoint
 
     # Manual optimisation: the backward runs inside of the step, which is the model's forward to FSDP
 
@@ -106,6 +127,29 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         result = super().optimizer_step(*args, **kwargs)
         self._gather_again()
         return result
+
+    # Averaged weights, which callbacks copy from and to the parts of parameters that this rank holds
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self._shard_again()
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().validation_step(*args, **kwargs)
+        self._shard_again()
+        return output
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().training_step(*args, **kwargs)
+        if self._is_manual():
+            self._shard_again()
+        return output
+
+    def _shard_again(self) -> None:
+        """Free gathered parameters, which FSDP keeps after a forward, where a callback averages weights."""
+        assert self.lightning_module is not None
+        if has_averages(self.lightning_module.trainer) and isinstance(self._root(), FSDPModule):
+            self._root().reshard()
 
     def _gather_again(self) -> None:
         """Gather parameters again, which the backward freed or the optimizer changed: the step may go on with them."""
@@ -138,16 +182,6 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
             model.set_requires_gradient_sync(True)
 
 
-def _averages(trainer: Trainer) -> Iterator[nn.Module]:
-    """Yield the copies of the model in which Lightning's callbacks average weights, made before it is sharded."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average = getattr(callback, "_average_model", None)
-        if isinstance(average, AveragedModel):
-            yield average.module
-        elif isinstance(average, nn.Module):
-            yield average
-
-
 def _check_sharding(module: nn.Module) -> None:
     """Raise a ValueError where the user sharded over some ranks only, as gradients would be averaged over those."""
     for name, parameter in module.named_parameters():
@@ -160,7 +194,7 @@ def _check_sharding(module: nn.Module) -> None:
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
-    """Return the outermost entries of lists of modules that have children and share no parameter with other modules."""
+    """Return the outermost entries of lists that have a forward and children, and share no parameter with others."""
     owned = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
     def is_unit(entry: nn.Module) -> bool:
@@ -174,6 +208,16 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 def _entries(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
-            yield from child
+            for entry in child:
+                yield from _callable(entry)
         else:
             yield from _entries(child)
+
+
+def _callable(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module, or the modules inside of one without a `forward`, where FSDP would never be called."""
+    if type(module).forward is nn.Module.forward:
+        for child in module.children():
+            yield from _callable(child)
+    else:
+        yield module

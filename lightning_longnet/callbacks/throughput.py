@@ -200,20 +200,37 @@ class TokenThroughput(Monitor):
 def size_of(batch: Any, module: LightningModule, tokens_per_sample: int | None = None) -> tuple[int, int, int]:
     """Return (samples, tokens of each on this rank, tokens of each whole one) of the current batch.
 
-    They are those of the first tensor that has samples and a sequence, or of the sequences that the model made.
+    They are those of the first tensor whose samples are its first dimension, or else of the first whose tokens are; or
+    of the sequences that the model made.  A tensor without a sequence has its samples first.
     """
     context, dims = sequence_context(module), checked_dims(getattr(module, "sequence_dims", {}))
     whole, first = context.length, None
+    of_tokens: list[Tensor] = []  # tensors whose first dimension is the sequence
     for path, x in tensors(batch):
-        first = x if first is None and x.dim() else first
+        first = x if first is None and x.dim() and known_dim(path, x, dims) != 0 else first
         dim = known_dim(path, x, dims)
-        if dim:  # a tensor whose first dimension is the sequence has no samples
+        if dim:
             here = x.shape[dim]
             return x.shape[0], here, whole if context.is_split and whole is not None else here
+        if dim == 0:
+            of_tokens.append(x)
+    if of_tokens:
+        here = of_tokens[0].shape[0]
+        samples = _samples_beside(of_tokens) if first is None else first.shape[0]
+        return samples, here, whole if context.is_split and whole is not None else here
     samples = 0 if first is None else first.shape[0]
     if whole is None or tokens_per_sample is not None:
         return samples, tokens_per_sample or 0, tokens_per_sample or 0
     return samples, context.placement_of(whole).lengths[context.sequence_parallel_rank], whole
+
+
+def _samples_beside(of_tokens: list[Tensor]) -> int:
+    """Return the samples of tensors whose first dimension is the sequence: their second, or 1 where none has one.
+
+    A tensor of numbers with two dimensions may hold the features of one sequence, so others decide before it.
+    """
+    deep = [x for x in of_tokens if x.dim() > 2 or (x.dim() == 2 and not x.is_floating_point())]
+    return deep[0].shape[1] if deep else 1
 
 
 def _named(batch: Any, name: str) -> Tensor | None:

@@ -60,16 +60,28 @@ def check_same_batch(
     if fault:
         raise ValueError(fault)
     if others:
-        raise ValueError(
-            f"ranks that share sequences must be given the same batches, and ranks {', '.join(map(str, others))} of "
-            f"the sequence group hold others than rank 0: a sampler or an iterable dataset must go by "
-            f"data_parallel_rank ({place[0]} of {place[1]} here), not by the rank among all"
-        )
+        raise ValueError(difference_of(others, place))
     if any(wrong):
-        raise ValueError(
-            f"the ranks of data_parallel_rank {wrong.index(1)} were given a batch that does not fit: their own "
-            f"messages say why"
-        )
+        raise ValueError(strange_group(wrong.index(1)))
+    warn_of_same_batch(firsts)
+
+
+def difference_of(others: list[int], place: tuple[int, int], detail: str = "") -> str:
+    """Return the message where ranks of the sequence group hold other batches than its first."""
+    return (
+        f"ranks that share sequences must be given the same batches, and ranks {', '.join(map(str, others))} of "
+        f"the sequence group hold others than rank 0{detail}: a sampler or an iterable dataset must go by "
+        f"data_parallel_rank ({place[0]} of {place[1]} here), not by the rank among all"
+    )
+
+
+def strange_group(group: int) -> str:
+    """Return the message for the ranks of a group where those of another have a fault."""
+    return f"the ranks of data_parallel_rank {group} were given a batch that does not fit: their own messages say why"
+
+
+def warn_of_same_batch(firsts: list[int]) -> None:
+    """Warn on rank 0 where all data-parallel groups, of which there are several, have the same digest."""
     if len(firsts) > 1 and len(set(firsts)) == 1 and dist.get_rank() == 0:
         warnings.warn(
             f"all {len(firsts)} data-parallel groups were handed the same batch: a sampler or an iterable dataset of "

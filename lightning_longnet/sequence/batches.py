@@ -21,6 +21,7 @@ KNOWN_DIMS: Mapping[str, int | None] = {
     "positions": -1,
     "documents": -1,
 }
+LABELS = "labels"  # the one of these names that is usual for samples, too
 ROOT = "batch"  # the name of the whole, and so of a batch that is one tensor
 
 Path = tuple[str, ...]
@@ -135,7 +136,7 @@ def _known(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> tuple[bool,
     for name in (".".join(path[1:]), *reversed(path)):
         if name in dims:
             return True, dims[name]
-    name = next((word for word in reversed(path) if not word.isdigit()), ROOT)
+    name = _word(path)
     if name in KNOWN_DIMS and (x.dim() <= 2 or name in ("input_ids", "labels")):
         return True, KNOWN_DIMS[name]
     return False, None
@@ -152,8 +153,38 @@ def length_of(batch: Any, dims: Mapping[str, int | None]) -> int:
         raise ValueError("the batch has no tensor with a sequence: nothing can be split over ranks")
     if len(set(lengths.values())) > 1:
         shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"all sequences of a batch must have the same number of tokens, got {shown}")
+        hint = ""
+        if any(_word(path) == LABELS and _is_guessed(path, dims) for path, _ in tensors(batch)):
+            hint = f"; where labels are of samples, say so in the module, sequence_dims = {{{LABELS!r}: None}}"
+        raise ValueError(f"all sequences of a batch must have the same number of tokens, got {shown}{hint}")
     return next(iter(lengths.values()))
+
+
+def check_labels(batch: Any, dims: Mapping[str, int | None]) -> None:
+    """Raise a ValueError where labels are taken for a sequence by their name, and may as well be those of samples.
+
+    They are of tokens beside `input_ids` whose samples come first, or where no module declares other sequences.  Labels
+    that are no whole numbers may be those of C classes for each sample, (B, C), with as many classes as tokens.
+    """
+    leaves = list(tensors(batch))
+    beside_ids = any(_word(path) == "input_ids" and known_dim(path, x, dims) == 1 for path, x in leaves)
+    is_declared = any(not _is_guessed(path, dims) and known_dim(path, x, dims) is not None for path, x in leaves)
+    for path, x in leaves:
+        if _word(path) != LABELS or not _is_guessed(path, dims) or x.dim() < 2:
+            continue
+        are_numbers = x.dim() == 2 and (x.is_floating_point() or x.dtype == torch.bool)
+        if are_numbers or (is_declared and not beside_ids):
+            name = _shown(path)
+            raise ValueError(
+                f"{name} of shape {tuple(x.shape)} and {x.dtype} may be of the tokens or of the samples: say in the "
+                f"module which, sequence_dims = {{{LABELS!r}: 1}} where dimension 1 is the sequence, or "
+                f"{{{LABELS!r}: None}} where labels have none"
+            )
+
+
+def _is_guessed(path: Path, dims: Mapping[str, int | None]) -> bool:
+    """Whether a module does not declare the dimension of a tensor."""
+    return not any(name in dims for name in (".".join(path[1:]), *path))
 
 
 def is_whole(batch: Any, dims: Mapping[str, int | None]) -> bool:
@@ -188,6 +219,11 @@ def checked_dims(dims: Any) -> dict[str, int | None]:
     ):
         raise ValueError(f"sequence_dims must map names to dimensions, or to None, got {dims!r}")
     return {str(name): dim for name, dim in dims.items()}
+
+
+def _word(path: Path) -> str:
+    """Return the name of a tensor, or that of the list that holds it."""
+    return next((word for word in reversed(path) if not word.isdigit()), ROOT)
 
 
 def _shown(path: Path) -> str:

@@ -117,10 +117,26 @@ class SequenceContext(ContextDropout):
         """Raise a ValueError on all ranks where those that share sequences hold different batches, or unfit ones."""
         self._splitter.check_same(batch, sequence_dims)
 
+    def fault_of(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> str:
+        """Return why a batch cannot be split, or an empty string."""
+        return self._splitter.fault_of(batch, sequence_dims)
+
     @property
     def samples(self) -> tuple[str, ...]:
         """The names of the batch's samples, where the data gives them."""
         return self._splitter.samples
+
+    @property
+    def repeated_samples(self) -> int:
+        """How many of the last samples of a batch of validation or test are repeats, and count on another rank.
+
+        A sampler repeats samples whose number does not divide over the groups, as all need equally many batches.
+        """
+        return self._splitter.repeated
+
+    @repeated_samples.setter
+    def repeated_samples(self, samples: int) -> None:
+        self._splitter.repeated = samples
 
     @property
     def is_split(self) -> bool:

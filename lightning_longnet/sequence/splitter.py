@@ -12,6 +12,7 @@ import torch
 from lightning_longnet.attention.parallel.placement import Kind, Placement
 from lightning_longnet.sequence.agreement import check_same_batch, fault_of
 from lightning_longnet.sequence.batches import (
+    check_labels,
     checked_dims,
     digest,
     dim_of,
@@ -68,6 +69,7 @@ class BatchSplitter:
         current: the sequences that layers work on now.
         number: the number of batches that were split.
         samples: the names of the current batch's samples, where the data gives them.
+        repeated: how many of its last samples another rank has as well, and is to count.
     """
 
     def __init__(self, position: MeshPosition, placement: Kind) -> None:
@@ -75,6 +77,7 @@ class BatchSplitter:
         self.current = CurrentBatch(is_begun=False)
         self.number = 0
         self.samples: tuple[str, ...] = ()
+        self.repeated = 0
 
     @property
     def is_split(self) -> bool:
@@ -84,7 +87,7 @@ class BatchSplitter:
     def split(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> Any:
         """Return this rank's part of a batch, and begin the batch."""
         dims = checked_dims(sequence_dims or {})
-        self.samples = ()
+        self.samples, self.repeated = (), 0
         self.number += 1
         if isinstance(batch, SequencePart):
             self._check_part(batch, dims)
@@ -155,13 +158,18 @@ class BatchSplitter:
         position = self.position
         if position.sequence_group is None or position.data_parallel_group is None:
             return
-        fault, dims = "", checked_dims(sequence_dims or {})
-        if isinstance(batch, SequencePart):
-            fault = fault_of(lambda: self._check_part(batch, dims))
-        elif position.sequence_parallel_size > 1:
-            fault = fault_of(lambda: (self._length_of(batch, dims), mapped(batch, lambda _, x: x)))
+        fault = self.fault_of(batch, sequence_dims)
         place = position.data_parallel_rank, position.data_parallel_size
         check_same_batch(digest(batch), fault, position.sequence_group, position.data_parallel_group, place)
+
+    def fault_of(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> str:
+        """Return why a batch cannot be split, or an empty string."""
+        dims = checked_dims(sequence_dims or {})
+        if isinstance(batch, SequencePart):
+            return fault_of(lambda: self._check_part(batch, dims))
+        if self.position.sequence_parallel_size > 1:
+            return fault_of(lambda: (self._length_of(batch, dims), mapped(batch, lambda _, x: x)))
+        return ""
 
     def _check_part(self, part: SequencePart, dims: Mapping[str, int | None]) -> None:
         self._check_length(part.length)
@@ -173,6 +181,7 @@ class BatchSplitter:
         if is_whole(batch, dims):
             return None
         length = length_of(batch, dims)
+        check_labels(batch, dims)
         self._check_length(length)
         return length
 

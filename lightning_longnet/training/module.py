@@ -137,13 +137,17 @@ class LongNetModule(L.LightningModule):
 
     # Steps
 
-    def _losses(self, batch: dict[str, Tensor]) -> TokenLoss:
-        """Return the sum of the losses of this rank's tokens, and their number."""
+    def _losses(self, batch: dict[str, Tensor], repeated: int = 0) -> TokenLoss:
+        """Return the sum of the losses of this rank's tokens, and their number, without the last `repeated` samples."""
         if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
             shown = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
             raise ValueError(f"batch must be a dictionary that holds input_ids and labels, got {shown or 'nothing'}")
         options = {name: batch[name] for name in ("positions", "documents", "attention_mask") if name in batch}
-        losses: TokenLoss = self.model(batch["input_ids"], batch["labels"], **options)
+        labels = batch["labels"]
+        if repeated:
+            labels = labels.clone()
+            labels[len(labels) - repeated :] = -100
+        losses: TokenLoss = self.model(batch["input_ids"], labels, **options)
         return losses
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -162,7 +166,7 @@ class LongNetModule(L.LightningModule):
         self._measure("test", self.test_metrics, batch)
 
     def _measure(self, stage: str, metrics: torch.nn.ModuleDict, batch: dict[str, Tensor]) -> None:
-        losses = self._losses(batch)
+        losses = self._losses(batch, sequence_context(self).repeated_samples)
         for name, metric in metrics.items():
             assert isinstance(metric, MeanLoss)
             metric.update(*losses)

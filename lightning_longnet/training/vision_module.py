@@ -104,10 +104,18 @@ class LongViTModule(L.LightningModule):
     def _evaluate(self, stage: str, batch: dict[str, Tensor]) -> None:
         logits, labels = self(batch["pixels"]), batch["label"]
         loss, accuracy = getattr(self, f"{stage}_loss"), getattr(self, f"{stage}_accuracy")
-        float_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss.update(F.cross_entropy(float_logits, labels, reduction="sum"), len(labels))
-        accuracy.update(logits, labels)
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "prog_bar": True, "batch_size": len(labels)}
+        counted = len(labels) - sequence_context(self).repeated_samples
+        if counted:
+            logits, labels = logits[:counted], labels[:counted]
+            float_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss.update(F.cross_entropy(float_logits, labels, reduction="sum"), counted)
+            accuracy.update(logits, labels)
+        options: dict[str, Any] = {
+            "on_step": False,
+            "on_epoch": True,
+            "prog_bar": True,
+            "batch_size": len(batch["label"]),
+        }
         self.log_dict({f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}, **options)
 
     def configure_optimizers(self) -> Any:

@@ -47,7 +47,7 @@ def run(rank, world, make, sharding="ddp", size=None, rows=None, strategy=None, 
         callbacks = [kept, *settings.pop("callbacks", [])]
         told = strategy or RingSequenceParallelStrategy(size or world, sharding)
         trainer = trainer_of(told, world, callbacks=callbacks, **{"limit_train_batches": 4, **settings})
-        loader = DataLoader(rows or PLAIN["samples"], batch_size=4, collate_fn=collated)
+        loader = DataLoader(rows or PLAIN["samples"], batch_size=4, collate_fn=collated, shuffle=True)
         trainer.fit(module, loader)
     return module.losses, kept.parameters
 

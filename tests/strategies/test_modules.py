@@ -9,6 +9,7 @@ from test_features import PLAIN, run
 from test_training import COMBINED, DOCUMENTS, compare
 from tiers import tiered
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, DistributedSampler
 from trained import (
     PATTERN,
@@ -221,6 +222,47 @@ def test_blocks_and_weights_may_be_shared(trainers):
     wanted = trainers.run(1, run_shared, "ddp")[0]
     for found in trainers.run(2, run_shared, "fsdp2"):
         compare(found, wanted, 1e-9)
+
+
+class Grouped(nn.Module):
+    """Blocks are containers without a forward, which the model opens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"attention": Block(0.0), "mlp": nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.GELU()])})
+            for _ in range(2)
+        )
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, batch):
+        x = self.embedding(batch["input_ids"])
+        for block in self.blocks:
+            x = block["attention"](x)
+            for layer in block["mlp"]:
+                x = layer(x)
+        return self.head(x)
+
+
+def run_grouped(rank, world, sharding):
+    units = []
+
+    def make():
+        torch.manual_seed(2)
+        module = Module(Grouped().double(), adamw)
+        units.append(module)
+        return module
+
+    found = run(rank, world, make, sharding)
+    return found, [name for name, each in units[0].named_modules() if isinstance(each, FSDPModule)]
+
+
+def test_containers_without_a_forward_are_opened(trainers):
+    wanted, _ = trainers.run(1, run_grouped, "ddp")[0]
+    for found, units in trainers.run(2, run_grouped, "fsdp2"):
+        compare(found, wanted, 1e-9)
+        assert units == ["", "model.blocks.0.attention", "model.blocks.1.attention"]
 
 
 def run_inference(rank, world):

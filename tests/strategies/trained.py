@@ -168,9 +168,8 @@ def fit(rank, world, setting, sharding, sequence_parallel_size, resume_from=None
         strategy = RingSequenceParallelStrategy(sequence_parallel_size, sharding, **told)
         module = Module(started(setting, seed=11 + rank), setting["optimizer"])
         data_parallel_size = world // sequence_parallel_size
-        loader = DataLoader(
-            setting["samples"], batch_size=setting["global_batch"] // data_parallel_size, collate_fn=collated
-        )
+        batch_size = setting["global_batch"] // data_parallel_size
+        loader = DataLoader(setting["samples"], batch_size=batch_size, collate_fn=collated, shuffle=True)
         kept = KeepParameters()
         trainer = trainer_of(
             strategy,

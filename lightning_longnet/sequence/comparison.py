@@ -1,0 +1,173 @@
+"""Comparison of the batches of a step over ranks, by one small message of each rank."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lightning_longnet.sequence.agreement import device_of, difference_of, strange_group, warn_of_same_batch
+from lightning_longnet.sequence.batches import tensors
+from lightning_longnet.sequence.parts import SequencePart
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FAULT, LAST, ENDED, VALIDATES = 1, 2, 4, 8
+_BLOCK = 2**15  # 64-bit words of a batch that are summed at a time, with the same weights
+
+
+class Note(NamedTuple):
+    """What a rank tells the others of its batch, or of the end of its batches.
+
+    Attributes:
+        state: a sum of FAULT (the batch does not fit), LAST (no batch follows), ENDED (there is none) and VALIDATES
+            (validation follows, and then more batches may).
+        kind: a number of the names, shapes and types of its tensors.
+        content: a number of their values; of a rank that ended, how many batches it was given.
+    """
+
+    state: int
+    kind: int
+    content: int
+
+    @classmethod
+    def of(cls, batch: Any, when: str, state: int) -> Note:
+        """Return the note of a batch that fits, and that a loop named `when` is given."""
+        if isinstance(batch, SequencePart):
+            return cls(state, _number(when), batch.digest())
+        leaves = list(tensors(batch))
+        kinds = [(path, tuple(x.shape), x.dtype) for path, x in leaves]
+        content = 0
+        for _, x in leaves:
+            content = (content * 1_000_003 + checksum(x)) % 2**61
+        return cls(state, _number(f"{when} {type(batch).__name__} {kinds}"), content)
+
+
+class BatchComparison:
+    """Compares what all ranks are given in a step.
+
+    Args:
+        ranks: the numbers of the ranks, (groups, ranks that share sequences).
+        group: a group of all ranks that serves nothing else, so that no message of a rank which is elsewhere in the
+            program is taken for one of these.
+    """
+
+    def __init__(self, ranks: Tensor, group: dist.ProcessGroup) -> None:
+        self.ranks, self.group = ranks, group
+        place = (ranks == dist.get_rank()).nonzero()[0].tolist()
+        self.row, self.column = place[0], place[1]
+        self._pending: tuple[Any, Tensor, Tensor] | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a note was sent, and not compared with those of the others."""
+        return self._pending is not None
+
+    def send(self, note: Note) -> None:
+        """Begin to exchange notes; each rank sends one."""
+        own = torch.tensor(note, dtype=torch.int64, device=device_of(self.group))
+        every = own.new_empty((self.ranks.numel(), len(note)))
+        work = dist.all_gather(list(every.unbind()), own, group=self.group, async_op=True)
+        self._pending = work, own, every
+
+    def receive(self) -> Tensor:
+        """Wait for the notes of all ranks, and return them: (groups, ranks that share sequences, 3)."""
+        assert self._pending is not None
+        (work, _, every), self._pending = self._pending, None
+        work.wait()
+        notes: Tensor = every.cpu()[self.ranks]
+        return notes
+
+    def check(self, notes: Tensor, fault: str, batches: int, *, is_alike: bool) -> bool:
+        """Raise a ValueError on all ranks where the notes do not fit; return whether no rank goes on.
+
+        Args:
+            notes: those of all ranks.
+            fault: what is wrong with the batch of this rank.
+            batches: how many batches this rank was given.
+            is_alike: whether all groups must have equally many batches, or only the ranks of a group.
+        """
+        states, kinds, contents = notes.unbind(-1)
+        first = int(states[0, 0])
+        if not first & (FAULT | ENDED) and bool((notes == notes[:, :1]).all()) and bool((states == first).all()):
+            if batches == 1:
+                warn_of_same_batch(contents[:, 0].tolist())
+            return bool(first & LAST)
+        if fault:
+            raise ValueError(fault)
+        faulty = ((states & FAULT) != 0).any(1)
+        if bool(faulty.any()):
+            raise ValueError(strange_group(int(faulty.nonzero()[0])))
+        ends = (states & (LAST | ENDED)) != 0
+        self._check_ends(ends, states, contents, batches, is_alike=is_alike)
+        validates = (states & VALIDATES) != 0
+        if bool(validates.any()) and not bool(validates.all()):
+            raise ValueError(
+                f"all ranks must begin validation after the same batch, and {_shown(self.ranks[validates].tolist())} "
+                f"would after {batches}, and others not: the lengths of their loaders differ, of which "
+                f"val_check_interval may be a share; make them the same, or give a number of batches"
+            )
+        has_batch = (states & ENDED) == 0
+        # of ranks that share sequences, as those have batches or not together
+        differs = ((kinds != kinds[:, :1]) | (contents != contents[:, :1])) & has_batch
+        others = differs[self.row].nonzero().flatten().tolist()
+        place = self.row, len(self.ranks)
+        if others:
+            is_kind = bool((kinds[self.row] != kinds[self.row, 0]).any())
+            raise ValueError(difference_of(others, place, ", of other names, shapes or types" if is_kind else ""))
+        if bool((wrong := differs.any(1)).any()):
+            raise ValueError(strange_group(int(wrong.nonzero()[0])))
+        if batches == 1 and bool(has_batch.all()):
+            warn_of_same_batch(contents[:, 0].tolist())
+        return bool(ends.all())
+
+    def _check_ends(self, ends: Tensor, states: Tensor, contents: Tensor, batches: int, *, is_alike: bool) -> None:
+        """Raise a ValueError where some ranks have no further batch, and others that need them do."""
+        rows = ends.flatten()[None] if is_alike else ends
+        mixed = rows.any(1) & ~rows.all(1)
+        if not bool(mixed.any()):
+            return
+        row = int(mixed.nonzero()[0])
+        ranks = (self.ranks.flatten()[None] if is_alike else self.ranks)[row]
+        ended, others = ranks[rows[row]].tolist(), ranks[~rows[row]].tolist()
+        first = (self.ranks == ended[0]).nonzero()[0].tolist()
+        is_ended = bool(states[first[0], first[1]] & ENDED)
+        many = int(contents[first[0], first[1]]) if is_ended else batches
+        both = "all ranks" if is_alike else "ranks that share sequences"
+        raise ValueError(
+            f"{both} must be given equally many batches, and those of {_shown(ended)} end after {many}, while "
+            f"{_shown(others)} are given more: make the number of samples and the length of an iterable dataset the "
+            f"same for each data_parallel_rank (there are {len(self.ranks)}), or limit the batches to {many}"
+        )
+
+
+def checksum(x: Tensor) -> int:
+    """Return a number of the bytes of a tensor, which depends on the place of each: a sum with odd weights."""
+    flat = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    words, rest = divmod(flat.numel(), 8)
+    total = 0
+    if rest:
+        total = int.from_bytes(bytes(flat[words * 8 :].tolist()), "little")
+    body = flat[: words * 8]
+    if body.storage_offset() % 8:
+        body = body.clone()
+    for block in body.view(torch.int64).split(_BLOCK) if words else ():
+        total = (total * 1_000_003 + int(torch.dot(block, _weights()[: block.numel()]))) % 2**61
+    return total
+
+
+@lru_cache(1)
+def _weights() -> Tensor:
+    return (torch.arange(1, _BLOCK + 1) * -7_046_029_254_386_353_131) | 1
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(sha256(text.encode()).digest()[:7], "big")
+
+
+def _shown(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -1,0 +1,53 @@
+"""Averages of weights, as Lightning's callbacks keep them in copies of the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import AveragedModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from lightning.pytorch import Trainer
+
+
+def averages(trainer: Trainer) -> Iterator[nn.Module]:
+    """Yield the copies of the model in which callbacks average weights, made before the model is sharded."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, AveragedModel):
+            yield average.module
+        elif isinstance(average, nn.Module):
+            yield average
+
+
+def has_averages(trainer: Trainer) -> bool:
+    """Whether a callback averages weights."""
+    return any(True for _ in averages(trainer))
+
+
+def whole_state(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a state with whole tensors on the CPU, which all ranks gather together."""
+
+    def whole(value: Any) -> Any:
+        on_device: Any = value.to(device) if isinstance(value, DTensor) else None
+        return value if on_device is None else on_device.full_tensor().cpu()
+
+    return {name: whole(value) for name, value in state.items()}
+
+
+def sharded_state(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Return a state with the tensors that are sharded in a module sharded likewise; each rank has whole ones."""
+    held = module.state_dict()
+
+    def sharded(name: str, value: Any) -> Any:
+        like = held.get(name)
+        if not isinstance(like, DTensor) or isinstance(value, DTensor):
+            return value
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+    return {name: sharded(name, value) for name, value in state.items()}

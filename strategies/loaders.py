@@ -1,0 +1,209 @@
+"""The loaders of a run: which batch of a loop is worked on, and the comparison of each over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from lightning.pytorch.loops.fetchers import _DataFetcher, _DataFetcherWrapper, _DataLoaderIterDataFetcher
+
+from lightning_longnet.sequence.batches import checked_dims
+from lightning_longnet.sequence.comparison import ENDED, FAULT, LAST, VALIDATES, BatchComparison, Note
+from lightning_longnet.strategies.samplers import repeated_in
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lightning.pytorch import LightningModule, Trainer
+
+    from lightning_longnet.sequence.context import SequenceContext
+
+
+@dataclass
+class Pass:
+    """A pass over the batches of a loop.
+
+    Attributes:
+        batches: how many batches were compared.
+        is_over: no rank goes on, as all of them know.
+        is_given: a batch was given to the loop, and not compared.
+        index: the index of that batch in its loader.
+    """
+
+    batches: int = 0
+    is_over: bool = False
+    is_given: bool = False
+    index: int = 0
+
+
+def watch(fetcher: _DataFetcher, end: Callable[[Pass], None]) -> Pass:
+    """Return the pass of a loop's fetcher, which from now on calls `end` where it has no further batch."""
+    watched: Any = fetcher
+    if not hasattr(fetcher, "sequence_pass"):
+        fetcher.__class__ = _watched(type(fetcher))
+        watched.sequence_pass, watched.sequence_end = Pass(is_given=True), end
+        _watch_taken(fetcher)
+    found: Pass = watched.sequence_pass
+    return found
+
+
+class _Taken(_DataFetcherWrapper):
+    """The iterator that a step takes its batches from, where it does so itself."""
+
+    def __next__(self) -> Any:
+        fetcher: Any = self.data_fetcher
+        try:
+            item = super().__next__()
+        except StopIteration:
+            fetcher.sequence_end(fetcher.sequence_pass)
+            raise
+        fetcher.sequence_pass.is_given, fetcher.sequence_pass.index = True, item[1]
+        return item
+
+
+def _watch_taken(fetcher: _DataFetcher) -> None:
+    if isinstance(fetcher, _DataLoaderIterDataFetcher):
+        fetcher.iterator_wrapper.__class__ = _Taken
+
+
+@cache
+def _watched(kind: type[_DataFetcher]) -> type[_DataFetcher]:
+    """Return a subclass of a class of fetchers that keeps a `Pass`."""
+
+    class Watched(kind):  # type: ignore[misc, valid-type]
+        def __iter__(self) -> Any:
+            self.sequence_pass = Pass()
+            made = super().__iter__()
+            _watch_taken(self)
+            return made
+
+        def __next__(self) -> Any:
+            try:
+                item = super().__next__()
+            except StopIteration:
+                self.sequence_end(self.sequence_pass)
+                raise
+            if not isinstance(self, _DataLoaderIterDataFetcher):
+                self.sequence_pass.is_given, self.sequence_pass.index = True, item[1]
+            return item
+
+    return Watched
+
+
+class LoaderWatch:
+    """Compares the batches of ranks that share sequences, and where loaders end; ranks that differ raise together.
+
+    A rank sends a note of each batch that a loop is given, and the step waits for those of the others before it begins:
+    what follows may wait for ranks whose batches do not fit.  A rank without further batches answers until no rank goes
+    on.
+
+    Args:
+        context: the context of the strategy.
+        timeout: seconds after which a rank that waits for another gives up.
+        gathers: ranks gather parameters in each forward, so that all groups need as many batches.
+    """
+
+    def __init__(self, context: SequenceContext, timeout: float, *, gathers: bool) -> None:
+        self.context, self.gathers = context, gathers
+        self._fault, self._current = "", Pass()
+        self._is_alike = False
+        self._comparison: BatchComparison | None = None
+        if context.mesh is not None and context.sequence_parallel_size > 1 and dist.get_backend() != "fake":
+            # messages of the host, which do not wait for a GPU
+            backend = "gloo" if dist.is_gloo_available() else None
+            group = dist.new_group(backend=backend, timeout=timedelta(seconds=timeout))
+            assert isinstance(group, dist.ProcessGroup)
+            self._comparison = BatchComparison(context.mesh.mesh, group)
+
+    def begin(self, trainer: Trainer) -> None:
+        """Watch the fetcher of the loop that runs now."""
+        self._pass_of(trainer)
+
+    def take(self, module: LightningModule, batch: Any, dataloader_idx: int) -> int:
+        """Compare the batch that a loop was given last, and return how many of its last samples are not to count.
+
+        The comparison begins; `receive` waits for its end.  Other batches, as those of a callback, are not compared.
+        """
+        trainer = module.trainer
+        current = self._pass_of(trainer)
+        if current is None or not current.is_given:
+            return 0
+        current.is_given = False
+        current.batches += 1
+        self._compare(module, batch, dataloader_idx, current)
+        loaders = getattr(trainer._active_loop, "_combined_loader", None)
+        if trainer.training or loaders is None or (loaders._mode != "sequential" and len(loaders.flattened) > 1):
+            return 0
+        return repeated_in(loaders.flattened[dataloader_idx], current.index)
+
+    def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int, current: Pass) -> None:
+        trainer = module.trainer
+        if self._comparison is None:
+            if current.batches == 1:
+                self.context.check_same(batch, getattr(module, "sequence_dims", {}))
+            return
+        self.receive()
+        dims = checked_dims(getattr(module, "sequence_dims", {}))
+        self._fault, self._current = self.context.fault_of(batch, dims), current
+        self._is_alike = self.gathers or trainer.training
+        when = f"{trainer.state.stage} {dataloader_idx}"
+        self._comparison.send(Note(FAULT, 0, 0) if self._fault else Note.of(batch, when, _state(trainer)))
+        if self._fault or batch is None or isinstance(_fetcher(trainer), _DataLoaderIterDataFetcher):
+            self.receive()
+
+    def receive(self) -> None:
+        """Wait for the notes of all ranks, and raise a ValueError on all of them where they do not fit."""
+        if self._comparison is not None and self._comparison.is_pending:
+            notes = self._comparison.receive()
+            self._current.is_over = self._comparison.check(
+                notes, self._fault, self._current.batches, is_alike=self._is_alike
+            )
+
+    def end(self, current: Pass) -> None:
+        """Answer the other ranks where this one has no further batch."""
+        self.receive()
+        while self._comparison is not None and not current.is_over:
+            self._fault, self._current = "", current
+            self._comparison.send(Note(ENDED, 0, current.batches))
+            self.receive()
+
+    def _pass_of(self, trainer: Trainer) -> Pass | None:
+        fetcher = _fetcher(trainer)
+        return None if fetcher is None else watch(fetcher, self.end)
+
+
+def _fetcher(trainer: Trainer) -> _DataFetcher | None:
+    """Return the fetcher of the loop that runs now."""
+    fetcher: _DataFetcher | None = getattr(trainer._active_loop, "_data_fetcher", None)
+    return fetcher
+
+
+def _state(trainer: Trainer) -> int:
+    """Return what follows the batch that a loop was given, as the state of a `Note`."""
+    return LAST * _is_last(trainer) + VALIDATES * (trainer.training and _validates(trainer))
+
+
+def _validates(trainer: Trainer) -> bool:
+    """Whether validation follows the batch of training, of all that the number of batches decides."""
+    loop, every = trainer.fit_loop.epoch_loop, trainer.val_check_batch
+    if every is None or every == float("inf") or not loop._should_check_val_epoch():
+        return False
+    by_epoch = trainer.check_val_every_n_epoch is not None
+    progress = loop.batch_progress.current if by_epoch else loop.batch_progress.total
+    return (progress.ready + 1) % every == 0
+
+
+def _is_last(trainer: Trainer) -> bool:
+    """Whether no batch follows the one that a loop was given."""
+    fetcher = _fetcher(trainer)
+    if fetcher is None or fetcher.done or not trainer.training:
+        return fetcher is not None and fetcher.done
+    loop, many = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
+    ready = loop.batch_progress.current.ready + 1
+    if ready >= trainer.num_training_batches:
+        return True
+    is_step = trainer.lightning_module.automatic_optimization and ready % many == 0
+    return is_step and 0 <= trainer.fit_loop.max_steps <= trainer.global_step + 1
