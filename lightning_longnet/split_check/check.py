@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Action = Literal["error", "warn", "off"]
 
-_COPIES = 6  # of all parameters, which the check holds at its peak
+_COPIES = 8  # of all parameters, which the check holds at its peak
 _MEMORY_SHARE = 0.25
 
 

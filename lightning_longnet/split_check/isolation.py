@@ -44,7 +44,7 @@ class Logged(dict[str, float]):
             self.add(name, value, **options)
 
 
-def isolate(module: nn.Module, backward: Callable[[Tensor], None], update: Callable[[], None], ranks: int) -> Logged:
+def isolate(module: nn.Module, backward: Callable[..., None], update: Callable[[], None], ranks: int) -> Logged:
     """Let calls of LightningModules' copies reach no Trainer, and return the numbers that they log.
 
     Args:
@@ -60,9 +60,7 @@ def isolate(module: nn.Module, backward: Callable[[Tensor], None], update: Calla
     return logged
 
 
-def _methods(
-    module: Any, logged: Logged, backward: Callable[[Tensor], None], update: Callable[[], None]
-) -> dict[str, Any]:
+def _methods(module: Any, logged: Logged, backward: Callable[..., None], update: Callable[[], None]) -> dict[str, Any]:
     optimizer, scheduler = _Optimizer(module, update), _Scheduler()
 
     def optimizers(*_: Any, **__: Any) -> Any:
@@ -77,7 +75,7 @@ def _methods(
         "log": logged.add,
         "log_dict": logged.add_all,
         "print": _nothing,
-        "manual_backward": lambda loss, *_, **__: backward(loss),
+        "manual_backward": backward,
         "optimizers": optimizers,
         "lr_schedulers": schedulers,
         "toggle_optimizer": _nothing,

@@ -35,7 +35,7 @@ class Outcome:
             return self
         gradients = {}
         for name, gradient in self.gradients.items():
-            total = gradient.clone()
+            total = gradient.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(total)
             gradients[name] = total / ranks
         # a rank may have none of the numbers that others have

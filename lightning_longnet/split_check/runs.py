@@ -70,10 +70,10 @@ class Runner:
         """
         losses: list[Tensor] = []
 
-        def backward(loss: Tensor) -> None:
+        def backward(loss: Tensor, *arguments: Any, **options: Any) -> None:
             losses.append(loss.detach())
             if loss.requires_grad:
-                loss.backward()
+                loss.backward(*arguments, **options)
 
         module = self.replica.module_with(values, self.modes, context)
         _drop_nothing(module)
@@ -97,6 +97,9 @@ class Runner:
                     losses.append(loss)
             except StopStep:
                 pass
+            except Exception:  # what follows an update may need what the update is to have changed
+                if not gradients.updates:
+                    raise
             draws = generators.draws(self.device)
         numbers = {"the loss" if i == 0 else f"loss {i + 1}": float(x) for i, x in enumerate(losses)}
         if not self.training:
@@ -110,26 +113,31 @@ class _Gradients:
 
     Args:
         module: the copy of the module.
+
+    Attributes:
+        sums: the sums, by the names of the parameters.
+        updates: the number of updates.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._parameters = {name: x for name, x in module.named_parameters() if x.requires_grad}
-        # a rank without a gradient counts as zeros, as in engines
-        self.sums = {name: torch.zeros_like(x) for name, x in self._parameters.items()}
-        self._updates = 0
+        self.sums: dict[str, Tensor] = {}
+        self.updates = 0
 
     def add(self) -> None:
         """Add the gradients that the parameters have now."""
-        weight = 0.7**self._updates
         for name, x in self._parameters.items():
-            if x.grad is not None:
-                self.sums[name] += weight * x.grad.detach().to_dense()
+            if x.grad is None and name in self.sums:
+                continue
+            # a rank without a gradient counts as zeros, as in engines
+            gradient = torch.zeros_like(x) if x.grad is None else 0.7**self.updates * x.grad.detach().to_dense()
+            self.sums[name] = self.sums[name] + gradient if name in self.sums else gradient
 
     def update(self) -> None:
         """Add the gradients of an update; a step that makes many ends there."""
         self.add()
-        self._updates += 1
-        if self._updates == _UPDATES:
+        self.updates += 1
+        if self.updates == _UPDATES:
             raise StopStep
 
 

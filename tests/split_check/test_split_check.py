@@ -73,10 +73,10 @@ def test_no_right_module_is_accused(trainers, world, size):
 
 
 class Random(Base):
-    """A layer that is left out at random, and a fault."""
+    """Noise on each token, and a fault."""
 
     def mixing(self, x):
-        return x.cumsum(1) * torch.rand(())
+        return x.cumsum(1) * torch.rand(x.shape)
 
 
 class RandomAndRight(Base):

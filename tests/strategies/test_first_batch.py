@@ -124,7 +124,7 @@ def test_under_deepspeed(deepspeed_trainers, sharding):
         assert "a mean over the tokens of this rank alone" in value[1]
 
 
-def test_manual_optimisation_is_checked_to_its_first_update(trainers):
+def test_manual_optimisation_is_checked_up_to_an_error_after_an_update(trainers):
     (steps, lines), _ = trainers.run(2, fit, OurAttention, "ddp", True)
     assert steps == 2
     assert "2 ranks equal one process" in lines[0]
@@ -171,7 +171,9 @@ class Adversarial(Module):
         for optimizer, model in ((first, self.model), (second, self.critic)):
             self.toggle_optimizer(optimizer)
             optimizer.zero_grad()
-            self.manual_backward(model.step(batch))
+            loss = model.step(batch)
+            self.manual_backward(loss, retain_graph=True)
+            self.manual_backward(loss)
             optimizer.step()
             self.untoggle_optimizer(optimizer)
 
