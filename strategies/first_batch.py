@@ -113,7 +113,8 @@ def _kept(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-        trainer.__dict__.clear()
+        for name in trainer.__dict__.keys() - attributes.keys():
+            del trainer.__dict__[name]
         trainer.__dict__.update(attributes)
 
 

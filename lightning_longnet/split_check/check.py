@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import closing, contextmanager
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -144,7 +145,8 @@ def _verdict(
                 verdict, fault = comparison.verdict(batch)
             if verdict is not None:
                 aligned = None if length is None else aligned_length(length, ranks)
-                if verdict.kind != "different" or aligned in (None, tokens):
+                has_error = verdict.error is not None and isfinite(verdict.error)
+                if verdict.kind != "different" or not has_error or aligned in (None, tokens):
                     return verdict
                 with closing(Comparison(runner, values, dtype, context, aligned)) as comparison:
                     return _confirmed(verdict, comparison, batch, tokens)

@@ -169,7 +169,7 @@ class Comparison:
             text = str(error).strip()
             fault = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
         if fault:
-            self._groups.close()
+            self._groups.leave()
         if fault := first_fault(fault):
             self._groups.close()
             self._groups = Groups(self._context.position)

@@ -79,11 +79,15 @@ class Groups:
             dist.group.WORLD = before
 
     def close(self) -> None:
-        """Destroy the groups, so that ranks which still wait for this one do not wait any longer."""
+        """Destroy the groups."""
         while self._made:
             dist.destroy_process_group(self._made.pop())
         self.parts = self.whole = self._world = None
-        gc.collect()  # connections end with the last reference, and modules refer to themselves
+
+    def leave(self) -> None:
+        """Destroy the groups now, so that ranks which still wait for this one get an error."""
+        self.close()
+        gc.collect()  # connections end with the last reference to them, and modules refer to themselves
 
 
 def gathered_objects(value: Any) -> list[Any]:
