@@ -26,9 +26,12 @@ class Logged(dict[str, float]):
     def __init__(self, ranks: int) -> None:
         super().__init__()
         self._ranks = ranks
+        self._metrics: dict[str, Any] = {}
 
-    def add(self, name: str, value: Any, *_: Any, reduce_fx: Any = "mean", **__: Any) -> None:
-        """Keep a number; a metric has none before the ranks share its state."""
+    def add(self, name: str, value: Any, *_: Any, reduce_fx: Any = "mean", **options: Any) -> None:
+        """Keep a number, or a metric, which has none before the ranks share its state."""
+        if hasattr(value, "dist_sync_fn") and not options.get("rank_zero_only"):
+            self._metrics[name] = value
         kind = getattr(reduce_fx, "__name__", reduce_fx)
         if kind not in ("mean", "sum", "avg"):
             return
@@ -37,6 +40,11 @@ class Logged(dict[str, float]):
             self[name] = factor * float(value.detach())
         elif isinstance(value, (int, float)):
             self[name] = factor * float(value)
+
+    def compute(self) -> None:
+        """Keep the numbers of the metrics; all ranks share their states."""
+        for name, metric in self._metrics.items():
+            self.add(name, metric.compute())
 
     def add_all(self, dictionary: Mapping[str, Any], *_: Any, **options: Any) -> None:
         """Keep the numbers of a dictionary."""

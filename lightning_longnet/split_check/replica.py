@@ -120,7 +120,9 @@ class Replica:
         """
         memo = _shared_objects(self._structure)
         for each in self._structure.modules():
-            memo |= {id(kept): context for kept in each.__dict__.values() if isinstance(kept, SequenceContext)}
+            # a metric may keep a method of it
+            kept = [getattr(value, "__self__", value) for value in each.__dict__.values()]
+            memo |= {id(value): context for value in kept if isinstance(value, SequenceContext)}
         for name, tensor in (*self._structure.named_parameters(), *self._structure.named_buffers()):
             memo[id(tensor)] = _like(tensor, values[name].clone())
         module = _copied(self._structure, memo)

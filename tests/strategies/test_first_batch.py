@@ -11,6 +11,7 @@ import torch
 from faults import VOCABULARY, Base, Convolution, Cumulative, OurAttention, PlainMean
 from tiers import tiered
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric, SumMetric
 from trained import SMALL_BUCKETS, trainer_of
 
 from lightning_longnet import LongViTConfig, LongViTModule, Pattern, sequence_context
@@ -227,32 +228,47 @@ def test_a_step_that_reaches_for_the_trainer_changes_nothing(trainers):
 
 
 class Validated(Module):
-    """Sums and extremes that are logged, in one of several loaders."""
+    """Sums, extremes and metrics that are logged, in one of several loaders."""
 
-    def __init__(self):
+    def __init__(self, counts_once=True):
         super().__init__(OurAttention)
+        self.right, self.samples = MeanMetric(), SumMetric()
+        self.counts_once = counts_once
+
+    def setup(self, stage):
+        if self.counts_once:
+            sequence_context(self).per_sample(self.samples)
 
     def validation_step(self, batch, batch_idx, dataloader_idx):
         logits = self.model.logits(batch)
         self.log("tokens", float(batch["labels"].numel()), reduce_fx="sum", sync_dist=True)
+        self.right.update((logits.argmax(-1) == batch["labels"]).double())
+        self.samples.update(len(logits))
+        self.log_dict({"right": self.right, "samples": self.samples})
         self.log("top", logits.max(), reduce_fx="max", sync_dist=True)
         self.log_dict(dictionary={"val": self.model.step(batch)}, sync_dist=True)
 
 
-def of_validated(rank, world):
+def of_validated(rank, world, counts_once):
     from lightning_longnet.strategies import RingSequenceParallelStrategy
 
     lines, logger = Lines(), logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addHandler(lines)
     trainer = trainer_of(RingSequenceParallelStrategy(2, "fsdp2"), world)
-    trainer.validate(Validated(), [rows(), rows()], verbose=False)
+    trainer.validate(Validated(counts_once), [rows(), rows()], verbose=False)
     logger.removeHandler(lines)
     return [line for line in lines.lines if line.startswith("split check")]
 
 
-def test_sums_and_extremes_that_are_logged_are_right(trainers):
-    lines, _ = trainers.run(2, of_validated)
+def test_sums_extremes_and_metrics_that_are_logged_are_right(trainers):
+    lines, _ = trainers.run(2, of_validated, True)
     assert lines[0].startswith("split check of validation: checked at 63 tokens: 2 ranks equal one process")
+
+
+def test_a_metric_that_counts_each_sample_on_all_ranks_is_found(trainers):
+    for is_result, value in trainers.outcomes(2, of_validated, False):
+        assert not is_result
+        assert "what is logged as samples on 2 ranks differs by 100.0%" in value[1]
 
 
 class HeldByFirst(Module):
