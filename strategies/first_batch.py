@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_longnet.sequence.attach import hand_down
 from lightning_longnet.split_check import check_split
-from lightning_longnet.split_check.replica import Replica
+from lightning_longnet.split_check.check import replica_of
+from lightning_longnet.split_check.isolation import StopStep
 from lightning_longnet.strategies.engines import gathers_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from lightning.pytorch import LightningModule, Trainer
     from torch import Tensor, nn
+    from torch.optim import Optimizer
 
     from lightning_longnet.sequence.context import SequenceContext
     from lightning_longnet.split_check.check import Action
+    from lightning_longnet.split_check.replica import Replica
     from lightning_longnet.strategies.base import RingSequenceParallelStrategy
+
+_STAGES = ("training", "validation")
 
 
 class FirstBatchCheck:
@@ -33,8 +40,7 @@ class FirstBatchCheck:
 
     def __init__(self, action: Action) -> None:
         self.action = action
-        self._replica: Replica | None = None
-        self._fault = ""
+        self._replica: Replica | str | None = None
         self._checked: set[str] = set()
 
     def begin(self, module: LightningModule, whole: Callable[[Tensor], Tensor]) -> None:
@@ -44,16 +50,12 @@ class FirstBatchCheck:
             module: the module.
             whole: returns the whole of a parameter that the engine shards after that.
         """
-        if self._replica is not None or self._fault or self.action == "off":
-            return
-        try:
-            self._replica = Replica(module, whole)
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # what copies of attributes raise
-            self._fault = f"the module cannot be copied: {error}"
+        if self._replica is None and self.action != "off":
+            self._replica = replica_of(module, whole)
 
     def end(self) -> None:
         """Forget the module."""
-        self._replica, self._fault = None, ""
+        self._replica = None
         self._checked.clear()
 
     def is_due(self, strategy: RingSequenceParallelStrategy, trainer: Trainer) -> bool:
@@ -66,36 +68,60 @@ class FirstBatchCheck:
         trainer = module.trainer
         stage, context = _stage(trainer), strategy.sequence_context
         self._checked.add(stage)
-        replica = self._replica
         if not gathers_parameters(strategy.sharding):  # hooks of the run may have changed the module since
-            replica = None
-        elif self._fault:
-            rank_zero_info(f"split check of {stage}: not made, as {self._fault}")
-            return
+            self._replica = None
 
         def attach(copy: nn.Module, its_context: SequenceContext) -> None:
             hand_down(copy, its_context)
             strategy.sequence_context = its_context  # which a step may ask, too
 
-        loggers, trainer.loggers = trainer.loggers, [DummyLogger()]
         try:
-            verdict = check_split(
-                module,
-                _training_step if stage == "training" else _validation_step,
-                batch,
-                context,
-                sequence_dims=dims,
-                action=self.action,
-                training=stage == "training",
-                replica=replica,
-                attach=attach,
-            )
+            with _kept(trainer):
+                verdict = check_split(
+                    module,
+                    _training_step if stage == "training" else _validation_step,
+                    batch,
+                    context,
+                    sequence_dims=dims,
+                    action=self.action,
+                    training=stage == "training",
+                    replica=self._replica,
+                    attach=attach,
+                )
         finally:
-            strategy.sequence_context, trainer.loggers = context, loggers
+            strategy.sequence_context = context
+        if len(self._checked) == len(_STAGES):
+            self._replica = None  # which may hold tensors that are plain attributes
         if verdict.kind == "not checked":
             rank_zero_info(f"split check of {stage}: not made, as {verdict.message}")
         elif verdict.kind == "equal":
             rank_zero_info(f"split check of {stage}: {verdict.message}")
+
+
+@contextmanager
+def _kept(trainer: Trainer) -> Iterator[None]:
+    """Keep a Trainer, its loggers and its optimizers from what a step does with them."""
+    attributes = dict(trainer.__dict__)
+
+    def end(optimizer: Optimizer, *_: Any) -> None:
+        if optimizer in optimizers:
+            raise StopStep
+
+    optimizers = list(trainer.optimizers)
+    handle = register_optimizer_step_pre_hook(end)
+    trainer.loggers = [DummyLogger()]
+    trainer.__dict__["save_checkpoint"] = _nothing
+    try:
+        yield
+    finally:
+        handle.remove()
+        for name in trainer.__dict__.keys() - attributes.keys():
+            del trainer.__dict__[name]
+        trainer.__dict__.update(attributes)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 def _stage(trainer: Trainer) -> str:
@@ -119,5 +145,7 @@ def _called(copy: Any, step: Callable[..., Any], batch: Any) -> Any:
     batch = owner.on_after_batch_transfer(batch, 0)
     arguments = [batch]
     if is_param_in_hook_signature(step, "batch_idx", min_args=2):
+        arguments.append(0)
+    if is_param_in_hook_signature(step, "dataloader_idx", min_args=3):  # of several loaders, this is the first
         arguments.append(0)
     return step(*arguments)

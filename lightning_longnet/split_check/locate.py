@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ import torch.distributed as dist
 
 from lightning_longnet.sequence.parts import part_of
 from lightning_longnet.split_check.causes import ADVICE, UNKNOWN, named_causes
-from lightning_longnet.split_check.watch import STEP, Watch
+from lightning_longnet.split_check.ranks import gathered_objects, group_device
+from lightning_longnet.split_check.watch import STEP, Call, Watch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,26 +54,34 @@ def place_of(whole: Watch, part: Watch, placement: Placement | None, rank: int, 
         rank: the number of this rank in it.
         tolerance: the largest relative difference that is no difference.
     """
-    same_calls = [call.name for call in whole.calls] == [call.name for call in part.calls]
-    flags = torch.ones(len(whole.calls), 2, dtype=torch.long)
-    if same_calls:
-        for i, (a, b) in enumerate(zip(whole.calls, part.calls, strict=True)):
-            flags[i, 0] = _all_same(a.inputs, b.inputs, placement, rank, tolerance)
-            flags[i, 1] = _all_same(a.outputs, b.outputs, placement, rank, tolerance)
-    agreed = torch.tensor([int(same_calls)])
-    if dist.is_initialized():
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        agreed = agreed.to(device)
-        dist.all_reduce(agreed, dist.ReduceOp.MIN)
-        if agreed:
-            flags = flags.to(device)
-            dist.all_reduce(flags, dist.ReduceOp.MIN)
-    if not agreed:
+    whole_calls, part_calls = _numbered(whole), _numbered(part)
+    each = gathered_objects((list(whole_calls), list(whole_calls) == list(part_calls)))
+    if not all(agreed for _, agreed in each):
         return Place("the choice of modules, which differs between parts and whole sequences,")
-    for call, (gets_same, returns_same) in zip(whole.calls, flags.tolist(), strict=True):
+    # groups whose batches differ may call different modules, experts for instance
+    shared = [key for key in each[0][0] if all(key in keys for keys, _ in each)]
+    flags = torch.ones(len(shared), 2, dtype=torch.long)
+    for i, key in enumerate(shared):
+        a, b = whole_calls[key], part_calls[key]
+        flags[i, 0] = _all_same(a.inputs, b.inputs, placement, rank, tolerance)
+        flags[i, 1] = _all_same(a.outputs, b.outputs, placement, rank, tolerance)
+    flags = flags.to(group_device())
+    if dist.is_initialized():
+        dist.all_reduce(flags, dist.ReduceOp.MIN)
+    for key, (gets_same, returns_same) in zip(shared, flags.tolist(), strict=True):
         if gets_same and not returns_same:
-            return _place(call.name, call.kind, part, whole)
+            return _place(key[0], whole_calls[key].kind, part, whole)
     return _place(STEP, None, part, whole) if part.causes.get(STEP) or whole.causes.get(STEP) else None
+
+
+def _numbered(watch: Watch) -> dict[tuple[str, int], Call]:
+    """Return the calls by the name of their module and the number of earlier calls of it."""
+    many: Counter[str] = Counter()
+    calls = {}
+    for call in watch.calls:
+        calls[call.name, many[call.name]] = call
+        many[call.name] += 1
+    return calls
 
 
 def _place(name: str, kind: type[nn.Module] | None, part: Watch, whole: Watch) -> Place:

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.utils._pytree import tree_leaves
+
+from lightning_longnet.sequence.context import SequenceContext
+from lightning_longnet.split_check.functions import rebind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 _SHARED_NAMES = ("_trainer", "_fabric")  # objects of a run, not of a module
 _SHARED_KINDS = (dist.ProcessGroup, DeviceMesh, ModuleType)
 
 Values = Mapping[str, Tensor]
-
-
-class StopStep(BaseException):
-    """Ends a step where its optimizer would make the first update."""
 
 
 def is_whole_module(module: nn.Module) -> bool:
@@ -46,12 +46,21 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    memo = _detached(module) | memo
     result = copy.deepcopy(module, memo)
+    rebind(result, memo)
     for each, original in zip(result.modules(), module.modules(), strict=True):
         for name in _SHARED_NAMES:  # which a LightningModule leaves out of its state
             if name in original.__dict__:
                 each.__dict__[name] = original.__dict__[name]
     return result
+
+
+def _detached(module: nn.Module) -> dict[int, Any]:
+    """Return copies of the tensors of a graph that modules keep, by their ids: torch does not copy those itself."""
+    kept = [tree_leaves(value) for each in module.modules() for value in each.__dict__.values()]
+    tensors = [x for leaves in kept for x in leaves if isinstance(x, Tensor) and x.grad_fn is not None]
+    return {id(x): x.detach().clone() for x in tensors}
 
 
 def _shared_objects(module: nn.Module) -> dict[int, Any]:
@@ -81,6 +90,7 @@ class Replica:
         memo = {id(tensor): _placeholder(tensor) for tensor in tensors} | _shared_objects(module)
         self._structure = _copied(module, memo)
         self._whole = whole
+        self.parameters = {name for name, _ in module.named_parameters()}
         self.sizes = {size for parameter in module.parameters() for size in parameter.shape}
         self.numbers = sum(parameter.numel() for parameter in module.parameters())
 
@@ -94,24 +104,27 @@ class Replica:
         """
         values = {}
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            value = self._whole(tensor).detach().to(device, copy=True)
+            value = self._whole(tensor).detach().to(device, copy=True).contiguous()  # as messages must be
             if dist.is_initialized():
                 dist.broadcast(value, src=0)
             values[name] = value if dtype is None else in_dtype(value, dtype)
         return values
 
-    def module_with(self, values: Values, modes: Mapping[str, bool]) -> nn.Module:
+    def module_with(self, values: Values, modes: Mapping[str, bool], context: SequenceContext) -> nn.Module:
         """Return a copy of the module with these values.
 
         Args:
             values: the values of its parameters and buffers, by their names.
             modes: whether each module inside is in training mode, by its name.
+            context: stands in for each context that modules keep as an attribute.
         """
         memo = _shared_objects(self._structure)
+        for each in self._structure.modules():
+            # a metric may keep a method of it
+            kept = [getattr(value, "__self__", value) for value in each.__dict__.values()]
+            memo |= {id(value): context for value in kept if isinstance(value, SequenceContext)}
         for name, tensor in (*self._structure.named_parameters(), *self._structure.named_buffers()):
-            value = values[name].clone()
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
+            memo[id(tensor)] = _like(tensor, values[name].clone())
         module = _copied(self._structure, memo)
         for name, each in module.named_modules():
             each.training = modes.get(name, each.training)
@@ -119,8 +132,16 @@ class Replica:
 
 
 def _placeholder(tensor: Tensor) -> Tensor:
-    meta = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    return _like(tensor, torch.empty_like(tensor, device="meta"))
+
+
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    """Return a value as a parameter, with the attributes that a user gave to it, or as a buffer."""
+    if not isinstance(tensor, nn.Parameter):
+        return value
+    result = nn.Parameter(value, tensor.requires_grad)
+    result.__dict__.update(tensor.__dict__)
+    return result
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -130,84 +151,17 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() else x
 
 
-def perturbed(values: Values, size: float, seed: int) -> dict[str, Tensor]:
-    """Return values moved by about `size` of themselves, the same on all ranks; zeros move by `size` / 10."""
+def perturbed(values: Values, size: float, seed: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Return values moved by about `size` of themselves, the same on all ranks; zeros move by `size` / 10.
+
+    Only those of `names` move, where they are given.
+    """
     generator = torch.Generator().manual_seed(seed)
     moved = {}
     for name, x in values.items():
-        if not x.is_floating_point():
+        if not x.is_floating_point() or size == 0 or (names is not None and name not in names):
             moved[name] = x
             continue
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
         moved[name] = torch.where(x == 0, 0.1 * size * noise, x * (1 + size * noise.clamp(-3, 3)))
     return moved
-
-
-class Logged(dict[str, float]):
-    """The numbers that a step logs."""
-
-    def add(self, name: str, value: Any, *_: Any, **__: Any) -> None:
-        """Keep a number; a metric has none before the ranks share its state."""
-        if isinstance(value, Tensor) and value.numel() == 1:
-            self[name] = float(value.detach())
-        elif isinstance(value, (int, float)):
-            self[name] = float(value)
-
-    def add_all(self, values: Mapping[str, Any], *_: Any, **__: Any) -> None:
-        """Keep the numbers of a dictionary."""
-        for name, value in values.items():
-            self.add(name, value)
-
-
-def isolate(module: nn.Module, backward: Callable[[Tensor], None]) -> Logged:
-    """Let calls of a LightningModule's copy reach no Trainer, and return the numbers that it logs.
-
-    Args:
-        module: the copy.
-        backward: called with each loss of manual optimisation.
-    """
-    logged = Logged()
-    if not hasattr(module, "manual_backward"):
-        return logged
-    optimizer = _Optimizer(module)
-
-    def optimizers(*_: Any, **__: Any) -> Any:
-        trainer: Any = module.trainer
-        many = len(trainer.optimizers)
-        return optimizer if many == 1 else [optimizer] * many
-
-    methods = {
-        "log": logged.add,
-        "log_dict": logged.add_all,
-        "print": _nothing,
-        "manual_backward": lambda loss, *_, **__: backward(loss),
-        "optimizers": optimizers,
-        "lr_schedulers": _nothing,
-        "toggle_optimizer": _nothing,
-        "untoggle_optimizer": _nothing,
-        "clip_gradients": _nothing,
-    }
-    for name, method in methods.items():
-        module.__dict__[name] = method
-    return logged
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
-
-
-class _Optimizer:
-    """An optimizer that ends the step at its first update."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self.param_groups: list[dict[str, Any]] = [{"params": list(module.parameters()), "lr": 0.0}]
-        self.state: dict[Any, Any] = {}
-
-    def zero_grad(self, *_: Any, **__: Any) -> None:
-        self._module.zero_grad()
-
-    def step(self, closure: Callable[[], Any] | None = None, **__: Any) -> None:
-        if closure is not None:
-            closure()
-        raise StopStep

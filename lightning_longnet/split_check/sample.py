@@ -38,6 +38,37 @@ def sample_lengths(length: int, ranks: int, sizes: Collection[int]) -> list[int]
     return lengths if length > _WHOLE or length in lengths else [*lengths, length]
 
 
+def aligned_length(length: int, ranks: int) -> int | None:
+    """Return a length that has what the real one may have on purpose: the same number of tokens on each rank.
+
+    It is the length itself where one rank can compute that, and else one with the same powers of two in it.  None where
+    the ranks have unequal parts of the real length.
+    """
+    if length % ranks:
+        return None
+    if length <= _WHOLE:
+        return length
+    here = length // ranks
+    power = here & -here
+    while power > 1 and ranks * power > _WHOLE:
+        power //= 2
+    return ranks * power * max(1, -(-_TOKENS // (ranks * power)))
+
+
+def with_fewer_labels(batch: Any, dims: Mapping[str, int | None], tokens: int) -> Any:
+    """Return a batch whose first `tokens` tokens have no label, so that the ranks have unequal numbers of labels."""
+
+    def unlabelled(path: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
+        dim = dim_of(path, x, dims)
+        if dim is None or path[-1] != "labels" or x.is_floating_point():
+            return x
+        x = x.clone()
+        x.narrow(dim, 0, tokens).fill_(-100)
+        return x
+
+    return mapped(batch, unlabelled)
+
+
 def whole_batch(batch: Any, dims: Mapping[str, int | None], context: SequenceContext) -> Any:
     """Return a batch of whole sequences: of a `SequencePart` a piece that the group's first rank holds."""
     if not isinstance(batch, SequencePart):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STEP = "the step itself"
+_DRAWS = frozenset(("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli"))
+_DRAWS |= {"multinomial", "normal", "uniform", "exponential", "random", "poisson", "gumbel_softmax"}
 
 
 @dataclass
@@ -40,6 +42,11 @@ class Watch(TorchFunctionMode):
 
     Args:
         tokens: the number of tokens of each sequence in this run.
+
+    Attributes:
+        calls: the calls that have ended.
+        causes: the causes in each module, by its name.
+        draws: the calls that draw random numbers, with the numbers that they are given.
     """
 
     def __init__(self, tokens: int | None) -> None:
@@ -47,10 +54,13 @@ class Watch(TorchFunctionMode):
         self.tokens = tokens
         self.calls: list[Call] = []
         self.causes: dict[str, list[str]] = {}
+        self.draws: list[Any] = []
         self._open: list[Call] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "").rstrip("_") in _DRAWS:
+            self.draws.append((func.__name__, [x for x in tree_leaves((args, kwargs)) if isinstance(x, (int, float))]))
         if self.tokens is not None:
             cause = cause_of_call(func, args, kwargs or {}, result, self.tokens)
             if cause is not None:
@@ -66,7 +76,7 @@ class Watch(TorchFunctionMode):
         for name, each in module.named_modules():
             if name:
                 handles.append(each.register_forward_pre_hook(self._before(name), prepend=True, with_kwargs=True))
-                handles.append(each.register_forward_hook(self._after, with_kwargs=True, always_call=False))
+                handles.append(each.register_forward_hook(self._after(name), with_kwargs=True))
         try:
             with self:
                 yield
@@ -80,10 +90,15 @@ class Watch(TorchFunctionMode):
 
         return hook
 
-    def _after(self, _module: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
-        call = self._open.pop()
-        call.outputs = _copies(result)
-        self.calls.append(call)
+    def _after(self, name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
+            # checkpoints end the calls of a recomputation by an error, and those have no result
+            while (call := self._open.pop()).name != name:
+                pass
+            call.outputs = _copies(result)
+            self.calls.append(call)
+
+        return hook
 
 
 def _copies(values: Any) -> list[Tensor]:

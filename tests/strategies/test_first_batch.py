@@ -1,6 +1,8 @@
 """The split check of a strategy: a wrong module ends before its first step, whatever the engine, and says where."""
 
 import logging
+import os
+import threading
 import warnings
 
 import lightning as L
@@ -9,6 +11,7 @@ import torch
 from faults import VOCABULARY, Base, Convolution, Cumulative, OurAttention, PlainMean
 from tiers import tiered
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric, SumMetric
 from trained import SMALL_BUCKETS, trainer_of
 
 from lightning_longnet import LongViTConfig, LongViTModule, Pattern, sequence_context
@@ -123,7 +126,7 @@ def test_under_deepspeed(deepspeed_trainers, sharding):
         assert "a mean over the tokens of this rank alone" in value[1]
 
 
-def test_manual_optimisation_is_checked_to_its_first_update(trainers):
+def test_manual_optimisation_is_checked_up_to_an_error_after_an_update(trainers):
     (steps, lines), _ = trainers.run(2, fit, OurAttention, "ddp", True)
     assert steps == 2
     assert "2 ranks equal one process" in lines[0]
@@ -154,6 +157,135 @@ def test_it_warns_or_stays_silent_where_that_is_asked_for(trainers):
     assert "the step itself is the first" in lines[0]
     assert other == []
     assert trainers.run(2, warned, "off") == [(2, []), (2, [])]
+
+
+class Adversarial(Module):
+    """Two optimizers, the real one as well, and changes of the Trainer."""
+
+    def __init__(self):
+        super().__init__(OurAttention, manual=True)
+        self.critic = Cumulative()
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        self.trainer.should_stop, self.trainer.note = self.steps > 5, "text"
+        first, second = self.optimizers()
+        for optimizer, model in ((first, self.model), (second, self.critic)):
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            loss = model.step(batch)
+            self.manual_backward(loss, retain_graph=True)
+            self.manual_backward(loss)
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(each.parameters(), lr=0.1) for each in (self.model, self.critic)]
+
+
+def of_two(rank, world, sharding):
+    return fit(rank, world, None, sharding, module=Adversarial)
+
+
+def test_the_second_of_two_optimizers_is_checked_as_well(trainers):
+    for is_result, value in trainers.outcomes(2, of_two, "ddp"):
+        assert not is_result
+        assert "critic.history (Functional) is the first" in value[1]
+
+
+class Reaching(Module):
+    """A step that reaches for the Trainer, its module and its optimizers."""
+
+    def __init__(self):
+        super().__init__(OurAttention)
+
+    def training_step(self, batch, batch_idx):
+        loss, trainer = super().training_step(batch, batch_idx), self.trainer
+        if self is not trainer.lightning_module:  # a copy
+            trainer.should_stop, trainer.note = True, "text"
+            trainer.save_checkpoint("/proc/of/no/process")
+            trainer.lightning_module.model.head.bias.sum().backward()
+            trainer.optimizers[0].step()
+        return loss
+
+
+def of_reaching(rank, world):
+    before = []
+
+    class Noting(Reaching):
+        def on_train_batch_start(self, batch, batch_idx):
+            trainer, bias = self.trainer, self.model.head.bias
+            before.append((bias.grad is None, trainer.should_stop, hasattr(trainer, "note")))
+
+    steps, lines = fit(rank, world, None, "ddp", module=Noting)
+    return steps, lines, before
+
+
+def test_a_step_that_reaches_for_the_trainer_changes_nothing(trainers):
+    for steps, lines, before in trainers.run(2, of_reaching):
+        assert steps == 2
+        assert not lines or "returns and logs no number" in lines[0]
+        assert before[0] == (True, False, False)
+
+
+class Validated(Module):
+    """Sums, extremes and metrics that are logged, in one of several loaders."""
+
+    def __init__(self, counts_once=True):
+        super().__init__(OurAttention)
+        self.right, self.samples = MeanMetric(), SumMetric()
+        self.counts_once = counts_once
+
+    def setup(self, stage):
+        if self.counts_once:
+            sequence_context(self).per_sample(self.samples)
+
+    def validation_step(self, batch, batch_idx, dataloader_idx):
+        logits = self.model.logits(batch)
+        self.log("tokens", float(batch["labels"].numel()), reduce_fx="sum", sync_dist=True)
+        self.right.update((logits.argmax(-1) == batch["labels"]).double())
+        self.samples.update(len(logits))
+        self.log_dict({"right": self.right, "samples": self.samples})
+        self.log("top", logits.max(), reduce_fx="max", sync_dist=True)
+        self.log_dict(dictionary={"val": self.model.step(batch)}, sync_dist=True)
+
+
+def of_validated(rank, world, counts_once):
+    from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+    lines, logger = Lines(), logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addHandler(lines)
+    trainer = trainer_of(RingSequenceParallelStrategy(2, "fsdp2"), world)
+    trainer.validate(Validated(counts_once), [rows(), rows()], verbose=False)
+    logger.removeHandler(lines)
+    return [line for line in lines.lines if line.startswith("split check")]
+
+
+def test_sums_extremes_and_metrics_that_are_logged_are_right(trainers):
+    lines, _ = trainers.run(2, of_validated, True)
+    assert lines[0].startswith("split check of validation: checked at 63 tokens: 2 ranks equal one process")
+
+
+def test_a_metric_that_counts_each_sample_on_all_ranks_is_found(trainers):
+    for is_result, value in trainers.outcomes(2, of_validated, False):
+        assert not is_result
+        assert "what is logged as samples on 2 ranks differs by 100.0%" in value[1]
+
+
+class HeldByFirst(Module):
+    def __init__(self):
+        super().__init__(OurAttention)
+        self.writer = threading.Lock() if os.environ["LOCAL_RANK"] == "0" else None
+
+
+def of_held(rank, world):
+    return fit(rank, world, None, "fsdp2", module=HeldByFirst)
+
+
+def test_a_module_that_one_rank_alone_cannot_copy(trainers):
+    (steps, lines), _ = trainers.run(2, of_held)
+    assert steps == 2
+    assert "not made, as the module cannot be copied" in lines[0]
 
 
 def images():

@@ -28,7 +28,7 @@ class Looped(Module):
     def validation_step(self, batch, batch_idx):
         self.steps += 1
         loss, count = sums(self.model(batch), batch["labels"])
-        self.log("loss", loss / count, sync_dist=True)
+        self.log("loss", sequence_context(self).token_mean(loss, count))
 
     test_step = validation_step
 

@@ -1,0 +1,178 @@
+"""The comparison of a step on whole sequences with the same step on parts, at one length and in one dtype."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_longnet.sequence.context import SequenceContext
+from lightning_longnet.split_check.locate import place_of
+from lightning_longnet.split_check.ranks import Groups, first_fault, from_first, gathered_objects, is_of_waiting
+from lightning_longnet.split_check.replica import perturbed
+from lightning_longnet.split_check.runs import moved, to_device
+from lightning_longnet.split_check.sample import sample, with_fewer_labels
+from lightning_longnet.split_check.verdict import Verdict, different, equal, inconclusive, not_checked, parted
+from lightning_longnet.split_check.watch import Watch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lightning_longnet.split_check.locate import Place
+    from lightning_longnet.split_check.outcome import Outcome
+    from lightning_longnet.split_check.replica import Values
+    from lightning_longnet.split_check.runs import Runner
+
+_PERTURBATION = 0.1  # of each parameter: a gate that begins at zero would hide what is behind it
+_NOISE = 10.0  # how many times the difference of two equal computations in another order is allowed
+_RESOLUTION = 1e-3  # rounding that moves results by more would hide faults
+
+
+class Comparison:
+    """Compares outcomes; all ranks call each method together, and get the same.
+
+    Args:
+        runner: runs the step.
+        values: the values of parameters and buffers.
+        dtype: their dtype; None where it is the module's own.
+        context: the context of the run.
+        tokens: the length to which batches are cut; None for batches without sequences.
+
+    Attributes:
+        tokens: as given.
+        ranks: the number of ranks that share a sequence.
+        ran_whole: whether the step gave a result on whole sequences.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        values: Values,
+        dtype: torch.dtype | None,
+        context: SequenceContext,
+        tokens: int | None,
+    ) -> None:
+        self.tokens, self.ranks, self.ran_whole = tokens, context.sequence_parallel_size, False
+        self._runner, self._given, self._dtype, self._context = runner, values, dtype, context
+        self._values, self._batch = values, None  # type: tuple[Values, Any]
+        self._groups = Groups(context.position)
+
+    def close(self) -> None:
+        """Destroy the groups of the comparison."""
+        self._groups.close()
+
+    def verdict(self, batch: Any, fewer_labels: bool = False) -> tuple[Verdict | None, str]:
+        """Return the verdict on a batch, or None and the error that a rank raised.
+
+        Args:
+            batch: whole sequences.
+            fewer_labels: whether the tokens of the first rank lose some of their labels.
+        """
+        dims = self._runner.dims
+        self._batch = to_device(sample(batch, dims, self.tokens), self._runner.device, self._dtype)
+        if fewer_labels and self.tokens is not None:
+            self._batch = with_fewer_labels(self._batch, dims, self.tokens // (2 * self.ranks))
+        whole, fault = self._whole_of(_PERTURBATION)
+        if whole is not None and not whole.is_finite:  # it may have made a root of something negative
+            whole, fault = self._whole_of(0.0)
+        if whole is None:
+            return None, fault
+        self.ran_whole = True
+        if whole.is_empty:
+            return not_checked("the step returns and logs no number"), ""
+        if not whole.is_finite:
+            return None, "the loss or a gradient of whole sequences is not finite"
+        part, fault = self._attempt(self._parts)
+        if part is None:
+            return (parted(fault), "") if is_of_waiting(fault) else (None, fault)
+        return self._compared(whole, part), ""
+
+    def _whole_of(self, size: float) -> tuple[Outcome | None, str]:
+        """Return the outcome of whole sequences with parameters that are moved by `size`, or an error."""
+        self._values = perturbed(self._given, size, seed=0, names=self._runner.replica.parameters)
+        return self._attempt(self._whole)
+
+    def _compared(self, whole: Outcome, part: Outcome) -> Verdict:
+        """Return the verdict on two outcomes."""
+        tolerance = _NOISE * self._noise(whole)
+        error, what = from_first(whole.difference(part))
+        if error <= tolerance:
+            if error <= _RESOLUTION:
+                return equal(self.ranks, self.tokens, error)
+            return inconclusive("rounding alone moves the results as much", self.ranks, error, what)
+        drew_alike = whole.drew_like(part)
+        is_random = self._is_random(whole, tolerance)
+        (place, places_draw_alike), fault = self._attempt_to_locate(tolerance)
+        if is_random and not (drew_alike and places_draw_alike and not fault):
+            return inconclusive("the step draws random numbers", self.ranks, error, what, place)
+        return different(self.ranks, error, what, place)
+
+    def _noise(self, whole: Outcome) -> float:
+        """Return how much rounding moves the outcome: by how much it changes where all inputs change by an ulp."""
+        dtypes = {x.dtype for x in self._values.values() if x.is_floating_point()} or {torch.float32}
+        # a step may compute some of it in float32
+        ulp = max(torch.finfo(dtype).eps for dtype in {*dtypes, torch.float32})
+        values = perturbed(self._values, ulp, seed=1)
+        for batch in (moved(self._batch, ulp), self._batch):  # a label of 1 may have to stay one
+            other, _ = self._attempt(lambda batch=batch: self._run(values, batch, self._whole_context()))  # type: ignore[misc]
+            if other is not None and other.is_finite:
+                return max(ulp, float(from_first(whole.difference(other)[0])))
+        return ulp
+
+    def _is_random(self, whole: Outcome, tolerance: float) -> bool:
+        """Whether another seed gives another outcome of whole sequences."""
+        other, _ = self._attempt(lambda: self._whole(seed=1))
+        return other is None or from_first(whole.difference(other)[0]) > tolerance
+
+    def _attempt_to_locate(self, tolerance: float) -> tuple[tuple[Place | None, bool], str]:
+        """Return where parts begin to differ, whether all draw random numbers alike, and a fault of what found it."""
+        context, rank = self._part_context(), self._context.sequence_parallel_rank
+        here = None if self.tokens is None else context.placement_of(self.tokens).lengths[rank]
+        whole, part = Watch(self.tokens), Watch(here)
+        for run in (
+            lambda: self._whole(watch=whole.watching),
+            lambda: self._run(self._values, self._batch, context, watch=part.watching),
+        ):
+            if fault := self._attempt(run)[1]:
+                return (None, False), fault
+        placement = None if context.length is None else context.placement_of(context.length)
+        place: Place | None = from_first(place_of(whole, part, placement, rank, tolerance))
+        return (place, all(gathered_objects(whole.draws == part.draws))), ""
+
+    def _whole(self, seed: int = 0, watch: Any = None) -> Outcome:
+        return self._run(self._values, self._batch, self._whole_context(), seed, watch)
+
+    def _parts(self) -> Outcome:
+        return self._run(self._values, self._batch, self._part_context())
+
+    def _run(self, values: Values, batch: Any, context: SequenceContext, seed: int = 0, watch: Any = None) -> Outcome:
+        with self._groups.world(context.position):
+            return self._runner.run(values, batch, context, seed, watch)
+
+    def _whole_context(self) -> SequenceContext:
+        """Return a context in which this rank computes whole sequences."""
+        return SequenceContext(position=self._groups.whole, seed=self._context.seed)
+
+    def _part_context(self) -> SequenceContext:
+        """Return a context like the run's own, so that this one keeps its batch."""
+        run = self._context
+        return SequenceContext(
+            placement=run.placement, exchange=run.exchange, seed=run.seed, position=self._groups.parts
+        )
+
+    def _attempt(self, run: Callable[[], Outcome]) -> tuple[Outcome | None, str]:
+        """Return the averaged outcome of a run, or on all ranks the error that it raised on one of them."""
+        outcome, fault = None, ""
+        try:
+            outcome = run()
+        except Exception as error:  # noqa: BLE001  a step may raise anything at a length or dtype that it is not made for
+            text = str(error).strip()
+            fault = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+        if fault:
+            self._groups.leave()
+        if fault := first_fault(fault):
+            self._groups.close()
+            self._groups = Groups(self._context.position)
+            return None, fault
+        assert outcome is not None
+        return outcome.averaged(), ""

@@ -1,0 +1,93 @@
+"""The verdict of a split check, and what it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from lightning_longnet.split_check.outcome import GRADIENT
+
+if TYPE_CHECKING:
+    from lightning_longnet.split_check.locate import Place
+
+Kind = Literal["equal", "different", "inconclusive", "not checked"]
+
+_WITHOUT_A_PLACE = {
+    "gradient": "\nAll modules compute the same, and so the backward pass differs.  Likely cause: a collective without "
+    "a gradient, or a detached tensor.  Instead: use gather_sequence(x) or sum_parts(x) of sequence_context(self).",
+    "number": "\nAll modules compute the same, and so the step makes another loss of it.  Likely cause: a sum over the "
+    "tokens of this rank, where engines average over ranks.  Instead: return "
+    "sequence_context(self).token_mean(loss_sum, token_count).",
+}
+DROPOUT = (
+    "the step calls torch.nn.functional.dropout itself, which drops the same elements of the part of each rank that "
+    "shares a sequence.  Instead: use nn.Dropout, or sequence_context(self).dropout(x, p, self.training)."
+)
+_PAGE = "docs/modules.md shows what is safe.  split_check='warn' goes on, 'off' does not look."
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of a split check.
+
+    Attributes:
+        kind: "equal", "different", "not checked", or "inconclusive" where a difference may have a good reason: random
+            numbers, rounding, or a length that the real ones do not have.
+        message: one line for "equal" and "not checked"; else what differs, where, and what to do.
+        error: the largest relative difference of the loss or of a gradient; None where nothing was compared.
+        place: where it begins, for "different".
+        drops_directly: whether the step calls torch's dropout functions itself; see `DROPOUT`.
+    """
+
+    kind: Kind
+    message: str
+    error: float | None = None
+    place: Place | None = None
+    drops_directly: bool = False
+
+
+def not_checked(reason: str) -> Verdict:
+    """Return the verdict where nothing was compared."""
+    return Verdict("not checked", reason)
+
+
+def equal(ranks: int, tokens: int | None, error: float) -> Verdict:
+    """Return the verdict that parts give what whole sequences give."""
+    size = "" if tokens is None else f" at {tokens} tokens"
+    return Verdict("equal", f"checked{size}: {ranks} ranks equal one process, to {max(error, 1e-16):.0e}", error)
+
+
+def different(ranks: int, error: float, what: str, place: Place | None) -> Verdict:
+    """Return the verdict that parts give something else than whole sequences."""
+    where = (
+        f"\n{place}" if place is not None else _WITHOUT_A_PLACE["gradient" if what.startswith(GRADIENT) else "number"]
+    )
+    message = (
+        f"the module computes something else on parts of sequences than on whole ones: "
+        f"{shown(ranks, error, what)}.{where}\n{_PAGE}"
+    )
+    return Verdict("different", message, error, place)
+
+
+def inconclusive(reason: str, ranks: int, error: float, what: str, place: Place | None = None) -> Verdict:
+    """Return the verdict that parts differ, which may have a good reason."""
+    where = "" if place is None else f"\n{place}"
+    message = f"the split check is inconclusive, as {reason}: {shown(ranks, error, what)}.{where}"
+    return Verdict("inconclusive", message, error, place)
+
+
+def parted(fault: str) -> Verdict:
+    """Return the verdict that a rank waited for others which had left the step."""
+    message = (
+        f"the ranks part in the step: one waits for a message of others, which have ended their step without it "
+        f"({fault}).  Likely cause: a rank skips what communicates, attention or token_mean for instance, as no token "
+        f"of its part has a label.  Instead: let all ranks call it; token_mean takes a sum of 0 and a count of 0.\n"
+        f"{_PAGE}"
+    )
+    return Verdict("different", message, float("inf"))
+
+
+def shown(ranks: int, error: float, what: str) -> str:
+    """Return what differs, and by how much."""
+    size = f"{error:.1%}" if error >= 0.001 else f"a share of {error:.0e}"
+    return f"{what} on {ranks} ranks differs by {size} from that of one process"

@@ -1,0 +1,109 @@
+"""The split check on modules as users write them: no right one is accused, each wrong one is found, no rank waits."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from test_split_check import batch_of, connected
+
+from lightning_longnet import check_split, hand_down
+from lightning_longnet.split_check import ranks as ranks_of_check
+
+# one of each kind of thing in the quick tests
+QUICK_RIGHT = [zoo.Popping, zoo.Compiled, zoo.FormerWeightNorm, zoo.KeepsContext, zoo.Strided, zoo.Hooked, zoo.Noisy]
+QUICK_RIGHT += [zoo.Root, zoo.RootOfWeight, zoo.Transposed, zoo.OwnCollectives, zoo.Marked, zoo.SignalFirst]
+QUICK_RIGHT += [zoo.EqualPartsOnly, zoo.InBfloat16, zoo.Hopeless]
+QUICK_WRONG = [zoo.SmoothedMean, zoo.CompiledAttention, zoo.DropsPathsAndMixes, zoo.BalancedByParts, zoo.SummedGradient]
+
+
+def states(module):
+    return (
+        {name: (x, x.clone()) for name, x in module.state_dict().items()},
+        {name: (x.grad, x.requires_grad) for name, x in module.named_parameters()},
+        len(getattr(module, "features", ())),
+    )
+
+
+def same(before, after):
+    for (name, (x, was)), (now, _) in zip(before[0].items(), after[0].values(), strict=True):
+        assert x.data_ptr() == now.data_ptr(), name
+        assert torch.equal(was, now), name
+    assert before[1:] == after[1:]
+
+
+def verdicts(rank, world, size, kinds, placement="contiguous", patience=30.0):
+    ranks_of_check.PATIENCE = patience
+    context, found = connected(rank, world, size), {}
+    context.placement = context._splitter.placement = placement
+    for kind in kinds:
+        torch.manual_seed(rank)
+        module = kind()
+        batch = kind.more(batch_of(context.data_parallel_rank, max(kind.LENGTH, world)))
+        hand_down(module, context)
+        if hasattr(module, "begin"):
+            module.begin()
+        module_before = states(module)
+        generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        found[kind.__name__] = check_split(
+            module, lambda copy, part: copy.step(part), batch, context, action="warn", sequence_dims=zoo.DIMS
+        )
+        same(module_before, states(module))
+        assert torch.equal(torch.get_rng_state(), generators[0])
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == generators[1:]
+        assert torch.distributed.get_world_size() == world
+        assert not context.is_split
+    return found
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:the split check is inconclusive", "ignore:the module computes")
+
+
+@pytest.mark.parametrize(
+    ("world", "size", "kinds", "placement"),
+    [
+        (2, 2, QUICK_RIGHT, "contiguous"),
+        pytest.param(2, 2, zoo.RIGHT, "contiguous", marks=pytest.mark.long),
+        pytest.param(2, 2, zoo.RIGHT, "zigzag", marks=pytest.mark.long),
+        pytest.param(3, 3, zoo.RIGHT, "contiguous", marks=pytest.mark.long),
+        pytest.param(4, 2, zoo.RIGHT, "contiguous", marks=pytest.mark.long),
+    ],
+)
+def test_no_right_module_is_accused(trainers, world, size, kinds, placement):
+    for found in trainers.run(world, verdicts, size, kinds, placement):
+        for name, verdict in found.items():
+            kind = getattr(getattr(zoo, name), "KIND", "equal")
+            assert verdict.kind in (kind, "equal" if kind == "inconclusive" else kind), (name, verdict)
+            if verdict.kind == "equal":
+                assert verdict.error < 1e-5, (name, verdict)
+
+
+@pytest.mark.parametrize(
+    ("world", "size", "kinds", "placement"),
+    [
+        (2, 2, QUICK_WRONG, "contiguous"),
+        pytest.param(2, 2, zoo.WRONG, "contiguous", marks=pytest.mark.long),
+        pytest.param(2, 2, zoo.WRONG, "zigzag", marks=pytest.mark.long),
+        pytest.param(3, 3, zoo.WRONG, "contiguous", marks=pytest.mark.long),
+        pytest.param(4, 2, zoo.WRONG, "contiguous", marks=pytest.mark.long),
+    ],
+)
+def test_each_wrong_module_is_found(trainers, world, size, kinds, placement):
+    every = trainers.run(world, verdicts, size, kinds, placement)
+    assert all(found == every[0] for found in every)
+    for name, verdict in every[0].items():
+        assert verdict.kind == "different", (name, verdict)
+
+
+def test_a_rank_that_leaves_its_step_is_a_verdict_on_all(trainers):
+    for found in trainers.run(2, verdicts, 2, [zoo.NoneWithoutLabels, zoo.Popping], "contiguous", 2.0):
+        assert found["NoneWithoutLabels"].kind == "different"
+        assert "one waits for a message of others" in found["NoneWithoutLabels"].message
+        assert found["Popping"].kind == "equal"  # the groups of the run are as they were
+
+
+def test_a_module_that_is_copied_on_some_ranks_only(trainers):
+    for found in trainers.run(2, verdicts, 2, [zoo.LockOfFirst]):
+        assert found["LockOfFirst"].kind == "not checked"
+        assert "no copies" in found["LockOfFirst"].message
