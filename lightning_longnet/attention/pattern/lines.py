@@ -4,7 +4,7 @@ Along a curve a causal branch shows a query the keys of its segment and residue 
 A line with the rows of each segment and residue in the order of the sequence makes a triangle of that.  Branches with
 other segments need another line:
 
-    curve                       0 4 5 1 | 2 3 7 6      tokens of a grid of two rows, along the curve
+    curve                       0 4 5 1 | 2 6 7 3      tokens of a grid of 2 x 4, along the curve
     line of segments of 4       0 1 4 5 | 2 3 6 7      key 1 is before query 4, as in the sequence
     line of segments of 8       0 1 2 3   4 5 6 7
 
