@@ -27,6 +27,7 @@ from lightning_longnet.strategies.checks import (
     check_means,
     check_options,
     check_predicted_batches,
+    check_processes,
 )
 from lightning_longnet.strategies.engines import Sharding, engine_class, engine_options, gathers_parameters
 from lightning_longnet.strategies.first_batch import FirstBatchCheck
@@ -144,6 +145,7 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
     def _configure_launcher(self) -> None:
         # here the number of ranks is known for the first time, before processes are started and data is read
         check_sizes(self._ranks(), self._sequence_parallel_size)
+        check_processes(self.parallel_devices or ())
         super()._configure_launcher()
         watch_launcher()
         if type(self._launcher) is _SubprocessScriptLauncher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 Accumulate = Literal["batches", "tokens"]
 
+_PROCESSES_PER_CORE = 16  # on a CPU they are of use for tests alone
+
 
 def check_options(accumulate: Any, timeout: Any, preemption: Any, split_check: Any) -> None:
     """Raise a ValueError where an option of the strategy has a wrong value."""
@@ -29,6 +32,19 @@ def check_options(accumulate: Any, timeout: Any, preemption: Any, split_check: A
     if not isinstance(preemption, bool):
         raise ValueError(f"preemption must be True or False, got {preemption!r}")
     check_action(split_check)
+
+
+def check_processes(devices: Sequence[torch.device]) -> None:
+    """Raise a ValueError where a node is to run many more processes than its CPU has cores.
+
+    A thousand of them, by a slip in the number of devices, would take minutes to start and all of the memory.
+    """
+    most = _PROCESSES_PER_CORE * (os.cpu_count() or 1)
+    if len(devices) > most and all(device.type == "cpu" for device in devices):
+        raise ValueError(
+            f"devices must be at most {most} on the CPU of this node, {_PROCESSES_PER_CORE} processes for each of its "
+            f"{os.cpu_count()} cores, got {len(devices)}"
+        )
 
 
 def check_accumulation(accumulate: str, module: LightningModule) -> None:

@@ -27,6 +27,8 @@ from lightning_longnet.strategies import RingSequenceParallelStrategy
         ({"placement": "zig"}, 2, "placement must be one of 'contiguous', 'zigzag', got 'zig'"),
         ({"accumulate": "samples"}, 2, "accumulate must be one of 'batches', 'tokens', got 'samples'"),
         ({"timeout": 0}, 2, "timeout must be a number of seconds, more than 0, got 0"),
+        ({"split_check": "maybe"}, 2, "split_check must be one of 'error', 'warn', 'off', got 'maybe'"),
+        ({}, 10_000, "devices must be at most .* processes for each of its .* cores, got 10000"),
         ({"preemption": "no"}, 2, "preemption must be True or False, got 'no'"),
         ({"engine": {"foo": 1}}, 2, r"engine must hold arguments of ModelParallelStrategy, save_dist.*, got \['foo'\]"),
         (
