@@ -79,7 +79,7 @@ def prepared_call(
         _check_shard(shard, q, documents, padding, kernel)
         padding = shard.key_padding_mask
     if ordering != "raster":
-        _check_ordering(ordering, pattern, documents, shard, kernel)
+        _check_ordering(ordering, pattern, kernel)
     sinks = _checked_sinks(get("sinks"), q, mix)
     seed = _seed(dropout, get("dropout_seed"))
     if not isinstance(samples, tuple) or len(samples) != 2 or any(type(n) is not int for n in samples):
@@ -232,12 +232,8 @@ def _seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:
     return torch.tensor(seed, device="cpu")
 
 
-def _check_ordering(
-    ordering: Ordering, pattern: Pattern, documents: Tensor | None, shard: SequenceShard | None, kernel: str
-) -> None:
+def _check_ordering(ordering: Ordering, pattern: Pattern, kernel: str) -> None:
     """Raise a ValueError where rows cannot be reordered."""
-    if documents is not None or (shard is not None and any(len(cuts) > 2 for cuts in shard.cuts)):
-        raise ValueError(f"documents must be None where ordering is {ordering!r}: its curve runs over all")
     if kernel == reference.name:
         raise ValueError(f"kernel must serve blocks where ordering is {ordering!r}, got 'reference'")
     check_ordering(ordering, pattern)

@@ -101,12 +101,9 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
 
         x = self.model.scale_embeddings(self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
         config = self.model.config
-        rows = token_rows(x, attention_mask, position_ids, separates_padding=config.attention is not None)
-        if rows.is_token is not None and config.layer_ordering != "raster":
-            raise ValueError(
-                f"attention_mask must be 1 everywhere with ordering {config.layer_ordering!r}, which orders whole "
-                f"rows: give rows of one length"
-            )
+        # a curve depends on the length of the document, and layers of one's own may read what follows a token
+        separates = config.attention is not None or config.layer_ordering != "raster"
+        rows = token_rows(x, attention_mask, position_ids, separates_padding=separates)
         states: list[Tensor] | None = [] if output_hidden_states else None
         hidden = self.model.encode(
             rows.arrange(x),

@@ -235,8 +235,41 @@ def test_what_cannot_be_drawn_along_a_curve_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             attend(q, k, v, pattern, ordering="hilbert", kernel=kernel)
-    with pytest.raises(ValueError, match="documents must be None where ordering is 'hilbert'"):
-        attend(q, k, v, pattern_of(BRANCHES["longnet"]), ordering="hilbert", documents=torch.zeros(LENGTH).long())
+
+
+DOCUMENTS = torch.stack([torch.arange(LENGTH) // 19, torch.tensor([0] * 8 + [1] * 30 + [2] * 7)])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    tiered(
+        product(BRANCHES, OPTIONS),
+        [("longnet", "all"), ("not all causal", "sinks"), ("a window, and segments", "plain")],
+    ),
+)
+def test_each_document_has_a_curve_of_its_own(name, options):
+    """A packed row equals each of its documents alone."""
+    pattern, given = pattern_of(BRANCHES[name]), {**OPTIONS[options]}
+    if "dropout" in given:  # its pairs are numbered by tokens of the whole row
+        del given["dropout"], given["dropout_seed"]
+    out, lse, *gradients = ours(pattern, given, documents=DOCUMENTS)
+    sinks = 0.0
+    for row in range(BATCH):
+        for document in range(int(DOCUMENTS[row].max()) + 1):
+            tokens = DOCUMENTS[row] == document
+            q, k, v, grad = (x[row : row + 1, tokens] for x in drawn())
+            own = {name: x[row : row + 1, tokens] if name == "key_padding_mask" else x for name, x in given.items()}
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            if "sinks" in own:
+                own["sinks"] = own["sinks"].clone().requires_grad_()
+                leaves.append(own["sinks"])
+            alone, alone_lse = attend(*leaves[:3], pattern, ordering="hilbert", return_lse=True, **own)
+            found = (out[row, tokens], lse[row][:, tokens], *(x[row, tokens] for x in gradients[:3]))
+            grads = torch.autograd.grad(alone, leaves, grad)
+            assert_equal(found, (alone[0], alone_lse[0], *(x[0] for x in grads[:3])))
+            sinks = sinks + (grads[3] if len(grads) > 3 else 0.0)
+    if len(gradients) > 3:
+        assert_equal(gradients[3:], (sinks,))
 
 
 # Over ranks
@@ -256,8 +289,14 @@ def step(group, case, exchange, placement, options):
     length = LENGTHS[group.size()][group.rank()]
     bare = SequenceShard(group, length, placement)
     rows = bare.tokens()
-    padding = options.pop("key_padding_mask", None)
-    shard = SequenceShard(group, length, placement, key_padding_mask=None if padding is None else padding[:, rows])
+    padding, documents = options.pop("key_padding_mask", None), options.pop("documents", None)
+    shard = SequenceShard(
+        group,
+        length,
+        placement,
+        documents=None if documents is None else documents[:, rows],
+        key_padding_mask=None if padding is None else padding[:, rows],
+    )
     pattern = pattern_of(BRANCHES[name], multiplicity)
     return rows, ours(pattern, options, rows, shard=shard, exchange=exchange)
 
@@ -306,6 +345,20 @@ def test_equals_brute_force_over_ranks(pool, name, multiplicity, world, exchange
         out, lse, *gradients = truth(BRANCHES[name], multiplicity, options)
         summed = 0
         for rows, found in pool.run(world, step, (name, multiplicity), exchange, placement, options):
+            assert_equal(found[:5], [out[:, rows], lse[..., rows], *(x[:, rows] for x in gradients[:3])])
+            summed = summed + sum(found[5:])
+        assert_equal([summed][: len(gradients) - 3], gradients[3:])
+
+
+@pytest.mark.parametrize(
+    ("name", "multiplicity", "world", "exchange", "placement"), tiered(OVER_RANKS, QUICK_OVER_RANKS[1:3])
+)
+def test_documents_over_ranks_equal_one_process(pool, name, multiplicity, world, exchange, placement):
+    for options in (OPTIONS["all"], OPTIONS["sinks"]):
+        packed = {**options, "documents": DOCUMENTS}
+        out, lse, *gradients = ours(pattern_of(BRANCHES[name], multiplicity), packed)
+        summed = 0
+        for rows, found in pool.run(world, step, (name, multiplicity), exchange, placement, packed):
             assert_equal(found[:5], [out[:, rows], lse[..., rows], *(x[:, rows] for x in gradients[:3])])
             summed = summed + sum(found[5:])
         assert_equal([summed][: len(gradients) - 3], gradients[3:])

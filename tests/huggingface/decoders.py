@@ -10,6 +10,7 @@ KINDS = {
     "rope": {},
     "learned": {"rotary": None, "learned_positions": 30, "embedding_scale": 3.0},
     "xpos": {"rotary": "xpos", "learned_positions": 30, "tied_embeddings": False},
+    "curve": {"ordering": "hilbert"},
     "sparse": {"pattern": Pattern.block_sparse("dilated_sparse", 4, 0.4, within=DILATED)},
 }
 LENGTHS = (30, 21, 6)

@@ -4,8 +4,6 @@ import pytest
 import torch
 from decoders import decoder, tokens
 
-from lightning_longnet import Pattern
-
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:(Nothing crosses|In the branch)"
 )
@@ -82,13 +80,3 @@ def test_embedded_tokens_give_what_tokens_give(kind):
 def test_what_is_not_done_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         decoder()(**{"input_ids": tokens(2, 9), **given})
-
-
-def test_a_curve_over_whole_rows_takes_neither_padding_nor_documents():
-    model = decoder(pattern=Pattern.dilated((16,), (2,), is_causal=True), ordering="hilbert")
-    ids = tokens(2, 9)
-    assert model(ids, torch.ones_like(ids), torch.arange(9)[None]).logits.shape == (2, 9, 23)
-    with pytest.raises(ValueError, match="attention_mask must be 1 everywhere with ordering 'hilbert'"):
-        model(ids, torch.tensor([[1] * 9, [1] * 8 + [0]]))
-    with pytest.raises(ValueError, match="documents must be None where ordering is 'hilbert'"):
-        model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))

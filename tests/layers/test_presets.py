@@ -205,20 +205,24 @@ def test_a_mask_of_another_shape_is_refused():
         layer(torch.zeros(1, 8, 16), key_padding_mask=torch.zeros(1, 7, dtype=torch.bool))
 
 
-def refused(group, ids):
+def packed(group, ids):
+    """The error of a layer along a curve, or the difference of its result from that of one process."""
+    torch.manual_seed(0)
     layer = DilatedSelfAttention(16, 4, PATTERN, ordering="hilbert", rotary=None)
     context = made(group)
     hand_down(layer, context)
-    x = context.split({"x": torch.zeros(1, 8, 16)}, {"x": 1})["x"]
-    documents = ids[group.rank()]
+    whole = torch.randn(1, 8, 16)
+    x = context.split({"x": whole}, {"x": 1})["x"]
     try:
-        layer(x, documents=documents)
+        found = context.gather_sequence(layer(x, documents=ids[group.rank()]))
     except ValueError as error:
         return str(error)
+    hand_down(layer, None)
+    return float((found - layer(whole, documents=torch.cat(ids))).abs().max())
 
 
-def test_documents_are_refused_on_all_ranks(pool):
-    for found in pool.run(2, refused, [torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long)]):
-        assert "documents must be None where ordering is 'hilbert'" in found
-    for found in pool.run(2, refused, [torch.zeros(4, dtype=torch.long), None]):
+def test_documents_have_a_curve_of_their_own_on_all_ranks(pool):
+    for found in pool.run(2, packed, [torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1, 1, 2])]):
+        assert found < 1e-6
+    for found in pool.run(2, packed, [torch.zeros(4, dtype=torch.long), None]):
         assert found == "rows of documents must be equal on all ranks, got 1 on rank 0 and none on rank 1"

@@ -51,8 +51,8 @@ def whole_sequences(
     spec, length = each.spec, q.shape[1]
     if padding is not None and padding.device.type == "cpu" and not padding.any():
         padding = None
-    first, *others = lines_of(spec.ordering, length, spec.pattern, q.device)
     for rows, cuts in _grouped_by_documents(document_cuts(documents, q.shape[0], length)):
+        first, *others = lines_of(spec.ordering, cuts, spec.pattern, q.device)
         own_padding = None if padding is None else padding[rows]
         own = _line_call(each, first, q, k, rows, cuts, own_padding)
         call: ExchangeCall = own
@@ -102,11 +102,11 @@ def sequence_parts(
 ) -> Iterator[tuple[slice, ExchangeCall]]:
     """Yield the calls of a rank that has a part of each sequence; `number` is that of the forward on all ranks."""
     spec, comm, call_name = each.spec, shard.comm, f"{each.direction} of {shard.call_of(number)}"
-    lines = lines_of(spec.ordering, shard.length, spec.pattern, torch.device("cpu"))
-    # the pattern as its plan has it; of several lines the exchange is that of the pattern in the sequence's order
-    pattern = lines[0].pattern if len(lines) == 1 else spec.pattern
     wide, kind = torch.promote_types(q.dtype, torch.float32), str(call_kind(q, k, v, spec, each.sinks is not None))
     for rows, cuts in _grouped_by_documents(shard.cuts * (q.shape[0] if len(shard.cuts) == 1 else 1)):
+        lines = lines_of(spec.ordering, cuts, spec.pattern, torch.device("cpu"))
+        # the pattern as its plan has it; of several lines the exchange is that of the pattern in the sequence's order
+        pattern = lines[0].pattern if len(lines) == 1 else spec.pattern
         samples = rows.stop - rows.start
         sizes = Sizes(samples, q.shape[3], v.shape[3], q.element_size(), wide.itemsize)
         layout = Layout(pattern, q.shape[2], k.shape[2], cuts, shard.placement)
@@ -135,7 +135,7 @@ def sequence_parts(
         )
         call: ExchangeCall = exchange.call(rank_call)
         if (order := lines[0].tokens) is not None:
-            trade = shard.cached(("order", spec.ordering, spec.pattern), partial(row_trade, order, shard))
+            trade = shard.cached(("order", spec.ordering, spec.pattern, key[-1]), partial(row_trade, order, shard))
             call = ReorderedCall(call, RankOrder(comm, message, trade), spec.returns_lse)
         yield rows, call
 

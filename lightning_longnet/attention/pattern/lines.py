@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -62,11 +63,14 @@ class _Kind(NamedTuple):
     hides_later: bool = False
 
 
-def lines_of(ordering: Ordering, length: int, pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
-    """Return the lines of a pattern over a sequence; the first one has the finest branch."""
+def lines_of(ordering: Ordering, cuts: tuple[int, ...], pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
+    """Return the lines of a pattern over a sequence; the first one has the finest branch.
+
+    `cuts` are where documents begin, and where the last one ends: each document has a curve of its own.
+    """
     if ordering == "raster":
         return (Line(pattern, tuple(range(len(pattern.branches)))),)
-    return _curve_lines(length, pattern, device)
+    return _curve_lines(cuts, pattern, device)
 
 
 def has_masked_line(ordering: Ordering, pattern: Pattern) -> bool:
@@ -111,15 +115,23 @@ def _kinds(pattern: Pattern) -> dict[_Kind, tuple[int, ...]]:
     return kinds
 
 
+@lru_cache(64)
+@torch.inference_mode(False)
+def _curve(length: int) -> Tensor:
+    return sequence_hilbert_order(length)
+
+
 @lru_cache(32)
 @torch.inference_mode(False)  # a cached tensor made in inference mode could not be used in training
-def _curve_lines(length: int, pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
-    curve, ordered, lines = sequence_hilbert_order(length), pattern.ordered(), []
+def _curve_lines(cuts: tuple[int, ...], pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
+    ordered, lines = pattern.ordered(), []
+    documents = [(begin, _curve(end - begin)) for begin, end in pairwise(cuts) if begin < end]
     for (sets, hides_later), members in _kinds(pattern).items():
         branches = tuple(ordered[i] for i in members)
         if hides_later:
             branches = tuple(replace(branch, is_causal=False) for branch in branches)
-        tokens = curve if sets is None else sorted_sets(curve, *sets)
+        places = [begin + (curve if sets is None else sorted_sets(curve, *sets)) for begin, curve in documents]
+        tokens = torch.cat(places) if places else torch.empty(0, dtype=torch.long)
         drawn = Pattern(branches, pattern.multiplicity)
         lines.append(Line(drawn, members, tokens.to(device), inverse_order(tokens).to(device), hides_later))
     return tuple(lines)
