@@ -44,6 +44,7 @@ def test_a_machine_is_shown(capsys, monkeypatch):
     assert "exact" not in shown
 
 
+@pytest.mark.long
 def test_two_ranks_are_checked(capsys):
     assert main(["doctor", "--ranks", "2", "--backend", "gloo"]) == 0
     shown = capsys.readouterr().out

@@ -49,6 +49,7 @@ def verdicts(rank, world):
     return found
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:the module computes")
 def test_wrong_examples_are_found_and_right_ones_are_not(trainers):
     _, blocks = examples()

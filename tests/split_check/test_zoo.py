@@ -11,12 +11,8 @@ from test_split_check import batch_of, connected
 from lightning_longnet import check_split, hand_down
 from lightning_longnet.split_check import ranks as ranks_of_check
 
-# one of each kind of thing in the quick tests
-QUICK_RIGHT = [zoo.Popping, zoo.Compiled, zoo.FormerWeightNorm, zoo.KeepsContext, zoo.Strided, zoo.Hooked, zoo.Noisy]
-QUICK_RIGHT += [zoo.Root, zoo.RootOfWeight, zoo.Transposed, zoo.OwnCollectives, zoo.Marked, zoo.SignalFirst]
-QUICK_RIGHT += [zoo.EqualPartsOnly, zoo.InBfloat16, zoo.Hopeless]
+# its own collectives count positions in the order of the ranks, which is wrong with zigzag
 RIGHT_IN_ANY_ORDER = [kind for kind in zoo.RIGHT if kind is not zoo.OwnCollectives]
-QUICK_WRONG = [zoo.SmoothedMean, zoo.CompiledAttention, zoo.DropsPathsAndMixes, zoo.BalancedByParts, zoo.SummedGradient]
 
 
 def states(module):
@@ -64,10 +60,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:the split check is inconclusive"
 @pytest.mark.parametrize(
     ("world", "size", "kinds", "placement"),
     [
-        (2, 2, QUICK_RIGHT, "contiguous"),
         pytest.param(2, 2, zoo.RIGHT, "contiguous", marks=pytest.mark.long),
-        pytest.param(2, 2, RIGHT_IN_ANY_ORDER, "zigzag", marks=pytest.mark.long),
-        pytest.param(3, 3, zoo.RIGHT, "contiguous", marks=pytest.mark.long),
+        pytest.param(2, 2, RIGHT_IN_ANY_ORDER, "zigzag", marks=pytest.mark.full),
+        pytest.param(3, 3, zoo.RIGHT, "contiguous", marks=pytest.mark.full),
         pytest.param(4, 2, zoo.RIGHT, "contiguous", marks=pytest.mark.long),
     ],
 )
@@ -83,10 +78,9 @@ def test_no_right_module_is_accused(trainers, world, size, kinds, placement):
 @pytest.mark.parametrize(
     ("world", "size", "kinds", "placement"),
     [
-        (2, 2, QUICK_WRONG, "contiguous"),
         pytest.param(2, 2, zoo.WRONG, "contiguous", marks=pytest.mark.long),
-        pytest.param(2, 2, zoo.WRONG, "zigzag", marks=pytest.mark.long),
-        pytest.param(3, 3, zoo.WRONG, "contiguous", marks=pytest.mark.long),
+        pytest.param(2, 2, zoo.WRONG, "zigzag", marks=pytest.mark.full),
+        pytest.param(3, 3, zoo.WRONG, "contiguous", marks=pytest.mark.full),
         pytest.param(4, 2, zoo.WRONG, "contiguous", marks=pytest.mark.long),
     ],
 )
@@ -97,6 +91,7 @@ def test_each_wrong_module_is_found(trainers, world, size, kinds, placement):
         assert verdict.kind == "different", (name, verdict)
 
 
+@pytest.mark.long
 def test_a_rank_that_leaves_its_step_is_a_verdict_on_all(trainers):
     for found in trainers.run(2, verdicts, 2, [zoo.NoneWithoutLabels, zoo.Popping], "contiguous", 2.0):
         assert found["NoneWithoutLabels"].kind == "different"

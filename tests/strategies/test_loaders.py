@@ -152,7 +152,8 @@ def test_validation_within_training_is_compared_too(trainers, kind):
     assert len(set(message_of(trainers, kind, 1, "late validation"))) == 1
 
 
-@pytest.mark.parametrize("stage", tiered(["fit", "validate", "predict"], quick=["fit"]))
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
 def test_groups_that_gather_parameters_need_equally_many_batches(trainers, stage):
     for message in message_of(trainers, "short", 1, stage, "ddp" if stage == "fit" else "fsdp2", 2, world=4):
         assert "end after 2" in message
@@ -230,7 +231,7 @@ def fit_epochs(rank, world, settings):
     [
         ({}, (2 + 2 * 6, 6)),
         # a rank that would have more does not matter where the run ends before
-        ({"limit_train_batches": 3, "num_sanity_val_steps": 0}, (2 * 6, 6)),
+        pytest.param({"limit_train_batches": 3, "num_sanity_val_steps": 0}, (2 * 6, 6), marks=pytest.mark.long),
         pytest.param({"max_steps": 3, "limit_val_batches": 0}, (3, 3), marks=pytest.mark.long),
         pytest.param({"max_steps": 2, "limit_val_batches": 0, "max_epochs": -1}, (2, 2), marks=pytest.mark.long),
     ],

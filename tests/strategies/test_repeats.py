@@ -78,9 +78,7 @@ def wanted(trainers, model):
 CASES = list(product(["ddp", "fsdp2", "hsdp", "deepspeed_stage_1", "deepspeed_stage_3"], ["2x1", "2x2"]))
 
 
-@pytest.mark.parametrize(
-    ("sharding", "mesh"), tiered(CASES, quick=[("ddp", "2x1"), ("fsdp2", "2x2"), ("deepspeed_stage_3", "2x1")])
-)
+@pytest.mark.parametrize(("sharding", "mesh"), tiered(CASES, quick=[("ddp", "2x1"), ("fsdp2", "2x2")]))
 def test_metrics_are_exact_where_samples_do_not_divide(trainers, deepspeed_trainers, sharding, mesh):
     world, size = MESHES[mesh]
     workers = deepspeed_trainers(world) if sharding.startswith("deepspeed") else trainers
