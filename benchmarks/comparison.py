@@ -11,8 +11,6 @@ longer.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 from cProfile import Profile
@@ -24,7 +22,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from callbacks import Model, Timed
-from machine import described
+from machine import described, run
 from ranks import on_ranks
 from torch.utils.data import DataLoader
 
@@ -156,15 +154,5 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--table", action="store_true", help="print the committed result")
-    arguments = parser.parse_args()
-    if not arguments.table:
-        RESULT.write_text(json.dumps(measured(arguments.rounds), indent=1) + "\n")
-    print(table(json.loads(RESULT.read_text())))
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, RESULT, measured, table, rounds=5)  # --rounds, --table

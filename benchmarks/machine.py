@@ -1,7 +1,9 @@
-"""The description of the machine and versions of a result, and measurements of memory and speed."""
+"""The description of the machine and versions of a result, measurements of memory and speed, and the command line."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import statistics
@@ -83,3 +85,20 @@ def allocated(call: Callable[[], Any], device: torch.device | None = None) -> in
         held += event.nbytes()
         most = max(most, held)
     return most
+
+
+def run(
+    documentation: str | None,
+    result: Path,
+    measured: Callable[[int], Any],
+    table: Callable[[Any], str],
+    rounds: int,
+) -> None:
+    """Measure, write the result and print its table; with `--table` print that of the committed result alone."""
+    parser = argparse.ArgumentParser(description=(documentation or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--table", action="store_true", help="print the committed result")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        result.write_text(json.dumps(measured(arguments.rounds), indent=1) + "\n")
+    print(table(json.loads(result.read_text())))

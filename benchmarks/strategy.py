@@ -10,8 +10,6 @@ do not depend on the load of the machine.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from cProfile import Profile
 from pathlib import Path
@@ -22,7 +20,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from machine import described
+from machine import described, run
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -188,15 +186,5 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--table", action="store_true", help="print the committed result")
-    arguments = parser.parse_args()
-    if not arguments.table:
-        RESULT.write_text(json.dumps(measured(arguments.rounds), indent=1) + "\n")
-    print(table(json.loads(RESULT.read_text())))
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, RESULT, measured, table, rounds=7)  # --rounds, --table

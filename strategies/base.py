@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.parallel.shard import SequenceShard
 
-_EVALUATED_BATCHES = 2**32  # more batches than an evaluation has
-
 
 class _ByEngine:
     """Makes an instance of the engine's class.
@@ -124,7 +122,6 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()
         self._first_batches = FirstBatchCheck(split_check)
-        self._evaluated = 0  # batches of the evaluation that runs
         self._repeats = RepeatWarning()
         self._start_engine(engine_options(self.stock, engine or {}), process_group_backend)
         self._accelerator, self.parallel_devices = accelerator, parallel_devices
@@ -271,35 +268,6 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
             check_means(context.window.means - means)
         return output
 
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._begin_evaluation()
-        return super().validation_step(*args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._begin_evaluation()
-        return super().test_step(*args, **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._begin_evaluation()
-        return super().predict_step(*args, **kwargs)
-
-    def _begin_evaluation(self) -> None:
-        """Begin a step for a batch of evaluation, for models that drop there too.
-
-        Its number is negative, so that what is dropped is that of no training step, and depends on the training so far
-        and on the batches of this evaluation: a run that is resumed repeats it.
-        """
-        assert self.lightning_module is not None
-        trained = self.lightning_module.trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        self._evaluated += 1
-        self.sequence_context.begin_step(-(trained * _EVALUATED_BATCHES + self._evaluated))
-
-    def _end_batches(self) -> None:
-        """End the last batch of a loop, and its step."""
-        self._evaluated = 0
-        self.sequence_context.begin(None)
-        self.sequence_context.begin_step(None)
-
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
         assert self.lightning_module is not None
@@ -316,22 +284,6 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
         if gathers_parameters(self.sharding):
             batches = self.lightning_module.trainer.predict_loop.max_batches
             check_predicted_batches(self.sequence_context, self.sharding, batches)
-
-    def on_train_end(self) -> None:
-        self._end_batches()
-        super().on_train_end()
-
-    def on_validation_end(self) -> None:
-        self._end_batches()
-        super().on_validation_end()
-
-    def on_test_end(self) -> None:
-        self._end_batches()
-        super().on_test_end()
-
-    def on_predict_end(self) -> None:
-        self._end_batches()
-        super().on_predict_end()
 
     def teardown(self) -> None:
         self._end_batches()

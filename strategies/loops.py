@@ -7,15 +7,23 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.strategies import ParallelStrategy
 
 if TYPE_CHECKING:
+    from lightning_longnet.sequence.context import SequenceContext
     from lightning_longnet.strategies.loaders import LoaderWatch
     from lightning_longnet.strategies.samplers import RepeatWarning
 
+_EVALUATED_BATCHES = 2**32  # more batches than an evaluation has
+
 
 class WatchedLoops(ParallelStrategy):
-    """Lets no step begin before the batches of all ranks are compared, and warns of samples that are repeated."""
+    """Lets no step begin before the batches of all ranks are compared, and warns of samples that are repeated.
 
+    It also begins the steps of evaluation, and ends the last batch of each loop.
+    """
+
+    sequence_context: SequenceContext
     _loaders: LoaderWatch | None = None  # made when the ranks are connected
     _repeats: RepeatWarning
+    _evaluated = 0  # batches of the evaluation that runs
 
     def process_dataloader(self, dataloader: object) -> object:
         self._repeats.of(dataloader)
@@ -52,13 +60,47 @@ class WatchedLoops(ParallelStrategy):
         return super().training_step(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._await_others()
+        self._begin_evaluation()
         return super().validation_step(*args, **kwargs)
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._await_others()
+        self._begin_evaluation()
         return super().test_step(*args, **kwargs)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._await_others()
+        self._begin_evaluation()
         return super().predict_step(*args, **kwargs)
+
+    def _begin_evaluation(self) -> None:
+        """Begin a step for a batch of evaluation, for models that drop there too.
+
+        Its number is negative, so that what is dropped is that of no training step, and depends on the training so far
+        and on the batches of this evaluation: a run that is resumed repeats it.
+        """
+        assert self.lightning_module is not None
+        trained = self.lightning_module.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        self._evaluated += 1
+        self.sequence_context.begin_step(-(trained * _EVALUATED_BATCHES + self._evaluated))
+        self._await_others()
+
+    def _end_batches(self) -> None:
+        """End the last batch of a loop, and its step."""
+        self._evaluated = 0
+        self.sequence_context.begin(None)
+        self.sequence_context.begin_step(None)
+
+    def on_train_end(self) -> None:
+        self._end_batches()
+        super().on_train_end()
+
+    def on_validation_end(self) -> None:
+        self._end_batches()
+        super().on_validation_end()
+
+    def on_test_end(self) -> None:
+        self._end_batches()
+        super().on_test_end()
+
+    def on_predict_end(self) -> None:
+        self._end_batches()
+        super().on_predict_end()

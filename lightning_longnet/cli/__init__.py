@@ -15,6 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from lightning_longnet.cli.nearest import nearest
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if command not in TRAINER_COMMANDS and command not in COMMANDS:
         names = [*TRAINER_COMMANDS, *COMMANDS]
-        return _refuse(f"no command {command!r}{_question(command, names)}; there are {', '.join(names)}")
+        return _refuse(f"no command {command!r}{nearest(command, names, 0.75, ',')}; there are {', '.join(names)}")
     try:
         if command in TRAINER_COMMANDS:
             from lightning_longnet.cli.trainer import run_trainer
@@ -88,7 +90,7 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
     takes_overrides = getattr(module, "TAKES_OVERRIDES", False)
     for word in others:
         name = word.partition("=")[0]
-        question = _question(name, [*parser._option_string_actions]) if name.startswith("--") else ""
+        question = nearest(name, parser._option_string_actions, 0.75, ",") if name.startswith("--") else ""
         if not takes_overrides or (question and "." not in name):
             parser.error(f"no option {name}{question}" if name.startswith("-") else f"unrecognized argument: {word}")
     if takes_overrides:
@@ -101,14 +103,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"longnet: error: {message}; {self.prog} --help tells more\n")
-
-
-def _question(name: str, names: Sequence[str]) -> str:
-    """Return the question whether the nearest of `names` was meant, or an empty text where none is near."""
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, names, 1, 0.75)
-    return f", did you mean {near[0]}?" if near else ""
 
 
 def usage() -> str:

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import Strategy
 import lightning_longnet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 _BASES = (L.LightningModule, L.LightningDataModule, Callback, Strategy, Logger)
 
@@ -38,12 +38,6 @@ def class_of(path: str, base: type) -> Any:
     if isinstance(value, type) and not issubclass(value, base):
         raise ValueError(f"model must be the path of a {base.__name__}, got {path!r}, which is none")
     return value
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """Return the question whether the nearest of `names` was meant, or an empty text where none is near."""
-    near = get_close_matches(name, names, 1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def nearest_class(path: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from jsonargparse import Namespace
 
 from lightning_longnet.attention.pattern.pattern import Branch, Pattern
-from lightning_longnet.cli.classes import nearest
+from lightning_longnet.cli.nearest import nearest
 from lightning_longnet.cli.trainer import TrainerCLI
 from lightning_longnet.models.longnet import LongNetConfig
 from lightning_longnet.planning.job import Job

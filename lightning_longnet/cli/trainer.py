@@ -23,9 +23,10 @@ import lightning_longnet.training.module
 import lightning_longnet.training.vision_module  # noqa: F401  short names in YAML are those of classes that are loaded
 from lightning_longnet.callbacks import PredictedTexts
 from lightning_longnet.checkpointing.checkpoints import refusal
-from lightning_longnet.cli.classes import class_of, nearest
+from lightning_longnet.cli.classes import class_of
 from lightning_longnet.cli.given import config_files, content
 from lightning_longnet.cli.mistakes import explained
+from lightning_longnet.cli.nearest import nearest
 from lightning_longnet.registration import DEFAULT, NAMES
 
 if TYPE_CHECKING:

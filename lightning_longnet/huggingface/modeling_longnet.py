@@ -101,7 +101,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
 
         x = self.model.scale_embeddings(self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
         config = self.model.config
-        # a curve depends on the length of the document, and layers of one's own may read what follows a token
+        # a curve depends on the length of its document, and a custom layer may read what follows a token
         separates = config.attention is not None or config.layer_ordering != "raster"
         rows = token_rows(x, attention_mask, position_ids, separates_padding=separates)
         states: list[Tensor] | None = [] if output_hidden_states else None

@@ -125,7 +125,7 @@ class BatchSplitter:
     def _keep_masks(self, parts: Mapping[str, Tensor]) -> None:
         """Keep the documents and the padding of this rank's tokens, which the batch's own shard is made with.
 
-        They are copies: whoever changes the batch's tensors in place does not change its shard.
+        They are copies, so that a change of the batch's tensors in place does not change its shard.
         """
         documents, mask = parts.get("documents"), parts.get("attention_mask")
         self.current.documents = None if documents is None else documents.clone()

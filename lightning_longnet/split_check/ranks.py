@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from lightning_longnet.sequence.agreement import device_of
+from lightning_longnet.sequence.position import world_group
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -126,5 +129,5 @@ def is_first() -> bool:
 
 def group_device() -> torch.device:
     """Return the device of the tensors that the group of all ranks takes."""
-    is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
-    return torch.device("cuda" if is_nccl else "cpu")
+    group = world_group()
+    return torch.device("cpu") if group is None else device_of(group)

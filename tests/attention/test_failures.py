@@ -249,7 +249,7 @@ def test_a_fault_of_each_kind_is_told(spent):
     check_later(first, second, seconds, "pattern")
     check_failing(found[2][0], found[3][0], "a kernel's forward")
     check_apart(found[4][0], found[5][0])
-    assert all("of 2, backward of call" in told for told, _ in found[6:]), found[6:]
+    assert all("of 2, backward of call" in message for message, _ in found[6:]), found[6:]
 
 
 def forgotten(group):

@@ -81,10 +81,10 @@ def test_mistakes_are_one_line(capsys, words, message):
 
 
 def test_the_number_of_ranks_is_that_of_the_launcher(capsys, monkeypatch):
-    told = {"RUN_ID": "x", "USE_AGENT_STORE": "True"}
-    told = {f"TORCHELASTIC_{name}": value for name, value in told.items()}
-    told |= {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    for name, value in {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+    environment = {"RUN_ID": "x", "USE_AGENT_STORE": "True"}
+    environment = {f"TORCHELASTIC_{name}": value for name, value in environment.items()}
+    environment |= {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert main(["doctor", "--ranks", "2"]) == 2
     assert "--ranks must be the number that torchrun has started, 4, got 2" in capsys.readouterr().err

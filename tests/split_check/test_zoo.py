@@ -5,14 +5,16 @@ import random
 import numpy as np
 import pytest
 import torch
-import zoo
+from right_modules import RIGHT, OwnCollectives, Popping
 from test_split_check import batch_of, connected
+from wrong_modules import WRONG, LockOfFirst, NoneWithoutLabels
+from zoo import DIMS
 
 from lightning_longnet import check_split, hand_down
 from lightning_longnet.split_check import ranks as ranks_of_check
 
 # its own collectives count positions in the order of the ranks, which is wrong with zigzag
-RIGHT_IN_ANY_ORDER = [kind for kind in zoo.RIGHT if kind is not zoo.OwnCollectives]
+RIGHT_IN_ANY_ORDER = [kind for kind in RIGHT if kind is not OwnCollectives]
 
 
 def states(module):
@@ -44,7 +46,7 @@ def verdicts(rank, world, size, kinds, placement="contiguous", patience=30.0):
         module_before = states(module)
         generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
         found[kind.__name__] = check_split(
-            module, lambda copy, part: copy.step(part), batch, context, action="warn", sequence_dims=zoo.DIMS
+            module, lambda copy, part: copy.step(part), batch, context, action="warn", sequence_dims=DIMS
         )
         same(module_before, states(module))
         assert torch.equal(torch.get_rng_state(), generators[0])
@@ -60,16 +62,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:the split check is inconclusive"
 @pytest.mark.parametrize(
     ("world", "size", "kinds", "placement"),
     [
-        pytest.param(2, 2, zoo.RIGHT, "contiguous", marks=pytest.mark.long),
+        pytest.param(2, 2, RIGHT, "contiguous", marks=pytest.mark.long),
         pytest.param(2, 2, RIGHT_IN_ANY_ORDER, "zigzag", marks=pytest.mark.full),
-        pytest.param(3, 3, zoo.RIGHT, "contiguous", marks=pytest.mark.full),
-        pytest.param(4, 2, zoo.RIGHT, "contiguous", marks=pytest.mark.long),
+        pytest.param(3, 3, RIGHT, "contiguous", marks=pytest.mark.full),
+        pytest.param(4, 2, RIGHT, "contiguous", marks=pytest.mark.long),
     ],
 )
 def test_no_right_module_is_accused(trainers, world, size, kinds, placement):
+    expected = {kind.__name__: getattr(kind, "KIND", "equal") for kind in kinds}
     for found in trainers.run(world, verdicts, size, kinds, placement):
         for name, verdict in found.items():
-            kind = getattr(getattr(zoo, name), "KIND", "equal")
+            kind = expected[name]
             assert verdict.kind in (kind, "equal" if kind == "inconclusive" else kind), (name, verdict)
             if verdict.kind == "equal":
                 assert verdict.error < 1e-5, (name, verdict)
@@ -78,10 +81,10 @@ def test_no_right_module_is_accused(trainers, world, size, kinds, placement):
 @pytest.mark.parametrize(
     ("world", "size", "kinds", "placement"),
     [
-        pytest.param(2, 2, zoo.WRONG, "contiguous", marks=pytest.mark.long),
-        pytest.param(2, 2, zoo.WRONG, "zigzag", marks=pytest.mark.full),
-        pytest.param(3, 3, zoo.WRONG, "contiguous", marks=pytest.mark.full),
-        pytest.param(4, 2, zoo.WRONG, "contiguous", marks=pytest.mark.long),
+        pytest.param(2, 2, WRONG, "contiguous", marks=pytest.mark.long),
+        pytest.param(2, 2, WRONG, "zigzag", marks=pytest.mark.full),
+        pytest.param(3, 3, WRONG, "contiguous", marks=pytest.mark.full),
+        pytest.param(4, 2, WRONG, "contiguous", marks=pytest.mark.long),
     ],
 )
 def test_each_wrong_module_is_found(trainers, world, size, kinds, placement):
@@ -93,13 +96,13 @@ def test_each_wrong_module_is_found(trainers, world, size, kinds, placement):
 
 @pytest.mark.long
 def test_a_rank_that_leaves_its_step_is_a_verdict_on_all(trainers):
-    for found in trainers.run(2, verdicts, 2, [zoo.NoneWithoutLabels, zoo.Popping], "contiguous", 2.0):
+    for found in trainers.run(2, verdicts, 2, [NoneWithoutLabels, Popping], "contiguous", 2.0):
         assert found["NoneWithoutLabels"].kind == "different"
         assert "one waits for a message of others" in found["NoneWithoutLabels"].message
         assert found["Popping"].kind == "equal"  # the groups of the run are as they were
 
 
 def test_a_module_that_is_copied_on_some_ranks_only(trainers):
-    for found in trainers.run(2, verdicts, 2, [zoo.LockOfFirst]):
+    for found in trainers.run(2, verdicts, 2, [LockOfFirst]):
         assert found["LockOfFirst"].kind == "not checked"
         assert "no copies" in found["LockOfFirst"].message
