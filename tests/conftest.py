@@ -42,10 +42,16 @@ def pool():
 
 
 @pytest.fixture(scope="session")
-def trainers():
+def checks_splits(request):
+    """Whether the runs of tests check how they are split: in `make test` those alone that test it."""
+    return request.config.getoption("--draws") != "few"
+
+
+@pytest.fixture(scope="session")
+def trainers(checks_splits):
     from trainers import Trainers
 
-    with closing(Trainers(4)) as found:
+    with closing(Trainers(4, checks_splits=checks_splits)) as found:
         yield found
 
 

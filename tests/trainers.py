@@ -5,9 +5,14 @@ import os
 from workers import Workers, answer, free_port
 
 
-def _work(rank, stays, pipe):
+def _work(rank, stays, checks_splits, pipe):
     import torch
     import torch.distributed as dist
+
+    from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+    if not checks_splits:
+        RingSequenceParallelStrategy.__init__.__kwdefaults__["split_check"] = "off"
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN, as in the session itself
@@ -29,11 +34,12 @@ def _work(rank, stays, pipe):
 class Trainers(Workers):
     """Functions are given their rank, the number of ranks, and their arguments.
 
-    With `stays_connected` a world is always of all processes, and lasts: DeepSpeed keeps groups in globals.
+    With `stays_connected` a world is always of all processes, and lasts: DeepSpeed keeps groups in globals.  Without
+    `checks_splits` the split check of strategies is off unless a test asks for it: it takes as long as a short run.
     """
 
-    def __init__(self, ranks, stays_connected=False):
-        super().__init__(ranks, _work, stays_connected)
+    def __init__(self, ranks, stays_connected=False, checks_splits=True):
+        super().__init__(ranks, _work, stays_connected, checks_splits)
         self.stays_connected, self.port = stays_connected, free_port()
 
     def case(self, world, function, arguments):

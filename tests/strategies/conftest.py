@@ -5,9 +5,13 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def deepspeed_trainers():
+def deepspeed_trainers(checks_splits):
     """Of a number of processes."""
     from trainers import Trainers
 
     with ExitStack() as stack:
-        yield cache(lambda ranks: stack.enter_context(closing(Trainers(ranks, stays_connected=True))))
+        yield cache(
+            lambda ranks: stack.enter_context(
+                closing(Trainers(ranks, stays_connected=True, checks_splits=checks_splits))
+            )
+        )

@@ -1,5 +1,6 @@
 """The split check of a strategy: a wrong module ends before its first step, whatever the engine, and says where."""
 
+import inspect
 import logging
 import os
 import threading
@@ -71,6 +72,7 @@ def fit(rank, world, kind, sharding, manual=False, validates=False, module=None,
     """(steps of the module, lines of the log that speak of the check)"""
     from lightning_longnet.strategies import RingSequenceParallelStrategy
 
+    told = {"split_check": "error", **told}  # the default, which `make test` turns off
     if sharding.startswith("deepspeed"):
         told = {"engine": SMALL_BUCKETS, **told}
     torch.manual_seed(rank)
@@ -95,6 +97,13 @@ def fit(rank, world, kind, sharding, manual=False, validates=False, module=None,
     spoken = [line for line in lines.lines if line.startswith("split check")]
     spoken += [str(each.message) for each in raised if "parts of sequences" in str(each.message)]
     return getattr(module, "steps", None), spoken
+
+
+def test_the_check_is_on_by_default():
+    from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+    assert inspect.signature(RingSequenceParallelStrategy).parameters["split_check"].default == "error"
+    assert RingSequenceParallelStrategy()._first_batches.action == "error"
 
 
 @pytest.mark.parametrize("sharding", tiered(ENGINES, quick=["fsdp2"]))
@@ -255,7 +264,7 @@ def of_validated(rank, world, counts_once):
 
     lines, logger = Lines(), logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addHandler(lines)
-    trainer = trainer_of(RingSequenceParallelStrategy(2, "fsdp2"), world)
+    trainer = trainer_of(RingSequenceParallelStrategy(2, "fsdp2", split_check="error"), world)
     trainer.validate(Validated(counts_once), [rows(), rows()], verbose=False)
     logger.removeHandler(lines)
     return [line for line in lines.lines if line.startswith("split check")]
