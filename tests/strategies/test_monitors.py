@@ -100,6 +100,7 @@ def test_bytes_are_those_on_the_wire_and_those_of_the_plan(trainers, mesh, excha
         assert figures["hidden_share"] == pytest.approx(1 - figures["waited_seconds"] / figures["flight_seconds"])
 
 
+@pytest.mark.long
 def test_packed_documents_are_predicted_to_the_byte(trainers):
     for found in trainers.run(2, watch, 2, "ddp", sgd, LENGTH, True):
         figures = last(found)
