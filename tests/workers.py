@@ -1,8 +1,13 @@
 """Worker processes of tests over ranks: started once, and handed many cases."""
 
+import faulthandler
 import multiprocessing
 import socket
 import traceback
+from multiprocessing.connection import wait
+from time import monotonic
+
+import pytest
 
 PATIENCE = 180  # seconds for one case
 PRELOADED = ["torch", "torch.distributed", "lightning_longnet.attention", "lightning.pytorch", "lightning.pytorch.cli"]
@@ -23,6 +28,8 @@ def free_port():
 
 def answer(pipe, function, *arguments):
     """What a worker does with a case."""
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # says where a worker crashed
     try:
         pipe.send((True, function(*arguments)))
     except Exception as error:  # noqa: BLE001  handed to the test, which raises or expects it
@@ -30,16 +37,24 @@ def answer(pipe, function, *arguments):
 
 
 class Workers:
-    """`run` has the first of them do a case together, and gives back what each returned."""
+    """`run` has the first of them run a case together, and returns what each returned.
+
+    Where a process crashes or does not answer, the case fails, and the next one finds new processes.
+    """
 
     def __init__(self, ranks, work, *arguments):
         """`work(rank, *arguments, pipe)` runs in each of them, and receives cases until there is None."""
+        self.ranks, self.work, self.arguments = ranks, work, arguments
+        self.start()
+
+    def start(self):
         context = forked()
         self.pipes, self.processes = [], []
-        for rank in range(ranks):
+        for rank in range(self.ranks):
             here, there = context.Pipe()
-            process = context.Process(target=work, args=(rank, *arguments, there), daemon=True)
+            process = context.Process(target=self.work, args=(rank, *self.arguments, there), daemon=True)
             process.start()
+            there.close()  # so that the end of the process is the end of the pipe
             self.pipes.append(here)
             self.processes.append(process)
 
@@ -52,17 +67,35 @@ class Workers:
         case = self.case(world, function, arguments)
         for pipe in self.pipes[:world]:
             pipe.send(case)
-        found = []
-        for rank, pipe in enumerate(self.pipes[:world]):
-            assert pipe.poll(PATIENCE), f"rank {rank} of {world} gave no answer in {PATIENCE} s"
-            found.append(pipe.recv())
-        return found
+        found = {}
+        deadline = monotonic() + PATIENCE
+        while len(found) < world:
+            waiting = {pipe: rank for rank, pipe in enumerate(self.pipes[:world]) if rank not in found}
+            ready = wait(waiting, max(0, deadline - monotonic()))
+            if not ready:
+                self.restart()
+                pytest.fail(f"no answer from ranks {sorted(waiting.values())} of {world} in {PATIENCE} s")
+            for pipe in ready:
+                rank = waiting[pipe]
+                try:
+                    found[rank] = pipe.recv()
+                except EOFError:
+                    process = self.processes[rank]
+                    process.join(10)
+                    code = process.exitcode
+                    self.restart()
+                    pytest.fail(f"rank {rank} of {world} ended with exit code {code}; its last lines are in stderr")
+        return [found[rank] for rank in range(world)]
 
     def run(self, world, function, *arguments):
         found = self.outcomes(world, function, *arguments)
         for rank, (is_result, value) in enumerate(found):
             assert is_result, f"rank {rank} of {world} failed:\n{value[2]}"
         return [value for _, value in found]
+
+    def restart(self):
+        self.close(kill=True)
+        self.start()
 
     def close(self, kill=False):
         for pipe, process in zip(self.pipes, self.processes, strict=True):
