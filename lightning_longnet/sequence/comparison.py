@@ -60,26 +60,29 @@ class BatchComparison:
         self.ranks, self.group = ranks, group
         place = (ranks == dist.get_rank()).nonzero()[0].tolist()
         self.row, self.column = place[0], place[1]
-        self._pending: tuple[Any, Tensor, Tensor] | None = None
+        # the tensors of all messages: threads of the group may hold on to them for longer than `wait` takes
+        self._own = torch.zeros(len(Note._fields), dtype=torch.int64, device=device_of(group))
+        self._every = self._own.new_zeros((ranks.numel(), len(self._own)))
+        self._each = list(self._every.unbind())
+        self._work: Any = None
 
     @property
     def is_pending(self) -> bool:
         """Whether a note was sent, and not compared with those of the others."""
-        return self._pending is not None
+        return self._work is not None
 
     def send(self, note: Note) -> None:
         """Begin to exchange notes; each rank sends one."""
-        own = torch.tensor(note, dtype=torch.int64, device=device_of(self.group))
-        every = own.new_empty((self.ranks.numel(), len(note)))
-        work = dist.all_gather(list(every.unbind()), own, group=self.group, async_op=True)
-        self._pending = work, own, every
+        assert self._work is None
+        self._own.copy_(torch.tensor(note))
+        self._work = dist.all_gather(self._each, self._own, group=self.group, async_op=True)
 
     def receive(self) -> Tensor:
         """Wait for the notes of all ranks, and return them: (groups, ranks that share sequences, 3)."""
-        assert self._pending is not None
-        (work, _, every), self._pending = self._pending, None
+        assert self._work is not None
+        work, self._work = self._work, None
         work.wait()
-        notes: Tensor = every.cpu()[self.ranks]
+        notes: Tensor = self._every.cpu()[self.ranks]
         return notes
 
     def check(self, notes: Tensor, fault: str, batches: int, *, is_alike: bool) -> bool:
