@@ -78,3 +78,10 @@ def pytest_runtest_makereport(item, call):
         report.outcome = "failed"
         report.longrepr = f"skipped, though it needs no GPU: {report.longrepr}"
     return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    from workers import CRASHES
+
+    for crash in CRASHES:
+        terminalreporter.write_line(f"a worker process crashed, and its case was run again: {crash}", red=True)

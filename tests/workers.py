@@ -5,11 +5,13 @@ import multiprocessing
 import socket
 import traceback
 from multiprocessing.connection import wait
+from signal import SIGABRT, SIGSEGV
 from time import monotonic
 
 import pytest
 
 PATIENCE = 180  # seconds for one case
+CRASHES = []  # what crashed in native code in this session; the first such case is run again, and the summary names it
 PRELOADED = ["torch", "torch.distributed", "lightning_longnet.attention", "lightning.pytorch", "lightning.pytorch.cli"]
 
 
@@ -36,10 +38,16 @@ def answer(pipe, function, *arguments):
         pipe.send((False, (type(error), str(error), traceback.format_exc())))
 
 
+class CrashError(Exception):
+    """A worker process ended in the middle of a case."""
+
+
 class Workers:
     """`run` has the first of them run a case together, and returns what each returned.
 
-    Where a process crashes or does not answer, the case fails, and the next one finds new processes.
+    Where a process crashes or does not answer, the case fails, and the next one finds new processes.  The first case of
+    a session that SIGABRT or SIGSEGV ends is run again, once, and the summary names it: one session in about twenty has
+    ended with "free(): invalid pointer" in one worker, and the cause is not known.
     """
 
     def __init__(self, ranks, work, *arguments):
@@ -64,6 +72,15 @@ class Workers:
 
     def outcomes(self, world, function, *arguments):
         """(did it return, what it returned or (type, message, traceback)) of each rank."""
+        try:
+            return self.attempt(world, function, *arguments)
+        except CrashError as crash:
+            CRASHES.append(str(crash))
+            if len(CRASHES) > 1 or not any(f"exit code {-code};" in str(crash) for code in (SIGABRT, SIGSEGV)):
+                pytest.fail(str(crash))
+        return self.attempt(world, function, *arguments)
+
+    def attempt(self, world, function, *arguments):
         case = self.case(world, function, arguments)
         for pipe in self.pipes[:world]:
             pipe.send(case)
@@ -84,7 +101,8 @@ class Workers:
                     process.join(10)
                     code = process.exitcode
                     self.restart()
-                    pytest.fail(f"rank {rank} of {world} ended with exit code {code}; its last lines are in stderr")
+                    what = f"rank {rank} of {world} ended with exit code {code}"
+                    raise CrashError(f"{what}; its stack is in stderr ({function.__name__})") from None
         return [found[rank] for rank in range(world)]
 
     def run(self, world, function, *arguments):
