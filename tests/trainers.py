@@ -6,6 +6,8 @@ from workers import Workers, answer, free_port
 
 
 def _work(rank, stays, checks_splits, pipe):
+    import gc
+
     import torch
     import torch.distributed as dist
 
@@ -14,6 +16,7 @@ def _work(rank, stays, checks_splits, pipe):
     if not checks_splits:
         RingSequenceParallelStrategy.__init__.__kwdefaults__["split_check"] = "off"
 
+    is_frozen = False
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN, as in the session itself
     while (case := pipe.recv()) is not None:
@@ -27,6 +30,13 @@ def _work(rank, stays, checks_splits, pipe):
         )
         answer(pipe, function, rank, world, *arguments)
         os.environ.pop("PL_GLOBAL_SEED", None)
+        # a Trainer is part of a cycle: without this, the groups of a hundred cases, with their threads and sockets,
+        # wait for a collection in the middle of another case
+        del function, arguments, case
+        gc.collect()
+        if not is_frozen:  # what the first case loaded stays, and need not be looked at again
+            gc.freeze()
+            is_frozen = True
         if dist.is_initialized() and not stays:
             dist.destroy_process_group()
 
