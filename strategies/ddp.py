@@ -15,7 +15,7 @@ class DDPSequenceParallelStrategy(RingSequenceParallelStrategy, DDPStrategy):
 
     stock = DDPStrategy
 
-    def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+    def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         timeout = timedelta(seconds=self.timeout)
         DDPStrategy.__init__(self, process_group_backend=process_group_backend, timeout=timeout, **engine)
 

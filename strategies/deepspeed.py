@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 
-from lightning_longnet.sequence.agreement import fault_of_first
+from lightning_longnet.sequence.agreement import fault_of_rank_zero
 from lightning_longnet.strategies.averages import has_averages
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 from lightning_longnet.strategies.engines import gathers_parameters
@@ -36,7 +36,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
 
     stock = DeepSpeedStrategy
 
-    def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+    def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         if find_spec("deepspeed") is None:
             raise ModuleNotFoundError(
                 f"sharding {self.sharding!r} needs deepspeed: pip install 'lightning-longnet[deepspeed]', or take "
@@ -116,7 +116,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         path = Path(self.broadcast(checkpoint_path))
         if saved_ranks(path) in (0, self.world_size):
             return super().load_checkpoint(path, weights_only)
-        if fault := fault_of_first(self, lambda: convert(path)):
+        if fault := fault_of_rank_zero(self, lambda: convert(path)):
             raise RuntimeError(f"the checkpoint {path} cannot be made to fit {self.world_size} ranks: {fault}")
         config = self.deepspeed_engine._config
         config.load_universal_checkpoint = True

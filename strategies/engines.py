@@ -37,7 +37,7 @@ _OURS = {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_i
 _OURS |= {"process_group_backend", "data_parallel_size", "tensor_parallel_size", "stage", "zero_optimization"}
 
 
-def engine_class(sharding: str) -> type[RingSequenceParallelStrategy]:
+def strategy_class(sharding: str) -> type[RingSequenceParallelStrategy]:
     """Return the class of a sharding, whose module is imported now: DeepSpeed need not be installed for the others."""
     if sharding not in get_args(Sharding):
         allowed = ", ".join(map(repr, get_args(Sharding)))
@@ -47,7 +47,7 @@ def engine_class(sharding: str) -> type[RingSequenceParallelStrategy]:
     return engine
 
 
-def engine_options(stock: type[ParallelStrategy], options: dict[str, Any]) -> dict[str, Any]:
+def checked_engine_options(stock: type[ParallelStrategy], options: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of the options of Lightning's strategy for an engine, after checking their names."""
     valid = set(signature(stock).parameters) - _OURS
     if "kwargs" in valid:  # which Lightning passes on to DistributedDataParallel

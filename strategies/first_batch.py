@@ -10,7 +10,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_longnet.sequence.attach import hand_down
+from lightning_longnet.sequence.attach import attach_context
 from lightning_longnet.split_check import check_split
 from lightning_longnet.split_check.check import replica_of
 from lightning_longnet.split_check.isolation import StopStep
@@ -72,11 +72,11 @@ class FirstBatchCheck:
             self._replica = None
 
         def attach(copy: nn.Module, its_context: SequenceContext) -> None:
-            hand_down(copy, its_context)
+            attach_context(copy, its_context)
             strategy.sequence_context = its_context  # which a step may ask, too
 
         try:
-            with _kept(trainer):
+            with _trainer_restored(trainer):
                 verdict = check_split(
                     module,
                     _training_step if stage == "training" else _validation_step,
@@ -99,7 +99,7 @@ class FirstBatchCheck:
 
 
 @contextmanager
-def _kept(trainer: Trainer) -> Iterator[None]:
+def _trainer_restored(trainer: Trainer) -> Iterator[None]:
     """Keep a Trainer, its loggers and its optimizers from what a step does with them."""
     attributes = dict(trainer.__dict__)
 
@@ -110,7 +110,7 @@ def _kept(trainer: Trainer) -> Iterator[None]:
     optimizers = list(trainer.optimizers)
     handle = register_optimizer_step_pre_hook(end)
     trainer.loggers = [DummyLogger()]
-    trainer.__dict__["save_checkpoint"] = _nothing
+    trainer.__dict__["save_checkpoint"] = _do_nothing
     try:
         yield
     finally:
@@ -120,7 +120,7 @@ def _kept(trainer: Trainer) -> Iterator[None]:
         trainer.__dict__.update(attributes)
 
 
-def _nothing(*_: Any, **__: Any) -> None:
+def _do_nothing(*_: Any, **__: Any) -> None:
     pass
 
 
@@ -131,14 +131,14 @@ def _stage(trainer: Trainer) -> str:
 
 
 def _training_step(copy: Any, batch: Any) -> Any:
-    return _called(copy, copy.training_step, batch)
+    return _call_step(copy, copy.training_step, batch)
 
 
 def _validation_step(copy: Any, batch: Any) -> Any:
-    return _called(copy, copy.validation_step, batch)
+    return _call_step(copy, copy.validation_step, batch)
 
 
-def _called(copy: Any, step: Callable[..., Any], batch: Any) -> Any:
+def _call_step(copy: Any, step: Callable[..., Any], batch: Any) -> Any:
     """Return the result of a step of a module, called as Lightning calls it."""
     hooks = copy.trainer._data_connector._datahook_selector.get_instance("on_after_batch_transfer")
     owner: Any = hooks if hooks is getattr(copy.trainer, "datamodule", None) else copy

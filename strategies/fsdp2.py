@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_longnet.strategies.averages import averages, has_averages, sharded_state, whole_state
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
-from lightning_longnet.strategies.files import load_file
+from lightning_longnet.strategies.full_checkpoint import load_full_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +41,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
     stock = ModelParallelStrategy
 
-    def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+    def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         options: dict[str, Any] = {
             "process_group_backend": process_group_backend,
             "timeout": timedelta(seconds=self.timeout),
@@ -102,7 +102,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         assert self.model is not None
         assert module is not None
         if path.is_file():
-            checkpoint = load_file(path, self.model, self.optimizers, module.strict_loading, weights_only)
+            checkpoint = load_full_checkpoint(path, self.model, self.optimizers, module.strict_loading, weights_only)
         else:
             checkpoint = super().load_checkpoint(path, weights_only)
         if has_averages(module.trainer):  # the callback loads its average, and the weights again

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Pass:
+class LoopPass:
     """A pass over the batches of a loop.
 
     Attributes:
@@ -39,18 +39,18 @@ class Pass:
     index: int = 0
 
 
-def watch(fetcher: _DataFetcher, end: Callable[[Pass], None]) -> Pass:
+def watch_fetcher(fetcher: _DataFetcher, end: Callable[[LoopPass], None]) -> LoopPass:
     """Return the pass of a loop's fetcher, which from now on calls `end` where it has no further batch."""
     watched: Any = fetcher
     if not hasattr(fetcher, "sequence_pass"):
         fetcher.__class__ = _watched(type(fetcher))
-        watched.sequence_pass, watched.sequence_end = Pass(is_given=True), end
-        _watch_taken(fetcher)
-    found: Pass = watched.sequence_pass
+        watched.sequence_pass, watched.sequence_end = LoopPass(is_given=True), end
+        _watch_iterator(fetcher)
+    found: LoopPass = watched.sequence_pass
     return found
 
 
-class _Taken(_DataFetcherWrapper):
+class _WatchedIterator(_DataFetcherWrapper):
     """The iterator that a step takes its batches from, where it does so itself."""
 
     def __next__(self) -> Any:
@@ -64,20 +64,20 @@ class _Taken(_DataFetcherWrapper):
         return item
 
 
-def _watch_taken(fetcher: _DataFetcher) -> None:
+def _watch_iterator(fetcher: _DataFetcher) -> None:
     if isinstance(fetcher, _DataLoaderIterDataFetcher):
-        fetcher.iterator_wrapper.__class__ = _Taken
+        fetcher.iterator_wrapper.__class__ = _WatchedIterator
 
 
 @cache
 def _watched(kind: type[_DataFetcher]) -> type[_DataFetcher]:
-    """Return a subclass of a class of fetchers that keeps a `Pass`."""
+    """Return a subclass of a class of fetchers that keeps a `LoopPass`."""
 
     class Watched(kind):  # type: ignore[misc, valid-type]
         def __iter__(self) -> Any:
-            self.sequence_pass = Pass()
+            self.sequence_pass = LoopPass()
             made = super().__iter__()
-            _watch_taken(self)
+            _watch_iterator(self)
             return made
 
         def __next__(self) -> Any:
@@ -108,7 +108,7 @@ class LoaderWatch:
 
     def __init__(self, context: SequenceContext, timeout: float, *, gathers: bool) -> None:
         self.context, self.gathers = context, gathers
-        self._fault, self._current = "", Pass()
+        self._fault, self._current = "", LoopPass()
         self._is_alike = False
         self._comparison: BatchComparison | None = None
         if context.mesh is not None and context.sequence_parallel_size > 1 and dist.get_backend() != "fake":
@@ -139,7 +139,7 @@ class LoaderWatch:
             return 0
         return repeated_in(loaders.flattened[dataloader_idx], current.index)
 
-    def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int, current: Pass) -> None:
+    def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int, current: LoopPass) -> None:
         trainer = module.trainer
         if self._comparison is None:
             if current.batches == 1:
@@ -162,7 +162,7 @@ class LoaderWatch:
                 notes, self._fault, self._current.batches, is_alike=self._is_alike
             )
 
-    def end(self, current: Pass) -> None:
+    def end(self, current: LoopPass) -> None:
         """Answer the other ranks where this one has no further batch."""
         self.receive()
         while self._comparison is not None and not current.is_over:
@@ -170,9 +170,9 @@ class LoaderWatch:
             self._comparison.send(Note(ENDED, 0, current.batches))
             self.receive()
 
-    def _pass_of(self, trainer: Trainer) -> Pass | None:
+    def _pass_of(self, trainer: Trainer) -> LoopPass | None:
         fetcher = _fetcher(trainer)
-        return None if fetcher is None else watch(fetcher, self.end)
+        return None if fetcher is None else watch_fetcher(fetcher, self.end)
 
 
 def _fetcher(trainer: Trainer) -> _DataFetcher | None:

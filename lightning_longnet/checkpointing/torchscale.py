@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention.pattern.branch import Ragged, one_of
+from lightning_longnet.attention.pattern.branch import Ragged, check_one_of
 from lightning_longnet.attention.pattern.pattern import Pattern
 from lightning_longnet.checkpointing.checkpoints import read_file
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
@@ -120,7 +120,7 @@ def from_torchscale(
         ragged: "zero_keys" attends to padding as torchscale does, which the weights are trained for; "exact" to tokens
             alone, for further training.  Decoders are the same with both.
     """
-    one_of("ragged", ragged, get_args(Ragged))
+    check_one_of("ragged", ragged, get_args(Ragged))
     roots = _roots(state)
     if len(roots) != 1:
         shown = ", ".join(map(repr, roots)) or "none"

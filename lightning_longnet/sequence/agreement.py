@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Strategy(Protocol):
-    """The part of a Lightning strategy that `fault_of_first` calls."""
+    """The part of a Lightning strategy that `fault_of_rank_zero` calls."""
 
     @property
     def is_global_zero(self) -> bool: ...
@@ -35,7 +35,7 @@ def fault_of(check: Callable[[], Any]) -> str:
     return ""
 
 
-def fault_of_first(strategy: Strategy, attempt: Callable[[], str]) -> str:
+def fault_of_rank_zero(strategy: Strategy, attempt: Callable[[], str]) -> str:
     """Return on all ranks the fault that an attempt of rank 0 returns, or an empty string."""
     fault: str = strategy.broadcast(attempt() if strategy.is_global_zero else "")
     return fault
@@ -53,20 +53,20 @@ def check_same_batch(
         data_group: the ranks that hear of faults in other sequence groups.
         place: this rank's data_parallel_rank, and how many there are.
     """
-    numbers, faults = gathered(torch.tensor([number, bool(fault)]), sequence_group).T.tolist()
+    numbers, faults = all_gather(torch.tensor([number, bool(fault)]), sequence_group).T.tolist()
     others = [rank for rank, each in enumerate(numbers) if each != numbers[0]]
     state = torch.tensor([numbers[0], any(faults) or bool(others)])
-    firsts, wrong = gathered(state, data_group).T.tolist()
+    firsts, wrong = all_gather(state, data_group).T.tolist()
     if fault:
         raise ValueError(fault)
     if others:
-        raise ValueError(difference_of(others, place))
+        raise ValueError(batch_difference(others, place))
     if any(wrong):
-        raise ValueError(strange_group(wrong.index(1)))
+        raise ValueError(other_group_fault(wrong.index(1)))
     warn_of_same_batch(firsts)
 
 
-def difference_of(others: list[int], place: tuple[int, int], detail: str = "") -> str:
+def batch_difference(others: list[int], place: tuple[int, int], detail: str = "") -> str:
     """Return the message where ranks of the sequence group hold other batches than its first."""
     return (
         f"ranks that share sequences must be given the same batches, and ranks {', '.join(map(str, others))} of "
@@ -75,7 +75,7 @@ def difference_of(others: list[int], place: tuple[int, int], detail: str = "") -
     )
 
 
-def strange_group(group: int) -> str:
+def other_group_fault(group: int) -> str:
     """Return the message for the ranks of a group where those of another have a fault."""
     return f"the ranks of data_parallel_rank {group} were given a batch that does not fit: their own messages say why"
 
@@ -90,7 +90,7 @@ def warn_of_same_batch(firsts: list[int]) -> None:
         )
 
 
-def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the x of each rank of a group, (ranks, *x.shape), on the CPU; shapes must be equal."""
     x = x.to(device_of(group))
     parts = x.new_empty((dist.get_world_size(group), *x.shape))

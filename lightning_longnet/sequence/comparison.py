@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.sequence.agreement import device_of, difference_of, strange_group, warn_of_same_batch
-from lightning_longnet.sequence.batches import tensors
+from lightning_longnet.sequence.agreement import batch_difference, device_of, other_group_fault, warn_of_same_batch
+from lightning_longnet.sequence.batches import named_tensors
 from lightning_longnet.sequence.parts import SequencePart
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Note(NamedTuple):
         """Return the note of a batch that fits, and that a loop named `when` is given."""
         if isinstance(batch, SequencePart):
             return cls(state, _number(when), batch.digest())
-        leaves = list(tensors(batch))
+        leaves = list(named_tensors(batch))
         kinds = [(path, tuple(x.shape), x.dtype) for path, x in leaves]
         content = 0
         for _, x in leaves:
@@ -101,14 +101,15 @@ class BatchComparison:
             raise ValueError(fault)
         faulty = ((states & FAULT) != 0).any(1)
         if bool(faulty.any()):
-            raise ValueError(strange_group(int(faulty.nonzero()[0])))
+            raise ValueError(other_group_fault(int(faulty.nonzero()[0])))
         ends = (states & (LAST | ENDED)) != 0
         self._check_ends(ends, states, contents, batches, is_alike=is_alike)
         validates = (states & VALIDATES) != 0
         if bool(validates.any()) and not bool(validates.all()):
+            early = _rank_list(self.ranks[validates].tolist())
             raise ValueError(
-                f"all ranks must begin validation after the same batch, and {_shown(self.ranks[validates].tolist())} "
-                f"would after {batches}, and others not: the lengths of their loaders differ, of which "
+                f"all ranks must begin validation after the same batch, and {early} would after {batches}, and others "
+                f"not: the lengths of their loaders differ, of which "
                 f"val_check_interval may be a share; make them the same, or give a number of batches"
             )
         has_batch = (states & ENDED) == 0
@@ -118,9 +119,9 @@ class BatchComparison:
         place = self.row, len(self.ranks)
         if others:
             is_kind = bool((kinds[self.row] != kinds[self.row, 0]).any())
-            raise ValueError(difference_of(others, place, ", of other names, shapes or types" if is_kind else ""))
+            raise ValueError(batch_difference(others, place, ", of other names, shapes or types" if is_kind else ""))
         if bool((wrong := differs.any(1)).any()):
-            raise ValueError(strange_group(int(wrong.nonzero()[0])))
+            raise ValueError(other_group_fault(int(wrong.nonzero()[0])))
         if batches == 1 and bool(has_batch.all()):
             warn_of_same_batch(contents[:, 0].tolist())
         return bool(ends.all())
@@ -139,9 +140,9 @@ class BatchComparison:
         many = int(contents[first[0], first[1]]) if is_ended else batches
         both = "all ranks" if is_alike else "ranks that share sequences"
         raise ValueError(
-            f"{both} must be given equally many batches, and those of {_shown(ended)} end after {many}, while "
-            f"{_shown(others)} are given more: make the number of samples and the length of an iterable dataset the "
-            f"same for each data_parallel_rank (there are {len(self.ranks)}), or limit the batches to {many}"
+            f"{both} must be given equally many batches, and those of {_rank_list(ended)} end after {many}, while "
+            f"{_rank_list(others)} are given more: make the number of samples and the length of an iterable dataset "
+            f"the same for each data_parallel_rank (there are {len(self.ranks)}), or limit the batches to {many}"
         )
 
 
@@ -169,5 +170,5 @@ def _number(text: str) -> int:
     return int.from_bytes(sha256(text.encode()).digest()[:7], "big")
 
 
-def _shown(ranks: list[int]) -> str:
+def _rank_list(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

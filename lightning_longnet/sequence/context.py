@@ -90,7 +90,7 @@ class SequenceContext(ContextDropout):
             batch: tensors in dictionaries, lists, tuples and dataclasses; or a `SequencePart`.
             sequence_dims: for each name the dimension that is the sequence, or None for a tensor that has none.
                 input_ids, labels, attention_mask, positions and documents are known.  Where all tensors have None the
-                batch stays whole, and the model makes the sequences; see `begin_made`.
+                batch stays whole, and the model makes the sequences; see `begin_sequences`.
         """
         return self._splitter.split(batch, sequence_dims)
 
@@ -98,12 +98,16 @@ class SequenceContext(ContextDropout):
         """Give layers their part of sequences of `length` tokens from now on; whole sequences where it is None."""
         self._splitter.begin(length)
 
-    def begin_made(self, length: int) -> Tensor:
-        """Begin a batch of sequences that a model makes itself of what all ranks of a group hold whole, as of images.
+    def begin_sequences(self, length: int) -> Tensor:
+        """Begin a batch whose sequences the model makes itself from inputs that all ranks of a group hold, as images.
 
         Returns the positions of the tokens that this rank is to make: all of them inside `whole()`.
         """
-        return self._splitter.begin_made(length)
+        return self._splitter.begin_sequences(length)
+
+    def begin_made(self, length: int) -> Tensor:
+        """Call `begin_sequences`, of which this is the former name."""
+        return self.begin_sequences(length)
 
     def whole(self) -> AbstractContextManager[None]:
         """Give layers whole sequences inside the block, each rank its own: to generate text in a callback, say."""
@@ -185,7 +189,7 @@ class SequenceContext(ContextDropout):
         if documents is None and padding is None:
             return self.shard_of() if self.is_split else None
         if current.shard is None:
-            current.shard = self._shards.made(documents, padding) if self.is_split else local_shard(documents, padding)
+            current.shard = self._shards.make(documents, padding) if self.is_split else local_shard(documents, padding)
         return current.shard
 
     def shard_of(self, documents: Tensor | None = None, key_padding_mask: Tensor | None = None) -> SequenceShard:
@@ -300,4 +304,4 @@ class SequenceContext(ContextDropout):
 def _shared_seed(shard: SequenceShard) -> Tensor:
     """Return the seed that the first rank of a shard draws; all ranks draw one, so that generators stay in step."""
     own = int(torch.randint(-(2**63), 2**63 - 1, (), device="cpu"))
-    return torch.tensor(shard.agreed(own, "agrees on a seed")[0], device="cpu")
+    return torch.tensor(shard.exchange_value(own, "agrees on a seed")[0], device="cpu")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _PLAIN_SHARDS = 64  # that are kept, one for each length
 
 
-class _Mask(NamedTuple):
+class _MaskVersion(NamedTuple):
     """A tensor at a moment, or None: it is the same later where neither its memory nor its values have changed.
 
     Torch counts the changes in place of a tensor, but not of one of inference mode, whose values are copied.
@@ -30,12 +30,12 @@ class _Mask(NamedTuple):
     values: Tensor | None
 
     @classmethod
-    def of(cls, x: Tensor | None) -> _Mask:
+    def of(cls, x: Tensor | None) -> _MaskVersion:
         if x is None or not x.is_inference():
             return cls(x, 0 if x is None else x._version, None)
         return cls(x, 0, x.clone())
 
-    def is_still(self, x: Tensor | None) -> bool:
+    def is_unchanged(self, x: Tensor | None) -> bool:
         """Whether this is x as it is now."""
         if self.tensor is None or x is None:
             return self.tensor is x
@@ -46,18 +46,18 @@ class _Mask(NamedTuple):
         return x._version == self.version
 
 
-class _Made(NamedTuple):
+class _CachedShard(NamedTuple):
     """A shard, and the documents and the padding that it was made with."""
 
-    documents: _Mask
-    padding: _Mask
+    documents: _MaskVersion
+    padding: _MaskVersion
     shard: SequenceShard
 
 
-class _Converted(NamedTuple):
+class _CachedConversion(NamedTuple):
     """A mask, and the result of a conversion of it."""
 
-    mask: _Mask
+    mask: _MaskVersion
     into: str
     result: Tensor
 
@@ -66,13 +66,13 @@ class BatchShards:
     """The shards of one batch, each made at its first use by all ranks together."""
 
     def __init__(self) -> None:
-        self._made: list[_Made] = []
-        self._converted: list[_Converted] = []
+        self._shards: list[_CachedShard] = []
+        self._conversions: list[_CachedConversion] = []
 
     @property
     def count(self) -> int:
         """The number of shards that were made."""
-        return len(self._made)
+        return len(self._shards)
 
     def of(self, documents: Tensor | None, padding: Tensor | None, make: Callable[[], SequenceShard]) -> SequenceShard:
         """Return the shard of these tensors as they are now, which `make` makes where there is none on some rank.
@@ -82,23 +82,23 @@ class BatchShards:
         another's have not; so they compare which shard they found, and make one together unless they all found the
         same.
         """
-        index = self._found(documents, padding)
+        index = self._index_of(documents, padding)
         compares = any(x is not None and x.is_inference() for x in (documents, padding))
-        if self._made and compares:  # which is so on all ranks or on none
-            indices = self._made[0].shard.agreed(index, "looks a shard up")
+        if self._shards and compares:  # which is so on all ranks or on none
+            indices = self._shards[0].shard.exchange_value(index, "looks a shard up")
             if any(other != index for other in indices):
                 index = -1
         if index >= 0:
-            return self._made[index].shard
+            return self._shards[index].shard
         shard = make()
-        self._made.append(_Made(_Mask.of(documents), _Mask.of(padding), shard))
+        self._shards.append(_CachedShard(_MaskVersion.of(documents), _MaskVersion.of(padding), shard))
         return shard
 
-    def _found(self, documents: Tensor | None, padding: Tensor | None) -> int:
+    def _index_of(self, documents: Tensor | None, padding: Tensor | None) -> int:
         """Return the index of the shard of these tensors on this rank, the one made last; -1 where there is none."""
-        for index in reversed(range(len(self._made))):
-            made = self._made[index]
-            if made.documents.is_still(documents) and made.padding.is_still(padding):
+        for index in reversed(range(len(self._shards))):
+            made = self._shards[index]
+            if made.documents.is_unchanged(documents) and made.padding.is_unchanged(padding):
                 return index
         return -1
 
@@ -107,11 +107,11 @@ class BatchShards:
 
         `into` names the conversion.
         """
-        for known in self._converted:
-            if known.into == into and known.mask.is_still(mask):
+        for known in self._conversions:
+            if known.into == into and known.mask.is_unchanged(mask):
                 return known.result
         result = convert()
-        self._converted.append(_Converted(_Mask.of(mask), into, result))
+        self._conversions.append(_CachedConversion(_MaskVersion.of(mask), into, result))
         return result
 
 
@@ -132,17 +132,17 @@ class ShardCache:
         assert length is not None
         if documents is not None or key_padding_mask is not None:
             return splitter.current.shards.of(
-                documents, key_padding_mask, lambda: self.made(documents, key_padding_mask)
+                documents, key_padding_mask, lambda: self.make(documents, key_padding_mask)
             )
         if length not in self._plain:
             if len(self._plain) == _PLAIN_SHARDS:
                 self._plain.clear()
-            self._plain[length] = self.made(None, None)
+            self._plain[length] = self.make(None, None)
         shard = self._plain[length]
         shard.begin_batch(splitter.number)
         return shard
 
-    def made(self, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
+    def make(self, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
         """Make a shard of the current batch, as all ranks do together."""
         splitter = self._splitter
         assert splitter.position.sequence_group is not None

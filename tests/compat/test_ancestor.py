@@ -10,7 +10,7 @@ import torch
 from tiers import tiered
 
 import lightning_longnet
-from lightning_longnet import MultiheadDilatedAttention, Pattern, attend, compat, hand_down
+from lightning_longnet import MultiheadDilatedAttention, Pattern, attach_context, attend, compat
 from lightning_longnet.compat import classes
 from lightning_longnet.compat import options as arguments
 
@@ -360,7 +360,7 @@ def on_ranks(group, ring_size):
 
     layer = compat.RingDilatedAttentionHybrid(**BRANCHES, ring_size=ring_size)
     context = made(group)
-    hand_down(layer, context)
+    attach_context(layer, context)
     parts = [context.split({"x": x}, {"x": 1})["x"] for x in drawn()]
     try:
         return context.positions_of(parts[0]), layer(*parts)
@@ -390,7 +390,7 @@ def wrong_on_the_last(group, name, given):
 
     layer = getattr(compat, name)(**BRANCHES, heads=4)
     context = made(group)
-    hand_down(layer, context)
+    attach_context(layer, context)
     parts = [context.split({"x": x}, {"x": 1})["x"] for x in drawn(heads=2 if "heads" in given and group.rank() else 4)]
     given = {name: value for name, value in given.items() if name != "heads"}
     with pytest.raises(ValueError, match=r".") as told:
@@ -411,7 +411,7 @@ def whole_on_ranks(group):
 
     layer = compat.RingDilatedAttentionHybrid(**BRANCHES, ring_size=2)
     context = made(group)
-    hand_down(layer, context)
+    attach_context(layer, context)
     with context.whole():
         return layer(*drawn())
 

@@ -191,7 +191,7 @@ class Comm:
             descriptions = [f"{story}, with ranks {peers}"] * len(works)
         return Pending(list(zip(works, descriptions, strict=True)), (*send.values(), *receive.values()), self)
 
-    def gathered(self, own: Tensor, what: str) -> Tensor:
+    def all_gather(self, own: Tensor, what: str) -> Tensor:
         """Return (ranks, *own.shape): the tensors of all ranks, which must have one shape."""
         self._check_failure()
         everywhere = own.new_empty((self.ranks, *own.shape))

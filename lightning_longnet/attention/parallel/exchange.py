@@ -53,11 +53,11 @@ class Volume(NamedTuple):
 
 
 class RoundWork(NamedTuple):
-    """The cells that a rank receives in one round, by source, and the blocks that it computes with them."""
+    """The number of KV rows that a rank receives in one round, by source, and the blocks that it computes with them."""
 
     received: dict[int, int]
     parts: tuple[Part, ...]
-    keeps: bool
+    saves_rows: bool
 
 
 class RankWork(NamedTuple):
@@ -69,7 +69,7 @@ class RankWork(NamedTuple):
     @property
     def visible_pairs(self) -> int:
         """The pairs that the rank's queries see, a repeated pair as often as branches show it."""
-        parts = (*self.own, *(part for each in self.rounds for part in each.parts))
+        parts = (*self.own, *(part for round_ in self.rounds for part in round_.parts))
         return sum(part.block.pairs * part.block.weight for part in parts)
 
 
@@ -77,14 +77,14 @@ class Footprint(Protocol):
     """The memory that an exchange takes on a rank beside its own q, k, v and results."""
 
     @property
-    def keeps_inputs(self) -> bool:
-        """As that of its `ExchangeCall`."""
+    def saves_inputs(self) -> bool:
+        """The same as `ExchangeCall.saves_inputs`."""
 
-    def kept(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
-        """Return uninitialized tensors like those that the forward keeps for the backward."""
+    def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
+        """Return uninitialized tensors like those that the forward saves for the backward."""
 
-    def cells(self, layers: int) -> int:
-        """Return how many rows of other ranks' key heads so many layers hold at once, to compare ranks by."""
+    def kv_rows(self, layers: int) -> int:
+        """Return the number of KV rows of other ranks that `layers` layers hold at once, for a comparison of ranks."""
 
     def in_flight_bytes(self, q: Tensor, k: Tensor, v: Tensor, *, is_backward: bool) -> int:
         """Return the bytes of messages in both directions while a call runs."""
@@ -94,18 +94,18 @@ class ExchangeCall(Protocol):
     """One forward or one backward of attention on this rank, for samples with the same documents."""
 
     @property
-    def keeps_inputs(self) -> bool:
-        """Whether `kept` holds all inputs of the backward, which then reads only the shapes of q, k and v."""
+    def saves_inputs(self) -> bool:
+        """Whether `saved` holds all inputs of the backward, which then reads only the shapes of q, k and v."""
 
     @property
-    def kept_count(self) -> int:
-        """The number of tensors that the forward keeps for the backward."""
+    def saved_count(self) -> int:
+        """The number of tensors that the forward saves for the backward."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return out (B, L, H, Dv), lse (B, H, L), and the tensors that the backward needs besides."""
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk and dv of the tokens on this rank."""
 
@@ -148,7 +148,7 @@ class RankCall(NamedTuple):
         return self.lines[0]
 
     @property
-    def own_outs(self) -> int:
+    def branch_outs(self) -> int:
         """The number of branches of this line whose own results the backward takes; see `RoundsCall`."""
         return len(self.line.branches) if self.spec.partials > 1 else 0
 

@@ -21,7 +21,7 @@ class RowOrder(Protocol):
     """Brings tensors (B, L, ...) into an order of rows and back."""
 
     @property
-    def keeps(self) -> bool:
+    def saves_rows(self) -> bool:
         """Whether the backward needs the reordered tensors of the forward, since to reorder them again is costly."""
 
     def reorder(self, *tensors: Tensor) -> list[Tensor]:
@@ -36,7 +36,7 @@ class LocalOrder(NamedTuple):
 
     order: Tensor
     inverse: Tensor
-    keeps: bool = False
+    saves_rows: bool = False
 
     @classmethod
     def between(cls, source: Line, target: Line, device: torch.device) -> LocalOrder:
@@ -64,7 +64,7 @@ class RankOrder(NamedTuple):
     comm: Comm
     message: MessageContext
     trade: RowTrade
-    keeps: bool = True
+    saves_rows: bool = True
 
     def reorder(self, *tensors: Tensor) -> list[Tensor]:
         return self._moved(tensors, self.trade.taken, self.trade.placed, "rows into the order")
@@ -125,34 +125,34 @@ class ReorderedCall(NamedTuple):
     returns_lse: bool
 
     @property
-    def keeps_inputs(self) -> bool:
-        return self.order.keeps
+    def saves_inputs(self) -> bool:
+        return self.order.saves_rows
 
     @property
-    def kept_count(self) -> int:
-        return self.inner.kept_count + 5 * self.order.keeps
+    def saved_count(self) -> int:
+        return self.inner.saved_count + 5 * self.order.saves_rows
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         rows = self.order.reorder(q, k, v)
-        out, lse, kept = self.inner.forward(*rows)
+        out, lse, saved = self.inner.forward(*rows)
         (own_out,) = self.order.restore(out)
-        if self.returns_lse or not self.order.keeps:
+        if self.returns_lse or not self.order.saves_rows:
             (wide,) = self.order.restore(lse.transpose(1, 2).unsqueeze(-1))
             own_lse = wide.squeeze(-1).transpose(1, 2).contiguous()
         else:
             own_lse = torch.empty_like(lse)
-        return own_out, own_lse, [*rows, out, lse, *kept] if self.order.keeps else kept
+        return own_out, own_lse, [*rows, out, lse, *saved] if self.order.saves_rows else saved
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.order.keeps:
-            q, k, v, out, lse, *kept = kept
+        if self.order.saves_rows:
+            q, k, v, out, lse, *saved = saved
         else:
             q, k, v, out = self.order.reorder(q, k, v, out)
             (wide,) = self.order.reorder(lse.transpose(1, 2))
             lse = wide.transpose(1, 2)
         (grad,) = self.order.reorder(grad)
-        gradients = self.inner.backward(grad, q, k, v, out, lse, kept)
+        gradients = self.inner.backward(grad, q, k, v, out, lse, saved)
         dq, dk, dv = self.order.restore(*gradients)
         return dq, dk, dv

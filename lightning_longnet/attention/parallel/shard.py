@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lightning_longnet.attention.parallel.comm import Comm
 from lightning_longnet.attention.parallel.placement import Kind, Placement
-from lightning_longnet.attention.plan.documents import changes, cuts_of, pieces_of, placed
+from lightning_longnet.attention.plan.documents import change_points, cuts_of, run_lengths_of, runs_on_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,37 +64,37 @@ class SequenceShard:
         key_padding_mask: Tensor | None = None,
         check: Check = "first",
     ) -> None:
-        self.comm = self._connected(group)
+        self.comm = self._make_comm(group)
         self.rank = self.comm.rank
-        fault = _fault(self.rank, length, placement, documents, key_padding_mask, check)
-        pieces = [None if x is None or fault else pieces_of(x) for x in (documents, key_padding_mask)]
-        self.number = registered(self)
+        fault = _argument_fault(self.rank, length, placement, documents, key_padding_mask, check)
+        runs = [None if x is None or fault else run_lengths_of(x) for x in (documents, key_padding_mask)]
+        self.number = register_shard(self)
         header = [
             0 if fault else length,
             _KINDS.index(placement) if not fault else -1,
-            *(-1 if x is None else len(x) for x in pieces),
+            *(-1 if x is None else len(x) for x in runs),
             int(check == "always"),
-            *(0 if x is None else max(map(len, x), default=0) for x in pieces),
+            *(0 if x is None else max(map(len, x), default=0) for x in runs),
             torch.get_num_threads(),
             self.number,
         ]
-        headers = self._everywhere(header, "makes a shard", fault)
-        self._agree(headers, fault)
+        headers = self._all_gather_values(header, "makes a shard", fault)
+        self._check_headers(headers, fault)
         self.placement = Placement(tuple(h[0] for h in headers), placement)
         self.threads = max(h[7] for h in headers)
         self.comm.shard = headers[0][8]  # ranks number their own shards: all use the number of the first rank
-        ids, padding = (self._shared(x, max(h[5 + i] for h in headers)) for i, x in enumerate(pieces))
+        ids, padding = (self._whole_runs(x, max(h[5 + i] for h in headers)) for i, x in enumerate(runs))
         self.cuts = [(0, self.length)] if ids is None else [cuts_of(row, self.length) for row in ids]
-        self._borders = None if padding is None else [changes(row) for row in padding]
+        self._borders = None if padding is None else [change_points(row) for row in padding]
         self.key_padding_mask = key_padding_mask
         self.calls = 0
         self._check = check
         self._known: set[tuple[Any, ...]] = set()
         self._cache: dict[tuple[Any, ...], Any] = {}
-        self.keeping: dict[str, bool] = {}  # of each spec: whether its calls keep their inputs themselves
+        self.saves_inputs_of: dict[str, bool] = {}  # of each spec: whether its calls keep their inputs themselves
 
     @staticmethod
-    def _connected(group: dist.ProcessGroup | None) -> Comm:
+    def _make_comm(group: dist.ProcessGroup | None) -> Comm:
         """Return the messages of this rank in a group."""
         group = dist.group.WORLD if group is None else group
         if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
@@ -117,8 +117,8 @@ class SequenceShard:
 
     def tokens(self, rank: int | None = None) -> Tensor:
         """Return the index in the whole sequence of each token of a rank, by default of this one."""
-        stretches = self.placement.stretches(self.rank if rank is None else rank)
-        parts = [torch.arange(stretch.begin, stretch.end) for stretch in stretches]
+        chunks = self.placement.chunks(self.rank if rank is None else rank)
+        parts = [torch.arange(chunk.begin, chunk.end) for chunk in chunks]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
 
     @cached_property
@@ -150,20 +150,20 @@ class SequenceShard:
         value: Made = self._cache[key]
         return value
 
-    def keeps_inputs(self, spec: str) -> bool:
+    def saves_inputs(self, spec: str) -> bool:
         """Return whether calls with this spec keep q, k and v themselves, as those of other rows or heads."""
-        return self.keeping.get(spec, False)
+        return self.saves_inputs_of.get(spec, False)
 
     def footprint(self, spec: AttentionSpec) -> Footprint:
         """Return what a call takes in memory: known to the planner's shards, whose calls run on fake tensors."""
         raise NotImplementedError("attention over ranks runs on real tensors; longnet plan runs it on fake ones")
 
-    def check(self, call: Mapping[str, Any], beside: Mapping[str, Any] | None = None, fault: str = "") -> None:
+    def check(self, call: Mapping[str, Any], extra: Mapping[str, Any] | None = None, fault: str = "") -> None:
         """Begin a call and compare it with those of all ranks; a difference raises a ValueError on each that names it.
 
         Args:
             call: values by their names.  Calls with equal values are one kind, which is compared once.
-            beside: more values to compare, which make no kind of their own.
+            extra: more values to compare, which make no kind of their own.
             fault: an error that this rank raises itself.  The others get it where they compare, and the call counts:
                 they must not take the rank's next call for this one.
         """
@@ -172,9 +172,9 @@ class SequenceShard:
         if self._check == "first" and (kind in self._known or (fault and self._known)):
             return
         shared = {"number of the shard": self.comm.shard, "place among the calls": self.call_of(self.calls)}
-        values = {**shared, **call, **(beside or {})}
+        values = {**shared, **call, **(extra or {})}
         digests = [int.from_bytes(sha256(str(value).encode()).digest()[:7], "big") for value in values.values()]
-        everywhere = self._everywhere(digests, "compares a call", fault)
+        everywhere = self._all_gather_values(digests, "compares a call", fault)
         if fault:
             return
         for i, (name, value) in enumerate(values.items()):
@@ -192,18 +192,20 @@ class SequenceShard:
         """
         self.calls = max(self.calls, number * _CALLS)
 
-    def agree(self, verdicts: Sequence[int], fault: str = "") -> list[list[int]]:
+    def exchange_verdicts(self, verdicts: Sequence[int], fault: str = "") -> list[list[int]]:
         """Return the verdicts of all ranks on their kernels; all of them call it together.
 
         A rank with a `fault` raises an error itself; the others then raise one that names the rank.
         """
-        return [theirs[: len(verdicts)] for theirs in self._everywhere(list(verdicts), "agrees on kernels", fault)]
+        return [
+            theirs[: len(verdicts)] for theirs in self._all_gather_values(list(verdicts), "agrees on kernels", fault)
+        ]
 
-    def agreed(self, value: int, step: Agreement) -> list[int]:
+    def exchange_value(self, value: int, step: Agreement) -> list[int]:
         """Return the value of each rank, a number of 64 bits; all of them call it together, for the same step."""
-        return [theirs[0] for theirs in self._everywhere([value], step, "")]
+        return [theirs[0] for theirs in self._all_gather_values([value], step, "")]
 
-    def _everywhere(self, values: list[int], step: str, fault: str) -> list[list[int]]:
+    def _all_gather_values(self, values: list[int], step: str, fault: str) -> list[list[int]]:
         """Return the values of all ranks.
 
         The message names the step, so that ranks in different steps raise an error instead of reading each other's
@@ -212,10 +214,10 @@ class SequenceShard:
         steps = "makes a shard", "compares a call", "agrees on kernels", *get_args(Agreement)
         padded = [steps.index(step), int(bool(fault)), *values] + [0] * (_WORDS - 2 - len(values))
         assert len(padded) == _WORDS
-        everywhere: list[list[int]] = self._gathered(torch.tensor(padded), step).tolist()
+        everywhere: list[list[int]] = self._all_gather(torch.tensor(padded), step).tolist()
         if not fault:
             if faulty := [r for r, theirs in enumerate(everywhere) if theirs[1]]:
-                raise ValueError(_elsewhere(faulty[0]))
+                raise ValueError(_other_rank_fault(faulty[0]))
             if others := [r for r, theirs in enumerate(everywhere) if theirs[0] != padded[0]]:
                 other = f"rank {self.rank} of the group {step}, rank {others[0]} {steps[everywhere[others[0]][0]]}"
                 raise ValueError(f"all ranks of a group must do the same, in one order: {other}")
@@ -224,14 +226,14 @@ class SequenceShard:
     def _texts(self, text: str) -> list[str]:
         """Return the text of each rank, cut to one length."""
         own = text.encode()[:_LETTERS].ljust(_LETTERS)
-        rows = self._gathered(torch.tensor(list(own), dtype=torch.uint8), "compares a call")
+        rows = self._all_gather(torch.tensor(list(own), dtype=torch.uint8), "compares a call")
         return [bytes(row.tolist()).decode(errors="ignore").rstrip() for row in rows]
 
-    def _gathered(self, own: Tensor, step: str) -> Tensor:
+    def _all_gather(self, own: Tensor, step: str) -> Tensor:
         device = "cuda" if dist.get_backend(self.comm.group) == "nccl" else "cpu"
-        return self.comm.gathered(own.to(device), step).cpu()
+        return self.comm.all_gather(own.to(device), step).cpu()
 
-    def _agree(self, headers: Sequence[Sequence[int]], fault: str) -> None:
+    def _check_headers(self, headers: Sequence[Sequence[int]], fault: str) -> None:
         """Raise the error of this rank, or one for arguments that differ between ranks, on every rank."""
         if fault:
             raise ValueError(fault)
@@ -250,24 +252,24 @@ class SequenceShard:
                     f"{name} must be equal on all ranks, got {shown[0]} on rank 0 and {shown[other]} on rank {other}"
                 )
 
-    def _shared(self, own: list[Tensor] | None, width: int) -> list[list[tuple[int, int]]] | None:
+    def _whole_runs(self, own: list[Tensor] | None, width: int) -> list[list[tuple[int, int]]] | None:
         """Return for each row the runs (value, count) along the whole sequence, from each rank's part of them."""
         if own is None:
             return None
         padded = torch.zeros(len(own), width, 2, dtype=torch.int64)
         for row, runs in zip(padded, own, strict=True):
             row[: len(runs)] = runs
-        everywhere = self._gathered(padded, "shares its documents and padding")
+        everywhere = self._all_gather(padded, "shares its documents and padding")
         whole = []
         for row in range(len(own)):
             begun: list[tuple[int, int, int]] = []
             for rank in range(self.placement.ranks):
-                begun += placed(everywhere[rank, row].tolist(), self.placement, rank)
+                begun += runs_on_rank(everywhere[rank, row].tolist(), self.placement, rank)
             whole.append([(value, count) for _, value, count in sorted(begun)])
         return whole
 
 
-def registered(shard: SequenceShard) -> int:
+def register_shard(shard: SequenceShard) -> int:
     """Return the number by which an operator finds a shard in `SHARDS`."""
     number = next(_numbers)
     SHARDS[number] = shard
@@ -275,7 +277,7 @@ def registered(shard: SequenceShard) -> int:
 
 
 @contextmanager
-def reported(shard: SequenceShard | None) -> Iterator[None]:
+def report_errors(shard: SequenceShard | None) -> Iterator[None]:
     """Report an error of this rank to the ranks that wait for it where calls are compared, and raise it here."""
     try:
         yield
@@ -285,11 +287,11 @@ def reported(shard: SequenceShard | None) -> Iterator[None]:
         raise
 
 
-def _elsewhere(rank: int) -> str:
+def _other_rank_fault(rank: int) -> str:
     return f"rank {rank} of the group was given arguments that do not fit, or no memory: its own message says which"
 
 
-def _fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any, check: Any) -> str:
+def _argument_fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any, check: Any) -> str:
     """Return what is wrong with this rank's own arguments, or an empty text."""
     if not isinstance(length, int) or isinstance(length, bool) or length < 0:
         return f"length must be a number of tokens, at least 0, got {length!r} on rank {rank}"

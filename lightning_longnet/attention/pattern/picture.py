@@ -55,14 +55,14 @@ def draw_pattern(pattern: Pattern, length: int | None, heads: int | None, kv_hea
     bar = figure.colorbar(image, ax=axes, ticks=range(most + 1), shrink=0.85, pad=0.02)
     bar.set_label("times counted", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    title = " + ".join(map(_named, pattern.branches)) + (", causal" if pattern.is_causal else "")
+    title = " + ".join(map(_branch_title, pattern.branches)) + (", causal" if pattern.is_causal else "")
     if more := len(alike) - len(shown):
         title += f"   ({more} more kinds of head)"
     figure.suptitle(title, fontsize=9)
     return figure
 
 
-def _named(branch: Branch) -> str:
+def _branch_title(branch: Branch) -> str:
     """Return the short name of a branch for a title."""
     parts = []
     if branch.segment_length is not None or branch.window is None:

@@ -18,9 +18,9 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 from lightning_longnet.attention.plan.block import Block, Part
-from lightning_longnet.attention.plan.gathering import Gathered, gathered
 from lightning_longnet.attention.plan.heads import Starts, lattice_blocks, spacing
 from lightning_longnet.attention.plan.overlap import exclusive_runs, repeats_align, with_repeats
+from lightning_longnet.attention.plan.paged_keys import PagedKeys, merge_stacks
 from lightning_longnet.attention.plan.runs import own_runs, shifted
 
 if TYPE_CHECKING:
@@ -61,18 +61,18 @@ class Plan:
     def queries_once(self) -> bool:
         """Whether each query is in exactly one call of the first branch, so that results are written and not added.
 
-        That holds of kept blocks with gathered keys, though a key is in several of their calls.
+        That holds for paged keys too, though a key is in several of their calls.
         """
         return self.is_partitioned or (
             all(call.queries.step == 1 and call.weight == 1 for call in self.calls[0])
             and sum(call.queries.size for call in self.calls[0]) == self.rows
-            and all(isinstance(call.keys, Gathered) for call in self.calls[0])
+            and all(isinstance(call.keys, PagedKeys) for call in self.calls[0])
         )
 
     @cached_property
     def calls(self) -> tuple[tuple[Block, ...], ...]:
-        """The blocks of each branch as one process runs them, with kept blocks gathered into few calls."""
-        return tuple(gathered(blocks) for blocks in self.branches)
+        """The blocks of each branch as one process runs them, those of a sparsity merged into fewer calls."""
+        return tuple(merge_stacks(blocks) for blocks in self.branches)
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -143,7 +143,7 @@ def _plan(
         # (key head, first rows) of all runs that may be one lattice
         heads_by_shape: dict[tuple[Shape, tuple[int, ...], int], list[tuple[int, Starts]]] = defaultdict(list)
         # Where kept blocks differ between heads, two heads could share lattices of the blocks that both keep.  But the
-        # keys of different lattices cannot be gathered into one call, so each such head gets lattices of its own.
+        # keys of different lattices cannot be merged into one call, so each such head gets separate lattices.
         is_shared = not any(each.sparsity and each.sparsity.varies_over_heads for each in (*earlier, branch))
         for members in _equal_heads((*earlier, branch, *later), kv_heads):
             for shape, starts in _head_runs(branch, earlier, later, members[0], kv_heads, documents):
@@ -212,7 +212,7 @@ def _head_runs(
         if len(parts) == 1 and isinstance(parts[0], range):
             yield shape, parts[0]
             continue
-        if shape.stack is not None:  # gathered later: copied whatever their spacing, and alike for all heads
+        if shape.stack is not None:  # merged later: copied whatever their spacing, and alike for all heads
             yield shape, tuple(sorted(chain.from_iterable(parts)))
             continue
         scattered: list[int] = []

@@ -53,7 +53,7 @@ class Shape(NamedTuple):
         layer: runs of different layers may have rows in common, which one call must not have.
         repeats: which pairs count more than once, where a pair that several branches show is computed once.
         stack: a number if the runs are blocks of a sparsity: two runs of queries with one number are equal or disjoint,
-            so that all keys of the same queries can be gathered into one call.  None for all other runs.
+            so that all keys of the same queries can be merged into one call.  None for all other runs.
     """
 
     queries: int

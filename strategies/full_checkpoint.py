@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-def load_file(
+def load_full_checkpoint(
     path: Path, module: nn.Module, optimizers: Iterable[Optimizer], strict: bool, weights_only: bool | None
 ) -> dict[str, Any]:
     """Load the weights and the optimizers' states, and return the rest of the checkpoint."""
