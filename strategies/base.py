@@ -51,10 +51,10 @@ if TYPE_CHECKING:
 
 
 class _ClassBySharding:
-    """Makes an instance of the engine's class.
+    """A base class whose `__new__` makes an instance of the subclass for the sharding.
 
-    It is a class of its own because a `__new__` of the strategy would hide the arguments of `__init__` from the command
-    line, which reads signatures.
+    A `__new__` of the strategy itself would hide the arguments of `__init__` from the command line, which reads
+    signatures.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops):
         process_group_backend: "gloo" on CPUs and "nccl" on GPUs by default.
     """
 
-    stock: type[ParallelStrategy]  # Lightning's strategy for the engine
+    lightning_class: type[ParallelStrategy]  # Lightning's strategy for this sharding
 
     def __init__(
         self,
@@ -123,13 +123,13 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops):
         self.sequence_context = SequenceContext()
         self._first_batches = FirstBatchCheck(split_check)
         self._repeats = RepeatWarning()
-        self._init_lightning_strategy(checked_engine_options(self.stock, engine or {}), process_group_backend)
+        self._init_lightning_strategy(checked_engine_options(self.lightning_class, engine or {}), process_group_backend)
         self._accelerator, self.parallel_devices = accelerator, parallel_devices
         self.cluster_environment, self._checkpoint_io = cluster_environment, checkpoint_io
         self.precision_plugin = precision_plugin
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
-        """Call the initialiser of the engine's strategy."""
+        """Call the initialiser of `lightning_class` with its options, the argument `engine`."""
         raise NotImplementedError
 
     # Ranks and groups
@@ -230,7 +230,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         module = self.lightning_module
         if module is not None:
-            repeated = 0 if self._loaders is None else self._loaders.take(module, batch, dataloader_idx)
+            repeated = 0 if self._loaders is None else self._loaders.send(module, batch, dataloader_idx)
             dims = checked_dims(getattr(module, "sequence_dims", {}))
             if self._first_batches.is_due(self, module.trainer):
                 if self._loaders is not None:
@@ -304,7 +304,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops):
 def _add_preemption(trainer: Trainer) -> None:
     """Add the callback `Preemption` to a Trainer that has none."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(each, Preemption) for each in callbacks):
+    if any(isinstance(callback, Preemption) for callback in callbacks):
         return
     callbacks.append(Preemption())
     rank_zero_info(

@@ -13,7 +13,7 @@ from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 class DDPSequenceParallelStrategy(RingSequenceParallelStrategy, DDPStrategy):
     """The strategy of the sharding "ddp"."""
 
-    stock = DDPStrategy
+    lightning_class = DDPStrategy
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         timeout = timedelta(seconds=self.timeout)

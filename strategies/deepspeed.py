@@ -34,7 +34,7 @@ _STAGES: dict[str, dict[str, Any]] = {
 class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedStrategy):
     """The strategy of the shardings "deepspeed_stage_1", "_2", "_3" and "_3_offload"."""
 
-    stock = DeepSpeedStrategy
+    lightning_class = DeepSpeedStrategy
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         if find_spec("deepspeed") is None:

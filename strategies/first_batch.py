@@ -1,4 +1,4 @@
-"""The split check of a run: the first training batch and the first validation batch are proven on parts."""
+"""The split check of a run: it compares the first training and validation batch on parts with the same on one rank."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class FirstBatchCheck:
 
 @contextmanager
 def _trainer_restored(trainer: Trainer) -> Iterator[None]:
-    """Keep a Trainer, its loggers and its optimizers from what a step does with them."""
+    """Restore the attributes of a Trainer after the block; inside it nothing is logged, saved or optimized."""
     attributes = dict(trainer.__dict__)
 
     def end(optimizer: Optimizer, *_: Any) -> None:
@@ -139,7 +139,7 @@ def _validation_step(copy: Any, batch: Any) -> Any:
 
 
 def _call_step(copy: Any, step: Callable[..., Any], batch: Any) -> Any:
-    """Return the result of a step of a module, called as Lightning calls it."""
+    """Call a step of a module as Lightning does, with the batch hooks and the arguments that it declares."""
     hooks = copy.trainer._data_connector._datahook_selector.get_instance("on_after_batch_transfer")
     owner: Any = hooks if hooks is getattr(copy.trainer, "datamodule", None) else copy
     batch = owner.on_after_batch_transfer(batch, 0)

@@ -39,7 +39,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     without a `forward`, as an `nn.ModuleDict`, is no block: its own entries are.
     """
 
-    stock = ModelParallelStrategy
+    lightning_class = ModelParallelStrategy
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         options: dict[str, Any] = {
@@ -59,11 +59,11 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         module = self.lightning_module
         assert module is not None
         self._begin_split_check()
-        if any(isinstance(each, FSDPModule) for each in module.modules()):
+        if any(isinstance(child, FSDPModule) for child in module.modules()):
             _check_sharding(module)
         else:
-            for each in (module, *averages(trainer)):
-                self._shard(each)
+            for root in (module, *averages(trainer)):
+                self._shard(root)
         if has_averages(trainer) and self._save_distributed_checkpoint:
             self._save_distributed_checkpoint = False
             rank_zero_info(
@@ -199,7 +199,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
     def is_unit(entry: nn.Module) -> bool:
         inside = Counter(id(parameter) for _, parameter in entry.named_parameters(remove_duplicate=False))
-        return bool(inside) and all(owned[each] == times for each, times in inside.items())
+        return bool(inside) and all(owned[key] == times for key, times in inside.items())
 
     entries = [entry for entry in _entries(module) if any(True for _ in entry.children())]
     return [entry for entry in dict.fromkeys(entries) if is_unit(entry)]

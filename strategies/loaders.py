@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoopPass:
-    """A pass over the batches of a loop.
+    """One pass of a loop over its batches.
 
     Attributes:
-        batches: how many batches were compared.
-        is_over: no rank goes on, as all of them know.
-        is_given: a batch was given to the loop, and not compared.
+        batches: the number of batches that were compared.
+        is_over: whether the ranks have agreed that none of them continues.
+        is_given: whether the loop has a batch that was not compared yet.
         index: the index of that batch in its loader.
     """
 
@@ -40,18 +40,18 @@ class LoopPass:
 
 
 def watch_fetcher(fetcher: _DataFetcher, end: Callable[[LoopPass], None]) -> LoopPass:
-    """Return the pass of a loop's fetcher, which from now on calls `end` where it has no further batch."""
+    """Return the pass of a loop's fetcher, after making the fetcher call `end(pass)` when it has no further batch."""
     watched: Any = fetcher
     if not hasattr(fetcher, "sequence_pass"):
         fetcher.__class__ = _watched(type(fetcher))
         watched.sequence_pass, watched.sequence_end = LoopPass(is_given=True), end
         _watch_iterator(fetcher)
-    found: LoopPass = watched.sequence_pass
-    return found
+    current: LoopPass = watched.sequence_pass
+    return current
 
 
 class _WatchedIterator(_DataFetcherWrapper):
-    """The iterator that a step takes its batches from, where it does so itself."""
+    """The iterator of a `training_step(dataloader_iter)`, which takes its batches itself."""
 
     def __next__(self) -> Any:
         fetcher: Any = self.data_fetcher
@@ -94,16 +94,16 @@ def _watched(kind: type[_DataFetcher]) -> type[_DataFetcher]:
 
 
 class LoaderWatch:
-    """Compares the batches of ranks that share sequences, and where loaders end; ranks that differ raise together.
+    """Compares the batches of the ranks and the ends of their loaders; if they differ, all ranks raise a ValueError.
 
-    A rank sends a note of each batch that a loop is given, and the step waits for those of the others before it begins:
-    what follows may wait for ranks whose batches do not fit.  A rank without further batches answers until no rank goes
-    on.
+    Each rank sends a `Note` of each batch of a loop.  A step begins only when the notes of all ranks have arrived, as
+    its collectives would hang if one rank had another batch or none.  A rank whose loader has ended sends notes of the
+    end until all ranks have ended.
 
     Args:
         context: the context of the strategy.
         timeout: seconds after which a rank that waits for another gives up.
-        gathers: ranks gather parameters in each forward, so that all groups need as many batches.
+        gathers: whether ranks gather parameters in each forward, so that all groups need equally many batches.
     """
 
     def __init__(self, context: SequenceContext, timeout: float, *, gathers: bool) -> None:
@@ -122,10 +122,10 @@ class LoaderWatch:
         """Watch the fetcher of the loop that runs now."""
         self._pass_of(trainer)
 
-    def take(self, module: LightningModule, batch: Any, dataloader_idx: int) -> int:
-        """Compare the batch that a loop was given last, and return how many of its last samples are not to count.
+    def send(self, module: LightningModule, batch: Any, dataloader_idx: int) -> int:
+        """Send the note of a loop's batch; return how many of its last samples are repeats that do not count.
 
-        The comparison begins; `receive` waits for its end.  Other batches, as those of a callback, are not compared.
+        `receive` waits for the notes of the others.  Batches from elsewhere, as from a callback, are not compared.
         """
         trainer = module.trainer
         current = self._pass_of(trainer)
@@ -163,7 +163,7 @@ class LoaderWatch:
             )
 
     def end(self, current: LoopPass) -> None:
-        """Answer the other ranks where this one has no further batch."""
+        """Send notes that this rank has no further batch, until no rank has one."""
         self.receive()
         while self._comparison is not None and not current.is_over:
             self._fault, self._current = "", current

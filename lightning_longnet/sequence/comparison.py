@@ -21,7 +21,7 @@ _BLOCK = 2**15  # 64-bit words of a batch that are summed at a time, with the sa
 
 
 class Note(NamedTuple):
-    """What a rank tells the others of its batch, or of the end of its batches.
+    """The message of a rank to the others about its batch, or about the end of its batches.
 
     Attributes:
         state: a sum of FAULT (the batch does not fit), LAST (no batch follows), ENDED (there is none) and VALIDATES
@@ -58,8 +58,7 @@ class BatchComparison:
 
     def __init__(self, ranks: Tensor, group: dist.ProcessGroup) -> None:
         self.ranks, self.group = ranks, group
-        place = (ranks == dist.get_rank()).nonzero()[0].tolist()
-        self.row, self.column = place[0], place[1]
+        self.data_rank = int((ranks == dist.get_rank()).nonzero()[0, 0])
         self._pending: tuple[Any, Tensor, Tensor] | None = None
 
     @property
@@ -115,11 +114,11 @@ class BatchComparison:
         has_batch = (states & ENDED) == 0
         # of ranks that share sequences, as those have batches or not together
         differs = ((kinds != kinds[:, :1]) | (contents != contents[:, :1])) & has_batch
-        others = differs[self.row].nonzero().flatten().tolist()
-        place = self.row, len(self.ranks)
+        others = differs[self.data_rank].nonzero().flatten().tolist()
         if others:
-            is_kind = bool((kinds[self.row] != kinds[self.row, 0]).any())
-            raise ValueError(batch_difference(others, place, ", of other names, shapes or types" if is_kind else ""))
+            is_kind = bool((kinds[self.data_rank] != kinds[self.data_rank, 0]).any())
+            detail = ", of other names, shapes or types" if is_kind else ""
+            raise ValueError(batch_difference(others, (self.data_rank, len(self.ranks)), detail))
         if bool((wrong := differs.any(1)).any()):
             raise ValueError(other_group_fault(int(wrong.nonzero()[0])))
         if batches == 1 and bool(has_batch.all()):

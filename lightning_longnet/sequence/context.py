@@ -288,11 +288,11 @@ class SequenceContext(ContextDropout):
 
         Ranks that share a sequence all see its samples; without this each of them counts.
         """
-        metrics = [each for each in metric.modules() if hasattr(each, "dist_sync_fn")]
+        metrics = [child for child in metric.modules() if hasattr(child, "dist_sync_fn")]
         if not metrics:
             raise ValueError(f"metric must be a torchmetrics Metric or a collection of them, got {metric!r}")
-        for each in metrics:  # a copy of the metric must find this context, and not a copy of it
-            each.dist_sync_fn = self.gather_samples
+        for child in metrics:  # a copy of the metric must find this context, and not a copy of it
+            child.dist_sync_fn = self.gather_samples
         return metric
 
     def gather_samples(self, x: Tensor, group: Any = None) -> list[Tensor]:

@@ -158,4 +158,4 @@ def _all_gather_ragged(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     padded[tuple(slice(n) for n in x.shape)] = x
     states = [torch.empty_like(padded) for _ in shapes]
     dist.all_gather(states, padded, group=group)
-    return [each[tuple(slice(n) for n in size.tolist())] for each, size in zip(states, shapes, strict=True)]
+    return [state[tuple(slice(n) for n in size.tolist())] for state, size in zip(states, shapes, strict=True)]

@@ -20,9 +20,10 @@ _PLAIN_SHARDS = 64  # that are kept, one for each length
 
 
 class _MaskVersion(NamedTuple):
-    """A tensor at a moment, or None: it is the same later where neither its memory nor its values have changed.
+    """A mask (a tensor or None) as it was at one time, to find out later whether it is unchanged.
 
-    Torch counts the changes in place of a tensor, but not of one of inference mode, whose values are copied.
+    Torch counts the in-place changes of a tensor in `_version`, but not those of an inference tensor: its values are
+    copied and compared.
     """
 
     tensor: Tensor | None
@@ -36,7 +37,7 @@ class _MaskVersion(NamedTuple):
         return cls(x, 0, x.clone())
 
     def is_unchanged(self, x: Tensor | None) -> bool:
-        """Whether this is x as it is now."""
+        """Return whether x is the same tensor with the same values as then."""
         if self.tensor is None or x is None:
             return self.tensor is x
         if x is not self.tensor and not (x.dtype == self.tensor.dtype and x.is_set_to(self.tensor)):
@@ -55,7 +56,7 @@ class _CachedShard(NamedTuple):
 
 
 class _CachedConversion(NamedTuple):
-    """A mask, and the result of a conversion of it."""
+    """The result of a conversion of a mask; `into` names the conversion."""
 
     mask: _MaskVersion
     into: str
@@ -97,19 +98,19 @@ class BatchShards:
     def _index_of(self, documents: Tensor | None, padding: Tensor | None) -> int:
         """Return the index of the shard of these tensors on this rank, the one made last; -1 where there is none."""
         for index in reversed(range(len(self._shards))):
-            made = self._shards[index]
-            if made.documents.is_unchanged(documents) and made.padding.is_unchanged(padding):
+            cached = self._shards[index]
+            if cached.documents.is_unchanged(documents) and cached.padding.is_unchanged(padding):
                 return index
         return -1
 
     def once(self, mask: Tensor, into: str, convert: Callable[[], Tensor]) -> Tensor:
-        """Return the result of converting this mask, so that layers which convert it share a shard.
+        """Return `convert()`, computed once per batch for this mask and this conversion (`into`).
 
-        `into` names the conversion.
+        Layers that convert one mask then hold one and the same tensor, and so share a shard.
         """
-        for known in self._conversions:
-            if known.into == into and known.mask.is_unchanged(mask):
-                return known.result
+        for cached in self._conversions:
+            if cached.into == into and cached.mask.is_unchanged(mask):
+                return cached.result
         result = convert()
         self._conversions.append(_CachedConversion(_MaskVersion.of(mask), into, result))
         return result

@@ -159,8 +159,8 @@ class BatchSplitter:
         if position.sequence_group is None or position.data_parallel_group is None:
             return
         fault = self.fault_of(batch, sequence_dims)
-        place = position.data_parallel_rank, position.data_parallel_size
-        check_same_batch(digest(batch), fault, position.sequence_group, position.data_parallel_group, place)
+        data_position = position.data_parallel_rank, position.data_parallel_size
+        check_same_batch(digest(batch), fault, position.sequence_group, position.data_parallel_group, data_position)
 
     def fault_of(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> str:
         """Return why a batch cannot be split, or an empty string."""

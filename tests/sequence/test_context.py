@@ -8,7 +8,15 @@ import torch
 from contexts import made
 from torch import nn
 
-from lightning_longnet import DilatedSelfAttention, Pattern, SequenceContext, attach_context, attend, sequence_context
+from lightning_longnet import (
+    DilatedSelfAttention,
+    Pattern,
+    SequenceContext,
+    attach_context,
+    attend,
+    hand_down,
+    sequence_context,
+)
 from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.sequence.position import MeshPosition
 
@@ -189,6 +197,12 @@ def test_layers_and_all_other_modules_are_handed_it():
     assert set(model.state_dict()) == set(nn.Sequential(nn.Linear(16, 16), layer, layer).state_dict())
     attach_context(model, None)
     assert not any(sequence_context(each) is context for each in model.modules())
+
+
+def test_former_names_still_work():
+    assert hand_down is attach_context
+    assert torch.equal(SequenceContext().begin_made(3), torch.arange(3))
+    assert Placement((2, 4), "zigzag").stretches(1) == Placement((2, 4), "zigzag").chunks(1)
 
 
 def test_what_counts_samples_is_told_apart():

@@ -122,8 +122,8 @@ def _attend_sample(
     logits = lses if sinks is None else [*lses, sinks.to(wide)[:, None].expand_as(lses[0])]
     lse = torch.stack(logits).logsumexp(0)
     finite = lse.masked_fill(lse == -inf, 0)  # -inf - -inf is NaN
-    shares = [(each - finite).exp() for each in lses]
+    shares = [(branch_lse - finite).exp() for branch_lse in lses]
     if spec.mix == "detached":
         shares = [share.detach() for share in shares]
-    out = torch.stack([share.T[..., None] * each for share, each in zip(shares, outs, strict=True)]).sum(0)
+    out = torch.stack([share.T[..., None] * own for share, own in zip(shares, outs, strict=True)]).sum(0)
     return out, lse

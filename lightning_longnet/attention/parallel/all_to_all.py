@@ -71,7 +71,7 @@ class AllToAllPlan(ExchangePlan):
         inner: RoundsCall | LinesCall = own
         if others:
             # a rank has whole sequences of its heads, so no row has to travel to another line
-            orders = [LocalOrder.between(first.line, each.line, call.device) for each in others]
+            orders = [LocalOrder.between(first.line, other.line, call.device) for other in others]
             inner = LinesCall(own, tuple(zip(orders, map(self._heads_call, others), strict=True)))
         return AllToAllCall(call.shard.comm, call.message, call.shard.placement, inner, call.spec.returns_lse)
 

@@ -119,14 +119,14 @@ class RankCall(NamedTuple):
         spec: the options of the call.
         kernel: the kernel that computes blocks.
         dropout: the rule that drops pairs, or None.
-        rows: the samples, all with the same documents.
+        samples: the samples of the batch, all with the same documents.
         weighted_segments: as for `plan`.
         sinks: (H,) a logit of each query head without a value, or None.
         head_dim: the width of q and k.
         device: the device of the tensors.
         key: what tells the layouts of a shard's calls from one another, besides the pattern, for
             `SequenceShard.cached`.
-        lines: the lines on which the pattern is drawn; the rows that the call gets are those of the first one.
+        lines: the lines on which the pattern is drawn; the call takes its rows in the order of the first one.
     """
 
     shard: SequenceShard
@@ -134,7 +134,7 @@ class RankCall(NamedTuple):
     spec: AttentionSpec
     kernel: BlockKernel
     dropout: Dropout | None
-    rows: slice
+    samples: slice
     weighted_segments: int
     sinks: Tensor | None
     head_dim: int
@@ -144,7 +144,7 @@ class RankCall(NamedTuple):
 
     @property
     def line(self) -> Line:
-        """The line of the rows."""
+        """The line in whose order the call takes its rows."""
         return self.lines[0]
 
     @property
@@ -173,9 +173,9 @@ class RankCall(NamedTuple):
             null_keys = NullKeys(layout.pattern, layout.cuts, places, layout.heads, layout.kv_heads, heads)
         return PairOptions(
             self.spec.scale_of(self.head_dim),
-            self.shard.padding_of(tokens, self.rows),
+            self.shard.padding_of(tokens, self.samples),
             self.dropout,
-            samples=torch.arange(self.rows.start, self.rows.stop, device=self.device),
+            samples=torch.arange(self.samples.start, self.samples.stop, device=self.device),
             tokens=tokens,
             first_head=heads.start or 0,
             counts_once=self.spec.counts_once,

@@ -152,7 +152,7 @@ class RoundsCall(NamedTuple):
             for x, written in ((q, stores), (k, stores_keys), (v, stores_keys))
         )
         saved_rounds = sum(
-            each.saves_rows for each in rounds
+            step.saves_rows for step in rounds
         )  # the rows that the forward saved come before its partials
         outs, lse = list(saved[saved_rounds:]) or [out], backward_lse(lse)
         pending_gradients: list[Callable[[], None]] = []

@@ -83,7 +83,7 @@ class RoundsPlan(ExchangePlan):
             return call.tokens_at(shard.tokens(peer))
 
         options = call.pair_options(layout, shard.tokens())
-        remote = RemoteRows(shard.comm, call.message, tokens_of, partial(shard.padding_of, rows=call.rows))
+        remote = RemoteRows(shard.comm, call.message, tokens_of, partial(shard.padding_of, samples=call.samples))
         # to compute the results of branches again in the backward would cost messages
         return RoundsCall(call.kernel, own_route, options, call.branch_outs, saves_outs=True, remote=remote)
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from hashlib import sha256
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 from weakref import WeakValueDictionary
 
 import torch
@@ -36,6 +36,20 @@ _KINDS: tuple[Kind, ...] = ("contiguous", "zigzag")
 Check = Literal["first", "always"]
 Agreement = Literal["looks a shard up", "agrees on a seed"]
 Made = TypeVar("Made")
+
+
+class _Header(NamedTuple):
+    """The integers that ranks compare or exchange when they make a shard; -1 stands for no rows and for a fault."""
+
+    length: int
+    placement: int
+    document_rows: int
+    padding_rows: int
+    checks_always: int
+    document_runs: int
+    padding_runs: int
+    threads: int
+    number: int
 
 
 class SequenceShard:
@@ -69,21 +83,28 @@ class SequenceShard:
         fault = _argument_fault(self.rank, length, placement, documents, key_padding_mask, check)
         runs = [None if x is None or fault else run_lengths_of(x) for x in (documents, key_padding_mask)]
         self.number = register_shard(self)
-        header = [
+        document_rows, padding_rows = (-1 if x is None else len(x) for x in runs)
+        document_runs, padding_runs = (0 if x is None else max(map(len, x), default=0) for x in runs)
+        header = _Header(
             0 if fault else length,
-            _KINDS.index(placement) if not fault else -1,
-            *(-1 if x is None else len(x) for x in runs),
+            -1 if fault else _KINDS.index(placement),
+            document_rows,
+            padding_rows,
             int(check == "always"),
-            *(0 if x is None else max(map(len, x), default=0) for x in runs),
+            document_runs,
+            padding_runs,
             torch.get_num_threads(),
             self.number,
+        )
+        headers = [
+            _Header(*values[: len(header)]) for values in self._all_gather_values([*header], "makes a shard", fault)
         ]
-        headers = self._all_gather_values(header, "makes a shard", fault)
         self._check_headers(headers, fault)
-        self.placement = Placement(tuple(h[0] for h in headers), placement)
-        self.threads = max(h[7] for h in headers)
-        self.comm.shard = headers[0][8]  # ranks number their own shards: all use the number of the first rank
-        ids, padding = (self._whole_runs(x, max(h[5 + i] for h in headers)) for i, x in enumerate(runs))
+        self.placement = Placement(tuple(h.length for h in headers), placement)
+        self.threads = max(h.threads for h in headers)
+        self.comm.shard = headers[0].number  # ranks number their shards differently: all use the first rank's number
+        ids = self._whole_runs(runs[0], max(h.document_runs for h in headers))
+        padding = self._whole_runs(runs[1], max(h.padding_runs for h in headers))
         self.cuts = [(0, self.length)] if ids is None else [cuts_of(row, self.length) for row in ids]
         self._borders = None if padding is None else [change_points(row) for row in padding]
         self.key_padding_mask = key_padding_mask
@@ -91,7 +112,7 @@ class SequenceShard:
         self._check = check
         self._known: set[tuple[Any, ...]] = set()
         self._cache: dict[tuple[Any, ...], Any] = {}
-        self.saves_inputs_of: dict[str, bool] = {}  # of each spec: whether its calls keep their inputs themselves
+        self.saves_inputs_of: dict[str, bool] = {}  # for each spec: see `saves_inputs`
 
     @staticmethod
     def _make_comm(group: dist.ProcessGroup | None) -> Comm:
@@ -126,21 +147,21 @@ class SequenceShard:
         """The index of each token on this rank in its document: (L,), or (B, L) where rows have their own documents."""
         tokens = self.tokens()
         begins = [torch.tensor(cuts[:-1]) for cuts in self.cuts]
-        rows = [tokens - each[torch.searchsorted(each, tokens, right=True) - 1] for each in begins]
+        rows = [tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1] for starts in begins]
         if not rows:
             return tokens.new_empty(0, len(tokens))
         return rows[0] if len(rows) == 1 else torch.stack(rows)
 
-    def padding_of(self, tokens: Tensor, rows: slice) -> Tensor | None:
+    def padding_of(self, tokens: Tensor, samples: slice) -> Tensor | None:
         """Return (B, tokens), True where padding hides a token, whichever rank holds it; None without padding.
 
         Args:
             tokens: indices in the whole sequence.
-            rows: the samples.
+            samples: the indices of the samples.
         """
         if self._borders is None:
             return None
-        masks = [torch.searchsorted(b.to(tokens.device), tokens, right=True) % 2 == 1 for b in self._borders[rows]]
+        masks = [torch.searchsorted(b.to(tokens.device), tokens, right=True) % 2 == 1 for b in self._borders[samples]]
         return torch.stack(masks)
 
     def cached(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
@@ -151,7 +172,7 @@ class SequenceShard:
         return value
 
     def saves_inputs(self, spec: str) -> bool:
-        """Return whether calls with this spec keep q, k and v themselves, as those of other rows or heads."""
+        """Return whether calls with this spec save inputs of their own, so that autograd need not save q, k and v."""
         return self.saves_inputs_of.get(spec, False)
 
     def footprint(self, spec: AttentionSpec) -> Footprint:
@@ -193,20 +214,19 @@ class SequenceShard:
         self.calls = max(self.calls, number * _CALLS)
 
     def exchange_verdicts(self, verdicts: Sequence[int], fault: str = "") -> list[list[int]]:
-        """Return the verdicts of all ranks on their kernels; all of them call it together.
+        """Return the verdicts of all ranks on their kernels; all ranks call it together.
 
         A rank with a `fault` raises an error itself; the others then raise one that names the rank.
         """
-        return [
-            theirs[: len(verdicts)] for theirs in self._all_gather_values(list(verdicts), "agrees on kernels", fault)
-        ]
+        everywhere = self._all_gather_values(list(verdicts), "agrees on kernels", fault)
+        return [theirs[: len(verdicts)] for theirs in everywhere]
 
     def exchange_value(self, value: int, step: Agreement) -> list[int]:
-        """Return the value of each rank, a number of 64 bits; all of them call it together, for the same step."""
+        """Return the 64-bit integer of each rank; all ranks call it together, for the same step."""
         return [theirs[0] for theirs in self._all_gather_values([value], step, "")]
 
     def _all_gather_values(self, values: list[int], step: str, fault: str) -> list[list[int]]:
-        """Return the values of all ranks.
+        """Return the integers of each rank, padded with zeros to equal lengths.
 
         The message names the step, so that ranks in different steps raise an error instead of reading each other's
         values.  A rank with a `fault` raises its own error afterwards; the others raise one that names the rank.
@@ -233,7 +253,7 @@ class SequenceShard:
         device = "cuda" if dist.get_backend(self.comm.group) == "nccl" else "cpu"
         return self.comm.all_gather(own.to(device), step).cpu()
 
-    def _check_headers(self, headers: Sequence[Sequence[int]], fault: str) -> None:
+    def _check_headers(self, headers: Sequence[_Header], fault: str) -> None:
         """Raise the error of this rank, or one for arguments that differ between ranks, on every rank."""
         if fault:
             raise ValueError(fault)
@@ -243,17 +263,22 @@ class SequenceShard:
             ("rows of key_padding_mask", ()),
             ("check", get_args(Check)),
         )
-        for i, (name, words) in enumerate(names, 1):
+        for i, (name, labels) in enumerate(names, 1):  # the order of the fields of `_Header`
             values = [h[i] for h in headers]
             if len(set(values)) > 1:
-                shown = [words[v] if words else "none" if v < 0 else v for v in values]
+                shown = [labels[v] if labels else "none" if v < 0 else v for v in values]
                 other = next(r for r, value in enumerate(values) if value != values[0])
                 raise ValueError(
                     f"{name} must be equal on all ranks, got {shown[0]} on rank 0 and {shown[other]} on rank {other}"
                 )
 
     def _whole_runs(self, own: list[Tensor] | None, width: int) -> list[list[tuple[int, int]]] | None:
-        """Return for each row the runs (value, count) along the whole sequence, from each rank's part of them."""
+        """Return for each row of the batch the runs (value, count) along the whole sequence.
+
+        Args:
+            own: for each row the runs on this rank, (runs, 2).
+            width: the largest number of runs of a row on any rank.
+        """
         if own is None:
             return None
         padded = torch.zeros(len(own), width, 2, dtype=torch.int64)
@@ -262,15 +287,15 @@ class SequenceShard:
         everywhere = self._all_gather(padded, "shares its documents and padding")
         whole = []
         for row in range(len(own)):
-            begun: list[tuple[int, int, int]] = []
+            placed: list[tuple[int, int, int]] = []
             for rank in range(self.placement.ranks):
-                begun += runs_on_rank(everywhere[rank, row].tolist(), self.placement, rank)
-            whole.append([(value, count) for _, value, count in sorted(begun)])
+                placed += runs_on_rank(everywhere[rank, row].tolist(), self.placement, rank)
+            whole.append([(value, count) for _, value, count in sorted(placed)])
         return whole
 
 
 def register_shard(shard: SequenceShard) -> int:
-    """Return the number by which an operator finds a shard in `SHARDS`."""
+    """Register a shard in `SHARDS` and return its number, which an operator takes in its place."""
     number = next(_numbers)
     SHARDS[number] = shard
     return number
@@ -306,9 +331,9 @@ def _argument_fault(rank: int, length: Any, placement: Any, documents: Any, padd
         if documents.dim() not in (1, 2) or documents.shape[-1] != length:
             return f"documents must be ({length},) or (batch, {length}), got {tuple(documents.shape)} on rank {rank}"
     if padding is not None:
-        wanted = f"key_padding_mask must be bools of shape (batch, {length}), got"
+        expected = f"key_padding_mask must be bools of shape (batch, {length}), got"
         if not isinstance(padding, torch.Tensor):
-            return f"{wanted} {type(padding).__name__} on rank {rank}"
+            return f"{expected} {type(padding).__name__} on rank {rank}"
         if padding.dtype != torch.bool or padding.dim() != 2 or padding.shape[1] != length:
-            return f"{wanted} {padding.dtype} of shape {tuple(padding.shape)} on rank {rank}"
+            return f"{expected} {padding.dtype} of shape {tuple(padding.shape)} on rank {rank}"
     return ""

@@ -179,7 +179,7 @@ class Branch:
 
 def from_keywords(cls: type[T], name: str, keywords: Any) -> T:
     """Return an instance of a dataclass from its keywords, as YAML gives them, or raise a ValueError."""
-    allowed = [each.name for each in fields(cls)]  # type: ignore[arg-type]
+    allowed = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     if not isinstance(keywords, dict) or not set(keywords) <= set(allowed):
         what = "Branches or dictionaries" if name == "branches" else f"a {cls.__name__} or a dictionary"
         raise ValueError(f"{name} must be {what} of {', '.join(allowed)}, got {keywords!r}")

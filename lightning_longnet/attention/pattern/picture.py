@@ -111,7 +111,7 @@ def draw_ranks(
     title = "nothing travels" if not any(map(any, mib)) else "keys and values received, forward"
     travel.set_title("tokens are traded for heads" if "swap" in exchanges else title, fontsize=10)
     mean = sum(pairs) / ranks
-    work.bar(range(ranks), [each / mean if mean else 0 for each in pairs], color="#b3321f", width=0.7)
+    work.bar(range(ranks), [count / mean if mean else 0 for count in pairs], color="#b3321f", width=0.7)
     work.axhline(1, color="#555555", linewidth=1, linestyle="--")
     work.set(xlabel="rank", ylabel="pairs computed, of the mean", ylim=(0, None))
     work.set_title(f"{placement}, {' + '.join(dict.fromkeys(exchanges))}", fontsize=10)

@@ -164,8 +164,8 @@ def _kept(sparsity: Sparsity, blocks: int, phase: int, is_causal: bool) -> tuple
     rows = []
     for block, count in enumerate(sparsity.row_counts(blocks, is_causal)):
         chosen: set[int] = set()
-        for each in sparsity.preferred(block, block + 1 if is_causal else blocks, phase):
-            chosen.add(each)
+        for key_block in sparsity.preferred(block, block + 1 if is_causal else blocks, phase):
+            chosen.add(key_block)
             if len(chosen) == count:
                 break
         rows.append(tuple(sorted(chosen)))

@@ -144,7 +144,7 @@ def _plan(
         heads_by_shape: dict[tuple[Shape, tuple[int, ...], int], list[tuple[int, Starts]]] = defaultdict(list)
         # Where kept blocks differ between heads, two heads could share lattices of the blocks that both keep.  But the
         # keys of different lattices cannot be merged into one call, so each such head gets separate lattices.
-        is_shared = not any(each.sparsity and each.sparsity.varies_over_heads for each in (*earlier, branch))
+        is_shared = not any(b.sparsity and b.sparsity.varies_over_heads for b in (*earlier, branch))
         for members in _equal_heads((*earlier, branch, *later), kv_heads):
             for shape, starts in _head_runs(branch, earlier, later, members[0], kv_heads, documents):
                 owner = 0 if is_shared or shape.stack is None else members[0]

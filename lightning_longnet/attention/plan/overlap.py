@@ -82,12 +82,12 @@ def exclusive_runs(
                     start, len(queries), queries.step, relation.is_causal, relation.window, count, layer
                 )
                 continue
-            for n, each in enumerate(keys):
+            for n, key_run in enumerate(keys):
                 if relation.window is None:
-                    yield from kept_block_runs(range(1), queries, each, relation.is_causal, count, layer)
+                    yield from kept_block_runs(range(1), queries, key_run, relation.is_causal, count, layer)
                 else:
                     yield from windowed_block_runs(
-                        queries, each, relation.is_causal, relation.window, count, (layer, n)
+                        queries, key_run, relation.is_causal, relation.window, count, (layer, n)
                     )
 
 

@@ -100,8 +100,8 @@ def own_runs(branch: Branch, kv_head: int, kv_heads: int, length: int) -> Iterat
         if branch.sparsity is not None:
             run = range(0, rows * branch.dilation_rate, branch.dilation_rate)
             for queries, keys in kept_blocks(branch, kv_head, run):
-                for each in keys:
-                    yield from kept_block_runs(starts, queries, each, branch.is_causal)
+                for key_block in keys:
+                    yield from kept_block_runs(starts, queries, key_block, branch.is_causal)
             continue
         yield from band_runs(starts, rows, branch.dilation_rate, branch.is_causal, branch.window)
 
