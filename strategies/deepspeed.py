@@ -70,6 +70,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         self._make_context()
 
     def _connect_on_cpu(self) -> None:
+        """Connect the ranks as DeepSpeed does, on CPUs."""
         os.environ["DS_ACCELERATOR"] = "cpu"  # which DeepSpeed reads at its first use
         import deepspeed
 

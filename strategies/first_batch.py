@@ -125,6 +125,7 @@ def _do_nothing(*_: Any, **__: Any) -> None:
 
 
 def _stage(trainer: Trainer) -> str:
+    """Return "training" or "validation", the loop that runs; an empty string for other loops."""
     if trainer.training:
         return "training"
     return "validation" if trainer.sanity_checking or trainer.validating else ""

@@ -74,6 +74,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         super().setup(trainer)
 
     def _shard(self, module: nn.Module) -> None:
+        """Shard the parameters of a module with `fully_shard`, block by block, from the values of rank 0."""
         for tensor in (*module.parameters(), *module.buffers()):
             if not tensor.is_meta:
                 values = tensor.data.to(self.root_device)  # NCCL takes nothing else
@@ -165,6 +166,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         return self.model
 
     def _shard_mesh(self) -> DeviceMesh:
+        """Return the mesh over which parameters are sharded: for "hsdp" only over the ranks that share a sequence."""
         mesh = self.sequence_context.mesh
         assert mesh is not None
         return mesh if self.sharding == "hsdp" else mesh._flatten("ranks")
@@ -206,6 +208,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def _entries(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the entries of the outermost lists inside a module."""
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
             for entry in child:

@@ -140,6 +140,7 @@ class LoaderWatch:
         return repeated_in(loaders.flattened[dataloader_idx], current.index)
 
     def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int, current: LoopPass) -> None:
+        """Send the note of a batch; without a comparison, check only the first batch of a pass."""
         trainer = module.trainer
         if self._comparison is None:
             if current.batches == 1:
@@ -162,7 +163,7 @@ class LoaderWatch:
                 notes, self._fault, self._current.batches, is_alike=self._is_alike
             )
 
-    def end(self, current: LoopPass) -> None:
+    def send_end(self, current: LoopPass) -> None:
         """Send notes that this rank has no further batch, until no rank has one."""
         self.receive()
         while self._comparison is not None and not current.is_over:
@@ -172,7 +173,7 @@ class LoaderWatch:
 
     def _pass_of(self, trainer: Trainer) -> LoopPass | None:
         fetcher = _fetcher(trainer)
-        return None if fetcher is None else watch_fetcher(fetcher, self.end)
+        return None if fetcher is None else watch_fetcher(fetcher, self.send_end)
 
 
 def _fetcher(trainer: Trainer) -> _DataFetcher | None:

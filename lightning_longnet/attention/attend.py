@@ -162,6 +162,7 @@ def explain(
 
 
 def _attend_reference(call: PreparedCall) -> tuple[Tensor, Tensor]:
+    """Return out and lse of the kernel "reference", which is no operator: autograd differentiates through it."""
     dropout = None
     if call.seed is not None:
         dropout = Dropout(call.spec.dropout, int(call.seed), call.spec.first_sample, call.spec.sample_step)

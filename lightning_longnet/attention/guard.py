@@ -228,6 +228,7 @@ class Guard:
 
 
 def _advice(error: RuntimeError) -> str:
+    """Return what may help against an error of a call."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return f"Memory is short: {_LESS_MEMORY}."
     if isinstance(error.__cause__, RuntimeError):  # of a message that did not come
@@ -239,6 +240,7 @@ def _advice(error: RuntimeError) -> str:
 
 
 def _rank(shard: SequenceShard | None) -> str:
+    """Return the name of this rank for log messages and errors."""
     if shard is not None:
         return f"rank {shard.rank} of {shard.comm.ranks} that share sequences"
     return "whole sequences"

@@ -116,6 +116,7 @@ def backward(
 
 
 def _pass_options(spec: AttentionSpec, direction: Direction, seed: Tensor | None, sinks: Tensor | None) -> PassOptions:
+    """Return the options of a forward or backward; both get one seed, so that they drop the same pairs."""
     dropout = None
     if seed is not None:
         dropout = Dropout(spec.dropout, int(seed), spec.first_sample, spec.sample_step)
@@ -130,6 +131,7 @@ def _gradient_of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) ->
 
 
 def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return uninitialized out (B, N, H, Dv) and lse (B, H, N), and no saved tensors."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
     return out, lse, []
@@ -144,6 +146,7 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    """Save what the backward takes; autograd calls it after the forward."""
     *tensors, spec, shard = inputs
     out, lse, saved = output
     q, k, v, *others = tensors
@@ -160,6 +163,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the inputs of `forward`, in their order; autograd calls it."""
     q, k, v, out, lse, sinks, documents, padding, seed, *saved = ctx.saved_tensors
     shard: SequenceShard | None = ctx.shard
     if grad is None:  # undefined on this rank, whose messages others may need

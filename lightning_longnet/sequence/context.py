@@ -198,7 +198,7 @@ class SequenceContext(ContextDropout):
         One shard serves all calls with the same tensors, until one is changed in place on some rank.  All ranks of the
         sequence group call it together: with masks they compare which shard they found.
         """
-        return self._shards.of(documents, key_padding_mask)
+        return self._shards.get(documents, key_padding_mask)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def once(self, mask: Tensor, into: str, convert: Callable[[], Tensor]) -> Tensor:

@@ -138,6 +138,7 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def _generator_of(device: torch.device) -> torch.Generator:
+    """Return torch's default generator of a device."""
     if device.type == "cpu":
         return torch.default_generator
     backend = torch.get_device_module(device)

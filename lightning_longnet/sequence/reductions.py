@@ -109,7 +109,7 @@ class GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, placement: Placement, rank: int, group: dist.ProcessGroup, dim: int) -> Tensor:
         ctx.where = placement, rank, group, dim
-        longest = max(placement.lengths)
+        longest = max(placement.lengths)  # all_gather takes tensors of one shape: shorter parts are padded
         local = x.movedim(dim, 0)
         padded = local.new_zeros((longest, *local.shape[1:]))
         padded[: len(local)] = local
@@ -143,6 +143,7 @@ class SumParts(torch.autograd.Function):
 
 
 def _total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the sum of x over the ranks, added in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
     dist.all_reduce(wide, group=group)
     return wide.to(x.dtype)

@@ -75,7 +75,7 @@ class BatchShards:
         """The number of shards that were made."""
         return len(self._shards)
 
-    def of(self, documents: Tensor | None, padding: Tensor | None, make: Callable[[], SequenceShard]) -> SequenceShard:
+    def get(self, documents: Tensor | None, padding: Tensor | None, make: Callable[[], SequenceShard]) -> SequenceShard:
         """Return the shard of these tensors as they are now, which `make` makes where there is none on some rank.
 
         All ranks call it together.  Outside of inference mode a mask that the program changes has another version on
@@ -127,12 +127,12 @@ class ShardCache:
         self._splitter, self._traffic = splitter, traffic
         self._plain: dict[int, SequenceShard] = {}
 
-    def of(self, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
+    def get(self, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
         """Return the shard of the current batch with these documents and this padding."""
         splitter, length = self._splitter, self._splitter.current.length
         assert length is not None
         if documents is not None or key_padding_mask is not None:
-            return splitter.current.shards.of(
+            return splitter.current.shards.get(
                 documents, key_padding_mask, lambda: self.make(documents, key_padding_mask)
             )
         if length not in self._plain:

@@ -172,12 +172,14 @@ class BatchSplitter:
         return ""
 
     def _check_part(self, part: SequencePart, dims: Mapping[str, int | None]) -> None:
+        """Raise a ValueError where a `SequencePart` is not the part of this rank."""
         self._check_length(part.length)
         part.check(self.placement_of(part.length), self.position.sequence_parallel_rank)
         if (tokens := length_of(part.tensors, dims)) != part.tokens:
             raise ValueError(f"a SequencePart of {part.tokens} tokens must have as many in its tensors, got {tokens}")
 
     def _length_of(self, batch: Any, dims: Mapping[str, int | None]) -> int | None:
+        """Return the number of tokens of a batch's sequences, after checking it; None if it has no sequence."""
         if is_whole(batch, dims):
             return None
         length = length_of(batch, dims)
@@ -186,6 +188,7 @@ class BatchSplitter:
         return length
 
     def _check_length(self, length: int) -> None:
+        """Raise a ValueError if sequences have fewer tokens than ranks share them."""
         size = self.position.sequence_parallel_size
         if length < size:
             raise ValueError(

@@ -265,6 +265,7 @@ def _bounded(parts: Iterable[Part], limit: float) -> Iterator[Part]:
 
 
 def _segments(part: Part, first: int, last: int) -> Part:
+    """Return the segments `first` to `last` of a part."""
     block, kv_index = part.block, part.kv_index
     return part._replace(
         block=replace(block, queries=block.queries.segments(first, last), keys=block.keys.segments(first, last)),

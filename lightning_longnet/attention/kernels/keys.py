@@ -31,7 +31,7 @@ class Keys(Protocol):
         """Return the index of each key in the whole sequence, (batch * segments, heads, rows)."""
 
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
-        """Add the gradients of a part, or write them where it alone has these keys (`stores`)."""
+        """Add the gradients of a part; with `stores` write them, as no other part has these keys."""
 
 
 class OwnKeys:
@@ -121,6 +121,7 @@ class ReceivedKeys:
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
         assert part.kv_index is not None
+        # (segments, heads, rows, B, D + Dv), then (B * segments, heads, rows, D + Dv) as kernels take it
         rows = self._kv_rows.index_select(0, part.kv_index.flatten()).unflatten(0, part.kv_index.shape)
         rows = rows.permute(3, 0, 1, 2, 4).flatten(0, 1)
         return rows[..., : self._head_dim], rows[..., self._head_dim :]
@@ -147,6 +148,7 @@ class ReceivedKeys:
         assert part.kv_index is not None
         assert self._gradients is not None
         assert not stores, "a received row may stand in several blocks"
+        # the inverse of `read`: back to (segments, heads, rows, B, D + Dv)
         rows = torch.cat((dk, dv), -1).unflatten(0, (-1, part.kv_index.shape[0])).permute(1, 2, 3, 0, 4)
         self._gradients.index_add_(
             0, part.kv_index.flatten(), rows.flatten(0, 2).to(self._gradients.dtype), alpha=part.block.weight

@@ -14,7 +14,7 @@ from lightning_longnet.attention.kernels.null_keys import NullKeys
 from lightning_longnet.attention.parallel.comm import MessageContext
 from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
 from lightning_longnet.attention.parallel.lines import LinesCall
-from lightning_longnet.attention.parallel.reordering import LocalOrder, RankOrder, ReorderedCall, row_trade
+from lightning_longnet.attention.parallel.reordering import LocalOrder, RankOrder, ReorderedCall, row_exchange
 from lightning_longnet.attention.parallel.rounds import RoundsCall
 from lightning_longnet.attention.parallel.routes import Layout, Route
 from lightning_longnet.attention.parallel.schedule import schedule
@@ -159,8 +159,8 @@ def distributed_calls(
         )
         call: ExchangeCall = exchange.call(rank_call)
         if (order := lines[0].tokens) is not None:
-            trade = shard.cached(("order", spec.ordering, spec.pattern, key[-1]), partial(row_trade, order, shard))
-            call = ReorderedCall(call, RankOrder(comm, message, trade), spec.returns_lse)
+            rows = shard.cached(("order", spec.ordering, spec.pattern, key[-1]), partial(row_exchange, order, shard))
+            call = ReorderedCall(call, RankOrder(comm, message, rows), spec.returns_lse)
         yield samples, call
 
 

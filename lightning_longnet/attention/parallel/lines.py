@@ -36,6 +36,7 @@ class LinesCall(NamedTuple):
         return self.first.saved_count + sum(call.saved_count for _, call in self.others)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return out, lse and the saved tensors of all lines; q, k and v are in the order of the first line."""
         total, saved = self.first.partial(q, k, v)
         for order, call in self.others:
             own_q, own_k, own_v = order.reorder(q, k, v)
@@ -48,7 +49,8 @@ class LinesCall(NamedTuple):
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        done = self.first.saved_count
+        """Return the sums of dq, dk and dv over the lines, in the order of the first line."""
+        done = self.first.saved_count  # `saved` holds the tensors of the lines one after the other
         totals = self.first.gradients(grad, q, k, v, out, lse, saved[:done])
         for order, call in self.others:
             own_grad, own_q, own_k, own_v, own_out = order.reorder(grad, q, k, v, out)

@@ -23,7 +23,7 @@ class LocalComm(Comm):
     def name(self) -> None:
         return None
 
-    def all_gather(self, own: Tensor, what: str) -> Tensor:
+    def all_gather(self, own: Tensor, step: str) -> Tensor:
         self._check_failure()
         return own[None]
 

@@ -10,7 +10,7 @@ import torch
 
 from lightning_longnet.attention.parallel.exchange import ExchangePlan, RankWork, RoundWork, Volume
 from lightning_longnet.attention.parallel.lines import LinesCall
-from lightning_longnet.attention.parallel.reordering import RankOrder, row_trade
+from lightning_longnet.attention.parallel.reordering import RankOrder, row_exchange
 from lightning_longnet.attention.parallel.rounds import RemoteRows, RoundsCall
 from lightning_longnet.attention.parallel.routes import rank_blocks, route
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
-    from lightning_longnet.attention.parallel.reordering import RowTrade
+    from lightning_longnet.attention.parallel.reordering import RowExchange
     from lightning_longnet.attention.parallel.routes import Layout, PeerBlocks
     from lightning_longnet.attention.parallel.shard import SequenceShard
     from lightning_longnet.attention.pattern.lines import Line
@@ -68,8 +68,8 @@ class RoundsPlan(ExchangePlan):
         lines = []
         for other in others:
             key = "order", *other.key, first.line.pattern
-            trade = call.shard.cached(key, partial(_line_trade, first.line, other.line, call.shard))
-            lines.append((RankOrder(call.shard.comm, other.message, trade), self._line_call(other)))
+            rows = call.shard.cached(key, partial(_line_exchange, first.line, other.line, call.shard))
+            lines.append((RankOrder(call.shard.comm, other.message, rows), self._line_call(other)))
         return LinesCall(own, tuple(lines))
 
     def _line_call(self, call: RankCall) -> RoundsCall:
@@ -88,9 +88,9 @@ class RoundsPlan(ExchangePlan):
         return RoundsCall(call.kernel, own_route, options, call.branch_outs, saves_outs=True, remote=remote)
 
 
-def _line_trade(source: Line, target: Line, shard: SequenceShard) -> RowTrade:
+def _line_exchange(source: Line, target: Line, shard: SequenceShard) -> RowExchange:
     order, _ = target.order_from(source)
-    return row_trade(order, shard)
+    return row_exchange(order, shard)
 
 
 class RoundsFootprint(NamedTuple):

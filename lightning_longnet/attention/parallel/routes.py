@@ -137,16 +137,17 @@ class Round:
         return self._indices()
 
     def _indices(self) -> RoundIndices:
+        """Compute the indices; see `indices`."""
         receive, parts, first = {}, [], 0
         for rank, blocks in self.receives.items():
             mask = blocks.mask()
             receive[rank] = _kv_rows(mask)
-            # the place of each needed KV row among all that this round receives
+            # the index of each needed KV row among all that this round receives, (1, tokens, kv_heads, 1)
             places = (mask.cumsum(0) + (first - 1)).view(1, blocks.tokens, blocks.kv_heads, 1)
             for part in merge_parts(blocks.parts):
                 parts.append(part._replace(kv_index=part.block.keys.read(places)[0, ..., 0].clone()))
             first += len(receive[rank])
-        parts.sort(key=lambda part: part.branch)
+        parts.sort(key=lambda part: part.branch)  # dropout computes its words once for each run of one branch
         return RoundIndices({rank: blocks.kv_rows() for rank, blocks in self.sends.items()}, receive, tuple(parts))
 
 
@@ -172,6 +173,7 @@ def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
     between, ranks = rank_blocks(layout), layout.placement.ranks
     peers = between.neighbours(rank)
     rounds = [_round(between, rank, peers, peers, gathers)] if gathers else []
+    # only the steps in which this rank receives from or sends to a rank that a segment, document or window spans to
     for step in sorted({(rank - r) % ranks for r in peers} | {(r - rank) % ranks for r in peers}) if rings else ():
         before, after = (rank - step) % ranks, (rank + step) % ranks
         rounds.append(_round(between, rank, [before], [after], rings, step))
@@ -211,6 +213,7 @@ class RankBlocks:
         """Return the blocks of a rank's queries against the keys of `source`."""
         if (rank, source) not in self._parts:
             chunks = self.layout.placement.chunks
+            # blocks with queries here and keys there are few of all: the rest is not tried
             self._parts[rank, source] = tuple(
                 Part(branch, share)
                 for branch, block in (self._blocks[n] for n in sorted(self._of(rank, 0) & self._of(source, 1)))
@@ -247,13 +250,14 @@ class RankBlocks:
         return sorted(ranks - {rank})
 
     def traffic(self, rank: int) -> tuple[float, float]:
-        """Estimate how many rows a rank receives and sends from how far its segments and documents span."""
+        """Return an estimate of (received, sent) token rows of a rank, from how far its segments and documents span."""
         before = after = 0.0
         for chunk in self.layout.placement.chunks(rank):
             for branch in self.layout.pattern.branches:
                 begin, end = self._reach(chunk, branch)
                 before += (chunk.begin - begin) / branch.dilation_rate
                 after += (end - chunk.end) / branch.dilation_rate
+        # under a causal mask the keys of earlier tokens are received, and keys are sent to later tokens only
         return (before, after) if self.layout.pattern.is_causal else (before + after, before + after)
 
     def _reach(self, chunk: Chunk, branch: Branch) -> tuple[int, int]:

@@ -176,7 +176,7 @@ class SequenceShard:
         return self.saves_inputs_of.get(spec, False)
 
     def footprint(self, spec: AttentionSpec) -> Footprint:
-        """Return what a call takes in memory: known to the planner's shards, whose calls run on fake tensors."""
+        """Return the memory of a call on fake tensors.  Only the shards of `longnet plan` know it and override this."""
         raise NotImplementedError("attention over ranks runs on real tensors; longnet plan runs it on fake ones")
 
     def check(self, call: Mapping[str, Any], extra: Mapping[str, Any] | None = None, fault: str = "") -> None:
@@ -250,6 +250,7 @@ class SequenceShard:
         return [bytes(row.tolist()).decode(errors="ignore").rstrip() for row in rows]
 
     def _all_gather(self, own: Tensor, step: str) -> Tensor:
+        """Return (ranks, *own.shape) on the CPU; `step` names the step in errors."""
         device = "cuda" if dist.get_backend(self.comm.group) == "nccl" else "cpu"
         return self.comm.all_gather(own.to(device), step).cpu()
 

@@ -57,7 +57,12 @@ class Line(NamedTuple):
 
 
 class _LineKey(NamedTuple):
-    """The properties that branches on one line share: their segments, or None for the curve itself."""
+    """The properties that branches on one line share.
+
+    Attributes:
+        sets: the segment length and dilation rate whose sets are sorted on the line; None for the curve itself.
+        hides_later: whether keys that come later in the sequence are hidden one by one.
+    """
 
     sets: tuple[int | None, int] | None
     hides_later: bool = False
@@ -97,6 +102,7 @@ def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
 
 
 def _line_key(branch: Branch) -> _LineKey:
+    """Return the key of the line on which a branch is drawn along a curve."""
     if not branch.is_causal:
         return _LineKey(None)
     if branch.window is not None:
@@ -124,11 +130,12 @@ def _curve(length: int) -> Tensor:
 @lru_cache(32)
 @torch.inference_mode(False)  # a cached tensor made in inference mode could not be used in training
 def _curve_lines(cuts: tuple[int, ...], pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
+    """Return the lines of a pattern along a Hilbert curve through each document."""
     ordered, lines = pattern.ordered(), []
     documents = [(begin, _curve(end - begin)) for begin, end in pairwise(cuts) if begin < end]
     for (sets, hides_later), members in _branches_by_line(pattern).items():
         branches = tuple(ordered[i] for i in members)
-        if hides_later:
+        if hides_later:  # the mask is by tokens, as the places of this line do not say which key is later
             branches = tuple(replace(branch, is_causal=False) for branch in branches)
         places = [begin + (curve if sets is None else sorted_sets(curve, *sets)) for begin, curve in documents]
         tokens = torch.cat(places) if places else torch.empty(0, dtype=torch.long)

@@ -79,7 +79,13 @@ def _branch_title(branch: Branch) -> str:
 def draw_ranks(
     received: tuple[tuple[int, ...], ...], pairs: tuple[int, ...], placement: str, exchanges: tuple[str, ...]
 ) -> Figure:
-    """Return a figure of the keys and values sent between ranks, and of the pairs of each rank beside their mean."""
+    """Return a figure of the keys and values sent between ranks, and of the pairs of each rank beside their mean.
+
+    Args:
+        received: the bytes that rank a receives from rank b, `received[a][b]`.
+        pairs: the number of (query, key) pairs of each rank.
+        placement, exchanges: the kind of the placement and the exchange of each branch, for the titles.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:

@@ -101,7 +101,7 @@ def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], wei
     branches = pattern.ordered()
     counts_once = pattern.multiplicity == "set"
     repeated = _plan(branches, heads, kv_heads, cuts, earlier_excluded=counts_once, repeats=False)
-    # the pairs of calls that would leave threads idle
+    # the pairs in calls of fewer segments than threads: with weights these calls would leave threads idle
     narrow = sum(block.pairs for block in repeated.branches[0] if len(block.queries.starts) < weighted_segments)
     if (
         weighted_segments
@@ -110,6 +110,7 @@ def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], wei
         and narrow <= NARROW_SHARE * sum(block.pairs for block in repeated.branches[0])
         and repeats_align(branches, kv_heads)
     ):
+        # the weights cost time in every call, so the plan with them must have clearly fewer pairs
         once = _plan(branches, heads, kv_heads, cuts, earlier_excluded=True, repeats=True)
         if once.pairs <= WEIGHTS_PAY * repeated.pairs:
             return once
@@ -140,19 +141,19 @@ def _plan(
     for i, branch in enumerate(branches):
         earlier = branches[:i] if earlier_excluded else ()
         later = branches[i + 1 :] if repeats else ()
-        # (key head, first rows) of all runs that may be one lattice
+        # for each shape, spacing of starts and owner: (key head, first rows) of all runs that may be in one lattice
         heads_by_shape: dict[tuple[Shape, tuple[int, ...], int], list[tuple[int, Starts]]] = defaultdict(list)
         # Where kept blocks differ between heads, two heads could share lattices of the blocks that both keep.  But the
         # keys of different lattices cannot be merged into one call, so each such head gets separate lattices.
         is_shared = not any(b.sparsity and b.sparsity.varies_over_heads for b in (*earlier, branch))
         for members in _equal_heads((*earlier, branch, *later), kv_heads):
             for shape, starts in _head_runs(branch, earlier, later, members[0], kv_heads, documents):
-                owner = 0 if is_shared or shape.stack is None else members[0]
+                owner = 0 if is_shared or shape.stack is None else members[0]  # separates the lattices of heads
                 heads_by_shape[shape, spacing(starts), owner] += [(head, starts) for head in members]
         blocks = [
             block
-            for (shape, *_), placed in heads_by_shape.items()
-            for block in lattice_blocks(shape, placed, heads // kv_heads)
+            for (shape, *_), head_starts in heads_by_shape.items()
+            for block in lattice_blocks(shape, head_starts, heads // kv_heads)
         ]
         # blocks of negative weight come last, so that no sum ever falls below its final value
         planned.append(tuple(sorted(blocks, key=lambda b: -b.weight)))
@@ -205,6 +206,7 @@ def _head_runs(
         if later:
             runs = with_repeats(runs, later, kv_head, kv_heads)
         for shape, starts in runs:
+            # runs are counted from the beginning of a document: move them to each document of this length
             starts_by_shape[shape].append(
                 shifted(starts, begins[0]) if len(begins) == 1 else tuple(b + s for b in begins for s in starts)
             )

@@ -125,7 +125,7 @@ def merge_stacks(blocks: Iterable[Block]) -> tuple[Block, ...]:
     pages: dict[_HeadGroup, dict[int, list[_Page]]] = defaultdict(lambda: defaultdict(list))
     templates: dict[_HeadGroup, Block] = {}
     for block in blocks:
-        if block.stack is None:
+        if block.stack is None:  # no block of a sparsity: it stays a call
             result.append(block)
             continue
         assert not block.repeats, "a plan gives no weights to kept blocks"
@@ -135,17 +135,18 @@ def merge_stacks(blocks: Iterable[Block]) -> tuple[Block, ...]:
             block.weight,
             block.stack,
         )
-        templates[heads] = block
+        templates[heads] = block  # any of them: they differ only in what is replaced below
         for query, key in zip(block.queries.starts, block.keys.starts, strict=True):
             pages[heads][query].append(_Page(block.keys.rows, block.low, block.high, key))
+    # queries whose pages make calls of one shape share a call
     for heads, of_queries in pages.items():
         calls_by_shape: dict[_CallShape, list[tuple[int, tuple[int, ...]]]] = defaultdict(list)
         for query in sorted(of_queries):
             for shape, page_starts in _call_shapes(of_queries[query]):
                 calls_by_shape[shape].append((query, page_starts))
-        for shape, placed in calls_by_shape.items():
-            queries = replace(heads.queries, starts=_starts([query for query, _ in placed]))
-            keys = _paged_keys(heads.keys, shape, tuple(page_starts for _, page_starts in placed))
+        for shape, members in calls_by_shape.items():
+            queries = replace(heads.queries, starts=_starts([query for query, _ in members]))
+            keys = _paged_keys(heads.keys, shape, tuple(page_starts for _, page_starts in members))
             result.append(replace(templates[heads], queries=queries, keys=keys, low=shape.low, high=shape.high))
     return tuple(sorted(result, key=lambda block: -block.weight))
 
@@ -159,7 +160,7 @@ def _call_shapes(pages: list[_Page]) -> Iterator[tuple[_CallShape, tuple[int, ..
     by_rows: dict[int, list[int]] = defaultdict(list)
     bounded: list[_Page] = []
     for page in pages:
-        if (page.low, page.high) == (None, None):
+        if (page.low, page.high) == (None, None):  # without a mask: pages of one size can be put side by side
             by_rows[page.rows].append(page.start)
         else:
             bounded.append(page)
