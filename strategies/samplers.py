@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def keep_order(trainer: Trainer) -> None:
     """Have a Trainer insert a sampler for training data that shuffles where the loader does, and not otherwise.
 
-    Lightning's shuffles in any case: data whose loader has `shuffle=False`, or a sampler with an order of its own.
+    Lightning's shuffles in any case: data whose loader has `shuffle=False`, or a sampler with another order.
     """
     connector = trainer._data_connector
     choose = type(connector)._resolve_sampler

@@ -74,7 +74,7 @@ def attend(
         k, v: keys and values (B, N, Hkv, D); each key head serves H / Hkv query heads that stand side by side.
         pattern: which keys a query sees, and how often each counts.
         documents: an integer id per token, (N,) or (B, N), not decreasing: each document is attended to alone, as if it
-            stood in a batch of its own.
+            were the only one in a batch.
         key_padding_mask: (B, N), True where a key is hidden from all queries.  Padded queries are computed like others,
             and what stands in padding must be finite: 0 times infinity is no number.
         dropout: the probability that a pair is dropped from the softmax's weights; the rest grow by 1 / (1 - dropout).

@@ -8,7 +8,7 @@ A converted model has blocked head offsets, and by default what torchscale train
 
 The outputs differ in three cases:
 
-- A segment length that its rate does not divide, in a longer sequence.  torchscale cuts the padded segments apart where
+- A segment length that its rate does not divide, in a longer sequence.  torchscale cuts the padded segments where
   they would end without their padding, so that tokens after the first segment have outputs of other tokens.
 - A padding mask.  The dilated attention of torchscale ignores it; here `attention_mask` hides keys.
 - Segments that are split over ranks, which torchscale approximates.

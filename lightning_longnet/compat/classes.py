@@ -90,7 +90,7 @@ class RingAttention(DilatedAttention):
         if query.dim() == 4:  # `attend` refuses others
             for name, expected, actual in (("heads", self.heads, query.shape[2]), ("dim", self.dim, query.shape[3])):
                 if expected not in (None, actual):
-                    return f"query must have {name} {expected}, as the layer was told, got shape {tuple(query.shape)}"
+                    return f"query must have {name} {expected}, as the layer was given, got shape {tuple(query.shape)}"
         return ""
 
 

@@ -122,8 +122,8 @@ def _pairs(parts: Iterable[Part]) -> int:
 def sent_bytes(job: Job, kinds: tuple[LayerKind, ...], rank: int) -> int:
     """Return the bytes that attention sends in a step; a checkpoint that computes it again fetches its keys again."""
     again = job.config.recompute == "everything"
-    found = 0
+    sent = 0
     for kind in kinds:
-        told = kind.shares[rank].volume
-        found += kind.layers * (told.sent_bytes + again * told.forward_bytes)
-    return found * job.accumulate
+        volume = kind.shares[rank].volume
+        sent += kind.layers * (volume.sent_bytes + again * volume.forward_bytes)
+    return sent * job.accumulate

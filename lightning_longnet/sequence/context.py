@@ -41,7 +41,7 @@ class SequenceContext(ContextDropout):
     Args:
         mesh: a mesh with the axes "data_parallel" and "sequence_parallel"; see `sequence_mesh`.
         placement: "contiguous" or "zigzag": which tokens each rank gets.
-        exchange: how keys reach the queries of other ranks, for layers without an exchange of their own; see `attend`.
+        exchange: how keys reach the queries of other ranks, for layers that name no exchange; see `attend`.
         seed: the seed of dropout in steps, the same on all ranks; what attention drops depends on it, on the step and
             on the layer; see `begin_step`.
         position: the position of this rank where there is no mesh to read it from, as in a plan.
@@ -196,7 +196,7 @@ class SequenceContext(ContextDropout):
         """Return the shard with these documents and this padding of this rank's tokens, in a split batch.
 
         One shard serves all calls with the same tensors, until one is changed in place on some rank.  All ranks of the
-        sequence group call it together: with masks they compare which shard they found.
+        sequence group call it together: with masks they compare the indices of their shards.
         """
         return self._shards.get(documents, key_padding_mask)
 
@@ -230,7 +230,7 @@ class SequenceContext(ContextDropout):
         `documents` and `key_padding_mask` are those of the tokens that q, k and v have on this rank, out of the batch
         that it was given; without them there are none.
 
-        `layer` gives each layer of a model a dropout mask of its own in a step that was begun; one that is called
+        In a step that was begun, `layer` gives each layer of a model another dropout mask; one that is called
         twice in such a step drops the same pairs twice.  See `begin_step` for calls outside of steps.
         """
         options: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel, "ordering": ordering}

@@ -84,7 +84,7 @@ class ContextDropout(Positioned):
 
         Ranks that share a sequence have equal random states, so that a layer that is left out at random is left out on
         all of them.  The function of torch therefore drops the same elements of each part.  Modules of torch, such as
-        `nn.Dropout`, do as this method does if the context was handed down to them.
+        `nn.Dropout`, do as this method does if the context was attached to them.
 
         Args:
             x: a tensor of any shape.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lightning_longnet.sequence.context import SequenceContext
 
-ATTACHED = "_attached_sequence_context"  # of modules that have no `sequence_context` of their own
+ATTACHED = "_attached_sequence_context"  # of modules without an attribute `sequence_context`
 _HANDLES, _PART = "_dropout_hooks", "_random_part"
 # modules that drop whole features, and the number of dimensions of their inputs with a batch
 _OF_FEATURES = {nn.Dropout1d: 3, nn.Dropout2d: 4, nn.Dropout3d: 5, nn.FeatureAlphaDropout: 2}

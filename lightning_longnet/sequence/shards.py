@@ -80,8 +80,7 @@ class BatchShards:
 
         All ranks call it together.  Outside of inference mode a mask that the program changes has another version on
         all of them.  In inference mode each rank looks at the values of its own part, which may have changed where
-        another's have not; so they compare which shard they found, and make one together unless they all found the
-        same.
+        another's have not; so they compare the indices of their shards, and make one together unless these are equal.
         """
         index = self._index_of(documents, padding)
         compares = any(x is not None and x.is_inference() for x in (documents, padding))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class DropoutMask(NamedTuple):
-    """Which pairs of a call dropout keeps, as a rule and one word a row, so that no tensor of all pairs is held.
+    """The dropout mask of a call, as a rule and one word for each row, so that no tensor of all pairs is held.
 
     `query_words` are (batch, heads, queries), `key_words` (batch, key heads, keys).
     """

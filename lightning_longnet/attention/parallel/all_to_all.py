@@ -92,7 +92,7 @@ class AllToAllPlan(ExchangePlan):
 
 
 class AllToAllFootprint(NamedTuple):
-    """Whole sequences of `length` tokens, of one in `ranks` heads."""
+    """The memory of a call that holds whole sequences of `length` tokens for one in `ranks` heads."""
 
     ranks: int
     length: int
@@ -158,7 +158,7 @@ class AllToAllCall(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, lse, *outs = saved
         (grad,) = self._to_heads((grad,), "the gradient of out")
-        # the out of all branches is saved where the inner call saves none of its own
+        # the inner call saves the outs of branches for "detached"; otherwise the out of all branches is saved
         gradients = self._to_rows(self.inner.backward(grad, q, k, v, outs[0], lse, outs), "gradients")
         return gradients[0], gradients[1], gradients[2]
 

@@ -23,7 +23,7 @@ Direction = Literal["forward", "backward"]
 
 @dataclass
 class Traffic:
-    """What one rank sent since its count began, and how long that took.
+    """The messages and bytes that one rank sent since its count began, and the time that they took.
 
     Attributes:
         messages, sent_bytes: what attention sent.

@@ -1,4 +1,4 @@
-"""Calls of a pattern whose branches are drawn on several lines: each on rows in an order of its own."""
+"""Calls of a pattern whose branches are drawn on several lines: each on rows in another order."""
 
 from __future__ import annotations
 

@@ -237,7 +237,7 @@ class RankBlocks:
         return self._touching[rank, side]
 
     def is_local(self) -> bool:
-        """Return whether every query finds all its keys on its own rank."""
+        """Return whether the keys of each query are on the rank of the query."""
         ranks = range(self.layout.placement.ranks)
         return not any(self.blocks(rank, source).parts for rank in ranks for source in self.neighbours(rank))
 
@@ -276,7 +276,7 @@ class RankBlocks:
 
 
 def is_local(layout: Layout) -> bool:
-    """Return whether every query finds all its keys on its own rank."""
+    """Return whether the keys of each query are on the rank of the query."""
     return rank_blocks(layout).is_local()
 
 

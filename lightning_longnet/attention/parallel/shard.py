@@ -172,7 +172,7 @@ class SequenceShard:
         return value
 
     def saves_inputs(self, spec: str) -> bool:
-        """Return whether calls with this spec save inputs of their own, so that autograd need not save q, k and v."""
+        """Return whether calls with this spec save other inputs than q, k and v, which autograd then need not save."""
         return self.saves_inputs_of.get(spec, False)
 
     def footprint(self, spec: AttentionSpec) -> Footprint:
@@ -184,7 +184,7 @@ class SequenceShard:
 
         Args:
             call: values by their names.  Calls with equal values are one kind, which is compared once.
-            extra: more values to compare, which make no kind of their own.
+            extra: more values to compare, which do not distinguish kinds.
             fault: an error that this rank raises itself.  The others get it where they compare, and the call counts:
                 they must not take the rank's next call for this one.
         """

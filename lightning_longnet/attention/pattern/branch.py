@@ -81,7 +81,7 @@ class Branch:
             given = f"window {self.window}" if self.window is not None else f"sparsity {self.sparsity}"
             raise ValueError(
                 f"ragged must be 'exact' where there is a window or a sparsity, got 'zero_keys' and {given}: "
-                f"torchscale pads segments without either; a pattern may have both as branches of their own"
+                f"torchscale pads segments without either; a pattern may have both as separate branches"
             )
 
     def offset(self, kv_head: int, kv_heads: int) -> int:

@@ -71,7 +71,7 @@ class _LineKey(NamedTuple):
 def lines_of(ordering: Ordering, cuts: tuple[int, ...], pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
     """Return the lines of a pattern over a sequence; the first one has the finest branch.
 
-    `cuts` are where documents begin, and where the last one ends: each document has a curve of its own.
+    `cuts` are where documents begin, and where the last one ends: each document has a separate curve.
     """
     if ordering == "raster":
         return (Line(pattern, tuple(range(len(pattern.branches)))),)
@@ -96,7 +96,7 @@ def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
     if len(line_keys) > 1 and any(branch.sparsity is not None for branch in pattern.branches):
         raise ValueError(
             f"pattern must keep all blocks of its {len(pattern.branches)} causal branches where ordering is "
-            f"{ordering!r} and multiplicity 'set': the blocks of each are counted on a line of their own; 'multiset' "
+            f"{ordering!r} and multiplicity 'set': the blocks of each are counted on a separate line; 'multiset' "
             "serves them"
         )
 

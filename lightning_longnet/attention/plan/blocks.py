@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.plan.runs import Shape
 
 # Runs of at most this many rows that are not evenly spaced are copied together for one call: on two CPU cores a copied
-# row costs about 100 ns, and a call 50 us.  A longer run is a call of its own.
+# row costs about 100 ns, and a call 50 us.  A longer run is a separate call.
 COPIED_ROWS = 512
 
 # Pairs are computed once, with a mask of weights, if their number falls to this share; the mask costs 5 to 12 % of the
@@ -219,7 +219,7 @@ def _head_runs(
             continue
         scattered: list[int] = []
         for even in _progressions(sorted(chain.from_iterable(parts))):
-            # a view where that is worth a call of its own; the rest is copied together
+            # a view where that is worth a separate call; the rest is copied together
             if len(even) > 3 or shape.queries > COPIED_ROWS:
                 yield shape, even
             else:

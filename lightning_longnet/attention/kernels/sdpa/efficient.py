@@ -116,7 +116,7 @@ def _is_banded(call: Call) -> bool:
 
 
 def _limit(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> int:
-    """Return how many batches one call may have: fewer where each needs (heads, queries, keys) of a bias of its own."""
+    """Return how many batches one call may have: fewer where each needs a separate bias (heads, queries, keys)."""
     if padding is None or not _is_banded(call):
         return BATCHES
     return min(BATCHES, max(1, _BIAS // (padding.shape[1] * q.shape[2] * k.shape[2])))
