@@ -25,7 +25,7 @@ import torch.distributed as dist
 from machine import allocated, described
 from ranks import on_ranks
 
-from lightning_longnet import create_standardized_ring_attention, hand_down, sequence_mesh
+from lightning_longnet import attach_context, create_standardized_ring_attention, sequence_mesh
 from lightning_longnet.sequence import SequenceContext
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def work(ranks: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
 
 def step_of(context: SequenceContext, preset: str, tokens: int, branches: dict[str, Any]) -> Callable[[], None]:
     layer = create_standardized_ring_attention(preset, **branches)
-    hand_down(layer, context)
+    attach_context(layer, context)
     generator = torch.Generator().manual_seed(context.sequence_parallel_rank)
     shape = 1, tokens // context.sequence_parallel_size, HEADS, HEAD_DIM
     *inputs, grad = (torch.randn(shape, generator=generator) for _ in range(4))

@@ -8,7 +8,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from lightning_longnet import LongNet, LongNetConfig, Pattern, SequenceContext, hand_down, sequence_mesh
+from lightning_longnet import LongNet, LongNetConfig, Pattern, SequenceContext, attach_context, sequence_mesh
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     pattern = Pattern.dilated((64, 256, 1024), (1, 2, 4), is_causal=True)
     model = LongNet(LongNetConfig(pattern, vocab_size=64, dim=64, layers=2, heads=4))
     context = SequenceContext(sequence_mesh(ranks, "cpu") if ranks > 1 else None)
-    hand_down(model, context)  # every attention layer finds it
+    attach_context(model, context)  # every attention layer finds it
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     generator = torch.Generator().manual_seed(1)  # the same batches on all ranks that share sequences

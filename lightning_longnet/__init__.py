@@ -67,7 +67,14 @@ if TYPE_CHECKING:
     from lightning_longnet.models.longvit import LongViT, LongViTConfig
     from lightning_longnet.planning.flops import ModelFlops, attended_pairs
     from lightning_longnet.report import write_report
-    from lightning_longnet.sequence import SequenceContext, SequencePart, hand_down, sequence_context, sequence_mesh
+    from lightning_longnet.sequence import (
+        SequenceContext,
+        SequencePart,
+        attach_context,
+        hand_down,
+        sequence_context,
+        sequence_mesh,
+    )
     from lightning_longnet.split_check import SplitMismatch, Verdict, check_split
     from lightning_longnet.training.module import LongNetModule
     from lightning_longnet.training.optimization import decay_groups, warmup_cosine
@@ -124,6 +131,7 @@ __all__ = [
     "TokenData",
     "TokenFileData",
     "Verdict",
+    "attach_context",
     "attend",
     "attended_pairs",
     "available_presets",
@@ -185,7 +193,7 @@ _MODULES = {
     "layers.loss": ("chunked_cross_entropy",),
     "models.longnet": ("LongNet", "LongNetConfig"),
     "training.module": ("LongNetModule",),
-    "sequence": ("SequenceContext", "SequencePart", "hand_down", "sequence_context", "sequence_mesh"),
+    "sequence": ("SequenceContext", "SequencePart", "attach_context", "hand_down", "sequence_context", "sequence_mesh"),
     "split_check": ("SplitMismatch", "Verdict", "check_split"),
     "training.optimization": ("decay_groups", "warmup_cosine"),
     "checkpointing.checkpoints": ("Checkpoint", "read_checkpoint"),

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_longnet.attention.parallel.placement import Kind  # noqa: TC001  the command line evaluates annotations
 from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
 from lightning_longnet.callbacks import Preemption
-from lightning_longnet.sequence.attach import hand_down
+from lightning_longnet.sequence.attach import attach_context
 from lightning_longnet.sequence.batches import checked_dims
 from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.sequence.mesh import check_sizes, sequence_mesh
@@ -29,7 +29,7 @@ from lightning_longnet.strategies.checks import (
     check_predicted_batches,
     check_processes,
 )
-from lightning_longnet.strategies.engines import Sharding, engine_class, engine_options, gathers_parameters
+from lightning_longnet.strategies.engines import Sharding, checked_engine_options, gathers_parameters, strategy_class
 from lightning_longnet.strategies.first_batch import FirstBatchCheck
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
 from lightning_longnet.strategies.loaders import LoaderWatch
@@ -50,20 +50,20 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.shard import SequenceShard
 
 
-class _ByEngine:
-    """Makes an instance of the engine's class.
+class _ClassBySharding:
+    """A base class whose `__new__` makes an instance of the subclass for the sharding.
 
-    It is a class of its own because a `__new__` of the strategy would hide the arguments of `__init__` from the command
-    line, which reads signatures.
+    A `__new__` of the strategy itself would hide the arguments of `__init__` from the command line, which reads
+    signatures.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if cls is RingSequenceParallelStrategy:
-            cls = engine_class(kwargs.get("sharding", args[1] if len(args) > 1 else "fsdp2"))
+            cls = strategy_class(kwargs.get("sharding", args[1] if len(args) > 1 else "fsdp2"))
         return super().__new__(cls)
 
 
-class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
+class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops):
     """Trains with sequences split over ranks; attention over whole sequences is exact, with any engine.
 
     The instance is of the engine's class, a subclass of this one and of Lightning's strategy for the engine.
@@ -93,7 +93,7 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
         process_group_backend: "gloo" on CPUs and "nccl" on GPUs by default.
     """
 
-    stock: type[ParallelStrategy]  # Lightning's strategy for the engine
+    lightning_class: type[ParallelStrategy]  # Lightning's strategy for this sharding
 
     def __init__(
         self,
@@ -123,13 +123,13 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
         self.sequence_context = SequenceContext()
         self._first_batches = FirstBatchCheck(split_check)
         self._repeats = RepeatWarning()
-        self._start_engine(engine_options(self.stock, engine or {}), process_group_backend)
+        self._init_lightning_strategy(checked_engine_options(self.lightning_class, engine or {}), process_group_backend)
         self._accelerator, self.parallel_devices = accelerator, parallel_devices
         self.cluster_environment, self._checkpoint_io = cluster_environment, checkpoint_io
         self.precision_plugin = precision_plugin
 
-    def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
-        """Call the initialiser of the engine's strategy."""
+    def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+        """Call the initialiser of `lightning_class` with its options, the argument `engine`."""
         raise NotImplementedError
 
     # Ranks and groups
@@ -222,7 +222,7 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
         if self.preemption and trainer.state.fn == TrainerFn.FITTING:
             _add_preemption(trainer)
         self.sequence_context.window.close(1)  # an interrupted run may have left it open
-        hand_down(self.lightning_module, self.sequence_context)
+        attach_context(self.lightning_module, self.sequence_context)
         keep_order(trainer)
         self._begin_split_check()
         super().setup(trainer)
@@ -230,7 +230,7 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         module = self.lightning_module
         if module is not None:
-            repeated = 0 if self._loaders is None else self._loaders.take(module, batch, dataloader_idx)
+            repeated = 0 if self._loaders is None else self._loaders.send(module, batch, dataloader_idx)
             dims = checked_dims(getattr(module, "sequence_dims", {}))
             if self._first_batches.is_due(self, module.trainer):
                 if self._loaders is not None:
@@ -288,7 +288,7 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
     def teardown(self) -> None:
         self._end_batches()
         if self.lightning_module is not None:
-            hand_down(self.lightning_module, None)
+            attach_context(self.lightning_module, None)
             if getattr(self.lightning_module, "_trainer", None) is not None:
                 restore_order(self.lightning_module.trainer)
         self._first_batches.end()
@@ -304,7 +304,7 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
 def _add_preemption(trainer: Trainer) -> None:
     """Add the callback `Preemption` to a Trainer that has none."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(each, Preemption) for each in callbacks):
+    if any(isinstance(callback, Preemption) for callback in callbacks):
         return
     callbacks.append(Preemption())
     rank_zero_info(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from lightning_longnet.sequence.agreement import gathered
+from lightning_longnet.sequence.agreement import all_gather
 from lightning_longnet.split_check.check import check_action
 
 if TYPE_CHECKING:
@@ -56,13 +56,13 @@ def check_accumulation(accumulate: str, module: LightningModule) -> None:
 def check_is_split(context: SequenceContext) -> None:
     """Raise a ValueError where ranks that share sequences have all computed the same whole batch.
 
-    A batch may stay whole for a model that splits what it makes of it, which the model says by `begin_made`.
+    A batch may stay whole for a model that splits what it makes of it, which the model says by `begin_sequences`.
     """
     size = context.sequence_parallel_size
     if size > 1 and context.length is None:
         raise ValueError(
             f"sequence_parallel_size must be 1 where no tensor of a batch is a sequence and the model begins none "
-            f"(see SequenceContext.begin_made), got {size}"
+            f"(see SequenceContext.begin_sequences), got {size}"
         )
 
 
@@ -83,7 +83,7 @@ def check_predicted_batches(context: SequenceContext, sharding: str, batches: Se
     if context.data_parallel_group is None:
         return
     own = torch.tensor(int(min(sum(batches), 2**62)))
-    counts = gathered(own, context.data_parallel_group).tolist()
+    counts = all_gather(own, context.data_parallel_group).tolist()
     if len(set(counts)) > 1:
         raise ValueError(
             f"with {sharding!r} all data-parallel groups must predict as many batches, as their ranks "

@@ -13,9 +13,9 @@ from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 class DDPSequenceParallelStrategy(RingSequenceParallelStrategy, DDPStrategy):
     """The strategy of the sharding "ddp"."""
 
-    stock = DDPStrategy
+    lightning_class = DDPStrategy
 
-    def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+    def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         timeout = timedelta(seconds=self.timeout)
         DDPStrategy.__init__(self, process_group_backend=process_group_backend, timeout=timeout, **engine)
 

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 
-from lightning_longnet.sequence.agreement import fault_of_first
+from lightning_longnet.sequence.agreement import fault_of_rank_zero
 from lightning_longnet.strategies.averages import has_averages
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 from lightning_longnet.strategies.engines import gathers_parameters
@@ -34,9 +34,9 @@ _STAGES: dict[str, dict[str, Any]] = {
 class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedStrategy):
     """The strategy of the shardings "deepspeed_stage_1", "_2", "_3" and "_3_offload"."""
 
-    stock = DeepSpeedStrategy
+    lightning_class = DeepSpeedStrategy
 
-    def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+    def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         if find_spec("deepspeed") is None:
             raise ModuleNotFoundError(
                 f"sharding {self.sharding!r} needs deepspeed: pip install 'lightning-longnet[deepspeed]', or take "
@@ -70,6 +70,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         self._make_context()
 
     def _connect_on_cpu(self) -> None:
+        """Connect the ranks as DeepSpeed does, on CPUs."""
         os.environ["DS_ACCELERATOR"] = "cpu"  # which DeepSpeed reads at its first use
         import deepspeed
 
@@ -116,7 +117,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         path = Path(self.broadcast(checkpoint_path))
         if saved_ranks(path) in (0, self.world_size):
             return super().load_checkpoint(path, weights_only)
-        if fault := fault_of_first(self, lambda: convert(path)):
+        if fault := fault_of_rank_zero(self, lambda: convert(path)):
             raise RuntimeError(f"the checkpoint {path} cannot be made to fit {self.world_size} ranks: {fault}")
         config = self.deepspeed_engine._config
         config.load_universal_checkpoint = True

@@ -1,4 +1,4 @@
-"""The engines: the names of shardings, the class of each, and the options that it takes."""
+"""The engines, Lightning's strategies on which ours is built: the sharding of each, its class and its options."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ _OURS = {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_i
 _OURS |= {"process_group_backend", "data_parallel_size", "tensor_parallel_size", "stage", "zero_optimization"}
 
 
-def engine_class(sharding: str) -> type[RingSequenceParallelStrategy]:
+def strategy_class(sharding: str) -> type[RingSequenceParallelStrategy]:
     """Return the class of a sharding, whose module is imported now: DeepSpeed need not be installed for the others."""
     if sharding not in get_args(Sharding):
         allowed = ", ".join(map(repr, get_args(Sharding)))
         raise ValueError(f"sharding must be one of {allowed}, got {sharding!r}")
     module, name = _CLASSES.get(sharding, _DEEPSPEED)
-    engine: type[RingSequenceParallelStrategy] = getattr(import_module(f"lightning_longnet.strategies.{module}"), name)
-    return engine
+    chosen: type[RingSequenceParallelStrategy] = getattr(import_module(f"lightning_longnet.strategies.{module}"), name)
+    return chosen
 
 
-def engine_options(stock: type[ParallelStrategy], options: dict[str, Any]) -> dict[str, Any]:
+def checked_engine_options(lightning_class: type[ParallelStrategy], options: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of the options of Lightning's strategy for an engine, after checking their names."""
-    valid = set(signature(stock).parameters) - _OURS
+    valid = set(signature(lightning_class).parameters) - _OURS
     if "kwargs" in valid:  # which Lightning passes on to DistributedDataParallel
         valid = valid - {"kwargs"} | (set(signature(DistributedDataParallel).parameters) - {"module", "device_ids"})
     if unknown := [name for name in options if name not in valid]:
         allowed = ", ".join(sorted(valid))
-        raise ValueError(f"engine must hold arguments of {stock.__name__}, {allowed}, got {unknown}")
+        raise ValueError(f"engine must hold arguments of {lightning_class.__name__}, {allowed}, got {unknown}")
     return dict(options)
 
 

@@ -1,4 +1,4 @@
-"""The split check of a run: the first training batch and the first validation batch are proven on parts."""
+"""The split check of a run: it compares the first training and validation batch on parts with the same on one rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_longnet.sequence.attach import hand_down
+from lightning_longnet.sequence.attach import attach_context
 from lightning_longnet.split_check import check_split
 from lightning_longnet.split_check.check import replica_of
 from lightning_longnet.split_check.isolation import StopStep
@@ -72,11 +72,11 @@ class FirstBatchCheck:
             self._replica = None
 
         def attach(copy: nn.Module, its_context: SequenceContext) -> None:
-            hand_down(copy, its_context)
+            attach_context(copy, its_context)
             strategy.sequence_context = its_context  # which a step may ask, too
 
         try:
-            with _kept(trainer):
+            with _trainer_restored(trainer):
                 verdict = check_split(
                     module,
                     _training_step if stage == "training" else _validation_step,
@@ -99,8 +99,8 @@ class FirstBatchCheck:
 
 
 @contextmanager
-def _kept(trainer: Trainer) -> Iterator[None]:
-    """Keep a Trainer, its loggers and its optimizers from what a step does with them."""
+def _trainer_restored(trainer: Trainer) -> Iterator[None]:
+    """Restore the attributes of a Trainer after the block; inside it nothing is logged, saved or optimized."""
     attributes = dict(trainer.__dict__)
 
     def end(optimizer: Optimizer, *_: Any) -> None:
@@ -110,7 +110,7 @@ def _kept(trainer: Trainer) -> Iterator[None]:
     optimizers = list(trainer.optimizers)
     handle = register_optimizer_step_pre_hook(end)
     trainer.loggers = [DummyLogger()]
-    trainer.__dict__["save_checkpoint"] = _nothing
+    trainer.__dict__["save_checkpoint"] = _do_nothing
     try:
         yield
     finally:
@@ -120,26 +120,27 @@ def _kept(trainer: Trainer) -> Iterator[None]:
         trainer.__dict__.update(attributes)
 
 
-def _nothing(*_: Any, **__: Any) -> None:
+def _do_nothing(*_: Any, **__: Any) -> None:
     pass
 
 
 def _stage(trainer: Trainer) -> str:
+    """Return "training" or "validation", the loop that runs; an empty string for other loops."""
     if trainer.training:
         return "training"
     return "validation" if trainer.sanity_checking or trainer.validating else ""
 
 
 def _training_step(copy: Any, batch: Any) -> Any:
-    return _called(copy, copy.training_step, batch)
+    return _call_step(copy, copy.training_step, batch)
 
 
 def _validation_step(copy: Any, batch: Any) -> Any:
-    return _called(copy, copy.validation_step, batch)
+    return _call_step(copy, copy.validation_step, batch)
 
 
-def _called(copy: Any, step: Callable[..., Any], batch: Any) -> Any:
-    """Return the result of a step of a module, called as Lightning calls it."""
+def _call_step(copy: Any, step: Callable[..., Any], batch: Any) -> Any:
+    """Call a step of a module as Lightning does, with the batch hooks and the arguments that it declares."""
     hooks = copy.trainer._data_connector._datahook_selector.get_instance("on_after_batch_transfer")
     owner: Any = hooks if hooks is getattr(copy.trainer, "datamodule", None) else copy
     batch = owner.on_after_batch_transfer(batch, 0)

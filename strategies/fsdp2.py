@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_longnet.strategies.averages import averages, has_averages, sharded_state, whole_state
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
-from lightning_longnet.strategies.files import load_file
+from lightning_longnet.strategies.full_checkpoint import load_full_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,9 +39,9 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     without a `forward`, as an `nn.ModuleDict`, is no block: its own entries are.
     """
 
-    stock = ModelParallelStrategy
+    lightning_class = ModelParallelStrategy
 
-    def _start_engine(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+    def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         options: dict[str, Any] = {
             "process_group_backend": process_group_backend,
             "timeout": timedelta(seconds=self.timeout),
@@ -59,11 +59,11 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         module = self.lightning_module
         assert module is not None
         self._begin_split_check()
-        if any(isinstance(each, FSDPModule) for each in module.modules()):
+        if any(isinstance(child, FSDPModule) for child in module.modules()):
             _check_sharding(module)
         else:
-            for each in (module, *averages(trainer)):
-                self._shard(each)
+            for root in (module, *averages(trainer)):
+                self._shard(root)
         if has_averages(trainer) and self._save_distributed_checkpoint:
             self._save_distributed_checkpoint = False
             rank_zero_info(
@@ -74,6 +74,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         super().setup(trainer)
 
     def _shard(self, module: nn.Module) -> None:
+        """Shard the parameters of a module with `fully_shard`, block by block, from the values of rank 0."""
         for tensor in (*module.parameters(), *module.buffers()):
             if not tensor.is_meta:
                 values = tensor.data.to(self.root_device)  # NCCL takes nothing else
@@ -102,7 +103,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         assert self.model is not None
         assert module is not None
         if path.is_file():
-            checkpoint = load_file(path, self.model, self.optimizers, module.strict_loading, weights_only)
+            checkpoint = load_full_checkpoint(path, self.model, self.optimizers, module.strict_loading, weights_only)
         else:
             checkpoint = super().load_checkpoint(path, weights_only)
         if has_averages(module.trainer):  # the callback loads its average, and the weights again
@@ -165,6 +166,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         return self.model
 
     def _shard_mesh(self) -> DeviceMesh:
+        """Return the mesh over which parameters are sharded: for "hsdp" only over the ranks that share a sequence."""
         mesh = self.sequence_context.mesh
         assert mesh is not None
         return mesh if self.sharding == "hsdp" else mesh._flatten("ranks")
@@ -199,13 +201,14 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
     def is_unit(entry: nn.Module) -> bool:
         inside = Counter(id(parameter) for _, parameter in entry.named_parameters(remove_duplicate=False))
-        return bool(inside) and all(owned[each] == times for each, times in inside.items())
+        return bool(inside) and all(owned[key] == times for key, times in inside.items())
 
     entries = [entry for entry in _entries(module) if any(True for _ in entry.children())]
     return [entry for entry in dict.fromkeys(entries) if is_unit(entry)]
 
 
 def _entries(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the entries of the outermost lists inside a module."""
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
             for entry in child:

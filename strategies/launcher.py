@@ -46,6 +46,7 @@ def watch_launcher() -> None:
 
 
 def _watch(parent: int) -> None:
+    """Kill this process once its parent has ended; the loop of the watch's thread."""
     while os.getppid() == parent:
         time.sleep(1.0)
     time.sleep(GRACE)

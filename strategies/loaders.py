@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Pass:
-    """A pass over the batches of a loop.
+class LoopPass:
+    """One pass of a loop over its batches.
 
     Attributes:
-        batches: how many batches were compared.
-        is_over: no rank goes on, as all of them know.
-        is_given: a batch was given to the loop, and not compared.
+        batches: the number of batches that were compared.
+        is_over: whether the ranks have agreed that none of them continues.
+        is_given: whether the loop has a batch that was not compared yet.
         index: the index of that batch in its loader.
     """
 
@@ -39,19 +39,19 @@ class Pass:
     index: int = 0
 
 
-def watch(fetcher: _DataFetcher, end: Callable[[Pass], None]) -> Pass:
-    """Return the pass of a loop's fetcher, which from now on calls `end` where it has no further batch."""
+def watch_fetcher(fetcher: _DataFetcher, end: Callable[[LoopPass], None]) -> LoopPass:
+    """Return the pass of a loop's fetcher, after making the fetcher call `end(pass)` when it has no further batch."""
     watched: Any = fetcher
     if not hasattr(fetcher, "sequence_pass"):
         fetcher.__class__ = _watched(type(fetcher))
-        watched.sequence_pass, watched.sequence_end = Pass(is_given=True), end
-        _watch_taken(fetcher)
-    found: Pass = watched.sequence_pass
-    return found
+        watched.sequence_pass, watched.sequence_end = LoopPass(is_given=True), end
+        _watch_iterator(fetcher)
+    current: LoopPass = watched.sequence_pass
+    return current
 
 
-class _Taken(_DataFetcherWrapper):
-    """The iterator that a step takes its batches from, where it does so itself."""
+class _WatchedIterator(_DataFetcherWrapper):
+    """The iterator of a `training_step(dataloader_iter)`, which takes its batches itself."""
 
     def __next__(self) -> Any:
         fetcher: Any = self.data_fetcher
@@ -64,20 +64,20 @@ class _Taken(_DataFetcherWrapper):
         return item
 
 
-def _watch_taken(fetcher: _DataFetcher) -> None:
+def _watch_iterator(fetcher: _DataFetcher) -> None:
     if isinstance(fetcher, _DataLoaderIterDataFetcher):
-        fetcher.iterator_wrapper.__class__ = _Taken
+        fetcher.iterator_wrapper.__class__ = _WatchedIterator
 
 
 @cache
 def _watched(kind: type[_DataFetcher]) -> type[_DataFetcher]:
-    """Return a subclass of a class of fetchers that keeps a `Pass`."""
+    """Return a subclass of a class of fetchers that keeps a `LoopPass`."""
 
     class Watched(kind):  # type: ignore[misc, valid-type]
         def __iter__(self) -> Any:
-            self.sequence_pass = Pass()
+            self.sequence_pass = LoopPass()
             made = super().__iter__()
-            _watch_taken(self)
+            _watch_iterator(self)
             return made
 
         def __next__(self) -> Any:
@@ -94,21 +94,21 @@ def _watched(kind: type[_DataFetcher]) -> type[_DataFetcher]:
 
 
 class LoaderWatch:
-    """Compares the batches of ranks that share sequences, and where loaders end; ranks that differ raise together.
+    """Compares the batches of the ranks and the ends of their loaders; if they differ, all ranks raise a ValueError.
 
-    A rank sends a note of each batch that a loop is given, and the step waits for those of the others before it begins:
-    what follows may wait for ranks whose batches do not fit.  A rank without further batches answers until no rank goes
-    on.
+    Each rank sends a `Note` of each batch of a loop.  A step begins only when the notes of all ranks have arrived, as
+    its collectives would hang if one rank had another batch or none.  A rank whose loader has ended sends notes of the
+    end until all ranks have ended.
 
     Args:
         context: the context of the strategy.
         timeout: seconds after which a rank that waits for another gives up.
-        gathers: ranks gather parameters in each forward, so that all groups need as many batches.
+        gathers: whether ranks gather parameters in each forward, so that all groups need equally many batches.
     """
 
     def __init__(self, context: SequenceContext, timeout: float, *, gathers: bool) -> None:
         self.context, self.gathers = context, gathers
-        self._fault, self._current = "", Pass()
+        self._fault, self._current = "", LoopPass()
         self._is_alike = False
         self._comparison: BatchComparison | None = None
         if context.mesh is not None and context.sequence_parallel_size > 1 and dist.get_backend() != "fake":
@@ -122,10 +122,10 @@ class LoaderWatch:
         """Watch the fetcher of the loop that runs now."""
         self._pass_of(trainer)
 
-    def take(self, module: LightningModule, batch: Any, dataloader_idx: int) -> int:
-        """Compare the batch that a loop was given last, and return how many of its last samples are not to count.
+    def send(self, module: LightningModule, batch: Any, dataloader_idx: int) -> int:
+        """Send the note of a loop's batch; return how many of its last samples are repeats that do not count.
 
-        The comparison begins; `receive` waits for its end.  Other batches, as those of a callback, are not compared.
+        `receive` waits for the notes of the others.  Batches from elsewhere, as from a callback, are not compared.
         """
         trainer = module.trainer
         current = self._pass_of(trainer)
@@ -139,7 +139,8 @@ class LoaderWatch:
             return 0
         return repeated_in(loaders.flattened[dataloader_idx], current.index)
 
-    def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int, current: Pass) -> None:
+    def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int, current: LoopPass) -> None:
+        """Send the note of a batch; without a comparison, check only the first batch of a pass."""
         trainer = module.trainer
         if self._comparison is None:
             if current.batches == 1:
@@ -162,17 +163,17 @@ class LoaderWatch:
                 notes, self._fault, self._current.batches, is_alike=self._is_alike
             )
 
-    def end(self, current: Pass) -> None:
-        """Answer the other ranks where this one has no further batch."""
+    def send_end(self, current: LoopPass) -> None:
+        """Send notes that this rank has no further batch, until no rank has one."""
         self.receive()
         while self._comparison is not None and not current.is_over:
             self._fault, self._current = "", current
             self._comparison.send(Note(ENDED, 0, current.batches))
             self.receive()
 
-    def _pass_of(self, trainer: Trainer) -> Pass | None:
+    def _pass_of(self, trainer: Trainer) -> LoopPass | None:
         fetcher = _fetcher(trainer)
-        return None if fetcher is None else watch(fetcher, self.end)
+        return None if fetcher is None else watch_fetcher(fetcher, self.send_end)
 
 
 def _fetcher(trainer: Trainer) -> _DataFetcher | None:

@@ -15,7 +15,7 @@ _EVALUATED_BATCHES = 2**32  # more batches than an evaluation has
 
 
 class WatchedLoops(ParallelStrategy):
-    """Lets no step begin before the batches of all ranks are compared, and warns of samples that are repeated.
+    """A strategy that begins no step before the batches of all ranks are compared, and warns of repeated samples.
 
     It also begins the steps of evaluation, and ends the last batch of each loop.
     """
@@ -26,7 +26,7 @@ class WatchedLoops(ParallelStrategy):
     _evaluated = 0  # batches of the evaluation that runs
 
     def process_dataloader(self, dataloader: object) -> object:
-        self._repeats.of(dataloader)
+        self._repeats.check(dataloader)
         return super().process_dataloader(dataloader)
 
     def _watch_loop(self) -> None:

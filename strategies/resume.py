@@ -31,8 +31,8 @@ def skip_finished_batches(trainer: Trainer) -> None:
         return
     if epoch > 0:
         # workers have begun to read in the order of epoch 0, so the iterator is made again
-        for each in loader.flattened:
-            _set_sampler_epoch(each, epoch)
+        for dataloader in loader.flattened:
+            _set_sampler_epoch(dataloader, epoch)
         iter(fetcher)
     finished = loop.batch_progress.current.completed + int(loop.restarted_on_train_batch_end)
     if not loop.restarting or finished >= trainer.num_training_batches:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def keep_order(trainer: Trainer) -> None:
     """Have a Trainer insert a sampler for training data that shuffles where the loader does, and not otherwise.
 
-    Lightning's shuffles in any case: data whose loader has `shuffle=False`, or a sampler with an order of its own.
+    Lightning's shuffles in any case: data whose loader has `shuffle=False`, or a sampler with another order.
     """
     connector = trainer._data_connector
     choose = type(connector)._resolve_sampler
@@ -38,24 +38,38 @@ def restore_order(trainer: Trainer) -> None:
     trainer._data_connector.__dict__.pop("_resolve_sampler", None)
 
 
-def repeats(loader: Any) -> tuple[int, int, int] | None:
-    """Return (samples, groups, samples of this rank without repeats) of a loader that repeats some, or None."""
+class Repeats(NamedTuple):
+    """The samples of a loader that repeats some, so that all data-parallel groups have equally many.
+
+    Attributes:
+        samples: the number of samples of the dataset.
+        groups: the number of data-parallel groups.
+        own: the number of samples of this rank, its repeat not counted.
+    """
+
+    samples: int
+    groups: int
+    own: int
+
+
+def repeats(loader: Any) -> Repeats | None:
+    """Return the repeats of a loader; None if it has none."""
     sampler: Any = getattr(loader, "sampler", None)
     is_plain = type(sampler) in (DistributedSampler, DistributedSamplerWrapper) and not sampler.drop_last
     if not is_plain and getattr(sampler, "end", None) != "repeat":  # of our `GlobalOrder`
         return None
     samples, groups = len(sampler.dataset), sampler.num_replicas
-    return (samples, groups, len(range(sampler.rank, samples, groups))) if samples % groups else None
+    return Repeats(samples, groups, len(range(sampler.rank, samples, groups))) if samples % groups else None
 
 
 def repeated_in(loader: Any, batch_idx: int) -> int:
     """Return how many of the last samples of a batch are repeats, that another rank has as well."""
-    found = repeats(loader)
-    if found is None or type(loader.batch_sampler) is not BatchSampler:
+    counts = repeats(loader)
+    if counts is None or type(loader.batch_sampler) is not BatchSampler:
         return 0
     begin: int = batch_idx * loader.batch_size
     end: int = min(begin + loader.batch_size, len(loader.sampler))
-    return end - max(begin, min(end, found[2]))
+    return end - max(begin, min(end, counts.own))
 
 
 class RepeatWarning:
@@ -64,12 +78,12 @@ class RepeatWarning:
     def __init__(self) -> None:
         self._known: set[tuple[int, int]] = set()
 
-    def of(self, loader: Any) -> None:
-        """Warn on rank 0 where a loader repeats samples."""
-        found = repeats(loader)
-        if found is None or found[:2] in self._known:
+    def check(self, loader: Any) -> None:
+        """Warn on rank 0 if a loader repeats samples."""
+        counts = repeats(loader)
+        if counts is None or (counts.samples, counts.groups) in self._known:
             return
-        samples, groups, _ = found
+        samples, groups, _ = counts
         self._known.add((samples, groups))
         more = -samples % groups
         rank_zero_warn(

@@ -5,7 +5,7 @@ import torch
 
 def shown_pairs(block):
     """(query row, query head, key row, key head, how often) of one block, by listing its cells."""
-    queries, keys = list(block.queries.cells()), list(block.keys.cells())
+    queries, keys = list(block.queries.elements()), list(block.keys.elements())
     group = block.queries.heads // block.keys.heads
     for cells, lattice in ((queries, block.queries), (keys, block.keys)):
         assert len(cells) == lattice.size
@@ -23,5 +23,5 @@ def shown_pairs(block):
 
 def held(placement, rank):
     """The tokens of a rank, in its order."""
-    parts = [torch.arange(stretch.begin, stretch.end) for stretch in placement.stretches(rank)]
+    parts = [torch.arange(stretch.begin, stretch.end) for stretch in placement.chunks(rank)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)

@@ -62,7 +62,7 @@ def compare_block(kernel, case, dropout=0.0, value_dim=None, dtype=torch.float64
             for n in ((heads, queries), (kv_heads, keys))
         ]
         draw = DropoutMask(Dropout(dropout, 0), *words)
-        keeps = draw.dropout.keeps(words[0][..., None], words[1].repeat_interleave(group, 1)[:, :, None])
+        keeps = draw.dropout.keep_bits(words[0][..., None], words[1].repeat_interleave(group, 1)[:, :, None])
         share *= (keeps != 0) / (1 - dropout)
     scale = 0.4 * (4 / dim) ** 0.5
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]

@@ -20,7 +20,7 @@ from lightning_longnet.attention.checks import (
 from lightning_longnet.attention.kernels import Explanation, judge, reference
 from lightning_longnet.attention.kernels.dropout import Dropout
 from lightning_longnet.attention.parallel.calls import call_kind
-from lightning_longnet.attention.parallel.shard import SequenceShard, reported
+from lightning_longnet.attention.parallel.shard import SequenceShard, report_errors
 from lightning_longnet.attention.pattern.pattern import Pattern  # noqa: TC001  for the examples below
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def attend(
         k, v: keys and values (B, N, Hkv, D); each key head serves H / Hkv query heads that stand side by side.
         pattern: which keys a query sees, and how often each counts.
         documents: an integer id per token, (N,) or (B, N), not decreasing: each document is attended to alone, as if it
-            stood in a batch of its own.
+            were the only one in a batch.
         key_padding_mask: (B, N), True where a key is hidden from all queries.  Padded queries are computed like others,
             and what stands in padding must be finite: 0 times infinity is no number.
         dropout: the probability that a pair is dropped from the softmax's weights; the rest grow by 1 / (1 - dropout).
@@ -121,7 +121,7 @@ def attend(
         "sinks": sinks,
     }
     if shard is not None:
-        with reported(shard):
+        with report_errors(shard):
             call = prepared_call(q, k, v, pattern, options, return_lse)
         out, lse = _attend_part(call, shard, dropout_seed is not None)
     else:
@@ -162,6 +162,7 @@ def explain(
 
 
 def _attend_reference(call: PreparedCall) -> tuple[Tensor, Tensor]:
+    """Return out and lse of the kernel "reference", which is no operator: autograd differentiates through it."""
     dropout = None
     if call.seed is not None:
         dropout = Dropout(call.spec.dropout, int(call.seed), call.spec.first_sample, call.spec.sample_step)
@@ -179,8 +180,8 @@ def _attend_part(call: PreparedCall, shard: SequenceShard, is_seed_given: bool) 
     has_gradient = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (call.q, call.k, call.v, call.sinks)
     )
-    beside = {"presence of a dropout_seed": bool(seed), "presence of a gradient": has_gradient}
+    extra = {"presence of a dropout_seed": bool(seed), "presence of a gradient": has_gradient}
     kind = call_kind(call.q, call.k, call.v, call.spec, call.sinks is not None)
-    shard.check(kind | beside, seed)
+    shard.check(kind | extra, seed)
     out, lse, _ = op.forward(*call[:7], call.spec.dumps(), shard.number)
     return out, lse

@@ -158,6 +158,7 @@ def checked_tensors(
 
 
 def _documents(documents: Tensor | None, q: Tensor) -> Tensor | None:
+    """Return the documents as (B, N), or raise a ValueError that says what is wrong with them."""
     if documents is None:
         return None
     if not isinstance(documents, Tensor):
@@ -177,6 +178,7 @@ def _documents(documents: Tensor | None, q: Tensor) -> Tensor | None:
 def _check_shard(
     shard: SequenceShard, q: Tensor, documents: Tensor | None, padding: Tensor | None, kernel: str
 ) -> None:
+    """Raise a ValueError where a shard does not fit the other arguments of a call."""
     if not isinstance(shard, SequenceShard):
         raise ValueError(f"shard must be a SequenceShard, got {type(shard).__name__}")
     if kernel == reference.name:
@@ -195,6 +197,7 @@ def _check_shard(
 
 
 def checked_padding(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """Return the mask, or raise a ValueError if it is not a mask of the keys of q, (B, N)."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -208,6 +211,7 @@ def checked_padding(mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 def checked_probability(dropout: float) -> None:
+    """Raise a ValueError if a probability of dropout is not in [0, 1)."""
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout must be a probability, at least 0 and less than 1, got {dropout!r}")
 
@@ -240,6 +244,7 @@ def _check_ordering(ordering: Ordering, pattern: Pattern, kernel: str) -> None:
 
 
 def _checked_sinks(sinks: Tensor | None, q: Tensor, mix: Mix) -> Tensor | None:
+    """Return the sinks, or raise a ValueError if they are not one logit for each query head, (H,)."""
     if sinks is None:
         return None
     if not isinstance(sinks, Tensor) or not sinks.dtype.is_floating_point or sinks.shape != q.shape[2:3]:

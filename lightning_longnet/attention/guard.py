@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning_longnet.attention.attend import attend
 from lightning_longnet.attention.checks import prepared_call
 from lightning_longnet.attention.kernels import judge, kernel_names, reference
-from lightning_longnet.attention.parallel.shard import SequenceShard, reported
+from lightning_longnet.attention.parallel.shard import SequenceShard, report_errors
 from lightning_longnet.attention.trial import free_bytes, kernel_fault, needed_bytes
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def guarded_attend(
     return out
 
 
-class _Kind(NamedTuple):
+class _CallKey(NamedTuple):
     """The properties that calls of one preflight have in common, on all ranks that share sequences.
 
     `group` names the ranks that agreed on the verdict; None is a verdict of one rank for its whole sequences.
@@ -87,8 +87,8 @@ class Guard:
 
     def __init__(self) -> None:
         self.counts = dict.fromkeys(("preflights", "replacements", "refusals", "failures"), 0)
-        self._broken: dict[_Kind, dict[str, str]] = {}
-        self._announced: set[tuple[_Kind, str]] = set()
+        self._broken: dict[_CallKey, dict[str, str]] = {}
+        self._announced: set[tuple[_CallKey, str]] = set()
         self._has_warned = False
         self._memory: tuple[int, int | None] = 0, None  # of the latest preflight: needed and free bytes
 
@@ -134,12 +134,14 @@ class Guard:
             explanation = judge(kernel, prepared_call(q, k, v, pattern, seeded).request)
         except ValueError as error:
             if isinstance(shard, SequenceShard) and all(kind.group != group for kind in self._broken):
-                shard.agree([], fault=str(error))  # the other ranks wait there, for the first preflight of the group
+                shard.exchange_verdicts(
+                    [], fault=str(error)
+                )  # the other ranks wait there, for the first preflight of the group
                 raise
             return str(kernel)  # `attend` raises the error, and reports it to the other ranks
         assert explanation.chosen is not None
         dtype, has_dropout = explanation.request.dtype, options.get("dropout", 0.0) > 0
-        kind = _Kind(q.device.type, dtype, q.shape[3], v.shape[3], has_dropout, group)
+        kind = _CallKey(q.device.type, dtype, q.shape[3], v.shape[3], has_dropout, group)
         serving = [verdict.kernel for verdict in explanation.verdicts if not verdict.refusals]
         if kind not in self._broken:
             self._broken[kind] = self._preflight(kind, q, k, v, pattern, options)
@@ -151,7 +153,7 @@ class Guard:
             working = [name for name in working if name != reference.name]
         if not working:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
-            with reported(shard):
+            with report_errors(shard):
                 raise ValueError(
                     f"{_rank(shard)}: no kernel can serve this call, as each that could has failed: {reasons}"
                 )
@@ -163,7 +165,7 @@ class Guard:
         return working[0]
 
     def _preflight(
-        self, kind: _Kind, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]
+        self, kind: _CallKey, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]
     ) -> dict[str, str]:
         """Return {name: reason} of the kernels that fail; all ranks of the shard return the same names."""
         shard: SequenceShard | None = options.get("shard")
@@ -177,7 +179,7 @@ class Guard:
         everywhere = [[int(name in broken) for name in names] + [int(is_short)]]
         own = 0
         if shard is not None:
-            everywhere, own = shard.agree(everywhere[0]), shard.rank
+            everywhere, own = shard.exchange_verdicts(everywhere[0]), shard.rank
         if any(verdict[-1] for verdict in everywhere):
             self.counts["refusals"] += 1
             shown = "unknown" if free is None else f"{free / 2**20:,.0f} MiB"
@@ -196,7 +198,7 @@ class Guard:
         self._memory = needed, free
         return broken
 
-    def _log_preflight(self, kind: _Kind, shard: SequenceShard | None, working: list[str]) -> None:
+    def _log_preflight(self, kind: _CallKey, shard: SequenceShard | None, working: list[str]) -> None:
         needed, free = self._memory
         shown = "an unknown number" if free is None else f"{free / 2**20:,.0f} MiB"
         message = "%s: preflight on %s: kernels that work: %s; results need %.1f MiB of %s free"
@@ -208,9 +210,10 @@ class Guard:
             return
         self._has_warned = True
         message = (
-            "%d ranks are connected, and attention is given whole sequences on each: a strategy or hand_down splits"
+            "%d ranks are connected, and attention is given whole sequences on each: a strategy or attach_context "
+            "splits them"
         )
-        logger.warning(f"{message} them", dist.get_world_size())
+        logger.warning(message, dist.get_world_size())
 
     # Failures
 
@@ -225,6 +228,7 @@ class Guard:
 
 
 def _advice(error: RuntimeError) -> str:
+    """Return what may help against an error of a call."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return f"Memory is short: {_LESS_MEMORY}."
     if isinstance(error.__cause__, RuntimeError):  # of a message that did not come
@@ -236,6 +240,7 @@ def _advice(error: RuntimeError) -> str:
 
 
 def _rank(shard: SequenceShard | None) -> str:
+    """Return the name of this rank for log messages and errors."""
     if shard is not None:
         return f"rank {shard.rank} of {shard.comm.ranks} that share sequences"
     return "whole sequences"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_longnet.attention.kernels.dropout import Dropout
-from lightning_longnet.attention.parallel.calls import Pass, sequence_parts, whole_sequences
+from lightning_longnet.attention.parallel.calls import PassOptions, distributed_calls, local_calls
 from lightning_longnet.attention.parallel.shard import SHARDS
-from lightning_longnet.attention.plan.lattice import joined, readable
+from lightning_longnet.attention.plan.lattice import as_readable, concat_batches
 from lightning_longnet.attention.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -36,17 +36,17 @@ def forward(
     shard: int | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return out (B, N, H, Dv), lse (B, H, N), and the tensors that the backward needs besides."""
-    options = AttentionSpec.loads(spec)
+    loaded = AttentionSpec.loads(spec)
     # autocast would round the products
     with torch.autocast(q.device.type, enabled=False):
         if shard is None:
             if not q.numel():
                 return _empty_results(q, v)
-            each = _pass(options, "forward", seed, sinks)
-            q, k, v = (readable(x) for x in (q, k, v))
-            calls = whole_sequences(each, q, k, documents, key_padding_mask)
+            pass_options = _pass_options(loaded, "forward", seed, sinks)
+            q, k, v = (as_readable(x) for x in (q, k, v))
+            calls = local_calls(pass_options, q, k, documents, key_padding_mask)
             results = [call.forward(q[samples], k[samples], v[samples]) for samples, call in calls]
-            out, lse = joined([result[:2] for result in results])
+            out, lse = concat_batches([result[:2] for result in results])
             return out, lse, []
         split = SHARDS[shard]
         if not q.shape[0] * split.length:  # true on all ranks; where it is so on some only, others wait for them
@@ -54,15 +54,15 @@ def forward(
             return out.zero_(), lse.zero_(), []
         number = torch.tensor(split.calls)
         with split.comm.whole_call(f"forward of {split.call_of(split.calls)}"):
-            each = _pass(options, "forward", seed, sinks)
-            q, k, v = (readable(x) for x in (q, k, v))
+            pass_options = _pass_options(loaded, "forward", seed, sinks)
+            q, k, v = (as_readable(x) for x in (q, k, v))
             # all calls are planned before the first message: what one rank cannot plan leaves no other rank waiting
-            planned = list(sequence_parts(each, q, k, v, split, split.calls))
-            split.keeping[spec] = all(call.keeps_inputs for _, call in planned)
+            planned = list(distributed_calls(pass_options, q, k, v, split, split.calls))
+            split.saves_inputs_of[spec] = all(call.saves_inputs for _, call in planned)
             results = [call.forward(q[samples], k[samples], v[samples]) for samples, call in planned]
-            out, lse = joined([result[:2] for result in results])
+            out, lse = concat_batches([result[:2] for result in results])
     # the backward goes by the number of its forward: ranks may run their backward passes in different orders
-    return out, lse, [number, *(tensor for *_, kept in results for tensor in kept)]
+    return out, lse, [number, *(tensor for *_, saved in results for tensor in saved)]
 
 
 @torch.library.custom_op("lightning_longnet::attend_backward", mutates_args=())
@@ -73,7 +73,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    kept: list[Tensor],
+    saved: list[Tensor],
     sinks: Tensor | None,
     documents: Tensor | None,
     key_padding_mask: Tensor | None,
@@ -82,44 +82,45 @@ def backward(
     shard: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk, dv and dsinks for the gradient of out; dsinks is empty where there are no sinks."""
-    options = AttentionSpec.loads(spec)
+    loaded = AttentionSpec.loads(spec)
     with torch.autocast(q.device.type, enabled=False):
         dsinks = q.new_empty(0) if sinks is None else _gradient_of_sinks(grad, out, lse, sinks)
         if shard is None:
             if not q.numel():
                 return *_empty_gradients(q, k, v), dsinks
-            each = _pass(options, "backward", seed, sinks)
-            grad, q, k, v, out = (readable(x) for x in (grad, q, k, v, out))
-            calls = whole_sequences(each, q, k, documents, key_padding_mask)
+            pass_options = _pass_options(loaded, "backward", seed, sinks)
+            grad, q, k, v, out = (as_readable(x) for x in (grad, q, k, v, out))
+            calls = local_calls(pass_options, q, k, documents, key_padding_mask)
             gradients = []
             for samples, call in calls:
                 own = grad[samples], q[samples], k[samples], v[samples], out[samples], lse[samples]
                 gradients.append(call.backward(*own, []))
-            dq, dk, dv = joined(gradients)
+            dq, dk, dv = concat_batches(gradients)
             return dq, dk, dv, dsinks
-        if not kept:
+        if not saved:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dsinks
-        split, number, first, gradients = SHARDS[shard], int(kept[0]), 1, []
+        split, number, first, gradients = SHARDS[shard], int(saved[0]), 1, []
         with split.comm.whole_call(f"backward of {split.call_of(number)}"):
-            each = _pass(options, "backward", seed, sinks)
-            planned = list(sequence_parts(each, q, k, v, split, number))
-            grad = readable(grad)
-            if not all(call.keeps_inputs for _, call in planned):
-                q, k, v, out = (readable(x) for x in (q, k, v, out))
+            pass_options = _pass_options(loaded, "backward", seed, sinks)
+            planned = list(distributed_calls(pass_options, q, k, v, split, number))
+            grad = as_readable(grad)
+            if not all(call.saves_inputs for _, call in planned):
+                q, k, v, out = (as_readable(x) for x in (q, k, v, out))
             for samples, call in planned:
-                last = first + call.kept_count
+                last = first + call.saved_count
                 own = grad[samples], q[samples], k[samples], v[samples], out[samples], lse[samples]
-                gradients.append(call.backward(*own, kept[first:last]))
+                gradients.append(call.backward(*own, saved[first:last]))
                 first = last
-            dq, dk, dv = joined(gradients)
+            dq, dk, dv = concat_batches(gradients)
     return dq, dk, dv, dsinks
 
 
-def _pass(spec: AttentionSpec, direction: Direction, seed: Tensor | None, sinks: Tensor | None) -> Pass:
+def _pass_options(spec: AttentionSpec, direction: Direction, seed: Tensor | None, sinks: Tensor | None) -> PassOptions:
+    """Return the options of a forward or backward; both get one seed, so that they drop the same pairs."""
     dropout = None
     if seed is not None:
         dropout = Dropout(spec.dropout, int(seed), spec.first_sample, spec.sample_step)
-    return Pass(spec, direction, dropout, sinks)
+    return PassOptions(spec, direction, dropout, sinks)
 
 
 def _gradient_of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -130,6 +131,7 @@ def _gradient_of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) ->
 
 
 def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return uninitialized out (B, N, H, Dv) and lse (B, H, N), and no saved tensors."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
     return out, lse, []
@@ -144,15 +146,16 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
+    """Save what the backward takes; autograd calls it after the forward."""
     *tensors, spec, shard = inputs
-    out, lse, kept = output
+    out, lse, saved = output
     q, k, v, *others = tensors
-    # without gradients for the kept samples of other ranks, of which torch would allocate zeros
-    ctx.mark_non_differentiable(lse, *kept)
+    # without gradients for the saved rows of other ranks, of which torch would allocate zeros
+    ctx.mark_non_differentiable(lse, *saved)
     ctx.set_materialize_grads(False)
-    if shard is not None and SHARDS[shard].keeps_inputs(spec):  # the backward reads their shapes alone
+    if shard is not None and SHARDS[shard].saves_inputs(spec):  # the backward reads their shapes alone
         q, k, v = (x.new_empty(()).expand(x.shape) for x in (q, k, v))
-    ctx.save_for_backward(q, k, v, out, lse, *others, *kept)
+    ctx.save_for_backward(q, k, v, out, lse, *others, *saved)
     ctx.spec, ctx.number = spec, shard
     # the registry of shards is weak: the graph must keep the shard, and the handler that was set in the forward
     ctx.shard = None if shard is None else SHARDS[shard]
@@ -160,13 +163,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, sinks, documents, padding, seed, *kept = ctx.saved_tensors
+    """Return the gradients of the inputs of `forward`, in their order; autograd calls it."""
+    q, k, v, out, lse, sinks, documents, padding, seed, *saved = ctx.saved_tensors
     shard: SequenceShard | None = ctx.shard
     if grad is None:  # undefined on this rank, whose messages others may need
         grad = torch.zeros_like(out)
     with nullcontext() if shard is None else shard.comm.failures_to(ctx.on_failure):
         dq, dk, dv, dsinks = backward(
-            grad, q, k, v, out, lse, kept, sinks, documents, padding, seed, ctx.spec, ctx.number
+            grad, q, k, v, out, lse, saved, sinks, documents, padding, seed, ctx.spec, ctx.number
         )
     return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None, None
 
@@ -185,16 +189,16 @@ backward.register_autograd(_refuse_second_derivative)
 @forward.register_fake
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     *_, spec, shard = others
-    out, lse, kept = _empty_results(q, v)
+    out, lse, saved = _empty_results(q, v)
     if shard is not None:
-        options = AttentionSpec.loads(spec)
-        footprint = SHARDS[shard].footprint(options)
-        kept = [torch.empty((), dtype=torch.long), *footprint.kept(q, k, v, options)]
-    return out, lse, kept
+        loaded = AttentionSpec.loads(spec)
+        footprint = SHARDS[shard].footprint(loaded)
+        saved = [torch.empty((), dtype=torch.long), *footprint.saved(q, k, v, loaded)]
+    return out, lse, saved
 
 
 @backward.register_fake
 def _fake_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Any, sinks: Tensor | None, *_: Any
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Any, sinks: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *_empty_gradients(q, k, v), q.new_empty(0) if sinks is None else torch.empty_like(sinks)

@@ -53,6 +53,7 @@ def kernel_fault(
 def _results(
     name: str, inputs: list[Tensor], pattern: Pattern, grad: Tensor, settings: dict[str, Any]
 ) -> tuple[Tensor, ...]:
+    """Return out, dq, dk and dv of the kernel `name`."""
     leaves = [x.clone().requires_grad_() for x in inputs]
     out: Tensor = attend(leaves[0], leaves[1], leaves[2], pattern, kernel=name, **settings)
     return out.detach(), *torch.autograd.grad(out, leaves, grad)

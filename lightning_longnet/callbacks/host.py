@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.sequence.agreement import gathered
+from lightning_longnet.sequence.agreement import all_gather
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -31,4 +31,4 @@ def host_group(trainer: Trainer) -> dist.ProcessGroup | None:
 def everywhere(own: list[float], group: dist.ProcessGroup | None) -> torch.Tensor:
     """Return (ranks, numbers) in float64, of lists that are as long on all ranks."""
     numbers = torch.tensor(own, dtype=torch.float64)
-    return numbers[None] if group is None else gathered(numbers, group)
+    return numbers[None] if group is None else all_gather(numbers, group)

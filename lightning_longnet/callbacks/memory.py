@@ -27,7 +27,7 @@ class MemoryMonitor(Monitor):
     """Logs `memory/...`; see `lightning_longnet.callbacks.monitor` for the keys.
 
     On CUDA the figures are those of torch's allocator, on a CPU those of the process, whose memory before training
-    does not count as activations.  Gradients and states that DeepSpeed keeps in buffers of its own are counted where it
+    does not count as activations.  Gradients and states that DeepSpeed keeps in its buffers are counted where it
     shows them, and else as activations.  The keys and values of other ranks that are kept for the backward are counted
     as the plan predicts them.
     """

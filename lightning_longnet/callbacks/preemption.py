@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_longnet.callbacks.atomic_save import atomic_save
 from lightning_longnet.callbacks.host import host_group
-from lightning_longnet.sequence.agreement import device_of, fault_of_first
+from lightning_longnet.sequence.agreement import device_of, fault_of_rank_zero
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -182,7 +182,7 @@ def _dismiss_observer() -> None:
 
 def _requeue(trainer: Trainer, path: str) -> None:
     """Have rank 0 queue the job again; raise a RuntimeError on all ranks where SLURM refuses."""
-    if problem := fault_of_first(trainer.strategy, _ask_slurm):
+    if problem := fault_of_rank_zero(trainer.strategy, _ask_slurm):
         raise RuntimeError(
             f"SLURM was asked to queue the job again, and {problem}; submit it anew: it goes on from {path}"
         )

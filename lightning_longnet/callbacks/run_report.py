@@ -143,7 +143,7 @@ class RunReport(Callback):
                 )
                 kind["plan"] = {
                     "placement": placement.kind,
-                    "stretches": [[[s.begin, s.end] for s in placement.stretches(rank)] for rank in range(ranks)],
+                    "stretches": [[[s.begin, s.end] for s in placement.chunks(rank)] for rank in range(ranks)],
                     "exchanges": plan.schedule.exchanges,
                     "why": plan.schedule.why,
                     "pairs": plan.pairs,

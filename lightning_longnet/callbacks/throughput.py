@@ -15,7 +15,7 @@ from lightning_longnet.callbacks.monitor import Monitor
 from lightning_longnet.planning.devices import compute_dtype, peak_flops
 from lightning_longnet.planning.flops import Flops, ModelFlops
 from lightning_longnet.sequence import sequence_context
-from lightning_longnet.sequence.batches import checked_dims, known_dim, tensors
+from lightning_longnet.sequence.batches import checked_dims, known_dim, named_tensors
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -35,7 +35,7 @@ class TokenThroughput(Monitor):
     Args:
         peak_flops: the peak of a device in operations a second; by default from a table of GPUs, and for a CPU the best
             of a few products of matrices when training starts.
-        tokens_per_sample: the tokens of a sample in batches without a sequence, whose model makes none by `begin_made`.
+        tokens_per_sample: the tokens of a sample in batches without a sequence, whose model calls no `begin_sequences`.
         window: the number of last steps that percentiles are computed of.
     """
 
@@ -206,7 +206,7 @@ def size_of(batch: Any, module: LightningModule, tokens_per_sample: int | None =
     context, dims = sequence_context(module), checked_dims(getattr(module, "sequence_dims", {}))
     whole, first = context.length, None
     of_tokens: list[Tensor] = []  # tensors whose first dimension is the sequence
-    for path, x in tensors(batch):
+    for path, x in named_tensors(batch):
         first = x if first is None and x.dim() and known_dim(path, x, dims) != 0 else first
         dim = known_dim(path, x, dims)
         if dim:
@@ -234,7 +234,7 @@ def _samples_beside(of_tokens: list[Tensor]) -> int:
 
 
 def _named(batch: Any, name: str) -> Tensor | None:
-    return next((x for path, x in tensors(batch) if path[-1] == name), None)
+    return next((x for path, x in named_tensors(batch) if path[-1] == name), None)
 
 
 def _padding_of(batch: Any) -> tuple[float, float]:

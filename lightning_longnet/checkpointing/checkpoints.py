@@ -125,15 +125,15 @@ def refusal(path: str | Path, error: Exception) -> str:
     """
     others = re.search(r"(?:GLOBAL|class|function) `?([\w.]+)`? was not an allowed global", str(error))
     if others:
-        found = f"holds objects of {others[1]}: loading them could run any code"
+        problem = f"holds objects of {others[1]}: loading them could run any code"
     elif not Path(path).stat().st_size:
-        found = "is empty"
+        problem = "is empty"
     elif isinstance(error, RuntimeError) and str(error).strip():
-        found = f"cannot be read: {str(error).strip().splitlines()[-1]}"
+        problem = f"cannot be read: {str(error).strip().splitlines()[-1]}"
     else:
-        found = "is something else"
+        problem = "is something else"
     return (
-        f"a checkpoint of tensors and plain values, as longnet fit and torch.save write it, got {path}, which {found}"
+        f"a checkpoint of tensors and plain values, as longnet fit and torch.save write it, got {path}, which {problem}"
     )
 
 

@@ -8,7 +8,7 @@ A converted model has blocked head offsets, and by default what torchscale train
 
 The outputs differ in three cases:
 
-- A segment length that its rate does not divide, in a longer sequence.  torchscale cuts the padded segments apart where
+- A segment length that its rate does not divide, in a longer sequence.  torchscale cuts the padded segments where
   they would end without their padding, so that tokens after the first segment have outputs of other tokens.
 - A padding mask.  The dilated attention of torchscale ignores it; here `attention_mask` hides keys.
 - Segments that are split over ranks, which torchscale approximates.
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention.pattern.branch import Ragged, one_of
+from lightning_longnet.attention.pattern.branch import Ragged, check_one_of
 from lightning_longnet.attention.pattern.pattern import Pattern
 from lightning_longnet.checkpointing.checkpoints import read_file
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
@@ -120,7 +120,7 @@ def from_torchscale(
         ragged: "zero_keys" attends to padding as torchscale does, which the weights are trained for; "exact" to tokens
             alone, for further training.  Decoders are the same with both.
     """
-    one_of("ragged", ragged, get_args(Ragged))
+    check_one_of("ragged", ragged, get_args(Ragged))
     roots = _roots(state)
     if len(roots) != 1:
         shown = ", ".join(map(repr, roots)) or "none"

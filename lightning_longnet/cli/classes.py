@@ -27,10 +27,10 @@ def class_of(path: str, base: type) -> Any:
     """
     module, _, name = path.rpartition(".")
     if not module:
-        found = next((each for each in subclasses(base) if each.__name__ == name), None)
-        if found is None:
+        named_class = next((each for each in subclasses(base) if each.__name__ == name), None)
+        if named_class is None:
             raise ValueError(f"model must be the path of a class, got {path!r}{nearest_class(path)}")
-        return found
+        return named_class
     try:
         value: Any = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:

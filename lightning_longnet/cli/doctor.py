@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what there is and what the ranks found, and return the exit status."""
+    """Print this machine's devices and kernels and the answers of the ranks, and return the exit status."""
     if arguments.ranks is not None and arguments.ranks < 1:
         raise ValueError(f"--ranks must be at least 1, got {arguments.ranks}")
     if not 0 < arguments.timeout < float("inf"):

@@ -33,13 +33,13 @@ def given_option(key: str, words: Sequence[str], value: str = "", is_whole: bool
         value: its value, which decides where several options end with the key.
         is_whole: whether nothing comes before the key.
     """
-    found = []
+    matches = []
     for given in _all_given(words):
         plain = given.key.replace("init_args.", "").removesuffix(".class_path")
         if plain == key or (plain.endswith(f".{key}") and not is_whole):
-            found.append(given._replace(key=plain))
-    alike = [given for given in found if value and str(given.value) == value]
-    return next(iter([*alike, *found]), Given(key))
+            matches.append(given._replace(key=plain))
+    alike = [given for given in matches if value and str(given.value) == value]
+    return next(iter([*alike, *matches]), Given(key))
 
 
 def config_files(words: Sequence[str]) -> Iterator[Path]:
@@ -59,8 +59,8 @@ def content(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        found = "nothing" if values is None else f"a {type(values).__name__}"
-        raise ValueError(f"{path} must hold options such as trainer, model and data, got {found}")
+        got = "nothing" if values is None else f"a {type(values).__name__}"
+        raise ValueError(f"{path} must hold options such as trainer, model and data, got {got}")
     for name in _SECTIONS:
         if values.get(name) is not None and not isinstance(values[name], dict):
             raise ValueError(f"{name} in {path} must hold options, got {values[name]!r}")

@@ -101,8 +101,8 @@ def _reason(message: str) -> str:
     for pattern in _CLASS:
         for error in errors:
             if match := pattern.match(error):
-                found = match.groupdict()
-                path, reason = found.get("path"), found.get("reason", "no class of this name is known")
+                groups = match.groupdict()
+                path, reason = groups.get("path"), groups.get("reason", "no class of this name is known")
                 missing = re.search(r"module '([^']+)' has no attribute '([^']+)'", reason)
                 path = path or (".".join(missing.groups()) if missing else "")
                 return f"{reason}{'' if path in reason else f', got {path}'}{nearest_class(path)}"

@@ -142,8 +142,8 @@ def model_path(words: Sequence[str]) -> str:
             value = content(Path(value)) if Path(value).is_file() else yaml.safe_load(value)
         path = value.get("class_path") if isinstance(value, dict) else value
         if isinstance(path, str):
-            found = class_of(path, L.LightningModule)
-            return path if "." in path else f"{found.__module__}.{found.__name__}"
+            module_class = class_of(path, L.LightningModule)
+            return path if "." in path else f"{module_class.__module__}.{module_class.__name__}"
     return "lightning_longnet.LongNetModule"
 
 

@@ -36,8 +36,8 @@ class RingAttention(DilatedAttention):
     Args:
         arguments: a `RingAttentionConfig`, or segment_lengths, dilation_rates, dropout and ring_size in this order.
         named: the arguments of MIGRATING.md, by name.  `ring_size` is the number of ranks that share a sequence, which
-            a strategy or `hand_down` determines; a call on another number of ranks is refused.  `dim` and `heads` are
-            the head_dim and number of heads that the query must have.
+            a strategy or `attach_context` determines; a call on another number of ranks is refused.  `dim` and `heads`
+            are the head_dim and number of heads that the query must have.
     """
 
     preset: ClassVar[str]
@@ -90,7 +90,7 @@ class RingAttention(DilatedAttention):
         if query.dim() == 4:  # `attend` refuses others
             for name, expected, actual in (("heads", self.heads, query.shape[2]), ("dim", self.dim, query.shape[3])):
                 if expected not in (None, actual):
-                    return f"query must have {name} {expected}, as the layer was told, got shape {tuple(query.shape)}"
+                    return f"query must have {name} {expected}, as the layer was given, got shape {tuple(query.shape)}"
         return ""
 
 
@@ -148,7 +148,7 @@ def check_ring_size(layer: AttentionLayer, ring_size: int | None) -> None:
     if ring_size not in (None, ranks):
         raise ValueError(
             f"ring_size must be the number of ranks that share a sequence, {ranks} here, got {ring_size}: "
-            f"RingSequenceParallelStrategy, or sequence_mesh and hand_down, share sequences among {ring_size}"
+            f"RingSequenceParallelStrategy, or sequence_mesh and attach_context, share sequences among {ring_size}"
         )
 
 

@@ -36,7 +36,7 @@ class SparsePatternConfig:
             name for name in ("window_size", "local_window_size", "dilation_rates") if getattr(self, name) is not None
         ]
         if unused:
-            reason = "as many blocks are kept as sparsity_ratio says, and it says how far apart they are"
+            reason = "as many blocks are kept as sparsity_ratio says, and it determines their distances"
             warnings.warn(f"SparsePatternConfig has no use for {', '.join(unused)}: {reason}", stacklevel=5)
         options = {"kind": self.pattern_type, "block_size": self.block_size, "sparsity_ratio": self.sparsity_ratio}
         return options | ({} if self.global_tokens is None else {"global_tokens": self.global_tokens})

@@ -89,7 +89,7 @@ def _add(owner: str, options: dict[str, Any], values: dict[str, Any]) -> None:
     """Add keyword arguments to `options` in place; refuse a name that is already there."""
     values = {name: value for name, value in values.items() if value is not None}
     if repeated := [name for name in values if options.get(name) is not None]:
-        raise ValueError(f"{owner} was told {repeated[0]} twice")
+        raise ValueError(f"{owner} was given {repeated[0]} twice")
     options |= values
 
 

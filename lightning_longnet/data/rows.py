@@ -74,7 +74,7 @@ class Cut:
         self.tokens, self._is_whole = tokens, placement is None
         self._ranges: tuple[tuple[int, int], ...] = ((0, tokens),)
         if placement is not None:
-            self._ranges = tuple((begin, end) for begin, end, _ in placement.stretches(rank))
+            self._ranges = tuple((begin, end) for begin, end, _ in placement.chunks(rank))
 
     def row(self, read: Callable[[int, int], Row], name: str, counts: bool = True) -> Sample:
         """Return this rank's part of a row: a dictionary for whole rows, otherwise a SequencePart.

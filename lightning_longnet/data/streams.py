@@ -176,7 +176,7 @@ class Slice(Stream):
 
 
 def read_samples(stream: Stream) -> None:
-    """Read up to `MEASURED` tokens in pieces that are spread over a stream: errors of its files show before training.
+    """Read up to `MEASURED` tokens in pieces from all over a stream: errors of its files show before training.
 
     All ranks that open the stream read the same, and so raise the same.
     """

@@ -127,10 +127,10 @@ class HubTokenizer:
 
     def special_tokens(self) -> dict[str, int]:
         named = {f"{name}_token_id": getattr(self._tokenizer, f"{name}_token_id") for name in ("bos", "pad")}
-        found = {name: token for name, token in named.items() if token is not None}
+        tokens = {name: token for name, token in named.items() if token is not None}
         if self._tokenizer.eos_token_id is not None or self._tokenizer.sep_token_id is not None:
-            found = {"eos_token_id": self.end, "pad_token_id": self.end, **found}
-        return found
+            tokens = {"eos_token_id": self.end, "pad_token_id": self.end, **tokens}
+        return tokens
 
     def save(self, folder: Path) -> None:
         self._tokenizer.save_pretrained(folder)

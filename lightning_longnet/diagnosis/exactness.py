@@ -26,7 +26,7 @@ _DENSE = 2**24  # scores of all heads up to which the reference holds them at on
 
 
 class Finding(NamedTuple):
-    """What a rank found about an exchange: its largest error, relative to the largest value, and the seconds."""
+    """The result of one exchange on a rank: its largest error, relative to the largest value, and the seconds."""
 
     exchange: str
     patterns: int

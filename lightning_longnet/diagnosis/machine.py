@@ -1,4 +1,4 @@
-"""What a machine has for this package: versions, devices, kernels and backends, and what to install beside them."""
+"""The versions, devices, kernels and backends of this machine, and the packages that could be added."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def examine() -> list[Section]:
 
 def devices() -> list[torch.device]:
     """Return the devices of this machine that torch can use."""
-    found = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    return [*found, torch.device("mps")] if torch.backends.mps.is_available() else found
+    available = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    return [*available, torch.device("mps")] if torch.backends.mps.is_available() else available
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -72,10 +72,8 @@ def _device(device: torch.device) -> str:
     free = free_bytes(device)
     room = "" if free is None else f", {free / _GIB:.1f} GiB free"
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        return (
-            f"{found.name}, {found.total_memory / _GIB:.1f} GiB{room}, compute capability {found.major}.{found.minor}"
-        )
+        gpu = torch.cuda.get_device_properties(device)
+        return f"{gpu.name}, {gpu.total_memory / _GIB:.1f} GiB{room}, compute capability {gpu.major}.{gpu.minor}"
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
@@ -104,13 +102,13 @@ def _kernels(device: torch.device) -> list[tuple[str, str]]:
     rows: dict[str, dict[str, list[str]]] = {}  # of each kernel: the types of which the same is to be said
     for dtype in _DTYPES:
         q = torch.zeros(1, 32, 4, 64, device=device, dtype=dtype)
-        found = explain(q, q, q, pattern)
-        for verdict in found.verdicts:
+        explanation = explain(q, q, q, pattern)
+        for verdict in explanation.verdicts:
             state = f"refuses {{}}: {'; '.join(verdict.refusals)}"
             if not verdict.refusals:
                 fault = kernel_fault(verdict.kernel, dtype, q, q, q, pattern, {})
                 state = f"FAILS in {{}}: {fault}" if fault else "could serve {}"
-                state = "runs {}" if verdict.kernel == found.chosen and not fault else state
+                state = "runs {}" if verdict.kernel == explanation.chosen and not fault else state
             rows.setdefault(verdict.kernel, {}).setdefault(state, []).append(str(dtype).removeprefix("torch."))
     return [
         (kernel, "; ".join(state.replace("{}", ", ".join(dtypes)) for state, dtypes in states.items()))

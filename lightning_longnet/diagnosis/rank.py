@@ -60,10 +60,10 @@ def main(text: str) -> None:
         dist.init_process_group(job.backend, store=own, rank=job.rank, world_size=job.ranks, timeout=timeout)
         group = dist.group.WORLD
         assert group is not None
-        found = []
+        findings = []
         for finding in check_exchanges(group, device, lambda name: store.set(f"at/{job.rank}", f"in {name}")):
-            found.append(finding)
-        store.set(f"answer/{job.rank}", json.dumps(found))
+            findings.append(finding)
+        store.set(f"answer/{job.rank}", json.dumps(findings))
     except _REPORTED as error:
         first = next(iter(str(error).strip().splitlines()), "")
         store.set(f"error/{job.rank}", f"{type(error).__name__}: {first}")

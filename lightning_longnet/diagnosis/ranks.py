@@ -64,7 +64,7 @@ class Started(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What the ranks found: the findings of each exchange on all ranks, and a line for each rank that failed."""
+    """The answers of the ranks: the findings of each exchange on all ranks, and a line for each rank that failed."""
 
     findings: list[list[Finding]]
     failures: list[str]
@@ -149,7 +149,7 @@ def _started(
 ) -> Iterator[dict[int, Started]]:
     """Start the ranks, yield the process of each and the file of its messages, and end those that are left."""
     processes: dict[int, Started] = {}
-    # the package is found where this process has found it
+    # a rank imports the package from where this process imported it
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))}
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -179,7 +179,7 @@ def _collected(
 ) -> Answers:
     """Return the answers of all ranks, as far as they come until the deadline."""
     waiting = set(range(world.ranks))
-    found: dict[int, list[Finding]] = {}
+    answers: dict[int, list[Finding]] = {}
     failures: dict[int, str] = {}
     while waiting and time.monotonic() < deadline:
         for rank in sorted(waiting):
@@ -187,19 +187,19 @@ def _collected(
                 rank in processes and processes[rank].process.poll() is not None
             )  # before its answer is looked for
             if store.check([f"answer/{rank}"]):
-                found[rank] = [Finding(*each) for each in json.loads(store.get(f"answer/{rank}"))]
+                answers[rank] = [Finding(*each) for each in json.loads(store.get(f"answer/{rank}"))]
             elif store.check([f"error/{rank}"]):
                 failures[rank] = f"rank {rank} failed {_step(store, rank)}: {store.get(f'error/{rank}').decode()}"
             elif has_ended:
                 status = processes[rank].process.returncode
                 last = _last_line(processes[rank].output)
                 failures[rank] = f"rank {rank} ended with status {status} {_step(store, rank)}{last}"
-        waiting -= {*found, *failures}
+        waiting -= {*answers, *failures}
         if failures:  # the others cannot finish without it
             deadline = min(deadline, time.monotonic() + GRACE)
         time.sleep(_PAUSE)
     silent = [f"rank {rank} gave no answer {_step(store, rank)}" for rank in sorted(waiting)]
-    by_exchange = [list(each) for each in zip(*found.values(), strict=True)]
+    by_exchange = [list(each) for each in zip(*answers.values(), strict=True)]
     return Answers(by_exchange, [*(failures[rank] for rank in sorted(failures)), *silent])
 
 

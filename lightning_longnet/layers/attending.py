@@ -33,7 +33,7 @@ def places_of(x: Tensor, documents: Tensor | None, context: SequenceContext | No
 
 
 class AttentionLayer(nn.Module):
-    """A layer that attends.  A strategy, or `hand_down`, sets its `sequence_context` and `layer_number`."""
+    """A layer that attends.  A strategy, or `attach_context`, sets its `sequence_context` and `layer_number`."""
 
     sequence_context: SequenceContext | None = None
     layer_number: int = 0

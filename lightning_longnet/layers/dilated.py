@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class DilatedAttention(AttentionLayer):
-    """`attend` as a module without parameters.  A strategy, or `hand_down`, sets its `sequence_context`.
+    """`attend` as a module without parameters.  A strategy, or `attach_context`, sets its `sequence_context`.
 
     Args:
         pattern: the keys that each query attends to, as a Pattern or the dictionary of `Pattern.to_dict`.

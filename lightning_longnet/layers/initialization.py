@@ -29,7 +29,7 @@ def magneto_gain(layers: int) -> float:
 def xavier_parts(weight: Tensor, rows: Sequence[int], gains: Sequence[float]) -> None:
     """Fill a fused weight in place, one projection at a time.
 
-    Each projection gets the variance of its own fan-out.  Filling the weight at once would take the sum of their
+    Each projection gets the variance of its fan-out.  Filling the weight at once would take the sum of their
     fan-outs, and start all of them too small.
 
     Args:

@@ -85,7 +85,7 @@ _PRESETS = {
         Preset("ulysses", "ranks trade tokens for heads, and each holds whole sequences of some heads", "swap"),
         Preset("hilbert", "the pattern is drawn along a Hilbert curve over the sequence", ordering="hilbert"),
         Preset("block_sparse", "a share of the blocks of a pattern, by default a tenth", is_sparse=True),
-        Preset("production", "kernels and memory are tried before the first step, events told", is_guarded=True),
+        Preset("production", "kernels and memory are tried before the first step, events logged", is_guarded=True),
     )
 }
 

@@ -252,7 +252,7 @@ class Blocks(nn.Module):
     Attributes:
         config: the configuration.
         guard: the `Guard` that the layers share where the preset is guarded; callbacks read its counts.
-        sequence_context: the context that a strategy, or `hand_down`, sets where sequences are split over ranks.
+        sequence_context: the context that a strategy, or `attach_context`, sets where sequences are split over ranks.
     """
 
     config: BlocksConfig

@@ -183,7 +183,7 @@ class LongViT(Blocks):
     def _begin_sequence(self, length: int) -> Tensor:
         """Begin a sequence of this length in the context, and return the positions of this rank's tokens (L,)."""
         context = self.sequence_context
-        return torch.arange(length) if context is None else context.begin_made(length)
+        return torch.arange(length) if context is None else context.begin_sequences(length)
 
     def _grid_of(self, pixels: Tensor) -> tuple[int, int]:
         """Check pixels, and return how many rows and columns of patches they have."""

@@ -56,7 +56,7 @@ def token_rows(
         attention_mask: (B, N), 1 where a token is, 0 where padding is; None has no padding.
         position_ids: (B, N) or (1, N), the index of each token in its row, or in its document, which begins where the
             index is 0.  Padding is not counted, and its values are not read.  None counts each row.
-        separates_padding: makes the padding of a row a document of its own, for layers that may read what follows a
+        separates_padding: makes the padding of a row a separate document, for layers that may read what follows a
             token, and for curves.
     """
     order = is_token = None

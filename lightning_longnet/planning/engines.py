@@ -51,7 +51,7 @@ class Weights(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Bytes on one rank."""
+    """The bytes of one kind of tensor on one rank."""
 
     parameters: float
     gradients: float

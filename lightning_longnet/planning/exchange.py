@@ -10,7 +10,7 @@ import torch
 
 from lightning_longnet.attention.kernels import Request, judge
 from lightning_longnet.attention.parallel.routes import is_local, rank_blocks
-from lightning_longnet.attention.parallel.schedule import Schedule, schedule, watched
+from lightning_longnet.attention.parallel.schedule import Schedule, busiest_ranks, schedule
 from lightning_longnet.attention.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ def layer_kinds(job: Job, device: str = "cpu") -> tuple[LayerKind, ...]:
         chosen = schedule(layout, job.config.exchange or job.exchange, job.sizes)
         local, segments = is_local(layout), _weighted_segments(job, pattern, device)
         shares = {
-            rank: _share(job, chosen.plan(layout), rank, segments, local) for rank in _shown(layout, watched(layout))
+            rank: _share(job, chosen.plan(layout), rank, segments, local)
+            for rank in _shown(layout, busiest_ranks(layout))
         }
         kinds.append(LayerKind(pattern, layers, chosen, shares))
     return tuple(kinds)
@@ -121,8 +122,8 @@ def _pairs(parts: Iterable[Part]) -> int:
 def sent_bytes(job: Job, kinds: tuple[LayerKind, ...], rank: int) -> int:
     """Return the bytes that attention sends in a step; a checkpoint that computes it again fetches its keys again."""
     again = job.config.recompute == "everything"
-    found = 0
+    sent = 0
     for kind in kinds:
-        told = kind.shares[rank].volume
-        found += kind.layers * (told.sent_bytes + again * told.forward_bytes)
-    return found * job.accumulate
+        volume = kind.shares[rank].volume
+        sent += kind.layers * (volume.sent_bytes + again * volume.forward_bytes)
+    return sent * job.accumulate

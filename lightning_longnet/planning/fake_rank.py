@@ -13,7 +13,7 @@ import torch
 
 from lightning_longnet.attention import op
 from lightning_longnet.attention.parallel.comm import Comm, Traffic
-from lightning_longnet.attention.parallel.shard import SHARDS, SequenceShard, registered
+from lightning_longnet.attention.parallel.shard import SHARDS, SequenceShard, register_shard
 from lightning_longnet.attention.spec import AttentionSpec
 from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.sequence.position import MeshPosition
@@ -50,13 +50,13 @@ class PlannedShard(SequenceShard):
         self.cuts, self._borders, self.key_padding_mask = [(0, placement.length)], None, None
         self._cache = {}
         self.comm = FakeComm(rank, placement.ranks)
-        self.number = registered(self)
+        self.number = register_shard(self)
 
-    def check(self, call: Mapping[str, Any], beside: Mapping[str, Any] | None = None, fault: str = "") -> None:
+    def check(self, call: Mapping[str, Any], extra: Mapping[str, Any] | None = None, fault: str = "") -> None:
         """Compare nothing."""
 
-    def keeps_inputs(self, spec: str) -> bool:
-        return self.footprint(AttentionSpec.loads(spec)).keeps_inputs
+    def saves_inputs(self, spec: str) -> bool:
+        return self.footprint(AttentionSpec.loads(spec)).saves_inputs
 
     def footprint(self, spec: AttentionSpec) -> Footprint:
         return self.footprints[spec.pattern.dumps()]

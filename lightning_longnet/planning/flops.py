@@ -116,7 +116,7 @@ class ModelFlops:
 
     @classmethod
     def of(cls, module: nn.Module, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ModelFlops:
-        """`device` and `dtype` are of the attention's tensors, which decide on its kernel."""
+        """Return the operations of a module; `device` and `dtype` of the attention's tensors decide on its kernel."""
         again, attention_again = _recomputed(module)
         token, shapes = Flops(0, 0), []
         for each in module.modules():
@@ -131,9 +131,9 @@ class ModelFlops:
         for row, alike in groupby(cuts):
             many = len(list(alike))
             for shape in self.attention:
-                found = shape.work(tuple(row), many)
-                flops += found.flops
-                required, computed = required + found.pairs.required, computed + found.pairs.computed
+                work = shape.work(tuple(row), many)
+                flops += work.flops
+                required, computed = required + work.pairs.required, computed + work.pairs.computed
         return Work(flops, Pairs(required, computed))
 
 

@@ -33,7 +33,7 @@ class Job:
         per_node: the number of ranks of each.
         sequence_parallel_size: how many ranks share a sequence; all of them by default.
         sharding: the engine; see `RingSequenceParallelStrategy`.
-        exchange: the exchange of layers that have none of their own.
+        exchange: the exchange of layers that name none.
         placement: "contiguous" or "zigzag".
         precision: the `precision` of a Trainer.
         accumulate: the number of micro-batches of a step.

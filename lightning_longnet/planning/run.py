@@ -144,7 +144,7 @@ def _fullest(job: Job, kinds: tuple[LayerKind, ...]) -> int:
     lengths = job.placed().lengths
 
     def held(rank: int) -> tuple[int, int]:
-        return lengths[rank], sum(kind.shares[rank].footprint.cells(kind.layers) for kind in kinds)
+        return lengths[rank], sum(kind.shares[rank].footprint.kv_rows(kind.layers) for kind in kinds)
 
     return max(kinds[0].shares, key=held)
 

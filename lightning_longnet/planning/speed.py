@@ -62,7 +62,7 @@ class StepTime:
 
 
 def required_flops(job: Job, weights: Weights) -> float:
-    """Operations that a step of all ranks needs by its definition; see `flops`."""
+    """Return the floating-point operations that a step of all ranks needs by its definition; see `flops`."""
     heads, kv_heads = job.config.heads, check_heads(job.config.heads, job.config.kv_heads)
     pairs = sum(attended_pairs(p, heads, kv_heads, (0, job.tokens)).required for p in job.config.patterns)
     samples = job.batch * job.groups * job.accumulate
@@ -72,7 +72,7 @@ def required_flops(job: Job, weights: Weights) -> float:
 def step_time(
     job: Job, device: Device, peak: float, kinds: tuple[LayerKind, ...], rank: int, traced: Trace, weights: Weights
 ) -> StepTime:
-    """`peak` is the device's, in operations a second."""
+    """Return the estimated time of a training step of one rank; `peak` is the device's, in operations a second."""
     linear_share, attention_share = device.efficiency
     tokens = job.placed().lengths[rank] * job.batch
     linear = tokens * weights.token.done / (peak * linear_share)
@@ -103,10 +103,10 @@ def step_time(
 
 def _crossing(share: Share, pair: float, link: float, overlaps: bool, forwards: int) -> Crossing:
     """Return the crossing of a layer: a round travels while the one before it, or the own pairs, are computed."""
-    told = share.volume
-    sent = told.sent_bytes + (forwards - 1) * told.forward_bytes
+    volume = share.volume
+    sent = volume.sent_bytes + (forwards - 1) * volume.forward_bytes
     received = sum(each.received_bytes for each in share.rounds)
-    flight = max(sent, received) / link + told.messages * LATENCY
+    flight = max(sent, received) / link + volume.messages * LATENCY
     if not overlaps or not flight:
         return Crossing(flight, flight)
     waited = 0.0
@@ -121,7 +121,7 @@ def _crossing(share: Share, pair: float, link: float, overlaps: bool, forwards: 
 
 
 def _synchronised(job: Job, weights: Weights, device: Device) -> float:
-    """Seconds that gradients and parameters are on their way in a step."""
+    """Return the seconds that gradients and parameters take to travel in a step."""
     ranks, kind = job.ranks, job.sharding
     if ranks == 1:
         return 0.0
@@ -139,6 +139,6 @@ def _synchronised(job: Job, weights: Weights, device: Device) -> float:
 
 
 def _optimizer_bytes(job: Job, weights: Weights) -> float:
-    """Parameters and states are read and written, gradients read."""
+    """Return the bytes that the optimizer reads and writes: parameters and states both ways, gradients once."""
     splits = 1 if job.sharding == "ddp" else job.shared_by if job.sharding == "hsdp" else job.ranks
     return weights.all / splits * (3 + 2 * job.optimizer_copies)

@@ -12,7 +12,7 @@ from lightning_longnet.layers.loss import chunked_cross_entropy
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
 from lightning_longnet.planning.fake_rank import WORKSPACE, PlannedContext
 from lightning_longnet.planning.ledger import Event, Ledger
-from lightning_longnet.sequence.attach import hand_down
+from lightning_longnet.sequence.attach import attach_context
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -57,7 +57,7 @@ def trace(job: Job, rank: int, footprints: Mapping[str, Footprint]) -> Trace:
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
         model = _made(config, job.parameter_dtype)
         model._checked_length = job.tokens  # the plan's notes say what its pattern reaches
-        hand_down(model, PlannedContext(job, rank, footprints))
+        attach_context(model, PlannedContext(job, rank, footprints))
         ids = torch.zeros(job.batch, tokens, dtype=torch.long)
         for known in (*model.parameters(), ids):
             ledger.knows(known)

@@ -111,7 +111,7 @@ def _is_training(folder: Path) -> bool:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Return distinct names: the shortest suffixes of the paths that differ, without a `version_N` common to all."""
+    """Return unique names: the shortest suffixes of the paths that differ, without a `version_N` common to all."""
     parts = [folder.resolve().parts for folder in folders]
     while len(folders) > 1 and len({each[-1] for each in parts}) == 1 and min(map(len, parts)) > 1:
         parts = [each[:-1] for each in parts]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Strategy(Protocol):
-    """The part of a Lightning strategy that `fault_of_first` calls."""
+    """The part of a Lightning strategy that `fault_of_rank_zero` calls."""
 
     @property
     def is_global_zero(self) -> bool: ...
@@ -35,63 +35,67 @@ def fault_of(check: Callable[[], Any]) -> str:
     return ""
 
 
-def fault_of_first(strategy: Strategy, attempt: Callable[[], str]) -> str:
+def fault_of_rank_zero(strategy: Strategy, attempt: Callable[[], str]) -> str:
     """Return on all ranks the fault that an attempt of rank 0 returns, or an empty string."""
     fault: str = strategy.broadcast(attempt() if strategy.is_global_zero else "")
     return fault
 
 
 def check_same_batch(
-    number: int, fault: str, sequence_group: dist.ProcessGroup, data_group: dist.ProcessGroup, place: tuple[int, int]
+    digest: int,
+    fault: str,
+    sequence_group: dist.ProcessGroup,
+    data_group: dist.ProcessGroup,
+    data_position: tuple[int, int],
 ) -> None:
-    """Raise a ValueError on all ranks where one has a fault, or where ranks that share sequences differ in `number`.
+    """Raise a ValueError on all ranks where one has a fault, or where ranks that share sequences differ in `digest`.
 
     Args:
-        number: the digest of this rank's batch.
-        fault: what is wrong with it; "" where nothing is.
-        sequence_group: the ranks that must have the same number.
-        data_group: the ranks that hear of faults in other sequence groups.
-        place: this rank's data_parallel_rank, and how many there are.
+        digest: the digest of this rank's batch.
+        fault: the message of what is wrong with it; "" where nothing is.
+        sequence_group: the ranks that must have the same digest.
+        data_group: the ranks that raise for faults in other sequence groups.
+        data_position: (data_parallel_rank, data_parallel_size) of this rank.
     """
-    numbers, faults = gathered(torch.tensor([number, bool(fault)]), sequence_group).T.tolist()
-    others = [rank for rank, each in enumerate(numbers) if each != numbers[0]]
-    state = torch.tensor([numbers[0], any(faults) or bool(others)])
-    firsts, wrong = gathered(state, data_group).T.tolist()
+    digests, faults = all_gather(torch.tensor([digest, bool(fault)]), sequence_group).T.tolist()
+    others = [rank for rank, theirs in enumerate(digests) if theirs != digests[0]]
+    state = torch.tensor([digests[0], any(faults) or bool(others)])
+    first_digests, wrong_groups = all_gather(state, data_group).T.tolist()
     if fault:
         raise ValueError(fault)
     if others:
-        raise ValueError(difference_of(others, place))
-    if any(wrong):
-        raise ValueError(strange_group(wrong.index(1)))
-    warn_of_same_batch(firsts)
+        raise ValueError(batch_difference(others, data_position))
+    if any(wrong_groups):
+        raise ValueError(other_group_fault(wrong_groups.index(1)))
+    warn_of_same_batch(first_digests)
 
 
-def difference_of(others: list[int], place: tuple[int, int], detail: str = "") -> str:
-    """Return the message where ranks of the sequence group hold other batches than its first."""
+def batch_difference(others: list[int], data_position: tuple[int, int], detail: str = "") -> str:
+    """Return the message for a sequence group whose ranks `others` hold other batches than its first rank."""
     return (
         f"ranks that share sequences must be given the same batches, and ranks {', '.join(map(str, others))} of "
         f"the sequence group hold others than rank 0{detail}: a sampler or an iterable dataset must go by "
-        f"data_parallel_rank ({place[0]} of {place[1]} here), not by the rank among all"
+        f"data_parallel_rank ({data_position[0]} of {data_position[1]} here), not by the rank among all"
     )
 
 
-def strange_group(group: int) -> str:
-    """Return the message for the ranks of a group where those of another have a fault."""
+def other_group_fault(group: int) -> str:
+    """Return the message for a rank without a fault, where the ranks of data-parallel group `group` have one."""
     return f"the ranks of data_parallel_rank {group} were given a batch that does not fit: their own messages say why"
 
 
-def warn_of_same_batch(firsts: list[int]) -> None:
-    """Warn on rank 0 where all data-parallel groups, of which there are several, have the same digest."""
-    if len(firsts) > 1 and len(set(firsts)) == 1 and dist.get_rank() == 0:
+def warn_of_same_batch(digests: list[int]) -> None:
+    """Warn on rank 0 if there are several data-parallel groups and the digests of their batches are all equal."""
+    if len(digests) > 1 and len(set(digests)) == 1 and dist.get_rank() == 0:
         warnings.warn(
-            f"all {len(firsts)} data-parallel groups were handed the same batch: a sampler or an iterable dataset of "
-            f"your own must go by data_parallel_rank, or samples count {len(firsts)} times",
+            f"all {len(digests)} data-parallel groups were given the same batch: a custom sampler or iterable dataset "
+            f"must go by data_parallel_rank, or samples count {len(digests)} times",
             stacklevel=2,
         )
 
 
-def gathered(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the x of each rank of a group, (ranks, *x.shape), on the CPU; shapes must be equal."""
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the x of each rank of a group, (ranks, *x.shape), on the CPU; its shape must be equal on all ranks."""
     x = x.to(device_of(group))
     parts = x.new_empty((dist.get_world_size(group), *x.shape))
     dist.all_gather(list(parts.unbind()), x, group=group)

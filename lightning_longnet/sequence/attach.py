@@ -11,28 +11,31 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def hand_down(module: nn.Module, context: SequenceContext | None) -> None:
-    """Attach a context to a module and all modules inside it, or detach it where it is None.
+def attach_context(module: nn.Module, context: SequenceContext | None) -> None:
+    """Attach a context to a module and all modules inside it; None detaches it.
 
     Layers split their work by it, and `sequence_context` returns it for any of them.  Dropout modules of torch get
     hooks, with which each rank drops other elements of its part of a sequence; see `SequenceContext.dropout`.
     """
     layers = 0
-    for each in module.modules():
-        if hasattr(type(each), "sequence_context"):
-            each.sequence_context = context  # type: ignore[assignment]
-            if hasattr(type(each), "layer_number"):
-                each.layer_number = layers  # type: ignore[assignment]
+    for child in module.modules():
+        if hasattr(type(child), "sequence_context"):
+            child.sequence_context = context  # type: ignore[assignment]
+            if hasattr(type(child), "layer_number"):
+                child.layer_number = layers  # type: ignore[assignment]
                 layers += 1
         elif context is not None:
-            each.__dict__[ATTACHED] = context
+            child.__dict__[ATTACHED] = context
         else:
-            each.__dict__.pop(ATTACHED, None)
-        set_hooks(each, context)
+            child.__dict__.pop(ATTACHED, None)
+        set_hooks(child, context)
+
+
+hand_down = attach_context  # the former name
 
 
 def sequence_context(module: nn.Module) -> SequenceContext:
-    """Return the context that a strategy or `hand_down` attached to a module; else one for whole sequences."""
+    """Return the context that a strategy or `attach_context` attached to a module; else one for whole sequences."""
     strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
     for context in (
         getattr(module, "sequence_context", None),

@@ -34,7 +34,7 @@ class _Container(NamedTuple):
     remake: Callable[[dict[str, Any]], Any]
 
 
-def mapped(batch: Any, function: Callable[[Path, Tensor], Any], path: Path = (ROOT,)) -> Any:
+def map_tensors(batch: Any, function: Callable[[Path, Tensor], Any], path: Path = (ROOT,)) -> Any:
     """Return a copy of a batch with `function(path, tensor)` in the place of each tensor.
 
     What is neither a tensor nor a container stays the same object.
@@ -42,35 +42,35 @@ def mapped(batch: Any, function: Callable[[Path, Tensor], Any], path: Path = (RO
     if isinstance(batch, Tensor):
         return function(path, batch)
     _refuse_inside(path, batch)
-    container = _opened(batch)
+    container = _as_container(batch)
     if container is not None:
-        parts = {name: mapped(value, function, (*path, name)) for name, value in container.values.items()}
+        parts = {name: map_tensors(value, function, (*path, name)) for name, value in container.values.items()}
         return container.remake(parts)
     if any(isinstance(value, Tensor) for value in getattr(batch, "__dict__", {}).values()):
         raise ValueError(
-            f"{_shown(path)} is a {type(batch).__name__}, which cannot be split over ranks: a batch may hold tensors "
+            f"{_dotted(path)} is a {type(batch).__name__}, which cannot be split over ranks: a batch may hold tensors "
             f"in dictionaries, lists, tuples and dataclasses"
         )
     return batch
 
 
-def tensors(batch: Any, path: Path = (ROOT,)) -> Iterator[tuple[Path, Tensor]]:
-    """Yield the tensors of a batch with their paths, in the order in which `mapped` replaces them."""
+def named_tensors(batch: Any, path: Path = (ROOT,)) -> Iterator[tuple[Path, Tensor]]:
+    """Yield the tensors of a batch with their paths, in the order in which `map_tensors` replaces them."""
     if isinstance(batch, Tensor):
         yield path, batch
         return
     _refuse_inside(path, batch)
-    container = _opened(batch)
+    container = _as_container(batch)
     for name, value in container.values.items() if container is not None else ():
-        yield from tensors(value, (*path, name))
+        yield from named_tensors(value, (*path, name))
 
 
 def _refuse_inside(path: Path, batch: Any) -> None:
     if isinstance(batch, SequencePart) and len(path) > 1:
-        raise ValueError(f"{_shown(path)} is a SequencePart, which must be the whole batch, got it inside of another")
+        raise ValueError(f"{_dotted(path)} is a SequencePart, which must be the whole batch, got it inside of another")
 
 
-def _opened(batch: Any) -> _Container | None:
+def _as_container(batch: Any) -> _Container | None:
     """Return a batch as a container, or None where it is none: the only place that knows the kinds of containers."""
     if isinstance(batch, Mapping):
         return _Container({str(key): value for key, value in batch.items()}, lambda parts: _with_items(batch, parts))
@@ -108,14 +108,14 @@ def dim_of(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:
     is_known, dim = _known(path, x, dims)
     if not is_known:
         raise ValueError(
-            f"{_shown(path)} of shape {tuple(x.shape)} is a tensor that nothing is known of: say in the module which "
+            f"{_dotted(path)} of shape {tuple(x.shape)} is a tensor that nothing is known of: say in the module which "
             f"of its dimensions is the sequence, sequence_dims = {{{path[-1]!r}: 1}}, or None where it has none"
         )
     if dim is None:
         return None
     if not -x.dim() <= dim < x.dim():
         raise ValueError(
-            f"{_shown(path)} is to be split along dimension {dim}, and has shape {tuple(x.shape)}: say in the module "
+            f"{_dotted(path)} is to be split along dimension {dim}, and has shape {tuple(x.shape)}: say in the module "
             f"which one is the sequence, sequence_dims = {{{path[-1]!r}: ...}}, or None where it has none"
         )
     return dim % x.dim()
@@ -136,7 +136,7 @@ def _known(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> tuple[bool,
     for name in (".".join(path[1:]), *reversed(path)):
         if name in dims:
             return True, dims[name]
-    name = _word(path)
+    name = _leaf_name(path)
     if name in KNOWN_DIMS and (x.dim() <= 2 or name in ("input_ids", "labels")):
         return True, KNOWN_DIMS[name]
     return False, None
@@ -145,16 +145,16 @@ def _known(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> tuple[bool,
 def length_of(batch: Any, dims: Mapping[str, int | None]) -> int:
     """Return the number of tokens of a batch's sequences, which must be the same in all of them."""
     lengths = {}
-    for path, x in tensors(batch):
+    for path, x in named_tensors(batch):
         dim = dim_of(path, x, dims)
         if dim is not None:
-            lengths[_shown(path)] = x.shape[dim]
+            lengths[_dotted(path)] = x.shape[dim]
     if not lengths:
         raise ValueError("the batch has no tensor with a sequence: nothing can be split over ranks")
     if len(set(lengths.values())) > 1:
         shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
         hint = ""
-        if any(_word(path) == LABELS and _is_guessed(path, dims) for path, _ in tensors(batch)):
+        if any(_leaf_name(path) == LABELS and _is_guessed(path, dims) for path, _ in named_tensors(batch)):
             hint = f"; where labels are of samples, say so in the module, sequence_dims = {{{LABELS!r}: None}}"
         raise ValueError(f"all sequences of a batch must have the same number of tokens, got {shown}{hint}")
     return next(iter(lengths.values()))
@@ -166,15 +166,15 @@ def check_labels(batch: Any, dims: Mapping[str, int | None]) -> None:
     They are of tokens beside `input_ids` whose samples come first, or where no module declares other sequences.  Labels
     that are no whole numbers may be those of C classes for each sample, (B, C), with as many classes as tokens.
     """
-    leaves = list(tensors(batch))
-    beside_ids = any(_word(path) == "input_ids" and known_dim(path, x, dims) == 1 for path, x in leaves)
+    leaves = list(named_tensors(batch))
+    beside_ids = any(_leaf_name(path) == "input_ids" and known_dim(path, x, dims) == 1 for path, x in leaves)
     is_declared = any(not _is_guessed(path, dims) and known_dim(path, x, dims) is not None for path, x in leaves)
     for path, x in leaves:
-        if _word(path) != LABELS or not _is_guessed(path, dims) or x.dim() < 2:
+        if _leaf_name(path) != LABELS or not _is_guessed(path, dims) or x.dim() < 2:
             continue
         are_numbers = x.dim() == 2 and (x.is_floating_point() or x.dtype == torch.bool)
         if are_numbers or (is_declared and not beside_ids):
-            name = _shown(path)
+            name = _dotted(path)
             raise ValueError(
                 f"{name} of shape {tuple(x.shape)} and {x.dtype} may be of the tokens or of the samples: say in the "
                 f"module which, sequence_dims = {{{LABELS!r}: 1}} where dimension 1 is the sequence, or "
@@ -189,13 +189,13 @@ def _is_guessed(path: Path, dims: Mapping[str, int | None]) -> bool:
 
 def is_whole(batch: Any, dims: Mapping[str, int | None]) -> bool:
     """Whether every tensor of a batch, and at least one, is declared to have no sequence."""
-    declared = [dim_of(path, x, dims) for path, x in tensors(batch) if x.dim() > 0]
+    declared = [dim_of(path, x, dims) for path, x in named_tensors(batch) if x.dim() > 0]
     return bool(declared) and not any(dim is not None for dim in declared)
 
 
 def known_length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
     """Return the same as `length_of`, but None where nothing is declared or known, or lengths differ."""
-    known = [(x, known_dim(path, x, dims)) for path, x in tensors(batch)]
+    known = [(x, known_dim(path, x, dims)) for path, x in named_tensors(batch)]
     lengths = {x.shape[dim] for x, dim in known if dim is not None}
     return lengths.pop() if len(lengths) == 1 else None
 
@@ -205,7 +205,7 @@ def digest(batch: Any) -> int:
     if isinstance(batch, SequencePart):
         return batch.digest()
     content = sha256()
-    for path, x in tensors(batch):
+    for path, x in named_tensors(batch):
         content.update(f"{path} {tuple(x.shape)} {x.dtype}".encode())
         content.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return int.from_bytes(content.digest()[:7], "big")
@@ -221,10 +221,10 @@ def checked_dims(dims: Any) -> dict[str, int | None]:
     return {str(name): dim for name, dim in dims.items()}
 
 
-def _word(path: Path) -> str:
+def _leaf_name(path: Path) -> str:
     """Return the name of a tensor, or that of the list that holds it."""
     return next((word for word in reversed(path) if not word.isdigit()), ROOT)
 
 
-def _shown(path: Path) -> str:
+def _dotted(path: Path) -> str:
     return ".".join(path[1:]) or ROOT

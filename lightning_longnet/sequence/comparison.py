@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.sequence.agreement import device_of, difference_of, strange_group, warn_of_same_batch
-from lightning_longnet.sequence.batches import tensors
+from lightning_longnet.sequence.agreement import batch_difference, device_of, other_group_fault, warn_of_same_batch
+from lightning_longnet.sequence.batches import named_tensors
 from lightning_longnet.sequence.parts import SequencePart
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _BLOCK = 2**15  # 64-bit words of a batch that are summed at a time, with the sa
 
 
 class Note(NamedTuple):
-    """What a rank tells the others of its batch, or of the end of its batches.
+    """The message of a rank to the others about its batch, or about the end of its batches.
 
     Attributes:
         state: a sum of FAULT (the batch does not fit), LAST (no batch follows), ENDED (there is none) and VALIDATES
@@ -39,7 +39,7 @@ class Note(NamedTuple):
         """Return the note of a batch that fits, and that a loop named `when` is given."""
         if isinstance(batch, SequencePart):
             return cls(state, _number(when), batch.digest())
-        leaves = list(tensors(batch))
+        leaves = list(named_tensors(batch))
         kinds = [(path, tuple(x.shape), x.dtype) for path, x in leaves]
         content = 0
         for _, x in leaves:
@@ -58,12 +58,11 @@ class BatchComparison:
 
     def __init__(self, ranks: Tensor, group: dist.ProcessGroup) -> None:
         self.ranks, self.group = ranks, group
-        place = (ranks == dist.get_rank()).nonzero()[0].tolist()
-        self.row, self.column = place[0], place[1]
+        self.data_rank = int((ranks == dist.get_rank()).nonzero()[0, 0])
         # the tensors of all messages: threads of the group may hold on to them for longer than `wait` takes
         self._own = torch.zeros(len(Note._fields), dtype=torch.int64, device=device_of(group))
         self._every = self._own.new_zeros((ranks.numel(), len(self._own)))
-        self._each = list(self._every.unbind())
+        self._notes = list(self._every.unbind())
         self._work: Any = None
 
     @property
@@ -75,7 +74,7 @@ class BatchComparison:
         """Begin to exchange notes; each rank sends one."""
         assert self._work is None
         self._own.copy_(torch.tensor(note))
-        self._work = dist.all_gather(self._each, self._own, group=self.group, async_op=True)
+        self._work = dist.all_gather(self._notes, self._own, group=self.group, async_op=True)
 
     def receive(self) -> Tensor:
         """Wait for the notes of all ranks, and return them: (groups, ranks that share sequences, 3)."""
@@ -104,26 +103,27 @@ class BatchComparison:
             raise ValueError(fault)
         faulty = ((states & FAULT) != 0).any(1)
         if bool(faulty.any()):
-            raise ValueError(strange_group(int(faulty.nonzero()[0])))
+            raise ValueError(other_group_fault(int(faulty.nonzero()[0])))
         ends = (states & (LAST | ENDED)) != 0
         self._check_ends(ends, states, contents, batches, is_alike=is_alike)
         validates = (states & VALIDATES) != 0
         if bool(validates.any()) and not bool(validates.all()):
+            early = _rank_list(self.ranks[validates].tolist())
             raise ValueError(
-                f"all ranks must begin validation after the same batch, and {_shown(self.ranks[validates].tolist())} "
-                f"would after {batches}, and others not: the lengths of their loaders differ, of which "
+                f"all ranks must begin validation after the same batch, and {early} would after {batches}, and others "
+                f"not: the lengths of their loaders differ, of which "
                 f"val_check_interval may be a share; make them the same, or give a number of batches"
             )
         has_batch = (states & ENDED) == 0
         # of ranks that share sequences, as those have batches or not together
         differs = ((kinds != kinds[:, :1]) | (contents != contents[:, :1])) & has_batch
-        others = differs[self.row].nonzero().flatten().tolist()
-        place = self.row, len(self.ranks)
+        others = differs[self.data_rank].nonzero().flatten().tolist()
         if others:
-            is_kind = bool((kinds[self.row] != kinds[self.row, 0]).any())
-            raise ValueError(difference_of(others, place, ", of other names, shapes or types" if is_kind else ""))
+            is_kind = bool((kinds[self.data_rank] != kinds[self.data_rank, 0]).any())
+            detail = ", of other names, shapes or types" if is_kind else ""
+            raise ValueError(batch_difference(others, (self.data_rank, len(self.ranks)), detail))
         if bool((wrong := differs.any(1)).any()):
-            raise ValueError(strange_group(int(wrong.nonzero()[0])))
+            raise ValueError(other_group_fault(int(wrong.nonzero()[0])))
         if batches == 1 and bool(has_batch.all()):
             warn_of_same_batch(contents[:, 0].tolist())
         return bool(ends.all())
@@ -142,9 +142,9 @@ class BatchComparison:
         many = int(contents[first[0], first[1]]) if is_ended else batches
         both = "all ranks" if is_alike else "ranks that share sequences"
         raise ValueError(
-            f"{both} must be given equally many batches, and those of {_shown(ended)} end after {many}, while "
-            f"{_shown(others)} are given more: make the number of samples and the length of an iterable dataset the "
-            f"same for each data_parallel_rank (there are {len(self.ranks)}), or limit the batches to {many}"
+            f"{both} must be given equally many batches, and those of {_rank_list(ended)} end after {many}, while "
+            f"{_rank_list(others)} are given more: make the number of samples and the length of an iterable dataset "
+            f"the same for each data_parallel_rank (there are {len(self.ranks)}), or limit the batches to {many}"
         )
 
 
@@ -172,5 +172,5 @@ def _number(text: str) -> int:
     return int.from_bytes(sha256(text.encode()).digest()[:7], "big")
 
 
-def _shown(ranks: list[int]) -> str:
+def _rank_list(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

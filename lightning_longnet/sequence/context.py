@@ -41,7 +41,7 @@ class SequenceContext(ContextDropout):
     Args:
         mesh: a mesh with the axes "data_parallel" and "sequence_parallel"; see `sequence_mesh`.
         placement: "contiguous" or "zigzag": which tokens each rank gets.
-        exchange: how keys reach the queries of other ranks, for layers without an exchange of their own; see `attend`.
+        exchange: how keys reach the queries of other ranks, for layers that name no exchange; see `attend`.
         seed: the seed of dropout in steps, the same on all ranks; what attention drops depends on it, on the step and
             on the layer; see `begin_step`.
         position: the position of this rank where there is no mesh to read it from, as in a plan.
@@ -90,7 +90,7 @@ class SequenceContext(ContextDropout):
             batch: tensors in dictionaries, lists, tuples and dataclasses; or a `SequencePart`.
             sequence_dims: for each name the dimension that is the sequence, or None for a tensor that has none.
                 input_ids, labels, attention_mask, positions and documents are known.  Where all tensors have None the
-                batch stays whole, and the model makes the sequences; see `begin_made`.
+                batch stays whole, and the model makes the sequences; see `begin_sequences`.
         """
         return self._splitter.split(batch, sequence_dims)
 
@@ -98,12 +98,16 @@ class SequenceContext(ContextDropout):
         """Give layers their part of sequences of `length` tokens from now on; whole sequences where it is None."""
         self._splitter.begin(length)
 
-    def begin_made(self, length: int) -> Tensor:
-        """Begin a batch of sequences that a model makes itself of what all ranks of a group hold whole, as of images.
+    def begin_sequences(self, length: int) -> Tensor:
+        """Begin a batch whose sequences the model makes itself from inputs that all ranks of a group hold, as images.
 
         Returns the positions of the tokens that this rank is to make: all of them inside `whole()`.
         """
-        return self._splitter.begin_made(length)
+        return self._splitter.begin_sequences(length)
+
+    def begin_made(self, length: int) -> Tensor:
+        """Call `begin_sequences`, of which this is the former name."""
+        return self.begin_sequences(length)
 
     def whole(self) -> AbstractContextManager[None]:
         """Give layers whole sequences inside the block, each rank its own: to generate text in a callback, say."""
@@ -185,16 +189,16 @@ class SequenceContext(ContextDropout):
         if documents is None and padding is None:
             return self.shard_of() if self.is_split else None
         if current.shard is None:
-            current.shard = self._shards.made(documents, padding) if self.is_split else local_shard(documents, padding)
+            current.shard = self._shards.make(documents, padding) if self.is_split else local_shard(documents, padding)
         return current.shard
 
     def shard_of(self, documents: Tensor | None = None, key_padding_mask: Tensor | None = None) -> SequenceShard:
         """Return the shard with these documents and this padding of this rank's tokens, in a split batch.
 
         One shard serves all calls with the same tensors, until one is changed in place on some rank.  All ranks of the
-        sequence group call it together: with masks they compare which shard they found.
+        sequence group call it together: with masks they compare the indices of their shards.
         """
-        return self._shards.of(documents, key_padding_mask)
+        return self._shards.get(documents, key_padding_mask)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def once(self, mask: Tensor, into: str, convert: Callable[[], Tensor]) -> Tensor:
@@ -226,7 +230,7 @@ class SequenceContext(ContextDropout):
         `documents` and `key_padding_mask` are those of the tokens that q, k and v have on this rank, out of the batch
         that it was given; without them there are none.
 
-        `layer` gives each layer of a model a dropout mask of its own in a step that was begun; one that is called
+        In a step that was begun, `layer` gives each layer of a model another dropout mask; one that is called
         twice in such a step drops the same pairs twice.  See `begin_step` for calls outside of steps.
         """
         options: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel, "ordering": ordering}
@@ -284,11 +288,11 @@ class SequenceContext(ContextDropout):
 
         Ranks that share a sequence all see its samples; without this each of them counts.
         """
-        metrics = [each for each in metric.modules() if hasattr(each, "dist_sync_fn")]
+        metrics = [child for child in metric.modules() if hasattr(child, "dist_sync_fn")]
         if not metrics:
             raise ValueError(f"metric must be a torchmetrics Metric or a collection of them, got {metric!r}")
-        for each in metrics:  # a copy of the metric must find this context, and not a copy of it
-            each.dist_sync_fn = self.gather_samples
+        for child in metrics:  # a copy of the metric must find this context, and not a copy of it
+            child.dist_sync_fn = self.gather_samples
         return metric
 
     def gather_samples(self, x: Tensor, group: Any = None) -> list[Tensor]:
@@ -300,4 +304,4 @@ class SequenceContext(ContextDropout):
 def _shared_seed(shard: SequenceShard) -> Tensor:
     """Return the seed that the first rank of a shard draws; all ranks draw one, so that generators stay in step."""
     own = int(torch.randint(-(2**63), 2**63 - 1, (), device="cpu"))
-    return torch.tensor(shard.agreed(own, "agrees on a seed")[0], device="cpu")
+    return torch.tensor(shard.exchange_value(own, "agrees on a seed")[0], device="cpu")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from lightning_longnet.attention.kernels.dropout import hashed
+from lightning_longnet.attention.kernels.dropout import splitmix64
 from lightning_longnet.sequence.position import Positioned
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ class DropoutSeeds:
     def begin(self, seed: int, number: int | None) -> None:
         """Begin the step of this number, or end the one that was begun where it is None."""
         self._calls.clear()
-        self._step = None if number is None else hashed(hashed(torch.tensor(seed)) + number)
+        self._step = None if number is None else splitmix64(splitmix64(torch.tensor(seed)) + number)
         self._generator = None
 
     def of_layer(self, layer: int) -> Tensor | None:
         """Return the seed of a layer's attention in the current step; None where no step was begun."""
-        return None if self._step is None else hashed(self._step + layer)
+        return None if self._step is None else splitmix64(self._step + layer)
 
     def of_call(self, rank: int, ranks: int) -> int:
         """Return the seed of a call of plain dropout on one of `ranks` ranks; those of other ranks are others.
@@ -52,7 +52,7 @@ class DropoutSeeds:
         if self._step is not None:
             call = int(drawn[0])
             if self._generator is None:
-                self._generator = torch.Generator().manual_seed(int(hashed(self._step + _CALLS)))
+                self._generator = torch.Generator().manual_seed(int(splitmix64(self._step + _CALLS)))
             if call not in self._calls:
                 self._calls[call] = torch.randint(2**62, (ranks,), generator=self._generator, device="cpu")
             drawn = self._calls[call]
@@ -84,7 +84,7 @@ class ContextDropout(Positioned):
 
         Ranks that share a sequence have equal random states, so that a layer that is left out at random is left out on
         all of them.  The function of torch therefore drops the same elements of each part.  Modules of torch, such as
-        `nn.Dropout`, do as this method does if the context was handed down to them.
+        `nn.Dropout`, do as this method does if the context was attached to them.
 
         Args:
             x: a tensor of any shape.
@@ -138,6 +138,7 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def _generator_of(device: torch.device) -> torch.Generator:
+    """Return torch's default generator of a device."""
     if device.type == "cpu":
         return torch.default_generator
     backend = torch.get_device_module(device)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lightning_longnet.sequence.context import SequenceContext
 
-ATTACHED = "_attached_sequence_context"  # of modules that have no `sequence_context` of their own
+ATTACHED = "_attached_sequence_context"  # of modules without an attribute `sequence_context`
 _HANDLES, _PART = "_dropout_hooks", "_random_part"
 # modules that drop whole features, and the number of dimensions of their inputs with a batch
 _OF_FEATURES = {nn.Dropout1d: 3, nn.Dropout2d: 4, nn.Dropout3d: 5, nn.FeatureAlphaDropout: 2}
@@ -39,6 +39,7 @@ def set_hooks(module: nn.Module, context: SequenceContext | None) -> None:
 
 
 def _draws_parts(module: nn.Module) -> bool:
+    """Return whether a dropout module drops now, in a batch that is split."""
     context: SequenceContext | None = module.__dict__.get(ATTACHED)
     assert isinstance(module, _DropoutNd)
     return context is not None and context.is_split and module.training and module.p > 0
@@ -56,6 +57,7 @@ def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _enter(module: nn.Module, x: Tensor) -> None:
+    """Seed the generator for this rank's part until `_leave`."""
     context: SequenceContext = module.__dict__[ATTACHED]
     part = context.random_part(x.device, context.holds_part_of(_independent_dims(module, x)))
     part.__enter__()

@@ -27,7 +27,7 @@ def sequence_mesh(
 ) -> DeviceMesh:
     """Make a mesh of all ranks with the axes "data_parallel" and "sequence_parallel"; all ranks call it together.
 
-    Consecutive ranks share a sequence.  Each axis has groups of its own, whose messages never mix with those of the
+    Consecutive ranks share a sequence.  Each axis has separate groups, whose messages never mix with those of the
     group of all ranks.
 
     Args:

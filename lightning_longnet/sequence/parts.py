@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class SequencePart:
     """The part of sequences that a rank holds, cut when it was read; `SequenceContext.split` does not cut it again.
 
-    A dataset makes one of each sample: `sequence_context(module).placement_of(length).stretches(rank)` are the tokens
+    A dataset makes one of each sample: `sequence_context(module).placement_of(length).chunks(rank)` are the tokens
     to read.  It is a dataclass and no dictionary, so that length, stretches and samples stay with the tensors when a
     loader collates and pins them, or a plugin maps them.
 
@@ -49,7 +49,7 @@ class SequencePart:
 
     def check(self, placement: Placement, rank: int) -> None:
         """Raise a ValueError where this is not the part that a placement gives to a rank."""
-        expected = tuple((begin, end) for begin, end, _ in placement.stretches(rank))
+        expected = tuple((begin, end) for begin, end, _ in placement.chunks(rank))
         if self.stretches != expected:
             raise ValueError(
                 f"a SequencePart must hold the tokens {_shown(expected)} of {self.length} on rank {rank} of the "
@@ -94,7 +94,7 @@ default_collate_fn_map[SequencePart] = collate_parts
 
 def part_of(x: Tensor, placement: Placement, rank: int, dim: int) -> Tensor:
     """Return the tokens of a rank, in the order in which it holds them; a copy, so that the whole can be freed."""
-    parts = [x.narrow(dim, begin, end - begin) for begin, end, _ in placement.stretches(rank)]
+    parts = [x.narrow(dim, begin, end - begin) for begin, end, _ in placement.chunks(rank)]
     return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0).clone()
 
 

@@ -55,7 +55,7 @@ class Positioned:
 
     @property
     def sequence_parallel_size(self) -> int:
-        """How many ranks share a sequence."""
+        """The number of ranks that share a sequence."""
         return self.position.sequence_parallel_size
 
     @property
@@ -65,7 +65,7 @@ class Positioned:
 
     @property
     def data_parallel_size(self) -> int:
-        """How many groups of ranks work on different sequences."""
+        """The number of groups of ranks, which work on different sequences."""
         return self.position.data_parallel_size
 
     @property

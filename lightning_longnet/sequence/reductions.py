@@ -52,7 +52,7 @@ class Reductions:
         dim %= x.dim()
         splitter.check_tokens(x.shape[dim])
         placement, position = splitter.placement_of(splitter.current.length), splitter.position
-        whole: Tensor = GatheredSequence.apply(  # type: ignore[no-untyped-call]
+        whole: Tensor = GatherSequence.apply(  # type: ignore[no-untyped-call]
             x, placement, position.sequence_parallel_rank, position.sequence_group, dim
         )
         return whole
@@ -61,7 +61,7 @@ class Reductions:
         """Return the sum of x over the ranks that share sequences."""
         if not self._splitter.is_split:
             return x
-        total: Tensor = SummedParts.apply(x, self._splitter.position.sequence_group)  # type: ignore[no-untyped-call]
+        total: Tensor = SumParts.apply(x, self._splitter.position.sequence_group)  # type: ignore[no-untyped-call]
         return total
 
     def gather_samples(self, x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
@@ -70,7 +70,7 @@ class Reductions:
             group = self._splitter.position.data_parallel_group
         elif group is None:
             group = world_group()
-        return [x] if group is None else _gathered_states(x, group)
+        return [x] if group is None else _all_gather_ragged(x, group)
 
 
 class TokenMean(torch.autograd.Function):
@@ -103,13 +103,13 @@ def _totals(loss_sum: Tensor, token_count: Tensor | float, group: dist.ProcessGr
     return totals
 
 
-class GatheredSequence(torch.autograd.Function):
+class GatherSequence(torch.autograd.Function):
     """The whole sequence on every rank; the gradient of a part is the sum of all ranks' gradients of it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, placement: Placement, rank: int, group: dist.ProcessGroup, dim: int) -> Tensor:
         ctx.where = placement, rank, group, dim
-        longest = max(placement.lengths)
+        longest = max(placement.lengths)  # all_gather takes tensors of one shape: shorter parts are padded
         local = x.movedim(dim, 0)
         padded = local.new_zeros((longest, *local.shape[1:]))
         padded[: len(local)] = local
@@ -117,7 +117,7 @@ class GatheredSequence(torch.autograd.Function):
         dist.all_gather(list(parts.unbind()), padded, group=group)
         whole = padded.new_empty((placement.length, *local.shape[1:]))
         for other in range(placement.ranks):
-            for begin, end, first in placement.stretches(other):
+            for begin, end, first in placement.chunks(other):
                 whole[begin:end] = parts[other, first : first + end - begin]
         return whole.movedim(0, dim).contiguous()
 
@@ -129,7 +129,7 @@ class GatheredSequence(torch.autograd.Function):
         return part_of(grad, placement, rank, dim), None, None, None, None
 
 
-class SummedParts(torch.autograd.Function):
+class SumParts(torch.autograd.Function):
     """The sum over the ranks, on each of them; the gradient of each addend is the sum of all ranks' gradients."""
 
     @staticmethod
@@ -143,12 +143,13 @@ class SummedParts(torch.autograd.Function):
 
 
 def _total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the sum of x over the ranks, added in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
     dist.all_reduce(wide, group=group)
     return wide.to(x.dtype)
 
 
-def _gathered_states(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+def _all_gather_ragged(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     """Return the x of each rank of a group, whose shapes may differ but for their number of dimensions."""
     shape = torch.tensor(x.shape, device=x.device)
     shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size(group))]
@@ -158,4 +159,4 @@ def _gathered_states(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     padded[tuple(slice(n) for n in x.shape)] = x
     states = [torch.empty_like(padded) for _ in shapes]
     dist.all_gather(states, padded, group=group)
-    return [each[tuple(slice(n) for n in size.tolist())] for each, size in zip(states, shapes, strict=True)]
+    return [state[tuple(slice(n) for n in size.tolist())] for state, size in zip(states, shapes, strict=True)]

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 _PLAIN_SHARDS = 64  # that are kept, one for each length
 
 
-class _Mask(NamedTuple):
-    """A tensor at a moment, or None: it is the same later where neither its memory nor its values have changed.
+class _MaskVersion(NamedTuple):
+    """A mask (a tensor or None) as it was at one time, to find out later whether it is unchanged.
 
-    Torch counts the changes in place of a tensor, but not of one of inference mode, whose values are copied.
+    Torch counts the in-place changes of a tensor in `_version`, but not those of an inference tensor: its values are
+    copied and compared.
     """
 
     tensor: Tensor | None
@@ -30,13 +31,13 @@ class _Mask(NamedTuple):
     values: Tensor | None
 
     @classmethod
-    def of(cls, x: Tensor | None) -> _Mask:
+    def of(cls, x: Tensor | None) -> _MaskVersion:
         if x is None or not x.is_inference():
             return cls(x, 0 if x is None else x._version, None)
         return cls(x, 0, x.clone())
 
-    def is_still(self, x: Tensor | None) -> bool:
-        """Whether this is x as it is now."""
+    def is_unchanged(self, x: Tensor | None) -> bool:
+        """Return whether x is the same tensor with the same values as then."""
         if self.tensor is None or x is None:
             return self.tensor is x
         if x is not self.tensor and not (x.dtype == self.tensor.dtype and x.is_set_to(self.tensor)):
@@ -46,18 +47,18 @@ class _Mask(NamedTuple):
         return x._version == self.version
 
 
-class _Made(NamedTuple):
+class _CachedShard(NamedTuple):
     """A shard, and the documents and the padding that it was made with."""
 
-    documents: _Mask
-    padding: _Mask
+    documents: _MaskVersion
+    padding: _MaskVersion
     shard: SequenceShard
 
 
-class _Converted(NamedTuple):
-    """A mask, and the result of a conversion of it."""
+class _CachedConversion(NamedTuple):
+    """The result of a conversion of a mask; `into` names the conversion."""
 
-    mask: _Mask
+    mask: _MaskVersion
     into: str
     result: Tensor
 
@@ -66,52 +67,51 @@ class BatchShards:
     """The shards of one batch, each made at its first use by all ranks together."""
 
     def __init__(self) -> None:
-        self._made: list[_Made] = []
-        self._converted: list[_Converted] = []
+        self._shards: list[_CachedShard] = []
+        self._conversions: list[_CachedConversion] = []
 
     @property
     def count(self) -> int:
         """The number of shards that were made."""
-        return len(self._made)
+        return len(self._shards)
 
-    def of(self, documents: Tensor | None, padding: Tensor | None, make: Callable[[], SequenceShard]) -> SequenceShard:
+    def get(self, documents: Tensor | None, padding: Tensor | None, make: Callable[[], SequenceShard]) -> SequenceShard:
         """Return the shard of these tensors as they are now, which `make` makes where there is none on some rank.
 
         All ranks call it together.  Outside of inference mode a mask that the program changes has another version on
         all of them.  In inference mode each rank looks at the values of its own part, which may have changed where
-        another's have not; so they compare which shard they found, and make one together unless they all found the
-        same.
+        another's have not; so they compare the indices of their shards, and make one together unless these are equal.
         """
-        index = self._found(documents, padding)
+        index = self._index_of(documents, padding)
         compares = any(x is not None and x.is_inference() for x in (documents, padding))
-        if self._made and compares:  # which is so on all ranks or on none
-            indices = self._made[0].shard.agreed(index, "looks a shard up")
+        if self._shards and compares:  # which is so on all ranks or on none
+            indices = self._shards[0].shard.exchange_value(index, "looks a shard up")
             if any(other != index for other in indices):
                 index = -1
         if index >= 0:
-            return self._made[index].shard
+            return self._shards[index].shard
         shard = make()
-        self._made.append(_Made(_Mask.of(documents), _Mask.of(padding), shard))
+        self._shards.append(_CachedShard(_MaskVersion.of(documents), _MaskVersion.of(padding), shard))
         return shard
 
-    def _found(self, documents: Tensor | None, padding: Tensor | None) -> int:
+    def _index_of(self, documents: Tensor | None, padding: Tensor | None) -> int:
         """Return the index of the shard of these tensors on this rank, the one made last; -1 where there is none."""
-        for index in reversed(range(len(self._made))):
-            made = self._made[index]
-            if made.documents.is_still(documents) and made.padding.is_still(padding):
+        for index in reversed(range(len(self._shards))):
+            cached = self._shards[index]
+            if cached.documents.is_unchanged(documents) and cached.padding.is_unchanged(padding):
                 return index
         return -1
 
     def once(self, mask: Tensor, into: str, convert: Callable[[], Tensor]) -> Tensor:
-        """Return the result of converting this mask, so that layers which convert it share a shard.
+        """Return `convert()`, computed once per batch for this mask and this conversion (`into`).
 
-        `into` names the conversion.
+        Layers that convert one mask then hold one and the same tensor, and so share a shard.
         """
-        for known in self._converted:
-            if known.into == into and known.mask.is_still(mask):
-                return known.result
+        for cached in self._conversions:
+            if cached.into == into and cached.mask.is_unchanged(mask):
+                return cached.result
         result = convert()
-        self._converted.append(_Converted(_Mask.of(mask), into, result))
+        self._conversions.append(_CachedConversion(_MaskVersion.of(mask), into, result))
         return result
 
 
@@ -126,23 +126,23 @@ class ShardCache:
         self._splitter, self._traffic = splitter, traffic
         self._plain: dict[int, SequenceShard] = {}
 
-    def of(self, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
+    def get(self, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
         """Return the shard of the current batch with these documents and this padding."""
         splitter, length = self._splitter, self._splitter.current.length
         assert length is not None
         if documents is not None or key_padding_mask is not None:
-            return splitter.current.shards.of(
-                documents, key_padding_mask, lambda: self.made(documents, key_padding_mask)
+            return splitter.current.shards.get(
+                documents, key_padding_mask, lambda: self.make(documents, key_padding_mask)
             )
         if length not in self._plain:
             if len(self._plain) == _PLAIN_SHARDS:
                 self._plain.clear()
-            self._plain[length] = self.made(None, None)
+            self._plain[length] = self.make(None, None)
         shard = self._plain[length]
         shard.begin_batch(splitter.number)
         return shard
 
-    def made(self, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
+    def make(self, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
         """Make a shard of the current batch, as all ranks do together."""
         splitter = self._splitter
         assert splitter.position.sequence_group is not None

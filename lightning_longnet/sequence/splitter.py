@@ -20,8 +20,8 @@ from lightning_longnet.sequence.batches import (
     known_dim,
     known_length,
     length_of,
-    mapped,
-    tensors,
+    map_tensors,
+    named_tensors,
 )
 from lightning_longnet.sequence.parts import SequencePart, part_of
 from lightning_longnet.sequence.shards import BatchShards
@@ -98,7 +98,7 @@ class BatchSplitter:
         if self.position.sequence_parallel_size == 1:
             self.begin(known_length(batch, dims))
             known: dict[str, Tensor] = {}
-            for path, x in tensors(batch):
+            for path, x in named_tensors(batch):
                 if known_dim(path, x, dims) is not None:
                     known.setdefault(path[-1], x)
             self._keep_masks(known)
@@ -118,7 +118,7 @@ class BatchSplitter:
             parts.setdefault(path[-1], result)
             return result
 
-        batch = mapped(batch, part)
+        batch = map_tensors(batch, part)
         self._keep_masks(parts)
         return batch
 
@@ -135,7 +135,7 @@ class BatchSplitter:
         """Begin a batch of sequences of `length` tokens, or of whole sequences where it is None."""
         self.current = CurrentBatch(length, self.current.is_whole)
 
-    def begin_made(self, length: int) -> Tensor:
+    def begin_sequences(self, length: int) -> Tensor:
         """Begin a batch of sequences that the model makes itself, and return the positions of this rank's tokens."""
         if self.current.is_whole:
             return torch.arange(length)
@@ -159,8 +159,8 @@ class BatchSplitter:
         if position.sequence_group is None or position.data_parallel_group is None:
             return
         fault = self.fault_of(batch, sequence_dims)
-        place = position.data_parallel_rank, position.data_parallel_size
-        check_same_batch(digest(batch), fault, position.sequence_group, position.data_parallel_group, place)
+        data_position = position.data_parallel_rank, position.data_parallel_size
+        check_same_batch(digest(batch), fault, position.sequence_group, position.data_parallel_group, data_position)
 
     def fault_of(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> str:
         """Return why a batch cannot be split, or an empty string."""
@@ -168,16 +168,18 @@ class BatchSplitter:
         if isinstance(batch, SequencePart):
             return fault_of(lambda: self._check_part(batch, dims))
         if self.position.sequence_parallel_size > 1:
-            return fault_of(lambda: (self._length_of(batch, dims), mapped(batch, lambda _, x: x)))
+            return fault_of(lambda: (self._length_of(batch, dims), map_tensors(batch, lambda _, x: x)))
         return ""
 
     def _check_part(self, part: SequencePart, dims: Mapping[str, int | None]) -> None:
+        """Raise a ValueError where a `SequencePart` is not the part of this rank."""
         self._check_length(part.length)
         part.check(self.placement_of(part.length), self.position.sequence_parallel_rank)
         if (tokens := length_of(part.tensors, dims)) != part.tokens:
             raise ValueError(f"a SequencePart of {part.tokens} tokens must have as many in its tensors, got {tokens}")
 
     def _length_of(self, batch: Any, dims: Mapping[str, int | None]) -> int | None:
+        """Return the number of tokens of a batch's sequences, after checking it; None if it has no sequence."""
         if is_whole(batch, dims):
             return None
         length = length_of(batch, dims)
@@ -186,6 +188,7 @@ class BatchSplitter:
         return length
 
     def _check_length(self, length: int) -> None:
+        """Raise a ValueError if sequences have fewer tokens than ranks share them."""
         size = self.position.sequence_parallel_size
         if length < size:
             raise ValueError(
@@ -232,5 +235,5 @@ class BatchSplitter:
 
 @lru_cache(16)
 def _positions(placement: Placement, rank: int) -> Tensor:
-    parts = [torch.arange(begin, end) for begin, end, _ in placement.stretches(rank)]
+    parts = [torch.arange(begin, end) for begin, end, _ in placement.chunks(rank)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)

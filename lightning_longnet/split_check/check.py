@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.sequence.attach import hand_down
+from lightning_longnet.sequence.attach import attach_context
 from lightning_longnet.sequence.batches import checked_dims
 from lightning_longnet.split_check.comparison import Comparison
 from lightning_longnet.split_check.ranks import first_fault, group_device, is_first
@@ -49,7 +49,7 @@ def check_split(
     action: Action = "error",
     training: bool = True,
     replica: Replica | str | None = None,
-    attach: Attach = hand_down,
+    attach: Attach = attach_context,
 ) -> Verdict:
     """Compare a step on parts of sequences with the same step on whole ones, in the loss and in every gradient.
 
@@ -68,7 +68,7 @@ def check_split(
         training: whether there is a backward pass; else the numbers that the step returns and logs are compared.
         replica: the structure of the module, taken before it was sharded, or why it cannot be; by default it is taken
             now.
-        attach: gives a copy its context; `hand_down` by default.
+        attach: gives a copy its context; `attach_context` by default.
 
     Returns:
         The verdict, the same on all ranks.

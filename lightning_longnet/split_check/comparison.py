@@ -125,7 +125,7 @@ class Comparison:
         return other is None or from_first(whole.difference(other)[0]) > tolerance
 
     def _attempt_to_locate(self, tolerance: float) -> tuple[tuple[Place | None, bool], str]:
-        """Return where parts begin to differ, whether all draw random numbers alike, and a fault of what found it."""
+        """Return where parts begin to differ, whether all draw random numbers alike, and the error of the search."""
         context, rank = self._part_context(), self._context.sequence_parallel_rank
         here = None if self.tokens is None else context.placement_of(self.tokens).lengths[rank]
         whole, part = Watch(self.tokens), Watch(here)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a step computes something else on parts.
+    """A place where a step computes something else on parts.
 
     Attributes:
         name: the name of a module, or that of the step.

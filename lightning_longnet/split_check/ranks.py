@@ -1,4 +1,4 @@
-"""The ranks of a split check: groups of their own, a world for each run, and agreement on what each rank saw."""
+"""The ranks of a split check: separate groups, a world for each run, and agreement on the outcomes of all ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LEFT = ("imed out", "imeout", "Connection closed", "Connection reset")  # what 
 class Groups:
     """Groups that last for one check, so that a rank which leaves a step cannot disturb the messages of the run.
 
-    Over gloo the parts have groups of their own.  NCCL's would take memory of the device for each.
+    Over gloo the parts have separate groups.  NCCL's would take memory of the device for each.
 
     Args:
         position: the position of this rank in the run.

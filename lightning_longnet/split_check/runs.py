@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from lightning_longnet.sequence.batches import mapped
+from lightning_longnet.sequence.batches import map_tensors
 from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.split_check.generators import OwnGenerators, seeded
 from lightning_longnet.split_check.isolation import StopStep, isolate
@@ -190,7 +190,7 @@ def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     """Return a batch on a device, its floating tensors in a dtype."""
-    return mapped(batch, lambda _, x: x.to(device) if dtype is None else in_dtype(x.to(device), dtype))
+    return map_tensors(batch, lambda _, x: x.to(device) if dtype is None else in_dtype(x.to(device), dtype))
 
 
 def moved(batch: Any, size: float) -> Any:
@@ -203,4 +203,4 @@ def moved(batch: Any, size: float) -> Any:
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device, x.dtype)
         return x * (1 + size * noise.clamp(-3, 3))
 
-    return mapped(batch, move)
+    return map_tensors(batch, move)

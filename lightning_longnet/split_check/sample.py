@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.sequence.batches import dim_of, is_whole, length_of, mapped, tensors
+from lightning_longnet.sequence.batches import dim_of, is_whole, length_of, map_tensors, named_tensors
 from lightning_longnet.sequence.parts import SequencePart
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def with_fewer_labels(batch: Any, dims: Mapping[str, int | None], tokens: int) -
         x.narrow(dim, 0, tokens).fill_(-100)
         return x
 
-    return mapped(batch, unlabelled)
+    return map_tensors(batch, unlabelled)
 
 
 def whole_batch(batch: Any, dims: Mapping[str, int | None], context: SequenceContext) -> Any:
@@ -93,7 +93,7 @@ def batch_length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
 def sample(batch: Any, dims: Mapping[str, int | None], tokens: int | None) -> Any:
     """Return a copy of a batch cut to the `tokens` neighbouring tokens with the most labels; whole where it is None."""
     if tokens is None:
-        return mapped(batch, lambda _, x: x.detach().clone())
+        return map_tensors(batch, lambda _, x: x.detach().clone())
     return _cut(batch, dims, _begin(batch, dims, tokens), tokens)
 
 
@@ -102,13 +102,13 @@ def _cut(batch: Any, dims: Mapping[str, int | None], begin: int, tokens: int) ->
         dim = dim_of(path, x, dims)
         return x.detach().clone() if dim is None else x.detach().narrow(dim, begin, tokens).clone()
 
-    return mapped(batch, piece)
+    return map_tensors(batch, piece)
 
 
 def _begin(batch: Any, dims: Mapping[str, int | None], tokens: int) -> int:
     """Return where the `tokens` neighbouring tokens begin of which the most have a label and are no padding."""
     useful = torch.zeros(length_of(batch, dims))
-    for path, x in tensors(batch):
+    for path, x in named_tensors(batch):
         dim = dim_of(path, x, dims)
         if dim is None or path[-1] not in ("labels", "attention_mask") or x.is_floating_point():
             continue

@@ -16,7 +16,7 @@ LONGNET = Pattern.dilated((16, 32, 64), (1, 2, 4), is_causal=True)
 def dropped(probability, seed, length, sample=0, head=0, branch=0):
     rule, tokens = Dropout(probability, seed), torch.arange(length)
     words = rule.query_words(torch.tensor([sample]), tokens, torch.tensor([head]), branch)[0]
-    return rule.keeps(words, rule.key_words(tokens)) == 0
+    return rule.keep_bits(words, rule.key_words(tokens)) == 0
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63)])

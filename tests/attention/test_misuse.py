@@ -273,10 +273,10 @@ def test_a_comparison_that_failed_is_none(pool):
 def compared(group):
     """How often ranks compared, after each of five calls."""
     shard, found = SequenceShard(group, 16), []
-    with patch.object(shard.comm, "gathered", wraps=shard.comm.gathered) as gathered:
+    with patch.object(shard.comm, "all_gather", wraps=shard.comm.all_gather) as all_gather:
         for dropout, seed in ((0, None), (0, None), (0.1, 1), (0.1, 2), (0, None)):
             attend(*drawn(), CAUSAL, shard=shard, kernel="eager", dropout=dropout, dropout_seed=seed)
-            found.append(gathered.call_count)
+            found.append(all_gather.call_count)
     return found
 
 

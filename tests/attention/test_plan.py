@@ -54,7 +54,7 @@ def test_shows_every_pair_as_often_as_the_definition(shown, multiplicity, kv_hea
             (length * kv_heads * group, [block.queries for block in found.branches[0]]),
             (length * kv_heads, [block.keys for block in found.branches[0]]),
         ):
-            cells = [cell for lattice in lattices for cell in lattice.cells()]
+            cells = [cell for lattice in lattices for cell in lattice.elements()]
             assert len(cells) == len(set(cells)) == count
 
 

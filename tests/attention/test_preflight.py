@@ -229,7 +229,7 @@ def alone_among_ranks(group):
 def test_whole_sequences_on_each_of_many_ranks_are_no_secret(pool):
     (found,) = pool.run(1, alone_among_ranks)
     assert found == [
-        "WARNING: 8 ranks are connected, and attention is given whole sequences on each: a strategy or hand_down "
+        "WARNING: 8 ranks are connected, and attention is given whole sequences on each: a strategy or attach_context "
         "splits them"
     ]
 

@@ -150,12 +150,12 @@ def test_the_volume_is_that_of_the_route(seed):
             found = exchange_plan(layout, exchanges).volume(rank, SIZES)
             sent = messages = kept = forward = 0
             for each in route(layout, rank, exchanges).rounds:
-                at, fetches = each.indices(), 1 if each.keeps else 2
+                at, fetches = each.indices(), 1 if each.saves_rows else 2
                 out, come = (sum(map(len, cells.values())) for cells in (at.send, at.receive))
                 sent += 128 * 4 * (fetches * out + come)
                 forward += 128 * 4 * out
                 messages += fetches * len(at.send) + len(at.receive)
-                kept += each.keeps * 128 * 4 * come
+                kept += each.saves_rows * 128 * 4 * come
             assert found == (sent, messages, kept, forward)
 
 
@@ -219,9 +219,9 @@ def test_few_cells_are_listed_as_a_mask_shows_them():
     layout = Layout(pattern, 4, 2, (0, 4096), Placement((1024,) * 4))
     wanted = rank_blocks(layout).blocks(3, 0)
     assert wanted.is_sparse
-    assert wanted.listed().tolist() == wanted.cells().tolist()
-    assert wanted.cell_count() == len(wanted.cells()) > 0
+    assert wanted.kv_rows_without_mask().tolist() == wanted.kv_rows().tolist()
+    assert wanted.kv_row_count() == len(wanted.kv_rows()) > 0
     near = rank_blocks(layout).blocks(0, 0)
     assert not near.is_sparse
-    assert near.cell_count() == len(near.cells()) == len(near.listed())
-    assert near.listed((1,)).tolist() == near.mask((1,)).nonzero().flatten().tolist()
+    assert near.kv_row_count() == len(near.kv_rows()) == len(near.kv_rows_without_mask())
+    assert near.kv_rows_without_mask((1,)).tolist() == near.mask((1,)).nonzero().flatten().tolist()

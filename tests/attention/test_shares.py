@@ -18,8 +18,8 @@ from lightning_longnet.attention.plan.blocks import plan
 
 
 def all_shares(block, placement, rank, source):
-    for queries in placement.stretches(rank):
-        for keys in placement.stretches(source):
+    for queries in placement.chunks(rank):
+        for keys in placement.chunks(source):
             yield from shares(block, queries, keys)
 
 
@@ -29,7 +29,7 @@ def all_shares(block, placement, rank, source):
 def test_every_token_stands_on_one_rank(kind, lengths):
     placement = Placement(tuple(lengths), kind)
     for rank, length in enumerate(lengths):
-        stretches = placement.stretches(rank)
+        stretches = placement.chunks(rank)
         assert len(held(placement, rank)) == length
         assert [s.local for s in stretches] == [
             sum(o.end - o.begin for o in stretches[:i]) for i in range(len(stretches))
@@ -84,8 +84,8 @@ def test_the_shares_of_all_ranks_are_the_definition(
                     for part in all_shares(block, placement, rank, source):
                         pairs = list(shown_pairs(part))
                         assert len(pairs) == part.pairs > 0
-                        assert {(i, h) for i, h, *_ in pairs} == set(part.queries.cells())  # each query sees a key
-                        assert {(j, g) for _, _, j, g, _ in pairs} == set(part.keys.cells())  # each key is seen
+                        assert {(i, h) for i, h, *_ in pairs} == set(part.queries.elements())  # each query sees a key
+                        assert {(j, g) for _, _, j, g, _ in pairs} == set(part.keys.elements())  # each key is seen
                         for i, h, j, g, times in pairs:
                             assert g == h // group
                             counted[h, rows[i], key_rows[j]] += times * part.weight

@@ -15,7 +15,7 @@ from lightning_longnet import Branch, Pattern, SequenceShard, Sparsity, attend, 
 from lightning_longnet.attention.kernels.sdpa import cpu
 from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.plan.blocks import plan
-from lightning_longnet.attention.plan.gathering import Gathered
+from lightning_longnet.attention.plan.paged_keys import PagedKeys
 from lightning_longnet.planning.flops import attended_pairs
 
 KINDS = ["local_window", "dilated_sparse", "global_local", "strided"]
@@ -89,7 +89,7 @@ def test_what_each_kind_keeps():
 
 
 def shown(call):
-    queries, keys = list(call.queries.cells()), list(call.keys.cells())
+    queries, keys = list(call.queries.elements()), list(call.keys.elements())
     group = call.queries.heads // call.keys.heads
     assert len(set(queries)) == len(queries)
     for n, (row, head) in enumerate(queries):
@@ -107,7 +107,7 @@ def shown(call):
 def test_gathered_calls_show_what_the_plan_shows(kind, within, length):
     pattern = Pattern.block_sparse(kind, 3, 0.4, within=within)
     found = plan(pattern, 4, 2, (0, length))
-    assert any(isinstance(call.keys, Gathered) for calls in found.calls for call in calls)
+    assert any(isinstance(call.keys, PagedKeys) for calls in found.calls for call in calls)
     counted = Counter(pair for calls in found.calls for call in calls for pair in shown(call))
     mask = pattern.mask(length, 4, 2)
     assert counted == {pair: mask[pair].item() for pair in map(tuple, mask.nonzero().tolist())}

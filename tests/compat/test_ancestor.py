@@ -10,7 +10,7 @@ import torch
 from tiers import tiered
 
 import lightning_longnet
-from lightning_longnet import MultiheadDilatedAttention, Pattern, attend, compat, hand_down
+from lightning_longnet import MultiheadDilatedAttention, Pattern, attach_context, attend, compat
 from lightning_longnet.compat import classes
 from lightning_longnet.compat import options as arguments
 
@@ -172,7 +172,7 @@ def test_what_has_another_meaning_is_refused():
         ({"segment_lengths": [8]}, "RingDilatedAttention needs dilation_rates"),
         ({"apply_hilbert_to_kv": False, **BRANCHES}, "apply_hilbert_to_kv must be True, got False"),
         ({"embed_dim": 25, "heads": 4, **BRANCHES}, "embed_dim must be heads times dim, got 25, 4 and None"),
-        ({"config": compat.RingAttentionConfig(**BRANCHES), **BRANCHES}, "was told segment_lengths twice"),
+        ({"config": compat.RingAttentionConfig(**BRANCHES), **BRANCHES}, "was given segment_lengths twice"),
         ({"heads": 4, "num_heads": 2, **BRANCHES}, "heads and num_heads must be equal, got 4 and 2"),
         ({"dim": 4, "head_dim": 2, **BRANCHES}, "dim and head_dim must be equal, got 4 and 2"),
         ({"config": 3, **BRANCHES}, "config must be a RingAttentionConfig, got 3"),
@@ -360,7 +360,7 @@ def on_ranks(group, ring_size):
 
     layer = compat.RingDilatedAttentionHybrid(**BRANCHES, ring_size=ring_size)
     context = made(group)
-    hand_down(layer, context)
+    attach_context(layer, context)
     parts = [context.split({"x": x}, {"x": 1})["x"] for x in drawn()]
     try:
         return context.positions_of(parts[0]), layer(*parts)
@@ -379,9 +379,9 @@ def test_a_ring_size_is_held_to_or_refused_on_all_ranks(pool):
 def test_a_configuration_and_arguments_beside_it_say_each_thing_once():
     ring, config = compat.RingDilatedAttentionHybrid, compat.RingAttentionConfig(**BRANCHES)
     assert ring(config=config, dropout=0.1).dropout == 0.1
-    with pytest.raises(ValueError, match="was told dropout twice"):
+    with pytest.raises(ValueError, match="was given dropout twice"):
         ring(config=compat.RingAttentionConfig(**BRANCHES, dropout=0.2), dropout=0.1)
-    with pytest.raises(ValueError, match="was told segment_lengths twice"):
+    with pytest.raises(ValueError, match="was given segment_lengths twice"):
         ring([4], [1], config=config)
 
 
@@ -390,7 +390,7 @@ def wrong_on_the_last(group, name, given):
 
     layer = getattr(compat, name)(**BRANCHES, heads=4)
     context = made(group)
-    hand_down(layer, context)
+    attach_context(layer, context)
     parts = [context.split({"x": x}, {"x": 1})["x"] for x in drawn(heads=2 if "heads" in given and group.rank() else 4)]
     given = {name: value for name, value in given.items() if name != "heads"}
     with pytest.raises(ValueError, match=r".") as told:
@@ -411,7 +411,7 @@ def whole_on_ranks(group):
 
     layer = compat.RingDilatedAttentionHybrid(**BRANCHES, ring_size=2)
     context = made(group)
-    hand_down(layer, context)
+    attach_context(layer, context)
     with context.whole():
         return layer(*drawn())
 

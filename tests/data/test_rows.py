@@ -39,7 +39,7 @@ def test_a_rank_reads_its_tokens_and_no_others(placement):
     for rank in range(placement.ranks):
         stream.count = 0
         part = RowParts(rows, Cut(12, placement, rank))[2]
-        stretches = placement.stretches(rank)
+        stretches = placement.chunks(rank)
         assert stream.count == placement.lengths[rank] + len(stretches)  # and what follows each stretch
         here = torch.cat([torch.arange(begin, end) for begin, end, _ in stretches])
         assert isinstance(part, SequencePart)

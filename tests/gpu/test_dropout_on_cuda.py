@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_longnet import SequenceContext, hand_down
+from lightning_longnet import SequenceContext, attach_context
 from lightning_longnet.sequence.position import MeshPosition
 
 LENGTH = 12
@@ -17,7 +17,7 @@ def dropped(rank, step, call):
     context.begin(2 * LENGTH)
     context.begin_step(step)
     module = nn.Dropout(0.5)
-    hand_down(module, context)
+    attach_context(module, context)
     torch.manual_seed(5)
     found = [call(module, torch.ones(2, LENGTH, 8, device="cuda", requires_grad=True)) for _ in range(2)]
     return found, torch.rand(3), torch.rand(3, device="cuda")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from contexts import made
 
-from lightning_longnet import DilatedAttention, Guard, MultiheadDilatedAttention, Pattern, hand_down
+from lightning_longnet import DilatedAttention, Guard, MultiheadDilatedAttention, Pattern, attach_context
 from lightning_longnet.sequence import SequenceContext
 
 SHORT, LONG = (Pattern.dilated((w,), (1,), is_causal=True) for w in (8, 32))
@@ -30,7 +30,7 @@ def test_layers_of_two_curves_may_share_a_mask():
     wanted = [layer(*drawn(), key_padding_mask=hidden()) for layer in layers]
     context, mask = SequenceContext(), hidden()
     for layer in layers:
-        hand_down(layer, context)
+        attach_context(layer, context)
     context.begin(LENGTH)
     for layer, truth in zip(layers, wanted, strict=True):
         torch.testing.assert_close(layer(*drawn(), key_padding_mask=mask), truth)
@@ -42,7 +42,7 @@ def padded(group):
     x = torch.randn(1, LENGTH, 16, dtype=torch.float64)
     truth = layer(x, x, x, key_padding_mask=hidden())[0]
     context = made(group)
-    hand_down(layer, context)
+    attach_context(layer, context)
     given = context.split({"x": x, "hidden": hidden()}, {"x": 1, "hidden": 1})
     out = layer(*[given["x"]] * 3, key_padding_mask=given["hidden"])[0]
     return (out - truth[:, context.positions]).abs().max().item()
@@ -61,7 +61,7 @@ def test_keys_of_other_tokens_are_refused():
 
 def fewer(group):
     layer, context = along(SHORT), made(group)
-    hand_down(layer, context)
+    attach_context(layer, context)
     context.begin(LENGTH)
     q, k, v = drawn(LENGTH // 2)
     kept = 20 if group.rank() == 0 else LENGTH // 2

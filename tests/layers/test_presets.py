@@ -19,9 +19,9 @@ from lightning_longnet import (
     LongViT,
     LongViTConfig,
     Pattern,
+    attach_context,
     available_presets,
     create_standardized_ring_attention,
-    hand_down,
     sequence_hilbert_order,
 )
 from lightning_longnet.cli import main
@@ -63,7 +63,7 @@ def step(group, name, given, is_causal, placement):
     """One rank's out and gradients of its part, and its tokens."""
     layer = create_standardized_ring_attention(name, **given)
     context = made(group, placement)
-    hand_down(layer, context)
+    attach_context(layer, context)
     *parts, grad = (context.split({"x": x}, {"x": 1})["x"] for x in drawn())
     leaves = [part.clone().requires_grad_() for part in parts]
     out = layer(*leaves, is_causal=is_causal)
@@ -151,7 +151,7 @@ def model_step(group, hidden, is_causal):
     told["pattern"] = Pattern.dilated(SEGMENTS, RATES, is_causal=is_causal)
     model = LongNet(LongNetConfig(**{**CONFIG, **told})).double()
     context = made(group)
-    hand_down(model, context)
+    attach_context(model, context)
     tokens = torch.randint(32, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": tokens, "labels": tokens.roll(-1, 1), "attention_mask": (~hidden).long()}
     given = context.split(batch)
@@ -210,14 +210,14 @@ def packed(group, ids):
     torch.manual_seed(0)
     layer = DilatedSelfAttention(16, 4, PATTERN, ordering="hilbert", rotary=None)
     context = made(group)
-    hand_down(layer, context)
+    attach_context(layer, context)
     whole = torch.randn(1, 8, 16)
     x = context.split({"x": whole}, {"x": 1})["x"]
     try:
         found = context.gather_sequence(layer(x, documents=ids[group.rank()]))
     except ValueError as error:
         return str(error)
-    hand_down(layer, None)
+    attach_context(layer, None)
     return float((found - layer(whole, documents=torch.cat(ids))).abs().max())
 
 

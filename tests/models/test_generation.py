@@ -4,7 +4,7 @@ import pytest
 import torch
 from contexts import made
 
-from lightning_longnet import LongNet, LongNetConfig, Pattern, hand_down
+from lightning_longnet import LongNet, LongNetConfig, Pattern, attach_context
 from lightning_longnet.models.generation import generate
 
 PATTERN = Pattern.dilated((4, 16), (1, 2), is_causal=True)
@@ -50,7 +50,7 @@ def test_what_is_drawn_follows_the_seed_the_temperature_and_the_likeliest():
 def over_ranks(group, prompts):
     context = made(group)
     net = model()
-    hand_down(net, context)
+    attach_context(net, context)
     context.begin(31)  # a batch that is being worked on
     found = generate(net, prompts, 8, **DRAWN, context=context)
     return found, context.length

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from contexts import made
 
-from lightning_longnet import LongNet, LongNetConfig, Pattern, hand_down
+from lightning_longnet import LongNet, LongNetConfig, Pattern, attach_context
 
 PATTERN = Pattern.dilated((8, 64), (1, 2), is_causal=True)
 DOCUMENTS = torch.arange(30).expand(2, 30) // torch.tensor([[11], [14]])
@@ -56,7 +56,7 @@ def parts(group, with_documents, placement):
     wanted, best = model(TOKENS, **told), [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     context = made(group, placement)
-    hand_down(model, context)
+    attach_context(model, context)
     batch = context.split({"input_ids": TOKENS, **told})
     out = model(**batch)
     (out * torch.arange(11)).sum().backward()

@@ -8,7 +8,7 @@ import yaml
 from contexts import made
 from tiers import tiered
 
-from lightning_longnet import Pattern, SequenceContext, hand_down, hilbert_order, vision
+from lightning_longnet import Pattern, SequenceContext, attach_context, hilbert_order, vision
 from lightning_longnet.models.longvit import LongViT, LongViTConfig
 
 PATTERN = Pattern.dilated((4, 8, 64), (1, 2, 2))
@@ -137,7 +137,7 @@ def over_ranks(group, kind, size, placement, recompute, curved=False):
         order = hilbert_order((size[0] // 5, size[1] // 5))
         torch.testing.assert_close(wanted, composed(model, pixels, order), rtol=1e-10, atol=1e-10)
     context = made(group, placement)
-    hand_down(model, context)
+    attach_context(model, context)
     embedded = []
     model.patch_embedding.register_forward_hook(lambda _, given, __: embedded.append(given[0].shape[1]))
     assert context.split({"pixels": pixels, "labels": labels}, {"pixels": None, "labels": None})["pixels"] is pixels
@@ -186,15 +186,15 @@ def test_ranks_share_the_patches_of_an_image(pool, kind, size, placement, recomp
 def begun(group):
     context = made(group)
     with pytest.raises(ValueError, match="at least one token for each of the 2 ranks that share them, got 1"):
-        context.begin_made(1)
-    here = context.begin_made(5)
+        context.begin_sequences(1)
+    here = context.begin_sequences(5)
     assert context.is_split
     assert context.length == 5
     x = torch.full((2, 3), float(context.sequence_parallel_rank + 1)).half().requires_grad_()
     total = context.sum_parts(x)
     total.sum().backward()
     with context.whole():
-        assert len(context.begin_made(5)) == 5
+        assert len(context.begin_sequences(5)) == 5
         assert not context.is_split
         assert context.sum_parts(x) is x
     assert context.is_split
@@ -229,14 +229,14 @@ class Mean(torch.nn.Module):
 
 def test_layers_may_have_a_class_of_their_own():
     model = model_of(attention={"class_path": f"{__name__}.Mean"})
-    hand_down(model, SequenceContext())
+    attach_context(model, SequenceContext())
     torch.testing.assert_close(model(images()), composed(model, images()))
 
 
 def test_one_process_may_hand_down_a_context(pool):
     model, context = model_of(), SequenceContext()
     wanted = model(images())
-    hand_down(model, context)
+    attach_context(model, context)
     assert torch.equal(model(images()), wanted)
     assert context.length == 16
 

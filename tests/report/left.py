@@ -94,7 +94,7 @@ def record(ranks=2, tokens=4096, placement="contiguous"):
                 "pattern": PATTERN.to_dict(),
                 "plan": {
                     "placement": placement,
-                    "stretches": [[[s.begin, s.end] for s in where.stretches(rank)] for rank in range(ranks)],
+                    "stretches": [[[s.begin, s.end] for s in where.chunks(rank)] for rank in range(ranks)],
                     "exchanges": plan.schedule.exchanges,
                     "why": plan.schedule.why,
                     "pairs": plan.pairs,

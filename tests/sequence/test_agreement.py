@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.sequence.agreement import check_same_batch, fault_of, fault_of_first, gathered
+from lightning_longnet.sequence.agreement import all_gather, check_same_batch, fault_of, fault_of_rank_zero
 
 
 class Ranks:
-    """What `fault_of_first` takes of a strategy."""
+    """What `fault_of_rank_zero` takes of a strategy."""
 
     def __init__(self, group):
         self.group, self.is_global_zero = group, group.rank() == 0
@@ -26,9 +26,9 @@ def agreed(group):
         attempts.append(rank)
         return f"rank {rank} failed"
 
-    fault = fault_of_first(Ranks(group), attempt)
-    numbers = gathered(torch.tensor([rank, 2**60 + rank]), group)
-    return fault, attempts, numbers.tolist(), gathered(torch.tensor(rank / 2, dtype=torch.float64), group).tolist()
+    fault = fault_of_rank_zero(Ranks(group), attempt)
+    numbers = all_gather(torch.tensor([rank, 2**60 + rank]), group)
+    return fault, attempts, numbers.tolist(), all_gather(torch.tensor(rank / 2, dtype=torch.float64), group).tolist()
 
 
 def test_all_ranks_hear_of_the_first_ones_fault(pool):

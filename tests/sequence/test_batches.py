@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_longnet import SequenceContext
-from lightning_longnet.sequence.batches import checked_dims, digest, dim_of, known_length, length_of, mapped
+from lightning_longnet.sequence.batches import checked_dims, digest, dim_of, known_length, length_of, map_tensors
 
 IDS = torch.arange(12).reshape(2, 6)
 Pair = namedtuple("Pair", ["input_ids", "labels"])
@@ -32,7 +32,7 @@ def halves(batch, dims=None):
         dim = dim_of(path, x, dims)
         return x if dim is None else x.narrow(dim, 0, length // 2)
 
-    return mapped(batch, part)
+    return map_tensors(batch, part)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_an_object_that_hides_tensors_is_refused():
 
     batch = {"graph": Graph(), "input_ids": IDS}
     with pytest.raises(ValueError, match="graph is a Graph, which cannot be split"):
-        mapped(batch, lambda _, x: x)
+        map_tensors(batch, lambda _, x: x)
     assert SequenceContext().split(batch) is batch  # nothing has to be split
 
 

@@ -8,7 +8,15 @@ import torch
 from contexts import made
 from torch import nn
 
-from lightning_longnet import DilatedSelfAttention, Pattern, SequenceContext, attend, hand_down, sequence_context
+from lightning_longnet import (
+    DilatedSelfAttention,
+    Pattern,
+    SequenceContext,
+    attach_context,
+    attend,
+    hand_down,
+    sequence_context,
+)
 from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.sequence.position import MeshPosition
 
@@ -64,13 +72,13 @@ def attended(group, placement, documents, hidden):
     given = {name: value for name, value in given.items() if value is not None}
     plain = SequenceContext()
     plain.begin_step(3)
-    hand_down(layer, plain)
+    attach_context(layer, plain)
     (layer(x, **given) * weights).sum().backward()
     wanted, best = layer(x, **given).detach(), [p.grad for p in layer.parameters()]
     layer.zero_grad()
     context = made(group, placement)
     context.begin_step(3)
-    hand_down(layer, context)
+    attach_context(layer, context)
     parts = context.split({"x": x, "weights": weights, **given}, dict.fromkeys(("x", "weights", *given), -1) | XW)
     told = {name: parts[name] for name in given}
     out = layer(parts["x"], **told)
@@ -181,14 +189,20 @@ def test_without_ranks_everything_is_there():
 def test_layers_and_all_other_modules_are_handed_it():
     layer = DilatedSelfAttention(16, 4, PATTERN)
     model, context = nn.Sequential(nn.Linear(16, 16), layer, DilatedSelfAttention(16, 4, PATTERN)), SequenceContext()
-    hand_down(model, context)
+    attach_context(model, context)
     assert layer.sequence_context is context
     assert [layer.layer_number, model[2].layer_number] == [0, 1]
     assert all(sequence_context(each) is context for each in model.modules())
     assert all(sequence_context(each) is context for each in copy.deepcopy(model).modules())
     assert set(model.state_dict()) == set(nn.Sequential(nn.Linear(16, 16), layer, layer).state_dict())
-    hand_down(model, None)
+    attach_context(model, None)
     assert not any(sequence_context(each) is context for each in model.modules())
+
+
+def test_former_names_still_work():
+    assert hand_down is attach_context
+    assert torch.equal(SequenceContext().begin_made(3), torch.arange(3))
+    assert Placement((2, 4), "zigzag").stretches(1) == Placement((2, 4), "zigzag").chunks(1)
 
 
 def test_what_counts_samples_is_told_apart():

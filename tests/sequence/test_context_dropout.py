@@ -19,7 +19,7 @@ from lightning_longnet import (
     LongNetConfig,
     Pattern,
     SequenceContext,
-    hand_down,
+    attach_context,
     keep_attention,
 )
 
@@ -100,7 +100,7 @@ def gradients(context, ways, step=None):
     """The gradients of a layer by each way of calling it, and how they are without one."""
     torch.manual_seed(0)
     layer = Layer()
-    hand_down(layer, context)
+    attach_context(layer, context)
     x = context.split({"x": drawn(3, 2, LENGTH - 1, 16)}, {"x": 1})["x"]
     found = []
     for told in (None, *ways):
@@ -193,7 +193,7 @@ def masks(group, step=None, seed=5, data_rank=0):
     for name, (kind, shape) in KINDS.items():
         dim = shape.index(LENGTH)
         module = kind(0.5).train()
-        hand_down(module, context)
+        attach_context(module, context)
         x = context.split({"x": torch.ones(shape)}, {"x": dim})["x"]
         torch.manual_seed(seed)
         context.begin_step(step)
@@ -243,13 +243,13 @@ def shared_masks(group):
     found = []
     for kind, shape in SHARED.values():
         module, x = kind(0.5).train(), torch.ones(shape)
-        hand_down(module, context)
+        attach_context(module, context)
         torch.manual_seed(5)
         found.append((module(x), context.dropout(torch.ones(2, 12, 8), 0.5, is_part=False)))
     with context.whole():
         torch.manual_seed(5)
         whole = nn.Dropout(0.5)
-        hand_down(whole, context)
+        attach_context(whole, context)
         x = torch.ones(2, 12, 8)
         inside = whole(x)
         torch.manual_seed(5)
@@ -268,12 +268,12 @@ def uneven(group):
     """Parts of unequal lengths, and one of no token: the next random number of each rank."""
     context, found = made(group), []
     for module in (nn.Dropout(0.5), Layer()):
-        hand_down(module, context)
+        attach_context(module, context)
         x = context.split({"x": drawn(3, 2, 4, 16)}, {"x": 1})["x"]
         torch.manual_seed(5)
         module(x)
         found.append(torch.rand(()).item())
-    hand_down(module, None)
+    attach_context(module, None)
     return found
 
 
@@ -288,7 +288,7 @@ def feed_forward_masks(group, chunk_tokens):
     layer = FeedForward(16, 64, dropout=0.5, activation="relu", chunk_tokens=chunk_tokens)
     for parameter in layer.parameters():
         nn.init.ones_(parameter)
-    hand_down(layer, context)
+    attach_context(layer, context)
     x = context.split({"x": torch.ones(2, LENGTH, 16)}, {"x": 1})["x"]
     torch.manual_seed(5)
     return layer(x).detach(), torch.rand(())
@@ -305,7 +305,7 @@ def test_whole_sequences_and_evaluation_are_as_in_torch():
     x, module = torch.ones(2, LENGTH, 8), nn.Dropout(0.5)
     torch.manual_seed(5)
     wanted = nn.functional.dropout(x, 0.5)
-    hand_down(module, context := SequenceContext())
+    attach_context(module, context := SequenceContext())
     context.split({"x": x}, {"x": 1})
     torch.manual_seed(5)
     assert torch.equal(module(x), wanted)
@@ -326,10 +326,10 @@ def hooks(group):
     def count(*models):
         numbers.extend((len(each[1]._forward_pre_hooks), len(each[1]._forward_hooks)) for each in models)
 
-    hand_down(model, SequenceContext())
+    attach_context(model, SequenceContext())
     count(model)
-    hand_down(model, context)
-    hand_down(model, context)
+    attach_context(model, context)
+    attach_context(model, context)
     count(model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))
     context.split({"input_ids": torch.zeros(2, LENGTH)})
     after = []
@@ -338,7 +338,7 @@ def hooks(group):
         with suppress(TypeError):
             call()
         after.append(torch.rand(()).item())
-    hand_down(model, None)
+    attach_context(model, None)
     count(model)
     return numbers, after[0] == after[1]
 
@@ -354,7 +354,7 @@ def compiled_dropout(group):
     module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8))
     for parameter in module.parameters():
         nn.init.ones_(parameter)
-    hand_down(module, context)
+    attach_context(module, context)
     compiled = torch.compile(module, backend="aot_eager")
     for length in (LENGTH, 2 * LENGTH):
         x = context.split({"x": torch.ones(2, length, 8)}, {"x": 1})["x"]
@@ -382,7 +382,7 @@ def layer_drops(group):
     """A model that leaves out layers by torch's generator, between dropouts: it must not part the ranks."""
     context = made(group)
     layers = nn.ModuleList([Layer() for _ in range(4)])
-    hand_down(layers, context)
+    attach_context(layers, context)
     x = context.split({"x": drawn(3, 2, LENGTH - 1, 16)}, {"x": 1})["x"]
     torch.manual_seed(5)
     kept = []
@@ -408,7 +408,7 @@ def model_drops(group, step):
         torch.manual_seed(0)
         told = {"dropout": 0.3, "attention_dropout": 0.2, "recompute": recompute, "feed_forward_chunk": 5}
         model = LongNet(LongNetConfig(PATTERN, vocab_size=11, dim=16, layers=2, heads=4, **told)).double()
-        hand_down(model, context)
+        attach_context(model, context)
         if recompute == "nothing":
             for module in model.modules():
                 if isinstance(module, nn.Dropout):

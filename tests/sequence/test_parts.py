@@ -24,7 +24,7 @@ def whole_batch(samples=(0, 1), length=LENGTH):
 
 def part_of_batch(context, samples=(0, 1), length=LENGTH, rank=None):
     rank = context.sequence_parallel_rank if rank is None else rank
-    stretches = context.placement_of(length).stretches(rank)
+    stretches = context.placement_of(length).chunks(rank)
     here = torch.cat([torch.arange(begin, end) for begin, end, _ in stretches])
     values = {name: x[:, here] for name, x in whole_batch(samples, length).items()}
     return SequencePart(values, length, stretches, [f"it:{sample}" for sample in samples])
@@ -167,4 +167,4 @@ def test_alone_it_is_a_whole():
     assert context.length == 6
     with pytest.raises(ValueError, match="must hold the tokens 0 to 6 of 6 on rank 0 of the 1"):
         context.split(SequencePart({"input_ids": torch.zeros(1, 3)}, 6, [(0, 3)], ["a"]))
-    assert Placement((6,)).stretches(0)
+    assert Placement((6,)).chunks(0)

@@ -10,8 +10,8 @@ from lightning_longnet import (
     Pattern,
     SequenceContext,
     SequencePart,
+    attach_context,
     attend,
-    hand_down,
 )
 
 PATTERN = Pattern.dilated((4, 8, 16), (1, 2, 3), is_causal=True)
@@ -33,7 +33,7 @@ def changed(group, changing, mode):
         for step in range(3):  # in the third nothing has changed since the second
             if step == 1:
                 for rank in changing:
-                    hidden[:, context.placement_of(LENGTH).stretches(rank)[0].begin] = True
+                    hidden[:, context.placement_of(LENGTH).chunks(rank)[0].begin] = True
                 if group.rank() in changing:
                     part["hidden"][:, 0] = True
             x = part["q"]
@@ -59,18 +59,18 @@ def converted(group, changing):
     layer = MultiheadDilatedAttention(16, 4, batch_first=True, pattern=PATTERN, dtype=torch.float64)
     context, x, hidden = made(group), drawn(0, 2, LENGTH, 16), HIDDEN.clone()
     with torch.inference_mode():
-        hand_down(layer, context)
+        attach_context(layer, context)
         floats = torch.zeros(2, LENGTH).masked_fill(hidden, -torch.inf)
         part = context.split({"x": x, "mask": floats}, {"x": 1, "mask": 1})
         for step in range(2):
             if step == 1:
-                hidden[:, context.placement_of(LENGTH).stretches(1)[0].begin] = True
+                hidden[:, context.placement_of(LENGTH).chunks(1)[0].begin] = True
                 if group.rank() in changing:
                     part["mask"][:, 0] = -torch.inf
             out, _ = layer(part["x"], part["x"], part["x"], key_padding_mask=part["mask"])
-            hand_down(layer, None)
+            attach_context(layer, None)
             wanted, _ = layer(x, x, x, key_padding_mask=hidden)
-            hand_down(layer, context)
+            attach_context(layer, context)
             torch.testing.assert_close(context.gather_sequence(out), wanted)
 
 
@@ -193,9 +193,9 @@ def packed(group):
                 documents[:, -1] += 1
                 if group.rank() == 1:
                     part["documents"][:, -1] += 1
-            hand_down(layer, None)
+            attach_context(layer, None)
             wanted = layer(x, documents=documents)
-            hand_down(layer, context)
+            attach_context(layer, context)
             found = context.gather_sequence(layer(part["x"], documents=part["documents"]))
             torch.testing.assert_close(found, wanted)
 

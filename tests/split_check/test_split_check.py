@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from faults import FAULTS, RIGHT, VOCABULARY, Base, Convolution, Counting, Cumulative, Whole
 
-from lightning_longnet import SequenceContext, SequencePart, hand_down, sequence_context, sequence_mesh
+from lightning_longnet import SequenceContext, SequencePart, attach_context, sequence_context, sequence_mesh
 from lightning_longnet.sequence.parts import part_of
 from lightning_longnet.split_check import SplitMismatch, check_split
 from lightning_longnet.split_check.sample import sample, sample_lengths
@@ -122,7 +122,7 @@ def left_alone(rank, world):
         parameter.grad = torch.ones_like(parameter)
     batch, before = batch_of(0), copy.deepcopy(module)
     whole = copy.deepcopy(batch)
-    hand_down(module, context)
+    attach_context(module, context)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     verdict = check_split(module, lambda each, part: each.step(part), batch, context)
     assert verdict.kind == "equal"
@@ -165,7 +165,7 @@ def read_in_parts(rank, world, kind):
     batch = batch_of(0)
     placement = context.placement_of(LENGTH)
     tensors = {name: part_of(x, placement, rank, 1) for name, x in batch.items()}
-    part = SequencePart(tensors, LENGTH, placement.stretches(rank), ("a", "b", "c"))
+    part = SequencePart(tensors, LENGTH, placement.chunks(rank), ("a", "b", "c"))
     return check_split(kind(), lambda each, part: each.step(part), part, context, action="warn").kind
 
 

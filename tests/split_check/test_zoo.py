@@ -10,7 +10,7 @@ from test_split_check import batch_of, connected
 from wrong_modules import WRONG, LockOfFirst, NoneWithoutLabels
 from zoo import DIMS
 
-from lightning_longnet import check_split, hand_down
+from lightning_longnet import attach_context, check_split
 from lightning_longnet.split_check import ranks as ranks_of_check
 
 # its own collectives count positions in the order of the ranks, which is wrong with zigzag
@@ -40,7 +40,7 @@ def verdicts(rank, world, size, kinds, placement="contiguous", patience=30.0):
         torch.manual_seed(rank)
         module = kind()
         batch = kind.more(batch_of(context.data_parallel_rank, max(kind.LENGTH, world)))
-        hand_down(module, context)
+        attach_context(module, context)
         if hasattr(module, "begin"):
             module.begin()
         module_before = states(module)

@@ -25,7 +25,7 @@ from trained import (
 
 from lightning_longnet import sequence_context
 from lightning_longnet.strategies import RingSequenceParallelStrategy
-from lightning_longnet.strategies.files import load_file
+from lightning_longnet.strategies.full_checkpoint import load_full_checkpoint
 
 TWO_EPOCHS = {"samples": samples(24), "micro_batches": 6, "epochs": 2}
 DEEPSPEED = {**FLOAT32, "optimizer": adamw}  # its universal format knows the states of Adam alone
@@ -91,7 +91,7 @@ def test_one_file_is_refused_for_parameters_without_a_name(tmp_path):
     path = tmp_path / "held.ckpt"
     torch.save({"state_dict": module.state_dict(), "optimizer_states": [optimizer.state_dict()]}, path)
     with pytest.raises(ValueError, match=r"holds some that it has not, the first of shape \(5,\)"):
-        load_file(path, module, [optimizer], strict=True, weights_only=True)
+        load_full_checkpoint(path, module, [optimizer], strict=True, weights_only=True)
 
 
 class Both(Module):

@@ -29,7 +29,7 @@ from trained import (
 
 from lightning_longnet import (
     SequenceContext,
-    hand_down,
+    attach_context,
     keep_attention,
     sequence_context,
 )
@@ -100,7 +100,7 @@ def test_a_layers_own_exchange_wins(trainers):
 def reference_of_windows(setting, clip_value=None, by_tokens=True):
     """Micro-batches that count by their tokens are one large batch."""
     model = started(setting)
-    hand_down(model, context := SequenceContext(seed=setting["seed"]))
+    attach_context(model, context := SequenceContext(seed=setting["seed"]))
     optimizer, rows = setting["optimizer"](model.parameters()), setting["samples"]
     order = list(DistributedSampler(rows, num_replicas=1, rank=0, seed=setting["seed"]))
     for first in range(0, setting["micro_batches"], setting["accumulate"]):

@@ -33,7 +33,7 @@ from lightning_longnet import (
     MultiheadDilatedAttention,
     Pattern,
     SequenceContext,
-    hand_down,
+    attach_context,
     sequence_context,
     sequence_mesh,
 )
@@ -270,10 +270,10 @@ def run_inference(rank, world):
     with torch.inference_mode():
         model = started(DOCUMENTS).eval()
         context = SequenceContext(sequence_mesh_of(world))
-        hand_down(model, context)
+        attach_context(model, context)
         batch = collated(DOCUMENTS["samples"][:2])
         out = context.gather_sequence(model(context.split(batch)))
-        hand_down(model, None)
+        attach_context(model, None)
         return torch.allclose(out, model(batch), atol=1e-10)
 
 

@@ -260,13 +260,13 @@ def fit_same(rank, world):
         strategy = RingSequenceParallelStrategy(1, sharding="ddp")
         trainer = trainer_of(strategy, world, max_steps=1, use_distributed_sampler=False)
         trainer.fit(module, DataLoader(samples(4), batch_size=2, collate_fn=collated))
-    return [str(each.message) for each in caught if "handed the same batch" in str(each.message)]
+    return [str(each.message) for each in caught if "given the same batch" in str(each.message)]
 
 
 def test_groups_that_are_handed_the_same_are_told(trainers):
     first, second = trainers.run(2, fit_same)
     assert len(first) == 1
-    assert "all 2 data-parallel groups were handed the same batch" in first[0]
+    assert "all 2 data-parallel groups were given the same batch" in first[0]
     assert not second
 
 

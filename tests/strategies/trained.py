@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_longnet import DilatedSelfAttention, Pattern, SequenceContext, hand_down, sequence_context
+from lightning_longnet import DilatedSelfAttention, Pattern, SequenceContext, attach_context, sequence_context
 
 VOCABULARY, WIDTH, LENGTH = 23, 16, 37
 SMALL_BUCKETS = {"reduce_bucket_size": 2**14, "allgather_bucket_size": 2**14}  # else gigabytes, filled with NaN
@@ -103,7 +103,7 @@ def reference(setting):
     """(losses of the micro-batches, final parameters) of one process and a plain loop, on the same global batches."""
     model = started(setting)
     context = SequenceContext(seed=setting["seed"])
-    hand_down(model, context)
+    attach_context(model, context)
     optimizer, rows = setting["optimizer"](model.parameters()), setting["samples"]
     size, accumulate, losses = setting["global_batch"], setting["accumulate"], []
     order = []

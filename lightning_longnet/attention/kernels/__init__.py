@@ -108,7 +108,7 @@ class Explanation(NamedTuple):
 
 def kernel_names() -> tuple[str, ...]:
     """Return the names of all kernels, in the order of preference."""
-    return tuple(each.name for each in _KERNELS)
+    return tuple(kernel.name for kernel in _KERNELS)
 
 
 def has_few_keys(pattern: Pattern) -> bool:
@@ -131,9 +131,9 @@ def judge(kernel: str, request: Request) -> Explanation:
     The choice is None if the kernel refuses the request, or for "auto" if all do.
     """
     verdicts = []
-    for each in _KERNELS:
-        refusals = tuple(each.refusals(request))
-        verdicts.append(Verdict(each.name, "" if refusals else each.note(request), refusals))
+    for candidate in _KERNELS:
+        refusals = tuple(candidate.refusals(request))
+        verdicts.append(Verdict(candidate.name, "" if refusals else candidate.note(request), refusals))
     names = [verdict.kernel for verdict in verdicts]
     if kernel != "auto" and kernel not in names:
         raise ValueError(f"kernel must be one of 'auto', {', '.join(map(repr, names))}, got {kernel!r}")

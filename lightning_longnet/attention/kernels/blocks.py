@@ -12,8 +12,8 @@ import torch
 from lightning_longnet.attention.kernels.call import Call, DropoutMask, OrderMask
 from lightning_longnet.attention.kernels.keys import accumulate
 from lightning_longnet.attention.kernels.partial import Partial
-from lightning_longnet.attention.plan.gathering import Gathered
-from lightning_longnet.attention.plan.lattice import folded, unfolded
+from lightning_longnet.attention.plan.lattice import fold_rows, unfold_rows
+from lightning_longnet.attention.plan.paged_keys import PagedKeys
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # A call covers about this share of all rows: its result is held beside the accumulators until it is merged
 CALL_SHARE = 1 / 8
-# Gathered keys are copies: a call may copy this many rows for each row that it may cover otherwise
-GATHERED_ROWS = 4
+# Paged keys are copies: a call may copy this many rows for each row that it may cover otherwise
+PAGED_ROWS = 4
 
 
 class PairOptions(NamedTuple):
@@ -97,8 +97,8 @@ def forward_blocks(
     """
     for part, call in _kernel_calls(parts, q, keys, options):
         queries = part.block.queries
-        out, lse = kernel.forward(folded(queries, q), *keys.read(part), call)
-        result = Partial(unfolded(queries, out, q.shape[0]), unfolded(queries, lse.unsqueeze(-1), q.shape[0]))
+        out, lse = kernel.forward(fold_rows(queries, q), *keys.read(part), call)
+        result = Partial(unfold_rows(queries, out, q.shape[0]), unfold_rows(queries, lse.unsqueeze(-1), q.shape[0]))
         total = totals[part.branch if len(totals) > 1 else 0]
         if stores and part.branch == 0:
             queries.write(total.out, result.out)
@@ -143,11 +143,11 @@ def backward_blocks(
         queries = part.block.queries
         is_first = part.branch == 0
         gradients = kernel.backward(
-            folded(queries, inputs.grad),
-            folded(queries, q),
+            fold_rows(queries, inputs.grad),
+            fold_rows(queries, q),
             *keys.read(part),
-            folded(queries, inputs.outs[part.branch if len(inputs.outs) > 1 else 0]),
-            folded(queries, inputs.lse).squeeze(-1),
+            fold_rows(queries, inputs.outs[part.branch if len(inputs.outs) > 1 else 0]),
+            fold_rows(queries, inputs.lse).squeeze(-1),
             call,
         )
         accumulate(part, dq, gradients[0], stores[0] and is_first, of_queries=True)
@@ -155,42 +155,43 @@ def backward_blocks(
         del gradients  # frees them before the next call allocates its own
 
 
-def initial_partial(q: Tensor, v: Tensor) -> Partial:
+def no_key_partial(q: Tensor, v: Tensor) -> Partial:
     """Return the partial of no key: out is 0 and lse is -inf."""
-    partial = empty_partial(q, v)
+    partial = uninitialized_partial(q, v)
     partial.out.zero_()
     partial.lse.fill_(-inf)
     return partial
 
 
-def empty_partial(q: Tensor, v: Tensor) -> Partial:
+def uninitialized_partial(q: Tensor, v: Tensor) -> Partial:
     """Return uninitialized accumulators in float32, or in float64 for such tensors."""
     wide = torch.promote_types(q.dtype, torch.float32)
     return Partial(q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide), q.new_empty((*q.shape[:3], 1), dtype=wide))
 
 
-def total_of(partials: Sequence[Partial], is_kept: bool = False) -> Partial:
-    """Return the sum of partials; the only one of one is returned as it is, unless it `is_kept` beside the sum."""
-    if len(partials) == 1 and not is_kept:
+def sum_partials(partials: Sequence[Partial], is_saved: bool = False) -> Partial:
+    """Return the sum of partials; a single one is returned without a copy unless it `is_saved` for the backward."""
+    if len(partials) == 1 and not is_saved:
         return partials[0]
     total = Partial(*(x.clone() for x in partials[0]))
-    for each in partials[1:]:
-        total.add_(*each)
+    for partial in partials[1:]:
+        total.add_(*partial)
     return total
 
 
-def merged(partials: Sequence[Partial], options: PairOptions, is_kept: bool = False) -> Partial:
-    """Return the sum of partials with null keys in them; of one partial itself, unless it `is_kept` beside the sum.
+def merge_branches(partials: Sequence[Partial], options: PairOptions, is_saved: bool = False) -> Partial:
+    """Return the sum of the branches' partials, with the null keys in it.
 
-    Null keys are merged into `partials`, too, in place: "detached" needs the result of each branch with its own.
+    Null keys are merged into `partials` in place: "detached" needs the result of each branch with its null keys.  With
+    `is_saved` the backward reads `partials` later, so that the sum must be other memory than the only partial.
     """
     if options.null_keys is not None:
-        for branch, each in enumerate(partials):
-            options.null_keys.add_to(each, branch if len(partials) > 1 else None)
-    return total_of(partials, is_kept)
+        for branch, partial in enumerate(partials):
+            options.null_keys.add_to(partial, branch if len(partials) > 1 else None)
+    return sum_partials(partials, is_saved)
 
 
-def finished(total: Partial, like: Tensor, sinks: Tensor | None = None) -> Partial:
+def finalized(total: Partial, like: Tensor, sinks: Tensor | None = None) -> Partial:
     """Return out in the type of q, and lse as (B, H, N), both with the sinks in the softmax."""
     if sinks is not None:
         total.add_logits_(sinks.to(total.lse.dtype)[:, None])
@@ -211,12 +212,12 @@ def _kernel_calls(parts: Iterable[Part], q: Tensor, keys: Keys, options: PairOpt
             if options.dropout is not None:
                 if words is None or branch != part.branch:
                     branch, words = part.branch, options.query_words(q, part.branch)
-                mask = DropoutMask(options.dropout, folded(part.block.queries, words).squeeze(-1), keys.words(part))
+                mask = DropoutMask(options.dropout, fold_rows(part.block.queries, words).squeeze(-1), keys.words(part))
             order = None
             if options.hides_later:
                 assert options.tokens is not None
                 tokens = options.tokens[None, :, None, None].expand(*q.shape[:3], 1)
-                order = OrderMask(folded(part.block.queries, tokens).squeeze(-1), keys.tokens(part))
+                order = OrderMask(fold_rows(part.block.queries, tokens).squeeze(-1), keys.tokens(part))
             yield part, Call(part.block, options.scale, padding, mask, order)
 
 
@@ -242,8 +243,8 @@ def _bounded(parts: Iterable[Part], limit: float) -> Iterator[Part]:
         queries, keys = part.block.queries, part.block.keys
         count, group = len(queries.starts), queries.heads // keys.heads
         rows = queries.rows * queries.heads
-        if isinstance(keys, Gathered):
-            rows = max(rows, keys.rows * keys.heads // GATHERED_ROWS)
+        if isinstance(keys, PagedKeys):
+            rows = max(rows, keys.rows * keys.heads // PAGED_ROWS)
         segments, heads = max(1, int(limit // rows)), keys.heads
         if queries.rows * queries.heads > limit:
             # fewer heads than threads would leave some idle: the CPU operator's backward runs in parallel over heads
@@ -259,13 +260,14 @@ def _bounded(parts: Iterable[Part], limit: float) -> Iterator[Part]:
                     queries=queries.diagonal(a * group, b * group),
                     keys=keys.diagonal(a, b),
                 )
-                cells = None if part.cells is None else part.cells[:, a:b]
-                yield _segments(part._replace(block=block, cells=cells), s, s + segments)
+                kv_index = None if part.kv_index is None else part.kv_index[:, a:b]
+                yield _segments(part._replace(block=block, kv_index=kv_index), s, s + segments)
 
 
 def _segments(part: Part, first: int, last: int) -> Part:
-    block, cells = part.block, part.cells
+    """Return the segments `first` to `last` of a part."""
+    block, kv_index = part.block, part.kv_index
     return part._replace(
         block=replace(block, queries=block.queries.segments(first, last), keys=block.keys.segments(first, last)),
-        cells=None if cells is None else cells[first:last],
+        kv_index=None if kv_index is None else kv_index[first:last],
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class DropoutMask(NamedTuple):
-    """Which pairs of a call dropout keeps, as a rule and one word a row, so that no tensor of all pairs is held.
+    """The dropout mask of a call, as a rule and one word for each row, so that no tensor of all pairs is held.
 
     `query_words` are (batch, heads, queries), `key_words` (batch, key heads, keys).
     """
@@ -104,6 +104,7 @@ def weights(queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.d
 
 @lru_cache(8)
 def _weight_table(queries: int, keys: int, moduli: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the table that `weights` reads: the log of 1 + the number of moduli that divide both indices of a pair."""
     counts = torch.ones(queries + moduli[-1], keys + moduli[-1], dtype=dtype, device=device)
     for every in moduli:
         counts[::every, ::every] += 1

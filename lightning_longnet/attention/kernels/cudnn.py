@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_longnet.attention.kernels import fused
-from lightning_longnet.attention.kernels.rows import loadable, over_batches, repeated, summed
+from lightning_longnet.attention.kernels.rows import as_aligned, over_batches, repeat_heads, sum_groups
 from lightning_longnet.attention.kernels.sdpa import cuda
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         out, lse, *_ = _forward(q, k, v, None, True, 0.0, call.block.low == 0, False, scale=call.scale)
         return out, lse.reshape(q.shape[:3])  # some releases return (batch, heads, rows, 1)
 
-    out, lse = over_batches(run, *(loadable(repeated(x, q.shape[1])) for x in (q, k, v)))
+    out, lse = over_batches(run, *(as_aligned(repeat_heads(x, q.shape[1])) for x in (q, k, v)))
     return out, lse
 
 
@@ -100,7 +100,7 @@ def backward(
     heads, key_heads = q.shape[1], k.shape[1]
     # out and its gradient get equal strides: some releases of cuDNN read one with the strides of the other
     grad, out = (x.to(q.dtype).clone(memory_format=torch.contiguous_format) for x in (grad, out))
-    q, k, v = (loadable(repeated(x, heads)) for x in (q, k, v))
+    q, k, v = (as_aligned(repeat_heads(x, heads)) for x in (q, k, v))
     lse = lse.contiguous()
     lse = lse.unsqueeze(-1) if _lse_dims(q.device, q.dtype) == 4 else lse
 
@@ -114,7 +114,7 @@ def backward(
         return dq, dk, dv
 
     dq, dk, dv = over_batches(run, grad, q, k, v, out, lse)
-    return dq, summed(dk, key_heads), summed(dv, key_heads)
+    return dq, sum_groups(dk, key_heads), sum_groups(dv, key_heads)
 
 
 @lru_cache(4)

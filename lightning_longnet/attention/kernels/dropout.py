@@ -43,14 +43,14 @@ class Dropout:
                 computes it.
         """
         samples = self.first_sample + self.sample_step * rows
-        words = hashed(hashed(self._role(1 + branch, heads) + samples[:, None]) + heads)
+        words = splitmix64(splitmix64(self._role(1 + branch, heads) + samples[:, None]) + heads)
         return _word(words[:, None] + tokens[:, None])
 
     def key_words(self, tokens: Tensor) -> Tensor:
         """Return the words of keys, of the shape of `tokens`: one a token, the same for all samples and heads."""
         return _word(self._role(_KEYS, tokens) + tokens)
 
-    def keeps(self, query_words: Tensor, key_words: Tensor) -> Tensor:
+    def keep_bits(self, query_words: Tensor, key_words: Tensor) -> Tensor:
         """Return -1 (all bits set) for each pair that stays and 0 for each that is dropped, one for each pair.
 
         The caller masks the bits of its floats with it: comparisons and boolean masks cost ten times as much on a CPU
@@ -67,10 +67,10 @@ class Dropout:
 
     def _role(self, role: int, like: Tensor) -> Tensor:
         """Return a hash of the seed and a role, a scalar on the device of `like`."""
-        return hashed(hashed(torch.full((), self.seed, dtype=torch.int64, device=like.device)) + role)
+        return splitmix64(splitmix64(torch.full((), self.seed, dtype=torch.int64, device=like.device)) + role)
 
 
-def hashed(x: Tensor) -> Tensor:
+def splitmix64(x: Tensor) -> Tensor:
     """Return the splitmix64 hash of each integer, computed on wrapping signed integers."""
     # >> copies the sign bit; the masks clear the copies, as an unsigned shift would
     x = x + _signed(0x9E3779B97F4A7C15)
@@ -81,7 +81,7 @@ def hashed(x: Tensor) -> Tensor:
 
 def _word(x: Tensor) -> Tensor:
     """Return the upper half of the hash as an odd int32: a product with an odd word loses no bit of the other."""
-    return (hashed(x) >> 32).to(torch.int32) | 1
+    return (splitmix64(x) >> 32).to(torch.int32) | 1
 
 
 def _signed(x: int) -> int:

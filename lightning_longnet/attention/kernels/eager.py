@@ -66,7 +66,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
                 weights = scores.sub_(largest).exp_()
                 total = weights.sum(-1, keepdim=True)
                 tile.write(lse, largest + total.log())
-                weighted = torch.bmm(tile.kept(weights, call), values[:, tile.keys])
+                weighted = torch.bmm(tile.apply_dropout(weights, call), values[:, tile.keys])
                 # the largest weight of a row is 1, so the bound changes only the total of a row without keys, from 0
                 tile.write(out, weighted.div_(total.clamp_min_(1)))
     return out, lse.squeeze(-1)
@@ -88,11 +88,11 @@ def backward(
                 delta = (dout * tile.read(out)).sum(-1, keepdim=True)
                 weights = tile.scores(queries, keys, call).sub_(tile.read(lse)).exp_()
                 # dS = P (g.v - g.out), where dropout masks g.v as it masked the weights
-                dscores = tile.kept(torch.bmm(dout, values[:, tile.keys].mT), call)
+                dscores = tile.apply_dropout(torch.bmm(dout, values[:, tile.keys].mT), call)
                 dscores = dscores.sub_(delta).mul_(weights)
                 tile.write(dq, torch.bmm(dscores, keys[:, tile.keys]).mul_(call.scale))
                 dkeys[:, tile.keys].baddbmm_(dscores.mT, queries)
-                dvalues[:, tile.keys].baddbmm_(tile.kept(weights, call).mT, dout)
+                dvalues[:, tile.keys].baddbmm_(tile.apply_dropout(weights, call).mT, dout)
             chunk.write_keys(dk, dkeys)
             chunk.write_keys(dv, dvalues)
     return dq, dk, dv
@@ -181,13 +181,13 @@ class _Tile(NamedTuple):
             scores.masked_fill_(self._keys_of(key_tokens) > self._queries_of(query_tokens), -inf)
         return scores
 
-    def kept(self, pairs: Tensor, call: Call) -> Tensor:
+    def apply_dropout(self, pairs: Tensor, call: Call) -> Tensor:
         """Set the pairs that dropout drops to 0 and scale the others, in place."""
         if call.dropout_mask is None:
             return pairs
         dropout, query_words, key_words = call.dropout_mask
         bits = pairs.view(torch.int64 if pairs.dtype == torch.float64 else torch.int32)
-        bits &= dropout.keeps(self._queries_of(query_words), self._keys_of(key_words))
+        bits &= dropout.keep_bits(self._queries_of(query_words), self._keys_of(key_words))
         return pairs.mul_(1 / (1 - dropout.probability))
 
     def _queries_of(self, x: Tensor) -> Tensor:

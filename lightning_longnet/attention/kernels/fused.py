@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from lightning_longnet.attention.kernels.rows import loadable, over_batches
+from lightning_longnet.attention.kernels.rows import as_aligned, over_batches
 from lightning_longnet.attention.kernels.windows import Window, windows
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def refusals(request: Request) -> list[str]:
 
 def forward(operator: Operator, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return out (batch, heads, rows, D) and lse (batch, heads, rows) of one block, computed by `operator`."""
-    q, k, v = (loadable(x.transpose(1, 2)) for x in (q, k, v))
+    q, k, v = (as_aligned(x.transpose(1, 2)) for x in (q, k, v))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         parts = _windows(q, k, call)
@@ -85,7 +85,7 @@ def backward(
     A query that sees no key in the whole softmax has lse = +inf, as the operators write it themselves: their
     `exp2(S log2(e) - lse log2(e))` is then 0 for every score S, also for -inf.
     """
-    grad, q, k, v, out = (loadable(x.to(q.dtype).transpose(1, 2)) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (as_aligned(x.to(q.dtype).transpose(1, 2)) for x in (grad, q, k, v, out))
 
     def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = _windows(q, k, call)

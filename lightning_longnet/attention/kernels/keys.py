@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from lightning_longnet.attention.plan.gathering import Gathered
-from lightning_longnet.attention.plan.lattice import folded, unfolded
+from lightning_longnet.attention.plan.lattice import fold_rows, unfold_rows
+from lightning_longnet.attention.plan.paged_keys import PagedKeys
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ class Keys(Protocol):
         """Return the index of each key in the whole sequence, (batch * segments, heads, rows)."""
 
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
-        """Add the gradients of a part, or write them where it alone has these keys (`stores`)."""
+        """Add the gradients of a part; with `stores` write them, as no other part has these keys."""
 
 
 class OwnKeys:
@@ -61,21 +61,21 @@ class OwnKeys:
         )
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
-        return folded(part.block.keys, self._k), folded(part.block.keys, self._v)
+        return fold_rows(part.block.keys, self._k), fold_rows(part.block.keys, self._v)
 
     def key_padding_mask(self, part: Part) -> Tensor | None:
         if self._padding is None:
             return None
-        rows = folded(part.block.keys, self._padding).squeeze(-1)
+        rows = fold_rows(part.block.keys, self._padding).squeeze(-1)
         return rows[:, :1] if part.block.keys.row_shift == 0 else rows  # without a shift all heads have the same rows
 
     def words(self, part: Part) -> Tensor:
         assert self._words is not None
-        return folded(part.block.keys, self._words).squeeze(-1)
+        return fold_rows(part.block.keys, self._words).squeeze(-1)
 
     def tokens(self, part: Part) -> Tensor:
         assert self._tokens is not None
-        return folded(part.block.keys, self._tokens).squeeze(-1)
+        return fold_rows(part.block.keys, self._tokens).squeeze(-1)
 
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
         assert self._gradients is not None
@@ -86,10 +86,10 @@ class OwnKeys:
 def accumulate(part: Part, total: Tensor, gradient: Tensor, stores: bool, of_queries: bool = False) -> None:
     """Add a block's gradient to the rows of `total` that it belongs to, or write it there (`stores`)."""
     rows = part.block.queries if of_queries else part.block.keys
-    gradient = unfolded(rows, gradient, total.shape[0])
+    gradient = unfold_rows(rows, gradient, total.shape[0])
     if stores:
         rows.write(total, gradient)
-    elif isinstance(rows, Gathered):
+    elif isinstance(rows, PagedKeys):
         rows.add(total, gradient, part.block.weight)
     elif rows.is_view:
         rows.read(total).add_(gradient, alpha=part.block.weight)
@@ -98,38 +98,39 @@ def accumulate(part: Part, total: Tensor, gradient: Tensor, stores: bool, of_que
 
 
 class ReceivedKeys:
-    """Rows of key heads that came from other ranks: keys and values side by side, (cells, B, D + Dv).
+    """Rows of key heads that came from other ranks: keys and values side by side, (R, B, D + Dv).
 
     Args:
-        padding: (B, cells), True where padding hides a key.
-        words: dropout's words, (cells,).
-        tokens: (cells,) the index of each row in the whole sequence.
-        gradients: (cells, B, D + Dv), in the type of the accumulators.
+        padding: (B, R), True where padding hides a key.
+        words: dropout's words, (R,).
+        tokens: (R,) the index of each row in the whole sequence.
+        gradients: (R, B, D + Dv), in the type of the accumulators.
     """
 
     def __init__(
         self,
-        cells: Tensor,
+        kv_rows: Tensor,
         head_dim: int,
         padding: Tensor | None = None,
         words: Tensor | None = None,
         tokens: Tensor | None = None,
         gradients: Tensor | None = None,
     ) -> None:
-        self._cells, self._head_dim, self._padding = cells, head_dim, padding
+        self._kv_rows, self._head_dim, self._padding = kv_rows, head_dim, padding
         self._words, self._tokens, self._gradients = words, tokens, gradients
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
-        assert part.cells is not None
-        rows = self._cells.index_select(0, part.cells.flatten()).unflatten(0, part.cells.shape)
+        assert part.kv_index is not None
+        # (segments, heads, rows, B, D + Dv), then (B * segments, heads, rows, D + Dv) as kernels take it
+        rows = self._kv_rows.index_select(0, part.kv_index.flatten()).unflatten(0, part.kv_index.shape)
         rows = rows.permute(3, 0, 1, 2, 4).flatten(0, 1)
         return rows[..., : self._head_dim], rows[..., self._head_dim :]
 
     def key_padding_mask(self, part: Part) -> Tensor | None:
         if self._padding is None:
             return None
-        assert part.cells is not None
-        return self._padding[:, part.cells].flatten(0, 1)
+        assert part.kv_index is not None
+        return self._padding[:, part.kv_index].flatten(0, 1)
 
     def words(self, part: Part) -> Tensor:
         return self._of_rows(part, self._words)
@@ -138,16 +139,17 @@ class ReceivedKeys:
         return self._of_rows(part, self._tokens)
 
     def _of_rows(self, part: Part, x: Tensor | None) -> Tensor:
-        """Return a number of each row, (cells,), for the rows of a part and all samples."""
-        assert part.cells is not None
+        """Return a number of each row, (R,), for the rows of a part and all samples."""
+        assert part.kv_index is not None
         assert x is not None
-        return x[part.cells].expand(self._cells.shape[1], *part.cells.shape).flatten(0, 1)
+        return x[part.kv_index].expand(self._kv_rows.shape[1], *part.kv_index.shape).flatten(0, 1)
 
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
-        assert part.cells is not None
+        assert part.kv_index is not None
         assert self._gradients is not None
         assert not stores, "a received row may stand in several blocks"
-        rows = torch.cat((dk, dv), -1).unflatten(0, (-1, part.cells.shape[0])).permute(1, 2, 3, 0, 4)
+        # the inverse of `read`: back to (segments, heads, rows, B, D + Dv)
+        rows = torch.cat((dk, dv), -1).unflatten(0, (-1, part.kv_index.shape[0])).permute(1, 2, 3, 0, 4)
         self._gradients.index_add_(
-            0, part.cells.flatten(), rows.flatten(0, 2).to(self._gradients.dtype), alpha=part.block.weight
+            0, part.kv_index.flatten(), rows.flatten(0, 2).to(self._gradients.dtype), alpha=part.block.weight
         )

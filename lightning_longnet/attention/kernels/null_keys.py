@@ -46,7 +46,7 @@ class NullKeys(NamedTuple):
         document = torch.searchsorted(cuts, tokens, right=True) - 1
         lengths, places = cuts.diff()[document], tokens - cuts[document]
         counts = branches[0].null_keys(places, lengths, self.kv_heads)
-        for each in branches[1:]:
-            counts = counts + each.null_keys(places, lengths, self.kv_heads)
+        for other in branches[1:]:
+            counts = counts + other.null_keys(places, lengths, self.kv_heads)
         per_query = counts.repeat_interleave(self.heads // self.kv_heads, 0)[self.own_heads]
         partial.add_logits_(per_query.T[..., None].to(partial.lse.dtype).log())

@@ -1,4 +1,4 @@
-"""Which library computes the float32 matrix products of a CPU."""
+"""The choice of the library that computes the float32 matrix products of a CPU."""
 
 from __future__ import annotations
 

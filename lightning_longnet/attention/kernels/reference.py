@@ -49,13 +49,13 @@ def attend(call: PreparedCall, dropout: Dropout | None) -> tuple[Tensor, Tensor]
     `mix="detached"` stops the gradient at the weights of the branches.
     """
     q, k, v, spec = call.q, call.k, call.v, call.spec
-    kept = _kept(dropout, spec.pattern, q)
+    factors = _dropout_factors(dropout, spec.pattern, q)
     with torch.autocast(q.device.type, enabled=False):  # autocast would round the products
         rows = [
             _attend_sample(
                 *(q[b], k[b], v[b], cuts),
                 None if call.key_padding_mask is None else call.key_padding_mask[b],
-                [x[b] for x in kept],
+                [x[b] for x in factors],
                 spec,
                 call.sinks,
             )
@@ -65,17 +65,17 @@ def attend(call: PreparedCall, dropout: Dropout | None) -> tuple[Tensor, Tensor]
     return out.to(q.dtype), lse.detach()
 
 
-def _kept(dropout: Dropout | None, pattern: Pattern, q: Tensor) -> list[Tensor]:
+def _dropout_factors(dropout: Dropout | None, pattern: Pattern, q: Tensor) -> list[Tensor]:
     """Return the dropout mask of each branch, (B, H, N, N): 0 or 1 / (1 - p).  It is an empty list without dropout."""
     if dropout is None:
         return []
     rows, tokens, heads = (torch.arange(n, device=q.device) for n in q.shape[:3])
-    kept = []
+    factors = []
     for i in range(len(pattern.branches)):
         words = dropout.query_words(rows, tokens, heads, 0 if pattern.multiplicity == "set" else i)
-        keeps = dropout.keeps(words.transpose(1, 2)[..., None], dropout.key_words(tokens))
-        kept.append((keeps != 0).to(torch.promote_types(q.dtype, torch.float32)) / (1 - dropout.probability))
-    return kept
+        keeps = dropout.keep_bits(words.transpose(1, 2)[..., None], dropout.key_words(tokens))
+        factors.append((keeps != 0).to(torch.promote_types(q.dtype, torch.float32)) / (1 - dropout.probability))
+    return factors
 
 
 def _attend_sample(
@@ -84,13 +84,13 @@ def _attend_sample(
     v: Tensor,
     cuts: tuple[int, ...],
     padding: Tensor | None,
-    kept: list[Tensor],
+    factors: list[Tensor],
     spec: AttentionSpec,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return out (N, H, Dv) and lse (H, N) of one sample with the documents `cuts`.
 
-    Shapes: q is (N, H, D), k and v are (N, Hkv, D), padding is (N,), and each of `kept` is (H, N, N).
+    Shapes: q is (N, H, D), k and v are (N, Hkv, D), padding is (N,), and each of `factors` is (H, N, N).
     """
     _, heads, _ = q.shape
     kv_heads = k.shape[1]
@@ -115,15 +115,15 @@ def _attend_sample(
             has_keys = has_keys | (counts > 0)[..., None]
         own = own.masked_fill(~has_keys, 0)
         weights = own.softmax(-1)[..., : len(index)].masked_fill(~mask, 0)
-        if kept:
-            weights = weights * kept[i]
+        if factors:
+            weights = weights * factors[i]
         outs.append(torch.einsum("hij,jhd->ihd", weights, v))
         lses.append(own.logsumexp(-1).masked_fill(~has_keys.squeeze(-1), -inf))
     logits = lses if sinks is None else [*lses, sinks.to(wide)[:, None].expand_as(lses[0])]
     lse = torch.stack(logits).logsumexp(0)
     finite = lse.masked_fill(lse == -inf, 0)  # -inf - -inf is NaN
-    shares = [(each - finite).exp() for each in lses]
+    shares = [(branch_lse - finite).exp() for branch_lse in lses]
     if spec.mix == "detached":
         shares = [share.detach() for share in shares]
-    out = torch.stack([share.T[..., None] * each for share, each in zip(shares, outs, strict=True)]).sum(0)
+    out = torch.stack([share.T[..., None] * own for share, own in zip(shares, outs, strict=True)]).sum(0)
     return out, lse

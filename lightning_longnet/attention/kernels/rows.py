@@ -16,7 +16,7 @@ VECTOR = 16  # bytes
 BATCHES = 2**16 - 1
 
 
-def loadable(x: Tensor) -> Tensor:
+def as_aligned(x: Tensor) -> Tensor:
     """Return x itself if its rows are aligned to 16 bytes, else a contiguous copy.
 
     Operators read misaligned rows wrongly or refuse them.
@@ -40,14 +40,14 @@ def over_batches(
     return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
 
 
-def repeated(x: Tensor, heads: int) -> Tensor:
-    """Return k or v with each head repeated for its query heads, (batch, heads, rows, D).
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Return k or v with each head repeat_heads for its query heads, (batch, heads, rows, D).
 
     An operator without grouped queries needs it; x is (batch, key heads, rows, D).
     """
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def summed(x: Tensor, key_heads: int) -> Tensor:
-    """Return the gradient of `repeated`, (batch, key heads, rows, D): the sum over each group, in float32."""
+def sum_groups(x: Tensor, key_heads: int) -> Tensor:
+    """Return the gradient of `repeat_heads`, (batch, key heads, rows, D): the sum over each group, in float32."""
     return x if x.shape[1] == key_heads else x.unflatten(1, (key_heads, -1)).sum(2, dtype=torch.float32)

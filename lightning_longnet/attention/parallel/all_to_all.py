@@ -71,7 +71,7 @@ class AllToAllPlan(ExchangePlan):
         inner: RoundsCall | LinesCall = own
         if others:
             # a rank has whole sequences of its heads, so no row has to travel to another line
-            orders = [LocalOrder.between(first.line, each.line, call.device) for each in others]
+            orders = [LocalOrder.between(first.line, other.line, call.device) for other in others]
             inner = LinesCall(own, tuple(zip(orders, map(self._heads_call, others), strict=True)))
         return AllToAllCall(call.shard.comm, call.message, call.shard.placement, inner, call.spec.returns_lse)
 
@@ -84,7 +84,7 @@ class AllToAllPlan(ExchangePlan):
         heads = slice(kv_heads.start * group, kv_heads.stop * group)
         route = Route(parts, (), len(kv_heads))
         options = call.pair_options(layout, torch.arange(shard.length), heads)
-        return RoundsCall(call.kernel, route, options, call.own_outs, keeps_outs=True)
+        return RoundsCall(call.kernel, route, options, call.branch_outs, saves_outs=True)
 
     def _kv_heads_of(self, rank: int) -> range:
         heads = self.layout.kv_heads // self.layout.placement.ranks
@@ -92,24 +92,24 @@ class AllToAllPlan(ExchangePlan):
 
 
 class AllToAllFootprint(NamedTuple):
-    """Whole sequences of `length` tokens, of one in `ranks` heads."""
+    """The memory of a call that holds whole sequences of `length` tokens for one in `ranks` heads."""
 
     ranks: int
     length: int
 
     @property
-    def keeps_inputs(self) -> bool:
+    def saves_inputs(self) -> bool:
         return True
 
-    def kept(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
+    def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
-        kept = [x.new_empty((x.shape[0], self.length, x.shape[2] // self.ranks, x.shape[3])) for x in (q, k, v)]
+        saved = [x.new_empty((x.shape[0], self.length, x.shape[2] // self.ranks, x.shape[3])) for x in (q, k, v)]
         rows = q.shape[0], self.length, q.shape[2] // self.ranks
-        kept.append(q.new_empty(rows, dtype=wide))
+        saved.append(q.new_empty(rows, dtype=wide))
         dtype = q.dtype if spec.mix == "exact" else wide
-        return kept + [q.new_empty((*rows, v.shape[3]), dtype=dtype) for _ in range(spec.partials)]
+        return saved + [q.new_empty((*rows, v.shape[3]), dtype=dtype) for _ in range(spec.partials)]
 
-    def cells(self, layers: int) -> int:
+    def kv_rows(self, layers: int) -> int:
         return 0  # an all_to_all holds as many rows as the rank gives away
 
     def in_flight_bytes(self, q: Tensor, k: Tensor, v: Tensor, *, is_backward: bool) -> int:
@@ -130,12 +130,12 @@ class AllToAllCall(NamedTuple):
     returns_lse: bool
 
     @property
-    def keeps_inputs(self) -> bool:
+    def saves_inputs(self) -> bool:
         return True
 
     @property
-    def kept_count(self) -> int:
-        return 4 + (self.inner.kept_count or 1)
+    def saved_count(self) -> int:
+        return 4 + (self.inner.saved_count or 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return out, lse and the tensors that the backward needs.
@@ -145,20 +145,20 @@ class AllToAllCall(NamedTuple):
         """
         local_q = q
         q, k, v = self._to_heads((q, k, v), "queries, keys and values")
-        out, lse, kept = self.inner.forward(q, k, v)
+        out, lse, saved = self.inner.forward(q, k, v)
         (own_out,) = self._to_rows((out,), "out")
         own_lse = lse.new_empty((len(local_q), local_q.shape[2], local_q.shape[1]))
         if self.returns_lse:
             (lse_rows,) = self._to_rows((lse.transpose(1, 2).unsqueeze(-1),), "lse")
             own_lse.copy_(lse_rows.squeeze(-1).transpose(1, 2))
-        return own_out, own_lse, [q, k, v, lse, *(kept or [out])]
+        return own_out, own_lse, [q, k, v, lse, *(saved or [out])]
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, lse, *outs = kept
+        q, k, v, lse, *outs = saved
         (grad,) = self._to_heads((grad,), "the gradient of out")
-        # the out of all branches is kept where the inner call keeps none of its own
+        # the inner call saves the outs of branches for "detached"; otherwise the out of all branches is saved
         gradients = self._to_rows(self.inner.backward(grad, q, k, v, outs[0], lse, outs), "gradients")
         return gradients[0], gradients[1], gradients[2]
 
@@ -173,7 +173,7 @@ class AllToAllCall(NamedTuple):
 
         def put(peer: int, pieces: Sequence[Tensor]) -> None:
             for whole, piece in zip(wholes, pieces, strict=True):
-                for begin, end, local in placement.stretches(peer):
+                for begin, end, local in placement.chunks(peer):
                     whole[begin:end] = piece[local : local + end - begin]
 
         self._all_to_all(tensors[0], shapes, placement.lengths, pieces_of, put, f"swap of {content} to heads")
@@ -187,12 +187,10 @@ class AllToAllCall(NamedTuple):
         parts = [x.new_empty((batch, here, comm.ranks, *r)) for x, (batch, *r) in zip(tensors, shapes, strict=True)]
 
         def pieces_of(peer: int) -> list[Tensor]:
-            stretches = placement.stretches(peer)
-            if len(stretches) == 1:
-                return [x[:, stretches[0].begin : stretches[0].end].transpose(0, 1) for x in tensors]
-            return [
-                torch.cat([x[:, :0], *(x[:, s.begin : s.end] for s in stretches)], 1).transpose(0, 1) for x in tensors
-            ]
+            chunks = placement.chunks(peer)
+            if len(chunks) == 1:
+                return [x[:, chunks[0].begin : chunks[0].end].transpose(0, 1) for x in tensors]
+            return [torch.cat([x[:, :0], *(x[:, s.begin : s.end] for s in chunks)], 1).transpose(0, 1) for x in tensors]
 
         def put(peer: int, pieces: Sequence[Tensor]) -> None:
             for part, piece in zip(parts, pieces, strict=True):

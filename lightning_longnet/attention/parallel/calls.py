@@ -14,7 +14,7 @@ from lightning_longnet.attention.kernels.null_keys import NullKeys
 from lightning_longnet.attention.parallel.comm import MessageContext
 from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
 from lightning_longnet.attention.parallel.lines import LinesCall
-from lightning_longnet.attention.parallel.reordering import LocalOrder, RankOrder, ReorderedCall, row_trade
+from lightning_longnet.attention.parallel.reordering import LocalOrder, RankOrder, ReorderedCall, row_exchange
 from lightning_longnet.attention.parallel.rounds import RoundsCall
 from lightning_longnet.attention.parallel.routes import Layout, Route
 from lightning_longnet.attention.parallel.schedule import schedule
@@ -35,8 +35,15 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.spec import AttentionSpec
 
 
-class Pass(NamedTuple):
-    """A forward or a backward of attention: its options, and the rule that drops pairs, or None."""
+class PassOptions(NamedTuple):
+    """The options of one forward or backward of attention.
+
+    Attributes:
+        spec: the options of the call of `attend`.
+        direction: "forward" or "backward".
+        dropout: the rule that drops pairs, or None.
+        sinks: (H,) one more logit of the softmax for each query head, or None.
+    """
 
     spec: AttentionSpec
     direction: Direction
@@ -44,90 +51,107 @@ class Pass(NamedTuple):
     sinks: Tensor | None
 
 
-def whole_sequences(
-    each: Pass, q: Tensor, k: Tensor, documents: Tensor | None, padding: Tensor | None
+def local_calls(
+    options: PassOptions, q: Tensor, k: Tensor, documents: Tensor | None, padding: Tensor | None
 ) -> Iterator[tuple[slice, ExchangeCall]]:
-    """Yield the calls of a process that has whole sequences, each with its samples."""
-    spec, length = each.spec, q.shape[1]
+    """Yield (samples, call) for whole sequences on this process; the samples of a call have the same documents.
+
+    Args:
+        q, k: (B, N, H, D) and (B, N, Hkv, D).
+        documents: (B, N) document ids, or None.
+        padding: (B, N) True where padding hides a key, or None.
+    """
+    spec, length = options.spec, q.shape[1]
     if padding is not None and padding.device.type == "cpu" and not padding.any():
         padding = None
-    for rows, cuts in _grouped_by_documents(document_cuts(documents, q.shape[0], length)):
+    for samples, cuts in _grouped_by_documents(document_cuts(documents, q.shape[0], length)):
         first, *others = lines_of(spec.ordering, cuts, spec.pattern, q.device)
-        own_padding = None if padding is None else padding[rows]
-        own = _line_call(each, first, q, k, rows, cuts, own_padding)
+        own_padding = None if padding is None else padding[samples]
+        own = _line_call(options, first, q, k, samples, cuts, own_padding)
         call: ExchangeCall = own
         if others:
-            calls = [_line_call(each, line, q, k, rows, cuts, own_padding) for line in others]
+            calls = [_line_call(options, line, q, k, samples, cuts, own_padding) for line in others]
             orders = [LocalOrder.between(first, line, q.device) for line in others]
             call = LinesCall(own, tuple(zip(orders, calls, strict=True)))
         if first.tokens is not None:
             assert first.places is not None
             call = ReorderedCall(call, LocalOrder(first.tokens, first.places), spec.returns_lse)
-        yield rows, call
+        yield samples, call
 
 
 def _line_call(
-    each: Pass, line: Line, q: Tensor, k: Tensor, rows: slice, cuts: tuple[int, ...], padding: Tensor | None
+    options: PassOptions,
+    line: Line,
+    q: Tensor,
+    k: Tensor,
+    samples: slice,
+    cuts: tuple[int, ...],
+    padding: Tensor | None,
 ) -> RoundsCall:
-    """Return the call of the branches of one line, for whole sequences with the same documents."""
-    spec, samples = each.spec, rows.stop - rows.start
+    """Return the call of the branches of one line for whole sequences; all of `samples` have the documents `cuts`."""
+    spec, batch = options.spec, samples.stop - samples.start
     tokens = torch.arange(q.shape[1], device=q.device) if line.tokens is None else line.tokens
     # the backward of "detached" needs the result of each branch, which the forward merges at once
-    per_branch = spec.mix == "detached" and each.direction == "backward"
-    segments = spec.weighted_segments(q.device.type, samples, torch.get_num_threads(), per_branch=per_branch)
+    per_branch = spec.mix == "detached" and options.direction == "backward"
+    segments = spec.weighted_segments(q.device.type, batch, torch.get_num_threads(), per_branch=per_branch)
     whole = plan(line.pattern, q.shape[2], k.shape[2], cuts, segments)
     null_keys = None
     if line.pattern.has_null_keys:
         places = torch.arange(q.shape[1], device=q.device)
         null_keys = NullKeys(line.pattern, cuts, places, q.shape[2], k.shape[2])
-    options = PairOptions(
+    pair_options = PairOptions(
         spec.scale_of(q.shape[3]),
         padding if padding is None or line.tokens is None else padding[:, tokens],
-        each.dropout,
-        samples=torch.arange(rows.start, rows.stop, device=q.device),
+        options.dropout,
+        samples=torch.arange(samples.start, samples.stop, device=q.device),
         tokens=tokens,
         counts_once=whole.counts_once,
         branches=line.branches,
         hides_later=line.hides_later,
-        sinks=each.sinks,
+        sinks=options.sinks,
         null_keys=null_keys,
     )
     route = Route(whole.parts, (), k.shape[2], whole.queries_once, whole.is_partitioned)
-    own_outs = len(line.branches) if spec.partials > 1 else 0
-    return RoundsCall(BLOCK_KERNELS[spec.kernel], route, options, own_outs)
+    branch_outs = len(line.branches) if spec.partials > 1 else 0
+    return RoundsCall(BLOCK_KERNELS[spec.kernel], route, pair_options, branch_outs)
 
 
-def sequence_parts(
-    each: Pass, q: Tensor, k: Tensor, v: Tensor, shard: SequenceShard, number: int
+def distributed_calls(
+    options: PassOptions, q: Tensor, k: Tensor, v: Tensor, shard: SequenceShard, number: int
 ) -> Iterator[tuple[slice, ExchangeCall]]:
-    """Yield the calls of a rank that has a part of each sequence; `number` is that of the forward on all ranks."""
-    spec, comm, call_name = each.spec, shard.comm, f"{each.direction} of {shard.call_of(number)}"
-    wide, kind = torch.promote_types(q.dtype, torch.float32), str(call_kind(q, k, v, spec, each.sinks is not None))
-    for rows, cuts in _grouped_by_documents(shard.cuts * (q.shape[0] if len(shard.cuts) == 1 else 1)):
+    """Yield (samples, call) for this rank's part of each sequence; the samples of a call have the same documents.
+
+    Args:
+        q, k, v: (B, L, H, D), (B, L, Hkv, D) and (B, L, Hkv, Dv).
+        number: the number of the forward, the same on all ranks.
+    """
+    spec, comm, call_name = options.spec, shard.comm, f"{options.direction} of {shard.call_of(number)}"
+    wide, kind = torch.promote_types(q.dtype, torch.float32), str(call_kind(q, k, v, spec, options.sinks is not None))
+    for samples, cuts in _grouped_by_documents(shard.cuts * (q.shape[0] if len(shard.cuts) == 1 else 1)):
         lines = lines_of(spec.ordering, cuts, spec.pattern, torch.device("cpu"))
         # the pattern as its plan has it; of several lines the exchange is that of the pattern in the sequence's order
         pattern = lines[0].pattern if len(lines) == 1 else spec.pattern
-        samples = rows.stop - rows.start
-        sizes = Sizes(samples, q.shape[3], v.shape[3], q.element_size(), wide.itemsize)
+        batch = samples.stop - samples.start
+        sizes = Sizes(batch, q.shape[3], v.shape[3], q.element_size(), wide.itemsize)
         layout = Layout(pattern, q.shape[2], k.shape[2], cuts, shard.placement)
         # the number of the first sample is the key of the group's documents
-        key = q.shape[2], k.shape[2], rows.start if len(shard.cuts) > 1 else 0
+        key = q.shape[2], k.shape[2], samples.start if len(shard.cuts) > 1 else 0
         exchange = shard.cached(
             ("exchange", pattern, *key, spec.exchange, sizes),
-            partial(_scheduled, layout, spec.exchange, sizes),
+            partial(_exchange_plan, layout, spec.exchange, sizes),
         )
-        comm.traffic.add_call(each.direction, exchange, sizes)
-        message = MessageContext(f"{call_name}, samples {rows.start} to {rows.stop - 1}", kind)
-        segments = spec.weighted_segments(q.device.type, samples, shard.threads, per_branch=spec.mix == "detached")
+        comm.traffic.add_call(options.direction, exchange, sizes)
+        message = MessageContext(f"{call_name}, samples {samples.start} to {samples.stop - 1}", kind)
+        segments = spec.weighted_segments(q.device.type, batch, shard.threads, per_branch=spec.mix == "detached")
         rank_call = RankCall(
             shard,
             message,
             spec,
             BLOCK_KERNELS[spec.kernel],
-            each.dropout,
-            rows,
+            options.dropout,
+            samples,
             segments,
-            each.sinks,
+            options.sinks,
             q.shape[3],
             q.device,
             key=(*key, segments),
@@ -135,12 +159,12 @@ def sequence_parts(
         )
         call: ExchangeCall = exchange.call(rank_call)
         if (order := lines[0].tokens) is not None:
-            trade = shard.cached(("order", spec.ordering, spec.pattern, key[-1]), partial(row_trade, order, shard))
-            call = ReorderedCall(call, RankOrder(comm, message, trade), spec.returns_lse)
-        yield rows, call
+            rows = shard.cached(("order", spec.ordering, spec.pattern, key[-1]), partial(row_exchange, order, shard))
+            call = ReorderedCall(call, RankOrder(comm, message, rows), spec.returns_lse)
+        yield samples, call
 
 
-def _scheduled(layout: Layout, exchange: str, sizes: Sizes) -> ExchangePlan:
+def _exchange_plan(layout: Layout, exchange: str, sizes: Sizes) -> ExchangePlan:
     return schedule(layout, exchange, sizes).plan(layout)
 
 
@@ -167,9 +191,9 @@ def call_kind(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, has_sinks: b
 
 
 def _grouped_by_documents(cuts: Sequence[tuple[int, ...]]) -> Iterator[tuple[slice, tuple[int, ...]]]:
-    """Group consecutive samples with equal documents; yield each group as a slice, with where its documents begin."""
+    """Yield (samples, cuts) for each run of consecutive samples with equal documents."""
     first = 0
-    for each, group in groupby(cuts):
+    for equal_cuts, group in groupby(cuts):
         last = first + len(list(group))
-        yield slice(first, last), each
+        yield slice(first, last), equal_cuts
         first = last

@@ -23,7 +23,7 @@ Direction = Literal["forward", "backward"]
 
 @dataclass
 class Traffic:
-    """What one rank sent since its count began, and how long that took.
+    """The messages and bytes that one rank sent since its count began, and the time that they took.
 
     Attributes:
         messages, sent_bytes: what attention sent.
@@ -168,7 +168,7 @@ class Comm:
         different things, gloo waits for a message that never comes, and ends with the timeout.  NCCL ignores tags:
         there messages match by their order alone.
         """
-        story = f"rank {self.rank} of {self.ranks}, {context.description}, {content}"
+        here = f"rank {self.rank} of {self.ranks}, {context.description}, {content}"
         peers = ", ".join(map(str, sorted({*send, *receive})))
         self.exchanges += bool(peers)
         operations, descriptions = [], []
@@ -176,34 +176,35 @@ class Comm:
             for peer, tensor in sorted(receive.items()):
                 tag = self._tag(context, content, tensor)
                 operations.append(dist.P2POp(dist.irecv, tensor, group=self.group, tag=tag, group_peer=peer))
-                descriptions.append(f"{story}, from rank {peer}")
+                descriptions.append(f"{here}, from rank {peer}")
             for peer, tensor in sorted(send.items()):
                 assert tensor.is_contiguous()
                 tag = self._tag(context, content, tensor)
                 operations.append(dist.P2POp(dist.isend, tensor, group=self.group, tag=tag, group_peer=peer))
-                descriptions.append(f"{story}, to rank {peer}")
+                descriptions.append(f"{here}, to rank {peer}")
                 self.traffic.messages += 1
                 self.traffic.sent_bytes += tensor.numel() * tensor.element_size()
             works = dist.batch_isend_irecv(operations) if operations else []
         except (RuntimeError, ValueError) as error:  # a ValueError where the group was destroyed
-            raise RuntimeError(f"{story}, with ranks {peers}: {error}") from error
+            raise RuntimeError(f"{here}, with ranks {peers}: {error}") from error
         if len(works) < len(descriptions):  # NCCL returns one for all of them
-            descriptions = [f"{story}, with ranks {peers}"] * len(works)
+            descriptions = [f"{here}, with ranks {peers}"] * len(works)
         return Pending(list(zip(works, descriptions, strict=True)), (*send.values(), *receive.values()), self)
 
-    def gathered(self, own: Tensor, what: str) -> Tensor:
-        """Return (ranks, *own.shape): the tensors of all ranks, which must have one shape."""
+    def all_gather(self, own: Tensor, step: str) -> Tensor:
+        """Return the tensors of all ranks, (ranks, *own.shape); all must have one shape.  `step` is for errors."""
         self._check_failure()
         everywhere = own.new_empty((self.ranks, *own.shape))
         begin = perf_counter()
         try:
             dist.all_gather(list(everywhere.unbind()), own.contiguous(), group=self.group)
         except RuntimeError as error:
-            raise RuntimeError(f"rank {self.rank} of {self.ranks}, {what}: {error}") from error
+            raise RuntimeError(f"rank {self.rank} of {self.ranks}, {step}: {error}") from error
         self.traffic.add_wait(begin, begin)
         return everywhere
 
     def _check_failure(self) -> None:
+        """Raise a RuntimeError if an earlier call failed."""
         if self.failure:
             raise RuntimeError(
                 f"{self.failure}, and its messages may still be under way: make a new group and a new shard"

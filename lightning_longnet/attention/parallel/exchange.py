@@ -53,11 +53,11 @@ class Volume(NamedTuple):
 
 
 class RoundWork(NamedTuple):
-    """The cells that a rank receives in one round, by source, and the blocks that it computes with them."""
+    """The number of KV rows that a rank receives in one round, by source, and the blocks that it computes with them."""
 
     received: dict[int, int]
     parts: tuple[Part, ...]
-    keeps: bool
+    saves_rows: bool
 
 
 class RankWork(NamedTuple):
@@ -69,7 +69,7 @@ class RankWork(NamedTuple):
     @property
     def visible_pairs(self) -> int:
         """The pairs that the rank's queries see, a repeated pair as often as branches show it."""
-        parts = (*self.own, *(part for each in self.rounds for part in each.parts))
+        parts = (*self.own, *(part for round_ in self.rounds for part in round_.parts))
         return sum(part.block.pairs * part.block.weight for part in parts)
 
 
@@ -77,14 +77,14 @@ class Footprint(Protocol):
     """The memory that an exchange takes on a rank beside its own q, k, v and results."""
 
     @property
-    def keeps_inputs(self) -> bool:
-        """As that of its `ExchangeCall`."""
+    def saves_inputs(self) -> bool:
+        """The same as `ExchangeCall.saves_inputs`."""
 
-    def kept(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
-        """Return uninitialized tensors like those that the forward keeps for the backward."""
+    def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
+        """Return uninitialized tensors like those that the forward saves for the backward."""
 
-    def cells(self, layers: int) -> int:
-        """Return how many rows of other ranks' key heads so many layers hold at once, to compare ranks by."""
+    def kv_rows(self, layers: int) -> int:
+        """Return the number of KV rows of other ranks that `layers` layers hold at once, for a comparison of ranks."""
 
     def in_flight_bytes(self, q: Tensor, k: Tensor, v: Tensor, *, is_backward: bool) -> int:
         """Return the bytes of messages in both directions while a call runs."""
@@ -94,18 +94,18 @@ class ExchangeCall(Protocol):
     """One forward or one backward of attention on this rank, for samples with the same documents."""
 
     @property
-    def keeps_inputs(self) -> bool:
-        """Whether `kept` holds all inputs of the backward, which then reads only the shapes of q, k and v."""
+    def saves_inputs(self) -> bool:
+        """Whether `saved` holds all inputs of the backward, which then reads only the shapes of q, k and v."""
 
     @property
-    def kept_count(self) -> int:
-        """The number of tensors that the forward keeps for the backward."""
+    def saved_count(self) -> int:
+        """The number of tensors that the forward saves for the backward."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return out (B, L, H, Dv), lse (B, H, L), and the tensors that the backward needs besides."""
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk and dv of the tokens on this rank."""
 
@@ -119,14 +119,14 @@ class RankCall(NamedTuple):
         spec: the options of the call.
         kernel: the kernel that computes blocks.
         dropout: the rule that drops pairs, or None.
-        rows: the samples, all with the same documents.
+        samples: the samples of the batch, all with the same documents.
         weighted_segments: as for `plan`.
         sinks: (H,) a logit of each query head without a value, or None.
         head_dim: the width of q and k.
         device: the device of the tensors.
         key: what tells the layouts of a shard's calls from one another, besides the pattern, for
             `SequenceShard.cached`.
-        lines: the lines on which the pattern is drawn; the rows that the call gets are those of the first one.
+        lines: the lines on which the pattern is drawn; the call takes its rows in the order of the first one.
     """
 
     shard: SequenceShard
@@ -134,7 +134,7 @@ class RankCall(NamedTuple):
     spec: AttentionSpec
     kernel: BlockKernel
     dropout: Dropout | None
-    rows: slice
+    samples: slice
     weighted_segments: int
     sinks: Tensor | None
     head_dim: int
@@ -144,11 +144,11 @@ class RankCall(NamedTuple):
 
     @property
     def line(self) -> Line:
-        """The line of the rows."""
+        """The line in whose order the call takes its rows."""
         return self.lines[0]
 
     @property
-    def own_outs(self) -> int:
+    def branch_outs(self) -> int:
         """The number of branches of this line whose own results the backward takes; see `RoundsCall`."""
         return len(self.line.branches) if self.spec.partials > 1 else 0
 
@@ -173,9 +173,9 @@ class RankCall(NamedTuple):
             null_keys = NullKeys(layout.pattern, layout.cuts, places, layout.heads, layout.kv_heads, heads)
         return PairOptions(
             self.spec.scale_of(self.head_dim),
-            self.shard.padding_of(tokens, self.rows),
+            self.shard.padding_of(tokens, self.samples),
             self.dropout,
-            samples=torch.arange(self.rows.start, self.rows.stop, device=self.device),
+            samples=torch.arange(self.samples.start, self.samples.stop, device=self.device),
             tokens=tokens,
             first_head=heads.start or 0,
             counts_once=self.spec.counts_once,

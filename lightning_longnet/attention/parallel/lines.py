@@ -1,10 +1,10 @@
-"""Calls of a pattern whose branches are drawn on several lines: each on rows in an order of its own."""
+"""Calls of a pattern whose branches are drawn on several lines: each on rows in another order."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_longnet.attention.kernels.blocks import finished
+from lightning_longnet.attention.kernels.blocks import finalized
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,34 +28,36 @@ class LinesCall(NamedTuple):
     others: tuple[tuple[RowOrder, RoundsCall], ...]
 
     @property
-    def keeps_inputs(self) -> bool:
+    def saves_inputs(self) -> bool:
         return False
 
     @property
-    def kept_count(self) -> int:
-        return self.first.kept_count + sum(call.kept_count for _, call in self.others)
+    def saved_count(self) -> int:
+        return self.first.saved_count + sum(call.saved_count for _, call in self.others)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        total, kept = self.first.partial(q, k, v)
+        """Return out, lse and the saved tensors of all lines; q, k and v are in the order of the first line."""
+        total, saved = self.first.partial(q, k, v)
         for order, call in self.others:
             own_q, own_k, own_v = order.reorder(q, k, v)
-            partial, own_kept = call.partial(own_q, own_k, own_v)
+            partial, own_saved = call.partial(own_q, own_k, own_v)
             out, lse = order.restore(*partial)
             total.add_(out, lse)
-            kept += own_kept
-        return *finished(total, q, self.first.options.sinks), kept
+            saved += own_saved
+        return *finalized(total, q, self.first.options.sinks), saved
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        done = self.first.kept_count
-        totals = self.first.gradients(grad, q, k, v, out, lse, kept[:done])
+        """Return the sums of dq, dk and dv over the lines, in the order of the first line."""
+        done = self.first.saved_count  # `saved` holds the tensors of the lines one after the other
+        totals = self.first.gradients(grad, q, k, v, out, lse, saved[:done])
         for order, call in self.others:
             own_grad, own_q, own_k, own_v, own_out = order.reorder(grad, q, k, v, out)
             (own_lse,) = order.reorder(lse.transpose(1, 2))
-            own_kept = kept[done : done + call.kept_count]
-            gradients = call.gradients(own_grad, own_q, own_k, own_v, own_out, own_lse.transpose(1, 2), own_kept)
-            done += call.kept_count
+            own_saved = saved[done : done + call.saved_count]
+            gradients = call.gradients(own_grad, own_q, own_k, own_v, own_out, own_lse.transpose(1, 2), own_saved)
+            done += call.saved_count
             for total, own in zip(totals, order.restore(*gradients), strict=True):
                 total.add_(own)
         dq, dk, dv = (totals.pop(0).to(q.dtype) for _ in range(3))

@@ -23,7 +23,7 @@ class LocalComm(Comm):
     def name(self) -> None:
         return None
 
-    def gathered(self, own: Tensor, what: str) -> Tensor:
+    def all_gather(self, own: Tensor, step: str) -> Tensor:
         self._check_failure()
         return own[None]
 
@@ -47,8 +47,8 @@ class LocalShard(SequenceShard):
         super().__init__(None, length, documents=documents, key_padding_mask=key_padding_mask)
 
     @staticmethod
-    def _connected(group: dist.ProcessGroup | None) -> Comm:
+    def _make_comm(group: dist.ProcessGroup | None) -> Comm:
         return LocalComm()
 
-    def _gathered(self, own: Tensor, step: str) -> Tensor:
-        return self.comm.gathered(own, step)
+    def _all_gather(self, own: Tensor, step: str) -> Tensor:
+        return self.comm.all_gather(own, step)

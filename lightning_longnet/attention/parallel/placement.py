@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple, get_args
 Kind = Literal["contiguous", "zigzag"]
 
 
-class Stretch(NamedTuple):
-    """The tokens `begin` to `end` of the whole sequence; the first of them has the index `local` on its rank."""
+class Chunk(NamedTuple):
+    """Consecutive tokens of one rank: `begin` to `end` of the whole sequence, at `local` and onwards on the rank."""
 
     begin: int
     end: int
@@ -66,19 +66,23 @@ class Placement:
     def length(self) -> int:
         return sum(self.lengths)
 
-    def stretches(self, rank: int) -> tuple[Stretch, ...]:
-        """Return the stretches of a rank's tokens, in local order."""
+    def chunks(self, rank: int) -> tuple[Chunk, ...]:
+        """Return the chunks of a rank, in local order: one, or two under "zigzag"; none is empty."""
         begins, length = self._begins, self.lengths[rank]
         if self.kind == "contiguous":
-            found = [Stretch(begins[rank], begins[rank] + length, 0)]
+            chunks = [Chunk(begins[rank], begins[rank] + length, 0)]
         else:
             first, second = -(-length // 2), length // 2
             end = self.length - (begins[rank] - self._firsts[rank])
-            found = [
-                Stretch(self._firsts[rank], self._firsts[rank] + first, 0),
-                Stretch(end - second, end, first),
+            chunks = [
+                Chunk(self._firsts[rank], self._firsts[rank] + first, 0),
+                Chunk(end - second, end, first),
             ]
-        return tuple(stretch for stretch in found if stretch.begin < stretch.end)
+        return tuple(chunk for chunk in chunks if chunk.begin < chunk.end)
+
+    def stretches(self, rank: int) -> tuple[Chunk, ...]:
+        """Return `chunks(rank)`, under its former name."""
+        return self.chunks(rank)
 
     def holders(self, begin: int, end: int) -> set[int]:
         """Return the ranks that hold some of the tokens `begin` to `end`."""

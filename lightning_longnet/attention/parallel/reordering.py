@@ -21,7 +21,7 @@ class RowOrder(Protocol):
     """Brings tensors (B, L, ...) into an order of rows and back."""
 
     @property
-    def keeps(self) -> bool:
+    def saves_rows(self) -> bool:
         """Whether the backward needs the reordered tensors of the forward, since to reorder them again is costly."""
 
     def reorder(self, *tensors: Tensor) -> list[Tensor]:
@@ -36,7 +36,7 @@ class LocalOrder(NamedTuple):
 
     order: Tensor
     inverse: Tensor
-    keeps: bool = False
+    saves_rows: bool = False
 
     @classmethod
     def between(cls, source: Line, target: Line, device: torch.device) -> LocalOrder:
@@ -51,11 +51,16 @@ class LocalOrder(NamedTuple):
         return [x.index_select(1, self.inverse) for x in tensors]
 
 
-class RowTrade(NamedTuple):
-    """For each rank, which of this rank's tokens it takes, and at which places of this rank its own tokens are put."""
+class RowExchange(NamedTuple):
+    """The rows that a rank sends and receives to bring tensors (B, L, ...) into another order.
 
-    taken: dict[int, Tensor]
-    placed: dict[int, Tensor]
+    Attributes:
+        sent: for each rank the local indices of the rows that are sent to it.
+        received: for each rank the local indices at which the rows from it are written.
+    """
+
+    sent: dict[int, Tensor]
+    received: dict[int, Tensor]
 
 
 class RankOrder(NamedTuple):
@@ -63,96 +68,111 @@ class RankOrder(NamedTuple):
 
     comm: Comm
     message: MessageContext
-    trade: RowTrade
-    keeps: bool = True
+    rows: RowExchange
+    saves_rows: bool = True
 
     def reorder(self, *tensors: Tensor) -> list[Tensor]:
-        return self._moved(tensors, self.trade.taken, self.trade.placed, "rows into the order")
+        return self._exchange_rows(tensors, self.rows.sent, self.rows.received, "rows into the order")
 
     def restore(self, *tensors: Tensor) -> list[Tensor]:
-        return self._moved(tensors, self.trade.placed, self.trade.taken, "rows out of the order")
+        return self._exchange_rows(tensors, self.rows.received, self.rows.sent, "rows out of the order")
 
-    def _moved(
-        self, tensors: Sequence[Tensor], taken: dict[int, Tensor], placed: dict[int, Tensor], content: str
+    def _exchange_rows(
+        self, tensors: Sequence[Tensor], sent: dict[int, Tensor], received: dict[int, Tensor], content: str
     ) -> list[Tensor]:
-        """Send the rows of all tensors, which have one type, to each rank in one message.
+        """Return tensors (B, L, ...) in the other order; the rows of all of them go to a rank in one message.
 
-        Rows are packed for each message and unpacked into the results, so that no copy of all rows is held besides.
+        All tensors have one dtype.  Rows are packed for each message and unpacked into the results, so that there is
+        never another copy of all rows.
         """
         results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
         widths = [len(x) * x.shape[2:].numel() for x in tensors]
         send, receive = {}, {}
-        for rank, rows in taken.items():
+        for rank, rows in sent.items():
             rows = rows.to(tensors[0].device)
-            if rank == self.comm.rank:
+            if rank == self.comm.rank:  # these rows only move on this rank
                 for x, result in zip(tensors, results, strict=True):
-                    result[:, placed[rank].to(x.device)] = x[:, rows]
+                    result[:, received[rank].to(x.device)] = x[:, rows]
             elif len(rows):
                 send[rank] = torch.cat([x[:, rows].transpose(0, 1).flatten(1) for x in tensors], 1)
-        for rank, rows in placed.items():
+        for rank, rows in received.items():
             if rank != self.comm.rank and len(rows):
                 receive[rank] = tensors[0].new_empty((len(rows), sum(widths)))
         self.comm.exchange(send, receive, self.message, content).wait()
         del send
         for rank, packed in receive.items():
-            rows = placed[rank].to(packed.device)
+            rows = received[rank].to(packed.device)
             for result, piece in zip(results, packed.split(widths, 1), strict=True):
                 result[:, rows] = piece.unflatten(1, (len(result), *result.shape[2:])).transpose(0, 1)
         return results
 
 
-def row_trade(order: Tensor, shard: SequenceShard) -> RowTrade:
-    """Return which rows a rank sends and receives so that it holds its places of the order."""
+def row_exchange(order: Tensor, shard: SequenceShard) -> RowExchange:
+    """Return the rows that this rank sends and receives to have the tokens `order[i]` at its indices i of the sequence.
+
+    Args:
+        order: (N,) the token at each place of the line.
+        shard: places and tokens are on the same ranks.
+    """
     order = order.cpu()
+    # of each token: the rank that holds it, and its local index there
     holder, index = torch.empty_like(order), torch.empty_like(order)
     tokens_of = [shard.tokens(rank) for rank in range(shard.comm.ranks)]
     for rank, tokens in enumerate(tokens_of):
         holder[tokens] = rank
         index[tokens] = torch.arange(len(tokens))
-    taken, placed = {}, {}
+    sent, received = {}, {}
     for rank, tokens in enumerate(tokens_of):
         needed = order[tokens]
-        taken[rank] = index[needed[holder[needed] == shard.rank]]
-        placed[rank] = (holder[order[tokens_of[shard.rank]]] == rank).nonzero().squeeze(1)
-    return RowTrade(taken, placed)
+        # both sides list the rows in the order of the receiver's places
+        sent[rank] = index[needed[holder[needed] == shard.rank]]
+        received[rank] = (holder[order[tokens_of[shard.rank]]] == rank).nonzero().squeeze(1)
+    return RowExchange(sent, received)
 
 
 class ReorderedCall(NamedTuple):
-    """A call on rows in another order.  `returns_lse`: whether the caller reads lse, which costs a message."""
+    """A call of attention on rows in another order; its results are in the order of the sequence.
+
+    Attributes:
+        inner: the call on the reordered rows.
+        order: the order of its rows.
+        returns_lse: whether the caller reads the lse; to reorder it costs a message where sequences are split.
+    """
 
     inner: ExchangeCall
     order: RowOrder
     returns_lse: bool
 
     @property
-    def keeps_inputs(self) -> bool:
-        return self.order.keeps
+    def saves_inputs(self) -> bool:
+        return self.order.saves_rows
 
     @property
-    def kept_count(self) -> int:
-        return self.inner.kept_count + 5 * self.order.keeps
+    def saved_count(self) -> int:
+        return self.inner.saved_count + 5 * self.order.saves_rows
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         rows = self.order.reorder(q, k, v)
-        out, lse, kept = self.inner.forward(*rows)
+        out, lse, saved = self.inner.forward(*rows)
         (own_out,) = self.order.restore(out)
-        if self.returns_lse or not self.order.keeps:
-            (wide,) = self.order.restore(lse.transpose(1, 2).unsqueeze(-1))
-            own_lse = wide.squeeze(-1).transpose(1, 2).contiguous()
+        # an order that saves its rows saves the reordered lse, too: the backward needs no other
+        if self.returns_lse or not self.order.saves_rows:
+            (lse_rows,) = self.order.restore(lse.transpose(1, 2).unsqueeze(-1))
+            own_lse = lse_rows.squeeze(-1).transpose(1, 2).contiguous()
         else:
             own_lse = torch.empty_like(lse)
-        return own_out, own_lse, [*rows, out, lse, *kept] if self.order.keeps else kept
+        return own_out, own_lse, [*rows, out, lse, *saved] if self.order.saves_rows else saved
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.order.keeps:
-            q, k, v, out, lse, *kept = kept
+        if self.order.saves_rows:
+            q, k, v, out, lse, *saved = saved
         else:
             q, k, v, out = self.order.reorder(q, k, v, out)
-            (wide,) = self.order.reorder(lse.transpose(1, 2))
-            lse = wide.transpose(1, 2)
+            (lse_rows,) = self.order.reorder(lse.transpose(1, 2))
+            lse = lse_rows.transpose(1, 2)
         (grad,) = self.order.reorder(grad)
-        gradients = self.inner.backward(grad, q, k, v, out, lse, kept)
+        gradients = self.inner.backward(grad, q, k, v, out, lse, saved)
         dq, dk, dv = self.order.restore(*gradients)
         return dq, dk, dv

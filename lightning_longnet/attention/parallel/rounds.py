@@ -1,6 +1,6 @@
 """Gather and ring: keys travel in rounds, all at once or from one rank after the other.
 
-    gather   one round brings the rows that a rank needs of all others; they are kept for the backward, which sends dK
+    gather   one round brings the rows that a rank needs of all others; they are saved for the backward, which sends dK
              and dV of the same rows back
     ring     a round for each other rank, fetched one ahead: the keys and values of two ranks are in memory, never more;
              beside them the copy that is sent, and in the backward the gradients of two.  The backward fetches keys and
@@ -22,11 +22,11 @@ from lightning_longnet.attention.kernels.blocks import (
     PairOptions,
     backward_blocks,
     backward_lse,
-    empty_partial,
-    finished,
+    finalized,
     forward_blocks,
-    initial_partial,
-    merged,
+    merge_branches,
+    no_key_partial,
+    uninitialized_partial,
 )
 from lightning_longnet.attention.kernels.keys import OwnKeys, ReceivedKeys
 
@@ -43,10 +43,13 @@ if TYPE_CHECKING:
 
 
 class RemoteRows(NamedTuple):
-    """The messages of a call, and what is known of the rows on other ranks.
+    """The messages of a call, and the tokens and the padding of KV rows on other ranks.
 
-    `tokens(rank)` returns the index in the whole sequence of a rank's tokens, and `padding_of(tokens)` (B, tokens),
-    True where padding hides one, or None.
+    Attributes:
+        comm: sends and receives.
+        message: the description of the call in errors and message tags.
+        tokens: returns for a rank the index in the whole sequence of each of its tokens.
+        padding_of: returns for tokens (N,) the mask (B, N), True where padding hides one; None without padding.
     """
 
     comm: Comm
@@ -56,38 +59,44 @@ class RemoteRows(NamedTuple):
 
 
 class RoundsCall(NamedTuple):
-    """One forward or backward on this rank; without `remote` all keys are on this process.
+    """One forward or backward of attention on this rank.
 
-    `own_outs` is the number of branches whose own results the backward takes, those of "detached"; 0 where it takes the
-    result of all branches.  With `keeps_outs` the forward keeps them; otherwise the backward computes them again.
+    Attributes:
+        kernel: computes the blocks.
+        route: the blocks on this rank's keys, and the rounds.
+        options: the options of all pairs.
+        branch_outs: the number of branches whose separate outs the backward takes, for "detached"; 0 where it takes the
+            out of all branches together.
+        saves_outs: whether the forward saves these outs; otherwise the backward computes them again.
+        remote: the KV rows on other ranks; None where all keys are on this process.
     """
 
     kernel: BlockKernel
     route: Route
     options: PairOptions
-    own_outs: int = 0
-    keeps_outs: bool = False
+    branch_outs: int = 0
+    saves_outs: bool = False
     remote: RemoteRows | None = None
 
     @property
-    def keeps_inputs(self) -> bool:
+    def saves_inputs(self) -> bool:
         return False
 
     @property
-    def _kept_outs(self) -> int:
-        return self.own_outs if self.keeps_outs else 0
+    def _saved_outs(self) -> int:
+        return self.branch_outs if self.saves_outs else 0
 
     @property
-    def kept_count(self) -> int:
-        return sum(each.keeps for each in self.route.rounds) + self._kept_outs
+    def saved_count(self) -> int:
+        return sum(step.saves_rows for step in self.route.rounds) + self._saved_outs
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Compute the attention of this rank's queries.
 
         The operator `lightning_longnet::attend` calls it once for each group of samples with equal documents.
         """
-        total, kept = self.partial(q, k, v)
-        return *finished(total, q, self.options.sinks), kept
+        total, saved = self.partial(q, k, v)
+        return *finalized(total, q, self.options.sinks), saved
 
     def partial(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Partial, list[Tensor]]:
         """Merge the blocks of this rank's queries by their lse; return the result and what the backward needs besides.
@@ -97,37 +106,37 @@ class RoundsCall(NamedTuple):
         """
         # with padding, `forward_blocks` skips segments without a key, and nothing would write their rows
         stores = self.route.writes_queries and self.options.key_padding_mask is None
-        totals = [(empty_partial if stores else initial_partial)(q, v) for _ in range(self._kept_outs or 1)]
+        totals = [(uninitialized_partial if stores else no_key_partial)(q, v) for _ in range(self._saved_outs or 1)]
         fetched = self._fetch(0, k, v)
         forward_blocks(self.kernel, self.route.own, q, self._own_keys(k, v), self.options, totals, stores)
-        kept = []
-        for i, each in enumerate(self.route.rounds):
+        saved = []
+        for i, step in enumerate(self.route.rounds):
             assert fetched is not None
-            indices, cells, pending = fetched
+            indices, kv_rows, pending = fetched
             pending.wait()
             fetched = self._fetch(i + 1, k, v)
-            keys = self._received_keys(indices, cells, k.shape[3])
+            keys = self._received_keys(indices, kv_rows, k.shape[3])
             forward_blocks(self.kernel, indices.parts, q, keys, self.options, totals)
-            if each.keeps:
-                kept.append(cells)
-            del indices, cells, keys
-        outs = [each.out for each in totals] if self._kept_outs else []
-        return merged(totals, self.options, is_kept=bool(outs)), [*kept, *outs]
+            if step.saves_rows:
+                saved.append(kv_rows)
+            del indices, kv_rows, keys
+        outs = [total.out for total in totals] if self._saved_outs else []
+        return merge_branches(totals, self.options, is_saved=bool(outs)), [*saved, *outs]
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute dq, dk and dv of this rank's tokens in the type of q.
 
         The operator `lightning_longnet::attend_backward` calls it, once for each call of `forward`.
         """
-        gradients = self.gradients(grad, q, k, v, out, lse, kept)
+        gradients = self.gradients(grad, q, k, v, out, lse, saved)
         # each accumulator is freed as soon as it is rounded
         dq, dk, dv = (gradients.pop(0).to(q.dtype) for _ in range(3))
         return dq, dk, dv
 
     def gradients(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kept: Sequence[Tensor]
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> list[Tensor]:
         """Return dq, dk and dv of this rank's tokens as they were accumulated, in float32 or float64.
 
@@ -142,39 +151,41 @@ class RoundsCall(NamedTuple):
             (torch.empty_like if written else torch.zeros_like)(x, dtype=wide, memory_format=torch.contiguous_format)
             for x, written in ((q, stores), (k, stores_keys), (v, stores_keys))
         )
-        keeping = sum(each.keeps for each in rounds)  # the rows that the forward kept come before its partials
-        outs, lse = list(kept[keeping:]) or [out], backward_lse(lse)
+        saved_rounds = sum(
+            step.saves_rows for step in rounds
+        )  # the rows that the forward saved come before its partials
+        outs, lse = list(saved[saved_rounds:]) or [out], backward_lse(lse)
         pending_gradients: list[Callable[[], None]] = []
 
-        def backward_round(i: int, indices: RoundIndices, cells: Tensor) -> None:
-            dcells = torch.zeros_like(cells, dtype=wide)
-            keys = self._received_keys(indices, cells, k.shape[3], dcells)
+        def backward_round(i: int, indices: RoundIndices, kv_rows: Tensor) -> None:
+            dkv_rows = torch.zeros_like(kv_rows, dtype=wide)
+            keys = self._received_keys(indices, kv_rows, k.shape[3], dkv_rows)
             inputs = BackwardInputs(grad, outs, lse)
             backward_blocks(self.kernel, indices.parts, q, keys, inputs, self.options, dq)
             if pending_gradients:
                 pending_gradients.pop()()  # at most one message of gradients is on its way
-            pending_gradients.append(self._send_gradients(rounds[i], indices, dcells, dk, dv))
+            pending_gradients.append(self._send_gradients(rounds[i], indices, dkv_rows, dk, dv))
 
-        for i in range(keeping):
-            backward_round(i, rounds[i].indices(), kept[i])
-        fetched = self._fetch(keeping, k, v)
+        for i in range(saved_rounds):
+            backward_round(i, rounds[i].indices(), saved[i])
+        fetched = self._fetch(saved_rounds, k, v)
         keys = self._own_keys(k, v, (dk, dv))
         for branch_outs, parts in self._own_parts(q, keys, v, outs):
             inputs = BackwardInputs(grad, branch_outs, lse)
             backward_blocks(self.kernel, parts, q, keys, inputs, self.options, dq, (stores, stores_keys))
-        for i in range(keeping, len(rounds)):
+        for i in range(saved_rounds, len(rounds)):
             assert fetched is not None
-            indices, cells, pending = fetched
+            indices, kv_rows, pending = fetched
             pending.wait()
             # Two ranks have two messages each way here, the keys of one step and the gradients of another.  Both must
             # send them in one order, though either may leave out steps: the keys of t + 1, then the gradients of t
             is_next = i + 1 < len(rounds) and rounds[i + 1].ring_step == rounds[i].ring_step + 1
             if is_next:
                 fetched = self._fetch(i + 1, k, v)
-            backward_round(i, indices, cells)
+            backward_round(i, indices, kv_rows)
             if not is_next:
                 fetched = self._fetch(i + 1, k, v)
-            del indices, cells
+            del indices, kv_rows
         for finish in pending_gradients:
             finish()
         return [dq, dk, dv]
@@ -187,74 +198,82 @@ class RoundsCall(NamedTuple):
         self, q: Tensor, keys: OwnKeys, v: Tensor, outs: list[Tensor]
     ) -> Iterator[tuple[list[Tensor], tuple[Part, ...]]]:
         """Yield the own parts with the outs that their gradients need, which "detached" computes again here."""
-        if not self.own_outs or self._kept_outs:
+        if not self.branch_outs or self._saved_outs:
             yield outs, self.route.own
             return
         for _, group in groupby(self.route.own, key=lambda part: part.branch):
             parts = tuple(group)
-            branch = initial_partial(q, v)
+            branch = no_key_partial(q, v)
             forward_blocks(self.kernel, parts, q, keys, self.options, [branch])
             if self.options.null_keys is not None:
                 self.options.null_keys.add_to(branch, parts[0].branch)
             yield [branch.out], parts
 
     def _fetch(self, i: int, k: Tensor, v: Tensor) -> tuple[RoundIndices, Tensor, Pending] | None:
-        """Start round `i`, if there is one: its rows (cells, B, D + Dv) are there once its messages were waited for."""
+        """Start the messages of round `i`; return None if there is no such round.
+
+        The keys and values of the R received KV rows, (R, B, D + Dv), are valid once the messages were waited for.
+        """
         if i >= len(self.route.rounds):
             return None
         assert self.remote is not None
-        each = self.route.rounds[i]
-        indices = each.indices()
+        step = self.route.rounds[i]
+        indices = step.indices()
         batch, _, _, width = k.shape
         flat_k, flat_v = (x.flatten(1, 2) for x in (k, v))
         send = {}
-        for peer, cells in indices.send.items():
-            rows = cells.to(k.device, torch.long)
-            send[peer] = torch.cat((flat_k[:, rows], flat_v[:, rows]), -1).transpose(0, 1).contiguous()
-        counts = [len(cells) for cells in indices.receive.values()]
+        for peer, peer_rows in indices.send.items():
+            index = peer_rows.to(k.device, torch.long)
+            send[peer] = torch.cat((flat_k[:, index], flat_v[:, index]), -1).transpose(0, 1).contiguous()
+        counts = [len(peer_rows) for peer_rows in indices.receive.values()]
         received = k.new_empty((sum(counts), batch, width + v.shape[3]))
         pieces = dict(zip(indices.receive, received.split(counts), strict=True))
-        pending = self.remote.comm.exchange(send, pieces, self.remote.message, f"keys and values{_step(each)}")
+        pending = self.remote.comm.exchange(send, pieces, self.remote.message, f"keys and values{_step_text(step)}")
         return indices, received, pending
 
     def _send_gradients(
-        self, each: Round, indices: RoundIndices, dcells: Tensor, dk: Tensor, dv: Tensor
+        self, step: Round, indices: RoundIndices, dkv_rows: Tensor, dk: Tensor, dv: Tensor
     ) -> Callable[[], None]:
         """Send dK and dV of a round's keys to the ranks that own them.
 
         Returns a function that waits for the dK and dV of this rank's own keys and adds them to dk and dv.
         """
         assert self.remote is not None
-        send = dict(zip(indices.receive, dcells.split([len(c) for c in indices.receive.values()]), strict=True))
-        back = {peer: dcells.new_empty((len(cells), *dcells.shape[1:])) for peer, cells in indices.send.items()}
-        pending = self.remote.comm.exchange(send, back, self.remote.message, f"gradients{_step(each)}")
+        send = dict(zip(indices.receive, dkv_rows.split([len(c) for c in indices.receive.values()]), strict=True))
+        back = {
+            peer: dkv_rows.new_empty((len(peer_rows), *dkv_rows.shape[1:])) for peer, peer_rows in indices.send.items()
+        }
+        pending = self.remote.comm.exchange(send, back, self.remote.message, f"gradients{_step_text(step)}")
 
         def finish() -> None:
             pending.wait()
             for peer, gradients in back.items():
-                rows = indices.send[peer].to(dk.device, torch.long)
+                index = indices.send[peer].to(dk.device, torch.long)
                 parts = gradients.transpose(0, 1).split((dk.shape[3], dv.shape[3]), -1)
                 for total, part in zip((dk, dv), parts, strict=True):
-                    total.flatten(1, 2).index_add_(1, rows, part)
+                    total.flatten(1, 2).index_add_(1, index, part)
 
         return finish
 
     def _received_keys(
-        self, indices: RoundIndices, cells: Tensor, width: int, gradients: Tensor | None = None
+        self, indices: RoundIndices, kv_rows: Tensor, width: int, gradients: Tensor | None = None
     ) -> ReceivedKeys:
-        """Return the keys and values of a round with their padding, the words of dropout and their tokens."""
+        """Return the received KV rows (R, B, D + Dv) with their padding, dropout words and tokens; D is `width`."""
         assert self.remote is not None
         padding = words = tokens = None
         dropout, hides_later = self.options.dropout, self.options.hides_later
         if self.options.key_padding_mask is not None or dropout is not None or hides_later:
             heads = self.route.kv_heads
-            rows = [self.remote.tokens(peer)[peer_cells // heads] for peer, peer_cells in indices.receive.items()]
-            tokens = (torch.cat(rows) if rows else torch.empty(0, dtype=torch.long)).to(cells.device)
+            parts = [self.remote.tokens(peer)[peer_rows // heads] for peer, peer_rows in indices.receive.items()]
+            tokens = (torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)).to(kv_rows.device)
             padding = self.remote.padding_of(tokens)
             words = None if dropout is None else dropout.key_words(tokens)
-        return ReceivedKeys(cells, width, padding, words, tokens if hides_later else None, gradients)
+        return ReceivedKeys(kv_rows, width, padding, words, tokens if hides_later else None, gradients)
 
 
-def _step(each: Round) -> str:
-    """Name a ring step as both sides do; a round's number differs, since ranks leave out rounds that bring nothing."""
-    return f" of turn {each.ring_step}" if each.ring_step else ""
+def _step_text(step: Round) -> str:
+    """Return the ring step for the description of a message: both sides must give the same one.
+
+    The number of a round would differ between ranks, since each leaves out the rounds in which it has no message.
+    """
+    return f" of ring step {step.ring_step}" if step.ring_step else ""

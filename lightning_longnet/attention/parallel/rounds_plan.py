@@ -10,7 +10,7 @@ import torch
 
 from lightning_longnet.attention.parallel.exchange import ExchangePlan, RankWork, RoundWork, Volume
 from lightning_longnet.attention.parallel.lines import LinesCall
-from lightning_longnet.attention.parallel.reordering import RankOrder, row_trade
+from lightning_longnet.attention.parallel.reordering import RankOrder, row_exchange
 from lightning_longnet.attention.parallel.rounds import RemoteRows, RoundsCall
 from lightning_longnet.attention.parallel.routes import rank_blocks, route
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
-    from lightning_longnet.attention.parallel.reordering import RowTrade
+    from lightning_longnet.attention.parallel.reordering import RowExchange
     from lightning_longnet.attention.parallel.routes import Layout, PeerBlocks
     from lightning_longnet.attention.parallel.shard import SequenceShard
     from lightning_longnet.attention.pattern.lines import Line
@@ -44,21 +44,21 @@ class RoundsPlan(ExchangePlan):
         return tuple(Volume(*(b - a for a, b in zip(*pair, strict=True))) for pair in pairwise(totals))
 
     def work(self, rank: int, weighted_segments: int = 0) -> RankWork:
-        found = route(self.layout._replace(weighted_segments=weighted_segments), rank, self.exchanges)
+        own_route = route(self.layout._replace(weighted_segments=weighted_segments), rank, self.exchanges)
         rounds = (
             RoundWork(
-                {source: blocks.cell_count() for source, blocks in each.receives.items()},
-                tuple(part for blocks in each.receives.values() for part in blocks.parts),
-                each.keeps,
+                {source: blocks.kv_row_count() for source, blocks in round_.receives.items()},
+                tuple(part for blocks in round_.receives.values() for part in blocks.parts),
+                round_.saves_rows,
             )
-            for each in found.rounds
+            for round_ in own_route.rounds
         )
-        return RankWork(found.own, tuple(rounds))
+        return RankWork(own_route.own, tuple(rounds))
 
     def footprint(self, rank: int) -> RoundsFootprint:
-        rounds = [(sum(each.received.values()), each.keeps) for each in self.work(rank).rounds]
-        kept = sum(cells for cells, keeps in rounds if keeps)
-        return RoundsFootprint(kept, max((cells for cells, keeps in rounds if not keeps), default=0))
+        rounds = [(sum(r.received.values()), r.saves_rows) for r in self.work(rank).rounds]
+        saved = sum(rows for rows, is_saved in rounds if is_saved)
+        return RoundsFootprint(saved, max((rows for rows, is_saved in rounds if not is_saved), default=0))
 
     def call(self, call: RankCall) -> RoundsCall | LinesCall:
         first, *others = call.by_line()
@@ -66,10 +66,10 @@ class RoundsPlan(ExchangePlan):
         if not others:
             return own
         lines = []
-        for each in others:
-            key = "order", *each.key, first.line.pattern
-            trade = call.shard.cached(key, partial(_line_trade, first.line, each.line, call.shard))
-            lines.append((RankOrder(call.shard.comm, each.message, trade), self._line_call(each)))
+        for other in others:
+            key = "order", *other.key, first.line.pattern
+            rows = call.shard.cached(key, partial(_line_exchange, first.line, other.line, call.shard))
+            lines.append((RankOrder(call.shard.comm, other.message, rows), self._line_call(other)))
         return LinesCall(own, tuple(lines))
 
     def _line_call(self, call: RankCall) -> RoundsCall:
@@ -83,43 +83,43 @@ class RoundsPlan(ExchangePlan):
             return call.tokens_at(shard.tokens(peer))
 
         options = call.pair_options(layout, shard.tokens())
-        remote = RemoteRows(shard.comm, call.message, tokens_of, partial(shard.padding_of, rows=call.rows))
+        remote = RemoteRows(shard.comm, call.message, tokens_of, partial(shard.padding_of, samples=call.samples))
         # to compute the results of branches again in the backward would cost messages
-        return RoundsCall(call.kernel, own_route, options, call.own_outs, keeps_outs=True, remote=remote)
+        return RoundsCall(call.kernel, own_route, options, call.branch_outs, saves_outs=True, remote=remote)
 
 
-def _line_trade(source: Line, target: Line, shard: SequenceShard) -> RowTrade:
+def _line_exchange(source: Line, target: Line, shard: SequenceShard) -> RowExchange:
     order, _ = target.order_from(source)
-    return row_trade(order, shard)
+    return row_exchange(order, shard)
 
 
 class RoundsFootprint(NamedTuple):
-    """The cells that are kept until the backward, and those of the largest round that is not."""
+    """The KV rows that are saved until the backward, and those of the largest round that is not."""
 
-    kept_cells: int
-    round_cells: int
+    saved_rows: int
+    round_rows: int
 
     @property
-    def keeps_inputs(self) -> bool:
+    def saves_inputs(self) -> bool:
         return False
 
-    def kept(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
+    def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
-        kept = []
-        if self.kept_cells:
-            kept.append(k.new_empty((self.kept_cells, k.shape[0], k.shape[3] + v.shape[3])))
+        saved = []
+        if self.saved_rows:
+            saved.append(k.new_empty((self.saved_rows, k.shape[0], k.shape[3] + v.shape[3])))
         if spec.partials > 1:
-            kept += [q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide) for _ in range(spec.partials)]
-        return kept
+            saved += [q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide) for _ in range(spec.partials)]
+        return saved
 
-    def cells(self, layers: int) -> int:
-        return layers * self.kept_cells + self.round_cells
+    def kv_rows(self, layers: int) -> int:
+        return layers * self.saved_rows + self.round_rows
 
     def in_flight_bytes(self, q: Tensor, k: Tensor, v: Tensor, *, is_backward: bool) -> int:
         wide = torch.promote_types(q.dtype, torch.float32).itemsize
-        cell = q.shape[0] * (k.shape[3] + v.shape[3])
-        narrow = (2 * self.round_cells + (0 if is_backward else self.kept_cells)) * q.element_size()
-        return cell * (narrow + (2 * (self.kept_cells + self.round_cells) * wide if is_backward else 0))
+        row_elements = q.shape[0] * (k.shape[3] + v.shape[3])
+        narrow = (2 * self.round_rows + (0 if is_backward else self.saved_rows)) * q.element_size()
+        return row_elements * (narrow + (2 * (self.saved_rows + self.round_rows) * wide if is_backward else 0))
 
 
 def rounds_volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, sizes: Sizes) -> list[Volume]:
@@ -132,7 +132,7 @@ def rounds_volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, s
     totals = [[0, 0, 0, 0] for _ in ways]
     between = rank_blocks(layout)
     for peer in between.neighbours(rank):
-        received, sent = (_cell_counts(between.blocks(*ends), branches) for ends in ((rank, peer), (peer, rank)))
+        received, sent = (_kv_row_counts(between.blocks(*ends), branches) for ends in ((rank, peer), (peer, rank)))
         for total, group in zip(totals, groups, strict=True):
             for members, fetches in zip(group, (1, 2), strict=True):
                 gradients = received[members] * sizes.wide_itemsize
@@ -143,12 +143,12 @@ def rounds_volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, s
     return [Volume(*total) for total in totals]
 
 
-def _cell_counts(blocks: PeerBlocks, groups: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
-    """Return how many cells each group of branches needs together; the groups come in the order of their size."""
+def _kv_row_counts(blocks: PeerBlocks, groups: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
+    """Return how many KV rows each group of branches needs together; the groups come in the order of their size."""
     if not blocks.parts:
         return dict.fromkeys(groups, 0)
     if blocks.is_sparse:
-        return {group: len(blocks.listed(group)) for group in groups}
+        return {group: len(blocks.kv_rows_without_mask(group)) for group in groups}
     none = torch.zeros((), dtype=torch.bool)
     single = {branch: blocks.mask((branch,)) for branch in {part.branch for part in blocks.parts}}
     masks: dict[tuple[int, ...], torch.Tensor] = {(): none}

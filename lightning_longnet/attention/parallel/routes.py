@@ -1,7 +1,8 @@
 """The blocks and rows that travel between two ranks: a pure function of the plan and the placement.
 
-A cell is a row of one key head, `row * kv_heads + head` in the rows of the rank that holds it.  The cells that a rank
-needs of another are a sorted set that both work out, so nobody asks and no row travels twice in an exchange.
+A KV row is the key and the value of one token in one key head.  Its index on the rank that holds it is
+`row * kv_heads + head`, where `row` is the local index of the token.  Both ranks compute the sorted indices of the KV
+rows that one needs of the other, so no rank asks for them, and no row is sent twice in an exchange.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ import torch
 from lightning_longnet.attention.parallel.shares import shares
 from lightning_longnet.attention.plan.block import Part
 from lightning_longnet.attention.plan.blocks import plan
-from lightning_longnet.attention.plan.gathering import gathered
+from lightning_longnet.attention.plan.paged_keys import merge_stacks
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from torch import Tensor
 
-    from lightning_longnet.attention.parallel.placement import Placement, Stretch
+    from lightning_longnet.attention.parallel.placement import Chunk, Placement
     from lightning_longnet.attention.pattern.branch import Branch
     from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.attention.plan.lattice import Lattice
 
-# A list of cells is faster than a mask of all where fewer than one in so many are needed
+# A list of KV rows is faster than a mask of all where fewer than one in this many are needed
 SPARSE = 16
 
 
@@ -60,7 +61,7 @@ class PeerBlocks(NamedTuple):
     kv_heads: int
 
     def mask(self, branches: Collection[int] | None = None) -> Tensor:
-        """Return which cells of the other rank are needed, by some branches or by all."""
+        """Return a mask of the needed KV rows, (tokens * kv_heads,), for some branches or for all."""
         needed = torch.zeros((1, self.tokens, self.kv_heads, 1), dtype=torch.bool)
         true = torch.ones((), dtype=torch.bool)
         for part in self.parts:
@@ -68,32 +69,38 @@ class PeerBlocks(NamedTuple):
                 part.block.keys.write(needed, true)
         return needed.flatten()
 
-    def cells(self) -> Tensor:
-        """Return the needed cells in ascending order."""
-        return _cells(self.mask())
+    def kv_rows(self) -> Tensor:
+        """Return the indices of the needed KV rows, (R,), ascending, int32."""
+        return _kv_rows(self.mask())
 
     @property
     def is_sparse(self) -> bool:
-        """Whether so few cells are needed that a list of them is smaller than a mask of all."""
+        """Whether so few KV rows are needed that a list of them is smaller than a mask of all."""
         return SPARSE * sum(part.block.keys.size for part in self.parts) < self.tokens * self.kv_heads
 
-    def listed(self, branches: Collection[int] | None = None) -> Tensor:
-        """Return the needed cells in ascending order without building a mask of all."""
-        cells = [torch.empty(0, dtype=torch.long)]
+    def kv_rows_without_mask(self, branches: Collection[int] | None = None) -> Tensor:
+        """Return the same indices as int64 without a mask of all KV rows; `branches` selects some branches."""
+        indices = [torch.empty(0, dtype=torch.long)]
         for part in self.parts:
             if branches is None or part.branch in branches:
                 rows, heads = part.block.keys.indices(torch.device("cpu"))
-                cells.append((rows * self.kv_heads + heads).flatten())
-        unique: Tensor = torch.cat(cells).unique()
+                indices.append((rows * self.kv_heads + heads).flatten())
+        unique: Tensor = torch.cat(indices).unique()
         return unique
 
-    def cell_count(self) -> int:
-        """Return how many cells are needed."""
-        return len(self.listed()) if self.is_sparse else int(self.mask().sum())
+    def kv_row_count(self) -> int:
+        """Return the number of needed KV rows."""
+        return len(self.kv_rows_without_mask()) if self.is_sparse else int(self.mask().sum())
 
 
 class RoundIndices(NamedTuple):
-    """The cells that this rank sends to each rank and receives from each, and the parts to compute with the latter."""
+    """The indices of the KV rows of one round, and the parts that are computed with the received ones.
+
+    Attributes:
+        send: for each other rank the indices of this rank's KV rows that it needs, (R,), ascending.
+        receive: for each other rank the indices, on that rank, of the KV rows that this rank needs, (R,), ascending.
+        parts: the parts, with the index of each key among all received KV rows.
+    """
 
     send: dict[int, Tensor]
     receive: dict[int, Tensor]
@@ -107,14 +114,14 @@ class Round:
     Attributes:
         sends: for each rank the blocks that it computes with this rank's keys.
         receives: for each rank the blocks that this rank computes with its keys.
-        keeps: whether received rows are kept for the backward, which otherwise fetches them again.
+        saves_rows: whether received rows are saved for the backward, which otherwise fetches them again.
         ring_step: in step t of a ring a rank receives from the rank t places before it and sends to the one t places
             after it; 0 for a gather.
     """
 
     sends: dict[int, PeerBlocks]
     receives: dict[int, PeerBlocks]
-    keeps: bool
+    saves_rows: bool
     ring_step: int
 
     def indices(self) -> RoundIndices:
@@ -123,24 +130,25 @@ class Round:
         They are cached for a gather, which keeps the rows as well; those of all rounds of a ring would be as many as
         the tokens of a whole sequence.
         """
-        return self._cached_indices if self.keeps else self._indices()
+        return self._cached_indices if self.saves_rows else self._indices()
 
     @cached_property
     def _cached_indices(self) -> RoundIndices:
         return self._indices()
 
     def _indices(self) -> RoundIndices:
+        """Compute the indices; see `indices`."""
         receive, parts, first = {}, [], 0
         for rank, blocks in self.receives.items():
             mask = blocks.mask()
-            receive[rank] = _cells(mask)
-            # the place of each needed cell among all that this round receives
+            receive[rank] = _kv_rows(mask)
+            # the index of each needed KV row among all that this round receives, (1, tokens, kv_heads, 1)
             places = (mask.cumsum(0) + (first - 1)).view(1, blocks.tokens, blocks.kv_heads, 1)
-            for part in gathered_parts(blocks.parts):
-                parts.append(part._replace(cells=part.block.keys.read(places)[0, ..., 0].clone()))
+            for part in merge_parts(blocks.parts):
+                parts.append(part._replace(kv_index=part.block.keys.read(places)[0, ..., 0].clone()))
             first += len(receive[rank])
-        parts.sort(key=lambda part: part.branch)
-        return RoundIndices({rank: blocks.cells() for rank, blocks in self.sends.items()}, receive, tuple(parts))
+        parts.sort(key=lambda part: part.branch)  # dropout computes its words once for each run of one branch
+        return RoundIndices({rank: blocks.kv_rows() for rank, blocks in self.sends.items()}, receive, tuple(parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,11 +173,12 @@ def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
     between, ranks = rank_blocks(layout), layout.placement.ranks
     peers = between.neighbours(rank)
     rounds = [_round(between, rank, peers, peers, gathers)] if gathers else []
+    # only the steps in which this rank receives from or sends to a rank that a segment, document or window spans to
     for step in sorted({(rank - r) % ranks for r in peers} | {(r - rank) % ranks for r in peers}) if rings else ():
         before, after = (rank - step) % ranks, (rank + step) % ranks
         rounds.append(_round(between, rank, [before], [after], rings, step))
-    own = gathered_parts(between.blocks(rank, rank).parts)
-    return Route(own, tuple(each for each in rounds if each.sends or each.receives), layout.kv_heads)
+    own = merge_parts(between.blocks(rank, rank).parts)
+    return Route(own, tuple(r for r in rounds if r.sends or r.receives), layout.kv_heads)
 
 
 def _round(
@@ -178,7 +187,7 @@ def _round(
     """Return the round in which a rank receives from `sources` and sends to `targets`, without idle ranks."""
     receives = {r: blocks for r in sources if (blocks := between.blocks(rank, r, branches)).parts}
     sends = {r: blocks for r in targets if (blocks := between.blocks(r, rank, branches)).parts}
-    return Round(sends, receives, keeps=step == 0, ring_step=step)
+    return Round(sends, receives, saves_rows=step == 0, ring_step=step)
 
 
 @lru_cache(8)
@@ -203,12 +212,13 @@ class RankBlocks:
     def blocks(self, rank: int, source: int, branches: Collection[int] | None = None) -> PeerBlocks:
         """Return the blocks of a rank's queries against the keys of `source`."""
         if (rank, source) not in self._parts:
-            stretches = self.layout.placement.stretches
+            chunks = self.layout.placement.chunks
+            # blocks with queries here and keys there are few of all: the rest is not tried
             self._parts[rank, source] = tuple(
                 Part(branch, share)
                 for branch, block in (self._blocks[n] for n in sorted(self._of(rank, 0) & self._of(source, 1)))
-                for queries in stretches(rank)
-                for keys in stretches(source)
+                for queries in chunks(rank)
+                for keys in chunks(source)
                 for share in shares(block, queries, keys)
             )
         parts = self._parts[rank, source]
@@ -221,51 +231,52 @@ class RankBlocks:
         if (rank, side) not in self._touching:
             begins, ends = self._extents[:, side].unbind(1)
             numbers: set[int] = set()
-            for stretch in self.layout.placement.stretches(rank):
-                numbers.update(((begins < stretch.end) & (ends > stretch.begin)).nonzero().flatten().tolist())
+            for chunk in self.layout.placement.chunks(rank):
+                numbers.update(((begins < chunk.end) & (ends > chunk.begin)).nonzero().flatten().tolist())
             self._touching[rank, side] = numbers
         return self._touching[rank, side]
 
     def is_local(self) -> bool:
-        """Return whether every query finds all its keys on its own rank."""
+        """Return whether the keys of each query are on the rank of the query."""
         ranks = range(self.layout.placement.ranks)
         return not any(self.blocks(rank, source).parts for rank in ranks for source in self.neighbours(rank))
 
     def neighbours(self, rank: int) -> list[int]:
         """Return the ranks that a document, a segment or a window may span to: a few of thousands."""
         ranks: set[int] = set()
-        for stretch in self.layout.placement.stretches(rank):
-            reaches = [self._reach(stretch, branch) for branch in self.layout.pattern.branches]
+        for chunk in self.layout.placement.chunks(rank):
+            reaches = [self._reach(chunk, branch) for branch in self.layout.pattern.branches]
             ranks |= self.layout.placement.holders(min(a for a, _ in reaches), max(b for _, b in reaches))
         return sorted(ranks - {rank})
 
     def traffic(self, rank: int) -> tuple[float, float]:
-        """Estimate how many rows a rank receives and sends from how far its segments and documents span."""
+        """Return an estimate of (received, sent) token rows of a rank, from how far its segments and documents span."""
         before = after = 0.0
-        for stretch in self.layout.placement.stretches(rank):
+        for chunk in self.layout.placement.chunks(rank):
             for branch in self.layout.pattern.branches:
-                begin, end = self._reach(stretch, branch)
-                before += (stretch.begin - begin) / branch.dilation_rate
-                after += (end - stretch.end) / branch.dilation_rate
+                begin, end = self._reach(chunk, branch)
+                before += (chunk.begin - begin) / branch.dilation_rate
+                after += (end - chunk.end) / branch.dilation_rate
+        # under a causal mask the keys of earlier tokens are received, and keys are sent to later tokens only
         return (before, after) if self.layout.pattern.is_causal else (before + after, before + after)
 
-    def _reach(self, stretch: Stretch, branch: Branch) -> tuple[int, int]:
+    def _reach(self, chunk: Chunk, branch: Branch) -> tuple[int, int]:
         """Return the tokens, from begin to end, that a branch may show to these tokens or these tokens to it."""
         cuts = self.layout.cuts
-        first, last = (bisect_right(cuts, token) - 1 for token in (stretch.begin, stretch.end - 1))
+        first, last = (bisect_right(cuts, token) - 1 for token in (chunk.begin, chunk.end - 1))
         begin, end = cuts[first], cuts[last + 1]
         if branch.segment_length is not None:
             width = branch.segment_length
-            begin += (stretch.begin - begin) // width * width
-            end = min(end, cuts[last] + ((stretch.end - 1 - cuts[last]) // width + 1) * width)
+            begin += (chunk.begin - begin) // width * width
+            end = min(end, cuts[last] + ((chunk.end - 1 - cuts[last]) // width + 1) * width)
         if branch.window is not None:
-            begin = max(begin, stretch.begin - branch.window + 1)
-            end = min(end, stretch.end + branch.window - 1)
+            begin = max(begin, chunk.begin - branch.window + 1)
+            end = min(end, chunk.end + branch.window - 1)
         return begin, end
 
 
 def is_local(layout: Layout) -> bool:
-    """Return whether every query finds all its keys on its own rank."""
+    """Return whether the keys of each query are on the rank of the query."""
     return rank_blocks(layout).is_local()
 
 
@@ -278,24 +289,25 @@ def head_parts(layout: Layout, kv_heads: range) -> tuple[Part, ...]:
             queries, keys = block.queries, block.keys
             members = [a for a in range(keys.heads) if keys.head + a * keys.head_step in kv_heads]
             if members:
-                each, first, last = queries.heads // keys.heads, members[0], members[-1] + 1
-                queries, keys = queries.diagonal(first * each, last * each), keys.diagonal(first, last)
+                per_key, first, last = queries.heads // keys.heads, members[0], members[-1] + 1
+                queries, keys = queries.diagonal(first * per_key, last * per_key), keys.diagonal(first, last)
                 queries = replace(queries, head=queries.head - kv_heads.start * group)
                 keys = replace(keys, head=keys.head - kv_heads.start)
                 parts.append(Part(branch, replace(block, queries=queries, keys=keys)))
-    return gathered_parts(parts)
+    return merge_parts(parts)
 
 
-def gathered_parts(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """Return parts in the order in which they run, kept blocks gathered into few calls."""
+def merge_parts(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Return parts in the order in which they run; those of a sparsity are merged into fewer calls (`merge_stacks`)."""
     return tuple(
         Part(branch, block)
         for branch, group in groupby(parts, key=lambda part: part.branch)
-        for block in gathered(part.block for part in group)
+        for block in merge_stacks(part.block for part in group)
     )
 
 
-def _cells(mask: Tensor) -> Tensor:
+def _kv_rows(mask: Tensor) -> Tensor:
+    """Return the indices of the KV rows in a mask, ascending."""
     return mask.nonzero().flatten().int()  # half the size of int64: it lies in memory beside the rows of a round
 
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 Exchange = Literal["auto", "local", "gather", "ring", "swap"]
 
 # How much of other ranks' keys and values "auto" lets a rank keep until the backward, as a multiple of its own
-KEPT_SHARE = 1.0
+SAVED_SHARE = 1.0
 # Of more than twice so many ranks, "auto" looks at about so many
-WATCHED = 8
+SAMPLED_RANKS = 8
 
 
 class Schedule(NamedTuple):
@@ -39,15 +39,15 @@ def exchange_plan(layout: Layout, exchanges: tuple[str, ...]) -> ExchangePlan:
     return kind(layout, exchanges)
 
 
-def watched(layout: Layout) -> list[int]:
+def busiest_ranks(layout: Layout) -> list[int]:
     """Return all ranks, or of many those that may have most to do, by how far their segments and documents span."""
     lengths, ranks = layout.placement.lengths, range(layout.placement.ranks)
-    if len(ranks) <= 2 * WATCHED:
+    if len(ranks) <= 2 * SAMPLED_RANKS:
         return list(ranks)
     traffic = [rank_blocks(layout).traffic(rank) for rank in ranks]
     keys: list[Callable[[int], float]] = [lambda r: lengths[r], lambda r: traffic[r][0], lambda r: traffic[r][1]]
     return sorted(
-        {r for key in keys for r in nlargest(WATCHED // 2, ranks, key)} | {0, len(ranks) // 2, len(ranks) - 1}
+        {r for key in keys for r in nlargest(SAMPLED_RANKS // 2, ranks, key)} | {0, len(ranks) // 2, len(ranks) - 1}
     )
 
 
@@ -75,7 +75,7 @@ def schedule(layout: Layout, exchange: str, sizes: Sizes) -> Schedule:
         return Schedule(("gather",) * branches, "nothing has to travel")
     # ranks have equal memories: what fits beside the keys of the longest rank fits beside those of a shorter one
     own = sizes.batch * (sizes.head_dim + sizes.value_dim) * sizes.itemsize * layout.kv_heads
-    allowed = KEPT_SHARE * own * max(layout.placement.lengths)
+    allowed = SAVED_SHARE * own * max(layout.placement.lengths)
     # the coarser a branch, the farther its keys: what is gathered is kept, and so the fine ones are gathered first
     ways = [("gather",) * i + ("ring",) * (branches - i) for i in range(branches, -1, -1)]
     ways += [] if swap_refusal else [("swap",) * branches]
@@ -83,7 +83,7 @@ def schedule(layout: Layout, exchange: str, sizes: Sizes) -> Schedule:
     by_rank = [
         rounds_volumes(layout, rounds, rank, sizes)
         + [exchange_plan(layout, way).volume(rank, sizes) for way in ways[len(rounds) :]]
-        for rank in watched(layout)
+        for rank in busiest_ranks(layout)
     ]
     costs = {
         way: (max(v.cost for v in volumes), max(v.kept_bytes for v in volumes))
@@ -91,19 +91,19 @@ def schedule(layout: Layout, exchange: str, sizes: Sizes) -> Schedule:
     }
     fitting = {way: cost for way, (cost, kept) in costs.items() if kept <= allowed or "gather" not in way}
     best = min(fitting, key=lambda way: (fitting[way], way.count("ring")))
-    parts = [f"{_named(best)} sends least, {fitting[best] / 2**20:.2f} MiB with the cost of its messages"]
+    parts = [f"{_ways_text(best)} sends least, {fitting[best] / 2**20:.2f} MiB with the cost of its messages"]
     for other in (("gather",) * branches, ("ring",) * branches, ("swap",) * branches):
         if other == best:
             continue
         if other not in costs:
             parts.append(f"swap is refused: {swap_refusal}")
         elif other not in fitting:
-            times = costs[other][1] / allowed * KEPT_SHARE
-            parts.append(f"{_named(other)} would keep {times:.1f} times the own keys")
+            times = costs[other][1] / allowed * SAVED_SHARE
+            parts.append(f"{_ways_text(other)} would keep {times:.1f} times the own keys")
         else:
-            parts.append(f"{_named(other)} {costs[other][0] / 2**20:.2f} MiB")
+            parts.append(f"{_ways_text(other)} {costs[other][0] / 2**20:.2f} MiB")
     return Schedule(best, "; ".join(parts))
 
 
-def _named(way: tuple[str, ...]) -> str:
+def _ways_text(way: tuple[str, ...]) -> str:
     return way[0] if len(set(way)) == 1 else " + ".join(way)

@@ -125,8 +125,8 @@ def sequence_plan(
     for rank in ranks:
         work = planned.work(rank)
         pairs.append(work.visible_pairs)
-        for each in work.rounds:
-            for source, cells in each.received.items():
-                received[rank][source] += cells * batch * 2 * head_dim * dtype.itemsize
+        for round_ in work.rounds:
+            for source, kv_rows in round_.received.items():
+                received[rank][source] += kv_rows * batch * 2 * head_dim * dtype.itemsize
     volumes = tuple(planned.volume(rank, sizes) for rank in ranks)
     return SequencePlan(layout, chosen, volumes, tuple(pairs), tuple(map(tuple, received)))

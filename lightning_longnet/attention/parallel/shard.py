@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from hashlib import sha256
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lightning_longnet.attention.parallel.comm import Comm
 from lightning_longnet.attention.parallel.placement import Kind, Placement
-from lightning_longnet.attention.plan.documents import changes, cuts_of, pieces_of, placed
+from lightning_longnet.attention.plan.documents import change_points, cuts_of, run_lengths_of, runs_on_rank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +36,20 @@ _KINDS: tuple[Kind, ...] = ("contiguous", "zigzag")
 Check = Literal["first", "always"]
 Agreement = Literal["looks a shard up", "agrees on a seed"]
 Made = TypeVar("Made")
+
+
+class _Header(NamedTuple):
+    """The integers that ranks compare or exchange when they make a shard; -1 stands for no rows and for a fault."""
+
+    length: int
+    placement: int
+    document_rows: int
+    padding_rows: int
+    checks_always: int
+    document_runs: int
+    padding_runs: int
+    threads: int
+    number: int
 
 
 class SequenceShard:
@@ -64,37 +78,44 @@ class SequenceShard:
         key_padding_mask: Tensor | None = None,
         check: Check = "first",
     ) -> None:
-        self.comm = self._connected(group)
+        self.comm = self._make_comm(group)
         self.rank = self.comm.rank
-        fault = _fault(self.rank, length, placement, documents, key_padding_mask, check)
-        pieces = [None if x is None or fault else pieces_of(x) for x in (documents, key_padding_mask)]
-        self.number = registered(self)
-        header = [
+        fault = _argument_fault(self.rank, length, placement, documents, key_padding_mask, check)
+        runs = [None if x is None or fault else run_lengths_of(x) for x in (documents, key_padding_mask)]
+        self.number = register_shard(self)
+        document_rows, padding_rows = (-1 if x is None else len(x) for x in runs)
+        document_runs, padding_runs = (0 if x is None else max(map(len, x), default=0) for x in runs)
+        header = _Header(
             0 if fault else length,
-            _KINDS.index(placement) if not fault else -1,
-            *(-1 if x is None else len(x) for x in pieces),
+            -1 if fault else _KINDS.index(placement),
+            document_rows,
+            padding_rows,
             int(check == "always"),
-            *(0 if x is None else max(map(len, x), default=0) for x in pieces),
+            document_runs,
+            padding_runs,
             torch.get_num_threads(),
             self.number,
+        )
+        headers = [
+            _Header(*values[: len(header)]) for values in self._all_gather_values([*header], "makes a shard", fault)
         ]
-        headers = self._everywhere(header, "makes a shard", fault)
-        self._agree(headers, fault)
-        self.placement = Placement(tuple(h[0] for h in headers), placement)
-        self.threads = max(h[7] for h in headers)
-        self.comm.shard = headers[0][8]  # ranks number their own shards: all use the number of the first rank
-        ids, padding = (self._shared(x, max(h[5 + i] for h in headers)) for i, x in enumerate(pieces))
+        self._check_headers(headers, fault)
+        self.placement = Placement(tuple(h.length for h in headers), placement)
+        self.threads = max(h.threads for h in headers)
+        self.comm.shard = headers[0].number  # ranks number their shards differently: all use the first rank's number
+        ids = self._whole_runs(runs[0], max(h.document_runs for h in headers))
+        padding = self._whole_runs(runs[1], max(h.padding_runs for h in headers))
         self.cuts = [(0, self.length)] if ids is None else [cuts_of(row, self.length) for row in ids]
-        self._borders = None if padding is None else [changes(row) for row in padding]
+        self._borders = None if padding is None else [change_points(row) for row in padding]
         self.key_padding_mask = key_padding_mask
         self.calls = 0
         self._check = check
         self._known: set[tuple[Any, ...]] = set()
         self._cache: dict[tuple[Any, ...], Any] = {}
-        self.keeping: dict[str, bool] = {}  # of each spec: whether its calls keep their inputs themselves
+        self.saves_inputs_of: dict[str, bool] = {}  # for each spec: see `saves_inputs`
 
     @staticmethod
-    def _connected(group: dist.ProcessGroup | None) -> Comm:
+    def _make_comm(group: dist.ProcessGroup | None) -> Comm:
         """Return the messages of this rank in a group."""
         group = dist.group.WORLD if group is None else group
         if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
@@ -117,8 +138,8 @@ class SequenceShard:
 
     def tokens(self, rank: int | None = None) -> Tensor:
         """Return the index in the whole sequence of each token of a rank, by default of this one."""
-        stretches = self.placement.stretches(self.rank if rank is None else rank)
-        parts = [torch.arange(stretch.begin, stretch.end) for stretch in stretches]
+        chunks = self.placement.chunks(self.rank if rank is None else rank)
+        parts = [torch.arange(chunk.begin, chunk.end) for chunk in chunks]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
 
     @cached_property
@@ -126,21 +147,21 @@ class SequenceShard:
         """The index of each token on this rank in its document: (L,), or (B, L) where rows have their own documents."""
         tokens = self.tokens()
         begins = [torch.tensor(cuts[:-1]) for cuts in self.cuts]
-        rows = [tokens - each[torch.searchsorted(each, tokens, right=True) - 1] for each in begins]
+        rows = [tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1] for starts in begins]
         if not rows:
             return tokens.new_empty(0, len(tokens))
         return rows[0] if len(rows) == 1 else torch.stack(rows)
 
-    def padding_of(self, tokens: Tensor, rows: slice) -> Tensor | None:
+    def padding_of(self, tokens: Tensor, samples: slice) -> Tensor | None:
         """Return (B, tokens), True where padding hides a token, whichever rank holds it; None without padding.
 
         Args:
             tokens: indices in the whole sequence.
-            rows: the samples.
+            samples: the indices of the samples.
         """
         if self._borders is None:
             return None
-        masks = [torch.searchsorted(b.to(tokens.device), tokens, right=True) % 2 == 1 for b in self._borders[rows]]
+        masks = [torch.searchsorted(b.to(tokens.device), tokens, right=True) % 2 == 1 for b in self._borders[samples]]
         return torch.stack(masks)
 
     def cached(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
@@ -150,20 +171,20 @@ class SequenceShard:
         value: Made = self._cache[key]
         return value
 
-    def keeps_inputs(self, spec: str) -> bool:
-        """Return whether calls with this spec keep q, k and v themselves, as those of other rows or heads."""
-        return self.keeping.get(spec, False)
+    def saves_inputs(self, spec: str) -> bool:
+        """Return whether calls with this spec save other inputs than q, k and v, which autograd then need not save."""
+        return self.saves_inputs_of.get(spec, False)
 
     def footprint(self, spec: AttentionSpec) -> Footprint:
-        """Return what a call takes in memory: known to the planner's shards, whose calls run on fake tensors."""
+        """Return the memory of a call on fake tensors.  Only the shards of `longnet plan` know it and override this."""
         raise NotImplementedError("attention over ranks runs on real tensors; longnet plan runs it on fake ones")
 
-    def check(self, call: Mapping[str, Any], beside: Mapping[str, Any] | None = None, fault: str = "") -> None:
+    def check(self, call: Mapping[str, Any], extra: Mapping[str, Any] | None = None, fault: str = "") -> None:
         """Begin a call and compare it with those of all ranks; a difference raises a ValueError on each that names it.
 
         Args:
             call: values by their names.  Calls with equal values are one kind, which is compared once.
-            beside: more values to compare, which make no kind of their own.
+            extra: more values to compare, which do not distinguish kinds.
             fault: an error that this rank raises itself.  The others get it where they compare, and the call counts:
                 they must not take the rank's next call for this one.
         """
@@ -172,9 +193,9 @@ class SequenceShard:
         if self._check == "first" and (kind in self._known or (fault and self._known)):
             return
         shared = {"number of the shard": self.comm.shard, "place among the calls": self.call_of(self.calls)}
-        values = {**shared, **call, **(beside or {})}
+        values = {**shared, **call, **(extra or {})}
         digests = [int.from_bytes(sha256(str(value).encode()).digest()[:7], "big") for value in values.values()]
-        everywhere = self._everywhere(digests, "compares a call", fault)
+        everywhere = self._all_gather_values(digests, "compares a call", fault)
         if fault:
             return
         for i, (name, value) in enumerate(values.items()):
@@ -192,19 +213,20 @@ class SequenceShard:
         """
         self.calls = max(self.calls, number * _CALLS)
 
-    def agree(self, verdicts: Sequence[int], fault: str = "") -> list[list[int]]:
-        """Return the verdicts of all ranks on their kernels; all of them call it together.
+    def exchange_verdicts(self, verdicts: Sequence[int], fault: str = "") -> list[list[int]]:
+        """Return the verdicts of all ranks on their kernels; all ranks call it together.
 
         A rank with a `fault` raises an error itself; the others then raise one that names the rank.
         """
-        return [theirs[: len(verdicts)] for theirs in self._everywhere(list(verdicts), "agrees on kernels", fault)]
+        everywhere = self._all_gather_values(list(verdicts), "agrees on kernels", fault)
+        return [theirs[: len(verdicts)] for theirs in everywhere]
 
-    def agreed(self, value: int, step: Agreement) -> list[int]:
-        """Return the value of each rank, a number of 64 bits; all of them call it together, for the same step."""
-        return [theirs[0] for theirs in self._everywhere([value], step, "")]
+    def exchange_value(self, value: int, step: Agreement) -> list[int]:
+        """Return the 64-bit integer of each rank; all ranks call it together, for the same step."""
+        return [theirs[0] for theirs in self._all_gather_values([value], step, "")]
 
-    def _everywhere(self, values: list[int], step: str, fault: str) -> list[list[int]]:
-        """Return the values of all ranks.
+    def _all_gather_values(self, values: list[int], step: str, fault: str) -> list[list[int]]:
+        """Return the integers of each rank, padded with zeros to equal lengths.
 
         The message names the step, so that ranks in different steps raise an error instead of reading each other's
         values.  A rank with a `fault` raises its own error afterwards; the others raise one that names the rank.
@@ -212,10 +234,10 @@ class SequenceShard:
         steps = "makes a shard", "compares a call", "agrees on kernels", *get_args(Agreement)
         padded = [steps.index(step), int(bool(fault)), *values] + [0] * (_WORDS - 2 - len(values))
         assert len(padded) == _WORDS
-        everywhere: list[list[int]] = self._gathered(torch.tensor(padded), step).tolist()
+        everywhere: list[list[int]] = self._all_gather(torch.tensor(padded), step).tolist()
         if not fault:
             if faulty := [r for r, theirs in enumerate(everywhere) if theirs[1]]:
-                raise ValueError(_elsewhere(faulty[0]))
+                raise ValueError(_other_rank_fault(faulty[0]))
             if others := [r for r, theirs in enumerate(everywhere) if theirs[0] != padded[0]]:
                 other = f"rank {self.rank} of the group {step}, rank {others[0]} {steps[everywhere[others[0]][0]]}"
                 raise ValueError(f"all ranks of a group must do the same, in one order: {other}")
@@ -224,14 +246,15 @@ class SequenceShard:
     def _texts(self, text: str) -> list[str]:
         """Return the text of each rank, cut to one length."""
         own = text.encode()[:_LETTERS].ljust(_LETTERS)
-        rows = self._gathered(torch.tensor(list(own), dtype=torch.uint8), "compares a call")
+        rows = self._all_gather(torch.tensor(list(own), dtype=torch.uint8), "compares a call")
         return [bytes(row.tolist()).decode(errors="ignore").rstrip() for row in rows]
 
-    def _gathered(self, own: Tensor, step: str) -> Tensor:
+    def _all_gather(self, own: Tensor, step: str) -> Tensor:
+        """Return (ranks, *own.shape) on the CPU; `step` names the step in errors."""
         device = "cuda" if dist.get_backend(self.comm.group) == "nccl" else "cpu"
-        return self.comm.gathered(own.to(device), step).cpu()
+        return self.comm.all_gather(own.to(device), step).cpu()
 
-    def _agree(self, headers: Sequence[Sequence[int]], fault: str) -> None:
+    def _check_headers(self, headers: Sequence[_Header], fault: str) -> None:
         """Raise the error of this rank, or one for arguments that differ between ranks, on every rank."""
         if fault:
             raise ValueError(fault)
@@ -241,41 +264,46 @@ class SequenceShard:
             ("rows of key_padding_mask", ()),
             ("check", get_args(Check)),
         )
-        for i, (name, words) in enumerate(names, 1):
+        for i, (name, labels) in enumerate(names, 1):  # the order of the fields of `_Header`
             values = [h[i] for h in headers]
             if len(set(values)) > 1:
-                shown = [words[v] if words else "none" if v < 0 else v for v in values]
+                shown = [labels[v] if labels else "none" if v < 0 else v for v in values]
                 other = next(r for r, value in enumerate(values) if value != values[0])
                 raise ValueError(
                     f"{name} must be equal on all ranks, got {shown[0]} on rank 0 and {shown[other]} on rank {other}"
                 )
 
-    def _shared(self, own: list[Tensor] | None, width: int) -> list[list[tuple[int, int]]] | None:
-        """Return for each row the runs (value, count) along the whole sequence, from each rank's part of them."""
+    def _whole_runs(self, own: list[Tensor] | None, width: int) -> list[list[tuple[int, int]]] | None:
+        """Return for each row of the batch the runs (value, count) along the whole sequence.
+
+        Args:
+            own: for each row the runs on this rank, (runs, 2).
+            width: the largest number of runs of a row on any rank.
+        """
         if own is None:
             return None
         padded = torch.zeros(len(own), width, 2, dtype=torch.int64)
         for row, runs in zip(padded, own, strict=True):
             row[: len(runs)] = runs
-        everywhere = self._gathered(padded, "shares its documents and padding")
+        everywhere = self._all_gather(padded, "shares its documents and padding")
         whole = []
         for row in range(len(own)):
-            begun: list[tuple[int, int, int]] = []
+            placed: list[tuple[int, int, int]] = []
             for rank in range(self.placement.ranks):
-                begun += placed(everywhere[rank, row].tolist(), self.placement, rank)
-            whole.append([(value, count) for _, value, count in sorted(begun)])
+                placed += runs_on_rank(everywhere[rank, row].tolist(), self.placement, rank)
+            whole.append([(value, count) for _, value, count in sorted(placed)])
         return whole
 
 
-def registered(shard: SequenceShard) -> int:
-    """Return the number by which an operator finds a shard in `SHARDS`."""
+def register_shard(shard: SequenceShard) -> int:
+    """Register a shard in `SHARDS` and return its number, which an operator takes in its place."""
     number = next(_numbers)
     SHARDS[number] = shard
     return number
 
 
 @contextmanager
-def reported(shard: SequenceShard | None) -> Iterator[None]:
+def report_errors(shard: SequenceShard | None) -> Iterator[None]:
     """Report an error of this rank to the ranks that wait for it where calls are compared, and raise it here."""
     try:
         yield
@@ -285,11 +313,11 @@ def reported(shard: SequenceShard | None) -> Iterator[None]:
         raise
 
 
-def _elsewhere(rank: int) -> str:
+def _other_rank_fault(rank: int) -> str:
     return f"rank {rank} of the group was given arguments that do not fit, or no memory: its own message says which"
 
 
-def _fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any, check: Any) -> str:
+def _argument_fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any, check: Any) -> str:
     """Return what is wrong with this rank's own arguments, or an empty text."""
     if not isinstance(length, int) or isinstance(length, bool) or length < 0:
         return f"length must be a number of tokens, at least 0, got {length!r} on rank {rank}"
@@ -304,9 +332,9 @@ def _fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any,
         if documents.dim() not in (1, 2) or documents.shape[-1] != length:
             return f"documents must be ({length},) or (batch, {length}), got {tuple(documents.shape)} on rank {rank}"
     if padding is not None:
-        wanted = f"key_padding_mask must be bools of shape (batch, {length}), got"
+        expected = f"key_padding_mask must be bools of shape (batch, {length}), got"
         if not isinstance(padding, torch.Tensor):
-            return f"{wanted} {type(padding).__name__} on rank {rank}"
+            return f"{expected} {type(padding).__name__} on rank {rank}"
         if padding.dtype != torch.bool or padding.dim() != 2 or padding.shape[1] != length:
-            return f"{wanted} {padding.dtype} of shape {tuple(padding.shape)} on rank {rank}"
+            return f"{expected} {padding.dtype} of shape {tuple(padding.shape)} on rank {rank}"
     return ""

@@ -1,7 +1,7 @@
 """Shares of a plan: the part of each block that has its queries on one rank and its keys on another.
 
 The rows of a block lie at equal distances, and so do those of them that lie between two tokens: a share is a block,
-too.  Segments with all queries in one stretch of tokens and all keys in another are taken at once.  A segment that a
+too.  Segments with all queries in one chunk of tokens and all keys in another are taken at once.  A segment that a
 border cuts is taken alone:
 
     tokens     0 1 2 3 4 5 6 7 8 9 ...        a block of segments of 4 tokens
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lightning_longnet.attention.parallel.placement import Stretch
+    from lightning_longnet.attention.parallel.placement import Chunk
     from lightning_longnet.attention.plan.block import Block
     from lightning_longnet.attention.plan.lattice import Lattice
 
@@ -36,14 +36,14 @@ class _Clip(NamedTuple):
     last_key: int
 
 
-def shares(block: Block, queries: Stretch, keys: Stretch) -> Iterator[Block]:
-    """Yield the parts of a block with queries in one stretch and keys in another, in the local rows of their ranks."""
+def shares(block: Block, queries: Chunk, keys: Chunk) -> Iterator[Block]:
+    """Yield the parts of a block with queries in one chunk and keys in another, in the local rows of their ranks."""
     count = len(block.queries.starts)
     begin, end = _touching(block.queries, queries)
     first, last = _touching(block.keys, keys)
     begin, end = max(begin, first), min(end, last)
-    # of the segments that may have rows in both stretches, begin ... end, those that lie in them as a whole
-    inner = [_inside(lattice, stretch) for lattice, stretch in ((block.queries, queries), (block.keys, keys))]
+    # of the segments that may have rows in both chunks, begin ... end, those that lie in them as a whole
+    inner = [_inside(lattice, chunk) for lattice, chunk in ((block.queries, queries), (block.keys, keys))]
     whole_begin = min(max(begin, *(a for a, _ in inner)), end)
     whole_end = max(min(end, *(b for _, b in inner)), whole_begin)
     assert 0 <= begin <= whole_begin <= whole_end <= max(end, begin) <= count or begin >= end
@@ -63,7 +63,7 @@ def shares(block: Block, queries: Stretch, keys: Stretch) -> Iterator[Block]:
         yield from _cut(block, s, queries, keys)
 
 
-def _cut(block: Block, s: int, queries: Stretch, keys: Stretch) -> Iterator[Block]:
+def _cut(block: Block, s: int, queries: Chunk, keys: Chunk) -> Iterator[Block]:
     """Yield the shares of segment `s`, of which a border cuts off rows.
 
     The heads of a diagonal have different rows, so a border may cut them at different places.  Heads that are cut at
@@ -102,7 +102,7 @@ def _cut(block: Block, s: int, queries: Stretch, keys: Stretch) -> Iterator[Bloc
         )
 
 
-def _clip(block: Block, s: int, a: int, queries: Stretch, keys: Stretch) -> _Clip | None:
+def _clip(block: Block, s: int, a: int, queries: Chunk, keys: Chunk) -> _Clip | None:
     """Return the rows of segment `s` and key head `a` that a share keeps; None if no query sees a key.
 
     Rows are dropped, too, that the mask hides: queries behind a border that see no key before it, for example.
@@ -125,23 +125,23 @@ def _clip(block: Block, s: int, a: int, queries: Stretch, keys: Stretch) -> _Cli
     return _Clip(first_query, last_query, first_key, last_key)
 
 
-def _between(lattice: Lattice, s: int, a: int, stretch: Stretch) -> tuple[int, int]:
-    """Return the rows of segment `s` and head `a` that lie in a stretch, by their places in the run, first and end."""
+def _between(lattice: Lattice, s: int, a: int, chunk: Chunk) -> tuple[int, int]:
+    """Return the rows of segment `s` and head `a` that lie in a chunk, by their places in the run, first and end."""
     row = lattice.starts[s] + a * lattice.row_shift
-    first, last = (-((row - border) // lattice.step) for border in (stretch.begin, stretch.end))
+    first, last = (-((row - border) // lattice.step) for border in (chunk.begin, chunk.end))
     return min(max(first, 0), lattice.rows), min(max(last, 0), lattice.rows)
 
 
-def _touching(lattice: Lattice, stretch: Stretch) -> tuple[int, int]:
-    """Return the segments that may have a row in a stretch, first and end."""
+def _touching(lattice: Lattice, chunk: Chunk) -> tuple[int, int]:
+    """Return the segments that may have a row in a chunk, first and end."""
     span = lattice.rows * lattice.step + (lattice.heads - 1) * lattice.row_shift
-    return bisect_left(lattice.starts, stretch.begin - span + 1), bisect_left(lattice.starts, stretch.end)
+    return bisect_left(lattice.starts, chunk.begin - span + 1), bisect_left(lattice.starts, chunk.end)
 
 
-def _inside(lattice: Lattice, stretch: Stretch) -> tuple[int, int]:
-    """Return the segments that have all rows in a stretch, first and end."""
+def _inside(lattice: Lattice, chunk: Chunk) -> tuple[int, int]:
+    """Return the segments that have all rows in a chunk, first and end."""
     last = (lattice.rows - 1) * lattice.step + (lattice.heads - 1) * lattice.row_shift
-    return bisect_left(lattice.starts, stretch.begin), bisect_left(lattice.starts, stretch.end - last)
+    return bisect_left(lattice.starts, chunk.begin), bisect_left(lattice.starts, chunk.end - last)
 
 
 def _part(lattice: Lattice, s: int, first: int, last: int, row: int, rows: int) -> Lattice:
@@ -151,7 +151,7 @@ def _part(lattice: Lattice, s: int, first: int, last: int, row: int, rows: int) 
     return replace(part, starts=range(start, start + 1), rows=rows)
 
 
-def _in_local_rows(block: Block, queries: Stretch, keys: Stretch) -> Block:
+def _in_local_rows(block: Block, queries: Chunk, keys: Chunk) -> Block:
     """Return the block with local rows of the ranks in place of rows of the whole sequence."""
     return replace(
         block,

@@ -1,4 +1,4 @@
-"""Which keys a query sees, and in which order of the tokens the pattern counts them."""
+"""Patterns: the keys that a query sees, and the order of the tokens in which a pattern counts them."""
 
 from lightning_longnet.attention.pattern.branch import Branch, HeadOffsets, Ragged
 from lightning_longnet.attention.pattern.ordering import (

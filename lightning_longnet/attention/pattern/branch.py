@@ -24,7 +24,7 @@ def _positive(name: str, value: Any) -> int:
     return index(value)
 
 
-def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise a ValueError if the value of an argument is not one of those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -63,13 +63,13 @@ class Branch:
             value = getattr(self, name)
             if value is not None or name == "dilation_rate":
                 object.__setattr__(self, name, _positive(name, value))
-        one_of("head_offsets", self.head_offsets, get_args(HeadOffsets))
-        one_of("ragged", self.ragged, get_args(Ragged))
+        check_one_of("head_offsets", self.head_offsets, get_args(HeadOffsets))
+        check_one_of("ragged", self.ragged, get_args(Ragged))
         if not isinstance(self.is_causal, bool):
             raise ValueError(f"is_causal must be True or False, got {self.is_causal!r}")
         sparsity: Any = self.sparsity
         if isinstance(sparsity, dict):
-            object.__setattr__(self, "sparsity", made(Sparsity, "sparsity", sparsity))
+            object.__setattr__(self, "sparsity", from_keywords(Sparsity, "sparsity", sparsity))
         elif sparsity is not None and not isinstance(sparsity, Sparsity):
             raise ValueError(f"sparsity must be a Sparsity or None, got {sparsity!r}")
         if self.sparsity is not None and self.window is not None:
@@ -81,7 +81,7 @@ class Branch:
             given = f"window {self.window}" if self.window is not None else f"sparsity {self.sparsity}"
             raise ValueError(
                 f"ragged must be 'exact' where there is a window or a sparsity, got 'zero_keys' and {given}: "
-                f"torchscale pads segments without either; a pattern may have both as branches of their own"
+                f"torchscale pads segments without either; a pattern may have both as separate branches"
             )
 
     def offset(self, kv_head: int, kv_heads: int) -> int:
@@ -177,9 +177,9 @@ class Branch:
         return kept_pairs
 
 
-def made(cls: type[T], name: str, keywords: Any) -> T:
+def from_keywords(cls: type[T], name: str, keywords: Any) -> T:
     """Return an instance of a dataclass from its keywords, as YAML gives them, or raise a ValueError."""
-    allowed = [each.name for each in fields(cls)]  # type: ignore[arg-type]
+    allowed = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     if not isinstance(keywords, dict) or not set(keywords) <= set(allowed):
         what = "Branches or dictionaries" if name == "branches" else f"a {cls.__name__} or a dictionary"
         raise ValueError(f"{name} must be {what} of {', '.join(allowed)}, got {keywords!r}")

@@ -56,8 +56,13 @@ class Line(NamedTuple):
         return other.places[self.tokens], self.places[other.tokens]
 
 
-class _Kind(NamedTuple):
-    """The properties that branches on one line share: their segments, or None for the curve itself."""
+class _LineKey(NamedTuple):
+    """The properties that branches on one line share.
+
+    Attributes:
+        sets: the segment length and dilation rate whose sets are sorted on the line; None for the curve itself.
+        hides_later: whether keys that come later in the sequence are hidden one by one.
+    """
 
     sets: tuple[int | None, int] | None
     hides_later: bool = False
@@ -66,7 +71,7 @@ class _Kind(NamedTuple):
 def lines_of(ordering: Ordering, cuts: tuple[int, ...], pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
     """Return the lines of a pattern over a sequence; the first one has the finest branch.
 
-    `cuts` are where documents begin, and where the last one ends: each document has a curve of its own.
+    `cuts` are where documents begin, and where the last one ends: each document has a separate curve.
     """
     if ordering == "raster":
         return (Line(pattern, tuple(range(len(pattern.branches)))),)
@@ -75,7 +80,7 @@ def lines_of(ordering: Ordering, cuts: tuple[int, ...], pattern: Pattern, device
 
 def has_masked_line(ordering: Ordering, pattern: Pattern) -> bool:
     """Return whether keys of some line are hidden one by one."""
-    return ordering != "raster" and any(kind.hides_later for kind in _kinds(pattern))
+    return ordering != "raster" and any(line_key.hides_later for line_key in _branches_by_line(pattern))
 
 
 def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
@@ -87,32 +92,33 @@ def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
             f"pattern must be causal in all of its branches or in none where ordering is {ordering!r} and multiplicity "
             "'set'; 'multiset' serves both"
         )
-    kinds = {_kind(branch) for branch in pattern.branches}
-    if len(kinds) > 1 and any(branch.sparsity is not None for branch in pattern.branches):
+    line_keys = {_line_key(branch) for branch in pattern.branches}
+    if len(line_keys) > 1 and any(branch.sparsity is not None for branch in pattern.branches):
         raise ValueError(
             f"pattern must keep all blocks of its {len(pattern.branches)} causal branches where ordering is "
-            f"{ordering!r} and multiplicity 'set': the blocks of each are counted on a line of their own; 'multiset' "
+            f"{ordering!r} and multiplicity 'set': the blocks of each are counted on a separate line; 'multiset' "
             "serves them"
         )
 
 
-def _kind(branch: Branch) -> _Kind:
+def _line_key(branch: Branch) -> _LineKey:
+    """Return the key of the line on which a branch is drawn along a curve."""
     if not branch.is_causal:
-        return _Kind(None)
+        return _LineKey(None)
     if branch.window is not None:
-        return _Kind(None, hides_later=True)
-    return _Kind((branch.segment_length, branch.dilation_rate))
+        return _LineKey(None, hides_later=True)
+    return _LineKey((branch.segment_length, branch.dilation_rate))
 
 
-def _kinds(pattern: Pattern) -> dict[_Kind, tuple[int, ...]]:
+def _branches_by_line(pattern: Pattern) -> dict[_LineKey, tuple[int, ...]]:
     """Return the lines that a pattern needs along a curve, with the branches of each."""
-    kinds: dict[_Kind, tuple[int, ...]] = {}
+    line_keys: dict[_LineKey, tuple[int, ...]] = {}
     for i, branch in enumerate(pattern.ordered()):
-        kinds[_kind(branch)] = (*kinds.get(_kind(branch), ()), i)
-    if pattern.multiplicity == "set" and len(kinds) > 1:
+        line_keys[_line_key(branch)] = (*line_keys.get(_line_key(branch), ()), i)
+    if pattern.multiplicity == "set" and len(line_keys) > 1:
         # a pair counts in the first branch that shows it, which only a line of all branches tells
-        return {_Kind(None, hides_later=True): tuple(range(len(pattern.branches)))}
-    return kinds
+        return {_LineKey(None, hides_later=True): tuple(range(len(pattern.branches)))}
+    return line_keys
 
 
 @lru_cache(64)
@@ -124,11 +130,12 @@ def _curve(length: int) -> Tensor:
 @lru_cache(32)
 @torch.inference_mode(False)  # a cached tensor made in inference mode could not be used in training
 def _curve_lines(cuts: tuple[int, ...], pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
+    """Return the lines of a pattern along a Hilbert curve through each document."""
     ordered, lines = pattern.ordered(), []
     documents = [(begin, _curve(end - begin)) for begin, end in pairwise(cuts) if begin < end]
-    for (sets, hides_later), members in _kinds(pattern).items():
+    for (sets, hides_later), members in _branches_by_line(pattern).items():
         branches = tuple(ordered[i] for i in members)
-        if hides_later:
+        if hides_later:  # the mask is by tokens, as the places of this line do not say which key is later
             branches = tuple(replace(branch, is_causal=False) for branch in branches)
         places = [begin + (curve if sets is None else sorted_sets(curve, *sets)) for begin, curve in documents]
         tokens = torch.cat(places) if places else torch.empty(0, dtype=torch.long)

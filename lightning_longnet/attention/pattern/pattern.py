@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention.pattern.branch import Branch, HeadOffsets, Ragged, made, one_of
+from lightning_longnet.attention.pattern.branch import Branch, HeadOffsets, Ragged, check_one_of, from_keywords
 from lightning_longnet.attention.pattern.sparsity import Sparsity
 
 if TYPE_CHECKING:
@@ -79,11 +79,11 @@ class Pattern:
     def __post_init__(self) -> None:
         if isinstance(self.branches, Branch) or not hasattr(self.branches, "__iter__"):
             raise ValueError(f"branches must be a sequence of Branch, got {self.branches!r}")
-        branches = tuple(b if isinstance(b, Branch) else made(Branch, "branches", b) for b in self.branches)
+        branches = tuple(b if isinstance(b, Branch) else from_keywords(Branch, "branches", b) for b in self.branches)
         if not branches:
             raise ValueError("branches must hold at least one Branch, got none")
         object.__setattr__(self, "branches", branches)
-        one_of("multiplicity", self.multiplicity, get_args(Multiplicity))
+        check_one_of("multiplicity", self.multiplicity, get_args(Multiplicity))
         if self.multiplicity == "set" and any(branch.ragged == "zero_keys" for branch in branches):
             raise ValueError(
                 "multiplicity must be 'multiset' where a branch has ragged 'zero_keys', got 'set': the padding of each "

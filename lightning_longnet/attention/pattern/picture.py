@@ -55,14 +55,14 @@ def draw_pattern(pattern: Pattern, length: int | None, heads: int | None, kv_hea
     bar = figure.colorbar(image, ax=axes, ticks=range(most + 1), shrink=0.85, pad=0.02)
     bar.set_label("times counted", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    title = " + ".join(map(_named, pattern.branches)) + (", causal" if pattern.is_causal else "")
+    title = " + ".join(map(_branch_title, pattern.branches)) + (", causal" if pattern.is_causal else "")
     if more := len(alike) - len(shown):
         title += f"   ({more} more kinds of head)"
     figure.suptitle(title, fontsize=9)
     return figure
 
 
-def _named(branch: Branch) -> str:
+def _branch_title(branch: Branch) -> str:
     """Return the short name of a branch for a title."""
     parts = []
     if branch.segment_length is not None or branch.window is None:
@@ -79,7 +79,13 @@ def _named(branch: Branch) -> str:
 def draw_ranks(
     received: tuple[tuple[int, ...], ...], pairs: tuple[int, ...], placement: str, exchanges: tuple[str, ...]
 ) -> Figure:
-    """Return a figure of the keys and values sent between ranks, and of the pairs of each rank beside their mean."""
+    """Return a figure of the keys and values sent between ranks, and of the pairs of each rank beside their mean.
+
+    Args:
+        received: the bytes that rank a receives from rank b, `received[a][b]`.
+        pairs: the number of (query, key) pairs of each rank.
+        placement, exchanges: the kind of the placement and the exchange of each branch, for the titles.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:
@@ -111,7 +117,7 @@ def draw_ranks(
     title = "nothing travels" if not any(map(any, mib)) else "keys and values received, forward"
     travel.set_title("tokens are traded for heads" if "swap" in exchanges else title, fontsize=10)
     mean = sum(pairs) / ranks
-    work.bar(range(ranks), [each / mean if mean else 0 for each in pairs], color="#b3321f", width=0.7)
+    work.bar(range(ranks), [count / mean if mean else 0 for count in pairs], color="#b3321f", width=0.7)
     work.axhline(1, color="#555555", linewidth=1, linestyle="--")
     work.set(xlabel="rank", ylabel="pairs computed, of the mean", ylim=(0, None))
     work.set_title(f"{placement}, {' + '.join(dict.fromkeys(exchanges))}", fontsize=10)

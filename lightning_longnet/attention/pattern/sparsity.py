@@ -55,7 +55,7 @@ class Sparsity:
     def __post_init__(self) -> None:
         if self.kind not in get_args(BlockKind):
             raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(BlockKind)))}, got {self.kind!r}")
-        object.__setattr__(self, "block_size", _count("block_size", self.block_size, 1))
+        object.__setattr__(self, "block_size", _checked_count("block_size", self.block_size, 1))
         ratio = self.sparsity_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
             raise ValueError(
@@ -65,7 +65,7 @@ class Sparsity:
         needs_some = self.kind == "global_local"
         if self.global_tokens is None:
             object.__setattr__(self, "global_tokens", self.block_size if needs_some else 0)
-        object.__setattr__(self, "global_tokens", _count("global_tokens", self.global_tokens, int(needs_some)))
+        object.__setattr__(self, "global_tokens", _checked_count("global_tokens", self.global_tokens, int(needs_some)))
         if not isinstance(self.varies_over_heads, bool):
             raise ValueError(f"varies_over_heads must be True or False, got {self.varies_over_heads!r}")
         if self.varies_over_heads and self.kind not in _PHASED:
@@ -164,15 +164,15 @@ def _kept(sparsity: Sparsity, blocks: int, phase: int, is_causal: bool) -> tuple
     rows = []
     for block, count in enumerate(sparsity.row_counts(blocks, is_causal)):
         chosen: set[int] = set()
-        for each in sparsity.preferred(block, block + 1 if is_causal else blocks, phase):
-            chosen.add(each)
+        for key_block in sparsity.preferred(block, block + 1 if is_causal else blocks, phase):
+            chosen.add(key_block)
             if len(chosen) == count:
                 break
         rows.append(tuple(sorted(chosen)))
     return tuple(rows)
 
 
-def _count(name: str, value: Any, least: int) -> int:
+def _checked_count(name: str, value: Any, least: int) -> int:
     """Return the value as an int, or raise a ValueError if it is not an integer of at least `least`."""
     if not hasattr(value, "__index__") or isinstance(value, bool) or not least <= index(value) < 2**63:
         raise ValueError(f"{name} must be an integer, at least {least}, got {value!r}")

@@ -53,9 +53,10 @@ class Block:
 class Part(NamedTuple):
     """A block and the index of its branch.
 
-    If its keys came from other ranks, `cells` holds their places among the received rows, (segments, heads, rows).
+    If its keys came from other ranks, `kv_index` is the index of each among the received KV rows, (segments, heads,
+    rows).
     """
 
     branch: int
     block: Block
-    cells: Tensor | None = None
+    kv_index: Tensor | None = None

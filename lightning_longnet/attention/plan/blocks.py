@@ -18,9 +18,9 @@ from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 from lightning_longnet.attention.plan.block import Block, Part
-from lightning_longnet.attention.plan.gathering import Gathered, gathered
 from lightning_longnet.attention.plan.heads import Starts, lattice_blocks, spacing
 from lightning_longnet.attention.plan.overlap import exclusive_runs, repeats_align, with_repeats
+from lightning_longnet.attention.plan.paged_keys import PagedKeys, merge_stacks
 from lightning_longnet.attention.plan.runs import own_runs, shifted
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.plan.runs import Shape
 
 # Runs of at most this many rows that are not evenly spaced are copied together for one call: on two CPU cores a copied
-# row costs about 100 ns, and a call 50 us.  A longer run is a call of its own.
+# row costs about 100 ns, and a call 50 us.  A longer run is a separate call.
 COPIED_ROWS = 512
 
 # Pairs are computed once, with a mask of weights, if their number falls to this share; the mask costs 5 to 12 % of the
@@ -61,18 +61,18 @@ class Plan:
     def queries_once(self) -> bool:
         """Whether each query is in exactly one call of the first branch, so that results are written and not added.
 
-        That holds of kept blocks with gathered keys, though a key is in several of their calls.
+        That holds for paged keys too, though a key is in several of their calls.
         """
         return self.is_partitioned or (
             all(call.queries.step == 1 and call.weight == 1 for call in self.calls[0])
             and sum(call.queries.size for call in self.calls[0]) == self.rows
-            and all(isinstance(call.keys, Gathered) for call in self.calls[0])
+            and all(isinstance(call.keys, PagedKeys) for call in self.calls[0])
         )
 
     @cached_property
     def calls(self) -> tuple[tuple[Block, ...], ...]:
-        """The blocks of each branch as one process runs them, with kept blocks gathered into few calls."""
-        return tuple(gathered(blocks) for blocks in self.branches)
+        """The blocks of each branch as one process runs them, those of a sparsity merged into fewer calls."""
+        return tuple(merge_stacks(blocks) for blocks in self.branches)
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -101,7 +101,7 @@ def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], wei
     branches = pattern.ordered()
     counts_once = pattern.multiplicity == "set"
     repeated = _plan(branches, heads, kv_heads, cuts, earlier_excluded=counts_once, repeats=False)
-    # the pairs of calls that would leave threads idle
+    # the pairs in calls of fewer segments than threads: with weights these calls would leave threads idle
     narrow = sum(block.pairs for block in repeated.branches[0] if len(block.queries.starts) < weighted_segments)
     if (
         weighted_segments
@@ -110,6 +110,7 @@ def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], wei
         and narrow <= NARROW_SHARE * sum(block.pairs for block in repeated.branches[0])
         and repeats_align(branches, kv_heads)
     ):
+        # the weights cost time in every call, so the plan with them must have clearly fewer pairs
         once = _plan(branches, heads, kv_heads, cuts, earlier_excluded=True, repeats=True)
         if once.pairs <= WEIGHTS_PAY * repeated.pairs:
             return once
@@ -140,19 +141,19 @@ def _plan(
     for i, branch in enumerate(branches):
         earlier = branches[:i] if earlier_excluded else ()
         later = branches[i + 1 :] if repeats else ()
-        # (key head, first rows) of all runs that may be one lattice
+        # for each shape, spacing of starts and owner: (key head, first rows) of all runs that may be in one lattice
         heads_by_shape: dict[tuple[Shape, tuple[int, ...], int], list[tuple[int, Starts]]] = defaultdict(list)
         # Where kept blocks differ between heads, two heads could share lattices of the blocks that both keep.  But the
-        # keys of different lattices cannot be gathered into one call, so each such head gets lattices of its own.
-        is_shared = not any(each.sparsity and each.sparsity.varies_over_heads for each in (*earlier, branch))
+        # keys of different lattices cannot be merged into one call, so each such head gets separate lattices.
+        is_shared = not any(b.sparsity and b.sparsity.varies_over_heads for b in (*earlier, branch))
         for members in _equal_heads((*earlier, branch, *later), kv_heads):
             for shape, starts in _head_runs(branch, earlier, later, members[0], kv_heads, documents):
-                owner = 0 if is_shared or shape.stack is None else members[0]
+                owner = 0 if is_shared or shape.stack is None else members[0]  # separates the lattices of heads
                 heads_by_shape[shape, spacing(starts), owner] += [(head, starts) for head in members]
         blocks = [
             block
-            for (shape, *_), placed in heads_by_shape.items()
-            for block in lattice_blocks(shape, placed, heads // kv_heads)
+            for (shape, *_), head_starts in heads_by_shape.items()
+            for block in lattice_blocks(shape, head_starts, heads // kv_heads)
         ]
         # blocks of negative weight come last, so that no sum ever falls below its final value
         planned.append(tuple(sorted(blocks, key=lambda b: -b.weight)))
@@ -205,6 +206,7 @@ def _head_runs(
         if later:
             runs = with_repeats(runs, later, kv_head, kv_heads)
         for shape, starts in runs:
+            # runs are counted from the beginning of a document: move them to each document of this length
             starts_by_shape[shape].append(
                 shifted(starts, begins[0]) if len(begins) == 1 else tuple(b + s for b in begins for s in starts)
             )
@@ -212,12 +214,12 @@ def _head_runs(
         if len(parts) == 1 and isinstance(parts[0], range):
             yield shape, parts[0]
             continue
-        if shape.stack is not None:  # gathered later: copied whatever their spacing, and alike for all heads
+        if shape.stack is not None:  # merged later: copied whatever their spacing, and alike for all heads
             yield shape, tuple(sorted(chain.from_iterable(parts)))
             continue
         scattered: list[int] = []
         for even in _progressions(sorted(chain.from_iterable(parts))):
-            # a view where that is worth a call of its own; the rest is copied together
+            # a view where that is worth a separate call; the rest is copied together
             if len(even) > 3 or shape.queries > COPIED_ROWS:
                 yield shape, even
             else:

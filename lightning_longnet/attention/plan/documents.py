@@ -1,6 +1,6 @@
 """Packed rows: an id for each token says to which document it belongs.
 
-Ranks exchange ids and padding masks in run-length form, as pieces: (value, count), one after the other.
+Ranks exchange ids and padding masks in run-length form: a sequence of (value, count).
 """
 
 from __future__ import annotations
@@ -40,32 +40,32 @@ def document_cuts(documents: Tensor | None, batch: int, length: int) -> list[tup
     return [(0, *inner, length) for inner in borders]
 
 
-def pieces_of(x: Tensor) -> list[Tensor]:
-    """Return the pieces of each row of x, (B, N) or (N,), as tensors (pieces, 2) of (value, count)."""
+def run_lengths_of(x: Tensor) -> list[Tensor]:
+    """Return the runs of each row of x, (B, N) or (N,), as tensors (runs, 2) of (value, count)."""
     rows = x if x.dim() == 2 else x[None]
     counts = [torch.unique_consecutive(row.cpu().long(), return_counts=True) for row in rows]
-    return [torch.stack(each, 1) for each in counts]
+    return [torch.stack(values_and_counts, 1) for values_and_counts in counts]
 
 
-def placed(pieces: Sequence[Sequence[int]], placement: Placement, rank: int) -> list[tuple[int, int, int]]:
-    """Return a rank's pieces as (first token in the whole sequence, value, count), cut where its stretches end."""
-    result, at, left = [], 0, [list(piece) for piece in pieces]
-    for stretch in placement.stretches(rank):
-        begin = stretch.begin
-        while begin < stretch.end:
+def runs_on_rank(runs: Sequence[Sequence[int]], placement: Placement, rank: int) -> list[tuple[int, int, int]]:
+    """Return a rank's runs as (first token in the whole sequence, value, count), cut where its chunks end."""
+    result, at, left = [], 0, [list(run) for run in runs]
+    for chunk in placement.chunks(rank):
+        begin = chunk.begin
+        while begin < chunk.end:
             value, count = left[at]
-            taken = min(count, stretch.end - begin)
+            taken = min(count, chunk.end - begin)
             result.append((begin, value, taken))
             begin += taken
             left[at][1] -= taken
-            at += left[at][1] == 0  # the next piece, once this one is used up
+            at += left[at][1] == 0  # the next run, once this one is used up
     return result
 
 
-def cuts_of(pieces: Sequence[tuple[int, int]], length: int) -> tuple[int, ...]:
-    """Return the cuts of a row of `length` tokens from the pieces of its document ids."""
+def cuts_of(runs: Sequence[tuple[int, int]], length: int) -> tuple[int, ...]:
+    """Return the cuts of a row of `length` tokens from the runs of its document ids."""
     cuts, at = [0], 0
-    for (before, times), (after, _) in pairwise(pieces):
+    for (before, times), (after, _) in pairwise(runs):
         at += times
         if after < before:
             raise ValueError(f"documents must not decrease along a row, got {before} followed by {after} at token {at}")
@@ -74,10 +74,10 @@ def cuts_of(pieces: Sequence[tuple[int, int]], length: int) -> tuple[int, ...]:
     return (*cuts, length)
 
 
-def changes(pieces: Sequence[tuple[int, int]]) -> Tensor:
-    """Return the tokens at which the value of a padding mask changes, the first of which is a change from 0."""
+def change_points(runs: Sequence[tuple[int, int]]) -> Tensor:
+    """Return the tokens at which the value of a padding mask changes; the first is a change from 0."""
     tokens, at, before = [], 0, 0
-    for value, times in pieces:
+    for value, times in runs:
         if value != before:
             tokens.append(at)
         at, before = at + times, value

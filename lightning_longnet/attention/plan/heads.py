@@ -24,18 +24,18 @@ def spacing(starts: Starts) -> tuple[int, ...]:
     return tuple(start - starts[0] for start in starts)
 
 
-def lattice_blocks(shape: Shape, placed: list[tuple[int, Starts]], group: int) -> Iterator[Block]:
+def lattice_blocks(shape: Shape, head_starts: list[tuple[int, Starts]], group: int) -> Iterator[Block]:
     """Yield the blocks of one shape over all heads, in as few lattices as one of two ways of grouping heads gives.
 
-    `placed` holds (key head, first rows), `group` is the number of query heads of a key head.  Where 6 heads begin at
-    rows 0, 1, 2, 0, 1, 2, each way gives lattices of evenly spaced heads:
+    `head_starts` holds (key head, first rows of its runs), and `group` is the number of query heads of a key head.
+    Where 6 heads begin at rows 0, 1, 2, 0, 1, 2, each way gives lattices of evenly spaced heads:
 
         by row         heads 0 3, 1 4, 2 5       head_step 3, row_shift 0
         by diagonal    heads 0 1 2, 3 4 5        head_step 1, row_shift 1: fewer, and so taken
     """
     by_row: dict[int, list[tuple[int, Starts]]] = defaultdict(list)
     by_diagonal: dict[int, list[tuple[int, Starts]]] = defaultdict(list)
-    for head, starts in sorted(placed, key=lambda item: item[0]):
+    for head, starts in sorted(head_starts, key=lambda item: item[0]):
         # the n-th head that begins at its row is on the n-th diagonal
         by_diagonal[len(by_row[starts[0]])].append((head, starts))
         by_row[starts[0]].append((head, starts))

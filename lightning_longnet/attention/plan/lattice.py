@@ -68,8 +68,8 @@ class Lattice:
         if t.stride(1) != t.shape[2] * t.stride(2):
             return t[:, rows, heads]
         # with tokens and heads flattened to one dimension the copy is twice as fast
-        cells = rows * t.shape[2] + heads
-        copy: Tensor = t.flatten(1, 2).index_select(1, cells.flatten()).unflatten(1, cells.shape)
+        flat = rows * t.shape[2] + heads
+        copy: Tensor = t.flatten(1, 2).index_select(1, flat.flatten()).unflatten(1, flat.shape)
         return copy
 
     def write(self, t: Tensor, values: Tensor) -> None:
@@ -102,7 +102,7 @@ class Lattice:
             return replace(self, starts=shifted(self.starts, by))
         return replace(self, starts=tuple(start + by for start in self.starts))
 
-    def cells(self) -> Iterator[tuple[int, int]]:
+    def elements(self) -> Iterator[tuple[int, int]]:
         """Yield the (row, head) of every element, for tests and for drawing."""
         for start in self.starts:
             for a in range(self.heads):
@@ -110,21 +110,21 @@ class Lattice:
                     yield start + a * self.row_shift + i * self.step, self.head + a * self.head_step
 
 
-def folded(at: Lattice, t: Tensor) -> Tensor:
+def fold_rows(at: Lattice, t: Tensor) -> Tensor:
     """Return the rows of a lattice in t (B, N, H, D) as kernels take them, (B * segments, heads, rows, D).
 
-    They are a view unless samples and segments have no common stride.
+    The result is a view unless samples and segments have no common stride.
     """
     return at.read(t).flatten(0, 1)
 
 
-def unfolded(at: Lattice, t: Tensor, batch: int) -> Tensor:
-    """Return the rows of a lattice as `write` takes them, (B, segments, heads, rows, D), from the form of `folded`."""
+def unfold_rows(at: Lattice, t: Tensor, batch: int) -> Tensor:
+    """Return the rows of a lattice as `write` takes them, (B, segments, heads, rows, D): the inverse of `fold_rows`."""
     rows: Tensor = t.unflatten(0, (batch, len(at.starts)))
     return rows
 
 
-def readable(x: Tensor) -> Tensor:
+def as_readable(x: Tensor) -> Tensor:
     """Return x itself if kernels can read it, else a contiguous copy.
 
     The last dimension must have stride 1 (that of a gradient of sum() has 0), and no two vectors may overlap.
@@ -133,6 +133,6 @@ def readable(x: Tensor) -> Tensor:
     return x.contiguous() if overlaps or x.stride(-1) != 1 else x
 
 
-def joined(results: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+def concat_batches(results: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Return the results of several calls as those of one batch: each tensor concatenated along dim 0."""
     return results[0] if len(results) == 1 else tuple(torch.cat(parts) for parts in zip(*results, strict=True))

@@ -82,12 +82,12 @@ def exclusive_runs(
                     start, len(queries), queries.step, relation.is_causal, relation.window, count, layer
                 )
                 continue
-            for n, each in enumerate(keys):
+            for n, key_run in enumerate(keys):
                 if relation.window is None:
-                    yield from kept_block_runs(range(1), queries, each, relation.is_causal, count, layer)
+                    yield from kept_block_runs(range(1), queries, key_run, relation.is_causal, count, layer)
                 else:
                     yield from windowed_block_runs(
-                        queries, each, relation.is_causal, relation.window, count, (layer, n)
+                        queries, key_run, relation.is_causal, relation.window, count, (layer, n)
                     )
 
 
@@ -204,7 +204,7 @@ def _intersection(a: _Relation, b: _Relation) -> _Relation:
                 common_keys = tuple(c for x in keys for y in other_keys if (c := _common_rows(x, y)))
             if common_keys:
                 runs.append((common, common_keys))
-        # the runs of a relation follow one another, so the one that ends first meets no other
+        # the runs of a relation are disjoint and ascending, so the one that ends first intersects no later one
         if queries[-1] < other_queries[-1]:
             i += 1
         else:
@@ -213,7 +213,7 @@ def _intersection(a: _Relation, b: _Relation) -> _Relation:
 
 
 def _common_rows(a: range, b: range) -> range:
-    """Return the rows that two runs have in common, by the Chinese remainder theorem."""
+    """Return the rows of both runs as a range, by the Chinese remainder theorem; `a` and `b` are ranges of rows."""
     divisor = gcd(a.step, b.step)
     distance = b.start - a.start
     if distance % divisor:

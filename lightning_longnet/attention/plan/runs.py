@@ -53,7 +53,7 @@ class Shape(NamedTuple):
         layer: runs of different layers may have rows in common, which one call must not have.
         repeats: which pairs count more than once, where a pair that several branches show is computed once.
         stack: a number if the runs are blocks of a sparsity: two runs of queries with one number are equal or disjoint,
-            so that all keys of the same queries can be gathered into one call.  None for all other runs.
+            so that all keys of the same queries can be merged into one call.  None for all other runs.
     """
 
     queries: int
@@ -100,8 +100,8 @@ def own_runs(branch: Branch, kv_head: int, kv_heads: int, length: int) -> Iterat
         if branch.sparsity is not None:
             run = range(0, rows * branch.dilation_rate, branch.dilation_rate)
             for queries, keys in kept_blocks(branch, kv_head, run):
-                for each in keys:
-                    yield from kept_block_runs(starts, queries, each, branch.is_causal)
+                for key_block in keys:
+                    yield from kept_block_runs(starts, queries, key_block, branch.is_causal)
             continue
         yield from band_runs(starts, rows, branch.dilation_rate, branch.is_causal, branch.window)
 

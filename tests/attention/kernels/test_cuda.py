@@ -132,9 +132,9 @@ def test_misaligned_rows_are_copied():
 
 def test_rows_alone_in_their_dimension_are_aligned_too():
     x = torch.empty_strided((1, 1, 3, 8), (7, 5, 8, 1)).fill_(1)
-    assert rows.loadable(x).stride()[:3] == (24, 24, 8)
+    assert rows.as_aligned(x).stride()[:3] == (24, 24, 8)
     aligned = torch.ones(2, 3, 4, 8).transpose(1, 2)
-    assert rows.loadable(aligned) is aligned
+    assert rows.as_aligned(aligned) is aligned
 
 
 def test_a_gradient_that_is_the_same_everywhere():

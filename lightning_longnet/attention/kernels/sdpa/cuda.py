@@ -42,7 +42,7 @@ _OPERATORS: tuple[_Operator, ...] = (flash, efficient)  # in the order of prefer
 
 def note(request: Request) -> str:
     """Return what this kernel runs for a call that it does not refuse."""
-    names = [each.name for each in _OPERATORS if not each.refusals(request)]
+    names = [operator.name for operator in _OPERATORS if not operator.refusals(request)]
     return f"torch's attention for CUDA: {', else '.join(names)}"
 
 
@@ -67,4 +67,4 @@ def backward(
 
 def _serving(q: Tensor, call: Call) -> _Operator:
     """Return the first operator that can compute a block."""
-    return next(each for each in _OPERATORS if each.serves(q, call))
+    return next(operator for operator in _OPERATORS if operator.serves(q, call))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_longnet.attention.kernels.call import band, weights
-from lightning_longnet.attention.kernels.rows import BATCHES, VECTOR, loadable, over_batches, repeated, summed
+from lightning_longnet.attention.kernels.rows import BATCHES, VECTOR, as_aligned, over_batches, repeat_heads, sum_groups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
     heads, rows = q.shape[1:3]
     k, v = (_visible_keys(x, q, call) for x in (k, v))
-    q, k, v = (loadable(repeated(x, heads)) for x in (q, k, v))
+    q, k, v = (as_aligned(repeat_heads(x, heads)) for x in (q, k, v))
 
     def run(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
         bias = _bias(q, k, padding, call)
@@ -71,9 +71,9 @@ def backward(
     heads, rows, key_heads, keys = *q.shape[1:3], *k.shape[1:3]
     k, v = (_visible_keys(x, q, call) for x in (k, v))
     grad, out = (x.to(q.dtype) for x in (grad, out))
-    grad, q, k, v = (loadable(repeated(x, heads)) for x in (grad, q, k, v))
+    grad, q, k, v = (as_aligned(repeat_heads(x, heads)) for x in (grad, q, k, v))
     # the operator assumes that two rows of out lie heads * D elements from one another
-    out = loadable(out.transpose(1, 2).contiguous()).transpose(1, 2)
+    out = as_aligned(out.transpose(1, 2).contiguous()).transpose(1, 2)
     lse = F.pad(lse, (0, -rows % _LSE_ROWS), value=inf).contiguous()
 
     def run(
@@ -91,7 +91,7 @@ def backward(
     limit = _limit(q, k, padding, call)
     dq, dk, dv = over_batches(run, grad, q, k, v, out, lse, _cut_padding(padding, k), limit=limit)
     # keys that no query sees were cut off: their gradients are 0
-    dk, dv = (F.pad(summed(x, key_heads), (0, 0, 0, keys - x.shape[2])) for x in (dk, dv))
+    dk, dv = (F.pad(sum_groups(x, key_heads), (0, 0, 0, keys - x.shape[2])) for x in (dk, dv))
     return dq, dk, dv
 
 
@@ -116,7 +116,7 @@ def _is_banded(call: Call) -> bool:
 
 
 def _limit(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> int:
-    """Return how many batches one call may have: fewer where each needs (heads, queries, keys) of a bias of its own."""
+    """Return how many batches one call may have: fewer where each needs a separate bias (heads, queries, keys)."""
     if padding is None or not _is_banded(call):
         return BATCHES
     return min(BATCHES, max(1, _BIAS // (padding.shape[1] * q.shape[2] * k.shape[2])))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-def load_file(
+def load_full_checkpoint(
     path: Path, module: nn.Module, optimizers: Iterable[Optimizer], strict: bool, weights_only: bool | None
 ) -> dict[str, Any]:
     """Load the weights and the optimizers' states, and return the rest of the checkpoint."""
@@ -36,7 +36,7 @@ def _by_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) ->
     which reorder parameters, as those of weight decay do, would get the moments of others.
     """
     saved = list(chain.from_iterable(group["params"] for group in state["param_groups"]))
-    if not all(isinstance(each, int) for each in saved):
+    if not all(isinstance(key, int) for key in saved):
         return state
     names = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in module.named_parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
