@@ -14,7 +14,6 @@ html_title = "lightning-longnet"
 html_baseurl = "https://lightning-longnet.readthedocs.io/en/latest/"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
-suppress_warnings = ["toc.empty_glob"]  # a glob of a table of contents may match no page
 highlight_language = "none"
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
@@ -38,6 +37,9 @@ def _as_rst(app, what, name, subject, options, lines):
     """Make the lines of a docstring valid reStructuredText: asterisks, words that follow a backtick, indented tables."""
     made = []
     for line in lines:
+        if line.lstrip().startswith(">>>"):
+            made.append(line)
+            continue
         pieces = re.split(r"(``.+?``|`[^`]+`)", line)
         pieces[::2] = [piece.replace("*", r"\*") for piece in pieces[::2]]
         text = re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", "".join(pieces))

@@ -1,4 +1,4 @@
-"""Draw the pictures of the explanations: `python docs/draw.py` writes docs/pictures/*.svg."""
+"""Draw the pictures of the pages: `python docs/draw.py` writes docs/pictures/*."""
 
 from __future__ import annotations
 
@@ -128,6 +128,8 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name, draw in PICTURES.items():
         (FOLDER / f"{name}.svg").write_text(draw())
+    pattern = Pattern.dilated(*zip(*BRANCHES, strict=True), is_causal=True)
+    pattern.plot(TOKENS, HEADS).savefig(FOLDER / "heads.png", dpi=90)
 
 
 if __name__ == "__main__":
