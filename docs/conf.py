@@ -34,7 +34,7 @@ html_theme_options = {"navigation_with_keys": True}
 
 
 def _as_rst(app, what, name, subject, options, lines):
-    """Make the lines of a docstring valid reStructuredText: asterisks, words that follow a backtick, indented tables."""
+    """Make a docstring valid reStructuredText: its asterisks, words that follow a backtick, and indented tables."""
     made = []
     for line in lines:
         if line.lstrip().startswith(">>>"):

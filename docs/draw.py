@@ -69,7 +69,10 @@ def traffic() -> str:
     """Return the keys that each of four ranks receives, of a dilated pattern and of a dense one."""
     side, parts, local = 12, [], TOKENS // RANKS
     panels = [
-        ("dilated: segments 8, 16, 32 with rates 1, 2, 4", Pattern.dilated(*zip(*BRANCHES, strict=True), is_causal=True)),
+        (
+            "dilated: segments 8, 16, 32 with rates 1, 2, 4",
+            Pattern.dilated(*zip(*BRANCHES, strict=True), is_causal=True),
+        ),
         ("dense", Pattern.dense(is_causal=True)),
     ]
     for panel, (title, pattern) in enumerate(panels):
@@ -87,7 +90,11 @@ def traffic() -> str:
             x = left + (begin + local / 2) * side
             parts.append(text(x, top + RANKS * 26 + 12, f"tokens {begin}-{begin + local - 1}", "middle", QUIET, 11))
     x, y = 70, 180
-    for colour, words in ((OWN, "own tokens"), (SHADES[1], "keys that are received"), (GRID, "keys that do not travel")):
+    for colour, words in (
+        (OWN, "own tokens"),
+        (SHADES[1], "keys that are received"),
+        (GRID, "keys that do not travel"),
+    ):
         parts += [square(x, y, 13, colour), text(x + 20, y + 11, words, colour=QUIET)]
         x += 190
     return svg(944, 208, "the keys that each rank receives from the other ranks", parts)

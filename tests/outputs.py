@@ -9,7 +9,7 @@ TOLERANCE = 0.05  # of numbers with a decimal point, which differ between machin
 
 
 def assert_shown(expected, shown):
-    """The lines of `expected` end lines of `shown`, in their order; only where it has `...` may others be between them."""
+    """Lines of `shown` end in the lines of `expected`, one after the other; other lines may be where that has `...`."""
     lines, may_skip, at = shown.splitlines(), False, 0
     for line in expected.splitlines():
         if line.strip() == "...":

@@ -206,16 +206,24 @@ def _leave_group():
 def anchors(page):
     """What GitHub and the docs site make of a page's headings."""
     text = re.sub(
-        r"^```{include} (\S+)$", lambda found: (page.parent / found[1]).read_text(), page.read_text(), flags=re.MULTILINE
+        r"^```{include} (\S+)$",
+        lambda found: (page.parent / found[1]).read_text(),
+        page.read_text(),
+        flags=re.MULTILINE,
     )
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def links(page):
+    """The targets of a page's links, and of the definitions that links refer to."""
+    return re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", (ROOT / page).read_text(), flags=re.MULTILINE)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     """Those to the docs site, too, whose pages are the files of docs."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+    for target in map("".join, links(page)):
         path, _, anchor = target.partition("#")
         if path.startswith(pages.SITE):
             name = path.removeprefix(pages.SITE)
@@ -232,9 +240,12 @@ def test_links_lead_somewhere(page):
 
 
 def test_links_of_the_readme_work_on_a_package_index():
-    targets = re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text())
+    targets = [*map("".join, links("README.md"))]
     assert [target for target in targets if not target.startswith(("https://", "#"))] == []
     assert len([target for target in targets if target.startswith(pages.SITE)]) >= 10
+    text = (ROOT / "README.md").read_text()
+    named = {key or words for words, key in re.findall(r"\[([^\]]+)\]\[([^\]]*)\]", text)}
+    assert named <= set(re.findall(r"^\[([^\]]+)\]: ", text, flags=re.MULTILINE))
 
 
 def test_the_tree_names_every_file():
