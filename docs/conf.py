@@ -1,8 +1,12 @@
 """The configuration of the docs site, which `make docs` builds into build/docs."""
 
 import re
+import sys
 import tomllib
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pages import SITE
 
 ROOT = Path(__file__).parents[1]
 _ABOUT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -11,12 +15,11 @@ project = "lightning-longnet"
 author = _ABOUT["authors"][0]["name"]
 copyright = author
 html_title = "lightning-longnet"
-html_baseurl = "https://lightning-longnet.readthedocs.io/en/latest/"
+html_baseurl = SITE
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 highlight_language = "none"
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4  # as on GitHub, so that links between pages work in both places
 
 default_role = "py:obj"  # docstrings name functions and arguments in single backticks
