@@ -7,7 +7,7 @@ GPU_PYTHON ?=
 BIN = .venv/bin
 MARK = .venv/.installed
 
-.PHONY: help train test test-long test-full lint bench bench-exchange bench-strategy bench-callbacks gpu clean
+.PHONY: help train test test-long test-full lint docs bench bench-exchange bench-strategy bench-callbacks gpu clean
 
 help:
 	@echo "make train      set up, then train a small byte-level model on this machine's CPU"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-long  the long tests, and the property tests with more cases"
 	@echo "make test-full  all tests, the matrices and soaks among them; goes on where it was stopped; FULL_ARGS, see --help"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the docs site, into build/docs; first its pictures and notebooks"
 	@echo "make bench      attention against its peers; results in benchmarks/results; BENCH_ARGS, see --help"
 	@echo "make bench-exchange   the exchanges between ranks, likewise"
 	@echo "make bench-strategy   a training step beside Lightning's own strategies"
@@ -43,6 +44,11 @@ lint: $(MARK)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(MARK)
+	$(BIN)/python docs/draw.py
+	$(BIN)/python docs/pages.py
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
 bench: $(MARK)
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[bench]'

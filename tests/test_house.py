@@ -1,9 +1,11 @@
 """The house's own laws: who may import whom, that configs load, that pages say what is so."""
 
 import ast
+import contextlib
 import csv
 import doctest
 import importlib
+import io
 import json
 import os
 import re
@@ -12,8 +14,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pages
 import pytest
 import torch
+from outputs import assert_shown
 from programs import LONGNET, programs
 
 from lightning_longnet.aliases import MOVED
@@ -159,27 +163,38 @@ def test_every_config_is_accepted_by_the_program_it_names():
         assert "segment_length: 2048" in shown or path.stem == "1b_tokens", path
 
 
-PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 
 
-def code_blocks(page):
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+def code(page):
+    """The blocks of a page that are Python, or files of Python."""
+    return [piece for piece in pages.pieces((ROOT / page).read_text()) if piece.kind in ("python", "file")]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if code_blocks(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if code(page)])
 @pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning",  # its advice
     "ignore:.*LeafSpec.*:FutureWarning",  # what it uses of torch
 )
 def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
+    """And print what the page says.  Files are saved, and run but for what they do as programs."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     names = {}
     try:
-        for block in code_blocks(page):
-            exec(compile(block, page, "exec"), names)
+        for piece in code(page):
+            shown = io.StringIO()
+            if piece.kind == "file":
+                (tmp_path / piece.name).write_text(piece.text)
+            with contextlib.redirect_stdout(shown):
+                exec(compile(piece.text, page, "exec"), names)
             _leave_group()
+            if piece.output is not None:
+                assert_shown(piece.output, shown.getvalue())
     finally:
         _leave_group()
+        for path in tmp_path.glob("*.py"):
+            sys.modules.pop(path.stem, None)
 
 
 def _leave_group():
@@ -189,19 +204,48 @@ def _leave_group():
 
 
 def anchors(page):
-    """What GitHub makes of a page's headings."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    """What GitHub and the docs site make of a page's headings."""
+    text = re.sub(
+        r"^```{include} (\S+)$",
+        lambda found: (page.parent / found[1]).read_text(),
+        page.read_text(),
+        flags=re.MULTILINE,
+    )
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page):
+    """The targets of a page's links, and of the definitions that links refer to."""
+    return re.findall(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", (ROOT / page).read_text(), flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
-        if not target.startswith("http"):
-            path, _, anchor = target.partition("#")
+    """Those to the docs site, too, whose pages are the files of docs."""
+    for target in map("".join, links(page)):
+        path, _, anchor = target.partition("#")
+        if path.startswith(pages.SITE):
+            name = path.removeprefix(pages.SITE)
+            found = ROOT / "docs" / (name.removesuffix(".html") + ".md" if name.endswith(".html") else name)
+            if name.startswith("_images/"):
+                found = ROOT / "docs" / Path(name).name
+            assert name, f"{page} links to the site without a page: {target}"
+        elif path.startswith("http"):
+            continue
+        else:
             found = (ROOT / page).parent / path if path else ROOT / page
-            assert found.exists(), f"{page} links to {target}"
-            assert not anchor or anchor in anchors(found), f"{page} links to {target}"
+        assert found.exists(), f"{page} links to {target}"
+        assert not anchor or anchor in anchors(found), f"{page} links to {target}"
+
+
+def test_links_of_the_readme_work_on_a_package_index():
+    targets = [*map("".join, links("README.md"))]
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+    assert len([target for target in targets if target.startswith(pages.SITE)]) >= 10
+    text = (ROOT / "README.md").read_text()
+    named = {key or words for words, key in re.findall(r"\[([^\]]+)\]\[([^\]]*)\]", text)}
+    assert named <= set(re.findall(r"^\[([^\]]+)\]: ", text, flags=re.MULTILINE))
 
 
 def test_the_tree_names_every_file():
