@@ -78,3 +78,11 @@ def pytest_runtest_makereport(item, call):
         report.outcome = "failed"
         report.longrepr = f"skipped, though it needs no GPU: {report.longrepr}"
     return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Show what tests recorded by `record_property("note", ...)`: on what they ran, and on what they could not."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "note":
+                terminalreporter.write_line(f"{report.nodeid}: {value}")
