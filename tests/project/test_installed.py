@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -48,38 +49,45 @@ def test_the_wheel_of_the_sdist_is_that_of_the_checkout(wheel, tmp_path):
     assert names[0] == names[1]
 
 
+@pytest.fixture
+def place(tmp_path):
+    """An empty folder, whose gigabytes do not stay as those of pytest's folders do."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.parametrize("version", HERE)
-def test_the_wheel_trains_two_steps_on_two_ranks(version, wheel, tmp_path, record_property):
+def test_the_wheel_trains_two_steps_on_two_ranks(version, wheel, place, record_property):
     assert HERE[version] is not None, f"there is no python{version} here, which LONGNET_PYTHONS requires"
-    run(HERE[version], "-m", "venv", "env", folder=tmp_path)
-    programs = tmp_path / "env/bin"
+    run(HERE[version], "-m", "venv", "env", folder=place)
+    programs = place / "env/bin"
     options = [*shlex.split(os.environ.get("PIP_ARGS", "")), "--constraint", ROOT / "constraints.txt"]
-    run(programs / "python", "-m", "pip", "install", "-q", *options, wheel, folder=tmp_path, timeout=PATIENCE)
+    run(programs / "python", "-m", "pip", "install", "-q", *options, wheel, folder=place, timeout=PATIENCE)
 
     code = (
         "import platform, torch, lightning, lightning_longnet\n"
         "print(lightning_longnet.__file__)\n"
         "print(f'Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}')"
     )
-    place, versions = run(programs / "python", "-c", code, folder=tmp_path).splitlines()
-    assert Path(place).is_relative_to(tmp_path / "env")
+    package, versions = run(programs / "python", "-c", code, folder=place).splitlines()
+    assert Path(package).is_relative_to(place / "env")
     assert versions.startswith(f"Python {version}.")
 
-    assert "all exchanges are exact" in run(programs / "longnet", "doctor", "--ranks", 2, folder=tmp_path)
-    run(programs / "longnet", "init", "first", folder=tmp_path)
+    assert "all exchanges are exact" in run(programs / "longnet", "doctor", "--ranks", 2, folder=place)
+    run(programs / "longnet", "init", "first", folder=place)
     shown = run(
         programs / "longnet",
         *("fit", "--config", "first/quickstart.yaml"),
         *("--trainer.max_steps", 2, "--trainer.val_check_interval", 2, "--trainer.limit_val_batches", 1),
         *("--trainer.log_every_n_steps", 1, "--data.init_args.tokens", 512, "--data.init_args.megabytes", 0.5),
-        folder=tmp_path,
+        folder=place,
         timeout=600,
     )
     assert "Validation: " in shown
-    (checkpoint,) = (tmp_path / "runs/quickstart/version_0").rglob("step=2.ckpt")
-    rows = (tmp_path / "runs/quickstart/version_0/metrics.csv").read_text().splitlines()
+    (checkpoint,) = (place / "runs/quickstart/version_0").rglob("step=2.ckpt")
+    rows = (place / "runs/quickstart/version_0/metrics.csv").read_text().splitlines()
     assert any("exchange/sent_bytes" in row for row in rows)
-    assert run(programs / "longnet", "generate", checkpoint, "--prompt", "def ", "--tokens", 8, folder=tmp_path)
+    assert run(programs / "longnet", "generate", checkpoint, "--prompt", "def ", "--tokens", 8, folder=place)
     record_property("note", f"ran on {versions}")
 
 
