@@ -10,6 +10,7 @@ MARK = .venv/.installed
 .PHONY: help train test test-long test-full lint docs bench bench-exchange bench-strategy bench-callbacks gpu clean
 
 help:
+	@echo "make setup      the environment .venv, which the other targets make where it is missing"
 	@echo "make train      set up, then train a small byte-level model on this machine's CPU"
 	@echo "make test       set up, then run the quick tests"
 	@echo "make test-long  the long tests, and the property tests with more cases"
@@ -27,6 +28,9 @@ $(MARK): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@
+
+.PHONY: setup
+setup: $(MARK)
 
 train: $(MARK)
 	$(BIN)/longnet fit --config configs/quickstart.yaml

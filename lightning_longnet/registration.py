@@ -30,7 +30,7 @@ NAMES = {
 def register() -> None:
     """Register the names now where Lightning's strategies are loaded, else when they are, as loading takes seconds."""
     if LIGHTNING in sys.modules:
-        _register(sys.modules[LIGHTNING])
+        register_in(sys.modules[LIGHTNING].StrategyRegistry)
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
 
@@ -42,9 +42,10 @@ def make_strategy(**arguments: Any) -> Any:
     return RingSequenceParallelStrategy(**arguments)
 
 
-def _register(strategies: ModuleType) -> None:
+def register_in(registry: Any) -> None:
+    """Register the names in the registry of Lightning's strategies."""
     for name, sharding in NAMES.items():
-        strategies.StrategyRegistry.register(
+        registry.register(
             name, make_strategy, description=f"Sequences split over ranks, {sharding}", override=True, sharding=sharding
         )
 
@@ -78,4 +79,4 @@ class _Registering(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        _register(module)
+        register_in(module.StrategyRegistry)

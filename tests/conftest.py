@@ -85,3 +85,8 @@ def pytest_terminal_summary(terminalreporter):
 
     for crash in CRASHES:
         terminalreporter.write_line(f"a worker process crashed, and its case was run again: {crash}", red=True)
+    """Show what tests recorded by `record_property("note", ...)`: on what they ran, and on what they could not."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "note":
+                terminalreporter.write_line(f"{report.nodeid}: {value}")

@@ -61,7 +61,7 @@ def run(folder, name, timeout):
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         command = [sys.executable, "-m", "pytest", str(folder / name), "-q", "--draws", "many", "--no-skips"]
-        command += ["-p", "no:cacheprovider", f"--junitxml={report}"]
+        command += ["-p", "no:cacheprovider", f"--junitxml={report}", "-o", "junit_family=xunit1"]
         begin, date = perf_counter(), datetime.now(UTC)
         with (Path(scratch) / "output.txt").open("w+") as output:
             process = subprocess.Popen(
@@ -90,11 +90,13 @@ def run(folder, name, timeout):
 
 
 def counts(report):
-    """How many tests passed, failed or were skipped, and which failed."""
+    """How many tests passed, failed or were skipped, their notes, and which failed."""
     cases = list(ET.parse(report).iter("testcase"))
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [case for case in cases if case.find("skipped") is not None]
     found = {"passed": len(cases) - len(failed) - len(skipped), "failed": len(failed), "skipped": len(skipped)}
+    notes = [each.get("value") for case in cases for each in case.iter("property") if each.get("name") == "note"]
+    found |= {"notes": notes} if notes else {}
     return found | ({"failures": [case.get("name") for case in failed]} if failed else {})
 
 
@@ -134,7 +136,7 @@ def write(path, here, results):
 
 def line(name, row):
     numbers = f"{row['passed']:5} passed {row['failed']:3} failed {row['skipped']:3} skipped {row['seconds']:8.1f} s"
-    return f"{name:45} {numbers}  {row['status']}"
+    return "\n    ".join([f"{name:45} {numbers}  {row['status']}", *row.get("notes", [])])
 
 
 def summary(rows, missing):

@@ -14,7 +14,8 @@ The outputs differ in three cases:
 - Segments that are split over ranks, which torchscale approximates.
 
 Models with other features raise an error that names the feature: post-norm and deepnorm, multiway, mixtures of experts,
-relative position biases, cross attention, a norm of embeddings, sinusoidal positions.
+relative position biases, cross attention, a norm of embeddings, sinusoidal positions, embeddings of the features of
+tiles (GigaPath).
 """
 
 from __future__ import annotations
@@ -208,6 +209,12 @@ def _longvit(
 ) -> LongViT:
     """Convert a LongViT; `weights` are those of the backbone, and `state` also has the classifier around it."""
     patches = weights.take("patch_embed.proj.weight")
+    if patches.dim() != 4:
+        raise ValueError(
+            f"state must hold {weights.prefix}patch_embed.proj.weight of 4 dimensions, a convolution over pixels, got "
+            f"shape {tuple(patches.shape)}: an embedding of the features of tiles, as in GigaPath, has no counterpart "
+            "here, since a LongViT has no tiles at coordinates of their own"
+        )
     table = weights.take("pos_embed")[0]
     side = isqrt(len(table))
     channels, patch_size = patches.shape[1:3]

@@ -215,7 +215,7 @@ class SequenceContext(ContextDropout):
         documents: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         dropout: float = 0.0,
-        layer: int = 0,
+        layer: int | None = None,
         scale: float | None = None,
         sinks: Tensor | None = None,
         mix: Mix = "exact",
@@ -230,12 +230,17 @@ class SequenceContext(ContextDropout):
         `documents` and `key_padding_mask` are those of the tokens that q, k and v have on this rank, out of the batch
         that it was given; without them there are none.
 
-        In a step that was begun, `layer` gives each layer of a model another dropout mask; one that is called
-        twice in such a step drops the same pairs twice.  See `begin_step` for calls outside of steps.
+        `layer` is the number of this attention in the model.  It is required where `dropout` is positive: in a step
+        that was begun, calls with equal numbers drop the same pairs.  See `begin_step` for calls outside of steps.
         """
         options: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel, "ordering": ordering}
         options |= {"scale": scale, "sinks": sinks}
         if dropout > 0:
+            if layer is None:
+                raise ValueError(
+                    "layer must be the number of this attention in the model where dropout is positive, such as "
+                    "layer=0, layer=1, ...: in a step, calls with equal numbers drop the same pairs. Got None"
+                )
             options["dropout_seed"] = self._seeds.of_layer(layer)
             options["dropout_samples"] = self.data_parallel_rank, self.data_parallel_size
         if not self.is_split:

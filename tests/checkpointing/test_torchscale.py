@@ -191,6 +191,15 @@ def test_weights_that_have_no_counterpart_are_refused_by_name(state, message):
         from_torchscale(state, RECORDED["decoder"]["arguments"])
 
 
+def test_embeddings_of_tiles_are_refused_by_name():
+    state = state_of("longvit")
+    root = next(name for name in state if name.endswith("patch_embed.proj.weight"))
+    state[root] = torch.ones(16, 1536)
+    del state[root.replace("patch_embed.proj.weight", "pos_embed")]  # GigaPath computes them of the tiles' coordinates
+    with pytest.raises(ValueError, match=r"of 4 dimensions, .*, got shape \(16, 1536\): .* as in GigaPath"):
+        from_torchscale(state, RECORDED["longvit"]["arguments"])
+
+
 def test_files_that_hold_no_model_of_torchscale_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"path must be a file that torch.save wrote, got .*none, which is none"):
         read_torchscale(tmp_path / "none")

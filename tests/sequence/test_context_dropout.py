@@ -34,8 +34,8 @@ def drawn(seed, *shape):
 # Attention, where nobody begins steps
 
 
-def dropped(context, q, dropout=0.5):
-    return context.attend(q, q, q, PATTERN, dropout=dropout)
+def dropped(context, q, dropout=0.5, layer=0):
+    return context.attend(q, q, q, PATTERN, dropout=dropout, layer=layer)
 
 
 def test_calls_outside_of_steps_drop_other_pairs_and_torchs_seed_repeats_them():
@@ -52,6 +52,18 @@ def test_calls_outside_of_steps_drop_other_pairs_and_torchs_seed_repeats_them():
     context.begin_step(None)
     torch.manual_seed(5)
     assert torch.equal(dropped(context, q), first)
+
+
+@pytest.mark.parametrize("step", [0, None])
+def test_attention_that_drops_has_a_number_in_the_model(step):
+    q, context = drawn(0, 1, 20, 4, 8), SequenceContext(seed=3)
+    context.begin_step(step)
+    with pytest.raises(
+        ValueError, match=r"layer must be the number of this attention .* drop the same pairs. Got None"
+    ):
+        dropped(context, q, layer=None)
+    assert torch.equal(dropped(context, q, dropout=0.0, layer=None), dropped(context, q, dropout=0.0, layer=1))
+    assert not torch.equal(dropped(context, q, layer=0), dropped(context, q, layer=1))
 
 
 def dropped_over_ranks(group, placement):

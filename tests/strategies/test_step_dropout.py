@@ -29,7 +29,7 @@ def recording():
             x = self.embedding(batch["input_ids"])
             context = sequence_context(self)
             ones = torch.ones(*x.shape[:2], 2, 8)
-            pairs = context.attend(ones, ones, ones, PATTERN, dropout=0.5)
+            pairs = context.attend(ones, ones, ones, PATTERN, dropout=0.5, layer=0)
             dropped = self.dropout(x)
             return dropped, ((dropped != 0).tolist(), pairs.tolist())
 
@@ -69,7 +69,7 @@ def train(rank, world, folder, resume=None, sharding="ddp", seed=5, **told):
         context = trainer.strategy.sequence_context
         torch.manual_seed(1)
         ones = torch.ones(1, 9, 2, 8)
-        after = [context.attend(ones, ones, ones, PATTERN, dropout=0.5).tolist() for _ in range(2)]
+        after = [context.attend(ones, ones, ones, PATTERN, dropout=0.5, layer=0).tolist() for _ in range(2)]
     return module.training_drops, module.evaluation_drops, after
 
 
