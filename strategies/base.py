@@ -36,6 +36,7 @@ from lightning_longnet.strategies.loaders import LoaderWatch
 from lightning_longnet.strategies.loops import WatchedLoops
 from lightning_longnet.strategies.resume import skip_finished_batches
 from lightning_longnet.strategies.samplers import RepeatWarning, keep_order, restore_order
+from lightning_longnet.strategies.saves import CheckpointSaves
 from lightning_longnet.strategies.seeds import dropout_seed
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class _ByEngine:
         return super().__new__(cls)
 
 
-class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
+class RingSequenceParallelStrategy(_ByEngine, WatchedLoops, CheckpointSaves):
     """Trains with sequences split over ranks; attention over whole sequences is exact, with any engine.
 
     The instance is of the engine's class, a subclass of this one and of Lightning's strategy for the engine.

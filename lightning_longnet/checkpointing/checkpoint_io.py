@@ -1,0 +1,130 @@
+"""`ManifestCheckpointIO`: checkpoints in one file, whole or absent, for any run of Lightning."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+
+from lightning_longnet.checkpointing.commit import commit, discard, remove, unfinished_path
+from lightning_longnet.checkpointing.index import next_time
+from lightning_longnet.checkpointing.manifest import WHOLE, DamageError, FileSum, Manifest
+from lightning_longnet.checkpointing.newest import check_checkpoint, is_only_good, newest_checkpoint, unverified
+from lightning_longnet.checkpointing.streams import save_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lightning.fabric.utilities.types import _PATH
+
+_PACKAGES = ("lightning-longnet", "lightning", "torch", "deepspeed")
+
+
+class ManifestCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints that are whole or absent, and reads those alone that are what was written.
+
+    `Trainer(plugins=ManifestCheckpointIO())` uses it with any strategy of Lightning that saves checkpoints in one file;
+    `RingSequenceParallelStrategy` uses it by itself.  A file is written beside its name with a manifest at its end, and
+    gets its name when the disk holds it; `torch.load` reads it as any other.  Loading compares the checksum.  A damaged
+    checkpoint is named in one line, and the newest good one in its folder is loaded in its place.  The last good
+    checkpoint of a folder is never removed.  Paths of other protocols, as s3://, are left to Lightning.
+
+    Attributes:
+        engine: what the manifests name as the engine.
+        mesh: what they name as the mesh of ranks.
+    """
+
+    saves_whole = True  # `Preemption` saves under the final name
+
+    def __init__(self) -> None:
+        self.engine = ""
+        self.mesh: dict[str, int] = {}
+        self._checked: Path | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+        if storage_options is not None or not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options)  # which takes no options
+            return
+        final = Path(path).absolute()
+        unfinished = unfinished_path(final)
+        try:
+            manifest = save_whole(checkpoint, unfinished, lambda found: self.describe(final, checkpoint, found))
+            commit(unfinished, final, manifest)
+        finally:
+            discard(unfinished)  # which is there after an error
+
+    def describe(self, final: Path, checkpoint: Mapping[str, Any], found: FileSum | dict[str, FileSum]) -> Manifest:
+        """Return the manifest of a checkpoint.
+
+        Args:
+            final: the path that the checkpoint will have.
+            checkpoint: its content, as the Trainer gives it.
+            found: the sum of the file, or the sums of the files of a folder.
+        """
+        is_file = isinstance(found, FileSum)
+        return Manifest(
+            name=final.name,
+            saved=next_time(final.parent),
+            step=int(checkpoint.get("global_step", 0)),
+            epoch=int(checkpoint.get("epoch", 0)),
+            is_resumable="callbacks" in checkpoint,  # without save_weights_only
+            form="file" if is_file else "deepspeed" if self.engine.startswith("deepspeed") else "fsdp2",
+            engine=self.engine,
+            world=dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+            mesh=self.mesh,
+            versions=_versions(),
+            files={WHOLE: found} if isinstance(found, FileSum) else dict(sorted(found.items())),
+        )
+
+    def load_checkpoint(self, path: _PATH, *arguments: Any, **options: Any) -> dict[str, Any]:
+        if _is_local_file_protocol(path) and Path(path) != self._checked:
+            path = good_checkpoint(Path(path))
+        self._checked = None
+        content: dict[str, Any] = super().load_checkpoint(path, *arguments, **options)
+        return content
+
+    def accept(self, path: Path) -> None:
+        """Let the next load of a path take it as checked."""
+        self._checked = path
+
+    def remove_checkpoint(self, path: _PATH) -> None:
+        if not _is_local_file_protocol(path):
+            super().remove_checkpoint(path)
+        elif is_only_good(Path(path).absolute()):
+            warnings.warn(f"{path} is kept: no other checkpoint in its folder is good", RuntimeWarning, stacklevel=2)
+        else:
+            remove(Path(path).absolute())
+
+
+def good_checkpoint(path: Path) -> Path:
+    """Return a checkpoint if it is good, else the newest good one in its folder, with a warning that says so.
+
+    A ValueError is raised where there is none.
+    """
+    try:
+        if check_checkpoint(path) is None:
+            warnings.warn(unverified(path), RuntimeWarning, stacklevel=2)
+        return path
+    except DamageError as damage:
+        other = newest_checkpoint(path.parent, forms={"file"}, skip={path}, reads_all=True)
+        if other is None:
+            raise ValueError(f"{damage}; its folder has no good checkpoint") from None
+        warnings.warn(f"{damage}; loading {other}, the newest good checkpoint", RuntimeWarning, stacklevel=2)
+        return other
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
