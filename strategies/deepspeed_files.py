@@ -36,16 +36,16 @@ def write_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str
     write, copy_script = files.save, engine._copy_recovery_script
 
     def guarded(action: Callable[..., None]) -> Callable[..., None]:
-        def attempt(*arguments: Any) -> None:
+        def attempt(*arguments: Any, **options: Any) -> None:
             try:
-                action(*arguments)
+                action(*arguments, **options)
             except FAULTS as error:
                 errors.append(error)
 
         return attempt
 
-    def write_and_note(content: Any, path: str) -> None:
-        write(content, path)
+    def write_and_note(state_dict: Any, path: str) -> None:  # DeepSpeed gives the arguments by these names
+        write(state_dict, path)
         written.append(path)
 
     files.save, engine._copy_recovery_script = guarded(write_and_note), guarded(copy_script)

@@ -158,16 +158,23 @@ class CheckpointSaves(ParallelStrategy):
             bad.add(path)
             other = None
             if self.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
-                other = newest_checkpoint(asked.parent, forms=self.forms, skip=bad)
+                other = newest_checkpoint(*self._folders(asked), forms=self.forms, skip=bad)
             other = self.broadcast(other)
             if other is None:
-                rest = "its folder has no good checkpoint" if trainer.state.fn == TrainerFn.FITTING else "give another"
+                rest = "there is no other good checkpoint" if trainer.state.fn == TrainerFn.FITTING else "give another"
                 raise ValueError(f"{fault}; {rest}")
-            rank_zero_warn(f"{fault}; loading {other}, the newest checkpoint beside it", category=RuntimeWarning)
+            rank_zero_warn(f"{fault}; loading {other}, the newest other one", category=RuntimeWarning)
             path = other
         if path != asked:
             trainer._checkpoint_connector._ckpt_path = path  # which the log names, and ModelCheckpoint does not remove
         return path
+
+    def _folders(self, asked: Path) -> list[Path]:
+        """Return the folder of a checkpoint, and those that the Trainer saves checkpoints in."""
+        from lightning_longnet.strategies.last import checkpoint_folders  # which imports this module
+
+        assert self.lightning_module is not None
+        return list(dict.fromkeys([asked.parent, *checkpoint_folders(self.lightning_module.trainer)]))
 
     def _fault(self, path: Path) -> str:
         """Return what is wrong with a checkpoint, of which each rank reads its share; "" if it is good."""

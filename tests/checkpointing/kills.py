@@ -3,6 +3,7 @@
 Operations are opening for writing, writing, fsync, renaming and removing, of files and folders, below one folder.
 """
 
+import json
 import os
 import signal
 import sys
@@ -89,3 +90,42 @@ def killed_at(folder, number, action):
             os._exit(1)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def killed_ranks(folder, action, world, victim=0, number=None):
+    """Run an action on ranks that are processes, of which SIGKILL ends one at an operation, and then the others.
+
+    Returns the operations of that rank if no number is given, else whether the operation was reached.
+    """
+    install()
+    names = folder.with_name(f"{folder.name}-operations.json")
+    children = [_forked(folder, action, rank, world, rank == victim, number, names) for rank in range(world)]
+    _, status = os.waitpid(children[victim], 0)
+    is_killed = os.WIFSIGNALED(status)
+    for child in children:
+        if child != children[victim]:
+            if is_killed:
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    if number is None:
+        assert status == 0
+        return json.loads(names.read_text())
+    return is_killed
+
+
+def _forked(folder, action, rank, world, is_victim, number, names):
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        if is_victim:
+            OPERATIONS.begin(folder, number)
+        action(rank, world, folder)
+        if is_victim:
+            written = OPERATIONS.names
+            OPERATIONS.begin(None)
+            names.write_text(json.dumps(written))
+        status = 0
+    finally:
+        os._exit(status)
