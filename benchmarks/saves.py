@@ -37,10 +37,12 @@ from lightning_longnet.strategies import RingSequenceParallelStrategy
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lightning_longnet.strategies.engines import Sharding
+
 RANKS, LARGE, LAYERS = 2, 2048, 12
 RESULT = Path(__file__).parent / "results" / "saves-cpu.json"
 KINDS = ("lightning", "ours")
-STOCK: dict[str, Any] = {"ddp": Strategy, "fsdp2": ModelParallelStrategy}
+STOCK: dict[Sharding, Any] = {"ddp": Strategy, "fsdp2": ModelParallelStrategy}
 
 
 class Layers(L.LightningModule):
@@ -63,7 +65,7 @@ class Layers(L.LightningModule):
 class Saves(L.Callback):
     """Saves alternately in both ways after the first step."""
 
-    def __init__(self, folder: str, sharding: str, rounds: int) -> None:
+    def __init__(self, folder: str, sharding: Sharding, rounds: int) -> None:
         self.folder, self.stock, self.rounds = folder, STOCK[sharding], rounds
         self.seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
         self.bytes = 0
@@ -90,7 +92,7 @@ class Saves(L.Callback):
         self.bytes = sum(each.stat().st_size for each in files)
 
 
-def work(rounds: int, folder: str, sharding: str, size: str) -> dict[str, Any]:
+def work(rounds: int, folder: str, sharding: Sharding, size: str) -> dict[str, Any]:
     torch.manual_seed(0)
     saves = Saves(folder, sharding, rounds)
     trainer = L.Trainer(

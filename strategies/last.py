@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
@@ -39,7 +40,7 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
     assert isinstance(strategy, CheckpointSaves)
     folders = checkpoint_folders(trainer)
     with warnings.catch_warnings():
-        if not strategy.is_global_zero:
+        if getattr(rank_zero_only, "rank", 0):
             warnings.simplefilter("ignore")  # each rank looks, before the ranks are connected
         found = newest_checkpoint(*folders, forms=strategy.forms)
     if found is None and any(True for folder in folders for _ in folder.glob("*.ckpt")):

@@ -72,15 +72,20 @@ def check_checkpoint(path: Path, share: tuple[int, int] | None = (0, 1)) -> Mani
         path: the checkpoint.
         share: (rank, ranks): the share of the files whose bytes are read; None reads none and compares sizes.
     """
+    manifest = check_saved(path, share)
+    if manifest is None and not form_of(path):
+        raise DamageError(f"{path} holds no checkpoint")
+    return manifest
+
+
+def check_saved(path: Path, share: tuple[int, int] | None = (0, 1)) -> Manifest | None:
+    """Do the same for a path that may be something else than a checkpoint, which then has no manifest."""
     manifest = _known_manifest(path)
-    if manifest is None:
-        if not form_of(path):
-            raise DamageError(f"{path} holds no checkpoint")
-        return None
-    check_names(manifest.files)
-    check_sizes(path, manifest)
-    if share is not None:
-        check_sums(path, manifest, share)
+    if manifest is not None:
+        check_names(manifest.files)
+        check_sizes(path, manifest)
+        if share is not None:
+            check_sums(path, manifest, share)
     return manifest
 
 
