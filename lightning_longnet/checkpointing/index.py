@@ -53,7 +53,10 @@ def read_index(folder: Path) -> dict[str, Entry]:
 
 
 def record(folder: Path, name: str, manifest: Manifest | None) -> None:
-    """Let the index name a checkpoint as the newest of its folder, or forget one, and the disk hold the index."""
+    """Let the index name a checkpoint as the newest of its folder, or forget one.
+
+    Its content is on the disk before it has its name; the name itself need not be, as an older index is right, too.
+    """
     entries = {each: entry for each, entry in read_index(folder).items() if os.path.lexists(folder / each)}
     entries.pop(name, None)
     if manifest is not None:
@@ -71,7 +74,6 @@ def record(folder: Path, name: str, manifest: Manifest | None) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(folder / INDEX)
-    sync_folder(folder)
 
 
 def _checksum(entries: dict[str, Entry]) -> str:
