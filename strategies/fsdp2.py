@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from lightning_longnet.strategies.averages import averages, has_averages, sharded_state, whole_state
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 from lightning_longnet.strategies.files import load_file
-from lightning_longnet.strategies.shards import write_shards
+from lightning_longnet.strategies.shards import copy_shards, write_shards
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
+    from lightning_longnet.checkpointing.background import MemoryFile
     from lightning_longnet.checkpointing.manifest import FileSum
 
 _ENTRIES = ("training_step", "validation_step", "test_step", "predict_step", "generate")
@@ -106,6 +107,9 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
     def _write_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, FileSum]:
         return write_shards(checkpoint, folder, is_first=self.is_global_zero)
+
+    def _copy_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, MemoryFile]:
+        return copy_shards(checkpoint, folder, is_first=self.is_global_zero)
 
     def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
         path, module = Path(path), self.lightning_module

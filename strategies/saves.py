@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
@@ -15,21 +15,31 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lightning_longnet.checkpointing.checkpoint_io import ManifestCheckpointIO
+from lightning_longnet.checkpointing.checkpoint_io import ManifestCheckpointIO, facts_of
 from lightning_longnet.checkpointing.commit import commit, discard, seal, unfinished_path
 from lightning_longnet.checkpointing.manifest import DamageError, FileSum, files_of, sum_of
 from lightning_longnet.checkpointing.newest import check_checkpoint, newest_checkpoint, unverified
 from lightning_longnet.checkpointing.streams import sync_file
+from lightning_longnet.strategies.checks import check_background_saves
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lightning.fabric.plugins import CheckpointIO
 
+    from lightning_longnet.checkpointing.background import MemoryFile
     from lightning_longnet.sequence.context import SequenceContext
 
 # what writing raises: a full disk, a folder that cannot be written, content that cannot be pickled
 FAULTS = (OSError, RuntimeError, ValueError, TypeError, AttributeError, pickle.PicklingError, CheckpointException)
+
+
+class Pending(NamedTuple):
+    """A save in the background: the checkpoint's path, and of a folder where it is written, and what it holds."""
+
+    final: Path
+    unfinished: Path | None = None
+    content: dict[str, Any] = {}  # noqa: RUF012  nobody writes to it
 
 
 class CheckpointSaves(ParallelStrategy):
@@ -43,17 +53,21 @@ class CheckpointSaves(ParallelStrategy):
     forms: tuple[str, ...] = ("file",)  # the checkpoints that the engine reads
     sharding: str
     sequence_context: SequenceContext
+    background_saves = False
+    _is_training = False
+    _pending: Pending | None = None
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
         if self._checkpoint_io is None:
-            self._checkpoint_io = ManifestCheckpointIO()
+            self._checkpoint_io = ManifestCheckpointIO(self.background_saves)
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
             self._checkpoint_io.checkpoint_io = ManifestCheckpointIO()  # which is used where it wraps none
         return self._checkpoint_io
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
+        check_background_saves(self.background_saves, self.sharding, io)
         self._checkpoint_io = io
 
     # Saving
@@ -66,26 +80,81 @@ class CheckpointSaves(ParallelStrategy):
         """Write this rank's files into a folder, and return the sums of those that are on the disk."""
         raise NotImplementedError
 
+    def _copy_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, MemoryFile]:
+        """Make a folder, and return what this rank is to write into it."""
+        raise NotImplementedError
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         path = self.broadcast(filepath)
+        self.settle_saves()
         if not self._writes_folder():
             self._describe(self.checkpoint_io)
             save = super().save_checkpoint
             self._together(path, lambda: save(checkpoint, path, storage_options))
+            if self.background_saves:
+                self._pending = Pending(path)
         elif storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
             self._save_folder(checkpoint, Path(path).absolute())
+        if not self._is_training:
+            self.settle_saves()
 
     def _save_folder(self, checkpoint: dict[str, Any], final: Path) -> None:
-        content = {name: value for name, value in checkpoint.items() if name in ("global_step", "epoch", "callbacks")}
+        content = facts_of(checkpoint)
         (unfinished, *_) = self._together(final, lambda: unfinished_path(final) if self.is_global_zero else None)
+        if self.background_saves:
+            self._together(final, lambda: self._begin_folder(checkpoint, unfinished))
+            self._pending = Pending(final, unfinished, content)
+            return
         try:
             parts = self._together(final, lambda: self._write_folder(checkpoint, unfinished))
             self._together(final, lambda: self._finish_folder(unfinished, final, content, parts))
         finally:
             if self.is_global_zero:
                 discard(unfinished)  # which is there after an error
+
+    def _begin_folder(self, checkpoint: dict[str, Any], unfinished: Path) -> None:
+        """Copy this rank's files to memory, and begin to write them."""
+        files = self._copy_folder(checkpoint, unfinished)
+        io: Any = self.checkpoint_io
+        io.writer.begin(lambda: {name: file.store(unfinished / name) for name, file in files.items()})
+
+    def settle_saves(self, is_awaited: bool = True) -> None:
+        """Finish the save in the background, if there is one; all ranks call this together.
+
+        Args:
+            is_awaited: waits for it.  Without it a save that some rank still writes goes on.
+        """
+        pending = self._pending
+        if pending is None:
+            return
+        io: Any = self.checkpoint_io
+        if not is_awaited and not all(self._gathered(io.writer.is_done)):
+            return
+        self._pending = None
+        try:
+            parts = self._together(pending.final, io.writer.take)
+            if pending.unfinished is not None:
+                found: tuple[Path, Path, dict[str, Any]] = (pending.unfinished, pending.final, pending.content)
+                self._together(pending.final, lambda: self._finish_folder(*found, parts))
+            self._together(pending.final, io.wait)
+        finally:
+            if self.is_global_zero and pending.unfinished is not None:
+                discard(pending.unfinished)  # which is there after an error
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.settle_saves(is_awaited=False)
+        return super().training_step(*args, **kwargs)
+
+    def on_train_start(self) -> None:
+        self._is_training = True
+        super().on_train_start()
+
+    def on_train_end(self) -> None:
+        self._is_training = False
+        self.settle_saves()
+        super().on_train_end()
 
     def _finish_folder(
         self, unfinished: Path, final: Path, checkpoint: dict[str, Any], parts: list[dict[str, FileSum]]

@@ -39,6 +39,9 @@ def atomic_save(trainer: Trainer, path: str) -> None:
 
 
 def _await_writing(trainer: Trainer) -> None:
+    settle = getattr(trainer.strategy, "settle_saves", None)
+    if settle is not None:
+        settle()
     writer = trainer.strategy._checkpoint_io
     if isinstance(writer, AsyncCheckpointIO):
         writer.teardown()  # waits for the thread; the next checkpoint starts another

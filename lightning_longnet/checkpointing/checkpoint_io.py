@@ -8,10 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
+from lightning_longnet.checkpointing.background import BackgroundWriter, in_memory
 from lightning_longnet.checkpointing.commit import commit, discard, remove, unfinished_path
 from lightning_longnet.checkpointing.index import next_time
 from lightning_longnet.checkpointing.manifest import WHOLE, DamageError, FileSum, Manifest
@@ -19,10 +21,13 @@ from lightning_longnet.checkpointing.newest import check_checkpoint, is_only_goo
 from lightning_longnet.checkpointing.streams import save_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from lightning.fabric.utilities.types import _PATH
 
+    from lightning_longnet.checkpointing.streams import SummedFile
+
+_FACTS = ("global_step", "epoch", "callbacks")
 _PACKAGES = ("lightning-longnet", "lightning", "torch", "deepspeed")
 
 
@@ -35,6 +40,11 @@ class ManifestCheckpointIO(TorchCheckpointIO):
     checkpoint is named in one line, and the newest good one in its folder is loaded in its place.  The last good
     checkpoint of a folder is never removed.  Paths of other protocols, as s3://, are left to Lightning.
 
+    Args:
+        background: a save returns when its content is copied to the memory of the host, and a thread writes it, gives
+            it its name and moves the pointer when the disk holds it.  A save waits for the one before it, and raises
+            its error; so does `teardown`.
+
     Attributes:
         engine: what the manifests name as the engine.
         mesh: what they name as the mesh of ranks.
@@ -42,22 +52,46 @@ class ManifestCheckpointIO(TorchCheckpointIO):
 
     saves_whole = True  # `Preemption` saves under the final name
 
-    def __init__(self) -> None:
+    def __init__(self, background: bool = False) -> None:
+        self.background, self.writer = background, BackgroundWriter()
         self.engine = ""
         self.mesh: dict[str, int] = {}
         self._checked: Path | None = None
+        self._removals: list[_PATH] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)  # which takes no options
             return
         final = Path(path).absolute()
+        if self.background:
+            self.wait()
+            copy, facts = in_memory(checkpoint), facts_of(checkpoint)
+            self.writer.begin(lambda: self._save(copy.write_to, facts, final))
+        else:
+            self._save(lambda file: torch.save(checkpoint, file), checkpoint, final)  # type: ignore[arg-type]
+
+    def _save(self, write: Callable[[SummedFile], None], checkpoint: Mapping[str, Any], final: Path) -> None:
         unfinished = unfinished_path(final)
         try:
-            manifest = save_whole(checkpoint, unfinished, lambda found: self.describe(final, checkpoint, found))
-            commit(unfinished, final, manifest)
+            commit(
+                unfinished,
+                final,
+                save_whole(write, unfinished, lambda found: self.describe(final, checkpoint, found)),
+            )
         finally:
             discard(unfinished)  # which is there after an error
+
+    def teardown(self) -> None:
+        self.wait()
+        super().teardown()
+
+    def wait(self) -> None:
+        """Wait for a save in the background, raise its error, and remove what was to be removed after it."""
+        self.writer.take()
+        removals, self._removals = self._removals, []
+        for path in removals:
+            self._remove(path)
 
     def describe(self, final: Path, checkpoint: Mapping[str, Any], found: FileSum | dict[str, FileSum]) -> Manifest:
         """Return the manifest of a checkpoint.
@@ -83,6 +117,7 @@ class ManifestCheckpointIO(TorchCheckpointIO):
         )
 
     def load_checkpoint(self, path: _PATH, *arguments: Any, **options: Any) -> dict[str, Any]:
+        self.wait()
         if _is_local_file_protocol(path) and Path(path) != self._checked:
             path = good_checkpoint(Path(path))
         self._checked = None
@@ -94,6 +129,12 @@ class ManifestCheckpointIO(TorchCheckpointIO):
         self._checked = path
 
     def remove_checkpoint(self, path: _PATH) -> None:
+        if not self.writer.is_idle:
+            self._removals.append(path)  # what replaces it may fail yet
+        else:
+            self._remove(path)
+
+    def _remove(self, path: _PATH) -> None:
         if not _is_local_file_protocol(path):
             super().remove_checkpoint(path)
         elif is_only_good(Path(path).absolute()):
@@ -117,6 +158,11 @@ def good_checkpoint(path: Path) -> Path:
             raise ValueError(f"{damage}; its folder has no good checkpoint") from None
         warnings.warn(f"{damage}; loading {other}, the newest good checkpoint", RuntimeWarning, stacklevel=2)
         return other
+
+
+def facts_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a manifest says of the content of a checkpoint, without the content."""
+    return {name: None if name == "callbacks" else checkpoint[name] for name in _FACTS if name in checkpoint}
 
 
 @cache

@@ -12,6 +12,7 @@ import torch
 from lightning_longnet.checkpointing.manifest import FileSum
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from lightning_longnet.checkpointing.manifest import Manifest
@@ -81,17 +82,17 @@ def save_summed(content: Any, path: Path) -> FileSum:
     return file.sum
 
 
-def save_whole(content: Any, path: Path, describe: Any) -> Manifest:
+def save_whole(write: Callable[[SummedFile], None], path: Path, describe: Callable[[FileSum], Manifest]) -> Manifest:
     """Write a checkpoint in one file with its manifest at the end, and return the manifest.
 
     Args:
-        content: what `torch.save` saves.
+        write: writes what `torch.save` writes.
         path: the file, which must not be there yet.
         describe: takes the sum of the file, and returns the manifest.
     """
     with SummedFile(path) as file:
-        torch.save(content, file)  # type: ignore[arg-type]
-        manifest: Manifest = describe(file.sum)
+        write(file)
+        manifest = describe(file.sum)
         file.add_comment(manifest.comment())
     return manifest
 

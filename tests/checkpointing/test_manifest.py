@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 
 import lightning as L
@@ -17,6 +18,7 @@ from torch import nn
 from lightning_longnet.checkpointing.checkpoint_io import ManifestCheckpointIO
 from lightning_longnet.checkpointing.index import INDEX
 from lightning_longnet.checkpointing.newest import check_checkpoint, newest_checkpoint
+from lightning_longnet.checkpointing.streams import SummedFile
 
 
 def content(step):
@@ -195,6 +197,63 @@ def test_any_trainer_can_use_it(tmp_path):
     assert check_checkpoint(tmp_path / "step=4.ckpt").step == 4
 
 
+# In the background
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Holds the thread that writes until it is set."""
+    gate, write = threading.Event(), SummedFile.write
+
+    def held(self, content):
+        assert gate.wait(20)
+        return write(self, content)
+
+    monkeypatch.setattr(SummedFile, "write", held)
+    return gate
+
+
+def test_a_save_in_the_background_has_the_values_of_its_time(tmp_path, gate):
+    saved, writer = content(1), ManifestCheckpointIO(background=True)
+    writer.save_checkpoint(saved, tmp_path / "last.ckpt")
+    saved["state_dict"]["x"].fill_(7)
+    saved["callbacks"]["late"] = 1
+    assert newest_checkpoint(tmp_path) is None
+    assert not (tmp_path / INDEX).exists()
+    gate.set()
+    writer.wait()
+    assert newest_step(tmp_path) == 1
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"] == {}
+
+
+def test_what_is_replaced_is_removed_after_it_is_written(tmp_path, gate):
+    gate.set()
+    save(tmp_path, 1)
+    gate.clear()
+    writer = ManifestCheckpointIO(background=True)
+    writer.save_checkpoint(content(2), tmp_path / "step=2.ckpt")
+    writer.remove_checkpoint(tmp_path / "step=1.ckpt")
+    assert newest_step(tmp_path) == 1
+    gate.set()
+    writer.teardown()
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=2.ckpt"]
+
+
+def test_an_error_in_the_background_is_raised_by_the_next_save(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    writer = ManifestCheckpointIO(background=True)
+    writer.save_checkpoint(content(1), tmp_path / "step=1.ckpt")
+    writer.wait()
+    with monkeypatch.context() as patched:
+        patched.setattr(SummedFile, "write", full)
+        writer.save_checkpoint(content(2), tmp_path / "step=2.ckpt")
+        with pytest.raises(OSError, match="No space left"):
+            writer.save_checkpoint(content(3), tmp_path / "step=3.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [INDEX, "step=1.ckpt"]
+
+
 # A kill at each operation on files of a save
 
 
@@ -206,8 +265,15 @@ def add(folder):
     save(folder, 2)
 
 
+def overwrite_in_background(folder):
+    writer = ManifestCheckpointIO(background=True)
+    writer.save_checkpoint(content(2), folder / "last.ckpt")
+    writer.wait()
+
+
 @pytest.mark.parametrize(
-    ("action", "every"), tiered([(overwrite, 1), (add, 1), (overwrite, 7)], quick=[(overwrite, 7)])
+    ("action", "every"),
+    tiered([(overwrite, 1), (add, 1), (overwrite_in_background, 1), (overwrite, 7)], quick=[(overwrite, 7)]),
 )
 def test_a_kill_at_any_operation_leaves_the_old_or_the_new_one(tmp_path, action, every):
     (tmp_path / "counted").mkdir()

@@ -8,23 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_training import FLOAT32
 from tiers import tiered
 from trained import adamw, fit, samples
 
+from lightning_longnet import read_checkpoint
 from lightning_longnet.checkpointing.index import INDEX
 from lightning_longnet.checkpointing.newest import check_checkpoint, newest_checkpoint
+from lightning_longnet.strategies import RingSequenceParallelStrategy
 
 ENGINES = ["ddp", "fsdp2", "hsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 SETTING = {**FLOAT32, "optimizer": adamw, "samples": samples(24), "micro_batches": 4, "accumulate": 1}
 
 
-def fit_with_last(rank, world, sharding, folder, resume_from=None, top=-1):
+def fit_with_last(rank, world, sharding, folder, resume_from=None, top=-1, **options):
     """Losses, parameters and the warnings about checkpoints of a run that saves each step and `last`."""
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=top, save_last=True)
     with warnings.catch_warnings(record=True) as found:
-        losses, parameters = fit(rank, world, SETTING, sharding, world, resume_from, [saving])
+        losses, parameters = fit(rank, world, SETTING, sharding, world, resume_from, [saving], **options)
     return losses, parameters, [str(each.message) for each in found if each.category is RuntimeWarning]
 
 
@@ -133,7 +136,7 @@ def test_last_is_found_when_its_name_is_gone(trainers, deepspeed_trainers, saved
         assert rest == losses[2:]
 
 
-def fit_on_full_disk(rank, world, sharding, folder):
+def fit_on_full_disk(rank, world, sharding, folder, in_background):
     """The error of a rank whose neighbour cannot write its second checkpoint, and its name."""
     from lightning_longnet.checkpointing import streams
 
@@ -147,7 +150,7 @@ def fit_on_full_disk(rank, world, sharding, folder):
 
     streams.SummedFile.write = full
     try:
-        fit_with_last(rank, world, sharding, folder)
+        fit_with_last(rank, world, sharding, folder, background_saves=in_background)
     except RuntimeError as error:
         return str(error)
     finally:
@@ -155,8 +158,9 @@ def fit_on_full_disk(rank, world, sharding, folder):
     return ""
 
 
-def test_an_error_of_one_rank_is_raised_on_all(trainers, tmp_path):
-    for message in trainers.run(2, fit_on_full_disk, "fsdp2", str(tmp_path)):
+@pytest.mark.parametrize("in_background", tiered([False, True], quick=[False]))
+def test_an_error_of_one_rank_is_raised_on_all(trainers, tmp_path, in_background):
+    for message in trainers.run(2, fit_on_full_disk, "fsdp2", str(tmp_path), in_background):
         assert "step=2.ckpt is not saved" in message
         assert "No space left" in message
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -172,3 +176,29 @@ def test_a_manifest_says_what_wrote_it(saved):
     assert manifest.versions["torch"] == torch.__version__
     assert set(manifest.files) == {".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"}
     assert Path(folder / INDEX).is_file()
+
+
+def fit_in_background(rank, world, sharding, folder):
+    return fit_with_last(rank, world, sharding, folder, top=2, background_saves=True)
+
+
+@pytest.mark.parametrize("engine", tiered(["ddp", "fsdp2", "hsdp"], quick=["fsdp2"]))
+def test_saves_in_the_background_are_those_of_their_step(trainers, saved, engine, tmp_path):
+    folder, losses = saved(engine)
+    for found, _, _ in trainers.run(2, fit_in_background, engine, str(tmp_path)):
+        assert found == losses
+    assert not list(tmp_path.glob(".*.part"))
+    for path in tmp_path.glob("*.ckpt"):
+        right = folder / path.name
+        assert check_checkpoint(path).step == check_checkpoint(right).step
+        state, wanted = (read_checkpoint(each).state_dict for each in (path, right))
+        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+    for rest, _, _ in trainers.run(2, fit_with_last, engine, str(tmp_path / "rest"), str(tmp_path / "last.ckpt")):
+        assert rest == []
+
+
+def test_saves_in_the_background_are_refused_by_name():
+    with pytest.raises(ValueError, match="background_saves must be False with 'deepspeed_stage_2'"):
+        RingSequenceParallelStrategy(sharding="deepspeed_stage_2", background_saves=True)
+    with pytest.raises(ValueError, match="background_saves must be False with a checkpoint_io, got TorchCheckpointIO"):
+        RingSequenceParallelStrategy(background_saves=True).checkpoint_io = TorchCheckpointIO()
