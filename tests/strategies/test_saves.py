@@ -179,7 +179,7 @@ def test_a_manifest_says_what_wrote_it(saved):
 
 
 def fit_in_background(rank, world, sharding, folder):
-    return fit_with_last(rank, world, sharding, folder, top=2, background_saves=True)
+    return fit_with_last(rank, world, sharding, folder, top=1, background_saves=True)
 
 
 @pytest.mark.parametrize("engine", tiered(["ddp", "fsdp2", "hsdp"], quick=["fsdp2"]))
