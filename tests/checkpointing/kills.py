@@ -24,7 +24,10 @@ class Operations:
         inside = self.folder is not None and any(str(path).startswith(str(self.folder)) for path in paths)
         if not inside:
             return
-        self.names.append(f"{name} {Path(paths[0]).name}")
+        operation = f"{name} {Path(paths[0]).name}"
+        if name == "write" and self.names[-1] == operation:
+            return  # small ones are collected in memory, and written together
+        self.names.append(operation)
         if len(self.names) - 1 == self.at:
             os.kill(os.getpid(), signal.SIGKILL)
 

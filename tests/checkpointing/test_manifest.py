@@ -15,9 +15,9 @@ from kills import counted, killed_at
 from tiers import tiered
 from torch import nn
 
-from lightning_longnet.checkpointing.checkpoint_io import ManifestCheckpointIO
+from lightning_longnet import ManifestCheckpointIO, newest_checkpoint, read_checkpoint
 from lightning_longnet.checkpointing.index import INDEX
-from lightning_longnet.checkpointing.newest import check_checkpoint, newest_checkpoint
+from lightning_longnet.checkpointing.newest import check_checkpoint
 from lightning_longnet.checkpointing.streams import SummedFile
 
 
@@ -81,6 +81,14 @@ def test_a_damaged_file_is_named_and_passed_over(tmp_path, kind):
         assert newest_step(tmp_path) == 2
     with pytest.warns(RuntimeWarning, match=rf"{path} .*; loading {tmp_path}/step=2.ckpt, the newest good checkpoint"):
         assert ManifestCheckpointIO().load_checkpoint(path)["global_step"] == 2
+
+
+def test_weights_of_a_damaged_file_are_not_read(tmp_path):
+    save(tmp_path, 1)
+    assert (read_checkpoint(tmp_path / "step=1.ckpt").state_dict["x"] == 1).all()
+    _flip(tmp_path / "step=1.ckpt")
+    with pytest.raises(ValueError, match="step=1"):
+        read_checkpoint(tmp_path / "step=1.ckpt")
 
 
 def test_every_byte_counts(tmp_path):
@@ -164,7 +172,7 @@ def test_the_newest_is_found_without_torch():
     code = (
         "import sys\n"
         "for name in ('torch', 'lightning'): sys.modules[name] = None\n"
-        "from lightning_longnet.checkpointing.newest import newest_checkpoint\n"
+        "from lightning_longnet import newest_checkpoint\n"
         "print(newest_checkpoint('.'))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -273,13 +281,13 @@ def overwrite_in_background(folder):
 
 @pytest.mark.parametrize(
     ("action", "every"),
-    tiered([(overwrite, 1), (add, 1), (overwrite_in_background, 1), (overwrite, 7)], quick=[(overwrite, 7)]),
+    tiered([(overwrite, 1), (add, 1), (overwrite_in_background, 1), (overwrite, 5)], quick=[(overwrite, 5)]),
 )
 def test_a_kill_at_any_operation_leaves_the_old_or_the_new_one(tmp_path, action, every):
     (tmp_path / "counted").mkdir()
     save(tmp_path / "counted", 1, name="last.ckpt")
     operations = counted(tmp_path / "counted", action)
-    assert len(operations) > 10
+    assert len(operations) >= 8, operations
     steps = []
     for number in [*range(0, len(operations), every), len(operations) - 1]:
         folder = tmp_path / str(number)
