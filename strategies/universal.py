@@ -47,7 +47,7 @@ def convert(checkpoint: Path) -> str:
         return f"{' '.join(command)}\n{result.stderr.strip()}"
     folder = checkpoint / _FORMAT
     sums = {name: sum_of(folder / name) for name in files_of(folder)}
-    manifest = Manifest(_FORMAT, time.time_ns(), 0, 0, True, "universal", "deepspeed", 0, files=sums)
+    manifest = Manifest(_FORMAT, time.time_ns(), "", 0, 0, True, "universal", "deepspeed", 0, files=sums)
     (checkpoint / _SUMS).write_text(manifest.text())
     return ""
 

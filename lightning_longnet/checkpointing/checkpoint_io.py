@@ -15,7 +15,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
 from lightning_longnet.checkpointing.background import BackgroundWriter, in_memory
 from lightning_longnet.checkpointing.commit import commit, discard, remove, unfinished_path
-from lightning_longnet.checkpointing.index import next_time
+from lightning_longnet.checkpointing.index import next_place
 from lightning_longnet.checkpointing.manifest import WHOLE, DamageError, FileSum, Manifest
 from lightning_longnet.checkpointing.newest import check_checkpoint, is_only_good, newest_checkpoint, unverified
 from lightning_longnet.checkpointing.streams import save_whole
@@ -101,10 +101,12 @@ class ManifestCheckpointIO(TorchCheckpointIO):
             checkpoint: its content, as the Trainer gives it.
             found: the sum of the file, or the sums of the files of a folder.
         """
+        saved, series = next_place(final.parent)
         is_file = isinstance(found, FileSum)
         return Manifest(
             name=final.name,
-            saved=next_time(final.parent),
+            saved=saved,
+            series=series,
             step=int(checkpoint.get("global_step", 0)),
             epoch=int(checkpoint.get("epoch", 0)),
             is_resumable="callbacks" in checkpoint,  # without save_weights_only

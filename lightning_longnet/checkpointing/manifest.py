@@ -53,6 +53,7 @@ class Manifest:
     Attributes:
         name: the name that the checkpoint was saved under.
         saved: when it was saved, in nanoseconds since 1970, and later than every earlier checkpoint of its folder.
+        series: what the checkpoints that are saved in one folder have in common, and those of other folders have not.
         step: the steps of the optimizer before it.
         epoch: the epochs before it.
         is_resumable: whether it holds optimizers and callbacks beside the weights.
@@ -66,6 +67,7 @@ class Manifest:
 
     name: str
     saved: int
+    series: str
     step: int
     epoch: int
     is_resumable: bool

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_longnet.checkpointing.commit import replaced, was_written
-from lightning_longnet.checkpointing.index import check_entry
+from lightning_longnet.checkpointing.index import check_entry, missing
 from lightning_longnet.checkpointing.manifest import (
     MANIFEST,
     DamageError,
@@ -41,9 +41,11 @@ def newest_checkpoint(
         reads_all: reads all bytes and compares their checksums; without it names, sizes and manifests are compared.
     """
     found: list[tuple[int, Path]] = []
+    absent: dict[Path, int] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             continue
+        absent |= {path: saved for path, saved in missing(folder).items() if path.name not in replaced(folder)}
         for path in (*folder.glob("*.ckpt"), *replaced(folder).values()):
             if path in skip or not path.exists():
                 continue
@@ -55,6 +57,9 @@ def newest_checkpoint(
             form = form_of(path) if manifest is None else manifest.form
             if (manifest is None or manifest.is_resumable) and (forms is None or form in forms):
                 found.append((path.stat().st_mtime_ns if manifest is None else manifest.saved, path))
+    newest = max(found, default=(0, None))[0]
+    for path in (each for each, saved in absent.items() if saved > newest and each not in skip):
+        _warn(DamageError(f"{path} is missing"))
     for _, path in sorted(found, reverse=True):
         try:
             check_checkpoint(path, share=(0, 1) if reads_all else None)
