@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_longnet import ByteData, LongNetConfig, LongNetModule, Pattern
 from lightning_longnet.registration import NAMES
@@ -37,6 +38,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--folder", default="runs", help="for checkpoints; all nodes must see it")
+    parser.add_argument(
+        "--save-every", type=int, help="steps after which a checkpoint is saved, beside those of signals"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder, if any")
     parser.add_argument("--sharding", choices=sorted(set(NAMES.values())), default="fsdp2")
     parser.add_argument("--sequence-parallel-size", type=int, help="ranks that share a sequence; all by default")
     parser.add_argument("--tokens", type=int, default=4096, help="bytes of a sequence, at least 8")
@@ -62,6 +67,9 @@ def main() -> None:
     )
     module = LongNetModule(config, learning_rate=1e-3, warmup_steps=10)
     data = ByteData(tokens=options.tokens, batch_size=options.batch_size, megabytes=1.0)
+    callbacks: list[L.Callback] = [PrintedLoss(options.pause)]
+    if options.save_every:
+        callbacks.append(ModelCheckpoint(options.folder, every_n_train_steps=options.save_every, save_last=True))
     trainer = L.Trainer(
         strategy=RingSequenceParallelStrategy(options.sequence_parallel_size, options.sharding),
         accelerator=options.accelerator,
@@ -69,14 +77,14 @@ def main() -> None:
         devices=options.devices,
         max_steps=options.steps,
         default_root_dir=options.folder,
-        enable_checkpointing=False,  # what Preemption saves is all that this run needs
+        enable_checkpointing=bool(options.save_every),  # Preemption saves at signals in any case
         limit_val_batches=0,
-        callbacks=[PrintedLoss(options.pause)],
+        callbacks=callbacks,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path="last" if options.resume else None)
 
     # all ranks compute their part of the text, and the first one prints it
     text = module.generate(data.encode("def main(")[None].to(module.device), tokens=20)

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
         sequence_hilbert_order,
         sequence_plan,
     )
+    from lightning_longnet.checkpointing.checkpoint_io import ManifestCheckpointIO
     from lightning_longnet.checkpointing.checkpoints import Checkpoint, read_checkpoint
     from lightning_longnet.checkpointing.exports import export_model, load_model
+    from lightning_longnet.checkpointing.newest import newest_checkpoint
     from lightning_longnet.compat import (
         BlockSparseRingDilatedAttention,
         BlockSparseRingDilatedAttentionFixed,
@@ -102,6 +104,7 @@ __all__ = [
     "LongViT",
     "LongViTConfig",
     "LongViTModule",
+    "ManifestCheckpointIO",
     "ModelFlops",
     "MultiheadDilatedAttention",
     "Pattern",
@@ -149,6 +152,7 @@ __all__ = [
     "keep_attention",
     "load_model",
     "magneto_gain",
+    "newest_checkpoint",
     "raster_order",
     "read_checkpoint",
     "sequence_context",
@@ -196,6 +200,8 @@ _MODULES = {
     "sequence": ("SequenceContext", "SequencePart", "attach_context", "hand_down", "sequence_context", "sequence_mesh"),
     "split_check": ("SplitMismatch", "Verdict", "check_split"),
     "training.optimization": ("decay_groups", "warmup_cosine"),
+    "checkpointing.checkpoint_io": ("ManifestCheckpointIO",),
+    "checkpointing.newest": ("newest_checkpoint",),
     "checkpointing.checkpoints": ("Checkpoint", "read_checkpoint"),
     "checkpointing.exports": ("export_model", "load_model"),
     "models.longvit": ("LongViT", "LongViTConfig"),

@@ -23,6 +23,7 @@ from lightning_longnet.split_check.replica import whole_tensor
 from lightning_longnet.strategies.checks import (
     Accumulate,
     check_accumulation,
+    check_background_saves,
     check_is_split,
     check_means,
     check_options,
@@ -36,6 +37,7 @@ from lightning_longnet.strategies.loaders import LoaderWatch
 from lightning_longnet.strategies.loops import WatchedLoops
 from lightning_longnet.strategies.resume import skip_finished_batches
 from lightning_longnet.strategies.samplers import RepeatWarning, keep_order, restore_order
+from lightning_longnet.strategies.saves import CheckpointSaves
 from lightning_longnet.strategies.seeds import dropout_seed
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class _ClassBySharding:
         return super().__new__(cls)
 
 
-class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops):
+class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops, CheckpointSaves):
     """Trains with sequences split over ranks; attention over whole sequences is exact, with any engine.
 
     The instance is of the engine's class, a subclass of this one and of Lightning's strategy for the engine.
@@ -85,6 +87,9 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops):
         split_check: what happens where the module computes something else on parts of sequences than on whole ones,
             which is tried on the first training batch and the first validation batch: "error" ends the run, "warn"
             goes on, "off" does not try; see `check_split`.
+        background_saves: a save in training returns when its content is copied to the memory of the host, and a thread
+            writes it; the pointer moves when the disk holds it.  An error of writing ends the run at the next step, and
+            fitting ends when all is written.  Not with deepspeed.
         accelerator: as for any strategy, like all that follow; the Trainer sets them.
         parallel_devices: the devices of this node.
         cluster_environment: the plugin that knows the number of each rank.
@@ -113,11 +118,13 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops):
         *,
         preemption: bool = True,
         split_check: Action = "error",
+        background_saves: bool = False,
     ) -> None:
         check_options(accumulate, timeout, preemption, split_check)
+        check_background_saves(background_saves, sharding, checkpoint_io)
         SequenceContext(placement=placement, exchange=exchange)  # raises an error where they are wrong
         self.sharding, self.accumulate, self.timeout = sharding, accumulate, float(timeout)
-        self.preemption = preemption
+        self.preemption, self.background_saves = preemption, background_saves
         self._sequence_parallel_size = sequence_parallel_size
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()

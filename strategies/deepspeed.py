@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 from lightning_longnet.sequence.agreement import fault_of_rank_zero
 from lightning_longnet.strategies.averages import has_averages
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
+from lightning_longnet.strategies.deepspeed_files import write_files
 from lightning_longnet.strategies.engines import gathers_parameters
 from lightning_longnet.strategies.universal import convert, saved_ranks
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
     from torch.optim import Optimizer
+
+    from lightning_longnet.checkpointing.manifest import FileSum
 
 _STAGES: dict[str, dict[str, Any]] = {
     "deepspeed_stage_1": {"stage": 1},
@@ -35,6 +38,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
     """The strategy of the shardings "deepspeed_stage_1", "_2", "_3" and "_3_offload"."""
 
     lightning_class = DeepSpeedStrategy
+    forms = ("deepspeed",)
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         if find_spec("deepspeed") is None:
@@ -112,16 +116,24 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         # Lightning has divided by the micro-batches already
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def _writes_folder(self) -> bool:
+        return True
+
+    def _write_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, FileSum]:
+        return write_files(
+            self.deepspeed_engine, folder, lambda: DeepSpeedStrategy.save_checkpoint(self, checkpoint, folder)
+        )
+
+    def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
         """Load a checkpoint of any number of ranks, and convert it first where that is not the number of now."""
-        path = Path(self.broadcast(checkpoint_path))
+        path = Path(path)
         if saved_ranks(path) in (0, self.world_size):
-            return super().load_checkpoint(path, weights_only)
+            return super()._load_from(path, weights_only)
         if fault := fault_of_rank_zero(self, lambda: convert(path)):
             raise RuntimeError(f"the checkpoint {path} cannot be made to fit {self.world_size} ranks: {fault}")
         config = self.deepspeed_engine._config
         config.load_universal_checkpoint = True
         try:
-            return super().load_checkpoint(path, weights_only)
+            return super()._load_from(path, weights_only)
         finally:
             config.load_universal_checkpoint = False

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from lightning_longnet.strategies.averages import averages, has_averages, sharded_state, whole_state
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 from lightning_longnet.strategies.full_checkpoint import load_full_checkpoint
+from lightning_longnet.strategies.shards import copy_shards, write_shards
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
+
+    from lightning_longnet.checkpointing.background import MemoryFile
+    from lightning_longnet.checkpointing.manifest import FileSum
 
 _ENTRIES = ("training_step", "validation_step", "test_step", "predict_step", "generate")
 
@@ -40,6 +44,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     """
 
     lightning_class = ModelParallelStrategy
+    forms = ("file", "fsdp2")
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         options: dict[str, Any] = {
@@ -98,14 +103,23 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
                     checkpoint[name] = whole_state(checkpoint[name], self.root_device)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
+    def _writes_folder(self) -> bool:
+        return self._save_distributed_checkpoint
+
+    def _write_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, FileSum]:
+        return write_shards(checkpoint, folder, is_first=self.is_global_zero)
+
+    def _copy_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, MemoryFile]:
+        return copy_shards(checkpoint, folder, is_first=self.is_global_zero)
+
+    def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
+        path, module = Path(path), self.lightning_module
         assert self.model is not None
         assert module is not None
         if path.is_file():
             checkpoint = load_full_checkpoint(path, self.model, self.optimizers, module.strict_loading, weights_only)
         else:
-            checkpoint = super().load_checkpoint(path, weights_only)
+            checkpoint = super()._load_from(path, weights_only)
         if has_averages(module.trainer):  # the callback loads its average, and the weights again
             checkpoint["state_dict"] = module.state_dict()
             if "current_model_state" in checkpoint:

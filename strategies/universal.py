@@ -5,13 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
+
+from lightning_longnet.checkpointing.commit import discard
+from lightning_longnet.checkpointing.manifest import (
+    DamageError,
+    Manifest,
+    check_sizes,
+    check_sums,
+    files_of,
+    parse,
+    sum_of,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _FORMAT = "checkpoint_universal"
 _WRITTEN_LAST = "latest_universal"
+_SUMS = "checkpoint_universal.json"  # the manifest of the format, beside it
 
 
 def saved_ranks(checkpoint: Path) -> int:
@@ -21,8 +34,10 @@ def saved_ranks(checkpoint: Path) -> int:
 
 def convert(checkpoint: Path) -> str:
     """Write the universal format beside a checkpoint, once; return what went wrong, or an empty string."""
-    if (checkpoint / _WRITTEN_LAST).exists():
+    if _is_converted(checkpoint):
         return ""
+    for name in (_WRITTEN_LAST, _SUMS, _FORMAT):  # of a conversion that was killed, or is damaged
+        discard(checkpoint / name)
     workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
     options = ["--input_folder", str(checkpoint / "checkpoint"), "--output_folder", str(checkpoint / _FORMAT)]
     options += ["--num_extract_workers", workers, "--num_merge_workers", workers, "--inject_missing_state"]
@@ -30,4 +45,21 @@ def convert(checkpoint: Path) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         return f"{' '.join(command)}\n{result.stderr.strip()}"
+    folder = checkpoint / _FORMAT
+    sums = {name: sum_of(folder / name) for name in files_of(folder)}
+    manifest = Manifest(_FORMAT, time.time_ns(), "", 0, 0, True, "universal", "deepspeed", 0, files=sums)
+    (checkpoint / _SUMS).write_text(manifest.text())
     return ""
+
+
+def _is_converted(checkpoint: Path) -> bool:
+    """Whether the universal format is there, as it was written."""
+    if not (checkpoint / _WRITTEN_LAST).is_file() or not (checkpoint / _SUMS).is_file():
+        return False
+    try:
+        manifest = parse((checkpoint / _SUMS).read_bytes(), _SUMS)
+        check_sizes(checkpoint / _FORMAT, manifest)
+        check_sums(checkpoint / _FORMAT, manifest)
+    except DamageError:
+        return False
+    return True

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 def atomic_save(trainer: Trainer, path: str) -> None:
     """Save a checkpoint of all ranks to a path that all of them see; the path exists only when it is complete.
 
-    Paths of other protocols are written directly: an object store cannot rename, and shows complete objects only.
+    A strategy that saves checkpoints whole itself is left to do so.  Paths of other protocols are written directly: an
+    object store cannot rename, and shows complete objects only.
     """
-    if not _is_local_file_protocol(path):
+    if getattr(trainer.strategy, "saves_whole", False) or not _is_local_file_protocol(path):
         trainer.save_checkpoint(path)
         _await_writing(trainer)
         return
@@ -38,6 +39,9 @@ def atomic_save(trainer: Trainer, path: str) -> None:
 
 
 def _await_writing(trainer: Trainer) -> None:
+    settle = getattr(trainer.strategy, "settle_saves", None)
+    if settle is not None:
+        settle()
     writer = trainer.strategy._checkpoint_io
     if isinstance(writer, AsyncCheckpointIO):
         writer.teardown()  # waits for the thread; the next checkpoint starts another

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_longnet.attention.pattern.pattern import Branch, Pattern
 from lightning_longnet.attention.pattern.sparsity import Sparsity
+from lightning_longnet.checkpointing.newest import check_saved
 from lightning_longnet.models.longnet import LongNetConfig
 from lightning_longnet.models.longvit import LongViTConfig
 
@@ -75,6 +76,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"path must be a checkpoint, got {path}, which does not exist")
+    check_saved(path)
     if path.is_file():
         return _checkpoint_of(path, read_file(path))
     if (path / CONFIG).is_file():

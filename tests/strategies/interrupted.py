@@ -99,7 +99,7 @@ def train(rank, world, folder, kind, size, *, signals=None, resume=None, callbac
                 signal.signal(number, handler)
         restored = {number: signal.getsignal(number) == handler for number, handler in handlers.items()}
         assert all(restored.values()), restored
-    return module.losses, code, sorted(path.name for path in Path(folder).iterdir())
+    return module.losses, code, sorted(path.name for path in Path(folder).iterdir() if path.name != ".checkpoints.json")
 
 
 class Run:

@@ -1,0 +1,178 @@
+"""`ManifestCheckpointIO`: checkpoints in one file, whole or absent, for any run of Lightning."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+
+from lightning_longnet.checkpointing.background import BackgroundWriter, in_memory
+from lightning_longnet.checkpointing.commit import commit, discard, remove, unfinished_path
+from lightning_longnet.checkpointing.index import next_place
+from lightning_longnet.checkpointing.manifest import WHOLE, DamageError, FileSum, Manifest
+from lightning_longnet.checkpointing.newest import check_checkpoint, is_only_good, newest_checkpoint, unverified
+from lightning_longnet.checkpointing.streams import save_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from lightning.fabric.utilities.types import _PATH
+
+    from lightning_longnet.checkpointing.streams import SummedFile
+
+_FACTS = ("global_step", "epoch", "callbacks")
+_PACKAGES = ("lightning-longnet", "lightning", "torch", "deepspeed")
+
+
+class ManifestCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints that are whole or absent, and reads those alone that are what was written.
+
+    `Trainer(plugins=ManifestCheckpointIO())` uses it with any strategy of Lightning that saves checkpoints in one file;
+    `RingSequenceParallelStrategy` uses it by itself.  A file is written beside its name with a manifest at its end, and
+    gets its name when the disk holds it; `torch.load` reads it as any other.  Loading compares the checksum.  A damaged
+    checkpoint is named in one line, and the newest good one in its folder is loaded in its place.  The last good
+    checkpoint of a folder is never removed.  Paths of other protocols, as s3://, are left to Lightning.
+
+    Args:
+        background: a save returns when its content is copied to the memory of the host, and a thread writes it, gives
+            it its name and moves the pointer when the disk holds it.  A save waits for the one before it, and raises
+            its error; so does `teardown`.
+
+    Attributes:
+        engine: what the manifests name as the engine.
+        mesh: what they name as the mesh of ranks.
+    """
+
+    saves_whole = True  # `Preemption` saves under the final name
+
+    def __init__(self, background: bool = False) -> None:
+        self.background, self.writer = background, BackgroundWriter()
+        self.engine = ""
+        self.mesh: dict[str, int] = {}
+        self._checked: Path | None = None
+        self._removals: list[_PATH] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+        if storage_options is not None or not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options)  # which takes no options
+            return
+        final = Path(path).absolute()
+        if self.background:
+            self.wait()
+            copy, facts = in_memory(checkpoint), facts_of(checkpoint)
+            self.writer.begin(lambda: self._save(copy.write_to, facts, final))
+        else:
+            self._save(lambda file: torch.save(checkpoint, file), checkpoint, final)  # type: ignore[arg-type]
+
+    def _save(self, write: Callable[[SummedFile], None], checkpoint: Mapping[str, Any], final: Path) -> None:
+        unfinished = unfinished_path(final)
+        try:
+            commit(
+                unfinished,
+                final,
+                save_whole(write, unfinished, lambda found: self.describe(final, checkpoint, found)),
+            )
+        finally:
+            discard(unfinished)  # which is there after an error
+
+    def teardown(self) -> None:
+        self.wait()
+        super().teardown()
+
+    def wait(self) -> None:
+        """Wait for a save in the background, raise its error, and remove what was to be removed after it."""
+        self.writer.take()
+        removals, self._removals = self._removals, []
+        for path in removals:
+            self._remove(path)
+
+    def describe(self, final: Path, checkpoint: Mapping[str, Any], found: FileSum | dict[str, FileSum]) -> Manifest:
+        """Return the manifest of a checkpoint.
+
+        Args:
+            final: the path that the checkpoint will have.
+            checkpoint: its content, as the Trainer gives it.
+            found: the sum of the file, or the sums of the files of a folder.
+        """
+        saved, series = next_place(final.parent)
+        is_file = isinstance(found, FileSum)
+        return Manifest(
+            name=final.name,
+            saved=saved,
+            series=series,
+            step=int(checkpoint.get("global_step", 0)),
+            epoch=int(checkpoint.get("epoch", 0)),
+            is_resumable="callbacks" in checkpoint,  # without save_weights_only
+            form="file" if is_file else "deepspeed" if self.engine.startswith("deepspeed") else "fsdp2",
+            engine=self.engine,
+            world=dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+            mesh=self.mesh,
+            versions=_versions(),
+            files={WHOLE: found} if isinstance(found, FileSum) else dict(sorted(found.items())),
+        )
+
+    def load_checkpoint(self, path: _PATH, *arguments: Any, **options: Any) -> dict[str, Any]:
+        self.wait()
+        if _is_local_file_protocol(path) and Path(path) != self._checked:
+            path = good_checkpoint(Path(path))
+        self._checked = None
+        content: dict[str, Any] = super().load_checkpoint(path, *arguments, **options)
+        return content
+
+    def accept(self, path: Path) -> None:
+        """Let the next load of a path take it as checked."""
+        self._checked = path
+
+    def remove_checkpoint(self, path: _PATH) -> None:
+        if not self.writer.is_idle:
+            self._removals.append(path)  # what replaces it may fail yet
+        else:
+            self._remove(path)
+
+    def _remove(self, path: _PATH) -> None:
+        if not _is_local_file_protocol(path):
+            super().remove_checkpoint(path)
+        elif is_only_good(Path(path).absolute()):
+            warnings.warn(f"{path} is kept: no other checkpoint in its folder is good", RuntimeWarning, stacklevel=2)
+        else:
+            remove(Path(path).absolute())
+
+
+def good_checkpoint(path: Path) -> Path:
+    """Return a checkpoint if it is good, else the newest good one in its folder, with a warning that says so.
+
+    A ValueError is raised where there is none.
+    """
+    try:
+        if check_checkpoint(path) is None:
+            warnings.warn(unverified(path), RuntimeWarning, stacklevel=2)
+        return path
+    except DamageError as damage:
+        other = newest_checkpoint(path.parent, forms={"file"}, skip={path}, reads_all=True)
+        if other is None:
+            raise ValueError(f"{damage}; its folder has no good checkpoint") from None
+        warnings.warn(f"{damage}; loading {other}, the newest good checkpoint", RuntimeWarning, stacklevel=2)
+        return other
+
+
+def facts_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a manifest says of the content of a checkpoint, without the content."""
+    return {name: None if name == "callbacks" else checkpoint[name] for name in _FACTS if name in checkpoint}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

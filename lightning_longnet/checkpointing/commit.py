@@ -1,0 +1,128 @@
+"""Putting a checkpoint under its name when all of it is on the disk, and removing one at once.
+
+A checkpoint is written under a name of its own, `.unfinished-HOST-PID-NUMBER-NAME.part`, in the folder where it will
+stand.  A folder that it replaces is renamed to `.replaced-...` first and removed last.  A process that was killed
+leaves such names behind, which the next save in the folder removes; `newest_checkpoint` reads a `.replaced-` one where
+the name itself is not there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+from itertools import count
+from typing import TYPE_CHECKING
+
+from lightning_longnet.checkpointing.index import record, sync_folder
+from lightning_longnet.checkpointing.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lightning_longnet.checkpointing.manifest import Manifest
+
+_UNFINISHED, _REPLACED, _REMOVED = ".unfinished", ".replaced", ".removed"
+_SUFFIX = ".part"
+_DAY = 86400.0
+_numbers = count()
+_written: dict[Path, str] = {}  # the checkpoints of this process, and the checksums of their manifests
+
+
+def unfinished_path(final: Path) -> Path:
+    """Return a free path beside `final` to write its content to, after removing what killed processes left there."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(final.parent)
+    return _hidden(final, _UNFINISHED)
+
+
+def _hidden(final: Path, kind: str) -> Path:
+    # Lightning reads a number from any name with "ckpt_" in it, and would resume from a file that does not exist
+    name = final.name.replace("%", "%25").replace("_", "%5F")
+    host = socket.gethostname().replace("-", "")
+    return final.with_name(f"{kind}-{host}-{os.getpid()}-{next(_numbers)}-{name}{_SUFFIX}")
+
+
+def replaced(folder: Path) -> dict[str, Path]:
+    """Return the checkpoints that were replaced and not removed, by their former names that are not there."""
+    found = {}
+    for path in folder.glob(f"{_REPLACED}-*{_SUFFIX}"):
+        name = path.name.removesuffix(_SUFFIX).split("-", 4)[4].replace("%5F", "_").replace("%25", "%")
+        if not os.path.lexists(folder / name):
+            found[name] = path
+    return found
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest into the folder of a checkpoint, last, and wait until the disk holds it and all names."""
+    with (folder / MANIFEST).open("w") as file:
+        file.write(manifest.text())
+        file.flush()
+        os.fsync(file.fileno())
+    for path in (folder, *(each for each in folder.rglob("*") if each.is_dir())):
+        sync_folder(path)
+
+
+def commit(unfinished: Path, final: Path, manifest: Manifest) -> None:
+    """Give a checkpoint, all of which is on the disk, its name, then move the pointer of its folder to it."""
+    former = None
+    if os.path.lexists(final) and (unfinished.is_dir() or final.is_dir()):  # which one rename cannot replace
+        former = _hidden(final, _REPLACED)
+        final.rename(former)
+    unfinished.replace(final)
+    sync_folder(final.parent)
+    record(final.parent, final.name, manifest)
+    _written[final] = manifest.checksum
+    if former is not None:
+        discard(former)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint: its name first and at once, so that no part of it is left under it."""
+    if not os.path.lexists(path):
+        return
+    _written.pop(path, None)
+    doomed = _hidden(path, _REMOVED)
+    path.rename(doomed)
+    record(path.parent, path.name, None)
+    discard(doomed)
+
+
+def was_written(path: Path, manifest: Manifest) -> bool:
+    """Whether this process wrote a checkpoint, so that its bytes need not be read to know that they were written."""
+    return _written.get(path) == manifest.checksum
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes of this machine that do not run any more left in a folder, and all that is a day old."""
+    for name, path in replaced(folder).items():
+        if _is_left(path):
+            path.rename(folder / name)  # it was killed between the two renames
+    for kind in (_UNFINISHED, _REPLACED, _REMOVED):
+        for path in folder.glob(f"{kind}-*{_SUFFIX}"):
+            if _is_left(path):
+                discard(path)
+
+
+def _is_left(path: Path) -> bool:
+    _, host, process, *_ = path.name.split("-")
+    if host == socket.gethostname().replace("-", "") and process.isdecimal():
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+    try:
+        return time.time() - path.lstat().st_mtime > _DAY
+    except FileNotFoundError:  # which another process removed
+        return False

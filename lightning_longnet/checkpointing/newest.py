@@ -1,0 +1,136 @@
+"""`newest_checkpoint`, and the check of a checkpoint by its manifest."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_longnet.checkpointing.commit import replaced, was_written
+from lightning_longnet.checkpointing.index import check_entry, missing
+from lightning_longnet.checkpointing.manifest import (
+    MANIFEST,
+    DamageError,
+    Manifest,
+    check_names,
+    check_sizes,
+    check_sums,
+    form_of,
+    read_manifest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+
+def newest_checkpoint(
+    *folders: str | Path,
+    forms: Collection[str] | None = None,
+    skip: Collection[Path] = (),
+    reads_all: bool = False,
+) -> Path | None:
+    """Return the newest checkpoint that a run can go on from, or None where the folders have none.
+
+    A checkpoint that is damaged is passed over with a warning that names the file.  One without a manifest, as earlier
+    versions and other programs write them, counts by the time of its last change.
+
+    Args:
+        folders: folders with checkpoints, whose names end with ".ckpt".
+        forms: which checkpoints can be read: "file", "fsdp2" and "deepspeed"; all by default.
+        skip: checkpoints that are passed over.
+        reads_all: reads all bytes and compares their checksums; without it names, sizes and manifests are compared.
+    """
+    found: list[tuple[int, Path]] = []
+    absent: dict[Path, int] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            continue
+        absent |= {path: saved for path, saved in missing(folder).items() if path.name not in replaced(folder)}
+        for path in (*folder.glob("*.ckpt"), *replaced(folder).values()):
+            if path in skip or not path.exists():
+                continue
+            try:
+                manifest = _known_manifest(path)
+            except DamageError as damage:
+                _warn(damage)
+                continue
+            form = form_of(path) if manifest is None else manifest.form
+            if (manifest is None or manifest.is_resumable) and (forms is None or form in forms):
+                found.append((path.stat().st_mtime_ns if manifest is None else manifest.saved, path))
+    newest = max(found, default=(0, None))[0]
+    for path in (each for each, saved in absent.items() if saved > newest and each not in skip):
+        _warn(DamageError(f"{path} is missing"))
+    for _, path in sorted(found, reverse=True):
+        try:
+            check_checkpoint(path, share=(0, 1) if reads_all else None)
+        except DamageError as damage:
+            _warn(damage)
+            continue
+        return path
+    return None
+
+
+def check_checkpoint(path: Path, share: tuple[int, int] | None = (0, 1)) -> Manifest | None:
+    """Return the manifest of a checkpoint, or None where it has none; raise `DamageError` where they differ.
+
+    Args:
+        path: the checkpoint.
+        share: (rank, ranks): the share of the files whose bytes are read; None reads none and compares sizes.
+    """
+    manifest = check_saved(path, share)
+    if manifest is None and not form_of(path):
+        raise DamageError(f"{path} holds no checkpoint")
+    return manifest
+
+
+def check_saved(path: Path, share: tuple[int, int] | None = (0, 1)) -> Manifest | None:
+    """Do the same for a path that may be something else than a checkpoint, which then has no manifest."""
+    manifest = _known_manifest(path)
+    if manifest is not None:
+        check_names(manifest.files)
+        check_sizes(path, manifest)
+        if share is not None:
+            check_sums(path, manifest, share)
+    return manifest
+
+
+def _known_manifest(path: Path) -> Manifest | None:
+    """Return the manifest of a checkpoint, which is the one that the index of its folder knows, or None."""
+    manifest = read_manifest(path)
+    if not path.name.endswith(".part"):  # one that was replaced is in no index
+        check_entry(path, manifest)
+    return manifest
+
+
+def is_only_good(path: Path) -> bool:
+    """Whether no checkpoint of a folder is good but this one, which is good as far as sizes say.
+
+    The bytes of those that this process wrote itself are not read again.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if any(_is_written(each) for each in path.parent.glob("*.ckpt") if each != path):
+            return False
+        try:
+            if check_checkpoint(path, share=None) is None:
+                return False
+        except DamageError:
+            return False
+        return newest_checkpoint(path.parent, skip={path}, reads_all=True) is None
+
+
+def _is_written(path: Path) -> bool:
+    try:
+        manifest = check_checkpoint(path, share=None)
+    except DamageError:
+        return False
+    return manifest is not None and manifest.is_resumable and was_written(path, manifest)
+
+
+def unverified(path: Path) -> str:
+    """Return the line about a checkpoint that has no manifest."""
+    return f"{path} has no {MANIFEST}, as an earlier version or another program saved it: it cannot be verified"
+
+
+def _warn(damage: DamageError) -> None:
+    warnings.warn(f"{damage}; it is passed over", RuntimeWarning, stacklevel=3)

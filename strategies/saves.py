@@ -1,0 +1,265 @@
+"""Checkpoints of any engine that are whole or absent, and the choice of a good one by all ranks together."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch.distributed as dist
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.utilities.distributed import _distributed_is_initialized
+from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lightning_longnet.checkpointing.checkpoint_io import ManifestCheckpointIO, facts_of
+from lightning_longnet.checkpointing.commit import commit, discard, seal, unfinished_path
+from lightning_longnet.checkpointing.manifest import DamageError, FileSum, files_of, sum_of
+from lightning_longnet.checkpointing.newest import check_checkpoint, newest_checkpoint, unverified
+from lightning_longnet.checkpointing.streams import sync_file
+from lightning_longnet.strategies.checks import check_background_saves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lightning.fabric.plugins import CheckpointIO
+
+    from lightning_longnet.checkpointing.background import MemoryFile
+    from lightning_longnet.sequence.context import SequenceContext
+
+# what writing raises: a full disk, a folder that cannot be written, content that cannot be pickled
+FAULTS = (OSError, RuntimeError, ValueError, TypeError, AttributeError, pickle.PicklingError, CheckpointException)
+
+
+class Pending(NamedTuple):
+    """A save in the background: the checkpoint's path, and of a folder where it is written, and what it holds."""
+
+    final: Path
+    unfinished: Path | None = None
+    content: dict[str, Any] = {}  # noqa: RUF012  nobody writes to it
+
+
+class CheckpointSaves(ParallelStrategy):
+    """Saves checkpoints that are whole or absent, and loads those alone that are what was saved.
+
+    Engines that write one file do so through the `checkpoint_io`, on rank 0.  The others write a folder, each rank its
+    own files, and rank 0 adds the manifest and gives the folder its name.  An error of one rank is raised on all.
+    """
+
+    saves_whole = True  # `Preemption` saves under the final name
+    forms: tuple[str, ...] = ("file",)  # the checkpoints that the engine reads
+    sharding: str
+    sequence_context: SequenceContext
+    background_saves = False
+    _is_training = False
+    _pending: Pending | None = None
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = ManifestCheckpointIO(self.background_saves)
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
+            self._checkpoint_io.checkpoint_io = ManifestCheckpointIO()  # which is used where it wraps none
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        check_background_saves(self.background_saves, self.sharding, io)
+        self._checkpoint_io = io
+
+    # Saving
+
+    def _writes_folder(self) -> bool:
+        """Whether each rank writes files of its own."""
+        return False
+
+    def _write_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, FileSum]:
+        """Write this rank's files into a folder, and return the sums of those that are on the disk."""
+        raise NotImplementedError
+
+    def _copy_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, MemoryFile]:
+        """Make a folder, and return what this rank is to write into it."""
+        raise NotImplementedError
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        path = self.broadcast(filepath)
+        self.settle_saves()
+        if not self._writes_folder():
+            self._describe(self.checkpoint_io)
+            save = super().save_checkpoint
+            self._together(path, lambda: save(checkpoint, path, storage_options))
+            if self.background_saves:
+                self._pending = Pending(path)
+        elif storage_options is not None or not _is_local_file_protocol(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            self._save_folder(checkpoint, Path(path).absolute())
+        if not self._is_training:
+            self.settle_saves()
+
+    def _save_folder(self, checkpoint: dict[str, Any], final: Path) -> None:
+        content = facts_of(checkpoint)
+        (unfinished, *_) = self._together(final, lambda: unfinished_path(final) if self.is_global_zero else None)
+        if self.background_saves:
+            self._together(final, lambda: self._begin_folder(checkpoint, unfinished))
+            self._pending = Pending(final, unfinished, content)
+            return
+        try:
+            parts = self._together(final, lambda: self._write_folder(checkpoint, unfinished))
+            self._together(final, lambda: self._finish_folder(unfinished, final, content, parts))
+        finally:
+            if self.is_global_zero:
+                discard(unfinished)  # which is there after an error
+
+    def _begin_folder(self, checkpoint: dict[str, Any], unfinished: Path) -> None:
+        """Copy this rank's files to memory, and begin to write them."""
+        files = self._copy_folder(checkpoint, unfinished)
+        io: Any = self.checkpoint_io
+        io.writer.begin(lambda: {name: file.store(unfinished / name) for name, file in files.items()})
+
+    def settle_saves(self, is_awaited: bool = True) -> None:
+        """Finish the save in the background, if there is one; all ranks call this together.
+
+        Args:
+            is_awaited: waits for it.  Without it a save that some rank still writes goes on.
+        """
+        pending = self._pending
+        if pending is None:
+            return
+        io: Any = self.checkpoint_io
+        if not is_awaited and not all(self._gathered(io.writer.is_done)):
+            return
+        self._pending = None
+        try:
+            parts = self._together(pending.final, io.writer.take)
+            if pending.unfinished is not None:
+                found: tuple[Path, Path, dict[str, Any]] = (pending.unfinished, pending.final, pending.content)
+                self._together(pending.final, lambda: self._finish_folder(*found, parts))
+            self._together(pending.final, io.wait)
+        finally:
+            if self.is_global_zero and pending.unfinished is not None:
+                discard(pending.unfinished)  # which is there after an error
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.settle_saves(is_awaited=False)
+        return super().training_step(*args, **kwargs)
+
+    def on_train_start(self) -> None:
+        self._is_training = True
+        super().on_train_start()
+
+    def on_train_end(self) -> None:
+        self._is_training = False
+        self.settle_saves()
+        super().on_train_end()
+
+    def _finish_folder(
+        self, unfinished: Path, final: Path, checkpoint: dict[str, Any], parts: list[dict[str, FileSum]]
+    ) -> None:
+        if not self.is_global_zero:
+            return
+        sums = {name: found for part in parts for name, found in part.items()}
+        for name in files_of(unfinished):
+            if name not in sums:  # a small file that the engine writes itself
+                sums[name] = sum_of(unfinished / name)
+                sync_file(unfinished / name)
+        writer = ManifestCheckpointIO()
+        self._describe(writer)
+        manifest = writer.describe(final, checkpoint, sums)
+        seal(unfinished, manifest)
+        commit(unfinished, final, manifest)
+
+    def _describe(self, writer: CheckpointIO) -> None:
+        """Let a writer name this engine and mesh in manifests."""
+        if isinstance(writer, _WrappingCheckpointIO):
+            assert writer.checkpoint_io is not None
+            writer = writer.checkpoint_io
+        if isinstance(writer, ManifestCheckpointIO):
+            context = self.sequence_context
+            sizes = (context.data_parallel_size, context.sequence_parallel_size)
+            writer.engine = self.sharding
+            writer.mesh = dict(zip(("data_parallel", "sequence_parallel"), sizes, strict=True))
+
+    def _together(self, path: Any, attempt: Callable[[], Any]) -> list[Any]:
+        """Return what an attempt returns on each rank; an error of one rank is raised on all."""
+        result, error = None, None
+        try:
+            result = attempt()
+        except FAULTS as fault:
+            error = fault
+        results = self._gathered((result, "" if error is None else f"{type(error).__name__}: {error}"))
+        faults = [f"rank {rank}: {fault}" for rank, (_, fault) in enumerate(results) if fault]
+        if faults:
+            raise RuntimeError(f"the checkpoint {path} is not saved: {faults[0]}") from error
+        return [each for each, _ in results]
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """Return the values of all ranks."""
+        if not _distributed_is_initialized() or dist.get_backend() == "fake":
+            return [value]
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+
+    # Loading
+
+    def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
+        """Load the checkpoint that was chosen."""
+        if isinstance(self.checkpoint_io, ManifestCheckpointIO):
+            self.checkpoint_io.accept(Path(path))
+        return super().load_checkpoint(path, weights_only)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path = self.broadcast(checkpoint_path)
+        if _is_local_file_protocol(path):
+            path = self._good_checkpoint(Path(path))
+        return self._load_from(path, weights_only)
+
+    def _good_checkpoint(self, asked: Path) -> Path:
+        """Return on all ranks a checkpoint if it is good, else, to go on training, the newest good one beside it."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        path, bad = asked, set[Path]()
+        while fault := self._fault(path):
+            bad.add(path)
+            other = None
+            if self.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
+                other = newest_checkpoint(*self._folders(asked), forms=self.forms, skip=bad)
+            other = self.broadcast(other)
+            if other is None:
+                rest = "there is no other good checkpoint" if trainer.state.fn == TrainerFn.FITTING else "give another"
+                raise ValueError(f"{fault}; {rest}")
+            rank_zero_warn(f"{fault}; loading {other}, the newest other one", category=RuntimeWarning)
+            path = other
+        if path != asked:
+            trainer._checkpoint_connector._ckpt_path = path  # which the log names, and ModelCheckpoint does not remove
+        return path
+
+    def _folders(self, asked: Path) -> list[Path]:
+        """Return the folder of a checkpoint, and those that the Trainer saves checkpoints in."""
+        from lightning_longnet.strategies.last import checkpoint_folders  # which imports this module
+
+        assert self.lightning_module is not None
+        return list(dict.fromkeys([asked.parent, *checkpoint_folders(self.lightning_module.trainer)]))
+
+    def _fault(self, path: Path) -> str:
+        """Return what is wrong with a checkpoint, of which each rank reads its share; "" if it is good."""
+        fault, note = "", ""
+        if self.is_global_zero:
+            try:
+                note = "" if check_checkpoint(path, share=None) is not None else unverified(path)
+            except DamageError as damage:
+                fault = str(damage)
+        fault, note = self.broadcast((fault, note))
+        if note:
+            rank_zero_warn(note, category=RuntimeWarning)
+        if fault or note:
+            return fault
+        try:
+            check_checkpoint(path, share=(self.global_rank, self.world_size))
+        except DamageError as damage:
+            fault = str(damage)
+        return next((each for each in self._gathered(fault) if each), "")

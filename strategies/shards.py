@@ -1,0 +1,97 @@
+"""Writing the shards of parameters that the ranks of FSDP2 hold, with a sum of each file."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.utils.serialization import config
+
+from lightning_longnet.checkpointing.background import MemoryFile, in_memory
+from lightning_longnet.checkpointing.streams import SummedFile, save_summed
+
+if TYPE_CHECKING:
+    import io
+    from collections.abc import Iterator
+    from os import PathLike
+    from pathlib import Path
+
+    from lightning_longnet.checkpointing.manifest import FileSum
+
+_OTHERS = "meta.pt"  # the name that Lightning gives to everything that is not sharded
+
+
+def write_shards(checkpoint: dict[str, Any], folder: Path, *, is_first: bool) -> dict[str, FileSum]:
+    """Write a checkpoint into a folder as Lightning does for FSDP2, and return the sums of this rank's files.
+
+    All ranks call this together.
+
+    Args:
+        checkpoint: what the Trainer saves; the weights and the optimizers' states are taken out of it.
+        folder: a folder that is not there yet.
+        is_first: whether this rank writes what all ranks have.
+    """
+    files = _SummedFiles()
+    _write(checkpoint, folder, files)
+    if is_first:
+        files.sums[_OTHERS] = save_summed(checkpoint, folder / _OTHERS)
+    return files.sums
+
+
+def copy_shards(checkpoint: dict[str, Any], folder: Path, *, is_first: bool) -> dict[str, MemoryFile]:
+    """Do the same in memory, and return the files by their names; the folder is made."""
+    files = _MemoryFiles()
+    _write(checkpoint, folder, files)
+    if is_first:
+        files.made[_OTHERS] = in_memory(checkpoint)
+    return files.made
+
+
+def _write(checkpoint: dict[str, Any], folder: Path, files: FileSystem) -> None:
+    state = {"state_dict": checkpoint.pop("state_dict")}
+    for number, each in enumerate(checkpoint.pop("optimizer_states", ())):
+        state[f"optimizer_{number}"] = each
+    writer = FileSystemWriter(folder, sync_files=False)  # files are on the disk when they are closed
+    writer.fs = files
+    # torch's own checksums, which nothing compares where many tensors are in one file, would take as long as ours
+    with config.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
+        save(state, storage_writer=writer)
+
+
+class _SummedFiles(FileSystem):
+    """The files that a writer makes, with their sums under the names that they have in the end."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, FileSum] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        assert mode == "wb"
+        where = cast("Path", self.init_path(path))
+        with SummedFile(where) as file:
+            yield cast("io.IOBase", file)
+        self.sums[where.name] = file.sum
+
+    def rename(self, path: str | PathLike[str], new_path: str | PathLike[str]) -> None:
+        super().rename(path, new_path)
+        former, name = cast("Path", self.init_path(path)).name, cast("Path", self.init_path(new_path)).name
+        self.sums[name] = self.sums.pop(former)
+
+
+class _MemoryFiles(FileSystem):
+    """The files that a writer makes, in memory, under the names that they have in the end."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, MemoryFile] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        assert mode == "wb"
+        file = self.made[cast("Path", self.init_path(path)).name] = MemoryFile()
+        yield cast("io.IOBase", file)
+
+    def rename(self, path: str | PathLike[str], new_path: str | PathLike[str]) -> None:
+        former, name = cast("Path", self.init_path(path)).name, cast("Path", self.init_path(new_path)).name
+        self.made[name] = self.made.pop(former)

@@ -1,0 +1,94 @@
+"""A kill at any operation on files of a save leaves the old checkpoint or the new one, with any engine."""
+
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo  # imported before processes are forked, as all that a run imports
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_training import FLOAT32
+from tiers import tiered
+from trained import adamw, fit, samples
+from workers import free_port
+
+from lightning_longnet import read_checkpoint
+from lightning_longnet.checkpointing.newest import check_checkpoint, newest_checkpoint
+from lightning_longnet.strategies import ddp, fsdp2
+
+sys.path.append(str(Path(__file__).parents[1] / "checkpointing"))
+from kills import killed_ranks
+
+SETTING = {**FLOAT32, "optimizer": adamw, "samples": samples(12), "accumulate": 1}
+IMPORTED = ddp, fsdp2
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
+class Steps:
+    """A run of a number of steps, which saves `last` and the newest step after each, and goes on where one was."""
+
+    def __init__(self, sharding, steps):
+        self.sharding, self.steps = sharding, steps
+        self.port = free_port()
+
+    def __call__(self, rank, world, folder):
+        torch.set_num_threads(1)
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(self.port),
+            LOCAL_RANK=str(rank),
+            NODE_RANK="0",
+            WORLD_SIZE=str(world),
+        )
+        saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=1, save_last=True)
+        setting = {**SETTING, "micro_batches": 1, "epochs": self.steps}
+        resume = "last" if any(folder.glob("*.ckpt")) else None
+        fit(rank, world, setting, self.sharding, world, resume, [saving], split_check="off")
+
+
+def states(folder):
+    return {
+        check_checkpoint(path).step: {name: x.clone() for name, x in read_checkpoint(path).state_dict.items()}
+        for path in folder.glob("step=*.ckpt")
+    }
+
+
+CASES = {
+    "fsdp2, one rank": ("fsdp2", 1, 0, 1),
+    "fsdp2, rank 0": ("fsdp2", 2, 0, 1),
+    "fsdp2, rank 1": ("fsdp2", 2, 1, 1),
+}
+CASES |= {"ddp": ("ddp", 1, 0, 1)}
+CASES |= {f"deepspeed_stage_{stage}": (f"deepspeed_stage_{stage}", 1, 0, 1) for stage in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("case", tiered(CASES, quick=[], full=[case for case in CASES if case.startswith("deepspeed")]))
+def test_the_old_or_the_new_one_is_left(case, tmp_path):
+    sharding, world, victim, every = CASES[case]
+    base, folder = tmp_path / "base", tmp_path / "run"
+    folder.mkdir()
+    killed_ranks(folder, Steps(sharding, 1), world)
+    right = states(folder)
+    shutil.copytree(folder, base)
+    operations = killed_ranks(folder, Steps(sharding, 2), world, victim)
+    right |= states(folder)
+    assert set(right) == {1, 2}
+    found = []
+    for number in range(every - 1, len(operations), every):
+        shutil.rmtree(folder)
+        shutil.copytree(base, folder)
+        assert killed_ranks(folder, Steps(sharding, 2), world, victim, number), operations[number]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing that has a name may be damaged
+            path = newest_checkpoint(folder, reads_all=True)
+        step = check_checkpoint(path).step
+        for name, x in read_checkpoint(path).state_dict.items():
+            assert torch.equal(x, right[step][name]), operations[number]
+        found.append(step)
+    assert found == sorted(found)
+    assert found[0] == 1
+    if every == 1 and victim == 0:
+        assert found[-1] == 2

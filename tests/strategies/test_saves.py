@@ -1,0 +1,204 @@
+"""Checkpoints of each engine are whole or absent; what is damaged is named, and the newest good one is loaded."""
+
+import os
+import shutil
+import warnings
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_training import FLOAT32
+from tiers import tiered
+from trained import adamw, fit, samples
+
+from lightning_longnet import read_checkpoint
+from lightning_longnet.checkpointing.index import INDEX
+from lightning_longnet.checkpointing.newest import check_checkpoint, newest_checkpoint
+from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+ENGINES = ["ddp", "fsdp2", "hsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
+SETTING = {**FLOAT32, "optimizer": adamw, "samples": samples(24), "micro_batches": 4, "accumulate": 1}
+
+
+def fit_with_last(rank, world, sharding, folder, resume_from=None, top=-1, **options):
+    """Losses, parameters and the warnings about checkpoints of a run that saves each step and `last`."""
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=top, save_last=True)
+    with warnings.catch_warnings(record=True) as found:
+        losses, parameters = fit(rank, world, SETTING, sharding, world, resume_from, [saving], **options)
+    return losses, parameters, [str(each.message) for each in found if each.category is RuntimeWarning]
+
+
+@pytest.fixture(scope="module")
+def saved(trainers, deepspeed_trainers, tmp_path_factory):
+    """Folders with checkpoints of two ranks, or one, by engine, and the losses of the run."""
+    made = {}
+
+    def folder(engine, world=2):
+        if (engine, world) not in made:
+            path = tmp_path_factory.mktemp(engine)
+            workers = deepspeed_trainers(world) if engine.startswith("deepspeed") else trainers
+            ((losses, *_), *_) = workers.run(world, fit_with_last, engine, str(path))
+            made[engine, world] = path, losses
+        return made[engine, world]
+
+    return folder
+
+
+def cut(path, _):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def empty(path, _):
+    os.truncate(path, 0)
+
+
+def flip(path, _):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def delete(path, _):
+    path.unlink()
+
+
+def take_from(path, other):
+    shutil.copy(other, path)
+
+
+DAMAGES = {"cut": cut, "empty": empty, "flip": flip, "delete": delete, "older": take_from, "mesh": take_from}
+
+
+def files_of(checkpoint):
+    """The files of a checkpoint that are read when it is loaded, and its manifest."""
+    if checkpoint.is_file():
+        return [checkpoint]
+    inside = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    return [path for path in inside if path.suffix != ".py"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind"), tiered(product(ENGINES, DAMAGES), quick=[("fsdp2", "flip"), ("fsdp2", "older")])
+)
+def test_each_damaged_file_is_named_and_passed_over(saved, engine, kind, tmp_path):
+    source, _ = saved(engine)
+    shutil.copytree(source, tmp_path / "run")
+    last, older = tmp_path / "run/last.ckpt", tmp_path / "run/step=2.ckpt"
+    shutil.rmtree(tmp_path / "run/step=4.ckpt", ignore_errors=True)
+    other = saved(engine, 1)[0] / "last.ckpt" if kind == "mesh" else older
+    assert newest_checkpoint(tmp_path / "run", reads_all=True) == last
+    for path in files_of(last):
+        name = path.relative_to(last)
+        if kind in ("older", "mesh") and path.is_file() and not (other / name).is_file():
+            continue
+        if kind in ("older", "mesh") and (other / name).read_bytes() == path.read_bytes():
+            continue  # as "latest" of DeepSpeed
+        held = path.read_bytes()
+        DAMAGES[kind](path, other / name)
+        named = str(path if path.exists() and path.name != "manifest.json" else last)
+        with pytest.warns(RuntimeWarning) as found:
+            assert newest_checkpoint(tmp_path / "run", reads_all=True) != last
+        assert any(named in str(each.message) for each in found), [str(each.message) for each in found]
+        path.write_bytes(held)
+    assert newest_checkpoint(tmp_path / "run", reads_all=True) == last
+
+
+@pytest.mark.parametrize("engine", tiered(ENGINES, quick=["fsdp2"]))
+def test_a_run_goes_on_from_the_newest_good_one(trainers, deepspeed_trainers, saved, engine, tmp_path):
+    source, losses = saved(engine)
+    shutil.copytree(source, tmp_path / "run")
+    flip(files_of(tmp_path / "run/last.ckpt")[-1], None)
+    flip(files_of(tmp_path / "run/step=4.ckpt")[0], None)
+    flip(files_of(tmp_path / "run/step=3.ckpt")[-1], None)
+    workers = deepspeed_trainers(2) if engine.startswith("deepspeed") else trainers
+    found = workers.run(2, fit_with_last, engine, str(tmp_path / "run"), str(tmp_path / "run/last.ckpt"))
+    for rest, _, _ in found:
+        assert rest == losses[2:]
+
+
+def fit_without_name(rank, world, sharding, folder):
+    """As a run is started again, without the name of a checkpoint."""
+    return fit_with_last(rank, world, sharding, folder, "last")
+
+
+@pytest.mark.parametrize("engine", tiered(ENGINES, quick=["ddp"]))
+def test_last_is_found_when_its_name_is_gone(trainers, deepspeed_trainers, saved, engine, tmp_path):
+    source, losses = saved(engine)
+    shutil.copytree(source, tmp_path / "run")
+    for name in ("last.ckpt", "step=4.ckpt", "step=3.ckpt"):
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    workers = deepspeed_trainers(2) if engine.startswith("deepspeed") else trainers
+    for rest, _, _ in workers.run(2, fit_without_name, engine, str(tmp_path / "run")):
+        assert rest == losses[2:]
+
+
+def fit_on_full_disk(rank, world, sharding, folder, in_background):
+    """The error of a rank whose neighbour cannot write its second checkpoint, and its name."""
+    from lightning_longnet.checkpointing import streams
+
+    written, write = [], streams.SummedFile.write
+
+    def full(self, content):
+        if "step=2" in str(self._file.name) and rank == world - 1:
+            raise OSError(28, "No space left on device")
+        written.append(1)
+        return write(self, content)
+
+    streams.SummedFile.write = full
+    try:
+        fit_with_last(rank, world, sharding, folder, background_saves=in_background)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        streams.SummedFile.write = write
+    return ""
+
+
+@pytest.mark.parametrize("in_background", tiered([False, True], quick=[False]))
+def test_an_error_of_one_rank_is_raised_on_all(trainers, tmp_path, in_background):
+    for message in trainers.run(2, fit_on_full_disk, "fsdp2", str(tmp_path), in_background):
+        assert "step=2.ckpt is not saved" in message
+        assert "No space left" in message
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [INDEX, "last.ckpt", "step=1.ckpt"]
+    assert check_checkpoint(tmp_path / "last.ckpt").step == 1
+
+
+def test_a_manifest_says_what_wrote_it(saved):
+    folder, _ = saved("fsdp2")
+    manifest = check_checkpoint(folder / "last.ckpt")
+    assert (manifest.step, manifest.world, manifest.engine, manifest.form) == (4, 2, "fsdp2", "fsdp2")
+    assert manifest.mesh == {"data_parallel": 1, "sequence_parallel": 2}
+    assert manifest.versions["torch"] == torch.__version__
+    assert set(manifest.files) == {".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"}
+    assert Path(folder / INDEX).is_file()
+
+
+def fit_in_background(rank, world, sharding, folder):
+    return fit_with_last(rank, world, sharding, folder, top=1, background_saves=True)
+
+
+@pytest.mark.parametrize("engine", tiered(["ddp", "fsdp2", "hsdp"], quick=["fsdp2"]))
+def test_saves_in_the_background_are_those_of_their_step(trainers, saved, engine, tmp_path):
+    folder, losses = saved(engine)
+    for found, _, _ in trainers.run(2, fit_in_background, engine, str(tmp_path)):
+        assert found == losses
+    assert not list(tmp_path.glob(".*.part"))
+    for path in tmp_path.glob("*.ckpt"):
+        right = folder / path.name
+        assert check_checkpoint(path).step == check_checkpoint(right).step
+        state, wanted = (read_checkpoint(each).state_dict for each in (path, right))
+        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+    for rest, _, _ in trainers.run(2, fit_with_last, engine, str(tmp_path / "rest"), str(tmp_path / "last.ckpt")):
+        assert rest == []
+
+
+def test_saves_in_the_background_are_refused_by_name():
+    with pytest.raises(ValueError, match="background_saves must be False with 'deepspeed_stage_2'"):
+        RingSequenceParallelStrategy(sharding="deepspeed_stage_2", background_saves=True)
+    with pytest.raises(ValueError, match="background_saves must be False with a checkpoint_io, got TorchCheckpointIO"):
+        RingSequenceParallelStrategy(background_saves=True).checkpoint_io = TorchCheckpointIO()
