@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_longnet.strategies.averages import averages, has_averages, sharded_state, whole_state
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
-from lightning_longnet.strategies.files import load_file
+from lightning_longnet.strategies.files import load_file, load_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,10 +101,9 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
         assert self.model is not None
         assert module is not None
-        if path.is_file():
-            checkpoint = load_file(path, self.model, self.optimizers, module.strict_loading, weights_only)
-        else:
-            checkpoint = super().load_checkpoint(path, weights_only)
+        loading = load_file if path.is_file() else load_folder
+        trust = weights_only is False
+        checkpoint = loading(path, self.model, self.optimizers, module.strict_loading, trust)
         if has_averages(module.trainer):  # the callback loads its average, and the weights again
             checkpoint["state_dict"] = module.state_dict()
             if "current_model_state" in checkpoint:

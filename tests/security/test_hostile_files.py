@@ -1,0 +1,33 @@
+"""No file that any command reads runs code, or leads a reader out of its folder."""
+
+import os
+
+import pytest
+from payloads import CASES, HARMLESS, QUICK, SECRET, ran
+from programs import LONGNET, programs
+from tiers import tiered
+
+
+def test_there_are_enough():
+    assert len(CASES) >= 60
+    assert set(CASES) >= HARMLESS | set(QUICK)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("name", tiered(CASES, quick=QUICK))
+def test_nothing_runs_and_nothing_outside_is_read(name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    words = CASES[name](tmp_path)
+    assert not ran(tmp_path).exists(), "the payload ran while it was made"
+    ((status, shown, errors),) = programs([[LONGNET, *words]], tmp_path)
+    assert not ran(tmp_path).exists(), f"it ran: {errors[-2000:]}"
+    written = "".join(page.read_text() for page in tmp_path.rglob("report.html"))
+    assert SECRET not in shown + errors + written
+    assert "<script>alert" not in written
+    if name in HARMLESS:
+        assert status == 0, errors[-2000:]
+    else:
+        assert status != 0, shown[-2000:]
+        assert "Traceback" not in errors, errors[-2000:]
+        assert "longnet: error:" in errors, errors[-2000:]
