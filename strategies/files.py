@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from itertools import chain
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.strategies.model_parallel import _load_raw_module_state
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -15,11 +18,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_longnet.checkpointing.checkpoints import OTHERS
-from lightning_longnet.checkpointing.restricted import Reader, read_file, restricted
+from lightning_longnet.checkpointing.restricted import Reader, read_file, refusal, restricted
 from lightning_longnet.trust import confined
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from torch import nn
@@ -48,7 +51,7 @@ def load_folder(
     rest: dict[str, Any] = read_file(confined("a checkpoint's meta.pt", path / OTHERS, path, trust), trust=trust)
     reader = Reader(path, trust)
     reader.read_metadata()  # raises the same error on all ranks, before they load together
-    with restricted(trust=trust):
+    with _explained(path), restricted(trust=trust):
         weights = {"state_dict": get_model_state_dict(module)}
         load(weights, storage_reader=reader)
         module.load_state_dict(weights["state_dict"], strict=strict)
@@ -59,6 +62,18 @@ def load_folder(
             options = StateDictOptions(cpu_offload=True)
             set_optimizer_state_dict(module, optimizer, states[name], options=options)
     return rest
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Raise a ValueError, on all ranks, where one of them met an object that could run code."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        if found := [cause for cause in causes if isinstance(cause, UnpicklingError)]:
+            raise ValueError(f"ckpt_path must be {refusal(path, found[0])}") from None
+        raise
 
 
 def _by_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 
 
 class ImageFolderData(Loaders):
@@ -110,10 +110,14 @@ class Images(Dataset[dict[str, "Tensor"]]):
         return len(self.files)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
         path, label = self.files[i]
-        with Image.open(path, formats=FORMATS) as opened:  # whatever its name is, it may be another
+        try:
+            opened = Image.open(path, formats=FORMATS)  # whatever its name says, its content may be of another
+        except UnidentifiedImageError as error:
+            raise ValueError(f"path must hold images of {', '.join(FORMATS)}, {path} is none") from error
+        with opened:
             image = ImageOps.fit(opened.convert("RGB" if self.channels == 3 else "L"), (self.size, self.size))
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(self.size, self.size, self.channels)
         return {"pixels": pixels.permute(2, 0, 1).contiguous() / 127.5 - 1, "label": torch.tensor(label)}

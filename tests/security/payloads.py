@@ -123,7 +123,7 @@ def plain(**others):
     model = LongNet(LongNetConfig(**CONFIG))
     return {
         "state_dict": {f"model.{name}": x for name, x in model.state_dict().items()},
-        "hyper_parameters": {"config": dict(CONFIG)},
+        "hyper_parameters": {"config": model.config.to_dict()},
         "pytorch-lightning_version": "2.6.6",
         **{"epoch": 0, "global_step": 0, "loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []},
         **others,
@@ -164,7 +164,15 @@ def sharded(folder, metadata=None, meta=None, item=None, outside=False, linked=F
     path, content = folder / "a.ckpt", plain()
     state = {"state_dict": content.pop("state_dict")}
     if item is not None:
-        state["optimizer_0"] = {"param_groups": {"lr": item(folder)}}
+        names = list(state["state_dict"])
+        zeros = {name: torch.zeros_like(x) for name, x in state["state_dict"].items()}
+        moments = {name: {"step": torch.tensor(1.0), "exp_avg": x, "exp_avg_sq": x} for name, x in zeros.items()}
+        settings = dict.fromkeys(
+            ("amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"), False
+        )
+        settings |= {"lr": item(folder), "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "initial_lr": 1e-3}
+        groups = [{"params": names, **settings, "foreach": None, "fused": None} for _ in range(2)]
+        state["optimizer_0"] = {"state": moments, "param_groups": groups}
     dcp.save(state, checkpoint_id=path, no_dist=True)
     if metadata is not None:
         (path / ".metadata").write_bytes(metadata(folder))
@@ -279,7 +287,7 @@ def tokens(folder, **changes):
 
 def fit_tokens(change, folder):
     place = change(folder)
-    small = [word for word in SMALL if "megabytes" not in word]
+    small = [word for word in SMALL if not word.startswith(("--data", "--model"))]
     return ["fit", *small, f"{STRATEGY}ddp", "--trainer.accelerator=cpu", *_model(folder), _token_data(folder, place)]
 
 
@@ -402,7 +410,7 @@ def tagged(folder):
 
 
 def script(folder):
-    return json.dumps({"parameters": "<script>alert(1)</script>", "final": {"train/loss": 1.0}})
+    return json.dumps({"device": "<script>alert(1)</script>", "started": "<script>alert(2)</script>"})
 
 
 def configured(command, folder):
@@ -427,7 +435,7 @@ def saved_dataset(folder, change):
     path = folder / "data.yaml"
     init = {"path": str(place), "tokens": 64}
     path.write_text(json.dumps({"data": {"class_path": "lightning_longnet.HubData", "init_args": init}}))
-    small = [word for word in SMALL if "megabytes" not in word]
+    small = [word for word in SMALL if not word.startswith(("--data", "--model"))]
     return ["fit", *small, f"{STRATEGY}ddp", "--trainer.accelerator=cpu", *_model(folder), f"--config={path}"]
 
 
