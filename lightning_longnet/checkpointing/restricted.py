@@ -72,7 +72,7 @@ def refusal(path: str | Path, error: Exception) -> str:
     """
     others = re.search(
         r"(?:GLOBAL|class|function) `?([\w.]+)`? was not an allowed global"
-        r"|Trying to (?:instantiate class|call reduce for unrecognized function) (?P<name>\S+)",
+        r"|Trying to (?:instantiate class|call reduce for unrecognized function|load unsupported GLOBAL) (?P<name>\S+)",
         str(error),
     )
     if others:

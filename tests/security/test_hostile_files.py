@@ -14,6 +14,7 @@ def test_there_are_enough():
     assert set(CASES) >= HARMLESS | set(QUICK)
 
 
+TRUSTED = [".metadata, system: generate", "file, code: generate", "DeepSpeed's model: export", "class: generate"]
 # what the error says: a case must not be refused for another reason
 REASONS = (
     *("could run any code", "must stay in the folder", "is something else", "must be a whole .npy file"),
@@ -39,3 +40,15 @@ def test_nothing_runs_and_nothing_outside_is_read(name, tmp_path, monkeypatch):
         assert status != 0, shown[-2000:]
         assert "Traceback" not in errors, errors[-2000:]
         assert re.search(f"longnet: error: .*({'|'.join(REASONS)})", errors), errors[-2000:]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    "name",
+    tiered([".metadata, system: generate", "class: generate", "file, code: generate"], quick=["class: generate"]),
+)
+def test_trust_lifts_it(name, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    words = CASES[name](tmp_path)
+    programs([[LONGNET, *words, "--trust"]], tmp_path)
+    assert ran(tmp_path).exists(), "these payloads run where they are trusted, so the other tests can fail"

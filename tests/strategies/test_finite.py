@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from tiers import tiered
-from trained import Module, quiet, sgd, started, trainer_of
+from trained import Module, quiet, sgd, started, sums, trainer_of
 
 from lightning_longnet.callbacks import NonFiniteGuard
 from lightning_longnet.strategies import RingSequenceParallelStrategy
@@ -70,3 +70,44 @@ def test_nothing_is_said_of_finite_losses_or_beside_the_guard(trainers):
 def test_detected_anomalies_end_all_ranks(trainers):
     found = trainers.run(2, fit, "ddp", 1, 4, 1, True)
     assert [error for error, _ in found] == ["the training loss is not finite on ranks 1"] * 2
+
+
+class Averaged(Module):
+    """Its loss is a mean over the tokens of all ranks, or over those of each rank alone."""
+
+    def __init__(self, kind):
+        super().__init__(started({"dropout": 0.0, "dtype": torch.float64}), sgd)
+        self.kind = kind
+
+    def training_step(self, batch, batch_idx):
+        if self.kind == "all":
+            return super().training_step(batch, batch_idx)
+        return sums(self.model(batch), batch["labels"])[0] / batch["labels"].numel()
+
+
+def fit_where_one_is_empty(rank, world, kind):
+    """(losses, the lines that a rank says) of a run in which the second data-parallel group has an empty batch."""
+    module = Averaged(kind)
+    tokens = torch.arange(32)[None] % 7
+    batches = [{"input_ids": tokens, "labels": tokens, "attention_mask": tokens * 0 + 1} for _ in range(3)]
+    if rank == 1:
+        batches[1] = {name: x[:0] for name, x in batches[1].items()}
+    with quiet(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        strategy = RingSequenceParallelStrategy(1, "ddp", split_check="off")
+        trainer = trainer_of(strategy, world, max_steps=3, log_every_n_steps=1, use_distributed_sampler=False)
+        trainer.fit(module, batches)
+    told = [str(each.message) for each in caught if "the training loss of step" in str(each.message)]
+    return module.losses, told
+
+
+def test_an_empty_batch_of_one_group_counts_no_token(trainers):
+    (losses, told), (others, _) = trainers.run(2, fit_where_one_is_empty, "all")
+    assert losses == others
+    assert all(loss == loss for loss in losses)
+    assert not told
+
+
+def test_an_empty_batch_of_one_group_whose_mean_is_nan_is_announced(trainers):
+    found = trainers.run(2, fit_where_one_is_empty, "own")
+    assert [len(told) for _, told in found] == [1, 1]
