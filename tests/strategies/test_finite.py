@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from tiers import tiered
+from torch.utils.data import DataLoader
 from trained import Module, quiet, sgd, started, sums, trainer_of
 
 from lightning_longnet.callbacks import NonFiniteGuard
@@ -41,7 +42,7 @@ def fit(rank, world, sharding, step, steps, every, anomaly=False, guarded=False)
             callbacks=[NonFiniteGuard()] if guarded else [],
         )
         try:
-            trainer.fit(module, [batch] * 8)
+            trainer.fit(module, DataLoader([batch] * 8, batch_size=None))
         except FloatingPointError as raised:
             error = str(raised)
     return error, [str(each.message) for each in caught if "the training loss of step" in str(each.message)]
@@ -96,7 +97,7 @@ def fit_where_one_is_empty(rank, world, kind):
         warnings.simplefilter("always")
         strategy = RingSequenceParallelStrategy(1, "ddp", split_check="off")
         trainer = trainer_of(strategy, world, max_steps=3, log_every_n_steps=1, use_distributed_sampler=False)
-        trainer.fit(module, batches)
+        trainer.fit(module, DataLoader(batches, batch_size=None))
     told = [str(each.message) for each in caught if "the training loss of step" in str(each.message)]
     return module.losses, told
 

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from trained import Module, quiet, sgd, started, trainer_of
 
 from lightning_longnet import LongNetConfig, LongNetModule, Pattern
@@ -27,7 +28,7 @@ def fit(rank, world, sharding, rooms, action, ours=True):
             trainer = trainer_of(strategy, world, max_steps=1)
             error = ""
             try:
-                trainer.fit(module, [batch])
+                trainer.fit(module, DataLoader([batch], batch_size=None))
             except ValueError as raised:
                 error = str(raised)
     finally:
