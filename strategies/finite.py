@@ -50,9 +50,9 @@ class LossWatch:
             self._is_over = True
             rank = dist.get_rank() if dist.is_initialized() else 0
             warnings.warn(
-                f"rank {rank}: the training loss of step {self._step} is {value}, and a step with it makes all "
-                f"parameters NaN on all ranks: the callback NonFiniteGuard skips such steps and names their batches, "
-                f"and detect_anomaly=True of the Trainer ends the run",
+                f"rank {rank}: the training loss of step {self._step} is {value}; where its gradient is, too, the step "
+                f"makes the parameters of all ranks NaN: the callback NonFiniteGuard skips such steps and names their "
+                f"batches, and detect_anomaly=True of the Trainer ends the run",
                 RuntimeWarning,
                 stacklevel=2,
             )

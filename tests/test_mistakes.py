@@ -61,6 +61,7 @@ PROOFS = {
     "An option, a class": COMMANDS,
     "A training token": "data/test_token_files.py::test_a_token_outside_of_the_vocabulary_is_named",
     "The loss is NaN on one": "strategies/test_finite.py::test_every_rank_says_once_that_its_loss_is_not_finite",
+    "A batch of one data-parallel": "strategies/test_finite.py::test_an_empty_batch_of_one_group_counts_no_token",
     "A run needs more memory": "strategies/test_memory_check.py::test_too_little_memory_on_one_rank_ends_all_before_the_first_step",
     "A checkpoint of FSDP2 or": HOSTILE,
     "A checkpoint names a class": HOSTILE,
