@@ -299,7 +299,7 @@ def _model(folder):
 
 def _token_data(folder, place):
     path = folder / "data.yaml"
-    init = {"path": str(place), "tokens": 64}
+    init = {"path": str(place), "tokens": 64, "packed": True}  # so that documents are read, too
     path.write_text(json.dumps({"data": {"class_path": "lightning_longnet.TokenFileData", "init_args": init}}))
     return f"--config={path}"
 
@@ -440,7 +440,9 @@ def saved_dataset(folder, change):
 
 
 def hyper(folder, **values):
-    config = {**CONFIG, **{name: value for name, value in values.items() if name == "attention"}}
+    from lightning_longnet import LongNetConfig
+
+    config = {**LongNetConfig(**CONFIG).to_dict(), "attention": values.get("attention")}
     others = {name: value for name, value in values.items() if name != "attention"}
     return one_file(folder, hyper_parameters={"config": config, **others})
 
