@@ -31,10 +31,12 @@ from lightning_longnet.strategies.checks import (
     check_processes,
 )
 from lightning_longnet.strategies.engines import Sharding, checked_engine_options, gathers_parameters, strategy_class
+from lightning_longnet.strategies.finite import LossWatch, check_anomaly
 from lightning_longnet.strategies.first_batch import FirstBatchCheck
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
 from lightning_longnet.strategies.loaders import LoaderWatch
 from lightning_longnet.strategies.loops import WatchedLoops
+from lightning_longnet.strategies.memory import MemoryAction, MemoryCheck
 from lightning_longnet.strategies.resume import skip_finished_batches
 from lightning_longnet.strategies.samplers import RepeatWarning, keep_order, restore_order
 from lightning_longnet.strategies.saves import CheckpointSaves
@@ -90,6 +92,9 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops, CheckpointSav
         background_saves: a save in training returns when its content is copied to the memory of the host, and a thread
             writes it; the pointer moves when the disk holds it.  An error of writing ends the run at the next step, and
             fitting ends when all is written.  Not with deepspeed.
+        memory_check: compares the memory that `longnet plan` predicts with what each rank has, at the first batch:
+            "error" ends a run that cannot fit, and warns where less is free than planned; "warn" warns of both, "off"
+            compares nothing.
         accelerator: as for any strategy, like all that follow; the Trainer sets them.
         parallel_devices: the devices of this node.
         cluster_environment: the plugin that knows the number of each rank.
@@ -119,6 +124,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops, CheckpointSav
         preemption: bool = True,
         split_check: Action = "error",
         background_saves: bool = False,
+        memory_check: MemoryAction = "error",
     ) -> None:
         check_options(accumulate, timeout, preemption, split_check)
         check_background_saves(background_saves, sharding, checkpoint_io)
@@ -129,6 +135,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops, CheckpointSav
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()
         self._first_batches = FirstBatchCheck(split_check)
+        self._memory, self._losses = MemoryCheck(memory_check), LossWatch()
         self._repeats = RepeatWarning()
         self._init_lightning_strategy(checked_engine_options(self.lightning_class, engine or {}), process_group_backend)
         self._accelerator, self.parallel_devices = accelerator, parallel_devices
@@ -239,6 +246,10 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops, CheckpointSav
         if module is not None:
             repeated = 0 if self._loaders is None else self._loaders.send(module, batch, dataloader_idx)
             dims = checked_dims(getattr(module, "sequence_dims", {}))
+            if self._memory.is_due(module.trainer):
+                if self._loaders is not None:
+                    self._loaders.receive()  # all ranks compare together
+                self._memory.check(self, module, batch)
             if self._first_batches.is_due(self, module.trainer):
                 if self._loaders is not None:
                     self._loaders.receive()  # the check needs the same batch on all ranks
@@ -260,20 +271,31 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops, CheckpointSav
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
         skip_finished_batches(self.lightning_module.trainer)
+        self._losses.begin(self.lightning_module.trainer)
         super().on_train_start()
+
+    def on_train_end(self) -> None:
+        self._losses.look(is_last=True)
+        super().on_train_end()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
         context, loop = self.sequence_context, self.lightning_module.trainer.fit_loop.epoch_loop
         context.begin_step(loop.total_batch_idx)
+        self._losses.look()
         if self.accumulate == "tokens":
             context.window.open()
         means = context.window.means
         output = super().training_step(*args, **kwargs)
         check_is_split(context)
+        self._losses.take(self.lightning_module.trainer, output)
         if self.accumulate == "tokens":
             check_means(context.window.means - means)
         return output
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        check_anomaly(closure_loss)
+        super().pre_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)

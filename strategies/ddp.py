@@ -7,7 +7,9 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_longnet.checkpointing.restricted import restricted
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
+from lightning_longnet.trust import is_trusted
 
 
 class DDPSequenceParallelStrategy(RingSequenceParallelStrategy, DDPStrategy):
@@ -18,6 +20,11 @@ class DDPSequenceParallelStrategy(RingSequenceParallelStrategy, DDPStrategy):
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         timeout = timedelta(seconds=self.timeout)
         DDPStrategy.__init__(self, process_group_backend=process_group_backend, timeout=timeout, **engine)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        trust = is_trusted(weights_only is False)
+        with restricted(trust=trust):
+            return super().load_checkpoint(checkpoint_path, not trust)
 
     def setup_environment(self) -> None:
         super().setup_environment()

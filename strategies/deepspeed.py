@@ -12,7 +12,8 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 
-from lightning_longnet.sequence.agreement import fault_of_rank_zero
+from lightning_longnet.checkpointing.restricted import check_folder, deepspeed_classes, restricted
+from lightning_longnet.sequence.agreement import fault_of, fault_of_rank_zero
 from lightning_longnet.strategies.averages import has_averages
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 from lightning_longnet.strategies.deepspeed_files import write_files
@@ -125,8 +126,18 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         )
 
     def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
-        """Load a checkpoint of any number of ranks, and convert it first where that is not the number of now."""
-        path = Path(path)
+        """Load a checkpoint of any number of ranks, and convert it first where that is not the number of now.
+
+        DeepSpeed unpickles whatever its files hold, so they are read before, and when it reads them, with the few
+        classes alone that it puts there, unless `weights_only` is False.
+        """
+        path, trust = Path(path), weights_only is False
+        if fault := fault_of_rank_zero(self, lambda: fault_of(lambda: check_folder(path, trust))):
+            raise ValueError(fault)
+        with restricted(*deepspeed_classes(), trust=trust):
+            return self._load(path, weights_only)
+
+    def _load(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         if saved_ranks(path) in (0, self.world_size):
             return super()._load_from(path, weights_only)
         if fault := fault_of_rank_zero(self, lambda: convert(path)):

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_longnet.strategies.averages import averages, has_averages, sharded_state, whole_state
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
-from lightning_longnet.strategies.full_checkpoint import load_full_checkpoint
+from lightning_longnet.strategies.full_checkpoint import load_folder, load_full_checkpoint
 from lightning_longnet.strategies.shards import copy_shards, write_shards
 
 if TYPE_CHECKING:
@@ -116,10 +116,9 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         path, module = Path(path), self.lightning_module
         assert self.model is not None
         assert module is not None
-        if path.is_file():
-            checkpoint = load_full_checkpoint(path, self.model, self.optimizers, module.strict_loading, weights_only)
-        else:
-            checkpoint = super()._load_from(path, weights_only)
+        loading = load_full_checkpoint if path.is_file() else load_folder
+        trust = weights_only is False
+        checkpoint = loading(path, self.model, self.optimizers, module.strict_loading, trust)
         if has_averages(module.trainer):  # the callback loads its average, and the weights again
             checkpoint["state_dict"] = module.state_dict()
             if "current_model_state" in checkpoint:

@@ -1,16 +1,28 @@
-"""Loading a checkpoint in one file, whichever engine wrote it, into a module whose parameters are sharded."""
+"""Loading a checkpoint, a file of any engine or a folder of FSDP2, into a module whose parameters are sharded."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from itertools import chain
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.fabric.strategies.model_parallel import _load_raw_module_state
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from lightning_longnet.checkpointing.checkpoints import OTHERS
+from lightning_longnet.checkpointing.restricted import Reader, read_file, refusal, restricted
+from lightning_longnet.trust import confined
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from torch import nn
@@ -18,15 +30,50 @@ if TYPE_CHECKING:
 
 
 def load_full_checkpoint(
-    path: Path, module: nn.Module, optimizers: Iterable[Optimizer], strict: bool, weights_only: bool | None
+    path: Path, module: nn.Module, optimizers: Iterable[Optimizer], strict: bool, trust: bool = False
 ) -> dict[str, Any]:
     """Load the weights and the optimizers' states, and return the rest of the checkpoint."""
-    checkpoint: dict[str, Any] = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+    checkpoint: dict[str, Any] = read_file(path, trust=trust)
     _load_raw_module_state(checkpoint.pop("state_dict"), module, strict=strict)
     options = StateDictOptions(broadcast_from_rank0=True, full_state_dict=True, strict=strict)
     for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", ()), strict=False):
         set_optimizer_state_dict(module, optimizer, _by_names(state, optimizer, module), options=options)
     return checkpoint
+
+
+def load_folder(
+    path: Path, module: nn.Module, optimizers: Iterable[Optimizer], strict: bool, trust: bool = False
+) -> dict[str, Any]:
+    """Load the weights and the optimizers' states of a folder that FSDP2 wrote, and return the rest of the checkpoint.
+
+    Lightning would have torch unpickle whatever the folder's `.metadata` holds.
+    """
+    rest: dict[str, Any] = read_file(confined("a checkpoint's meta.pt", path / OTHERS, path, trust), trust=trust)
+    reader = Reader(path, trust)
+    reader.read_metadata()  # raises the same error on all ranks, before they load together
+    with _explained(path), restricted(trust=trust):
+        weights = {"state_dict": get_model_state_dict(module)}
+        load(weights, storage_reader=reader)
+        module.load_state_dict(weights["state_dict"], strict=strict)
+        for number, optimizer in enumerate(optimizers):
+            name = f"optimizer_{number}"
+            states = {name: get_optimizer_state_dict(module, optimizer)}
+            load(states, storage_reader=reader)
+            options = StateDictOptions(cpu_offload=True)
+            set_optimizer_state_dict(module, optimizer, states[name], options=options)
+    return rest
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Raise a ValueError, on all ranks, where one of them met an object that could run code."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        if found := [cause for cause in causes if isinstance(cause, UnpicklingError)]:
+            raise ValueError(f"ckpt_path must be {refusal(path, found[0])}") from None
+        raise
 
 
 def _by_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def convert(checkpoint: Path) -> str:
     workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
     options = ["--input_folder", str(checkpoint / "checkpoint"), "--output_folder", str(checkpoint / _FORMAT)]
     options += ["--num_extract_workers", workers, "--num_merge_workers", workers, "--inject_missing_state"]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *options]
+    command = [sys.executable, "-c", f"from {__name__} import main; main()", *options]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         return f"{' '.join(command)}\n{result.stderr.strip()}"
@@ -63,3 +63,13 @@ def _is_converted(checkpoint: Path) -> bool:
     except DamageError:
         return False
     return True
+
+
+def main() -> None:
+    """Run DeepSpeed's own conversion with the options of the command line, which reads as the process that began it."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    from lightning_longnet.checkpointing.restricted import deepspeed_classes, restricted
+
+    with restricted(*deepspeed_classes()):
+        ds_to_universal.main(ds_to_universal.parse_arguments())

@@ -29,19 +29,19 @@ PACKAGE = ROOT / "lightning_longnet"
 # The folders of the package, and which others the files of each may import.  `torch` marks those that import nothing
 # from outside but torch and the standard library; imports for annotations alone are free within the package.
 CORE = ["attention.pattern", "attention.plan", "attention.kernels", "attention.parallel", "attention"]
-TOP = ["registration", "__init__"]
+TOP = ["registration", "trust", "__init__"]
 FOLDERS = {
     **{folder: CORE[: i + 1] for i, folder in enumerate(CORE)},
     "sequence": [*CORE],
     "split_check": [*CORE, "sequence"],
     "layers": [*CORE],
     "models": [*CORE, "sequence", "layers"],
-    "checkpointing": [*CORE, "models"],
+    "checkpointing": [*CORE, "models", "trust"],
     "training": [*CORE, "sequence", "layers", "models", "checkpointing"],
-    "huggingface": ["models"],
+    "huggingface": ["models", "trust"],
     "compat": [*CORE, "layers"],
-    "data": ["sequence", "layers"],
-    "report": [*CORE],
+    "data": ["sequence", "layers", "trust"],
+    "report": [*CORE, "trust"],
     "planning": [*CORE, "sequence", "layers", "models"],
     "diagnosis": [*CORE, "__init__"],
     "callbacks": [*CORE, "sequence", "layers", "report", "planning", "__init__"],

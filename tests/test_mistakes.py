@@ -17,6 +17,7 @@ CHECK, FIRST, REFUSALS = (
 FOUND = f"{CHECK}::test_each_fault_is_found_and_named"
 LOADERS, REPEATS = "strategies/test_loaders.py", "strategies/test_repeats.py"
 DROPOUT, SHARDS = "sequence/test_context_dropout.py", "sequence/test_shards.py"
+HOSTILE = "security/test_hostile_files.py::test_nothing_runs_and_nothing_outside_is_read"
 COMMANDS = "cli/test_longnet.py::test_a_mistake_is_told_in_a_line"
 
 # the first words of a row, and the test of what it says
@@ -60,6 +61,12 @@ PROOFS = {
     "transformers passes": "huggingface/test_forward.py::test_what_is_not_done_is_refused",
     "An option, a class": COMMANDS,
     "A training token": "data/test_token_files.py::test_a_token_outside_of_the_vocabulary_is_named",
+    "The loss is NaN on one": "strategies/test_finite.py::test_every_rank_says_once_that_its_loss_is_not_finite",
+    "A batch of one data-parallel": "strategies/test_finite.py::test_an_empty_batch_of_one_group_counts_no_token",
+    "A run needs more memory": "strategies/test_memory_check.py::test_too_little_memory_on_one_rank_ends_all_before_the_first_step",
+    "A checkpoint of FSDP2 or": HOSTILE,
+    "A checkpoint names a class": HOSTILE,
+    "`tokens.json`, a link": HOSTILE,
     "`--ckpt_path` names": COMMANDS,
     "`longnet validate`": "cli/test_longnet.py::test_the_weights_that_are_scored_are_named",
 }

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
-import re
-import struct
 import warnings
-import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,37 +14,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention.pattern.pattern import Branch, Pattern
-from lightning_longnet.attention.pattern.sparsity import Sparsity
 from lightning_longnet.checkpointing.newest import check_saved
-from lightning_longnet.models.longnet import LongNetConfig
-from lightning_longnet.models.longvit import LongViTConfig
+from lightning_longnet.checkpointing.restricted import Reader, check_folder, deepspeed_classes, read_file, restricted
+from lightning_longnet.trust import confined
 
 if TYPE_CHECKING:
     from lightning_longnet.models.longnet import LongNet
     from lightning_longnet.models.longvit import LongViT
 
 _STATE = "state_dict."  # prefix of the names of the weights in folders of FSDP2
-_OTHERS = "meta.pt"  # the file in which Lightning saves everything else: hyper-parameters, loops
+OTHERS = "meta.pt"  # the file in which Lightning saves everything else: hyper-parameters, loops
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # the files of an exported folder
 _DEEPSPEED_TAG = "checkpoint"  # the folder inside the checkpoint that Lightning lets DeepSpeed write to
-# the exceptions that torch.load raises on files that are no checkpoints
-_NO_CHECKPOINT: tuple[type[Exception], ...] = (
-    *(pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, AssertionError),
-    *(struct.error, zipfile.BadZipFile),
-)
-
-
-# The classes that checkpoints may contain, under all module paths that they have had
-_OWN: tuple[Any, ...] = (
-    *(Branch, Sparsity, Pattern, LongNetConfig, LongViTConfig),
-    (Branch, "lightning_longnet.attention.branch.Branch"),
-    (Branch, "lightning_longnet.attention.pattern.Branch"),
-    (Pattern, "lightning_longnet.attention.pattern.Pattern"),
-    (Sparsity, "lightning_longnet.attention.sparsity.Sparsity"),
-    (LongNetConfig, "lightning_longnet.model.LongNetConfig"),
-    (LongViTConfig, "lightning_longnet.vision.LongViTConfig"),
-)
 
 
 class Checkpoint(NamedTuple):
@@ -63,28 +40,29 @@ class Checkpoint(NamedTuple):
     hyper_parameters: dict[str, Any]
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
     """Return the weights and hyper-parameters of a checkpoint, on the CPU.
 
-    Files are read with `weights_only=True`, so no code in them runs.  Folders of FSDP2 and DeepSpeed hold pickles,
-    which can run code: read only folders that you trust.
+    No code in files and folders runs: what holds other objects than tensors, plain values and the few classes of the
+    engines is refused.
 
     Args:
         path: a file of DDP, a folder of FSDP2 or DeepSpeed, or a folder that `export_model` wrote.  A folder of
             DeepSpeed needs the package deepspeed, and gives the float32 weights of its optimiser.
+        trust: reads all objects, and runs the code that they hold.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"path must be a checkpoint, got {path}, which does not exist")
     check_saved(path)
     if path.is_file():
-        return _checkpoint_of(path, read_file(path))
+        return _checkpoint_of(path, read_file(path, trust=trust))
     if (path / CONFIG).is_file():
         return _read_exported(path)
     if (path / ".metadata").is_file():
-        return _read_distributed(path)
+        return _read_distributed(path, trust)
     if any((path / _DEEPSPEED_TAG).glob("*model_states.pt")):
-        return _read_deepspeed(path)
+        return _read_deepspeed(path, trust)
     # the folder of a run, as the loggers of Lightning make it
     inside = sorted(path.glob("**/checkpoints/*.ckpt"), key=lambda each: each.stat().st_mtime)
     question = f"; did you mean {inside[-1]}?" if inside else ""
@@ -108,37 +86,6 @@ def write_checkpoint(model: LongNet | LongViT, path: str | Path) -> None:
     torch.save(saved, path)
 
 
-def read_file(path: Path, allowed: tuple[Any, ...] = ()) -> Any:
-    """Return the content of a file that `torch.save` wrote, on the CPU and memory-mapped where that is possible.
-
-    The file may hold tensors, plain values, configurations and patterns of this package, and the classes in `allowed`.
-    """
-    try:
-        with torch.serialization.safe_globals([*_OWN, *allowed]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except _NO_CHECKPOINT as error:
-        raise ValueError(f"path must be {refusal(path, error)}") from None
-
-
-def refusal(path: str | Path, error: Exception) -> str:
-    """Return what a checkpoint is, and what the file at `path` is or holds instead, by the error of reading it.
-
-    The message of torch would advise to load objects nevertheless, which runs whatever code they hold.
-    """
-    others = re.search(r"(?:GLOBAL|class|function) `?([\w.]+)`? was not an allowed global", str(error))
-    if others:
-        problem = f"holds objects of {others[1]}: loading them could run any code"
-    elif not Path(path).stat().st_size:
-        problem = "is empty"
-    elif isinstance(error, RuntimeError) and str(error).strip():
-        problem = f"cannot be read: {str(error).strip().splitlines()[-1]}"
-    else:
-        problem = "is something else"
-    return (
-        f"a checkpoint of tensors and plain values, as longnet fit and torch.save write it, got {path}, which {problem}"
-    )
-
-
 def _checkpoint_of(path: Path, content: Any) -> Checkpoint:
     """Check the dictionary that was read from `path`, and return its weights and hyper-parameters."""
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
@@ -149,13 +96,12 @@ def _checkpoint_of(path: Path, content: Any) -> Checkpoint:
     return Checkpoint(weights, dict(content.get("hyper_parameters", {})))
 
 
-def _read_distributed(path: Path) -> Checkpoint:
+def _read_distributed(path: Path, trust: bool) -> Checkpoint:
     """Read a folder of torch.distributed.checkpoint, which FSDP2 writes."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = FileSystemReader(path)
+    reader = Reader(path, trust)
     shards = reader.read_metadata().state_dict_metadata
     weights = {
         name: torch.empty(shard.size, dtype=shard.properties.dtype)
@@ -164,24 +110,28 @@ def _read_distributed(path: Path) -> Checkpoint:
     }
     if not weights:
         raise ValueError(f"path must be a checkpoint of a Trainer, which holds a state_dict, got {path}")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), restricted(trust=trust):
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         load(weights, storage_reader=reader, no_dist=True)
-    others = read_file(path / _OTHERS) if (path / _OTHERS).is_file() else {}
+    others = path / OTHERS
+    content = read_file(confined("path", others, path, trust), trust=trust) if others.is_file() else {}
     state = {name.removeprefix(_STATE): x for name, x in weights.items()}
-    return _checkpoint_of(path, {**others, "state_dict": state})
+    return _checkpoint_of(path, {**content, "state_dict": state})
 
 
-def _read_deepspeed(path: Path) -> Checkpoint:
+def _read_deepspeed(path: Path, trust: bool) -> Checkpoint:
     """Read a folder of DeepSpeed: merge the shards of the float32 weights, and read the rest from the first rank."""
     if find_spec("deepspeed") is None:
         raise ValueError(f"path {path} was written by DeepSpeed, which is not installed: lightning-longnet[deepspeed]")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # DeepSpeed prints its shards
+    classes = tuple(deepspeed_classes())
+    check_folder(path, trust)
+    with restricted(*classes, trust=trust), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        # DeepSpeed prints its shards
         state = get_fp32_state_dict_from_zero_checkpoint(str(path), _DEEPSPEED_TAG)
     first = min((path / _DEEPSPEED_TAG).glob("*mp_rank_00_model_states.pt"))
-    others = torch.load(first, map_location="cpu", weights_only=False, mmap=True)
+    others = read_file(first, classes, trust)
     return _checkpoint_of(path, {**others, "state_dict": state})
 
 
@@ -195,7 +145,8 @@ def _read_exported(folder: Path) -> Checkpoint:
         values = json.loads((folder / CONFIG).read_text())
     except ValueError as error:
         raise ValueError(f"path must be an exported folder, got {folder}, whose {CONFIG} is no JSON: {error}") from None
-    config = next((values[name] for name in ("longnet", "longvit") if name in values), None)
+    found = values if isinstance(values, dict) else {}
+    config = next((found[name] for name in ("longnet", "longvit") if isinstance(found.get(name), dict)), None)
     if config is None:
         raise ValueError(f"path must be an exported folder, got {folder}, whose {CONFIG} has no longnet or longvit")
     if not (folder / WEIGHTS).is_file():

@@ -12,6 +12,7 @@ import torch
 from lightning_longnet.checkpointing.checkpoints import CONFIG, WEIGHTS, Checkpoint, need_safetensors, read_checkpoint
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
 from lightning_longnet.models.longvit import LongViT, LongViTConfig
+from lightning_longnet.trust import check_class
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,17 +109,22 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def load_model(path: str | Path) -> LongNet | LongViT:
-    """Return the model of an exported folder or of a checkpoint, on the CPU and in evaluation mode."""
-    return model_of(read_checkpoint(path))
+def load_model(path: str | Path, *, trust: bool = False) -> LongNet | LongViT:
+    """Return the model of an exported folder or of a checkpoint, on the CPU and in evaluation mode.
+
+    Args:
+        path: as of `read_checkpoint`.
+        trust: runs the code that the checkpoint holds, and imports the classes that it names.
+    """
+    return model_of(read_checkpoint(path, trust=trust), trust)
 
 
-def model_of(checkpoint: Checkpoint) -> LongNet | LongViT:
+def model_of(checkpoint: Checkpoint, trust: bool = False) -> LongNet | LongViT:
     """Return the model of a checkpoint, in evaluation mode: the attribute `model` of its LightningModule.
 
-    The parameters are the tensors of the checkpoint, not copies.
+    The parameters are the tensors of the checkpoint, not copies.  With `trust` it may be of any class.
     """
-    config = config_of(checkpoint.hyper_parameters)
+    config = config_of(checkpoint.hyper_parameters, trust)
     weights = {name.removeprefix(_PREFIX): x for name, x in checkpoint.state_dict.items() if name.startswith(_PREFIX)}
     is_tied = isinstance(config, LongNetConfig) and config.tied_embeddings
     if is_tied and _EMBEDDING in weights:
@@ -137,9 +143,15 @@ def model_of(checkpoint: Checkpoint) -> LongNet | LongViT:
     return model.eval()
 
 
-def config_of(hyper_parameters: dict[str, Any]) -> LongNetConfig | LongViTConfig:
-    """Return the configuration in the hyper-parameters of a LightningModule, which hold it or its `to_dict`."""
+def config_of(hyper_parameters: dict[str, Any], trust: bool = False) -> LongNetConfig | LongViTConfig:
+    """Return the configuration in the hyper-parameters of a LightningModule, which hold it or its `to_dict`.
+
+    A class of attention that it names must be one that `check_class` allows, unless the checkpoint is trusted.
+    """
     value = hyper_parameters.get("config")
+    attention = value.get("attention") if isinstance(value, dict) else getattr(value, "attention", None)
+    if isinstance(attention, dict):
+        check_class("a checkpoint's config.attention", attention.get("class_path"), trust)
     if isinstance(value, (LongNetConfig, LongViTConfig)):
         return value
     if not isinstance(value, dict) or "pattern" not in value:

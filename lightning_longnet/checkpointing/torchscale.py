@@ -33,7 +33,7 @@ from torch import Tensor
 
 from lightning_longnet.attention.pattern.branch import Ragged, check_one_of
 from lightning_longnet.attention.pattern.pattern import Pattern
-from lightning_longnet.checkpointing.checkpoints import read_file
+from lightning_longnet.checkpointing.restricted import read_file
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
 from lightning_longnet.models.longvit import LongViT, LongViTConfig
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lightning_longnet.cli.nearest import nearest
+from lightning_longnet.trust import HELP as TRUST_HELP
+from lightning_longnet.trust import trust_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,6 +39,7 @@ COMMANDS = {
     "report": "a run, or several side by side, as one page to read",
     "convert": "a torchscale LongNet or LongViT to ours",
 }
+_READERS = ("generate", "tokenize", "export", "report", "convert")  # of files that others may have written
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -86,6 +89,8 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
+    if command in _READERS:
+        parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     options, others = parser.parse_known_args(arguments)
     takes_overrides = getattr(module, "TAKES_OVERRIDES", False)
     for word in others:
@@ -95,6 +100,8 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
             parser.error(f"no option {name}{question}" if name.startswith("-") else f"unrecognized argument: {word}")
     if takes_overrides:
         options.overrides = others  # overrides of the configuration files that the command reads
+    if getattr(options, "trust", False):
+        trust_files()
     return module.run(options) or 0
 
 

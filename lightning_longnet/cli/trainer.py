@@ -22,12 +22,14 @@ import lightning_longnet.data
 import lightning_longnet.training.module
 import lightning_longnet.training.vision_module  # noqa: F401  short names in YAML are those of classes that are loaded
 from lightning_longnet.callbacks import PredictedTexts
-from lightning_longnet.checkpointing.checkpoints import refusal
+from lightning_longnet.checkpointing.restricted import check_folder, refusal
 from lightning_longnet.cli.classes import class_of
 from lightning_longnet.cli.given import config_files, content
 from lightning_longnet.cli.mistakes import explained
 from lightning_longnet.cli.nearest import nearest
 from lightning_longnet.registration import DEFAULT, NAMES
+from lightning_longnet.trust import HELP as TRUST_HELP
+from lightning_longnet.trust import is_trusted, trust_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,11 +83,21 @@ class TrainerCLI(LightningCLI):
         Lightning would replace what was asked for by the options that the checkpoint was made with.
         """
         path = self.config[self.config.subcommand].get("ckpt_path")
+        if self.config[self.config.subcommand].get("trust"):
+            trust_files()
         is_word = path in (None, "best", "last", "hpc", "registry")
         if not is_word and ":" not in path and not Path(path).exists():  # s3://, registry:
             raise ValueError(f"ckpt_path must be a checkpoint, got {path}, which does not exist")
         if not is_word and Path(path).is_file() and not is_saved(Path(path)):
             raise ValueError(f"ckpt_path must be a checkpoint, got {path}, which is something else, or a part of one")
+        if not is_word and Path(path).is_dir():  # which strategies of others unpickle
+            check_folder(Path(path), trust=self.config[self.config.subcommand].get("weights_only") is False)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs.get("weights_only") is None:  # strategies of others take no other word for it
+            kwargs["weights_only"] = not is_trusted()
+        return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -120,6 +132,7 @@ class TrainerCLI(LightningCLI):
             )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
         # a default of another class would leave its arguments to any that shares their names
         parser.set_defaults({"model": {"class_path": model_path(self.words)}})
 

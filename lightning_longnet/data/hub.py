@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from hashlib import sha256
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from lightning_longnet.data.base import StreamLoaders
 from lightning_longnet.data.streaming import StreamedRows
 from lightning_longnet.data.streams import Stream, entropy_of
 from lightning_longnet.data.tokenizers import Tokenizer, lasting_name, tokenizer_of
+from lightning_longnet.trust import confined
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,6 +130,7 @@ class HubData(StreamLoaders):
 
         path = Path(self.path)
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            _check_saved(path)
             dataset = datasets.load_from_disk(self.path)
             if isinstance(dataset, datasets.DatasetDict):
                 if split not in dataset:
@@ -204,6 +207,17 @@ class HubData(StreamLoaders):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self.val_dataloader() if self.streaming else super().predict_dataloader()
+
+
+def _check_saved(folder: Path) -> None:
+    """Raise a ValueError where a folder that `save_to_disk` wrote names a file or a split outside of it."""
+    names = []
+    for file in (folder / "dataset_dict.json", *folder.rglob("state.json")):
+        content = json.loads(file.read_text()) if file.is_file() else {}
+        names += [file.parent / str(each) for each in content.get("splits", ())]
+        names += [file.parent / str(each["filename"]) for each in content.get("_data_files", ())]
+    for each in names:
+        confined("path", each, folder)
 
 
 class TextStream(Stream):

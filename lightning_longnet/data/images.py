@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_longnet.data.base import Loaders, check_positive
 from lightning_longnet.data.order import seed_of
+from lightning_longnet.trust import confined
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 
 
 class ImageFolderData(Loaders):
@@ -71,6 +73,8 @@ class ImageFolderData(Loaders):
         validation: list[tuple[Path, int]] = []
         for label, name in enumerate(self.classes):
             images = [p for p in (self.folder / name).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+            for each in {*(p.parent for p in images), *filter(Path.is_symlink, images)}:
+                confined("path", each, self.folder)
             if not images:
                 raise ValueError(f"path must hold images in each class's folder, found none in {self.folder / name}")
             images.sort(key=lambda p: (seed_of(p.relative_to(self.folder).as_posix()), p))
@@ -106,10 +110,14 @@ class Images(Dataset[dict[str, "Tensor"]]):
         return len(self.files)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
         path, label = self.files[i]
-        with Image.open(path) as opened:
+        try:
+            opened = Image.open(path, formats=FORMATS)  # whatever its name says, its content may be of another
+        except UnidentifiedImageError as error:
+            raise ValueError(f"path must hold images of {', '.join(FORMATS)}, {path} is none") from error
+        with opened:
             image = ImageOps.fit(opened.convert("RGB" if self.channels == 3 else "L"), (self.size, self.size))
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(self.size, self.size, self.channels)
         return {"pixels": pixels.permute(2, 0, 1).contiguous() / 127.5 - 1, "label": torch.tensor(label)}

@@ -9,6 +9,7 @@ from hashlib import sha256
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -121,7 +122,7 @@ class TokenFiles(_ConcatenatedFiles):
     def starts(self) -> Tensor:
         starts, begin = [np.zeros(1, np.int64)], 0
         for path, size in self._documents:
-            starts.append(np.load(path) + begin)
+            starts.append(_starts_of(path, size) + begin)
             begin += size
         return torch.from_numpy(np.unique(np.concatenate(starts)))
 
@@ -149,9 +150,24 @@ class TokenFiles(_ConcatenatedFiles):
 def _open_mapped(path: Path) -> Any:
     """Return the array of a .npy file, memory-mapped; raise a ValueError that names the file if it is incomplete."""
     try:
-        return np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} must be a whole .npy file: {error}") from error
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{path} must be a whole .npy file: {str(error).splitlines()[0]}") from None
+    if not isinstance(found, np.ndarray):
+        raise ValueError(f"{path} must be a whole .npy file, got an archive of several")
+    return found
+
+
+def _starts_of(path: Path, size: int) -> Any:
+    """Return the indices at which documents begin in a shard of this many tokens; raise a ValueError for others."""
+    starts = np.array(_open_mapped(path))
+    if starts.ndim != 1 or starts.dtype.kind not in "iu":
+        raise ValueError(f"{path} must hold a row of integers, got {starts.dtype} of shape {starts.shape}")
+    # a shard may begin within a document, and an empty one holds none
+    starts = starts.astype(np.int64)
+    if len(starts) and (starts[0] < 0 or starts[-1] > size or (np.diff(starts) < 0).any()):
+        raise ValueError(f"{path} must hold ascending indices of the {size:,} tokens of its shard, got {starts[:5]}...")
+    return starts
 
 
 class Slice(Stream):

@@ -11,6 +11,7 @@ from lightning_longnet.data.base import StreamLoaders
 from lightning_longnet.data.streams import TokenFiles, read_samples
 from lightning_longnet.data.tokenizers import Tokenizer, lasting_name, tokenizer_of
 from lightning_longnet.data.tokenizing import DESCRIPTION_FILE, PLAN_FILE, document_file, read_description
+from lightning_longnet.trust import confined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,11 @@ class TokenFileData(StreamLoaders):
         self._vocab_size: int = content["vocab_size"]
         self.bytes_per_token = content.get("bytes_per_token")
         self._made_with: str | None = content.get("tokenizer")
-        self._shards = [self.folder / name for name in content["shards"]]
+        self._shards = [self._inside(name) for name in content["shards"]]
+
+    def _inside(self, name: str) -> Path:
+        """Return the path of a file of the folder; raise a ValueError where it leads out of it."""
+        return confined(f"the files of {DESCRIPTION_FILE}", self.folder / name, self.folder)
 
     def _description(self, vocab_size: int | None) -> dict[str, Any]:
         """Return the content of tokens.json, or a dictionary of the .npy files where there is none."""
@@ -76,9 +81,10 @@ class TokenFileData(StreamLoaders):
             if vocab_size is None:
                 raise ValueError(f"vocab_size must be given where there is no {DESCRIPTION_FILE}, as in {self.folder}")
             return {"vocab_size": vocab_size, "shards": shards}
-        content = read_description(file)
+        content = read_description(self._inside(file.name))
         if missing := [name for name in ("vocab_size", "shards") if name not in content]:
             raise ValueError(f"path must hold a {DESCRIPTION_FILE} of longnet tokenize, {file} has no {missing[0]}")
+        _check_types(file, content)
         if vocab_size not in (None, content["vocab_size"]):
             raise ValueError(
                 f"vocab_size must be that of the tokens in {self.folder}, {content['vocab_size']:,}, got {vocab_size:,}"
@@ -122,7 +128,18 @@ class TokenFileData(StreamLoaders):
             raise FileNotFoundError(
                 f"path must hold all shards that its {DESCRIPTION_FILE} names, {missing[0]} is not there"
             )
-        documents = [document_file(path) for path in self._shards] if self._made_with else []
+        documents = [self._inside(document_file(path).name) for path in self._shards] if self._made_with else []
         stream = TokenFiles(self._shards, documents, self.vocab_size)
         read_samples(stream)
         self._set_rows(stream)
+
+
+def _check_types(file: Path, content: dict[str, Any]) -> None:
+    """Raise a ValueError where a value in tokens.json is not of the type that `longnet tokenize` writes."""
+    types: dict[str, Any] = {"vocab_size": int, "shards": list}
+    types |= {"tokenizer": str | None, "bytes_per_token": int | float | None}
+    for name, kind in types.items():
+        value = content.get(name)
+        is_wrong = not isinstance(value, kind) or (name == "vocab_size" and content[name] < 1)
+        if is_wrong or (name == "shards" and not all(isinstance(each, str) for each in content[name])):
+            raise ValueError(f"{name} in {file} must be as longnet tokenize leaves it, got {str(value)[:80]!r}")

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from lightning_longnet.trust import is_trusted
+
 BYTES = "bytes"
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # the text of a token that has none
 
@@ -98,7 +100,7 @@ class HubTokenizer:
 
         self.name = name
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=is_trusted())
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from lightning_longnet.models.longnet import LongNetConfig
+from lightning_longnet.trust import check_class
 
 # the fields that transformers reads of any model, and the names of their values in LongNetConfig
 FIELDS = {
@@ -32,6 +33,10 @@ class LongNetPretrainedConfig(PretrainedConfig):
 
     def __init__(self, longnet: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if longnet is not None:  # transformers makes one without arguments, to compare with
+            attention = longnet.get("attention")
+            # the copy of this file in a folder runs with trust_remote_code alone
+            if isinstance(attention, dict) and __name__.startswith("lightning_longnet."):
+                check_class("longnet.attention", attention.get("class_path"))
             config = LongNetConfig(**longnet)
             for name, field in FIELDS.items():
                 value = getattr(config, field)

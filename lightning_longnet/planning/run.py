@@ -130,7 +130,7 @@ def plan_run(job: Job, device: Device, peak_flops: float | None = None) -> RunPl
         max(timed, key=lambda each: each.seconds),
         required_flops(job, weights),
         _longest(job, kinds, fullest, weights, held.peak, usable),
-        () if held.peak <= usable else tuple(_advice(job, usable)),
+        () if held.peak <= usable else tuple(advice(job, usable)),
         tuple(_notes(job)),
     )
 
@@ -161,7 +161,7 @@ def _longest(job: Job, kinds: tuple[LayerKind, ...], rank: int, weights: Weights
     return max(tokens // job.shared_by * job.shared_by, 0)
 
 
-def _advice(job: Job, usable: float) -> Iterator[Advice]:
+def advice(job: Job, usable: float) -> Iterator[Advice]:
     """Yield the changes that make a run fit, each tried alone; more nodes last."""
     changes: list[tuple[str, Job]] = []
     config = job.config
@@ -191,19 +191,20 @@ def _advice(job: Job, usable: float) -> Iterator[Advice]:
     if job.shared_by < job.ranks and not is_refused(job.ranks):
         changes.append((f"sequence_parallel_size {job.ranks}", replace(job, sequence_parallel_size=job.ranks)))
     for change, other in changes:
-        peak = _peak(other)
+        peak = peak_of(other)
         if peak <= usable:
             yield Advice(change, peak)
     for factor in (2, 4, 8, 16):
         wider = replace(job, nodes=job.nodes * factor, sequence_parallel_size=job.shared_by * factor)
         if is_refused(wider.shared_by):
             continue
-        if wider.shared_by <= job.tokens and (peak := _peak(wider)) <= usable:
+        if wider.shared_by <= job.tokens and (peak := peak_of(wider)) <= usable:
             yield Advice(f"--nodes {wider.nodes}, which share the sequence", peak)
             return
 
 
-def _peak(job: Job) -> float:
+def peak_of(job: Job) -> float:
+    """Return the bytes of the fullest rank of a job at its fullest."""
     kinds = layer_kinds(job)
     return memory(job, Weights.of(job), _traced(job, kinds, _fullest(job, kinds))).peak
 

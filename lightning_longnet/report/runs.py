@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lightning_longnet.trust import confined
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -125,6 +127,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _read(folder: Path, name: str) -> Run:
     run = Run(name, folder)
+    for file in filter(Path.is_symlink, map(folder.joinpath, (METRICS, RECORD, *_CONFIGS))):
+        confined("run_dirs", file, folder)
     if (folder / METRICS).is_file():
         run.series = _series(folder / METRICS)
         run.files.append(METRICS)

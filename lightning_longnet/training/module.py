@@ -12,7 +12,7 @@ import torch
 from torch.optim import AdamW, Optimizer
 
 from lightning_longnet.checkpointing.checkpoints import read_checkpoint
-from lightning_longnet.checkpointing.exports import model_of
+from lightning_longnet.checkpointing.exports import config_of, model_of
 from lightning_longnet.layers.options import positive_number
 from lightning_longnet.models.generation import generate
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
@@ -78,7 +78,10 @@ class LongNetModule(L.LightningModule):
     ) -> None:
         super().__init__()
         if isinstance(config, dict):  # a checkpoint holds it as a dictionary
-            config = LongNetConfig(**config)
+            known = config_of({"config": config})
+            if not isinstance(known, LongNetConfig):
+                raise ValueError(f"config must be of a LongNet, got {type(known).__name__}")
+            config = known
         positive_number("learning_rate", learning_rate)
         self.config, self.optimizer = config, optimizer
         self.learning_rate, self.warmup_steps, self.final_share = learning_rate, warmup_steps, final_share

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_longnet.checkpointing.exports import config_of
 from lightning_longnet.layers.options import probability
 from lightning_longnet.models.longvit import LongViT, LongViTConfig
 from lightning_longnet.sequence import sequence_context
@@ -45,7 +46,10 @@ class LongViTModule(L.LightningModule):
     ) -> None:
         super().__init__()
         if isinstance(config, dict):
-            config = LongViTConfig(**config)
+            known = config_of({"config": config})
+            if not isinstance(known, LongViTConfig):
+                raise ValueError(f"config must be of a LongViT, got {type(known).__name__}")
+            config = known
         if config.classes < 2:
             raise ValueError(f"config must have at least 2 classes, got {config.classes}")
         probability("warmup_share", warmup_share)

@@ -149,3 +149,30 @@ def test_what_is_not_there_is_told_in_a_line(tmp_path, made):
             TokenFileData(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match=r"path must hold tokens that are complete: .* goes on where it stopped"):
         TokenFileData(str(out))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": "256"}, "vocab_size in .*tokens.json must be as longnet tokenize leaves it, got '256'"),
+        ({"vocab_size": 0}, "vocab_size in"),
+        ({"shards": "tokens-00000.npy"}, "shards in"),
+        ({"shards": [3]}, "shards in"),
+        ({"tokenizer": ["bytes"]}, "tokenizer in"),
+        ({"shards": ["../tokens-00000.npy"]}, "must stay in the folder"),
+    ],
+)
+def test_a_description_of_other_values_is_refused(made, changes, message):
+    out = made()
+    told = json.loads((out / "tokens.json").read_text())
+    (out / "tokens.json").write_text(json.dumps(told | changes))
+    with pytest.raises(ValueError, match=message):
+        TokenFileData(str(out), tokens=16)
+
+
+@pytest.mark.parametrize("starts", [[0, 10**6], [-1, 5], [5, 0], [[0, 1]], [0.5]])
+def test_documents_that_begin_nowhere_are_refused(made, starts):
+    out = made()
+    np.save(out / "documents-00000.npy", np.array(starts))
+    with pytest.raises(ValueError, match=r"documents-00000\.npy must hold (a row of integers|ascending indices)"):
+        TokenFileData(str(out), tokens=16, packed=True).setup("fit")

@@ -91,7 +91,7 @@ def test_one_file_is_refused_for_parameters_without_a_name(tmp_path):
     path = tmp_path / "held.ckpt"
     torch.save({"state_dict": module.state_dict(), "optimizer_states": [optimizer.state_dict()]}, path)
     with pytest.raises(ValueError, match=r"holds some that it has not, the first of shape \(5,\)"):
-        load_full_checkpoint(path, module, [optimizer], strict=True, weights_only=True)
+        load_full_checkpoint(path, module, [optimizer], strict=True)
 
 
 class Both(Module):

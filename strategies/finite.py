@@ -1,0 +1,76 @@
+"""Losses that are not finite: a warning where nothing else says so, and an error where anomalies are detected."""
+
+from __future__ import annotations
+
+import warnings
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_longnet.callbacks import NonFiniteGuard
+from lightning_longnet.callbacks.monitor import is_logging_step
+from lightning_longnet.sequence.agreement import gathered
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from torch import Tensor
+
+
+class LossWatch:
+    """Warns once on each rank where the loss of a step that the Trainer logs, or of the last step, is not finite.
+
+    A loss is looked at when the next step begins: the Trainer has read what it logs by then, so that this waits for no
+    device.  NaN on one rank reaches the parameters of all ranks, and so the losses of all in the following step.
+    `NonFiniteGuard` does more, and with it nothing is looked at.
+    """
+
+    def __init__(self) -> None:
+        self._loss: Tensor | None = None
+        self._step, self._is_logged, self._is_over = 0, False, False
+
+    def begin(self, trainer: Trainer) -> None:
+        """Begin the losses of a run."""
+        self._loss, self._is_over = None, any(isinstance(each, NonFiniteGuard) for each in _callbacks(trainer))
+
+    def take(self, trainer: Trainer, output: Any) -> None:
+        """Take what a training step returned."""
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if not self._is_over and isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            self._loss, self._step = loss.detach(), trainer.global_step + 1
+            self._is_logged = is_logging_step(trainer)
+
+    def look(self, *, is_last: bool = False) -> None:
+        """Look at the last loss where its step was logged, or is the last."""
+        if self._loss is None or self._is_over or not (self._is_logged or is_last):
+            return
+        value, self._loss = float(self._loss), None
+        if not isfinite(value):
+            self._is_over = True
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            warnings.warn(
+                f"rank {rank}: the training loss of step {self._step} is {value}; where its gradient is, too, the step "
+                f"makes the parameters of all ranks NaN: the callback NonFiniteGuard skips such steps and names their "
+                f"batches, and detect_anomaly=True of the Trainer ends the run",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def check_anomaly(loss: Tensor) -> None:
+    """Raise a FloatingPointError on all ranks where anomalies are detected and the loss of one is not finite.
+
+    torch raises an error in the backward of that rank alone, for which the others would wait.
+    """
+    if not torch.is_anomaly_enabled() or not dist.is_initialized():
+        return
+    world: Any = dist.group.WORLD
+    bad = gathered(torch.tensor(not bool(loss.detach().isfinite().all())), world)
+    if ranks := bad.nonzero().flatten().tolist():
+        raise FloatingPointError(f"the training loss is not finite on ranks {', '.join(map(str, ranks))}")
+
+
+def _callbacks(trainer: Trainer) -> list[Any]:
+    found: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return found

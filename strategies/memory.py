@@ -1,0 +1,134 @@
+"""The comparison of a run's memory with the memory that there is, before the first training step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import RunningStage
+from torch.distributed.tensor import DTensor
+
+from lightning_longnet.models.longnet import LongNet
+from lightning_longnet.planning.job import Job
+from lightning_longnet.planning.preflight import Finding, compare
+from lightning_longnet.planning.room import room_of
+from lightning_longnet.sequence.agreement import gathered
+from lightning_longnet.sequence.parts import SequencePart
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.optim import Optimizer
+
+    from lightning_longnet.planning.room import Room
+    from lightning_longnet.strategies.base import RingSequenceParallelStrategy
+
+MemoryAction = Literal["error", "warn", "off"]
+
+
+class MemoryCheck:
+    """Compares the planned memory of a run with that of each rank, once, at the first training batch.
+
+    Args:
+        action: "error" ends the run where it cannot fit into the memory that there is, and warns where less is free
+            than planned; "warn" warns of both; "off" compares nothing.
+    """
+
+    def __init__(self, action: MemoryAction) -> None:
+        if action not in get_args(MemoryAction):
+            allowed = ", ".join(map(repr, get_args(MemoryAction)))
+            raise ValueError(f"memory_check must be one of {allowed}, got {action!r}")
+        self.action = action
+        self._is_done = False
+
+    def is_due(self, trainer: Trainer) -> bool:
+        """Whether a batch is the first that is trained on."""
+        return self.action != "off" and not self._is_done and trainer.state.stage == RunningStage.TRAINING
+
+    def check(self, strategy: RingSequenceParallelStrategy, module: LightningModule, batch: Any) -> None:
+        """Raise a ValueError on all ranks where the run cannot fit on one of them, or warn.
+
+        All ranks call this with batches of the same shapes.
+        """
+        self._is_done = True
+        room = room_of(strategy.root_device, len(strategy.parallel_devices or (0,)))
+        finding = Finding() if room is None else _finding(strategy, module, batch, room)
+        known = torch.tensor([[bool(finding.error), bool(finding.warning)]])
+        is_alone = not dist.is_initialized() or dist.get_backend() == "fake"
+        world: Any = dist.group.WORLD
+        found = known if is_alone else gathered(known[0], world)
+        errors, warned = ([i for i, each in enumerate(column) if each] for column in found.T.tolist())
+        if errors and self.action == "error":
+            raise ValueError(finding.error or f"rank {errors[0]} has too little memory: its own message says for what")
+        first = (errors or warned or [-1])[0]
+        if first == (0 if is_alone else dist.get_rank()):
+            warnings.warn(finding.error or finding.warning, stacklevel=2)
+
+
+def _finding(strategy: RingSequenceParallelStrategy, module: LightningModule, batch: Any, room: Room) -> Finding:
+    optimizers: list[Optimizer] = strategy.optimizers
+    job = _job_of(strategy, module, batch, optimizers)
+    if job is not None:
+        return compare(job, room)
+    least = _held(module, optimizers, strategy.root_device)
+    if strategy.sharding.startswith("deepspeed") or least <= room.total:
+        return Finding()
+    return Finding(
+        error=f"parameters, gradients and the optimizer's states hold at least {least / 2**30:.1f} GiB on a rank, and "
+        f"there are {room.total / 2**30:.1f} GiB for each: split the model over more ranks with 'fsdp2'; "
+        f"memory_check='off' of the strategy leaves this out"
+    )
+
+
+def _job_of(
+    strategy: RingSequenceParallelStrategy, module: LightningModule, batch: Any, optimizers: Iterable[Optimizer]
+) -> Job | None:
+    """Return the job of a module whose attribute `model` is a LongNet; None for others, and where none is planned."""
+    model, trainer = getattr(module, "model", None), module.trainer
+    tensors = batch.tensors if isinstance(batch, SequencePart) else batch
+    ids = tensors.get("input_ids") if isinstance(tensors, Mapping) else None
+    if not isinstance(model, LongNet) or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        return None
+    try:
+        return Job(
+            model.config,
+            tokens=batch.length if isinstance(batch, SequencePart) else ids.shape[1],
+            batch=len(ids),
+            nodes=trainer.num_nodes,
+            per_node=trainer.world_size // trainer.num_nodes,
+            sequence_parallel_size=strategy.sequence_context.sequence_parallel_size,
+            sharding=strategy.sharding,
+            exchange=strategy.sequence_context.exchange,
+            placement=strategy.sequence_context.placement,
+            precision=str(trainer.precision),
+            accumulate=trainer.accumulate_grad_batches,
+            optimizer_copies=min(map(_copies, optimizers), default=0.0),
+            is_packed="documents" in tensors,
+        )
+    except ValueError:  # what a plan knows nothing of
+        return None
+
+
+def _copies(optimizer: Optimizer) -> float:
+    """Return how many numbers an optimizer keeps at least for each parameter."""
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        return 2.0
+    return float(isinstance(optimizer, torch.optim.SGD) and bool(optimizer.defaults.get("momentum")))
+
+
+def _held(module: LightningModule, optimizers: Iterable[Optimizer], device: torch.device) -> float:
+    """Return the bytes of parameters, gradients and optimizer states of this rank, on its device."""
+
+    def size(parameter: torch.Tensor) -> int:
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return local.numel() * local.element_size() if local.device.type == device.type else 0
+
+    held: float = sum(map(size, module.parameters()))
+    for optimizer in optimizers:
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        held += (1 + _copies(optimizer)) * sum(map(size, trained))
+    return held
