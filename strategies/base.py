@@ -28,15 +28,20 @@ from lightning_longnet.strategies.checks import (
     check_options,
     check_predicted_batches,
     check_processes,
+    check_seconds,
 )
 from lightning_longnet.strategies.engines import Sharding, engine_class, engine_options, gathers_parameters
+from lightning_longnet.strategies.failures import NamedFailures
 from lightning_longnet.strategies.first_batch import FirstBatchCheck
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
 from lightning_longnet.strategies.loaders import LoaderWatch
 from lightning_longnet.strategies.loops import WatchedLoops
+from lightning_longnet.strategies.phases import Progress
+from lightning_longnet.strategies.restart import keep_folders
 from lightning_longnet.strategies.resume import skip_finished_batches
 from lightning_longnet.strategies.samplers import RepeatWarning, keep_order, restore_order
 from lightning_longnet.strategies.seeds import dropout_seed
+from lightning_longnet.strategies.timeouts import Timeouts
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -63,7 +68,7 @@ class _ByEngine:
         return super().__new__(cls)
 
 
-class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
+class RingSequenceParallelStrategy(_ByEngine, NamedFailures, WatchedLoops):
     """Trains with sequences split over ranks; attention over whole sequences is exact, with any engine.
 
     The instance is of the engine's class, a subclass of this one and of Lightning's strategy for the engine.
@@ -78,13 +83,15 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
         placement: "contiguous", or "zigzag", which balances dense causal attention.
         accumulate: "batches": micro-batches that are accumulated count alike, as Lightning has it; "tokens": they count
             by their tokens, so that the gradient is that of one large batch.
-        timeout: seconds after which a rank that waits for another gives up.
+        timeout: seconds after which a rank that waits for another gives up: outside of steps, in the first step, and in
+            the one after a validation or a save.
         engine: further options of Lightning's strategy for the engine.
         preemption: adds the callback `Preemption` when fitting, unless the Trainer has one: SIGTERM to any rank then
             saves one checkpoint of all ranks and ends the run.  False leaves signals to Lightning.
         split_check: what happens where the module computes something else on parts of sequences than on whole ones,
             which is tried on the first training batch and the first validation batch: "error" ends the run, "warn"
             goes on, "off" does not try; see `check_split`.
+        step_timeout: as `timeout`, inside of the other steps of training; where `timeout` is less, this is what counts.
         accelerator: as for any strategy, like all that follow; the Trainer sets them.
         parallel_devices: the devices of this node.
         cluster_environment: the plugin that knows the number of each rank.
@@ -113,11 +120,14 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
         *,
         preemption: bool = True,
         split_check: Action = "error",
+        step_timeout: float = 300.0,
     ) -> None:
         check_options(accumulate, timeout, preemption, split_check)
+        check_seconds("step_timeout", step_timeout)
         SequenceContext(placement=placement, exchange=exchange)  # raises an error where they are wrong
         self.sharding, self.accumulate, self.timeout = sharding, accumulate, float(timeout)
         self.preemption = preemption
+        self.progress, self.timeouts = Progress(), Timeouts(self.timeout, float(step_timeout))
         self._sequence_parallel_size = sequence_parallel_size
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()
@@ -148,6 +158,7 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
         if type(self._launcher) is _SubprocessScriptLauncher:
             stock = self._launcher
             self._launcher = WatchedLauncher(stock.cluster_environment, stock.num_processes, stock.num_nodes)
+        self.progress.connect(self.global_rank, self._ranks())
 
     @property
     def root_device(self) -> torch.device:
@@ -164,6 +175,7 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
         )
         gathers = gathers_parameters(self.sharding)
         self._loaders = LoaderWatch(self.sequence_context, self.timeout, gathers=gathers)
+        self.timeouts.kept = self._loaders.groups
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -253,6 +265,7 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
         skip_finished_batches(self.lightning_module.trainer)
+        keep_folders(self.lightning_module.trainer)
         super().on_train_start()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -293,7 +306,9 @@ class RingSequenceParallelStrategy(_ByEngine, WatchedLoops):
                 restore_order(self.lightning_module.trainer)
         self._first_batches.end()
         super().teardown()
-        if isinstance(self._launcher, WatchedLauncher) and self._is_interrupted():
+        if not self._is_interrupted():
+            self._leave_run()
+        elif isinstance(self._launcher, WatchedLauncher):
             self._launcher.end_children()
 
     def _is_interrupted(self) -> bool:

@@ -27,11 +27,16 @@ def check_options(accumulate: Any, timeout: Any, preemption: Any, split_check: A
     if accumulate not in get_args(Accumulate):
         allowed = ", ".join(map(repr, get_args(Accumulate)))
         raise ValueError(f"accumulate must be one of {allowed}, got {accumulate!r}")
-    if not isinstance(timeout, (int, float)) or timeout <= 0:
-        raise ValueError(f"timeout must be a number of seconds, more than 0, got {timeout!r}")
+    check_seconds("timeout", timeout)
     if not isinstance(preemption, bool):
         raise ValueError(f"preemption must be True or False, got {preemption!r}")
     check_action(split_check)
+
+
+def check_seconds(name: str, seconds: Any) -> None:
+    """Raise a ValueError where an option of the strategy is no number of seconds."""
+    if not isinstance(seconds, (int, float)) or seconds <= 0:
+        raise ValueError(f"{name} must be a number of seconds, more than 0, got {seconds!r}")
 
 
 def check_processes(devices: Sequence[torch.device]) -> None:

@@ -1,0 +1,70 @@
+"""The checkpoint that a run goes on from when its supervisor has started it again."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_longnet.supervision.record import FOLDER, RESUME
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lightning.pytorch import Trainer
+
+_FOLDERS = "checkpoint-folders"  # the file of a supervisor's folder with a line for each folder of checkpoints
+# What engines write last into the folder of a checkpoint
+_LAST_FILES = ("meta.pt", "latest")
+
+
+def keep_folders(trainer: Trainer) -> None:
+    """Write down the folders of this attempt's checkpoints: loggers may give the next attempt another one."""
+    folder = os.environ.get(FOLDER)
+    if folder is None or not trainer.is_global_zero or not Path(folder).is_dir():
+        return
+    path = Path(folder) / _FOLDERS
+    known = path.read_text().splitlines() if path.exists() else []
+    with path.open("a") as file:
+        file.writelines(f"{each}\n" for each in _folders_of(trainer) if each not in known)
+
+
+def checkpoint_to_resume(trainer: Trainer) -> str | None:
+    """Return the newest checkpoint of this run where its supervisor has started it again; None in a first attempt.
+
+    Where no attempt has saved one, the run begins as its own `ckpt_path` says.
+    """
+    if os.environ.get(RESUME) != "last":
+        return None
+    path = Path(os.environ.get(FOLDER, "")) / _FOLDERS
+    earlier = path.read_text().splitlines() if path.exists() else []
+    found = newest_checkpoint([*earlier, *_folders_of(trainer)])
+    rank_zero_info(f"Restarted by the supervisor, from {found if found else 'the beginning: no checkpoint was saved'}")
+    return found
+
+
+def newest_checkpoint(folders: Iterable[str]) -> str | None:
+    """Return the newest checkpoint in some folders that was written to its end, or None."""
+    found = [path for folder in dict.fromkeys(folders) for path in Path(folder).glob("*.ckpt") if _is_complete(path)]
+    return str(max(found, key=_written)) if found else None
+
+
+def _folders_of(trainer: Trainer) -> list[str]:
+    """Return the folders that the callbacks of a Trainer save checkpoints in, as far as they are known."""
+    savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    return [str(each.dirpath) for each in savers if each.dirpath] + [str(trainer.default_root_dir)]
+
+
+def _is_complete(path: Path) -> bool:
+    if path.name.startswith("unfinished-"):
+        return False
+    return zipfile.is_zipfile(path) if path.is_file() else any((path / name).exists() for name in _LAST_FILES)
+
+
+def _written(path: Path) -> float:
+    files = [path] if path.is_file() else [path / name for name in _LAST_FILES if (path / name).exists()]
+    return max(each.stat().st_mtime for each in files)
