@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_longnet import ByteData, LongNetConfig, LongNetModule, Pattern
 from lightning_longnet.registration import NAMES
@@ -44,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--save-every", type=int, default=100, help="steps between two checkpoints")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds in each step, to try signals out")
     # the Trainer must get the numbers of nodes and devices that SLURM allocated
     parser.add_argument("--nodes", type=int, default=int(os.environ.get("SLURM_NNODES", 1)))
@@ -69,9 +71,13 @@ def main() -> None:
         devices=options.devices,
         max_steps=options.steps,
         default_root_dir=options.folder,
-        enable_checkpointing=False,  # what Preemption saves is all that this run needs
         limit_val_batches=0,
-        callbacks=[PrintedLoss(options.pause)],
+        callbacks=[
+            PrintedLoss(options.pause),
+            ModelCheckpoint(
+                options.folder, "{step}", every_n_train_steps=options.save_every, save_on_train_epoch_end=False
+            ),
+        ],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

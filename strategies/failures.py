@@ -16,12 +16,14 @@ from lightning_longnet.callbacks.preemption import Requeued
 from lightning_longnet.strategies.launcher import WatchedLauncher, launcher_has_ended
 from lightning_longnet.strategies.phases import MarkedPhases
 from lightning_longnet.supervision.processes import STOPPED, state_of
-from lightning_longnet.supervision.record import DISCONNECTED, FAILED, OUTSIDE, place_of
+from lightning_longnet.supervision.record import DISCONNECTED, ENDED, FAILED, OUTSIDE, RUNS, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_KEY = "lightning_longnet/failure"
+    from lightning.pytorch import Trainer
+
+_RUNS = [0]  # how many runs this process has set up, as all ranks have: each has failures of its own
 _PATIENCE = 3.0  # seconds for the store, and for what others write there
 _LOST = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL"),
@@ -33,10 +35,15 @@ _LOST = (
 class NamedFailures(MarkedPhases):
     """Adds to each error the rank, the phase and the step, and to a lost connection the rank that failed first."""
 
+    def setup(self, trainer: Trainer) -> None:
+        _RUNS[0] += 1
+        self._end_run("", RUNS)  # what an earlier run of this process ended with
+        super().setup(trainer)
+
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if isinstance(exception, Requeued) or self.progress.phase == OUTSIDE:
-            self._end_run(str(exception))
+            self._end_run(str(exception), ENDED)
             return
         where = f"rank {self.global_rank} of {self._ranks()}, {place_of(self.progress.phase, self.progress.step)}"
         text = _text(exception)
@@ -44,9 +51,8 @@ class NamedFailures(MarkedPhases):
             exception.code = 1  # a rank that ends in the middle of a run has failed
         is_lost = is_lost_connection(exception)
         first = self._first_failure(f"{where}: {text}", is_lost)
-        if self.progress.record is not None:
-            said = f"lost its connection, {first}" if first and is_lost else text
-            self.progress.record.end(DISCONNECTED if is_lost else FAILED, said)
+        said = f"lost its connection, {first}" if first and is_lost else text
+        self._end_run(said, DISCONNECTED if is_lost else FAILED)
         if self._ranks() == 1 and not isinstance(exception, SystemExit):
             return
         line = f"{where} stopped because another rank failed first: {first}" if first else f"{where}: {text}"
@@ -98,13 +104,14 @@ def is_lost_connection(exception: BaseException) -> bool:
 
 def _ask(own: str, is_lost: bool, found: list[str]) -> None:
     """Append the failure that was reported first, which is this rank's own where no other was."""
+    key = f"lightning_longnet/failure/{_RUNS[0]}"
     try:
         store: Any = _get_default_store()
         if is_lost:
-            if _await(lambda: store.check([_KEY]), _PATIENCE):
-                found.append(store.get(_KEY).decode())
+            if _await(lambda: store.check([key]), _PATIENCE):
+                found.append(store.get(key).decode())
         else:
-            found.append(store.compare_set(_KEY, "", own).decode())
+            found.append(store.compare_set(key, "", own).decode())
     except RuntimeError:  # the store has ended with the rank that held it
         return
 

@@ -17,7 +17,6 @@ from lightning_longnet.supervision.record import (
     BETWEEN,
     COMPILATION,
     CONNECT,
-    ENDED,
     FOLDER,
     FORWARD,
     LOAD,
@@ -204,10 +203,10 @@ class MarkedPhases(ParallelStrategy):
         self.progress.steps = 0
         self.progress.interrupt(OUTSIDE)
 
-    def _end_run(self, text: str) -> None:
-        """Mark that the process will end as it was asked to."""
+    def _end_run(self, text: str, outcome: int) -> None:
+        """Write what became of this rank for its supervisor."""
         if self.progress.record is not None:
-            self.progress.record.end(ENDED, text)
+            self.progress.record.end(outcome, text)
 
 
 def _marked(method: Callable[..., Any], begins: str, ends: str) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 _FOLDERS = "checkpoint-folders"  # the file of a supervisor's folder with a line for each folder of checkpoints
+_SKEW = 60.0  # seconds by which the clock of a file system may differ
 # What engines write last into the folder of a checkpoint
 _LAST_FILES = ("meta.pt", "latest")
 
@@ -38,25 +39,35 @@ def checkpoint_to_resume(trainer: Trainer) -> str | None:
 
     Where no attempt has saved one, the run begins as its own `ckpt_path` says.
     """
-    if os.environ.get(RESUME) != "last":
+    since = os.environ.get(RESUME)
+    if since is None:
         return None
     path = Path(os.environ.get(FOLDER, "")) / _FOLDERS
     earlier = path.read_text().splitlines() if path.exists() else []
-    found = newest_checkpoint([*earlier, *_folders_of(trainer)])
-    rank_zero_info(f"Restarted by the supervisor, from {found if found else 'the beginning: no checkpoint was saved'}")
+    earliest = 0.0 if since == "last" else float(since) - _SKEW
+    saved = [(folder, "*.ckpt") for folder in (*earlier, *_folders_of(trainer))]
+    saved += [(str(trainer.default_root_dir), name) for name in ("hpc_ckpt_*.ckpt", "preemption-*.ckpt")]
+    found = newest_checkpoint(saved, earliest)
+    rank_zero_info(f"Restarted by the supervisor, from {found or 'the beginning: no checkpoint was saved'}")
     return found
 
 
-def newest_checkpoint(folders: Iterable[str]) -> str | None:
-    """Return the newest checkpoint in some folders that was written to its end, or None."""
-    found = [path for folder in dict.fromkeys(folders) for path in Path(folder).glob("*.ckpt") if _is_complete(path)]
-    return str(max(found, key=_written)) if found else None
+def newest_checkpoint(places: Iterable[tuple[str, str]], earliest: float) -> str | None:
+    """Return the newest checkpoint that was written to its end, or None.
+
+    Args:
+        places: folders, and the names that a checkpoint may have there.
+        earliest: the time before which a checkpoint is of another run.
+    """
+    paths = [path for folder, name in dict.fromkeys(places) for path in Path(folder).glob(name)]
+    found = [(_written(path), str(path)) for path in paths if _is_complete(path)]
+    return max((each for each in found if each[0] >= earliest), default=(0.0, None))[1]
 
 
 def _folders_of(trainer: Trainer) -> list[str]:
     """Return the folders that the callbacks of a Trainer save checkpoints in, as far as they are known."""
     savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    return [str(each.dirpath) for each in savers if each.dirpath] + [str(trainer.default_root_dir)]
+    return [str(each.dirpath) for each in savers if each.dirpath]
 
 
 def _is_complete(path: Path) -> bool:
@@ -67,4 +78,4 @@ def _is_complete(path: Path) -> bool:
 
 def _written(path: Path) -> float:
     files = [path] if path.is_file() else [path / name for name in _LAST_FILES if (path / name).exists()]
-    return max(each.stat().st_mtime for each in files)
+    return max((each.stat().st_mtime for each in files), default=0.0)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = "LIGHTNING_LONGNET_SUPERVISION"  # the environment variable with the folder of a run's records
-RESUME = "LIGHTNING_LONGNET_RESUME"  # "last" where a run is to go on from its newest checkpoint
+# "last" where a run is to go on from its newest checkpoint, or the time since which that was saved
+RESUME = "LIGHTNING_LONGNET_RESUME"
 
 # The phases of a rank
 START, CONNECT, SET_UP, LOAD = "start", "connecting", "set-up", "load"

@@ -61,6 +61,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Run the command until it ends well or has failed too often, and return the exit status."""
+        self._began = time.time()
         self._folder = Path(tempfile.mkdtemp(prefix="longnet-supervision-"))
         guard = Guard(self._folder)
         try:
@@ -104,7 +105,7 @@ class Supervisor:
         environment = {**os.environ, FOLDER: str(self._folder)}
         environment.pop(RESUME, None)
         if resumes:
-            environment[RESUME] = "last"
+            environment[RESUME] = "last" if self.resumes else f"{self._began:.0f}"
         watch = Watch(self.limits, time.monotonic())
         process = subprocess.Popen(self.command, env=environment, start_new_session=True)
         self._process = process

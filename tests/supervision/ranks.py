@@ -30,7 +30,7 @@ def main(folder, ranks, fault, guilty, steps):
     rank = int(os.environ.get("LOCAL_RANK", 0))
     if rank == 0:
         with (folder / "attempts").open("a") as file:
-            file.write(f"{os.environ.get(RESUME, 'first')}\n")
+            file.write("again\n" if RESUME in os.environ else "first\n")
         for path in (*folder.glob("pid-*"), *folder.glob("done-*")):
             path.unlink()
         for other in range(1, ranks):
