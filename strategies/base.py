@@ -127,7 +127,7 @@ class RingSequenceParallelStrategy(_ByEngine, NamedFailures, WatchedLoops):
         SequenceContext(placement=placement, exchange=exchange)  # raises an error where they are wrong
         self.sharding, self.accumulate, self.timeout = sharding, accumulate, float(timeout)
         self.preemption = preemption
-        self.progress, self.timeouts = Progress(), Timeouts(self.timeout, float(step_timeout))
+        self.progress, self.timeouts = Progress(), Timeouts(float(step_timeout))
         self._sequence_parallel_size = sequence_parallel_size
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()

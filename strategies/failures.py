@@ -55,7 +55,11 @@ class NamedFailures(MarkedPhases):
         self._end_run(said, DISCONNECTED if is_lost else FAILED)
         if self._ranks() == 1 and not isinstance(exception, SystemExit):
             return
-        line = f"{where} stopped because another rank failed first: {first}" if first else f"{where}: {text}"
+        line = f"{where}: {text}"
+        if first and is_lost:
+            line = f"{where} stopped because another rank failed first: {first}"
+        elif first and text not in first:
+            line += f"; before it, {first}"
         if isinstance(exception, (SystemExit, KeyboardInterrupt)):  # which are shown without notes
             print(line, file=sys.stderr, flush=True)  # noqa: T201
         else:

@@ -1,0 +1,58 @@
+"""Which checkpoint a run goes on from when its supervisor has started it again."""
+
+import os
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_longnet.strategies.restart import checkpoint_to_resume, keep_folders, newest_checkpoint
+from lightning_longnet.supervision.record import FOLDER, RESUME
+
+NOW = time.time()
+
+
+def save(path, age=0.0):
+    """A file as `torch.save` writes it, so many seconds old."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"step": 1}, path)
+    os.utime(path, (NOW - age, NOW - age))
+    return str(path)
+
+
+def trainer_of(folder, root):
+    return SimpleNamespace(
+        checkpoint_callbacks=[ModelCheckpoint(folder)], default_root_dir=root, is_global_zero=True, callbacks=[]
+    )
+
+
+def test_the_newest_that_was_written_to_its_end(tmp_path):
+    save(tmp_path / "step=2.ckpt", age=50)
+    folder = tmp_path / "step=4.ckpt"
+    save(folder / "meta.pt", age=40)
+    assert newest_checkpoint([(str(tmp_path), "*.ckpt")], 0.0) == str(folder)
+    (tmp_path / "step=6.ckpt").mkdir()  # of shards alone
+    (tmp_path / "step=6.ckpt/__0_0.distcp").write_bytes(b"half")
+    (tmp_path / "step=8.ckpt").write_bytes((tmp_path / "step=2.ckpt").read_bytes()[:-30])
+    save(tmp_path / "unfinished-step=9.ckpt")
+    assert newest_checkpoint([(str(tmp_path), "*.ckpt")], 0.0) == str(folder)
+    assert newest_checkpoint([(str(tmp_path), "*.ckpt")], NOW - 30) is None
+
+
+@pytest.mark.parametrize("since", ["last", f"{NOW:.0f}"])
+def test_a_restart_finds_what_an_earlier_attempt_saved_elsewhere(tmp_path, monkeypatch, since):
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    first, second = (trainer_of(tmp_path / f"version_{number}", tmp_path / "root") for number in (0, 1))
+    old = save(tmp_path / "version_1/other.ckpt", age=3600)  # of another run, unless any will do
+    assert checkpoint_to_resume(second) is None, "a first attempt"
+    monkeypatch.setenv(RESUME, since)
+    assert checkpoint_to_resume(second) == (old if since == "last" else None)
+    saved = save(tmp_path / "version_0/step=2.ckpt", age=5)
+    keep_folders(first)
+    keep_folders(second)
+    assert checkpoint_to_resume(second) == saved
+    preempted = save(tmp_path / "root/hpc_ckpt_1.ckpt", age=1)
+    save(tmp_path / "root/pretrained.ckpt")  # which no callback of the run has saved
+    assert checkpoint_to_resume(second) == preempted
