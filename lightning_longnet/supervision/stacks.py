@@ -49,6 +49,13 @@ def collect(folder: Path, entries: Sequence[Entry]) -> dict[int, str]:
     return found
 
 
+def at_its_end(folder: Path, rank: int) -> str:
+    """Return the stack of the main thread of a rank that a fault of its own has ended, as a segmentation fault."""
+    path = path_of(folder, rank)
+    _, fatal, stack = (path.read_text(errors="replace") if path.exists() else "").partition("Fatal Python error")
+    return main_thread(stack) if fatal else ""
+
+
 def main_thread(text: str) -> str:
     """Return the part of a print of all stacks that is of the main thread, which is the oldest and comes last."""
     blocks = [block for block in text.split("\n\n") if _FRAME.search(block)]

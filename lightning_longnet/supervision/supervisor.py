@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lightning_longnet.supervision.processes import Guard, end, members
 from lightning_longnet.supervision.record import FOLDER, OUTSIDE, RESUME, Entry, read
-from lightning_longnet.supervision.stacks import collect, culprits
+from lightning_longnet.supervision.stacks import at_its_end, collect, culprits
 from lightning_longnet.supervision.watch import Fault, Limits, Watch, place
 
 if TYPE_CHECKING:
@@ -158,6 +158,9 @@ class Supervisor:
                 break
             time.sleep(_PAUSE / 2)
         faults = watch.faults(read(self._folder)) or faults
+        for fault in faults:
+            if stack := at_its_end(self._folder, fault.rank):
+                _print(f"rank {fault.rank} at its end:\n{stack}")
         return self._outcome(process, watch, faults)
 
     def _standing(self, entries: list[Entry], faults: list[Fault]) -> list[Fault]:

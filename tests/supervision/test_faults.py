@@ -50,6 +50,8 @@ def test_a_fault(tmp_path, saved, fault, rank, phase):
     assert f"rank {rank} " in lines[-1], text
     assert WORDS[fault] in lines[-1], text
     assert "step " in lines[-1], text
+    if fault in ("abort", "segfault"):
+        assert "in fail\n" in "\n".join(lines).rpartition(f"rank {rank} at its end:")[2], text
     if fault != "SIGTERM":  # which is obeyed after the step or the validation
         assert f"in {phase} of step" in lines[-1], text
 
