@@ -10,17 +10,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_longnet.supervision.processes import Guard, end, members
-from lightning_longnet.supervision.record import FOLDER, OUTSIDE, RESUME, Entry, read
+from lightning_longnet.supervision.record import FOLDER, OUTSIDE, RESUME, read
 from lightning_longnet.supervision.stacks import at_its_end, collect, culprits
 from lightning_longnet.supervision.watch import Fault, Limits, Watch, place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from lightning_longnet.supervision.record import Entry
 
 _PAUSE = 0.2  # seconds between two looks at the ranks
 GRACE = 3.0  # seconds in which the other ranks may print errors of their own, when one has died
@@ -40,7 +42,6 @@ class Outcome:
     status: int
     faults: list[Fault]
     step: int = -1
-    entries: list[Entry] = field(default_factory=list)
 
 
 class Supervisor:
@@ -57,7 +58,7 @@ class Supervisor:
         self.command, self.limits, self.restarts, self.resumes = list(command), limits, restarts, resumes
         self._received: list[int] = []
         self._process: subprocess.Popen[bytes] | None = None
-        self._ended = self._kills = False
+        self._kills = False
 
     def run(self) -> int:
         """Run the command until it ends well or has failed too often, and return the exit status."""
@@ -75,7 +76,7 @@ class Supervisor:
     def _attempts(self, guard: Guard) -> int:
         best, failures = -1, 0
         while True:
-            outcome = self._attempt(guard, resumes=self.resumes or best >= 0 or failures > 0)
+            outcome = self._attempt(guard, resumes=self.resumes or failures > 0)
             if outcome.status == 0:
                 return 0
             failures = 1 if outcome.step > best else failures + 1
@@ -123,7 +124,7 @@ class Supervisor:
         while True:
             time.sleep(_PAUSE)
             if self._kills:
-                return self._outcome(process, watch, [])
+                return self._outcome(process, [])
             if time.monotonic() - looked > _PAUSE + 2.0:  # this process was stopped, and its ranks may have been
                 watch.resume(time.monotonic())
             looked = time.monotonic()
@@ -136,14 +137,14 @@ class Supervisor:
                 return self._failed(process, watch, entries, faults)
             if has_ended:
                 self._await_others(process)
-                return self._outcome(process, watch, watch.faults(read(self._folder)))
+                return self._outcome(process, watch.faults(read(self._folder)))
 
     def _failed(
         self, process: subprocess.Popen[bytes], watch: Watch, entries: list[Entry], faults: list[Fault]
     ) -> Outcome:
         """Give the other ranks some time to say what they know, and end them."""
         if all(fault.stands and not fault.status for fault in faults) and not _have_errors(entries):
-            return self._outcome(process, watch, self._standing(entries, faults))
+            return self._outcome(process, self._standing(entries, faults))
         begin, died = time.monotonic(), None
         while self._is_alive(process):
             if process.poll() is not None:
@@ -161,7 +162,7 @@ class Supervisor:
         for fault in faults:
             if stack := at_its_end(self._folder, fault.rank):
                 _print(f"rank {fault.rank} at its end:\n{stack}")
-        return self._outcome(process, watch, faults)
+        return self._outcome(process, faults)
 
     def _standing(self, entries: list[Entry], faults: list[Fault]) -> list[Fault]:
         """Print the stacks of ranks that stand still, and return the faults of those that the others wait for first."""
@@ -177,17 +178,16 @@ class Supervisor:
             fault.is_consequence = fault.rank not in guilty
         return sorted(faults, key=lambda each: each.order)
 
-    def _outcome(self, process: subprocess.Popen[bytes], watch: Watch, faults: list[Fault]) -> Outcome:
+    def _outcome(self, process: subprocess.Popen[bytes], faults: list[Fault]) -> Outcome:
         """Return how an attempt ended, with the exit status that stands for it."""
-        entries = read(self._folder)
-        step = max((each.step for each in entries), default=-1)
+        step = max((each.step for each in read(self._folder)), default=-1)
         code = process.poll()
         if code is None and faults:
             code = faults[0].status
         if not code:
             is_good = code == 0 and not faults
-            return Outcome(0 if is_good else 1, faults, step, entries)
-        return Outcome(128 - code if code < 0 else code, faults, step, entries)
+            return Outcome(0 if is_good else 1, faults, step)
+        return Outcome(128 - code if code < 0 else code, faults, step)
 
     # Processes and signals
 
