@@ -163,8 +163,7 @@ class Watch:
         since = self._stopped.setdefault(entry.pid, now)
         if now - since < self.limits.of_stopped:
             return None
-        text = f"rank {entry.rank} was stopped by a signal (state T) {place(entry)}, {now - since:.0f} s ago"
-        return Fault(entry.rank, since, text, stands=True)
+        return Fault(entry.rank, since, _stopped(entry, now - since), stands=True)
 
     def _stalled(self, entries: Sequence[Entry], now: float) -> list[Fault]:
         """Return a fault for each rank where none of them has made progress for as long as is allowed.
@@ -184,6 +183,8 @@ class Watch:
             if now - since <= self.limits.of(entry):
                 return []
             text = f"rank {entry.rank} made no progress for {now - entry.since:.0f} s {place(entry)}"
+            if entry.pid in self._stopped:
+                text = _stopped(entry, now - self._stopped[entry.pid])
             found.append(Fault(entry.rank, since, text, stands=True))
         return found
 
@@ -191,6 +192,10 @@ class Watch:
 def place(entry: Entry) -> str:
     """Return where a rank is, as a part of a sentence."""
     return place_of(entry.phase, entry.step)
+
+
+def _stopped(entry: Entry, seconds: float) -> str:
+    return f"rank {entry.rank} was stopped by a signal (state T) {place(entry)}, {seconds:.0f} s ago"
 
 
 def _ending(status: int | None) -> str:

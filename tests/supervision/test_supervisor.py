@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -176,6 +177,33 @@ def test_a_group_stalls_only_when_all_its_ranks_do(tmp_path):
     assert [each.rank for each in watch.faults(read(tmp_path))] == [0, 1]
     watch.resume(time.monotonic())  # as after the whole job was suspended
     assert not watch.faults(read(tmp_path))
+
+
+def test_a_rank_that_is_stopped_is_the_one_that_is_named_however_long_the_others_wait(tmp_path):
+    with subprocess.Popen(["sleep", "60"]) as stopped, subprocess.Popen(["sleep", "60"]) as waiting:
+        for rank, process in enumerate((waiting, stopped)):
+            (tmp_path / f"rank-{rank}").write_bytes(recorded(tmp_path, rank, process.pid))
+        stopped.send_signal(signal.SIGSTOP)
+        await_(lambda: state(stopped.pid) == "T")
+        watch = Watch(Limits(stall=0.2), time.monotonic())
+        time.sleep(0.3)  # both have made no progress for longer than is allowed
+        found = {fault.rank: fault.text for fault in watch.faults(read(tmp_path))}
+        stopped.kill()
+        waiting.kill()
+    assert "rank 1 was stopped by a signal (state T) in forward of step 1" in found[1]
+    assert "rank 0 made no progress" in found[0]
+
+
+def recorded(folder, rank, pid):
+    """The record of another process."""
+    part = folder / "part"
+    part.mkdir(exist_ok=True)
+    record = Record(part, rank, 2)
+    record.add_step(0.1)
+    record.mark(FORWARD, 1)
+    content = bytearray((part / f"rank-{rank}").read_bytes())
+    struct.pack_into("<i", content, 16, pid)
+    return bytes(content)
 
 
 def test_options_among_those_of_fit():
