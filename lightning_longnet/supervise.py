@@ -13,9 +13,7 @@ from lightning_longnet.supervision.arguments import RESTARTS, add_options, optio
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run the command that follows `--`, and return the exit status of the process."""
-    given = list(sys.argv[1:] if words is None else words)
-    cut = given.index("--") if "--" in given else len(given)
+    """Run the command that follows the options, or `--`, and return the exit status of the process."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_longnet.supervise",
         usage="%(prog)s [--restarts N] [--stall SECONDS] [--allow PHASE=SECONDS] -- COMMAND ...",
@@ -24,9 +22,12 @@ def main(words: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     add_options(parser, RESTARTS)
-    options = options_of(parser.parse_args(given[:cut]))
+    # torchrun takes the -- that follows the name of a module
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="the program and its arguments")
+    arguments = parser.parse_args(words)
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     try:
-        return supervise(given[cut + 1 :], options)
+        return supervise(command, options_of(arguments))
     except (ValueError, FileNotFoundError) as error:
         print(f"supervise: error: {error}", file=sys.stderr)  # noqa: T201
         return 2

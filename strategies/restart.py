@@ -24,9 +24,12 @@ _LAST_FILES = ("meta.pt", "latest")
 
 
 def keep_folders(trainer: Trainer) -> None:
-    """Write down the folders of this attempt's checkpoints: loggers may give the next attempt another one."""
+    """Write down the folders of this attempt's checkpoints: loggers may give the next attempt another one.
+
+    Each rank does so, as all must find the same checkpoint, and those of other nodes have a supervisor of their own.
+    """
     folder = os.environ.get(FOLDER)
-    if folder is None or not trainer.is_global_zero or not Path(folder).is_dir():
+    if folder is None or not Path(folder).is_dir():
         return
     path = Path(folder) / _FOLDERS
     known = path.read_text().splitlines() if path.exists() else []

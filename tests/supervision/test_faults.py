@@ -1,6 +1,7 @@
 """Whatever becomes of a rank, wherever it is: all ranks end in time, the status says so, and the last line names it."""
 
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -82,6 +83,22 @@ def test_a_run_that_is_killed_is_restarted_and_equal(tmp_path, kind):
     expected, found = (torch.load(folder / "parameters.pt") for folder in (whole, killed))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.long
+def test_torchrun_restarts_the_ranks_and_they_go_on(tmp_path):
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    words = [*agent, f"--master-port={free_port()}", "-m", "lightning_longnet.supervise", "--stall", "5", "--"]
+    with (tmp_path / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            [*words, *command(tmp_path, fault="endless loop", rank=1, phase="forward")], stdout=output, stderr=output,
+            cwd=tmp_path, env=environment(),
+        )  # fmt: skip
+    status, lines, _, left = ended(process, tmp_path)
+    text = "\n".join(lines)
+    assert (status, left) == (0, []), text
+    assert "supervise: rank 1 made no progress for" in text
+    assert [step for step, _ in losses(tmp_path)] == [0, 1, 2, 2, 3, 4, 5], text  # from step=2.ckpt
 
 
 @pytest.mark.long

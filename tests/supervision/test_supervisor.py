@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tiers import tiered
 
+from lightning_longnet.supervise import main
 from lightning_longnet.supervision.arguments import split, supervise
 from lightning_longnet.supervision.record import FORWARD, OUTSIDE, SAVE, Record, read
 from lightning_longnet.supervision.watch import Limits, Watch
@@ -214,6 +215,14 @@ def test_options_among_those_of_fit():
         split(["fit", "--stall", "5"])
     with pytest.raises(ValueError, match="whole number"):
         split(["fit", "--restarts", "-1"])
+
+
+@pytest.mark.parametrize("words", [["--stall", "5", "--"], ["--"], ["--restarts=3"], []])
+def test_a_command_may_follow_without_a_mark(monkeypatch, words):
+    found = []
+    monkeypatch.setattr("lightning_longnet.supervise.supervise", lambda command, options: found.append(command) or 0)
+    assert main([*words, "python", "train.py", "--restarts", "7", "--", "x"]) == 0
+    assert found == [["python", "train.py", "--restarts", "7", "--", "x"]]
 
 
 def test_torchrun_is_not_to_be_supervised_from_outside():
