@@ -5,5 +5,7 @@ if __name__ == "strategies":
     raise ImportError("import lightning_longnet.strategies instead: the bare name would load every class twice")
 
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
+from lightning_longnet.strategies.restart import install
 
+install()
 __all__ = ["RingSequenceParallelStrategy"]

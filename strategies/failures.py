@@ -96,7 +96,7 @@ class NamedFailures(MarkedPhases):
                     return f"rank {rank} was stopped by a signal (state T)"
         if launcher_has_ended():
             return f"rank {self.global_rank - self.local_rank}, which started this one, has ended and reported no error"
-        return "it reported no error: it stands still, or was killed"
+        return "none reported an error, so one stands still or was killed"
 
 
 def is_lost_connection(exception: BaseException) -> bool:

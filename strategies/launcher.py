@@ -6,23 +6,13 @@ ranks to connect, or for data, nor those that a debugger or a signal has stopped
 
 from __future__ import annotations
 
-import inspect
 import os
 import signal
 import subprocess
 import threading
 import time
-from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.states import TrainerFn
-
-from lightning_longnet.strategies.restart import checkpoint_to_resume
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from lightning.pytorch import Trainer
 
 GRACE = 5.0  # seconds in which an error may show, and callbacks may save
 _PARENT = "LIGHTNING_LONGNET_LAUNCHER"
@@ -31,11 +21,6 @@ _PARENTS: list[int] = []  # the process that has started this one
 
 class WatchedLauncher(_SubprocessScriptLauncher):
     """Starts the other ranks of a node, which end when it ends, and ends them where it fails."""
-
-    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
-        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-            function = _resuming(function, trainer)
-        return super().launch(function, *args, trainer=trainer, **kwargs)
 
     def _call_children_scripts(self) -> None:
         os.environ[_PARENT] = str(os.getpid())
@@ -52,19 +37,6 @@ class WatchedLauncher(_SubprocessScriptLauncher):
                 process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def _resuming(function: Callable[..., Any], trainer: Trainer) -> Callable[..., Any]:
-    """Return a function that goes on from the newest checkpoint where a supervisor has started the run again."""
-
-    def resuming(*args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(function).bind(*args, **kwargs)
-        path = checkpoint_to_resume(trainer)
-        if path is not None:
-            given.arguments["ckpt_path"] = path
-        return function(*given.args, **given.kwargs)
-
-    return resuming
 
 
 def launcher_has_ended() -> bool:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_longnet.strategies.phases import MarkedPhases
 from lightning_longnet.supervision.record import FOLDER, RESUME
 
 if TYPE_CHECKING:
@@ -53,6 +56,23 @@ def checkpoint_to_resume(trainer: Trainer) -> str | None:
     found = newest_checkpoint(saved, earliest)
     rank_zero_info(f"Restarted by the supervisor, from {found or 'the beginning: no checkpoint was saved'}")
     return found
+
+
+_select = _CheckpointConnector._select_ckpt_path
+
+
+def _select_of_restart(self: _CheckpointConnector, state_fn: Any, *arguments: Any, **options: Any) -> Any:
+    trainer = self.trainer
+    if state_fn == TrainerFn.FITTING and isinstance(trainer.strategy, MarkedPhases):
+        found = checkpoint_to_resume(trainer)
+        if found is not None:
+            return found
+    return _select(self, state_fn, *arguments, **options)
+
+
+def install() -> None:
+    """Let `Trainer.fit` with our strategies begin where a restarted run is to; Lightning asks no strategy for that."""
+    setattr(_CheckpointConnector, "_select_ckpt_path", _select_of_restart)  # noqa: B010
 
 
 def newest_checkpoint(places: Iterable[tuple[str, str]], earliest: float) -> str | None:
