@@ -7,7 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from trained import quiet
+from trained import trainer_of as trainer_of_runs
 
+from lightning_longnet.strategies import RingSequenceParallelStrategy
 from lightning_longnet.strategies.restart import checkpoint_to_resume, keep_folders, newest_checkpoint
 from lightning_longnet.supervision.record import FOLDER, RESUME
 
@@ -56,3 +60,25 @@ def test_a_restart_finds_what_an_earlier_attempt_saved_elsewhere(tmp_path, monke
     preempted = save(tmp_path / "root/hpc_ckpt_1.ckpt", age=1)
     save(tmp_path / "root/pretrained.ckpt")  # which no callback of the run has saved
     assert checkpoint_to_resume(second) == preempted
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_every_rank_takes_it_also_one_without_a_launcher(tmp_path, monkeypatch, kind):
+    saved = save(tmp_path / "step=2.ckpt")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # as a rank that another process has started
+    with quiet():
+        trainer = trainer_in(kind, 2, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+        stock = trainer_in(None, 1, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    found = {"model_provided": True, "model_connected": True}
+    monkeypatch.setenv(RESUME, "last")
+    connector = trainer._checkpoint_connector
+    assert connector._select_ckpt_path(TrainerFn.FITTING, "given.ckpt", **found) == saved
+    assert connector._select_ckpt_path(TrainerFn.VALIDATING, "given.ckpt", **found) == "given.ckpt"
+    assert stock._checkpoint_connector._select_ckpt_path(TrainerFn.FITTING, None, **found) is None
+    monkeypatch.delenv(RESUME)
+    assert connector._select_ckpt_path(TrainerFn.FITTING, "given.ckpt", **found) == "given.ckpt"
+
+
+def trainer_in(kind, world, **told):
+    strategy = "auto" if kind is None else RingSequenceParallelStrategy(sharding=kind)
+    return trainer_of_runs(strategy, world, **told)
