@@ -202,7 +202,8 @@ class Supervisor:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """Forward signals to the command, which saves and ends, or goes on."""
-        before = {number: signal.signal(number, self._forward) for number in _FORWARDED}
+        heard = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
+        before = {number: signal.signal(number, self._forward) for number in heard}
         try:
             yield
         finally:

@@ -22,13 +22,14 @@ SUPERVISE = (sys.executable, "-m", "lightning_longnet.supervise")
 PATIENCE = 30
 
 
-def start(folder, fault, rank, *options, steps=6):
+def start(folder, fault, rank, *options, steps=6, ignored=None):
     names = ("SLURM", "TORCHELASTIC", "LIGHTNING_LONGNET", "LOCAL_RANK")
     environment = {name: text for name, text in os.environ.items() if not name.startswith(names)}
     command = [*SUPERVISE, "--stall", "1", *options, "--", sys.executable, str(RANKS), folder, "2", fault, rank, steps]
     return subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env={**environment, "PYTHONPATH": str(ROOT)},
+        preexec_fn=None if ignored is None else lambda: signal.signal(ignored, signal.SIG_IGN),
     )  # fmt: skip
 
 
@@ -136,6 +137,15 @@ def test_sigterm_is_forwarded_and_no_attempt_follows(tmp_path):
     assert status == 128 + signal.SIGTERM
     assert "ended after SIGTERM" in lines[-1]
     assert attempts(tmp_path) == ["first"]
+
+
+@pytest.mark.long
+def test_a_signal_that_was_ignored_stays_so(tmp_path):
+    process = start(tmp_path, "none", -1, steps=30, ignored=signal.SIGHUP)
+    await_(lambda: (tmp_path / "pid-1").exists())
+    process.send_signal(signal.SIGHUP)
+    status, lines = ended(process, tmp_path)
+    assert (status, lines) == (0, [])
 
 
 def await_(condition):
