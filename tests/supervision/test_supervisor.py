@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tiers import tiered
 
+from lightning_longnet.cli import main as longnet
 from lightning_longnet.supervise import main
 from lightning_longnet.supervision.arguments import split, supervise
 from lightning_longnet.supervision.record import FORWARD, OUTSIDE, SAVE, Record, read
@@ -225,6 +226,15 @@ def test_options_among_those_of_fit():
         split(["fit", "--stall", "5"])
     with pytest.raises(ValueError, match="whole number"):
         split(["fit", "--restarts", "-1"])
+
+
+def test_fit_refuses_wrong_options_of_a_supervisor_in_one_line(capsys):
+    for words, said in ((["--restarts", "many"], "whole number"), (["--restarts=2", "--allow", "lunch=5"], "one of")):
+        assert longnet(["fit", *words]) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith("longnet: error: argument --")
+        assert said in shown
+        assert shown.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [["--stall", "5", "--"], ["--"], ["--restarts=3"], []])
