@@ -38,9 +38,6 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--folder", default="runs", help="for checkpoints; all nodes must see it")
-    parser.add_argument(
-        "--save-every", type=int, help="steps after which a checkpoint is saved, beside those of signals"
-    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the folder, if any")
     parser.add_argument("--sharding", choices=sorted(set(NAMES.values())), default="fsdp2")
     parser.add_argument("--sequence-parallel-size", type=int, help="ranks that share a sequence; all by default")
@@ -49,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--save-every", type=int, default=100, help="steps between two checkpoints")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds in each step, to try signals out")
     # the Trainer must get the numbers of nodes and devices that SLURM allocated
     parser.add_argument("--nodes", type=int, default=int(os.environ.get("SLURM_NNODES", 1)))
@@ -67,9 +65,6 @@ def main() -> None:
     )
     module = LongNetModule(config, learning_rate=1e-3, warmup_steps=10)
     data = ByteData(tokens=options.tokens, batch_size=options.batch_size, megabytes=1.0)
-    callbacks: list[L.Callback] = [PrintedLoss(options.pause)]
-    if options.save_every:
-        callbacks.append(ModelCheckpoint(options.folder, every_n_train_steps=options.save_every, save_last=True))
     trainer = L.Trainer(
         strategy=RingSequenceParallelStrategy(options.sequence_parallel_size, options.sharding),
         accelerator=options.accelerator,
@@ -77,9 +72,17 @@ def main() -> None:
         devices=options.devices,
         max_steps=options.steps,
         default_root_dir=options.folder,
-        enable_checkpointing=bool(options.save_every),  # Preemption saves at signals in any case
         limit_val_batches=0,
-        callbacks=callbacks,
+        callbacks=[
+            PrintedLoss(options.pause),
+            ModelCheckpoint(
+                options.folder,
+                "{step}",
+                every_n_train_steps=options.save_every,
+                save_last=True,
+                save_on_train_epoch_end=False,
+            ),
+        ],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

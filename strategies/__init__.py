@@ -5,7 +5,9 @@ if __name__ == "strategies":
     raise ImportError("import lightning_longnet.strategies instead: the bare name would load every class twice")
 
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
-from lightning_longnet.strategies.last import install
+from lightning_longnet.strategies.last import install as _install_last
+from lightning_longnet.strategies.restart import install as _install_restart
 
-install()
+_install_last()
+_install_restart()
 __all__ = ["RingSequenceParallelStrategy"]

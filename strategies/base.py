@@ -29,18 +29,23 @@ from lightning_longnet.strategies.checks import (
     check_options,
     check_predicted_batches,
     check_processes,
+    check_seconds,
 )
 from lightning_longnet.strategies.engines import Sharding, checked_engine_options, gathers_parameters, strategy_class
+from lightning_longnet.strategies.failures import NamedFailures
 from lightning_longnet.strategies.finite import LossWatch, check_anomaly
 from lightning_longnet.strategies.first_batch import FirstBatchCheck
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
 from lightning_longnet.strategies.loaders import LoaderWatch
 from lightning_longnet.strategies.loops import WatchedLoops
 from lightning_longnet.strategies.memory import MemoryAction, MemoryCheck
+from lightning_longnet.strategies.phases import Progress
+from lightning_longnet.strategies.restart import keep_folders
 from lightning_longnet.strategies.resume import skip_finished_batches
 from lightning_longnet.strategies.samplers import RepeatWarning, keep_order, restore_order
 from lightning_longnet.strategies.saves import CheckpointSaves
 from lightning_longnet.strategies.seeds import dropout_seed
+from lightning_longnet.strategies.timeouts import Timeouts
 
 if TYPE_CHECKING:
     from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -67,7 +72,7 @@ class _ClassBySharding:
         return super().__new__(cls)
 
 
-class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops, CheckpointSaves):
+class RingSequenceParallelStrategy(_ClassBySharding, NamedFailures, WatchedLoops, CheckpointSaves):
     """Trains with sequences split over ranks; attention over whole sequences is exact, with any engine.
 
     The instance is of the engine's class, a subclass of this one and of Lightning's strategy for the engine.
@@ -82,7 +87,8 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops, CheckpointSav
         placement: "contiguous", or "zigzag", which balances dense causal attention.
         accumulate: "batches": micro-batches that are accumulated count alike, as Lightning has it; "tokens": they count
             by their tokens, so that the gradient is that of one large batch.
-        timeout: seconds after which a rank that waits for another gives up.
+        timeout: seconds after which a rank that waits for another gives up: outside of steps, in the first step, and in
+            the one after a validation or a save.
         engine: further options of Lightning's strategy for the engine.
         preemption: adds the callback `Preemption` when fitting, unless the Trainer has one: SIGTERM to any rank then
             saves one checkpoint of all ranks and ends the run.  False leaves signals to Lightning.
@@ -95,6 +101,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops, CheckpointSav
         memory_check: compares the memory that `longnet plan` predicts with what each rank has, at the first batch:
             "error" ends a run that cannot fit, and warns where less is free than planned; "warn" warns of both, "off"
             compares nothing.
+        step_timeout: as `timeout`, inside of the other steps of training; where `timeout` is less, this is what counts.
         accelerator: as for any strategy, like all that follow; the Trainer sets them.
         parallel_devices: the devices of this node.
         cluster_environment: the plugin that knows the number of each rank.
@@ -125,12 +132,15 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops, CheckpointSav
         split_check: Action = "error",
         background_saves: bool = False,
         memory_check: MemoryAction = "error",
+        step_timeout: float = 300.0,
     ) -> None:
         check_options(accumulate, timeout, preemption, split_check)
+        check_seconds("step_timeout", step_timeout)
         check_background_saves(background_saves, sharding, checkpoint_io)
         SequenceContext(placement=placement, exchange=exchange)  # raises an error where they are wrong
         self.sharding, self.accumulate, self.timeout = sharding, accumulate, float(timeout)
         self.preemption, self.background_saves = preemption, background_saves
+        self.progress, self.timeouts = Progress(), Timeouts(float(step_timeout))
         self._sequence_parallel_size = sequence_parallel_size
         self._placement, self._exchange = placement, exchange
         self.sequence_context = SequenceContext()
@@ -162,6 +172,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops, CheckpointSav
         if type(self._launcher) is _SubprocessScriptLauncher:
             stock = self._launcher
             self._launcher = WatchedLauncher(stock.cluster_environment, stock.num_processes, stock.num_nodes)
+        self.progress.connect(self.global_rank, self._ranks())
 
     @property
     def root_device(self) -> torch.device:
@@ -178,6 +189,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops, CheckpointSav
         )
         gathers = gathers_parameters(self.sharding)
         self._loaders = LoaderWatch(self.sequence_context, self.timeout, gathers=gathers)
+        self.timeouts.kept = self._loaders.groups
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -272,6 +284,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops, CheckpointSav
         assert self.lightning_module is not None
         skip_finished_batches(self.lightning_module.trainer)
         self._losses.begin(self.lightning_module.trainer)
+        keep_folders(self.lightning_module.trainer)
         super().on_train_start()
 
     def on_train_end(self) -> None:
@@ -322,7 +335,9 @@ class RingSequenceParallelStrategy(_ClassBySharding, WatchedLoops, CheckpointSav
                 restore_order(self.lightning_module.trainer)
         self._first_batches.end()
         super().teardown()
-        if isinstance(self._launcher, WatchedLauncher) and self._is_interrupted():
+        if not self._is_interrupted():
+            self._leave_run()
+        elif isinstance(self._launcher, WatchedLauncher):
             self._launcher.end_children()
 
     def _is_interrupted(self) -> bool:

@@ -27,8 +27,7 @@ def check_options(accumulate: Any, timeout: Any, preemption: Any, split_check: A
     if accumulate not in get_args(Accumulate):
         allowed = ", ".join(map(repr, get_args(Accumulate)))
         raise ValueError(f"accumulate must be one of {allowed}, got {accumulate!r}")
-    if not isinstance(timeout, (int, float)) or timeout <= 0:
-        raise ValueError(f"timeout must be a number of seconds, more than 0, got {timeout!r}")
+    check_seconds("timeout", timeout)
     if not isinstance(preemption, bool):
         raise ValueError(f"preemption must be True or False, got {preemption!r}")
     check_action(split_check)
@@ -45,6 +44,12 @@ def check_background_saves(background_saves: Any, sharding: str, checkpoint_io: 
         )
     if background_saves and checkpoint_io is not None:
         raise ValueError(f"background_saves must be False with a checkpoint_io, got {type(checkpoint_io).__name__}")
+
+
+def check_seconds(name: str, seconds: Any) -> None:
+    """Raise a ValueError where an option of the strategy is no number of seconds."""
+    if not isinstance(seconds, (int, float)) or seconds <= 0:
+        raise ValueError(f"{name} must be a number of seconds, more than 0, got {seconds!r}")
 
 
 def check_processes(devices: Sequence[torch.device]) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from lightning_longnet.callbacks import NonFiniteGuard
 from lightning_longnet.callbacks.monitor import is_logging_step
-from lightning_longnet.sequence.agreement import gathered
+from lightning_longnet.sequence.agreement import all_gather
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -66,7 +66,7 @@ def check_anomaly(loss: Tensor) -> None:
     if not torch.is_anomaly_enabled() or not dist.is_initialized():
         return
     world: Any = dist.group.WORLD
-    bad = gathered(torch.tensor(not bool(loss.detach().isfinite().all())), world)
+    bad = all_gather(torch.tensor(not bool(loss.detach().isfinite().all())), world)
     if ranks := bad.nonzero().flatten().tolist():
         raise FloatingPointError(f"the training loss is not finite on ranks {', '.join(map(str, ranks))}")
 

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 GRACE = 5.0  # seconds in which an error may show, and callbacks may save
 _PARENT = "LIGHTNING_LONGNET_LAUNCHER"
+_PARENTS: list[int] = []  # the process that has started this one
 
 
 class WatchedLauncher(_SubprocessScriptLauncher):
@@ -38,10 +39,16 @@ class WatchedLauncher(_SubprocessScriptLauncher):
                 process.kill()
 
 
+def launcher_has_ended() -> bool:
+    """Whether the process that started this one as a rank is gone."""
+    return bool(_PARENTS) and os.getppid() != _PARENTS[0]
+
+
 def watch_launcher() -> None:
     """Start the watch in a process that a `WatchedLauncher` has started; do nothing in others."""
     parent = os.environ.pop(_PARENT, None)
     if parent is not None:
+        _PARENTS[:] = [int(parent)]
         threading.Thread(target=_watch, args=(int(parent),), name="launcher-watch", daemon=True).start()
 
 

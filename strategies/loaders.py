@@ -118,6 +118,11 @@ class LoaderWatch:
             assert isinstance(group, dist.ProcessGroup)
             self._comparison = BatchComparison(context.mesh.mesh, group)
 
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """The groups whose messages are of the time between steps."""
+        return [] if self._comparison is None else [self._comparison.group]
+
     def begin(self, trainer: Trainer) -> None:
         """Watch the fetcher of the loop that runs now."""
         self._pass_of(trainer)

@@ -15,7 +15,7 @@ from lightning_longnet.models.longnet import LongNet
 from lightning_longnet.planning.job import Job
 from lightning_longnet.planning.preflight import Finding, compare
 from lightning_longnet.planning.room import room_of
-from lightning_longnet.sequence.agreement import gathered
+from lightning_longnet.sequence.agreement import all_gather
 from lightning_longnet.sequence.parts import SequencePart
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class MemoryCheck:
         known = torch.tensor([[bool(finding.error), bool(finding.warning)]])
         is_alone = not dist.is_initialized() or dist.get_backend() == "fake"
         world: Any = dist.group.WORLD
-        found = known if is_alone else gathered(known[0], world)
+        found = known if is_alone else all_gather(known[0], world)
         errors, warned = ([i for i, each in enumerate(column) if each] for column in found.T.tolist())
         if errors and self.action == "error":
             raise ValueError(finding.error or f"rank {errors[0]} has too little memory: its own message says for what")

@@ -45,7 +45,11 @@ FOLDERS = {
     "planning": [*CORE, "sequence", "layers", "models"],
     "diagnosis": [*CORE, "__init__"],
     "callbacks": [*CORE, "sequence", "layers", "report", "planning", "__init__"],
-    "cli": [*CORE, "models", "checkpointing", "training", "data", "report", "planning", "callbacks", "diagnosis", *TOP],
+    "supervision": [],
+    "cli": [
+        *(*CORE, "models", "checkpointing", "training", "data", "report", "planning", "callbacks", "diagnosis"),
+        *("supervision", *TOP),
+    ],
 }
 TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "models"]
 
@@ -114,6 +118,13 @@ def test_former_module_paths_still_import(former):
     found = importlib.import_module(f"lightning_longnet.{former}")
     assert found is present
     assert found.__spec__.name == f"lightning_longnet.{MOVED[former]}"
+
+
+def test_the_supervisor_imports_nothing_but_the_standard_library():
+    found = run("import sys, lightning_longnet.supervise; print({'torch', 'lightning', 'numpy'} & set(sys.modules))")
+    assert found.stdout.strip() == "set()", found.stderr
+    modules = [name for path in python_files(PACKAGE / "supervision") for name, _, _ in imports(path)]
+    assert {name.partition(".")[0] for name in modules} - {"lightning_longnet"} <= sys.stdlib_module_names
 
 
 def test_the_package_itself_is_imported_without_torch():

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 NOTHING, REQUEUE, TERMINATE = 0, 1, 2
 TERMINATED = 128 + signal.SIGTERM  # the exit status that shells give to a process that SIGTERM ended
 PATIENCE = 60  # seconds for scontrol
+_RANKS = 2**20  # more than a run has
+
+
+class Requeued(SystemExit):
+    """The end of a run whose job SLURM has queued again."""
 
 
 class Preemption(Callback):
@@ -129,11 +134,11 @@ class Preemption(Callback):
         self._compare_notes(trainer)
 
     def _compare_notes(self, trainer: Trainer) -> None:
-        note = torch.tensor(self._received)
+        note = torch.tensor(self._received * _RANKS + trainer.global_rank if self._received else NOTHING)
         if self._group is not None:
             note = note.to(device_of(self._group))
             dist.all_reduce(note, dist.ReduceOp.MAX, group=self._group)
-        agreed = int(note)
+        agreed, rank = divmod(int(note), _RANKS)
         if agreed == NOTHING:
             return
         self._is_ending = True
@@ -142,9 +147,11 @@ class Preemption(Callback):
         atomic_save(trainer, path)
         rank_zero_info(f"Preemption: saved step {trainer.global_step} as {path}")
         if agreed == TERMINATE:
-            raise SIGTERMException(TERMINATED)
+            ending = SIGTERMException(TERMINATED)
+            ending.add_note(f"rank {rank} received SIGTERM")
+            raise ending
         _requeue(trainer, path)
-        raise SystemExit(0)
+        raise Requeued(0)
 
     def _path(self, trainer: Trainer) -> str:
         """Return the path of the checkpoint, for which rank 0 chooses a free name."""

@@ -28,6 +28,7 @@ def newest_checkpoint(
     forms: Collection[str] | None = None,
     skip: Collection[Path] = (),
     reads_all: bool = False,
+    since: float = 0.0,
 ) -> Path | None:
     """Return the newest checkpoint that a run can go on from, or None where the folders have none.
 
@@ -39,6 +40,7 @@ def newest_checkpoint(
         forms: which checkpoints can be read: "file", "fsdp2" and "deepspeed"; all by default.
         skip: checkpoints that are passed over.
         reads_all: reads all bytes and compares their checksums; without it names, sizes and manifests are compared.
+        since: leaves out checkpoints that were saved before this time, in seconds since the epoch.
     """
     found: list[tuple[int, Path]] = []
     absent: dict[Path, int] = {}
@@ -57,7 +59,8 @@ def newest_checkpoint(
             form = form_of(path) if manifest is None else manifest.form
             if (manifest is None or manifest.is_resumable) and (forms is None or form in forms):
                 found.append((path.stat().st_mtime_ns if manifest is None else manifest.saved, path))
-    newest = max(found, default=(0, None))[0]
+    found = [(saved, path) for saved, path in found if saved >= since * 1e9]
+    newest = max(found, default=(int(since * 1e9), None))[0]
     for path in (each for each, saved in absent.items() if saved > newest and each not in skip):
         _warn(DamageError(f"{path} is missing"))
     for _, path in sorted(found, reverse=True):

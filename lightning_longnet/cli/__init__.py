@@ -40,6 +40,7 @@ COMMANDS = {
     "convert": "a torchscale LongNet or LongViT to ours",
 }
 _READERS = ("generate", "tokenize", "export", "report", "convert")  # of files that others may have written
+_SUPERVISION = ("--restarts", "--stall", "--allow")  # options of fit that make it run under a supervisor
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -63,6 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = [*TRAINER_COMMANDS, *COMMANDS]
         return _refuse(f"no command {command!r}{nearest(command, names, 0.75, ',')}; there are {', '.join(names)}")
     try:
+        if command == "fit" and any(word.partition("=")[0] in _SUPERVISION for word in given):
+            from lightning_longnet.supervision.arguments import split, supervise
+
+            options, given = split(given)
+            if options is not None:
+                return supervise([sys.executable, "-m", "lightning_longnet", *given], options)
         if command in TRAINER_COMMANDS:
             from lightning_longnet.cli.trainer import run_trainer
 
@@ -75,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             user_error = error  # about a file that the user named
         if user_error is None:
             raise
-        return _refuse(str(user_error))
+        return _refuse("\n".join((str(user_error), *getattr(user_error, "__notes__", ()))))
     return 0
 
 
@@ -121,6 +128,7 @@ def usage() -> str:
         "",
         "longnet COMMAND --help tells more.  To begin with: longnet init FOLDER",
         "Overrides follow the files (--model.config.dim 256); --print_config shows what they come to.",
+        "longnet fit --restarts 10 ... watches the ranks, and starts them again from the newest checkpoint.",
     ]
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -105,12 +106,31 @@ def test_sigterm_ends_it_with_one_checkpoint(cluster, alone, tmp_path, told):
     assert job.saved() == ["hpc_ckpt_1.ckpt"]
 
 
+def test_a_rank_that_is_killed_has_the_job_queued_again(cluster, alone, tmp_path):
+    job = Job(cluster, tmp_path, f"--steps={STEPS}", "--pause=0.5", "--save-every=2")
+    job.await_step(4)
+    subprocess.run(["kill", "-KILL", rank_of(job, 2)], check=True, timeout=10)
+    cluster.await_state(job.number, "PENDING")
+    assert "rank 2 was ended by SIGKILL in" in job.text()
+    cluster.run("scontrol", "update", f"JobId={job.number}", "StartTime=now")
+    assert job.ended() == ("COMPLETED", 0), job.text()
+    found = losses(job.text())
+    resumed = [step for (before, _), (step, _) in pairwise(found) if step <= before]
+    assert len(resumed) == 1  # once, from a checkpoint
+    assert resumed[0] >= 4
+    assert resumed[0] % 2 == 0
+    same(sorted(dict(found).items()), alone)
+    assert len(dict(found)) == STEPS
+
+
 def rank_of(job, number):
-    """The pid of a rank."""
+    """The pid of a rank, not of its supervisor."""
     wanted = {f"SLURM_JOB_ID={job.number}", f"SLURM_PROCID={number}"}
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if wanted <= set(path.read_text().split("\0")) and "train.py" in (path.parent / "cmdline").read_text():
+            command = (path.parent / "cmdline").read_text()
+            is_rank = "train.py" in command and "supervise" not in command
+            if is_rank and wanted <= set(path.read_text().split("\0")):
                 return path.parent.name
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue

@@ -9,10 +9,12 @@ from hashlib import sha256
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from datetime import timedelta
 
     from torch import Tensor
 
@@ -72,14 +74,25 @@ class Pending:
         """Wait for all messages."""
         if not self.works:
             return
-        begin = perf_counter()
+        begin, limit = perf_counter(), timeout_of(self.comm.group)
         for work, description in self.works:
             try:
-                work.wait()
+                work.wait(*limit)
             except RuntimeError as error:
                 raise RuntimeError(f"{description}: {error}") from error
         self.works, self.tensors = [], ()
         self.comm.traffic.add_wait(begin, self.started)
+
+
+def timeout_of(group: dist.ProcessGroup) -> tuple[timedelta, ...]:
+    """Return the argument of `Work.wait` with the timeout that a group of gloo has now.
+
+    Its messages, unlike its collectives, would go by the timeout that it was made with.  Work of NCCL needs none.
+    """
+    if dist.get_backend(group) != "gloo":
+        return ()
+    limit: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    return (limit,)
 
 
 class MessageContext(NamedTuple):

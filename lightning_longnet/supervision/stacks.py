@@ -1,0 +1,95 @@
+"""The Python stacks of ranks that stand still, and what they tell of who waits for whom."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from lightning_longnet.supervision.processes import state_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from lightning_longnet.supervision.record import Entry
+
+SIGNAL = signal.SIGQUIT
+_PATIENCE = 2.0  # seconds for a stack to be printed
+_LINES = 12
+_FRAME = re.compile(r'  File "(?P<file>.*)", line \d+ in (?P<function>\S+)')
+_WAITS = ("torch/distributed/", "lightning_longnet/attention/parallel/comm.py")
+_NEUTRAL = ("torch/_ops.py", "torch/_C/", "torch/utils/", "torch/nn/", "torch/autograd/function.py")
+_BACKWARD = "torch/autograd/graph.py"  # whose compiled part may wait, or compute
+
+
+def path_of(folder: Path, rank: int) -> Path:
+    """Return the file that a rank prints its stacks to."""
+    return folder / f"stacks-{rank}"
+
+
+def collect(folder: Path, entries: Sequence[Entry]) -> dict[int, str]:
+    """Return the stack of the main thread of each rank that prints one."""
+    asked = [each for each in entries if each.prints_stacks and state_of(each.pid) in ("R", "S")]
+    sizes = {each.rank: _size(path_of(folder, each.rank)) for each in asked}
+    for each in asked:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each.pid, SIGNAL)
+    limit, found = time.monotonic() + _PATIENCE, dict[int, str]()
+    while len(found) < len(asked) and time.monotonic() < limit:
+        time.sleep(0.1)
+        for rank, size in sizes.items():
+            path = path_of(folder, rank)
+            if rank not in found and _size(path) > size:
+                time.sleep(0.1)  # the rest of what is being written
+                found[rank] = main_thread(path.read_bytes()[size:].decode(errors="replace"))
+    return found
+
+
+def at_its_end(folder: Path, rank: int) -> str:
+    """Return the stack of the main thread of a rank that a fault of its own has ended, as a segmentation fault."""
+    path = path_of(folder, rank)
+    _, fatal, stack = (path.read_text(errors="replace") if path.exists() else "").partition("Fatal Python error")
+    return main_thread(stack) if fatal else ""
+
+
+def main_thread(text: str) -> str:
+    """Return the part of a print of all stacks that is of the main thread, which is the oldest and comes last."""
+    blocks = [block for block in text.split("\n\n") if _FRAME.search(block)]
+    lines = blocks[-1].strip("\n").splitlines() if blocks else []
+    return "\n".join(lines[:_LINES])
+
+
+def waits(stack: str) -> bool | None:
+    """Whether the newest frames of a stack wait for other ranks; None where they may."""
+    for match in _FRAME.finditer(stack):
+        name = match["file"]
+        if any(each in name for each in _WAITS):
+            return True
+        if name.endswith(_BACKWARD):
+            return None
+        if not any(each in name for each in _NEUTRAL):
+            return False
+    return None
+
+
+def culprits(entries: Sequence[Entry], stacks: dict[int, str]) -> list[int]:
+    """Return the ranks that the others seem to wait for, or all where nothing tells them apart.
+
+    A rank without a stack cannot print one, which those that only wait can.
+    """
+    verdicts = {each.rank: waits(stacks[each.rank]) if each.rank in stacks else False for each in entries}
+    for wanted in (False, None):
+        found = [rank for rank, verdict in verdicts.items() if verdict is wanted]
+        if found and len(found) < len(verdicts):
+            return found
+    least = min((each.step, each.marks) for each in entries)
+    behind = [each.rank for each in entries if (each.step, each.marks) == least]
+    return behind if len(behind) < len(verdicts) else list(verdicts)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

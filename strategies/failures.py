@@ -1,0 +1,136 @@
+"""The name of the rank that failed first, in the error of each: a lost connection alone says nothing of its cause."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.distributed_c10d import _get_default_store
+
+from lightning_longnet.callbacks.preemption import Requeued
+from lightning_longnet.strategies.launcher import WatchedLauncher, launcher_has_ended
+from lightning_longnet.strategies.phases import MarkedPhases
+from lightning_longnet.supervision.processes import STOPPED, state_of
+from lightning_longnet.supervision.record import DISCONNECTED, ENDED, FAILED, OUTSIDE, RUNS, place_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lightning.pytorch import Trainer
+
+_RUNS = [0]  # how many runs this process has set up, as all ranks have: each has failures of its own
+_PATIENCE = 3.0  # seconds for the store, and for what others write there
+_LOST = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL"),
+    *("Application timeout caused pair closure", "wait timeout", "Timed out after", "failed to recv", "recvValue"),
+    *("Connect timeout", "connectFullMesh", "Connection refused", "Socket closed"),
+)
+
+
+class NamedFailures(MarkedPhases):
+    """Adds to each error the rank, the phase and the step, and to a lost connection the rank that failed first."""
+
+    def setup(self, trainer: Trainer) -> None:
+        _RUNS[0] += 1
+        self._end_run("", RUNS)  # what an earlier run of this process ended with
+        super().setup(trainer)
+
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if isinstance(exception, Requeued) or self.progress.phase == OUTSIDE:
+            self._end_run(str(exception), ENDED)
+            return
+        where = f"rank {self.global_rank} of {self._ranks()}, {place_of(self.progress.phase, self.progress.step)}"
+        text = _text(exception)
+        if isinstance(exception, SystemExit) and not isinstance(exception, SIGTERMException) and not exception.code:
+            exception.code = 1  # a rank that ends in the middle of a run has failed
+        is_lost = is_lost_connection(exception)
+        first = self._first_failure(f"{where}: {text}", is_lost)
+        said = f"lost its connection, {first}" if first and is_lost else text
+        self._end_run(said, DISCONNECTED if is_lost else FAILED)
+        if self._ranks() == 1 and not isinstance(exception, SystemExit):
+            return
+        line = f"{where}: {text}"
+        if first and is_lost:
+            line = f"{where} stopped because another rank failed first: {first}"
+        elif first and text not in first:
+            line += f"; before it, {first}"
+        if isinstance(exception, (SystemExit, KeyboardInterrupt)):  # which are shown without notes
+            print(line, file=sys.stderr, flush=True)  # noqa: T201
+        else:
+            exception.add_note(line)
+
+    def _ranks(self) -> int:
+        raise NotImplementedError
+
+    def _first_failure(self, own: str, is_lost: bool) -> str:
+        """Return the failure of another rank that came before this one's, or an empty string."""
+        if not dist.is_initialized() or self._ranks() == 1:
+            return self._evidence() if is_lost else ""
+        found: list[str] = []
+        # a thread, as the process that holds the store may stand still, and nothing limits that wait
+        asking = threading.Thread(target=_ask, args=(own, is_lost, found), daemon=True)
+        asking.start()
+        asking.join(_PATIENCE + 1.0)
+        if found and found[0] != own:
+            return found[0]
+        return self._evidence() if is_lost else ""
+
+    def _evidence(self) -> str:
+        """Return what this rank sees of ranks that reported no error: their processes, where it has started them."""
+        launcher = self.launcher
+        if isinstance(launcher, WatchedLauncher) and launcher.procs:
+            _await(lambda: any(each.poll() for each in launcher.procs), 1.0)
+            first = self.global_rank + 1
+            for rank, process in enumerate(launcher.procs, first):
+                if process.poll() is not None:
+                    code = process.returncode
+                    ending = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+                    return f"rank {rank} {ending} and reported no error"
+                if state_of(process.pid) == STOPPED:
+                    return f"rank {rank} was stopped by a signal (state T)"
+        if launcher_has_ended():
+            return f"rank {self.global_rank - self.local_rank}, which started this one, has ended and reported no error"
+        return "none reported an error, so one stands still or was killed"
+
+
+def is_lost_connection(exception: BaseException) -> bool:
+    """Whether an error says only that another rank did not answer."""
+    if isinstance(exception, dist.DistError):
+        return True
+    return isinstance(exception, RuntimeError) and any(each in str(exception) for each in _LOST)
+
+
+def _ask(own: str, is_lost: bool, found: list[str]) -> None:
+    """Append the failure that was reported first, which is this rank's own where no other was."""
+    key = f"lightning_longnet/failure/{_RUNS[0]}"
+    try:
+        store: Any = _get_default_store()
+        if is_lost:
+            if _await(lambda: store.check([key]), _PATIENCE):
+                found.append(store.get(key).decode())
+        else:
+            found.append(store.compare_set(key, "", own).decode())
+    except RuntimeError:  # the store has ended with the rank that held it
+        return
+
+
+def _await(condition: Callable[[], bool], seconds: float) -> bool:
+    limit = time.monotonic() + seconds
+    while not (holds := condition()) and time.monotonic() < limit:
+        time.sleep(0.05)
+    return holds
+
+
+def _text(exception: BaseException) -> str:
+    if isinstance(exception, SIGTERMException):  # the callback Preemption knows which rank received it
+        return ", ".join(("ended by SIGTERM", *getattr(exception, "__notes__", ())))
+    if isinstance(exception, SystemExit):
+        return f"sys.exit({exception.code!r}) before the run had ended"
+    words = " ".join(str(exception).split())
+    return f"{type(exception).__name__}: {words}"[:1000] if words else type(exception).__name__

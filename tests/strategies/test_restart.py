@@ -1,0 +1,79 @@
+"""Which checkpoint a run goes on from when its supervisor has started it again."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from trained import quiet
+from trained import trainer_of as trainer_of_runs
+
+from lightning_longnet import newest_checkpoint
+from lightning_longnet.strategies import RingSequenceParallelStrategy
+from lightning_longnet.strategies.restart import checkpoint_to_resume, keep_folders
+from lightning_longnet.supervision.record import FOLDER, RESUME
+
+NOW = time.time()
+
+
+def save(path, age=0.0):
+    """A file as `torch.save` writes it, so many seconds old."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"step": 1}, path)
+    os.utime(path, (NOW - age, NOW - age))
+    return str(path)
+
+
+def trainer_of(folder, root):
+    with quiet():
+        return trainer_in(
+            "ddp", 1, callbacks=[ModelCheckpoint(folder)], enable_checkpointing=True, default_root_dir=root
+        )
+
+
+def test_checkpoints_of_another_run_are_older(tmp_path):
+    saved = save(tmp_path / "step=2.ckpt", age=50)
+    assert newest_checkpoint(tmp_path, since=NOW - 60) == Path(saved)
+    assert newest_checkpoint(tmp_path, since=NOW - 30) is None
+
+
+@pytest.mark.parametrize("since", ["last", f"{NOW:.0f}"])
+def test_a_restart_finds_what_an_earlier_attempt_saved_elsewhere(tmp_path, monkeypatch, since):
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    first, second = (trainer_of(tmp_path / f"version_{number}", tmp_path / "root") for number in (0, 1))
+    old = save(tmp_path / "version_1/other.ckpt", age=3600)  # of another run, unless any will do
+    assert checkpoint_to_resume(second) is None, "a first attempt"
+    monkeypatch.setenv(RESUME, since)
+    assert checkpoint_to_resume(second) == (old if since == "last" else None)
+    saved = save(tmp_path / "version_0/step=2.ckpt", age=5)
+    keep_folders(first)
+    keep_folders(second)
+    assert checkpoint_to_resume(second) == saved
+    preempted = save(tmp_path / "root/hpc_ckpt_1.ckpt", age=1)
+    save(tmp_path / "root/pretrained.ckpt")  # which no callback of the run has saved
+    assert checkpoint_to_resume(second) == preempted
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_every_rank_takes_it_also_one_without_a_launcher(tmp_path, monkeypatch, kind):
+    saved = save(tmp_path / "step=2.ckpt")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # as a rank that another process has started
+    with quiet():
+        trainer = trainer_in(kind, 2, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+        stock = trainer_in(None, 1, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
+    found = {"model_provided": True, "model_connected": True}
+    monkeypatch.setenv(RESUME, "last")
+    connector = trainer._checkpoint_connector
+    assert connector._select_ckpt_path(TrainerFn.FITTING, "given.ckpt", **found) == saved
+    assert connector._select_ckpt_path(TrainerFn.VALIDATING, "given.ckpt", **found) == "given.ckpt"
+    assert stock._checkpoint_connector._select_ckpt_path(TrainerFn.FITTING, None, **found) is None
+    monkeypatch.delenv(RESUME)
+    assert connector._select_ckpt_path(TrainerFn.FITTING, "given.ckpt", **found) == "given.ckpt"
+
+
+def trainer_in(kind, world, **told):
+    strategy = "auto" if kind is None else RingSequenceParallelStrategy(sharding=kind)
+    return trainer_of_runs(strategy, world, **told)

@@ -1,0 +1,64 @@
+"""A rank waits as long as the place allows: minutes in a step, longer elsewhere, for collectives and for messages."""
+
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import WORLDS
+
+from lightning_longnet.attention.parallel.comm import Comm, MessageContext
+from lightning_longnet.strategies.timeouts import Timeouts, timeout_of
+
+LONG, SHORT = 30.0, 0.5
+
+
+def wait(group, kind):
+    """The seconds that rank 0 waits for rank 1, which is late by two, its error, and the timeouts that groups had."""
+    rank, limit = dist.get_rank(group), timedelta(seconds=LONG)
+    own, kept = dist.new_group([0, 1], timeout=limit), dist.new_group([0, 1], timeout=limit)
+    if rank > 1:
+        return None
+    x = torch.ones(3)
+    dist.all_reduce(x, group=own)
+    timeouts, seen = Timeouts(SHORT), []
+    timeouts.kept = [kept]
+
+    def look(each):
+        seen.append(timeout_of(each).total_seconds())
+
+    timeouts.begin_step()  # the first
+    look(own)
+    timeouts.end_step()
+    timeouts.begin_step()
+    look(own)
+    look(kept)
+    begin, error = time.monotonic(), ""
+    if rank == 1:
+        time.sleep(2.0)
+    else:
+        try:
+            if kind == "collective":
+                dist.all_reduce(x, group=own)
+            else:
+                Comm(own).exchange({}, {1: x}, MessageContext("a call", "kind"), "keys").wait()
+        except RuntimeError as late:
+            error = str(late)
+    seconds = time.monotonic() - begin
+    timeouts.end_step()
+    look(own)
+    timeouts.begin_step()
+    timeouts.interrupt()  # as a validation does
+    timeouts.begin_step()
+    look(own)
+    timeouts.interrupt()
+    return seconds, error, seen
+
+
+@pytest.mark.parametrize("kind", ["collective", "message"])
+def test_a_rank_gives_up_sooner_inside_of_a_step(pool, kind):
+    seconds, error, seen = pool.run(max(WORLDS), wait, kind)[0]
+    assert SHORT <= seconds < 1.9
+    assert "Timed out" in error
+    assert seen == [LONG, SHORT, LONG, LONG, LONG]

@@ -1,0 +1,126 @@
+"""Whatever becomes of a rank, wherever it is: all ranks end in time, the status says so, and the last line names it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from program import FAULTS, PHASES
+from supervised import command, ended, environment, losses, start
+from tiers import tiered
+from workers import free_port
+
+RANKS = (0, 1)
+MATRIX = [(fault, rank, phase) for fault in FAULTS for rank in RANKS for phase in PHASES]
+QUICK = [("exception", 1, "backward")]
+LONG = [
+    *(("exit 0", 1, "forward"), ("exit 3", 0, "save"), ("abort", 1, "validation"), ("segfault", 0, "backward")),
+    *(("SIGINT", 1, "forward"), ("SIGTERM", 1, "validation"), ("SIGKILL", 0, "save"), ("SIGSTOP", 0, "forward")),
+    *(("endless loop", 1, "load"), ("GIL held", 0, "validation")),
+]
+IN_TIME = 30  # seconds on a machine that does other things, too
+# what the last line says of each
+WORDS = {
+    "exception": "OSError: the disk is gone",
+    "exit 0": "sys.exit(0) before the run had ended",
+    "exit 3": "sys.exit(3) before the run had ended",
+    "abort": "was ended by SIGABRT",
+    "segfault": "was ended by SIGSEGV",
+    "SIGINT": "KeyboardInterrupt",
+    "SIGTERM": "SIGTERM",
+    "SIGKILL": "was ended by SIGKILL",
+    "SIGSTOP": "was stopped by a signal",
+    "endless loop": "made no progress",
+    "GIL held": "made no progress",
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "phase"), tiered(MATRIX, QUICK, full=[case for case in MATRIX if case not in (*QUICK, *LONG)])
+)
+def test_a_fault(tmp_path, saved, fault, rank, phase):
+    resume = str(saved / "step=2.ckpt") if phase == "load" else None
+    process = start(tmp_path, "--restarts", "0", fault=fault, rank=rank, phase=phase, resume=resume)
+    status, lines, seconds, left = ended(process, tmp_path)
+    text = "\n".join(lines[-40:])
+    assert not left
+    assert (tmp_path / "failed").exists(), text
+    assert status != 0, text
+    assert seconds < IN_TIME, text
+    assert lines[-1].startswith("supervise: "), text
+    assert f"rank {rank} " in lines[-1], text
+    assert WORDS[fault] in lines[-1], text
+    assert "step " in lines[-1], text
+    if fault in ("abort", "segfault"):
+        assert "in fail\n" in "\n".join(lines).rpartition(f"rank {rank} at its end:")[2], text
+    if fault != "SIGTERM":  # which is obeyed after the step or the validation
+        assert f"in {phase} of step" in lines[-1], text
+
+
+@pytest.fixture(scope="module")
+def saved(request, tmp_path_factory):
+    """The folder of a run that ended well, where a case loads one of its checkpoints."""
+    folder = tmp_path_factory.mktemp("saved")
+    if not any("load" in item.name for item in request.session.items if "test_a_fault[" in item.name):
+        return folder
+    process = start(folder, "--restarts", "0", steps=2)
+    status, lines, _, left = ended(process, folder)
+    assert (status, left) == (0, []), "\n".join(lines)
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_run_that_is_killed_is_restarted_and_equal(tmp_path, kind):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder, told in ((whole, {}), (killed, {"fault": "SIGKILL", "rank": 1, "phase": "backward"})):
+        folder.mkdir()
+        status, lines, _, left = ended(start(folder, "--restarts", "3", kind=kind, **told), folder)
+        assert (status, left) == (0, []), "\n".join(lines)
+    assert "rank 1 was ended by SIGKILL" in (killed / "output.txt").read_text()
+    assert dict(losses(killed)) == dict(losses(whole))
+    assert [step for step, _ in losses(killed)] == [0, 1, 2, 3, 2, 3, 4, 5]  # from step=2.ckpt
+    expected, found = (torch.load(folder / "parameters.pt") for folder in (whole, killed))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.long
+def test_torchrun_restarts_the_ranks_and_they_go_on(tmp_path):
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    words = [*agent, f"--master-port={free_port()}", "-m", "lightning_longnet.supervise", "--stall", "5", "--"]
+    with (tmp_path / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            [*words, *command(tmp_path, fault="endless loop", rank=1, phase="forward")], stdout=output, stderr=output,
+            cwd=tmp_path, env=environment(),
+        )  # fmt: skip
+    status, lines, _, left = ended(process, tmp_path)
+    text = "\n".join(lines)
+    assert (status, left) == (0, []), text
+    assert "supervise: rank 1 made no progress for" in text
+    assert [step for step, _ in losses(tmp_path)] == [0, 1, 2, 2, 3, 4, 5], text  # from step=2.ckpt
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("fault", "phase", "kind"), [("exception", "validation", "ddp"), ("exit 0", "save", "fsdp2")])
+def test_each_rank_names_the_first_without_a_supervisor(tmp_path, fault, phase, kind):
+    port, processes = str(free_port()), []
+    for rank in (0, 1):
+        names = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
+        with (tmp_path / f"output-{rank}.txt").open("w") as output:
+            processes.append(
+                subprocess.Popen(
+                    command(tmp_path, fault=fault, rank=1, phase=phase, kind=kind, timeout=60), stdout=output,
+                    stderr=output, cwd=tmp_path,
+                    env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **names),
+                )
+            )  # fmt: skip
+    try:
+        statuses = [each.wait(200) for each in processes]
+    finally:
+        for each in processes:
+            each.kill()
+    last = [(tmp_path / f"output-{rank}.txt").read_text().strip().splitlines()[-1] for rank in (0, 1)]
+    assert 0 not in statuses, last
+    assert "because another rank failed first: rank 1 of 2" in last[0], last
+    assert all(f"rank 1 of 2, in {phase} of step" in line and WORDS[fault] in line for line in last), last
