@@ -26,7 +26,7 @@ def averages(trainer: Trainer) -> Iterator[nn.Module]:
 
 
 def has_averages(trainer: Trainer) -> bool:
-    """Whether a callback averages weights."""
+    """Return whether a callback averages weights."""
     return any(True for _ in averages(trainer))
 
 
@@ -34,8 +34,10 @@ def whole_state(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a state with whole tensors on the CPU, which all ranks gather together."""
 
     def whole(value: Any) -> Any:
-        on_device: Any = value.to(device) if isinstance(value, DTensor) else None
-        return value if on_device is None else on_device.full_tensor().cpu()
+        if not isinstance(value, DTensor):
+            return value
+        on_device: Any = value.to(device)
+        return on_device.full_tensor().cpu()
 
     return {name: whole(value) for name, value in state.items()}
 

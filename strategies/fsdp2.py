@@ -176,6 +176,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         return isinstance(self._root(), FSDPModule) and not self.lightning_module.automatic_optimization
 
     def _root(self) -> Any:
+        """Return the module that FSDP shards as a whole."""
         return self.model
 
     def _shard_mesh(self) -> DeviceMesh:

@@ -193,7 +193,7 @@ def _state(trainer: Trainer) -> int:
 
 
 def _validates(trainer: Trainer) -> bool:
-    """Whether validation follows the batch of training, of all that the number of batches decides."""
+    """Return whether Lightning validates after this training batch, as far as the numbers of batches decide it."""
     loop, every = trainer.fit_loop.epoch_loop, trainer.val_check_batch
     if every is None or every == float("inf") or not loop._should_check_val_epoch():
         return False
@@ -203,7 +203,7 @@ def _validates(trainer: Trainer) -> bool:
 
 
 def _is_last(trainer: Trainer) -> bool:
-    """Whether no batch follows the one that a loop was given."""
+    """Return whether the loop's batch is its last."""
     fetcher = _fetcher(trainer)
     if fetcher is None or fetcher.done or not trainer.training:
         return fetcher is not None and fetcher.done

@@ -64,7 +64,7 @@ def kept_blocks(sparsity, blocks, causal, head):
 
 
 def counts(shown, multiplicity, length, kv_heads, ids=None):
-    """For each branch, finest first: how often query i of key/value head g counts key j, as (Hkv, N, N).
+    """Return for each branch, finest first, how often query i of key/value head g counts key j, as (Hkv, N, N).
 
     Where a branch pads its segments, columns of keys of zeros follow the N of all tables.
     """
@@ -104,7 +104,7 @@ def counts(shown, multiplicity, length, kv_heads, ids=None):
 
 
 def zero_keys(b, kv_heads, index, lengths, places):
-    """Which places of its padded segment each query sees that hold no token, (Hkv, N, places)."""
+    """Return the places without a token that each query sees in its padded segment, (Hkv, N, places)."""
     table = torch.zeros(kv_heads, len(index), places, dtype=torch.float64)
     for g in range(kv_heads if b.ragged == "zero_keys" else 0):
         offset = g % b.r if b.offsets == "interleaved" else g // math.ceil(kv_heads / b.r)
@@ -128,7 +128,7 @@ def padded(tables, hidden):
 
 
 def _hashed(x):
-    """splitmix64, on arrays of unsigned integers, which wrap around."""
+    """Return splitmix64 of each element of an array of unsigned integers, which wrap around."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -136,7 +136,7 @@ def _hashed(x):
 
 
 def is_dropped(probability, seed, sample, head, branch, length):
-    """Dropout's rule for every (query, key) of one head and branch."""
+    """Return for every (query, key) of one head and branch whether dropout drops it."""
     root, tokens = _hashed(np.array([seed % 2**64], np.uint64)), np.arange(length, dtype=np.uint64)
     row = _hashed(_hashed(_hashed(root + np.uint64(1 + branch)) + np.uint64(sample)) + np.uint64(head))
     query_words, key_words = (
@@ -148,7 +148,7 @@ def is_dropped(probability, seed, sample, head, branch, length):
 
 
 def kept(probability, seed, samples, heads, length, branches, multiplicity):
-    """What a weight is multiplied with: for each sample and branch (H, N, N), for the keys that are tokens."""
+    """Return the dropout factors of the weights: for each sample and branch (H, N, N), for the keys that are tokens."""
     names = [0] * branches if multiplicity == "set" else range(branches)
     return [
         [
@@ -161,7 +161,7 @@ def kept(probability, seed, samples, heads, length, branches, multiplicity):
 
 
 def attention(q, k, v, tables, scale, mix="exact", kept=None):
-    """Out (B, N, H, D) and lse (B, H, N), in float64 and differentiable, from each sample's tables."""
+    """Return out (B, N, H, D) and lse (B, H, N), in float64 and differentiable, from each sample's tables."""
     outs, lses = [], []
     for b in range(q.shape[0]):
         group = q.shape[2] // k.shape[2]

@@ -1,14 +1,14 @@
-"""What a block computes, pair by pair, and which tokens a rank holds."""
+"""The pairs of a block, one by one, and the tokens of a rank."""
 
 import torch
 
 
 def shown_pairs(block):
-    """(query row, query head, key row, key head, how often) of one block, by listing its cells."""
+    """Yield (query row, query head, key row, key head, count) for each pair of a block, by listing its rows."""
     queries, keys = list(block.queries.elements()), list(block.keys.elements())
     group = block.queries.heads // block.keys.heads
-    for cells, lattice in ((queries, block.queries), (keys, block.keys)):
-        assert len(cells) == lattice.size
+    for elements, lattice in ((queries, block.queries), (keys, block.keys)):
+        assert len(elements) == lattice.size
     assert len(set(queries)) == len(queries), "a query stands twice in one call"
     assert len(set(keys)) == len(keys), "a key stands twice in one call: its gradient would be written twice"
     for n, (row, head) in enumerate(queries):
@@ -22,6 +22,6 @@ def shown_pairs(block):
 
 
 def held(placement, rank):
-    """The tokens of a rank, in its order."""
-    parts = [torch.arange(stretch.begin, stretch.end) for stretch in placement.chunks(rank)]
+    """Return the tokens of a rank, in its order."""
+    parts = [torch.arange(chunk.begin, chunk.end) for chunk in placement.chunks(rank)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)

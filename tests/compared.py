@@ -1,4 +1,4 @@
-"""What kernels and attend are compared with: dense scores for one block, the brute force for a whole call."""
+"""Comparisons of kernels with dense scores, for one block, and of `attend` with the brute force, for a whole call."""
 
 import brute
 import drawn
@@ -16,7 +16,7 @@ SOME = Lattice(range(1), rows=1, step=1, head=0, heads=1)  # a kernel is given i
 
 @st.composite
 def calls(draw, rows=12):
-    """A block in which each query has a key, and what a plan promises beside that."""
+    """Draw a block in which each query has a key, with the other properties that a plan ensures."""
     kv_heads, group, queries, keys = (draw(st.integers(1, n)) for n in (3, 3, rows, rows))
     low, high = (draw(st.none() | st.integers(-rows, rows)) for _ in range(2))
     if low is not None and high is not None:
@@ -30,7 +30,7 @@ def calls(draw, rows=12):
 
 
 def widened(case):
-    """A block whose rows are whole vectors, as CUDA's operators want them."""
+    """Return the block with rows of whole vectors, as CUDA's operators need them."""
     (*shape, dim), *rest = case
     return (*shape, 8 * dim), *rest
 
@@ -45,13 +45,13 @@ def compare_block(kernel, case, dropout=0.0, value_dim=None, dtype=torch.float64
     heads, value_dim = kv_heads * group, value_dim or dim
     q, k = rows(batch, heads, queries, dim), rows(batch, kv_heads, keys, dim)
     v, grad = rows(batch, kv_heads, keys, value_dim), rows(batch, heads, queries, value_dim)
-    hidden = draw = None
+    hidden = mask = None
     seen = torch.ones(batch, heads, queries, keys, dtype=torch.bool)
-    apart = torch.arange(queries)[:, None] - torch.arange(keys)
+    distance = torch.arange(queries)[:, None] - torch.arange(keys)
     if low is not None:
-        seen &= apart >= low
+        seen &= distance >= low
     if high is not None:
-        seen &= apart <= high
+        seen &= distance <= high
     if padding:
         hidden = torch.rand(batch, padding, keys, generator=generator) < 0.4
         seen &= ~hidden.repeat_interleave(heads // padding, 1)[:, :, None]
@@ -61,8 +61,8 @@ def compare_block(kernel, case, dropout=0.0, value_dim=None, dtype=torch.float64
             torch.randint(-(2**31), 2**31, (batch, *n), generator=generator, dtype=torch.int32) | 1
             for n in ((heads, queries), (kv_heads, keys))
         ]
-        draw = DropoutMask(Dropout(dropout, 0), *words)
-        keeps = draw.dropout.keep_bits(words[0][..., None], words[1].repeat_interleave(group, 1)[:, :, None])
+        mask = DropoutMask(Dropout(dropout, 0), *words)
+        keeps = mask.dropout.keep_bits(words[0][..., None], words[1].repeat_interleave(group, 1)[:, :, None])
         share *= (keeps != 0) / (1 - dropout)
     scale = 0.4 * (4 / dim) ** 0.5
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -76,22 +76,22 @@ def compare_block(kernel, case, dropout=0.0, value_dim=None, dtype=torch.float64
 
     # as a lattice reads them: heads side by side in a row, samples behind one another
     q, k, v, grad = (x.to(device, dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v, grad))
-    draw = draw and DropoutMask(draw.dropout, *(words.to(device) for words in draw[1:]))
-    call = Call(Block(SOME, SOME, low, high), scale, None if hidden is None else hidden.to(device), draw)
+    mask = mask and DropoutMask(mask.dropout, *(words.to(device) for words in mask[1:]))
+    call = Call(Block(SOME, SOME, low, high), scale, None if hidden is None else hidden.to(device), mask)
     out, lse = kernel.forward(q, k, v, call)
     assert torch.equal((lse == -torch.inf).cpu(), empty)
     assert (out.cpu()[empty] == 0).all()
     close(out, true_out, tolerance)
     close(lse.cpu().masked_fill(empty, 0), true_lse.masked_fill(empty, 0), tolerance)
-    found = kernel.backward(grad, q, k, v, out, lse.masked_fill(empty.to(device), torch.inf), call)
-    for gradient, truth in zip(found, true, strict=True):
+    gradients = kernel.backward(grad, q, k, v, out, lse.masked_fill(empty.to(device), torch.inf), call)
+    for gradient, truth in zip(gradients, true, strict=True):
         close(gradient, truth, 4 * tolerance)
 
 
-def close(found, truth, tolerance):
-    """Of one shape, and within `tolerance` of the largest true value."""
-    assert found.shape == truth.shape
-    error = (found.detach().cpu().double() - truth.detach()).abs().max().item()
+def close(actual, truth, tolerance):
+    """Assert that shapes are equal, and values within `tolerance` of the largest true value."""
+    assert actual.shape == truth.shape
+    error = (actual.detach().cpu().double() - truth.detach()).abs().max().item()
     assert error <= tolerance * max(1, truth.abs().max().item())
 
 
@@ -125,7 +125,7 @@ def compare_attention(case, kernel, dtype, tolerance, device="cpu"):
             kernel=kernel,
             return_lse=True,
         )
-        found = torch.autograd.grad(out, (q, k, v), grad)
+        gradients = torch.autograd.grad(out, (q, k, v), grad)
     wide = [x.detach().double().requires_grad_() for x in tensors[:3]]
     true_out, true_lse = brute.attention(*wide, tables, scale, case["mix"], kept)
     true = torch.autograd.grad(true_out, wide, tensors[3].double())
@@ -136,5 +136,5 @@ def compare_attention(case, kernel, dtype, tolerance, device="cpu"):
     assert torch.equal((lse == -torch.inf).cpu(), empty)
     assert (out.cpu().transpose(1, 2)[empty] == 0).all()
     lse, true_lse = lse.cpu().masked_fill(empty, 0), true_lse.masked_fill(empty, 0)
-    for ours, truth in zip((out, lse, *found), (true_out, true_lse, *true), strict=True):
+    for ours, truth in zip((out, lse, *gradients), (true_out, true_lse, *true), strict=True):
         close(ours, truth, tolerance)

@@ -63,8 +63,10 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     share = DRAWS[config.getoption("--draws")]
     for test in {item.obj for item in items if is_hypothesis_test(getattr(item, "obj", None))}:
-        told = test._hypothesis_internal_use_settings  # `settings` decorates a test once
-        test._hypothesis_internal_use_settings = settings(told, max_examples=max(LEAST, int(share * told.max_examples)))
+        decorated = test._hypothesis_internal_use_settings  # `settings` decorates a test once
+        test._hypothesis_internal_use_settings = settings(
+            decorated, max_examples=max(LEAST, int(share * decorated.max_examples))
+        )
     gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):

@@ -8,7 +8,7 @@ from lightning_longnet import SequenceContext
 
 
 def made(group, placement="contiguous"):
-    """A context of this world, whose ranks all share a sequence."""
+    """Return a context of this world, whose ranks all share a sequence."""
     ranks = dist.get_process_group_ranks(group)
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     mesh = DeviceMesh.from_group(

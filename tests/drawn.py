@@ -1,4 +1,4 @@
-"""What the property tests draw: patterns as the brute force and as the library write them, shapes and documents."""
+"""Strategies of the property tests: patterns as the brute force and as the library write them, shapes and documents."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +18,7 @@ positive = st.integers(1, 12)
 
 @st.composite
 def sparsities(draw):
-    """Kept blocks as the brute force writes them; None half of the time."""
+    """Draw a sparsity as the brute force writes it; None half of the time."""
     if draw(st.booleans()):
         return None
     kind = draw(st.sampled_from(["local_window", "dilated_sparse", "global_local", "strided"]))
@@ -42,14 +42,14 @@ def branches(draw):
 
 @st.composite
 def nested_branches(draw):
-    """What LongNet uses: each segment length and rate divides the next."""
-    w, r, causal, found = draw(st.integers(1, 5)), 1, draw(st.booleans()), []
+    """Draw branches as LongNet uses them: each segment length and rate divides the next."""
+    w, r, causal, nested = draw(st.integers(1, 5)), 1, draw(st.booleans()), []
     offsets = draw(st.sampled_from(["interleaved", "blocked"]))
     for _ in range(draw(st.integers(1, 3))):
-        found.append(Shown(w, r, None, causal, offsets))
+        nested.append(Shown(w, r, None, causal, offsets))
         r *= draw(st.integers(1, 3))
         w *= r * draw(st.integers(1, 3))
-    return found
+    return nested
 
 
 def pattern_of(shown, multiplicity):
@@ -62,7 +62,7 @@ def pattern_of(shown, multiplicity):
 
 @st.composite
 def document_ids(draw, length):
-    """None, or non-decreasing ids with some neighbours of equal length."""
+    """Draw None, or non-decreasing ids with some neighbours of equal length."""
     if draw(st.booleans()):
         return None
     ids, each = [], 0
@@ -76,7 +76,7 @@ def document_ids(draw, length):
 
 @st.composite
 def padding(draw, batch, length):
-    """None, or True where a token is hidden: at the ends of each row, as batches are padded, or anywhere."""
+    """Draw None, or True where a token is hidden: at the ends of each row, as batches are padded, or anywhere."""
     where = draw(st.sampled_from([None, None, "right", "left", "anywhere"]))
     if where is None:
         return None
@@ -116,13 +116,13 @@ def cases(draw):
 
 
 @contextmanager
-def planned(distinct, tile):
-    """Pairs computed once wherever branches allow it, however little it saves, or never; in tiles of this size."""
+def planned(counts_once, tile):
+    """Have plans compute pairs once wherever branches allow it (`counts_once`), or never; in tiles of this size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "WEIGHTS_PAY", 1e9 if distinct else -1)
+        patch.setattr(plan, "WEIGHTS_PAY", 1e9 if counts_once else -1)
         patch.setattr(overlap, "REPEAT_TILE", tile)
         patch.setattr(runs, "BAND_ROWS", (1, tile))
-        patch.setattr(runs, "BAND_SPLIT", 4 if distinct else 512)
+        patch.setattr(runs, "BAND_SPLIT", 4 if counts_once else 512)
         patch.setattr(torch, "get_num_threads", lambda: 1)
         plan.plan.cache_clear()
         yield
@@ -130,7 +130,7 @@ def planned(distinct, tile):
 
 
 def tensors(shape, layout="contiguous", dtype=torch.float64, seed=0):
-    """q, k, v as leaves, and a gradient, all in one memory layout."""
+    """Return q, k, v as leaves, and a gradient, all in one memory layout."""
     batch, length, heads, kv_heads, dim = shape
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,7 +1,7 @@
 """CUDA's attention operators on a CPU: dense and slow, asserting what the true ones demand, check or misread.
 
 Each call of torch's operators is put to their own meta functions, too.  Where the true ones leave memory unwritten or a
-value of their own, so do these: +inf or 0 as the log-sum-exp of a row without keys, NaN behind the last row.
+value, so do these: +inf or 0 as the log-sum-exp of a row without keys, NaN behind the last row.
 """
 
 import sys
@@ -28,22 +28,22 @@ def meta(x):
 
 
 def checked(operator, emulate):
-    """Binds to the operator's schema, and gives what its meta function says."""
+    """Return an operator that binds to the schema of the real one, and checks results against its meta function."""
 
     def call(*args, **kwargs):
-        told = operator(*map(meta, args), **{name: meta(x) for name, x in kwargs.items()})
-        found = emulate(*args, **kwargs)
-        for ours, theirs in zip(found, told, strict=False):
+        expected = operator(*map(meta, args), **{name: meta(x) for name, x in kwargs.items()})
+        results = emulate(*args, **kwargs)
+        for ours, theirs in zip(results, expected, strict=False):
             if ours is not None:
                 assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         calls.append(operator.name().removeprefix("aten::"))
-        return found + (None,) * (len(told) - len(found))
+        return results + (None,) * (len(expected) - len(results))
 
     return call
 
 
 def dense(q, k, seen, scale):
-    """Scores (batch, heads, queries, keys) in float32, for k of as many heads."""
+    """Return the scores (batch, heads, queries, keys) in float32, for k of as many heads."""
     scores = torch.einsum("bihd,bjhd->bhij", q.float(), k.float()) * scale
     return scores.masked_fill(~seen, -torch.inf)
 
@@ -206,12 +206,12 @@ def efficient_forward(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causa
     assert dropout_p == 0
     assert not is_causal or k.shape[2] <= q.shape[2], "keys that no query sees"
     scores = efficient_scores(q, k, bias, is_causal, scale)
-    found, sums = softmax(*(x.transpose(1, 2) for x in (q, k, v)), scores)
-    out = found.transpose(1, 2)
-    blind = sums == -torch.inf
+    rows, sums = softmax(*(x.transpose(1, 2) for x in (q, k, v)), scores)
+    out = rows.transpose(1, 2)
+    no_key = sums == -torch.inf
     lse = torch.full((*q.shape[:2], -(-q.shape[2] // 32) * 32), torch.nan)
-    lse[..., : q.shape[2]] = sums.masked_fill(blind, 0)
-    return out.masked_fill(blind[..., None], torch.nan), lse
+    lse[..., : q.shape[2]] = sums.masked_fill(no_key, 0)
+    return out.masked_fill(no_key[..., None], torch.nan), lse
 
 
 def efficient_backward(grad, q, k, v, bias, out, lse, seed, offset, dropout_p, wanted, is_causal=False, *, scale=None):
@@ -225,8 +225,8 @@ def efficient_backward(grad, q, k, v, bias, out, lse, seed, offset, dropout_p, w
     assert (dropout_p, wanted) == (0.0, [True, True, True, False])
     scores = efficient_scores(q, k, bias, is_causal, scale)
     operands = (x.transpose(1, 2) for x in (grad, q, k, v, out))
-    found = gradients(*operands, lse[..., : q.shape[2]], scores, scale)
-    return tuple(x.transpose(1, 2) for x in found)
+    results = gradients(*operands, lse[..., : q.shape[2]], scores, scale)
+    return tuple(x.transpose(1, 2) for x in results)
 
 
 # cuDNN's, (batch, heads, rows, D)
@@ -281,8 +281,8 @@ def cudnn_backward(
     assert lse.is_contiguous()
     assert not (lse == -torch.inf).any()
     scores = efficient_scores(q, k, None, is_causal, scale)
-    found = gradients(*(x.transpose(1, 2) for x in (grad, q, k, v, out)), lse.squeeze(-1), scores, scale)
-    return tuple(x.transpose(1, 2) for x in found)
+    results = gradients(*(x.transpose(1, 2) for x in (grad, q, k, v, out)), lse.squeeze(-1), scores, scale)
+    return tuple(x.transpose(1, 2) for x in results)
 
 
 # the flash-attn package, with the signatures of 2.8
@@ -330,8 +330,8 @@ def _flash_attn_backward(
     assert (dropout_p, softcap, alibi_slopes, rng_state) == (0.0, 0.0, None, None)
     assert deterministic == torch.are_deterministic_algorithms_enabled()
     window = causal, window_size_left, window_size_right
-    found = flash_backward(dout, q, k, v, out, softmax_lse, softmax_scale, *window)
-    for into, gradient in zip((dq, dk, dv), found, strict=True):
+    results = flash_backward(dout, q, k, v, out, softmax_lse, softmax_scale, *window)
+    for into, gradient in zip((dq, dk, dv), results, strict=True):
         assert into.stride(-1) == 1
         assert into.dtype == q.dtype
         into.copy_(gradient)
@@ -340,12 +340,12 @@ def _flash_attn_backward(
 
 
 def package(version="2.8.3"):
-    found, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
-    for module in (found, interface):
+    package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
+    for module in (package, interface):
         module.__spec__ = ModuleSpec(module.__name__, None)
-    found.__version__ = version
+    package.__version__ = version
     interface._flash_attn_forward, interface._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
-    return {"flash_attn": found, "flash_attn.flash_attn_interface": interface}
+    return {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
 
 
 OPERATORS = [
@@ -357,7 +357,7 @@ OPERATORS = [
 
 @contextmanager
 def device(capability=(9, 0), half=fused.HALF):
-    """CPU tensors are taken for CUDA's, and those of the types `half` for half ones: float32 shows smaller faults."""
+    """Let CPU tensors pass for CUDA's, and those of the types `half` for half ones: float32 shows smaller faults."""
     asked = checks.request_of
     calls.clear()
     with pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,6 @@
 """Runs all tests, the matrices and soaks among them, and keeps what came of each file: `make test-full`.
 
-Every file runs in a process of its own, and property tests draw ten times as many cases as in `make test-long`, new
+Every file runs in a separate process, and property tests draw ten times as many cases as in `make test-long`, new
 ones each time.  This takes hours.  The result is written after each file, and a run that was stopped goes on: it leaves
 out files that passed at the same commit, on the same machine and with the same versions.
 """
@@ -31,32 +31,32 @@ def main(words=None):
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/test-full.json")
     parser.add_argument("--timeout", type=float, default=4 * 3600, help="seconds until a file is given up")
     parser.add_argument("--again", action="store_true", help="run files that have passed, too")
-    told = parser.parse_args(words)
+    arguments = parser.parse_args(words)
 
-    folder = told.tests.resolve()
-    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("test_*.py"))
-    chosen = [str(Path(name).resolve().relative_to(folder)) for name in told.files] or found
-    if unknown := set(chosen) - set(found):
+    folder = arguments.tests.resolve()
+    test_files = sorted(str(path.relative_to(folder)) for path in folder.rglob("test_*.py"))
+    chosen = [str(Path(name).resolve().relative_to(folder)) for name in arguments.files] or test_files
+    if unknown := set(chosen) - set(test_files):
         parser.error(f"files must be tests in {folder}, got {', '.join(sorted(unknown))}")
 
     commit, here = commit_of(folder), machine()
-    kept = json.loads(told.out.read_text()) if told.out.exists() else {}
-    results = {name: row for name, row in kept.get("files", {}).items() if name in found}
-    is_resumed = commit is not None and not told.again and kept.get("machine") == here
+    kept = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    results = {name: row for name, row in kept.get("files", {}).items() if name in test_files}
+    is_resumed = commit is not None and not arguments.again and kept.get("machine") == here
     for name in chosen:
         if is_resumed and results.get(name, {}).get("status") == "passed" and results[name]["commit"] == commit:
             print(f"{line(name, results[name])}, before", flush=True)
             continue
-        results[name] = {"commit": commit, **run(folder, name, told.timeout)}
+        results[name] = {"commit": commit, **run(folder, name, arguments.timeout)}
         print(line(name, results[name]), flush=True)
-        write(told.out, here, results)
-    missing = [name for name in found if name not in results]
+        write(arguments.out, here, results)
+    missing = [name for name in test_files if name not in results]
     print(summary(results.values(), missing))
     return int(bool(missing) or any(row["status"] != "passed" for row in results.values()))
 
 
 def run(folder, name, timeout):
-    """What came of a file."""
+    """Run a file, and return the counts of its outcomes."""
     environment = {key: text for key, text in os.environ.items() if key != "CI"}  # which draws the same cases each time
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
@@ -94,10 +94,10 @@ def counts(report):
     cases = list(ET.parse(report).iter("testcase"))
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = [case for case in cases if case.find("skipped") is not None]
-    found = {"passed": len(cases) - len(failed) - len(skipped), "failed": len(failed), "skipped": len(skipped)}
+    counts = {"passed": len(cases) - len(failed) - len(skipped), "failed": len(failed), "skipped": len(skipped)}
     notes = [each.get("value") for case in cases for each in case.iter("property") if each.get("name") == "note"]
-    found |= {"notes": notes} if notes else {}
-    return found | ({"failures": [case.get("name") for case in failed]} if failed else {})
+    counts |= {"notes": notes} if notes else {}
+    return counts | ({"failures": [case.get("name") for case in failed]} if failed else {})
 
 
 def commit_of(folder):

@@ -13,9 +13,9 @@ def _work(rank, ranks, port, timeout, pipe):
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN, as in the session itself
-    told = {"backend": "gloo", "timeout": timedelta(seconds=timeout)}  # a new group has another one by default
-    dist.init_process_group(init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks, **told)
-    groups = {world: dist.new_group(list(range(world)), **told) for world in WORLDS if world <= ranks}
+    options = {"backend": "gloo", "timeout": timedelta(seconds=timeout)}  # a new group has another one by default
+    dist.init_process_group(init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks, **options)
+    groups = {world: dist.new_group(list(range(world)), **options) for world in WORLDS if world <= ranks}
     while (case := pipe.recv()) is not None:
         function, world, arguments = case
         answer(pipe, function, groups[world], *arguments)

@@ -16,7 +16,7 @@ PATIENCE = 300  # seconds for all of them
 
 
 def programs(commands, folder=ROOT):
-    """(status, stdout, stderr) of each [path, word, ...], in a folder, one after the other in one process."""
+    """Return (status, stdout, stderr) of each [path, word, ...], run one after the other in a folder and a process."""
     context = forked()
     here, there = context.Pipe()
     process = context.Process(target=answer, args=(there, _run, [list(map(str, words)) for words in commands], folder))
@@ -24,12 +24,12 @@ def programs(commands, folder=ROOT):
     there.close()
     try:
         assert here.poll(PATIENCE), f"no end in {PATIENCE} s"
-        is_result, found = here.recv()
+        is_result, outcome = here.recv()
     finally:
         process.kill()
         process.join()
-    assert is_result, found[2]
-    return found
+    assert is_result, outcome[2]
+    return outcome
 
 
 def _run(commands, folder):
@@ -38,7 +38,7 @@ def _run(commands, folder):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.chdir(folder)
-    found = []
+    results = []
     for path, *words in commands:
         sys.argv, out, err = [path, *words], io.StringIO(), io.StringIO()
         sys.path.insert(0, path.rpartition("/")[0])
@@ -49,5 +49,5 @@ def _run(commands, folder):
             except SystemExit as ended:
                 status = ended.code or 0
         sys.path.pop(0)
-        found.append((status, out.getvalue(), err.getvalue()))
-    return found
+        results.append((status, out.getvalue(), err.getvalue()))
+    return results

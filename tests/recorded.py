@@ -95,15 +95,15 @@ def results(case, group=None):
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     ids, hidden = documents_of(case), padding_of(case)
     ids, hidden = (None if x is None else x[..., at].contiguous() for x in (ids, hidden))
-    told = dict(case["settings"])
-    told["dropout_samples"] = tuple(told["dropout_samples"])
+    settings = dict(case["settings"])
+    settings["dropout_samples"] = tuple(settings["dropout_samples"])
     if group is None:
-        told |= {"documents": ids, "key_padding_mask": hidden}
+        settings |= {"documents": ids, "key_padding_mask": hidden}
     else:
-        told["shard"] = SequenceShard(group, len(at), case["placement"], ids, hidden)
-        assert torch.equal(told["shard"].tokens(), at)
-    found = attend(*leaves, Pattern(**case["pattern"]), **told)
-    out, lse = found if told["return_lse"] else (found, None)
+        settings["shard"] = SequenceShard(group, len(at), case["placement"], ids, hidden)
+        assert torch.equal(settings["shard"].tokens(), at)
+    result = attend(*leaves, Pattern(**case["pattern"]), **settings)
+    out, lse = result if settings["return_lse"] else (result, None)
     return out.detach(), lse, *torch.autograd.grad(out, leaves, grad)
 
 
@@ -124,7 +124,7 @@ def projections(x):
 def summary(case, parts):
     """Put the results of the ranks together, and return what is recorded of them."""
     order = torch.cat([held(case, rank) for rank in range(len(parts))])
-    found = {}
+    summaries = {}
     for name, pieces in zip(NAMES, zip(*parts, strict=True), strict=True):
         if pieces[0] is None:
             continue
@@ -132,18 +132,18 @@ def summary(case, parts):
         whole = torch.cat(pieces, dim).index_select(dim, order.argsort())
         empty, *numbers = projections(whole)
         assert name == "lse" or not empty
-        found[name] = [empty, *numbers] if name == "lse" else numbers
-    return found
+        summaries[name] = [empty, *numbers] if name == "lse" else numbers
+    return summaries
 
 
 def summaries(listed, pool):
     """Run all calls, and return what is recorded of each; `pool()` gives the ranks, where a call needs any."""
-    found = [None] * len(listed)
+    summaries = [None] * len(listed)
     ranks = [0 if case["lengths"] is None else len(case["lengths"]) for case in listed]
     for world, numbered in groupby(sorted(range(len(listed)), key=ranks.__getitem__), ranks.__getitem__):
         some = list(numbered)
         chosen = [listed[i] for i in some]
         given = pool().run(world, rank_results, chosen) if world else [rank_results(None, chosen)]
         for i, *parts in zip(some, *given, strict=True):
-            found[i] = summary(listed[i], parts)
-    return found
+            summaries[i] = summary(listed[i], parts)
+    return summaries

@@ -1,4 +1,4 @@
-"""Which cases of a matrix `make test` runs, and which it leaves to `make test-long` or to `make test-full`."""
+"""The cases of a matrix that `make test` runs, and those that it leaves to `make test-long` or to `make test-full`."""
 
 import pytest
 

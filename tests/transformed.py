@@ -1,4 +1,4 @@
-"""Loads an exported folder with transformers, in a process of its own: its modules are cached under HF_HOME."""
+"""Loads an exported folder with transformers, in a separate process: its modules are cached under HF_HOME."""
 
 import sys
 import warnings
@@ -16,7 +16,7 @@ def main(folder, saved_again):
     whole = torch.ones_like(ids)
     end, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     with torch.no_grad():
-        found = {
+        outputs = {
             "logits": model(ids).logits,
             "masked": model(input_ids=ids, attention_mask=mask).logits,
             "loss": model(ids, labels=ids).loss,
@@ -27,11 +27,11 @@ def main(folder, saved_again):
     model.save_pretrained(saved_again)
     again = AutoModelForCausalLM.from_pretrained(saved_again, trust_remote_code=True, dtype=torch.bfloat16)
     with torch.no_grad():
-        found["again"] = again(ids).logits
+        outputs["again"] = again(ids).logits
     fresh = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True
     )
-    found |= {
+    outputs |= {
         "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         "vocabulary": model.config.vocab_size,
         "parameters": model.num_parameters(),
@@ -43,9 +43,9 @@ def main(folder, saved_again):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     rows = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
     alone = [model.generate(**row, max_new_tokens=4, do_sample=False)[0] for row in rows]
-    found["written"] = [each[0]["generated_text"] for each in written]
-    found["alone"] = [tokenizer.decode(each, skip_special_tokens=True) for each in alone]
-    torch.save(found, f"{folder}/../outputs.pt")
+    outputs["written"] = [each[0]["generated_text"] for each in written]
+    outputs["alone"] = [tokenizer.decode(each, skip_special_tokens=True) for each in alone]
+    torch.save(outputs, f"{folder}/../outputs.pt")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Worker processes of tests over ranks: started once, and handed many cases."""
+"""Worker processes of tests over ranks: started once, and given many cases."""
 
 import faulthandler
 import multiprocessing
@@ -18,7 +18,7 @@ PRELOADED = ["torch", "torch.distributed", "lightning_longnet.attention", "light
 
 
 def forked():
-    """What makes processes that have loaded what takes long to load."""
+    """Return the context of processes that are forked from a server, which has imported the slow modules."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
@@ -31,10 +31,10 @@ def free_port():
 
 
 def answer(pipe, function, *arguments):
-    """What a worker does with a case."""
+    """Run one case in a worker, and send its outcome."""
     try:
         pipe.send((True, function(*arguments)))
-    except Exception as error:  # noqa: BLE001  handed to the test, which raises or expects it
+    except Exception as error:  # noqa: BLE001  sent to the test, which raises or expects it
         pipe.send((False, (type(error), str(error), traceback.format_exc())))
 
 
@@ -50,7 +50,7 @@ class CrashError(Exception):
 
 
 class Workers:
-    """`run` has the first of them run a case together, and returns what each returned.
+    """Processes that run cases together; `run` returns the result of each of the first ones.
 
     Where a process crashes or does not answer, the case fails, and the next one finds new processes.  The first case of
     a session that SIGABRT or SIGSEGV ends is run again, once, and the summary names it: two sessions ended with
@@ -78,11 +78,11 @@ class Workers:
             self.processes.append(process)
 
     def case(self, world, function, arguments):
-        """What each is sent."""
+        """Return the case as it is sent to each worker."""
         return function, world, arguments
 
     def outcomes(self, world, function, *arguments):
-        """(did it return, what it returned or (type, message, traceback)) of each rank."""
+        """Return for each rank (True, result), or (False, (type, message, traceback)) of its error."""
         try:
             return self.attempt(world, function, *arguments)
         except CrashError as crash:
@@ -93,13 +93,16 @@ class Workers:
         return self.attempt(world, function, *arguments)
 
     def attempt(self, world, function, *arguments):
+        if codes := {rank: each.exitcode for rank, each in enumerate(self.processes) if not each.is_alive()}:
+            CRASHES.append(f"ranks ended after a case, with exit codes {codes}")
+            self.restart()
         case = self.case(world, function, arguments)
         for pipe in self.pipes[:world]:
             pipe.send(case)
-        found = {}
+        outcomes_by_rank = {}
         deadline = monotonic() + PATIENCE
-        while len(found) < world:
-            waiting = {pipe: rank for rank, pipe in enumerate(self.pipes[:world]) if rank not in found}
+        while len(outcomes_by_rank) < world:
+            waiting = {pipe: rank for rank, pipe in enumerate(self.pipes[:world]) if rank not in outcomes_by_rank}
             ready = wait(waiting, max(0, deadline - monotonic()))
             if not ready:
                 self.restart()
@@ -107,7 +110,7 @@ class Workers:
             for pipe in ready:
                 rank = waiting[pipe]
                 try:
-                    found[rank] = pipe.recv()
+                    outcomes_by_rank[rank] = pipe.recv()
                 except EOFError:
                     process = self.processes[rank]
                     process.join(10)
@@ -115,13 +118,13 @@ class Workers:
                     stacks = self.stacks[rank].read_text()
                     self.restart()
                     raise CrashError(code, f"rank {rank} of {world} ended with exit code {code}:\n{stacks}") from None
-        return [found[rank] for rank in range(world)]
+        return [outcomes_by_rank[rank] for rank in range(world)]
 
     def run(self, world, function, *arguments):
-        found = self.outcomes(world, function, *arguments)
-        for rank, (is_result, value) in enumerate(found):
+        outcomes = self.outcomes(world, function, *arguments)
+        for rank, (is_result, value) in enumerate(outcomes):
             assert is_result, f"rank {rank} of {world} failed:\n{value[2]}"
-        return [value for _, value in found]
+        return [value for _, value in outcomes]
 
     def restart(self):
         self.close(kill=True)

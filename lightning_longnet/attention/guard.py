@@ -39,9 +39,9 @@ def guarded_attend(
     is_placed: bool = False,
     **options: Unpack[AttendOptions],
 ) -> Tensor:
-    """Call `attend` with the kernel that a guard has chosen, or as it is where there is no guard.
+    """Call `attend` through a guard, which chooses the kernel; without a guard call it directly.
 
-    `is_placed` says that whole sequences are meant to be on one rank though there are others.
+    `is_placed`: a context says that sequences are whole, so several connected ranks need no warning.
     """
     if guard is None:
         return attend(q, k, v, pattern, **options)
@@ -105,7 +105,7 @@ class Guard:
     ) -> Tensor:
         """Call `attend` with a kernel that has passed the preflight.
 
-        `is_placed` says that whole sequences are meant to be on one rank though there are others.
+        `is_placed`: a context says that sequences are whole, so several connected ranks need no warning.
         """
         shard: SequenceShard | None = options.get("shard")
         options["kernel"] = self._kernel(q, k, v, pattern, options)

@@ -233,7 +233,7 @@ def test_one_call_may_gather_some_branches_and_ring_others(pool, mix, multiplici
 
 def weighted(group, tensors, placement, settings):
     """A pair that branches share is computed once, with its weight, however little that saves."""
-    with drawn.planned(distinct=True, tile=8), patch.object(plan, "NARROW_SHARE", 1.0):
+    with drawn.planned(counts_once=True, tile=8), patch.object(plan, "NARROW_SHARE", 1.0):
         rank_blocks.cache_clear()
         found = step(group, tensors, placement, None, None, settings, torch.float64)
         layout = Layout(settings["pattern"], 4, 2, (0, placement.length), placement, 1)

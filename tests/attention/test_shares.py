@@ -125,7 +125,7 @@ def test_weights_stand_where_later_branches_show_a_pair_again(is_causal):
     """Ranks whose borders the rate does not divide: the places modulo the rate begin anew on each."""
     shown = [brute.Shown(8, 1, None, is_causal), brute.Shown(32, 2, None, is_causal)]
     placement = Placement((5, 6, 21))
-    with drawn.planned(distinct=True, tile=1024):
+    with drawn.planned(counts_once=True, tile=1024):
         found = plan(drawn.pattern_of(shown, "multiset"), 2, 2, (0, 32), 1)
     assert found.counts_once
     counted = Counter()

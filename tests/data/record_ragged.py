@@ -31,7 +31,7 @@ CASES = [
 
 
 def inputs(length: int, heads: int) -> list[torch.Tensor]:
-    """Queries, keys, values and the gradient of out, (1, length, heads, DIM), which the test computes likewise."""
+    """Return queries, keys, values and the gradient of out, (1, length, heads, DIM), which the test computes too."""
     i = torch.arange(length * heads * DIM, dtype=torch.float64)
     rows = [1.5 * (0.7 * i + 0.1).sin(), 1.5 * (1.3 * i + 0.2).sin(), (0.9 * i + 0.3).sin(), (0.37 * i).cos()]
     return [x.view(1, length, heads, DIM) for x in rows]

@@ -61,163 +61,163 @@ VERY_LONG: dict[int, tuple[dict[str, Any], Pattern]] = {
 }
 
 
-def drawn_pattern(draw: Random, kind: str, length: int, multiplicity: str | None = None) -> Pattern:
+def drawn_pattern(rng: Random, kind: str, length: int, multiplicity: str | None = None) -> Pattern:
     """Draw a pattern of a kind, whose segments and windows are shorter than the sequence, or not much longer."""
-    is_causal = draw.random() < 0.5
-    multiplicity = multiplicity or ("multiset" if kind == "weighted" else draw.choice(["multiset", "multiset", "set"]))
-    told: dict[str, Any] = {"is_causal": is_causal, "multiplicity": multiplicity}
+    is_causal = rng.random() < 0.5
+    multiplicity = multiplicity or ("multiset" if kind == "weighted" else rng.choice(["multiset", "multiset", "set"]))
+    keywords_given: dict[str, Any] = {"is_causal": is_causal, "multiplicity": multiplicity}
     if kind in ("nested", "dilated"):
-        told["head_offsets"] = draw.choice(["interleaved", "interleaved", "blocked"])
+        keywords_given["head_offsets"] = rng.choice(["interleaved", "interleaved", "blocked"])
     if kind == "nested":
-        segment, rate, pairs = draw.choice([4, 8, 16] if length < 100 else [16, 32, 64]), 1, []
-        for _ in range(draw.randint(2, 3)):
+        segment, rate, pairs = rng.choice([4, 8, 16] if length < 100 else [16, 32, 64]), 1, []
+        for _ in range(rng.randint(2, 3)):
             pairs.append((segment, rate))
-            segment, rate = segment * draw.randint(2, 4), rate * draw.choice([1, 2, 2, 3])
-        if draw.random() < 0.3:  # some begin anew at another residue
-            pairs = [(w + draw.randint(0, 2), r) for w, r in pairs]
-        return Pattern.dilated(*zip(*pairs, strict=True), **told)
+            segment, rate = segment * rng.randint(2, 4), rate * rng.choice([1, 2, 2, 3])
+        if rng.random() < 0.3:  # some begin anew at another residue
+            pairs = [(w + rng.randint(0, 2), r) for w, r in pairs]
+        return Pattern.dilated(*zip(*pairs, strict=True), **keywords_given)
     if kind == "weighted":
         segment, rates = (
-            draw.choice([4, 8] if length < 100 else [16, 32, 64]),
-            draw.choice([(1, 2), (1, 1, 2), (1, 2, 2)]),
+            rng.choice([4, 8] if length < 100 else [16, 32, 64]),
+            rng.choice([(1, 2), (1, 1, 2), (1, 2, 2)]),
         )
-        return Pattern.dilated([segment * 2**i for i in range(len(rates))], rates, **told)
+        return Pattern.dilated([segment * 2**i for i in range(len(rates))], rates, **keywords_given)
     if kind == "dilated":
-        pairs = [(draw.randint(1, max(2, length)), draw.randint(1, 5)) for _ in range(draw.randint(1, 3))]
-        return Pattern.dilated(*zip(*pairs, strict=True), **told)
+        pairs = [(rng.randint(1, max(2, length)), rng.randint(1, 5)) for _ in range(rng.randint(1, 3))]
+        return Pattern.dilated(*zip(*pairs, strict=True), **keywords_given)
     if kind == "window":
-        segment = draw.choice([None, None, draw.randint(1, length)])
-        branch = Branch(segment, draw.choice([1, 1, 2, 3]), draw.randint(1, max(2, length // 2)), is_causal)
+        segment = rng.choice([None, None, rng.randint(1, length)])
+        branch = Branch(segment, rng.choice([1, 1, 2, 3]), rng.randint(1, max(2, length // 2)), is_causal)
         return Pattern((branch,), multiplicity)
     if kind == "sum":
         parts = [
-            drawn_pattern(draw, each, length, multiplicity)
-            for each in ("window", draw.choice(("nested", "nested", "dilated")))
+            drawn_pattern(rng, each, length, multiplicity)
+            for each in ("window", rng.choice(("nested", "nested", "dilated")))
         ]
         return parts[0] + parts[1]
     if kind == "sparse":
-        sparsity = drawn_sparsity(draw, length)
-        within = drawn_pattern(draw, draw.choice(["nested", "dilated", "dense"]), length, multiplicity)
-        if draw.random() < 0.5:
-            told = asdict(sparsity)
-            return Pattern.block_sparse(**told, within=within)
+        sparsity = drawn_sparsity(rng, length)
+        within = drawn_pattern(rng, rng.choice(["nested", "dilated", "dense"]), length, multiplicity)
+        if rng.random() < 0.5:
+            keywords_given = asdict(sparsity)
+            return Pattern.block_sparse(**keywords_given, within=within)
         return Pattern(tuple(replace(b, sparsity=sparsity) for b in within.branches[:2]), multiplicity)
     if kind == "sparse sum":
-        parts = [drawn_pattern(draw, each, length, multiplicity) for each in ("sparse", draw.choice(KINDS[:4]))]
+        parts = [drawn_pattern(rng, each, length, multiplicity) for each in ("sparse", rng.choice(KINDS[:4]))]
         return parts[1] + parts[0]
     return Pattern(Pattern.dense(is_causal).branches, multiplicity)
 
 
-def drawn_sparsity(draw: Random, length: int) -> Sparsity:
-    kind = draw.choice(["local_window", "dilated_sparse", "global_local", "strided"])
-    size = draw.randint(1, 4) if length < 100 else draw.choice([4, 8, 16])
-    some = draw.choice([None, None, draw.randint(1, 2 * size)])
-    varies = kind in ("dilated_sparse", "strided") and draw.random() < 0.5
-    return Sparsity(kind, size, draw.choice([0.1, 0.25, 0.4, 0.7, 1.0]), some, varies)
+def drawn_sparsity(rng: Random, length: int) -> Sparsity:
+    kind = rng.choice(["local_window", "dilated_sparse", "global_local", "strided"])
+    size = rng.randint(1, 4) if length < 100 else rng.choice([4, 8, 16])
+    some = rng.choice([None, None, rng.randint(1, 2 * size)])
+    varies = kind in ("dilated_sparse", "strided") and rng.random() < 0.5
+    return Sparsity(kind, size, rng.choice([0.1, 0.25, 0.4, 0.7, 1.0]), some, varies)
 
 
 def plain(pattern: Pattern) -> dict[str, Any]:
     """Return the keywords of a pattern, without those that have their defaults."""
 
-    def told(branch: Branch | Sparsity, default: dict[str, Any]) -> dict[str, Any]:
+    def keywords_given(branch: Branch | Sparsity, default: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in asdict(branch).items() if default.get(name, ...) != value}
 
     branches = []
     for branch in pattern.branches:
-        keywords = told(branch, asdict(Branch()))
+        keywords = keywords_given(branch, asdict(Branch()))
         if branch.sparsity:
-            keywords["sparsity"] = told(branch.sparsity, {"varies_over_heads": False})
+            keywords["sparsity"] = keywords_given(branch.sparsity, {"varies_over_heads": False})
         branches.append(keywords)
-    found = {"branches": branches, "multiplicity": pattern.multiplicity}
-    assert Pattern(**found) == pattern
-    return found
+    values = {"branches": branches, "multiplicity": pattern.multiplicity}
+    assert Pattern(**values) == pattern
+    return values
 
 
-def drawn_cuts(draw: Random, length: int, also: tuple[int, ...] = ()) -> list[int]:
+def drawn_cuts(rng: Random, length: int, also: tuple[int, ...] = ()) -> list[int]:
     """Draw the lengths of documents, some neighbours of which are equally long; no document crosses a cut in `also`."""
     cuts, place = {0, length, *also}, 0
     while place < length:
-        size = draw.randint(1, max(2, length // 2))
-        for _ in range(draw.choice([1, 1, 2, 3])):
+        size = rng.randint(1, max(2, length // 2))
+        for _ in range(rng.choice([1, 1, 2, 3])):
             place += size
             cuts.add(min(place, length))
     ordered = sorted(cuts)
     return [b - a for a, b in pairwise(ordered)]
 
 
-def drawn_documents(draw: Random, batch: int, length: int, also: tuple[int, ...] = ()) -> Any:
+def drawn_documents(rng: Random, batch: int, length: int, also: tuple[int, ...] = ()) -> Any:
     """Draw None, the lengths that all rows have, or those of each row."""
-    kind = draw.choice(["shared", "own"] if also else [None, None, "shared", "own"])
+    kind = rng.choice(["shared", "own"] if also else [None, None, "shared", "own"])
     if kind is None:
         return None
     if kind == "shared":
-        return drawn_cuts(draw, length, also)
-    rows = [drawn_cuts(draw, length, also)]
+        return drawn_cuts(rng, length, also)
+    rows = [drawn_cuts(rng, length, also)]
     while len(rows) < batch:  # some rows are alike, and computed together
-        rows.append(rows[-1] if draw.random() < 0.3 else drawn_cuts(draw, length, also))
+        rows.append(rows[-1] if rng.random() < 0.3 else drawn_cuts(rng, length, also))
     return rows
 
 
-def drawn_padding(draw: Random, batch: int, length: int) -> Any:
-    where = draw.choice([None, None, None, "right", "left", "anywhere"])
+def drawn_padding(rng: Random, batch: int, length: int) -> Any:
+    where = rng.choice([None, None, None, "right", "left", "anywhere"])
     if where is None:
         return None
     if where == "anywhere":
-        return {where: [draw.randint(1, 10), draw.randint(0, 10), draw.randint(1, 15)]}
+        return {where: [rng.randint(1, 10), rng.randint(0, 10), rng.randint(1, 15)]}
     return {
-        where: [draw.randint(0, length) if draw.random() < 0.3 else draw.randint(0, length // 2) for _ in range(batch)]
+        where: [rng.randint(0, length) if rng.random() < 0.3 else rng.randint(0, length // 2) for _ in range(batch)]
     }
 
 
-def drawn_settings(draw: Random, kernel: str, mix: str, share: float) -> dict[str, Any]:
+def drawn_settings(rng: Random, kernel: str, mix: str, share: float) -> dict[str, Any]:
     """Draw the keywords of `attend`; of the calls whose kernel has dropout, `share` have some."""
-    told: dict[str, Any] = {"kernel": kernel, "mix": mix, "scale": draw.choice([None, None, 0.4, 0.9])}
-    told |= _UNDROPPED
-    if kernel != "sdpa" and draw.random() < share:
-        told["dropout"] = draw.choice([0.3, 0.3, 0.1, 0.6])
-        told["dropout_seed"] = draw.choice([draw.randrange(2**31), draw.randrange(-(2**63), 2**63)])
-        told["dropout_samples"] = draw.choice([(0, 1), (1, 2), (0, 3)])
-    return told
+    keywords_given: dict[str, Any] = {"kernel": kernel, "mix": mix, "scale": rng.choice([None, None, 0.4, 0.9])}
+    keywords_given |= _UNDROPPED
+    if kernel != "sdpa" and rng.random() < share:
+        keywords_given["dropout"] = rng.choice([0.3, 0.3, 0.1, 0.6])
+        keywords_given["dropout_seed"] = rng.choice([rng.randrange(2**31), rng.randrange(-(2**63), 2**63)])
+        keywords_given["dropout_samples"] = rng.choice([(0, 1), (1, 2), (0, 3)])
+    return keywords_given
 
 
-def drawn_width(draw: Random, settings: dict[str, Any], width: int) -> int:
+def drawn_width(rng: Random, settings: dict[str, Any], width: int) -> int:
     """Draw the width of v: another than that of q only where the kernel serves it."""
-    return draw.randint(1, 9) if settings["kernel"] != "sdpa" and draw.random() < 0.3 else width
+    return rng.randint(1, 9) if settings["kernel"] != "sdpa" and rng.random() < 0.3 else width
 
 
-def on_one_process(draw: Random, number: int) -> dict[str, Any]:
+def on_one_process(rng: Random, number: int) -> dict[str, Any]:
     kernel = ("auto", "sdpa", "eager", "reference")[number % 4]
     mix = ("exact", "exact", "detached")[number // 4 % 3]
-    settings = drawn_settings(draw, kernel, mix, 0.4)
-    settings["return_lse"] = draw.random() < 0.75
-    batch, length, kv_heads, group = draw.randint(1, 3), draw.randint(1, 70), draw.randint(1, 4), draw.randint(1, 3)
-    width, kind = draw.randint(1, 9), draw.choice(KINDS)
+    settings = drawn_settings(rng, kernel, mix, 0.4)
+    settings["return_lse"] = rng.random() < 0.75
+    batch, length, kv_heads, group = rng.randint(1, 3), rng.randint(1, 70), rng.randint(1, 4), rng.randint(1, 3)
+    width, kind = rng.randint(1, 9), rng.choice(KINDS)
     if number in LONG:
-        batch, length, kv_heads, group = draw.randint(1, 2), draw.randint(300, 700), draw.randint(1, 2), 1 + number % 2
-        width, kind = draw.choice([4, 8]), LONG[number]
+        batch, length, kv_heads, group = rng.randint(1, 2), rng.randint(300, 700), rng.randint(1, 2), 1 + number % 2
+        width, kind = rng.choice([4, 8]), LONG[number]
     if kind == "weighted":
         settings |= _UNDROPPED
-    value_width = width if kind == "weighted" else drawn_width(draw, settings, width)
+    value_width = width if kind == "weighted" else drawn_width(rng, settings, width)
     shape = [batch, length, kv_heads * group, kv_heads, width, value_width]
     return {
         "shape": shape,
-        "pattern": plain(VERY_LONG[number][1] if number in VERY_LONG else drawn_pattern(draw, kind, length)),
-        "documents": drawn_documents(draw, batch, length),
-        "padding": drawn_padding(draw, batch, length),
+        "pattern": plain(VERY_LONG[number][1] if number in VERY_LONG else drawn_pattern(rng, kind, length)),
+        "documents": drawn_documents(rng, batch, length),
+        "padding": drawn_padding(rng, batch, length),
         "lengths": None,
         "placement": None,
         "settings": settings,
     } | VERY_LONG.get(number, ({},))[0]
 
 
-def drawn_lengths(draw: Random, world: int, length: int) -> list[int]:
+def drawn_lengths(rng: Random, world: int, length: int) -> list[int]:
     """Draw the tokens of each rank: mostly unequal, sometimes none."""
-    if draw.random() < 0.2:
+    if rng.random() < 0.2:
         return [-(-length // world)] * world
-    borders = sorted(draw.randint(0, length) for _ in range(world - 1))
+    borders = sorted(rng.randint(0, length) for _ in range(world - 1))
     lengths = [b - a for a, b in zip([0, *borders], [*borders, length], strict=True)]
-    if world > 1 and draw.random() < 0.25:
-        empty = draw.randrange(world)
+    if world > 1 and rng.random() < 0.25:
+        empty = rng.randrange(world)
         lengths[(empty + 1) % world] += lengths[empty]
         lengths[empty] = 0
     return lengths
@@ -231,55 +231,53 @@ def borders_of(case: dict[str, Any]) -> tuple[int, ...]:
     return tuple(((owner[1:] != owner[:-1]).nonzero().flatten() + 1).tolist())
 
 
-def over_ranks(draw: Random, exchange: str, number: int) -> dict[str, Any]:
+def over_ranks(rng: Random, exchange: str, number: int) -> dict[str, Any]:
     world, kernel = WORLDS[number], ("auto", "eager", "sdpa", "auto")[number % 4]
     mix = ("exact", "exact", "detached")[number // 2 % 3]
-    settings = drawn_settings(draw, kernel, mix, 0.6 if mix == "detached" else 0.3)
+    settings = drawn_settings(rng, kernel, mix, 0.6 if mix == "detached" else 0.3)
     settings |= {"exchange": exchange, "return_lse": (number + len(exchange)) % 2 == 0}
-    placement = draw.choice(["contiguous", "zigzag"])
+    placement = rng.choice(["contiguous", "zigzag"])
     is_long = number in (6, 14)
-    batch, length = (
-        (draw.randint(1, 2), draw.randint(300, 420)) if is_long else (draw.randint(1, 3), draw.randint(4, 70))
-    )
-    kv_heads, group = (world * draw.randint(1, 2) if exchange == "swap" else draw.randint(1, 4)), draw.randint(1, 2)
-    width = 4 if is_long else draw.randint(1, 9)
-    pattern = drawn_pattern(draw, "weighted" if is_long else draw.choice(KINDS), length)
-    lengths = drawn_lengths(draw, world, length)
-    aligned = exchange == "local" and draw.random() < 0.5
+    batch, length = (rng.randint(1, 2), rng.randint(300, 420)) if is_long else (rng.randint(1, 3), rng.randint(4, 70))
+    kv_heads, group = (world * rng.randint(1, 2) if exchange == "swap" else rng.randint(1, 4)), rng.randint(1, 2)
+    width = 4 if is_long else rng.randint(1, 9)
+    pattern = drawn_pattern(rng, "weighted" if is_long else rng.choice(KINDS), length)
+    lengths = drawn_lengths(rng, world, length)
+    aligned = exchange == "local" and rng.random() < 0.5
     if aligned:  # each segment is on one rank
-        rates = draw.choice([(1, 2), (1, 3, 2), (2,), (1, 1)])
-        segments = draw.choice([(2, 4), (3, 6), (4, 12), (6, 4)])[: len(rates)]
+        rates = rng.choice([(1, 2), (1, 3, 2), (2,), (1, 1)])
+        segments = rng.choice([(2, 4), (3, 6), (4, 12), (6, 4)])[: len(rates)]
         rates = rates[: len(segments)]
-        pattern = Pattern.dilated(segments, rates, draw.random() < 0.5, multiplicity=draw.choice(["multiset", "set"]))
-        if draw.random() < 0.3:
+        pattern = Pattern.dilated(segments, rates, rng.random() < 0.5, multiplicity=rng.choice(["multiset", "set"]))
+        if rng.random() < 0.3:
             pattern = pattern + Pattern((Branch(segments[0], 1, 2),), pattern.multiplicity)
         unit = lcm(*segments) * (2 if placement == "zigzag" else 1)
-        lengths = [unit * draw.randint(0, 3) for _ in range(world)]
-        lengths[draw.randrange(world)] += unit
+        lengths = [unit * rng.randint(0, 3) for _ in range(world)]
+        lengths[rng.randrange(world)] += unit
         if placement == "contiguous":
-            lengths[-1] += draw.randint(0, unit - 1)
+            lengths[-1] += rng.randint(0, unit - 1)
     length = sum(lengths)
     case = {
-        "shape": [batch, length, kv_heads * group, kv_heads, width, drawn_width(draw, settings, width)],
+        "shape": [batch, length, kv_heads * group, kv_heads, width, drawn_width(rng, settings, width)],
         "pattern": plain(pattern),
         "documents": None,
-        "padding": drawn_padding(draw, batch, length),
+        "padding": drawn_padding(rng, batch, length),
         "lengths": lengths,
         "placement": placement,
         "settings": settings,
     }
     if exchange != "local":
-        case["documents"] = drawn_documents(draw, batch, length)
+        case["documents"] = drawn_documents(rng, batch, length)
     elif not aligned:  # each document is on one rank
-        case["documents"] = drawn_documents(draw, batch, length, (0, *borders_of(case)))
+        case["documents"] = drawn_documents(rng, batch, length, (0, *borders_of(case)))
     return case
 
 
 def drawn_cases() -> list[dict[str, Any]]:
-    draw = Random(2718)
-    found = [on_one_process(draw, number) for number in range(80)]
+    rng = Random(2718)
+    values = [on_one_process(rng, number) for number in range(80)]
     exchanges = ("auto", "gather", "ring", "swap", "local")
-    return found + [over_ranks(draw, exchange, n) for exchange, n in product(exchanges, range(len(WORLDS)))]
+    return values + [over_ranks(rng, exchange, n) for exchange, n in product(exchanges, range(len(WORLDS)))]
 
 
 def main() -> None:
@@ -288,10 +286,10 @@ def main() -> None:
     listed = drawn_cases()
     pool = Pool(max(WORLDS))
     try:
-        found = summaries(listed, lambda: pool)
+        values = summaries(listed, lambda: pool)
     finally:
         pool.close()
-    lines = [json.dumps(case | {"results": each}, allow_nan=False) for case, each in zip(listed, found, strict=True)]
+    lines = [json.dumps(case | {"results": each}, allow_nan=False) for case, each in zip(listed, values, strict=True)]
     RESULTS.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 

@@ -48,7 +48,7 @@ def prepare(path: str) -> None:
 
 
 def scrambled(model: nn.Module) -> nn.Module:
-    """Nothing at 0 or 1, where it could be lost unseen; rounded, so that the file packs."""
+    """Move all parameters from 0 and 1, where an error could go unseen, and round them, so that the file packs."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter)).mul_(256).round_().div_(256)
@@ -56,7 +56,10 @@ def scrambled(model: nn.Module) -> nn.Module:
 
 
 def recorded(model: nn.Module, arguments: dict[str, Any], inputs: list[torch.Tensor], call: Any, learned: str) -> Any:
-    """Its weights, its outputs, and the gradient of one weight: torchscale lets none through the branches' mixture."""
+    """Return the weights and outputs of a model, and the gradient of the weight `learned`.
+
+    torchscale lets no gradient through the mixture of branches.
+    """
     outputs = []
     for x in inputs:
         model.zero_grad()
@@ -112,13 +115,13 @@ def longvit() -> Any:
     segments = {"dilated_ratio": "[1,2,4]", "segment_length": "[4,8,16]"}
 
     class Small(longvit.LongViT):
-        def __init__(self, **told: Any) -> None:
-            super().__init__(**told, **segments)
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, **segments)
 
     modeling_finetune.LongViT = Small
     shape = {"encoder_embed_dim": 16, "encoder_attention_heads": 4, "encoder_layers": 2, "drop_path_rate": 0.1}
-    told = Namespace(img_size=16, patch_size=4, checkpoint_activations=False, **shape)
-    model = modeling_finetune.LongViTForTCGAClassification(told, num_classes=3)
+    options = Namespace(img_size=16, patch_size=4, checkpoint_activations=False, **shape)
+    model = modeling_finetune.LongViTForTCGAClassification(options, num_classes=3)
     return images(model, {**shape, **segments}, [(16, 16), (32, 8), (16, 32)], "model.pos_embed")
 
 
@@ -138,7 +141,7 @@ def main(path: str) -> None:
     decoding = {"decoder_embed_dim": 16, "decoder_attention_heads": 4, "decoder_ffn_embed_dim": 24, "decoder_layers": 2}
     encoding = {"encoder_embed_dim": 18, "encoder_attention_heads": 3, "encoder_ffn_embed_dim": 20, "encoder_layers": 2}
     segments = {"segment_length": "[8,16,32]", "dilated_ratio": "[1,2,4]"}
-    found = {
+    content = {
         "decoder": decoder([32, 27, 50], **decoding, **segments, vocab_size=23, xpos_rel_pos=True, xpos_scale_base=64),
         "decoder with positions": decoder(
             [32, 19],
@@ -160,7 +163,7 @@ def main(path: str) -> None:
         "longvit": longvit(),
         "longvit in pretraining": longvit_pretraining(),
     }
-    torch.save(found, Path(__file__).parent / "torchscale.pt")
+    torch.save(content, Path(__file__).parent / "torchscale.pt")
 
 
 if __name__ == "__main__":

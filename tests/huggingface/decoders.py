@@ -35,8 +35,8 @@ def tokens(*shape):
     return torch.randint(1, 23, shape, generator=torch.Generator().manual_seed(1))
 
 
-def spread(rows, mask):
-    """Rows of any lengths as one tensor, where the mask has ones."""
+def scattered(rows, mask):
+    """Return rows of any lengths as one tensor, where the mask has ones."""
     ids = torch.zeros_like(mask)
     ids[mask == 1] = torch.cat(rows)
     return ids

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decoders import LENGTHS, MASKS, decoder, spread, tokens
+from decoders import LENGTHS, MASKS, decoder, scattered, tokens
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:(Nothing crosses|In the branch)"
@@ -19,7 +19,7 @@ def greedy(model, row, steps):
 def test_rows_of_a_batch_are_generated_as_alone(options):
     model, mask = decoder(), torch.tensor(MASKS["left"])
     rows = [tokens(3, 30)[i, :n] for i, n in enumerate(LENGTHS)]
-    found = model.generate(spread(rows, mask), attention_mask=mask, max_new_tokens=5, do_sample=False, **options)
+    found = model.generate(scattered(rows, mask), attention_mask=mask, max_new_tokens=5, do_sample=False, **options)
     assert torch.equal(found[:, 30:], torch.stack([greedy(model, row, 5) for row in rows]))
 
 
@@ -39,7 +39,7 @@ def test_beams_of_a_batch_are_those_of_each_row():
     model, mask = decoder(), torch.tensor(MASKS["left"])
     rows = [tokens(3, 30)[i, :n] for i, n in enumerate(LENGTHS)]
     options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
-    found = model.generate(spread(rows, mask), attention_mask=mask, **options)
+    found = model.generate(scattered(rows, mask), attention_mask=mask, **options)
     for one, row in zip(found, rows, strict=True):
         assert torch.equal(one[30:], model.generate(row[None], **options)[0, len(row) :])
 

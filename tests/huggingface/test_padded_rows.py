@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from decoders import KINDS, LENGTHS, MASKS, decoder, spread, tokens
+from decoders import KINDS, LENGTHS, MASKS, decoder, scattered, tokens
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:(Nothing crosses|In the branch)"
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings(
 def test_a_row_with_padding_equals_the_row_without(kind, side):
     model, mask = decoder(kind), torch.tensor(MASKS[side])
     rows = [tokens(3, 30)[i, : sum(each)] for i, each in enumerate(mask)]
-    ids = spread(rows, mask)
+    ids = scattered(rows, mask)
     labels = ids.masked_fill(mask == 0, -100)
     positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)  # as `generate` has them
     for given in (None, positions):
@@ -49,7 +49,7 @@ def test_padding_takes_no_learned_positions(pad):
 def test_padding_changes_no_gradient():
     model, mask = decoder(), torch.tensor(MASKS["left"])
     rows = [tokens(3, 30)[i, :n] for i, n in enumerate(LENGTHS)]
-    (model(spread(rows, mask), mask).logits[mask == 1] ** 2).sum().backward()
+    (model(scattered(rows, mask), mask).logits[mask == 1] ** 2).sum().backward()
     found = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
     sum((model(row[None]).logits ** 2).sum() for row in rows).backward()

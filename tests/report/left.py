@@ -29,12 +29,12 @@ data:
 
 
 def rows(many=20, slope=1.0, ranks=2):
-    """As the monitors and a module log them: a row for each logging step, and rows of validations."""
-    found = []
+    """Return rows as the monitors and a module log them: a row for each logging step, and rows of validations."""
+    logged = []
     for i in range(many):
         step = 10 * i + 9
         bits = 2.5 + 4 * math.exp(-slope * i / 6)
-        found.append(
+        logged.append(
             {
                 "step": step,
                 "epoch": 0,
@@ -60,8 +60,8 @@ def rows(many=20, slope=1.0, ranks=2):
             }
         )
         if i % 5 == 4:
-            found.append({"step": step, "epoch": 0, "val/bits_per_byte": bits + 0.2, "val/loss": bits * 0.7})
-    return found
+            logged.append({"step": step, "epoch": 0, "val/bits_per_byte": bits + 0.2, "val/loss": bits * 0.7})
+    return logged
 
 
 def record(ranks=2, tokens=4096, placement="contiguous"):
@@ -108,12 +108,12 @@ def record(ranks=2, tokens=4096, placement="contiguous"):
 
 def leave(folder, slope=1.0, ranks=2, rate=4, placement="contiguous", is_ours=True):
     folder.mkdir(parents=True)
-    found = rows(slope=slope)
-    keys = list(dict.fromkeys(key for row in found for key in row))
+    logged = rows(slope=slope)
+    keys = list(dict.fromkeys(key for row in logged for key in row))
     with (folder / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, keys)
         writer.writeheader()
-        writer.writerows(found)
+        writer.writerows(logged)
     if is_ours:
         (folder / "config.yaml").write_text(CONFIG.format(rate=rate))
         (folder / "run.json").write_text(json.dumps(record(ranks, placement=placement)))

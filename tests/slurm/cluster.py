@@ -71,8 +71,8 @@ class Cluster:
             raise
 
     def _configure(self, processors):
-        told = {"port": free_port(), "user": getpass.getuser(), "folder": self.folder}
-        lines = [CONFIGURATION.format(**told)]
+        values = {"port": free_port(), "user": getpass.getuser(), "folder": self.folder}
+        lines = [CONFIGURATION.format(**values)]
         for node in range(self.nodes):
             place = f"NodeHostname=localhost NodeAddr=127.0.0.1 Port={free_port()}"
             lines.append(f"NodeName=n{node} {place} CPUs={processors} RealMemory=1000 State=UNKNOWN\n")
@@ -92,18 +92,18 @@ class Cluster:
         self.await_(lambda: f"idle {self.nodes}" in self.run("sinfo", "-h", "-o", "%T %D"), STARTING, "no idle nodes")
 
     def run(self, *command, **environment):
-        told = {**self.environment, **environment}
-        found = subprocess.run(command, capture_output=True, text=True, timeout=60, env=told, cwd=self.folder)
-        assert found.returncode == 0, f"{command}: {found.stderr}"
-        return found.stdout
+        values = {**self.environment, **environment}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=values, cwd=self.folder)
+        assert result.returncode == 0, f"{command}: {result.stderr}"
+        return result.stdout
 
     def await_(self, condition, patience, complaint):
         end = time.monotonic() + patience
-        while not (found := condition()):
+        while not (value := condition()):
             logs = "".join(path.read_text()[-1500:] for path in sorted(self.folder.glob("*.log")))
             assert time.monotonic() < end, f"{complaint} in {patience} s\n{logs}"
             time.sleep(0.3)
-        return found
+        return value
 
     # Jobs
 
@@ -111,11 +111,11 @@ class Cluster:
         return self.run("sbatch", "--parsable", *arguments, **environment).strip()
 
     def about(self, job):
-        """What SLURM knows of it: {"JobState": "RUNNING", ...}"""
+        """Return the job's record in SLURM: {"JobState": "RUNNING", ...}"""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", job)))
 
     def await_state(self, job, *states, patience=90):
-        """What is known of a job once it is in one of these."""
+        """Return the record of a job once it is in one of these states."""
         seen = {}
 
         def reached():

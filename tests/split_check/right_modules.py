@@ -219,7 +219,7 @@ class Clipped(Zoo):
 
 
 class RelativeBias(Zoo):
-    """Attention of its own to gathered keys, with a bias of distances and ALiBi."""
+    """Custom attention to gathered keys, with a bias of distances and ALiBi."""
 
     def build(self):
         self.qkv, self.bias = nn.Linear(WIDTH, 3 * WIDTH), nn.Embedding(32, 2)
@@ -368,7 +368,7 @@ class Hooked(Zoo):
 
 
 class DropsPaths(Zoo):
-    """Draws that are the same for any number of tokens, and draws of generators of its own."""
+    """Draws that are the same for any number of tokens, and draws of separate generators."""
 
     def build(self):
         self.generator, self.numpy = torch.Generator().manual_seed(5), np.random.default_rng(5)
@@ -379,7 +379,7 @@ class DropsPaths(Zoo):
 
 
 class Noisy(Zoo):
-    """Noise on each token, out of a generator of its own: no verdict."""
+    """Noise on each token, out of a separate generator: no verdict."""
 
     KIND = "inconclusive"
 

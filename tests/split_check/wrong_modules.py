@@ -205,7 +205,7 @@ class Accuracy(Zoo):
 
 
 class HalfAttention(Zoo):
-    """Attention of its own in bfloat16 weights."""
+    """Custom attention with bfloat16 weights."""
 
     def build(self):
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
@@ -258,7 +258,7 @@ class Uncopied:
 
 
 class LockOfFirst(Zoo):
-    """What rank 0 alone holds, a writer for instance, and what cannot be copied in a way of its own."""
+    """An object that rank 0 alone holds, such as a writer, and whose own copy method fails."""
 
     def build(self):
         if dist.is_initialized() and dist.get_rank() == 0:

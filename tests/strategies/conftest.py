@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def deepspeed_trainers(checks_splits):
-    """Of a number of processes."""
+    """Trainers with DeepSpeed, of a number of processes."""
     from trainers import Trainers
 
     with ExitStack() as stack:

@@ -13,8 +13,8 @@ from lightning_longnet.strategies import RingSequenceParallelStrategy
 class Failing(Module):
     """At the batches of `wrong`, on the last rank: a loss that is NaN, or the infinite gradient of a number."""
 
-    def __init__(self, *told, wrong, what):
-        super().__init__(*told)
+    def __init__(self, *arguments, wrong, what):
+        super().__init__(*arguments)
         self.wrong, self.what = wrong, what
         self.sums = []
 
@@ -65,11 +65,11 @@ class Snapshots(L.Callback):
 
 
 def guard(rank, world, size, sharding, optimizer, what, action="skip", patience=10, wrong=(2, 3), accumulate=1):
-    """(did each batch leave everything as it was, steps skipped, the warnings) of 6 batches."""
+    """Return (did each batch leave everything as it was, steps skipped, the warnings) of 6 batches."""
     import warnings
 
     snapshots, guarding = Snapshots(), NonFiniteGuard(action, patience)
-    with quiet(), warnings.catch_warnings(record=True) as told:
+    with quiet(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", message="NonFiniteGuard")
         setting = {"dropout": 0.0, "dtype": torch.float32}
@@ -93,4 +93,4 @@ def guard(rank, world, size, sharding, optimizer, what, action="skip", patience=
     ]
     is_finite = all(bool(x.isfinite().all()) for x in snapshots.taken[-1][0])
     logged = float(trainer.callback_metrics["guard/skipped_steps"])
-    return same, guarding.skipped_steps, logged, is_finite, [str(each.message) for each in told]
+    return same, guarding.skipped_steps, logged, is_finite, [str(each.message) for each in caught]

@@ -13,7 +13,7 @@ from trained import Module, collated, quiet, samples, started, trainer_of
 
 
 def by_rank(parameters):
-    """Groups of weight decay, as models of language have them: the optimizer's order is not the module's."""
+    """Return groups of weight decay, as language models have them: the optimizer's order is not the module's."""
     parameters = list(parameters)
     flat, matrices = ([x for x in parameters if (x.dim() > 1) == is_matrix] for is_matrix in (False, True))
     return torch.optim.AdamW([{"params": matrices}, {"params": flat, "weight_decay": 0.0}], lr=0.01, eps=1e-4)
@@ -65,8 +65,8 @@ def strategy_of(kind, size):
     return RingSequenceParallelStrategy(size, kind, timeout=60)
 
 
-def train(rank, world, folder, kind, size, *, signals=None, resume=None, callbacks=None, loading=None, **told):
-    """What a run gave: losses by micro-batch, exit status or None, and the files that are there."""
+def train(rank, world, folder, kind, size, *, signals=None, resume=None, callbacks=None, loading=None, **options):
+    """Run, and return losses by micro-batch, exit status or None, and the files that are there."""
     loading = {"batch_size": 4 * size // world, "collate_fn": collated, **(loading or {})}
     os.environ["PL_GLOBAL_SEED"] = str(SETTING["seed"])
     multiprocessing.current_process()._config["daemon"] = False  # else the loader may have no workers
@@ -84,7 +84,7 @@ def train(rank, world, folder, kind, size, *, signals=None, resume=None, callbac
                 "default_root_dir": folder,
                 "callbacks": list(callbacks(folder) if callbacks else []),
                 "enable_checkpointing": callbacks is checkpoints_by_steps,
-                **told,
+                **options,
             },
         )
         streamed = loading.pop("iterable", None)
@@ -105,15 +105,15 @@ def train(rank, world, folder, kind, size, *, signals=None, resume=None, callbac
 class Run:
     """`train` with its arguments, to be sent to workers."""
 
-    def __init__(self, *arguments, **told):
-        self.arguments, self.told = arguments, told
+    def __init__(self, *arguments, **options):
+        self.arguments, self.options = arguments, options
 
     def __call__(self, rank, world):
-        return train(rank, world, *self.arguments, **self.told)
+        return train(rank, world, *self.arguments, **self.options)
 
 
 class Stream(IterableDataset):
-    """Of no length that is known beforehand."""
+    """A dataset without a known length."""
 
     def __init__(self, rows):
         self.rows = rows

@@ -15,16 +15,16 @@ PATIENCE = 120  # seconds until a program must have ended
 
 
 def environment():
-    """That of a user's shell: nothing of the ranks of this process or of its job."""
+    """Return the environment of a user's shell: nothing of the ranks of this process or of its job."""
     foreign = ("SLURM", "LIGHTNING_", "PL_", "TORCHELASTIC")
     names = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
     kept = {name: text for name, text in os.environ.items() if not name.startswith(foreign) and name not in names}
     return {**kept, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def start(folder, *launcher, **told):
+def start(folder, *launcher, **options):
     folder.mkdir(exist_ok=True)
-    command = [*(launcher or (sys.executable,)), str(SCRIPT), json.dumps({"folder": str(folder), **told})]
+    command = [*(launcher or (sys.executable,)), str(SCRIPT), json.dumps({"folder": str(folder), **options})]
     with (folder / "output.txt").open("a") as output:
         return subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment(), cwd=folder, start_new_session=True
@@ -32,7 +32,7 @@ def start(folder, *launcher, **told):
 
 
 def ended(process, folder, patience=PATIENCE):
-    """Its exit status."""
+    """Wait for a process, and return its exit status."""
     try:
         return process.wait(patience)
     except subprocess.TimeoutExpired:
@@ -42,7 +42,7 @@ def ended(process, folder, patience=PATIENCE):
 
 
 def end_group(process):
-    """Nothing that it started is left behind."""
+    """End all processes of a group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -54,7 +54,7 @@ def losses(folder, rank):
 
 
 def await_end_of_session(leader, patience):
-    """All that a program has started; one that has ended, and that nobody has waited for, does not count."""
+    """Wait for the processes of a session to end; one that has ended and was not waited for does not count."""
     end = time.monotonic() + patience
     while left := [pid for pid, session, state in _processes() if session == leader and state != "Z"]:
         assert time.monotonic() < end, f"{left} still run"
@@ -62,7 +62,7 @@ def await_end_of_session(leader, patience):
 
 
 def _processes():
-    """(pid, session, state) of all that run, on Linux."""
+    """Yield (pid, session, state) of all processes, on Linux."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]

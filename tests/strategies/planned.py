@@ -14,12 +14,12 @@ PATTERN = Pattern.dilated((16, 32, 96), (1, 2, 3), is_causal=True)
 SHAPE = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 4}
 
 
-def config_of(told):
-    return LongNetConfig(PATTERN, **SHAPE, **told)
+def config_of(options):
+    return LongNetConfig(PATTERN, **SHAPE, **options)
 
 
-def train(rank, world, shared, exchange, tokens, told, accumulate, batch):
-    """Bytes of attention in each step, on this rank."""
+def train(rank, world, shared, exchange, tokens, options, accumulate, batch):
+    """Train, and return the bytes of attention in each step on this rank."""
     real, sent = dist.batch_isend_irecv, Sent()
     dist.batch_isend_irecv = sent
     torch.manual_seed(0)
@@ -34,7 +34,7 @@ def train(rank, world, shared, exchange, tokens, told, accumulate, batch):
                 callbacks=[sent],
             )
             loader = DataLoader(rows, batch_size=batch)
-            trainer.fit(LongNetModule(config_of(told)), loader)
+            trainer.fit(LongNetModule(config_of(options)), loader)
     finally:
         dist.batch_isend_irecv = real
     assert isinstance(trainer, L.Trainer)

@@ -48,7 +48,7 @@ class Model(nn.Module):
 
 
 def sums(logits, labels):
-    """(sum of losses, number of tokens that have a label)"""
+    """Return (sum of losses, number of tokens that have a label)."""
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
     return loss, (labels != -100).sum()
 
@@ -70,9 +70,9 @@ class Module(L.LightningModule):
 
 
 def samples(many, length=LENGTH, seed=3, documents=False):
-    """Sequences of `length`, all but the first padded by some; labels are the tokens that follow."""
+    """Return sequences of `length`, all but the first padded by some; labels are the tokens that follow."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    padded_samples = []
     for i in range(many):
         tokens = torch.randint(VOCABULARY, (length + 1,), generator=generator)
         real = length - (i * 5) % 17
@@ -83,8 +83,8 @@ def samples(many, length=LENGTH, seed=3, documents=False):
         }
         if documents:
             sample["documents"] = torch.arange(length) // (9 + i % 3)
-        found.append(sample)
-    return found
+        padded_samples.append(sample)
+    return padded_samples
 
 
 def sgd(parameters):
@@ -100,7 +100,7 @@ def collated(rows):
 
 
 def reference(setting):
-    """(losses of the micro-batches, final parameters) of one process and a plain loop, on the same global batches."""
+    """Return (losses of the micro-batches, final parameters) of a plain loop in one process, on the global batches."""
     model = started(setting)
     context = SequenceContext(seed=setting["seed"])
     attach_context(model, context)
@@ -144,7 +144,7 @@ def quiet():
 
 
 def trainer_of(strategy, world, **settings):
-    told = {
+    options = {
         "accelerator": "cpu",
         "devices": world,
         "logger": False,
@@ -154,18 +154,18 @@ def trainer_of(strategy, world, **settings):
         "max_epochs": 1,
         "default_root_dir": tempfile.gettempdir(),
     }
-    return L.Trainer(strategy=strategy, **{**told, **settings})
+    return L.Trainer(strategy=strategy, **{**options, **settings})
 
 
-def fit(rank, world, setting, sharding, sequence_parallel_size, resume_from=None, callbacks=(), **told):
-    """(losses, final parameters) of a run under our strategy; ranks begin with parameters of their own."""
+def fit(rank, world, setting, sharding, sequence_parallel_size, resume_from=None, callbacks=(), **options):
+    """Return (losses, final parameters) of a run under our strategy; ranks begin with different parameters."""
     from lightning_longnet.strategies import RingSequenceParallelStrategy
 
     os.environ["PL_GLOBAL_SEED"] = str(setting["seed"])
     with quiet():
         if sharding.startswith("deepspeed"):
-            told = {"engine": SMALL_BUCKETS, **told}
-        strategy = RingSequenceParallelStrategy(sequence_parallel_size, sharding, **told)
+            options = {"engine": SMALL_BUCKETS, **options}
+        strategy = RingSequenceParallelStrategy(sequence_parallel_size, sharding, **options)
         module = Module(started(setting, seed=11 + rank), setting["optimizer"])
         data_parallel_size = world // sequence_parallel_size
         batch_size = setting["global_batch"] // data_parallel_size
@@ -186,7 +186,7 @@ def fit(rank, world, setting, sharding, sequence_parallel_size, resume_from=None
 
 
 def fit_and_save(rank, world, setting, sharding, sequence_parallel_size, folder):
-    """As `fit`; each step of the optimiser leaves `folder`/step=n.ckpt."""
+    """Return the same as `fit`; each step of the optimiser leaves `folder`/step=n.ckpt."""
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     return fit(rank, world, setting, sharding, sequence_parallel_size, callbacks=[saving])
 

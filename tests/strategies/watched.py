@@ -37,7 +37,7 @@ class Time(L.Callback):
 
 
 class Sent(L.Callback):
-    """Bytes and messages that are handed to the network in the steps of training, and how long ranks stand still."""
+    """Bytes and messages that are sent in the steps of training, and how long ranks stand still."""
 
     def __init__(self):
         self.steps, self.counts, self.real = [], defaultdict(int), dist.batch_isend_irecv
@@ -56,23 +56,23 @@ class Sent(L.Callback):
         self.forward = self.counts["sent_bytes"] - self.before.get("sent_bytes", 0)
 
     def on_train_batch_end(self, trainer, *_):
-        found = {name: many - self.before.get(name, 0) for name, many in self.counts.items()}
+        counts = {name: many - self.before.get(name, 0) for name, many in self.counts.items()}
         if not self.steps or self.steps[-1]["done"]:
             self.steps.append(defaultdict(int, done=False))
-        for name, many in found.items():
+        for name, many in counts.items():
             self.steps[-1][name] += many
         self.steps[-1]["done"] = not trainer.fit_loop._should_accumulate()
 
 
 class Logged(L.Callback):
-    """What was logged at each step."""
+    """The figures that were logged at each step."""
 
     def __init__(self):
         self.rows = []
 
     def on_train_batch_end(self, trainer, module, *_):
-        found = {key: float(x) for key, x in trainer.callback_metrics.items() if "/" in key}
-        self.rows.append((trainer.global_step, found))
+        figures = {key: float(x) for key, x in trainer.callback_metrics.items() if "/" in key}
+        self.rows.append((trainer.global_step, figures))
         states = trainer.optimizers[0].state.values()
         self.parameters = sum(_local(x) for x in module.parameters())
         self.state = sum(_local(x) for values in states for x in values.values() if torch.is_tensor(x))
@@ -81,8 +81,8 @@ class Logged(L.Callback):
 class Slow(Module):
     """One rank takes its time."""
 
-    def __init__(self, *told, slow=None):
-        super().__init__(*told)
+    def __init__(self, *arguments, slow=None):
+        super().__init__(*arguments)
         if slow is not None:
             rank, is_before = slow
             hooks = self.model.register_forward_pre_hook if is_before else self.model.register_forward_hook
@@ -105,7 +105,7 @@ def watch(
     hoard=False,
     again=False,
 ):
-    """{what: figures} of this rank, of 4 steps of 2 micro-batches that are logged at every second."""
+    """Return {callback: figures} of this rank, of 4 steps of 2 micro-batches that are logged at every second."""
     timed = Time(1.0 + 0.5 * rank)
     sent, logged = Sent(), Logged()
     monitors = [TokenThroughput(peak_flops=PEAK), MemoryMonitor(), CommunicationMonitor()]

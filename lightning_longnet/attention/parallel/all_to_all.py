@@ -135,7 +135,7 @@ class AllToAllCall(NamedTuple):
 
     @property
     def saved_count(self) -> int:
-        return 4 + (self.inner.saved_count or 1)
+        return 4 + (self.inner.saved_count or 1)  # q, k, v, lse, and the outs of the branches or that of all
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return out, lse and the tensors that the backward needs.

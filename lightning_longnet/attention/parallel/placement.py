@@ -93,6 +93,8 @@ class Placement:
         seconds = self.length - end, self.length - max(begin, middle)  # counted from the end, in the order of ranks
         return _between(self._firsts, begin, min(end, middle)) | _between(self._seconds, *seconds)
 
+    # Cumulative numbers of tokens by rank: of the second halves, of all tokens, and of the first halves
+
     @cached_property
     def _seconds(self) -> tuple[int, ...]:
         return tuple(accumulate((length // 2 for length in self.lengths), initial=0))
