@@ -51,7 +51,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for participant, reason in _ANOTHER_FUNCTION.items():
             lines = [line for line in column[0].lines if str(line.get_label()).startswith(participant)]
             for line in lines:
-                place = {"xytext": (0, 6), "textcoords": "offset points", "fontsize": 8, "color": line.get_color()}
+                place: dict[str, Any] = {
+                    "xytext": (0, 6),
+                    "textcoords": "offset points",
+                    "fontsize": 8,
+                    "color": line.get_color(),
+                }
                 column[0].annotate(reason.partition(":")[0], line.get_xydata()[0], **place)
         _draw_lines(column[1], rows, [float32_tensors(row, machine) for row in rows])
         column[0].set_title(name)
@@ -135,7 +140,7 @@ def _draw_bars(axis: Axes, rows: list[dict[str, Any]], key: str, unit: str) -> N
         text = (
             f"{value:.2f} {unit}, {value / limit:.0f} times as long as this axis" if is_cut else f"{value:.2f} {unit}"
         )
-        place = {"ha": "right", "color": "white"} if is_cut else {"ha": "left", "color": "black"}
+        place: dict[str, Any] = {"ha": "right", "color": "white"} if is_cut else {"ha": "left", "color": "black"}
         offset = (-4 if is_cut else 3, 0)
         end = bar.get_width(), bar.get_y() + bar.get_height() / 2
         axis.annotate(text, end, offset, textcoords="offset points", va="center", fontsize=8, **place)
