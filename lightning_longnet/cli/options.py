@@ -13,14 +13,13 @@ from lightning_longnet.attention.parallel.schedule import Exchange
 from lightning_longnet.cli import COMMANDS, HELP_ALL, TRAINER_COMMANDS, parser_of
 from lightning_longnet.cli.brief import groups
 from lightning_longnet.cli.trainer import TrainerCLI
-from lightning_longnet.layers.feed_forward import Activation
 from lightning_longnet.models.longnet import LongNetConfig
 from lightning_longnet.registration import NAMES
 from lightning_longnet.training.module import LongNetModule
 
 if TYPE_CHECKING:
     from argparse import Action
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _DATA = ("ByteData", "TokenFileData", "HubData", "LongRangeData", "ImageFolderData")
 _VALUES = {
@@ -28,7 +27,6 @@ _VALUES = {
     "--trainer.accelerator": ("cpu", "gpu", "auto"),
     "--trainer.precision": ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true"),
     "--model": ("lightning_longnet.LongNetModule", "lightning_longnet.LongViTModule"),
-    "--model.config.activation": get_args(Activation),
     "--model.config.exchange": get_args(Exchange),
     "--data": tuple(f"lightning_longnet.{name}" for name in _DATA),
 }
@@ -108,7 +106,10 @@ def _trainer_options(command: str, actions: list[Action]) -> Iterator[Option]:
         if not name.endswith((".help", "help", "+")):
             is_switch = name == "--print_config"
             shown[name] = Option(name, known.get(name, ""), _VALUES.get(name, ()), is_switch)
-    fields = [("--model.", LongNetModule.__init__), ("--model.config.", LongNetConfig.__init__)]
+    fields: list[tuple[str, Callable[..., Any]]] = [
+        ("--model.", LongNetModule.__init__),
+        ("--model.config.", LongNetConfig.__init__),
+    ]
     fields += [("--data.", getattr(lightning_longnet, name).__init__) for name in _DATA]
     for prefix, maker in fields:
         for field in list(inspect.signature(maker).parameters.values())[1:]:
