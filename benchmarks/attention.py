@@ -3,6 +3,7 @@
     python benchmarks/attention.py --torchscale ~/src/torchscale --dilated-attention-pytorch ~/src/dilated
     python benchmarks/attention.py --device cuda    # each of our kernels, and dense attention
     python benchmarks/attention.py --table          # the committed result, as the pages show it
+    python benchmarks/attention.py --plot-only      # draws the committed result again
 
 Each round runs every participant once, so that a slow moment of the machine affects all of them.  Results are medians
 over the rounds.  Peak memory is that of torch's allocator, without the inputs and the incoming gradient; on a CPU it is
@@ -169,11 +170,15 @@ def main() -> None:
     parser.add_argument("--dilated-attention-pytorch", metavar="PATH", help="the same for dilated-attention-pytorch")
     parser.add_argument("--out", type=Path, help="where to write the JSON; the plot stands beside it")
     parser.add_argument("--table", action="store_true", help="print the table of the result at --out, measure nothing")
+    parser.add_argument("--plot-only", action="store_true", help="draw the result at --out again, measure nothing")
     options = parser.parse_args()
     options.out = options.out or RESULTS / f"attention-{options.device}.json"
     if options.table:
         is_there = options.out.exists()
         print(table(json.loads(options.out.read_text()), TABLE_DTYPE[options.device]) if is_there else "not measured")
+        return
+    if options.plot_only:
+        draw(json.loads(options.out.read_text()), options.out.with_suffix(".png"))
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(1, "no CUDA device: torch.cuda.is_available() is False\n")

@@ -96,21 +96,6 @@ def table(result: dict[str, Any]) -> str:
     )
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    axis.plot([r["context"] for r in result["rows"]], [r["perplexity"] for r in result["rows"]], "o-", color="#b3321f")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks([r["context"] for r in result["rows"]], [f"{r['context']:,}" for r in result["rows"]])
-    axis.set_xlabel(f"context, tokens; {result['tokens'] / 1e6:.1f} M tokens of training each")
-    axis.set_ylabel("perplexity of a held-out byte")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the committed result")
@@ -121,7 +106,6 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
         result = {"machine": described("cpu"), "tokens": STEP_TOKENS * STEPS, "rows": rows}
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
-        draw(result, RESULT.with_suffix(".png"))
     print(table(json.loads(RESULT.read_text())) if RESULT.exists() else "not measured")
 
 

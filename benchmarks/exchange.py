@@ -2,6 +2,7 @@
 
     python benchmarks/exchange.py
     python benchmarks/exchange.py --table            # the committed result, as the pages show it
+    python benchmarks/exchange.py --plot-only        # draws the committed result again
     python benchmarks/exchange.py --long             # 65,536 tokens on two ranks, where a dense ring takes minutes
     python benchmarks/exchange.py --peer             # adds ring-attention-pytorch at the smallest size: minutes, too
 
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from figure import draw_exchange
 from machine import described
 from peers import ring_attention_pytorch
 from ranks import on_ranks
@@ -214,28 +216,6 @@ def _rows(result: dict[str, Any], case: tuple[int, int, str]) -> list[dict[str, 
     return [r for r in result["rows"] if (r["ranks"], r["tokens"], r["widths"]) == case]
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    cases = _cases(result)
-    names = list(dict.fromkeys(r["participant"] for r in result["rows"] if r["participant"] != PEER))
-    figure = Figure(figsize=(10, 1.2 + 1.5 * len(cases)), layout="constrained")
-    axes = figure.subplots(len(cases), 2, sharey=True, squeeze=False)
-    for (time, sent), case in zip(axes, cases, strict=True):
-        rows = [r for r in _rows(result, case) if r["participant"] != PEER]
-        for axis, key, unit in ((time, "step_seconds", "s"), (sent, "sent_mib_most", "MiB")):
-            values = [r[key] for r in rows]
-            bars = axis.barh(names, values, color=["#999999", *["#b3321f"] * 3, "#2b5d8a", "#2b5d8a"][: len(names)])
-            axis.bar_label(bars, [f"{value:.2f} {unit}" for value in values], padding=3, fontsize=8)
-            axis.set_xlim(0, 1.25 * max(values) or 1)
-            axis.spines[["top", "right"]].set_visible(False)
-        time.invert_yaxis()
-        time.set_title(_title(case), fontsize=9, loc="left")
-    axes[-1, 0].set_xlabel("seconds a step")
-    axes[-1, 1].set_xlabel("most MiB sent by a rank, forward and backward")
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -244,11 +224,15 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="measure the peer, and add its row to the result at --out")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of cases, to replace those at --out")
     parser.add_argument("--table", action="store_true", help="print the table of the result at --out, measure nothing")
+    parser.add_argument("--plot-only", action="store_true", help="draw the result at --out again, measure nothing")
     options = parser.parse_args()
     if options.long:
         options.out, options.rounds = options.out.with_stem("exchange-long-cpu"), 1
     if options.table:
         print(table(json.loads(options.out.read_text())) if options.out.exists() else "not measured")
+        return
+    if options.plot_only:
+        draw_exchange(json.loads(options.out.read_text()), options.out.with_suffix(".png"))
         return
     if options.peer:
         result: dict[str, Any] = json.loads(options.out.read_text())
@@ -257,6 +241,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
             result["rows"] += [row] if row["participant"] == PEER else []
         options.out.write_text(json.dumps(result, indent=1) + "\n")
+        draw_exchange(result, options.out.with_suffix(".png"))
         return
     before = {"rows": []} if options.only is None else json.loads(options.out.read_text())
     found: list[dict[str, Any]] = []
@@ -269,7 +254,7 @@ def main() -> None:
         found += stays
     result = {"machine": described("cpu"), "rows": found}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, options.out.with_suffix(".png"))
+    draw_exchange(result, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -203,8 +203,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--table", action="store_true", help="print the committed result")
+    parser.add_argument("--plot-only", action="store_true", help="draw the committed result again, measure nothing")
     arguments = parser.parse_args()
-    if not arguments.table:
+    if arguments.plot_only:
+        draw(json.loads(RESULT.read_text()), RESULT.with_suffix(".png"))
+    elif not arguments.table:
         torch.set_num_threads(1)
         warnings.filterwarnings("ignore", message="Nothing crosses")  # segments are short on purpose
         result: dict[str, Any] = {"machine": described("cpu"), "load": [round(load, 1) for load in os.getloadavg()]}

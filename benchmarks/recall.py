@@ -2,6 +2,7 @@
 
     python benchmarks/recall.py
     python benchmarks/recall.py --table            # the committed result, as the pages show it
+    python benchmarks/recall.py --plot-only        # draws the committed result again
 
 The same small model is trained twice on two processes that share every sequence, with `ring_sequence_parallel`: once
 with dilated segments up to the whole sequence, once only with local segments.  Answers are farther back than the tokens
@@ -17,6 +18,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from figure import draw_recall
 from machine import described
 from ranks import on_ranks
 
@@ -119,9 +121,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--table", action="store_true", help="print the committed result")
+    parser.add_argument("--plot-only", action="store_true", help="draw the committed result again, measure nothing")
     arguments = parser.parse_args()
     if not arguments.table:
-        RESULT.write_text(json.dumps(measured(arguments.steps), indent=1) + "\n")
+        if not arguments.plot_only:
+            RESULT.write_text(json.dumps(measured(arguments.steps), indent=1) + "\n")
+        draw_recall(json.loads(RESULT.read_text()), RESULT.with_suffix(".png"))
     print(table(json.loads(RESULT.read_text())) if RESULT.exists() else "not measured")
 
 

@@ -17,6 +17,7 @@ from lightning_longnet.attention.checks import (
     prepared_call,
     request_of,
 )
+from lightning_longnet.attention.compiling import not_compiled
 from lightning_longnet.attention.kernels import Explanation, judge, reference
 from lightning_longnet.attention.kernels.dropout import Dropout
 from lightning_longnet.attention.parallel.calls import call_kind
@@ -169,7 +170,7 @@ def _attend_reference(call: PreparedCall) -> tuple[Tensor, Tensor]:
     return reference.attend(call, dropout)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def _attend_part(call: PreparedCall, shard: SequenceShard, is_seed_given: bool) -> tuple[Tensor, Tensor]:
     """Attend over ranks; all ranks of the shard call it together.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, get_args
 import torch
 from torch import Tensor
 
+from lightning_longnet.attention.compiling import constant_result
 from lightning_longnet.attention.kernels import Request, has_few_keys, reference, select
 from lightning_longnet.attention.parallel.schedule import Exchange
 from lightning_longnet.attention.parallel.shard import SequenceShard
@@ -117,7 +118,7 @@ def request_of(q: Tensor, v: Tensor, pattern: Pattern, is_padded: bool, has_drop
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 

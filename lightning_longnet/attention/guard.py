@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from lightning_longnet.attention.attend import attend
 from lightning_longnet.attention.checks import prepared_call
+from lightning_longnet.attention.compiling import not_compiled
 from lightning_longnet.attention.kernels import judge, kernel_names, reference
 from lightning_longnet.attention.parallel.shard import SequenceShard, report_errors
 from lightning_longnet.attention.trial import free_bytes, kernel_fault, needed_bytes
@@ -92,7 +93,7 @@ class Guard:
         self._has_warned = False
         self._memory: tuple[int, int | None] = 0, None  # of the latest preflight: needed and free bytes
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def attend(
         self,
         q: Tensor,

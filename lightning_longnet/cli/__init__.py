@@ -1,9 +1,9 @@
 """The command line `longnet`, with a module for each command that is imported when the command is given.
 
 The module of a command has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`, which may return an exit
-status.  With `TAKES_OVERRIDES` it gets the arguments that its parser does not know as `arguments.overrides`.  Slow
-imports are inside of `run`, so that `--help` is fast.  LightningCLI runs the commands of the Trainer: fit, validate,
-test and predict.
+status, and an `EXAMPLE` where it needs words after its name.  With `TAKES_OVERRIDES` it gets the arguments that its
+parser does not know as `arguments.overrides`.  Slow imports are inside of `run`, so that `--help` is fast.
+LightningCLI runs the commands of the Trainer: fit, validate, test and predict.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import sys
 import traceback
 from importlib import import_module
+from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -38,9 +39,11 @@ COMMANDS = {
     "plan": "memory, bytes and time of a run, before it is launched",
     "report": "a run, or several side by side, as one page to read",
     "convert": "a torchscale LongNet or LongViT to ours",
+    "completion": "the script with which bash, zsh or fish completes these commands and their options",
 }
 _READERS = ("generate", "tokenize", "export", "report", "convert")  # of files that others may have written
 _SUPERVISION = ("--restarts", "--stall", "--allow")  # options of fit that make it run under a supervisor
+HELP_ALL = "--help-all"  # what fit, validate, test and predict print for it is too long for `--help`
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -63,6 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in TRAINER_COMMANDS and command not in COMMANDS:
         names = [*TRAINER_COMMANDS, *COMMANDS]
         return _refuse(f"no command {command!r}{nearest(command, names, 0.75, ',')}; there are {', '.join(names)}")
+    if command in TRAINER_COMMANDS and (len(given) == 1 or {"-h", "--help"} & set(given)):
+        from lightning_longnet.cli.brief import brief_help, wanted
+
+        if len(given) == 1:
+            return _refuse(wanted(command))
+        print(brief_help(command))  # noqa: T201
+        return 0
     try:
         if command == "fit" and any(word.partition("=")[0] in _SUPERVISION for word in given):
             from lightning_longnet.supervision.arguments import split, supervise
@@ -71,9 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if options is not None:
                 return supervise([sys.executable, "-m", "lightning_longnet", *given], options)
         if command in TRAINER_COMMANDS:
+            if "LOCAL_RANK" not in environ:  # importing Lightning takes seconds; of several ranks one tells
+                print("longnet: loading torch and Lightning", file=sys.stderr, flush=True)  # noqa: T201
             from lightning_longnet.cli.trainer import run_trainer
 
-            run_trainer(given)
+            run_trainer(["--help" if word == HELP_ALL else word for word in given])
         else:
             return run_command(command, given[1:])
     except (ValueError, OSError) as error:
@@ -88,16 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(command: str, arguments: Sequence[str]) -> int:
     """Parse the arguments of a command of `COMMANDS`, run it, and return its exit status."""
-    module = import_module(f"lightning_longnet.cli.{command}")
-    parser = _Parser(
-        prog=f"longnet {command}",
-        description=module.DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
-    if command in _READERS:
-        parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
+    module, parser = import_module(f"lightning_longnet.cli.{command}"), parser_of(command)
     options, others = parser.parse_known_args(arguments)
     takes_overrides = getattr(module, "TAKES_OVERRIDES", False)
     for word in others:
@@ -112,10 +115,31 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
     return module.run(options) or 0
 
 
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """Return the parser of a command of `COMMANDS`."""
+    module = import_module(f"lightning_longnet.cli.{command}")
+    parser = _Parser(
+        prog=f"longnet {command}",
+        description=module.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.example = getattr(module, "EXAMPLE", "")
+    module.add_arguments(parser)
+    if command in _READERS:
+        parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
+    return parser
+
+
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage before it."""
+    """A parser whose errors are one line without the usage, and show what to type where a word is missing."""
+
+    example = ""
 
     def error(self, message: str) -> NoReturn:
+        absent = message.removeprefix("the following arguments are required: ")
+        if absent != message:
+            message = f"{self.prog} needs {absent}: {self.example}"
         self.exit(2, f"longnet: error: {message}; {self.prog} --help tells more\n")
 
 

@@ -23,6 +23,8 @@ Arguments that the file contains need not be given.  A feature that has no count
 longnet export and lightning_longnet.load_model read the result.
 """
 
+EXAMPLE = "longnet convert longvit.pth longvit.ckpt"
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of this command."""
@@ -62,6 +64,7 @@ def run(arguments: Namespace) -> None:
         from_torchscale,
         read_torchscale,
     )
+    from lightning_longnet.cli.progress import written
 
     for name in set(options) - {*ARGUMENTS, *REFUSED_ARGUMENTS}:
         # torchscale has many arguments without effect here, so an unknown name is an error only if it looks misspelt
@@ -69,8 +72,9 @@ def run(arguments: Namespace) -> None:
             raise ValueError(f"set must name torchscale's arguments, as {near[0]}, got {name}")
     state, saved = read_torchscale(arguments.source, arguments.key)
     model = from_torchscale(state, {**saved, **options}, arguments.mix, arguments.ragged)
-    write_checkpoint(model, target)
     size = sum(parameter.numel() for parameter in model.parameters())
+    with written(target, sum(x.nbytes for x in model.state_dict().values()), f"writing {target}"):
+        write_checkpoint(model, target)
     print(f"{target}: {type(model).__name__}, {size:,} parameters{_padding(model)}")  # noqa: T201
 
 

@@ -36,8 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--ranks must be at least 1, got {arguments.ranks}")
     if not 0 < arguments.timeout < float("inf"):
         raise ValueError(f"--timeout must be more than 0, got {arguments.timeout:g}")
+    from lightning_longnet.cli.progress import steps
     from lightning_longnet.diagnosis.machine import examine
-    from lightning_longnet.diagnosis.ranks import ask, backend_of, launched_world, local_world
+    from lightning_longnet.diagnosis.ranks import PROGRAM, ask, backend_of, launched_world, local_world
 
     world = launched_world()
     if world is not None and arguments.ranks not in (None, world.ranks):
@@ -52,7 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     backend = arguments.backend or backend_of(world)
     if backend == "nccl" and backend_of(world) != "nccl":
         raise ValueError(f"--backend nccl needs a torch with NCCL and a GPU for each of {world.local_ranks} ranks here")
-    answers = ask(world, backend, arguments.timeout)
+    with steps("checking", "exchange of a rank") as report:
+        answers = ask(world, backend, arguments.timeout, PROGRAM, report)
     title = f"{world.ranks} rank{'s' * (world.ranks > 1)} over {backend}, forward and backward, beside one process"
     lines = _lines(title, answers) if world.reports else answers.failures
     if lines:

@@ -15,6 +15,7 @@ DESCRIPTION = """Write a trained model as a folder.
 
 In Python, lightning_longnet.load_model("folder") reads either.  Needs the extra hf.
 """
+EXAMPLE = "longnet export last.ckpt folder"
 NONE = "none"
 
 
@@ -34,8 +35,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Namespace) -> None:
     """Export the model, and print its size and tokenizer."""
+    from pathlib import Path
+
     from lightning_longnet.checkpointing.checkpoints import read_checkpoint
     from lightning_longnet.checkpointing.exports import export_model, model_of
+    from lightning_longnet.cli.progress import written
     from lightning_longnet.data.tokenizers import tokenizer_of
 
     saved = read_checkpoint(arguments.checkpoint)
@@ -46,8 +50,10 @@ def run(arguments: Namespace) -> None:
     name = None if is_plain else arguments.tokenizer or saved.hyper_parameters.get("tokenizer")
     tokenizer = None if name in (None, NONE) else tokenizer_of(name)
     trained_length = saved.hyper_parameters.get("tokens")
-    export_model(model, arguments.folder, arguments.format, tokenizer=tokenizer, trained_length=trained_length)
     size = sum(parameter.numel() for parameter in model.parameters())
+    total, folder = sum(x.nbytes for x in model.state_dict().values()), Path(arguments.folder)
+    with written(folder, total, f"writing {folder}"):
+        export_model(model, folder, arguments.format, tokenizer=tokenizer, trained_length=trained_length)
     print(f"{arguments.folder}: {type(model).__name__}, {size:,} parameters")  # noqa: T201
     if not is_plain:
         unknown = "none: the checkpoint names none, and --tokenizer adds one" if name is None else NONE

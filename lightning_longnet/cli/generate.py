@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Continue a text with a trained model, in one process, which computes the whole prefix for each token."
 
+EXAMPLE = 'longnet generate last.ckpt --prompt "Once upon"'
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
@@ -32,6 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from lightning_longnet.checkpointing.checkpoints import read_checkpoint
     from lightning_longnet.checkpointing.exports import model_of
+    from lightning_longnet.cli.progress import bar
     from lightning_longnet.data.tokenizers import tokenizer_of
     from lightning_longnet.models.generation import generate
     from lightning_longnet.models.longnet import LongNet
@@ -64,12 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--tokenizer must be the model's: it gives token {max(ids)}, and the model has {config.vocab_size}"
         )
-    output_ids = generate(
-        model,
-        torch.tensor([ids]),
-        arguments.tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        seed=arguments.seed,
-    )
+    options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "seed")}
+    with bar(arguments.tokens, "generating", "token") as shown:
+        model.head.register_forward_hook(lambda *_: shown.update())  # runs once for each token
+        output_ids = generate(model, torch.tensor([ids]), arguments.tokens, **options)
     print(tokenizer.decode(output_ids[0].tolist()))  # noqa: T201

@@ -14,6 +14,7 @@ DESCRIPTION = """Write quickstart.yaml, the commented configuration of a small r
 
 It trains a byte-level model on the sources of Python's standard library, on two CPU processes, in two minutes."""
 
+EXAMPLE = "longnet init first"
 NAME = "quickstart.yaml"
 
 

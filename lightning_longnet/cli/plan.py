@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import argparse
-
     from lightning_longnet.planning.devices import Device
 
 DESCRIPTION = """Predict the memory, messages and time of a run, and the longest sequence that fits, before any launch.
@@ -18,7 +17,9 @@ DESCRIPTION = """Predict the memory, messages and time of a run, and the longest
 The configuration files and overrides are those of longnet fit.  Times follow from the peak and the links in the data
 sheet of the device, and from the shares of them that --efficiency gives."""
 
+EXAMPLE = "longnet plan --config quickstart.yaml --device cpu"
 TAKES_OVERRIDES = True
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", action="append", default=[], help="a file of longnet fit; later ones override earlier ones"
     )
-    parser.add_argument("--nodes", type=int, help="number of machines; by default that of the file")
-    parser.add_argument("--gpus-per-node", type=int, help="devices of each machine; by default those of the file")
-    parser.add_argument("--tokens", type=int, help="tokens of a sequence; by default those of the file's data")
+    parser.add_argument("--nodes", type=_whole, help="number of machines; by default that of the file")
+    parser.add_argument("--gpus-per-node", type=_whole, help="devices of each machine; by default those of the file")
+    parser.add_argument("--tokens", type=_whole, help="tokens of a sequence; by default those of the file's data")
     parser.add_argument("--device", default="h200", help="h200 (by default), h100, a100, ..., cpu")
     parser.add_argument("--memory-gib", type=float, help="memory of a device, instead of the data sheet's")
     parser.add_argument("--peak-tflops", type=float, help="peak of a device, instead of the data sheet's")
@@ -39,6 +40,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--picture", metavar="PNG", help="write a picture (needs the extra plots)")
     parser.add_argument("--scale", action="store_true", help="8K to 1B tokens, at a constant number of tokens a device")
+
+
+def _whole(text: str) -> int:
+    """Return a whole number, which may be written as 1e6."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not value.is_integer():
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return int(value)
+
+
+def _check_picture(path: str) -> None:
+    """Refuse a picture that cannot be written, before the plan is made."""
+    from pathlib import Path
+
+    if Path(path).suffix not in _PICTURES:
+        raise ValueError(f"--picture must be a file that ends with one of {', '.join(_PICTURES)}, got {path}")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"--picture must be in a folder that exists, got {path}")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -64,19 +90,23 @@ def run(arguments: argparse.Namespace) -> None:
         overrides["efficiency"] = tuple(arguments.efficiency)
     device = replace(device, **overrides)
     peak = None if arguments.peak_tflops is None else arguments.peak_tflops * 1e12
+    if arguments.picture is not None:
+        _check_picture(arguments.picture)
     if arguments.scale:
         _show_scale(arguments, device)
         return
     if not arguments.config:
         files = [word for word in arguments.overrides if word.endswith((".yaml", ".yml"))]
         question = f"; did you mean --config {files[0]}?" if files else ""
-        raise ValueError(f"--config must name a file, as of longnet fit{question}")
+        raise ValueError(f"--config must name a file, as of longnet fit{question or f': {EXAMPLE}'}")
     from lightning_longnet.cli.configured import read_job
+    from lightning_longnet.cli.progress import steps
     from lightning_longnet.planning.run import plan_run
 
     words = [word for path in arguments.config for word in ("--config", path)]
     job = read_job([*words, *arguments.overrides], arguments.nodes, arguments.gpus_per_node, arguments.tokens)
-    plan = plan_run(job, device, peak)
+    with steps("planning") as report:
+        plan = plan_run(job, device, peak, report)
     print(json.dumps(plan.to_dict(), indent=1) if arguments.json else plan)  # noqa: T201
     if arguments.picture is not None:
         from lightning_longnet.planning.picture import draw

@@ -13,6 +13,8 @@ exchange, and pictures of the pattern and the placement.  It needs no network.  
 The files are metrics.csv (CSVLogger), config.yaml (LightningCLI), hparams.yaml and run.json (the callback RunReport);
 missing ones are skipped."""
 
+EXAMPLE = "longnet report runs/quickstart"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
@@ -25,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the report, and print its path."""
+    from lightning_longnet.cli.progress import steps
     from lightning_longnet.report import write_report
 
-    path = write_report(arguments.run_dirs, arguments.out, images=False if arguments.no_images else None)
+    with steps("drawing", "picture") as report:
+        path = write_report(arguments.run_dirs, arguments.out, False if arguments.no_images else None, report)
     print(path)  # noqa: T201

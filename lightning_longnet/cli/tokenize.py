@@ -19,6 +19,8 @@ same arguments, and writes the same bytes.  The tokenizer gets files longer than
   longnet tokenize books/ --out tokens --tokenizer gpt2 --pattern '*.txt'
 """
 
+EXAMPLE = "longnet tokenize books --out tokens"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
@@ -38,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Tokenise the files with a progress bar, and print the result."""
-    from tqdm import tqdm
-
+    from lightning_longnet.cli.progress import bar
     from lightning_longnet.data.paths import found_files
     from lightning_longnet.data.tokenizing import plan_of, tokenize
 
@@ -49,10 +50,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"workers must be a positive number, or 0 for one to each core, got {arguments.workers}")
     if not 0 < arguments.shard_megabytes < float("inf"):
         raise ValueError(f"shard-megabytes must be more than 0, got {arguments.shard_megabytes:g}")
+    if Path(arguments.out).is_file():
+        raise ValueError(f"--out must be a folder, or a new name, got {arguments.out}, which is a file")
     files = found_files("paths", arguments.paths, arguments.pattern)
     plan = plan_of(files, arguments.tokenizer, max(1, int(arguments.shard_megabytes * 2**20)))
-    with tqdm(total=plan.bytes, unit="B", unit_scale=True, desc=f"{len(files):,} files") as bar:
-        result = tokenize(plan, Path(arguments.out), workers, bar.update)
+    with bar(plan.bytes, f"{len(files):,} files", "B", unit_scale=True) as shown:
+        result = tokenize(plan, Path(arguments.out), workers, shown.update)
     print(  # noqa: T201
         f"{result['tokens']:,} tokens of {result['bytes_per_token']:.2f} bytes, vocabulary "
         f"{result['vocab_size']:,}, in {arguments.out}\n"

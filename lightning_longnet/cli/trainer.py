@@ -74,6 +74,7 @@ class TrainerCLI(LightningCLI):
             parser_class=type("Parser", (Parser,), {"words": words}),
             seed_everything_default=0,
             args=args,
+            parser_kwargs={"prog": "longnet"},
             **options,
         )
 

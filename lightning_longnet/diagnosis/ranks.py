@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.diagnosis.exactness import Finding
+from lightning_longnet.diagnosis.exactness import EXCHANGES, Finding
 from lightning_longnet.diagnosis.rank import Job, connected
 
 if TYPE_CHECKING:
@@ -108,7 +108,13 @@ def backend_of(world: World) -> str:
     return "nccl" if has_gpus and dist.is_nccl_available() else "gloo"
 
 
-def ask(world: World, backend: str, timeout: float, program: Sequence[str] = PROGRAM) -> Answers:
+def ask(
+    world: World,
+    backend: str,
+    timeout: float,
+    program: Sequence[str] = PROGRAM,
+    report: Callable[[int, int], None] | None = None,
+) -> Answers:
     """Start this process's ranks, and return what all ranks answer within `timeout` seconds.
 
     Only the process that has rank 0 returns findings; the others return no failure if all of it was right.  No process
@@ -119,6 +125,7 @@ def ask(world: World, backend: str, timeout: float, program: Sequence[str] = PRO
         backend: "gloo" or "nccl".
         timeout: seconds.
         program: the command that runs a rank, to which its `Job` is added as JSON.
+        report: called with the number of exchanges that ranks have checked, and of all, in the process of rank 0.
     """
     deadline = time.monotonic() + timeout
     try:
@@ -135,7 +142,7 @@ def ask(world: World, backend: str, timeout: float, program: Sequence[str] = PRO
         return Answers([], [f"rank {world.own[0]} did not reach rank 0 at {place}: {str(error).splitlines()[0]}"])
     with _started(world, port, backend, timeout, program) as processes:
         if world.reports:
-            answers = _collected(world, store, processes, deadline)
+            answers = _collected(world, store, processes, deadline, report)
             store.set("verdict", "exact" if answers.is_exact else "wrong")
             if server is not None and len(world.own) < world.ranks:
                 _wait(lambda: all(store.check([f"read/{rank}"]) for rank in range(1, world.ranks)), GRACE)
@@ -176,6 +183,7 @@ def _collected(
     store: Any,
     processes: dict[int, Started],
     deadline: float,
+    report: Callable[[int, int], None] | None,
 ) -> Answers:
     """Return the answers of all ranks, as far as they come until the deadline."""
     waiting = set(range(world.ranks))
@@ -195,6 +203,9 @@ def _collected(
                 last = _last_line(processes[rank].output)
                 failures[rank] = f"rank {rank} ended with status {status} {_step(store, rank)}{last}"
         waiting -= {*answers, *failures}
+        if report is not None:
+            done = sum(_checked(store, rank) for rank in waiting) + (world.ranks - len(waiting)) * len(EXCHANGES)
+            report(done, world.ranks * len(EXCHANGES))
         if failures:  # the others cannot finish without it
             deadline = min(deadline, time.monotonic() + GRACE)
         time.sleep(_PAUSE)
@@ -231,6 +242,12 @@ def _step(store: Any, rank: int) -> str:
     if not store.check([f"at/{rank}"]):
         return "before it had started"
     return f"while {step}" if not (step := store.get(f"at/{rank}").decode()).startswith("in ") else step
+
+
+def _checked(store: Any, rank: int) -> int:
+    """Return the number of exchanges that a rank has checked, while it gives no answer yet."""
+    name = store.get(f"at/{rank}").decode().removeprefix("in ") if store.check([f"at/{rank}"]) else ""
+    return EXCHANGES.index(name) if name in EXCHANGES else 0
 
 
 def _last_line(output: Path) -> str:

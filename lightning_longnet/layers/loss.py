@@ -61,6 +61,11 @@ def chunked_cross_entropy(
     return TokenLoss(loss_sum, (targets != ignore_index).sum())
 
 
+def chunk_starts(tokens: int, chunk_tokens: int) -> range:
+    """Return where the chunks begin."""
+    return range(0, tokens, chunk_tokens)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """The summed loss.  The forward also computes the gradients for a loss gradient of 1; the backward scales them."""
 
@@ -83,7 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dhidden = torch.empty_like(hidden) if needs_hidden else None
             dweight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
             dbias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs_bias else None
-            for begin in range(0, len(hidden), chunk_tokens):
+            for begin in chunk_starts(len(hidden), chunk_tokens):
                 rows = slice(begin, begin + chunk_tokens)
                 is_ignored = (labels[rows] == ignore_index)[:, None]
                 # zero the ignored tokens here, where rows are narrower than the logits: whatever they held, NaN

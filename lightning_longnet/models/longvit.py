@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_longnet.attention.compiling import constant_result
 from lightning_longnet.attention.pattern.ordering import Ordering, order_of
 from lightning_longnet.layers.options import positive_integer, require
 from lightning_longnet.layers.positions import Kind  # noqa: TC001  for the command line's reading of types
@@ -216,7 +217,7 @@ class LongViT(Blocks):
         return resized.to(table.dtype).flatten(1).T
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _grid_order(ordering: Ordering, rows: int, columns: int, device: torch.device) -> Tensor:
     """Return the order of the patches (rows * columns,), as a constant where the model is compiled."""
     return _cached_order(ordering, rows, columns, device)

@@ -16,7 +16,7 @@ from lightning_longnet.planning.speed import StepTime, required_flops, step_time
 from lightning_longnet.planning.traced import trace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from lightning_longnet.models.blocks import Recompute
     from lightning_longnet.planning.devices import Device
@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 # The share of a device's memory that a run may fill: the rest is for the driver, the libraries and fragmentation
 USABLE = 0.9
+_LONGEST = 2**30  # tokens of a rank
+_WIDER = (2, 4, 8, 16)  # multiples of the nodes that advice tries
+_STEPS = 3  # of a plan, besides those of advice
 _CHUNK = 4096  # tokens of a feed-forward's chunk, in advice
+_CHUNKS = 64  # of a sequence, at most: a trace runs each
 
 
 class Advice(NamedTuple):
@@ -109,16 +113,28 @@ class RunPlan:
         return values(self)
 
 
-def plan_run(job: Job, device: Device, peak_flops: float | None = None) -> RunPlan:
-    """Return the plan of a job on devices of a kind."""
+def plan_run(
+    job: Job, device: Device, peak_flops: float | None = None, report: Callable[[int, int], None] | None = None
+) -> RunPlan:
+    """Return the plan of a job on devices of a kind.
+
+    `report` is called with the number of steps that are done, and of all that may be: the search for changes after
+    which the run fits ends at the first number of nodes that is enough.
+    """
+    _check_length(job)
     device = device.shared(job.per_node, torch.get_num_threads())
     kinds, weights = layer_kinds(job, "cpu" if device.name == "cpu" else "cuda"), Weights.of(job)
+    report = report or _no_report
+    report(1, _STEPS)
     fullest = _fullest(job, kinds)
     traced = _traced(job, kinds, fullest)
     held = memory(job, weights, traced)
+    report(2, _STEPS)
     peak_flops = device.peak(job.dtype) if peak_flops is None else peak_flops
     timed = [step_time(job, device, peak_flops, kinds, rank, traced, weights) for rank in kinds[0].shares]
     usable = USABLE * device.memory
+    longest = _longest(job, kinds, fullest, weights, held.peak, usable)
+    report(_STEPS, _STEPS)
     return RunPlan(
         job,
         device,
@@ -129,10 +145,20 @@ def plan_run(job: Job, device: Device, peak_flops: float | None = None) -> RunPl
         held,
         max(timed, key=lambda each: each.seconds),
         required_flops(job, weights),
-        _longest(job, kinds, fullest, weights, held.peak, usable),
-        () if held.peak <= usable else tuple(advice(job, usable)),
+        longest,
+        () if held.peak <= usable else tuple(advice(job, usable, report)),
         tuple(_notes(job)),
     )
+
+
+def _check_length(job: Job) -> None:
+    """Refuse sequences whose part on a rank no device could hold, before tables of its rows are made."""
+    most = max(job.placed().lengths)
+    if most > _LONGEST:
+        raise ValueError(
+            f"tokens must be at most {_LONGEST:,} on a rank in a plan, got {most:,} on each of {job.shared_by}: plan "
+            f"with more nodes, or fewer tokens"
+        )
 
 
 def _traced(job: Job, kinds: tuple[LayerKind, ...], rank: int) -> Trace:
@@ -161,7 +187,11 @@ def _longest(job: Job, kinds: tuple[LayerKind, ...], rank: int, weights: Weights
     return max(tokens // job.shared_by * job.shared_by, 0)
 
 
-def advice(job: Job, usable: float) -> Iterator[Advice]:
+def _no_report(done: int, total: int) -> None:
+    pass
+
+
+def advice(job: Job, usable: float, report: Callable[[int, int], None] = _no_report) -> Iterator[Advice]:
     """Yield the changes that make a run fit, each tried alone; more nodes last."""
     changes: list[tuple[str, Job]] = []
     config = job.config
@@ -172,10 +202,13 @@ def advice(job: Job, usable: float) -> Iterator[Advice]:
                 (f"--model.config.recompute '{value}'", replace(job, config=replace(config, recompute=value)))
             )
     if config.feed_forward_chunk is None:
-        smaller = replace(config, recompute="everything", feed_forward_chunk=_CHUNK)
+        chunk = _CHUNK
+        while max(job.placed().lengths) > _CHUNKS * chunk:
+            chunk *= 2
+        smaller = replace(config, recompute="everything", feed_forward_chunk=chunk)
         changes.append(
             (
-                f"--model.config.recompute everything --model.config.feed_forward_chunk {_CHUNK}",
+                f"--model.config.recompute everything --model.config.feed_forward_chunk {chunk}",
                 replace(job, config=smaller),
             )
         )
@@ -190,11 +223,14 @@ def advice(job: Job, usable: float) -> Iterator[Advice]:
 
     if job.shared_by < job.ranks and not is_refused(job.ranks):
         changes.append((f"sequence_parallel_size {job.ranks}", replace(job, sequence_parallel_size=job.ranks)))
-    for change, other in changes:
+    total = _STEPS + len(changes) + len(_WIDER)
+    for done, (change, other) in enumerate(changes, _STEPS):
+        report(done, total)
         peak = peak_of(other)
         if peak <= usable:
             yield Advice(change, peak)
-    for factor in (2, 4, 8, 16):
+    for done, factor in enumerate(_WIDER, _STEPS + len(changes)):
+        report(done, total)
         wider = replace(job, nodes=job.nodes * factor, sequence_parallel_size=job.shared_by * factor)
         if is_refused(wider.shared_by):
             continue

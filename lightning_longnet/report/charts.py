@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
+from itertools import accumulate
 from math import ceil, floor, log10
 
 WIDTH, HEIGHT = 400, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 40
+_LETTER = 7.0  # width of a digit
+_DASH = 9  # length of the dashes of lines with the same points
+_SMOOTHED = 20  # points from which on a line is smoothed
+_WINDOWS = 12  # widths of the smoothing window in a line
+_ALIKE = 0.003  # of the range of a chart, by which the points of lines that are drawn in turns may differ
 _POINTS = 300  # longer lines are reduced to this many means
 
 
@@ -19,8 +25,10 @@ class Line:
         name: the quantity, for the legend; empty if the chart has only one.
         points: (x, y) in ascending order of x.
         colour: the number of the run.
-        style: "solid", "dashed", "faint" or "dots".
+        style: "solid", "dashed", "faint", "marked" (a line with a mark at each point) or "dots".
         run: the name of the run, for the legend; empty if there is only one run.
+        turn: (number, count) of lines that have the same points: each is drawn in dashes that leave room for the
+            others.
     """
 
     name: str
@@ -28,10 +36,17 @@ class Line:
     colour: int
     style: str = "solid"
     run: str = ""
+    turn: tuple[int, int] = (0, 1)
 
     @property
     def is_empty(self) -> bool:
         return not self.points
+
+    @property
+    def dashes(self) -> tuple[int, int, int] | None:
+        """The length of a dash, of a gap, and of what comes before the first dash, of a line with a turn."""
+        number, count = self.turn
+        return (_DASH, _DASH * (count - 1), _DASH * number) if count > 1 else None
 
 
 @dataclass(frozen=True)
@@ -103,15 +118,23 @@ def _lines(chart: Chart) -> str:
     plane = _Plane(x_low, x_high, y_low, y_high)
     parts = [_grid(plane, y_ticks, chart)]
     for x in x_ticks:
-        parts.append(_text(plane.x(x), HEIGHT - BOTTOM + 16, shown(x, x_ticks), "middle"))
+        label = shown(x, x_ticks)
+        is_wide = plane.x(x) + _LETTER * len(label) / 2 > WIDTH  # the last one
+        place = (WIDTH - 1.0, "end") if is_wide else (plane.x(x), "middle")
+        parts.append(_text(place[0], HEIGHT - BOTTOM + 16, label, place[1]))
     for line, points in visible:
         at = [(plane.x(x), plane.y(y)) for x, y in points]
         if line.style != "dots" and len(at) > 1:
             path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
-            parts.append(f'<path d="{path}" class="line run{shade(line.colour)} {line.style}"/>')
-        if line.style == "dots" or len(at) == 1:
+            turn = ""
+            if line.dashes is not None:
+                dash, gap, before = line.dashes
+                turn = f' style="stroke-dasharray: {dash} {gap}; stroke-dashoffset: {-before}"'
+            parts.append(f'<path d="{path}" class="line run{shade(line.colour)} {line.style}"{turn}/>')
+        if line.style in ("dots", "marked") or len(at) == 1:
             parts += [
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" class="fill run{shade(line.colour)}"/>' for x, y in at
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" class="fill run{shade(line.colour)}"/>'
+                for x, y in at[line.turn[0] :: line.turn[1]]
             ]
     return _svg_element(chart, parts)
 
@@ -222,6 +245,45 @@ def shown(value: float, among: list[float], is_percent: bool = False) -> str:
     if float(text.replace(",", "")) == 0:
         return "0%" if is_percent else "0"
     return f"{text}{suffix}"
+
+
+def smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the mean of the points around each point; of few points, none.
+
+    The window is centred, so that the line has no lag, and narrower near both ends.
+    """
+    if len(points) < _SMOOTHED:
+        return []
+    half = max(1, len(points) // (2 * _WINDOWS))
+    sums = [0.0, *accumulate(y for _, y in points)]
+    means = []
+    for i, (x, _) in enumerate(points):
+        reach = min(half, i, len(points) - 1 - i)
+        means.append((x, (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)))
+    return means
+
+
+def in_turns(lines: list[Line]) -> list[Line]:
+    """Return lines such that those of several runs with the same points all are visible: they are drawn in turns."""
+    values = [y for line in lines for _, y in line.points]
+    tolerance = _ALIKE * (max(values) - min(values)) if values else 0.0
+    alike: list[list[int]] = []
+    for i, line in enumerate(lines):
+        for group in alike:
+            first = lines[group[0]]
+            if line.name == first.name and _are_alike(line.points, first.points, tolerance):
+                group.append(i)
+                break
+        else:
+            alike.append([i])
+    turns = {i: (number, len(group)) for group in alike for number, i in enumerate(group)}
+    return [line if line.is_empty else replace(line, turn=turns[i]) for i, line in enumerate(lines)]
+
+
+def _are_alike(some: list[tuple[float, float]], others: list[tuple[float, float]], tolerance: float) -> bool:
+    return len(some) == len(others) and all(
+        a[0] == b[0] and abs(a[1] - b[1]) <= tolerance for a, b in zip(some, others, strict=True)
+    )
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

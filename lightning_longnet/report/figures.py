@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lightning_longnet.report.charts import Bars, Chart, Line
+from lightning_longnet.report.charts import Bars, Chart, Line, in_turns, smoothed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,7 +98,17 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
         ),
         *_others(runs),
     ]
-    return [chart for chart in candidates if not chart.is_empty]
+    return [_in_turns(chart) for chart in candidates if not chart.is_empty]
+
+
+def _in_turns(chart: Chart) -> Chart:
+    """Return a chart whose equal lines are all visible, with a note of the runs that they are of."""
+    lines = in_turns(chart.lines)
+    equal = dict.fromkeys(line.run for line in lines if line.turn[1] > 1)
+    if not equal:
+        return chart
+    note = f"Lines of {', '.join(equal)} that are equal are drawn in alternating dashes."
+    return replace(chart, lines=lines, note=" ".join(filter(None, (chart.note, note))))
 
 
 def differing(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -113,8 +124,11 @@ def _learning(
     """Return a chart of training and validation values; `keys` are the names that each may have in the metrics."""
     lines = []
     for i, run in enumerate(runs):
-        lines.append(Line("training", run.points(*keys[0]), i, "faint", _legend_of(runs, run)))
-        lines.append(Line("validation", run.points(*keys[1]), i, run=_legend_of(runs, run)))
+        training, run_name = run.points(*keys[0]), _legend_of(runs, run)
+        mean = smoothed(training)
+        lines.append(Line("training", training, i, "faint" if mean else "solid", run_name))
+        lines.append(Line("training, smoothed", mean, i, "solid", run_name))
+        lines.append(Line("validation", run.points(*keys[1]), i, "marked", run_name))
     return Chart(key, title, unit, lines)
 
 

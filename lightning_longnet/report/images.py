@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
@@ -10,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from lightning_longnet.attention.pattern.pattern import Pattern
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from lightning_longnet.report.charts import Chart
@@ -21,20 +22,27 @@ _STYLES: dict[str, dict[str, Any]] = {
     "solid": {},
     "dashed": {"linestyle": "--"},
     "faint": {"alpha": 0.45},
+    "marked": {"marker": "o", "markersize": 3},
     "dots": {"linestyle": "none", "marker": "o", "markersize": 3},
 }
 
 
-def write_images(runs: Sequence[Run], charts: Sequence[Chart], stem: Path) -> list[Path]:
-    """Write `stem`-KEY.png for each chart and `stem`-pattern-I-J.png for pattern J of run I, and return the paths."""
+def write_images(
+    runs: Sequence[Run], charts: Sequence[Chart], stem: Path, report: Callable[[int, int], None] | None = None
+) -> list[Path]:
+    """Write `stem`-KEY.png for each chart and `stem`-pattern-I-J.png for pattern J of run I, and return the paths.
+
+    `report` is called after each with the number of those that are written, and of all.
+    """
+    kinds = {(i, j): kind for i, run in enumerate(runs) for j, kind in enumerate(run.record.get("attention", []))}
+    drawings: dict[str, Callable[[], Figure]] = {chart.key: partial(_figure, chart) for chart in charts}
+    drawings |= {f"pattern-{i}-{j}": Pattern(**kind["pattern"]).plot for (i, j), kind in kinds.items()}
     paths = []
-    for chart in charts:
-        paths.append(stem.with_name(f"{stem.name}-{chart.key}.png"))
-        _figure(chart).savefig(paths[-1], dpi=150)
-    for i, run in enumerate(runs):
-        for j, kind in enumerate(run.record.get("attention", [])):
-            paths.append(stem.with_name(f"{stem.name}-pattern-{i}-{j}.png"))
-            Pattern(**kind["pattern"]).plot().savefig(paths[-1], dpi=150)
+    for name, draw in drawings.items():
+        paths.append(stem.with_name(f"{stem.name}-{name}.png"))
+        draw().savefig(paths[-1], dpi=150)
+        if report is not None:
+            report(len(paths), len(drawings))
     return paths
 
 
@@ -46,9 +54,13 @@ def _figure(chart: Chart) -> Figure:
         if line.points:
             xs, ys = zip(*line.points, strict=True)
             colour = _COLOURS[line.colour % len(_COLOURS)]
-            axes.plot(
-                xs, ys, color=colour, label=" ".join(filter(None, (line.run, line.name))) or None, **_STYLES[line.style]
-            )
+            style = dict(_STYLES[line.style])
+            if line.dashes is not None and line.style != "dots":
+                dash, gap, before = (each / 2 for each in line.dashes)  # in units of the width of the line
+                style["markevery"] = line.turn
+                style["linestyle"] = (-before, (dash, gap))
+            label = " ".join(filter(None, (line.run, line.name))) or None
+            axes.plot(xs, ys, color=colour, label=label, **style)
     colours = sorted({bars.colour for bars in chart.bars})
     stacked = {colour: [0.0] * len(chart.labels) for colour in colours}
     for bars in chart.bars:

@@ -14,13 +14,18 @@ from lightning_longnet.report.pictures import pattern_pictures, placement_pictur
 from lightning_longnet.report.runs import Run, read_runs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _LENGTHS = ("data.init_args.tokens", "data.tokens")  # settings that hold the length of a sequence
 _STYLE = (Path(__file__).parent / "page.css").read_text()
 
 
-def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None, images: bool | None = None) -> Path:
+def write_report(
+    run_dirs: Sequence[str | Path],
+    out: str | Path | None = None,
+    images: bool | None = None,
+    report: Callable[[int, int], None] | None = None,
+) -> Path:
     """Write one HTML file that shows runs side by side, and return its path.
 
     Args:
@@ -31,6 +36,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None, 
             there are several runs.
         images: whether to write PNGs of the charts beside it, such as `report-loss.png`; by default if matplotlib is
             installed.
+        report: called after each PNG with the number of those that are written, and of all.
     """
     runs = read_runs(run_dirs)
     path = Path(out) if out is not None else (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
@@ -43,7 +49,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path | None = None, 
     if images or (images is None and has_matplotlib):
         from lightning_longnet.report.images import write_images
 
-        write_images(runs, shown, path.with_suffix(""))
+        write_images(runs, shown, path.with_suffix(""), report)
     return path
 
 

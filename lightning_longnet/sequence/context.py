@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
+from lightning_longnet.attention.compiling import not_compiled
 from lightning_longnet.attention.guard import guarded_attend
 from lightning_longnet.attention.parallel.comm import Traffic
 from lightning_longnet.attention.parallel.local import local_shard
@@ -200,7 +201,7 @@ class SequenceContext(ContextDropout):
         """
         return self._shards.get(documents, key_padding_mask)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def once(self, mask: Tensor, into: str, convert: Callable[[], Tensor]) -> Tensor:
         """Return `convert()` of a mask, computed once in a batch, so that layers which convert it share a shard."""
         return self._splitter.current.shards.once(mask, into, convert)
@@ -252,13 +253,13 @@ class SequenceContext(ContextDropout):
             options["dropout_seed"] = _shared_seed(shard)
         return guarded_attend(guard, q, k, v, pattern, **options)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _shard_for(self, tokens: int, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
         """Return the shard of a call on so many tokens of this rank; outside of compiled graphs, as ranks make it."""
         self._splitter.check_tokens(tokens)
         return self.shard_of(documents, key_padding_mask)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def places_of(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
         """Return the positions of the tokens of x (B, L, ...) in their documents, (L,) or (B, L), in a split batch."""
         self._splitter.check_tokens(x.shape[1])
@@ -305,7 +306,7 @@ class SequenceContext(ContextDropout):
         return self._reductions.gather_samples(x, group)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def _shared_seed(shard: SequenceShard) -> Tensor:
     """Return the seed that the first rank of a shard draws; all ranks draw one, so that generators stay in step."""
     own = int(torch.randint(-(2**63), 2**63 - 1, (), device="cpu"))

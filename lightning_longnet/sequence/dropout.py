@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from lightning_longnet.attention.compiling import not_compiled
 from lightning_longnet.attention.kernels.dropout import splitmix64
 from lightning_longnet.sequence.position import Positioned
 
@@ -110,7 +111,7 @@ class ContextDropout(Positioned):
         splitter = self._splitter
         return splitter.is_split and splitter.local_length in dims and splitter.current.length not in dims
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled
     def _dropped_part(self, x: Tensor, p: float, is_part: bool | None) -> Tensor:
         with self.random_part(x.device, self.holds_part(x) if is_part is None else is_part):
             return F.dropout(x, p)

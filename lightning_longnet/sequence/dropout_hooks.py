@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+
+from lightning_longnet.attention.compiling import not_compiled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +56,7 @@ def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         _leave(module)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def _enter(module: nn.Module, x: Tensor) -> None:
     """Seed the generator for this rank's part until `_leave`."""
     context: SequenceContext = module.__dict__[ATTACHED]
@@ -64,7 +65,7 @@ def _enter(module: nn.Module, x: Tensor) -> None:
     module.__dict__[_PART] = part
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def _leave(module: nn.Module) -> None:
     if _PART in module.__dict__:  # else `_enter` has raised an error
         module.__dict__.pop(_PART).__exit__(None, None, None)

@@ -60,8 +60,17 @@ def test_helps_of_commands_load_no_torch():
 
 
 MISTAKES = {
+    "nothing to train": (["fit"], "fit needs a configuration: longnet fit --config FILE; longnet init FOLDER wr"),
+    "nothing to score": (["test"], "test needs a configuration: longnet test --config FILE --ckpt_path FILE; longnet "),
+    "nothing to plan": (["plan"], "--config must name a file, as of longnet fit: longnet plan --config quickstart"),
+    "no whole number": (["plan", QUICKSTART, "--tokens=1.5"], "--tokens: must be a whole number, got '1.5'"),
+    "too many tokens": (["plan", QUICKSTART, "--tokens=1e12"],
+                        "tokens must be at most 1,073,741,824 on a rank in a plan, got 500,000,000,000 on each of 2"),
+    "kind of picture": (["plan", QUICKSTART, "--picture=a.xyz"], r"must be a file that ends with one of \.png, .*a\.x"),
+    "folder of a picture": (["plan", QUICKSTART, "--picture=b/a.png"], "--picture must be in a folder that exists"),
+    "file for a folder": (["tokenize", "key.yaml", "--out=key.yaml"], "--out must be a folder, or a new name, got key"),
     "command": (["fitt"], r"no command 'fitt', did you mean fit\?; there are fit, validate"),
-    "word of a command": (["generate"], "following arguments are required: checkpoint; longnet generate --help tells"),
+    "word of a command": (["generate"], r"longnet generate needs checkpoint: longnet generate last\.ckpt --prompt"),
     "number": (["generate", "a.ckpt", "--tokens=many"], "argument --tokens: invalid int value: 'many'"),
     "option of a command": (["generate", "a.ckpt", "--promt=x"], r"no option --promt, did you mean --prompt\?"),
     "one word too many": (["report", "empty", "--no-images", "-x"], "no option -x"),

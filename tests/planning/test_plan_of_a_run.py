@@ -152,3 +152,39 @@ def test_devices_are_known_by_name():
     assert named("RTX_4090") == named("rtx 4090")
     with pytest.raises(ValueError, match=r"device must be one of cpu, b200, .*, got 'h900'"):
         named("h900")
+
+
+@pytest.mark.parametrize("tokens", [512, 4 * 128, 5 * 128, 6 * 128 + 30, 2000])
+def test_chunks_of_the_loss_that_are_alike_are_counted_without_a_trace(tokens, monkeypatch):
+    job = job_of(tokens)
+    (kind,) = layer_kinds(job)
+    footprints = {kind.pattern.dumps(): kind.shares[0].footprint}
+    few = trace(job, 0, footprints)
+    monkeypatch.setattr("lightning_longnet.planning.traced._CHUNKS", 10**9)
+    every = trace(job, 0, footprints)
+    assert few == every
+
+
+@pytest.mark.long
+def test_a_plan_of_many_tokens_runs_few_chunks():
+    plan = plan_run(job_of(2**24, per_node=2), named("h200"))
+    assert plan.job.tokens == 2**24
+    changes = [each.change for each in plan.advice]
+    assert all(peak <= plan.usable for _, peak in plan.advice), changes
+
+
+@pytest.mark.parametrize("memory", [1e11, pytest.param(4e6, marks=pytest.mark.long)])
+def test_a_plan_reports_how_far_it_is(memory):
+    """With the search for changes after which a run fits, where it does not."""
+    seen = []
+    device = replace(named("h200"), memory=memory)
+    plan_run(job_of(2048), device, report=lambda done, total: seen.append((done, total)))
+    done = [each for each, _ in seen]
+    assert done == sorted(done)
+    assert all(each <= total for each, total in seen)
+    assert len(seen) > (3 if memory < 1e9 else 2)
+
+
+def test_a_length_that_no_rank_holds_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"at most 1,073,741,824 on a rank in a plan, got 500,000,000,000 on"):
+        plan_run(job_of(10**12, per_node=2), named("h200"))

@@ -13,7 +13,9 @@ from left import PATTERN, leave
 from lightning_longnet import Pattern
 from lightning_longnet.cli import main
 from lightning_longnet.report import write_report
-from lightning_longnet.report.charts import Bars, Chart, Line, shown, svg, thinned, ticks
+from lightning_longnet.report.charts import Bars, Chart, Line, shown, smoothed, svg, thinned, ticks
+from lightning_longnet.report.figures import charts
+from lightning_longnet.report.images import _figure as drawn
 from lightning_longnet.report.pictures import pattern_pictures, whole_shares
 from lightning_longnet.report.runs import read_runs
 
@@ -68,7 +70,7 @@ def test_several_runs_stand_side_by_side(tmp_path):
     assert "(256, 1) + (4096, 8)" in page
     assert "model.dim" not in page
     bits = re.search(r'<figure id="bits".*?</figure>', page, re.DOTALL)[0]
-    assert bits.count("<path") == 4
+    assert bits.count("<path") == 6  # of each run the training, its mean, and the validation
     assert 'class="line run1 solid"' in bits
 
 
@@ -247,3 +249,47 @@ def test_a_sequence_of_millions_can_be_drawn():
     assert "4,194,321" in whole.svg
     assert "shade" in close.svg
     assert len(whole.svg) < 300_000
+
+
+def test_a_noisy_loss_is_smoothed():
+    noisy = [(10 * i, 5 - i / 100 + (-1) ** i) for i in range(200)]
+    means = smoothed(noisy)
+    assert [x for x, _ in means] == [x for x, _ in noisy]
+    assert max(abs(y - (5 - x / 1000)) for x, y in means[20:-20]) < 0.1, "the noise is gone, and there is no lag"
+    assert max(abs(y - (5 - x / 1000)) for x, y in noisy) > 0.9
+    assert smoothed(noisy[:19]) == []
+
+
+def test_a_loss_is_shown_raw_and_smoothed(tmp_path):
+    page = written([leave(tmp_path / "run")], tmp_path / "report.html")
+    bits = re.search(r'<figure id="bits".*?</figure>', page, re.DOTALL)[0]
+    assert bits.count('class="line run0 faint"') == 1
+    assert bits.count('class="line run0 solid"') == 1
+    assert "training, smoothed" in bits
+    assert bits.count("<circle") == 4, "validations are few, and marked"
+
+
+def test_equal_runs_are_both_seen(tmp_path):
+    folders = [leave(tmp_path / name / "version_0", slope=slope) for name, slope in (("a", 1), ("b", 1), ("c", 3))]
+    page = written(folders, tmp_path / "report.html")
+    loss = re.search(r'<figure id="loss".*?</figure>', page, re.DOTALL)[0]
+    paths = re.findall(
+        r'class="line run(\d) solid"(?: style="stroke-dasharray: (\d+) (\d+); stroke-dashoffset: (-?\d+))?', loss
+    )
+    assert paths == [("0", "9", "9", "0"), ("1", "9", "9", "-9"), ("2", "", "", "")]
+    assert "Lines of a, b that are equal are drawn in alternating dashes." in loss
+    marks = re.findall(r'<circle cx="([^"]+)" [^>]*class="fill run([01])"', loss)
+    assert not {x for x, run in marks if run == "0"} & {x for x, run in marks if run == "1"}, (
+        "nor does a mark hide another"
+    )
+    alone = written(folders[:1], tmp_path / "alone.html")
+    assert "stroke-dashoffset" not in alone
+
+
+def test_equal_runs_are_both_seen_in_pictures(tmp_path):
+    folders = [leave(tmp_path / name / "version_0") for name in ("a", "b")]
+    runs = read_runs(folders)
+    (loss,) = [chart for chart in charts(runs) if chart.key == "loss"]
+    lines = [line for line in drawn(loss).axes[0].lines if line.get_label().endswith("smoothed")]
+    assert [line.is_dashed() for line in lines] == [True, True]
+    assert lines[0]._dash_pattern[0] != lines[1]._dash_pattern[0]

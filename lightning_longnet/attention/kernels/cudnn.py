@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_longnet.attention.compiling import constant_result
 from lightning_longnet.attention.kernels import fused
 from lightning_longnet.attention.kernels.rows import as_aligned, over_batches, repeat_heads, sum_groups
 from lightning_longnet.attention.kernels.sdpa import cuda
@@ -48,7 +49,7 @@ def refusals(request: Request) -> list[str]:
     return reasons
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _absence() -> tuple[str, ...]:
     """Return the reasons in torch's build and settings why cuDNN cannot be used.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_longnet.attention.compiling import constant_result
 from lightning_longnet.attention.kernels import fused
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def backward(
     return fused.backward(_package, grad, q, k, v, out, lse, call)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _absence() -> tuple[str, ...]:
     """Return the reasons why the package cannot be used on this machine; it is imported only for CUDA tensors.
 

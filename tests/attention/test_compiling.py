@@ -1,0 +1,58 @@
+"""Marks for the compiler: the same as torch's own, without importing the compiler."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from lightning_longnet.attention.compiling import constant_result, not_compiled
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_package_imports_no_compiler():
+    """It takes longer to import than all of the package; torch imports it at the first call of an operator."""
+    code = (
+        "import sys, lightning_longnet.attention, lightning_longnet.sequence, lightning_longnet.models.longvit\n"
+        "print({'torch._dynamo', 'sympy', 'lightning', 'torchmetrics'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert found.stdout == "set()\n", found.stderr
+
+
+def test_a_constant_result_is_marked_as_torch_marks_it():
+    def ours():
+        return 1
+
+    def theirs():
+        return 1
+
+    assert vars(constant_result(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
+    assert constant_result(ours) is ours
+
+
+def test_a_graph_breaks_at_what_is_not_compiled():
+    seen = []
+
+    @not_compiled
+    def apart(x):
+        """A docstring."""
+        seen.append(torch.compiler.is_compiling())
+        return x * 2
+
+    def call(x):
+        return apart(x + 1) + 1
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    x = torch.arange(3.0)
+    torch.testing.assert_close(torch.compile(call, backend=backend)(x), call(x))
+    assert seen == [False, False]
+    assert len(graphs) == 2, "one before the function, and one after it"
+    assert (apart.__name__, apart.__doc__) == ("apart", "A docstring.")
