@@ -17,8 +17,8 @@ from lightning_longnet.attention.checks import (
     prepared_call,
     request_of,
 )
-from lightning_longnet.attention.compiling import not_compiled
 from lightning_longnet.attention.kernels import Explanation, judge, reference
+from lightning_longnet.attention.kernels.compiling import not_compiled
 from lightning_longnet.attention.kernels.dropout import Dropout
 from lightning_longnet.attention.parallel.calls import call_kind
 from lightning_longnet.attention.parallel.shard import SequenceShard, report_errors

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, get_args
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention.compiling import constant_result
 from lightning_longnet.attention.kernels import Request, has_few_keys, reference, select
+from lightning_longnet.attention.kernels.compiling import constant_result
 from lightning_longnet.attention.parallel.schedule import Exchange
 from lightning_longnet.attention.parallel.shard import SequenceShard
 from lightning_longnet.attention.pattern.lines import check_ordering, has_masked_line

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from lightning_longnet.attention.attend import attend
 from lightning_longnet.attention.checks import prepared_call
-from lightning_longnet.attention.compiling import not_compiled
 from lightning_longnet.attention.kernels import judge, kernel_names, reference
+from lightning_longnet.attention.kernels.compiling import not_compiled
 from lightning_longnet.attention.parallel.shard import SequenceShard, report_errors
 from lightning_longnet.attention.trial import free_bytes, kernel_fault, needed_bytes
 

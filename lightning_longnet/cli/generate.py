@@ -69,6 +69,10 @@ def run(arguments: argparse.Namespace) -> None:
         )
     options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "seed")}
     with bar(arguments.tokens, "generating", "token") as shown:
-        model.head.register_forward_hook(lambda *_: shown.update())  # runs once for each token
+
+        def count(*_: Any) -> None:  # a hook that returned something would replace the logits
+            shown.update()
+
+        model.head.register_forward_hook(count)  # the head runs once for each token
         output_ids = generate(model, torch.tensor([ids]), arguments.tokens, **options)
     print(tokenizer.decode(output_ids[0].tolist()))  # noqa: T201

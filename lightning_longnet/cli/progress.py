@@ -19,9 +19,11 @@ _LOOKS = 0.2  # seconds between two looks at the size of a file
 
 
 def bar(total: float | None, name: str, unit: str, **options: Any) -> Any:
-    """Return a bar of tqdm, which appears after a second and leaves no line behind."""
-    lines = {} if sys.stderr.isatty() else {"mininterval": _LINES}
-    return tqdm(total=total, desc=name, unit=unit, delay=_DELAY, leave=False, dynamic_ncols=True, **lines, **options)
+    """Return a bar of tqdm, which by default appears after a second and leaves no line behind."""
+    settings: dict[str, Any] = {"delay": _DELAY, "leave": False, "dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        settings["mininterval"] = _LINES
+    return tqdm(total=total, desc=name, unit=unit, **settings | options)
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out must be a folder, or a new name, got {arguments.out}, which is a file")
     files = found_files("paths", arguments.paths, arguments.pattern)
     plan = plan_of(files, arguments.tokenizer, max(1, int(arguments.shard_megabytes * 2**20)))
-    with bar(plan.bytes, f"{len(files):,} files", "B", unit_scale=True) as shown:
+    with bar(plan.bytes, f"{len(files):,} files", "B", unit_scale=True, leave=True, delay=0) as shown:
         result = tokenize(plan, Path(arguments.out), workers, shown.update)
     print(  # noqa: T201
         f"{result['tokens']:,} tokens of {result['bytes_per_token']:.2f} bytes, vocabulary "

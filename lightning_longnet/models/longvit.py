@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_longnet.attention.compiling import constant_result
+from lightning_longnet.attention.kernels.compiling import constant_result
 from lightning_longnet.attention.pattern.ordering import Ordering, order_of
 from lightning_longnet.layers.options import positive_integer, require
 from lightning_longnet.layers.positions import Kind  # noqa: TC001  for the command line's reading of types

@@ -254,7 +254,7 @@ def smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """
     if len(points) < _SMOOTHED:
         return []
-    half = max(1, len(points) // (2 * _WINDOWS))
+    half = max(2, len(points) // (2 * _WINDOWS))
     sums = [0.0, *accumulate(y for _, y in points)]
     means = []
     for i, (x, _) in enumerate(points):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention.compiling import not_compiled
 from lightning_longnet.attention.guard import guarded_attend
+from lightning_longnet.attention.kernels.compiling import not_compiled
 from lightning_longnet.attention.parallel.comm import Traffic
 from lightning_longnet.attention.parallel.local import local_shard
 from lightning_longnet.attention.parallel.placement import Kind, Placement

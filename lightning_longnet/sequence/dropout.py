@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from lightning_longnet.attention.compiling import not_compiled
+from lightning_longnet.attention.kernels.compiling import not_compiled
 from lightning_longnet.attention.kernels.dropout import splitmix64
 from lightning_longnet.sequence.position import Positioned
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from lightning_longnet.attention.compiling import not_compiled
+from lightning_longnet.attention.kernels.compiling import not_compiled
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import lightning_longnet
-from lightning_longnet import LongNetConfig, LongNetModule
+from lightning_longnet import LongNet, LongNetConfig, LongNetModule, Pattern
+from lightning_longnet.checkpointing.checkpoints import write_checkpoint
 from lightning_longnet.cli import COMMANDS, TRAINER_COMMANDS, main
 from lightning_longnet.cli.brief import brief_help, groups
 from lightning_longnet.cli.options import commands
@@ -185,3 +186,14 @@ def test_progress_follows_files(monkeypatch, capsys, tmp_path):
     assert size(tmp_path / "out") == 2048
     assert size(tmp_path / "nothing") == 0
     assert re.search(r"writing: +50%.* 2\.00k/4\.00k", capsys.readouterr().err)
+
+
+def test_long_commands_show_their_progress(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("lightning_longnet.cli.progress._DELAY", 0.0)
+    monkeypatch.setattr("lightning_longnet.cli.progress._LINES", 0.0)
+    config = LongNetConfig(Pattern.window(8, is_causal=True), dim=16, layers=1, heads=4)
+    write_checkpoint(LongNet(config), tmp_path / "a.ckpt")
+    assert main(["generate", f"{tmp_path}/a.ckpt", "--prompt=def ", "--tokens=3"]) == 0
+    assert re.search(r"generating: +67%.* 2/3 \[", capsys.readouterr().err)
+    assert main(["export", f"{tmp_path}/a.ckpt", f"{tmp_path}/exported"]) == 0
+    assert f"writing {tmp_path}/exported:" in capsys.readouterr().err

@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_told_in_a_line(tmp_path, texts, capsys):
         capsys, texts, "--out", out, "--shard-megabytes=nan"
     )
     (tmp_path / "file").touch()
-    assert "File exists" in refused(capsys, texts, "--out", tmp_path / "file", "--workers=1")
+    assert "--out must be a folder, or a new name" in refused(capsys, texts, "--out", tmp_path / "file", "--workers=1")
     (tmp_path / "other").mkdir()
     for content, message in (("{", "got what is no JSON"), ("[]", "got a list"), ("{}", "out must be a folder of its")):
         (tmp_path / "other/tokens.json").write_text(content)

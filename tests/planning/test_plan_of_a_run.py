@@ -154,7 +154,7 @@ def test_devices_are_known_by_name():
         named("h900")
 
 
-@pytest.mark.parametrize("tokens", [512, 4 * 128, 5 * 128, 6 * 128 + 30, 2000])
+@pytest.mark.parametrize("tokens", [300, 4 * 128, 5 * 128, 6 * 128 + 30, 2000])
 def test_chunks_of_the_loss_that_are_alike_are_counted_without_a_trace(tokens, monkeypatch):
     job = job_of(tokens)
     (kind,) = layer_kinds(job)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_longnet.attention.compiling import constant_result
 from lightning_longnet.attention.kernels import fused
+from lightning_longnet.attention.kernels.compiling import constant_result
 from lightning_longnet.attention.kernels.rows import as_aligned, over_batches, repeat_heads, sum_groups
 from lightning_longnet.attention.kernels.sdpa import cuda
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_longnet.attention.compiling import constant_result
 from lightning_longnet.attention.kernels import fused
+from lightning_longnet.attention.kernels.compiling import constant_result
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from lightning_longnet.attention.compiling import constant_result, not_compiled
+from lightning_longnet.attention.kernels.compiling import constant_result, not_compiled
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_package_imports_no_compiler():
