@@ -71,7 +71,7 @@ def supervise(command: Sequence[str], options: Options) -> int:
     if _starts_agents(command):
         raise ValueError(
             "torchrun starts ranks again by itself, and a supervisor belongs inside of it: "
-            "torchrun --max-restarts 10 -m lightning_longnet.supervise -- python train.py"
+            "torchrun --standalone --max-restarts 10 -m lightning_longnet.supervise -- python train.py"
         )
     given = os.environ
     is_one_of_several = "TORCHELASTIC_RUN_ID" in given or int(given.get("SLURM_STEP_NUM_TASKS", 1)) > 1
