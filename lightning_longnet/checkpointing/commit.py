@@ -34,10 +34,10 @@ def unfinished_path(final: Path) -> Path:
     """Return a free path beside `final` to write its content to, after removing what killed processes left there."""
     final.parent.mkdir(parents=True, exist_ok=True)
     _sweep(final.parent)
-    return _hidden(final, _UNFINISHED)
+    return _beside(final, _UNFINISHED)
 
 
-def _hidden(final: Path, kind: str) -> Path:
+def _beside(final: Path, kind: str) -> Path:
     # Lightning reads a number from any name with "ckpt_" in it, and would resume from a file that does not exist
     name = final.name.replace("%", "%25").replace("_", "%5F")
     host = socket.gethostname().replace("-", "")
@@ -68,7 +68,7 @@ def commit(unfinished: Path, final: Path, manifest: Manifest) -> None:
     """Give a checkpoint, all of which is on the disk, its name, then move the pointer of its folder to it."""
     former = None
     if os.path.lexists(final) and (unfinished.is_dir() or final.is_dir()):  # which one rename cannot replace
-        former = _hidden(final, _REPLACED)
+        former = _beside(final, _REPLACED)
         final.rename(former)
     unfinished.replace(final)
     sync_folder(final.parent)
@@ -83,7 +83,7 @@ def remove(path: Path) -> None:
     if not os.path.lexists(path):
         return
     _written.pop(path, None)
-    doomed = _hidden(path, _REMOVED)
+    doomed = _beside(path, _REMOVED)
     path.rename(doomed)
     record(path.parent, path.name, None)
     discard(doomed)
