@@ -73,10 +73,10 @@ if TYPE_CHECKING:
         SequenceContext,
         SequencePart,
         attach_context,
-        hand_down,
         sequence_context,
         sequence_mesh,
     )
+    from lightning_longnet.sequence import hand_down as hand_down  # the former name of attach_context
     from lightning_longnet.split_check import SplitMismatch, Verdict, check_split
     from lightning_longnet.training.module import LongNetModule
     from lightning_longnet.training.optimization import decay_groups, warmup_cosine
@@ -146,7 +146,6 @@ __all__ = [
     "decay_groups",
     "explain",
     "export_model",
-    "hand_down",
     "hilbert_order",
     "inverse_order",
     "keep_attention",
