@@ -87,13 +87,14 @@ def test_a_run_that_is_killed_is_restarted_and_equal(tmp_path, kind):
 
 @pytest.mark.long
 def test_torchrun_restarts_the_ranks_and_they_go_on(tmp_path):
-    # with a static rendezvous torchrun keeps a store whose addresses are those of the ranks that ended
+    # else torchrun keeps a store whose addresses of gloo are those of the ranks that ended
+    told = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     words = [*agent, "-m", "lightning_longnet.supervise", "--stall", "5", "--"]
     with (tmp_path / "output.txt").open("w") as output:
         process = subprocess.Popen(
             [*words, *command(tmp_path, fault="endless loop", rank=1, phase="forward")], stdout=output, stderr=output,
-            cwd=tmp_path, env=environment(),
+            cwd=tmp_path, env=told,
         )  # fmt: skip
     status, lines, _, left = ended(process, tmp_path)
     text = "\n".join(lines)
