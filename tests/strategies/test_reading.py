@@ -103,8 +103,10 @@ def test_what_is_no_checkpoint_is_told(tmp_path):
         read_checkpoint(tmp_path / "none.ckpt")
     with pytest.raises(ValueError, match=r"path must be a checkpoint: a file, or a folder .* a folder without"):
         read_checkpoint(tmp_path)
+    (tmp_path / "text.ckpt").touch()
+    with pytest.raises(ValueError, match=r"text\.ckpt is empty"):
+        read_checkpoint(tmp_path / "text.ckpt")
     texts = (
-        b"",
         b"no checkpoint",
         b"some text\n",
         b"\x80",
