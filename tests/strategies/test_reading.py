@@ -103,9 +103,10 @@ def test_what_is_no_checkpoint_is_told(tmp_path):
         read_checkpoint(tmp_path / "none.ckpt")
     with pytest.raises(ValueError, match=r"path must be a checkpoint: a file, or a folder .* a folder without"):
         read_checkpoint(tmp_path)
-    (tmp_path / "text.ckpt").touch()
-    with pytest.raises(ValueError, match=r"text\.ckpt is empty"):
-        read_checkpoint(tmp_path / "text.ckpt")
+    for content, message in ((b"", "is empty"), (b"PK\x03\x04 and so on", "is damaged or cut off")):
+        (tmp_path / "text.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"text\.ckpt {message}"):
+            read_checkpoint(tmp_path / "text.ckpt")
     texts = (
         b"no checkpoint",
         b"some text\n",
@@ -114,7 +115,6 @@ def test_what_is_no_checkpoint_is_told(tmp_path):
         b"h\xe4llo",
         b"K",
         b"q\n",
-        b"PK\x03\x04 and so on",
     )
     for content in (*texts, pickle.dumps({"state_dict": Ran()}, protocol=2)):
         (tmp_path / "text.ckpt").write_bytes(content)
