@@ -35,7 +35,7 @@ from lightning_longnet.strategies.engines import Sharding, checked_engine_option
 from lightning_longnet.strategies.failures import NamedFailures
 from lightning_longnet.strategies.finite import LossWatch, check_anomaly
 from lightning_longnet.strategies.first_batch import FirstBatchCheck
-from lightning_longnet.strategies.launcher import WatchedLauncher, watch_launcher
+from lightning_longnet.strategies.launcher import WatchedLauncher, watch_parent
 from lightning_longnet.strategies.loaders import LoaderWatch
 from lightning_longnet.strategies.loops import WatchedLoops
 from lightning_longnet.strategies.memory import MemoryAction, MemoryCheck
@@ -168,7 +168,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, NamedFailures, WatchedLoops
         check_sizes(self._ranks(), self._sequence_parallel_size)
         check_processes(self.parallel_devices or ())
         super()._configure_launcher()
-        watch_launcher()
+        watch_parent()
         if type(self._launcher) is _SubprocessScriptLauncher:
             stock = self._launcher
             self._launcher = WatchedLauncher(stock.cluster_environment, stock.num_processes, stock.num_nodes)

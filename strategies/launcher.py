@@ -44,7 +44,7 @@ def launcher_has_ended() -> bool:
     return bool(_PARENTS) and os.getppid() != _PARENTS[0]
 
 
-def watch_launcher() -> None:
+def watch_parent() -> None:
     """Start the watch in a process that a `WatchedLauncher` has started; do nothing in others."""
     parent = os.environ.pop(_PARENT, None)
     if parent is not None:

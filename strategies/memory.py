@@ -74,7 +74,7 @@ def _finding(strategy: RingSequenceParallelStrategy, module: LightningModule, ba
     job = _job_of(strategy, module, batch, optimizers)
     if job is not None:
         return compare(job, room)
-    least = _held(module, optimizers, strategy.root_device)
+    least = _least_bytes(module, optimizers, strategy.root_device)
     if strategy.sharding.startswith("deepspeed") or least <= room.total:
         return Finding()
     return Finding(
@@ -106,22 +106,22 @@ def _job_of(
             placement=strategy.sequence_context.placement,
             precision=str(trainer.precision),
             accumulate=trainer.accumulate_grad_batches,
-            optimizer_copies=min(map(_copies, optimizers), default=0.0),
+            optimizer_copies=min(map(_states_per_parameter, optimizers), default=0.0),
             is_packed="documents" in tensors,
         )
     except ValueError:  # what a plan knows nothing of
         return None
 
 
-def _copies(optimizer: Optimizer) -> float:
+def _states_per_parameter(optimizer: Optimizer) -> float:
     """Return how many numbers an optimizer keeps at least for each parameter."""
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         return 2.0
     return float(isinstance(optimizer, torch.optim.SGD) and bool(optimizer.defaults.get("momentum")))
 
 
-def _held(module: LightningModule, optimizers: Iterable[Optimizer], device: torch.device) -> float:
-    """Return the bytes of parameters, gradients and optimizer states of this rank, on its device."""
+def _least_bytes(module: LightningModule, optimizers: Iterable[Optimizer], device: torch.device) -> float:
+    """Return the bytes that this rank needs at least, on its device: parameters, gradients and optimizer states."""
 
     def size(parameter: torch.Tensor) -> int:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -130,5 +130,5 @@ def _held(module: LightningModule, optimizers: Iterable[Optimizer], device: torc
     held: float = sum(map(size, module.parameters()))
     for optimizer in optimizers:
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        held += (1 + _copies(optimizer)) * sum(map(size, trained))
+        held += (1 + _states_per_parameter(optimizer)) * sum(map(size, trained))
     return held

@@ -1,4 +1,7 @@
-"""The arguments of `attend`, checked: a `PreparedCall`, or a ValueError that names the argument that is wrong."""
+"""The arguments of `attend`, checked: a `PreparedCall`, or a ValueError that names the argument that is wrong.
+
+Tensors are as `attend` takes them here: q (batch, tokens, heads, D), not (batch, heads, rows, D) as in kernels.
+"""
 
 from __future__ import annotations
 
@@ -155,11 +158,11 @@ def checked_tensors(
         raise ValueError(f"v must have the heads of k, {k.shape[2]}, got {v.shape[2]}")
     if k.shape[2] < 1 or q.shape[2] < 1 or q.shape[2] % k.shape[2]:
         raise ValueError(f"q must have a multiple of the {k.shape[2]} heads of k and v, got {q.shape[2]}")
-    return q, k, v, _documents(documents, q)
+    return q, k, v, _checked_documents(documents, q)
 
 
-def _documents(documents: Tensor | None, q: Tensor) -> Tensor | None:
-    """Return the documents as (B, N), or raise a ValueError that says what is wrong with them."""
+def _checked_documents(documents: Tensor | None, q: Tensor) -> Tensor | None:
+    """Return the document of each token, a view (B, N); tokens with equal ids are of one document."""
     if documents is None:
         return None
     if not isinstance(documents, Tensor):

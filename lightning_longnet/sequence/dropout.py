@@ -72,11 +72,16 @@ class ContextDropout(Positioned):
     _splitter: BatchSplitter
 
     def begin_step(self, number: int | None) -> None:
-        """Begin the step of the micro-batch with this number since training began; None ends the step.
+        """Begin the step of a micro-batch; None ends the step.
 
-        In a step, what is dropped is a function of `seed` and the number, so that a run that is resumed repeats it.
-        Outside of steps every call draws a seed from torch's CPU generator, that of the first rank where ranks share a
-        sequence: `torch.manual_seed` repeats it, and so does the recomputation of activations.
+        In a step, what attention drops, and what dropout drops of a batch that is split, is a function of `seed` and
+        the number, so that a run that is resumed repeats it.  Outside of steps every call draws a seed from torch's CPU
+        generator; ranks that share a sequence use the seed of the first of them.  `torch.manual_seed` repeats it, and
+        so does the recomputation of activations.
+
+        Args:
+            number: any integer.  The strategy takes the number of the micro-batch since training began, and negative
+                numbers in evaluation.
         """
         self._seeds.begin(self.seed, number)
 

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from pool import WORLDS
 
 from lightning_longnet.attention.parallel.comm import Comm, MessageContext
+from lightning_longnet.registration import NAMES
+from lightning_longnet.strategies.engines import strategy_class
 from lightning_longnet.strategies.timeouts import Timeouts, timeout_of
 
 LONG, SHORT = 30.0, 0.5
@@ -62,3 +64,9 @@ def test_a_rank_gives_up_sooner_inside_of_a_step(pool, kind):
     assert SHORT <= seconds < 1.9
     assert "Timed out" in error
     assert seen == [LONG, SHORT, LONG, LONG, LONG]
+
+
+@pytest.mark.parametrize("sharding", sorted(set(NAMES.values())))
+@pytest.mark.parametrize("method", ["setup_environment", "load_checkpoint", "save_checkpoint"])
+def test_every_engine_marks_where_ranks_wait_for_long(sharding, method):
+    assert hasattr(getattr(strategy_class(sharding), method), "__wrapped__")

@@ -31,7 +31,7 @@ _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 def note(request: Request) -> str:
     """Return what this kernel runs for a call that it does not refuse."""
     rest = "; all of this call's are padded, and go where sdpa sends them" if request.is_padded else ""
-    return f"cuDNN's attention for blocks without windows{rest}; not measured"
+    return f"cuDNN's attention for blocks without windows{rest}; its speed has not been measured"
 
 
 def refusals(request: Request) -> list[str]:
@@ -80,11 +80,12 @@ def serves(q: Tensor, k: Tensor, call: Call) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
+    """Return out (batch, heads, queries, Dv) and lse (batch, heads, queries) of one block; see `BlockKernel`."""
     if not serves(q, k, call):
         return cuda.forward(q, k, v, call)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        # the positions are those of attn_bias, compute_log_sumexp, dropout_p, is_causal and return_debug_mask
         out, lse, *_ = _forward(q, k, v, None, True, 0.0, call.block.low == 0, False, scale=call.scale)
         return out, lse.reshape(q.shape[:3])  # some releases return (batch, heads, rows, 1)
 

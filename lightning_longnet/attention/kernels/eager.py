@@ -121,7 +121,7 @@ class _Chunk(NamedTuple):
     def tiles(self, call: Call) -> Iterator[_Tile]:
         """Yield the tiles of this chunk, each with the keys that at least one of its queries may see.
 
-        Under `low <= a - b <= high` these are the keys between two diagonals:
+        Under `low <= query - key <= high` these are the keys between two diagonals:
 
             tile 0    x x . . . .     keys 0 ... 2
                       x x x . . .
@@ -129,12 +129,12 @@ class _Chunk(NamedTuple):
                       . . x x x .
         """
         low, high = call.block.low, call.block.high
-        for a in range(0, self.queries, self.rows):
-            b = min(a + self.rows, self.queries)
+        for begin in range(0, self.queries, self.rows):
+            end = min(begin + self.rows, self.queries)
             # a tile of queries without keys still has one key, which is masked
-            first = 0 if high is None else min(max(a - high, 0), self.keys - 1)
-            last = self.keys if low is None else min(max(b - low, first + 1), self.keys)
-            yield _Tile(self, slice(a, b), slice(first, last))
+            first_key = 0 if high is None else min(max(begin - high, 0), self.keys - 1)
+            end_key = self.keys if low is None else min(max(end - low, first_key + 1), self.keys)
+            yield _Tile(self, slice(begin, end), slice(first_key, end_key))
 
 
 class _Tile(NamedTuple):
@@ -165,17 +165,17 @@ class _Tile(NamedTuple):
         top, rows = self.queries.start, per_head.shape[-2]
         if low is not None:  # every query of the tile sees the keys before `edge`: only the rest needs a mask
             edge = min(max(top - low + 1, first), last)
-            cap = _cap(rows, last - edge, low - top + edge, None, scores.dtype, scores.device)
-            _apply_cap(per_head[..., edge - first :], cap)
+            bound = _mask_bound(rows, last - edge, low - top + edge, None, scores.dtype, scores.device)
+            _mask_in_place(per_head[..., edge - first :], bound)
         if high is not None:  # no query of the tile is too far from the keys behind `edge`
             edge = min(max(self.queries.stop - 1 - high, first), last)
-            cap = _cap(rows, edge - first, None, high - top + first, scores.dtype, scores.device)
-            _apply_cap(per_head[..., : edge - first], cap)
+            bound = _mask_bound(rows, edge - first, None, high - top + first, scores.dtype, scores.device)
+            _mask_in_place(per_head[..., : edge - first], bound)
         if call.key_padding_mask is not None:
             heads = self.chunk.key_heads if call.key_padding_mask.shape[1] > 1 else slice(None)
             padding = call.key_padding_mask[self.chunk.samples, heads, self.keys]
-            cap = torch.full_like(padding, inf, dtype=scores.dtype).masked_fill_(padding, -inf)
-            _apply_cap(scores.unflatten(0, (padding.shape[0], -1)), cap.unsqueeze(2))
+            bound = torch.full_like(padding, inf, dtype=scores.dtype).masked_fill_(padding, -inf)
+            _mask_in_place(scores.unflatten(0, (padding.shape[0], -1)), bound.unsqueeze(2))
         if call.order_mask is not None:
             query_tokens, key_tokens = call.order_mask
             scores.masked_fill_(self._keys_of(key_tokens) > self._queries_of(query_tokens), -inf)
@@ -220,16 +220,16 @@ def _chunks(q: Tensor, k: Tensor) -> Iterator[_Chunk]:
             yield _Chunk(*chunk, group, queries, keys, rows)
 
 
-def _apply_cap(scores: Tensor, cap: Tensor) -> None:
-    """Lower scores to a cap, which is -inf for masked pairs and +inf for others, in place.
+def _mask_in_place(scores: Tensor, bound: Tensor) -> None:
+    """Set masked scores to -inf: `bound`, which broadcasts, is -inf for masked pairs and +inf for others.
 
     Adding -inf instead would make NaN of a score that overflowed to +inf.
     """
-    torch.minimum(scores, cap, out=scores)
+    torch.minimum(scores, bound, out=scores)
 
 
 @lru_cache(8)
-def _cap(
+def _mask_bound(
     rows: int, columns: int, low: int | None, high: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return (rows, columns): +inf where `low <= row - column <= high`, and -inf elsewhere."""

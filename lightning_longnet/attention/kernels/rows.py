@@ -41,7 +41,7 @@ def over_batches(
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """Return k or v with each head repeat_heads for its query heads, (batch, heads, rows, D).
+    """Return k or v with each head repeated for its query heads, (batch, heads, rows, D).
 
     An operator without grouped queries needs it; x is (batch, key heads, rows, D).
     """

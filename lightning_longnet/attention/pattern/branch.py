@@ -154,8 +154,9 @@ class Branch:
     def keeps(self, tokens: Tensor, lengths: Tensor, kv_head: int, kv_heads: int) -> Tensor:
         """Return whether the query's block keeps the key's block, a boolean (N, N), for one key/value head.
 
-        Only pairs of one segment and residue have a meaning; `visible` masks the others.  `lengths`, (N,), are the
-        lengths of the tokens' documents, since the last segment of a document may be shorter.
+        Only pairs of one segment and residue have a meaning; `visible` masks the others.  `tokens`, (N,), are the
+        places of the tokens in their documents, and `lengths`, (N,), the lengths of these documents, since the last
+        segment of a document may be shorter.
         """
         assert self.sparsity is not None
         kept_pairs = torch.zeros(len(tokens), len(tokens), dtype=torch.bool, device=tokens.device)
@@ -165,9 +166,9 @@ class Branch:
             place = tokens % self.segment_length
             width = (lengths - (tokens - place)).clamp(max=self.segment_length)
         # the number of rows of each token's segment and residue, which decides the blocks; 0 for other residues
-        rows = torch.where(place % self.dilation_rate == offset, -(-(width - offset) // self.dilation_rate), 0)
-        for count in set(rows.tolist()) - {0}:
-            at = (rows == count).nonzero().flatten()
+        row_counts = torch.where(place % self.dilation_rate == offset, -(-(width - offset) // self.dilation_rate), 0)
+        for count in set(row_counts.tolist()) - {0}:  # segments with as many rows have the same blocks
+            at = (row_counts == count).nonzero().flatten()
             blocks = self.sparsity.blocks(count)
             table = torch.zeros(blocks, blocks, dtype=torch.bool, device=tokens.device)
             for block, kept in enumerate(self.sparsity.kept(count, kv_head, self.is_causal)):

@@ -53,8 +53,9 @@ class Reach(NamedTuple):
             )
         for branch, residues in self.unserved:
             shown = ", ".join(map(str, residues[:8])) + (", ..." if len(residues) > 8 else "")
+            width = branch.segment_length or "the whole sequence"
             lines.append(
-                f"In the branch w={branch.segment_length}, r={branch.dilation_rate} no head attends to "
+                f"In the branch w={width}, r={branch.dilation_rate} no head attends to "
                 f"{len(residues)} of its {branch.dilation_rate} residues ({shown}): with interleaved offsets, as many "
                 f"key/value heads as residues serve them all."
             )

@@ -19,7 +19,9 @@ class Block:
     Both lattices have the same number of segments, and each key head serves `queries.heads / keys.heads` query heads.
 
     Attributes:
-        low, high, repeats, stack: see `Shape`.
+        low, high: a query sees the keys with low <= query row - key row <= high; None is no limit, and low=0 alone is
+            causal.
+        repeats, stack: see `Shape`.
         weight: how often each pair counts.  A block of negative weight removes pairs that two branches both show.
     """
 
