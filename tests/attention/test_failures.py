@@ -102,8 +102,8 @@ def test_kinds_of_calls_never_match_each_other(spent):
 PLACES = {
     "a kernel's forward": (eager, "forward", 2),
     "a kernel's backward": (eager, "backward", 2),
-    "copies": (op, "readable", 1),
-    "copies of a backward": (op, "readable", 4),
+    "copies": (op, "as_readable", 1),
+    "copies of a backward": (op, "as_readable", 4),
     "a plan": (rounds_plan, "route", 1),
     "arguments": (checks, "request_of", 1),
 }
