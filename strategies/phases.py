@@ -122,6 +122,7 @@ class MarkedPhases(ParallelStrategy):
 
     progress: Progress
     timeouts: Timeouts
+    resumed: str | None = None  # the checkpoint that a restart by a supervisor goes on from
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
