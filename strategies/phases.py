@@ -122,6 +122,7 @@ class MarkedPhases(ParallelStrategy):
 
     progress: Progress
     timeouts: Timeouts
+    resumed: str | None = None  # the checkpoint that a restart by a supervisor goes on from
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -210,13 +211,22 @@ class MarkedPhases(ParallelStrategy):
 
 
 def _marked(method: Callable[..., Any], begins: str, ends: str) -> Callable[..., Any]:
-    """Return a method that marks the phases which begin and end with it."""
+    """Return a method that marks the phases which begin and end with it.
+
+    What a program saves or loads after a run is not a part of it; connecting begins the next run.
+    """
 
     @wraps(method)
     def marked(self: MarkedPhases, *args: Any, **kwargs: Any) -> Any:
+        is_outside = self.progress.phase == OUTSIDE and begins != CONNECT
         self._interrupt(begins)
-        result = method(self, *args, **kwargs)
-        self.progress.mark(ends)
+        try:
+            result = method(self, *args, **kwargs)
+        finally:
+            if is_outside:
+                self.progress.mark(OUTSIDE)
+        if not is_outside:
+            self.progress.mark(ends)
         return result
 
     return marked

@@ -220,6 +220,8 @@ class CheckpointSaves(ParallelStrategy):
 
     def _good_checkpoint(self, asked: Path) -> Path:
         """Return on all ranks a checkpoint if it is good, else, to go on training, the newest good one beside it."""
+        from lightning_longnet.strategies.restart import places_beside  # which imports this module
+
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         path, bad = asked, set[Path]()
@@ -227,7 +229,8 @@ class CheckpointSaves(ParallelStrategy):
             bad.add(path)
             other = None
             if self.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
-                other = newest_checkpoint(*self._folders(asked), forms=self.forms, skip=bad)
+                folders, others, since = places_beside(trainer, asked)
+                other = newest_checkpoint(*folders, forms=self.forms, skip={*bad, *others}, since=since)
             other = self.broadcast(other)
             if other is None:
                 rest = "there is no other good checkpoint" if trainer.state.fn == TrainerFn.FITTING else "give another"
@@ -237,13 +240,6 @@ class CheckpointSaves(ParallelStrategy):
         if path != asked:
             trainer._checkpoint_connector._ckpt_path = path  # which the log names, and ModelCheckpoint does not remove
         return path
-
-    def _folders(self, asked: Path) -> list[Path]:
-        """Return the folder of a checkpoint, and those that the Trainer saves checkpoints in."""
-        from lightning_longnet.strategies.last import checkpoint_folders  # which imports this module
-
-        assert self.lightning_module is not None
-        return list(dict.fromkeys([asked.parent, *checkpoint_folders(self.lightning_module.trainer)]))
 
     def _fault(self, path: Path) -> str:
         """Return what is wrong with a checkpoint, of which each rank reads its share; "" if it is good."""

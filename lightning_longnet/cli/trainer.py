@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import sys
 import traceback
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,11 +30,12 @@ from lightning_longnet.cli.given import config_files, content
 from lightning_longnet.cli.mistakes import explained
 from lightning_longnet.cli.nearest import nearest
 from lightning_longnet.registration import DEFAULT, NAMES
+from lightning_longnet.supervision.record import RESUME
 from lightning_longnet.trust import HELP as TRUST_HELP
 from lightning_longnet.trust import is_trusted, trust_files
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 # where Lightning checks the arguments of a Trainer
 _READS_ARGUMENTS = ("lightning/pytorch/trainer/connectors/", "lightning/fabric/accelerators/")
 _MIGRATES = "lightning/pytorch/utilities/migration/"  # where it looks at a checkpoint first
@@ -83,16 +86,28 @@ class TrainerCLI(LightningCLI):
 
         Lightning would replace what was asked for by the options that the checkpoint was made with.
         """
-        path = self.config[self.config.subcommand].get("ckpt_path")
         if self.config[self.config.subcommand].get("trust"):
             trust_files()
-        is_word = path in (None, "best", "last", "hpc", "registry")
-        if not is_word and ":" not in path and not Path(path).exists():  # s3://, registry:
+        if self.config.subcommand != "fit":  # whose strategy may load another one
+            self._check_path()
+
+    def before_fit(self) -> None:  # Lightning calls it by its name
+        """Check ckpt_path, unless the strategy does so, and goes on from another where that is damaged or gone."""
+        path = self.config.fit.get("ckpt_path")
+        if not _is_ours(self.trainer.strategy):
+            self._check_path()
+        elif _is_path(path) and not Path(path).parent.exists() and RESUME not in os.environ:
             raise ValueError(f"ckpt_path must be a checkpoint, got {path}, which does not exist")
-        if not is_word and Path(path).is_file() and not is_saved(Path(path)):
+
+    def _check_path(self) -> None:
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if not _is_path(path):
+            return
+        if not Path(path).exists():
+            raise ValueError(f"ckpt_path must be a checkpoint, got {path}, which does not exist")
+        if Path(path).is_file() and not is_saved(Path(path)):
             raise ValueError(f"ckpt_path must be a checkpoint, got {path}, which is something else, or a part of one")
-        if not is_word and Path(path).is_dir():  # which strategies of others unpickle
-            check_folder(Path(path), trust=self.config[self.config.subcommand].get("weights_only") is False)
+        check_folder(Path(path), trust=self.config[self.config.subcommand].get("weights_only") is False)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
@@ -101,6 +116,9 @@ class TrainerCLI(LightningCLI):
         return kwargs
 
     def _run_subcommand(self, subcommand: str) -> None:
+        strategy = self.trainer.strategy
+        if not _is_ours(strategy):
+            setattr(strategy, "load_checkpoint", partial(_load_checked, strategy.load_checkpoint))  # noqa: B010
         try:
             super()._run_subcommand(subcommand)
         except (pickle.UnpicklingError, TypeError) as error:
@@ -176,6 +194,22 @@ def _unknown_strategy(message: str) -> str:
 @rank_zero_only
 def _warn(message: str) -> None:
     print(f"longnet: warning: {message}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _is_path(path: str | None) -> bool:
+    """Whether a ckpt_path names a file or a folder here, and is no word, s3:// or registry:."""
+    return path not in (None, "best", "last", "hpc", "registry") and ":" not in str(path)
+
+
+def _is_ours(strategy: Any) -> bool:
+    """Whether a strategy checks the checkpoints that it loads."""
+    return getattr(strategy, "saves_whole", False)
+
+
+def _load_checked(load: Callable[..., Any], checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+    """Load a checkpoint, which a word may have named, by a strategy of others, which would unpickle a folder."""
+    check_folder(Path(checkpoint_path), trust=weights_only is False)
+    return load(checkpoint_path, weights_only=weights_only)
 
 
 def is_saved(path: Path) -> bool:

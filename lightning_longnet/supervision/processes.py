@@ -90,7 +90,8 @@ def _stand_guard(folder: Path, reads: int, writes: int) -> None:
     try:
         os.setsid()
         os.close(writes)
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # those that the supervisor forwards: launchers send them to all processes of a job
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(signum, signal.SIG_IGN)
         with Path(os.devnull).open("r+b") as nothing:  # who reads what the supervisor prints must not wait for us
             for number in range(3):

@@ -496,7 +496,9 @@ CASES = {
         for command in ("fit", "validate", "test", "predict")
     },
     ".metadata: fit, Lightning's": partial(
-        stock, "lightning.pytorch.strategies.ModelParallelStrategy", partial(sharded, metadata=partial(pickled, system))
+        stock,
+        '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}',
+        partial(sharded, metadata=partial(pickled, system)),
     ),
     "meta.pt: generate": partial(generate, partial(sharded, meta=system)),
     "meta.pt: fit": partial(trained, "fit", "fsdp2", partial(sharded, meta=system)),

@@ -2,17 +2,20 @@
 
 import os
 import time
+import warnings
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from trained import quiet
 from trained import trainer_of as trainer_of_runs
 
 from lightning_longnet import newest_checkpoint
-from lightning_longnet.strategies import RingSequenceParallelStrategy
+from lightning_longnet.strategies import RingSequenceParallelStrategy, restart
 from lightning_longnet.strategies.restart import checkpoint_to_resume, keep_folders
 from lightning_longnet.supervision.record import FOLDER, RESUME
 
@@ -72,6 +75,67 @@ def test_every_rank_takes_it_also_one_without_a_launcher(tmp_path, monkeypatch, 
     assert stock._checkpoint_connector._select_ckpt_path(TrainerFn.FITTING, None, **found) is None
     monkeypatch.delenv(RESUME)
     assert connector._select_ckpt_path(TrainerFn.FITTING, "given.ckpt", **found) == "given.ckpt"
+
+
+def test_each_fit_of_a_program_has_folders_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr(restart, "_FITS", [0], raising=False)
+    found = {"model_provided": True, "model_connected": True}
+
+    def begin(name):
+        """The checkpoint that a fit goes on from."""
+        trainer = trainer_of(tmp_path / name, tmp_path / "root")
+        with quiet():
+            chosen = trainer._checkpoint_connector._select_ckpt_path(TrainerFn.FITTING, None, **found)
+        keep_folders(trainer)
+        return chosen
+
+    assert [begin("a0"), begin("b0")] == [None, None]
+    first, second = save(tmp_path / "a0/step=2.ckpt", age=9), save(tmp_path / "b0/step=2.ckpt", age=5)
+    restart._FITS[:] = [0]  # another process
+    monkeypatch.setenv(RESUME, f"{NOW - 20:.0f}")
+    assert [begin("a1"), begin("b1")] == [first, second]
+
+
+def test_another_checkpoint_of_a_restarted_run_is_of_that_run(tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setenv(RESUME, f"{NOW - 60:.0f}")
+    trainer = trainer_of(tmp_path / "new", tmp_path / "root")
+    strategy = trainer.strategy
+    strategy.connect(L.LightningModule())
+    strategy.lightning_module._trainer = trainer
+    trainer.state.fn = TrainerFn.FITTING
+    monkeypatch.setattr(strategy, "_fault", lambda path: "bad" if path.name == "step=4.ckpt" else "")
+    given = save(tmp_path / "new/yesterday.ckpt", age=3600)
+    last = save(tmp_path / "new/step=4.ckpt", age=1)
+    choose = trainer._checkpoint_connector._select_ckpt_path
+    found = {"model_provided": True, "model_connected": True}
+    assert choose(TrainerFn.FITTING, given, **found) == last
+    with pytest.raises(ValueError, match="no other good checkpoint"):
+        strategy._good_checkpoint(Path(last))
+    earlier = trainer_of(tmp_path / "old", tmp_path / "root")
+    keep_folders(earlier)
+    older = save(tmp_path / "old/step=2.ckpt", age=9)  # which the first attempt saved
+    with pytest.warns(RuntimeWarning, match="loading .*step=2.ckpt, the newest other one"):
+        assert strategy._good_checkpoint(Path(last)) == Path(older)
+    strategy.resumed = None  # nothing was saved, so that the run begins with what the program names
+    Path(older).unlink()
+    with pytest.warns(RuntimeWarning, match="loading .*yesterday.ckpt, the newest other one"):
+        assert strategy._good_checkpoint(Path(last)) == Path(given)
+
+
+def test_the_first_rank_alone_warns_of_damage(tmp_path, monkeypatch):
+    monkeypatch.setenv(RESUME, "last")
+    trainer = trainer_of(tmp_path / "run", tmp_path / "root")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/last.ckpt").touch()
+    monkeypatch.setattr(rank_zero_only, "rank", 0, raising=False)
+    with pytest.warns(RuntimeWarning, match="last.ckpt is empty"):
+        assert checkpoint_to_resume(trainer) is None
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert checkpoint_to_resume(trainer) is None
 
 
 def trainer_in(kind, world, **told):

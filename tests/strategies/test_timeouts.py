@@ -7,11 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import WORLDS
+from trained import Module, quiet, sgd, trainer_of
 
+from lightning_longnet import Pattern
 from lightning_longnet.attention.parallel.comm import Comm, MessageContext
 from lightning_longnet.registration import NAMES
+from lightning_longnet.strategies import RingSequenceParallelStrategy
 from lightning_longnet.strategies.engines import strategy_class
 from lightning_longnet.strategies.timeouts import Timeouts, timeout_of
+from lightning_longnet.supervision.record import OUTSIDE
 
 LONG, SHORT = 30.0, 0.5
 
@@ -70,3 +74,28 @@ def test_a_rank_gives_up_sooner_inside_of_a_step(pool, kind):
 @pytest.mark.parametrize("method", ["setup_environment", "load_checkpoint", "save_checkpoint"])
 def test_every_engine_marks_where_ranks_wait_for_long(sharding, method):
     assert hasattr(getattr(strategy_class(sharding), method), "__wrapped__")
+
+
+def phases_after_fit(rank, world, folder):
+    """The phases after a run, and after a save, a save that fails and a load that follow it."""
+    from lightning_longnet.models.longnet import LongNet, LongNetConfig
+
+    pattern = Pattern.dilated((8, 64), (1, 2), is_causal=True)
+    module = Module(LongNet(LongNetConfig(pattern, vocab_size=7, dim=8, layers=1, heads=2)), sgd)
+    tokens, phases = torch.zeros(1, 4, dtype=torch.long), []
+    with quiet():
+        trainer = trainer_of(RingSequenceParallelStrategy(sharding="ddp"), world, max_steps=0)
+        trainer.fit(module, [{"input_ids": tokens, "labels": tokens}])
+        phases.append(trainer.strategy.progress.phase)
+        trainer.save_checkpoint(f"{folder}/final.ckpt")
+        phases.append(trainer.strategy.progress.phase)
+        with pytest.raises(RuntimeError, match="is not saved"):
+            trainer.save_checkpoint(f"{folder}/final.ckpt/inside.ckpt")
+        phases.append(trainer.strategy.progress.phase)
+        trainer.strategy.load_checkpoint(f"{folder}/final.ckpt")
+        phases.append(trainer.strategy.progress.phase)
+    return phases
+
+
+def test_a_save_after_a_run_is_outside_of_it(trainers, tmp_path):
+    assert trainers.run(1, phases_after_fit, str(tmp_path)) == [[OUTSIDE] * 4]

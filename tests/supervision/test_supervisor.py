@@ -14,6 +14,7 @@ from tiers import tiered
 from lightning_longnet.cli import main as longnet
 from lightning_longnet.supervise import main
 from lightning_longnet.supervision.arguments import split, supervise
+from lightning_longnet.supervision.processes import Guard
 from lightning_longnet.supervision.record import FORWARD, OUTSIDE, SAVE, Record, read
 from lightning_longnet.supervision.watch import Limits, Watch
 
@@ -149,8 +150,22 @@ def test_a_signal_that_was_ignored_stays_so(tmp_path):
     assert (status, lines) == (0, [])
 
 
-def await_(condition):
-    limit = time.monotonic() + PATIENCE
+def test_the_guard_ignores_what_the_supervisor_forwards(tmp_path):
+    guard = Guard(tmp_path)
+    try:
+        signals = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        await_(lambda: all(ignored_by(guard.pid) >> (each - 1) & 1 for each in signals), 2)
+    finally:
+        guard.dismiss()
+
+
+def ignored_by(pid):
+    """The mask of the signals that a process ignores."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition("SigIgn:")[2].split()[0], 16)
+
+
+def await_(condition, patience=PATIENCE):
+    limit = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < limit
         time.sleep(0.05)

@@ -1,0 +1,71 @@
+"""What `longnet fit` does with a ckpt_path that is damaged or gone, and with a word for one."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from programs import LONGNET, programs
+from test_longnet import QUICKSTART, SMALL
+from tiers import tiered
+
+from lightning_longnet.supervision.record import RESUME
+
+OURS = "--trainer.strategy=ring_sequence_parallel_ddp"
+SAVED = [
+    *("--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=run"),
+    *("--trainer.callbacks.save_last=true", "--trainer.callbacks.save_top_k=-1"),
+    *("--trainer.callbacks.every_n_train_steps=1", "--trainer.callbacks.filename={step}"),
+]
+
+
+def fit(*words):
+    return [LONGNET, "fit", QUICKSTART, *SMALL, "--trainer.accelerator=cpu", *words]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a run of two steps."""
+    path = tmp_path_factory.mktemp("paths")
+    ((status, _, errors),) = programs([fit(OURS, *SAVED)], path)
+    assert status == 0, errors
+    return path
+
+
+@pytest.mark.parametrize("is_gone", tiered([False, True], quick=[False]))
+def test_fit_goes_on_from_another_checkpoint(folder, tmp_path, is_gone):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    last = tmp_path / "run/last.ckpt"
+    last.unlink() if is_gone else os.truncate(last, last.stat().st_size // 2)
+    words = [*SAVED, "--trainer.callbacks.dirpath=again", "--trainer.max_steps=3", "--ckpt_path=run/last.ckpt"]
+    ((status, _, errors),) = programs([fit(OURS, *words)], tmp_path)
+    assert status == 0, errors
+    assert sorted(path.name for path in (tmp_path / "again").glob("*.ckpt")) == ["last.ckpt", "step=3.ckpt"]
+
+
+def test_fit_without_a_good_checkpoint_ends_with_a_line(tmp_path):
+    (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04")
+    found = programs([fit(OURS, "--ckpt_path=cut.ckpt"), fit(OURS, "--ckpt_path=no/a.ckpt")], tmp_path)
+    for (status, _, errors), said in zip(found, ("no other good checkpoint", "which does not exist"), strict=True):
+        assert status == 2
+        assert errors.splitlines()[-1].startswith("longnet: error: ")
+        assert said in errors.splitlines()[-1]
+
+
+def test_a_restarted_fit_needs_no_ckpt_path(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    restarted = tmp_path / "restarted.py"
+    restarted.write_text(
+        f"import os, runpy\nos.environ[{RESUME!r}] = 'last'\nrunpy.run_path({str(LONGNET)!r}, run_name='__main__')\n"
+    )
+    ((status, _, errors),) = programs([[restarted, *fit(OURS, *SAVED, "--ckpt_path=no/a.ckpt")[1:]]], tmp_path)
+    assert status == 0, errors
+
+
+def test_a_word_names_no_folder_that_holds_code(tmp_path):
+    (tmp_path / "hpc_ckpt_1.ckpt").mkdir()
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "hpc_ckpt_1.ckpt/meta.pt")
+    words = [QUICKSTART, *SMALL, "--ckpt_path=hpc", "--trainer.default_root_dir=."]
+    for status, _, errors in programs([[LONGNET, command, *words] for command in ("fit", "validate")], tmp_path):
+        assert status == 2
+        assert "could run any code" in errors.splitlines()[-1]
