@@ -34,6 +34,13 @@ def saved_ranks(checkpoint: Path) -> int:
 
 def convert(checkpoint: Path) -> str:
     """Write the universal format beside a checkpoint, once; return what went wrong, or an empty string."""
+    try:
+        return _convert(checkpoint)
+    except OSError as error:  # a folder that cannot be written, a full disk: the other ranks wait
+        return str(error)
+
+
+def _convert(checkpoint: Path) -> str:
     if _is_converted(checkpoint):
         return ""
     for name in (_WRITTEN_LAST, _SUMS, _FORMAT):  # of a conversion that was killed, or is damaged

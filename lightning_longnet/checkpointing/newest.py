@@ -17,6 +17,7 @@ from lightning_longnet.checkpointing.manifest import (
     check_sums,
     form_of,
     read_manifest,
+    reading,
 )
 
 if TYPE_CHECKING:
@@ -49,16 +50,20 @@ def newest_checkpoint(
             continue
         absent |= {path: saved for path, saved in missing(folder).items() if path.name not in replaced(folder)}
         for path in (*folder.glob("*.ckpt"), *replaced(folder).values()):
-            if path in skip or not path.exists():
+            if path in skip:
                 continue
             try:
-                manifest = _known_manifest(path)
+                with reading(path):
+                    if not path.exists():
+                        continue
+                    manifest = _known_manifest(path)
+                    form = form_of(path) if manifest is None else manifest.form
+                    saved = path.stat().st_mtime_ns if manifest is None else manifest.saved
             except DamageError as damage:
                 _warn(damage)
                 continue
-            form = form_of(path) if manifest is None else manifest.form
             if (manifest is None or manifest.is_resumable) and (forms is None or form in forms):
-                found.append((path.stat().st_mtime_ns if manifest is None else manifest.saved, path))
+                found.append((saved, path))
     found = [(saved, path) for saved, path in found if saved >= since * 1e9]
     newest = max(found, default=(int(since * 1e9), None))[0]
     for path in (each for each, saved in absent.items() if saved > newest and each not in skip):
@@ -81,8 +86,9 @@ def check_checkpoint(path: Path, share: tuple[int, int] | None = (0, 1)) -> Mani
         share: (rank, ranks): the share of the files whose bytes are read; None reads none and compares sizes.
     """
     manifest = check_saved(path, share)
-    if manifest is None and not form_of(path):
-        raise DamageError(f"{path} holds no checkpoint")
+    with reading(path):
+        if manifest is None and not form_of(path):
+            raise DamageError(f"{path} holds no checkpoint")
     return manifest
 
 

@@ -1,5 +1,6 @@
 """A checkpoint in one file is whole or absent, and what is damaged is named and passed over."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -129,6 +131,31 @@ def test_a_damaged_index_is_ignored(tmp_path):
     _flip(tmp_path / INDEX)
     with pytest.warns(RuntimeWarning, match="is damaged and ignored"):
         assert newest_step(tmp_path) == 2
+
+
+def test_an_index_that_cannot_be_read_is_ignored(tmp_path):
+    save(tmp_path, 1, 2)
+    (tmp_path / INDEX).unlink()
+    (tmp_path / INDEX).mkdir()
+    with pytest.warns(RuntimeWarning, match="is damaged and ignored"):
+        assert newest_step(tmp_path) == 2
+
+
+@pytest.mark.parametrize("method", ["open", "stat"])
+def test_a_file_that_cannot_be_read_is_named_and_passed_over(tmp_path, monkeypatch, method):
+    save(tmp_path, 1, 2)
+    path, stock = tmp_path / "step=2.ckpt", getattr(Path, method)
+
+    def fail(self, *arguments, **options):
+        if self == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return stock(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, method, fail)
+    with pytest.warns(RuntimeWarning, match=rf"{path} cannot be read: {os.strerror(errno.EIO)}; it is passed over"):
+        assert newest_step(tmp_path) == 1
+    with pytest.raises(ValueError, match=f"{path} cannot be read"):
+        check_checkpoint(path)
 
 
 def test_a_copy_under_another_name_is_good(tmp_path):
