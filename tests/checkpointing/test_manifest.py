@@ -169,6 +169,7 @@ def test_weights_alone_are_not_resumed_from(tmp_path):
     weights = {name: value for name, value in content(2).items() if name != "callbacks"}
     ManifestCheckpointIO().save_checkpoint(weights, tmp_path / "weights.ckpt")
     assert newest_step(tmp_path) == 1
+    assert newest_checkpoint(tmp_path, resumable=False) == tmp_path / "weights.ckpt"
 
 
 def test_the_only_good_checkpoint_is_kept(tmp_path, monkeypatch):
@@ -180,6 +181,29 @@ def test_the_only_good_checkpoint_is_kept(tmp_path, monkeypatch):
     with pytest.warns(RuntimeWarning, match=r"step=2.ckpt is kept: no other checkpoint in its folder is good"):
         writer.remove_checkpoint(tmp_path / "step=2.ckpt")
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=2.ckpt", "step=3.ckpt"]
+
+
+def test_temporary_ones_are_removed_and_not_resumed_from(tmp_path):
+    name = ".lr_find_1.ckpt"  # as Lightning's tuner saves one
+    save(tmp_path, 1, name=name)
+    assert newest_checkpoint(tmp_path) is None
+    ManifestCheckpointIO().remove_checkpoint(tmp_path / name)
+    assert not (tmp_path / name).exists()
+    save(tmp_path, 1)
+    save(tmp_path, 2, name=name)
+    with pytest.warns(RuntimeWarning, match="step=1.ckpt is kept"):
+        ManifestCheckpointIO().remove_checkpoint(tmp_path / "step=1.ckpt")
+
+
+def test_one_with_a_slash_in_its_name_is_removed_after_the_next(tmp_path):
+    first, second = "epoch=0-val/loss=2-val/acc=1.ckpt", "epoch=1-val/loss=1-val/acc=1.ckpt"
+    writer = ManifestCheckpointIO()
+    for name in (first, second):
+        save(tmp_path, 1, name=name)
+    writer.remove_checkpoint(tmp_path / first)
+    with pytest.warns(RuntimeWarning, match="acc=1.ckpt is kept"):
+        writer.remove_checkpoint(tmp_path / second)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.ckpt")] == [second]
 
 
 def test_an_error_of_writing_leaves_the_old_one(tmp_path, monkeypatch):
