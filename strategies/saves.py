@@ -11,7 +11,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.distributed import _distributed_is_initialized
 from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -89,8 +89,8 @@ class CheckpointSaves(ParallelStrategy):
         self.settle_saves()
         if not self._writes_folder():
             self._describe(self.checkpoint_io)
-            save = super().save_checkpoint
-            self._together(path, lambda: save(checkpoint, path, storage_options))
+            # not the engine's own, as FSDP2's removes a folder of this name before the file is written
+            self._together(path, lambda: Strategy.save_checkpoint(self, checkpoint, path, storage_options))
             if self.background_saves:
                 self._pending = Pending(path)
         elif storage_options is not None or not _is_local_file_protocol(path):

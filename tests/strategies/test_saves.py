@@ -168,6 +168,37 @@ def test_an_error_of_one_rank_is_raised_on_all(trainers, tmp_path, in_background
     assert check_checkpoint(tmp_path / "last.ckpt").step == 1
 
 
+def save_in_place_of_a_folder(rank, world, path):
+    """The error of a save in one file that fails, where a folder has its name, and whether the folder is there then."""
+    from trained import Module, quiet, sgd, trainer_of
+
+    with quiet():
+        strategy = RingSequenceParallelStrategy(sharding="fsdp2", engine={"save_distributed_checkpoint": False})
+        trainer = trainer_of(strategy, world, max_steps=0)
+        tokens = torch.zeros(1, 4, dtype=torch.long)
+        trainer.fit(Module(torch.nn.Linear(1, 1), sgd), [{"input_ids": tokens, "labels": tokens}])
+        errors = []
+        for fails in (True, False):
+            with pytest.MonkeyPatch.context() as patched:
+                if fails:
+                    patched.setattr("lightning_longnet.checkpointing.checkpoint_io.save_whole", None)
+                try:
+                    trainer.save_checkpoint(path)
+                except RuntimeError as error:
+                    errors.append(str(error))
+                errors.append(Path(path).is_dir())
+    return errors
+
+
+def test_one_file_takes_the_place_of_a_folder_when_it_is_written(trainers, tmp_path):
+    (path := tmp_path / "last.ckpt").mkdir()
+    (path / "meta.pt").write_text("of FSDP2")
+    ((error, is_there, is_still_there),) = trainers.run(1, save_in_place_of_a_folder, str(path))
+    assert "is not saved" in error
+    assert (is_there, is_still_there) == (True, False)
+    assert check_checkpoint(path) is not None
+
+
 def test_a_manifest_says_what_wrote_it(saved):
     folder, _ = saved("fsdp2")
     manifest = check_checkpoint(folder / "last.ckpt")
