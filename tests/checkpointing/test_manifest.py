@@ -313,6 +313,19 @@ def test_an_error_in_the_background_is_raised_by_the_next_save(tmp_path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == [INDEX, "step=1.ckpt"]
 
 
+def test_what_a_failed_save_was_to_replace_stays(tmp_path, monkeypatch):
+    save(tmp_path, 1, 2)
+    writer = ManifestCheckpointIO(background=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("lightning_longnet.checkpointing.checkpoint_io.save_whole", None)
+        writer.save_checkpoint(content(3), tmp_path / "step=3.ckpt")
+        writer.remove_checkpoint(tmp_path / "step=1.ckpt")
+        with pytest.raises(TypeError):
+            writer.wait()
+    writer.teardown()
+    assert (tmp_path / "step=1.ckpt").exists()
+
+
 # A kill at each operation on files of a save
 
 

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_training import FLOAT32
 from tiers import tiered
 from trained import adamw, fit, samples
 
-from lightning_longnet import read_checkpoint
+from lightning_longnet import ManifestCheckpointIO, read_checkpoint
 from lightning_longnet.checkpointing.index import INDEX
 from lightning_longnet.checkpointing.newest import check_checkpoint, newest_checkpoint
 from lightning_longnet.strategies import RingSequenceParallelStrategy
+from lightning_longnet.strategies.saves import Pending
+from lightning_longnet.supervision.record import SAVE
 
 ENGINES = ["ddp", "fsdp2", "hsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 SETTING = {**FLOAT32, "optimizer": adamw, "samples": samples(24), "micro_batches": 4, "accumulate": 1}
@@ -226,6 +230,54 @@ def test_saves_in_the_background_are_those_of_their_step(trainers, saved, engine
         assert all(torch.equal(state[name], wanted[name]) for name in wanted)
     for rest, _, _ in trainers.run(2, fit_with_last, engine, str(tmp_path / "rest"), str(tmp_path / "last.ckpt")):
         assert rest == []
+
+
+def phases_of_saves(rank, world, sharding, folder):
+    """The phases in which folders that are written in the background get their names."""
+    from lightning_longnet.checkpointing.background import BackgroundWriter
+    from lightning_longnet.strategies.saves import CheckpointSaves
+
+    phases, finish = [], CheckpointSaves._finish_folder
+
+    def finish_and_note(self, *arguments):
+        phases.append(self.progress.phase)
+        finish(self, *arguments)
+
+    def is_done(self):
+        return self._work is None or self._work.exception() is None
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(CheckpointSaves, "_finish_folder", finish_and_note)
+        patched.setattr(BackgroundWriter, "is_done", property(is_done))
+        saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        fit(rank, world, SETTING, sharding, world, None, [saving], background_saves=True)
+    return phases
+
+
+def test_a_save_in_the_background_ends_in_the_phase_of_a_save(trainers, tmp_path):
+    (phases,) = trainers.run(1, phases_of_saves, "fsdp2", str(tmp_path))
+    assert phases == [SAVE] * 4
+
+
+@pytest.mark.parametrize("ending", ["teardown", "error of another rank"])
+def test_what_a_folder_without_a_name_was_to_replace_stays(tmp_path, monkeypatch, ending):
+    names = [tmp_path / f"step={step}.ckpt" for step in (1, 2)]
+    writer = ManifestCheckpointIO()
+    for path in names:
+        writer.save_checkpoint({"state_dict": {}, "callbacks": {}}, path)
+    strategy = RingSequenceParallelStrategy(sharding="fsdp2", background_saves=True, accelerator=CPUAccelerator())
+    strategy.cluster_environment = LightningEnvironment()
+    strategy._pending = Pending(tmp_path / "step=3.ckpt", tmp_path / ".unfinished")
+    strategy.checkpoint_io.writer.begin(dict)
+    strategy.checkpoint_io.remove_checkpoint(names[0])
+    if ending != "teardown":
+        monkeypatch.setattr(strategy, "_gathered", lambda value: [value, (None, "OSError: No space left on device")])
+        with pytest.raises(RuntimeError, match=r"step=3.ckpt is not saved: rank 1: OSError: No space left"):
+            strategy.settle_saves()
+    strategy.teardown()
+    strategy.checkpoint_io.wait()  # as the next save does
+    assert names[0].exists()
+    assert not (tmp_path / "step=3.ckpt").exists()
 
 
 def test_saves_in_the_background_are_refused_by_name():
