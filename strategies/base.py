@@ -293,6 +293,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, NamedFailures, WatchedLoops
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
+        self.settle_saves(is_awaited=False)  # before the limits of a step hold
         context, loop = self.sequence_context, self.lightning_module.trainer.fit_loop.epoch_loop
         context.begin_step(loop.total_batch_idx)
         self._losses.look()

@@ -140,7 +140,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
     def _load(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         if saved_ranks(path) in (0, self.world_size):
             return super()._load_from(path, weights_only)
-        if fault := fault_of_rank_zero(self, lambda: convert(path)):
+        if fault := fault_of_rank_zero(self, lambda: convert(path, weights_only is False)):
             raise RuntimeError(f"the checkpoint {path} cannot be made to fit {self.world_size} ranks: {fault}")
         config = self.deepspeed_engine._config
         config.load_universal_checkpoint = True

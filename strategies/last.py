@@ -11,9 +11,11 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_longnet.callbacks import Preemption
-from lightning_longnet.checkpointing.newest import newest_checkpoint
+from lightning_longnet.checkpointing.manifest import form_of
+from lightning_longnet.checkpointing.newest import is_kept, newest_checkpoint
 from lightning_longnet.strategies.saves import CheckpointSaves
 
 if TYPE_CHECKING:
@@ -28,11 +30,26 @@ def checkpoint_folders(trainer: Trainer) -> list[Path]:
     folders += [each.dirpath for each in callbacks if isinstance(each, Preemption) and each.dirpath is not None]
     if not savers or isinstance(trainer._accelerator_connector.cluster_environment, SLURMEnvironment):
         folders.append(trainer.default_root_dir)  # where `Preemption` saves
+    folders += [
+        inside
+        for saver, folder in zip(savers, folders, strict=False)
+        for inside in _folders_inside(folder, (saver.filename or "").count("/"))
+    ]
     return list(dict.fromkeys(Path(each) for each in folders if _is_local_file_protocol(each)))
 
 
-def last_checkpoint(trainer: Trainer) -> Path | None:
+def _folders_inside(folder: Any, depth: int) -> list[Path]:
+    """Return the folders that a "/" in the names of checkpoints makes, as that of a metric "val/loss"."""
+    if not depth or not _is_local_file_protocol(folder):
+        return []
+    inside = [path for path in sorted(Path(folder).glob("[!.]*/")) if path.suffix != ".ckpt" and not form_of(path)]
+    return [*inside, *(each for path in inside for each in _folders_inside(path, depth - 1))]
+
+
+def last_checkpoint(trainer: Trainer, resumable: bool = True) -> Path | None:
     """Return the newest checkpoint that a Trainer's engine reads, or None where nothing has been saved yet.
+
+    With `resumable` those of weights alone are left out.
 
     A ValueError is raised where there are checkpoints, and none of them is good: the run would begin anew.
     """
@@ -42,8 +59,8 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
     with warnings.catch_warnings():
         if getattr(rank_zero_only, "rank", 0):
             warnings.simplefilter("ignore")  # each rank looks, before the ranks are connected
-        found = newest_checkpoint(*folders, forms=strategy.forms)
-    if found is None and any(True for folder in folders for _ in folder.glob("*.ckpt")):
+        found = newest_checkpoint(*folders, forms=strategy.forms, resumable=resumable)
+    if found is None and any(is_kept(path) for folder in folders for path in folder.glob("*.ckpt")):
         raise ValueError(
             f"ckpt_path='last' must find a checkpoint to go on from, and none is good or of a form that this engine "
             f"reads in {', '.join(map(str, folders))}: name one, or give no ckpt_path to begin anew"
@@ -56,7 +73,7 @@ _stock = _CheckpointConnector._parse_ckpt_path
 
 def _parse(self: _CheckpointConnector, state_fn: Any, ckpt_path: Any, *arguments: Any, **options: Any) -> Any:
     if ckpt_path == "last" and isinstance(self.trainer.strategy, CheckpointSaves):
-        found = last_checkpoint(self.trainer)
+        found = last_checkpoint(self.trainer, resumable=state_fn == TrainerFn.FITTING)
         if found is not None:
             return str(found)
     return _stock(self, state_fn, ckpt_path, *arguments, **options)

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.distributed import _distributed_is_initialized
 from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -21,6 +21,7 @@ from lightning_longnet.checkpointing.manifest import DamageError, FileSum, files
 from lightning_longnet.checkpointing.newest import check_checkpoint, newest_checkpoint, unverified
 from lightning_longnet.checkpointing.streams import sync_file
 from lightning_longnet.strategies.checks import check_background_saves
+from lightning_longnet.supervision.record import SAVE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from lightning_longnet.checkpointing.background import MemoryFile
     from lightning_longnet.sequence.context import SequenceContext
+    from lightning_longnet.strategies.phases import Progress
 
 # what writing raises: a full disk, a folder that cannot be written, content that cannot be pickled
 FAULTS = (OSError, RuntimeError, ValueError, TypeError, AttributeError, pickle.PicklingError, CheckpointException)
@@ -56,6 +58,11 @@ class CheckpointSaves(ParallelStrategy):
     background_saves = False
     _is_training = False
     _pending: Pending | None = None
+    progress: Progress
+
+    def _interrupt(self, phase: str) -> None:
+        """Begin a phase in which ranks may wait long for each other."""
+        raise NotImplementedError
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
@@ -89,8 +96,8 @@ class CheckpointSaves(ParallelStrategy):
         self.settle_saves()
         if not self._writes_folder():
             self._describe(self.checkpoint_io)
-            save = super().save_checkpoint
-            self._together(path, lambda: save(checkpoint, path, storage_options))
+            # not the engine's own, as FSDP2's removes a folder of this name before the file is written
+            self._together(path, lambda: Strategy.save_checkpoint(self, checkpoint, path, storage_options))
             if self.background_saves:
                 self._pending = Pending(path)
         elif storage_options is not None or not _is_local_file_protocol(path):
@@ -132,20 +139,19 @@ class CheckpointSaves(ParallelStrategy):
         io: Any = self.checkpoint_io
         if not is_awaited and not all(self._gathered(io.writer.is_done)):
             return
-        self._pending = None
+        self._pending, phase = None, self.progress.phase
+        self._interrupt(SAVE)
         try:
             parts = self._together(pending.final, io.writer.take)
             if pending.unfinished is not None:
                 found: tuple[Path, Path, dict[str, Any]] = (pending.unfinished, pending.final, pending.content)
                 self._together(pending.final, lambda: self._finish_folder(*found, parts))
             self._together(pending.final, io.wait)
+            self.progress.mark(phase)
         finally:
+            io.forget_removals()  # which are there after an error
             if self.is_global_zero and pending.unfinished is not None:
                 discard(pending.unfinished)  # which is there after an error
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.settle_saves(is_awaited=False)
-        return super().training_step(*args, **kwargs)
 
     def on_train_start(self) -> None:
         self._is_training = True
@@ -155,6 +161,17 @@ class CheckpointSaves(ParallelStrategy):
         self._is_training = False
         self.settle_saves()
         super().on_train_end()
+
+    def teardown(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None and pending.unfinished is not None:  # of a run that failed: the folder gets no name
+            io: Any = self.checkpoint_io
+            io.forget_removals()
+            try:
+                io.writer.take()
+            except FAULTS as error:  # which must not hide that of the run
+                rank_zero_warn(f"the checkpoint {pending.final} is not saved: {error}", category=RuntimeWarning)
+        super().teardown()
 
     def _finish_folder(
         self, unfinished: Path, final: Path, checkpoint: dict[str, Any], parts: list[dict[str, FileSum]]

@@ -18,6 +18,7 @@ from lightning_longnet.checkpointing.manifest import (
     parse,
     sum_of,
 )
+from lightning_longnet.trust import VARIABLE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,8 +33,20 @@ def saved_ranks(checkpoint: Path) -> int:
     return len(list((checkpoint / "checkpoint").glob("*zero_pp_rank_*_optim_states.pt")))
 
 
-def convert(checkpoint: Path) -> str:
-    """Write the universal format beside a checkpoint, once; return what went wrong, or an empty string."""
+def convert(checkpoint: Path, trust: bool = False) -> str:
+    """Write the universal format beside a checkpoint, once; return what went wrong, or an empty string.
+
+    Args:
+        checkpoint: a folder of DeepSpeed.
+        trust: runs the code that its files hold.
+    """
+    try:
+        return _convert(checkpoint, trust)
+    except OSError as error:  # a folder that cannot be written, a full disk: the other ranks wait
+        return str(error)
+
+
+def _convert(checkpoint: Path, trust: bool) -> str:
     if _is_converted(checkpoint):
         return ""
     for name in (_WRITTEN_LAST, _SUMS, _FORMAT):  # of a conversion that was killed, or is damaged
@@ -42,7 +55,8 @@ def convert(checkpoint: Path) -> str:
     options = ["--input_folder", str(checkpoint / "checkpoint"), "--output_folder", str(checkpoint / _FORMAT)]
     options += ["--num_extract_workers", workers, "--num_merge_workers", workers, "--inject_missing_state"]
     command = [sys.executable, "-c", f"from {__name__} import main; main()", *options]
-    result = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | ({VARIABLE: "1"} if trust else {})
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
         return f"{' '.join(command)}\n{result.stderr.strip()}"
     folder = checkpoint / _FORMAT

@@ -87,11 +87,15 @@ class ManifestCheckpointIO(TorchCheckpointIO):
         super().teardown()
 
     def wait(self) -> None:
-        """Wait for a save in the background, raise its error, and remove what was to be removed after it."""
-        self.writer.take()
+        """Wait for a save in the background, raise its error, or remove what was to be removed after it."""
         removals, self._removals = self._removals, []
+        self.writer.take()
         for path in removals:
             self._remove(path)
+
+    def forget_removals(self) -> None:
+        """Keep what was to be removed after a save in the background that has failed."""
+        self._removals.clear()
 
     def describe(self, final: Path, checkpoint: Mapping[str, Any], found: FileSum | dict[str, FileSum]) -> Manifest:
         """Return the manifest of a checkpoint.

@@ -89,6 +89,11 @@ def remove(path: Path) -> None:
     discard(doomed)
 
 
+def written() -> list[Path]:
+    """Return the paths of the checkpoints that this process wrote."""
+    return list(_written)
+
+
 def was_written(path: Path, manifest: Manifest) -> bool:
     """Whether this process wrote a checkpoint, so that its bytes need not be read to know that they were written."""
     return _written.get(path) == manifest.checksum

@@ -45,7 +45,7 @@ def read_index(folder: Path) -> Index:
         text = (folder / INDEX).read_text()
     except (FileNotFoundError, NotADirectoryError):
         return Index("", {})
-    except UnicodeDecodeError:
+    except (OSError, UnicodeDecodeError):
         text = ""
     try:
         values = json.loads(text)

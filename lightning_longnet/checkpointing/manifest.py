@@ -14,6 +14,7 @@ import json
 import os
 import struct
 import zlib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -98,6 +99,15 @@ class Manifest:
         return comment
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise `DamageError` where the system cannot read a checkpoint: all ranks then take another, or raise together."""
+    try:
+        yield
+    except OSError as error:
+        raise DamageError(f"{error.filename or path} cannot be read: {error.strerror}") from None
+
+
 def parse(text: str | bytes, where: str) -> Manifest:
     """Return the manifest that a text holds; raise `DamageError` where it is not as it was written."""
     try:
@@ -125,6 +135,11 @@ def form_of(path: Path) -> str:
 
 def read_manifest(path: Path) -> Manifest | None:
     """Return the manifest of a checkpoint, or None where it has none; raise `DamageError` where it cannot be read."""
+    with reading(path):
+        return _read_manifest(path)
+
+
+def _read_manifest(path: Path) -> Manifest | None:
     if not path.exists():
         raise DamageError(f"{path} does not exist")
     if path.is_dir():
@@ -157,6 +172,11 @@ def _comment_of(tail: bytes) -> bytes | None:
 
 def check_sizes(path: Path, manifest: Manifest) -> None:
     """Raise `DamageError` where a file is missing, has another size, or is one that the manifest does not name."""
+    with reading(path):
+        _check_sizes(path, manifest)
+
+
+def _check_sizes(path: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         file = path / name
         if not file.is_file():
@@ -180,10 +200,8 @@ def check_sums(path: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) 
     """
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))
     for name in by_size[share[0] :: share[1]]:
-        try:
+        with reading(path / name):
             found = sum_of(path / name, manifest.files[name].bytes, is_whole=name == WHOLE)
-        except OSError as error:
-            raise DamageError(f"{path / name} cannot be read: {error.strerror}") from None
         if found != manifest.files[name]:
             raise DamageError(
                 f"{path / name} is damaged: its checksum is {found.crc32}, not {manifest.files[name].crc32}"

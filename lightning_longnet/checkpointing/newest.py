@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_longnet.checkpointing.commit import replaced, was_written
+from lightning_longnet.checkpointing.commit import replaced, was_written, written
 from lightning_longnet.checkpointing.index import check_entry, missing
 from lightning_longnet.checkpointing.manifest import (
     MANIFEST,
@@ -17,6 +17,7 @@ from lightning_longnet.checkpointing.manifest import (
     check_sums,
     form_of,
     read_manifest,
+    reading,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def newest_checkpoint(
     skip: Collection[Path] = (),
     reads_all: bool = False,
     since: float = 0.0,
+    resumable: bool = True,
 ) -> Path | None:
     """Return the newest checkpoint that a run can go on from, or None where the folders have none.
 
@@ -36,29 +38,36 @@ def newest_checkpoint(
     versions and other programs write them, counts by the time of its last change.
 
     Args:
-        folders: folders with checkpoints, whose names end with ".ckpt".
+        folders: folders with checkpoints, whose names end with ".ckpt" and do not begin with a dot.  Where names of
+            checkpoints have a "/", the folders inside that they stand in are folders of their own.
         forms: which checkpoints can be read: "file", "fsdp2" and "deepspeed"; all by default.
         skip: checkpoints that are passed over.
         reads_all: reads all bytes and compares their checksums; without it names, sizes and manifests are compared.
         since: leaves out checkpoints that were saved before this time, in seconds since the epoch.
+        resumable: leaves out checkpoints of weights alone.
     """
     found: list[tuple[int, Path]] = []
     absent: dict[Path, int] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             continue
-        absent |= {path: saved for path, saved in missing(folder).items() if path.name not in replaced(folder)}
-        for path in (*folder.glob("*.ckpt"), *replaced(folder).values()):
-            if path in skip or not path.exists():
+        gone = missing(folder).items()
+        absent |= {path: saved for path, saved in gone if is_kept(path) and path.name not in replaced(folder)}
+        for path in (*filter(is_kept, folder.glob("*.ckpt")), *replaced(folder).values()):
+            if path in skip:
                 continue
             try:
-                manifest = _known_manifest(path)
+                with reading(path):
+                    if not path.exists():
+                        continue
+                    manifest = _known_manifest(path)
+                    form = form_of(path) if manifest is None else manifest.form
+                    saved = path.stat().st_mtime_ns if manifest is None else manifest.saved
             except DamageError as damage:
                 _warn(damage)
                 continue
-            form = form_of(path) if manifest is None else manifest.form
-            if (manifest is None or manifest.is_resumable) and (forms is None or form in forms):
-                found.append((path.stat().st_mtime_ns if manifest is None else manifest.saved, path))
+            if (manifest is None or manifest.is_resumable or not resumable) and (forms is None or form in forms):
+                found.append((saved, path))
     found = [(saved, path) for saved, path in found if saved >= since * 1e9]
     newest = max(found, default=(int(since * 1e9), None))[0]
     for path in (each for each, saved in absent.items() if saved > newest and each not in skip):
@@ -81,8 +90,9 @@ def check_checkpoint(path: Path, share: tuple[int, int] | None = (0, 1)) -> Mani
         share: (rank, ranks): the share of the files whose bytes are read; None reads none and compares sizes.
     """
     manifest = check_saved(path, share)
-    if manifest is None and not form_of(path):
-        raise DamageError(f"{path} holds no checkpoint")
+    with reading(path):
+        if manifest is None and not form_of(path):
+            raise DamageError(f"{path} holds no checkpoint")
     return manifest
 
 
@@ -105,14 +115,24 @@ def _known_manifest(path: Path) -> Manifest | None:
     return manifest
 
 
+def is_kept(path: Path) -> bool:
+    """Whether a checkpoint is none that Lightning's tuner saves for a while, under a name that begins with a dot."""
+    return not path.name.startswith(".")
+
+
 def is_only_good(path: Path) -> bool:
     """Whether no checkpoint of a folder is good but this one, which is good as far as sizes say.
 
-    The bytes of those that this process wrote itself are not read again.
+    The bytes of those that this process wrote itself are not read again.  Such ones count in other folders of
+    the run, too: the name "{epoch}-{val/loss}" puts each checkpoint in another folder.
     """
+    if not is_kept(path):
+        return False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if any(_is_written(each) for each in path.parent.glob("*.ckpt") if each != path):
+        inside = (each for each in written() if _folder_of_run(each) == _folder_of_run(path))
+        others = {*path.parent.glob("*.ckpt"), *inside} - {path}
+        if any(_is_written(each) for each in filter(is_kept, others)):
             return False
         try:
             if check_checkpoint(path, share=None) is None:
@@ -120,6 +140,14 @@ def is_only_good(path: Path) -> bool:
         except DamageError:
             return False
         return newest_checkpoint(path.parent, skip={path}, reads_all=True) is None
+
+
+def _folder_of_run(path: Path) -> Path:
+    """Return the folder of a checkpoint, without those that values in its name make, as "epoch=0-val"."""
+    folder = path.parent
+    while "=" in folder.name:
+        folder = folder.parent
+    return folder
 
 
 def _is_written(path: Path) -> bool:

@@ -24,13 +24,13 @@ class Strategy(Protocol):
 
 
 def fault_of(check: Callable[[], Any]) -> str:
-    """Return the message of the ValueError that a check raises, or an empty string.
+    """Return the message of the ValueError or OSError that a check raises, or an empty string.
 
     A rank that raised at once would leave the others waiting for it; with the message it can agree first.
     """
     try:
         check()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return str(error)
     return ""
 

@@ -1,5 +1,6 @@
 """A checkpoint in one file is whole or absent, and what is damaged is named and passed over."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -131,6 +133,31 @@ def test_a_damaged_index_is_ignored(tmp_path):
         assert newest_step(tmp_path) == 2
 
 
+def test_an_index_that_cannot_be_read_is_ignored(tmp_path):
+    save(tmp_path, 1, 2)
+    (tmp_path / INDEX).unlink()
+    (tmp_path / INDEX).mkdir()
+    with pytest.warns(RuntimeWarning, match="is damaged and ignored"):
+        assert newest_step(tmp_path) == 2
+
+
+@pytest.mark.parametrize("method", ["open", "stat"])
+def test_a_file_that_cannot_be_read_is_named_and_passed_over(tmp_path, monkeypatch, method):
+    save(tmp_path, 1, 2)
+    path, stock = tmp_path / "step=2.ckpt", getattr(Path, method)
+
+    def fail(self, *arguments, **options):
+        if self == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return stock(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, method, fail)
+    with pytest.warns(RuntimeWarning, match=rf"{path} cannot be read: {os.strerror(errno.EIO)}; it is passed over"):
+        assert newest_step(tmp_path) == 1
+    with pytest.raises(ValueError, match=f"{path} cannot be read"):
+        check_checkpoint(path)
+
+
 def test_a_copy_under_another_name_is_good(tmp_path):
     save(tmp_path, 1)
     shutil.copy(tmp_path / "step=1.ckpt", tmp_path / "best.ckpt")
@@ -142,6 +169,7 @@ def test_weights_alone_are_not_resumed_from(tmp_path):
     weights = {name: value for name, value in content(2).items() if name != "callbacks"}
     ManifestCheckpointIO().save_checkpoint(weights, tmp_path / "weights.ckpt")
     assert newest_step(tmp_path) == 1
+    assert newest_checkpoint(tmp_path, resumable=False) == tmp_path / "weights.ckpt"
 
 
 def test_the_only_good_checkpoint_is_kept(tmp_path, monkeypatch):
@@ -153,6 +181,29 @@ def test_the_only_good_checkpoint_is_kept(tmp_path, monkeypatch):
     with pytest.warns(RuntimeWarning, match=r"step=2.ckpt is kept: no other checkpoint in its folder is good"):
         writer.remove_checkpoint(tmp_path / "step=2.ckpt")
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=2.ckpt", "step=3.ckpt"]
+
+
+def test_temporary_ones_are_removed_and_not_resumed_from(tmp_path):
+    name = ".lr_find_1.ckpt"  # as Lightning's tuner saves one
+    save(tmp_path, 1, name=name)
+    assert newest_checkpoint(tmp_path) is None
+    ManifestCheckpointIO().remove_checkpoint(tmp_path / name)
+    assert not (tmp_path / name).exists()
+    save(tmp_path, 1)
+    save(tmp_path, 2, name=name)
+    with pytest.warns(RuntimeWarning, match="step=1.ckpt is kept"):
+        ManifestCheckpointIO().remove_checkpoint(tmp_path / "step=1.ckpt")
+
+
+def test_one_with_a_slash_in_its_name_is_removed_after_the_next(tmp_path):
+    first, second = "epoch=0-val/loss=2-val/acc=1.ckpt", "epoch=1-val/loss=1-val/acc=1.ckpt"
+    writer = ManifestCheckpointIO()
+    for name in (first, second):
+        save(tmp_path, 1, name=name)
+    writer.remove_checkpoint(tmp_path / first)
+    with pytest.warns(RuntimeWarning, match="acc=1.ckpt is kept"):
+        writer.remove_checkpoint(tmp_path / second)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.ckpt")] == [second]
 
 
 def test_an_error_of_writing_leaves_the_old_one(tmp_path, monkeypatch):
@@ -260,6 +311,19 @@ def test_an_error_in_the_background_is_raised_by_the_next_save(tmp_path, monkeyp
         with pytest.raises(OSError, match="No space left"):
             writer.save_checkpoint(content(3), tmp_path / "step=3.ckpt")
     assert sorted(path.name for path in tmp_path.iterdir()) == [INDEX, "step=1.ckpt"]
+
+
+def test_what_a_failed_save_was_to_replace_stays(tmp_path, monkeypatch):
+    save(tmp_path, 1, 2)
+    writer = ManifestCheckpointIO(background=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("lightning_longnet.checkpointing.checkpoint_io.save_whole", None)
+        writer.save_checkpoint(content(3), tmp_path / "step=3.ckpt")
+        writer.remove_checkpoint(tmp_path / "step=1.ckpt")
+        with pytest.raises(TypeError):
+            writer.wait()
+    writer.teardown()
+    assert (tmp_path / "step=1.ckpt").exists()
 
 
 # A kill at each operation on files of a save

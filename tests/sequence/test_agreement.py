@@ -39,6 +39,10 @@ def test_all_ranks_hear_of_the_first_ones_fault(pool):
         assert halves == [0.0, 0.5, 1.0]
 
 
+def test_a_file_that_cannot_be_read_is_a_fault(tmp_path):
+    assert "Is a directory" in fault_of(tmp_path.read_bytes)
+
+
 def faulty(group, digests, faults):
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     rank = group.rank()

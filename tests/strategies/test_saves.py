@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_training import FLOAT32
 from tiers import tiered
 from trained import adamw, fit, samples
 
-from lightning_longnet import read_checkpoint
+from lightning_longnet import ManifestCheckpointIO, read_checkpoint
 from lightning_longnet.checkpointing.index import INDEX
 from lightning_longnet.checkpointing.newest import check_checkpoint, newest_checkpoint
 from lightning_longnet.strategies import RingSequenceParallelStrategy
+from lightning_longnet.strategies.saves import Pending
+from lightning_longnet.supervision.record import SAVE
 
 ENGINES = ["ddp", "fsdp2", "hsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 SETTING = {**FLOAT32, "optimizer": adamw, "samples": samples(24), "micro_batches": 4, "accumulate": 1}
@@ -168,6 +172,37 @@ def test_an_error_of_one_rank_is_raised_on_all(trainers, tmp_path, in_background
     assert check_checkpoint(tmp_path / "last.ckpt").step == 1
 
 
+def save_in_place_of_a_folder(rank, world, path):
+    """The error of a save in one file that fails, where a folder has its name, and whether the folder is there then."""
+    from trained import Module, quiet, sgd, trainer_of
+
+    with quiet():
+        strategy = RingSequenceParallelStrategy(sharding="fsdp2", engine={"save_distributed_checkpoint": False})
+        trainer = trainer_of(strategy, world, max_steps=0)
+        tokens = torch.zeros(1, 4, dtype=torch.long)
+        trainer.fit(Module(torch.nn.Linear(1, 1), sgd), [{"input_ids": tokens, "labels": tokens}])
+        errors = []
+        for fails in (True, False):
+            with pytest.MonkeyPatch.context() as patched:
+                if fails:
+                    patched.setattr("lightning_longnet.checkpointing.checkpoint_io.save_whole", None)
+                try:
+                    trainer.save_checkpoint(path)
+                except RuntimeError as error:
+                    errors.append(str(error))
+                errors.append(Path(path).is_dir())
+    return errors
+
+
+def test_one_file_takes_the_place_of_a_folder_when_it_is_written(trainers, tmp_path):
+    (path := tmp_path / "last.ckpt").mkdir()
+    (path / "meta.pt").write_text("of FSDP2")
+    ((error, is_there, is_still_there),) = trainers.run(1, save_in_place_of_a_folder, str(path))
+    assert "is not saved" in error
+    assert (is_there, is_still_there) == (True, False)
+    assert check_checkpoint(path) is not None
+
+
 def test_a_manifest_says_what_wrote_it(saved):
     folder, _ = saved("fsdp2")
     manifest = check_checkpoint(folder / "last.ckpt")
@@ -195,6 +230,54 @@ def test_saves_in_the_background_are_those_of_their_step(trainers, saved, engine
         assert all(torch.equal(state[name], wanted[name]) for name in wanted)
     for rest, _, _ in trainers.run(2, fit_with_last, engine, str(tmp_path / "rest"), str(tmp_path / "last.ckpt")):
         assert rest == []
+
+
+def phases_of_saves(rank, world, sharding, folder):
+    """The phases in which folders that are written in the background get their names."""
+    from lightning_longnet.checkpointing.background import BackgroundWriter
+    from lightning_longnet.strategies.saves import CheckpointSaves
+
+    phases, finish = [], CheckpointSaves._finish_folder
+
+    def finish_and_note(self, *arguments):
+        phases.append(self.progress.phase)
+        finish(self, *arguments)
+
+    def is_done(self):
+        return self._work is None or self._work.exception() is None
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(CheckpointSaves, "_finish_folder", finish_and_note)
+        patched.setattr(BackgroundWriter, "is_done", property(is_done))
+        saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        fit(rank, world, SETTING, sharding, world, None, [saving], background_saves=True)
+    return phases
+
+
+def test_a_save_in_the_background_ends_in_the_phase_of_a_save(trainers, tmp_path):
+    (phases,) = trainers.run(1, phases_of_saves, "fsdp2", str(tmp_path))
+    assert phases == [SAVE] * 4
+
+
+@pytest.mark.parametrize("ending", ["teardown", "error of another rank"])
+def test_what_a_folder_without_a_name_was_to_replace_stays(tmp_path, monkeypatch, ending):
+    names = [tmp_path / f"step={step}.ckpt" for step in (1, 2)]
+    writer = ManifestCheckpointIO()
+    for path in names:
+        writer.save_checkpoint({"state_dict": {}, "callbacks": {}}, path)
+    strategy = RingSequenceParallelStrategy(sharding="fsdp2", background_saves=True, accelerator=CPUAccelerator())
+    strategy.cluster_environment = LightningEnvironment()
+    strategy._pending = Pending(tmp_path / "step=3.ckpt", tmp_path / ".unfinished")
+    strategy.checkpoint_io.writer.begin(dict)
+    strategy.checkpoint_io.remove_checkpoint(names[0])
+    if ending != "teardown":
+        monkeypatch.setattr(strategy, "_gathered", lambda value: [value, (None, "OSError: No space left on device")])
+        with pytest.raises(RuntimeError, match=r"step=3.ckpt is not saved: rank 1: OSError: No space left"):
+            strategy.settle_saves()
+    strategy.teardown()
+    strategy.checkpoint_io.wait()  # as the next save does
+    assert names[0].exists()
+    assert not (tmp_path / "step=3.ckpt").exists()
 
 
 def test_saves_in_the_background_are_refused_by_name():
