@@ -24,6 +24,7 @@ import lightning_longnet.data
 import lightning_longnet.training.module
 import lightning_longnet.training.vision_module  # noqa: F401  short names in YAML are those of classes that are loaded
 from lightning_longnet.callbacks import PredictedTexts
+from lightning_longnet.checkpointing.index import missing
 from lightning_longnet.checkpointing.restricted import check_folder, refusal
 from lightning_longnet.cli.classes import class_of
 from lightning_longnet.cli.given import config_files, content
@@ -96,7 +97,7 @@ class TrainerCLI(LightningCLI):
         path = self.config.fit.get("ckpt_path")
         if not _is_ours(self.trainer.strategy):
             self._check_path()
-        elif _is_path(path) and not Path(path).parent.exists() and RESUME not in os.environ:
+        elif _is_path(path) and RESUME not in os.environ and not _was_saved(Path(path)):
             raise ValueError(f"ckpt_path must be a checkpoint, got {path}, which does not exist")
 
     def _check_path(self) -> None:
@@ -194,6 +195,11 @@ def _unknown_strategy(message: str) -> str:
 @rank_zero_only
 def _warn(message: str) -> None:
     print(f"longnet: warning: {message}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _was_saved(path: Path) -> bool:
+    """Whether a checkpoint is there, or the index of its folder names it."""
+    return path.exists() or path in missing(path.parent)
 
 
 def _is_path(path: str | None) -> bool:

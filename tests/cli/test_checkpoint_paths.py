@@ -43,10 +43,13 @@ def test_fit_goes_on_from_another_checkpoint(folder, tmp_path, is_gone):
     assert sorted(path.name for path in (tmp_path / "again").glob("*.ckpt")) == ["last.ckpt", "step=3.ckpt"]
 
 
-def test_fit_without_a_good_checkpoint_ends_with_a_line(tmp_path):
+def test_fit_without_a_good_checkpoint_ends_with_a_line(folder, tmp_path):
     (tmp_path / "cut.ckpt").write_bytes(b"PK\x03\x04")
-    found = programs([fit(OURS, "--ckpt_path=cut.ckpt"), fit(OURS, "--ckpt_path=no/a.ckpt")], tmp_path)
-    for (status, _, errors), said in zip(found, ("no other good checkpoint", "which does not exist"), strict=True):
+    # a name that was never saved beside good ones is a mistake, not a checkpoint that is gone
+    paths = ["cut.ckpt", "no/a.ckpt", folder / "run/lost.ckpt"]
+    said_of_each = ("no other good checkpoint", "which does not exist", "which does not exist")
+    found = programs([fit(OURS, f"--ckpt_path={path}") for path in paths], tmp_path)
+    for (status, _, errors), said in zip(found, said_of_each, strict=True):
         assert status == 2
         assert errors.splitlines()[-1].startswith("longnet: error: ")
         assert said in errors.splitlines()[-1]
