@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_longnet.checkpointing.index import sync
 from lightning_longnet.checkpointing.manifest import sum_of
-from lightning_longnet.checkpointing.streams import sync_file
 from lightning_longnet.strategies.saves import FAULTS
 
 if TYPE_CHECKING:
@@ -57,6 +57,6 @@ def write_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str
         raise errors[0]
     sums = {}
     for path in map(folder.__class__, written):
-        sync_file(path)
+        sync(path)
         sums[path.relative_to(folder).as_posix()] = sum_of(path)
     return sums

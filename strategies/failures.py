@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Trainer
 
-_RUNS = [0]  # how many runs this process has set up, as all ranks have: each has failures of its own
+_RUNS = [0]  # how many runs this process has set up, as all ranks have: each run has its own failures
 _PATIENCE = 3.0  # seconds for the store, and for what others write there
 _LOST = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL"),

@@ -126,7 +126,7 @@ class MarkedPhases(ParallelStrategy):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "lightning_class" in cls.__dict__:  # the class of an engine, which has methods of its own for these
+        if "lightning_class" in cls.__dict__:  # the class of an engine, which overrides these methods
             for name, begins, ends in _METHODS:
                 setattr(cls, name, _marked(getattr(cls, name), begins, ends))
 

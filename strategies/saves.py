@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_longnet.checkpointing.checkpoint_io import ManifestCheckpointIO, facts_of
 from lightning_longnet.checkpointing.commit import commit, discard, seal, unfinished_path
+from lightning_longnet.checkpointing.index import sync
 from lightning_longnet.checkpointing.manifest import DamageError, FileSum, files_of, sum_of
 from lightning_longnet.checkpointing.newest import check_checkpoint, newest_checkpoint, unverified
-from lightning_longnet.checkpointing.streams import sync_file
 from lightning_longnet.strategies.checks import check_background_saves
 from lightning_longnet.supervision.record import SAVE
 
@@ -80,7 +80,7 @@ class CheckpointSaves(ParallelStrategy):
     # Saving
 
     def _writes_folder(self) -> bool:
-        """Whether each rank writes files of its own."""
+        """Whether each rank writes its own files."""
         return False
 
     def _write_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, FileSum]:
@@ -182,7 +182,7 @@ class CheckpointSaves(ParallelStrategy):
         for name in files_of(unfinished):
             if name not in sums:  # a small file that the engine writes itself
                 sums[name] = sum_of(unfinished / name)
-                sync_file(unfinished / name)
+                sync(unfinished / name)
         writer = ManifestCheckpointIO()
         self._describe(writer)
         manifest = writer.describe(final, checkpoint, sums)

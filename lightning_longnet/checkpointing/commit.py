@@ -1,6 +1,6 @@
 """Putting a checkpoint under its name when all of it is on the disk, and removing one at once.
 
-A checkpoint is written under a name of its own, `.unfinished-HOST-PID-NUMBER-NAME.part`, in the folder where it will
+A checkpoint is written under a temporary name, `.unfinished-HOST-PID-NUMBER-NAME.part`, in the folder where it will
 stand.  A folder that it replaces is renamed to `.replaced-...` first and removed last.  A process that was killed
 leaves such names behind, which the next save in the folder removes; `newest_checkpoint` reads a `.replaced-` one where
 the name itself is not there.
@@ -15,7 +15,7 @@ import time
 from itertools import count
 from typing import TYPE_CHECKING
 
-from lightning_longnet.checkpointing.index import record, sync_folder
+from lightning_longnet.checkpointing.index import record, sync
 from lightning_longnet.checkpointing.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def seal(folder: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     for path in (folder, *(each for each in folder.rglob("*") if each.is_dir())):
-        sync_folder(path)
+        sync(path)
 
 
 def commit(unfinished: Path, final: Path, manifest: Manifest) -> None:
@@ -71,7 +71,7 @@ def commit(unfinished: Path, final: Path, manifest: Manifest) -> None:
         former = _beside(final, _REPLACED)
         final.rename(former)
     unfinished.replace(final)
-    sync_folder(final.parent)
+    sync(final.parent)
     record(final.parent, final.name, manifest)
     _written[final] = manifest.checksum
     if former is not None:

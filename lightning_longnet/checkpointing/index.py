@@ -120,9 +120,9 @@ def missing(folder: Path) -> dict[Path, int]:
     return {folder / name: entry.saved for name, entry in entries.items() if not os.path.lexists(folder / name)}
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the disk holds the names in a folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until the disk holds the bytes of a file that is closed, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -90,7 +90,7 @@ def refusal(path: str | Path, error: Exception) -> str:
 
 @contextmanager
 def restricted(*allowed: Any, trust: bool = False) -> Iterator[None]:
-    """Let torch.load, whoever calls it, read tensors, plain values and the given classes alone, in this process.
+    """Let each call of torch.load in this process read only tensors, plain values and the given classes.
 
     Libraries that read checkpoints, as torch.distributed.checkpoint and DeepSpeed, call it with weights_only=False.
     """
@@ -180,7 +180,7 @@ class _Metadata(pickle.Unpickler):
 def check_folder(path: Path, trust: bool = False) -> None:
     """Raise a ValueError where a folder of FSDP2 or DeepSpeed holds objects that could run code when they are loaded.
 
-    Without it each rank would fail at a file of its own, while the others wait for it.
+    Without it a rank would fail alone, at one of its files, while the others wait for it.
     """
     if is_trusted(trust) or not path.is_dir():
         return

@@ -95,12 +95,3 @@ def save_whole(write: Callable[[SummedFile], None], path: Path, describe: Callab
         manifest = describe(file.sum)
         file.add_comment(manifest.comment())
     return manifest
-
-
-def sync_file(path: Path) -> None:
-    """Wait until the disk holds the bytes of a file that is closed."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -66,7 +66,7 @@ def end(folder: Path, session: int) -> list[int]:
 
 
 class Guard:
-    """A process of its own that ends the processes of a run where its supervisor is killed."""
+    """A separate process that ends the processes of a run if its supervisor is killed."""
 
     def __init__(self, folder: Path) -> None:
         reads, self._writes = os.pipe()

@@ -22,7 +22,7 @@ FORWARD, BACKWARD, OPTIMIZER, BETWEEN = "forward", "backward", "optimizer step",
 VALIDATION, TEST, PREDICT, SAVE, COMPILATION = "validation", "test", "predict", "save", "compilation"
 OUTSIDE = "outside of a run"
 
-# What became of a rank: nothing yet, an error of its own, the lost connection to another, or an end that was asked for
+# What became of a rank: nothing yet, its own error, the lost connection to another, or an end that was asked for
 RUNS, FAILED, DISCONNECTED, ENDED = range(4)
 
 _HEAD = struct.Struct("<8siiii")  # magic, rank, ranks, pid, whether it prints its stacks at a signal

@@ -50,7 +50,7 @@ def collect(folder: Path, entries: Sequence[Entry]) -> dict[int, str]:
 
 
 def at_its_end(folder: Path, rank: int) -> str:
-    """Return the stack of the main thread of a rank that a fault of its own has ended, as a segmentation fault."""
+    """Return the stack of the main thread of a rank that its own fault has ended, such as a segmentation fault."""
     path = path_of(folder, rank)
     _, fatal, stack = (path.read_text(errors="replace") if path.exists() else "").partition("Fatal Python error")
     return main_thread(stack) if fatal else ""

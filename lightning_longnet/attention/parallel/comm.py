@@ -34,7 +34,7 @@ class Traffic:
             meanwhile.
         loss_seconds: how long the rank waited for the losses of others.
         calls: None, or a list to which each forward and backward over ranks is added as (direction, plan, sizes);
-            whoever sets the list empties it.
+            the caller that sets the list empties it.
 
     Over NCCL the times are those of the host, which waits for nothing: a GPU's own waiting is not in them.
     """
