@@ -9,6 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
+from workers import forked
+
 from lightning_longnet.checkpointing.streams import SummedFile
 
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.symlink", "os.link"}
@@ -98,37 +100,35 @@ def killed_at(folder, number, action):
 def killed_ranks(folder, action, world, victim=0, number=None):
     """Run an action on ranks that are processes, of which SIGKILL ends one at an operation, and then the others.
 
-    Returns the operations of that rank if no number is given, else whether the operation was reached.
+    Returns the operations of that rank if no number is given, else whether the operation was reached.  The processes
+    are not forks of this one, whose threads a backward in a fork would wait for.
     """
-    install()
     names = folder.with_name(f"{folder.name}-operations.json")
-    children = [_forked(folder, action, rank, world, rank == victim, number, names) for rank in range(world)]
-    _, status = os.waitpid(children[victim], 0)
-    is_killed = os.WIFSIGNALED(status)
-    for child in children:
-        if child != children[victim]:
-            if is_killed:
-                os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+    context = forked()
+    ranks = [
+        context.Process(target=_rank, args=(folder, action, rank, world, rank == victim, number, names))
+        for rank in range(world)
+    ]
+    for each in ranks:
+        each.start()
+    ranks[victim].join()
+    is_killed = ranks[victim].exitcode == -signal.SIGKILL
+    for each in ranks:
+        if is_killed:
+            each.kill()
+        each.join()
     if number is None:
-        assert status == 0
+        assert ranks[victim].exitcode == 0
         return json.loads(names.read_text())
     return is_killed
 
 
-def _forked(folder, action, rank, world, is_victim, number, names):
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        if is_victim:
-            OPERATIONS.begin(folder, number)
-        action(rank, world, folder)
-        if is_victim:
-            written = OPERATIONS.names
-            OPERATIONS.begin(None)
-            names.write_text(json.dumps(written))
-        status = 0
-    finally:
-        os._exit(status)
+def _rank(folder, action, rank, world, is_victim, number, names):
+    install()
+    if is_victim:
+        OPERATIONS.begin(folder, number)
+    action(rank, world, folder)
+    if is_victim:
+        written = OPERATIONS.names
+        OPERATIONS.begin(None)
+        names.write_text(json.dumps(written))
