@@ -7,7 +7,6 @@ import pytest
 import torch
 from programs import LONGNET, programs
 from test_longnet import QUICKSTART, SMALL
-from tiers import tiered
 
 from lightning_longnet.supervision.record import RESUME
 
@@ -32,7 +31,8 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("is_gone", tiered([False, True], quick=[False]))
+@pytest.mark.long
+@pytest.mark.parametrize("is_gone", [False, True])
 def test_fit_goes_on_from_another_checkpoint(folder, tmp_path, is_gone):
     shutil.copytree(folder / "run", tmp_path / "run")
     last = tmp_path / "run/last.ckpt"
@@ -55,6 +55,7 @@ def test_fit_without_a_good_checkpoint_ends_with_a_line(folder, tmp_path):
         assert said in errors.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_a_restarted_fit_needs_no_ckpt_path(folder, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "run")
     restarted = tmp_path / "restarted.py"
@@ -65,6 +66,7 @@ def test_a_restarted_fit_needs_no_ckpt_path(folder, tmp_path):
     assert status == 0, errors
 
 
+@pytest.mark.long
 def test_a_word_names_no_folder_that_holds_code(tmp_path):
     (tmp_path / "hpc_ckpt_1.ckpt").mkdir()
     torch.save(torch.nn.Linear(1, 1), tmp_path / "hpc_ckpt_1.ckpt/meta.pt")
