@@ -79,7 +79,6 @@ def main() -> None:
                 options.folder,
                 "{step}",
                 every_n_train_steps=options.save_every,
-                save_last=True,
                 save_on_train_epoch_end=False,
             ),
         ],
