@@ -9,13 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_longnet.supervision.supervisor import Supervisor
+from lightning_longnet.supervision.supervisor import INTERRUPTED, MISUSE, TERMINATED, Supervisor
 from lightning_longnet.supervision.watch import ALLOWANCES, Limits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 RESTARTS = 10
+FAILED = 200  # the status of a supervisor in srun whose rank failed
 
 
 class Options(NamedTuple):
@@ -74,11 +75,14 @@ def supervise(command: Sequence[str], options: Options) -> int:
             "torchrun --standalone --max-restarts 10 -m lightning_longnet.supervise -- python train.py"
         )
     given = os.environ
-    is_one_of_several = "TORCHELASTIC_RUN_ID" in given or int(given.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    is_in_srun = int(given.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    is_one_of_several = "TORCHELASTIC_RUN_ID" in given or is_in_srun
     attempts = (given.get("TORCHELASTIC_RESTART_COUNT"), given.get("SLURM_RESTART_COUNT"))
     resumes = any(int(each or 0) > 0 for each in attempts)
     restarts = 0 if is_one_of_several else options.restarts
-    return Supervisor(command, options.limits, restarts, resumes=resumes).run()
+    status = Supervisor(command, options.limits, restarts, resumes=resumes).run()
+    # srun returns the highest status of its tasks: a rank that failed must count for more than those it then ends
+    return FAILED if is_in_srun and status not in (0, MISUSE, TERMINATED, INTERRUPTED) else status
 
 
 def _starts_agents(command: Sequence[str]) -> bool:
