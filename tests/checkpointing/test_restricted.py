@@ -1,4 +1,4 @@
-"""What torch.load reads in a restricted block, whoever calls it, and which classes a checkpoint may name."""
+"""torch.load reads only known classes in a restricted block, and a checkpoint names only known classes."""
 
 import os
 import sys

@@ -39,16 +39,16 @@ def test_there_are_workflows_for_each_purpose():
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_calls_what_exists(workflow):
-    told = content(workflow)
-    assert {"name", "on", "permissions", "jobs"} <= set(told)
-    assert told["permissions"] == {"contents": "read"}  # more is given to the jobs that need it
+    parsed = content(workflow)
+    assert {"name", "on", "permissions", "jobs"} <= set(parsed)
+    assert parsed["permissions"] == {"contents": "read"}  # more is given to the jobs that need it
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     called = [name for command in commands(workflow) for name in re.findall(r"\bmake ([\w-]+)", command)]
     assert called
     assert set(called) <= targets
-    assert all("timeout-minutes" in job and "runs-on" in job for job in told["jobs"].values())
-    for job in told["jobs"].values():
-        assert set(job.get("needs", "").split()) <= set(told["jobs"])
+    assert all("timeout-minutes" in job and "runs-on" in job for job in parsed["jobs"].values())
+    for job in parsed["jobs"].values():
+        assert set(job.get("needs", "").split()) <= set(parsed["jobs"])
         assert all(("uses" in step) != ("run" in step) for step in job["steps"])
 
 
@@ -66,21 +66,21 @@ def test_quick_tests_run_on_each_python_with_the_oldest_and_the_newest_torch():
 
 def test_a_release_is_published_without_a_password():
     (workflow,) = (path for path in WORKFLOWS if path.stem == "release")
-    told = content(workflow)
-    assert told["on"] == {"push": {"tags": ["v*"]}}
-    assert told["jobs"]["publish"]["permissions"] == {"id-token": "write"}
+    parsed = content(workflow)
+    assert parsed["on"] == {"push": {"tags": ["v*"]}}
+    assert parsed["jobs"]["publish"]["permissions"] == {"id-token": "write"}
     assert "secrets." not in workflow.read_text()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
 def test_forms_have_what_github_requires(form):
-    told = content(form)
-    assert {"name", "description", "body"} <= set(told)
-    fields = [each for each in told["body"] if each["type"] != "markdown"]
+    parsed = content(form)
+    assert {"name", "description", "body"} <= set(parsed)
+    fields = [each for each in parsed["body"] if each["type"] != "markdown"]
     names = [each["id"] for each in fields]
     assert fields
     assert len(set(names)) == len(names)
-    for each in told["body"]:
+    for each in parsed["body"]:
         assert each["type"] in {"markdown", "textarea", "input", "dropdown", "checkboxes"}
         assert ("value" if each["type"] == "markdown" else "label") in each["attributes"]
         assert each["type"] != "dropdown" or each["attributes"]["options"]

@@ -280,8 +280,8 @@ def tokens(folder, **changes):
     np.save(folder / "outside.npy", np.arange(4000, dtype=np.uint8) % 200)
     np.save(place / "tokens-00000.npy", np.arange(4000, dtype=np.uint8) % 200)
     np.save(place / "documents-00000.npy", np.zeros(1, np.int64))
-    told = {"vocab_size": 256, "shards": ["tokens-00000.npy"], "tokenizer": "bytes", "bytes_per_token": 1.0}
-    (place / "tokens.json").write_text(json.dumps(told | changes))
+    description = {"vocab_size": 256, "shards": ["tokens-00000.npy"], "tokenizer": "bytes", "bytes_per_token": 1.0}
+    (place / "tokens.json").write_text(json.dumps(description | changes))
     return place
 
 

@@ -138,6 +138,6 @@ def test_the_first_rank_alone_warns_of_damage(tmp_path, monkeypatch):
         assert checkpoint_to_resume(trainer) is None
 
 
-def trainer_in(kind, world, **told):
+def trainer_in(kind, world, **options):
     strategy = "auto" if kind is None else RingSequenceParallelStrategy(sharding=kind)
-    return trainer_of_runs(strategy, world, **told)
+    return trainer_of_runs(strategy, world, **options)

@@ -200,7 +200,8 @@ def test_one_file_takes_the_place_of_a_folder_when_it_is_written(trainers, tmp_p
     ((error, is_there, is_still_there),) = trainers.run(1, save_in_place_of_a_folder, str(path))
     assert "is not saved" in error
     assert (is_there, is_still_there) == (True, False)
-    assert check_checkpoint(path) is not None
+    assert path.is_file()
+    assert check_checkpoint(path).form == "file"
 
 
 def test_a_manifest_says_what_wrote_it(saved):
