@@ -120,7 +120,7 @@ class Reader(FileSystemReader):
 
     Args:
         path: the folder.
-        trust: whether the folder is trusted, and read by torch's own reader.
+        trust: whether the folder is trusted: it may run code, and lead to files outside of it.
     """
 
     def __init__(self, path: str | Path, trust: bool = False) -> None:
@@ -128,28 +128,29 @@ class Reader(FileSystemReader):
         self.trust = is_trusted(trust)
 
     def read_metadata(self, *args: Any, **options: Any) -> dcp.Metadata:
-        if self.trust:
-            return super().read_metadata(*args, **options)
-        file = Path(self._get_metadata_path(options.get("rank")))
-        metadata = read_metadata(file)
+        metadata = read_metadata(Path(self._get_metadata_path(options.get("rank"))), self.trust)
         assert metadata.storage_meta is not None
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
 
-def read_metadata(file: Path) -> dcp.Metadata:
-    """Return the `.metadata` of a folder of torch.distributed.checkpoint, which names no file outside of the folder."""
-    confined("a checkpoint's .metadata", file, file.parent)
+def read_metadata(file: Path, trust: bool = False) -> dcp.Metadata:
+    """Return the `.metadata` of a folder of torch.distributed.checkpoint, which names no file outside of the folder.
+
+    Where it is trusted, it may hold objects of any class and name any file.
+    """
+    confined("a checkpoint's .metadata", file, file.parent, trust)
+    unpickler = pickle.Unpickler if is_trusted(trust) else _Metadata
     try:
         with file.open("rb") as opened:
-            metadata = _Metadata(opened).load()
+            metadata = unpickler(opened).load()
     except _NO_CHECKPOINT as error:
         raise ValueError(f"path must be {refusal(file, error)}") from None
     if not isinstance(metadata, dcp.Metadata) or not isinstance(metadata.state_dict_metadata, dict):
         raise ValueError(f"path must be {refusal(file, ValueError())}")
     stored = getattr(metadata, "storage_data", None)
     for each in {str(info.relative_path) for info in (stored or {}).values()}:
-        confined("the files of a checkpoint's .metadata", file.parent / each, file.parent)
+        confined("the files of a checkpoint's .metadata", file.parent / each, file.parent, trust)
     if getattr(metadata, "storage_meta", None) is None:
         metadata.storage_meta = dcp.StorageMeta()
     return metadata

@@ -52,5 +52,6 @@ def test_nothing_runs_and_nothing_outside_is_read(name, tmp_path, monkeypatch):
 def test_trust_lifts_it(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     words = CASES[name](tmp_path)
-    programs([[LONGNET, *words, "--trust"]], tmp_path)
+    ((_, _, errors),) = programs([[LONGNET, *words, "--trust"]], tmp_path)
+    assert "Traceback" not in errors, errors[-2000:]
     assert ran(tmp_path).exists(), "these payloads run where they are trusted, so the other tests can fail"
