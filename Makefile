@@ -4,6 +4,9 @@ PIP_ARGS ?=
 BENCH_ARGS ?=
 FULL_ARGS ?=
 GPU_PYTHON ?=
+# how many processes run tests; each starts ranks beside it
+TEST_PROCESSES ?= 2
+PARALLEL = -n $(TEST_PROCESSES) --dist loadfile
 BIN = .venv/bin
 MARK = .venv/.installed
 
@@ -36,10 +39,10 @@ train: $(MARK)
 	$(BIN)/longnet fit --config configs/quickstart.yaml
 
 test: $(MARK)
-	$(BIN)/python -m pytest -m "not long and not full" --draws few --no-skips
+	$(BIN)/python -m pytest $(PARALLEL) -m "not long and not full" --draws few --no-skips
 
 test-long: $(MARK)
-	$(BIN)/python -m pytest -m "(long or hypothesis) and not full" --no-skips
+	$(BIN)/python -m pytest $(PARALLEL) -m "(long or hypothesis) and not full" --no-skips
 
 test-full: $(MARK)
 	$(BIN)/python tests/full.py $(FULL_ARGS)

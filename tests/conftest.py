@@ -1,4 +1,5 @@
 import os
+import sys
 from contextlib import closing
 
 import pytest
@@ -16,6 +17,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 # runs all property tests again) and `make test-full`
 DRAWS = {"few": 0.2, "all": 1, "many": 10}
 LEAST = 3
+REPORTED = pytest.StashKey[int]()  # how many crashes of worker processes the reports of this process have named
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -79,16 +81,26 @@ def pytest_runtest_makereport(item, call):
     if report.skipped and item.config.getoption("--no-skips") and not item.get_closest_marker("gpu"):
         report.outcome = "failed"
         report.longrepr = f"skipped, though it needs no GPU: {report.longrepr}"
+    if call.when == "teardown" and "workers" in sys.modules:
+        crashes = sys.modules["workers"].CRASHES
+        report.user_properties += [("crash", message) for message in crashes[item.config.stash.get(REPORTED, 0) :]]
+        item.config.stash[REPORTED] = len(crashes)
     return report
 
 
 def pytest_terminal_summary(terminalreporter):
-    from workers import CRASHES
+    """Show which worker processes crashed, and what tests recorded by `record_property("note", ...)`.
 
-    for crash in CRASHES:
-        terminalreporter.write_line(f"a worker process crashed, and its case was run again: {crash}", red=True)
-    """Show what tests recorded by `record_property("note", ...)`: on what they ran, and on what they could not."""
-    for report in terminalreporter.stats.get("passed", []):
-        for name, value in report.user_properties:
-            if name == "note":
-                terminalreporter.write_line(f"{report.nodeid}: {value}")
+    Both travel in reports, which reach the process that prints from every process that runs tests.
+    """
+    properties = [
+        (report, name, value)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+    ]
+    for report, name, value in properties:
+        if name == "crash":
+            terminalreporter.write_line(f"{report.nodeid}: a worker process crashed: {value}", red=True)
+        elif name == "note" and report.passed and report.when == "call":
+            terminalreporter.write_line(f"{report.nodeid}: {value}")

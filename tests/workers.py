@@ -13,7 +13,7 @@ from time import monotonic
 import pytest
 
 PATIENCE = 180  # seconds for one case
-CRASHES = []  # what crashed in native code in this session; the first such case is run again, and the summary names it
+CRASHES = []  # what crashed in native code in this process; the first such case is run again, and the summary names it
 PRELOADED = ["torch", "torch.distributed", "lightning_longnet.attention", "lightning.pytorch", "lightning.pytorch.cli"]
 
 
