@@ -19,6 +19,7 @@ from lightning_longnet.attention.parallel.shares import shares
 from lightning_longnet.attention.plan.block import Part
 from lightning_longnet.attention.plan.blocks import plan
 from lightning_longnet.attention.plan.paged_keys import merge_stacks
+from lightning_longnet.attention.plan.parts import Parts
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -104,7 +105,7 @@ class RoundIndices(NamedTuple):
 
     send: dict[int, Tensor]
     receive: dict[int, Tensor]
-    parts: tuple[Part, ...]
+    parts: Parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +149,7 @@ class Round:
                 parts.append(part._replace(kv_index=part.block.keys.read(places)[0, ..., 0].clone()))
             first += len(receive[rank])
         parts.sort(key=lambda part: part.branch)  # dropout computes its words once for each run of one branch
-        return RoundIndices({rank: blocks.kv_rows() for rank, blocks in self.sends.items()}, receive, tuple(parts))
+        return RoundIndices({rank: blocks.kv_rows() for rank, blocks in self.sends.items()}, receive, Parts(parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +160,7 @@ class Route:
     its results are written, not added, and the accumulators need no initial value.
     """
 
-    own: tuple[Part, ...]
+    own: Parts
     rounds: tuple[Round, ...]
     kv_heads: int
     writes_queries: bool = False
@@ -280,7 +281,7 @@ def is_local(layout: Layout) -> bool:
     return rank_blocks(layout).is_local()
 
 
-def head_parts(layout: Layout, kv_heads: range) -> tuple[Part, ...]:
+def head_parts(layout: Layout, kv_heads: range) -> Parts:
     """Return the blocks over the whole sequence of some key heads and of the query heads that they serve."""
     whole = plan(layout.pattern, layout.heads, layout.kv_heads, layout.cuts, layout.weighted_segments)
     group, parts = layout.heads // layout.kv_heads, []
@@ -297,9 +298,9 @@ def head_parts(layout: Layout, kv_heads: range) -> tuple[Part, ...]:
     return merge_parts(parts)
 
 
-def merge_parts(parts: Iterable[Part]) -> tuple[Part, ...]:
+def merge_parts(parts: Iterable[Part]) -> Parts:
     """Return parts in the order in which they run; those of a sparsity are merged into fewer calls (`merge_stacks`)."""
-    return tuple(
+    return Parts(
         Part(branch, block)
         for branch, group in groupby(parts, key=lambda part: part.branch)
         for block in merge_stacks(part.block for part in group)

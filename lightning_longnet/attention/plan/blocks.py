@@ -21,6 +21,7 @@ from lightning_longnet.attention.plan.block import Block, Part
 from lightning_longnet.attention.plan.heads import Starts, lattice_blocks, spacing
 from lightning_longnet.attention.plan.overlap import exclusive_runs, repeats_align, with_repeats
 from lightning_longnet.attention.plan.paged_keys import PagedKeys, merge_stacks
+from lightning_longnet.attention.plan.parts import Parts
 from lightning_longnet.attention.plan.runs import own_runs, shifted
 
 if TYPE_CHECKING:
@@ -75,9 +76,9 @@ class Plan:
         return tuple(merge_stacks(blocks) for blocks in self.branches)
 
     @cached_property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> Parts:
         """The blocks of `calls` in the order in which they run: branch by branch."""
-        return tuple(Part(branch, block) for branch, blocks in enumerate(self.calls) for block in blocks)
+        return Parts(Part(branch, block) for branch, blocks in enumerate(self.calls) for block in blocks)
 
     @property
     def pairs(self) -> int:
