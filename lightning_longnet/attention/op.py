@@ -19,6 +19,8 @@ from lightning_longnet.attention.plan.lattice import as_readable, concat_batches
 from lightning_longnet.attention.spec import AttentionSpec
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lightning_longnet.attention.parallel.comm import Direction
     from lightning_longnet.attention.parallel.shard import SequenceShard
 
@@ -37,8 +39,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return out (B, N, H, Dv), lse (B, H, N), and the tensors that the backward needs besides."""
     loaded = AttentionSpec.loads(spec)
-    # autocast would round the products
-    with torch.autocast(q.device.type, enabled=False):
+    with _exact_products(q):
         if shard is None:
             if not q.numel():
                 return _empty_results(q, v)
@@ -83,7 +84,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk, dv and dsinks for the gradient of out; dsinks is empty where there are no sinks."""
     loaded = AttentionSpec.loads(spec)
-    with torch.autocast(q.device.type, enabled=False):
+    with _exact_products(q):
         dsinks = q.new_empty(0) if sinks is None else _gradient_of_sinks(grad, out, lse, sinks)
         if shard is None:
             if not q.numel():
@@ -113,6 +114,14 @@ def backward(
                 first = last
             dq, dk, dv = concat_batches(gradients)
     return dq, dk, dv, dsinks
+
+
+def _exact_products(q: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast, which would round the products."""
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _pass_options(spec: AttentionSpec, direction: Direction, seed: Tensor | None, sinks: Tensor | None) -> PassOptions:

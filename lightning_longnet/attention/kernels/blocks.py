@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from itertools import groupby
-from math import inf
+from math import inf, nan
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.kernels.call import Call, DropoutMask, OrderMask
 from lightning_longnet.attention.kernels.accumulator import adoptable
+from lightning_longnet.attention.kernels.call import Call, DropoutMask, OrderMask
 from lightning_longnet.attention.kernels.partial import Partial
 from lightning_longnet.attention.plan.lattice import fold_rows, unfold_rows
 from lightning_longnet.attention.plan.parts import part_segments
@@ -214,7 +214,7 @@ def finalized(total: Partial, like: Tensor, sinks: Tensor | None = None) -> Part
 
 def backward_lse(lse: Tensor) -> Tensor:
     """Return lse as (B, N, H, 1), +inf for a query without keys: its P = exp(S - lse) must be 0."""
-    return lse.masked_fill(lse == -inf, inf).transpose(1, 2).unsqueeze(-1)
+    return lse.nan_to_num(nan=nan, posinf=inf, neginf=inf).transpose(1, 2).unsqueeze(-1)
 
 
 def _kernel_calls(parts: Parts, q: Tensor, keys: Keys, options: PairOptions) -> Iterator[tuple[Part, Call]]:

@@ -90,7 +90,10 @@ def _line_call(
 ) -> RoundsCall:
     """Return the call of the branches of one line for whole sequences; all of `samples` have the documents `cuts`."""
     spec, batch = options.spec, samples.stop - samples.start
-    tokens = torch.arange(q.shape[1], device=q.device) if line.tokens is None else line.tokens
+    samples_of_rows, tokens = None, line.tokens
+    if options.dropout is not None:
+        samples_of_rows = torch.arange(samples.start, samples.stop, device=q.device)
+        tokens = torch.arange(q.shape[1], device=q.device) if tokens is None else tokens
     # the backward of "detached" needs the result of each branch, which the forward merges at once
     per_branch = spec.mix == "detached" and options.direction == "backward"
     segments = spec.weighted_segments(q.device.type, batch, torch.get_num_threads(), per_branch=per_branch)
@@ -101,9 +104,9 @@ def _line_call(
         null_keys = NullKeys(line.pattern, cuts, places, q.shape[2], k.shape[2])
     pair_options = PairOptions(
         spec.scale_of(q.shape[3]),
-        padding if padding is None or line.tokens is None else padding[:, tokens],
+        padding if padding is None or line.tokens is None else padding[:, line.tokens],
         options.dropout,
-        samples=torch.arange(samples.start, samples.stop, device=q.device),
+        samples=samples_of_rows,
         tokens=tokens,
         counts_once=whole.counts_once,
         branches=line.branches,
