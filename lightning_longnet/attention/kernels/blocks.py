@@ -40,7 +40,8 @@ class PairOptions(NamedTuple):
         scale: the factor of the scores.
         key_padding_mask: (B, N) of the keys on this rank, True where padding hides one.
         dropout: the rule that drops pairs, or None.
-        samples: (B,) the rows of the batch, as dropout numbers them.
+        samples: (B,) the rows of the batch, as dropout numbers them; of rows that are joined to one long row, (N,) that
+            of each token.
         tokens: (N,) the index in the whole sequence of each token on this rank.
         first_head: the first query head on this rank, where ranks hold different heads.
         counts_once: whether a pair is one and the same in whichever branch it is computed.
@@ -80,6 +81,8 @@ class PairOptions(NamedTuple):
         assert self.tokens is not None
         heads = torch.arange(q.shape[2], device=q.device) + self.first_head
         role = 0 if self.counts_once else self.branches[branch] if self.branches else branch
+        if len(self.samples) != len(q):
+            return self.dropout.token_words(self.samples, self.tokens, heads, role)[None, ..., None]
         return self.dropout.query_words(self.samples, self.tokens, heads, role).unsqueeze(-1)
 
 

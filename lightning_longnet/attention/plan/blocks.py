@@ -86,8 +86,7 @@ class Plan:
         return sum(block.pairs for blocks in self.branches for block in blocks)
 
 
-@lru_cache(32)
-def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], weighted_segments: int = 0) -> Plan:
+def make_plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], weighted_segments: int = 0) -> Plan:
     """Return the plan of a packed row; document i has the tokens `cuts[i]` to `cuts[i + 1]`, so (0, N) is one sequence.
 
     Args:
@@ -116,6 +115,12 @@ def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], wei
         if once.pairs <= WEIGHTS_PAY * repeated.pairs:
             return once
     return repeated
+
+
+@lru_cache(32)
+def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], weighted_segments: int = 0) -> Plan:
+    """Return `make_plan` of the same arguments, made once for the last layouts that were asked for."""
+    return make_plan(pattern, heads, kv_heads, cuts, weighted_segments)
 
 
 def _plan(
