@@ -122,8 +122,11 @@ def _line_call(options: PassOptions, line: Line, rows: _Rows, batch: int, paddin
     segments = spec.weighted_segments(
         rows.device.type, batch // rows.joined, torch.get_num_threads(), per_branch=per_branch
     )
-    make = rows.packed.plan if len(rows.packed.cuts) > 2 else partial(plan, cuts=rows.packed.cuts)
-    whole = make(line.pattern, rows.heads, rows.kv_heads, weighted_segments=segments)
+    if len(rows.packed.cuts) > 2:
+        is_on_cpu = rows.device.type == "cpu"
+        whole = rows.packed.plan(line.pattern, rows.heads, rows.kv_heads, segments, is_on_cpu)
+    else:
+        whole = plan(line.pattern, rows.heads, rows.kv_heads, rows.packed.cuts, segments)
     null_keys = None
     if line.pattern.has_null_keys:
         null_keys = NullKeys(line.pattern, rows.packed.cuts, rows.places(), rows.heads, rows.kv_heads)

@@ -124,7 +124,9 @@ class Lattice:
         """Return a copy of the rows of t (B, N, H, D), (B, segments, heads, rows, D)."""
         if self._has_whole_rows:
             rows, heads = self._row_indices(t.device), t[:, :, self.head : self.head + self.heads]
-            copy: Tensor = heads.index_select(1, rows).unflatten(1, (len(self.starts), self.rows)).transpose(2, 3)
+            # along dim 0 a copy takes a third of the time
+            copied = heads[0].index_select(0, rows)[None] if len(t) == 1 else heads.index_select(1, rows)
+            copy: Tensor = copied.unflatten(1, (len(self.starts), self.rows)).transpose(2, 3)
             return copy
         rows, heads = self.indices(t.device)
         if t.stride(1) != t.shape[2] * t.stride(2):

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
-from lightning_longnet.attention.plan.blocks import make_plan
+from lightning_longnet.attention.plan.blocks import COPIED_ROWS, CPU_COPIED_ROWS, make_plan
 from lightning_longnet.attention.plan.documents import document_cuts
 
 if TYPE_CHECKING:
@@ -47,11 +47,12 @@ class PackedRows:
     def _plans(self) -> dict[Any, Plan]:
         return {}
 
-    def plan(self, pattern: Pattern, heads: int, kv_heads: int, weighted_segments: int) -> Plan:
+    def plan(self, pattern: Pattern, heads: int, kv_heads: int, weighted_segments: int, is_on_cpu: bool) -> Plan:
         """Return the plan of `cuts`, made once."""
-        key = pattern, heads, kv_heads, weighted_segments
+        copied_rows = CPU_COPIED_ROWS // heads if is_on_cpu else COPIED_ROWS
+        key = pattern, heads, kv_heads, weighted_segments, copied_rows
         if key not in self._plans:
-            self._plans[key] = make_plan(pattern, heads, kv_heads, self.cuts, weighted_segments)
+            self._plans[key] = make_plan(pattern, heads, kv_heads, self.cuts, weighted_segments, copied_rows)
         return self._plans[key]
 
 
