@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+_MIXES, _EXCHANGES, _ORDERINGS = get_args(Mix), get_args(Exchange), get_args(Ordering)
+
+
 class AttendOptions(TypedDict, total=False):
     """The keyword arguments of `attend` but return_lse, which decides what it returns."""
 
@@ -68,11 +71,8 @@ def prepared_call(
     )
     dropout, samples, scale = get("dropout", 0.0), get("dropout_samples", (0, 1)), get("scale")
     q, k, v, documents = checked_tensors(q, k, v, pattern, get("documents"))
-    for name, value, allowed in (
-        ("mix", mix, get_args(Mix)),
-        ("exchange", exchange, get_args(Exchange)),
-        ("ordering", ordering, get_args(Ordering)),
-    ):
+    choices = ("mix", mix, _MIXES), ("exchange", exchange, _EXCHANGES), ("ordering", ordering, _ORDERINGS)
+    for name, value, allowed in choices:
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     if scale is not None and (not isinstance(scale, (int, float)) or not 0 < scale < inf):

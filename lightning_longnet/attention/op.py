@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from lightning_longnet.attention.kernels.dropout import Dropout
-from lightning_longnet.attention.parallel.calls import PassOptions, distributed_calls, local_calls
+from lightning_longnet.attention.parallel.calls import PassOptions, distributed_calls, local_call
 from lightning_longnet.attention.parallel.shard import SHARDS
 from lightning_longnet.attention.plan.lattice import as_readable, concat_batches
 from lightning_longnet.attention.spec import AttentionSpec
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from lightning_longnet.attention.parallel.comm import Direction
     from lightning_longnet.attention.parallel.shard import SequenceShard
 
@@ -37,24 +39,21 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return out (B, N, H, Dv), lse (B, H, N), and the tensors that the backward needs besides."""
     loaded = AttentionSpec.loads(spec)
-    # autocast would round the products
-    with torch.autocast(q.device.type, enabled=False):
+    with _exact_products(q):
         if shard is None:
             if not q.numel():
                 return _empty_results(q, v)
-            pass_options = _pass_options(loaded, "forward", seed, sinks)
+            pass_options = _pass_options(loaded, "forward", q, seed, sinks)
             q, k, v = (as_readable(x) for x in (q, k, v))
-            calls = local_calls(pass_options, q, k, documents, key_padding_mask)
-            results = [call.forward(q[samples], k[samples], v[samples]) for samples, call in calls]
-            out, lse = concat_batches([result[:2] for result in results])
-            return out, lse, []
+            call = local_call(pass_options, q, k, documents, key_padding_mask)
+            return *call.forward(q, k, v)[:2], []
         split = SHARDS[shard]
         if not q.shape[0] * split.length:  # true on all ranks; where it is so on some only, others wait for them
             out, lse, _ = _empty_results(q, v)
             return out.zero_(), lse.zero_(), []
         number = torch.tensor(split.calls)
         with split.comm.whole_call(f"forward of {split.call_of(split.calls)}"):
-            pass_options = _pass_options(loaded, "forward", seed, sinks)
+            pass_options = _pass_options(loaded, "forward", q, seed, sinks)
             q, k, v = (as_readable(x) for x in (q, k, v))
             # all calls are planned before the first message: what one rank cannot plan leaves no other rank waiting
             planned = list(distributed_calls(pass_options, q, k, v, split, split.calls))
@@ -83,25 +82,20 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk, dv and dsinks for the gradient of out; dsinks is empty where there are no sinks."""
     loaded = AttentionSpec.loads(spec)
-    with torch.autocast(q.device.type, enabled=False):
+    with _exact_products(q):
         dsinks = q.new_empty(0) if sinks is None else _gradient_of_sinks(grad, out, lse, sinks)
         if shard is None:
             if not q.numel():
                 return *_empty_gradients(q, k, v), dsinks
-            pass_options = _pass_options(loaded, "backward", seed, sinks)
+            pass_options = _pass_options(loaded, "backward", q, seed, sinks)
             grad, q, k, v, out = (as_readable(x) for x in (grad, q, k, v, out))
-            calls = local_calls(pass_options, q, k, documents, key_padding_mask)
-            gradients = []
-            for samples, call in calls:
-                own = grad[samples], q[samples], k[samples], v[samples], out[samples], lse[samples]
-                gradients.append(call.backward(*own, []))
-            dq, dk, dv = concat_batches(gradients)
-            return dq, dk, dv, dsinks
+            call = local_call(pass_options, q, k, documents, key_padding_mask)
+            return *call.backward(grad, q, k, v, out, lse, []), dsinks
         if not saved:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dsinks
         split, number, first, gradients = SHARDS[shard], int(saved[0]), 1, []
         with split.comm.whole_call(f"backward of {split.call_of(number)}"):
-            pass_options = _pass_options(loaded, "backward", seed, sinks)
+            pass_options = _pass_options(loaded, "backward", q, seed, sinks)
             planned = list(distributed_calls(pass_options, q, k, v, split, number))
             grad = as_readable(grad)
             if not all(call.saves_inputs for _, call in planned):
@@ -115,12 +109,22 @@ def backward(
     return dq, dk, dv, dsinks
 
 
-def _pass_options(spec: AttentionSpec, direction: Direction, seed: Tensor | None, sinks: Tensor | None) -> PassOptions:
+def _exact_products(q: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast, which would round the products."""
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _pass_options(
+    spec: AttentionSpec, direction: Direction, q: Tensor, seed: Tensor | None, sinks: Tensor | None
+) -> PassOptions:
     """Return the options of a forward or backward; both get one seed, so that they drop the same pairs."""
     dropout = None
     if seed is not None:
         dropout = Dropout(spec.dropout, int(seed), spec.first_sample, spec.sample_step)
-    return PassOptions(spec, direction, dropout, sinks)
+    return PassOptions(spec, direction, dropout, sinks, q.shape[3])
 
 
 def _gradient_of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

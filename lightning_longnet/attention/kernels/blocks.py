@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import groupby
-from math import inf
+from math import inf, nan
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lightning_longnet.attention.kernels.accumulator import adoptable
 from lightning_longnet.attention.kernels.call import Call, DropoutMask, OrderMask
-from lightning_longnet.attention.kernels.keys import accumulate
 from lightning_longnet.attention.kernels.partial import Partial
 from lightning_longnet.attention.plan.lattice import fold_rows, unfold_rows
-from lightning_longnet.attention.plan.paged_keys import PagedKeys
+from lightning_longnet.attention.plan.parts import part_segments
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from lightning_longnet.attention.kernels import BlockKernel
+    from lightning_longnet.attention.kernels.accumulator import Accumulator
     from lightning_longnet.attention.kernels.dropout import Dropout
     from lightning_longnet.attention.kernels.keys import Keys
     from lightning_longnet.attention.kernels.null_keys import NullKeys
     from lightning_longnet.attention.plan.block import Part
+    from lightning_longnet.attention.plan.parts import Parts
 
 # A call covers about this share of all rows: its result is held beside the accumulators until it is merged
 CALL_SHARE = 1 / 8
-# Paged keys are copies: a call may copy this many rows for each row that it may cover otherwise
-PAGED_ROWS = 4
+# but a result of at most so many bytes is never cut: the calls would cost more time than the memory is worth
+WHOLE_BYTES = 8 * 2**20
 
 
 class PairOptions(NamedTuple):
@@ -39,7 +40,8 @@ class PairOptions(NamedTuple):
         scale: the factor of the scores.
         key_padding_mask: (B, N) of the keys on this rank, True where padding hides one.
         dropout: the rule that drops pairs, or None.
-        samples: (B,) the rows of the batch, as dropout numbers them.
+        samples: (B,) the rows of the batch, as dropout numbers them; of rows that are joined to one long row, (N,) that
+            of each token.
         tokens: (N,) the index in the whole sequence of each token on this rank.
         first_head: the first query head on this rank, where ranks hold different heads.
         counts_once: whether a pair is one and the same in whichever branch it is computed.
@@ -79,28 +81,36 @@ class PairOptions(NamedTuple):
         assert self.tokens is not None
         heads = torch.arange(q.shape[2], device=q.device) + self.first_head
         role = 0 if self.counts_once else self.branches[branch] if self.branches else branch
+        if len(self.samples) != len(q):
+            return self.dropout.token_words(self.samples, self.tokens, heads, role)[None, ..., None]
         return self.dropout.query_words(self.samples, self.tokens, heads, role).unsqueeze(-1)
 
 
 def forward_blocks(
     kernel: BlockKernel,
-    parts: Iterable[Part],
+    parts: Parts,
     q: Tensor,
     keys: Keys,
     options: PairOptions,
-    totals: Sequence[Partial],
-    stores: bool = False,
+    totals: list[Partial | None],
 ) -> None:
     """Merge the result of each block into the partial of its branch, or into the only one.
 
-    With `stores` the first branch shows every row once: its results are written over uninitialized memory.
+    A total that is None has no memory yet: the first branch shows every row once, so that its results are written.  If
+    they are those of one block, they become the total.
     """
+    stores = [total is None for total in totals]
     for part, call in _kernel_calls(parts, q, keys, options):
-        queries = part.block.queries
+        queries, i = part.block.queries, part.branch if len(totals) > 1 else 0
         out, lse = kernel.forward(fold_rows(queries, q), *keys.read(part), call)
         result = Partial(unfold_rows(queries, out, q.shape[0]), unfold_rows(queries, lse.unsqueeze(-1), q.shape[0]))
-        total = totals[part.branch if len(totals) > 1 else 0]
-        if stores and part.branch == 0:
+        total = totals[i]
+        if total is None:
+            total = totals[i] = _adopted(part, q, result)
+            if total is not None:
+                continue
+            total = totals[i] = uninitialized_partial(q, out)
+        if stores[i] and part.branch == 0:
             queries.write(total.out, result.out)
             queries.write(total.lse, result.lse)
         else:
@@ -125,12 +135,12 @@ class BackwardInputs(NamedTuple):
 
 def backward_blocks(
     kernel: BlockKernel,
-    parts: Iterable[Part],
+    parts: Parts,
     q: Tensor,
     keys: Keys,
     inputs: BackwardInputs,
     options: PairOptions,
-    dq: Tensor,
+    dq: Accumulator,
     stores: tuple[bool, bool] = (False, False),
 ) -> None:
     """Run each block's backward with the lse of the whole softmax, and add its gradients to dq and to those of `keys`.
@@ -150,9 +160,16 @@ def backward_blocks(
             fold_rows(queries, inputs.lse).squeeze(-1),
             call,
         )
-        accumulate(part, dq, gradients[0], stores[0] and is_first, of_queries=True)
+        dq.add(queries, gradients[0], part.block.weight, stores[0] and is_first)
         keys.add(part, *gradients[1:], stores[1] and is_first)
         del gradients  # frees them before the next call allocates its own
+
+
+def _adopted(part: Part, q: Tensor, result: Partial) -> Partial | None:
+    """Return the result of a block as that of all rows, without a copy; None if it has other rows or another type."""
+    queries, wide = part.block.queries, torch.promote_types(q.dtype, torch.float32)
+    out, lse = (adoptable(queries, x, q, wide) for x in result)
+    return None if out is None or lse is None else Partial(out, lse)
 
 
 def no_key_partial(q: Tensor, v: Tensor) -> Partial:
@@ -200,13 +217,17 @@ def finalized(total: Partial, like: Tensor, sinks: Tensor | None = None) -> Part
 
 def backward_lse(lse: Tensor) -> Tensor:
     """Return lse as (B, N, H, 1), +inf for a query without keys: its P = exp(S - lse) must be 0."""
-    return lse.masked_fill(lse == -inf, inf).transpose(1, 2).unsqueeze(-1)
+    return lse.nan_to_num(nan=nan, posinf=inf, neginf=inf).transpose(1, 2).unsqueeze(-1)
 
 
-def _kernel_calls(parts: Iterable[Part], q: Tensor, keys: Keys, options: PairOptions) -> Iterator[tuple[Part, Call]]:
+def _kernel_calls(parts: Parts, q: Tensor, keys: Keys, options: PairOptions) -> Iterator[tuple[Part, Call]]:
     """Yield blocks of bounded size, each with the padding, the dropout and the order of its rows."""
     branch, words = -1, None
-    for whole in _bounded(parts, q.shape[1] * q.shape[2] * CALL_SHARE):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    limit = q.shape[1] * q.shape[2]
+    if q.numel() * wide.itemsize > WHOLE_BYTES:
+        limit = int(limit * CALL_SHARE)
+    for whole in parts.bounded(limit, torch.get_num_threads()):
         for part, padding in _split_by_padding(whole, keys.key_padding_mask(whole), q.shape[0]):
             mask = None
             if options.dropout is not None:
@@ -233,41 +254,5 @@ def _split_by_padding(part: Part, padding: Tensor | None, batch: int) -> Iterato
     for kind, run in groupby(kinds):
         last = first + len(list(run))
         if kind < 2:
-            yield _segments(part, first, last), segments[:, first:last].flatten(0, 1) if kind == 1 else None
+            yield part_segments(part, first, last), segments[:, first:last].flatten(0, 1) if kind == 1 else None
         first = last
-
-
-def _bounded(parts: Iterable[Part], limit: float) -> Iterator[Part]:
-    """Cut parts to at most `limit` rows: by segments, and a large segment by heads."""
-    for part in parts:
-        queries, keys = part.block.queries, part.block.keys
-        count, group = len(queries.starts), queries.heads // keys.heads
-        rows = queries.rows * queries.heads
-        if isinstance(keys, PagedKeys):
-            rows = max(rows, keys.rows * keys.heads // PAGED_ROWS)
-        segments, heads = max(1, int(limit // rows)), keys.heads
-        if queries.rows * queries.heads > limit:
-            # fewer heads than threads would leave some idle: the CPU operator's backward runs in parallel over heads
-            heads = max(int(limit // (queries.rows * group)), -(-torch.get_num_threads() // group))
-        if segments >= count and heads >= keys.heads:
-            yield part
-            continue
-        for s in range(0, count, segments):
-            for a in range(0, keys.heads, heads):
-                b = min(a + heads, keys.heads)
-                block = replace(
-                    part.block,
-                    queries=queries.diagonal(a * group, b * group),
-                    keys=keys.diagonal(a, b),
-                )
-                kv_index = None if part.kv_index is None else part.kv_index[:, a:b]
-                yield _segments(part._replace(block=block, kv_index=kv_index), s, s + segments)
-
-
-def _segments(part: Part, first: int, last: int) -> Part:
-    """Return the segments `first` to `last` of a part."""
-    block, kv_index = part.block, part.kv_index
-    return part._replace(
-        block=replace(block, queries=block.queries.segments(first, last), keys=block.keys.segments(first, last)),
-        kv_index=None if kv_index is None else kv_index[first:last],
-    )

@@ -46,6 +46,12 @@ class Dropout:
         words = splitmix64(splitmix64(self._role(1 + branch, heads) + samples[:, None]) + heads)
         return _word(words[:, None] + tokens[:, None])
 
+    def token_words(self, rows: Tensor, tokens: Tensor, heads: Tensor, branch: int) -> Tensor:
+        """Return the words of queries, (tokens, heads), each token with the index of its own row in the batch."""
+        samples = self.first_sample + self.sample_step * rows
+        words = splitmix64(splitmix64(self._role(1 + branch, heads) + samples)[:, None] + heads)
+        return _word(words + tokens[:, None])
+
     def key_words(self, tokens: Tensor) -> Tensor:
         """Return the words of keys, of the shape of `tokens`: one a token, the same for all samples and heads."""
         return _word(self._role(_KEYS, tokens) + tokens)

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from lightning_longnet.attention.plan.lattice import fold_rows, unfold_rows
-from lightning_longnet.attention.plan.paged_keys import PagedKeys
+from lightning_longnet.attention.plan.lattice import fold_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lightning_longnet.attention.kernels.accumulator import Accumulator
     from lightning_longnet.attention.plan.block import Part
 
 
@@ -51,7 +51,7 @@ class OwnKeys:
         padding: Tensor | None = None,
         words: Tensor | None = None,
         tokens: Tensor | None = None,
-        gradients: tuple[Tensor, Tensor] | None = None,
+        gradients: tuple[Accumulator, Accumulator] | None = None,
     ) -> None:
         self._k, self._v, self._gradients = k, v, gradients
         shape = k.shape[0], -1, k.shape[2], 1
@@ -80,21 +80,7 @@ class OwnKeys:
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
         assert self._gradients is not None
         for total, gradient in zip(self._gradients, (dk, dv), strict=True):
-            accumulate(part, total, gradient, stores)
-
-
-def accumulate(part: Part, total: Tensor, gradient: Tensor, stores: bool, of_queries: bool = False) -> None:
-    """Add a block's gradient to the rows of `total` that it belongs to, or write it there (`stores`)."""
-    rows = part.block.queries if of_queries else part.block.keys
-    gradient = unfold_rows(rows, gradient, total.shape[0])
-    if stores:
-        rows.write(total, gradient)
-    elif isinstance(rows, PagedKeys):
-        rows.add(total, gradient, part.block.weight)
-    elif rows.is_view:
-        rows.read(total).add_(gradient, alpha=part.block.weight)
-    else:
-        rows.write(total, rows.read(total).add_(gradient, alpha=part.block.weight))
+            total.add(part.block.keys, gradient, part.block.weight, stores)
 
 
 class ReceivedKeys:

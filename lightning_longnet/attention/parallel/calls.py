@@ -13,6 +13,7 @@ from lightning_longnet.attention.kernels.blocks import PairOptions
 from lightning_longnet.attention.kernels.null_keys import NullKeys
 from lightning_longnet.attention.parallel.comm import MessageContext
 from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
+from lightning_longnet.attention.parallel.joined import JoinedCall
 from lightning_longnet.attention.parallel.lines import LinesCall
 from lightning_longnet.attention.parallel.reordering import LocalOrder, RankOrder, ReorderedCall, row_exchange
 from lightning_longnet.attention.parallel.rounds import RoundsCall
@@ -20,7 +21,7 @@ from lightning_longnet.attention.parallel.routes import Layout, Route
 from lightning_longnet.attention.parallel.schedule import schedule
 from lightning_longnet.attention.pattern.lines import lines_of
 from lightning_longnet.attention.plan.blocks import plan
-from lightning_longnet.attention.plan.documents import document_cuts
+from lightning_longnet.attention.plan.packed import PackedRows, packed_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,67 +44,97 @@ class PassOptions(NamedTuple):
         direction: "forward" or "backward".
         dropout: the rule that drops pairs, or None.
         sinks: (H,) one more logit of the softmax for each query head, or None.
+        head_dim: the width of q and k.
     """
 
     spec: AttentionSpec
     direction: Direction
     dropout: Dropout | None
     sinks: Tensor | None
+    head_dim: int
 
 
-def local_calls(
+def local_call(
     options: PassOptions, q: Tensor, k: Tensor, documents: Tensor | None, padding: Tensor | None
-) -> Iterator[tuple[slice, ExchangeCall]]:
-    """Yield (samples, call) for whole sequences on this process; the samples of a call have the same documents.
+) -> ExchangeCall:
+    """Return the call for whole sequences on this process.
+
+    Rows with the same documents are the samples of a batch, other rows are one long row.
 
     Args:
         q, k: (B, N, H, D) and (B, N, Hkv, D).
         documents: (B, N) document ids, or None.
         padding: (B, N) True where padding hides a key, or None.
     """
-    spec, length = options.spec, q.shape[1]
+    spec, batch = options.spec, q.shape[0]
     if padding is not None and padding.device.type == "cpu" and not padding.any():
         padding = None
-    for samples, cuts in _grouped_by_documents(document_cuts(documents, q.shape[0], length)):
-        first, *others = lines_of(spec.ordering, cuts, spec.pattern, q.device)
-        own_padding = None if padding is None else padding[samples]
-        own = _line_call(options, first, q, k, samples, cuts, own_padding)
-        call: ExchangeCall = own
-        if others:
-            calls = [_line_call(options, line, q, k, samples, cuts, own_padding) for line in others]
-            orders = [LocalOrder.between(first, line, q.device) for line in others]
-            call = LinesCall(own, tuple(zip(orders, calls, strict=True)))
-        if first.tokens is not None:
-            assert first.places is not None
-            call = ReorderedCall(call, LocalOrder(first.tokens, first.places), spec.returns_lse)
-        yield samples, call
+    packed = PackedRows(((0, q.shape[1]),)) if documents is None else packed_rows(documents)
+    rows = _Rows(packed, q.shape[1], q.shape[2], k.shape[2], 1 if packed.are_equal else batch, q.device)
+    if rows.joined > 1 and padding is not None:
+        padding = padding.flatten()[None]
+    first, *others = lines_of(spec.ordering, packed.cuts, spec.pattern, q.device)
+    call: ExchangeCall
+    call = own = _line_call(options, first, rows, batch, padding)
+    if others:
+        calls = [_line_call(options, line, rows, batch, padding) for line in others]
+        orders = [LocalOrder.between(first, line, q.device) for line in others]
+        call = LinesCall(own, tuple(zip(orders, calls, strict=True)))
+    if first.tokens is not None:
+        assert first.places is not None
+        call = ReorderedCall(call, LocalOrder(first.tokens, first.places), spec.returns_lse)
+    return call if rows.joined == 1 else JoinedCall(call)
 
 
-def _line_call(
-    options: PassOptions,
-    line: Line,
-    q: Tensor,
-    k: Tensor,
-    samples: slice,
-    cuts: tuple[int, ...],
-    padding: Tensor | None,
-) -> RoundsCall:
-    """Return the call of the branches of one line for whole sequences; all of `samples` have the documents `cuts`."""
-    spec, batch = options.spec, samples.stop - samples.start
-    tokens = torch.arange(q.shape[1], device=q.device) if line.tokens is None else line.tokens
+class _Rows(NamedTuple):
+    """The rows of a call on whole sequences.
+
+    Attributes:
+        packed: their documents.
+        length: the tokens of a row.
+        heads, kv_heads: the numbers of query heads and of key/value heads.
+        joined: how many rows are one long row; 1 where each is a sample.
+        device: that of the tensors.
+    """
+
+    packed: PackedRows
+    length: int
+    heads: int
+    kv_heads: int
+    joined: int
+    device: torch.device
+
+    def places(self) -> Tensor:
+        """Return the places of the long row, or of each row, (N,)."""
+        return torch.arange(self.length * self.joined, device=self.device)
+
+
+def _line_call(options: PassOptions, line: Line, rows: _Rows, batch: int, padding: Tensor | None) -> RoundsCall:
+    """Return the call of the branches of one line for whole sequences."""
+    spec, tokens, samples = options.spec, line.tokens, None
+    if options.dropout is not None:
+        tokens = rows.places() if tokens is None else tokens
+        samples = torch.arange(batch, device=rows.device) if rows.joined == 1 else tokens // rows.length
+    if tokens is not None and rows.joined > 1:
+        tokens = tokens % rows.length
     # the backward of "detached" needs the result of each branch, which the forward merges at once
     per_branch = spec.mix == "detached" and options.direction == "backward"
-    segments = spec.weighted_segments(q.device.type, batch, torch.get_num_threads(), per_branch=per_branch)
-    whole = plan(line.pattern, q.shape[2], k.shape[2], cuts, segments)
+    segments = spec.weighted_segments(
+        rows.device.type, batch // rows.joined, torch.get_num_threads(), per_branch=per_branch
+    )
+    if len(rows.packed.cuts) > 2:
+        is_on_cpu = rows.device.type == "cpu"
+        whole = rows.packed.plan(line.pattern, rows.heads, rows.kv_heads, segments, is_on_cpu)
+    else:
+        whole = plan(line.pattern, rows.heads, rows.kv_heads, rows.packed.cuts, segments)
     null_keys = None
     if line.pattern.has_null_keys:
-        places = torch.arange(q.shape[1], device=q.device)
-        null_keys = NullKeys(line.pattern, cuts, places, q.shape[2], k.shape[2])
+        null_keys = NullKeys(line.pattern, rows.packed.cuts, rows.places(), rows.heads, rows.kv_heads)
     pair_options = PairOptions(
-        spec.scale_of(q.shape[3]),
-        padding if padding is None or line.tokens is None else padding[:, tokens],
+        spec.scale_of(options.head_dim),
+        padding if padding is None or line.tokens is None else padding[:, line.tokens],
         options.dropout,
-        samples=torch.arange(samples.start, samples.stop, device=q.device),
+        samples=samples,
         tokens=tokens,
         counts_once=whole.counts_once,
         branches=line.branches,
@@ -111,7 +142,7 @@ def _line_call(
         sinks=options.sinks,
         null_keys=null_keys,
     )
-    route = Route(whole.parts, (), k.shape[2], whole.queries_once, whole.is_partitioned)
+    route = Route(whole.parts, (), rows.kv_heads, whole.queries_once, whole.is_partitioned)
     branch_outs = len(line.branches) if spec.partials > 1 else 0
     return RoundsCall(BLOCK_KERNELS[spec.kernel], route, pair_options, branch_outs)
 
@@ -152,7 +183,7 @@ def distributed_calls(
             samples,
             segments,
             options.sinks,
-            q.shape[3],
+            options.head_dim,
             q.device,
             key=(*key, segments),
             lines=lines,

@@ -51,14 +51,14 @@ class LinesCall(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the sums of dq, dk and dv over the lines, in the order of the first line."""
         done = self.first.saved_count  # `saved` holds the tensors of the lines one after the other
-        totals = self.first.gradients(grad, q, k, v, out, lse, saved[:done])
+        totals = [x.total for x in self.first.gradients(grad, q, k, v, out, lse, saved[:done])]
         for order, call in self.others:
             own_grad, own_q, own_k, own_v, own_out = order.reorder(grad, q, k, v, out)
             (own_lse,) = order.reorder(lse.transpose(1, 2))
             own_saved = saved[done : done + call.saved_count]
             gradients = call.gradients(own_grad, own_q, own_k, own_v, own_out, own_lse.transpose(1, 2), own_saved)
             done += call.saved_count
-            for total, own in zip(totals, order.restore(*gradients), strict=True):
+            for total, own in zip(totals, order.restore(*(x.total for x in gradients)), strict=True):
                 total.add_(own)
         dq, dk, dv = (totals.pop(0).to(q.dtype) for _ in range(3))
         return dq, dk, dv

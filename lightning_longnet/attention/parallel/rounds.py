@@ -12,11 +12,11 @@ the case without rounds.
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lightning_longnet.attention.kernels.accumulator import Accumulator
 from lightning_longnet.attention.kernels.blocks import (
     BackwardInputs,
     PairOptions,
@@ -26,7 +26,6 @@ from lightning_longnet.attention.kernels.blocks import (
     forward_blocks,
     merge_branches,
     no_key_partial,
-    uninitialized_partial,
 )
 from lightning_longnet.attention.kernels.keys import OwnKeys, ReceivedKeys
 
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.kernels.partial import Partial
     from lightning_longnet.attention.parallel.comm import Comm, MessageContext, Pending
     from lightning_longnet.attention.parallel.routes import Round, RoundIndices, Route
-    from lightning_longnet.attention.plan.block import Part
+    from lightning_longnet.attention.plan.parts import Parts
 
 
 class RemoteRows(NamedTuple):
@@ -106,9 +105,9 @@ class RoundsCall(NamedTuple):
         """
         # with padding, `forward_blocks` skips segments without a key, and nothing would write their rows
         stores = self.route.writes_queries and self.options.key_padding_mask is None
-        totals = [(uninitialized_partial if stores else no_key_partial)(q, v) for _ in range(self._saved_outs or 1)]
+        totals: list[Partial | None] = [None if stores else no_key_partial(q, v) for _ in range(self._saved_outs or 1)]
         fetched = self._fetch(0, k, v)
-        forward_blocks(self.kernel, self.route.own, q, self._own_keys(k, v), self.options, totals, stores)
+        forward_blocks(self.kernel, self.route.own, q, self._own_keys(k, v), self.options, totals)
         saved = []
         for i, step in enumerate(self.route.rounds):
             assert fetched is not None
@@ -120,8 +119,9 @@ class RoundsCall(NamedTuple):
             if step.saves_rows:
                 saved.append(kv_rows)
             del indices, kv_rows, keys
-        outs = [total.out for total in totals] if self._saved_outs else []
-        return merge_branches(totals, self.options, is_saved=bool(outs)), [*saved, *outs]
+        partials = [total for total in totals if total is not None]
+        outs = [partial.out for partial in partials] if self._saved_outs else []
+        return merge_branches(partials, self.options, is_saved=bool(outs)), [*saved, *outs]
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
@@ -132,12 +132,12 @@ class RoundsCall(NamedTuple):
         """
         gradients = self.gradients(grad, q, k, v, out, lse, saved)
         # each accumulator is freed as soon as it is rounded
-        dq, dk, dv = (gradients.pop(0).to(q.dtype) for _ in range(3))
+        dq, dk, dv = (gradients.pop(0).take(q.dtype) for _ in range(3))
         return dq, dk, dv
 
     def gradients(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
-    ) -> list[Tensor]:
+    ) -> list[Accumulator]:
         """Return dq, dk and dv of this rank's tokens as they were accumulated, in float32 or float64.
 
         Gradients of received keys travel back to their ranks.  `out` and `lse` are those of the whole softmax.
@@ -147,10 +147,7 @@ class RoundsCall(NamedTuple):
             writes and self.options.key_padding_mask is None
             for writes in (self.route.writes_queries, self.route.writes_keys)
         )
-        dq, dk, dv = (
-            (torch.empty_like if written else torch.zeros_like)(x, dtype=wide, memory_format=torch.contiguous_format)
-            for x, written in ((q, stores), (k, stores_keys), (v, stores_keys))
-        )
+        dq, dk, dv = Accumulator(q, stores), Accumulator(k, stores_keys), Accumulator(v, stores_keys)
         saved_rounds = sum(
             step.saves_rows for step in rounds
         )  # the rows that the forward saved come before its partials
@@ -190,19 +187,18 @@ class RoundsCall(NamedTuple):
             finish()
         return [dq, dk, dv]
 
-    def _own_keys(self, k: Tensor, v: Tensor, gradients: tuple[Tensor, Tensor] | None = None) -> OwnKeys:
+    def _own_keys(self, k: Tensor, v: Tensor, gradients: tuple[Accumulator, Accumulator] | None = None) -> OwnKeys:
         options = self.options
         return OwnKeys(k, v, options.key_padding_mask, options.key_words(), options.key_tokens(), gradients)
 
     def _own_parts(
         self, q: Tensor, keys: OwnKeys, v: Tensor, outs: list[Tensor]
-    ) -> Iterator[tuple[list[Tensor], tuple[Part, ...]]]:
+    ) -> Iterator[tuple[list[Tensor], Parts]]:
         """Yield the own parts with the outs that their gradients need, which "detached" computes again here."""
         if not self.branch_outs or self._saved_outs:
             yield outs, self.route.own
             return
-        for _, group in groupby(self.route.own, key=lambda part: part.branch):
-            parts = tuple(group)
+        for parts in self.route.own.by_branch():
             branch = no_key_partial(q, v)
             forward_blocks(self.kernel, parts, q, keys, self.options, [branch])
             if self.options.null_keys is not None:
@@ -232,7 +228,7 @@ class RoundsCall(NamedTuple):
         return indices, received, pending
 
     def _send_gradients(
-        self, step: Round, indices: RoundIndices, dkv_rows: Tensor, dk: Tensor, dv: Tensor
+        self, step: Round, indices: RoundIndices, dkv_rows: Tensor, dk: Accumulator, dv: Accumulator
     ) -> Callable[[], None]:
         """Send dK and dV of a round's keys to the ranks that own them.
 
@@ -248,9 +244,10 @@ class RoundsCall(NamedTuple):
         def finish() -> None:
             pending.wait()
             for peer, gradients in back.items():
-                index = indices.send[peer].to(dk.device, torch.long)
-                parts = gradients.transpose(0, 1).split((dk.shape[3], dv.shape[3]), -1)
-                for total, part in zip((dk, dv), parts, strict=True):
+                totals = dk.total, dv.total
+                index = indices.send[peer].to(totals[0].device, torch.long)
+                parts = gradients.transpose(0, 1).split([x.shape[3] for x in totals], -1)
+                for total, part in zip(totals, parts, strict=True):
                     total.flatten(1, 2).index_add_(1, index, part)
 
         return finish

@@ -7,7 +7,7 @@ rows that one needs of the other, so no rank asks for them, and no row is sent t
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -17,8 +17,9 @@ import torch
 
 from lightning_longnet.attention.parallel.shares import shares
 from lightning_longnet.attention.plan.block import Part
-from lightning_longnet.attention.plan.blocks import plan
+from lightning_longnet.attention.plan.blocks import make_plan, plan
 from lightning_longnet.attention.plan.paged_keys import merge_stacks
+from lightning_longnet.attention.plan.parts import Parts
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -104,7 +105,7 @@ class RoundIndices(NamedTuple):
 
     send: dict[int, Tensor]
     receive: dict[int, Tensor]
-    parts: tuple[Part, ...]
+    parts: Parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +149,7 @@ class Round:
                 parts.append(part._replace(kv_index=part.block.keys.read(places)[0, ..., 0].clone()))
             first += len(receive[rank])
         parts.sort(key=lambda part: part.branch)  # dropout computes its words once for each run of one branch
-        return RoundIndices({rank: blocks.kv_rows() for rank, blocks in self.sends.items()}, receive, tuple(parts))
+        return RoundIndices({rank: blocks.kv_rows() for rank, blocks in self.sends.items()}, receive, Parts(parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +160,7 @@ class Route:
     its results are written, not added, and the accumulators need no initial value.
     """
 
-    own: tuple[Part, ...]
+    own: Parts
     rounds: tuple[Round, ...]
     kv_heads: int
     writes_queries: bool = False
@@ -196,45 +197,80 @@ def rank_blocks(layout: Layout) -> RankBlocks:
     return RankBlocks(layout)
 
 
+class _DocumentBlocks:
+    """The blocks of some documents that follow one another, and which of them may have rows on a rank."""
+
+    def __init__(self, layout: Layout, cuts: tuple[int, ...]) -> None:
+        whole = make_plan(layout.pattern, layout.heads, layout.kv_heads, cuts, layout.weighted_segments)
+        self._placement = layout.placement
+        self.blocks = [(branch, block) for branch, blocks in enumerate(whole.branches) for block in blocks]
+        # for each block the first row and the end of its queries and of its keys, to find a rank's blocks quickly
+        sides = [[_extent(side) for side in (block.queries, block.keys)] for _, block in self.blocks]
+        self._extents = torch.tensor(sides, dtype=torch.long).view(len(sides), 2, 2)
+        self._touching: dict[tuple[int, int], set[int]] = {}
+
+    def of(self, rank: int, side: int) -> set[int]:
+        """Return the numbers of the blocks that may have queries (side 0) or keys (side 1) on a rank."""
+        if (rank, side) not in self._touching:
+            begins, ends = self._extents[:, side].unbind(1)
+            numbers: set[int] = set()
+            for chunk in self._placement.chunks(rank):
+                numbers.update(((begins < chunk.end) & (ends > chunk.begin)).nonzero().flatten().tolist())
+            self._touching[rank, side] = numbers
+        return self._touching[rank, side]
+
+
 class RankBlocks:
-    """The parts of a plan's blocks that have their queries on one rank and their keys on another."""
+    """The parts of a plan's blocks that have their queries on one rank and their keys on another.
+
+    The documents that have tokens on both are planned alone.  Both ranks plan the same ones, however many others there
+    are, and so agree on what travels between them.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        whole = plan(layout.pattern, layout.heads, layout.kv_heads, layout.cuts, layout.weighted_segments)
-        self._blocks = [(branch, block) for branch, blocks in enumerate(whole.branches) for block in blocks]
-        # for each block the first row and the end of its queries and of its keys, to find a rank's blocks quickly
-        sides = [[_extent(side) for side in (block.queries, block.keys)] for _, block in self._blocks]
-        self._extents = torch.tensor(sides, dtype=torch.long).view(len(sides), 2, 2)
-        self._touching: dict[tuple[int, int], set[int]] = {}
+        self._documents: dict[tuple[int, int], _DocumentBlocks] = {}
         self._parts: dict[tuple[int, int], tuple[Part, ...]] = {}
 
     def blocks(self, rank: int, source: int, branches: Collection[int] | None = None) -> PeerBlocks:
         """Return the blocks of a rank's queries against the keys of `source`."""
         if (rank, source) not in self._parts:
-            chunks = self.layout.placement.chunks
-            # blocks with queries here and keys there are few of all: the rest is not tried
-            self._parts[rank, source] = tuple(
-                Part(branch, share)
-                for branch, block in (self._blocks[n] for n in sorted(self._of(rank, 0) & self._of(source, 1)))
-                for queries in chunks(rank)
-                for keys in chunks(source)
-                for share in shares(block, queries, keys)
-            )
-        parts = self._parts[rank, source]
+            chunks, parts = self.layout.placement.chunks, list[Part]()
+            for documents in self._common_documents(rank, source):
+                # blocks with queries here and keys there are few of all: the rest is not tried
+                parts += (
+                    Part(branch, share)
+                    for branch, block in (
+                        documents.blocks[n] for n in sorted(documents.of(rank, 0) & documents.of(source, 1))
+                    )
+                    for queries in chunks(rank)
+                    for keys in chunks(source)
+                    for share in shares(block, queries, keys)
+                )
+            # by branch, and without blocks of negative weight before others of their branch
+            parts.sort(key=lambda part: (part.branch, -part.block.weight))
+            self._parts[rank, source] = tuple(parts)
+        parts_of_branches = self._parts[rank, source]
         if branches is not None:
-            parts = tuple(part for part in parts if part.branch in branches)
-        return PeerBlocks(parts, self.layout.placement.lengths[source], self.layout.kv_heads)
+            parts_of_branches = tuple(part for part in parts_of_branches if part.branch in branches)
+        return PeerBlocks(parts_of_branches, self.layout.placement.lengths[source], self.layout.kv_heads)
 
-    def _of(self, rank: int, side: int) -> set[int]:
-        """Return the blocks that may have queries (side 0) or keys (side 1) on a rank."""
-        if (rank, side) not in self._touching:
-            begins, ends = self._extents[:, side].unbind(1)
-            numbers: set[int] = set()
-            for chunk in self.layout.placement.chunks(rank):
-                numbers.update(((begins < chunk.end) & (ends > chunk.begin)).nonzero().flatten().tolist())
-            self._touching[rank, side] = numbers
-        return self._touching[rank, side]
+    def _common_documents(self, rank: int, source: int) -> list[_DocumentBlocks]:
+        """Return the documents with tokens on both ranks, those that follow one another as one."""
+        common = sorted(self._documents_on(rank) & self._documents_on(source))
+        found = []
+        for first, last in _consecutive(common):
+            if (first, last) not in self._documents:
+                self._documents[first, last] = _DocumentBlocks(self.layout, self.layout.cuts[first : last + 2])
+            found.append(self._documents[first, last])
+        return found
+
+    def _documents_on(self, rank: int) -> set[int]:
+        """Return the numbers of the documents with tokens on a rank."""
+        cuts, numbers = self.layout.cuts, set[int]()
+        for chunk in self.layout.placement.chunks(rank):
+            numbers.update(range(bisect_right(cuts, chunk.begin) - 1, bisect_left(cuts, chunk.end)))
+        return numbers
 
     def is_local(self) -> bool:
         """Return whether the keys of each query are on the rank of the query."""
@@ -280,7 +316,7 @@ def is_local(layout: Layout) -> bool:
     return rank_blocks(layout).is_local()
 
 
-def head_parts(layout: Layout, kv_heads: range) -> tuple[Part, ...]:
+def head_parts(layout: Layout, kv_heads: range) -> Parts:
     """Return the blocks over the whole sequence of some key heads and of the query heads that they serve."""
     whole = plan(layout.pattern, layout.heads, layout.kv_heads, layout.cuts, layout.weighted_segments)
     group, parts = layout.heads // layout.kv_heads, []
@@ -297,13 +333,24 @@ def head_parts(layout: Layout, kv_heads: range) -> tuple[Part, ...]:
     return merge_parts(parts)
 
 
-def merge_parts(parts: Iterable[Part]) -> tuple[Part, ...]:
+def merge_parts(parts: Iterable[Part]) -> Parts:
     """Return parts in the order in which they run; those of a sparsity are merged into fewer calls (`merge_stacks`)."""
-    return tuple(
+    return Parts(
         Part(branch, block)
         for branch, group in groupby(parts, key=lambda part: part.branch)
         for block in merge_stacks(part.block for part in group)
     )
+
+
+def _consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return ascending numbers as (first, last) of each run without gaps."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], number
+        else:
+            runs.append((number, number))
+    return runs
 
 
 def _kv_rows(mask: Tensor) -> Tensor:

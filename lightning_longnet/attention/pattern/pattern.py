@@ -93,6 +93,10 @@ class Pattern:
         # encoded once and here: torch.compile reads an attribute, and could not follow a JSON encoder
         object.__setattr__(self, "_text", json.dumps(self.to_dict(), separators=(",", ":")))
 
+    def __hash__(self) -> int:
+        text: str = self._text  # type: ignore[attr-defined]
+        return hash(text)  # a text keeps its hash: hashing all branches would cost at every look into a cache
+
     @classmethod
     def dilated(
         cls,

@@ -15,12 +15,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_longnet.attention.plan.block import Block, Part
 from lightning_longnet.attention.plan.heads import Starts, lattice_blocks, spacing
 from lightning_longnet.attention.plan.overlap import exclusive_runs, repeats_align, with_repeats
 from lightning_longnet.attention.plan.paged_keys import PagedKeys, merge_stacks
+from lightning_longnet.attention.plan.parts import Parts
 from lightning_longnet.attention.plan.runs import own_runs, shifted
 
 if TYPE_CHECKING:
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.pattern.pattern import Branch, Pattern
     from lightning_longnet.attention.plan.runs import Shape
 
-# Runs of at most this many rows that are not evenly spaced are copied together for one call: on two CPU cores a copied
-# row costs about 100 ns, and a call 50 us.  A longer run is a separate call.
+# Runs of at most this many rows that are not evenly spaced are copied together for one call, a longer run is a separate
+# call.  A GPU copies fast, and takes its time for each call.
 COPIED_ROWS = 512
+# On a CPU a call takes as long as the copies of about this many rows of one head each
+CPU_COPIED_ROWS = 512
 
 # Pairs are computed once, with a mask of weights, if their number falls to this share; the mask costs 5 to 12 % of the
 # time of a call
@@ -75,9 +78,9 @@ class Plan:
         return tuple(merge_stacks(blocks) for blocks in self.branches)
 
     @cached_property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> Parts:
         """The blocks of `calls` in the order in which they run: branch by branch."""
-        return tuple(Part(branch, block) for branch, blocks in enumerate(self.calls) for block in blocks)
+        return Parts(Part(branch, block) for branch, blocks in enumerate(self.calls) for block in blocks)
 
     @property
     def pairs(self) -> int:
@@ -85,8 +88,14 @@ class Plan:
         return sum(block.pairs for blocks in self.branches for block in blocks)
 
 
-@lru_cache(32)
-def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], weighted_segments: int = 0) -> Plan:
+def make_plan(
+    pattern: Pattern,
+    heads: int,
+    kv_heads: int,
+    cuts: tuple[int, ...],
+    weighted_segments: int = 0,
+    copied_rows: int = COPIED_ROWS,
+) -> Plan:
     """Return the plan of a packed row; document i has the tokens `cuts[i]` to `cuts[i + 1]`, so (0, N) is one sequence.
 
     Args:
@@ -97,10 +106,12 @@ def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], wei
             with a weight, where that saves work.  Such a plan has no result for each branch, which `mix="detached"`
             needs.  Each head has its own weights and so its own calls, which run in parallel over segments only: they
             must have at least this many segments, the number that keeps all threads busy.
+        copied_rows: as `COPIED_ROWS`.
     """
     branches = pattern.ordered()
     counts_once = pattern.multiplicity == "set"
-    repeated = _plan(branches, heads, kv_heads, cuts, earlier_excluded=counts_once, repeats=False)
+    rows = _PackedRow(heads, kv_heads, cuts, copied_rows)
+    repeated = _plan(branches, rows, earlier_excluded=counts_once, repeats=False)
     # the pairs in calls of fewer segments than threads: with weights these calls would leave threads idle
     narrow = sum(block.pairs for block in repeated.branches[0] if len(block.queries.starts) < weighted_segments)
     if (
@@ -111,26 +122,35 @@ def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], wei
         and repeats_align(branches, kv_heads)
     ):
         # the weights cost time in every call, so the plan with them must have clearly fewer pairs
-        once = _plan(branches, heads, kv_heads, cuts, earlier_excluded=True, repeats=True)
+        once = _plan(branches, rows, earlier_excluded=True, repeats=True)
         if once.pairs <= WEIGHTS_PAY * repeated.pairs:
             return once
     return repeated
 
 
-def _plan(
-    branches: Sequence[Branch],
-    heads: int,
-    kv_heads: int,
-    cuts: tuple[int, ...],
-    earlier_excluded: bool,
-    repeats: bool,
-) -> Plan:
+@lru_cache(32)
+def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], weighted_segments: int = 0) -> Plan:
+    """Return `make_plan` of the same arguments, made once for the last layouts that were asked for."""
+    return make_plan(pattern, heads, kv_heads, cuts, weighted_segments)
+
+
+class _PackedRow(NamedTuple):
+    """The heads and the documents of a row, and the most rows of a run that is copied beside others."""
+
+    heads: int
+    kv_heads: int
+    cuts: tuple[int, ...]
+    copied_rows: int
+
+
+def _plan(branches: Sequence[Branch], row: _PackedRow, earlier_excluded: bool, repeats: bool) -> Plan:
     """Return the plan of branches in their order.
 
     Args:
         earlier_excluded: whether each branch is without the pairs that an earlier one shows.
         repeats: whether a pair counts once more for each later branch that shows it, too.
     """
+    heads, kv_heads, cuts, copied_rows = row
     # the first tokens of the documents of each length: equal documents have equal runs
     documents: dict[int, list[int]] = defaultdict(list)
     for begin, end in pairwise(cuts):
@@ -147,7 +167,7 @@ def _plan(
         # keys of different lattices cannot be merged into one call, so each such head gets separate lattices.
         is_shared = not any(b.sparsity and b.sparsity.varies_over_heads for b in (*earlier, branch))
         for members in _equal_heads((*earlier, branch, *later), kv_heads):
-            for shape, starts in _head_runs(branch, earlier, later, members[0], kv_heads, documents):
+            for shape, starts in _head_runs(branch, earlier, later, members[0], kv_heads, documents, copied_rows):
                 owner = 0 if is_shared or shape.stack is None else members[0]  # separates the lattices of heads
                 heads_by_shape[shape, spacing(starts), owner] += [(head, starts) for head in members]
         blocks = [
@@ -189,6 +209,7 @@ def _head_runs(
     kv_head: int,
     kv_heads: int,
     documents: dict[int, list[int]],
+    copied_rows: int,
 ) -> Iterator[tuple[Shape, Starts]]:
     """Yield each shape of the runs that a branch shows to a head, with their first rows in all documents.
 
@@ -196,6 +217,7 @@ def _head_runs(
 
     Args:
         documents: for each length of a document the first tokens of the documents of that length.
+        copied_rows: as `COPIED_ROWS`.
     """
     starts_by_shape: dict[Shape, list[Starts]] = defaultdict(list)
     for length, begins in documents.items():
@@ -220,7 +242,7 @@ def _head_runs(
         scattered: list[int] = []
         for even in _progressions(sorted(chain.from_iterable(parts))):
             # a view where that is worth a separate call; the rest is copied together
-            if len(even) > 3 or shape.queries > COPIED_ROWS:
+            if len(even) > 3 or shape.queries > copied_rows:
                 yield shape, even
             else:
                 scattered += even

@@ -51,10 +51,12 @@ def lattice_blocks(shape: Shape, head_starts: list[tuple[int, Starts]], group: i
             head_step=next_head - head,
             row_shift=next_starts[0] - starts[0],
         )
-        for queries, key_heads in _with_query_heads(keys, group):
+        for query_heads, key_heads in _with_query_heads(keys, group):
+            queries = query_heads if query_heads.rows == shape.queries else replace(query_heads, rows=shape.queries)
+            key_rows = key_heads.shifted(shape.shift)
             yield Block(
-                replace(queries, rows=shape.queries),
-                key_heads.shifted(shape.shift),
+                queries,
+                queries if key_rows == queries else key_rows,  # one lattice keeps one set of indices
                 shape.low,
                 shape.high,
                 shape.weight,

@@ -51,9 +51,23 @@ class PagedKeys(Lattice):
         """Whether `read` returns a view: paged keys are always copied."""
         return False
 
+    @property
+    def _has_whole_rows(self) -> bool:
+        return False
+
+    def _first_rows(self, device: torch.device) -> Tensor:
+        return self._kept_on(device, self.page_starts)
+
+    def covers(self, t: Tensor) -> bool:
+        return False
+
     def read(self, t: Tensor) -> Tensor:
         """Return a copy of the rows of t (B, N, H, D), (B, segments, heads, rows, D)."""
         return self.copied(t)
+
+    def folded(self, t: Tensor) -> Tensor:
+        """Return a copy of the rows as kernels take them, (B * segments, heads, rows, D)."""
+        return self.copied(t).flatten(0, 1)
 
     def add(self, t: Tensor, values: Tensor, weight: int) -> None:
         """Add `weight` times values (B, segments, heads, rows, D) to the rows of t, which must be contiguous."""
@@ -65,15 +79,19 @@ class PagedKeys(Lattice):
         """Return the rows (segments, heads, rows) and the heads (heads, 1) of all elements."""
         a = torch.arange(self.heads, device=device)[:, None]
         within = torch.arange(self.page_rows, device=device) * self.step
-        rows = (torch.tensor(self.page_starts, device=device)[..., None] + within).flatten(1)[:, None, : self.rows]
+        rows = (self._first_rows(device)[..., None] + within).flatten(1)[:, None, : self.rows]
         return rows + a * self.row_shift, self.head + a * self.head_step
 
     def segments(self, first: int, last: int) -> Lattice:
         """Return the segments `first` to `last`."""
+        if first == 0 and last >= len(self.starts):
+            return self
         return replace(self, starts=self.starts[first:last], page_starts=self.page_starts[first:last])
 
     def shifted(self, by: int) -> Lattice:
         """Return the same elements, `by` rows further on."""
+        if not by:
+            return self
         moved = tuple(tuple(start + by for start in starts) for starts in self.page_starts)
         return replace(self, starts=tuple(start + by for start in self.starts), page_starts=moved)
 

@@ -1,0 +1,67 @@
+"""`Accumulator`: the gradient of q, k or v, to which the blocks of a plan add theirs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_longnet.attention.plan.lattice import unfold_rows, whole_rows
+from lightning_longnet.attention.plan.paged_keys import PagedKeys
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_longnet.attention.plan.lattice import Lattice
+
+
+class Accumulator:
+    """A gradient (B, N, H, D) in float32, or in float64 for such tensors.
+
+    Args:
+        like: the tensor of which this is the gradient.
+        is_written: whether the blocks of the first branch have every row once.  Then their gradients are written, not
+            added, and the memory needs no initial value.  That of a single block becomes the accumulator itself.
+    """
+
+    def __init__(self, like: Tensor, is_written: bool) -> None:
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
+        self._like = like
+        self._total: Tensor | None = None
+        if not is_written:
+            self._total = torch.zeros_like(like, dtype=self.dtype, memory_format=torch.contiguous_format)
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of what was added."""
+        if self._total is None:
+            self._total = torch.empty_like(self._like, dtype=self.dtype, memory_format=torch.contiguous_format)
+        return self._total
+
+    def add(self, rows: Lattice, gradient: Tensor, weight: int, stores: bool) -> None:
+        """Add `weight` times a block's gradient (B * segments, heads, rows, D) to its rows, or write it (`stores`)."""
+        gradient = unfold_rows(rows, gradient, self._like.shape[0])
+        if stores:
+            if self._total is None and (adopted := adoptable(rows, gradient, self._like, self.dtype)) is not None:
+                self._total = adopted
+            else:
+                rows.write(self.total, gradient)
+        elif isinstance(rows, PagedKeys):
+            rows.add(self.total, gradient, weight)
+        elif rows.is_view:
+            rows.read(self.total).add_(gradient, alpha=weight)
+        else:
+            rows.write(self.total, rows.read(self.total).add_(gradient, alpha=weight))
+
+    def take(self, dtype: torch.dtype) -> Tensor:
+        """Return the sum in this type, and free the memory of the accumulator."""
+        total, self._total = self.total, None
+        return total.to(dtype)
+
+
+def adoptable(rows: Lattice, values: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return values (B, segments, heads, rows, D) as an accumulator (B, N, H, D), None where that needs a copy."""
+    if values.dtype != dtype or not rows.covers(like):
+        return None
+    whole = values.transpose(2, 3)
+    return whole_rows(values) if whole.is_contiguous() else None

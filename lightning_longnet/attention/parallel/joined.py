@@ -1,0 +1,47 @@
+"""Packed rows with different documents as one long row, so that equal documents of all rows share kernel calls."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from lightning_longnet.attention.parallel.exchange import ExchangeCall
+
+
+class JoinedCall(NamedTuple):
+    """A call of attention on the rows of a batch, one behind the other; its results are those of the rows.
+
+    `inner` is the call on the long row (1, B * N, H, D), of which every row is some documents.
+    """
+
+    inner: ExchangeCall
+
+    @property
+    def saves_inputs(self) -> bool:
+        return self.inner.saves_inputs
+
+    @property
+    def saved_count(self) -> int:
+        return self.inner.saved_count
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        out, lse, saved = self.inner.forward(*(_joined(x) for x in (q, k, v)))
+        rows = lse[0].unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
+        return out[0].unflatten(0, q.shape[:2]), rows, saved
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        long_lse = lse.transpose(0, 1).flatten(1)[None]
+        gradients = self.inner.backward(*(_joined(x) for x in (grad, q, k, v, out)), long_lse, saved)
+        dq, dk, dv = (x[0].unflatten(0, q.shape[:2]) for x in gradients)
+        return dq, dk, dv
+
+
+def _joined(x: Tensor) -> Tensor:
+    """Return (1, B * N, H, D) of x (B, N, H, D): a view where the rows are one behind the other in memory."""
+    return x.flatten(0, 1)[None]

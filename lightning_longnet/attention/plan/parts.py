@@ -1,0 +1,73 @@
+"""`Parts`: the blocks that run one after the other, and the calls of bounded size that they are cut into."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from lightning_longnet.attention.plan.block import Part
+from lightning_longnet.attention.plan.paged_keys import PagedKeys
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Paged keys are copies: a call may copy this many rows for each row that it may cover otherwise
+PAGED_ROWS = 4
+
+
+class Parts(tuple[Part, ...]):
+    """The parts of a plan in the order in which they run.
+
+    The calls that they are cut into are kept here, so that the steps after the first one make none.
+    """
+
+    def bounded(self, limit: int, threads: int) -> tuple[Part, ...]:
+        """Return the parts cut to at most `limit` rows where possible, each call with work for all threads."""
+        cuts: dict[tuple[int, int], tuple[Part, ...]] = self.__dict__.setdefault("_cuts", {})
+        if (limit, threads) not in cuts:
+            cuts[limit, threads] = tuple(cut for part in self for cut in bounded_part(part, limit, threads))
+        return cuts[limit, threads]
+
+    def by_branch(self) -> tuple[Parts, ...]:
+        """Return the parts of each branch."""
+        if "_branches" not in self.__dict__:
+            groups = groupby(self, key=lambda part: part.branch)
+            self.__dict__["_branches"] = tuple(Parts(group) for _, group in groups)
+        branches: tuple[Parts, ...] = self.__dict__["_branches"]
+        return branches
+
+
+def bounded_part(part: Part, limit: int, threads: int) -> Iterator[Part]:
+    """Cut a part to at most `limit` rows: by segments, and a large segment by heads."""
+    queries, keys = part.block.queries, part.block.keys
+    count, group = len(queries.starts), queries.heads // keys.heads
+    rows = queries.rows * queries.heads
+    if isinstance(keys, PagedKeys):
+        rows = max(rows, keys.rows * keys.heads // PAGED_ROWS)
+    segments, heads = max(1, limit // rows), keys.heads
+    if queries.rows * queries.heads > limit:
+        # fewer heads than threads would leave some idle: the CPU operator's backward runs in parallel over heads
+        heads = max(limit // (queries.rows * group), -(-threads // group))
+    if segments >= count and heads >= keys.heads:
+        yield part
+        return
+    for s in range(0, count, segments):
+        for a in range(0, keys.heads, heads):
+            b = min(a + heads, keys.heads)
+            block = replace(
+                part.block,
+                queries=queries.diagonal(a * group, b * group),
+                keys=keys.diagonal(a, b),
+            )
+            kv_index = None if part.kv_index is None else part.kv_index[:, a:b]
+            yield part_segments(part._replace(block=block, kv_index=kv_index), s, s + segments)
+
+
+def part_segments(part: Part, first: int, last: int) -> Part:
+    """Return the segments `first` to `last` of a part."""
+    block, kv_index = part.block, part.kv_index
+    return part._replace(
+        block=replace(block, queries=block.queries.segments(first, last), keys=block.keys.segments(first, last)),
+        kv_index=None if kv_index is None else kv_index[first:last],
+    )
