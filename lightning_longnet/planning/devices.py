@@ -150,8 +150,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def listed(name: str, dtype: torch.dtype, allows_tf32: bool = False) -> float | None:
     """Return the listed peak of the GPU of a name; None where it is not listed."""
-    sheet = next((sheet for sheet in _SHEETS if sheet.name.lower() in name.lower()), None)
+    sheet = _sheet(name)
     return None if sheet is None else sheet.peak(dtype, allows_tf32)
+
+
+def sheet_name(name: str) -> str | None:
+    """Return the name under which the GPU of a name is listed; None where it is not."""
+    sheet = _sheet(name)
+    return None if sheet is None else sheet.name
+
+
+def _sheet(name: str) -> _Sheet | None:
+    return next((sheet for sheet in _SHEETS if sheet.name.lower() in name.lower()), None)
 
 
 def measured(dtype: torch.dtype) -> float:
