@@ -3,6 +3,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BENCH_ARGS ?=
 FULL_ARGS ?=
+GPU_ARGS ?=
 GPU_PYTHON ?=
 # how many processes run tests; each starts ranks beside it
 TEST_PROCESSES ?= 2
@@ -24,7 +25,8 @@ help:
 	@echo "make bench-exchange   the exchanges between ranks, likewise"
 	@echo "make bench-strategy   a training step beside Lightning's own strategies"
 	@echo "make bench-callbacks  what the callbacks cost of a step"
-	@echo "make gpu        the tests that need a CUDA device, then its benchmark; GPU_PYTHON=python3 uses what is installed"
+	@echo "make gpu        tests and measures on a CUDA device; goes on where it was stopped; GPU_ARGS, see --help;"
+	@echo "                GPU_PYTHON=python3 uses what is installed"
 
 $(MARK): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] < (3, 14) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v.major}.{v.minor}: try make PYTHON=python3.12")'
@@ -71,9 +73,7 @@ bench-callbacks: $(MARK)
 	$(BIN)/python benchmarks/callbacks.py $(BENCH_ARGS)
 
 gpu: $(if $(GPU_PYTHON),,$(MARK))
-	@$(or $(GPU_PYTHON),$(BIN)/python) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu: torch finds no CUDA device here")'
-	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m gpu
-	PYTHONPATH=. $(or $(GPU_PYTHON),$(BIN)/python) benchmarks/attention.py --device cuda $(BENCH_ARGS)
+	PYTHONPATH=. $(or $(GPU_PYTHON),$(BIN)/python) benchmarks/gpu.py $(GPU_ARGS)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

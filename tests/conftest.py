@@ -60,6 +60,7 @@ def trainers(checks_splits):
 def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true", help="fail where a test is skipped that needs no GPU")
     parser.addoption("--draws", choices=DRAWS, default="all", help="how many cases property tests draw")
+    parser.addoption("--kernel", help="run the tests of this kernel alone; `none` runs those that name no kernel")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -69,10 +70,19 @@ def pytest_collection_modifyitems(config, items):
         test._hypothesis_internal_use_settings = settings(
             decorated, max_examples=max(LEAST, int(share * decorated.max_examples))
         )
+    if (kernel := config.getoption("--kernel")) is not None:
+        others = [item for item in items if kernel_of(item) != kernel]
+        items[:] = [item for item in items if kernel_of(item) == kernel]
+        config.hook.pytest_deselected(items=others)
     gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(gpu)
+
+
+def kernel_of(item):
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("kernel", "none")
 
 
 @pytest.hookimpl(wrapper=True)

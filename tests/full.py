@@ -9,19 +9,14 @@ import argparse
 import json
 import os
 import platform
-import signal
-import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ET
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from time import perf_counter
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["torch", "lightning", "deepspeed", "transformers", "hypothesis", "pytest"]
-ELSEWHERE = [":(top)", ":(top,exclude)benchmarks/results"]  # a result that is committed changes nothing that is tested
+sys.path.append(str(ROOT / "benchmarks"))
+from resumed import commit_of, counts, ended, versions, write  # noqa: E402
 
 
 def main(words=None):
@@ -49,7 +44,7 @@ def main(words=None):
             continue
         results[name] = {"commit": commit, **run(folder, name, arguments.timeout)}
         print(line(name, results[name]), flush=True)
-        write(arguments.out, here, results)
+        write(arguments.out, {"machine": here, "files": dict(sorted(results.items()))})
     missing = [name for name in test_files if name not in results]
     print(summary(results.values(), missing))
     return int(bool(missing) or any(row["status"] != "passed" for row in results.values()))
@@ -62,76 +57,18 @@ def run(folder, name, timeout):
         report = Path(scratch) / "report.xml"
         command = [sys.executable, "-m", "pytest", str(folder / name), "-q", "--draws", "many", "--no-skips"]
         command += ["-p", "no:cacheprovider", f"--junitxml={report}", "-o", "junit_family=xunit1"]
-        begin, date = perf_counter(), datetime.now(UTC)
-        with (Path(scratch) / "output.txt").open("w+") as output:
-            process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, cwd=folder.parent, env=environment,
-                start_new_session=True,
-            )  # fmt: skip
-            try:
-                code = process.wait(timeout)
-                status = "passed" if code == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                status = f"no end in {timeout:.0f} s"
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-            if status != "passed":
-                output.seek(0)
-                print(output.read(), flush=True)
-        counted = counts(report) if report.exists() else {"passed": 0, "failed": 0, "skipped": 0}
-    return {
-        "status": status,
-        **counted,
-        "seconds": round(perf_counter() - begin, 1),
-        "date": date.isoformat(timespec="seconds"),
-    }
-
-
-def counts(report):
-    """How many tests passed, failed or were skipped, their notes, and which failed."""
-    cases = list(ET.parse(report).iter("testcase"))
-    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = [case for case in cases if case.find("skipped") is not None]
-    counts = {"passed": len(cases) - len(failed) - len(skipped), "failed": len(failed), "skipped": len(skipped)}
-    notes = [each.get("value") for case in cases for each in case.iter("property") if each.get("name") == "note"]
-    counts |= {"notes": notes} if notes else {}
-    return counts | ({"failures": [case.get("name") for case in failed]} if failed else {})
-
-
-def commit_of(folder):
-    """The last commit that changed more than a result, or None where something is not committed."""
-
-    def git(*words):
-        command = ["git", *words, "--", *ELSEWHERE]
-        return subprocess.run(command, capture_output=True, text=True, cwd=folder)
-
-    changes = git("status", "--porcelain")
-    if changes.returncode or changes.stdout.strip():
-        return None
-    return git("log", "-1", "--format=%H").stdout.strip() or None
+        end = ended(command, timeout, folder.parent, environment)
+        if end.status != "passed":
+            print(end.output, flush=True)
+        return {"status": end.status, **counts(report), "seconds": end.seconds, "date": end.date}
 
 
 def machine():
     cpu, info = platform.processor(), Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((row.partition(": ")[2] for row in info.read_text().splitlines() if "model name" in row), cpu)
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system(), "versions": versions}
-
-
-def write(path, here, results):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"machine": here, "files": dict(sorted(results.items()))}, indent=1) + "\n"
-    half = path.with_suffix(".part")
-    half.write_text(text)
-    half.replace(path)
+    known = {"python": platform.python_version()} | versions(PACKAGES)
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system(), "versions": known}
 
 
 def line(name, row):

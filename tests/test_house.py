@@ -309,6 +309,7 @@ def test_the_wheel_holds_the_strategies_as_files(tmp_path):
     expected = [
         "py.typed",
         "cli/quickstart.yaml",
+        "planning/shares.json",
         "strategies/__init__.py",
         "attention/attend.py",
         "attention/kernels/sdpa/cpu.py",

@@ -153,6 +153,8 @@ def explain(
     flash      refuses      serves CUDA tensors, q is on cpu
     sdpa       refuses      needs v as wide as q and k, got 6 and 4
     cudnn      refuses      serves CUDA tensors, q is on cpu
+    flash3     refuses      serves CUDA tensors, q is on cpu
+    flash4     refuses      serves CUDA tensors, q is on cpu
     eager      runs         plain products in float32 or float64, a tile of scores at a time
     reference  could serve  holds all N x N scores; differentiable any number of times
     """

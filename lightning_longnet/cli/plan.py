@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_longnet.planning.devices import Device
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lightning_longnet.planning.devices import named
 
     device = named(arguments.device)
-    overrides = {}
+    overrides: dict[str, Any] = {}
     for name in ("memory_gib", "peak_tflops", "link_gbps"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < float("inf"):
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.efficiency is not None:
         if not all(0 < share <= 1 for share in arguments.efficiency):
             raise ValueError(f"efficiency must be two shares, more than 0 and at most 1, got {arguments.efficiency}")
-        overrides["efficiency"] = tuple(arguments.efficiency)
+        overrides |= {"efficiency": tuple(arguments.efficiency), "source": "given by --efficiency"}
     device = replace(device, **overrides)
     peak = None if arguments.peak_tflops is None else arguments.peak_tflops * 1e12
     if arguments.picture is not None:

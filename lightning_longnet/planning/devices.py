@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+from lightning_longnet.planning.shares import Shares, measured_shares
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class _Link(NamedTuple):
@@ -63,11 +68,11 @@ GB = 1e9
 _CPU_BANDWIDTH, _LOOPBACK = 5 * GB, 1 * GB
 _SIZE, _TIMES = 1024, 4  # of the products that measure a CPU
 
-# No GPU was measured for this: shares of the peak are what others report of such kernels, which --efficiency replaces,
-# and calls are not captured in graphs
-_GPU = {"efficiency": (0.6, 0.45), "call_seconds": 5e-6, "overlaps": True}
+# Of a GPU that `make gpu` has not measured: shares of the peak are what others report of such kernels, which
+# --efficiency replaces, and calls are not captured in graphs
+_ASSUMED = Shares(0.6, 0.45, 5e-6, "assumed, since make gpu has not measured this device")
 # Shares that benchmarks/planner.py measured over gloo on two cores, which other processes used too
-_CPU = {"efficiency": (0.8, 0.3), "call_seconds": 2e-5, "overlaps": False}
+_CPU = Shares(0.8, 0.3, 2e-5, "measured on two cores that other processes used too")
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Device:
         call_seconds: the time of an operator, however small.
         overlaps: whether messages travel while kernels compute.
         share: the share of the device that a rank has.
+        source: where `efficiency` is from.
     """
 
     name: str
@@ -95,6 +101,7 @@ class Device:
     call_seconds: float
     overlaps: bool
     share: float = 1.0
+    source: str = "given"
 
     def peak(self, dtype: torch.dtype) -> float:
         """Return floating-point operations a second: listed for a GPU, measured for this machine's CPU."""
@@ -123,12 +130,29 @@ def named(name: str) -> Device:
     """Return the device of a name, in any case; "cpu" is this machine's."""
     if name.lower() == "cpu":
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        return Device("cpu", memory, _CPU_BANDWIDTH, _LOOPBACK, _LOOPBACK, **_CPU)  # type: ignore[arg-type]
+        return _made("cpu", (memory, _CPU_BANDWIDTH, _LOOPBACK, _LOOPBACK), _CPU, overlaps=False)
     for sheet in _SHEETS:
         if sheet.links is not None and sheet.name.lower() == name.lower().replace("_", " "):
-            return Device(sheet.name, *(each * GB for each in sheet.links), **_GPU)  # type: ignore[arg-type]
+            links, shares = [each * GB for each in sheet.links], measured_shares(sheet.name) or _ASSUMED
+            return _made(sheet.name, links, shares, overlaps=True)
     names = ", ".join(["cpu", *(sheet.name.lower() for sheet in _SHEETS if sheet.links is not None)])
     raise ValueError(f"device must be one of {names}, got {name!r}")
+
+
+def _made(name: str, links: Sequence[float], shares: Shares, overlaps: bool) -> Device:
+    memory, bandwidth, node_link, network = links
+    efficiency = shares.linear, shares.attention
+    return Device(
+        name,
+        memory,
+        bandwidth,
+        node_link,
+        network,
+        efficiency,
+        shares.call_seconds,
+        overlaps,
+        source=shares.source,
+    )
 
 
 def compute_dtype(precision: str) -> torch.dtype:
@@ -150,8 +174,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def listed(name: str, dtype: torch.dtype, allows_tf32: bool = False) -> float | None:
     """Return the listed peak of the GPU of a name; None where it is not listed."""
-    sheet = next((sheet for sheet in _SHEETS if sheet.name.lower() in name.lower()), None)
+    sheet = _sheet(name)
     return None if sheet is None else sheet.peak(dtype, allows_tf32)
+
+
+def sheet_name(name: str) -> str | None:
+    """Return the name under which the GPU of a name is listed; None where it is not."""
+    sheet = _sheet(name)
+    return None if sheet is None else sheet.name
+
+
+def _sheet(name: str) -> _Sheet | None:
+    return next((sheet for sheet in _SHEETS if sheet.name.lower() in name.lower()), None)
 
 
 def measured(dtype: torch.dtype) -> float:

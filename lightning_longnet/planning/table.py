@@ -102,6 +102,8 @@ def _time_lines(plan: RunPlan) -> list[str]:
         f"{plan.tokens_per_second:,.0f} tokens a second, MFU {plan.mfu:.1%} of {_rate(plan.peak_flops)}; "
         f"the busiest rank has {plan.imbalance:.2f} times the mean of the pairs",
     ]
+    linear, attention = plan.device.efficiency
+    lines.append(f"shares of the peak: linear maps {linear:.0%}, attention {attention:.0%}; {plan.device.source}")
     shown = len(plan.kinds[0].shares)
     if shown < plan.job.shared_by:
         lines.append(f"{shown} of {plan.job.shared_by:,} ranks were looked at, those that may have most to do")
@@ -156,6 +158,8 @@ def values(plan: RunPlan) -> dict[str, Any]:
         "hidden_share": plan.time.hidden_share,
         "tokens_per_second": plan.tokens_per_second,
         "mfu": plan.mfu,
+        "efficiency": dict(zip(("linear", "attention"), plan.device.efficiency, strict=True)),
+        "efficiency_source": plan.device.source,
         "advice": [{"change": each.change, "peak_bytes": each.peak} for each in plan.advice],
         "notes": list(plan.notes),
     }

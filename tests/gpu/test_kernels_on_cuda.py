@@ -9,7 +9,7 @@ from compared import calls, close, compare_attention, compare_block, widened
 from hypothesis import given, settings
 
 from lightning_longnet import Pattern, attend, explain
-from lightning_longnet.attention.kernels import BLOCK_KERNELS
+from lightning_longnet.attention.kernels import BLOCK_KERNELS, kernel_names
 
 pytestmark = pytest.mark.gpu
 
@@ -25,25 +25,32 @@ PATTERNS = {
 # of the largest true value; memory-efficient attention makes float32 of three products in TF32
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
-KERNELS = pytest.mark.parametrize("kernel", ["flash", "sdpa", "cudnn", "eager", "reference"])
+KERNELS = pytest.mark.parametrize("kernel", kernel_names())
 
 
 @pytest.fixture(autouse=True)
 def only_where_it_serves(request):
-    """CuDNN has no deterministic backward; the others are tested with theirs."""
+    """CuDNN and FA4 on Hopper have no deterministic backward; the others are tested with theirs."""
     params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
     kernel, dtype = params.get("kernel"), params.get("dtype", torch.bfloat16)
-    if kernel == "cudnn":
+    if kernel in ("cudnn", "flash4"):
         torch.use_deterministic_algorithms(False)
     try:
-        if kernel is not None:
-            x = torch.zeros(1, 8, 2, 64, dtype=dtype, device="cuda")
-            found = next(each for each in explain(x, x, x, Pattern.dense()).verdicts if each.kernel == kernel)
-            if found.refusals:
-                pytest.skip("; ".join(found.refusals))
+        if kernel is not None and (refusals := refusals_of(kernel, dtype)):
+            pytest.skip("; ".join(refusals))
         yield
     finally:
         torch.use_deterministic_algorithms(True)
+
+
+def refusals_of(kernel, dtype=torch.bfloat16, **conditions):
+    x = torch.zeros(1, 8, 2, 64, dtype=dtype, device="cuda")
+    verdicts = explain(x, x, x, Pattern.dense(), **conditions).verdicts
+    return next(each.refusals for each in verdicts if each.kernel == kernel)
+
+
+def takes_padding(kernel):
+    return not refusals_of(kernel, key_padding_mask=torch.zeros(1, 8, dtype=torch.bool, device="cuda"))
 
 
 @KERNELS
@@ -63,10 +70,10 @@ def test_every_block_of_several_tiles(kernel, dtype, case):
 
 
 def block(kernel, dtype, case):
-    if kernel == "reference":
+    if kernel not in BLOCK_KERNELS:
         pytest.skip("knows no blocks")
     shape, low, high, padding, seed = widened(case)
-    case = shape, low, high, None if kernel == "flash" else padding, seed
+    case = shape, low, high, padding if takes_padding(kernel) else None, seed
     compare_block(BLOCK_KERNELS[kernel], case, dtype=dtype, tolerance=TOLERANCE[dtype] / 2, device="cuda")
 
 
@@ -76,7 +83,7 @@ def block(kernel, dtype, case):
 @given(case=drawn.cases())
 def test_equals_brute_force(kernel, dtype, case):
     *shape, dim = case["shape"]
-    case = case | {"shape": (*shape, 8 * dim), "hidden": None if kernel == "flash" else case["hidden"]}
+    case = case | {"shape": (*shape, 8 * dim), "hidden": case["hidden"] if takes_padding(kernel) else None}
     compare_attention(case, kernel, dtype, TOLERANCE[dtype], device="cuda")
 
 
@@ -123,7 +130,7 @@ def test_grouped_heads(kernel, dtype, kv_heads):
 @KERNELS
 @DTYPES
 def test_padding(kernel, dtype):
-    if kernel == "flash":
+    if not takes_padding(kernel):
         pytest.skip("has no padding masks")
     hidden = torch.arange(700).expand(2, 700) >= torch.tensor([[500], [700]])
     for pattern in PATTERNS.values():
@@ -169,7 +176,7 @@ def test_more_segments_than_a_grid_has_rows(kernel, dtype):
 def test_nobody_waits_for_the_device(kernel, dtype):
     if kernel == "reference":
         pytest.skip("cuts samples apart")
-    hidden = None if kernel == "flash" else torch.arange(700, device="cuda").expand(1, 700) > 600
+    hidden = torch.arange(700, device="cuda").expand(1, 700) > 600 if takes_padding(kernel) else None
     q, k, v, grad = (x.detach().cuda() for x in drawn.tensors((1, 700, 4, 2, 64), dtype=dtype))
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
@@ -191,8 +198,8 @@ def test_explain():
     head, *rows = str(told).splitlines()
     major, minor = torch.cuda.get_device_capability()
     assert head == f"cuda of compute capability {major}.{minor}, bfloat16, accumulates in float32"
-    assert [row.split()[0] for row in rows] == ["flash", "sdpa", "cudnn", "eager", "reference"]
-    assert told.chosen in ("flash", "sdpa")
+    assert [row.split()[0] for row in rows] == list(kernel_names())
+    assert told.chosen in kernel_names()
     assert explain(x.double(), x.double(), x.double(), LONGNET).chosen == "eager"
     assert explain(x.float(), x.float(), x.float(), LONGNET).chosen == "sdpa"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from lightning_longnet.attention.kernels import cudnn, eager, flash, reference, sdpa
+from lightning_longnet.attention.kernels.activated import FLASH3, FLASH4
 
 if TYPE_CHECKING:
     import torch
@@ -74,8 +75,17 @@ class BlockKernel(Protocol):
         """
 
 
-BLOCK_KERNELS: dict[str, BlockKernel] = {"flash": flash, "sdpa": sdpa, "cudnn": cudnn, "eager": eager}
-_KERNELS: tuple[Kernel, ...] = (flash, sdpa, cudnn, eager, reference)  # in the order of preference
+BLOCK_KERNELS: dict[str, BlockKernel] = {
+    "flash": flash,
+    "sdpa": sdpa,
+    "cudnn": cudnn,
+    "flash3": FLASH3,
+    "flash4": FLASH4,
+    "eager": eager,
+}
+# In the order of preference.  flash3 and flash4 serve nothing that sdpa does not: "auto" never selects them, since no
+# GPU has measured them and they switch what torch's flash attention runs in for the whole process
+_KERNELS: tuple[Kernel, ...] = (flash, sdpa, cudnn, FLASH3, FLASH4, eager, reference)
 # On a CPU flash attention takes longer than plain products for calls of fewer keys (benchmarks/block_sparse.py)
 FEW_KEYS = 512
 

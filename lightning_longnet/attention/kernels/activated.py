@@ -1,0 +1,163 @@
+"""The kernels "flash3" and "flash4": FlashAttention 3 and 4, which torch can put behind its own flash operators.
+
+torch keeps one such implementation for the whole process.  Here it is active while the operators of one block are
+called, and what was active before is active again afterwards.  In this time torch's flash attention of other threads
+runs in it, too.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from importlib.util import find_spec
+from threading import RLock
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import attention
+
+from lightning_longnet.attention.kernels import fused
+from lightning_longnet.attention.kernels.compiling import constant_result
+from lightning_longnet.attention.kernels.sdpa import cuda
+from lightning_longnet.attention.kernels.sdpa import flash as torchs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from lightning_longnet.attention.kernels import Request
+    from lightning_longnet.attention.kernels.call import Call
+
+# What is used of torch.nn.attention, all of which torch 2.13 has
+_NEEDED = (
+    "activate_flash_attention_impl",
+    "current_flash_attention_impl",
+    "list_flash_attention_impls",
+    "restore_flash_attention_impl",
+)
+_LOCK = RLock()  # two threads that activate in turn would restore what the other has activated
+
+
+class ActivatedFlash:
+    """A kernel whose blocks run in an implementation that is put behind torch's flash operators.
+
+    Args:
+        name: the value of the option `kernel` that selects it.
+        implementation: its name in `torch.nn.attention.list_flash_attention_impls`.
+        module: the module that brings it.
+        majors: the first numbers of the compute capabilities that it serves.
+        widest: the largest head_dim.
+        has_windows: whether it computes blocks with a window; others than unmasked and causal ones go to "sdpa".
+        deterministic: the first numbers of the compute capabilities on which its backward is deterministic.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        implementation: str,
+        module: str,
+        majors: tuple[int, ...],
+        widest: int,
+        has_windows: bool,
+        deterministic: tuple[int, ...],
+    ) -> None:
+        self.name, self.implementation, self.module = name, implementation, module
+        self.majors, self.widest, self.has_windows, self.deterministic = majors, widest, has_windows, deterministic
+
+    def note(self, request: Request) -> str:
+        """Return what this kernel would run for a call that it does not refuse."""
+        rest = "" if self.has_windows else "; blocks with windows go where sdpa sends them"
+        return (
+            f"{self.implementation} behind torch's flash operators, active in the whole process while a block is called"
+            f"{rest}; its speed has not been measured"
+        )
+
+    def refusals(self, request: Request) -> list[str]:
+        """Return the reasons why the implementation cannot compute a call."""
+        if request.device != "cuda":
+            return [f"serves CUDA tensors, q is on {request.device}"]
+        reasons = [*_absence(self.implementation, self.module), *fused.refusals(request)]
+        if request.capability is not None and request.capability[0] not in self.majors:
+            needed = " or ".join(f"{major}.x" for major in self.majors)
+            reasons.append("needs compute capability {}, got {}.{}".format(needed, *request.capability))
+        if self.widest < request.head_dim <= fused.WIDEST:
+            reasons.append(f"needs a head_dim of {self.widest} at most, got {request.head_dim}")
+        if request.capability is not None and request.capability[0] not in self.deterministic and _is_deterministic():
+            reasons.append("has no deterministic backward here, which torch.use_deterministic_algorithms asks for")
+        if request.is_padded:
+            reasons.append("has no padding masks")
+        if request.has_dropout:
+            reasons.append("has no dropout")
+        if request.hides_later:
+            reasons.append("cannot hide keys by their tokens")
+        return reasons
+
+    def takes_weights(self, device: str) -> bool:
+        """Return False: the kernel cannot count a pair several times in one block."""
+        return False
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Return out (batch, heads, rows, D) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
+        if not self._serves(call):
+            return cuda.forward(q, k, v, call)
+        with active(self.implementation):
+            return torchs.forward(q, k, v, call)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
+        if not self._serves(call):
+            return cuda.backward(grad, q, k, v, out, lse, call)
+        with active(self.implementation):
+            return torchs.backward(grad, q, k, v, out, lse, call)
+
+    def _serves(self, call: Call) -> bool:
+        """Return whether a block has no window, or may have one: without `high` it is unmasked and causal windows."""
+        return self.has_windows or call.block.high is None
+
+
+@contextmanager
+def active(implementation: str) -> Iterator[None]:
+    """Put an implementation behind torch's flash operators, and afterwards what was there before."""
+    with _LOCK:
+        before = attention.current_flash_attention_impl()
+        if before == implementation:
+            yield
+            return
+        attention.activate_flash_attention_impl(implementation)
+        try:
+            yield
+        finally:
+            if before is None:
+                attention.restore_flash_attention_impl()
+            else:
+                attention.activate_flash_attention_impl(before)
+
+
+@constant_result
+def _absence(implementation: str, module: str) -> tuple[str, ...]:
+    """Return the reasons in torch and the installed packages why an implementation cannot be used.
+
+    torch.compile traces the choice of a kernel and cannot follow imports, so it takes this result for a constant.
+    """
+    if not all(hasattr(attention, name) for name in _NEEDED) or implementation not in _implementations():
+        return (f"torch {torch.__version__} cannot put {implementation} behind its flash operators",)
+    try:
+        is_there = find_spec(module) is not None
+    except ImportError:  # the package that would hold the module is not there, or is another one
+        is_there = False
+    return () if is_there else (f"{implementation} is not installed: there is no module {module}",)
+
+
+def _implementations() -> list[str]:
+    return attention.list_flash_attention_impls()
+
+
+@constant_result
+def _is_deterministic() -> bool:
+    return torch.are_deterministic_algorithms_enabled()
+
+
+FLASH3 = ActivatedFlash("flash3", "FA3", "flash_attn_interface", (9,), 256, True, (9,))
+FLASH4 = ActivatedFlash("flash4", "FA4", "flash_attn.cute.interface", (9, 10), 128, False, (10,))
