@@ -35,7 +35,8 @@ FOLDERS = {
     "sequence": [*CORE],
     "split_check": [*CORE, "sequence"],
     "layers": [*CORE],
-    "models": [*CORE, "sequence", "layers"],
+    "inference": [*CORE, "layers"],
+    "models": [*CORE, "sequence", "layers", "inference"],
     "checkpointing": [*CORE, "models", "trust"],
     "training": [*CORE, "sequence", "layers", "models", "checkpointing"],
     "huggingface": ["models", "trust"],
@@ -51,7 +52,7 @@ FOLDERS = {
         *("supervision", *TOP),
     ],
 }
-TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "models"]
+TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "inference", "models"]
 
 
 def folder_of(module):
@@ -292,6 +293,7 @@ def test_nothing_names_a_sibling_folder_or_a_registry_host():
         "layers.checkpointing",
         "layers.dilated",
         "layers.presets",
+        "inference.cache",
     ],
 )
 def test_examples_in_docstrings_are_true(module):
