@@ -78,6 +78,9 @@ class LayerCache:
         Returns:
             (B, n, H, D), 0 where a query sees no key.
         """
+        if torch.is_autocast_enabled(q.device.type):
+            with torch.autocast(q.device.type, enabled=False):  # autocast would round the scores
+                return self.attend(q, k, v, plan, scale=scale, kernel=kernel, sinks=sinks)
         scale = q.shape[3] ** -0.5 if scale is None else scale
         kv = torch.stack((k, v)).transpose(2, 3)  # (2, B, Hkv, n, D)
         if plan.single is not None:
@@ -140,8 +143,10 @@ class LayerCache:
         out = parts[-1] @ read[-1][1]
         for part, (_, v) in zip(parts[:-1], read[:-1], strict=True):
             out += part @ v
-        return out.view(batch, self.kv_heads, -1, tokens, width).permute(0, 3, 1, 2, 4).reshape(q.shape).to(q.dtype)
+        ungrouped: Tensor = out.view(batch, self.kv_heads, -1, tokens, width).permute(0, 3, 1, 2, 4).reshape(q.shape)
+        return ungrouped.to(q.dtype)
 
     def _grouped(self, q: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
         """Return q (B, n, H, D) times the scale as (B, Hkv, G, n, D)."""
-        return (q.to(dtype) * scale).unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        grouped: Tensor = (q.to(dtype) * scale).unflatten(2, (self.kv_heads, -1))
+        return grouped.permute(0, 2, 3, 1, 4)

@@ -41,9 +41,9 @@ def without_gradients():
         yield
 
 
-def by_steps(model, tokens, sizes, **options):
+def by_steps(model, tokens, sizes, cache=None):
     """The logits of tokens that a model is given in parts of these sizes."""
-    cache = model.new_cache(len(tokens))
+    cache = model.new_cache(len(tokens)) if cache is None else cache
     parts = [model(part, cache=cache) for part in tokens.split(sizes, 1)]
     return torch.cat(parts, 1), cache
 
@@ -104,6 +104,13 @@ def test_documents_go_on_and_begin_within_steps():
         found = torch.cat([model(part, documents=ids, cache=cache) for part, ids in parts], 1)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
         assert cache.positions == (42, 20)
+
+
+def test_a_text_longer_than_all_segments_is_warned_of():
+    model, cache = made(), made().new_cache()
+    model(torch.randint(19, (1, 16)), cache=cache)
+    with pytest.warns(UserWarning, match="Nothing crosses a multiple of 16 tokens"):
+        by_steps(model, torch.randint(19, (1, 64)), [1] * 64, cache)
 
 
 def test_losses_of_parts_add_up_to_that_of_the_whole():
