@@ -48,8 +48,8 @@ FOLDERS = {
     "callbacks": [*CORE, "sequence", "layers", "report", "planning", "__init__"],
     "supervision": [],
     "cli": [
-        *(*CORE, "models", "checkpointing", "training", "data", "report", "planning", "callbacks", "diagnosis"),
-        *("supervision", *TOP),
+        *(*CORE, "inference", "models", "checkpointing", "training", "data", "report", "planning", "callbacks"),
+        *("diagnosis", "supervision", *TOP),
     ],
 }
 TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "inference", "models"]
