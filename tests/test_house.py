@@ -37,7 +37,7 @@ FOLDERS = {
     "layers": [*CORE],
     "inference": [*CORE, "layers"],
     "models": [*CORE, "sequence", "layers", "inference"],
-    "checkpointing": [*CORE, "models", "trust"],
+    "checkpointing": [*CORE, "inference", "models", "trust"],
     "training": [*CORE, "sequence", "layers", "models", "checkpointing"],
     "huggingface": ["models", "trust"],
     "compat": [*CORE, "layers"],

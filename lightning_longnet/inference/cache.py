@@ -131,6 +131,46 @@ class DilatedCache:
             if own != given:
                 raise ValueError(f"cache must be of this model and batch: its {name}: {own}, the model's: {given}")
 
+    def select(self, rows: Tensor) -> None:
+        """Make the texts of some rows those of the batch, in the given order; a row may be taken several times."""
+        places = rows.tolist()
+        for layer in self.layers:
+            for store in layer.stores:
+                store.select(rows.to(self.device))
+        self.batch, self._next = len(places), tuple(self._next[row] for row in places)
+        if self._documents is not None:
+            self._documents = self._documents[rows.to(self._documents.device)]
+
+    def state(self) -> CacheState:
+        """Return the tensors of this cache, which share its memory, and plain values that say what they are."""
+        tensors = {
+            f"{i}.{j}.{name}": x
+            for i, layer in enumerate(self.layers)
+            for j, store in enumerate(layer.stores)
+            for name, x in (("rows", store.data), ("scales", store.scales))
+            if x is not None
+        }
+        documents = None if self._documents is None else self._documents.tolist()
+        about = {"batch": self.batch, "dtype": str(self.dtype).removeprefix("torch."), "positions": list(self._next)}
+        return CacheState(tensors, {**about, "documents": documents})
+
+    def restore(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Take the state of a cache of the same model, batch and dtype."""
+        for i, layer in enumerate(self.layers):
+            for j, store in enumerate(layer.stores):
+                store.restore(tensors[f"{i}.{j}.rows"], tensors.get(f"{i}.{j}.scales"))
+        positions = tuple(map(int, about["positions"]))
+        if len(positions) != self.batch or min(positions) < 0:
+            raise ValueError(f"positions must be {self.batch}, 0 or more, got {positions}")
+        for layer in self.layers:
+            for branch, slots in zip(rows_of(layer.pattern, self.kv_heads), layer.slots, strict=True):
+                needed = int(branch.counts(torch.tensor(positions)).max())
+                if slots < min(needed, branch.capacity or needed):
+                    raise ValueError(f"positions must be of as many rows as there are, got {positions}")
+        self._next = positions
+        documents = about["documents"]
+        self._documents = None if documents is None else torch.tensor(documents, device=self.device)
+
     def step(self, tokens: int, *, counts: list[int] | None = None, documents: Tensor | None = None) -> Step:
         """Return the step of further tokens, a context manager within which all layers attend.
 
@@ -188,6 +228,13 @@ class DilatedCache:
         self._next, self._is_whole = step.tokens.ends, True
         if step.documents is not None:
             self._documents = step.documents[:, -1]
+
+
+class CacheState(NamedTuple):
+    """The tensors of a cache by their names, and plain values."""
+
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]
 
 
 class Step:
