@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         sequence_hilbert_order,
         sequence_plan,
     )
+    from lightning_longnet.checkpointing.caches import load_cache, save_cache
     from lightning_longnet.checkpointing.checkpoint_io import ManifestCheckpointIO
     from lightning_longnet.checkpointing.checkpoints import Checkpoint, read_checkpoint
     from lightning_longnet.checkpointing.exports import export_model, load_model
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         create_standardized_ring_attention,
     )
     from lightning_longnet.data import ByteData, HubData, ImageFolderData, LongRangeData, TokenData, TokenFileData
+    from lightning_longnet.inference.cache import DilatedCache
     from lightning_longnet.layers import (
         DilatedAttention,
         DilatedSelfAttention,
@@ -92,6 +94,7 @@ __all__ = [
     "ByteData",
     "Checkpoint",
     "DilatedAttention",
+    "DilatedCache",
     "DilatedSelfAttention",
     "FeedForward",
     "Guard",
@@ -149,11 +152,13 @@ __all__ = [
     "hilbert_order",
     "inverse_order",
     "keep_attention",
+    "load_cache",
     "load_model",
     "magneto_gain",
     "newest_checkpoint",
     "raster_order",
     "read_checkpoint",
+    "save_cache",
     "sequence_context",
     "sequence_hilbert_order",
     "sequence_mesh",
@@ -193,12 +198,14 @@ _MODULES = {
         "keep_attention",
         "magneto_gain",
     ),
+    "inference.cache": ("DilatedCache",),
     "layers.loss": ("chunked_cross_entropy",),
     "models.longnet": ("LongNet", "LongNetConfig"),
     "training.module": ("LongNetModule",),
     "sequence": ("SequenceContext", "SequencePart", "attach_context", "hand_down", "sequence_context", "sequence_mesh"),
     "split_check": ("SplitMismatch", "Verdict", "check_split"),
     "training.optimization": ("decay_groups", "warmup_cosine"),
+    "checkpointing.caches": ("load_cache", "save_cache"),
     "checkpointing.checkpoint_io": ("ManifestCheckpointIO",),
     "checkpointing.newest": ("newest_checkpoint",),
     "checkpointing.checkpoints": ("Checkpoint", "read_checkpoint"),

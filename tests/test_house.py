@@ -35,8 +35,9 @@ FOLDERS = {
     "sequence": [*CORE],
     "split_check": [*CORE, "sequence"],
     "layers": [*CORE],
-    "models": [*CORE, "sequence", "layers"],
-    "checkpointing": [*CORE, "models", "trust"],
+    "inference": [*CORE, "layers"],
+    "models": [*CORE, "sequence", "layers", "inference"],
+    "checkpointing": [*CORE, "inference", "models", "trust"],
     "training": [*CORE, "sequence", "layers", "models", "checkpointing"],
     "huggingface": ["models", "trust"],
     "compat": [*CORE, "layers"],
@@ -47,11 +48,11 @@ FOLDERS = {
     "callbacks": [*CORE, "sequence", "layers", "report", "planning", "__init__"],
     "supervision": [],
     "cli": [
-        *(*CORE, "models", "checkpointing", "training", "data", "report", "planning", "callbacks", "diagnosis"),
-        *("supervision", *TOP),
+        *(*CORE, "inference", "models", "checkpointing", "training", "data", "report", "planning", "callbacks"),
+        *("diagnosis", "supervision", *TOP),
     ],
 }
-TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "models"]
+TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "inference", "models"]
 
 
 def folder_of(module):
@@ -292,6 +293,7 @@ def test_nothing_names_a_sibling_folder_or_a_registry_host():
         "layers.checkpointing",
         "layers.dilated",
         "layers.presets",
+        "inference.cache",
     ],
 )
 def test_examples_in_docstrings_are_true(module):
