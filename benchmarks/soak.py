@@ -90,8 +90,8 @@ class Log:
             file.write(json.dumps(line) + "\n")
 
 
-def soak(log: Log, kinds: list[str], minutes: float) -> None:
-    """Run the cells that are missing: first one of each kind."""
+def soak(log: Log, kinds: list[str], minutes: float, only_first: bool) -> None:
+    """Run the cells that are missing: first one of each kind, and without those that are tests with `only_first`."""
     cells: Any = importlib.import_module("soak_cells")
     pytest: Any = importlib.import_module("pytest")
     importlib.import_module("forks").adopt()
@@ -102,7 +102,7 @@ def soak(log: Log, kinds: list[str], minutes: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = cells.Soak(Path(folder), log.seed)
         try:
-            for kind, cell in [*first, *(each for each in rest if each not in first)]:
+            for kind, cell in first if only_first else [*first, *(each for each in rest if each not in first)]:
                 if monotonic() > end:
                     return
                 begin, error, shown = monotonic(), "", None
@@ -113,6 +113,8 @@ def soak(log: Log, kinds: list[str], minutes: float) -> None:
                 log.add(kind, cell, error, round(monotonic() - begin, 1), shown)
         finally:
             runs.close()
+    if only_first:
+        return
     counted: Any = importlib.import_module("counted")
     for kind, files in cells.TESTS.items():
         for file, names in files.items():
@@ -155,13 +157,15 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=600, help="begin no cell after this time")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
     parser.add_argument("--kinds", nargs="+", choices=names, default=names, help="run these cells alone")
+    parser.add_argument("--first", action="store_true", help="run one cell of each kind alone")
     parser.add_argument("--any-code", action="store_true", help="leave out what held with other code, too")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--table", action="store_true", help="print the committed result")
     arguments = parser.parse_args()
     if not arguments.table:
         sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in FOLDERS)]
-        soak(Log(arguments.out, arguments.seed, arguments.any_code), arguments.kinds, arguments.minutes)
+        log = Log(arguments.out, arguments.seed, arguments.any_code)
+        soak(log, arguments.kinds, arguments.minutes, arguments.first)
     print(table(arguments.out))
     return int(any(not line["held"] for lines in latest(arguments.out).values() for line in lines))
 

@@ -223,6 +223,19 @@ class CheckpointSaves(ParallelStrategy):
 
     # Loading
 
+    def agreed_checkpoint(self, chosen: Any) -> Any:
+        """Return on all ranks the checkpoint that the first one goes on from, or None; all ranks call this together.
+
+        Ranks choose before they are connected, and a file system may show them different files.
+        """
+        choices = self._gathered(None if chosen is None else str(chosen))
+        for rank, choice in enumerate(choices):
+            if choice != choices[0]:
+                text = f"rank {rank} finds {choice or 'no checkpoint'}, and all ranks take what rank 0 finds"
+                rank_zero_warn(f"{text}: {choices[0] or 'no checkpoint'}", category=RuntimeWarning)
+                break
+        return chosen if chosen is not None and str(chosen) == choices[0] else choices[0]
+
     def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
         """Load the checkpoint that was chosen."""
         if isinstance(self.checkpoint_io, ManifestCheckpointIO):

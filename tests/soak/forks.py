@@ -5,6 +5,7 @@ This process must have run no backward: autograd's threads would be missing in a
 
 import atexit
 import ctypes
+import faulthandler
 import os
 import signal
 import subprocess
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from lightning.pytorch.strategies.launchers import subprocess_script
 
-from lightning_longnet.supervision import supervisor
+from lightning_longnet.strategies import phases
+from lightning_longnet.supervision import stacks, supervisor
 from lightning_longnet.supervision.processes import state_of
 
 _SUBREAPER = 36  # of prctl: descendants without a parent become children of this process
@@ -117,6 +119,10 @@ def _run(main, env, cwd, starts_session, output):
 
 def _begin(env, cwd, starts_session, output):
     atexit._clear()  # what this process is to do at its end, as removing its folders
+    # a rank is forked from the one that launches it, which prints its own stacks to a file of this number
+    faulthandler.disable()
+    faulthandler.unregister(stacks.SIGNAL)
+    phases._STACKS.clear()
     for number in signal.Signals:
         if signal.getsignal(number) not in (signal.SIG_DFL, None):
             signal.signal(number, _STANDARD.get(number, signal.SIG_DFL))
