@@ -31,7 +31,12 @@ ROWS = {
     "kills, deepspeed_stage_3": "DeepSpeed 3",
 }
 OTHERS = {
-    "faults": ("11 faults, first and last rank, 5 phases: all ended, status not 0, no process left, rank named", 110),
+    "faults, ddp": (
+        "ddp: 11 faults, first and last rank, 5 phases: ended, status not 0, no process left, rank named",
+        110,
+    ),
+    "faults, fsdp2": ("the same with fsdp2", 110),
+    "operations": ("SIGKILL at each file operation of a save, by engine and rank: the old or the new checkpoint", 8),
     "exact": ("resumed on the same ranks: equal bit by bit", 24),
     "elastic": ("resumed on another mesh: equal to a plain loop up to 1e-9", 30),
     "engines": ("resumed with each engine: equal, or an error on all ranks that names what would work", 42),

@@ -16,6 +16,7 @@ CORRUPTIONS = {
         "test_last_is_found_when_its_name_is_gone",
     )
 }
+OPERATIONS = {"strategies/test_killed_saves.py": ("test_the_old_or_the_new_one_is_left",)}
 HOSTILE = {"security/test_hostile_files.py": ("test_nothing_runs_and_nothing_outside_is_read",)}
 BAD_DATA = {
     "strategies/test_loaders.py": (

@@ -1,6 +1,7 @@
 """The matrix of faults: whatever becomes of a rank, wherever it is, the run ends in time and names it."""
 
 import json
+import subprocess
 import time
 
 import program
@@ -24,22 +25,25 @@ def run(folder, restarts=0, main=program.main, **told):
         status = process.wait(PATIENCE)
         failed = folder / "failed"
         seconds = time.time() - failed.stat().st_mtime if failed.exists() else None
+    except subprocess.TimeoutExpired:
+        text = (folder / "output.txt").read_text()[-2000:]
+        raise AssertionError(f"no end in {PATIENCE} s\n{text}") from None
     finally:
         process.kill()
         rest = left(before)
     return status, (folder / "output.txt").read_text().strip().splitlines(), seconds, rest
 
 
-def saved(folder):
+def saved(folder, engine):
     """Save the checkpoints that cells load."""
     folder.mkdir()
-    status, lines, _, rest = run(folder, steps=2)
+    status, lines, _, rest = run(folder, steps=2, kind=engine)
     assert (status, rest) == (0, []), "\n".join(lines)
 
 
-def cell(folder, checkpoints, fault, rank, phase):
+def cell(folder, checkpoints, engine, fault, rank, phase):
     """Run a cell, and return what it shows; an AssertionError says what does not hold."""
     resume = str(checkpoints / "step=2.ckpt") if phase == "load" else None
-    status, lines, seconds, rest = run(folder, fault=fault, rank=rank, phase=phase, resume=resume)
+    status, lines, seconds, rest = run(folder, kind=engine, fault=fault, rank=rank, phase=phase, resume=resume)
     check_end(fault, rank, phase, (folder / "failed").exists(), status, lines, seconds, rest)
     return {"status": status, "ended_after": round(seconds, 1), "last_line": lines[-1]}

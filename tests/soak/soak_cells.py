@@ -10,17 +10,24 @@ import resumes
 from trainers import Trainers
 
 ENGINES = ("ddp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3")
-KINDS = ("faults", *(f"kills, {engine}" for engine in ENGINES), "exact", "elastic", "engines")
-TESTS = {"corruptions": counted.CORRUPTIONS, "bad data": counted.BAD_DATA, "hostile files": counted.HOSTILE}
+FAULTS = {"faults, ddp": "ddp", "faults, fsdp2": "fsdp2"}
+KINDS = (*FAULTS, *(f"kills, {engine}" for engine in ENGINES), "exact", "elastic", "engines")
+TESTS = {
+    "corruptions": counted.CORRUPTIONS,
+    "bad data": counted.BAD_DATA,
+    "hostile files": counted.HOSTILE,
+    "operations": counted.OPERATIONS,
+}
 
 
 def cells():
     """(kind, cell) of all cells but those that are tests."""
-    yield from (("faults", cell) for cell in faults_of_ranks.CELLS)
+    yield from (("faults, ddp", cell) for cell in faults_of_ranks.CELLS)
     yield from ((f"kills, {cell[0]}", cell) for cell in kills_of_ranks.CELLS)
     yield from (("exact", cell) for cell in resumes.EXACT)
     yield from (("elastic", cell) for cell in resumes.ELASTIC)
     yield from (("engines", cell) for cell in resumes.PAIRS)
+    yield from (("faults, fsdp2", cell) for cell in faults_of_ranks.CELLS)
 
 
 class Soak:
@@ -38,8 +45,8 @@ class Soak:
 
     def run(self, kind, cell):
         """Run a cell, and return what it shows; an AssertionError says what does not hold."""
-        if kind == "faults":
-            return self._fault(*cell)
+        if kind in FAULTS:
+            return self._fault(FAULTS[kind], *cell)
         if kind.startswith("kills"):
             return self._kills(*cell)
         part = {"exact": self.resumes.exact, "elastic": self.resumes.elastic, "engines": self.resumes.pair}[kind]
@@ -48,11 +55,11 @@ class Soak:
     def close(self):
         self.stack.close()
 
-    def _fault(self, fault, rank, phase):
-        checkpoints = self.folder / "saved"
+    def _fault(self, engine, fault, rank, phase):
+        checkpoints = self.folder / f"{engine}-saved"
         if phase == "load" and not checkpoints.exists():
-            faults_of_ranks.saved(checkpoints)
-        return faults_of_ranks.cell(self._new(), checkpoints, fault, rank, phase)
+            faults_of_ranks.saved(checkpoints, engine)
+        return faults_of_ranks.cell(self._new(), checkpoints, engine, fault, rank, phase)
 
     def _kills(self, engine, background, number):
         whole = self.folder / f"{engine}-{background}"

@@ -24,9 +24,10 @@ ROOT = Path(__file__).parents[2]
 def test_there_are_as_many_cells_as_the_table_says():
     found = Counter(kind for kind, _ in soak_cells.cells())
     kills = kills_of_ranks.IN_SAVES + kills_of_ranks.AT_TIMES
-    assert {kind: found[kind] * kills for kind in soak.ROWS} == soak.KILLS
+    assert all(found[kind] * kills >= least for kind, least in soak.KILLS.items())  # one may come after the end
+    assert set(soak.KILLS) == set(soak.ROWS)
     assert sum(soak.KILLS.values()) == 100
-    assert sum(found[kind] for kind in soak.ROWS) * kills_of_ranks.IN_SAVES == 40
+    assert sum(found[kind] for kind in soak.ROWS) * kills_of_ranks.IN_SAVES >= 40
     rest = {kind: count for kind, (_, count) in soak.OTHERS.items() if kind not in soak_cells.TESTS}
     assert {kind: found[kind] for kind in rest} == rest
     assert set(found) == set(soak_cells.KINDS)
@@ -64,17 +65,17 @@ def test_a_failed_cell_is_shown_and_run_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("full.commit_of", lambda folder: "abc")
     path = tmp_path / "found.jsonl"
     log = soak.Log(path, 0, False)
-    log.add("faults", ("abort", 0, "save"), "", 2.0, {"ended_after": 1.5})
-    log.add("faults", ("abort", 1, "save"), "no end in 240 s", 240.0)
+    log.add("faults, ddp", ("abort", 0, "save"), "", 2.0, {"ended_after": 1.5})
+    log.add("faults, ddp", ("abort", 1, "save"), "no end in 240 s", 240.0)
     again = soak.Log(path, 0, False)
-    assert again.has("faults", ("abort", 0, "save"))
-    assert not again.has("faults", ("abort", 1, "save"))
-    assert not soak.Log(path, 1, False).has("faults", ("abort", 0, "save")), "another seed"
+    assert again.has("faults, ddp", ("abort", 0, "save"))
+    assert not again.has("faults, ddp", ("abort", 1, "save"))
+    assert not soak.Log(path, 1, False).has("faults, ddp", ("abort", 0, "save")), "another seed"
     monkeypatch.setattr("full.commit_of", lambda folder: "def")
-    assert not soak.Log(path, 0, False).has("faults", ("abort", 0, "save")), "other code"
-    assert soak.Log(path, 0, True).has("faults", ("abort", 0, "save"))
+    assert not soak.Log(path, 0, False).has("faults, ddp", ("abort", 0, "save")), "other code"
+    assert soak.Log(path, 0, True).has("faults, ddp", ("abort", 0, "save"))
     assert "| 1 of 2 (of 110, the others were not run) | ended after 2 s |" in soak.table(path)
-    assert "FAILED  240.0 s  faults: ('abort', 1, 'save')" in capsys.readouterr().out
+    assert "FAILED  240.0 s  faults, ddp: ('abort', 1, 'save')" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["soak.py", "--table", "--out", str(path)])
     assert soak.main() == 1
 
@@ -87,7 +88,7 @@ def run(out, *words):
 
 @pytest.mark.long
 def test_one_cell_of_each_kind_holds(tmp_path):
-    kinds = ("faults", "kills, fsdp2", "exact", "engines")
+    kinds = ("faults, ddp", "kills, fsdp2", "exact", "engines")
     status, shown, errors = run(tmp_path / "found.jsonl", "--first", "--kinds", *kinds)
     assert status == 0, shown + errors
     lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
