@@ -20,7 +20,9 @@ from lightning_longnet.checkpointing.commit import commit, discard, seal, unfini
 from lightning_longnet.checkpointing.index import sync
 from lightning_longnet.checkpointing.manifest import DamageError, FileSum, files_of, sum_of
 from lightning_longnet.checkpointing.newest import check_checkpoint, newest_checkpoint, unverified
+from lightning_longnet.sequence.agreement import fault_of_rank_zero
 from lightning_longnet.strategies.checks import check_background_saves
+from lightning_longnet.strategies.forms import fault_of_form
 from lightning_longnet.supervision.record import SAVE
 
 if TYPE_CHECKING:
@@ -246,6 +248,8 @@ class CheckpointSaves(ParallelStrategy):
         path = self.broadcast(checkpoint_path)
         if _is_local_file_protocol(path):
             path = self._good_checkpoint(Path(path))
+            if fault := fault_of_rank_zero(self, lambda: fault_of_form(path, self.forms, self.sharding)):
+                raise ValueError(fault)
         return self._load_from(path, weights_only)
 
     def _good_checkpoint(self, asked: Path) -> Path:

@@ -21,8 +21,8 @@ EXACT = [
 ELASTIC = [(saved, resumed) for saved in MESHES for resumed in MESHES if saved != resumed]
 ENGINES = ("ddp", "fsdp2", "hsdp", *STAGES)
 PAIRS = [(saved, resumed) for saved in (*ENGINES[:2], ONE_FILE, *ENGINES[2:]) for resumed in ENGINES]
-READS = {"ddp": ("ddp", ONE_FILE), "fsdp2": ("ddp", ONE_FILE, "fsdp2", "hsdp"), **{stage: (stage,) for stage in STAGES}}
-READS["hsdp"] = READS["fsdp2"]
+READS = {"ddp": ("ddp", ONE_FILE), "fsdp2": ("ddp", ONE_FILE, "fsdp2", "hsdp"), STAGES[2]: STAGES[2:]}
+READS |= {"hsdp": READS["fsdp2"], **dict.fromkeys(STAGES[:2], STAGES[:2])}
 
 
 def setting_of(engine):
@@ -93,6 +93,7 @@ class Resumes:
         for is_result, value in self.workers(resumed, 2).outcomes(2, resumed_run, setting, resumed, 2, path):
             assert not is_result
             assert value[0] is ValueError, value[2]
+            assert "cannot go on from: take '" in value[1], value[2]
             errors.add(value[1].partition("\n")[0])
         return {"goes_on": False, "error": sorted(errors)[0]}
 
