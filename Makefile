@@ -4,6 +4,7 @@ PIP_ARGS ?=
 BENCH_ARGS ?=
 FULL_ARGS ?=
 GPU_ARGS ?=
+SOAK_ARGS ?=
 GPU_PYTHON ?=
 # how many processes run tests; each starts ranks beside it
 TEST_PROCESSES ?= 2
@@ -18,7 +19,7 @@ help:
 	@echo "make train      set up, then train a small byte-level model on this machine's CPU"
 	@echo "make test       set up, then run the quick tests"
 	@echo "make test-long  the long tests, and the property tests with more cases"
-	@echo "make test-full  all tests, the matrices and soaks among them; goes on where it was stopped; FULL_ARGS, see --help"
+	@echo "make test-full  all tests, the matrices and soaks among them; goes on where it was stopped; FULL_ARGS and SOAK_ARGS, see --help"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the docs site, into build/docs; first its pictures and notebooks"
 	@echo "make bench      attention against its peers; results in benchmarks/results; BENCH_ARGS, see --help"
@@ -48,6 +49,7 @@ test-long: $(MARK)
 
 test-full: $(MARK)
 	$(BIN)/python tests/full.py $(FULL_ARGS)
+	$(BIN)/python benchmarks/soak.py $(SOAK_ARGS)
 
 lint: $(MARK)
 	$(BIN)/ruff check .

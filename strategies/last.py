@@ -51,16 +51,18 @@ def last_checkpoint(trainer: Trainer, resumable: bool = True) -> Path | None:
 
     With `resumable` those of weights alone are left out.
 
-    A ValueError is raised where there are checkpoints, and none of them is good: the run would begin anew.
+    A ValueError is raised where there are checkpoints, and none of them is good: the run would begin anew.  The first
+    rank alone raises it, as the others do what it does.
     """
     strategy = trainer.strategy
     assert isinstance(strategy, CheckpointSaves)
     folders = checkpoint_folders(trainer)
+    is_first = not getattr(rank_zero_only, "rank", 0)
     with warnings.catch_warnings():
-        if getattr(rank_zero_only, "rank", 0):
+        if not is_first:
             warnings.simplefilter("ignore")  # each rank looks, before the ranks are connected
         found = newest_checkpoint(*folders, forms=strategy.forms, resumable=resumable)
-    if found is None and any(is_kept(path) for folder in folders for path in folder.glob("*.ckpt")):
+    if found is None and is_first and any(is_kept(path) for folder in folders for path in folder.glob("*.ckpt")):
         raise ValueError(
             f"ckpt_path='last' must find a checkpoint to go on from, and none is good or of a form that this engine "
             f"reads in {', '.join(map(str, folders))}: name one, or give no ckpt_path to begin anew"
@@ -79,6 +81,20 @@ def _parse(self: _CheckpointConnector, state_fn: Any, ckpt_path: Any, *arguments
     return _stock(self, state_fn, ckpt_path, *arguments, **options)
 
 
+_stock_start = _CheckpointConnector.resume_start
+
+
+def _start(self: _CheckpointConnector, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+    strategy = self.trainer.strategy
+    if isinstance(strategy, CheckpointSaves):
+        checkpoint_path = strategy.agreed_checkpoint(checkpoint_path)
+    _stock_start(self, checkpoint_path, weights_only)
+
+
 def install() -> None:
-    """Let "last" mean `last_checkpoint` for our strategies, which Lightning does not ask; others stay as they are."""
+    """Let "last" mean `last_checkpoint` for our strategies, which Lightning does not ask; others stay as they are.
+
+    Each rank looks for it before the ranks are connected.  When they are, all take what the first one found.
+    """
     setattr(_CheckpointConnector, "_parse_ckpt_path", _parse)  # noqa: B010
+    setattr(_CheckpointConnector, "resume_start", _start)  # noqa: B010

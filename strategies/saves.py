@@ -20,7 +20,9 @@ from lightning_longnet.checkpointing.commit import commit, discard, seal, unfini
 from lightning_longnet.checkpointing.index import sync
 from lightning_longnet.checkpointing.manifest import DamageError, FileSum, files_of, sum_of
 from lightning_longnet.checkpointing.newest import check_checkpoint, newest_checkpoint, unverified
+from lightning_longnet.sequence.agreement import fault_of_rank_zero
 from lightning_longnet.strategies.checks import check_background_saves
+from lightning_longnet.strategies.forms import fault_of_form
 from lightning_longnet.supervision.record import SAVE
 
 if TYPE_CHECKING:
@@ -223,6 +225,19 @@ class CheckpointSaves(ParallelStrategy):
 
     # Loading
 
+    def agreed_checkpoint(self, chosen: Any) -> Any:
+        """Return on all ranks the checkpoint that the first one goes on from, or None; all ranks call this together.
+
+        Ranks choose before they are connected, and a file system may show them different files.
+        """
+        choices = self._gathered(None if chosen is None else str(chosen))
+        for rank, choice in enumerate(choices):
+            if choice != choices[0]:
+                text = f"rank {rank} finds {choice or 'no checkpoint'}, and all ranks take what rank 0 finds"
+                rank_zero_warn(f"{text}: {choices[0] or 'no checkpoint'}", category=RuntimeWarning)
+                break
+        return chosen if chosen is not None and str(chosen) == choices[0] else choices[0]
+
     def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
         """Load the checkpoint that was chosen."""
         if isinstance(self.checkpoint_io, ManifestCheckpointIO):
@@ -233,6 +248,8 @@ class CheckpointSaves(ParallelStrategy):
         path = self.broadcast(checkpoint_path)
         if _is_local_file_protocol(path):
             path = self._good_checkpoint(Path(path))
+            if fault := fault_of_rank_zero(self, lambda: fault_of_form(path, self.forms, self.sharding)):
+                raise ValueError(fault)
         return self._load_from(path, weights_only)
 
     def _good_checkpoint(self, asked: Path) -> Path:

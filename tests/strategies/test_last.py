@@ -4,7 +4,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from trained import quiet, trainer_of
+from test_training import FLOAT32
+from trained import fit, fit_and_save, quiet, trainer_of
 
 from lightning_longnet import ManifestCheckpointIO
 from lightning_longnet.strategies import RingSequenceParallelStrategy
@@ -50,3 +51,29 @@ def test_weights_alone_are_tested_and_not_resumed_from(tmp_path):
     assert last(trainer, TrainerFn.TESTING) == saved
     with pytest.raises(ValueError, match="must find a checkpoint to go on from"):
         last(trainer, TrainerFn.FITTING)
+
+
+def fit_from_unlike_choices(rank, world, folder, chosen):
+    """Losses and warnings of a run whose ranks have found different checkpoints."""
+    said = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("lightning_longnet.strategies.saves.rank_zero_warn", lambda text, category: said.append(text))
+        losses, _ = fit(rank, world, FLOAT32, "ddp", world, chosen[rank], timeout=20)
+    return losses, said
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_all_ranks_take_what_the_first_finds(trainers, tmp_path, first):
+    ((whole, _), _) = trainers.run(2, fit_and_save, FLOAT32, "ddp", 2, str(tmp_path))
+    path = str(tmp_path / "step=1.ckpt")
+    chosen = (path, None) if first else (None, path)
+    (rest, said), (others, _) = trainers.run(2, fit_from_unlike_choices, str(tmp_path), chosen)
+    assert rest == others == (whole[2:] if first else whole)
+    assert any("rank 1 finds" in text and "what rank 0 finds" in text for text in said), said
+
+
+def test_the_first_rank_alone_raises(tmp_path, monkeypatch):
+    save(tmp_path / "run/step=1.ckpt")
+    trainer = trainer_in(tmp_path / "run")
+    monkeypatch.setattr("lightning.fabric.utilities.rank_zero.rank_zero_only.rank", 1)
+    assert last(trainer, TrainerFn.FITTING) is None

@@ -286,3 +286,24 @@ def test_saves_in_the_background_are_refused_by_name():
         RingSequenceParallelStrategy(sharding="deepspeed_stage_2", background_saves=True)
     with pytest.raises(ValueError, match="background_saves must be False with a checkpoint_io, got TorchCheckpointIO"):
         RingSequenceParallelStrategy(background_saves=True).checkpoint_io = TorchCheckpointIO()
+
+
+REFUSED = [
+    *(("fsdp2", "ddp", "'fsdp2' or 'hsdp'"), ("deepspeed_stage_2", "fsdp2", "'deepspeed_stage_1' or")),
+    *(("ddp", "deepspeed_stage_2", "'ddp', 'fsdp2' or"), ("fsdp2", "deepspeed_stage_3", "'fsdp2' or 'hsdp'")),
+    *(("deepspeed_stage_2", "deepspeed_stage_3", "1 or 2, which"), ("deepspeed_stage_3", "deepspeed_stage_1", "_3'")),
+]
+
+
+@pytest.mark.parametrize(("engine", "other", "words"), tiered(REFUSED, quick=[("fsdp2", "ddp", "'fsdp2' or 'hsdp'")]))
+def test_a_checkpoint_of_an_engine_that_cannot_be_read_is_refused(
+    trainers, deepspeed_trainers, saved, engine, other, words
+):
+    path = saved(engine)[0] / "last.ckpt"
+    workers = deepspeed_trainers(2) if other.startswith("deepspeed") else trainers
+    for is_result, error in workers.outcomes(2, fit_with_last, other, str(path.parent), str(path)):
+        assert not is_result
+        assert error[0] is ValueError, error[2]
+        assert f"{path} is " in error[1]
+        assert f"sharding='{other}' cannot go on from: take" in error[1]
+        assert words in error[1]

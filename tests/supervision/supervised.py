@@ -12,6 +12,21 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "program.py"
 PATIENCE = 240  # seconds until a program must have ended, of which its ranks need most for imports
 STALL = 5
+IN_TIME = 30  # seconds on a machine that does other things, too
+# what the last line says of each
+WORDS = {
+    "exception": "OSError: the disk is gone",
+    "exit 0": "sys.exit(0) before the run had ended",
+    "exit 3": "sys.exit(3) before the run had ended",
+    "abort": "was ended by SIGABRT",
+    "segfault": "was ended by SIGSEGV",
+    "SIGINT": "KeyboardInterrupt",
+    "SIGTERM": "SIGTERM",
+    "SIGKILL": "was ended by SIGKILL",
+    "SIGSTOP": "was stopped by a signal",
+    "endless loop": "made no progress",
+    "GIL held": "made no progress",
+}
 
 
 def environment(**changes):
@@ -72,3 +87,20 @@ def losses(folder, rank=0):
     """(step, loss) in the order in which they were written."""
     rows = (folder / f"losses-{rank}.txt").read_text().splitlines()
     return [(int(step), float(loss)) for step, loss in map(str.split, rows)]
+
+
+def check_end(fault, rank, phase, has_failed, status, lines, seconds, left):
+    """Assert that a run ended as it must after a fault: in time, with a status that says so, and a last line of it."""
+    text = "\n".join(lines[-40:])
+    assert not left
+    assert has_failed, text
+    assert status != 0, text
+    assert seconds < IN_TIME, text
+    assert lines[-1].startswith("supervise: "), text
+    assert f"rank {rank} " in lines[-1], text
+    assert WORDS[fault] in lines[-1], text
+    assert "step " in lines[-1], text
+    if fault in ("abort", "segfault"):
+        assert "in fail\n" in "\n".join(lines).rpartition(f"rank {rank} at its end:")[2], text
+    if fault != "SIGTERM":  # which is obeyed after the step or the validation
+        assert f"in {phase} of step" in lines[-1], text

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from program import FAULTS, PHASES
-from supervised import command, ended, environment, losses, start
+from supervised import WORDS, check_end, command, ended, environment, losses, start
 from tiers import tiered
 from workers import free_port
 
@@ -18,21 +18,6 @@ LONG = [
     *(("SIGINT", 1, "forward"), ("SIGTERM", 1, "validation"), ("SIGKILL", 0, "save"), ("SIGSTOP", 0, "forward")),
     *(("endless loop", 1, "load"), ("GIL held", 0, "validation")),
 ]
-IN_TIME = 30  # seconds on a machine that does other things, too
-# what the last line says of each
-WORDS = {
-    "exception": "OSError: the disk is gone",
-    "exit 0": "sys.exit(0) before the run had ended",
-    "exit 3": "sys.exit(3) before the run had ended",
-    "abort": "was ended by SIGABRT",
-    "segfault": "was ended by SIGSEGV",
-    "SIGINT": "KeyboardInterrupt",
-    "SIGTERM": "SIGTERM",
-    "SIGKILL": "was ended by SIGKILL",
-    "SIGSTOP": "was stopped by a signal",
-    "endless loop": "made no progress",
-    "GIL held": "made no progress",
-}
 
 
 @pytest.mark.parametrize(
@@ -42,19 +27,7 @@ def test_a_fault(tmp_path, saved, fault, rank, phase):
     resume = str(saved / "step=2.ckpt") if phase == "load" else None
     process = start(tmp_path, "--restarts", "0", fault=fault, rank=rank, phase=phase, resume=resume)
     status, lines, seconds, left = ended(process, tmp_path)
-    text = "\n".join(lines[-40:])
-    assert not left
-    assert (tmp_path / "failed").exists(), text
-    assert status != 0, text
-    assert seconds < IN_TIME, text
-    assert lines[-1].startswith("supervise: "), text
-    assert f"rank {rank} " in lines[-1], text
-    assert WORDS[fault] in lines[-1], text
-    assert "step " in lines[-1], text
-    if fault in ("abort", "segfault"):
-        assert "in fail\n" in "\n".join(lines).rpartition(f"rank {rank} at its end:")[2], text
-    if fault != "SIGTERM":  # which is obeyed after the step or the validation
-        assert f"in {phase} of step" in lines[-1], text
+    check_end(fault, rank, phase, (tmp_path / "failed").exists(), status, lines, seconds, left)
 
 
 @pytest.fixture(scope="module")

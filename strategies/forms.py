@@ -1,0 +1,33 @@
+"""The checkpoints that an engine reads, and the error for those of another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_longnet.checkpointing.manifest import form_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+_READERS = {"file": "'ddp', 'fsdp2' or 'hsdp'", "fsdp2": "'fsdp2' or 'hsdp'"}
+_NAMES = {"file": "one file", "fsdp2": "a folder of FSDP2", "deepspeed": "a folder of DeepSpeed"}
+
+
+def fault_of_form(path: Path, forms: Collection[str], sharding: str) -> str:
+    """Return why an engine cannot go on from a checkpoint, and which one can; "" if it can."""
+    form = form_of(path)
+    name, readers = _NAMES.get(form, ""), _READERS.get(form, "")
+    if form == "deepspeed":
+        # stages 1 and 2 keep whole parameters, in a file of this name
+        is_whole = any(path.glob("*/mp_rank_*_model_states.pt"))
+        name = f"{name}'s stage {'1 or 2' if is_whole else '3'}"
+        readers = "'deepspeed_stage_1' or 'deepspeed_stage_2', as it was saved" if is_whole else "'deepspeed_stage_3'"
+        if "deepspeed" in forms and is_whole != ("stage_3" in sharding):
+            return ""
+    elif not form or form in forms:
+        return ""
+    return (
+        f"the checkpoint {path} is {name}, which sharding={sharding!r} cannot go on from: take {readers}, or begin "
+        f"with its weights alone, which read_checkpoint and LongNetModule(config, weights=...) take of any engine"
+    )
