@@ -38,7 +38,7 @@ FOLDERS = {
     "models": [*CORE, "sequence", "layers"],
     "checkpointing": [*CORE, "models", "trust"],
     "training": [*CORE, "sequence", "layers", "models", "checkpointing"],
-    "huggingface": ["models", "trust"],
+    "huggingface": [*CORE, "sequence", "models", "trust", "registration"],
     "compat": [*CORE, "layers"],
     "data": ["sequence", "layers", "trust"],
     "report": [*CORE, "trust"],
