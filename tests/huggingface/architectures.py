@@ -1,10 +1,9 @@
 """Small models of transformers with random weights, batches for them, and a step of training on parts or wholes."""
 
-from contexts import made
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from contexts import made
 
 VOCABULARY, LENGTH = 61, 53
 SMALL = {
@@ -162,7 +161,7 @@ def zeros_or_grad(parameter):
 
 
 def largest_differences(whole, parts, kind):
-    """Return the largest differences of logits of real tokens, of the loss and of gradients, relative to their norms."""
+    """Return the largest differences of logits of tokens, of the loss and of gradients, relative to their norms."""
     logits, loss, gradients = whole
     read = batch(kind).get("attention_mask", torch.ones(logits.shape[:2])).bool()
     joined = torch.full_like(logits, torch.nan)

@@ -1,8 +1,7 @@
 """Models of transformers with `attn_implementation="ring"`: parts of sequences give what one process gives."""
 
-import architectures
 import pytest
-from architectures import ARCHITECTURES, largest_differences, split_step, whole_step
+from architectures import largest_differences, split_step, whole_step
 
 KINDS = ("plain", "packed", "padded")
 EXACT = 1e-12
@@ -17,7 +16,7 @@ def compare(pool, name, kind, world, placement, exchange, tolerance=EXACT, **opt
 
 
 @pytest.mark.parametrize(
-    "name,kind,world,placement,exchange",
+    ("name", "kind", "world", "placement", "exchange"),
     [
         ("Llama", "packed", 2, "zigzag", "gather"),
         ("Mistral", "padded", 2, "contiguous", "ring"),
