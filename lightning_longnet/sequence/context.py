@@ -158,6 +158,16 @@ class SequenceContext(ContextDropout):
         """The positions of this rank's tokens in the whole sequence; None where the length is unknown."""
         return self._splitter.positions
 
+    @property
+    def documents(self) -> Tensor | None:
+        """The document ids of this rank's tokens, where the current batch has documents."""
+        return self._splitter.current.documents
+
+    @property
+    def key_padding_mask(self) -> Tensor | None:
+        """True where a token of this rank is padding, where the current batch has an attention_mask."""
+        return self._splitter.current.key_padding_mask
+
     def positions_of(self, x: Tensor, dim: int = 1) -> Tensor:
         """Return `positions` on the device of x, whose dimension `dim` is the sequence; never None."""
         return self._splitter.positions_of(x, dim)
@@ -219,6 +229,7 @@ class SequenceContext(ContextDropout):
         layer: int | None = None,
         scale: float | None = None,
         sinks: Tensor | None = None,
+        softcap: float | None = None,
         mix: Mix = "exact",
         kernel: str = "auto",
         exchange: Exchange | None = None,
@@ -235,7 +246,7 @@ class SequenceContext(ContextDropout):
         that was begun, calls with equal numbers drop the same pairs.  See `begin_step` for calls outside of steps.
         """
         options: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel, "ordering": ordering}
-        options |= {"scale": scale, "sinks": sinks}
+        options |= {"scale": scale, "sinks": sinks, "softcap": softcap}
         if dropout > 0:
             if layer is None:
                 raise ValueError(

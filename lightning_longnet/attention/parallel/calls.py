@@ -141,6 +141,7 @@ def _line_call(options: PassOptions, line: Line, rows: _Rows, batch: int, paddin
         hides_later=line.hides_later,
         sinks=options.sinks,
         null_keys=null_keys,
+        softcap=spec.softcap,
     )
     route = Route(whole.parts, (), rows.kv_heads, whole.queries_once, whole.is_partitioned)
     branch_outs = len(line.branches) if spec.partials > 1 else 0
@@ -216,6 +217,7 @@ def call_kind(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, has_sinks: b
         "return_lse": spec.returns_lse,
         "kernel": spec.kernel,
         "scale": spec.scale_of(q.shape[3]),
+        "softcap": spec.softcap,
         "dropout": spec.dropout,
         "dropout_samples": (spec.first_sample, spec.sample_step) if spec.dropout else None,
     }
