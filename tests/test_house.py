@@ -45,10 +45,11 @@ FOLDERS = {
     "planning": [*CORE, "sequence", "layers", "models"],
     "diagnosis": [*CORE, "__init__"],
     "callbacks": [*CORE, "sequence", "layers", "report", "planning", "__init__"],
+    "evaluation": [*CORE, "sequence", "layers", "models", "checkpointing", "data", "report", "trust"],
     "supervision": [],
     "cli": [
         *(*CORE, "models", "checkpointing", "training", "data", "report", "planning", "callbacks", "diagnosis"),
-        *("supervision", *TOP),
+        *("supervision", "evaluation", *TOP),
     ],
 }
 TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "models"]

@@ -34,6 +34,7 @@ COMMANDS = {
     "init": "the configuration of a first run, to begin with",
     "doctor": "what this machine has, and whether ranks on it compute what one process does",
     "generate": "continue a text with a trained model",
+    "embed": "text files to embeddings, with a trained model",
     "tokenize": "text files to a stream of tokens that training reads without loading it",
     "export": "a trained model to safetensors, or to a Hugging Face folder",
     "plan": "memory, bytes and time of a run, before it is launched",
@@ -41,7 +42,7 @@ COMMANDS = {
     "convert": "a torchscale LongNet or LongViT to ours",
     "completion": "the script with which bash, zsh or fish completes these commands and their options",
 }
-_READERS = ("generate", "tokenize", "export", "report", "convert")  # of files that others may have written
+_READERS = ("generate", "embed", "tokenize", "export", "report", "convert")  # of files that others may have written
 _SUPERVISION = ("--restarts", "--stall", "--allow")  # options of fit that make it run under a supervisor
 HELP_ALL = "--help-all"  # what fit, validate, test and predict print for it is too long for `--help`
 _PACKAGE = Path(__file__).parents[1]
