@@ -45,7 +45,9 @@ FOLDERS = {
     "planning": [*CORE, "sequence", "layers", "models"],
     "diagnosis": [*CORE, "__init__"],
     "callbacks": [*CORE, "sequence", "layers", "report", "planning", "__init__"],
-    "evaluation": [*CORE, "sequence", "layers", "models", "checkpointing", "data", "report", "trust"],
+    "evaluation": [
+        *(*CORE, "sequence", "layers", "models", "inference", "checkpointing", "data", "report", "trust"),
+    ],
     "supervision": [],
     "cli": [
         *(*CORE, "models", "checkpointing", "training", "data", "report", "planning", "callbacks", "diagnosis"),

@@ -9,7 +9,7 @@ import torch
 from lightning_longnet.data.tokenizing import PIECE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -37,14 +37,14 @@ class Text(NamedTuple):
 def texts_of(paths: Sequence[Path], tokenizer: Tokenizer, least: int) -> list[Text]:
     """Return the text files at these paths; raise a ValueError where one holds fewer than `least` tokens.
 
-    Only short files are tokenised for that, so `token_pieces` can still end early.
+    Only short files are tokenised for that, so a longer one may still hold too few.
     """
     found = []
     for path in paths:
         stat = path.stat()
         text = Text(path, stat.st_size, stat.st_mtime_ns)
         if text.size <= _SHORT:
-            check_tokens(text, sum(len(each) for each in token_pieces(text, tokenizer)), least)
+            check_tokens(text, sum(map(len, TokenReader(text, tokenizer))), least)
         found.append(text)
     return found
 
@@ -57,8 +57,8 @@ def check_tokens(text: Text, tokens: int, least: int) -> None:
         raise ValueError(f"each file must hold at least {wanted}, {text.path} {held}")
 
 
-def token_pieces(text: Text, tokenizer: Tokenizer, vocab_size: int | None = None) -> Iterator[Tensor]:
-    """Yield the tokens of a text in their order, int64 (n,), a few MiB of text at a time.
+class TokenReader:
+    """The tokens of a text, in pieces of a few MiB of text.
 
     They are those that `longnet tokenize` writes, without the end token, unless a line is longer than 4 MiB: such lines
     are cut between two characters.
@@ -67,18 +67,33 @@ def token_pieces(text: Text, tokenizer: Tokenizer, vocab_size: int | None = None
         text: the text, in UTF-8.
         tokenizer: its tokenizer.
         vocab_size: size of the model's vocabulary; a token beyond it raises a ValueError.
+
+    Attributes:
+        bytes, tokens: how much has been read.
     """
-    for begin, raw in _pieces(text.path):
-        try:
-            ids = torch.tensor(tokenizer.encode(raw.decode()), dtype=torch.int64)
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"files must hold text in UTF-8, {text.path} does not: {error.reason} at byte {begin + error.start}"
-            ) from error
-        if vocab_size is not None and len(ids) and (highest := int(ids.max())) >= vocab_size:
-            raise ValueError(f"tokenizer must be the model's: it gives token {highest}, and the model has {vocab_size}")
-        if len(ids):
-            yield ids
+
+    def __init__(self, text: Text, tokenizer: Tokenizer, vocab_size: int | None = None) -> None:
+        self.text, self.tokenizer, self.vocab_size = text, tokenizer, vocab_size
+        self.bytes = self.tokens = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the tokens in their order, int64 (n,)."""
+        for begin, raw in _pieces(self.text.path):
+            try:
+                ids = torch.tensor(self.tokenizer.encode(raw.decode()), dtype=torch.int64)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"files must hold text in UTF-8, {self.text.path} does not: {error.reason} at byte "
+                    f"{begin + error.start}"
+                ) from error
+            highest = int(ids.max()) if len(ids) else 0
+            if self.vocab_size is not None and highest >= self.vocab_size:
+                raise ValueError(
+                    f"tokenizer must be the model's: it gives token {highest}, and the model has {self.vocab_size}"
+                )
+            self.bytes, self.tokens = self.bytes + len(raw), self.tokens + len(ids)
+            if len(ids):
+                yield ids
 
 
 def _pieces(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -101,7 +116,7 @@ def _pieces(path: Path) -> Iterator[tuple[int, bytes]]:
             yield begin, raw
 
 
-def regrouped(pieces: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+def regrouped(pieces: Iterable[Tensor], size: int) -> Iterator[Tensor]:
     """Yield the tokens of consecutive pieces as blocks of `size` tokens, the last of which may be shorter."""
     held: list[Tensor] = []
     count = 0

@@ -6,17 +6,17 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-import torch
-from torch import Tensor
-
-from lightning_longnet.data.texts import check_tokens, token_pieces
+from lightning_longnet.data.texts import TokenReader, check_tokens, regrouped
 from lightning_longnet.evaluation.journal import Journal
 from lightning_longnet.evaluation.state_files import StateFile, need_h5py, write_hdf5
+from lightning_longnet.evaluation.stream import TextStates, block_tokens
 from lightning_longnet.models.embedding import Pooling, check_pooling, wide
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from torch import Tensor
 
     from lightning_longnet.data.texts import Text
     from lightning_longnet.evaluation.loading import Loaded
@@ -56,14 +56,10 @@ def embed_files(
         raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {options.format!r}")
     if options.format == "hdf5":
         need_h5py()
-    journal = Journal(out, _identity(source, texts, options))
-    try:
-        with _opened(source, texts, journal, options) as file:
-            _append_texts(source, texts, journal, file, options.pooling, advance)
-            counts = [entry["tokens"] for entry in journal.entries]
-            file.finish(counts)
-    finally:
-        journal.close()
+    with Journal(out, _identity(source, texts, options)) as journal, _opened(source, texts, journal, options) as file:
+        _append_texts(source, texts, journal, file, options.pooling, advance)
+        counts = [entry["tokens"] for entry in journal.entries]
+        file.finish(counts)
     if options.format == "hdf5":
         converted = out.with_name(f"{out.name}.hdf5.part")
         write_hdf5(journal.data, converted)
@@ -137,19 +133,26 @@ def _append_texts(
         journal.add({"tokens": count})
 
 
-@torch.no_grad()
 def state_blocks(source: Loaded, text: Text, advance: Callable[[float], object]) -> Iterator[Tensor]:
-    """Yield the states (n, dim) of consecutive tokens of a text."""
+    """Yield the states (n, dim) of consecutive tokens of a text: all at once where the model cannot use a cache."""
     model = source.model
-    pieces = [*token_pieces(text, source.tokenizer, model.config.vocab_size)]
-    if pieces:
-        ids = torch.cat(pieces)[None].to(model.head.weight.device)
-        with _by_layer(model, text.size, advance):
-            yield model.encode(model.embed(ids))[0]
+    reader = TokenReader(text, source.tokenizer, model.config.vocab_size)
+    states = TextStates(model)
+    done = 0.0
+    for ids in regrouped(reader, block_tokens(model.config)):
+        share = len(ids) * reader.bytes / reader.tokens
+        if states.cache is None:
+            with _by_layer(model, share, advance):
+                yield states.encode(ids)
+        else:
+            yield states.encode(ids)
+            advance(share)
+        done += share
+    advance(text.size - done)
 
 
 @contextmanager
-def _by_layer(model: LongNet, size: int, advance: Callable[[float], object]) -> Iterator[None]:
+def _by_layer(model: LongNet, size: float, advance: Callable[[float], object]) -> Iterator[None]:
     """Call `advance` after each block of the model with its share of `size`."""
 
     def count(*_: object) -> None:  # a hook that returned something would replace the output

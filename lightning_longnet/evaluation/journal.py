@@ -53,6 +53,12 @@ class Journal:
         os.fsync(self._file.fileno())
         self.entries.append(entry)
 
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close the journal; a later run goes on from it."""
         self._file.close()

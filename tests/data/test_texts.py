@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_longnet.data import texts
-from lightning_longnet.data.texts import Text, regrouped, texts_of, token_pieces
+from lightning_longnet.data.texts import Text, TokenReader, regrouped, texts_of
 from lightning_longnet.data.tokenizers import ByteTokenizer
 from lightning_longnet.data.tokenizing import lines_of
 
@@ -33,7 +33,7 @@ class Words:
 def test_pieces_hold_all_text_and_are_small(tmp_path, monkeypatch, name):
     monkeypatch.setattr(texts, "PIECE_BYTES", 16)
     monkeypatch.setattr(texts, "_LINE_BYTES", 64)
-    pieces = [*token_pieces(text_of(tmp_path / "a.txt", CONTENTS[name]), ByteTokenizer())]
+    pieces = [*TokenReader(text_of(tmp_path / "a.txt", CONTENTS[name]), ByteTokenizer())]
     assert bytes(torch.cat(pieces).tolist()) == CONTENTS[name]
     assert max(map(len, pieces)) <= 16 + 64 + 3
     assert len(pieces) > 3
@@ -43,7 +43,7 @@ def test_pieces_are_those_of_longnet_tokenize(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "PIECE_BYTES", 16)
     text = text_of(tmp_path / "a.txt", CONTENTS["a long line between"] + CONTENTS["lines"])
     wanted = [lines_of(text.path, begin, begin + 16).decode() for begin in range(0, text.size, 16)]
-    found = torch.cat([*token_pieces(text, Words())]).tolist()
+    found = torch.cat([*TokenReader(text, Words())]).tolist()
     assert found == [token for each in wanted if each for token in Words().encode(each)]
 
 
@@ -68,4 +68,4 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"files must hold text in UTF-8, .*wrong.txt does not: .* at byte 9"):
         texts_of([wrong.path], ByteTokenizer(), 1)
     with pytest.raises(ValueError, match="tokenizer must be the model's: it gives token 111, and the model has 100"):
-        [*token_pieces(text_of(tmp_path / "high.txt", b"good"), ByteTokenizer(), 100)]
+        [*TokenReader(text_of(tmp_path / "high.txt", b"good"), ByteTokenizer(), 100)]

@@ -1,6 +1,7 @@
 """`longnet embed`: files of embeddings, whole or absent, also of runs that were killed."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -94,7 +95,9 @@ sys.exit(main(sys.argv[1:]))
 def killed(words):
     """Kill the run of a program at its fourth text."""
     program = [sys.executable, "-c", STANDS_STILL, *words]
-    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process
+    with subprocess.Popen(program, env=one_thread, **options) as process:
         try:
             assert process.stdout.readline() == "stands still\n"
         finally:
