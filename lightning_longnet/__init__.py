@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         create_standardized_ring_attention,
     )
     from lightning_longnet.data import ByteData, HubData, ImageFolderData, LongRangeData, TokenData, TokenFileData
+    from lightning_longnet.inference.cache import DilatedCache
     from lightning_longnet.layers import (
         DilatedAttention,
         DilatedSelfAttention,
@@ -92,6 +93,7 @@ __all__ = [
     "ByteData",
     "Checkpoint",
     "DilatedAttention",
+    "DilatedCache",
     "DilatedSelfAttention",
     "FeedForward",
     "Guard",
@@ -193,6 +195,7 @@ _MODULES = {
         "keep_attention",
         "magneto_gain",
     ),
+    "inference.cache": ("DilatedCache",),
     "layers.loss": ("chunked_cross_entropy",),
     "models.longnet": ("LongNet", "LongNetConfig"),
     "training.module": ("LongNetModule",),

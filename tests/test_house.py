@@ -35,7 +35,8 @@ FOLDERS = {
     "sequence": [*CORE],
     "split_check": [*CORE, "sequence"],
     "layers": [*CORE],
-    "models": [*CORE, "sequence", "layers"],
+    "inference": [*CORE, "layers"],
+    "models": [*CORE, "sequence", "layers", "inference"],
     "checkpointing": [*CORE, "models", "trust"],
     "training": [*CORE, "sequence", "layers", "models", "checkpointing"],
     "huggingface": ["models", "trust"],
@@ -54,7 +55,7 @@ FOLDERS = {
         *("supervision", "evaluation", *TOP),
     ],
 }
-TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "models"]
+TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "inference", "models"]
 
 
 def folder_of(module):
@@ -295,6 +296,7 @@ def test_nothing_names_a_sibling_folder_or_a_registry_host():
         "layers.checkpointing",
         "layers.dilated",
         "layers.presets",
+        "inference.cache",
     ],
 )
 def test_examples_in_docstrings_are_true(module):

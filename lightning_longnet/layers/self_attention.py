@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from lightning_longnet.layers.options import (
     shown_pattern,
 )
 from lightning_longnet.layers.positions import Kind, RotaryPositions
+
+if TYPE_CHECKING:
+    from lightning_longnet.inference.cache import LayerStep
 
 
 class HeadNorm(nn.RMSNorm):
@@ -140,6 +143,7 @@ class DilatedSelfAttention(AttentionLayer):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        cached: LayerStep | None = None,
     ) -> Tensor:
         """Return the attention output (B, N, embed_dim).
 
@@ -153,6 +157,8 @@ class DilatedSelfAttention(AttentionLayer):
                 within its document.
             key_padding_mask: bools (B, N), True where a key is ignored.  A query that sees no key gets 0 from the
                 attention.
+            cached: the step of this layer in a `DilatedCache`, whose tokens x holds.  It has their positions and
+                documents, and the keys of the tokens before them.
         """
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise ValueError(f"x must be (batch, tokens, {self.embed_dim}), got shape {tuple(x.shape)}")
@@ -163,13 +169,21 @@ class DilatedSelfAttention(AttentionLayer):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if cached is not None:
+            if self.rotary is not None:
+                q, k = self.rotary(q, k, cached.positions)
+            return self._projected(cached.attend(q, k, v, kernel=self.kernel))
         if self.rotary is not None:
             q, k = self._rotate(q, k, positions, documents)
             if self.q_norm is None:
                 v = v.contiguous()  # a view would keep the unrotated q and k in memory for the backward
         elif positions is not None:
             raise ValueError("positions must be None where rotary is None: nothing would read them")
-        out = self._attended(q, k, v, self.pattern, documents, key_padding_mask).flatten(2)
+        return self._projected(self._attended(q, k, v, self.pattern, documents, key_padding_mask))
+
+    def _projected(self, out: Tensor) -> Tensor:
+        """Concatenate the heads of the output of attention (B, N, H, D), and project them."""
+        out = out.flatten(2)
         if self.sub_norm is not None:
             out = self.sub_norm(out)
         projected: Tensor = self.out_proj(out)

@@ -35,6 +35,7 @@ from lightning_longnet.layers.positions import Kind  # noqa: TC001
 from lightning_longnet.layers.presets import Preset, preset_of
 
 if TYPE_CHECKING:
+    from lightning_longnet.inference.cache import LayerStep, Step
     from lightning_longnet.sequence.context import SequenceContext
 
 Recompute = Literal["nothing", "all but attention", "everything"]
@@ -209,10 +210,21 @@ class LongNetBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, positions: Tensor | None, documents: Tensor | None, key_padding_mask: Tensor | None
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        key_padding_mask: Tensor | None,
+        cached: LayerStep | None = None,
     ) -> Tensor:
         """Map x (B, N, dim) to a tensor of the same shape; the other arguments are those of `DilatedSelfAttention`."""
-        options = {"positions": positions, "documents": documents, "key_padding_mask": key_padding_mask}
+        options: dict[str, Any] = {
+            "positions": positions,
+            "documents": documents,
+            "key_padding_mask": key_padding_mask,
+        }
+        if cached is not None:  # a custom class of attention has no such argument
+            options = {"cached": cached}
         x = x + self.dropout(self.attention(self.attention_norm(x), **options))
         out: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return out
@@ -291,6 +303,16 @@ class Blocks(nn.Module):
                 if states is not None:
                     states.append(x)
                 x = self._call_block(block, x, positions, documents, hidden_keys)
+        if states is not None:
+            states.append(x)
+        return x
+
+    def _run_cached_blocks(self, x: Tensor, step: Step, states: list[Tensor] | None = None) -> Tensor:
+        """Run the tokens x (B, n, dim) of a step through all blocks, with the keys that a cache holds."""
+        for number, block in enumerate(self.blocks):
+            if states is not None:
+                states.append(x)
+            x = block(x, None, None, None, step.layer(number))
         if states is not None:
             states.append(x)
         return x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from lightning_longnet.layers.loss import CHUNK_TOKENS, TokenLoss, chunked_cross
 from lightning_longnet.layers.options import positive_integer, positive_number, require
 from lightning_longnet.layers.positions import checked_positions
 from lightning_longnet.models.blocks import Blocks, BlocksConfig
+from lightning_longnet.models.cached import CachedTokens, encode_cached
+
+if TYPE_CHECKING:
+    from lightning_longnet.inference.cache import DilatedCache
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class LongNet(Blocks):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        cache: DilatedCache | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -102,6 +107,7 @@ class LongNet(Blocks):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        cache: DilatedCache | None = None,
     ) -> TokenLoss: ...
 
     def forward(
@@ -112,6 +118,7 @@ class LongNet(Blocks):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        cache: DilatedCache | None = None,
     ) -> Tensor | TokenLoss:
         """Return logits (B, N, vocabulary), or with labels a `TokenLoss`: the sum of the losses and their number.
 
@@ -125,14 +132,28 @@ class LongNet(Blocks):
             documents: integers (N,) or (B, N), the id of each token's document, not decreasing.  A token attends only
                 within its document.
             attention_mask: (B, N), 0 where a token is padding.
+            cache: the cache of `new_cache`, which holds the keys of the tokens before these, and takes theirs.  Tokens
+                are counted from those before them, and padding on either side is not counted.
         """
         hidden = self.encode(
-            self.embed(input_ids), positions=positions, documents=documents, attention_mask=attention_mask
+            self.embed(input_ids), positions=positions, documents=documents, attention_mask=attention_mask, cache=cache
         )
         if labels is None:
             logits: Tensor = self.head(hidden)
             return logits
         return chunked_cross_entropy(hidden, self.head.weight, labels, chunk_tokens=self.config.loss_chunk)
+
+    def new_cache(self, batch: int = 1, *, dtype: torch.dtype | None = None) -> DilatedCache:
+        """Return an empty cache for texts that this model goes on with.
+
+        Args:
+            batch: number of texts.
+            dtype: dtype of the keys and values, that of the weights by default; int8 takes the least memory.
+        """
+        from lightning_longnet.inference.cache import DilatedCache
+
+        weight = self.embedding.weight
+        return DilatedCache(self.config, batch, dtype=weight.dtype if dtype is None else dtype, device=weight.device)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the embeddings (B, N, dim) of input_ids (B, N), without positions: the input of `encode`."""
@@ -150,11 +171,15 @@ class LongNet(Blocks):
         documents: Tensor | None = None,
         attention_mask: Tensor | None = None,
         states: list[Tensor] | None = None,
+        cache: DilatedCache | None = None,
     ) -> Tensor:
         """Map embedded tokens x (B, N, dim) to the input of the head (B, N, dim); see `forward` for the arguments.
 
-        To the list `states` the input of each block is appended, and the output of the last.
+        To the list `states` the input of each block is appended, and the output of the last.  With a `cache`,
+        long inputs are computed in steps of bounded memory.
         """
+        if cache is not None:
+            return encode_cached(self, x, cache, CachedTokens(positions, documents, attention_mask), states)
         if self.position_table is not None:
             x = x + self._positions_of(x, positions, documents)
             if self.config.rotary is None:
@@ -165,11 +190,16 @@ class LongNet(Blocks):
     def _positions_of(self, x: Tensor, positions: Tensor | None, documents: Tensor | None) -> Tensor:
         """Return the learned position embeddings of the tokens, (N, dim) or (B, N, dim)."""
         assert self.position_table is not None
-        size = len(self.position_table)
         if positions is None:
             places = places_of(x, documents, self.sequence_context)
         else:
             places = checked_positions(positions, x)
+        return self.learned_positions(places)
+
+    def learned_positions(self, places: Tensor) -> Tensor:
+        """Return the learned embeddings (..., dim) of positions."""
+        assert self.position_table is not None
+        size = len(self.position_table)
         require(
             (places >= 0) & (places < size), places, f"positions must be from 0 to learned_positions - 1, {size - 1}"
         )

@@ -1,0 +1,253 @@
+"""`DilatedCache`: the keys and values that later tokens of a text see."""
+
+from __future__ import annotations
+
+from math import lcm
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from lightning_longnet.inference.branch_rows import rows_of
+from lightning_longnet.inference.layer import LayerCache
+from lightning_longnet.inference.plan import NewTokens, StepPlan
+from lightning_longnet.inference.rows import DTYPES
+from lightning_longnet.layers.options import positive_integer
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from torch import Tensor
+
+    from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.models.blocks import BlocksConfig
+
+# The largest number of tokens of a step that sees no row of the cache, and of one that does
+LONG_STEP = 16384
+SHORT_STEP = 256
+# The largest number of scores, of all heads and rows of a batch, of a step that sees rows of the cache
+SCORES = 2**23
+
+
+class DilatedCache:
+    """The keys and values of all layers that later tokens see, for `LongNet.forward(cache=)`.
+
+    At position t a head sees only keys of the segments that t is in.  A layer keeps at most `sum w / r` rows a head,
+    over the branches of its pattern, however long the text is; of a window its width, and of dense attention all.
+    Memory is allocated as it is needed.
+
+    Each row of the batch is a text with a position of its own.
+
+    Args:
+        config: the configuration of the model.
+        batch: the number of rows of the batch.
+        dtype: the dtype of the rows: float64, float32, bfloat16, float16, or int8 with a scale of each row and head.
+        device: where the rows are.
+
+    >>> from lightning_longnet import LongNet, LongNetConfig, Pattern
+    >>> pattern = Pattern.dilated((32, 128), (1, 4), is_causal=True)
+    >>> model = LongNet(LongNetConfig(pattern, dim=32, layers=2, heads=4)).eval()
+    >>> cache, tokens = model.new_cache(), torch.randint(256, (1, 100))
+    >>> with torch.no_grad():
+    ...     logits = torch.cat([model(tokens[:, :90], cache=cache), model(tokens[:, 90:], cache=cache)], 1)
+    >>> bool(torch.allclose(logits, model(tokens), atol=1e-5))
+    True
+    """
+
+    def __init__(
+        self,
+        config: BlocksConfig,
+        batch: int = 1,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if reason := refusal(config):
+            raise ValueError(reason)
+        if dtype not in DTYPES:
+            allowed = ", ".join(str(each) for each in DTYPES)
+            raise ValueError(f"dtype must be one of {allowed}, got {dtype!r}")
+        self.patterns = config.patterns
+        self.kv_heads, self.head_dim = config.kv_heads or config.heads, config.dim // config.heads
+        self.batch, self.dtype, self.device = positive_integer("batch", batch), dtype, torch.device(device)
+        self.layers = [
+            LayerCache(pattern, self.kv_heads, self.head_dim, batch, dtype, self.device) for pattern in self.patterns
+        ]
+        self._next = (0,) * batch
+        self._documents: Tensor | None = None  # (B,) the id of the last token's document
+        self._is_whole = True
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The position in its document of the next token of each row."""
+        return self._next
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the rows that are allocated."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def kept_rows(self, row: int = 0) -> list[list[int]]:
+        """Return how many rows of the text in a row of the batch each layer and head keeps."""
+        found = []
+        for pattern in self.patterns:
+            branches = [branch.seen_later(self._next[row]) for branch in rows_of(pattern, self.kv_heads)]
+            found.append([sum(counts) for counts in zip(*branches, strict=True)])
+        return found
+
+    def most_rows(self) -> list[int | None]:
+        """Return the largest number of rows that a head of each layer keeps; None where nothing bounds it."""
+        found: list[int | None] = []
+        for pattern in self.patterns:
+            capacities = [branch.capacity for branch in rows_of(pattern, self.kv_heads)]
+            found.append(None if None in capacities else sum(c for c in capacities if c is not None))
+        return found
+
+    def next_count(self, tokens: int) -> int:
+        """Return how many of that many further tokens the next step takes, so that its memory is bounded."""
+        patterns = set(self.patterns)
+        lengths = [b.segment_length for pattern in patterns for b in pattern.branches]
+        common = 0 if None in lengths else lcm(*(w for w in lengths if w is not None))
+        begins = set(self._next)
+        if begins == {0} or (common and not any(begin % common for begin in begins)):
+            count = min(tokens, LONG_STEP)
+            # a step that ends where all segments do leaves none to be seen by the next
+            return count // common * common if common and tokens > count >= common else count
+        slots = max(sum(layer.slots) for layer in self.layers)
+        count = max(1, min(tokens, SHORT_STEP, SCORES // (self.batch * self.kv_heads * (slots + SHORT_STEP))))
+        if common and len(begins) == 1:
+            count = min(count, common - next(iter(begins)) % common)
+        return count
+
+    def check(self, config: BlocksConfig, batch: int, device: torch.device) -> None:
+        """Raise a ValueError if this cache is not of a model of this configuration, batch and device."""
+        sizes = (config.kv_heads or config.heads, config.dim // config.heads)
+        for name, own, given in (
+            ("layers", len(self.patterns), len(config.patterns)),
+            ("key/value heads and their width", (self.kv_heads, self.head_dim), sizes),
+            ("patterns", self.patterns, config.patterns),
+            ("rows in a batch", self.batch, batch),
+            ("device", self.device, device),
+        ):
+            if own != given:
+                raise ValueError(f"cache must be of this model and batch: its {name}: {own}, the model's: {given}")
+
+    def step(self, tokens: int, *, counts: list[int] | None = None, documents: Tensor | None = None) -> Step:
+        """Return the step of further tokens, a context manager within which all layers attend.
+
+        Args:
+            tokens: how many tokens each row has, padding included.
+            counts: how many of them are not padding, which follows them; all by default.
+            documents: (B, tokens) the id of each token's document, which begins where the id changes.
+        """
+        if not self._is_whole:
+            raise ValueError("cache must be whole: a step did not end, and some layers lack its tokens; take a new one")
+        if documents is not None and counts is not None:  # padding belongs to the document before it
+            last = torch.tensor(counts, device=documents.device)[:, None] - 1
+            own = documents.gather(1, torch.arange(tokens, device=documents.device).minimum(last.clamp(min=0)))
+            before = own if self._documents is None else self._documents[:, None]
+            documents = torch.where(last < 0, before, own)
+        return Step(self, self._new_tokens(tokens, counts, documents), documents)
+
+    def _new_tokens(self, tokens: int, counts: list[int] | None, documents: Tensor | None) -> NewTokens:
+        """Return the positions of further tokens."""
+        places = torch.arange(tokens, device=self.device)
+        begins = torch.tensor(self._next, device=self.device)
+        positions = begins[:, None] + places
+        changes = self._changes(documents)
+        number = None
+        if changes is not None:
+            number = changes.cumsum(1)
+            last = torch.where(changes, places, 0).cummax(1).values
+            positions = torch.where(number > 0, places - last, positions)
+        is_token = None
+        if counts is not None and min(counts) < tokens:
+            sizes = torch.tensor(counts, device=self.device)[:, None]
+            is_token = places < sizes
+        if is_token is None and number is None:
+            ends = tuple(begin + tokens for begin in self._next)
+        else:
+            last_places = [tokens - 1] * self.batch if counts is None else [count - 1 for count in counts]
+            rows = positions.tolist()
+            ends = tuple(
+                rows[row][place] + 1 if place >= 0 else begin
+                for row, (place, begin) in enumerate(zip(last_places, self._next, strict=True))
+            )
+        is_uniform = is_token is None and number is None and len(set(self._next)) == 1
+        return NewTokens(positions, self._next, ends, is_token, number, self._next[0] if is_uniform else None)
+
+    def _changes(self, documents: Tensor | None) -> Tensor | None:
+        """Return where a document begins that is not the last token's, (B, tokens); None where none does."""
+        if documents is None:
+            return None
+        before = documents[:, :1] if self._documents is None else self._documents[:, None]
+        changes = documents.diff(dim=1, prepend=before) != 0
+        return changes if changes.any() else None
+
+    def _commit(self, step: Step) -> None:
+        """Count the tokens of a step that all layers have."""
+        self._next, self._is_whole = step.tokens.ends, True
+        if step.documents is not None:
+            self._documents = step.documents[:, -1]
+
+
+class Step:
+    """A step of a cache: `with cache.step(n) as step: ... step.layer(0).attend(q, k, v)`."""
+
+    def __init__(self, cache: DilatedCache, tokens: NewTokens, documents: Tensor | None) -> None:
+        self.cache, self.tokens, self.documents = cache, tokens, documents
+        self._plans: dict[tuple[Pattern, tuple[int, ...]], StepPlan] = {}
+
+    @property
+    def positions(self) -> Tensor:
+        """The position (B, n) of each token in its document, and 0 of padding."""
+        positions, is_token = self.tokens.positions, self.tokens.is_token
+        return positions if is_token is None else positions * is_token
+
+    def layer(self, number: int) -> LayerStep:
+        """Return the step of one layer."""
+        layer = self.cache.layers[number]
+        key = (layer.pattern, layer.slots)
+        if key not in self._plans:
+            self._plans[key] = StepPlan(layer.pattern, layer.kv_heads, self.tokens, layer.slots)
+        return LayerStep(self, layer, self._plans[key])
+
+    def __enter__(self) -> Step:
+        self.cache._is_whole = False
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.cache._commit(self)
+
+
+class LayerStep(NamedTuple):
+    """The step of one layer: what an attention layer is called with instead of positions and documents."""
+
+    step: Step
+    cache: LayerCache
+    plan: StepPlan
+
+    @property
+    def positions(self) -> Tensor:
+        """The position (B, n) of each token in its document, and 0 of padding."""
+        return self.step.positions
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Return attention from the new tokens; see `LayerCache.attend`."""
+        return self.cache.attend(q, k, v, self.plan, **options)
+
+
+def refusal(config: BlocksConfig) -> str | None:
+    """Return why a model of this configuration cannot use a cache; None where it can."""
+    if config.attention is not None:
+        return f"attention must be None for a cache, which knows the keys of our layers alone, got {config.attention!r}"
+    if not config.is_causal:
+        return "pattern must be causal in every layer for a cache: later tokens would change what earlier ones saw"
+    if config.layer_ordering != "raster":
+        return (
+            f"ordering must be 'raster' for a cache, got {config.layer_ordering!r}: a curve over a sequence depends on "
+            f"its length, so each further token would move all others"
+        )
+    return None

@@ -1,0 +1,147 @@
+"""The rows of one layer in a cache, and attention to them."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_longnet.attention import attend
+from lightning_longnet.inference.branch_rows import rows_of
+from lightning_longnet.inference.rows import RowStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.inference.plan import StepPlan
+
+# `attend` computes at least so many tokens that see no row of the cache; its plan takes longer than fewer products
+WHOLE_TOKENS = 16
+_ALL = slice(None)
+
+
+class LayerCache:
+    """The keys and values that one layer keeps, by the branches of its pattern.
+
+    A key that later queries see in several branches is kept in each of them.
+
+    Args:
+        pattern: the causal pattern of the layer.
+        kv_heads: the number of key/value heads.
+        head_dim: the width of a head.
+        batch: the number of rows of the batch.
+        dtype: the dtype of the rows; see `RowStore`.
+        device: where the rows are.
+    """
+
+    def __init__(
+        self, pattern: Pattern, kv_heads: int, head_dim: int, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.pattern, self.kv_heads = pattern, kv_heads
+        self.stores = [
+            RowStore(batch, kv_heads, head_dim, dtype, device, branch.capacity) for branch in rows_of(pattern, kv_heads)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the slots that are allocated."""
+        return sum(store.nbytes for store in self.stores)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The number of slots that are allocated for each branch."""
+        return tuple(store.slots for store in self.stores)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: StepPlan,
+        *,
+        scale: float | None = None,
+        kernel: str = "auto",
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from new tokens to the rows that are kept and to the new ones, and keep what later tokens see.
+
+        Args:
+            q: queries (B, n, H, D).
+            k, v: keys and values (B, n, Hkv, D).
+            plan: the plan of the step for the pattern of this layer.
+            scale: factor of the scores; 1 / sqrt(D) by default.
+            kernel: the kernel of `attend`, which computes long steps.
+            sinks: (H,) one more logit of each query head, without a value.
+
+        Returns:
+            (B, n, H, D), 0 where a query sees no key.
+        """
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        kv = torch.stack((k, v)).transpose(2, 3)  # (2, B, Hkv, n, D)
+        if plan.single is not None:
+            for step in plan.single:
+                self.stores[step.branch].grow(step.filled)
+                self.stores[step.branch].put(kv[:, :, step.heads, 0], step.heads, step.slot)
+            return self._single(q, plan, scale, sinks)
+        if plan.tokens.longest >= WHOLE_TOKENS and plan.sees_new_alone:
+            documents = plan.tokens.documents
+            out = attend(q, k, v, self.pattern, documents=documents, scale=scale, kernel=kernel, sinks=sinks)
+        else:
+            out = self._masked(q, kv, plan, scale, sinks)
+        for store, write, needed in zip(self.stores, plan.writes(), plan.needed(), strict=True):
+            store.grow(needed)
+            store.scatter(kv, write)
+        return out
+
+    def _single(self, q: Tensor, plan: StepPlan, scale: float, sinks: Tensor | None) -> Tensor:
+        """Return the output of one token in each row, which sees all filled slots of its branches."""
+        assert plan.single is not None
+        compute = torch.promote_types(q.dtype, torch.float32)
+        grouped = self._grouped(q, compute, scale).squeeze(3)  # (B, Hkv, G, D)
+        read = [self.stores[step.branch].read(step.heads, step.filled, compute) for step in plan.single]
+        if len(read) == 1 and read[0][0].shape[1] == self.kv_heads and sinks is None:
+            k, v = read[0]
+            return ((grouped @ k.transpose(-1, -2)).softmax(-1) @ v).reshape(q.shape).to(q.dtype)
+        total = sum(step.filled for step in plan.single) + (sinks is not None)
+        scores, at = grouped.new_full((*grouped.shape[:3], total), -inf), 0
+        for step, (k, _) in zip(plan.single, read, strict=True):
+            scores[:, step.heads, :, at : at + step.filled] = grouped[:, step.heads] @ k.transpose(-1, -2)
+            at += step.filled
+        if sinks is not None:
+            scores[..., -1] = sinks.to(compute).view(self.kv_heads, -1)
+        # the weights of a head that is in no branch are NaN, and are not read
+        weights, out, at = scores.softmax(-1), torch.zeros_like(grouped), 0
+        for step, (_, v) in zip(plan.single, read, strict=True):
+            out[:, step.heads] += weights[:, step.heads, :, at : at + step.filled] @ v
+            at += step.filled
+        return out.reshape(q.shape).to(q.dtype)
+
+    def _masked(self, q: Tensor, kv: Tensor, plan: StepPlan, scale: float, sinks: Tensor | None) -> Tensor:
+        """Return the output of tokens which see the rows that the bias of the plan says, and as often as it says."""
+        batch, tokens, _, width = q.shape
+        compute = torch.promote_types(q.dtype, torch.float32)
+        grouped = self._grouped(q, compute, scale).flatten(2, 3)  # (B, Hkv, G n, D)
+        read = [store.read(_ALL, slots, compute) for store, slots in zip(self.stores, plan.slots, strict=True)]
+        read.append((kv[0].to(compute), kv[1].to(compute)))
+        bias = plan.bias(compute)
+        scores = torch.cat([grouped @ k.transpose(-1, -2) for k, _ in read], -1).unflatten(2, (-1, tokens))
+        scores = scores + bias[:, :, None]
+        if sinks is not None:
+            logits = sinks.to(compute).view(1, self.kv_heads, -1, 1, 1).expand(*scores.shape[:4], 1)
+            scores = torch.cat([scores, logits], -1)
+        weights = scores.softmax(-1)
+        if not plan.all_see_keys:
+            weights = weights.masked_fill((bias == -inf).all(-1)[:, :, None, :, None], 0.0)
+        parts: tuple[Tensor, ...] = weights.flatten(2, 3)[..., : bias.shape[-1]].split(
+            [k.shape[2] for k, _ in read], -1
+        )
+        out = parts[-1] @ read[-1][1]
+        for part, (_, v) in zip(parts[:-1], read[:-1], strict=True):
+            out += part @ v
+        return out.view(batch, self.kv_heads, -1, tokens, width).permute(0, 3, 1, 2, 4).reshape(q.shape).to(q.dtype)
+
+    def _grouped(self, q: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+        """Return q (B, n, H, D) times the scale as (B, Hkv, G, n, D)."""
+        return (q.to(dtype) * scale).unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4)

@@ -1,0 +1,168 @@
+"""The plan of a step: which rows of a cache the new tokens see, and where their own are written.
+
+All layers with one pattern share the plan of a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from lightning_longnet.inference.branch_rows import rows_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.inference.branch_rows import BranchRows
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The tokens of a step, by rows of the batch.
+
+    Attributes:
+        positions: (B, n) the position of each new token in its document.
+        begins: the position of the first new token of each row, if it went on with the document before it.
+        ends: the position of the token that follows the new ones of each row.
+        is_token: (B, n), False where a row has padding, which follows its tokens; None where no row has any.
+        documents: (B, n) the number of documents that begin within the step up to each token; None where none begins.
+        uniform: the position of the first token where all rows have the same, and neither padding nor another document.
+    """
+
+    positions: Tensor
+    begins: tuple[int, ...]
+    ends: tuple[int, ...]
+    is_token: Tensor | None = None
+    documents: Tensor | None = None
+    uniform: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest row."""
+        return self.positions.shape[1]
+
+
+class BranchStep(NamedTuple):
+    """One branch in a step of one token at the same position in all rows of a batch.
+
+    Attributes:
+        branch: the number of the branch.
+        heads: the key/value heads that have the token in this branch.
+        slot: where the token's row is written.
+        filled: the number of slots that are then filled, all of which the token sees.
+    """
+
+    branch: int
+    heads: slice
+    slot: int
+    filled: int
+
+
+class Write(NamedTuple):
+    """The rows of a step that one branch keeps, each given by four indices (rows,)."""
+
+    batch: Tensor
+    heads: Tensor
+    slots: Tensor
+    tokens: Tensor
+
+
+class StepPlan:
+    """What a step does in the layers of one pattern.
+
+    Args:
+        pattern: the pattern.
+        kv_heads: the number of key/value heads.
+        tokens: the new tokens.
+        slots: the number of slots that the cache has for each branch before the step.
+    """
+
+    def __init__(self, pattern: Pattern, kv_heads: int, tokens: NewTokens, slots: tuple[int, ...]) -> None:
+        self.pattern, self.kv_heads, self.tokens = pattern, kv_heads, tokens
+        self.branches = rows_of(pattern, kv_heads)
+        self.slots = slots
+        is_plain = pattern.multiplicity == "multiset" and all(b.branch.sparsity is None for b in self.branches)
+        self.single: list[BranchStep] | None = None
+        if tokens.uniform is not None and tokens.longest == 1 and is_plain:
+            self.single = _single(self.branches, tokens.uniform)
+        self.all_see_keys = True
+        self._bias: Tensor | None = None
+        self._writes: list[Write] | None = None
+
+    @property
+    def sees_new_alone(self) -> bool:
+        """Whether the new tokens see no row of the cache, since they begin a segment of each branch, or the text."""
+        lengths = [b.branch.segment_length for b in self.branches]
+        return all(begin == 0 or all(w is not None and begin % w == 0 for w in lengths) for begin in self.tokens.begins)
+
+    def needed(self) -> list[int]:
+        """Return how many slots of each branch hold rows after the step."""
+        if self.single is not None:
+            counts = [0] * len(self.branches)
+            for step in self.single:
+                counts[step.branch] = step.filled
+            return counts
+        return [int(write.slots.max()) + 1 if len(write.slots) else 0 for write in self.writes()]
+
+    def writes(self) -> list[Write]:
+        """Return which new rows each branch keeps, and where."""
+        if self._writes is None:
+            positions = self.tokens.positions
+            ends = torch.tensor(self.tokens.ends, device=positions.device)
+            self._writes = []
+            for branch in self.branches:
+                slots, is_kept = branch.written(positions, ends)
+                if self.tokens.is_token is not None:
+                    is_kept &= self.tokens.is_token[:, None]
+                if self.tokens.documents is not None:
+                    is_kept &= (self.tokens.documents == self.tokens.documents[:, -1:])[:, None]
+                batch, heads, places = is_kept.nonzero().unbind(1)
+                self._writes.append(Write(batch, heads, slots[batch, places], places))
+        return self._writes
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """Return the logarithm of how often each query counts each key, (B, Hkv, n, slots of all branches + n)."""
+        if self._bias is None:
+            counts = self._counts()
+            self.all_see_keys = bool((counts > 0).any(-1).all())
+            self._bias = counts.to(dtype).log()  # -inf of a key that is not seen
+        return self._bias
+
+    def _counts(self) -> Tensor:
+        """Return how often each query counts each row of the cache, and then each new one, as an int8."""
+        positions, documents = self.tokens.positions, self.tokens.documents
+        queries, new = positions[:, None, :, None], positions[:, None, None]
+        begins = torch.tensor(self.tokens.begins, device=positions.device)
+        own, kept = torch.zeros((), dtype=torch.int8, device=positions.device), []
+        for number, (branch, slots) in enumerate(zip(self.branches, self.slots, strict=True)):
+            keys, is_row = (x[:, :, None] for x in branch.kept(begins, slots))
+            if documents is not None:
+                is_row = is_row & (documents == 0)[:, None, :, None]
+            kept.append(self._shown(number, queries, keys.clamp(min=0)) & is_row)
+            own = own + self._shown(number, queries, new)
+        if documents is not None:
+            own = own * (documents[:, :, None] == documents[:, None])[:, None]
+        return torch.cat([*(x.to(torch.int8) for x in kept), own], -1)
+
+    def _shown(self, number: int, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return whether a branch shows pairs; in a "set" only those that no earlier branch shows."""
+        shown = self.branches[number].shows(queries, keys)
+        if self.pattern.multiplicity == "set":
+            for earlier in self.branches[:number]:
+                shown = shown & ~earlier.shows(queries, keys)
+        return shown
+
+
+def _single(branches: tuple[BranchRows, ...], position: int) -> list[BranchStep]:
+    """Return the branches that some head has the token at a position in."""
+    steps = []
+    for number, branch in enumerate(branches):
+        heads, row = branch.heads_at(position), branch.row(position)
+        if heads is not None:
+            around = branch.capacity or inf
+            steps.append(BranchStep(number, heads, int(row % around), int(min(row + 1, around))))
+    return steps

@@ -1,0 +1,105 @@
+"""Storage of keys and values in slots, in the dtype of the model, in a narrower one, or in int8 with scales."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_longnet.inference.plan import Write
+
+# the first number of slots that is allocated, and the factor by which it grows
+FIRST_SLOTS = 64
+GROWTH = 1.5
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8)
+
+
+class RowStore:
+    """The rows of one branch: keys and values (2, B, Hkv, slots, D), allocated as they are needed.
+
+    Args:
+        batch, kv_heads, head_dim: the sizes.
+        dtype: one of `DTYPES`.  A row of int8 is multiplied by a scale of its own, float32.
+        device: where the rows are.
+        capacity: the largest number of slots; None is any number.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int | None,
+    ) -> None:
+        self.capacity = capacity
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
+            self.data = torch.zeros(2, batch, kv_heads, 0, head_dim, dtype=dtype, device=device)
+            self.scales = None
+            if dtype == torch.int8:
+                self.scales = torch.zeros(2, batch, kv_heads, 0, 1, dtype=torch.float32, device=device)
+
+    @property
+    def slots(self) -> int:
+        """The number of slots that are allocated for each head."""
+        return self.data.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the slots that are allocated."""
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def grow(self, needed: int) -> None:
+        """Allocate slots, so that there are at least as many as needed."""
+        if needed <= self.slots:
+            return
+        wanted = max(needed, FIRST_SLOTS, int(self.slots * GROWTH))
+        if self.capacity is not None:
+            wanted = min(wanted, self.capacity)
+        self.data = _grown(self.data, wanted)
+        if self.scales is not None:
+            self.scales = _grown(self.scales, wanted)
+
+    def put(self, kv: Tensor, heads: slice, slot: int) -> None:
+        """Write kv (2, B, some heads, D) to one slot of these heads."""
+        rows, scales = self._stored(kv)
+        self.data[:, :, heads, slot] = rows
+        if self.scales is not None and scales is not None:
+            self.scales[:, :, heads, slot] = scales
+
+    def scatter(self, kv: Tensor, write: Write) -> None:
+        """Write those of kv (2, B, Hkv, n, D) that `write` names."""
+        if not len(write.slots):
+            return
+        rows, scales = self._stored(kv[:, write.batch, write.heads, write.tokens])
+        self.data[:, write.batch, write.heads, write.slots] = rows
+        if self.scales is not None and scales is not None:
+            self.scales[:, write.batch, write.heads, write.slots] = scales
+
+    def read(self, heads: slice, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return keys and values, each (B, some heads, count, D), of the first `count` slots in a floating dtype."""
+        rows = self.data[:, :, heads, :count].to(dtype)
+        if self.scales is not None:
+            rows = rows * self.scales[:, :, heads, :count].to(dtype)
+        k, v = rows.unbind(0)
+        return k, v
+
+    def _stored(self, kv: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return rows (..., D) in the dtype of the store, and their scales (..., 1)."""
+        if self.scales is None:
+            return kv.to(self.data.dtype), None
+        kv = kv.float()
+        scales = kv.abs().amax(-1, keepdim=True) / 127
+        return (kv / scales.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8), scales
+
+
+def _grown(x: Tensor, slots: int) -> Tensor:
+    """Return x (2, B, Hkv, s, D) with zeros in further slots."""
+    with torch.inference_mode(False):
+        out = x.new_zeros((*x.shape[:3], slots, x.shape[4]))
+    out[:, :, :, : x.shape[3]] = x
+    return out

@@ -1,0 +1,70 @@
+"""A LongNet over further tokens of texts, with the keys of the tokens before them in a cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_longnet.layers.positions import checked_positions
+from lightning_longnet.models.padding import token_rows
+
+if TYPE_CHECKING:
+    from lightning_longnet.inference.cache import DilatedCache
+    from lightning_longnet.models.longnet import LongNet
+
+
+class CachedTokens(NamedTuple):
+    """What `LongNet.encode` was called with beside the tokens."""
+
+    positions: Tensor | None
+    documents: Tensor | None
+    attention_mask: Tensor | None
+
+
+def encode_cached(
+    model: LongNet, x: Tensor, cache: DilatedCache, given: CachedTokens, states: list[Tensor] | None
+) -> Tensor:
+    """Map further tokens x (B, N, dim) to the input of the head, in steps of bounded memory; see `LongNet.encode`."""
+    _check(model, x, cache, given)
+    documents = given.documents
+    if documents is not None:
+        documents = checked_positions(documents, x, "documents").expand(x.shape[:2])
+    rows = token_rows(x, given.attention_mask, None)
+    sizes = None if rows.is_token is None else rows.is_token.sum(1).tolist()
+    x, documents = rows.arrange(x), None if documents is None else rows.arrange(documents)
+    parts: list[Tensor] = []
+    parts_of_states: list[list[Tensor]] = []
+    at = 0
+    while at < x.shape[1]:
+        end = at + cache.next_count(x.shape[1] - at)
+        counts = None if sizes is None else [min(max(size - at, 0), end - at) for size in sizes]
+        ids = None if documents is None else documents[:, at:end]
+        with cache.step(end - at, counts=counts, documents=ids) as step:
+            part = x[:, at:end]
+            if model.position_table is not None:
+                part = part + model.learned_positions(step.positions)
+            own: list[Tensor] | None = None if states is None else []
+            parts.append(model.norm(model._run_cached_blocks(part, step, own)))
+            parts_of_states.append(own or [])
+        at = end
+    if states is not None:
+        states += [rows.restore(torch.cat(each, 1)) for each in zip(*parts_of_states, strict=True)]
+    return rows.restore(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+
+
+def _check(model: LongNet, x: Tensor, cache: DilatedCache, given: CachedTokens) -> None:
+    """Refuse what a cache cannot serve."""
+    if given.positions is not None:
+        raise ValueError("positions must be None with a cache, which counts the tokens of each text itself")
+    if torch.is_grad_enabled():
+        raise ValueError("a cache holds no gradients: call the model in torch.no_grad() or torch.inference_mode()")
+    if model.training:
+        raise ValueError("the model must be in evaluation mode with a cache, got training: call model.eval()")
+    context = model.sequence_context
+    if context is not None and context.is_split:
+        raise ValueError("sequences must be whole with a cache, got parts of them: call within context.whole()")
+    if x.shape[1] < 1:
+        raise ValueError("input_ids must hold at least one token with a cache, got none")
+    cache.check(model.config, len(x), x.device)
