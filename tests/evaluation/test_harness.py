@@ -97,15 +97,22 @@ def test_log_likelihoods(folder, plain, monkeypatch, block, batch_size):
         assert is_greedy == is_likeliest
 
 
-def test_a_likeliest_continuation_is_greedy(folder):
-    model = model_of(folder)
-    (text,) = model.generate_until(requests(("A text", {"until": [], "max_gen_toks": 4})), disable_tqdm=True)
-    ids = [*text.encode()]
-    if bytes(ids).decode(errors="replace") == text:
-        context = [*b"A text"]
-        tokens = model.tok_encode(text)
-        ((_, is_greedy),) = model._loglikelihood_tokens([(None, context, tokens)], disable_tqdm=True)
-        assert is_greedy == ("\N{REPLACEMENT CHARACTER}" not in text)
+def likeliest(plain, ids, count):
+    """Return the likeliest `count` tokens after others."""
+    ids = [*ids]
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(plain(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[-count:]
+
+
+def test_the_likeliest_continuation_is_greedy(folder, plain):
+    context = [*b"A text"]
+    tokens = likeliest(plain, context, 4)
+    other = [*tokens[:3], (tokens[3] + 1) % 256]
+    rows = [(None, context, tokens), (None, context, other)]
+    found = model_of(folder, batch_size=2)._loglikelihood_tokens(rows, disable_tqdm=True)
+    assert [is_greedy for _, is_greedy in found] == [True, False]
 
 
 @pytest.mark.parametrize("max_length", [None, 7])
@@ -134,11 +141,7 @@ def test_a_context_is_cut_on_its_left(folder, plain):
 def test_texts_are_the_likeliest_until_a_stop(folder, plain, monkeypatch, block):
     monkeypatch.setattr(stream, "_BLOCK", block)
     context = "A text of more than a block"
-    ids = [*context.encode()]
-    for _ in range(20):
-        with torch.no_grad():
-            ids.append(int(plain(torch.tensor([ids]))[0, -1].argmax()))
-    new = ids[len(context) :]
+    new = likeliest(plain, context.encode(), 20)
     wanted = bytes(new[: new.index(0)] if 0 in new else new).decode(errors="replace")
     model = model_of(folder)
     stop = wanted[5:7]

@@ -1,12 +1,15 @@
 """Scores of texts by blocks, against one forward over the whole text in float64."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import peak_bytes
 
 from lightning_longnet import LongNet, LongNetConfig, Pattern
+from lightning_longnet.data import texts
 from lightning_longnet.data.texts import Text
 from lightning_longnet.data.tokenizers import ByteTokenizer
 from lightning_longnet.evaluation import scoring, stream
@@ -98,6 +101,18 @@ def test_other_models(tmp_path, change):
     source, text = source_of(**change), text_of(tmp_path, content(150))
     score = score_text(source, text, lambda _: None)
     assert score.loss_sum == pytest.approx(float(whole(source, text)[0].sum()), rel=1e-11)
+
+
+@pytest.mark.long
+def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "PIECE_BYTES", 128)
+    monkeypatch.setattr(texts, "_LINE_BYTES", 128)
+    source = source_of()
+    peaks = []
+    for size in (1000, 8000):
+        text = text_of(tmp_path, content(size))
+        peaks.append(peak_bytes(partial(score_text, source, text, lambda _: None)))
+    assert peaks[1] <= 1.05 * peaks[0]
 
 
 def test_the_line_of_a_text(tmp_path):
