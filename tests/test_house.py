@@ -46,10 +46,13 @@ FOLDERS = {
     "planning": [*CORE, "sequence", "layers", "models"],
     "diagnosis": [*CORE, "__init__"],
     "callbacks": [*CORE, "sequence", "layers", "report", "planning", "__init__"],
+    "evaluation": [
+        *(*CORE, "sequence", "layers", "models", "inference", "checkpointing", "data", "report", "trust"),
+    ],
     "supervision": [],
     "cli": [
         *(*CORE, "inference", "models", "checkpointing", "training", "data", "report", "planning", "callbacks"),
-        *("diagnosis", "supervision", *TOP),
+        *("diagnosis", "supervision", "evaluation", *TOP),
     ],
 }
 TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "inference", "models"]

@@ -2,8 +2,9 @@
 
 The module of a command has `DESCRIPTION`, `add_arguments(parser)` and `run(arguments)`, which may return an exit
 status, and an `EXAMPLE` where it needs words after its name.  With `TAKES_OVERRIDES` it gets the arguments that its
-parser does not know as `arguments.overrides`.  Slow imports are inside of `run`, so that `--help` is fast.
-LightningCLI runs the commands of the Trainer: fit, validate, test and predict.
+parser does not know as `arguments.overrides`.  With `run_words` in the place of `run` it gets its words as they are.
+Slow imports are inside of `run`, so that `--help` is fast.  LightningCLI runs the commands of the Trainer: fit,
+validate, test and predict.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ COMMANDS = {
     "init": "the configuration of a first run, to begin with",
     "doctor": "what this machine has, and whether ranks on it compute what one process does",
     "generate": "continue a text with a trained model",
+    "score": "the perplexity and bits per byte of text files, with a trained model",
+    "embed": "text files to embeddings, with a trained model",
+    "lm_eval": "the tasks of lm-evaluation-harness, with a trained model",
     "tokenize": "text files to a stream of tokens that training reads without loading it",
     "export": "a trained model to safetensors, or to a Hugging Face folder",
     "plan": "memory, bytes and time of a run, before it is launched",
@@ -41,7 +45,15 @@ COMMANDS = {
     "convert": "a torchscale LongNet or LongViT to ours",
     "completion": "the script with which bash, zsh or fish completes these commands and their options",
 }
-_READERS = ("generate", "tokenize", "export", "report", "convert")  # of files that others may have written
+_READERS = (
+    "generate",
+    "score",
+    "embed",
+    "tokenize",
+    "export",
+    "report",
+    "convert",
+)  # of files that others may have written
 _SUPERVISION = ("--restarts", "--stall", "--allow")  # options of fit that make it run under a supervisor
 HELP_ALL = "--help-all"  # what fit, validate, test and predict print for it is too long for `--help`
 _PACKAGE = Path(__file__).parents[1]
@@ -101,6 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_command(command: str, arguments: Sequence[str]) -> int:
     """Parse the arguments of a command of `COMMANDS`, run it, and return its exit status."""
     module, parser = import_module(f"lightning_longnet.cli.{command}"), parser_of(command)
+    if hasattr(module, "run_words"):
+        if not arguments:
+            parser.error("the following arguments are required: options")
+        return module.run_words(arguments) or 0
     options, others = parser.parse_known_args(arguments)
     takes_overrides = getattr(module, "TAKES_OVERRIDES", False)
     for word in others:

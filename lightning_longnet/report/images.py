@@ -35,7 +35,7 @@ def write_images(
     `report` is called after each with the number of those that are written, and of all.
     """
     kinds = {(i, j): kind for i, run in enumerate(runs) for j, kind in enumerate(run.record.get("attention", []))}
-    drawings: dict[str, Callable[[], Figure]] = {chart.key: partial(_figure, chart) for chart in charts}
+    drawings: dict[str, Callable[[], Figure]] = {chart.key: partial(figure_of, chart) for chart in charts}
     drawings |= {f"pattern-{i}-{j}": Pattern(**kind["pattern"]).plot for (i, j), kind in kinds.items()}
     paths = []
     for name, draw in drawings.items():
@@ -46,8 +46,8 @@ def write_images(
     return paths
 
 
-def _figure(chart: Chart) -> Figure:
-    """Draw a chart."""
+def figure_of(chart: Chart) -> Figure:
+    """Return a chart as a figure of matplotlib."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for line in chart.lines:

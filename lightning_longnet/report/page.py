@@ -64,6 +64,11 @@ def _page(runs: Sequence[Run], shown: Sequence[Chart]) -> str:
         *(_attention(run, len(runs) > 1) for run in runs),
         _settings(runs),
     ]
+    return document(title, parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """Return an HTML page with the style of reports."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -105,10 +110,10 @@ def _charts(shown: Sequence[Chart]) -> str:
     """Return the section of all charts."""
     if not shown:
         return ""
-    return f'<section><h2>Over the run</h2><div class="grid">{"".join(map(_figure, shown))}</div></section>'
+    return f'<section><h2>Over the run</h2><div class="grid">{"".join(map(figure, shown))}</div></section>'
 
 
-def _figure(chart: Chart) -> str:
+def figure(chart: Chart) -> str:
     """Return a chart with its title and legend."""
     visible: list[Line | Bars] = [line for line in chart.lines if not line.is_empty]
     visible += [bars for bars in chart.bars if not bars.is_empty]

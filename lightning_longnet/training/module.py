@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from lightning_longnet.checkpointing.checkpoints import read_checkpoint
 from lightning_longnet.checkpointing.exports import config_of, model_of
 from lightning_longnet.layers.options import positive_number
+from lightning_longnet.models.embedding import embed
 from lightning_longnet.models.generation import generate
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
 from lightning_longnet.sequence import sequence_context
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.layers.loss import TokenLoss
+    from lightning_longnet.models.embedding import Pooling
 # The fields of the configuration that a checkpoint must agree on.  With some of them different the weights would still
 # fit in shape, but the model would compute something else
 _FIELDS_OF_THE_WEIGHTS = (
@@ -201,6 +203,14 @@ class LongNetModule(L.LightningModule):
             seed=seed,
             context=sequence_context(self),
         )
+
+    def embed(self, input_ids: Tensor, pooling: Pooling = "mean", attention_mask: Tensor | None = None) -> Tensor:
+        """Return embeddings (B, dim) of input_ids (B, N), or states; see `models.embedding.embed` for the arguments.
+
+        All ranks that share sequences call this together, with the same whole sequences.
+        """
+        context = sequence_context(self)
+        return embed(self.model, input_ids, pooling, attention_mask=attention_mask, context=context)
 
     # Training
 

@@ -15,7 +15,7 @@ from lightning_longnet.cli import main
 from lightning_longnet.report import write_report
 from lightning_longnet.report.charts import Bars, Chart, Line, shown, smoothed, svg, thinned, ticks
 from lightning_longnet.report.figures import charts
-from lightning_longnet.report.images import _figure as drawn
+from lightning_longnet.report.images import figure_of as drawn
 from lightning_longnet.report.pictures import pattern_pictures, whole_shares
 from lightning_longnet.report.runs import read_runs
 

@@ -1,0 +1,76 @@
+"""The model and the tokenizer of a checkpoint, for work on texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lightning_longnet.checkpointing.checkpoints import read_checkpoint
+from lightning_longnet.checkpointing.exports import model_of
+from lightning_longnet.data.tokenizers import Tokenizer, tokenizer_of
+from lightning_longnet.layers.feed_forward import FeedForward
+from lightning_longnet.models.longnet import LongNet
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_CHUNK = 8192  # tokens of which a feed-forward holds the hidden values
+
+
+class Loaded(NamedTuple):
+    """A model for texts.
+
+    Attributes:
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer.
+        trained_length: number of tokens of a row in training; None where the checkpoint does not name it.
+        identity: what identifies the weights, for the journal of a run.
+    """
+
+    model: LongNet
+    tokenizer: Tokenizer
+    trained_length: int | None
+    identity: list[str | int]
+
+
+def loaded(
+    checkpoint: str | Path,
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    *,
+    trust: bool = False,
+) -> Loaded:
+    """Return the model and the tokenizer of a checkpoint.
+
+    Args:
+        checkpoint: as of `read_checkpoint`.
+        tokenizer: the name or folder of a tokenizer, or "bytes"; by default that of the training.
+        dtype: the dtype of the weights: "float32", "bfloat16", "float16" or "float64".
+        device: a device of torch; a CUDA device where there is one, by default.
+        trust: as of `read_checkpoint`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    saved = read_checkpoint(checkpoint, trust=trust)
+    model = model_of(saved, trust)
+    if not isinstance(model, LongNet):
+        raise ValueError(f"checkpoint must be of a model of tokens, a LongNet, got a {type(model).__name__}")
+    name = tokenizer or saved.hyper_parameters.get("tokenizer")
+    if name is None and model.config.vocab_size != 256:
+        raise ValueError(f"tokenizer must be named: the checkpoint tells none for {model.config.vocab_size} tokens")
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model = model.to(place, DTYPES[dtype])
+    except (RuntimeError, AssertionError) as error:  # which torch raises for a device that is not there
+        raise ValueError(f"device must be one that torch finds here, got {place!r}: {error}") from None
+    for layer in model.modules():
+        if isinstance(layer, FeedForward) and (layer.chunk_tokens or _CHUNK) >= _CHUNK:
+            layer.chunk_tokens = _CHUNK
+    newest = max((each.stat().st_mtime_ns for each in _files(Path(checkpoint))), default=0)
+    identity: list[str | int] = [str(Path(checkpoint).resolve()), newest, dtype]
+    return Loaded(model, tokenizer_of(name or "bytes"), saved.hyper_parameters.get("tokens"), identity)
+
+
+def _files(path: Path) -> list[Path]:
+    return [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
