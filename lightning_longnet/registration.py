@@ -1,4 +1,7 @@
-"""Registration of the names that `Trainer(strategy=...)` takes, without importing Lightning."""
+"""Registration of names in Lightning and transformers, without importing either.
+
+`Trainer(strategy=...)` takes the names of `NAMES`, and `from_pretrained(attn_implementation=...)` takes `ATTENTION`.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
 LIGHTNING = "lightning.pytorch.strategies"
+TRANSFORMERS = "transformers.modeling_utils"
+TRANSFORMERS_MASKS = "transformers.masking_utils"
+ATTENTION = "ring"
 DEFAULT = "ring_sequence_parallel"
 NAMES = {
     DEFAULT: "fsdp2",
@@ -28,11 +34,32 @@ NAMES = {
 
 
 def register() -> None:
-    """Register the names now where Lightning's strategies are loaded, else when they are, as loading takes seconds."""
-    if LIGHTNING in sys.modules:
-        register_in(sys.modules[LIGHTNING].StrategyRegistry)
-    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch())
+    """Register the names now where the modules that hold them are loaded, else when they are: loading takes seconds."""
+    registrations: dict[str, Callable[[Any], None]] = {
+        LIGHTNING: lambda module: register_in(module.StrategyRegistry),
+        TRANSFORMERS: lambda module: module.AttentionInterface.register(ATTENTION, attention_forward),
+        TRANSFORMERS_MASKS: lambda module: module.AttentionMaskInterface.register(ATTENTION, attention_mask),
+    }
+    watched = {finder.name for finder in sys.meta_path if isinstance(finder, _Watch)}
+    for name, registration in registrations.items():
+        if name in sys.modules:
+            registration(sys.modules[name])
+        elif name not in watched:
+            sys.meta_path.insert(0, _Watch(name, registration))
+
+
+def attention_forward(*arguments: Any, **options: Any) -> Any:
+    """Call `ring_attention`, whose module is imported now."""
+    from lightning_longnet.huggingface.attention import ring_attention
+
+    return ring_attention(*arguments, **options)
+
+
+def attention_mask(*arguments: Any, **options: Any) -> Any:
+    """Call `ring_mask`, whose module is imported now."""
+    from lightning_longnet.huggingface.masks import ring_mask
+
+    return ring_mask(*arguments, **options)
 
 
 def make_strategy(**arguments: Any) -> Any:
@@ -51,25 +78,28 @@ def register_in(registry: Any) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """A finder that finds no module itself, but makes Lightning's strategies register the names after loading."""
+    """A finder that finds no module itself, but runs a registration after the module `name` is executed."""
+
+    def __init__(self, name: str, registration: Callable[[Any], None]) -> None:
+        self.name, self.registration = name, registration
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != LIGHTNING:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader)
+            spec.loader = _Registering(spec.loader, self.registration)
         return spec
 
 
 class _Registering(Loader):
-    """A loader that registers the names after the module of Lightning's strategies is executed."""
+    """A loader that runs a registration after the module is executed."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: Loader, registration: Callable[[Any], None]) -> None:
+        self.loader, self.registration = loader, registration
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -79,4 +109,4 @@ class _Registering(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        register_in(module.StrategyRegistry)
+        self.registration(module)

@@ -37,7 +37,7 @@ FOLDERS = {
     "layers": [*CORE],
     "models": [*CORE, "sequence", "layers"],
     "checkpointing": [*CORE, "models", "trust"],
-    "huggingface": [*CORE, "sequence", "layers", "models", "trust"],
+    "huggingface": [*CORE, "sequence", "layers", "models", "trust", "registration"],
     "training": [*CORE, "sequence", "layers", "models", "checkpointing", "huggingface"],
     "compat": [*CORE, "layers"],
     "data": ["sequence", "layers", "trust"],

@@ -158,6 +158,16 @@ class SequenceContext(ContextDropout):
         """The positions of this rank's tokens in the whole sequence; None where the length is unknown."""
         return self._splitter.positions
 
+    @property
+    def documents(self) -> Tensor | None:
+        """The document ids of this rank's tokens, where the current batch has documents."""
+        return self._splitter.current.documents
+
+    @property
+    def key_padding_mask(self) -> Tensor | None:
+        """True where a token of this rank is padding, where the current batch has an attention_mask."""
+        return self._splitter.current.key_padding_mask
+
     def positions_of(self, x: Tensor, dim: int = 1) -> Tensor:
         """Return `positions` on the device of x, whose dimension `dim` is the sequence; never None."""
         return self._splitter.positions_of(x, dim)

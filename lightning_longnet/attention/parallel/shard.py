@@ -34,7 +34,7 @@ _CALLS = 2**20  # more calls than a batch has
 _KINDS: tuple[Kind, ...] = ("contiguous", "zigzag")
 
 Check = Literal["first", "always"]
-Agreement = Literal["looks a shard up", "agrees on a seed"]
+Agreement = Literal["looks a shard up", "agrees on a seed", "compares positions"]
 Made = TypeVar("Made")
 
 
@@ -221,9 +221,12 @@ class SequenceShard:
         everywhere = self._all_gather_values(list(verdicts), "agrees on kernels", fault)
         return [theirs[: len(verdicts)] for theirs in everywhere]
 
-    def exchange_value(self, value: int, step: Agreement) -> list[int]:
-        """Return the 64-bit integer of each rank; all ranks call it together, for the same step."""
-        return [theirs[0] for theirs in self._all_gather_values([value], step, "")]
+    def exchange_value(self, value: int, step: Agreement, fault: str = "") -> list[int]:
+        """Return the 64-bit integer of each rank; all ranks call it together, for the same step.
+
+        A rank with a `fault` raises an error itself; the others then raise one that names the rank.
+        """
+        return [theirs[0] for theirs in self._all_gather_values([value], step, fault)]
 
     def _all_gather_values(self, values: list[int], step: str, fault: str) -> list[list[int]]:
         """Return the integers of each rank, padded with zeros to equal lengths.

@@ -1,0 +1,52 @@
+"""`dilate`: patterns of one's own in chosen layers of a model of transformers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_longnet.attention.pattern.pattern import Pattern
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import nn
+
+FIELD = "dilated_attention"
+
+
+def dilate(model: Any, pattern: Pattern, layers: Iterable[int] | None = None) -> Any:
+    """Give layers of a model of transformers a pattern in place of their own, and return the model.
+
+    The pattern becomes part of the model's config: `save_pretrained` writes it, and
+    `from_pretrained(..., attn_implementation="ring")` reads it.  Other layers keep what they see.
+
+    Args:
+        model: a causal model, which gets `attn_implementation="ring"`.
+        pattern: which keys a query sees; it must be causal.
+        layers: the numbers of the layers, from 0; all of them by default.
+    """
+    if not isinstance(pattern, Pattern) or not pattern.is_causal:
+        raise ValueError(f"pattern must be a causal Pattern, got {pattern!r}: see Pattern.dilated(..., is_causal=True)")
+    config = model.config.get_text_config()
+    count = config.num_hidden_layers
+    numbers = list(range(count) if layers is None else layers)
+    for number in numbers:
+        if not isinstance(number, int) or not 0 <= number < count:
+            raise ValueError(f"layers must be numbers of layers, 0 to {count - 1}, got {number!r}")
+    patterns = dict(getattr(config, FIELD, None) or {})
+    patterns.update({str(number): pattern.to_dict() for number in numbers})
+    setattr(config, FIELD, dict(sorted(patterns.items(), key=lambda item: int(item[0]))))
+    model.set_attn_implementation("ring")
+    return model
+
+
+def layer_pattern(module: nn.Module) -> Pattern | None:
+    """Return the pattern that `dilate` gave a layer, or None."""
+    patterns = getattr(getattr(module, "config", None), FIELD, None)
+    if not patterns:
+        return None
+    number = getattr(module, "layer_idx", None)
+    if number is None:
+        raise ValueError(f"{type(module).__name__} has no layer_idx, so its pattern in config.{FIELD} is unknown")
+    values = patterns.get(str(number))
+    return None if values is None else Pattern(**values)

@@ -1,0 +1,158 @@
+"""The documents and the padding of the tokens that a layer attends over.
+
+They are those of the context's batch; else documents begin where position_ids restart, and padding is that of the mask.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.huggingface.masks import RingMask
+    from lightning_longnet.sequence.context import SequenceContext
+
+# what a rank says of its tokens
+_RESTARTS, _IS_PADDED, _BEGINS_PADDED = 1, 2, 4
+
+
+class Tokens(NamedTuple):
+    """The documents, (L,) or (B, L), and the padding, (B, L), of the tokens of a call; None where there are none.
+
+    `begins_padded`: whether the first token of some sequence is padding.
+    """
+
+    documents: Tensor | None
+    key_padding_mask: Tensor | None
+    begins_padded: bool
+
+
+def tokens_of(
+    context: SequenceContext, mask: RingMask, pattern: Pattern, position_ids: Tensor | None, q: Tensor
+) -> Tokens:
+    """Return the documents and padding of the tokens of q (B, L, H, D), found once for the layers of a mask.
+
+    Where sequences are split, all ranks call it together, and a mistake of one rank raises an error on all of them.
+    """
+    if "tokens" not in mask.resolved:
+        find = _split_tokens if context.is_split else _whole_tokens
+        mask.resolved["tokens"] = find(context, mask, position_ids, q)
+    tokens: Tokens = mask.resolved["tokens"]
+    if tokens.begins_padded and tokens.documents is None and counts_from_start(pattern):
+        if context.is_split:
+            raise ValueError(
+                "position_ids must count from the first token after the padding where sequences begin with padding, "
+                "since segments do: give position_ids = attention_mask.cumsum(1) - 1 of whole sequences, or pad on the "
+                "right"
+            )
+        assert tokens.key_padding_mask is not None
+        return tokens._replace(documents=unpadded_documents(tokens.key_padding_mask))
+    return tokens
+
+
+def counts_from_start(pattern: Pattern) -> bool:
+    """Return whether what a query sees depends on how far it is from the first token, and not on distances alone."""
+    return any(b.segment_length is not None or b.dilation_rate > 1 or b.sparsity is not None for b in pattern.branches)
+
+
+def unpadded_documents(key_padding_mask: Tensor) -> Tensor:
+    """Return documents that separate the padding at the beginning of each row from its tokens."""
+    return ((~key_padding_mask).cumsum(1) > 0).long()
+
+
+def _whole_tokens(context: SequenceContext, mask: RingMask, position_ids: Tensor | None, q: Tensor) -> Tokens:
+    documents, padding = context.documents, mask.key_padding_mask
+    if padding is None:
+        padding = context.key_padding_mask
+    for name, x in (("documents", documents), ("attention_mask", padding)):
+        if x is not None and x.shape[-1] != q.shape[1]:
+            raise ValueError(
+                f"{name} of the batch must have the model's {q.shape[1]} tokens, got {x.shape[-1]}: for other "
+                f"sequences than the batch's, `with sequence_context(model).whole():`"
+            )
+    if documents is None and position_ids is not None and position_ids.shape[-1:] == q.shape[1:2]:
+        if position_ids.dim() == 2:
+            borders = position_ids.diff(dim=-1) != 1
+            documents = F.pad(borders.cumsum(-1), (1, 0)) if bool(borders.any()) else None
+            if documents is not None and documents.shape[0] == 1:
+                documents = documents[0]
+    elif documents is None:
+        documents = mask.documents
+    if padding is not None and not bool(padding.any()):
+        padding = None
+    return Tokens(documents, padding, padding is not None and bool(padding[:, 0].any()))
+
+
+def _split_tokens(context: SequenceContext, mask: RingMask, position_ids: Tensor | None, q: Tensor) -> Tokens:
+    documents, padding = context.documents, context.key_padding_mask
+    shard = context.shard_of(documents, padding if documents is not None else None)
+    index = context.positions_of(q)
+    fault, starts = _padding_fault(mask.key_padding_mask, padding, q), None
+    if padding is None and not fault:
+        padding = mask.key_padding_mask
+    if position_ids is not None and not fault:
+        places = shard.places.to(q.device) if documents is not None else None
+        fault = _positions_fault(position_ids, index, places)
+        if documents is None and not fault:
+            starts = context.once(position_ids, "first tokens of documents", lambda: index - position_ids)
+            if bool((starts.diff(dim=-1) < 0).any()):
+                fault = "position_ids must continue by 1, or restart at 0 where a document begins, got a gap"
+    flags = 0
+    if not fault:
+        if starts is not None and bool((starts != 0).any()):
+            flags |= _RESTARTS
+        if padding is not None and bool(padding.any()):
+            flags |= _IS_PADDED
+            if len(index) and index[0] == 0 and bool(padding[:, 0].any()):
+                flags |= _BEGINS_PADDED
+    everywhere = shard.exchange_value(flags, "compares positions", fault)
+    if fault:
+        raise ValueError(fault)
+    any_of = 0
+    for flag in everywhere:
+        any_of |= flag
+    if any_of & _RESTARTS:
+        assert starts is not None
+        documents = starts[0] if starts.shape[0] == 1 and q.shape[0] != 1 else starts
+    return Tokens(documents, padding if any_of & _IS_PADDED else None, bool(any_of & _BEGINS_PADDED))
+
+
+def _padding_fault(given: Tensor | None, padding: Tensor | None, q: Tensor) -> str:
+    """Return why the padding that the model was given is not that of this rank's tokens, or an empty text."""
+    if given is None:
+        return ""
+    if given.shape != q.shape[:2]:
+        shown = f"{tuple(q.shape[:2])}, got {tuple(given.shape)}"
+        return f"attention_mask must be (batch, tokens) of the tokens on this rank, {shown}"
+    if padding is not None and not torch.equal(given, padding.to(given.device)):
+        return "attention_mask must be that of the batch that was split, got another one"
+    return ""
+
+
+def _positions_fault(position_ids: Tensor, index: Tensor, places: Tensor | None) -> str:
+    """Return why position_ids are not those of this rank's tokens, or an empty text.
+
+    Without position_ids a model counts the tokens of each rank from 0.
+
+    Args:
+        position_ids: (B, L) or (1, L).
+        index: (L,) the index of each token of this rank in the whole sequence.
+        places: the index of each token in its document, where documents are known.
+    """
+    if position_ids.dim() != 2 or position_ids.shape[-1] != len(index):
+        return f"position_ids must be (batch, {len(index)}), those of this rank, got {tuple(position_ids.shape)}"
+    if not len(index) or index[0] == 0:
+        return ""
+    counted = torch.arange(len(index), device=index.device)
+    if not bool((position_ids == counted).all()) or (places is not None and bool((places == counted).all())):
+        return ""
+    return (
+        "position_ids must be those of the whole sequence, got positions that begin at 0 on each rank, as models count "
+        "where they are given none: give context.positions_of(input_ids)[None], or the index of each token in its "
+        'document. If a document does begin at the first token of this rank, put "documents" into the batch'
+    )
