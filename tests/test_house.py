@@ -38,7 +38,7 @@ FOLDERS = {
     "models": [*CORE, "sequence", "layers"],
     "checkpointing": [*CORE, "models", "trust"],
     "huggingface": [*CORE, "sequence", "layers", "models", "trust", "registration"],
-    "training": [*CORE, "sequence", "layers", "models", "checkpointing", "huggingface"],
+    "training": [*CORE, "sequence", "layers", "models", "checkpointing", "huggingface", "registration"],
     "compat": [*CORE, "layers"],
     "data": ["sequence", "layers", "trust"],
     "report": [*CORE, "trust"],

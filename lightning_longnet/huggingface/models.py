@@ -5,12 +5,11 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from lightning_longnet.huggingface.support import split_refusals
 from lightning_longnet.trust import is_trusted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-RING = "ring"  # the implementation of attention that `lightning_longnet.huggingface.attention` registers
 
 
 def need_transformers() -> None:
@@ -167,6 +166,26 @@ def check_model(model: Any) -> None:
         raise ValueError(
             f"model must predict tokens, got a {type(model).__name__} without an output head: load it with "
             f"AutoModelForCausalLM"
+        )
+    for name, module in model.named_modules():
+        if getattr(module, "is_causal", None) is False:
+            raise ValueError(
+                f"the model must be causal, got a {type(model).__name__} whose {name} is not, so that tokens see those "
+                f"that they are to predict"
+            )
+    if getattr(model.config, "output_router_logits", False):
+        raise ValueError(
+            f"output_router_logits must be False in the configuration of the {type(model).__name__}: the loss is that "
+            f"of the tokens alone, without the router's, which transformers adds to it"
+        )
+
+
+def check_splits(model: PreTrainedModel) -> None:
+    """Raise a ValueError that names what cannot be computed on parts of sequences, where a model does such."""
+    if reasons := split_refusals(model):
+        raise ValueError(
+            f"{type(model).__name__} cannot be split over ranks: {'; '.join(reasons)}. Train it with "
+            f"sequence_parallel_size=1, or take another model"
         )
 
 

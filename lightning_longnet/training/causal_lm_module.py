@@ -11,14 +11,14 @@ from torch.optim import Optimizer  # noqa: TC002
 from lightning_longnet.huggingface.adapters import adapter_state, add_adapters, base_digest
 from lightning_longnet.huggingface.batches import fault_of_batch, named_as_ours
 from lightning_longnet.huggingface.head import OutputHead
-from lightning_longnet.huggingface.models import RING, model_of, need_transformers
+from lightning_longnet.huggingface.models import check_splits, model_of, need_transformers
 from lightning_longnet.huggingface.saving import check_folder, save_weights
-from lightning_longnet.huggingface.unsupported import check_splits
 from lightning_longnet.huggingface.vocabulary import check_vocabulary
 from lightning_longnet.layers.attending import places_of
 from lightning_longnet.layers.checkpointing import keep_attention
 from lightning_longnet.layers.loss import CHUNK_TOKENS
 from lightning_longnet.layers.options import positive_integer
+from lightning_longnet.registration import ATTENTION
 from lightning_longnet.sequence import SequenceContext, sequence_context
 from lightning_longnet.training.token_module import TokenModule
 
@@ -97,7 +97,7 @@ class CausalLMModule(TokenModule):
         lora: dict[str, Any] | None = None,
         recompute: Recompute = "nothing",
         loss_chunk: int = CHUNK_TOKENS,
-        attention: str = RING,
+        attention: str = ATTENTION,
         dtype: str | None = None,
         generated_tokens: int = 100,
         temperature: float = 0.8,
@@ -193,7 +193,7 @@ class CausalLMModule(TokenModule):
             positions = places_of(input_ids, options.get("documents"), sequence_context(self))
         positions = positions.expand(input_ids.shape)
         arguments: dict[str, Any] = {"position_ids": positions, "use_cache": False}
-        if "attention_mask" in options and self.model.config._attn_implementation == RING:
+        if "attention_mask" in options and self.model.config._attn_implementation == ATTENTION:
             arguments["attention_mask"] = options["attention_mask"]  # others: no token sees the padding after it
         hidden: Tensor = self.model.base_model(input_ids=input_ids, **arguments).last_hidden_state
         return hidden
@@ -240,6 +240,11 @@ class CausalLMModule(TokenModule):
         return found
 
     # Checkpoints
+
+    @property
+    def excludes_frozen_parameters(self) -> bool:
+        """Whether checkpoints hold trained parameters alone, which the strategy of DeepSpeed asks."""
+        return self.lora is not None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the weights; with LoRA those of the adapters alone."""
