@@ -171,7 +171,8 @@ def test_every_config_is_accepted_by_the_program_it_names():
         commands.append([LONGNET, *words, "--print_config"])
     for path, (status, shown, _) in zip(CONFIGS, programs(commands), strict=True):
         assert status == 0, path
-        assert "segment_length: 2048" in shown or path.stem == "1b_tokens", path
+        is_ours = path.stem != "1b_tokens" and path.parent.name != "huggingface"
+        assert "segment_length: 2048" in shown or not is_ours, path
 
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))

@@ -16,27 +16,11 @@ _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "s
 
 
 def named_as_ours(batch: Any) -> Any:
-    """Return a batch with `positions` and `labels`, and with `documents` where positions restart without them.
-
-    transformers' collators of packed rows give `position_ids` that restart in each document, and no documents.
-    """
-    if isinstance(batch, SequencePart) or not isinstance(batch, Mapping):
+    """Return a batch with transformers' names `position_ids` and `shift_labels` as `positions` and `labels`."""
+    if not isinstance(batch, Mapping) or not any(name in batch for name in _NAMES):
         return batch
-    named = {
-        _NAMES.get(name, name): value
-        for name, value in batch.items()
-        if name != "labels" or "shift_labels" not in batch
-    }
-    positions = named.get("positions")
-    if isinstance(positions, Tensor) and "documents" not in named and _restarts(positions):
-        starts = positions[..., 1:] != positions[..., :-1] + 1
-        first = torch.zeros_like(positions[..., :1])
-        named["documents"] = torch.cat([first, starts.long().cumsum(-1)], -1)
-    return named
-
-
-def _restarts(positions: Tensor) -> bool:
-    return bool((positions[..., 1:] != positions[..., :-1] + 1).any())
+    kept = {name: x for name, x in batch.items() if name not in _NAMES}
+    return kept | {ours: batch[theirs] for theirs, ours in _NAMES.items() if theirs in batch}
 
 
 def fault_of_batch(batch: Any) -> str:

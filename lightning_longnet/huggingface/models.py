@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_longnet.huggingface.support import split_refusals
 from lightning_longnet.trust import is_trusted
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -18,28 +20,43 @@ def need_transformers() -> None:
         raise ModuleNotFoundError("CausalLMModule needs transformers: pip install 'lightning-longnet[hf]'")
 
 
-def model_of(
-    model: Any, name: str | None, config: dict[str, Any] | None, attention: str, dtype: str | None
-) -> PreTrainedModel:
-    """Return the model of the one source that is given: an instance or a configuration, a name, or values.
+class Source(NamedTuple):
+    """Where a model comes from, one of the first three.
 
-    Args:
+    Attributes:
         model: a model, a configuration, or a name.
         name: the name or the folder of a model.
         config: the values of a configuration, `model_type` among them.
+        overrides: values of the configuration of a name that replace its own.
+    """
+
+    model: Any = None
+    name: str | None = None
+    config: dict[str, Any] | None = None
+    overrides: dict[str, Any] | None = None
+
+
+def model_of(source: Source, attention: str, dtype: str | None) -> PreTrainedModel:
+    """Return the model of a source.
+
+    Args:
+        source: an instance or a configuration, a name, or values.
         attention: the implementation of attention.
         dtype: the dtype of the parameters of a model that is made here.
     """
     need_transformers()
     from transformers import PretrainedConfig
 
+    model, name, config, overrides = source
     given = [each for each, value in (("model", model), ("name", name), ("config", config)) if value is not None]
     if len(given) != 1:
         raise ValueError(f"one of model, name and config must be given, got {' and '.join(given) or 'none'}")
     if isinstance(model, str):
         name = model
+    if overrides and name is None:
+        raise ValueError("overrides are of the configuration of a name; put these values into the configuration itself")
     if name is not None:
-        found = loaded(name, attention, dtype)
+        found = loaded(name, attention, dtype, overrides)
     elif config is not None or isinstance(model, (PretrainedConfig, dict)):
         found = created(model if config is None else config, attention, dtype)
     else:
@@ -49,22 +66,21 @@ def model_of(
     return found
 
 
-def loaded(name: str, attention: str, dtype: str | None = None) -> PreTrainedModel:
+def loaded(
+    name: str, attention: str, dtype: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """Return the model of a folder or of a name of the Hub, with its weights.
 
     Args:
         name: the folder or the name.
         attention: the implementation of attention.
         dtype: the dtype of the parameters; float32 by default, in which an optimiser's steps are not rounded away.
+        overrides: values of the configuration that replace its own.
     """
     need_transformers()
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=is_trusted())
-    except (OSError, ValueError) as error:
-        raise _unreadable(name, error) from error
-    check_causal(config)
+    config = read_config(name, overrides)
     options: dict[str, Any] = {"attn_implementation": attention, "dtype": dtype or "float32"}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -73,6 +89,22 @@ def loaded(name: str, attention: str, dtype: str | None = None) -> PreTrainedMod
     except OSError as error:
         raise _unreadable(name, error) from error
     return model
+
+
+def read_config(name: str, overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:
+    """Return the configuration of a causal model, given its folder or its name, with other values in places."""
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=is_trusted())
+    except (OSError, ValueError) as error:
+        raise _unreadable(name, error) from error
+    check_causal(config)
+    for key, value in (overrides or {}).items():
+        if not hasattr(config, key):
+            raise ValueError(f"overrides has {key!r}, which a configuration of {config.model_type} has not")
+        setattr(config, key, value)
+    return config
 
 
 def _unreadable(name: str, error: Exception) -> ValueError:

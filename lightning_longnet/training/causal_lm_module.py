@@ -11,7 +11,7 @@ from torch.optim import Optimizer  # noqa: TC002
 from lightning_longnet.huggingface.adapters import adapter_state, add_adapters, base_digest
 from lightning_longnet.huggingface.batches import fault_of_batch, named_as_ours
 from lightning_longnet.huggingface.head import OutputHead
-from lightning_longnet.huggingface.models import check_splits, model_of, need_transformers
+from lightning_longnet.huggingface.models import Source, check_splits, model_of, need_transformers
 from lightning_longnet.huggingface.saving import check_folder, save_weights
 from lightning_longnet.huggingface.vocabulary import check_vocabulary
 from lightning_longnet.layers.attending import places_of
@@ -60,6 +60,7 @@ class CausalLMModule(TokenModule):
         model: a model of transformers, or a configuration, of which a model with initial weights is made.
         name: in place of `model`, the name or the folder of a model, which is loaded with its weights.
         config: in place of `model`, the values of a configuration, `model_type` among them.
+        overrides: values of the configuration of `name` that replace its own, such as `rope_parameters` for YaRN.
         learning_rate: the highest learning rate.
         warmup_steps: number of steps in which the learning rate rises to that.  It then falls as half a cosine until
             the end of training.
@@ -87,6 +88,7 @@ class CausalLMModule(TokenModule):
         model: Any = None,
         name: str | None = None,
         config: dict[str, Any] | None = None,
+        overrides: dict[str, Any] | None = None,
         learning_rate: float = 1e-5,
         warmup_steps: int = 100,
         final_share: float = 0.1,
@@ -108,10 +110,10 @@ class CausalLMModule(TokenModule):
         if recompute not in get_args(Recompute):
             raise ValueError(f"recompute must be one of {', '.join(map(repr, get_args(Recompute)))}, got {recompute!r}")
         positive_integer("loss_chunk", loss_chunk)
-        self.lora, self.recompute, self.loss_chunk = lora, recompute, loss_chunk
+        self.lora, self.recompute, self.loss_chunk, self.overrides = lora, recompute, loss_chunk, overrides
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
         self.generated_tokens = generated_tokens
-        self.model = model_of(model, name, config, attention, dtype)
+        self.model = model_of(Source(model, name, config, overrides), attention, dtype)
         self.name = name or getattr(self.model, "name_or_path", None) or None
         self.used_cache = getattr(self.model.config, "use_cache", True)  # what an exported configuration says
         self.model.config.use_cache = False
@@ -128,7 +130,7 @@ class CausalLMModule(TokenModule):
         """Save what makes the module again, as plain values, without the weights that a name stands for."""
         source: dict[str, Any] = {"config": self.model.config.to_dict()}
         if self.lora is not None:  # whose checkpoints hold no other weights
-            source = {"name": self.name}
+            source = {"name": self.name, "overrides": self.overrides}
         self.save_hyperparameters(
             {
                 **source,
@@ -160,12 +162,12 @@ class CausalLMModule(TokenModule):
 
     # The batch
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def read_batch(self, batch: Any) -> Any:
         """Return a batch with the names that this module reads; refuse one that would train something else.
 
-        Where ranks share sequences, the strategy asks for `batch_fault`, and all ranks raise together.
+        Where sequences are split, the strategy has asked for `batch_fault` before, and all ranks raise together.
         """
-        if sequence_context(self).sequence_parallel_size == 1 and (fault := self.batch_fault(batch)):
+        if not sequence_context(self).is_split and (fault := self.batch_fault(batch)):
             raise ValueError(fault)
         return named_as_ours(batch)
 

@@ -94,8 +94,13 @@ class TokenModule(L.LightningModule):
 
     # Steps
 
+    def read_batch(self, batch: Any) -> Any:
+        """Return a batch of the loader with the names that `training_step` reads."""
+        return batch
+
     def _losses(self, batch: dict[str, Tensor], repeated: int = 0) -> TokenLoss:
         """Return the sum of the losses of this rank's tokens, and their number, without the last `repeated` samples."""
+        batch = self.read_batch(batch)
         if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
             shown = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
             raise ValueError(f"batch must be a dictionary that holds input_ids and labels, got {shown or 'nothing'}")
