@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     )
     from lightning_longnet.sequence import hand_down as hand_down  # the former name of attach_context
     from lightning_longnet.split_check import SplitMismatch, Verdict, check_split
+    from lightning_longnet.training.causal_lm_module import CausalLMModule
     from lightning_longnet.training.module import LongNetModule
     from lightning_longnet.training.optimization import decay_groups, warmup_cosine
     from lightning_longnet.training.vision_module import LongViTModule
@@ -92,6 +93,7 @@ __all__ = [
     "BlockSparseRingMultiheadDilatedAttentionFixed",
     "Branch",
     "ByteData",
+    "CausalLMModule",
     "Checkpoint",
     "DilatedAttention",
     "DilatedCache",
@@ -201,6 +203,7 @@ _MODULES = {
     "inference.cache": ("DilatedCache",),
     "layers.loss": ("chunked_cross_entropy",),
     "models.longnet": ("LongNet", "LongNetConfig"),
+    "training.causal_lm_module": ("CausalLMModule",),
     "training.module": ("LongNetModule",),
     "sequence": ("SequenceContext", "SequencePart", "attach_context", "hand_down", "sequence_context", "sequence_mesh"),
     "split_check": ("SplitMismatch", "Verdict", "check_split"),

@@ -100,6 +100,8 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
                 f"stage 3 keeps parameters where the callback finds none; take 'fsdp2', 'hsdp', 'ddp' or "
                 f"'deepspeed_stage_2'"
             )
+        if getattr(self.lightning_module, "excludes_frozen_parameters", False):
+            self.exclude_frozen_parameters = True
         super().setup(trainer)
 
     def on_train_start(self) -> None:
@@ -144,7 +146,34 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
             raise RuntimeError(f"the checkpoint {path} cannot be made to fit {self.world_size} ranks: {fault}")
         config = self.deepspeed_engine._config
         config.load_universal_checkpoint = True
+        options = [[_options_of(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
         try:
-            return super()._load_from(path, weights_only)
+            checkpoint: dict[str, Any] = super()._load_from(path, weights_only)
         finally:
             config.load_universal_checkpoint = False
+        self._restore_groups(options, checkpoint)
+        return checkpoint
+
+    def _restore_groups(self, options: list[list[dict[str, Any]]], checkpoint: dict[str, Any]) -> None:
+        """Give each group of parameters its own options and counts of steps again.
+
+        DeepSpeed's universal format holds those of one group, and lets all parameters share one tensor that counts.
+
+        Args:
+            options: for each optimizer those of its groups before the checkpoint was loaded.
+            checkpoint: the states of the schedules, which know the learning rates of now.
+        """
+        schedules = checkpoint.get("lr_schedulers") or [{}] * len(self.optimizers)
+        for optimizer, groups, schedule in zip(self.optimizers, options, schedules, strict=False):
+            for group, own in zip(optimizer.param_groups, groups, strict=True):
+                group.update(own)
+            for group, rate in zip(optimizer.param_groups, schedule.get("_last_lr", ()), strict=False):
+                group["lr"] = rate
+            for state in getattr(optimizer, "optimizer", optimizer).state.values():
+                if torch.is_tensor(state.get("step")):
+                    state["step"] = state["step"].clone()
+
+
+def _options_of(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a group of parameters, without the parameters."""
+    return {name: value for name, value in group.items() if name != "params"}

@@ -153,7 +153,7 @@ class LoaderWatch:
             return
         self.receive()
         dims = checked_dims(getattr(module, "sequence_dims", {}))
-        self._fault, self._current = self.context.fault_of(batch, dims), current
+        self._fault, self._current = self.context.fault_of(batch, dims) or _fault_by(module, batch), current
         self._is_alike = self.gathers or trainer.training
         when = f"{trainer.state.stage} {dataloader_idx}"
         self._comparison.send(Note(FAULT, 0, 0) if self._fault else Note.of(batch, when, _state(trainer)))
@@ -179,6 +179,12 @@ class LoaderWatch:
     def _pass_of(self, trainer: Trainer) -> LoopPass | None:
         fetcher = _fetcher(trainer)
         return None if fetcher is None else watch_fetcher(fetcher, self.send_end)
+
+
+def _fault_by(module: LightningModule, batch: Any) -> str:
+    """Return what a module with a method `batch_fault` finds wrong in a batch, or an empty string."""
+    find = getattr(module, "batch_fault", None)
+    return "" if find is None else str(find(batch))
 
 
 def _fetcher(trainer: Trainer) -> _DataFetcher | None:

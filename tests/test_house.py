@@ -38,8 +38,8 @@ FOLDERS = {
     "inference": [*CORE, "layers"],
     "models": [*CORE, "sequence", "layers", "inference"],
     "checkpointing": [*CORE, "inference", "models", "trust"],
-    "training": [*CORE, "sequence", "layers", "models", "checkpointing"],
-    "huggingface": [*CORE, "sequence", "models", "trust", "registration"],
+    "huggingface": [*CORE, "sequence", "layers", "models", "trust", "registration"],
+    "training": [*CORE, "sequence", "layers", "inference", "models", "checkpointing", "huggingface", "registration"],
     "compat": [*CORE, "layers"],
     "data": ["sequence", "layers", "trust"],
     "report": [*CORE, "trust"],
@@ -175,7 +175,8 @@ def test_every_config_is_accepted_by_the_program_it_names():
         commands.append([LONGNET, *words, "--print_config"])
     for path, (status, shown, _) in zip(CONFIGS, programs(commands), strict=True):
         assert status == 0, path
-        assert "segment_length: 2048" in shown or path.stem == "1b_tokens", path
+        is_ours = path.stem != "1b_tokens" and path.parent.name != "huggingface"
+        assert "segment_length: 2048" in shown or not is_ours, path
 
 
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))

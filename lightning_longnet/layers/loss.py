@@ -26,6 +26,8 @@ def chunked_cross_entropy(
     *,
     ignore_index: int = IGNORED,
     chunk_tokens: int = CHUNK_TOKENS,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> TokenLoss:
     """Return the cross entropy of the logits `hidden @ weight.T + bias`, summed, and the number of tokens that count.
 
@@ -39,6 +41,8 @@ def chunked_cross_entropy(
         bias: (vocabulary,).
         ignore_index: label of the tokens that are left out of the sum and of the count.
         chunk_tokens: number of tokens whose logits are in memory at a time.
+        logit_scale: factor of the logits.
+        softcap: bound of the logits, `softcap * tanh(logits / softcap)`, applied after `logit_scale`; None sets none.
 
     >>> hidden, head = torch.randn(2, 500, 16, requires_grad=True), torch.nn.Linear(16, 100)
     >>> loss_sum, count = chunked_cross_entropy(hidden, head.weight, torch.randint(100, (2, 500)), head.bias)
@@ -50,20 +54,42 @@ def chunked_cross_entropy(
         raise ValueError(f"weight must be (vocabulary, {hidden.shape[-1]}), got shape {tuple(weight.shape)}")
     if not isinstance(chunk_tokens, int) or chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be a positive integer, got {chunk_tokens!r}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap!r}")
     device = hidden.device.type
     dtype = hidden.dtype
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     flat, targets = hidden.flatten(0, -2), labels.flatten()
-    loss_sum = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        flat, weight, bias, targets, ignore_index, chunk_tokens, dtype
-    )
+    options = _Options(ignore_index, chunk_tokens, dtype, logit_scale, softcap)
+    loss_sum = _ChunkedCrossEntropy.apply(flat, weight, bias, targets, options)  # type: ignore[no-untyped-call]
     return TokenLoss(loss_sum, (targets != ignore_index).sum())
 
 
 def chunk_starts(tokens: int, chunk_tokens: int) -> range:
     """Return where the chunks begin."""
     return range(0, tokens, chunk_tokens)
+
+
+class _Options(NamedTuple):
+    """The arguments of `chunked_cross_entropy` that are no tensors, and the dtype of products."""
+
+    ignore_index: int
+    chunk_tokens: int
+    dtype: torch.dtype
+    logit_scale: float
+    softcap: float | None
+
+    def apply_(self, logits: Tensor) -> Tensor | None:
+        """Scale and bound logits in place, and return the derivative of the bound; None where there is no bound."""
+        if self.logit_scale != 1.0:
+            logits *= self.logit_scale
+        if self.softcap is None:
+            return None
+        logits.div_(self.softcap).tanh_()
+        slope = 1 - logits.square()
+        logits *= self.softcap
+        return slope
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -76,10 +102,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        ignore_index: int,
-        chunk_tokens: int,
-        dtype: torch.dtype,
+        options: _Options,
     ) -> Tensor:
+        ignore_index, chunk_tokens, dtype = options.ignore_index, options.chunk_tokens, options.dtype
         wide = torch.promote_types(dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
             needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -98,6 +123,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = (chunk @ factor.T).to(wide)
                 if bias is not None:
                     logits += bias
+                slope = options.apply_(logits)
                 log_probs = logits.log_softmax(-1)
                 del logits
                 loss -= log_probs.gather(1, targets).masked_fill(is_ignored, 0).sum()
@@ -106,6 +132,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 # the gradient of the loss by the logits is softmax minus one-hot
                 grad = log_probs.exp_()
                 grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=wide))
+                if slope is not None:
+                    grad *= slope
+                if options.logit_scale != 1.0:
+                    grad *= options.logit_scale
                 if dbias is not None:
                     dbias += (~is_ignored[:, 0]).to(wide) @ grad
                 narrow = grad.to(dtype)
@@ -123,4 +153,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradients = (
             None if x is None else (x * grad).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *gradients, None, None, None, None
+        return *gradients, None, None

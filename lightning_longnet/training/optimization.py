@@ -19,8 +19,9 @@ _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return the trainable parameters of a module as two groups for an optimiser: with weight decay and without.
 
-    The weights of linear maps, convolutions and embeddings decay.  Biases, norms and parameters that belong to no such
-    layer (tables of positions, class tokens) do not.  A group without parameters is left out.
+    The weights of linear maps, convolutions and embeddings decay, and those of experts, which transformers names
+    `..._proj`.  Biases, norms and parameters that belong to no such layer (tables of positions, class tokens) do not.
+    A group without parameters is left out.
 
     Args:
         module: the module.  A parameter that it holds under two names is listed once.
@@ -36,13 +37,20 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     for each in module.modules():
         for name, parameter in each.named_parameters(recurse=False):
             if parameter.requires_grad and parameter not in decaying and parameter not in others:
-                multiplies = name.endswith("weight") and not isinstance(each, _NORMS)
+                multiplies = (
+                    name.endswith(("weight", "_proj")) and not isinstance(each, _NORMS) and _is_matrix(parameter)
+                )
                 (decaying if multiplies else others)[parameter] = None
     groups = [
         {"params": list(decaying), "weight_decay": float(weight_decay)},
         {"params": list(others), "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Whether a parameter has several dimensions, unlike the weight of a norm that is no class of torch's."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # DeepSpeed may hold a part, of one dimension
 
 
 def warmup_cosine(optimizer: Optimizer, steps: int, warmup_steps: int, final_share: float = 0.1) -> LambdaLR:

@@ -1,0 +1,79 @@
+"""Folders that `from_pretrained` of transformers reads, out of the whole weights of a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_longnet.huggingface.adapters import add_adapters, merge_adapters
+from lightning_longnet.huggingface.models import created
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def save_weights(
+    folder: str | Path,
+    config: PretrainedConfig,
+    weights: Mapping[str, Tensor],
+    lora: Mapping[str, Any] | None = None,
+    generation: Any = None,
+) -> None:
+    """Write a folder that transformers reads without this package: weights in safetensors, and the configuration.
+
+    Args:
+        folder: a folder that is empty or does not exist.
+        config: the configuration of the model.
+        weights: whole weights by their names in the model, those of adapters included.
+        lora: the adapters, which are merged into the weights.
+        generation: the `generation_config` of the model.
+    """
+    check_folder(folder)
+    model = model_with(config, weights, lora)
+    if generation is not None:
+        model.generation_config = generation
+    model.save_pretrained(folder)
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise a ValueError where a folder holds something already."""
+    path = Path(folder)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ValueError(f"folder must be new or empty, got {path}")
+
+
+def model_with(
+    config: PretrainedConfig, weights: Mapping[str, Tensor], lora: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """Return a model of transformers with these weights, adapters merged, and with transformers' own attention."""
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    if lora is not None:
+        adapted = _empty(config, dtype)
+        add_adapters(adapted, lora)
+        _fill(adapted, weights)
+        weights = merge_adapters(adapted)
+    model = _empty(config, dtype)
+    _fill(model, weights)
+    model.config.use_cache = True
+    model.eval()
+    return model
+
+
+def _empty(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return created(config, "sdpa", dtype)
+
+
+def _fill(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Put weights in the place of the parameters of a model on the meta device."""
+    missing, unexpected = model.load_state_dict(dict(weights), strict=False, assign=True)
+    model.tie_weights()
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty or unexpected:
+        raise ValueError(f"weights must be those of a {type(model).__name__}, got {[*empty, *unexpected][:3]} besides")
+    del missing

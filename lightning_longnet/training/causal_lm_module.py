@@ -1,0 +1,314 @@
+"""`CausalLMModule`: a LightningModule that trains any causal language model of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable  # noqa: TC003  the command line evaluates annotations
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
+from torch.optim import Optimizer  # noqa: TC002
+
+from lightning_longnet.huggingface.adapters import adapter_state, add_adapters, base_digest
+from lightning_longnet.huggingface.batches import fault_of_batch, named_as_ours
+from lightning_longnet.huggingface.head import OutputHead
+from lightning_longnet.huggingface.models import Source, check_splits, model_of, need_transformers
+from lightning_longnet.huggingface.saving import check_folder, save_weights
+from lightning_longnet.huggingface.vocabulary import check_vocabulary
+from lightning_longnet.layers.attending import places_of
+from lightning_longnet.layers.checkpointing import keep_attention
+from lightning_longnet.layers.loss import CHUNK_TOKENS
+from lightning_longnet.layers.options import positive_integer
+from lightning_longnet.registration import ATTENTION
+from lightning_longnet.sequence import SequenceContext, sequence_context
+from lightning_longnet.training.token_module import TokenModule
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from lightning_longnet.layers.loss import TokenLoss
+
+Recompute = Literal["nothing", "all but attention", "everything"]
+
+# The values of a configuration that a checkpoint must agree on.  With some of them different the weights would still
+# fit in shape, but the model would compute something else
+_OF_THE_WEIGHTS = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_theta", "rope_parameters"),
+    *("layer_types", "sliding_window", "tie_word_embeddings", "num_experts", "num_local_experts"),
+)
+_ADAPTED = "lora_base"  # the entry of a checkpoint that names the frozen weights, which it does not hold
+
+
+class CausalLMModule(TokenModule):
+    """A causal language model of transformers with its loss, metrics and optimiser, for any Lightning strategy.
+
+    Under `ring_sequence_parallel` each rank holds its part of every sequence, and by `attn_implementation="ring"` the
+    model attends over whole sequences.
+
+    Batches are dictionaries with `input_ids` and `labels` (B, N), and optionally `attention_mask`, `documents` and
+    `positions`.  `labels[:, t]` is the token that token t is to predict, or -100: the data shifts labels, unlike that
+    of transformers' own `Trainer`.  `shift_labels` and `position_ids`, transformers' names of `labels` and `positions`,
+    are read as well.  Positions are global, and restart in each document.
+
+    The module logs the mean loss over the tokens of all ranks, the perplexity of validation and test data, and bits per
+    byte where the data module has an attribute `bytes_per_token`.
+
+    Args:
+        model: a model of transformers, or a configuration, of which a model with initial weights is made.
+        name: in place of `model`, the name or the folder of a model, which is loaded with its weights.
+        config: in place of `model`, the values of a configuration, `model_type` among them.
+        overrides: values of the configuration of `name` that replace its own, such as `rope_parameters` for YaRN.
+        learning_rate: the highest learning rate.
+        warmup_steps: number of steps in which the learning rate rises to that.  It then falls as half a cosine until
+            the end of training.
+        final_share: the last learning rate, as a share of the highest.
+        weight_decay: weight decay of matrices; biases and norms have none.
+        betas: betas of AdamW.
+        eps: eps of AdamW.
+        optimizer: another optimiser, called with the parameter groups: in YAML a class of torch.optim and its
+            arguments.
+        lora: arguments of `peft.LoraConfig`, such as {"r": 16}: only adapters are trained, and saved in checkpoints.
+        recompute: activations of a layer that are recomputed in the backward instead of saved: "nothing", "all but
+            attention" or "everything".
+        loss_chunk: number of tokens whose logits the loss holds at a time.
+        attention: the implementation of attention, "ring"; others of transformers serve whole sequences alone.
+        dtype: the dtype of the parameters of `name` and `config`; float32 by default.
+        generated_tokens: number of tokens that `predict` adds to each sequence.
+        temperature: divisor of the logits in `predict`; 0 takes the most likely token.
+        top_k: `predict` samples from this many of the most likely tokens only.
+    """
+
+    sequence_dims: ClassVar[dict[str, int | None]] = {"position_ids": 1, "shift_labels": 1}
+
+    def __init__(
+        self,
+        model: Any = None,
+        name: str | None = None,
+        config: dict[str, Any] | None = None,
+        overrides: dict[str, Any] | None = None,
+        learning_rate: float = 1e-5,
+        warmup_steps: int = 100,
+        final_share: float = 0.1,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        optimizer: Callable[[Iterable], Optimizer] | None = None,  # type: ignore[type-arg]  # what the command line reads
+        lora: dict[str, Any] | None = None,
+        recompute: Recompute = "nothing",
+        loss_chunk: int = CHUNK_TOKENS,
+        attention: str = ATTENTION,
+        dtype: str | None = None,
+        generated_tokens: int = 100,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+    ) -> None:
+        super().__init__(learning_rate, warmup_steps, final_share, weight_decay, betas, eps, optimizer)
+        need_transformers()
+        if recompute not in get_args(Recompute):
+            raise ValueError(f"recompute must be one of {', '.join(map(repr, get_args(Recompute)))}, got {recompute!r}")
+        positive_integer("loss_chunk", loss_chunk)
+        self.lora, self.recompute, self.loss_chunk, self.overrides = lora, recompute, loss_chunk, overrides
+        self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
+        self.generated_tokens = generated_tokens
+        self.model = model_of(Source(model, name, config, overrides), attention, dtype)
+        self.name = name or getattr(self.model, "name_or_path", None) or None
+        self.used_cache = getattr(self.model.config, "use_cache", True)  # what an exported configuration says
+        self.model.config.use_cache = False
+        self.head = OutputHead.of(self.model)
+        if lora is not None:
+            add_adapters(self.model, lora)
+            self._base = base_digest(self.model)
+        if recompute != "nothing":
+            self._recompute()
+        self.model.train()  # from_pretrained returns it in evaluation mode, without dropout
+        self._save_arguments(attention, dtype)
+
+    def _save_arguments(self, attention: str, dtype: str | None) -> None:
+        """Save what makes the module again, as plain values, without the weights that a name stands for."""
+        source: dict[str, Any] = {"config": self.model.config.to_dict()}
+        if self.lora is not None:  # whose checkpoints hold no other weights
+            source = {"name": self.name, "overrides": self.overrides}
+        self.save_hyperparameters(
+            {
+                **source,
+                **self.optimization,
+                "lora": self.lora,
+                "recompute": self.recompute,
+                "loss_chunk": self.loss_chunk,
+                "attention": attention,
+                "dtype": dtype,
+                "generated_tokens": self.generated_tokens,
+                **self.sampling,
+            }
+        )
+
+    def _recompute(self) -> None:
+        """Have the layers of the model recomputed in the backward, with or without attention."""
+        options: dict[str, Any] = {"use_reentrant": False}
+        if self.recompute == "all but attention":
+            options["context_fn"] = keep_attention
+        if not self.model.supports_gradient_checkpointing:
+            raise ValueError(
+                f"recompute must be 'nothing' with a {type(self.model).__name__}, which recomputes nothing"
+            )
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        if enable is None:  # before transformers 5.23
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        else:
+            enable(activation_checkpointing_kwargs=options)
+
+    # The batch
+
+    def read_batch(self, batch: Any) -> Any:
+        """Return a batch with the names that this module reads; refuse one that would train something else.
+
+        Where sequences are split, the strategy has asked for `batch_fault` before, and all ranks raise together.
+        """
+        if not sequence_context(self).is_split and (fault := self.batch_fault(batch)):
+            raise ValueError(fault)
+        return named_as_ours(batch)
+
+    def batch_fault(self, batch: Any) -> str:
+        """Return why a batch would train something else than what its owner means, or an empty string."""
+        return fault_of_batch(batch)
+
+    def check_vocabulary(self, data: Any) -> None:
+        """Raise a ValueError where the tokens of a data module are not those of the model."""
+        check_vocabulary(self.model, self.name, data)
+
+    def setup(self, stage: str) -> None:
+        """Check the vocabulary of the data module, and that ranks can share the sequences of the model."""
+        super().setup(stage)
+        strategy = getattr(self.trainer.strategy, "sequence_context", None)
+        if isinstance(strategy, SequenceContext) and strategy.sequence_parallel_size > 1:
+            check_splits(self.model)
+
+    # The model
+
+    def hidden_states(self, input_ids: Tensor, **options: Tensor) -> Tensor:
+        """Return the input of the output head, (B, N, width); see the class for the options of a batch."""
+        positions = options.get("positions")
+        if positions is None:
+            positions = places_of(input_ids, options.get("documents"), sequence_context(self))
+        positions = positions.expand(input_ids.shape)
+        arguments: dict[str, Any] = {"position_ids": positions, "use_cache": False}
+        if "attention_mask" in options and self.model.config._attn_implementation == ATTENTION:
+            arguments["attention_mask"] = options["attention_mask"]  # others: no token sees the padding after it
+        hidden: Tensor = self.model.base_model(input_ids=input_ids, **arguments).last_hidden_state
+        return hidden
+
+    def forward(self, input_ids: Tensor, **options: Tensor) -> Tensor:
+        """Return the logits (B, N, vocabulary) of this rank's tokens; see the class for the options of a batch."""
+        return self.head.logits(self.model.get_output_embeddings(), self.hidden_states(input_ids, **options))
+
+    def token_loss(self, input_ids: Tensor, labels: Tensor, **options: Tensor) -> TokenLoss:
+        """Return the sum of the losses of this rank's tokens, and their number, without holding all logits."""
+        hidden = self.hidden_states(input_ids, **options)
+        return self.head.loss(self.model.get_output_embeddings(), hidden, labels, self.loss_chunk)
+
+    # Generation
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the sequences of the batch continued by `generated_tokens` tokens, whole on every rank."""
+        whole = sequence_context(self).gather_sequence(batch["input_ids"])
+        return self.generate(whole, self.generated_tokens, **self.sampling)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
+    ) -> Tensor:
+        """Return input_ids (B, N) continued by `tokens` tokens, by transformers' own `generate`, on whole sequences.
+
+        Every rank computes the same; where parameters are sharded, all ranks call this together.
+        """
+        options: dict[str, Any] = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": temperature > 0}
+        if temperature > 0:
+            options |= {"temperature": temperature, "top_k": top_k}
+        is_training = self.model.training
+        self.model.eval()
+        devices = [input_ids.device] if input_ids.device.type == "cuda" else []
+        try:
+            with sequence_context(self).whole(), torch.random.fork_rng(devices):
+                torch.manual_seed(seed)
+                model: Any = self.model
+                found: Tensor = model.generate(
+                    input_ids, attention_mask=torch.ones_like(input_ids), use_cache=self.used_cache, **options
+                )
+        finally:
+            self.model.train(is_training)
+        return found
+
+    # Checkpoints
+
+    @property
+    def excludes_frozen_parameters(self) -> bool:
+        """Whether checkpoints hold trained parameters alone, which the strategy of DeepSpeed asks."""
+        return self.lora is not None
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the weights; with LoRA those of the adapters alone."""
+        state = super().state_dict(*args, **kwargs)
+        if self.lora is None:
+            return state
+        prefix = kwargs.get("prefix", "")
+        trained = {f"{prefix}{name}" for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return adapter_state(state, trained)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the weights; with LoRA those of the adapters, which must all be there."""
+        if self.lora is None:
+            return super().load_state_dict(state_dict, strict, assign)
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if strict and set(state_dict) != trained:
+            name = min(trained ^ set(state_dict))
+            raise ValueError(f"the checkpoint must hold the adapters of lora {self.lora}, and these differ in {name}")
+        return super().load_state_dict(state_dict, False, assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the frozen weights, which a checkpoint of adapters does not hold."""
+        if self.lora is not None:
+            checkpoint[_ADAPTED] = self._base
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, or of adapters for other weights."""
+        saved = checkpoint.get("hyper_parameters", {})
+        if (saved.get("lora") is None) != (self.lora is None):
+            raise ValueError(f"the checkpoint's model has lora {saved.get('lora')}, and this one {self.lora}")
+        base = checkpoint.get(_ADAPTED)
+        if self.lora is not None and base is not None and base != self._base:
+            raise ValueError("the checkpoint's adapters were trained with other weights than those of this model")
+        known, own = saved.get("config"), self.model.config.to_dict()
+        if known is None:
+            return
+        for name in _OF_THE_WEIGHTS:
+            if name in known and known[name] != own.get(name):
+                raise ValueError(f"the checkpoint's model has {name} {known[name]}, and this one has {own.get(name)}")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model as a folder that transformers reads without this package, adapters merged.
+
+        All ranks call it together, during or after a run of any engine; the first one writes.
+        """
+        trainer = self._trainer
+        whole = getattr(getattr(trainer, "strategy", None), "_whole_parameter", None) or torch.Tensor.detach
+        check_folder(folder)
+        is_first = trainer is None or trainer.is_global_zero
+        weights = {}
+        for name, parameter in self.model.named_parameters():
+            value = whole(parameter).detach()
+            if is_first:
+                weights[name] = value.to("cpu", copy=True)
+        persistent = self.model.state_dict().keys() - weights.keys()
+        weights |= {name: x.detach().cpu() for name, x in self.model.named_buffers() if name in persistent}
+        if is_first:
+            self.model.config.use_cache = self.used_cache
+            try:
+                generation = getattr(self.model, "generation_config", None)
+                save_weights(folder, self.model.config, weights, self.lora, generation)
+            finally:
+                self.model.config.use_cache = False
+        if trainer is not None:
+            trainer.strategy.barrier()

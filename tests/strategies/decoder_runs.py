@@ -1,0 +1,123 @@
+"""Runs of `CausalLMModule` under a Trainer, and the plain loop of transformers that they must equal."""
+
+import os
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, DistributedSampler
+from trained import SMALL_BUCKETS, KeepParameters, collated, quiet, trainer_of
+
+from lightning_longnet import CausalLMModule, decay_groups, warmup_cosine
+
+VOCABULARY, LENGTH = 61, 37
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "tie_word_embeddings": True,
+}
+OPTIMIZATION = {"learning_rate": 0.01, "warmup_steps": 2, "final_share": 0.5, "weight_decay": 0.1, "eps": 1e-4}
+BATCH, STEPS = 4, 6
+LORA = {"r": 3, "lora_alpha": 6, "init_lora_weights": False}
+
+
+def rows(many=16, length=LENGTH):
+    """Packed rows, whose documents have other borders in each."""
+    generator = torch.Generator().manual_seed(4)
+    made = []
+    for i in range(many):
+        ids = torch.randint(VOCABULARY, (length + 1,), generator=generator)
+        documents = torch.arange(length + 1) // (8 + i % 3)
+        labels = torch.where(documents[1:] == documents[:-1], ids[1:], -100)
+        made.append({"input_ids": ids[:-1], "labels": labels, "documents": documents[:-1]})
+    return made
+
+
+def module(dtype, seed=7, **options):
+    torch.manual_seed(seed)
+    return CausalLMModule(**{"config": CONFIG, "dtype": dtype, **OPTIMIZATION, **options})
+
+
+def order(epochs=2):
+    drawn = []
+    for epoch in range(epochs):
+        sampler = DistributedSampler(rows(), num_replicas=1, rank=0, seed=5)  # Lightning shuffles so
+        sampler.set_epoch(epoch)
+        drawn += list(sampler)
+    return drawn
+
+
+def plain_loop(dtype, source=None, lora=None):
+    """Return (losses, final parameters) of transformers' model with its own attention, in one process."""
+    model = module(dtype, attention="sdpa", **(source or {}), lora=lora).model
+    groups = decay_groups(model, OPTIMIZATION["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, OPTIMIZATION["learning_rate"], (0.9, 0.95), OPTIMIZATION["eps"])
+    schedule = warmup_cosine(optimizer, STEPS, OPTIMIZATION["warmup_steps"], OPTIMIZATION["final_share"])
+    data, drawn, losses = rows(), order(), []
+    for step in range(STEPS):
+        batch = collated([data[i] for i in drawn[step * BATCH : (step + 1) * BATCH]])
+        documents = batch["documents"]
+        positions = torch.stack([torch.cat([torch.arange(n) for n in row.bincount()]) for row in documents])
+        logits = model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+        losses.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return losses, {name: x.detach().clone() for name, x in model.named_parameters()}
+
+
+class KeepLosses(L.Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+
+
+class Export(L.Callback):
+    """Writes the model for transformers when training ends."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, module):
+        module.save_pretrained(self.folder)
+
+
+def fit(rank, world, dtype, sharding, sequence_parallel_size, options=None, folder=None, resume_from=None):
+    """Return (losses, final parameters) of a run; ranks begin with different parameters, unless these are loaded."""
+    from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+    os.environ["PL_GLOBAL_SEED"] = "5"
+    options = dict(options or {})
+    settings = {"engine": SMALL_BUCKETS} if sharding.startswith("deepspeed") else {}
+    callbacks = [losses := KeepLosses(), kept := KeepParameters()]
+    if folder is not None:
+        callbacks.append(ModelCheckpoint(f"{folder}/saved", "{step}", every_n_train_steps=2, save_top_k=-1))
+        callbacks.append(Export(f"{folder}/exported"))
+    with quiet():
+        chosen = RingSequenceParallelStrategy(sequence_parallel_size, sharding, **settings)
+        seed = options.pop("seed", 7 + rank)
+        net = module(dtype, seed, **options)
+        trainer = trainer_of(
+            chosen,
+            world,
+            max_steps=STEPS,
+            max_epochs=2,
+            gradient_clip_val=1.0,
+            enable_checkpointing=folder is not None,
+            callbacks=callbacks,
+        )
+        loader = DataLoader(rows(), BATCH * sequence_parallel_size // world, collate_fn=collated, shuffle=True)
+        trainer.fit(net, loader, ckpt_path=resume_from)
+    return losses.losses, kept.parameters
