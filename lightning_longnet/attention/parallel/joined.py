@@ -29,7 +29,7 @@ class JoinedCall(NamedTuple):
         return self.inner.saved_count
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        out, lse, saved = self.inner.forward(*(_joined(x) for x in (q, k, v)))
+        out, lse, saved = self.inner.forward(_joined(q), _joined(k), _joined(v))
         rows = lse[0].unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
         return out[0].unflatten(0, q.shape[:2]), rows, saved
 
@@ -37,7 +37,8 @@ class JoinedCall(NamedTuple):
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         long_lse = lse.transpose(0, 1).flatten(1)[None]
-        gradients = self.inner.backward(*(_joined(x) for x in (grad, q, k, v, out)), long_lse, saved)
+        long_grad, long_q, long_k, long_v, long_out = (_joined(x) for x in (grad, q, k, v, out))
+        gradients = self.inner.backward(long_grad, long_q, long_k, long_v, long_out, long_lse, saved)
         dq, dk, dv = (x[0].unflatten(0, q.shape[:2]) for x in gradients)
         return dq, dk, dv
 

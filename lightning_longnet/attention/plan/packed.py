@@ -66,7 +66,7 @@ class _View(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> _View:
-        return cls(x.storage_offset(), x.shape, x.stride(), x._version)
+        return cls(int(x.storage_offset()), x.shape, x.stride(), x._version)
 
 
 class _Kept(NamedTuple):
