@@ -386,13 +386,13 @@ def test_explain_says_who_runs_and_why_others_do_not():
     q = torch.zeros(1, 8, 2, 4)
     head, *told = str(explain(q, q, torch.zeros(1, 8, 2, 6), Pattern.dense())).splitlines()
     assert head == "cpu, float32, accumulates in float32"
-    assert [line.split()[0] for line in told] == ["flash", "sdpa", "cudnn", "eager", "reference"]
+    assert [line.split()[0] for line in told] == ["flash", "sdpa", "cudnn", "eager", "reference", "triton"]
     assert [line.split(maxsplit=2)[1:] for line in told[:3]] == [
         ["refuses", "serves CUDA tensors, q is on cpu"],
         ["refuses", "needs v as wide as q and k, got 6 and 4"],
         ["refuses", "serves CUDA tensors, q is on cpu"],
     ]
-    assert [" ".join(line.split()[1:3]) for line in told[3:]] == ["runs plain", "could serve"]
+    assert [" ".join(line.split()[1:3]) for line in told[3:]] == ["runs plain", "could serve", "refuses serves"]
     assert explain(q, q, q, Pattern.dense()).chosen == "sdpa"
     assert verdict(explain(q, q, q, Pattern.dense(), dropout=0.1), "sdpa").refusals == ("has no dropout",)
     assert explain(q, q, q, Pattern.dense(), kernel="reference").chosen == "reference"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.kernels import BlockKernel
+    from lightning_longnet.attention.kernels import BlockKernel, PartsKernel
     from lightning_longnet.attention.kernels.dropout import Dropout
     from lightning_longnet.attention.kernels.keys import Keys
     from lightning_longnet.attention.kernels.null_keys import NullKeys
@@ -83,7 +83,7 @@ class PairOptions(NamedTuple):
 
 
 def forward_blocks(
-    kernel: BlockKernel,
+    kernel: BlockKernel | PartsKernel,
     parts: Iterable[Part],
     q: Tensor,
     keys: Keys,
@@ -95,6 +95,9 @@ def forward_blocks(
 
     With `stores` the first branch shows every row once: its results are written over uninitialized memory.
     """
+    if hasattr(kernel, "forward_parts"):
+        kernel.forward_parts(parts, q, keys, options, totals, stores)
+        return
     for part, call in _kernel_calls(parts, q, keys, options):
         queries = part.block.queries
         out, lse = kernel.forward(fold_rows(queries, q), *keys.read(part), call)
@@ -124,7 +127,7 @@ class BackwardInputs(NamedTuple):
 
 
 def backward_blocks(
-    kernel: BlockKernel,
+    kernel: BlockKernel | PartsKernel,
     parts: Iterable[Part],
     q: Tensor,
     keys: Keys,
@@ -139,6 +142,9 @@ def backward_blocks(
     weights, which leaves `P (g.v - g.out_b)`, where out_b is the branch's own.  `stores` says for queries and for keys
     that the first branch shows every row once: its gradients are written over uninitialized memory.
     """
+    if hasattr(kernel, "backward_parts"):
+        kernel.backward_parts(parts, q, keys, inputs, options, dq, stores)
+        return
     for part, call in _kernel_calls(parts, q, keys, options):
         queries = part.block.queries
         is_first = part.branch == 0

@@ -53,8 +53,8 @@ def add_pairs(counts, phase, rows, others, transposed):
                 a, b, times = a[kept], b[kept], (weight * times)[kept]
                 if transposed:
                     a, b = b, a
-                if phase.index is not None:
-                    b = phase.index[b].long()
+                if phase.received is not None:
+                    b = phase.received[b].long()
                 counts[head].index_put_((a, b), times.double(), accumulate=True)
 
 

@@ -33,15 +33,15 @@ class Side(NamedTuple):
     Attributes:
         lane: a number for the head and residue: the rows of equal lanes lie on one grid of rows.
         first: the place of the first row on this grid.
-        row: where the first row is in memory: its row in the tensor, or its place in the index of received keys.
-        count: the number of rows.
+        row: where the first row is in memory: its row in the tensor, or its place in `Phase.received`.
+        length: the number of rows.
         place: the place of the first row modulo the rates of later branches; see `Phase.every`.
     """
 
     lane: Tensor
     first: Tensor
     row: Tensor
-    count: Tensor
+    length: Tensor
     place: Tensor
 
 
@@ -66,11 +66,11 @@ class Phase(NamedTuple):
     Attributes:
         branch: the number of the branch.
         step: the distance of two queries in memory.
-        key_step: the distance of two keys in memory, or 1 where `index` holds their rows.
-        every: the rates of later branches, as multiples of `step`: a pair counts once more for each of them that divides
+        key_step: the distance of two keys in memory, or 1 where `received` holds their rows.
+        every: the rates of later branches, as multiples of `step`: a pair counts once more for each rate that divides
             the places of both its rows (`Block.repeats`).
         is_signed: whether a rectangle counts other than once.
-        index: the row of each received key; None for the keys of this process.
+        received: the row of each received key; None for the keys of this process.
     """
 
     branch: int
@@ -79,7 +79,7 @@ class Phase(NamedTuple):
     every: tuple[int, ...]
     is_signed: bool
     rectangles: Rectangles
-    index: Tensor | None = None
+    received: Tensor | None = None
 
 
 class _Page(NamedTuple):
@@ -186,11 +186,11 @@ def _indexed(keys: Side, kv_index: Tensor) -> tuple[Side, Tensor]:
     _, lane = keys.lane.unique(return_inverse=True)
     count = int(lane.max()) + 1
     begin = torch.full((count,), NO_BOUND).scatter_reduce(0, lane, keys.first, "amin")
-    end = torch.zeros(count, dtype=torch.long).scatter_reduce(0, lane, keys.first + keys.count, "amax")
+    end = torch.zeros(count, dtype=torch.long).scatter_reduce(0, lane, keys.first + keys.length, "amax")
     before = (end - begin).cumsum(0) - (end - begin)
     row = (before - begin)[lane] + keys.first
     index = torch.zeros(int((end - begin).sum()), dtype=torch.int32)
-    index[row.repeat_interleave(keys.count) + places_within(keys.count)] = kv_index.to(torch.int32)
+    index[row.repeat_interleave(keys.length) + places_within(keys.length)] = kv_index.to(torch.int32)
     return keys._replace(row=row), index
 
 

@@ -31,8 +31,8 @@ class TileList(NamedTuple):
     Attributes:
         items: (I, 5) of head, row in memory of the first row, number of rows, first span, and the span after the last.
         spans: (S, 9) of the row in memory of the first key, the number of keys, `low`, `high`, the first full tile, the
-            tile after the last full one, the places of the item's first row and of the span's first key modulo the rates
-            of later branches, and the weight.
+            tile after the last full one, the place of the item's first row modulo the rates of later branches, that of
+            the span's first key, and the weight.
     """
 
     items: Tensor
@@ -51,11 +51,11 @@ def tile_list(
         every: see `Phase`.
     """
     own, other = rectangles.queries, rectangles.keys
-    width = int((own.first + own.count).max()) + 1
+    width = int((own.first + own.length).max()) + 1
     begin = own.lane * width + own.first
     # the rows of a lane, cut wherever a rectangle begins or ends: each rectangle has all rows of a piece or none
-    cuts = torch.cat((begin, begin + own.count)).unique()
-    first, last = torch.searchsorted(cuts, begin), torch.searchsorted(cuts, begin + own.count)
+    cuts = torch.cat((begin, begin + own.length)).unique()
+    first, last = torch.searchsorted(cuts, begin), torch.searchsorted(cuts, begin + own.length)
     rectangle = torch.arange(len(begin)).repeat_interleave(last - first)
     piece = first[rectangle] + places_within(last - first)
     # each piece is cut into items, and each rectangle has a span in each of them
@@ -68,7 +68,7 @@ def tile_list(
     moved = start - begin[rectangle]
     low, high = rectangles.low[rectangle], rectangles.high[rectangle]
     from_key = (moved - high).clamp(min=0)
-    to_key = torch.minimum(moved + count - low, other.count[rectangle])
+    to_key = torch.minimum(moved + count - low, other.length[rectangle])
     kept = from_key < to_key
     rectangle, start, count, moved, low, high, from_key, to_key = (
         x[kept] for x in (rectangle, start, count, moved, low, high, from_key, to_key)
