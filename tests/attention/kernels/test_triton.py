@@ -67,7 +67,7 @@ def test_equals_the_definition(interpreted, name):
 
 
 @pytest.mark.long
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=drawn.cases())
 def test_equals_brute_force(interpreted, case):
     batch, length, heads, kv_heads, dim = case["shape"]
@@ -124,7 +124,7 @@ def test_the_same_bits_every_time(interpreted):
 
 @pytest.mark.long
 @pytest.mark.parametrize(("world", "exchange"), list(product((2, 3), ("gather", "ring", "swap"))))
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_ranks_equal_brute_force(ranks, world, exchange, data):
     case, placement = data.draw(split_cases(world))
