@@ -28,7 +28,8 @@ class _Causal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         call = Call(Block(_ROWS, _ROWS, low=0), q.shape[3] ** -0.5)
-        out, lse = BLOCK_KERNELS[name].forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), call)
+        kernel: Any = BLOCK_KERNELS[name]  # one of those that compute a block
+        out, lse = kernel.forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), call)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.name, ctx.call = name, call
         ctx.mark_non_differentiable(lse)
@@ -38,7 +39,8 @@ class _Causal(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
         grad, q, k, v = (x.transpose(1, 2) for x in (grads[0], q, k, v))
-        found = BLOCK_KERNELS[ctx.name].backward(grad, q, k, v, out, lse, ctx.call)
+        kernel: Any = BLOCK_KERNELS[ctx.name]
+        found = kernel.backward(grad, q, k, v, out, lse, ctx.call)
         return None, *(x.transpose(1, 2) for x in found)
 
 

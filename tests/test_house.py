@@ -56,6 +56,8 @@ FOLDERS = {
     ],
 }
 TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "inference", "models"]
+# the files that import Triton, which `kernels/triton/__init__.py` imports when the kernel runs
+PROGRAMS = [PACKAGE / "attention/kernels/triton" / name for name in ("forward.py", "backward.py")]
 
 
 def folder_of(module):
@@ -105,7 +107,8 @@ def test_a_folder_imports_what_the_table_allows(folder):
                 assert folder not in CORE or target in CORE, f"{relative} imports {module} from outside of the core"
             elif folder in TORCH_ONLY:
                 drawing = package == "matplotlib" and (typing_only or (path.stem == "picture" and not at_top))
-                assert drawing or package == "torch" or package in sys.stdlib_module_names, (
+                program = package == "triton" and path in PROGRAMS
+                assert drawing or program or package == "torch" or package in sys.stdlib_module_names, (
                     f"{relative} imports {module}"
                 )
 
@@ -143,7 +146,8 @@ def run(code):
 def test_the_core_is_usable_where_lightning_is_not_installed():
     found = run(
         "import sys\n"
-        "for name in ('lightning', 'pytorch_lightning', 'deepspeed', 'flash_attn', 'matplotlib', 'jsonargparse'):\n"
+        "for name in ('lightning', 'pytorch_lightning', 'deepspeed', 'flash_attn', 'triton', 'matplotlib',\n"
+        "             'jsonargparse'):\n"
         "    sys.modules[name] = None\n"  # an import of it raises
         "import torch\n"
         "from lightning_longnet.attention import Pattern, attend\n"

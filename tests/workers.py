@@ -63,8 +63,12 @@ class Workers:
         self.ranks, self.work, self.arguments = ranks, work, arguments
         self.start()
 
+    def context(self):
+        """Return the context of the processes."""
+        return forked()
+
     def start(self):
-        context = forked()
+        context = self.context()
         self.pipes, self.processes = [], []
         self.stacks = [Path(tempfile.mkstemp(prefix="stacks-")[1]) for _ in range(self.ranks)]
         for rank in range(self.ranks):

@@ -162,6 +162,7 @@ def explain(
     flash4     refuses      serves CUDA tensors, q is on cpu
     eager      runs         plain products in float32 or float64, a tile of scores at a time
     reference  could serve  holds all N x N scores; differentiable any number of times
+    triton     refuses      serves CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, q is on cpu
     """
     q, k, v, _ = checked_tensors(q, k, v, pattern, documents)
     checked_probability(dropout)

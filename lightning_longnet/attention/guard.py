@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from lightning_longnet.attention.attend import attend
 from lightning_longnet.attention.checks import prepared_call
-from lightning_longnet.attention.kernels import judge, kernel_names, reference
+from lightning_longnet.attention.kernels import candidates, judge, reference
 from lightning_longnet.attention.kernels.compiling import not_compiled
 from lightning_longnet.attention.parallel.shard import SequenceShard, report_errors
 from lightning_longnet.attention.trial import free_bytes, kernel_fault, needed_bytes
@@ -54,6 +54,7 @@ class _CallKey(NamedTuple):
     """The properties that calls of one preflight have in common, on all ranks that share sequences.
 
     `group` names the ranks that agreed on the verdict; None is a verdict of one rank for its whole sequences.
+    `kernels` are those that may run.
     """
 
     device: str
@@ -63,6 +64,7 @@ class _CallKey(NamedTuple):
     has_dropout: bool
     has_softcap: bool
     group: str | None
+    kernels: tuple[str, ...]
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -144,9 +146,11 @@ class Guard:
             return str(kernel)  # `attend` raises the error, and reports it to the other ranks
         assert explanation.chosen is not None
         dtype, has_dropout = explanation.request.dtype, options.get("dropout", 0.0) > 0
-        has_softcap = options.get("softcap") is not None
-        kind = _CallKey(q.device.type, dtype, q.shape[3], v.shape[3], has_dropout, has_softcap, group)
-        serving = [verdict.kernel for verdict in explanation.verdicts if not verdict.refusals]
+        has_softcap, names = options.get("softcap") is not None, candidates(kernel)
+        kind = _CallKey(q.device.type, dtype, q.shape[3], v.shape[3], has_dropout, has_softcap, group, names)
+        serving = [
+            verdict.kernel for verdict in explanation.verdicts if not verdict.refusals and verdict.kernel in names
+        ]
         if kind not in self._broken:
             self._broken[kind] = self._preflight(kind, q, k, v, pattern, options)
             self._log_preflight(kind, shard, [name for name in serving if name not in self._broken[kind]])
@@ -173,7 +177,7 @@ class Guard:
     ) -> dict[str, str]:
         """Return {name: reason} of the kernels that fail; all ranks of the shard return the same names."""
         shard: SequenceShard | None = options.get("shard")
-        names = kernel_names()
+        names = kind.kernels
         # Inference mode, autocast and the hooks of a checkpoint belong to a thread: a new one has none of them
         with ThreadPoolExecutor(1) as thread:
             faults = thread.map(lambda name: kernel_fault(name, kind.dtype, q, k, v, pattern, options), names)

@@ -90,6 +90,8 @@ class AttentionSpec:
         kernel = BLOCK_KERNELS.get(self.kernel)  # the reference runs no blocks
         if per_branch or self.dropout > 0 or kernel is None or not kernel.takes_weights(device):
             return 0
+        if hasattr(kernel, "forward_parts"):  # the segments of all heads are in one launch
+            return 1
         return -(-threads // samples)
 
 

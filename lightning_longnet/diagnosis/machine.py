@@ -23,6 +23,7 @@ _PACKAGES = {
     "transformers": ("hf", "tokenizers, datasets and exports of Hugging Face"),
     "deepspeed": ("deepspeed", "the strategies ring_sequence_parallel_deepspeed_stage_N"),
     "flash-attn": ("flash", "the kernel flash, on CUDA devices"),
+    "triton": ("triton", "the kernel triton, on CUDA devices"),
     "matplotlib": ("plots", "pictures of patterns and plans"),
     "pillow": ("images", "ImageFolderData"),
 }

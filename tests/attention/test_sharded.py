@@ -3,7 +3,6 @@
 from itertools import product
 from unittest.mock import patch
 
-import brute
 import drawn
 import pytest
 import torch
@@ -11,7 +10,7 @@ from cells import held
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pool import WORLDS
-from split import LONGNET, side_by_side, step, whole
+from split import LONGNET, compare, side_by_side, split_cases, step, whole
 from tiers import tiered
 
 from lightning_longnet import Pattern, SequenceShard, attend
@@ -22,79 +21,6 @@ from lightning_longnet.attention.parallel.schedule import Schedule
 from lightning_longnet.attention.plan import blocks as plan
 
 EXCHANGES = ["gather", "ring", "swap", "auto"]
-
-
-@st.composite
-def split_cases(draw, world):
-    case = draw(drawn.cases())
-    length = case["shape"][1]
-    borders = sorted(draw(st.lists(st.integers(0, length), min_size=world - 1, max_size=world - 1)))
-    lengths = tuple(b - a for a, b in zip([0, *borders], [*borders, length], strict=True))
-    return case, Placement(lengths, draw(st.sampled_from(["contiguous", "zigzag"])))
-
-
-def compare(pool, world, exchange, case, placement, dtype=torch.float64, tolerance=1e-10):
-    batch, length, heads, kv_heads, dim = case["shape"]
-    if exchange == "swap":
-        heads, kv_heads = heads * world, kv_heads * world
-    tensors = [
-        x.detach() for x in drawn.tensors((batch, length, heads, kv_heads, dim), "contiguous", seed=case["seed"])
-    ]
-    ids, hidden = case["ids"], case["hidden"]
-    rows = ids if ids and isinstance(ids[0], list) else [ids] * batch
-    tables = [brute.counts(case["shown"], case["multiplicity"], length, kv_heads, row) for row in rows]
-    moves = exchange == "swap" or any(
-        table[:, held(placement, a)][:, :, held(placement, b)].any()  # of tokens: zero keys are on no rank
-        for row in tables
-        for table in row
-        for a in range(world)
-        for b in range(world)
-        if a != b
-    )
-    if hidden is not None:
-        tables = [brute.padded(table, row) for table, row in zip(tables, hidden, strict=True)]
-    kept = None
-    if case["dropout"]:
-        count = len(case["shown"])
-        kept = brute.kept(case["dropout"], case["seed"], batch, heads, length, count, case["multiplicity"])
-    settings = {
-        "pattern": drawn.pattern_of(case["shown"], case["multiplicity"]),
-        "scale": 0.7 / dim**0.5,
-        "mix": case["mix"],
-        "exchange": exchange,
-        "dropout": case["dropout"],
-        "dropout_seed": case["seed"],
-    }
-    found = pool.run(
-        world,
-        step,
-        tensors,
-        placement,
-        None if ids is None else torch.tensor(ids),
-        None if hidden is None else torch.tensor(hidden),
-        settings,
-        dtype,
-    )
-    wide = [x.to(dtype).double().requires_grad_() for x in tensors[:3]]
-    out, lse = brute.attention(*wide, tables, settings["scale"], case["mix"], kept)
-    truth = (out, *torch.autograd.grad(out, wide, tensors[3].to(dtype).double()))
-    empty = lse == -torch.inf
-    for rank, (own_out, own_lse, *grads, _, _) in enumerate(found):
-        at = held(placement, rank)
-        assert torch.equal(own_lse == -torch.inf, empty[..., at])
-        assert (own_out.transpose(1, 2)[empty[..., at]] == 0).all()
-        pairs = zip(
-            (own_out, *grads, own_lse.masked_fill(empty[..., at], 0)),
-            (*(x[:, at] for x in truth), lse.masked_fill(empty, 0)[..., at]),
-            strict=True,
-        )
-        for ours, true in pairs:
-            assert ours.shape == true.shape
-            if ours.numel():
-                assert (ours.double() - true).abs().max() <= tolerance * max(1, true.abs().max())
-    if dtype == torch.float64 and world > 1:
-        assert (sum(sent for *_, sent, _ in found) > 0) == bool(moves)
-    return found
 
 
 def drawn_on(pool, world, exchange, data, dtype, tolerance):

@@ -70,7 +70,7 @@ def test_every_block_of_several_tiles(kernel, dtype, case):
 
 
 def block(kernel, dtype, case):
-    if kernel not in BLOCK_KERNELS:
+    if not hasattr(BLOCK_KERNELS.get(kernel), "forward"):
         pytest.skip("knows no blocks")
     shape, low, high, padding, seed = widened(case)
     case = shape, low, high, padding if takes_padding(kernel) else None, seed

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from lightning_longnet.attention.kernels import cudnn, eager, flash, reference, sdpa
+from lightning_longnet.attention.kernels import cudnn, eager, flash, reference, sdpa, triton
 from lightning_longnet.attention.kernels.activated import FLASH3, FLASH4
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lightning_longnet.attention.kernels.accumulator import Accumulator
+    from lightning_longnet.attention.kernels.blocks import BackwardInputs, PairOptions
     from lightning_longnet.attention.kernels.call import Call
+    from lightning_longnet.attention.kernels.keys import Keys
+    from lightning_longnet.attention.kernels.partial import Partial
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.attention.plan.parts import Parts
 
 
 class Request(NamedTuple):
@@ -76,17 +81,51 @@ class BlockKernel(Protocol):
         """
 
 
-BLOCK_KERNELS: dict[str, BlockKernel] = {
+class PartsKernel(Protocol):
+    """A kernel that computes the blocks of many parts in few launches, which merge their results.
+
+    Its arguments are those of `forward_blocks` and `backward_blocks`.
+    """
+
+    def takes_weights(self, device: str) -> bool:
+        """Return whether the kernel can count a pair several times in one block, for any number of segments."""
+
+    def forward_parts(
+        self,
+        parts: Parts,
+        q: Tensor,
+        keys: Keys,
+        options: PairOptions,
+        totals: list[Partial | None],
+    ) -> None:
+        """Merge the result of each part into the partial of its branch, or into the only one."""
+
+    def backward_parts(
+        self,
+        parts: Parts,
+        q: Tensor,
+        keys: Keys,
+        inputs: BackwardInputs,
+        options: PairOptions,
+        dq: Accumulator,
+        stores: tuple[bool, bool] = (False, False),
+    ) -> None:
+        """Add what the parts add to dq and to the gradients of `keys`."""
+
+
+BLOCK_KERNELS: dict[str, BlockKernel | PartsKernel] = {
     "flash": flash,
     "sdpa": sdpa,
     "cudnn": cudnn,
     "flash3": FLASH3,
     "flash4": FLASH4,
     "eager": eager,
+    "triton": triton,
 }
-# In the order of preference.  flash3 and flash4 serve nothing that sdpa does not: "auto" never selects them, since no
-# GPU has measured them and they switch what torch's flash attention runs in for the whole process
-_KERNELS: tuple[Kernel, ...] = (flash, sdpa, cudnn, FLASH3, FLASH4, eager, reference)
+_KERNELS: tuple[Kernel, ...] = (flash, sdpa, cudnn, FLASH3, FLASH4, eager, reference, triton)  # in order of preference
+# "auto" does not choose these: no GPU has measured them, and flash3 and flash4 switch what torch's flash attention runs
+# in for the whole process
+_NAMED_ONLY = (FLASH3.name, FLASH4.name, triton.name)
 # On a CPU flash attention takes longer than plain products for calls of fewer keys (benchmarks/block_sparse.py)
 FEW_KEYS = 512
 
@@ -122,6 +161,11 @@ def kernel_names() -> tuple[str, ...]:
     return tuple(kernel.name for kernel in _KERNELS)
 
 
+def candidates(kernel: str) -> tuple[str, ...]:
+    """Return the names of the kernels that may run where the option is `kernel`, in the order of preference."""
+    return tuple(name for name in kernel_names() if name not in _NAMED_ONLY or name == kernel)
+
+
 def has_few_keys(pattern: Pattern) -> bool:
     """Return whether the kept blocks of a query hold at most `FEW_KEYS` keys in every branch, and nothing else is seen.
 
@@ -148,7 +192,8 @@ def judge(kernel: str, request: Request) -> Explanation:
     names = [verdict.kernel for verdict in verdicts]
     if kernel != "auto" and kernel not in names:
         raise ValueError(f"kernel must be one of 'auto', {', '.join(map(repr, names))}, got {kernel!r}")
-    serving = [v.kernel for v in verdicts if not v.refusals and kernel in ("auto", v.kernel)]
+    allowed = candidates("auto") if kernel == "auto" else (kernel,)
+    serving = [v.kernel for v in verdicts if not v.refusals and v.kernel in allowed]
     if request.has_few_keys and request.device == "cpu":
         # the sort is stable: eager goes to the front, the others keep their order
         serving.sort(key=lambda name: name != eager.name)

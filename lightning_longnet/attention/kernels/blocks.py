@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.kernels import BlockKernel
+    from lightning_longnet.attention.kernels import BlockKernel, PartsKernel
     from lightning_longnet.attention.kernels.accumulator import Accumulator
     from lightning_longnet.attention.kernels.dropout import Dropout
     from lightning_longnet.attention.kernels.keys import Keys
@@ -89,7 +89,7 @@ class PairOptions(NamedTuple):
 
 
 def forward_blocks(
-    kernel: BlockKernel,
+    kernel: BlockKernel | PartsKernel,
     parts: Parts,
     q: Tensor,
     keys: Keys,
@@ -101,6 +101,9 @@ def forward_blocks(
     A total that is None has no memory yet: the first branch shows every row once, so that its results are written.  If
     they are those of one block, they become the total.
     """
+    if hasattr(kernel, "forward_parts"):
+        kernel.forward_parts(parts, q, keys, options, totals)
+        return
     stores = [total is None for total in totals]
     for part, call in _kernel_calls(parts, q, keys, options):
         queries, i = part.block.queries, part.branch if len(totals) > 1 else 0
@@ -136,7 +139,7 @@ class BackwardInputs(NamedTuple):
 
 
 def backward_blocks(
-    kernel: BlockKernel,
+    kernel: BlockKernel | PartsKernel,
     parts: Parts,
     q: Tensor,
     keys: Keys,
@@ -151,6 +154,9 @@ def backward_blocks(
     weights, which leaves `P (g.v - g.out_b)`, where out_b is the branch's own.  `stores` says for queries and for keys
     that the first branch shows every row once: its gradients are written over uninitialized memory.
     """
+    if hasattr(kernel, "backward_parts"):
+        kernel.backward_parts(parts, q, keys, inputs, options, dq, stores)
+        return
     for part, call in _kernel_calls(parts, q, keys, options):
         queries = part.block.queries
         is_first = part.branch == 0

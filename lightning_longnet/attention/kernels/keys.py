@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -15,8 +15,28 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.plan.block import Part
 
 
+class KeyTensors(NamedTuple):
+    """All keys of this rank, or all that one round received, for a kernel that reads rows where they are.
+
+    Attributes:
+        k, v: (B, rows, Hkv, D); a received row belongs to one head, and all heads have the same view of it.
+        padding: (B, rows), True where padding hides a key; None without padding.
+        sources: the number of received rows of each rank, in their order; empty for the keys of this rank.
+        gradients: those of k and v, to be added to: accumulators of the keys of this rank, tensors of received keys.
+    """
+
+    k: Tensor
+    v: Tensor
+    padding: Tensor | None
+    sources: tuple[int, ...] = ()
+    gradients: tuple[Accumulator, Accumulator] | tuple[Tensor, Tensor] | None = None
+
+
 class Keys(Protocol):
     """The keys and values of blocks, as a kernel reads them: (batch * segments, heads, rows, D)."""
+
+    def tensors(self) -> KeyTensors:
+        """Return all keys and values, their padding and their gradients."""
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a part."""
@@ -53,12 +73,15 @@ class OwnKeys:
         tokens: Tensor | None = None,
         gradients: tuple[Accumulator, Accumulator] | None = None,
     ) -> None:
-        self._k, self._v, self._gradients = k, v, gradients
+        self._k, self._v, self._gradients, self._mask = k, v, gradients, padding
         shape = k.shape[0], -1, k.shape[2], 1
         self._padding = None if padding is None else padding[:, :, None, None].expand(shape)
         self._words, self._tokens = (
             None if x is None else x[None, :, None, None].expand(shape) for x in (words, tokens)
         )
+
+    def tensors(self) -> KeyTensors:
+        return KeyTensors(self._k, self._v, self._mask, (), self._gradients)
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
         return fold_rows(part.block.keys, self._k), fold_rows(part.block.keys, self._v)
@@ -91,6 +114,8 @@ class ReceivedKeys:
         words: dropout's words, (R,).
         tokens: (R,) the index of each row in the whole sequence.
         gradients: (R, B, D + Dv), in the type of the accumulators.
+        sources: the number of rows of each rank, in their order.
+        kv_heads: the number of key heads that the rows may belong to.
     """
 
     def __init__(
@@ -101,9 +126,22 @@ class ReceivedKeys:
         words: Tensor | None = None,
         tokens: Tensor | None = None,
         gradients: Tensor | None = None,
+        sources: tuple[int, ...] = (),
+        kv_heads: int = 1,
     ) -> None:
         self._kv_rows, self._head_dim, self._padding = kv_rows, head_dim, padding
+        self._sources, self._kv_heads = sources, kv_heads
         self._words, self._tokens, self._gradients = words, tokens, gradients
+
+    def tensors(self) -> KeyTensors:
+        k, v = self._of_heads(self._kv_rows)
+        gradients = None if self._gradients is None else self._of_heads(self._gradients)
+        return KeyTensors(k, v, self._padding, self._sources, gradients)
+
+    def _of_heads(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and the values in rows (R, B, D + Dv) as views (B, R, Hkv, D)."""
+        views = rows.transpose(0, 1)[:, :, None].expand(-1, -1, self._kv_heads, -1)
+        return views[..., : self._head_dim], views[..., self._head_dim :]
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
         assert part.kv_index is not None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.kernels import BlockKernel
+    from lightning_longnet.attention.kernels import BlockKernel, PartsKernel
     from lightning_longnet.attention.kernels.dropout import Dropout
     from lightning_longnet.attention.parallel.comm import MessageContext
     from lightning_longnet.attention.parallel.routes import Layout
@@ -132,7 +132,7 @@ class RankCall(NamedTuple):
     shard: SequenceShard
     message: MessageContext
     spec: AttentionSpec
-    kernel: BlockKernel
+    kernel: BlockKernel | PartsKernel
     dropout: Dropout | None
     samples: slice
     weighted_segments: int

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.kernels import BlockKernel
+    from lightning_longnet.attention.kernels import BlockKernel, PartsKernel
     from lightning_longnet.attention.kernels.partial import Partial
     from lightning_longnet.attention.parallel.comm import Comm, MessageContext, Pending
     from lightning_longnet.attention.parallel.routes import Round, RoundIndices, Route
@@ -70,7 +70,7 @@ class RoundsCall(NamedTuple):
         remote: the KV rows on other ranks; None where all keys are on this process.
     """
 
-    kernel: BlockKernel
+    kernel: BlockKernel | PartsKernel
     route: Route
     options: PairOptions
     branch_outs: int = 0
@@ -265,7 +265,9 @@ class RoundsCall(NamedTuple):
             tokens = (torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)).to(kv_rows.device)
             padding = self.remote.padding_of(tokens)
             words = None if dropout is None else dropout.key_words(tokens)
-        return ReceivedKeys(kv_rows, width, padding, words, tokens if hides_later else None, gradients)
+        sources = tuple(len(peer_rows) for peer_rows in indices.receive.values())
+        later = tokens if hides_later else None
+        return ReceivedKeys(kv_rows, width, padding, words, later, gradients, sources, self.route.kv_heads)
 
 
 def _step_text(step: Round) -> str:

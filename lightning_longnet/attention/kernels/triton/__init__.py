@@ -1,0 +1,114 @@
+"""The kernel "triton": the blocks of a branch in one launch, each distinct pair once, with rows read where they are.
+
+    rectangles.py, tile_list.py     which pairs a program computes: integers, made from the parts of a plan
+    forward.py, backward.py         the programs, which know no pattern but bands of rectangles
+    launch.py                       the launches of a call
+    tiles.json                      the sizes of tiles, which `benchmarks/tune_triton.py` measures
+
+Triton is imported when the kernel runs.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_longnet.attention.kernels.compiling import constant_result
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_longnet.attention.kernels import Request
+    from lightning_longnet.attention.kernels.accumulator import Accumulator
+    from lightning_longnet.attention.kernels.blocks import BackwardInputs, PairOptions
+    from lightning_longnet.attention.kernels.keys import Keys
+    from lightning_longnet.attention.kernels.partial import Partial
+    from lightning_longnet.attention.plan.parts import Parts
+
+name = "triton"
+RELEASE = (3, 6)
+CAPABILITY = (8, 0)
+WIDEST = 256
+
+
+def note(request: Request) -> str:
+    """Return what this kernel runs for a call that it does not refuse."""
+    return "one launch a branch, rows read in place; only if named, since its speed has not been measured"
+
+
+def refusals(request: Request) -> list[str]:
+    """Return the reasons why this kernel cannot compute a call."""
+    reasons = []
+    if request.device != "cuda" and not (request.device == "cpu" and _is_interpreted()):
+        reasons.append(f"serves CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, q is on {request.device}")
+    if request.device == "cuda" and torch.version.hip is not None:
+        reasons.append("serves NVIDIA's CUDA, this torch is built for ROCm")
+    reasons += _absence()
+    if request.capability is not None and request.capability < CAPABILITY:
+        reasons.append("needs a device of compute capability {}.{}, got {}.{}".format(*CAPABILITY, *request.capability))
+    if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reasons.append(f"serves float32, bfloat16 and float16, q is {request.dtype}")
+    elif request.device == "cpu" and request.dtype == torch.bfloat16:
+        reasons.append("Triton's interpreter multiplies the bits of bfloat16 as integers")
+    widest = max(request.head_dim, request.value_dim)
+    if widest > WIDEST:
+        reasons.append(f"needs heads of {WIDEST} at most, got {widest}")
+    if request.has_dropout:
+        reasons.append("has no dropout")
+    if request.has_softcap:
+        reasons.append("has no softcap")
+    if request.hides_later:
+        reasons.append("cannot hide keys by their tokens")
+    return reasons
+
+
+def takes_weights(device: str) -> bool:
+    """Return True: the kernel can count a pair several times in one block."""
+    return True
+
+
+def forward_parts(
+    parts: Parts,
+    q: Tensor,
+    keys: Keys,
+    options: PairOptions,
+    totals: list[Partial | None],
+) -> None:
+    """Merge the results of all parts into the partials of their branches; see `PartsKernel`."""
+    from lightning_longnet.attention.kernels.triton import launch
+
+    launch.forward_parts(parts, q, keys, options, totals)
+
+
+def backward_parts(
+    parts: Parts,
+    q: Tensor,
+    keys: Keys,
+    inputs: BackwardInputs,
+    options: PairOptions,
+    dq: Accumulator,
+    stores: tuple[bool, bool] = (False, False),
+) -> None:
+    """Add the gradients of all parts to dq and to those of `keys`; see `PartsKernel`."""
+    from lightning_longnet.attention.kernels.triton import launch
+
+    launch.backward_parts(parts, q, keys, inputs, options, dq, stores)
+
+
+def _is_interpreted() -> bool:
+    """Return whether Triton interprets its programs, which it reads from the environment when it is imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "yes", "true")
+
+
+@constant_result
+def _absence() -> tuple[str, ...]:
+    """Return the reasons why Triton cannot be used on this machine, without importing it."""
+    if find_spec("triton") is None:
+        return ("triton is not installed: pip install 'lightning-longnet[triton]'",)
+    found = version("triton")
+    release = tuple(int(part) for part in found.split(".")[:2] if part.isdecimal())
+    return () if release >= RELEASE else (f"needs triton {RELEASE[0]}.{RELEASE[1]}, found {found}",)

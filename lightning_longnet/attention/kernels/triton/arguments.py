@@ -1,0 +1,73 @@
+"""The arguments of a launch, as the programs of Triton read them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lightning_longnet.attention.kernels.triton.rectangles import Phase
+    from lightning_longnet.attention.kernels.triton.tile_list import TileList
+
+
+class Rows(NamedTuple):
+    """A tensor (B, N, H, D) or (B, N, H) and the distances of its samples, rows and heads; D is contiguous."""
+
+    data: Tensor
+    batch: int
+    row: int
+    head: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Rows:
+        """Return a tensor with its distances."""
+        return cls(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+class Lists(NamedTuple):
+    """The tile list of a launch, the distances of rows in memory, and the number of programs of an item."""
+
+    items: Tensor
+    spans: Tensor
+    received: Tensor
+    step: int
+    key_step: int
+    programs: int
+
+    @classmethod
+    def of(cls, phase: Phase, tiles: TileList, device: torch.device) -> Lists:
+        """Return the lists of a phase on a device; `programs` is that of one sample."""
+        items, spans = (x.to(device) for x in tiles)
+        received = items if phase.received is None else phase.received.to(device)
+        return cls(items, spans, received, phase.step, phase.key_step, 1)
+
+
+class Form(NamedTuple):
+    """What a program is compiled for.
+
+    Attributes:
+        rows, others: the sizes of a tile; see `TileList`.
+        width, value_width: of q and k, and of v.
+        padded_width, padded_value_width: the powers of two that hold them.
+        group: the number of query heads of a key head.
+        every: see `Phase`.
+        is_signed: whether rectangles have weights.
+        is_received: whether keys stand in an index.
+        is_padded: whether a padding mask hides keys.
+        goes_on: whether results are merged into what is in memory, which they otherwise replace.
+    """
+
+    rows: int
+    others: int
+    width: int
+    value_width: int
+    padded_width: int
+    padded_value_width: int
+    group: int
+    every: tuple[int, ...]
+    is_signed: bool
+    is_received: bool
+    is_padded: bool
+    goes_on: bool

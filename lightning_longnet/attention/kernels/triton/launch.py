@@ -1,0 +1,169 @@
+"""The launches of a call: a phase at a time, with the tile lists of its parts and the tensors read in place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from lightning_longnet.attention.kernels.accumulator import Accumulator
+from lightning_longnet.attention.kernels.blocks import uninitialized_partial
+from lightning_longnet.attention.kernels.triton.arguments import Form, Lists, Rows
+from lightning_longnet.attention.kernels.triton.backward import key_gradients, query_gradient
+from lightning_longnet.attention.kernels.triton.forward import forward
+from lightning_longnet.attention.kernels.triton.rectangles import Phase, phases
+from lightning_longnet.attention.kernels.triton.tile_list import tile_list
+from lightning_longnet.attention.kernels.triton.tiles import Tile, tile_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_longnet.attention.kernels.blocks import BackwardInputs, PairOptions
+    from lightning_longnet.attention.kernels.keys import Keys, KeyTensors
+    from lightning_longnet.attention.kernels.partial import Partial
+    from lightning_longnet.attention.plan.parts import Parts
+
+
+class _Lists(NamedTuple):
+    """What the lists of some parts depend on, besides the parts."""
+
+    group: int
+    sources: tuple[int, ...]
+    rows: int
+    others: int
+    is_of_keys: bool
+    device: torch.device
+
+
+class _Phase(NamedTuple):
+    """A phase with its tile list on a device."""
+
+    phase: Phase
+    lists: Lists
+
+
+def forward_parts(
+    parts: Parts,
+    q: Tensor,
+    keys: Keys,
+    options: PairOptions,
+    totals: list[Partial | None],
+) -> None:
+    """Merge the results of all parts into the partials of their branches; see `PartsKernel`."""
+    tensors = keys.tensors()
+    tile = _tile("forward", q, tensors)
+    stores = [total is None for total in totals]
+    for phase, lists in _phases(parts, q, tensors, tile, is_of_keys=False):
+        i = phase.branch if len(totals) > 1 else 0
+        total = totals[i]
+        if total is None:
+            total = totals[i] = uninitialized_partial(q, tensors.v)
+        goes_on = not (stores[i] and phase.branch == 0)
+        arguments = (
+            *(Rows.of(x) for x in (q, tensors.k, tensors.v, total.out, total.lse)),
+            lists._replace(programs=q.shape[0] * (q.shape[2] // tensors.k.shape[2])),
+            _padding(tensors),
+            options.scale,
+            _form(phase, tile, q, tensors, goes_on),
+        )
+        _launch(forward, lists, arguments, tile)
+
+
+def backward_parts(
+    parts: Parts,
+    q: Tensor,
+    keys: Keys,
+    inputs: BackwardInputs,
+    options: PairOptions,
+    dq: Accumulator,
+    stores: tuple[bool, bool] = (False, False),
+) -> None:
+    """Add the gradients of all parts to dq and to those of `keys`; see `PartsKernel`."""
+    tensors = keys.tensors()
+    assert tensors.gradients is not None
+    dk, dv = (x.total if isinstance(x, Accumulator) else x for x in tensors.gradients)
+    deltas = [(inputs.grad.float() * out.float()).sum(-1) for out in inputs.outs]
+    common = [Rows.of(x) for x in (q, tensors.k, tensors.v, inputs.grad)]
+    for name, program, is_of_keys in (
+        ("query_gradient", query_gradient, False),
+        ("key_gradients", key_gradients, True),
+    ):
+        tile = _tile(name, q, tensors)
+        results: Any = (Rows.of(dk), Rows.of(dv)) if is_of_keys else Rows.of(dq.total)
+        programs = q.shape[0] * (1 if is_of_keys else q.shape[2] // tensors.k.shape[2])
+        for phase, lists in _phases(parts, q, tensors, tile, is_of_keys):
+            delta = deltas[phase.branch if len(deltas) > 1 else 0]
+            goes_on = not (stores[is_of_keys] and phase.branch == 0)
+            arguments = (
+                *common,
+                (Rows.of(inputs.lse), Rows.of(delta)),
+                results,
+                lists._replace(programs=programs),
+                _padding(tensors),
+                options.scale,
+                _form(phase, tile, q, tensors, goes_on),
+            )
+            _launch(program, lists, arguments, tile)
+
+
+def _launch(program: Any, lists: Lists, arguments: tuple[Any, ...], tile: Tile) -> None:
+    """Run a program for each item, and each of its samples and query heads."""
+    programs = next(x.programs for x in arguments if isinstance(x, Lists))
+    program[(len(lists.items) * programs,)](
+        *arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True
+    )
+
+
+def _phases(parts: Parts, q: Tensor, tensors: KeyTensors, tile: Tile, is_of_keys: bool) -> tuple[_Phase, ...]:
+    """Return the phases of parts with their lists, which are kept with the parts."""
+    if not parts:
+        return ()
+    group = q.shape[2] // tensors.k.shape[2]
+    kind = _Lists(group, tensors.sources, tile.rows, tile.others, is_of_keys, q.device)
+    kept: dict[_Lists, tuple[_Phase, ...]] = vars(parts).setdefault("_tile_lists", {})
+    if kind not in kept:
+        kept[kind] = _make_lists(parts, kind)
+    return kept[kind]
+
+
+def _make_lists(parts: Parts, kind: _Lists) -> tuple[_Phase, ...]:
+    """Return the phases of parts with their lists on a device."""
+    made = []
+    for phase in phases(parts, kind.group, kind.sources):
+        steps, rectangles = (phase.step, phase.key_step), phase.rectangles
+        if kind.is_of_keys:
+            steps, rectangles = steps[::-1], rectangles.transposed()
+        tiles = tile_list(rectangles, steps, kind.rows, kind.others, phase.every)
+        made.append(_Phase(phase, Lists.of(phase, tiles, kind.device)))
+    return tuple(made)
+
+
+def _tile(name: str, q: Tensor, tensors: KeyTensors) -> Tile:
+    return tile_of(name, max(q.shape[3], tensors.v.shape[3]), q.element_size())
+
+
+def _form(phase: Phase, tile: Tile, q: Tensor, tensors: KeyTensors, goes_on: bool) -> Form:
+    width, value_width = q.shape[3], tensors.v.shape[3]
+    padded_width, padded_value_width = (max(16, 1 << (n - 1).bit_length()) for n in (width, value_width))
+    return Form(
+        tile.rows,
+        tile.others,
+        width,
+        value_width,
+        padded_width,
+        padded_value_width,
+        q.shape[2] // tensors.k.shape[2],
+        phase.every,
+        phase.is_signed,
+        phase.received is not None,
+        tensors.padding is not None,
+        goes_on,
+    )
+
+
+def _padding(tensors: KeyTensors) -> Rows:
+    """Return the padding of keys as bytes; where there is none, any tensor, which is not read."""
+    if tensors.padding is None:
+        return Rows(tensors.k, 0, 0, 0)
+    mask = tensors.padding.view(torch.uint8)
+    return Rows(mask, mask.stride(0), mask.stride(1), 0)

@@ -1,0 +1,175 @@
+"""The kernel "triton" under Triton's interpreter: out, lse and gradients against the definition, pair by pair."""
+
+from contextlib import closing
+from dataclasses import replace
+from itertools import product
+
+import drawn
+import pytest
+import torch
+from brute import Shown
+from compared import close, compare_attention
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from interpreted import Interpreted
+from split import compare, split_cases
+from tiers import tiered
+
+from lightning_longnet import Pattern, attend, explain
+from lightning_longnet.attention.kernels import candidates
+from lightning_longnet.attention.spec import AttentionSpec
+
+TOLERANCE = 2e-6  # of the largest true value, in float32
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    with closing(Interpreted(1)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with closing(Interpreted(3)) as found:
+        yield found
+
+
+def compared(group, case, dtype, tolerance):
+    compare_attention(case, "triton", dtype, tolerance)
+
+
+def case_of(shape, shown, **options):
+    defaults = {"multiplicity": "multiset", "ids": None, "hidden": None, "dropout": 0.0, "mix": "exact", "seed": 0}
+    return {"shape": shape, "shown": shown, **defaults, "layout": "contiguous", "planned": (True, 1024), **options}
+
+
+LONGNET = [Shown(48, 1, causal=True), Shown(96, 2, causal=True), Shown(192, 4, causal=True)]
+HIDDEN = [[i % 7 == 3 for i in range(150)]]
+CASES = {
+    # tiles without a mask, weights, a short last segment, and heads of no power of two
+    "nested": case_of((1, 100, 1, 1, 24), LONGNET),
+    "grouped heads": case_of((1, 250, 2, 1, 24), LONGNET),
+    "documents and padding": case_of(
+        (1, 150, 2, 2, 16), LONGNET, ids=[0] * 17 + [1] * 73 + [2] * 60, hidden=HIDDEN, layout="fused"
+    ),
+    # rectangles of negative weight, rows in no branch
+    "set": case_of((1, 40, 1, 1, 16), [Shown(20, 2), Shown(33, 3)], multiplicity="set"),
+    "window": case_of((2, 90, 1, 1, 16), [Shown(None, 1, window=20), Shown(90, 4)]),
+    "detached": case_of((1, 90, 2, 2, 16), [replace(b, w=b.w // 4) for b in LONGNET], mix="detached"),
+    "kept blocks": case_of((1, 128, 2, 2, 16), [Shown(64, 1, sparsity=("strided", 8, 0.35, 0, True))]),
+    "zero keys": case_of((1, 50, 2, 2, 16), [Shown(16, 2, ragged="zero_keys"), Shown(32, 4, ragged="zero_keys")]),
+}
+
+
+@pytest.mark.parametrize("name", tiered(CASES, quick=["nested", "set"]))
+def test_equals_the_definition(interpreted, name):
+    interpreted.run(1, compared, CASES[name], torch.float32, TOLERANCE)
+
+
+@pytest.mark.long
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=drawn.cases())
+def test_equals_brute_force(interpreted, case):
+    batch, length, heads, kv_heads, dim = case["shape"]
+    group = heads // kv_heads
+    kv_heads = min(kv_heads, 2)  # a head more takes the interpreter longer, and shows nothing new
+    case = case | {"shape": (min(batch, 2), length, kv_heads * group, kv_heads, dim)}
+    if case["hidden"] is not None:
+        case["hidden"] = case["hidden"][:2]
+    if case["ids"] and isinstance(case["ids"][0], list):
+        case["ids"] = case["ids"][:2]
+    interpreted.run(1, compared, case, torch.float32, 1e-5)
+
+
+@pytest.mark.long
+def test_float16_is_as_exact_as_its_numbers(interpreted):
+    interpreted.run(1, compared, CASES["nested"], torch.float16, 4 * torch.finfo(torch.float16).eps)
+
+
+def attended(group, inputs, options, repeats=1):
+    """Return out, lse, the gradients, and the same once more for each repetition."""
+    found = []
+    for _ in range(repeats):
+        leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+        sinks = options.get("sinks")
+        sinks = None if sinks is None else sinks.clone().requires_grad_()
+        out, lse = attend(*leaves, kernel="triton", return_lse=True, **{**options, "sinks": sinks})
+        wanted = leaves if sinks is None else [*leaves, sinks]
+        found.append([x.detach() for x in (out, lse, *torch.autograd.grad(out, wanted, inputs[3]))])
+    return found
+
+
+@pytest.mark.long
+def test_values_of_another_width_and_sinks(interpreted):
+    generator = torch.Generator().manual_seed(0)
+    widths = ((2, 24), (1, 24), (1, 40), (2, 40))
+    inputs = [torch.randn(1, 70, heads, width, generator=generator) for heads, width in widths]
+    pattern = Pattern.dilated((32, 64), (1, 2), is_causal=True)
+    sinks = torch.randn(2, generator=generator)
+    (found,) = interpreted.run(1, attended, inputs, {"pattern": pattern, "sinks": sinks})[0]
+    leaves = [x.double().requires_grad_() for x in (*inputs[:3], sinks)]
+    out, lse = attend(*leaves[:3], pattern, sinks=leaves[3], kernel="reference", return_lse=True)
+    truth = (out, lse, *torch.autograd.grad(out, leaves, inputs[3].double()))
+    for ours, true in zip(found, truth, strict=True):
+        close(ours, true, TOLERANCE)
+
+
+@pytest.mark.long
+def test_the_same_bits_every_time(interpreted):
+    inputs = [x.detach() for x in drawn.tensors((1, 90, 2, 1, 16), dtype=torch.float32)]
+    pattern = Pattern.dilated((32, 64), (1, 2), is_causal=True)
+    first, second = interpreted.run(1, attended, inputs, {"pattern": pattern}, 2)[0]
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("world", "exchange"), list(product((2, 3), ("gather", "ring", "swap"))))
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_ranks_equal_brute_force(ranks, world, exchange, data):
+    case, placement = data.draw(split_cases(world))
+    batch, length, heads, kv_heads, dim = case["shape"]
+    case = case | {"shape": (batch, length, heads // kv_heads, 1, dim), "dropout": 0.0}
+    compare(ranks, world, exchange, case, placement, torch.float32, 1e-5, kernel="triton")
+
+
+def test_says_what_it_does_not_serve():
+    q = torch.zeros(1, 8, 2, 4)
+    pattern = Pattern.dense()
+    with pytest.raises(
+        ValueError,
+        match=r"kernel='triton' cannot serve this call: serves CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, "
+        r"q is on cpu\. Those that can: ",
+    ):
+        attend(q, q, q, pattern, kernel="triton")
+
+
+def verdict(kernel, q, v, **options):
+    return next(each for each in explain(q, q, v, Pattern.dense(), **options).verdicts if each.kernel == kernel)
+
+
+def test_refuses_each_with_its_reason(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q = torch.zeros(1, 8, 2, 4)
+    assert verdict("triton", q, q).refusals == ()
+    assert explain(q, q, q, Pattern.dense()).chosen == "sdpa"
+    assert explain(q, q, q, Pattern.dense(), kernel="triton").chosen == "triton"
+    assert verdict("triton", q, q, dropout=0.1).refusals == ("has no dropout",)
+    assert verdict("triton", q.double(), q.double()).refusals == (
+        "serves float32, bfloat16 and float16, q is torch.float64",
+    )
+    assert verdict("triton", q, torch.zeros(1, 8, 2, 300)).refusals == ("needs heads of 256 at most, got 300",)
+    assert verdict("triton", q.bfloat16(), q.bfloat16()).refusals == (
+        "Triton's interpreter multiplies the bits of bfloat16 as integers",
+    )
+
+
+def test_auto_and_guards_leave_it_out_unless_it_is_named():
+    assert "triton" not in candidates("auto")
+    assert candidates("triton")[-1] == "triton"
+
+
+def test_computes_pairs_once_for_any_number_of_threads():
+    spec = AttentionSpec(Pattern.dilated((64, 128), (1, 2)), "triton")
+    assert spec.weighted_segments("cuda", samples=1, threads=64) == 1
+    assert spec.weighted_segments("cuda", samples=1, threads=64, per_branch=True) == 0
