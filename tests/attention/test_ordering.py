@@ -3,7 +3,7 @@
 from itertools import permutations, product
 from math import prod, sqrt
 from statistics import median
-from time import perf_counter
+from time import process_time
 
 import pytest
 import torch
@@ -117,9 +117,9 @@ def test_a_million_tokens_take_little_time():
     for shape in ((1024, 1024), (1021, 1019), (101, 102, 103)):
         times = []
         for _ in range(3):
-            begin = perf_counter()
+            begin = process_time()
             hilbert_order(shape)
-            times.append(perf_counter() - begin)
+            times.append(process_time() - begin)
         assert median(times) < 0.5, shape
 
 

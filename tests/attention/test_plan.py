@@ -2,7 +2,7 @@
 
 from collections import Counter
 from itertools import pairwise
-from time import perf_counter
+from time import process_time
 
 import brute
 import drawn
@@ -132,10 +132,10 @@ def test_equal_documents_are_one_call_and_scattered_ones_are_copied_together():
 
 
 def test_a_million_tokens_are_planned_in_a_moment():
-    begin = perf_counter()
+    begin = process_time()
     pattern = Pattern.dilated([2048 * 2**i for i in range(10)], [2**i for i in range(10)], True)
     found = plan(pattern, 32, 32, (0, 1 << 20))
-    assert perf_counter() - begin < 2
+    assert process_time() - begin < 2
     assert sum(map(len, found.branches)) < 50
 
 

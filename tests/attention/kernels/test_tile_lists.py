@@ -1,7 +1,7 @@
 """The tile lists of the kernel "triton", by integers alone: each pair as often as the definition says, both ways."""
 
 from itertools import pairwise
-from time import perf_counter
+from time import process_time
 
 import brute
 import drawn
@@ -181,11 +181,11 @@ def test_longnet_computes_few_positions_beside_its_pairs():
 def test_the_lists_of_a_million_tokens_are_made_in_seconds():
     pattern = Pattern.dilated([2048 * 2**i for i in range(5)], [2**i for i in range(5)], True)
     found = plan(pattern, 16, 16, (0, 1 << 20), 1)
-    begin = perf_counter()
+    begin = process_time()
     size = 0
     for phase in phases(found.parts, 1):
         for rectangles in (phase.rectangles, phase.rectangles.transposed()):
             lists = tile_list(rectangles, (phase.step, phase.step), 128, 64, phase.every)
             size += sum(x.numel() * x.element_size() for x in lists)
-    assert perf_counter() - begin < 10
+    assert process_time() - begin < 10
     assert size < 0.02 * 16 * (1 << 20) * 64 * 2 * 3  # beside q, k and v of 64 numbers a head in bfloat16
