@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 from pathlib import Path
@@ -30,8 +31,10 @@ def described(device: str) -> dict[str, Any]:
 
 
 def gpu() -> dict[str, Any]:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    driver = "unknown"
+    if (program := shutil.which("nvidia-smi")) is not None:  # containers may lack it
+        command = [program, "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return {
         "gpu": torch.cuda.get_device_name(),
         "capability": "{}.{}".format(*torch.cuda.get_device_capability()),

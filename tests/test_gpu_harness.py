@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -308,3 +309,35 @@ def test_the_parts_of_a_step_are_measured(tmp_path):
 def test_the_page_shows_the_figures_of_the_committed_records(gpu, capsys):
     assert gpu.main(["--figures"]) == 0
     assert capsys.readouterr().out in (ROOT / "docs/gpu.md").read_text()
+
+
+def test_the_check_says_first_what_is_missing(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import gpu_check
+    import machine
+
+    found = {
+        "is_available": True,
+        "get_device_name": "NVIDIA H100 80GB HBM3",
+        "get_device_capability": (7, 5),
+        "mem_get_info": (8 * 2**30, 80 * 2**30),
+        "device_count": 2,
+        "get_device_properties": SimpleNamespace(total_memory=80 * 2**30),
+    }
+    for name in found:
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: found[name])
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert f"torch {torch.__version__} is built without CUDA" in gpu_check.refusal()
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert gpu_check.refusal() == "compute capability 8.0 is needed, NVIDIA H100 80GB HBM3 has 7.5"
+    found["get_device_capability"] = (9, 0)
+    assert gpu_check.refusal() == "16 GiB of free memory are needed, NVIDIA H100 80GB HBM3 has 8.0 of 80.0"
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_check, "find_spec", lambda name: None)
+        assert gpu_check.refusal() == "pytest and hypothesis must be installed: pip install -e '.[dev]'"
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    described = gpu_check.described()
+    assert (described["gpu"], described["gpus"], described["driver"]) == ("NVIDIA H100 80GB HBM3", 2, "unknown")
+    assert described["versions"]["torch"]
+    found["is_available"] = False
+    assert "finds no device; see nvidia-smi" in gpu_check.refusal()
