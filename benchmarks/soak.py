@@ -158,7 +158,8 @@ def table(path: Path) -> str:
         missing = "" if len(runs) >= wanted else f" (of {wanted}, the others were not run)"
         longest = max((run["ended_after"] for run in held if "ended_after" in run), default=None)
         worst = "" if longest is None else f"ended after {longest:.0f} s"
-        lines.append(f"| {text} | {len(held)} of {len(runs)}{missing} | {worst} |")
+        count = f"{len(held)} of {len(runs)}{missing}" if runs else f"not run ({wanted})"
+        lines.append(f"| {text} | {count} | {worst} |")
     return "\n".join(lines)
 
 
