@@ -91,8 +91,11 @@ class Log:
         print(f"{'held' if not error else 'FAILED':6} {seconds:6.1f} s  {kind}: {cell}", flush=True)
 
     def _append(self, line: dict[str, Any]) -> None:
+        text = json.dumps(line)
+        for folder in (ROOT, sys.prefix, tempfile.gettempdir()):  # which are of this machine alone
+            text = text.replace(f"{folder}/", "")
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(f"{text}\n")
 
 
 def soak(log: Log, kinds: list[str], minutes: float, only_first: bool) -> None:
@@ -129,7 +132,10 @@ def soak(log: Log, kinds: list[str], minutes: float, only_first: bool) -> None:
                 errors = []
                 for name, error, seconds in counted.outcomes(file, names):
                     errors += [error] if error else []
-                    log.add(kind, [file, name], error, seconds)
+                    if name:
+                        log.add(kind, [file, name], error, seconds)
+                    if monotonic() > end:
+                        return
                 log.add(f"{kind}, file", file, "\n".join(errors), 0.0)
 
 
@@ -152,7 +158,8 @@ def table(path: Path) -> str:
         missing = "" if len(runs) >= wanted else f" (of {wanted}, the others were not run)"
         longest = max((run["ended_after"] for run in held if "ended_after" in run), default=None)
         worst = "" if longest is None else f"ended after {longest:.0f} s"
-        lines.append(f"| {text} | {len(held)} of {len(runs)}{missing} | {worst} |")
+        count = f"{len(held)} of {len(runs)}{missing}" if runs else f"not run ({wanted})"
+        lines.append(f"| {text} | {count} | {worst} |")
     return "\n".join(lines)
 
 

@@ -19,12 +19,17 @@ def fault_of_form(path: Path, forms: Collection[str], sharding: str) -> str:
     form = form_of(path)
     name, readers = _NAMES.get(form, ""), _READERS.get(form, "")
     if form == "deepspeed":
-        # stages 1 and 2 keep whole parameters, in a file of this name
+        # stages 1 and 2 keep whole parameters, in a file of the first name; stage 3 keeps parts in those of the second
         is_whole = any(path.glob("*/mp_rank_*_model_states.pt"))
-        name = f"{name}'s stage {'1 or 2' if is_whole else '3'}"
-        readers = "'deepspeed_stage_1' or 'deepspeed_stage_2', as it was saved" if is_whole else "'deepspeed_stage_3'"
-        if "deepspeed" in forms and is_whole != ("stage_3" in sharding):
+        is_known = is_whole or any(path.glob("*/zero_pp_rank_*_model_states.pt"))
+        if "deepspeed" in forms and (not is_known or is_whole != ("stage_3" in sharding)):
             return ""
+        name += "" if not is_known else "'s stage 1 or 2" if is_whole else "'s stage 3"
+        readers = "the stage of DeepSpeed that saved it"
+        if is_known:
+            readers = (
+                "'deepspeed_stage_1' or 'deepspeed_stage_2', as it was saved" if is_whole else "'deepspeed_stage_3'"
+            )
     elif not form or form in forms:
         return ""
     return (

@@ -1,11 +1,12 @@
 """Cells of a soak that are tests of their own: run by name, and counted."""
 
 import os
+import re
 import subprocess
 import sys
-import tempfile
-import xml.etree.ElementTree as ET
+import threading
 from pathlib import Path
+from time import monotonic
 
 TESTS = Path(__file__).parents[1]
 PATIENCE = 3600.0  # seconds for the tests of a kind in one file
@@ -62,15 +63,33 @@ BAD_DATA = {
 }
 
 
+_OUTCOME = re.compile(r"\S+?::(?P<name>.+) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\s+\[ *\d+%\]$")
+
+
 def outcomes(file, names):
-    """(name of a case, "" or what failed, seconds) of the tests of a file."""
+    """(name of a case, "" or what failed, seconds) of the tests of a file, as soon as each ends.
+
+    Where one has failed, or the file cannot be run, the last is what was printed, without a name.
+    """
     environment = {name: text for name, text in os.environ.items() if name != "CI"}
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *(f"{TESTS / file}::{name}" for name in names), "-q", "--no-skips"]
-        command += ["-p", "no:cacheprovider", "--draws", "few", f"--junitxml={report}", "-o", "junit_family=xunit1"]
-        subprocess.run(command, cwd=TESTS.parent, env=environment, timeout=PATIENCE, capture_output=True)
-        for case in ET.parse(report).iter("testcase"):
-            faults = [each for kind in ("failure", "error", "skipped") if (each := case.find(kind)) is not None]
-            text = (faults[0].get("message") or "failed") if faults else ""
-            yield case.get("name"), text[:2000], round(float(case.get("time")), 1)
+    command = [sys.executable, "-m", "pytest", *(f"{TESTS / file}::{name}" for name in names), "-v", "--no-skips"]
+    command += ["-p", "no:cacheprovider", "--draws", "few", "--tb=short"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TESTS.parent, env=environment
+    )
+    watch = threading.Timer(PATIENCE, process.kill)
+    watch.start()
+    try:
+        begin, rest = monotonic(), []
+        for line in process.stdout:
+            if match := _OUTCOME.match(line.rstrip()):
+                is_good = match["outcome"] == "PASSED"
+                yield match["name"], "" if is_good else match["outcome"].lower(), round(monotonic() - begin, 1)
+                begin = monotonic()
+            else:
+                rest.append(line)
+        if process.wait():
+            yield "", "".join(rest), 0.0
+    finally:
+        process.kill()
+        watch.cancel()
