@@ -11,6 +11,7 @@ Triton is imported when the kernel runs.
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -42,9 +43,9 @@ def note(request: Request) -> str:
 
 def refusals(request: Request) -> list[str]:
     """Return the reasons why this kernel cannot compute a call."""
-    reasons = []
     if request.device != "cuda" and not (request.device == "cpu" and _is_interpreted()):
-        reasons.append(f"serves CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, q is on {request.device}")
+        return [f"serves CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, q is on {request.device}"]
+    reasons = []
     if request.device == "cuda" and torch.version.hip is not None:
         reasons.append("serves NVIDIA's CUDA, this torch is built for ROCm")
     reasons += _absence()
@@ -105,6 +106,7 @@ def _is_interpreted() -> bool:
 
 
 @constant_result
+@lru_cache(1)
 def _absence() -> tuple[str, ...]:
     """Return the reasons why Triton cannot be used on this machine, without importing it."""
     if find_spec("triton") is None:
