@@ -22,7 +22,7 @@ help:
 	@echo "make test-full  all tests, the matrices and soaks among them; goes on where it was stopped; FULL_ARGS and SOAK_ARGS, see --help"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the docs site, into build/docs; first its pictures and notebooks"
-	@echo "make bench      attention against its peers; results in benchmarks/results; BENCH_ARGS, see --help"
+	@echo "make bench      attention against its peers, then one screen of ratios; results in benchmarks/results; BENCH_ARGS, see --help"
 	@echo "make bench-exchange   the exchanges between ranks, likewise"
 	@echo "make bench-strategy   a training step beside Lightning's own strategies"
 	@echo "make bench-callbacks  what the callbacks cost of a step"
@@ -64,6 +64,7 @@ docs: $(MARK)
 bench: $(MARK)
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/attention.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/ratios.py
 
 bench-exchange: $(MARK)
 	$(BIN)/python benchmarks/exchange.py $(BENCH_ARGS)

@@ -6,6 +6,7 @@ the backward of a block takes both as they are.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.kernels.partial import Partial
     from lightning_longnet.attention.pattern.pattern import Pattern
+
+
+@lru_cache(32)
+@torch.inference_mode(False)  # a cached tensor made in inference mode could not be used in training
+def _cuts_on(device: torch.device, cuts: tuple[int, ...]) -> Tensor:
+    return torch.tensor(cuts, device=device)
 
 
 class NullKeys(NamedTuple):
@@ -42,7 +49,7 @@ class NullKeys(NamedTuple):
         if not branches:
             return
         tokens = self.tokens.to(partial.lse.device)
-        cuts = torch.tensor(self.cuts, device=tokens.device)
+        cuts = _cuts_on(tokens.device, self.cuts)
         document = torch.searchsorted(cuts, tokens, right=True) - 1
         lengths, places = cuts.diff()[document], tokens - cuts[document]
         counts = branches[0].null_keys(places, lengths, self.kv_heads)

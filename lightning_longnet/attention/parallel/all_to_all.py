@@ -83,7 +83,7 @@ class AllToAllPlan(ExchangePlan):
         group = layout.heads // layout.kv_heads
         heads = slice(kv_heads.start * group, kv_heads.stop * group)
         route = Route(parts, (), len(kv_heads))
-        options = call.pair_options(layout, torch.arange(shard.length), heads)
+        options = call.pair_options(layout, torch.arange(shard.length, device=call.device), heads)
         return RoundsCall(call.kernel, route, options, call.branch_outs, saves_outs=True)
 
     def _kv_heads_of(self, rank: int) -> range:

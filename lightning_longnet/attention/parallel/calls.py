@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.kernels.dropout import Dropout
     from lightning_longnet.attention.parallel.comm import Direction
     from lightning_longnet.attention.parallel.exchange import ExchangeCall, ExchangePlan
+    from lightning_longnet.attention.parallel.reordering import RowExchange
     from lightning_longnet.attention.parallel.shard import SequenceShard
     from lightning_longnet.attention.pattern.lines import Line
     from lightning_longnet.attention.spec import AttentionSpec
@@ -191,9 +192,16 @@ def distributed_calls(
         )
         call: ExchangeCall = exchange.call(rank_call)
         if (order := lines[0].tokens) is not None:
-            rows = shard.cached(("order", spec.ordering, spec.pattern, key[-1]), partial(row_exchange, order, shard))
+            rows = shard.cached(
+                ("order", spec.ordering, spec.pattern, key[-1], q.device),
+                partial(_row_exchange, order, shard, q.device),
+            )
             call = ReorderedCall(call, RankOrder(comm, message, rows), spec.returns_lse)
         yield samples, call
+
+
+def _row_exchange(order: Tensor, shard: SequenceShard, device: torch.device) -> RowExchange:
+    return row_exchange(order, shard).on(device)
 
 
 def _exchange_plan(layout: Layout, exchange: str, sizes: Sizes) -> ExchangePlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -163,12 +164,15 @@ class RankCall(NamedTuple):
         return calls
 
     def tokens_at(self, places: Tensor) -> Tensor:
-        """Return the index in the whole sequence of the tokens at some places of the line."""
-        return places if self.line.tokens is None else self.line.tokens[places]
+        """Return the index in the whole sequence of the tokens at some places of the line, on the device of these."""
+        if self.line.tokens is None:
+            return places
+        key = "line", *self.key, self.line.branches, places.device
+        return self.shard.cached(key, partial(self.line.tokens.to, places.device))[places]
 
     def pair_options(self, layout: Layout, places: Tensor, heads: slice = slice(None)) -> PairOptions:
         """Return what holds for all pairs of the call, with the keys at some places and some of the query heads."""
-        tokens, null_keys = self.tokens_at(places).to(self.device), None
+        tokens, null_keys = self.tokens_at(places), None
         if layout.pattern.has_null_keys:
             null_keys = NullKeys(layout.pattern, layout.cuts, places, layout.heads, layout.kv_heads, heads)
         return PairOptions(

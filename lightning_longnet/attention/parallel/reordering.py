@@ -62,6 +62,11 @@ class RowExchange(NamedTuple):
     sent: dict[int, Tensor]
     received: dict[int, Tensor]
 
+    def on(self, device: torch.device) -> RowExchange:
+        """Return the same rows with their indices on a device."""
+        sent, received = ({rank: x.to(device) for rank, x in side.items()} for side in self)
+        return RowExchange(sent, received)
+
 
 class RankOrder(NamedTuple):
     """The order of sequences that are split: each row travels to the rank that holds its place on the line."""
@@ -89,10 +94,9 @@ class RankOrder(NamedTuple):
         widths = [len(x) * x.shape[2:].numel() for x in tensors]
         send, receive = {}, {}
         for rank, rows in sent.items():
-            rows = rows.to(tensors[0].device)
             if rank == self.comm.rank:  # these rows only move on this rank
                 for x, result in zip(tensors, results, strict=True):
-                    result[:, received[rank].to(x.device)] = x[:, rows]
+                    result[:, received[rank]] = x[:, rows]
             elif len(rows):
                 send[rank] = torch.cat([x[:, rows].transpose(0, 1).flatten(1) for x in tensors], 1)
         for rank, rows in received.items():
@@ -101,7 +105,7 @@ class RankOrder(NamedTuple):
         self.comm.exchange(send, receive, self.message, content).wait()
         del send
         for rank, packed in receive.items():
-            rows = received[rank].to(packed.device)
+            rows = received[rank]
             for result, piece in zip(results, packed.split(widths, 1), strict=True):
                 result[:, rows] = piece.unflatten(1, (len(result), *result.shape[2:])).transpose(0, 1)
         return results

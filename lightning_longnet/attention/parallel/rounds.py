@@ -41,13 +41,17 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.plan.parts import Parts
 
 
+# The indices of a ring are kept while they take at most this share of the memory of a rank's keys and values
+INDEX_SHARE = 0.25
+
+
 class RemoteRows(NamedTuple):
     """The messages of a call, and the tokens and the padding of KV rows on other ranks.
 
     Attributes:
         comm: sends and receives.
         message: the description of the call in errors and message tags.
-        tokens: returns for a rank the index in the whole sequence of each of its tokens.
+        tokens: returns for a rank the index in the whole sequence of each of its tokens, on the device of the rows.
         padding_of: returns for tokens (N,) the mask (B, N), True where padding hides one; None without padding.
     """
 
@@ -164,7 +168,7 @@ class RoundsCall(NamedTuple):
             pending_gradients.append(self._send_gradients(rounds[i], indices, dkv_rows, dk, dv))
 
         for i in range(saved_rounds):
-            backward_round(i, rounds[i].indices(), saved[i])
+            backward_round(i, rounds[i].indices(k.device), saved[i])
         fetched = self._fetch(saved_rounds, k, v)
         keys = self._own_keys(k, v, (dk, dv))
         for branch_outs, parts in self._own_parts(q, keys, v, outs):
@@ -214,13 +218,13 @@ class RoundsCall(NamedTuple):
             return None
         assert self.remote is not None
         step = self.route.rounds[i]
-        indices = step.indices()
+        indices = step.indices(k.device, INDEX_SHARE * (k.nbytes + v.nbytes) / len(self.route.rounds))
         batch, _, _, width = k.shape
         flat_k, flat_v = (x.flatten(1, 2) for x in (k, v))
         send = {}
         for peer, peer_rows in indices.send.items():
-            index = peer_rows.to(k.device, torch.long)
-            send[peer] = torch.cat((flat_k[:, index], flat_v[:, index]), -1).transpose(0, 1).contiguous()
+            rows = (x.index_select(1, peer_rows) for x in (flat_k, flat_v))
+            send[peer] = torch.cat(tuple(rows), -1).transpose(0, 1).contiguous()
         counts = [len(peer_rows) for peer_rows in indices.receive.values()]
         received = k.new_empty((sum(counts), batch, width + v.shape[3]))
         pieces = dict(zip(indices.receive, received.split(counts), strict=True))
@@ -245,10 +249,9 @@ class RoundsCall(NamedTuple):
             pending.wait()
             for peer, gradients in back.items():
                 totals = dk.total, dv.total
-                index = indices.send[peer].to(totals[0].device, torch.long)
                 parts = gradients.transpose(0, 1).split([x.shape[3] for x in totals], -1)
                 for total, part in zip(totals, parts, strict=True):
-                    total.flatten(1, 2).index_add_(1, index, part)
+                    total.flatten(1, 2).index_add_(1, indices.send[peer], part)
 
         return finish
 
@@ -262,7 +265,7 @@ class RoundsCall(NamedTuple):
         if self.options.key_padding_mask is not None or dropout is not None or hides_later:
             heads = self.route.kv_heads
             parts = [self.remote.tokens(peer)[peer_rows // heads] for peer, peer_rows in indices.receive.items()]
-            tokens = (torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)).to(kv_rows.device)
+            tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=kv_rows.device)
             padding = self.remote.padding_of(tokens)
             words = None if dropout is None else dropout.key_words(tokens)
         sources = tuple(len(peer_rows) for peer_rows in indices.receive.values())

@@ -68,7 +68,8 @@ class RoundsPlan(ExchangePlan):
         lines = []
         for other in others:
             key = "order", *other.key, first.line.pattern
-            rows = call.shard.cached(key, partial(_line_exchange, first.line, other.line, call.shard))
+            make = partial(_line_exchange, first.line, other.line, call.shard, call.device)
+            rows = call.shard.cached((*key, call.device), make)
             lines.append((RankOrder(call.shard.comm, other.message, rows), self._line_call(other)))
         return LinesCall(own, tuple(lines))
 
@@ -80,17 +81,17 @@ class RoundsPlan(ExchangePlan):
         own_route = shard.cached(("route", *call.key, exchanges), partial(route, layout, shard.rank, exchanges))
 
         def tokens_of(peer: int) -> Tensor:
-            return call.tokens_at(shard.tokens(peer))
+            return call.tokens_at(shard.tokens(peer, call.device))
 
-        options = call.pair_options(layout, shard.tokens())
+        options = call.pair_options(layout, shard.tokens(device=call.device))
         remote = RemoteRows(shard.comm, call.message, tokens_of, partial(shard.padding_of, samples=call.samples))
         # to compute the results of branches again in the backward would cost messages
         return RoundsCall(call.kernel, own_route, options, call.branch_outs, saves_outs=True, remote=remote)
 
 
-def _line_exchange(source: Line, target: Line, shard: SequenceShard) -> RowExchange:
+def _line_exchange(source: Line, target: Line, shard: SequenceShard, device: torch.device) -> RowExchange:
     order, _ = target.order_from(source)
-    return row_exchange(order, shard)
+    return row_exchange(order, shard).on(device)
 
 
 class RoundsFootprint(NamedTuple):

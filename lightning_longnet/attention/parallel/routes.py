@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.attention.plan.lattice import Lattice
 
+CPU = torch.device("cpu")
 # A list of KV rows is faster than a mask of all where fewer than one in this many are needed
 SPARSE = 16
 
@@ -61,10 +62,10 @@ class PeerBlocks(NamedTuple):
     tokens: int
     kv_heads: int
 
-    def mask(self, branches: Collection[int] | None = None) -> Tensor:
+    def mask(self, branches: Collection[int] | None = None, device: torch.device = CPU) -> Tensor:
         """Return a mask of the needed KV rows, (tokens * kv_heads,), for some branches or for all."""
-        needed = torch.zeros((1, self.tokens, self.kv_heads, 1), dtype=torch.bool)
-        true = torch.ones((), dtype=torch.bool)
+        needed = torch.zeros((1, self.tokens, self.kv_heads, 1), dtype=torch.bool, device=device)
+        true = torch.ones((), dtype=torch.bool, device=device)
         for part in self.parts:
             if branches is None or part.branch in branches:
                 part.block.keys.write(needed, true)
@@ -107,6 +108,12 @@ class RoundIndices(NamedTuple):
     receive: dict[int, Tensor]
     parts: Parts
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all indices."""
+        of_parts = (part.kv_index for part in self.parts if part.kv_index is not None)
+        return sum(x.nbytes for x in (*self.send.values(), *self.receive.values(), *of_parts))
+
 
 @dataclass(frozen=True, eq=False)
 class Round:
@@ -125,31 +132,51 @@ class Round:
     saves_rows: bool
     ring_step: int
 
-    def indices(self) -> RoundIndices:
-        """Return the indices of the round.
+    def indices(self, device: torch.device = CPU, kept_bytes: float = 0) -> RoundIndices:
+        """Return the indices of the round on a device.
 
-        They are cached for a gather, which keeps the rows as well; those of all rounds of a ring would be as many as
-        the tokens of a whole sequence.
+        They are made once and kept for a gather, which keeps the rows as well, and where they take at most
+        `kept_bytes`: those of all rounds of a dense ring would be as many as the tokens of a whole sequence.
         """
-        return self._cached_indices if self.saves_rows else self._indices()
+        if device not in self._kept:
+            made = self._indices(device)
+            if not self.saves_rows and made.nbytes > kept_bytes:
+                return made
+            self._kept[device] = made
+        return self._kept[device]
 
     @cached_property
-    def _cached_indices(self) -> RoundIndices:
-        return self._indices()
+    def _kept(self) -> dict[torch.device, RoundIndices]:
+        return {}
 
-    def _indices(self) -> RoundIndices:
-        """Compute the indices; see `indices`."""
+    @cached_property
+    def _parts(self) -> dict[int, Parts]:
+        """The parts with the keys of each rank."""
+        return {rank: merge_parts(blocks.parts) for rank, blocks in self.receives.items()}
+
+    @cached_property
+    def _counts(self) -> tuple[dict[int, int], dict[int, int]]:
+        """The numbers of KV rows that are sent to and received from each rank."""
+        sent, received = (
+            {rank: blocks.kv_row_count() for rank, blocks in side.items()} for side in (self.sends, self.receives)
+        )
+        return sent, received
+
+    def _indices(self, device: torch.device) -> RoundIndices:
+        """Compute the indices; on a GPU from nothing that lies on the host, and without waiting for the device."""
+        sent, received = ({}, {}) if device.type == "cpu" else self._counts
         receive, parts, first = {}, [], 0
         for rank, blocks in self.receives.items():
-            mask = blocks.mask()
-            receive[rank] = _kv_rows(mask)
+            mask = blocks.mask(device=device)
+            receive[rank] = _kv_rows(mask, received.get(rank))
             # the index of each needed KV row among all that this round receives, (1, tokens, kv_heads, 1)
-            places = (mask.cumsum(0) + (first - 1)).view(1, blocks.tokens, blocks.kv_heads, 1)
-            for part in merge_parts(blocks.parts):
+            places = (mask.cumsum(0, dtype=torch.int32) + (first - 1)).view(1, blocks.tokens, blocks.kv_heads, 1)
+            for part in self._parts[rank]:
                 parts.append(part._replace(kv_index=part.block.keys.read(places)[0, ..., 0].clone()))
             first += len(receive[rank])
         parts.sort(key=lambda part: part.branch)  # dropout computes its words once for each run of one branch
-        return RoundIndices({rank: blocks.kv_rows() for rank, blocks in self.sends.items()}, receive, Parts(parts))
+        send = {rank: _kv_rows(blocks.mask(device=device), sent.get(rank)) for rank, blocks in self.sends.items()}
+        return RoundIndices(send, receive, Parts(parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,9 +380,17 @@ def _consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _kv_rows(mask: Tensor) -> Tensor:
-    """Return the indices of the KV rows in a mask, ascending."""
-    return mask.nonzero().flatten().int()  # half the size of int64: it lies in memory beside the rows of a round
+def _kv_rows(mask: Tensor, count: int | None = None) -> Tensor:
+    """Return the indices of the KV rows in a mask, ascending.
+
+    They are int32, half the size of int64: they lie in memory beside the rows of a round.  With their `count` it waits
+    for no device, as nonzero() would.
+    """
+    if count is None:
+        return mask.nonzero().flatten().int()
+    rows = torch.arange(len(mask), dtype=torch.int32, device=mask.device)
+    places = torch.where(mask, mask.cumsum(0) - 1, count)  # those that are not needed all go behind the last one
+    return rows.new_empty(count + 1).scatter_(0, places, rows)[:count]
 
 
 def _extent(side: Lattice) -> tuple[int, int]:

@@ -136,11 +136,11 @@ class SequenceShard:
         batch, number = divmod(calls - 1, _CALLS)
         return f"call {number} of batch {batch}" if batch else f"call {number}"
 
-    def tokens(self, rank: int | None = None) -> Tensor:
-        """Return the index in the whole sequence of each token of a rank, by default of this one."""
+    def tokens(self, rank: int | None = None, device: torch.device | None = None) -> Tensor:
+        """Return the index in the whole sequence of each token of a rank, by default of this one and on the CPU."""
         chunks = self.placement.chunks(self.rank if rank is None else rank)
-        parts = [torch.arange(chunk.begin, chunk.end) for chunk in chunks]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+        parts = [torch.arange(chunk.begin, chunk.end, device=device) for chunk in chunks]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)
 
     @cached_property
     def places(self) -> Tensor:
@@ -161,7 +161,8 @@ class SequenceShard:
         """
         if self._borders is None:
             return None
-        masks = [torch.searchsorted(b.to(tokens.device), tokens, right=True) % 2 == 1 for b in self._borders[samples]]
+        borders = self.cached(("borders", tokens.device), lambda: [b.to(tokens.device) for b in self._borders or ()])
+        masks = [torch.searchsorted(b, tokens, right=True) % 2 == 1 for b in borders[samples]]
         return torch.stack(masks)
 
     def cached(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
