@@ -39,7 +39,7 @@ FOLDERS = {
     "models": [*CORE, "sequence", "layers", "inference"],
     "checkpointing": [*CORE, "inference", "models", "trust"],
     "training": [*CORE, "sequence", "layers", "models", "checkpointing"],
-    "huggingface": ["models", "trust"],
+    "huggingface": ["inference", "layers", "models", "trust"],
     "compat": [*CORE, "layers"],
     "data": ["sequence", "layers", "trust"],
     "report": [*CORE, "trust"],
