@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lightning_longnet.inference.branch_rows import rows_of
-from lightning_longnet.inference.layer import LayerCache
-from lightning_longnet.inference.plan import NewTokens, StepPlan
+from lightning_longnet.inference.layer import BRANCH_TOKENS, LayerCache
+from lightning_longnet.inference.plan import NewTokens, StepPlan, is_plain
 from lightning_longnet.inference.rows import DTYPES
 from lightning_longnet.layers.options import positive_integer
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # The largest number of tokens of a step that sees no row of the cache, and of one that does
 LONG_STEP = 16384
-SHORT_STEP = 256
-# The largest number of scores, of all heads and rows of a batch, of a step that sees rows of the cache
+SHORT_STEP = 2048
+# The largest number of scores, of all heads and rows of a batch, of a step that is computed with a mask over all rows
 SCORES = 2**23
 
 
@@ -112,8 +112,11 @@ class DilatedCache:
             count = min(tokens, LONG_STEP)
             # a step that ends where all segments do leaves none to be seen by the next
             return count // common * common if common and tokens > count >= common else count
-        slots = max(sum(layer.slots) for layer in self.layers)
-        count = max(1, min(tokens, SHORT_STEP, SCORES // (self.batch * self.kv_heads * (slots + SHORT_STEP))))
+        if len(begins) == 1 and all(is_plain(pattern) for pattern in patterns):
+            count = min(tokens, SHORT_STEP)
+        else:
+            slots = max(sum(layer.slots) for layer in self.layers)
+            count = max(1, min(tokens, BRANCH_TOKENS, SCORES // (self.batch * self.kv_heads * (slots + BRANCH_TOKENS))))
         if common and len(begins) == 1:
             count = min(count, common - next(iter(begins)) % common)
         return count
