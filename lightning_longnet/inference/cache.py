@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.layers.positions import Factors, RotaryPositions
     from lightning_longnet.models.blocks import BlocksConfig
 
 # The largest number of tokens of a step that sees no row of the cache, and of one that does
@@ -246,6 +247,7 @@ class Step:
     def __init__(self, cache: DilatedCache, tokens: NewTokens, documents: Tensor | None) -> None:
         self.cache, self.tokens, self.documents = cache, tokens, documents
         self._plans: dict[tuple[Pattern, tuple[int, ...]], StepPlan] = {}
+        self.rotations: dict[tuple[object, ...], Factors] = {}
 
     @property
     def positions(self) -> Tensor:
@@ -279,10 +281,12 @@ class LayerStep(NamedTuple):
     cache: LayerCache
     plan: StepPlan
 
-    @property
-    def positions(self) -> Tensor:
-        """The position (B, n) of each token in its document, and 0 of padding."""
-        return self.step.positions
+    def rotated(self, rotary: RotaryPositions, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return q and k, rotated by the positions of the tokens; layers of one kind share the cosines and sines."""
+        key = (rotary.kind, rotary.base, rotary.head_dim, rotary.scale_base, rotary.segment_length, q.dtype)
+        if key not in self.step.rotations:
+            self.step.rotations[key] = rotary.factors(q, k, self.step.positions)
+        return rotary.turned(q, k, self.step.rotations[key])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Return attention from the new tokens; see `LayerCache.attend`."""
