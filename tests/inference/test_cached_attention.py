@@ -142,7 +142,7 @@ def resident():
 
 @pytest.mark.full
 def test_a_million_tokens_take_the_memory_of_the_first_segments():
-    """By blocks and single tokens, of keys that are drawn; the end is compared with attention from the last border on."""
+    """In blocks and single tokens, of drawn keys; the end is compared with attention from the last border on."""
     pattern = Pattern.dilated((64, 512, 4096, 128), (1, 4, 16, 3), is_causal=True)
     total, border, heads, width = 1_000_000, 999_424, 2, 4
     assert border % 4096 == 0
