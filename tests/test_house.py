@@ -38,7 +38,7 @@ FOLDERS = {
     "inference": [*CORE, "layers"],
     "models": [*CORE, "sequence", "layers", "inference"],
     "checkpointing": [*CORE, "inference", "models", "trust"],
-    "huggingface": [*CORE, "sequence", "layers", "models", "trust", "registration"],
+    "huggingface": [*CORE, "sequence", "layers", "inference", "models", "trust", "registration"],
     "training": [*CORE, "sequence", "layers", "inference", "models", "checkpointing", "huggingface", "registration"],
     "compat": [*CORE, "layers"],
     "data": ["sequence", "layers", "trust"],

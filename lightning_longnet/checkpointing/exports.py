@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_longnet.checkpointing.checkpoints import CONFIG, WEIGHTS, Checkpoint, need_safetensors, read_checkpoint
+from lightning_longnet.inference.cache import refusal
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
 from lightning_longnet.models.longvit import LongViT, LongViTConfig
 from lightning_longnet.trust import check_class
@@ -79,7 +80,7 @@ def export_model(
         for file in _CODE:
             shutil.copyfile(Path(__file__).parents[1] / "huggingface" / file, folder / file)
         special = {} if tokenizer is None else tokenizer.special_tokens()
-        _write_json(folder / _GENERATION, {**special, "use_cache": False})
+        _write_json(folder / _GENERATION, {**special, "use_cache": refusal(model.config) is None})
         if tokenizer is not None:
             tokenizer.save(folder)
 

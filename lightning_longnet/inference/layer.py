@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_longnet.attention import attend
+from lightning_longnet.inference.branch_attention import NewRows, attend_by_branches
 from lightning_longnet.inference.branch_rows import rows_of
 from lightning_longnet.inference.rows import RowStore
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # `attend` computes at least so many tokens that see no row of the cache; its plan takes longer than fewer products
 WHOLE_TOKENS = 16
+# So many tokens that see rows of the cache are computed a branch at a time, and fewer with a mask over all rows
+BRANCH_TOKENS = 128
 _ALL = slice(None)
 
 
@@ -91,6 +94,13 @@ class LayerCache:
         if plan.tokens.longest >= WHOLE_TOKENS and plan.sees_new_alone:
             documents = plan.tokens.documents
             out = attend(q, k, v, self.pattern, documents=documents, scale=scale, kernel=kernel, sinks=sinks)
+        elif plan.tokens.longest >= BRANCH_TOKENS and plan.is_plain:
+            assert plan.tokens.uniform is not None
+            new = NewRows(q, k, v, plan.tokens.uniform)
+            partial = attend_by_branches(new, plan.branches, self.stores, scale, kernel)
+            if sinks is not None:
+                partial.add_logits_(sinks.to(partial.lse.dtype)[:, None])
+            out = partial.out.to(q.dtype)
         else:
             out = self._masked(q, kv, plan, scale, sinks)
         for store, write, needed in zip(self.stores, plan.writes(), plan.needed(), strict=True):

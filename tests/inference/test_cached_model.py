@@ -5,6 +5,7 @@ import torch
 
 from lightning_longnet import Branch, LongNet, LongNetConfig, Pattern, Sparsity
 from lightning_longnet.inference import cache as cache_module
+from lightning_longnet.inference import layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(Nothing crosses|In the branch).*")
 
@@ -61,6 +62,7 @@ def test_each_token_is_as_in_the_whole_text(kind):
 def test_long_texts_are_computed_in_steps_of_bounded_memory(monkeypatch):
     monkeypatch.setattr(cache_module, "LONG_STEP", 40)
     monkeypatch.setattr(cache_module, "SHORT_STEP", 7)
+    monkeypatch.setattr(layer, "BRANCH_TOKENS", 4)
     for kind in ("rope", "a pattern for each layer", "xpos without segments"):
         model, tokens = made(**KINDS[kind]), torch.randint(19, (2, 150))
         states, wanted_states = [], []
@@ -94,8 +96,10 @@ def test_prompts_of_unequal_length_are_padded_on_either_side(side):
             torch.testing.assert_close(found[b, 0], wanted, rtol=0, atol=1e-9)
 
 
-def test_documents_go_on_and_begin_within_steps():
-    model, tokens = made(rotary="xpos"), torch.randint(19, (2, 60))
+@pytest.mark.parametrize("kind", ["xpos", "sparse without segments"])
+def test_documents_go_on_and_begin_within_steps(kind):
+    sparse = Pattern((Branch(is_causal=True, sparsity=Sparsity("local_window", 1, 0.4)),))
+    model, tokens = made(**KINDS.get(kind, {"pattern": sparse})), torch.randint(19, (2, 60))
     documents = torch.stack([torch.tensor([3] * 17 + [5] * 1 + [6] * 42), torch.tensor([0] * 40 + [2] * 20)])
     wanted = model(tokens, documents=documents)
     for sizes in ([1] * 60, [5, 40, 15], [30, 30]):
