@@ -156,11 +156,13 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = None,
         cache_position: Tensor | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the arguments of `forward` for a step, which are those of the whole sequence.
 
-        `next_sequence_length`, `is_first_iteration` and `cache_position` are of models with a cache.
+        `next_sequence_length`, `is_first_iteration` and `cache_position` are of models with a cache; `tokenizer` is of
+        the texts that `generate` stops at, and passed on by it.
         """
         if past_key_values is not None:
             raise ValueError(_NO_CACHE)
