@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         sequence_hilbert_order,
         sequence_plan,
     )
+    from lightning_longnet.checkpointing.caches import load_cache, save_cache
     from lightning_longnet.checkpointing.checkpoint_io import ManifestCheckpointIO
     from lightning_longnet.checkpointing.checkpoints import Checkpoint, read_checkpoint
     from lightning_longnet.checkpointing.exports import export_model, load_model
@@ -151,11 +152,13 @@ __all__ = [
     "hilbert_order",
     "inverse_order",
     "keep_attention",
+    "load_cache",
     "load_model",
     "magneto_gain",
     "newest_checkpoint",
     "raster_order",
     "read_checkpoint",
+    "save_cache",
     "sequence_context",
     "sequence_hilbert_order",
     "sequence_mesh",
@@ -202,6 +205,7 @@ _MODULES = {
     "sequence": ("SequenceContext", "SequencePart", "attach_context", "hand_down", "sequence_context", "sequence_mesh"),
     "split_check": ("SplitMismatch", "Verdict", "check_split"),
     "training.optimization": ("decay_groups", "warmup_cosine"),
+    "checkpointing.caches": ("load_cache", "save_cache"),
     "checkpointing.checkpoint_io": ("ManifestCheckpointIO",),
     "checkpointing.newest": ("newest_checkpoint",),
     "checkpointing.checkpoints": ("Checkpoint", "read_checkpoint"),

@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_longnet.checkpointing.checkpoints import OTHERS
-from lightning_longnet.checkpointing.restricted import Reader, read_file, refusal, restricted
+from lightning_longnet.checkpointing.reader import Reader
+from lightning_longnet.checkpointing.restricted import read_file, refusal, restricted
 from lightning_longnet.trust import confined
 
 if TYPE_CHECKING:

@@ -37,9 +37,9 @@ FOLDERS = {
     "layers": [*CORE],
     "inference": [*CORE, "layers"],
     "models": [*CORE, "sequence", "layers", "inference"],
-    "checkpointing": [*CORE, "models", "trust"],
+    "checkpointing": [*CORE, "inference", "models", "trust"],
     "training": [*CORE, "sequence", "layers", "models", "checkpointing"],
-    "huggingface": ["models", "trust"],
+    "huggingface": ["inference", "layers", "models", "trust"],
     "compat": [*CORE, "layers"],
     "data": ["sequence", "layers", "trust"],
     "report": [*CORE, "trust"],
@@ -51,8 +51,8 @@ FOLDERS = {
     ],
     "supervision": [],
     "cli": [
-        *(*CORE, "models", "checkpointing", "training", "data", "report", "planning", "callbacks", "diagnosis"),
-        *("supervision", "evaluation", *TOP),
+        *(*CORE, "inference", "models", "checkpointing", "training", "data", "report", "planning", "callbacks"),
+        *("diagnosis", "supervision", "evaluation", *TOP),
     ],
 }
 TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "inference", "models"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_longnet.checkpointing.newest import check_saved
-from lightning_longnet.checkpointing.restricted import Reader, check_folder, deepspeed_classes, read_file, restricted
+from lightning_longnet.checkpointing.restricted import check_folder, deepspeed_classes, read_file, restricted
 from lightning_longnet.trust import confined
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ def _read_distributed(path: Path, trust: bool) -> Checkpoint:
     """Read a folder of torch.distributed.checkpoint, which FSDP2 writes."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
+
+    from lightning_longnet.checkpointing.reader import Reader
 
     reader = Reader(path, trust)
     shards = reader.read_metadata().state_dict_metadata

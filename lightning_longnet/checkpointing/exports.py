@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_longnet.checkpointing.checkpoints import CONFIG, WEIGHTS, Checkpoint, need_safetensors, read_checkpoint
+from lightning_longnet.inference.cache import refusal
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
 from lightning_longnet.models.longvit import LongViT, LongViTConfig
 from lightning_longnet.trust import check_class
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lightning_longnet.data.tokenizers import Tokenizer
 
 Format = Literal["safetensors", "huggingface"]
@@ -78,7 +80,7 @@ def export_model(
         for file in _CODE:
             shutil.copyfile(Path(__file__).parents[1] / "huggingface" / file, folder / file)
         special = {} if tokenizer is None else tokenizer.special_tokens()
-        _write_json(folder / _GENERATION, {**special, "use_cache": False})
+        _write_json(folder / _GENERATION, {**special, "use_cache": refusal(model.config) is None})
         if tokenizer is not None:
             tokenizer.save(folder)
 
@@ -131,7 +133,8 @@ def model_of(checkpoint: Checkpoint, trust: bool = False) -> LongNet | LongViT:
         weights[_HEAD] = weights[_EMBEDDING]
     # the meta device allocates nothing for weights that are replaced below; a custom attention class may hold tensors
     # that are not in the state dict, and needs the CPU
-    with torch.device("meta" if config.attention is None else "cpu"):
+    is_ours = config.attention is None
+    with torch.device("meta" if is_ours else "cpu"), _WithoutValues() if is_ours else nullcontext():
         model = LongNet(config) if isinstance(config, LongNetConfig) else LongViT(config)
     _check_weights(model, weights)
     model.load_state_dict(weights, assign=True)
@@ -141,6 +144,20 @@ def model_of(checkpoint: Checkpoint, trust: bool = False) -> LongNet | LongViT:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.eval()
+
+
+class _WithoutValues(TorchFunctionMode):
+    """A mode in which new parameters get no values: on the meta device, torch imports its compiler to compute them."""
+
+    _FILLS = (nn.init.normal_, Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def config_of(hyper_parameters: dict[str, Any], trust: bool = False) -> LongNetConfig | LongViTConfig:

@@ -7,7 +7,6 @@ import pickle
 import re
 import struct
 import zipfile
-from collections import OrderedDict
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 
 from lightning_longnet.attention.pattern.pattern import Branch, Pattern
 from lightning_longnet.attention.pattern.sparsity import Sparsity
@@ -45,7 +42,7 @@ _DEEPSPEED = (
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
 # the exceptions that torch.load raises on files that are no checkpoints
-_NO_CHECKPOINT: tuple[type[Exception], ...] = (
+NO_CHECKPOINT: tuple[type[Exception], ...] = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, AssertionError),
     *(struct.error, zipfile.BadZipFile, AttributeError, TypeError),
 )
@@ -61,7 +58,7 @@ def read_file(path: Path, allowed: tuple[Any, ...] = (), trust: bool = False) ->
     try:
         with restricted(*allowed, trust=trust):
             return torch.load(path, map_location="cpu", weights_only=is_plain, mmap=zipfile.is_zipfile(path))
-    except _NO_CHECKPOINT as error:
+    except NO_CHECKPOINT as error:
         raise ValueError(f"path must be {refusal(path, error)}") from None
 
 
@@ -115,68 +112,6 @@ def deepspeed_classes() -> list[Any]:
     return [getattr(import_module(module), name) for module, _, name in split]
 
 
-class Reader(FileSystemReader):
-    """A reader of folders of torch.distributed.checkpoint that runs no code and reads no file outside of the folder.
-
-    Args:
-        path: the folder.
-        trust: whether the folder is trusted, and read by torch's own reader.
-    """
-
-    def __init__(self, path: str | Path, trust: bool = False) -> None:
-        super().__init__(path)
-        self.trust = is_trusted(trust)
-
-    def read_metadata(self, *args: Any, **options: Any) -> dcp.Metadata:
-        if self.trust:
-            return super().read_metadata(*args, **options)
-        file = Path(self._get_metadata_path(options.get("rank")))
-        metadata = read_metadata(file)
-        assert metadata.storage_meta is not None
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-def read_metadata(file: Path) -> dcp.Metadata:
-    """Return the `.metadata` of a folder of torch.distributed.checkpoint, which names no file outside of the folder."""
-    confined("a checkpoint's .metadata", file, file.parent)
-    try:
-        with file.open("rb") as opened:
-            metadata = _Metadata(opened).load()
-    except _NO_CHECKPOINT as error:
-        raise ValueError(f"path must be {refusal(file, error)}") from None
-    if not isinstance(metadata, dcp.Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-        raise ValueError(f"path must be {refusal(file, ValueError())}")
-    stored = getattr(metadata, "storage_data", None)
-    for each in {str(info.relative_path) for info in (stored or {}).values()}:
-        confined("the files of a checkpoint's .metadata", file.parent / each, file.parent)
-    if getattr(metadata, "storage_meta", None) is None:
-        metadata.storage_meta = dcp.StorageMeta()
-    return metadata
-
-
-class _Metadata(pickle.Unpickler):
-    """An unpickler that knows the classes of `.metadata` alone, and none by a dotted name."""
-
-    _CLASSES = (
-        *(dcp.Metadata, dcp.MetadataIndex, dcp.StorageMeta, dcp.TensorProperties, dcp._MEM_FORMAT_ENCODING),
-        *(dcp.TensorStorageMetadata, dcp.BytesStorageMetadata, dcp.ChunkStorageMetadata),
-        *(_StorageInfo, torch.Size, OrderedDict),
-    )
-    _KNOWN = {(each.__module__, each.__qualname__): each for each in _CLASSES} | {
-        ("torch.serialization", "_get_layout"): torch.serialization._get_layout
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._KNOWN:
-            return self._KNOWN[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module == "pathlib" and name in ("Path", "PosixPath", "WindowsPath"):
-            return Path  # of where it was written
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not an allowed global")
-
-
 def check_folder(path: Path, trust: bool = False) -> None:
     """Raise a ValueError where a folder of FSDP2 or DeepSpeed holds objects that could run code when they are loaded.
 
@@ -184,6 +119,8 @@ def check_folder(path: Path, trust: bool = False) -> None:
     """
     if is_trusted(trust) or not path.is_dir():
         return
+    from lightning_longnet.checkpointing.reader import read_metadata  # its imports take a second
+
     for tag in filter(Path.is_file, (path / "latest", path / "latest_universal")):  # the folder that DeepSpeed reads
         confined(f"{tag.name} of a checkpoint", path / tag.read_text(errors="replace").strip(), path)
     for file in sorted(path.rglob("*.metadata")):

@@ -2,41 +2,95 @@
 
 from __future__ import annotations
 
+import sys
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import argparse
 
-DESCRIPTION = "Continue a text with a trained model, in one process, which computes the whole prefix for each token."
+    from lightning_longnet.data.tokenizers import Tokenizer
+    from lightning_longnet.inference.cache import DilatedCache
+    from lightning_longnet.models.longnet import LongNet
 
+DESCRIPTION = """Continue a text with a trained model, in one process.  The text appears as it is generated.
+
+  longnet generate last.ckpt --prompt "Once upon"
+  longnet generate last.ckpt --prompt-file - < story.txt   the prompt from the standard input
+  longnet generate last.ckpt --chat                        a conversation on a terminal
+"""
 EXAMPLE = 'longnet generate last.ckpt --prompt "Once upon"'
+
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+# Fewer parameters than this are multiplied by one thread in the time in which several would start
+_ONE_THREAD = 20_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this command."""
     parser.add_argument("checkpoint", help="a checkpoint of `longnet fit`: a file, or the folder of a sharded engine")
     parser.add_argument("--prompt", default="\n", help="the text to continue; a newline by default")
-    parser.add_argument("--prompt-file", help="a file that holds the prompt")
-    parser.add_argument("--tokens", type=int, default=200, help="number of tokens to add (200)")
+    parser.add_argument("--prompt-file", help="a file that holds the prompt; - is the standard input")
+    parser.add_argument("--chat", action="store_true", help="answer each line that is typed on a terminal")
+    parser.add_argument("--tokens", type=int, default=200, help="number of tokens to add, or of an answer (200)")
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="divisor of the logits; 0 takes the likeliest (0.8)"
     )
     parser.add_argument("--top-k", type=int, help="sample from this many of the most likely tokens only")
+    parser.add_argument("--top-p", type=float, help="sample from the likeliest tokens with this sum of probabilities")
+    parser.add_argument("--min-p", type=float, help="sample from tokens with this share of the highest probability")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1, makes tokens that the text has less likely (1)"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
+    parser.add_argument(
+        "--cache",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        help="the dtype of the keys and values that are kept; that of the weights, float32, by default",
+    )
     parser.add_argument(
         "--tokenizer", help="a Hugging Face name or folder, or `bytes`; that of the training by default"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Generate tokens, and print the whole text."""
+    """Generate tokens, and print the whole text as they come, and the speed to stderr."""
     import torch
 
+    from lightning_longnet.models.generation import caches
+
+    if arguments.chat and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ValueError("--chat needs a terminal; --prompt-file - reads the standard input")
+    model, tokenizer = _read(arguments)
+    if sum(parameter.numel() for parameter in model.parameters()) < _ONE_THREAD:
+        torch.set_num_threads(1)
+    cache = None
+    if caches(model):
+        cache = model.new_cache(dtype=None if arguments.cache is None else getattr(torch, arguments.cache))
+    elif arguments.cache is not None:
+        raise ValueError("--cache is of models that have a cache, and this one computes the whole prefix of each token")
+    if arguments.chat:
+        _chat(model, tokenizer, cache, arguments)
+        return
+    prompt = arguments.prompt if arguments.prompt_file is None else _text_of(arguments.prompt_file)
+    ids = _ids(tokenizer, prompt, model)
+    print(prompt, end="", flush=True)  # noqa: T201
+    begin = perf_counter()
+    count, seconds, _ = _answer(model, tokenizer, cache, ids, arguments)
+    print(flush=True)  # noqa: T201
+    before = perf_counter() - begin - seconds
+    rate = f"{(count - 1) / seconds:,.0f} tokens/s" if count > 1 and seconds else "-"
+    print(f"longnet: {count} tokens, {rate}; {len(ids)} of the prompt in {before:.2f} s", file=sys.stderr)  # noqa: T201
+
+
+def _read(arguments: argparse.Namespace) -> tuple[LongNet, Tokenizer]:
+    """Return the model of the checkpoint, and its tokenizer."""
     from lightning_longnet.checkpointing.checkpoints import read_checkpoint
     from lightning_longnet.checkpointing.exports import model_of
-    from lightning_longnet.cli.progress import bar
     from lightning_longnet.data.tokenizers import tokenizer_of
-    from lightning_longnet.models.generation import generate
     from lightning_longnet.models.longnet import LongNet
 
     saved = read_checkpoint(arguments.checkpoint)
@@ -48,31 +102,79 @@ def run(arguments: argparse.Namespace) -> None:
     model = model_of(saved).float()
     if not isinstance(model, LongNet):
         raise ValueError(f"checkpoint must be of a model that predicts tokens, got a {type(model).__name__}")
-    config = model.config
     name = arguments.tokenizer or hyper_parameters.get("tokenizer")
-    if name is None and config.vocab_size != 256:
-        raise ValueError(f"--tokenizer must be named: the checkpoint tells none for {config.vocab_size} tokens")
-    tokenizer = tokenizer_of(name or "bytes")
-    prompt = arguments.prompt
-    if arguments.prompt_file is not None:
-        try:
-            with open(arguments.prompt_file, encoding="utf-8") as file:
-                prompt = file.read()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"--prompt-file must hold text in UTF-8, {arguments.prompt_file} does not") from error
-    ids = tokenizer.encode(prompt)
+    if name is None and model.config.vocab_size != 256:
+        raise ValueError(f"--tokenizer must be named: the checkpoint tells none for {model.config.vocab_size} tokens")
+    return model, tokenizer_of(name or "bytes")
+
+
+def _text_of(path: str) -> str:
+    """Return the text of a file, or of the standard input."""
+    try:
+        if path == "-":
+            return sys.stdin.read()
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt-file must hold text in UTF-8, {path} does not") from error
+
+
+def _ids(tokenizer: Tokenizer, text: str, model: LongNet) -> list[int]:
+    """Return the tokens of a text."""
+    ids = tokenizer.encode(text)
     if not ids:
         raise ValueError("--prompt must hold at least one token, got an empty text")
-    if max(ids) >= config.vocab_size:
+    if max(ids) >= model.config.vocab_size:
         raise ValueError(
-            f"--tokenizer must be the model's: it gives token {max(ids)}, and the model has {config.vocab_size}"
+            f"--tokenizer must be the model's: it gives token {max(ids)}, and the model has {model.config.vocab_size}"
         )
-    options = {name: getattr(arguments, name) for name in ("temperature", "top_k", "seed")}
-    with bar(arguments.tokens, "generating", "token") as shown:
+    return ids
 
-        def count(*_: Any) -> None:  # a hook that returned something would replace the logits
-            shown.update()
 
-        model.head.register_forward_hook(count)  # the head runs once for each token
-        output_ids = generate(model, torch.tensor([ids]), arguments.tokens, **options)
-    print(tokenizer.decode(output_ids[0].tolist()))  # noqa: T201
+def _answer(
+    model: LongNet, tokenizer: Tokenizer, cache: DilatedCache | None, ids: list[int], arguments: argparse.Namespace
+) -> tuple[int, float, list[int]]:
+    """Print the text of further tokens as they come.
+
+    Returns:
+        the number of tokens, the seconds from the first to the last, and the tokens.
+    """
+    import torch
+
+    from lightning_longnet.cli.progress import bar
+    from lightning_longnet.inference.text import TextStream
+
+    shown = TextStream(tokenizer.decode, arguments.stop)
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in _SAMPLING}
+    found: list[int] = []
+    first = last = 0.0
+    with bar(arguments.tokens, "generating", "token", disable=sys.stdout.isatty()) as progress:
+        for token in model.stream(torch.tensor([ids]), arguments.tokens, cache=cache, **options):
+            last = perf_counter()
+            first = first or last
+            found.append(int(token))
+            print(shown.add(found[-1]), end="", flush=True)  # noqa: T201
+            progress.update()
+            if shown.is_stopped:
+                break
+    print(shown.end(), end="", flush=True)  # noqa: T201
+    return len(found), last - first, found
+
+
+def _chat(model: LongNet, tokenizer: Tokenizer, cache: DilatedCache | None, arguments: argparse.Namespace) -> None:
+    """Answer each line that is typed, until the end of the input: the text goes on with the line, and then the answer.
+
+    An answer ends at a stop text, or after `--tokens`.
+    """
+    text: list[int] = []  # the tokens that the cache does not hold yet; without a cache, all of them
+    print("A line is added to the text, and the model goes on with it.  End with Ctrl-D.", file=sys.stderr)  # noqa: T201
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print(file=sys.stderr)  # noqa: T201
+            return
+        text += _ids(tokenizer, f"{line}\n", model)
+        _, _, found = _answer(model, tokenizer, cache, text, arguments)
+        print(flush=True)  # noqa: T201
+        text = found[-1:] if cache is not None else text + found

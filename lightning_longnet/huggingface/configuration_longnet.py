@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from lightning_longnet.inference.cache import refusal
 from lightning_longnet.models.longnet import LongNetConfig
 from lightning_longnet.trust import check_class
 
@@ -42,7 +43,7 @@ class LongNetPretrainedConfig(PretrainedConfig):
                 value = getattr(config, field)
                 if kwargs.setdefault(name, value) != value:
                     raise ValueError(f"{name} must be {field} of longnet, {value!r}, got {kwargs[name]!r}")
-            kwargs.setdefault("use_cache", False)
+            kwargs.setdefault("use_cache", refusal(config) is None)
             if config.learned_positions is not None:
                 kwargs.setdefault("max_position_embeddings", config.learned_positions)
         self.longnet = longnet

@@ -49,7 +49,10 @@ class BranchRows:
 
     def heads_at(self, position: int) -> slice | None:
         """Return the key/value heads that have the token at a position in this branch; None if there are none."""
-        residue = self._place(position) % self.branch.dilation_rate
+        return self.heads_of(self._place(position) % self.branch.dilation_rate)
+
+    def heads_of(self, residue: int) -> slice | None:
+        """Return the key/value heads that attend to a residue; None if there are none."""
         if self.branch.head_offsets == "interleaved":
             return slice(residue, None, self.branch.dilation_rate) if residue < self.kv_heads else None
         each = -(-self.kv_heads // self.branch.dilation_rate)
@@ -119,9 +122,10 @@ class BranchRows:
             visible &= queries // w == keys // w
         if window is not None:
             visible &= queries - keys < window
-        if self.branch.sparsity is not None:
+        if self.branch.sparsity is not None and keys.numel():
             size = r * self.branch.sparsity.block_size
-            longest = self.capacity or -(-(int(queries.max()) + 1) // r)
+            last = max(int(queries.max()), int(keys.max()))  # keys of an earlier document may be the later ones
+            longest = self.capacity or last // r + 1
             table = _kept_blocks(self, 1 << (longest - 1).bit_length()).to(queries.device)
             heads = torch.arange(self.kv_heads, device=queries.device)[:, None, None]
             visible &= table[heads, query_places // size, key_places // size]

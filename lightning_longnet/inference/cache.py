@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lightning_longnet.inference.branch_rows import rows_of
-from lightning_longnet.inference.layer import LayerCache
-from lightning_longnet.inference.plan import NewTokens, StepPlan
+from lightning_longnet.inference.layer import BRANCH_TOKENS, LayerCache
+from lightning_longnet.inference.plan import NewTokens, StepPlan, is_plain
 from lightning_longnet.inference.rows import DTYPES
 from lightning_longnet.layers.options import positive_integer
 
@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.layers.positions import Factors, RotaryPositions
     from lightning_longnet.models.blocks import BlocksConfig
 
 # The largest number of tokens of a step that sees no row of the cache, and of one that does
 LONG_STEP = 16384
-SHORT_STEP = 256
-# The largest number of scores, of all heads and rows of a batch, of a step that sees rows of the cache
+SHORT_STEP = 2048
+# The largest number of scores, of all heads and rows of a batch, of a step that is computed with a mask over all rows
 SCORES = 2**23
 
 
@@ -112,8 +113,11 @@ class DilatedCache:
             count = min(tokens, LONG_STEP)
             # a step that ends where all segments do leaves none to be seen by the next
             return count // common * common if common and tokens > count >= common else count
-        slots = max(sum(layer.slots) for layer in self.layers)
-        count = max(1, min(tokens, SHORT_STEP, SCORES // (self.batch * self.kv_heads * (slots + SHORT_STEP))))
+        if len(begins) == 1 and all(is_plain(pattern) for pattern in patterns):
+            count = min(tokens, SHORT_STEP)
+        else:
+            slots = max(sum(layer.slots) for layer in self.layers)
+            count = max(1, min(tokens, BRANCH_TOKENS, SCORES // (self.batch * self.kv_heads * (slots + BRANCH_TOKENS))))
         if common and len(begins) == 1:
             count = min(count, common - next(iter(begins)) % common)
         return count
@@ -130,6 +134,46 @@ class DilatedCache:
         ):
             if own != given:
                 raise ValueError(f"cache must be of this model and batch: its {name}: {own}, the model's: {given}")
+
+    def select(self, rows: Tensor) -> None:
+        """Make the texts of some rows those of the batch, in the given order; a row may be taken several times."""
+        places = rows.tolist()
+        for layer in self.layers:
+            for store in layer.stores:
+                store.select(rows.to(self.device))
+        self.batch, self._next = len(places), tuple(self._next[row] for row in places)
+        if self._documents is not None:
+            self._documents = self._documents[rows.to(self._documents.device)]
+
+    def state(self) -> CacheState:
+        """Return the tensors of this cache, which share its memory, and plain values that say what they are."""
+        tensors = {
+            f"{i}.{j}.{name}": x
+            for i, layer in enumerate(self.layers)
+            for j, store in enumerate(layer.stores)
+            for name, x in (("rows", store.data), ("scales", store.scales))
+            if x is not None
+        }
+        documents = None if self._documents is None else self._documents.tolist()
+        about = {"batch": self.batch, "dtype": str(self.dtype).removeprefix("torch."), "positions": list(self._next)}
+        return CacheState(tensors, {**about, "documents": documents})
+
+    def restore(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Take the state of a cache of the same model, batch and dtype."""
+        for i, layer in enumerate(self.layers):
+            for j, store in enumerate(layer.stores):
+                store.restore(tensors[f"{i}.{j}.rows"], tensors.get(f"{i}.{j}.scales"))
+        positions = tuple(map(int, about["positions"]))
+        if len(positions) != self.batch or min(positions) < 0:
+            raise ValueError(f"positions must be {self.batch}, 0 or more, got {positions}")
+        for layer in self.layers:
+            for branch, slots in zip(rows_of(layer.pattern, self.kv_heads), layer.slots, strict=True):
+                needed = int(branch.counts(torch.tensor(positions)).max())
+                if slots < min(needed, branch.capacity or needed):
+                    raise ValueError(f"positions must be of as many rows as there are, got {positions}")
+        self._next = positions
+        documents = about["documents"]
+        self._documents = None if documents is None else torch.tensor(documents, device=self.device)
 
     def step(self, tokens: int, *, counts: list[int] | None = None, documents: Tensor | None = None) -> Step:
         """Return the step of further tokens, a context manager within which all layers attend.
@@ -190,12 +234,20 @@ class DilatedCache:
             self._documents = step.documents[:, -1]
 
 
+class CacheState(NamedTuple):
+    """The tensors of a cache by their names, and plain values."""
+
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]
+
+
 class Step:
     """A step of a cache: `with cache.step(n) as step: ... step.layer(0).attend(q, k, v)`."""
 
     def __init__(self, cache: DilatedCache, tokens: NewTokens, documents: Tensor | None) -> None:
         self.cache, self.tokens, self.documents = cache, tokens, documents
         self._plans: dict[tuple[Pattern, tuple[int, ...]], StepPlan] = {}
+        self.rotations: dict[tuple[object, ...], Factors] = {}
 
     @property
     def positions(self) -> Tensor:
@@ -229,10 +281,12 @@ class LayerStep(NamedTuple):
     cache: LayerCache
     plan: StepPlan
 
-    @property
-    def positions(self) -> Tensor:
-        """The position (B, n) of each token in its document, and 0 of padding."""
-        return self.step.positions
+    def rotated(self, rotary: RotaryPositions, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Return q and k, rotated by the positions of the tokens; layers of one kind share the cosines and sines."""
+        key = (rotary.kind, rotary.base, rotary.head_dim, rotary.scale_base, rotary.segment_length, q.dtype)
+        if key not in self.step.rotations:
+            self.step.rotations[key] = rotary.factors(q, k, self.step.positions)
+        return rotary.turned(q, k, self.step.rotations[key])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Return attention from the new tokens; see `LayerCache.attend`."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_longnet.attention import attend
+from lightning_longnet.inference.branch_attention import NewRows, attend_by_branches
 from lightning_longnet.inference.branch_rows import rows_of
 from lightning_longnet.inference.rows import RowStore
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # `attend` computes at least so many tokens that see no row of the cache; its plan takes longer than fewer products
 WHOLE_TOKENS = 16
+# So many tokens that see rows of the cache are computed a branch at a time, and fewer with a mask over all rows
+BRANCH_TOKENS = 128
 _ALL = slice(None)
 
 
@@ -78,6 +81,9 @@ class LayerCache:
         Returns:
             (B, n, H, D), 0 where a query sees no key.
         """
+        if torch.is_autocast_enabled(q.device.type):
+            with torch.autocast(q.device.type, enabled=False):  # autocast would round the scores
+                return self.attend(q, k, v, plan, scale=scale, kernel=kernel, sinks=sinks)
         scale = q.shape[3] ** -0.5 if scale is None else scale
         kv = torch.stack((k, v)).transpose(2, 3)  # (2, B, Hkv, n, D)
         if plan.single is not None:
@@ -88,6 +94,13 @@ class LayerCache:
         if plan.tokens.longest >= WHOLE_TOKENS and plan.sees_new_alone:
             documents = plan.tokens.documents
             out = attend(q, k, v, self.pattern, documents=documents, scale=scale, kernel=kernel, sinks=sinks)
+        elif plan.tokens.longest >= BRANCH_TOKENS and plan.is_plain:
+            assert plan.tokens.uniform is not None
+            new = NewRows(q, k, v, plan.tokens.uniform)
+            partial = attend_by_branches(new, plan.branches, self.stores, scale, kernel)
+            if sinks is not None:
+                partial.add_logits_(sinks.to(partial.lse.dtype)[:, None])
+            out = partial.out.to(q.dtype)
         else:
             out = self._masked(q, kv, plan, scale, sinks)
         for store, write, needed in zip(self.stores, plan.writes(), plan.needed(), strict=True):
@@ -140,8 +153,10 @@ class LayerCache:
         out = parts[-1] @ read[-1][1]
         for part, (_, v) in zip(parts[:-1], read[:-1], strict=True):
             out += part @ v
-        return out.view(batch, self.kv_heads, -1, tokens, width).permute(0, 3, 1, 2, 4).reshape(q.shape).to(q.dtype)
+        ungrouped: Tensor = out.view(batch, self.kv_heads, -1, tokens, width).permute(0, 3, 1, 2, 4).reshape(q.shape)
+        return ungrouped.to(q.dtype)
 
     def _grouped(self, q: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
         """Return q (B, n, H, D) times the scale as (B, Hkv, G, n, D)."""
-        return (q.to(dtype) * scale).unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        grouped: Tensor = (q.to(dtype) * scale).unflatten(2, (self.kv_heads, -1))
+        return grouped.permute(0, 2, 3, 1, 4)

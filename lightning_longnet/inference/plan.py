@@ -79,15 +79,19 @@ class StepPlan:
         kv_heads: the number of key/value heads.
         tokens: the new tokens.
         slots: the number of slots that the cache has for each branch before the step.
+
+    Attributes:
+        is_plain: whether all rows are at one position, and each branch counts its keys by itself.
+        single: the branches of a step of one token, where it is plain; None for other steps.
     """
 
     def __init__(self, pattern: Pattern, kv_heads: int, tokens: NewTokens, slots: tuple[int, ...]) -> None:
         self.pattern, self.kv_heads, self.tokens = pattern, kv_heads, tokens
         self.branches = rows_of(pattern, kv_heads)
         self.slots = slots
-        is_plain = pattern.multiplicity == "multiset" and all(b.branch.sparsity is None for b in self.branches)
+        self.is_plain = tokens.uniform is not None and is_plain(pattern)
         self.single: list[BranchStep] | None = None
-        if tokens.uniform is not None and tokens.longest == 1 and is_plain:
+        if tokens.uniform is not None and tokens.longest == 1 and self.is_plain:
             self.single = _single(self.branches, tokens.uniform)
         self.all_see_keys = True
         self._bias: Tensor | None = None
@@ -155,6 +159,11 @@ class StepPlan:
             for earlier in self.branches[:number]:
                 shown = shown & ~earlier.shows(queries, keys)
         return shown
+
+
+def is_plain(pattern: Pattern) -> bool:
+    """Return whether each branch counts its keys by itself, in whole segments and residues."""
+    return pattern.multiplicity == "multiset" and all(branch.sparsity is None for branch in pattern.branches)
 
 
 def _single(branches: tuple[BranchRows, ...], position: int) -> list[BranchStep]:

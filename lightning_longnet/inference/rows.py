@@ -64,6 +64,27 @@ class RowStore:
         if self.scales is not None:
             self.scales = _grown(self.scales, wanted)
 
+    def select(self, batch: Tensor) -> None:
+        """Take the rows of some texts of the batch, given by their indices, in that order."""
+        with torch.inference_mode(False):
+            self.data = self.data[:, batch]
+            self.scales = None if self.scales is None else self.scales[:, batch]
+
+    def restore(self, data: Tensor, scales: Tensor | None) -> None:
+        """Take rows and scales of another store of the same sizes, with any number of slots."""
+        for name, own, given in (("rows", self.data, data), ("scales", self.scales, scales)):
+            if (own is None) != (given is None):
+                raise ValueError(f"{name} must be there for int8 alone")
+            if own is None or given is None:
+                continue
+            sizes = (*own.shape[:3], own.shape[4])
+            if given.dim() != 5 or (*given.shape[:3], given.shape[4]) != sizes or given.dtype != own.dtype:
+                raise ValueError(f"{name} must be {sizes} beside the slots, {own.dtype}, got {tuple(given.shape)}")
+        if self.capacity is not None and data.shape[3] > self.capacity:
+            raise ValueError(f"rows must have at most {self.capacity} slots, got {data.shape[3]}")
+        self.data = data.to(self.data.device)
+        self.scales = None if scales is None else scales.to(self.data.device)
+
     def put(self, kv: Tensor, heads: slice, slot: int) -> None:
         """Write kv (2, B, some heads, D) to one slot of these heads."""
         rows, scales = self._stored(kv)

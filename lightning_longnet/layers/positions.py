@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.pattern.pattern import Pattern
 
 Kind = Literal["rope", "xpos"]
+# Cosine and sine of the angles, for q and for k
+Factors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # xPos scales the first pair of a head by ZETA ** (position / scale_base); other pairs by factors closer to 1
 ZETA = 0.4 / 1.4
@@ -83,6 +85,18 @@ class RotaryPositions(nn.Module):
             index: integers (N,) or (B, N), the index of each token in its document, which determines its segment; the
                 same as `positions` by default.
         """
+        return self.turned(q, k, self.factors(q, k, positions, index=index))
+
+    def turned(self, q: Tensor, k: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
+        """Return q and k, rotated by what `factors` returned for tokens at the same positions."""
+        if self.kind == "rope" and q.shape[1] == 1:  # of one token, two tensors take twice the time of one
+            both = _rotate(torch.cat((q, k), 2), *factors[0])
+            turned_q, turned_k = both.split((q.shape[2], k.shape[2]), 2)
+            return turned_q, turned_k
+        return _rotate(q, *factors[0]), _rotate(k, *factors[1])
+
+    def factors(self, q: Tensor, k: Tensor, positions: Tensor | None = None, *, index: Tensor | None = None) -> Factors:
+        """Return the factors of the rotation of q, and those of k; see `forward` for the arguments."""
         for name, x in (("q", q), ("k", k)):
             if x.dim() != 4 or x.shape[3] != self.head_dim:
                 raise ValueError(f"{name} must be (batch, tokens, heads, {self.head_dim}), got shape {tuple(x.shape)}")
@@ -94,14 +108,14 @@ class RotaryPositions(nn.Module):
         angles = places.double()[..., None, None] * self.base**-pairs  # (N or B x N, 1, head_dim / 2)
         cos, sin = angles.cos().to(compute_dtype), angles.sin().to(compute_dtype)
         if self.kind == "rope":
-            return _rotate(q, cos, sin), _rotate(k, cos, sin)
+            return (cos, sin), (cos, sin)
         distance = places - self._middle(places if index is None else checked_positions(index, q, "index"))
         if index is not None or (positions is not None and self.segment_length is None):
             self._check_distance(q, distance)
         scale = torch.exp(distance.double()[..., None, None] / self.scale_base * ((pairs + 0.4) / 1.4).log()).to(
             compute_dtype
         )
-        return _rotate(q, cos * scale, sin * scale), _rotate(k, cos / scale, sin / scale)
+        return (cos * scale, sin * scale), (cos / scale, sin / scale)
 
     def reach(self, dtype: torch.dtype = torch.float32) -> int:
         """Return the largest distance in tokens from the origin of the exponent of xPos at which `dtype` is safe."""

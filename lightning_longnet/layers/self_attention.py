@@ -171,7 +171,7 @@ class DilatedSelfAttention(AttentionLayer):
             q, k = self.q_norm(q), self.k_norm(k)
         if cached is not None:
             if self.rotary is not None:
-                q, k = self.rotary(q, k, cached.positions)
+                q, k = cached.rotated(self.rotary, q, k)
             return self._projected(cached.attend(q, k, v, kernel=self.kernel))
         if self.rotary is not None:
             q, k = self._rotate(q, k, positions, documents)

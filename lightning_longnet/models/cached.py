@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from lightning_longnet.inference.cache import DilatedCache
     from lightning_longnet.models.longnet import LongNet
 
+# The number of single tokens between two checks of the reach of the patterns
+_REACH_TOKENS = 64
+
 
 class CachedTokens(NamedTuple):
     """What `LongNet.encode` was called with beside the tokens."""
@@ -28,6 +31,9 @@ def encode_cached(
 ) -> Tensor:
     """Map further tokens x (B, N, dim) to the input of the head, in steps of bounded memory; see `LongNet.encode`."""
     _check(model, x, cache, given)
+    begin = max(cache.positions)
+    if x.shape[1] > 1 or begin % _REACH_TOKENS == 0:
+        model._warn_of_reach(begin + x.shape[1])
     documents = given.documents
     if documents is not None:
         documents = checked_positions(documents, x, "documents").expand(x.shape[:2])

@@ -1,90 +1,188 @@
-"""Generation of tokens.  There is no key cache: the whole prefix is computed again for each token."""
+"""Generation of tokens, one after the other, from a cache of the keys and values that later tokens see."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from lightning_longnet.inference.cache import LONG_STEP, refusal
+from lightning_longnet.inference.sampling import Sampler, Sampling
 from lightning_longnet.layers.options import positive_integer
 from lightning_longnet.sequence.context import SequenceContext
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
+    from lightning_longnet.inference.cache import DilatedCache
     from lightning_longnet.models.longnet import LongNet
 
 
-@torch.no_grad()
 def generate(
     model: LongNet,
     input_ids: Tensor,
     tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    seed: int = 0,
+    attention_mask: Tensor | None = None,
+    end: int | None = None,
+    cache: DilatedCache | None = None,
     context: SequenceContext | None = None,
+    **sampling: Any,
 ) -> Tensor:
     """Return `input_ids` continued by `tokens` sampled tokens, (B, N + tokens).
+
+    The keys of the tokens are kept in a cache.  The whole prefix is computed for each token instead where sequences are
+    split over ranks, where parameters are sharded, and by models that have no cache (see `DilatedCache`).
 
     Args:
         model: a causal model.
         input_ids: (B, N), whole sequences, the same on all ranks that share sequences.
         tokens: number of tokens to add.
-        temperature: divisor of the logits; 0 takes the most likely token.
-        top_k: samples from this many of the most likely tokens only.
-        seed: seed of the sampling.  The same seed gives the same tokens on any number of ranks.
+        attention_mask: (B, N), 0 where a row has padding, on either side; the new tokens follow the N columns.
+        end: the token that ends a text.  After it a row is filled with it, and where all rows have it, no more tokens
+            are added.
+        cache: a cache of the text before `input_ids`, to go on with.  It then holds all tokens but the last one.
         context: the context where sequences are split over ranks: all ranks of its group call this together, and each
             computes its part.
+        sampling: temperature, top_k, top_p, min_p, repetition_penalty and seed; see `Sampling`.  The same seed gives
+            the same tokens on any number of ranks.
     """
+    further = stream(
+        model,
+        input_ids,
+        tokens,
+        attention_mask=attention_mask,
+        end=end,
+        cache=cache,
+        context=context,
+        **sampling,
+    )
+    return torch.cat([input_ids, *(token[:, None] for token in further)], 1)
+
+
+def stream(
+    model: LongNet,
+    input_ids: Tensor,
+    tokens: int,
+    *,
+    attention_mask: Tensor | None = None,
+    end: int | None = None,
+    cache: DilatedCache | None = None,
+    context: SequenceContext | None = None,
+    **sampling: Any,
+) -> Iterator[Tensor]:
+    """Return an iterator over the further tokens of each row, (B,), as they are sampled; see `generate`."""
     positive_integer("tokens", tokens)
     if input_ids.dim() != 2 or input_ids.shape[1] < 1:
         raise ValueError(f"input_ids must be (B, N) with at least one token, got shape {tuple(input_ids.shape)}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature!r}")
-    if top_k is not None:
-        positive_integer("top_k", top_k)
+    unknown = set(sampling) - set(Sampling.__dataclass_fields__)
+    if unknown:
+        allowed = ", ".join(Sampling.__dataclass_fields__)
+        raise ValueError(f"no option {min(unknown)}; sampling has {allowed}")
+    how = Sampling(**sampling)
     if not model.config.is_causal:
         raise ValueError("model must be causal in every layer to go on with a sequence")
     context = context or SequenceContext()
-    generator = torch.Generator().manual_seed(seed)
-    output_ids = input_ids
-    was_training = model.training
+    computes_prefix = context.sequence_parallel_size > 1 or not caches(model)
+    if computes_prefix and (cache is not None or attention_mask is not None):
+        raise ValueError(
+            "cache and attention_mask must be None where the whole prefix is computed for each token: where sequences "
+            "are split over ranks, where parameters are sharded, or where the model has no cache"
+        )
+    sampler = Sampler(how, input_ids, None if attention_mask is None else attention_mask != 0)
+    if computes_prefix:
+        source: _Prefix | _Cached = _Prefix(model, context)
+    else:
+        source = _Cached(model, model.new_cache(len(input_ids)) if cache is None else cache, attention_mask)
+    return _sampled(source, sampler, input_ids, tokens, end)
+
+
+def _sampled(
+    source: _Prefix | _Cached, sampler: Sampler, input_ids: Tensor, tokens: int, end: int | None
+) -> Iterator[Tensor]:
+    """Yield tokens (B,), of which each is given to the source of logits before the next one is sampled."""
+    model, given = source.model, input_ids
+    has_ended = torch.zeros(len(input_ids), dtype=torch.bool)
+    for _ in range(tokens):
+        with torch.no_grad(), _evaluating(model):
+            token = sampler.sample(source.logits(given))[:, 0]
+        if end is not None:
+            token = token.masked_fill(has_ended, end)
+            has_ended |= token == end
+        given = token.to(input_ids.device)[:, None]
+        yield given[:, 0]
+        if has_ended.all():
+            return
+
+
+@contextmanager
+def _evaluating(model: LongNet) -> Iterator[None]:
+    """Put a model that is trained into evaluation mode while the block runs."""
+    if not model.training:
+        yield
+        return
     model.eval()
     try:
-        for _ in range(tokens):
-            logits = _last_logits(model, output_ids, context).float().cpu()
-            token = _sample(logits, temperature, top_k, generator)
-            output_ids = torch.cat([output_ids, token.to(output_ids.device)], 1)
+        yield
     finally:
-        model.train(was_training)
-    return output_ids
+        model.train()
 
 
-def _last_logits(model: LongNet, input_ids: Tensor, context: SequenceContext) -> Tensor:
-    """Return the logits (B, vocabulary) of the last token of each sequence, on all ranks that share them."""
-    if context.sequence_parallel_size == 1:
-        hidden = model.encode(model.embed(input_ids))[:, -1]
-    else:
-        length = input_ids.shape[1]
-        with context.parts_of(length):
-            positions = context.positions
-            assert positions is not None
-            places = positions.to(input_ids.device)
-            hidden = model.encode(model.embed(input_ids[:, places]))
-            hidden = hidden[:, places == length - 1].sum(1)  # zeros on all ranks but the one that holds the last token
-            dist.all_reduce(hidden, group=context.sequence_group)
-    logits: Tensor = model.head(hidden)
-    return logits
+class _Cached:
+    """The logits of the last token of each row, from a cache."""
+
+    def __init__(self, model: LongNet, cache: DilatedCache, attention_mask: Tensor | None) -> None:
+        self.model, self.cache, self.attention_mask = model, cache, attention_mask
+
+    def logits(self, further: Tensor) -> Tensor:
+        """Return the logits (B, vocabulary) after further tokens (B, n)."""
+        mask, self.attention_mask = self.attention_mask, None
+        if mask is None:
+            for part in further.split(LONG_STEP, 1):  # the states of a long prompt are not kept
+                hidden = self.model.encode(self.model.embed(part), cache=self.cache)
+            last = hidden[:, -1]
+        else:
+            hidden = self.model.encode(self.model.embed(further), attention_mask=mask, cache=self.cache)
+            places = torch.arange(mask.shape[1], device=mask.device)
+            last = hidden[torch.arange(len(hidden)), (places * (mask != 0)).argmax(1)]
+        logits: Tensor = self.model.head(last)
+        return logits
 
 
-def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """Return one sampled token for each row of logits (B, vocabulary), as (B, 1)."""
-    if temperature == 0:
-        return logits.argmax(1, keepdim=True)
-    if top_k is not None and top_k < logits.shape[1]:
-        threshold = logits.topk(top_k, dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, float("-inf"))
-    return torch.multinomial((logits / temperature).softmax(1), 1, generator=generator)
+class _Prefix:
+    """The logits of the last token of each row, from the whole prefix, on all ranks that share sequences."""
+
+    def __init__(self, model: LongNet, context: SequenceContext) -> None:
+        self.model, self.context = model, context
+        self.input_ids: Tensor | None = None
+
+    def logits(self, further: Tensor) -> Tensor:
+        """Return the logits (B, vocabulary) after further tokens (B, n)."""
+        self.input_ids = further if self.input_ids is None else torch.cat([self.input_ids, further], 1)
+        model, input_ids = self.model, self.input_ids
+        if self.context.sequence_parallel_size == 1:
+            hidden = model.encode(model.embed(input_ids))[:, -1]
+        else:
+            length = input_ids.shape[1]
+            with self.context.parts_of(length):
+                positions = self.context.positions
+                assert positions is not None
+                places = positions.to(input_ids.device)
+                hidden = model.encode(model.embed(input_ids[:, places]))
+                hidden = hidden[:, places == length - 1].sum(1)  # zeros on ranks that do not hold the last token
+                dist.all_reduce(hidden, group=self.context.sequence_group)
+        logits: Tensor = model.head(hidden)
+        return logits
+
+
+def caches(model: LongNet) -> bool:
+    """Return whether `generate` uses a cache with this model in whole sequences.
+
+    Ranks that hold shards of the parameters must call each block equally often, and compute the prefix.
+    """
+    is_sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    return not is_sharded and refusal(model.config) is None

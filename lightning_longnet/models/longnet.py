@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from lightning_longnet.models.blocks import Blocks, BlocksConfig
 from lightning_longnet.models.cached import CachedTokens, encode_cached
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lightning_longnet.inference.cache import DilatedCache
 
 
@@ -154,6 +156,25 @@ class LongNet(Blocks):
 
         weight = self.embedding.weight
         return DilatedCache(self.config, batch, dtype=weight.dtype if dtype is None else dtype, device=weight.device)
+
+    def generate(self, input_ids: Tensor, tokens: int, **options: Any) -> Tensor:
+        """Return `input_ids` (B, N) continued by sampled tokens, (B, N + tokens).
+
+        Args:
+            input_ids: (B, N).
+            tokens: number of tokens to add.
+            options: temperature, top_k, top_p, min_p, repetition_penalty and seed; attention_mask (B, N), 0 where a row
+                has padding; end, the token that ends a text; cache, a cache of the text before `input_ids`.
+        """
+        from lightning_longnet.models.generation import generate
+
+        return generate(self, input_ids, tokens, **options)
+
+    def stream(self, input_ids: Tensor, tokens: int, **options: Any) -> Iterator[Tensor]:
+        """Return an iterator over the further tokens (B,) as they are sampled; see `generate`."""
+        from lightning_longnet.models.generation import stream
+
+        return stream(self, input_ids, tokens, **options)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the embeddings (B, N, dim) of input_ids (B, N), without positions: the input of `encode`."""

@@ -4,6 +4,8 @@ import pytest
 import torch
 from decoders import LENGTHS, MASKS, decoder, scattered, tokens
 
+from lightning_longnet.huggingface.cache_longnet import LongNetCache
+
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:(Nothing crosses|In the branch)"
 )
@@ -54,7 +56,7 @@ def test_samples_are_drawn_from_the_logits():
         torch.testing.assert_close(logits, model(row).logits[:, -1].float())
         row = torch.cat([row, torch.multinomial(logits.softmax(-1), 1)], 1)
     assert torch.equal(found.sequences, row)
-    assert [states[0].shape for states in found.hidden_states] == [(1, n, 16) for n in range(9, 14)]
+    assert [states[0].shape for states in found.hidden_states] == [(1, n, 16) for n in (9, 1, 1, 1, 1)]
 
 
 def test_generation_refuses_what_needs_a_cache_or_weights_of_attention():
@@ -62,7 +64,7 @@ def test_generation_refuses_what_needs_a_cache_or_weights_of_attention():
 
     model, ids = decoder(), tokens(1, 9)
     for given, error, message in (
-        ({"past_key_values": DynamicCache()}, ValueError, "past_key_values must be None: a LongNet has no key cache"),
+        ({"past_key_values": DynamicCache()}, ValueError, "past_key_values must be a LongNetCache, or None"),
         ({"output_attentions": True, "return_dict_in_generate": True}, ValueError, "output_attentions must be False"),
         ({"prompt_lookup_num_tokens": 3}, RuntimeError, "assisted decoding requires a cache"),
         ({"token_type_ids": ids}, ValueError, "token_type_ids"),
@@ -72,4 +74,57 @@ def test_generation_refuses_what_needs_a_cache_or_weights_of_attention():
     # a right padding, after which `generate` counts from 1
     mask = torch.tensor([[1] * 7 + [0] * 2])
     with pytest.raises(ValueError, match=r"position_ids must count .* row 0 has 1 after 6"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, use_cache=False)
+    with pytest.raises(ValueError, match="attention_mask must end with tokens with past_key_values"):
         model.generate(ids, attention_mask=mask, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("kind", ["rope", "xpos", "learned", "sparse"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_cache_and_the_whole_rows_give_the_same_tokens(kind, beams):
+    """Beyond the largest segment, with beams that change places."""
+    changes = {"learned_positions": 120} if kind in ("xpos", "learned") else {}
+    model, mask = decoder(kind, **changes), torch.tensor(MASKS["left"])
+    torch.nn.init.normal_(model.model.embedding.weight)
+    rows = [tokens(3, 30)[i, :n] for i, n in enumerate(LENGTHS)]
+    options = {"max_new_tokens": 50 if beams == 1 else 12, "num_beams": beams, "do_sample": False}
+    options |= {"attention_mask": mask, "return_dict_in_generate": True, "output_logits": True}
+    ids = scattered(rows, mask)
+    wanted = model.generate(ids, **options, use_cache=False)
+    found = model.generate(ids, **options, use_cache=True)
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert isinstance(found.past_key_values, LongNetCache)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), rtol=1e-5, atol=1e-5)
+
+
+def test_a_text_goes_on_from_its_cache():
+    model, ids = decoder(), tokens(2, 20)
+    past = LongNetCache(2)
+    first = model.generate(ids, past_key_values=past, max_new_tokens=40, do_sample=False)
+    assert past.get_seq_length() == 59
+    more = torch.cat([first, tokens(2, 5)], 1)
+    found = model.generate(more, past_key_values=past, max_new_tokens=10, do_sample=False)
+    assert torch.equal(found, model.generate(more, max_new_tokens=10, do_sample=False, use_cache=False))
+    assert past.rows.nbytes < 2 * 2 * 64 * 2 * 2 * 2 * 4 * 8, "the rows of four segments of 64"
+
+
+def test_what_a_cache_cannot_do_is_refused():
+    from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
+
+    model, ids, past = decoder(), tokens(1, 9), LongNetCache(2)
+    assert DYNAMIC_LAYER_TYPE_MAPPING["longnet"] is type(past.layers[0])
+    with torch.no_grad():
+        model(ids, past_key_values=past)
+        for given, message in (
+            ({"labels": ids}, "labels must be None with past_key_values"),
+            ({"position_ids": torch.arange(9)[None]}, r"position_ids must count .* before them, \[9\], with past"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                model(ids, past_key_values=past, **given)
+        assert model(ids, past_key_values=past, position_ids=torch.arange(9, 18)[None], return_dict=False)[0].shape
+    with pytest.raises(ValueError, match="a LongNetCache takes no tokens back"):
+        past.crop(-1)
+    with pytest.raises(ValueError, match="a LongNetCache must be of a LongNetForCausalLM"):
+        past.update(ids, ids, 0)
+    with pytest.raises(ValueError, match="a cache holds no gradients"):
+        model(ids, past_key_values=past)

@@ -163,7 +163,7 @@ def test_the_tokens_of_bytes_are_those_of_a_tokenizer_of_transformers(tmp_path):
     found = theirs(["ab", "a"], padding=True)
     assert found == {"input_ids": [[97, 98], [0, 97]], "attention_mask": [[1, 1], [0, 1]]}
     config = read(tmp_path / "out").generation_config
-    assert (config.eos_token_id, config.pad_token_id, config.use_cache) == (0, 0, False)
+    assert (config.eos_token_id, config.pad_token_id, config.use_cache) == (0, 0, True)
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_the_tokenizer_of_the_training_is_exported(word_tokenizer, tmp_path, cap
     assert f"\ntokenizer: {word_tokenizer}\n" in capsys.readouterr().out
     assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")("long net")["input_ids"] == [3, 4]
     values = json.loads((tmp_path / "out/generation_config.json").read_text())
-    assert values == {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "use_cache": False}
+    assert values == {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "use_cache": True}
     assert read(tmp_path / "out").config.max_position_embeddings == 48
 
 

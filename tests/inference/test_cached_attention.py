@@ -1,13 +1,16 @@
 """Attention by steps with a cache equals attention to the whole text, and the cache keeps what later tokens see."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 
+import pytest
 import torch
 from drawn import branches, nested_branches, pattern_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_longnet import attend
+from lightning_longnet.inference import branch_attention, layer
 from lightning_longnet.inference.cache import DilatedCache
 from lightning_longnet.models.blocks import BlocksConfig
 
@@ -44,12 +47,23 @@ def cases(draw):
         "steps": draw(texts(batch)),
         "breaks": draw(st.none() | st.lists(st.integers(0, 40), min_size=1, max_size=6)),
         "has_sinks": draw(st.booleans()),
+        "by_branches": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**31)),
     }
 
 
 def config_of(pattern, heads, kv_heads, width, layers=1):
     return BlocksConfig(pattern, dim=heads * width, layers=layers, heads=heads, kv_heads=kv_heads)
+
+
+@contextmanager
+def paths(by_branches):
+    """Compute steps of any length a branch at a time, in tiles of a few scores, or only long ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        if by_branches:
+            patch.setattr(layer, "BRANCH_TOKENS", 2)
+            patch.setattr(branch_attention, "SCORES", 40)
+        yield
 
 
 @settings(max_examples=150, deadline=None)
@@ -82,7 +96,7 @@ def test_steps_see_what_whole_texts_show(case):
         places = (torch.tensor(at)[:, None] + torch.arange(longest)).clamp(max=size - 1)  # padding holds anything
         parts = [x[torch.arange(batch)[:, None], places] for x in (q, k, v)]
         ids = None if documents is None else documents[torch.arange(batch)[:, None], places]
-        with cache.step(longest, counts=counts, documents=ids) as step:
+        with cache.step(longest, counts=counts, documents=ids) as step, paths(case["by_branches"]):
             out = step.layer(0).attend(*parts, sinks=sinks)
         for b, count in enumerate(counts):
             found[b].append(out[b, :count])

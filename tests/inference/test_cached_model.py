@@ -5,6 +5,7 @@ import torch
 
 from lightning_longnet import Branch, LongNet, LongNetConfig, Pattern, Sparsity
 from lightning_longnet.inference import cache as cache_module
+from lightning_longnet.inference import layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(Nothing crosses|In the branch).*")
 
@@ -41,9 +42,9 @@ def without_gradients():
         yield
 
 
-def by_steps(model, tokens, sizes, **options):
+def by_steps(model, tokens, sizes, cache=None):
     """The logits of tokens that a model is given in parts of these sizes."""
-    cache = model.new_cache(len(tokens))
+    cache = model.new_cache(len(tokens)) if cache is None else cache
     parts = [model(part, cache=cache) for part in tokens.split(sizes, 1)]
     return torch.cat(parts, 1), cache
 
@@ -61,6 +62,7 @@ def test_each_token_is_as_in_the_whole_text(kind):
 def test_long_texts_are_computed_in_steps_of_bounded_memory(monkeypatch):
     monkeypatch.setattr(cache_module, "LONG_STEP", 40)
     monkeypatch.setattr(cache_module, "SHORT_STEP", 7)
+    monkeypatch.setattr(layer, "BRANCH_TOKENS", 4)
     for kind in ("rope", "a pattern for each layer", "xpos without segments"):
         model, tokens = made(**KINDS[kind]), torch.randint(19, (2, 150))
         states, wanted_states = [], []
@@ -94,8 +96,10 @@ def test_prompts_of_unequal_length_are_padded_on_either_side(side):
             torch.testing.assert_close(found[b, 0], wanted, rtol=0, atol=1e-9)
 
 
-def test_documents_go_on_and_begin_within_steps():
-    model, tokens = made(rotary="xpos"), torch.randint(19, (2, 60))
+@pytest.mark.parametrize("kind", ["xpos", "sparse without segments"])
+def test_documents_go_on_and_begin_within_steps(kind):
+    sparse = Pattern((Branch(is_causal=True, sparsity=Sparsity("local_window", 1, 0.4)),))
+    model, tokens = made(**KINDS.get(kind, {"pattern": sparse})), torch.randint(19, (2, 60))
     documents = torch.stack([torch.tensor([3] * 17 + [5] * 1 + [6] * 42), torch.tensor([0] * 40 + [2] * 20)])
     wanted = model(tokens, documents=documents)
     for sizes in ([1] * 60, [5, 40, 15], [30, 30]):
@@ -104,6 +108,13 @@ def test_documents_go_on_and_begin_within_steps():
         found = torch.cat([model(part, documents=ids, cache=cache) for part, ids in parts], 1)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
         assert cache.positions == (42, 20)
+
+
+def test_a_text_longer_than_all_segments_is_warned_of():
+    model, cache = made(), made().new_cache()
+    model(torch.randint(19, (1, 16)), cache=cache)
+    with pytest.warns(UserWarning, match="Nothing crosses a multiple of 16 tokens"):
+        by_steps(model, torch.randint(19, (1, 64)), [1] * 64, cache)
 
 
 def test_losses_of_parts_add_up_to_that_of_the_whole():

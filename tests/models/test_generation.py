@@ -5,7 +5,10 @@ import torch
 from contexts import made
 
 from lightning_longnet import LongNet, LongNetConfig, Pattern, attach_context
+from lightning_longnet.models import generation
 from lightning_longnet.models.generation import generate
+
+pytestmark = pytest.mark.filterwarnings("ignore:Nothing crosses")
 
 PATTERN = Pattern.dilated((4, 16), (1, 2), is_causal=True)
 PROMPTS = torch.tensor([[5, 1, 7, 2, 9], [3, 3, 8, 0, 4]])
@@ -47,6 +50,66 @@ def test_what_is_drawn_follows_the_seed_the_temperature_and_the_likeliest():
     assert generate(net, PROMPTS, 8, temperature=9.0).tolist() != generate(net, PROMPTS, 8, temperature=0).tolist()
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3}], ids=["plain", "all"]
+)
+def test_a_cache_and_the_whole_prefix_give_the_same_tokens(options, monkeypatch):
+    """More tokens than the largest segment has."""
+    net = model()
+    found = generate(net, PROMPTS, 60, **DRAWN, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "refusal", lambda config: "none")
+        assert generate(net, PROMPTS, 60, **DRAWN, **options).tolist() == found.tolist()
+    assert net.generate(PROMPTS, 60, **DRAWN, **options).tolist() == found.tolist()
+    streamed = torch.stack(list(net.stream(PROMPTS, 60, **DRAWN, **options)), 1)
+    assert streamed.tolist() == found[:, 5:].tolist()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_of_unequal_length_go_on_as_alone(side):
+    net = model()
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0] if side == "right" else [0, 0, 0, 1, 1]])
+    found = generate(net, PROMPTS, 20, temperature=0, repetition_penalty=1.4, attention_mask=mask)
+    for row in range(2):
+        alone = PROMPTS[row : row + 1, mask[row] == 1]
+        wanted = generate(net, alone, 20, temperature=0, repetition_penalty=1.4)
+        assert found[row, 5:].tolist() == wanted[0, -20:].tolist()
+
+
+def test_rows_end_at_their_end_token_and_generation_where_all_did():
+    net = model()
+    plain = generate(net, PROMPTS, 30, **DRAWN)[:, 5:].tolist()
+    end = plain[0][3]
+    places = [row.index(end) if end in row else 30 for row in plain]
+    found = generate(net, PROMPTS, 30, **DRAWN, end=end)[:, 5:].tolist()
+    assert len(found[0]) == min(max(places) + 1, 30)
+    for row, wanted, place in zip(found, plain, places, strict=True):
+        assert row[: place + 1] == wanted[: min(place + 1, len(row))]
+        assert set(row[place:]) <= {end}
+
+
+def test_a_text_goes_on_from_its_cache():
+    net = model()
+    cache = net.new_cache(2)
+    first = generate(net, PROMPTS, 10, temperature=0, cache=cache)
+    assert cache.positions == (14, 14), "the last token is yet to be given"
+    found = generate(net, torch.cat([first[:, -1:], PROMPTS], 1), 10, temperature=0, cache=cache)
+    assert (
+        found[:, 1:].tolist() == generate(net, torch.cat([first, PROMPTS], 1), 10, temperature=0)[:, 10 + 5 :].tolist()
+    )
+
+
+def test_models_without_a_cache_compute_the_prefix():
+    torch.manual_seed(1)
+    config = LongNetConfig(PATTERN, vocab_size=19, dim=16, layers=1, heads=4, ordering="hilbert")
+    net = LongNet(config).double().eval()
+    found = generate(net, PROMPTS, 6, temperature=0)
+    with torch.no_grad():
+        assert found[:, -1].tolist() == net(found[:, :-1])[:, -1].argmax(-1).tolist()
+    with pytest.raises(ValueError, match="cache and attention_mask must be None where the whole prefix is computed"):
+        generate(net, PROMPTS, 1, attention_mask=torch.ones(2, 5))
+
+
 def over_ranks(group, prompts):
     context = made(group)
     net = model()
@@ -70,6 +133,7 @@ def test_ranks_that_share_sequences_draw_what_one_process_does(pool, prompts):
         ({"tokens": 0}, "tokens must be a positive integer, got 0"),
         ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
         ({"top_k": 0}, "top_k must be a positive integer, got 0"),
+        ({"beams": 3}, "no option beams; sampling has repetition_penalty, temperature, top_k, top_p, min_p, seed"),
         ({"input_ids": PROMPTS[0]}, r"input_ids must be \(B, N\) with at least one token, got shape \(5,\)"),
         ({"input_ids": PROMPTS[:, :0]}, r"input_ids must be \(B, N\) with at least one token, got shape \(2, 0\)"),
     ],

@@ -1,0 +1,84 @@
+"""Caches of texts in files, to go on with a text in another process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_longnet.attention.pattern.pattern import Pattern
+from lightning_longnet.checkpointing.checkpoints import need_safetensors
+from lightning_longnet.inference.cache import DilatedCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_longnet.models.longnet import LongNet
+
+# What the metadata of a file say that it is
+_KIND = "lightning-longnet cache"
+_SAMPLES = 16  # values of each parameter that tell one model from another
+
+
+def save_cache(cache: DilatedCache, path: str | Path, model: LongNet) -> None:
+    """Write a cache to a file of safetensors.
+
+    Args:
+        cache: the cache.
+        path: the file, which is replaced.
+        model: the model that the cache is of; `load_cache` refuses it for another.
+    """
+    need_safetensors()
+    from safetensors.torch import save_file
+
+    cache.check(model.config, cache.batch, cache.device)
+    state = cache.state()
+    tensors = {name: x.cpu().contiguous() for name, x in state.tensors.items()}
+    about = {**state.about, "patterns": [pattern.to_dict() for pattern in cache.patterns], "model": _digest(model)}
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(tensors, partial, metadata={"kind": _KIND, "about": json.dumps(about)})
+    partial.replace(path)  # whole or not at all
+
+
+def load_cache(path: str | Path, model: LongNet) -> DilatedCache:
+    """Return the cache that `save_cache` wrote, on the device of the model.
+
+    A file that is broken, that holds something else, or that is of another model is refused.
+    """
+    need_safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dictionary
+    except SafetensorError as error:
+        raise ValueError(f"path must be a file of save_cache, got {path}, which cannot be read: {error}") from None
+    if metadata.get("kind") != _KIND:
+        raise ValueError(f"path must be a file of save_cache, got {path}, which holds other tensors")
+    try:
+        about = json.loads(metadata["about"])
+        patterns, digest = tuple(Pattern(**each) for each in about["patterns"]), about["model"]
+        if patterns == model.config.patterns and digest == _digest(model):
+            dtype = getattr(torch, about["dtype"])
+            cache = DilatedCache(model.config, about["batch"], dtype=dtype, device=model.embedding.weight.device)
+            cache.restore(tensors, about)
+            return cache
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"path must be a file of save_cache, got {path}, which lacks some of it: {error}") from None
+    what = "patterns" if patterns != model.config.patterns else "weights"
+    raise ValueError(f"path must be a cache of this model, got {path}, which is of one with other {what}")
+
+
+def _digest(model: LongNet) -> str:
+    """Return a digest of a model's parameters, of which it reads some values each."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        x: Tensor = parameter.detach().flatten()
+        some = x[torch.linspace(0, len(x) - 1, _SAMPLES, device=x.device).long()] if len(x) else x
+        found.update(f"{name} {tuple(parameter.shape)} {some.double().tolist()}".encode())
+    return found.hexdigest()

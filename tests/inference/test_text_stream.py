@@ -1,0 +1,64 @@
+"""Text that appears token by token is the text of all tokens."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_longnet.data.tokenizers import ByteTokenizer
+from lightning_longnet.inference.text import TextStream
+
+TOKENIZER = ByteTokenizer()
+
+
+def parts(ids, stops=()):
+    stream = TextStream(TOKENIZER.decode, stops)
+    found = []
+    for token in ids:
+        found.append(stream.add(token))
+        if stream.is_stopped:
+            return found
+    return [*found, stream.end()]
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(st.integers(0, 300), max_size=200) | st.text(max_size=120).map(TOKENIZER.encode))
+def test_the_parts_are_the_whole(ids):
+    assert "".join(parts(ids)) == TOKENIZER.decode(ids)
+
+
+def test_characters_appear_whole_and_at_once():
+    text = "a\N{EURO SIGN}b\N{GRINNING FACE}"
+    assert parts(TOKENIZER.encode(text)) == ["a", "", "", "\N{EURO SIGN}", "b", "", "", "", "\N{GRINNING FACE}", ""]
+
+
+def test_tokens_of_words_with_their_blanks():
+    """As SentencePiece decodes: no blank before the first word, which is another one after a cut."""
+    words = [f" w{i}" for i in range(500)]
+    stream = TextStream(lambda ids: "".join(words[i] for i in ids).removeprefix(" "))
+    found = [stream.add(i) for i in range(500)] + [stream.end()]
+    assert "".join(found) == "".join(words).removeprefix(" ")
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "wanted"),
+    [
+        ("one\n\ntwo", ["\n\n"], "one"),
+        ("one\ntwo\n", ["\n\n"], "one\ntwo\n"),
+        ("ababac", ["abac"], "ab"),
+        ("xendy", ["endz", "dy"], "xen"),
+        ("stop", ["stop"], ""),
+        ("a sto", ["stop"], "a sto"),
+    ],
+)
+def test_nothing_of_a_stop_text_appears(text, stops, wanted):
+    found = parts(TOKENIZER.encode(text), stops)
+    assert "".join(found) == wanted
+    shown = ""
+    for part in found:
+        shown += part
+        assert wanted.startswith(shown)
+
+
+def test_an_empty_stop_text_is_refused():
+    with pytest.raises(ValueError, match="stops must be texts of at least one character"):
+        TextStream(TOKENIZER.decode, [""])
