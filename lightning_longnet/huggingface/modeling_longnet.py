@@ -219,7 +219,7 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Return the arguments of `forward` for a step: of the further tokens with a cache, otherwise of all.
 
-        `cache_position` is of other models, and `tokenizer` of the texts that `generate` stops at; both are passed on by it.
+        `cache_position` is of other models, and `tokenizer` of the texts that `generate` stops at.
         """
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         if past_key_values is not None:
