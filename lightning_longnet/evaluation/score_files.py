@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_longnet.evaluation.curve import LossCurve
+from lightning_longnet.evaluation.half import HalfScored
 from lightning_longnet.evaluation.journal import Journal
 from lightning_longnet.evaluation.scoring import check_scorable, score_text
 from lightning_longnet.report.charts import Chart, Line
@@ -65,11 +66,13 @@ def score_files(
         for entry, text in zip(entries, texts, strict=False):
             show(json.dumps(entry["figures"]))
             advance(text.size)
-        for text in texts[len(entries) :]:
-            score = score_text(source, text, advance, has_documents=options.has_documents)
+        for number, text in list(enumerate(texts))[len(entries) :]:
+            half = None if options.out is None else HalfScored(options.out, number)
+            score = score_text(source, text, advance, has_documents=options.has_documents, half=half)
             entry = {"figures": score.figures(text), "curve": score.curve.state()}
-            if journal is not None:
+            if journal is not None and half is not None:
                 journal.add(entry)
+                half.remove()
             entries.append(entry)
             show(json.dumps(entry["figures"]))
     if options.plot is not None:

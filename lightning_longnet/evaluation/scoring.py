@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from lightning_longnet.data.texts import Text
+    from lightning_longnet.evaluation.half import HalfScored
     from lightning_longnet.evaluation.loading import Loaded
     from lightning_longnet.models.longnet import LongNet
 
@@ -45,6 +46,15 @@ class Score:
         self.loss_sum += float(losses.sum(dtype=torch.float64))
         self.curve.add(positions, losses)
 
+    def state(self) -> dict[str, Any]:
+        """Return plain values of which `Score.of` makes an equal score."""
+        return {**vars(self), "curve": self.curve.state()}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Score:
+        """Return the score of a `state()`."""
+        return cls(**{**state, "curve": LossCurve(state["curve"])})
+
     def figures(self, text: Text) -> dict[str, Any]:
         """Return the values of a text's line of JSON, with the loss in nats per token."""
         loss = self.loss_sum / self.predicted
@@ -68,7 +78,14 @@ def check_scorable(model: LongNet) -> None:
         )
 
 
-def score_text(source: Loaded, text: Text, advance: Callable[[float], object], *, has_documents: bool = False) -> Score:
+def score_text(
+    source: Loaded,
+    text: Text,
+    advance: Callable[[float], object],
+    *,
+    has_documents: bool = False,
+    half: HalfScored | None = None,
+) -> Score:
     """Return the score of a text, which is read and computed block by block.
 
     Args:
@@ -77,22 +94,23 @@ def score_text(source: Loaded, text: Text, advance: Callable[[float], object], *
         advance: called with numbers of bytes of text that are done.
         has_documents: whether each end token of the tokenizer ends a document: tokens neither see nor predict tokens
             of other documents.
+        half: where the state of the text is saved, and from where it goes on.
     """
     check_scorable(source.model)
     model = source.model
-    states = TextStates(model, source.tokenizer.end if has_documents else None)
-    score, begin, done = Score(), 0, 0.0
+    score, states = Score(), TextStates(model, source.tokenizer.end if has_documents else None)
+    begin, skipped, done = 0, 0, 0.0
+    if half is not None and (found := half.load(model)) is not None:
+        sums, states = found
+        score, begin, skipped = Score.of(sums["score"]), sums["begin"], sums["blocks"]
     reader = TokenReader(text, source.tokenizer, model.config.vocab_size)
-    for ids, following in _with_following(regrouped(reader, block_tokens(model.config))):
-        documents = states.document_ids(torch.cat([ids, following]))
-        targets = torch.cat([ids[1:], following])
-        losses = token_losses(model, states.encode(ids)[: len(targets)], targets)
-        is_predicted = documents[1:] == documents[:-1]
-        places = torch.arange(score.tokens + 1, score.tokens + 1 + len(targets))
-        starts = torch.where(is_predicted, begin, places).cummax(0).values  # of the documents of the targets
-        begin = int(starts[-1]) if len(starts) else begin
-        score.add(len(ids), (places - starts)[is_predicted], losses[is_predicted])
+    blocks = _with_following(regrouped(reader, block_tokens(model.config)))
+    for number, (ids, following) in enumerate(blocks):
         share = len(ids) * reader.bytes / reader.tokens
+        if number >= skipped:
+            begin = _add_block(score, states, ids, following, begin)
+            if half is not None:
+                half.save(states, {"blocks": number + 1, "score": score.state(), "begin": begin})
         advance(share)
         done += share
     advance(text.size - done)
@@ -102,6 +120,26 @@ def score_text(source: Loaded, text: Text, advance: Callable[[float], object], *
     if not isfinite(score.loss_sum):
         raise ValueError(f"the losses of {text.path} must be finite, their sum is {score.loss_sum}: see --dtype")
     return score
+
+
+def _add_block(score: Score, states: TextStates, ids: Tensor, following: Tensor, begin: int) -> int:
+    """Add the losses of a block's tokens, and return where the document of the last begins.
+
+    Args:
+        score: the score to add to.
+        states: the states of the text.
+        ids: (n,), the tokens of the block.
+        following: the token (1,) after it; (0,) at the end of the text.
+        begin: where the document of the token before the block begins.
+    """
+    documents = states.document_ids(torch.cat([ids, following]))
+    targets = torch.cat([ids[1:], following])
+    losses = token_losses(states.model, states.encode(ids)[: len(targets)], targets)
+    is_predicted = documents[1:] == documents[:-1]
+    places = torch.arange(score.tokens + 1, score.tokens + 1 + len(targets))
+    starts = torch.where(is_predicted, begin, places).cummax(0).values  # of the documents of the targets
+    score.add(len(ids), (places - starts)[is_predicted], losses[is_predicted])
+    return int(starts[-1]) if len(starts) else begin
 
 
 @torch.no_grad()

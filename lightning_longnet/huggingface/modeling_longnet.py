@@ -214,11 +214,12 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = None,
         cache_position: Tensor | None = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the arguments of `forward` for a step: of the further tokens with a cache, otherwise of all.
 
-        `cache_position` is of other models.
+        `cache_position` is of other models, and `tokenizer` of the texts that `generate` stops at.
         """
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         if past_key_values is not None:

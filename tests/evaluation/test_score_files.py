@@ -12,6 +12,7 @@ import torch
 from lightning_longnet import LongNet, LongNetConfig, Pattern
 from lightning_longnet.checkpointing.checkpoints import write_checkpoint
 from lightning_longnet.cli import main
+from lightning_longnet.evaluation import half, stream
 from lightning_longnet.evaluation import score_files as module
 
 TEXTS = {f"{i}.txt": f"Text {i} \N{EURO SIGN} of {'many ' * i}words.\n" * (i + 1) for i in range(5)}
@@ -121,6 +122,34 @@ def test_a_run_that_is_stopped_goes_on(folder, tmp_path, monkeypatch, capsys, en
     assert len(texts) == 3
     assert capsys.readouterr().out == wanted == (tmp_path / "out.jsonl").read_text()
     assert (tmp_path / "out.html").read_text() == (tmp_path / "whole.html").read_text()
+
+
+@pytest.mark.parametrize("documents", [[], ["--documents"]])
+def test_a_run_goes_on_within_a_text(folder, tmp_path, monkeypatch, capsys, documents):
+    monkeypatch.setattr(stream, "_BLOCK", 20)
+    monkeypatch.setattr(half, "_SECONDS", 0.0)
+    (tmp_path / "text.txt").write_text("Some words of a text\0" * 12)
+    words = ["score", f"{tmp_path}/text.txt", "--checkpoint", f"{folder}/decoder.ckpt", *documents]
+    assert main([*words, "--plot", f"{tmp_path}/whole.html"]) == 0
+    wanted = capsys.readouterr().out
+    words += ["--out", f"{tmp_path}/out.jsonl", "--plot", f"{tmp_path}/out.html"]
+    encode, blocks = stream.TextStates.encode, []
+
+    def counted(self, ids):
+        blocks.append(ids)
+        if len(blocks) == 6:
+            raise KeyboardInterrupt
+        return encode(self, ids)
+
+    monkeypatch.setattr(stream.TextStates, "encode", counted)
+    with pytest.raises(KeyboardInterrupt):
+        main(words)
+    assert main(words) == 0
+    assert len(blocks) == 6 + 13 - 5
+    assert capsys.readouterr().out == wanted
+    assert (tmp_path / "out.html").read_text() == (tmp_path / "whole.html").read_text()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"text.txt", "whole.html", "out.html", "out.jsonl"}
 
 
 @pytest.mark.parametrize(
