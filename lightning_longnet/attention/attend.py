@@ -13,6 +13,7 @@ from lightning_longnet.attention.checks import (
     PreparedCall,
     checked_padding,
     checked_probability,
+    checked_softcap,
     checked_tensors,
     prepared_call,
     request_of,
@@ -66,6 +67,7 @@ def attend(
     exchange: Exchange = "auto",
     ordering: Ordering = "raster",
     sinks: Tensor | None = None,
+    softcap: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute one softmax over all keys that the pattern shows each query.
@@ -97,6 +99,7 @@ def attend(
             ("hilbert"); see `sequence_hilbert_order`.  A causal branch shows the keys of its segment and residue along
             the curve that are not later in the sequence.
         sinks: (H,) one more logit of the softmax for each query head, without a value: it takes weight from all keys.
+        softcap: bounds the scores: each becomes softcap * tanh(score / softcap), before masks and sinks.
         return_lse: return also the log-sum-exp of the scores, the null keys (see `Branch`) and the sink, (B, H, N),
             natural log.  It carries no gradient, and the backward reads it: change it only in a copy.
 
@@ -120,6 +123,7 @@ def attend(
         "exchange": exchange,
         "ordering": ordering,
         "sinks": sinks,
+        "softcap": softcap,
     }
     if shard is not None:
         with report_errors(shard):
@@ -143,6 +147,7 @@ def explain(
     documents: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     kernel: str = "auto",
 ) -> Explanation:
     """Return which kernel `attend` would run on these tensors, which others could serve, and why the rest cannot.
@@ -159,7 +164,8 @@ def explain(
     q, k, v, _ = checked_tensors(q, k, v, pattern, documents)
     checked_probability(dropout)
     padding = checked_padding(key_padding_mask, q)
-    return judge(kernel, request_of(q, v, pattern, padding is not None, dropout > 0))
+    request = request_of(q, v, pattern, padding is not None, dropout > 0)
+    return judge(kernel, request._replace(has_softcap=checked_softcap(softcap) is not None))
 
 
 def _attend_reference(call: PreparedCall) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,7 @@ class AttendOptions(TypedDict, total=False):
     exchange: Exchange
     ordering: Ordering
     sinks: Tensor | None
+    softcap: float | None
 
 
 class PreparedCall(NamedTuple):
@@ -89,7 +90,8 @@ def prepared_call(
     if not isinstance(samples, tuple) or len(samples) != 2 or any(type(n) is not int for n in samples):
         raise ValueError(f"dropout_samples must be two integers, (first, step), got {samples!r}")
     request = request_of(q, v, pattern, padding is not None, dropout > 0)
-    request = request._replace(hides_later=has_masked_line(ordering, pattern))
+    softcap = checked_softcap(get("softcap"))
+    request = request._replace(hides_later=has_masked_line(ordering, pattern), has_softcap=softcap is not None)
     spec = AttentionSpec(
         pattern,
         select(kernel, request),
@@ -101,6 +103,7 @@ def prepared_call(
         exchange,
         ordering,
         return_lse or sinks is not None,
+        softcap,
     )
     return PreparedCall(q, k, v, sinks, documents, None if shard is not None else padding, seed, spec, request)
 
@@ -218,6 +221,15 @@ def checked_probability(dropout: float) -> None:
     """Raise a ValueError if a probability of dropout is not in [0, 1)."""
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout must be a probability, at least 0 and less than 1, got {dropout!r}")
+
+
+def checked_softcap(softcap: Any) -> float | None:
+    """Return the bound of the scores as a float, or raise a ValueError if it is no positive number."""
+    if softcap is None:
+        return None
+    if not isinstance(softcap, (int, float)) or isinstance(softcap, bool) or not 0 < softcap < inf:
+        raise ValueError(f"softcap must be a positive, finite number or None, got {softcap!r}")
+    return float(softcap)
 
 
 def _seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:

@@ -61,11 +61,13 @@ class _CallKey(NamedTuple):
     head_dim: int
     value_dim: int
     has_dropout: bool
+    has_softcap: bool
     group: str | None
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.device}, {dtype}, heads of {self.head_dim}{', dropout' * self.has_dropout}"
+        extras = ", dropout" * self.has_dropout + ", softcap" * self.has_softcap
+        return f"{self.device}, {dtype}, heads of {self.head_dim}{extras}"
 
 
 class Guard:
@@ -142,7 +144,8 @@ class Guard:
             return str(kernel)  # `attend` raises the error, and reports it to the other ranks
         assert explanation.chosen is not None
         dtype, has_dropout = explanation.request.dtype, options.get("dropout", 0.0) > 0
-        kind = _CallKey(q.device.type, dtype, q.shape[3], v.shape[3], has_dropout, group)
+        has_softcap = options.get("softcap") is not None
+        kind = _CallKey(q.device.type, dtype, q.shape[3], v.shape[3], has_dropout, has_softcap, group)
         serving = [verdict.kernel for verdict in explanation.verdicts if not verdict.refusals]
         if kind not in self._broken:
             self._broken[kind] = self._preflight(kind, q, k, v, pattern, options)

@@ -32,6 +32,7 @@ class AttentionSpec:
         ordering: the permutation of tokens in which the pattern is defined; "raster" is the sequence's own order.
         returns_lse: whether the caller, or the gradient of sinks, reads the log-sum-exp: an all_to_all must then carry
             it, too.
+        softcap: the bound of the scores, or None; see `attend`.
     """
 
     pattern: Pattern
@@ -44,6 +45,7 @@ class AttentionSpec:
     exchange: Exchange = "auto"
     ordering: Ordering = "raster"
     returns_lse: bool = False
+    softcap: float | None = None
 
     def dumps(self) -> str:
         """Return one line of JSON, the same for equal specs: how a spec travels through an operator's schema.
@@ -51,10 +53,12 @@ class AttentionSpec:
         It is formatted by hand because torch.compile traces this method and cannot follow a JSON encoder.
         """
         scale = "null" if self.scale is None else repr(self.scale)
+        softcap = "null" if self.softcap is None else repr(self.softcap)
         return (
             f'{{"pattern":{self.pattern.dumps()},"kernel":"{self.kernel}","scale":{scale},"dropout":{self.dropout!r},'
             f'"first_sample":{self.first_sample},"sample_step":{self.sample_step},"mix":"{self.mix}",'
-            f'"exchange":"{self.exchange}","ordering":"{self.ordering}","returns_lse":{int(self.returns_lse)}}}'
+            f'"exchange":"{self.exchange}","ordering":"{self.ordering}","returns_lse":{int(self.returns_lse)},'
+            f'"softcap":{softcap}}}'
         )
 
     @staticmethod

@@ -33,7 +33,7 @@ def kernel_fault(
         inputs = [_values(8, *width, place).to(q.device, dtype) for place, width in enumerate(widths)]
         grad = _values(8, q.shape[2], v.shape[3], 3).to(q.device, dtype)
         for mask, dropout in product((None, padding), {0.0, options.get("dropout", 0.0)}):
-            conditions = {"key_padding_mask": mask, "dropout": dropout}
+            conditions = {"key_padding_mask": mask, "dropout": dropout, "softcap": options.get("softcap")}
             if explain(inputs[0], inputs[1], inputs[2], small, kernel=name, **conditions).chosen is None:
                 continue
             settings = {**conditions, "mix": options.get("mix", "exact"), "dropout_seed": 0}

@@ -48,7 +48,7 @@ def ring_attention(
         options: further arguments of transformers: sliding_window, s_aux, softcap, is_causal, position_ids, ...
     """
     mask = _mask_of(module, attention_mask, options)
-    sinks = options.pop("s_aux", None)
+    sinks, softcap = options.pop("s_aux", None), options.pop("softcap", None)
     _refuse(options)
     context = sequence_context(module)
     queries, keys = query.shape[2], key.shape[2]
@@ -59,8 +59,8 @@ def ring_attention(
                 f"sequences that are split over ranks have no key cache, got {queries} queries and {keys} keys: set "
                 f"use_cache=False, and generate inside `with sequence_context(model).whole():`"
             )
-        out = attend_cached(query, key, value, mask, own_pattern, scaling=scaling, sinks=sinks, dropout=dropout)
-        return out, None
+        terms = {"scale": scaling, "sinks": sinks, "softcap": softcap}
+        return attend_cached(query, key, value, mask, own_pattern, dropout=dropout, **terms), None
     pattern = mask.pattern if own_pattern is None else own_pattern
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     tokens = tokens_of(context, mask, pattern, options.get("position_ids"), q)
@@ -75,6 +75,7 @@ def ring_attention(
         layer=getattr(module, "layer_idx", 0) or 0,
         scale=scaling,
         sinks=sinks,
+        softcap=softcap,
     )
     return out, None
 
@@ -102,8 +103,6 @@ def _mask_of(module: nn.Module, mask: Any, options: dict[str, Any]) -> RingMask:
 
 def _refuse(options: dict[str, Any]) -> None:
     """Raise a ValueError for arguments that change the result and that `attend` does not take."""
-    if options.get("softcap") is not None:
-        raise ValueError("softcap must be None for attn_implementation='ring'")
     if options.get("output_attentions"):
         raise ValueError("output_attentions must be False: the kernels compute no matrix of attention weights")
     for name, value in options.items():

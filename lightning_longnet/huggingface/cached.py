@@ -13,6 +13,7 @@ from lightning_longnet.huggingface.tokens import unpadded_documents
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lightning_longnet.attention.checks import AttendOptions
     from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.huggingface.masks import RingMask
 
@@ -24,9 +25,10 @@ def attend_cached(
     mask: RingMask,
     pattern: Pattern | None,
     *,
-    scaling: float | None = None,
-    sinks: Tensor | None = None,
     dropout: float = 0.0,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return out (B, queries, H, Dv) of (B, H, queries, D), (B, Hkv, keys, D) and (B, Hkv, keys, Dv).
 
@@ -37,13 +39,15 @@ def attend_cached(
             "attention dropout must be 0 where keys come from a cache: set use_cache=False, or call eval()"
         )
     if pattern is not None:
-        return _attend_pattern(query, key, value, mask, pattern, scaling, sinks)
+        return _attend_pattern(query, key, value, mask, pattern, {"scale": scale, "sinks": sinks, "softcap": softcap})
     heads, width = query.shape[1], query.shape[3]
     wide = torch.promote_types(query.dtype, torch.float32)
-    q = query.to(wide) * (width**-0.5 if scaling is None else scaling)
+    q = query.to(wide) * (width**-0.5 if scale is None else scale)
     k, v = (x.to(wide).repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     with torch.autocast(q.device.type, enabled=False):
         scores = q @ k.mT
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         visible = _visible(mask, scores)
         if visible is not None:
             scores = scores.masked_fill(~visible, -inf)
@@ -72,8 +76,7 @@ def _attend_pattern(
     value: Tensor,
     mask: RingMask,
     pattern: Pattern,
-    scaling: float | None,
-    sinks: Tensor | None,
+    terms: AttendOptions,
 ) -> Tensor:
     """Return out of a dilated layer, whose pattern counts from the first token: it needs all keys since then.
 
@@ -92,5 +95,5 @@ def _attend_pattern(
     padding = None if mask.key_padding_mask is None else mask.key_padding_mask[:, :end]
     documents = None if padding is None else unpadded_documents(padding)
     q, k, v = (x.transpose(1, 2) for x in (all_queries, key, value))
-    out = attend(q, k, v, pattern, documents=documents, key_padding_mask=padding, scale=scaling, sinks=sinks)
-    return out[:, -queries:]
+    options: AttendOptions = {**terms, "documents": documents, "key_padding_mask": padding}
+    return attend(q, k, v, pattern, **options)[:, -queries:]

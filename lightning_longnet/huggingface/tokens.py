@@ -90,6 +90,11 @@ def _whole_tokens(context: SequenceContext, mask: RingMask, position_ids: Tensor
 
 def _split_tokens(context: SequenceContext, mask: RingMask, position_ids: Tensor | None, q: Tensor) -> Tokens:
     documents, padding = context.documents, context.key_padding_mask
+    if documents is None and position_ids is None:
+        raise ValueError(
+            "documents must be in the batch of this model where sequences are split, as its layers are not given "
+            "position_ids, from which they could know them: an id for each token, all 0 where each row is one document"
+        )
     shard = context.shard_of(documents, padding if documents is not None else None)
     index = context.positions_of(q)
     fault, starts = _padding_fault(mask.key_padding_mask, padding, q), None

@@ -229,6 +229,7 @@ class SequenceContext(ContextDropout):
         layer: int | None = None,
         scale: float | None = None,
         sinks: Tensor | None = None,
+        softcap: float | None = None,
         mix: Mix = "exact",
         kernel: str = "auto",
         exchange: Exchange | None = None,
@@ -245,7 +246,7 @@ class SequenceContext(ContextDropout):
         that was begun, calls with equal numbers drop the same pairs.  See `begin_step` for calls outside of steps.
         """
         options: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel, "ordering": ordering}
-        options |= {"scale": scale, "sinks": sinks}
+        options |= {"scale": scale, "sinks": sinks, "softcap": softcap}
         if dropout > 0:
             if layer is None:
                 raise ValueError(

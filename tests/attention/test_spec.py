@@ -20,6 +20,7 @@ OTHERS = {
     "exchange": "ring",
     "ordering": "hilbert",
     "returns_lse": True,
+    "softcap": 30.0,
 }
 
 

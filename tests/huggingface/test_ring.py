@@ -21,6 +21,10 @@ def compare(pool, name, kind, world, placement, exchange, tolerance=EXACT, **opt
         ("Llama", "packed", 2, "zigzag", "gather"),
         ("Mistral", "padded", 2, "contiguous", "ring"),
         ("Qwen3", "plain", 2, "zigzag", "swap"),
+        ("Gemma 2", "padded", 2, "zigzag", "gather"),
+        ("gpt-oss", "packed", 2, "contiguous", "ring"),
+        ("DeepSeek-V3", "plain", 2, "contiguous", "swap"),
+        ("Llama 4", "packed", 2, "contiguous", "gather"),
     ],
 )
 def test_parts_give_what_one_process_gives(pool, name, kind, world, placement, exchange):

@@ -31,6 +31,7 @@ class Request(NamedTuple):
     capability: tuple[int, int] | None = None  # of a CUDA device
     has_few_keys: bool = False
     hides_later: bool = False  # see `OrderMask`
+    has_softcap: bool = False
 
 
 class Kernel(Protocol):

@@ -47,6 +47,7 @@ class PairOptions(NamedTuple):
         hides_later: whether each key is hidden that comes later in the sequence than the query.
         sinks: (H,) one more logit of the softmax for each query head on this rank, without a value.
         null_keys: the keys of score 0 and value 0 of the queries on this rank, or None.
+        softcap: the bound of the scores, or None.
     """
 
     scale: float
@@ -60,6 +61,7 @@ class PairOptions(NamedTuple):
     hides_later: bool = False
     sinks: Tensor | None = None
     null_keys: NullKeys | None = None
+    softcap: float | None = None
 
     def key_words(self) -> Tensor | None:
         """Return dropout's word for each key on this rank, (N,)."""
@@ -218,7 +220,7 @@ def _kernel_calls(parts: Iterable[Part], q: Tensor, keys: Keys, options: PairOpt
                 assert options.tokens is not None
                 tokens = options.tokens[None, :, None, None].expand(*q.shape[:3], 1)
                 order = OrderMask(fold_rows(part.block.queries, tokens).squeeze(-1), keys.tokens(part))
-            yield part, Call(part.block, options.scale, padding, mask, order)
+            yield part, Call(part.block, options.scale, padding, mask, order, options.softcap)
 
 
 def _split_by_padding(part: Part, padding: Tensor | None, batch: int) -> Iterator[tuple[Part, Tensor | None]]:

@@ -47,6 +47,7 @@ class Call:
     key_padding_mask: Tensor | None = None  # (batch, 1 or key heads, keys), True where padding hides a key
     dropout_mask: DropoutMask | None = None
     order_mask: OrderMask | None = None
+    softcap: float | None = None  # the bound of the scores
 
     def padding_bias(self, heads: int, dtype: torch.dtype) -> Tensor | None:
         """Return a bias of -inf where padding hides a key, (batch, 1 or heads, 1, keys)."""

@@ -45,6 +45,8 @@ def refusals(request: Request) -> list[str]:
         reasons.append("has no dropout")
     if request.hides_later:
         reasons.append("cannot hide keys by their tokens")
+    if request.has_softcap:
+        reasons.append("cannot bound scores by a softcap")
     reasons += _absence()
     return reasons
 

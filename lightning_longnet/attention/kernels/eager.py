@@ -60,7 +60,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         for chunk in _chunks(q, k):
             keys, values = chunk.read_keys(k), chunk.read_keys(v)
             for tile in chunk.tiles(call):
-                scores = tile.scores(tile.read(q) * call.scale, keys, call)
+                scores = tile.mask(tile.scores(tile.read(q) * call.scale, keys, call), call)
                 # a row without keys has a largest score of -inf, and -inf - -inf is NaN
                 largest = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(wide).min)
                 weights = scores.sub_(largest).exp_()
@@ -86,10 +86,14 @@ def backward(
             for tile in chunk.tiles(call):
                 queries, dout = tile.read(q) * call.scale, tile.read(grad)
                 delta = (dout * tile.read(out)).sum(-1, keepdim=True)
-                weights = tile.scores(queries, keys, call).sub_(tile.read(lse)).exp_()
+                scores = tile.scores(queries, keys, call)
+                slopes = None if call.softcap is None else 1 - (scores / call.softcap).square_()
+                weights = tile.mask(scores, call).sub_(tile.read(lse)).exp_()
                 # dS = P (g.v - g.out), where dropout masks g.v as it masked the weights
                 dscores = tile.apply_dropout(torch.bmm(dout, values[:, tile.keys].mT), call)
                 dscores = dscores.sub_(delta).mul_(weights)
+                if slopes is not None:  # the derivative of softcap * tanh(score / softcap)
+                    dscores.mul_(slopes)
                 tile.write(dq, torch.bmm(dscores, keys[:, tile.keys]).mul_(call.scale))
                 dkeys[:, tile.keys].baddbmm_(dscores.mT, queries)
                 dvalues[:, tile.keys].baddbmm_(tile.apply_dropout(weights, call).mT, dout)
@@ -158,8 +162,12 @@ class _Tile(NamedTuple):
         rows.copy_(values.view(rows.shape))
 
     def scores(self, queries: Tensor, keys: Tensor, call: Call) -> Tensor:
-        """Return the scores, (samples * key heads, group * queries, keys), with -inf for the pairs that are masked."""
+        """Return the scores, (samples * key heads, group * queries, keys), also of the pairs that are masked."""
         scores = torch.bmm(queries, keys[:, self.keys].mT)
+        return scores if call.softcap is None else scores.div_(call.softcap).tanh_().mul_(call.softcap)
+
+    def mask(self, scores: Tensor, call: Call) -> Tensor:
+        """Set the scores of the pairs that are masked to -inf, in place."""
         per_head = scores.unflatten(1, (self.chunk.group, -1))
         (low, high), (first, last) = (call.block.low, call.block.high), (self.keys.start, self.keys.stop)
         top, rows = self.queries.start, per_head.shape[-2]

@@ -97,6 +97,8 @@ def _attend_sample(
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(wide).repeat_interleave(heads // x.shape[1], dim=1) for x in (q, k, v))
     scores = torch.einsum("ihd,jhd->hij", q, k) * spec.scale_of(q.shape[2])
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
     lengths = torch.tensor(cuts, device=q.device).diff()
     document = torch.arange(len(lengths), device=q.device).repeat_interleave(lengths)
     index = torch.cat([torch.arange(n, device=q.device) for n in lengths.tolist()])

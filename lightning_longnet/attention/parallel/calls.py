@@ -110,6 +110,7 @@ def _line_call(
         hides_later=line.hides_later,
         sinks=options.sinks,
         null_keys=null_keys,
+        softcap=spec.softcap,
     )
     route = Route(whole.parts, (), k.shape[2], whole.queries_once, whole.is_partitioned)
     branch_outs = len(line.branches) if spec.partials > 1 else 0
@@ -185,6 +186,7 @@ def call_kind(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, has_sinks: b
         "return_lse": spec.returns_lse,
         "kernel": spec.kernel,
         "scale": spec.scale_of(q.shape[3]),
+        "softcap": spec.softcap,
         "dropout": spec.dropout,
         "dropout_samples": (spec.first_sample, spec.sample_step) if spec.dropout else None,
     }

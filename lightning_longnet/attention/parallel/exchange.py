@@ -182,6 +182,7 @@ class RankCall(NamedTuple):
             branches=self.line.branches,
             hides_later=self.line.hides_later,
             sinks=None if self.sinks is None else self.sinks[heads],
+            softcap=self.spec.softcap,
             null_keys=null_keys,
         )
 
