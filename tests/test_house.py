@@ -48,7 +48,7 @@ FOLDERS = {
     "supervision": [],
     "cli": [
         *(*CORE, "models", "checkpointing", "training", "data", "report", "planning", "callbacks", "diagnosis"),
-        *("supervision", *TOP),
+        *("supervision", "huggingface", *TOP),
     ],
 }
 TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "models"]
