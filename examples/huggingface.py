@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -64,7 +65,7 @@ def main() -> None:
     folder = Path(trainer.strategy.broadcast(tempfile.mkdtemp())) / "model"
     module.save_pretrained(folder)  # all ranks call it, and the first one writes
     if trainer.is_global_zero:
-        plain = AutoModelForCausalLM.from_pretrained(folder)
+        plain: Any = AutoModelForCausalLM.from_pretrained(folder)
         prompt = data.encode("def main(")[None]
         text = plain.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False)
         print(data.decode(text[0]), f"\n{folder}: done", flush=True)
