@@ -54,7 +54,7 @@ def saved_decoder(state: Mapping[str, Tensor], hyper_parameters: Mapping[str, An
         return model_with(config_of(hyper_parameters["config"]), weights)
     if name is None:
         raise ValueError(
-            "the checkpoint holds adapters, and no name of the model that they are for: call save_pretrained of the module"
+            "the checkpoint holds adapters, and no name of their model: call save_pretrained of the module that has it"
         )
     base = loaded(name, "sdpa", hyper_parameters.get("dtype"), hyper_parameters.get("overrides"))
     config = base.config
