@@ -14,6 +14,7 @@ from lightning_longnet.cli.configured import read_job
 pytestmark = [
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
 ]
 FOLDER = Path(__file__).parents[2] / "configs/huggingface"
 SMALL = f"--config={FOLDER}/small.yaml"

@@ -121,3 +121,14 @@ def fit(rank, world, dtype, sharding, sequence_parallel_size, options=None, fold
         loader = DataLoader(rows(), BATCH * sequence_parallel_size // world, collate_fn=collated, shuffle=True)
         trainer.fit(net, loader, ckpt_path=resume_from)
     return losses.losses, kept.parameters
+
+
+def predict(rank, world, sharding, sequence_parallel_size):
+    """Return the continuations of two batches, by the most likely tokens."""
+    from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+    with quiet():
+        chosen = RingSequenceParallelStrategy(sequence_parallel_size, sharding) if world > 1 else "auto"
+        net = module("float64", generated_tokens=4, temperature=0)
+        loader = DataLoader(rows(4), 2, collate_fn=collated)
+        return torch.cat(trainer_of(chosen, world).predict(net, loader))
