@@ -48,6 +48,13 @@ class RingMask:
         get = self.arguments.get
         return get("q_length") == get("kv_length") and _is_zero(get("q_offset", 0)) and get("kv_offset", 0) == 0
 
+    def contiguous(self) -> RingMask:
+        """Refuse a cache of a given size: `generate` calls this to make a mask beforehand, which models take as is."""
+        raise ValueError(
+            "a static cache is not served by attn_implementation='ring': generate with the default cache, or load the "
+            "model with attn_implementation='sdpa'"
+        )
+
     def visible(self) -> Tensor:
         """Return (B, 1, queries, keys), True where a query sees a key, as transformers makes it for SDPA."""
         if "visible" not in self.resolved:
