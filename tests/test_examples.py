@@ -50,3 +50,11 @@ def test_the_trainer_in_python_ends_with_a_text(tmp_path):
 def test_images_are_told_apart_better_than_by_chance():
     (share,) = re.findall(r"([\d.]+)% are told rightly, by 2 processes", run("examples/longvit.py"))
     assert float(share) > 50
+
+
+@pytest.mark.long
+def test_a_model_of_transformers_is_trained_by_two_processes_and_read_by_transformers():
+    shown = run("examples/huggingface.py", "--steps=10", "--tokens=256")
+    assert "2 ranks equal one process" in shown or "validation loss" in shown
+    assert "def main(" in shown
+    assert "done" in shown

@@ -52,7 +52,7 @@ FOLDERS = {
     "supervision": [],
     "cli": [
         *(*CORE, "inference", "models", "checkpointing", "training", "data", "report", "planning", "callbacks"),
-        *("diagnosis", "supervision", "evaluation", *TOP),
+        *("diagnosis", "supervision", "evaluation", "huggingface", *TOP),
     ],
 }
 TORCH_ONLY = [*CORE, "sequence", "split_check", "layers", "inference", "models"]

@@ -18,6 +18,7 @@ FOUND = f"{CHECK}::test_each_fault_is_found_and_named"
 LOADERS, REPEATS = "strategies/test_loaders.py", "strategies/test_repeats.py"
 DROPOUT, SHARDS = "sequence/test_context_dropout.py", "sequence/test_shards.py"
 HOSTILE = "security/test_hostile_files.py::test_nothing_runs_and_nothing_outside_is_read"
+DECODERS = "strategies/test_decoder_mistakes.py"
 COMMANDS = "cli/test_longnet.py::test_a_mistake_is_told_in_a_line"
 
 # the first words of a row, and the test of what it says
@@ -68,6 +69,14 @@ PROOFS = {
     "A checkpoint names a class": HOSTILE,
     "`tokens.json`, a link": HOSTILE,
     "`--ckpt_path` names": COMMANDS,
+    "A model of transformers is given": f"{DECODERS}::test_a_batch_that_trains_something_else_is_refused",
+    "A batch for a model": f"{DECODERS}::test_a_batch_that_trains_something_else_is_refused",
+    "No `position_ids`": f"{DECODERS}::test_transformers_names_are_read",
+    "`use_cache=True`": f"{DECODERS}::test_a_cache_is_off_in_training_and_on_in_the_export",
+    "An encoder, or": f"{DECODERS}::test_another_model_is_refused",
+    "The tokenizer of the data": f"{DECODERS}::test_another_vocabulary_is_refused",
+    "transformers or peft": f"{DECODERS}::test_a_package_that_is_missing_is_named",
+    "A model of transformers has": f"{DECODERS}::test_what_cannot_be_split_is_named_before_the_first_step",
     "`longnet validate`": "cli/test_longnet.py::test_the_weights_that_are_scored_are_named",
 }
 

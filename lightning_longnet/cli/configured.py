@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _OURS = tuple(f"lightning_longnet.{module}LongNetModule" for module in ("", "module.", "training.module."))
+_DECODER = "CausalLMModule"
 _STOCK = ("auto", "ddp")  # where sequences are whole, and each rank holds the model
 
 
@@ -51,15 +52,16 @@ def read_job(
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")
         config = _Reading(command, args=command, save_config_callback=None).config["fit"]
     trainer, model = config.trainer, config.model
-    if model.class_path not in _OURS:
-        raise ValueError(f"model must be a LongNetModule, whose shape is known, got {model.class_path}")
+    is_decoder = model.class_path.rpartition(".")[2] == _DECODER
+    if model.class_path not in _OURS and not is_decoder:
+        raise ValueError(f"model must be a LongNetModule or a {_DECODER}, whose shape is known, got {model.class_path}")
     strategy = _strategy(trainer.strategy)
     data = config.data.init_args if config.get("data") is not None else Namespace()  # type: ignore[no-untyped-call]
     length = data.get("tokens") if tokens is None else tokens
     if length is None:
         raise ValueError("tokens must be given, as the data module has no argument of that name: --tokens N")
     return Job(
-        LongNetConfig(**_model(model.init_args.config)),
+        _decoder(model.init_args) if is_decoder else LongNetConfig(**_model(model.init_args.config)),
         tokens=length,
         batch=data.get("batch_size") or 1,
         nodes=trainer.num_nodes if nodes is None else nodes,
@@ -68,8 +70,23 @@ def read_job(
         accumulate=trainer.accumulate_grad_batches,
         optimizer_copies=_copies(model.init_args.get("optimizer")),
         is_packed=bool(data.get("packed")),
+        is_decoder=is_decoder,
         **strategy,
     )
+
+
+def _decoder(options: Namespace) -> LongNetConfig:
+    """Return the LongNet by which a model of transformers is planned."""
+    from lightning_longnet.huggingface.models import config_of, read_config
+    from lightning_longnet.huggingface.planned import planned_config
+
+    if options.get("lora") is not None:
+        raise ValueError("lora must be null in a plan, which knows no adapters")
+    name, values = options.get("name"), options.get("config")
+    if (name is None) == (values is None):
+        raise ValueError("one of model.name and model.config must be given for a plan")
+    config = config_of(dict(values)) if name is None else read_config(name, options.get("overrides"))
+    return planned_config(config, options.recompute, options.loss_chunk)
 
 
 def _model(config: Namespace) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
 
+    from lightning_longnet.checkpointing.checkpoints import Checkpoint
+
 DESCRIPTION = """Write a trained model as a folder.
 
   longnet export last.ckpt folder                       config.json and model.safetensors
@@ -41,8 +43,12 @@ def run(arguments: Namespace) -> None:
     from lightning_longnet.checkpointing.exports import export_model, model_of
     from lightning_longnet.cli.progress import written
     from lightning_longnet.data.tokenizers import tokenizer_of
+    from lightning_longnet.huggingface.saving import is_decoder
 
     saved = read_checkpoint(arguments.checkpoint)
+    if is_decoder(saved.hyper_parameters):
+        _export_decoder(arguments, saved)
+        return
     model = model_of(saved)
     is_plain = arguments.format == "safetensors"
     if is_plain and arguments.tokenizer is not None:
@@ -58,3 +64,27 @@ def run(arguments: Namespace) -> None:
     if not is_plain:
         unknown = "none: the checkpoint names none, and --tokenizer adds one" if name is None else NONE
         print(f"tokenizer: {unknown if tokenizer is None else tokenizer.name}")  # noqa: T201
+
+
+def _export_decoder(arguments: Namespace, saved: Checkpoint) -> None:
+    """Export a model of transformers as a folder that transformers reads without this package, adapters merged."""
+    from pathlib import Path
+
+    from lightning_longnet.cli.progress import written
+    from lightning_longnet.data.tokenizers import tokenizer_of
+    from lightning_longnet.huggingface.saving import check_folder, saved_decoder
+
+    if arguments.format != "huggingface":
+        raise ValueError("--format must be huggingface for a model of transformers, got 'safetensors'")
+    folder = Path(arguments.folder)
+    check_folder(folder)
+    model = saved_decoder(saved.state_dict, saved.hyper_parameters)
+    name = arguments.tokenizer or saved.hyper_parameters.get("tokenizer")
+    tokenizer = None if name in (None, NONE) else tokenizer_of(name)
+    with written(folder, sum(x.nbytes for x in model.parameters()), f"writing {folder}"):
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{folder}: {type(model).__name__}, {size:,} parameters")  # noqa: T201
+    print(f"tokenizer: {NONE if tokenizer is None else tokenizer.name}")  # noqa: T201

@@ -144,7 +144,8 @@ class TrainerCLI(LightningCLI):
         """Print a line where a command is about weights that nothing has trained."""
         command = self.config.subcommand
         given = self.config[command]
-        weights = (given.model.get("init_args") or {}).get("weights")
+        options = given.model.get("init_args") or {}
+        weights = options.get("weights") or options.get("name")  # of a LongNetModule, of a CausalLMModule
         if given.get("ckpt_path") is None and weights is None:
             _warn(
                 f"no --ckpt_path, so longnet {command} uses the weights that the model is made with, which are random "

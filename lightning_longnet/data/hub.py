@@ -15,6 +15,7 @@ from lightning_longnet.data.base import StreamLoaders
 from lightning_longnet.data.streaming import StreamedRows
 from lightning_longnet.data.streams import Stream, entropy_of
 from lightning_longnet.data.tokenizers import Tokenizer, lasting_name, tokenizer_of
+from lightning_longnet.layers.loss import IGNORED
 from lightning_longnet.trust import confined
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ _MEASURED = 2**22  # maximal number of tokens of a stream in which frequencies a
 class HubData(StreamLoaders):
     """A data module of a column of texts, each a document that ends with the end token of the tokenizer.
 
+    A column of chats, lists of messages {"role": ..., "content": ...}, is read by the tokenizer's chat template, which
+    ends each document itself.  Where the template marks what the assistant says (`{% generation %}`), only that is
+    trained: labels are -100 elsewhere.
+
     Texts are tokenised once, and the tokens are stored in the cache of `datasets`, from which rows are read.  With
     `streaming` nothing is stored: texts come in the order of the dataset, and every rank reads all of them.
 
@@ -48,7 +53,7 @@ class HubData(StreamLoaders):
         name: the name of a configuration of the dataset.
         split: the split for training.
         validation_split: the split for validation; by default the end of `split`, or every twentieth text of a stream.
-        column: the column that holds the texts.
+        column: the column that holds the texts or the chats.
         tokenizer: the name or folder of a Hugging Face tokenizer, or "bytes".
         tokens: number of tokens in a row.
         batch_size: rows of a batch, on each rank or each group of ranks that share sequences.
@@ -154,7 +159,8 @@ class HubData(StreamLoaders):
         """Return the tokens of a split, from the cache of `datasets` where they are there."""
         dataset = self._load(split)
         options = {"column": self.column, "tokenizer": self._tokenizer}
-        dataset = dataset.map(tokens_of, batched=True, fn_kwargs=options, remove_columns=dataset.column_names)
+        convert = chat_tokens_of if is_chat(dataset, self.column) else tokens_of
+        dataset = dataset.map(convert, batched=True, fn_kwargs=options, remove_columns=dataset.column_names)
         return TextStream(dataset, repr((self.path, self.name, split, self.column, self._tokenizer)))
 
     # Streaming
@@ -169,6 +175,8 @@ class HubData(StreamLoaders):
         batches = self._load(split).iter(_READ)
         for number, text in enumerate(text for batch in batches for text in batch[self.column]):
             if not is_shared or (number % _EACH == _EACH - 1) == is_validation:
+                if isinstance(text, list):
+                    raise ValueError(f"streaming must be False for a column of chats, as {self.column!r} is")
                 ids = self.tokenizer.encode(checked_text(text, self.column))
                 yield torch.tensor([*ids, self.tokenizer.end], dtype=torch.int64)
 
@@ -230,6 +238,7 @@ class TextStream(Stream):
 
     def __init__(self, texts: Any, identity: str) -> None:
         self.texts = texts.with_format("torch", columns=["ids"])
+        self.targets = texts.with_format("torch", columns=["labels"]) if "labels" in texts.column_names else None
         sizes = texts.with_format("torch", columns=["size", "bytes"])[:]
         self.bytes = int(sizes["bytes"].sum())
         ends = sizes["size"].cumsum(0)
@@ -244,8 +253,17 @@ class TextStream(Stream):
         return self._starts[:-1]
 
     def _read(self, begin: int, end: int) -> Tensor:
+        return self._column(self.texts, "ids", begin, end)
+
+    def targets_of(self, tokens: Tensor, begin: int) -> Tensor:
+        if self.targets is None or not len(tokens):
+            return tokens
+        return self._column(self.targets, "labels", begin, begin + len(tokens))
+
+    def _column(self, texts: Any, name: str, begin: int, end: int) -> Tensor:
+        """Return the values of a column for tokens `begin` to `end`."""
         first, last = torch.searchsorted(self._starts, torch.tensor([begin, end - 1]), right=True).tolist()
-        parts = self.texts[first - 1 : last]["ids"]
+        parts = texts[first - 1 : last][name]
         return torch.cat(list(parts))[begin - int(self._starts[first - 1]) :][: end - begin].long()
 
 
@@ -258,6 +276,40 @@ def tokens_of(batch: dict[str, list[Any]], column: str, tokenizer: str) -> dict[
     texts = [checked_text(text, column) for text in batch[column]]
     ids = [[*encoder.encode(text), encoder.end] for text in texts]
     return {"ids": ids, "size": [len(each) for each in ids], "bytes": [len(text.encode()) for text in texts]}
+
+
+def is_chat(dataset: Any, column: str) -> bool:
+    """Return whether a column of a dataset holds lists of messages."""
+    from datasets import Value
+
+    features = dataset.features
+    return features is not None and not isinstance(features[column], Value)
+
+
+def chat_tokens_of(batch: dict[str, list[Any]], column: str, tokenizer: str) -> dict[str, list[Any]]:
+    """Return the same as `tokens_of` for chats, and the labels of their tokens, -100 where nothing is trained."""
+    encoder = tokenizer_of(tokenizer)
+    chats = [checked_chat(chat, column) for chat in batch[column]]
+    encoded = [encoder.encode_chat(chat) for chat in chats]
+    return {
+        "ids": [ids for ids, _ in encoded],
+        "labels": [
+            [i if is_trained else IGNORED for i, is_trained in zip(ids, trained, strict=True)]
+            for ids, trained in encoded
+        ],
+        "size": [len(ids) for ids, _ in encoded],
+        "bytes": [sum(len(str(message.get("content") or "").encode()) for message in chat) for chat in chats],
+    }
+
+
+def checked_chat(chat: Any, column: str) -> list[dict[str, Any]]:
+    """Return a chat without fields that are None; raise a ValueError if it is no list of messages with a role."""
+    if not isinstance(chat, list) or not all(isinstance(each, dict) and each.get("role") for each in chat):
+        raise ValueError(
+            f"column must hold texts, or lists of messages {{'role': ..., 'content': ...}}, {column!r} holds "
+            f"{chat!r:.60}"
+        )
+    return [{name: value for name, value in message.items() if value is not None} for message in chat]
 
 
 def checked_text(text: Any, column: str) -> str:

@@ -58,7 +58,8 @@ class PackedRows(Rows):
                 skipped = first - offset  # offset from an index in the row to one in the stream
                 chunk = self.stream.read(low + skipped, min(high + skipped + 1, document_end))
                 ids[low - begin : high - begin] = chunk[: high - low]
-                labels[low - begin : low - begin + len(chunk) - 1] = chunk[1:]
+                targets = self.stream.targets_of(chunk[1:], low + skipped + 1)
+                labels[low - begin : low - begin + len(targets)] = targets
                 documents[low - begin : high - begin] = number
             offset += last - first
         return {"input_ids": ids, "labels": labels, "documents": documents}

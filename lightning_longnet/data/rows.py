@@ -57,7 +57,7 @@ class Windows(Rows):
     def read(self, i: int, begin: int, end: int) -> Row:
         first = i * self.tokens
         piece = self.stream.read(first + begin, first + end + 1)
-        return {"input_ids": piece[:-1], "labels": piece[1:]}
+        return {"input_ids": piece[:-1], "labels": self.stream.targets_of(piece[1:], first + begin + 1)}
 
 
 class Cut:

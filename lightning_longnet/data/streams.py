@@ -43,6 +43,10 @@ class Stream(ABC):
             raise ValueError(f"begin and end must lie within the {len(self):,} tokens there are, got {begin}, {end}")
         return self._read(begin, end) if begin < end else torch.empty(0, dtype=torch.int64)
 
+    def targets_of(self, tokens: Tensor, begin: int) -> Tensor:
+        """Return tokens that were read from `begin` on as labels: -100 where a model is not trained to predict one."""
+        return tokens
+
 
 class _ConcatenatedFiles(Stream):
     """The concatenation of files, each a document unless a subclass overrides `starts`; empty files are left out."""
@@ -189,6 +193,9 @@ class Slice(Stream):
 
     def _read(self, begin: int, end: int) -> Tensor:
         return self.stream.read(self.begin + begin, self.begin + end)
+
+    def targets_of(self, tokens: Tensor, begin: int) -> Tensor:
+        return self.stream.targets_of(tokens, self.begin + begin)
 
 
 def read_samples(stream: Stream) -> None:

@@ -32,6 +32,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_chat(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+        """Return the tokens of a chat, and whether a model is trained to predict each."""
+
     def decode(self, ids: list[int]) -> str: ...
 
     def special_tokens(self) -> dict[str, int]:
@@ -48,6 +51,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+        raise ValueError("tokenizer must be one with a chat template for a column of chats, got 'bytes'")
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of tokens.
@@ -122,6 +128,21 @@ class HubTokenizer:
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+        """Return the tokens of a chat by the chat template, and whether a model is trained to predict each.
+
+        These are what the assistant says, where the template marks that with `{% generation %}`; else all.
+        """
+        template = self._tokenizer.chat_template
+        if not template:
+            raise ValueError(f"tokenizer must have a chat template for a column of chats, {self.name!r} has none")
+        marks = "{% generation" in str(template).replace("{%-", "{%")
+        found = self._tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marks
+        )
+        ids = list(found["input_ids"])
+        return ids, [bool(each) for each in found["assistant_masks"]] if marks else [True] * len(ids)
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids)

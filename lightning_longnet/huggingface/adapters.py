@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BASE = ".base_layer"  # what peft adds to the names of the weights beside which it puts adapters
+_NO_HEAD = "lora.target_modules must not name the output head, whose loss is computed in chunks"
 _SAMPLED = 64  # elements of each weight in the digest of the base
 
 
@@ -39,11 +40,15 @@ def add_adapters(model: PreTrainedModel, lora: Mapping[str, Any]) -> None:
         if getattr(config, name, None):
             raise ValueError(f"lora must not set {name}: only adapters are trained and saved")
     head = model.get_output_embeddings()
+    head_name = next((name for name, module in model.named_modules() if module is head), "")
+    targets = config.target_modules
+    if not isinstance(targets, str) and head_name.rpartition(".")[2] in (targets or ()):
+        raise ValueError(_NO_HEAD)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     inject_adapter_in_model(config, model)
     if model.get_output_embeddings() is not head:
-        raise ValueError("lora.target_modules must not name the output head, whose loss is computed in chunks")
+        raise ValueError(_NO_HEAD)
 
 
 def adapter_state(state: Mapping[str, Tensor], trained: set[str]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -147,8 +148,12 @@ def config_of(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
             f"config must hold the model_type of an architecture of transformers, such as 'qwen3', got {model_type!r}"
         )
     known: PretrainedConfig = AutoConfig.for_model(model_type, **values)
-    if unknown := sorted(set(values) - set(known.to_dict()) - set(known.attribute_map) - _OF_ANY):
-        raise ValueError(f"config has {unknown[0]!r}, which a configuration of {model_type} has not")
+    names = {*type(known)().to_dict(), *known.attribute_map, *_OF_ANY}
+    for name in sorted(set(values) - names):  # others, which configurations on the Hub have, change nothing
+        if near := get_close_matches(name, names, 1, 0.85):
+            raise ValueError(
+                f"config has {name!r}, which a configuration of {model_type} has not; did you mean {near[0]}?"
+            )
     return known
 
 

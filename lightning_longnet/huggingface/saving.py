@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_longnet.huggingface.adapters import add_adapters, merge_adapters
-from lightning_longnet.huggingface.models import created
+from lightning_longnet.huggingface.models import config_of, created, loaded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,6 +38,29 @@ def save_weights(
     if generation is not None:
         model.generation_config = generation
     model.save_pretrained(folder)
+
+
+def is_decoder(hyper_parameters: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint with these hyper-parameters is of a model of transformers."""
+    config = hyper_parameters.get("config")
+    return (isinstance(config, dict) and "model_type" in config) or "lora" in hyper_parameters
+
+
+def saved_decoder(state: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any]) -> PreTrainedModel:
+    """Return the model of a checkpoint of `CausalLMModule`, with adapters merged into the weights that they are for."""
+    weights = {name.removeprefix("model."): x for name, x in state.items()}
+    lora, name = hyper_parameters.get("lora"), hyper_parameters.get("name")
+    if lora is None:
+        return model_with(config_of(hyper_parameters["config"]), weights)
+    if name is None:
+        raise ValueError(
+            "the checkpoint holds adapters, and no name of their model: call save_pretrained of the module that has it"
+        )
+    base = loaded(name, "sdpa", hyper_parameters.get("dtype"), hyper_parameters.get("overrides"))
+    config = base.config
+    add_adapters(base, lora)
+    whole = {key: x.detach() for key, x in base.named_parameters()} | weights
+    return model_with(config, whole, lora)
 
 
 def check_folder(folder: str | Path) -> None:

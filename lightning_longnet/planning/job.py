@@ -40,6 +40,7 @@ class Job:
         optimizer_copies: the size of the optimizer's states, as a multiple of the parameters.
         bucket: how many numbers DeepSpeed reduces at a time; by default Lightning's default.
         is_packed: whether rows hold documents, which are shorter than the row and known only to the data.
+        is_decoder: whether `config` stands for a model of transformers with the same matrices.
     """
 
     config: LongNetConfig
@@ -56,6 +57,7 @@ class Job:
     optimizer_copies: float = 2.0
     bucket: int = 200_000_000
     is_packed: bool = False
+    is_decoder: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch", "nodes", "per_node", "accumulate"):

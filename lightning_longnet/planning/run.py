@@ -198,10 +198,9 @@ def advice(job: Job, usable: float, report: Callable[[int, int], None] = _no_rep
     values: tuple[Recompute, ...] = ("all but attention", "everything")
     for value in values:
         if config.recompute not in (value, "everything"):
-            changes.append(
-                (f"--model.config.recompute '{value}'", replace(job, config=replace(config, recompute=value)))
-            )
-    if config.feed_forward_chunk is None:
+            place = "--model" if job.is_decoder else "--model.config"
+            changes.append((f"{place}.recompute '{value}'", replace(job, config=replace(config, recompute=value))))
+    if config.feed_forward_chunk is None and not job.is_decoder:
         chunk = _CHUNK
         while max(job.placed().lengths) > _CHUNKS * chunk:
             chunk *= 2
@@ -253,6 +252,8 @@ def _notes(job: Job) -> Iterator[str]:
     if job.sharding.startswith("deepspeed") and "mixed" in job.precision:
         yield "DeepSpeed holds parameters in half types here, and is planned as if in float32: it holds less"
     config = job.config
+    if job.is_decoder:
+        yield "the model of transformers is planned as a LongNet with the same matrices; its own norms may hold more"
     reaches = [p.reach(job.tokens, config.heads, config.kv_heads) for p in dict.fromkeys(config.patterns)]
     if all(reach.has_gaps for reach in reaches):
         yield from (" ".join(str(reach).split()) for reach in reaches)

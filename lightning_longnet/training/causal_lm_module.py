@@ -20,6 +20,7 @@ from lightning_longnet.layers.loss import CHUNK_TOKENS
 from lightning_longnet.layers.options import positive_integer
 from lightning_longnet.registration import ATTENTION
 from lightning_longnet.sequence import SequenceContext, sequence_context
+from lightning_longnet.sequence.agreement import fault_of, fault_of_rank_zero
 from lightning_longnet.training.token_module import TokenModule
 
 if TYPE_CHECKING:
@@ -290,11 +291,14 @@ class CausalLMModule(TokenModule):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model as a folder that transformers reads without this package, adapters merged.
 
-        All ranks call it together, during or after a run of any engine; the first one writes.
+        All ranks call it together, in a callback such as `on_train_end`, or after a run; the first one writes.
         """
         trainer = self._trainer
         whole = getattr(getattr(trainer, "strategy", None), "_whole_parameter", None) or torch.Tensor.detach
-        check_folder(folder)
+        if trainer is None:
+            check_folder(folder)
+        elif fault := fault_of_rank_zero(trainer.strategy, lambda: fault_of(lambda: check_folder(folder))):
+            raise ValueError(fault)
         is_first = trainer is None or trainer.is_global_zero
         weights = {}
         for name, parameter in self.model.named_parameters():

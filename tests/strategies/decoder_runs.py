@@ -121,3 +121,35 @@ def fit(rank, world, dtype, sharding, sequence_parallel_size, options=None, fold
         loader = DataLoader(rows(), BATCH * sequence_parallel_size // world, collate_fn=collated, shuffle=True)
         trainer.fit(net, loader, ckpt_path=resume_from)
     return losses.losses, kept.parameters
+
+
+def predict(rank, world, sharding, sequence_parallel_size):
+    """Return the continuations of two batches, by the most likely tokens."""
+    from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+    with quiet():
+        chosen = RingSequenceParallelStrategy(sequence_parallel_size, sharding) if world > 1 else "auto"
+        net = module("float64", generated_tokens=4, temperature=0)
+        loader = DataLoader(rows(4), 2, collate_fn=collated)
+        return torch.cat(trainer_of(chosen, world).predict(net, loader))
+
+
+def padded_rows():
+    """Rows that end with padding, and one without."""
+    made = []
+    for i, row in enumerate(rows(6)):
+        real = torch.arange(LENGTH) < LENGTH - 6 * i
+        labels = row["labels"].masked_fill(~real, -100)
+        made.append({"input_ids": row["input_ids"], "labels": labels, "attention_mask": real.long()})
+    return made
+
+
+def validate(rank, world, sequence_parallel_size):
+    """Return the loss of rows with padding, in one process with transformers' own attention."""
+    from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+    with quiet():
+        chosen = RingSequenceParallelStrategy(sequence_parallel_size, "ddp") if world > 1 else "auto"
+        net = module("float64", attention="sdpa" if world == 1 else "ring")
+        loader = DataLoader(padded_rows(), 2, collate_fn=collated)
+        return trainer_of(chosen, world).validate(net, loader, verbose=False)[0]["val/loss"]

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from decoder_runs import CONFIG, LORA, fit, module, plain_loop, rows
+from decoder_runs import CONFIG, LORA, fit, module, plain_loop, predict, rows, validate
 from tiers import tiered
 from trained import collated
 
@@ -93,3 +93,19 @@ def test_a_run_goes_on_from_another_mesh_and_is_exported(request, tmp_path, base
 
 def options_of_module(options):
     return {name: value for name, value in options.items() if name != "seed"}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+def test_predicted_texts_are_those_of_one_process(trainers, sharding):
+    (alone,) = trainers.run(1, predict, "ddp", 1)
+    assert alone.shape == (4, 41)
+    for found in trainers.run(2, predict, sharding, 2):
+        assert found.tolist() == alone.tolist()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("world", "size"), [(2, 2), (4, 2)])
+def test_padding_at_the_end_changes_nothing(trainers, world, size):
+    (alone,) = trainers.run(1, validate, 1)
+    assert trainers.run(world, validate, size) == pytest.approx([alone] * world, rel=1e-7)
