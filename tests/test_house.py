@@ -323,6 +323,7 @@ def test_the_wheel_holds_the_strategies_as_files(tmp_path):
         "strategies/__init__.py",
         "attention/attend.py",
         "attention/kernels/sdpa/cpu.py",
+        "attention/kernels/triton/tiles.json",
     ]
     assert {f"lightning_longnet/{name}" for name in expected} <= set(names)
     assert not [name for name in names if name.startswith(("strategies", "tests"))]
