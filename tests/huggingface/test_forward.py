@@ -58,7 +58,7 @@ def test_embedded_tokens_give_what_tokens_give(kind):
     [
         ({"output_attentions": True}, "output_attentions must be False: the kernels compute no matrix"),
         ({"output_hidden_states": 2}, "output_hidden_states must be True or False, got 2"),
-        ({"past_key_values": object()}, "past_key_values must be None: a LongNet has no key cache"),
+        ({"past_key_values": object()}, "past_key_values must be a LongNetCache, or None: "),
         ({"token_type_ids": tokens(2, 9)}, "token_type_ids is no argument of a LongNet"),
         ({"cu_seq_lens_q": tokens(2)}, "cu_seq_lens_q is no argument of a LongNet: give position_ids that restart"),
         ({"inputs_embeds": torch.zeros(2, 9, 16)}, "either input_ids or inputs_embeds must be given"),

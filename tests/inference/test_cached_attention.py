@@ -1,7 +1,9 @@
 """Attention by steps with a cache equals attention to the whole text, and the cache keeps what later tokens see."""
 
+import os
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from drawn import branches, nested_branches, pattern_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_longnet import attend
+from lightning_longnet import Pattern, attend
 from lightning_longnet.inference import branch_attention, layer
 from lightning_longnet.inference.cache import DilatedCache
 from lightning_longnet.models.blocks import BlocksConfig
@@ -131,3 +133,37 @@ def test_the_rows_that_are_kept_are_those_that_some_later_query_sees(shown, kv_h
     if all(bound):
         assert most <= sum(bound)
         assert cache.nbytes <= 2 * most * kv_heads * 2 * 8
+
+
+def resident():
+    """The bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.full
+def test_a_million_tokens_take_the_memory_of_the_first_segments():
+    """In blocks and single tokens, of drawn keys; the end is compared with attention from the last border on."""
+    pattern = Pattern.dilated((64, 512, 4096, 128), (1, 4, 16, 3), is_causal=True)
+    total, border, heads, width = 1_000_000, 999_424, 2, 4
+    assert border % 4096 == 0
+    cache = DilatedCache(config_of(pattern, heads, heads, width), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    end, found, sizes, first = [], [], set(), 0
+    for start in range(0, total, 64):
+        q, k, v = torch.randn(3, 1, 64, heads, width, generator=generator, dtype=torch.float64)
+        outs = []
+        sizes_of_steps = [1] * 64 if start >= border else [56, *[1] * 8]
+        for part in zip(*(x.split(sizes_of_steps, 1) for x in (q, k, v)), strict=True):
+            with cache.step(part[0].shape[1]) as step:
+                outs.append(step.layer(0).attend(*part))
+        if start >= border:
+            end.append((q, k, v))
+            found += outs
+        if start >= 8192:
+            sizes.add(cache.nbytes)
+            first = first or resident()
+    (size,) = sizes
+    assert size <= 2 * cache.most_rows()[0] * heads * width * 8
+    assert resident() - first < 32 * 2**20
+    whole = [torch.cat(parts, 1) for parts in zip(*end, strict=True)]
+    torch.testing.assert_close(torch.cat(found, 1), attend(*whole, pattern), rtol=0, atol=1e-9)
