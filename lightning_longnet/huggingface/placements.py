@@ -58,8 +58,6 @@ def choose_placement(model: Any, length: int, ranks: int) -> PlacementChoice:
     Dense layers want "zigzag", under which ranks compute equally many pairs; dilated ones want "contiguous", under
     which their segments stay on one rank.  The pairs of the busiest rank decide, and where these are about equal, the
     bytes that ranks receive.
-
-    >>> choice = choose_placement(model, length=1_048_576, ranks=8)  # doctest: +SKIP
     """
     config = model.config.get_text_config()
     counts = Counter(layer_patterns(model))

@@ -10,9 +10,10 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "architectures.md"
 HEAD = """# Architectures of transformers
 
-`attn_implementation="ring"` gives the attention of these models to `attend`, on one process and over the ranks that share
-a sequence. For each of them `tests/huggingface/test_ring.py` compares loss, logits and all gradients with those of one
-process under transformers' own attention: plain, packed and padded rows, on 1, 2 and 4 ranks, by gather, ring and swap.
+`attn_implementation="ring"` gives the attention of these models to `attend`, on one process and over the ranks that
+share a sequence. For each, `tests/huggingface/test_ring.py` compares loss, logits and all gradients with those of
+one process under transformers' own attention, or the equation where SDPA has no softcap and no sinks: plain, packed and
+padded rows, on 1, 2 and 4 ranks, by gather, ring and swap.
 `tests/huggingface/architecture_table.py` writes this page.
 
 | architecture | configuration | keys of the layers | besides | packed rows |
