@@ -55,10 +55,10 @@ if TYPE_CHECKING:
         create_standardized_ring_attention,
     )
     from lightning_longnet.data import ByteData, HubData, ImageFolderData, LongRangeData, TokenData, TokenFileData
-    from lightning_longnet.inference.cache import DilatedCache
     from lightning_longnet.huggingface.dilation import dilate
     from lightning_longnet.huggingface.placements import choose_placement
     from lightning_longnet.huggingface.support import split_refusals
+    from lightning_longnet.inference.cache import DilatedCache
     from lightning_longnet.layers import (
         DilatedAttention,
         DilatedSelfAttention,
