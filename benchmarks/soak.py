@@ -179,7 +179,9 @@ def main() -> int:
         log = Log(arguments.out, arguments.seed, arguments.any_code)
         soak(log, arguments.kinds, arguments.minutes, arguments.first)
     print(table(arguments.out))
-    return int(any(not line["held"] for lines in latest(arguments.out).values() for line in lines))
+    return int(
+        not arguments.table and any(not line["held"] for lines in latest(arguments.out).values() for line in lines)
+    )
 
 
 if __name__ == "__main__":
