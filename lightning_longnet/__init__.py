@@ -54,6 +54,9 @@ if TYPE_CHECKING:
         create_standardized_ring_attention,
     )
     from lightning_longnet.data import ByteData, HubData, ImageFolderData, LongRangeData, TokenData, TokenFileData
+    from lightning_longnet.huggingface.dilation import dilate
+    from lightning_longnet.huggingface.placements import choose_placement
+    from lightning_longnet.huggingface.support import split_refusals
     from lightning_longnet.layers import (
         DilatedAttention,
         DilatedSelfAttention,
@@ -142,10 +145,12 @@ __all__ = [
     "available_presets",
     "causal_order",
     "check_split",
+    "choose_placement",
     "chunked_cross_entropy",
     "create_ring_multihead_attention_hybrid",
     "create_standardized_ring_attention",
     "decay_groups",
+    "dilate",
     "explain",
     "export_model",
     "hilbert_order",
@@ -160,6 +165,7 @@ __all__ = [
     "sequence_hilbert_order",
     "sequence_mesh",
     "sequence_plan",
+    "split_refusals",
     "warmup_cosine",
     "write_report",
 ]
@@ -185,6 +191,9 @@ _MODULES = {
         "sequence_plan",
     ),
     "data": ("ByteData", "HubData", "ImageFolderData", "LongRangeData", "TokenData", "TokenFileData"),
+    "huggingface.dilation": ("dilate",),
+    "huggingface.placements": ("choose_placement",),
+    "huggingface.support": ("split_refusals",),
     "planning.flops": ("ModelFlops", "attended_pairs"),
     "layers": (
         "DilatedAttention",

@@ -129,7 +129,7 @@ def without_positions(group):
     context = made(group)
     attach_context(net, context)
     part = context.split(tensors)
-    with pytest.raises(ValueError, match="position|rank 1") as error:
+    with pytest.raises(ValueError, match=r"position|rank 1") as error:
         net(**part)
     return str(error.value)
 
@@ -172,7 +172,7 @@ def another_mask(group):
     part = context.split(tensors, {"position_ids": 1})
     if group.rank() == 1:
         part["attention_mask"] = torch.ones_like(part["attention_mask"])
-    with pytest.raises(ValueError, match="rank|attention_mask") as error:
+    with pytest.raises(ValueError, match=r"rank|attention_mask") as error:
         net(**part)
     return str(error.value)
 

@@ -1,0 +1,93 @@
+"""The page of the architectures that `attn_implementation="ring"` serves, out of the tests' own models.
+
+Run it to write the page again: `python tests/huggingface/architecture_table.py`.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "architectures.md"
+HEAD = """# Architectures of transformers
+
+`attn_implementation="ring"` gives the attention of these models to `attend`, on one process and over the ranks that
+share a sequence. For each, `tests/huggingface/test_ring.py` compares loss, logits and all gradients with those of
+one process under transformers' own attention, or the equation where SDPA has no softcap and no sinks: plain, packed and
+padded rows, on 1, 2 and 4 ranks, by gather, ring and swap.
+`tests/huggingface/architecture_table.py` writes this page.
+
+| architecture | configuration | keys of the layers | besides | packed rows |
+| --- | --- | --- | --- | --- |
+"""
+BETWEEN = """
+A layer that `dilate` gave a pattern sees that pattern instead.
+
+## Not served where sequences are split
+
+`split_refusals(model)` returns these reasons.
+
+| architecture | reason |
+| --- | --- |
+"""
+REFUSED = {
+    "Llama 4, as published": ("Llama4TextConfig", {"num_local_experts": 2, "no_rope_layers": [1, 0]}),
+    "Llama, rope_type dynamic": (
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    ),
+    "Mamba": ("MambaConfig", {}),
+    "LFM2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
+    "Falcon": ("FalconConfig", {}),
+    "BLOOM": ("BloomConfig", {}),
+}
+
+
+def shown_keys(pattern):
+    branch = pattern.branches[0]
+    if branch.window is not None:
+        return "window"
+    return "all earlier" if branch.segment_length is None else "chunk"
+
+
+def page():
+    """Return the text of the page."""
+    import transformers
+    from architectures import ARCHITECTURES, LEAKS, SMALL, WITHOUT_POSITIONS, model
+
+    from lightning_longnet.huggingface.placements import layer_patterns
+    from lightning_longnet.huggingface.support import split_refusals
+
+    lines = []
+    for name, (config_name, _, _) in ARCHITECTURES.items():
+        net = model(name, "ring")
+        assert not split_refusals(net), name
+        keys = ", ".join(dict.fromkeys(map(shown_keys, layer_patterns(net))))
+        names = [each for each, _ in net.named_parameters()]
+        extras = [
+            text
+            for text, is_so in (
+                ("sinks", any("sinks" in each for each in names)),
+                ("softcap (kernel `eager`)", getattr(net.config, "attn_logit_softcapping", None) is not None),
+                ("values of another width (kernel `eager`)", hasattr(net.config, "kv_lora_rank")),
+                ("attn_temperature_tuning=False", hasattr(net.config, "attn_temperature_tuning")),
+            )
+            if is_so
+        ]
+        packed = "positions that restart, or documents"
+        if name in WITHOUT_POSITIONS:
+            packed = "documents in the batch, always needed over ranks"
+        if name in LEAKS:
+            packed += "; transformers' own mask shows other documents"
+        lines.append(f"| {name} | `{config_name}` | {keys} | {', '.join(extras)} | {packed} |")
+    refused = []
+    for name, (config_name, options) in REFUSED.items():
+        config = getattr(transformers, config_name)(**{**SMALL, **options})
+        net = transformers.AutoModelForCausalLM.from_config(config)
+        reasons = [reason for reason in split_refusals(net) if not reason.startswith("attn_implementation")]
+        refused.append(f"| {name} | {'; '.join(reasons)} |")
+    return HEAD + "\n".join(lines) + "\n" + BETWEEN + "\n".join(refused) + "\n"
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
+    PAGE.write_text(page())
