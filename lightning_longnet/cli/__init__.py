@@ -116,6 +116,8 @@ def run_command(command: str, arguments: Sequence[str]) -> int:
     if hasattr(module, "run_words"):
         if not arguments:
             parser.error("the following arguments are required: options")
+        if set(arguments) <= {"-h", "--help"}:
+            parser.parse_args(arguments)  # prints the help without importing what the command runs
         return module.run_words(arguments) or 0
     options, others = parser.parse_known_args(arguments)
     takes_overrides = getattr(module, "TAKES_OVERRIDES", False)

@@ -15,8 +15,10 @@ DESCRIPTION = """\
 Run lm-evaluation-harness with the model `longnet`, and with all options of the harness.
 
   longnet lm_eval --model longnet --model_args checkpoint=last.ckpt --tasks lambada_openai
+  longnet lm_eval run --help
 
-The harness itself loads models from its own list alone; this command adds ours to it.
+The second command lists the options of the harness.  The harness itself loads models from its own list alone; this
+command adds ours to it.
 """
 
 EXAMPLE = "longnet lm_eval --model longnet --model_args checkpoint=last.ckpt --tasks lambada_openai"

@@ -114,7 +114,10 @@ MISTAKES = {
     "device": ([QUICKSTART, "--device=h900"], "device must be one of cpu, b200"),
     "memory": ([QUICKSTART, "--memory-gib=0"], "memory-gib must be more than 0, got 0"),
     "efficiency": ([QUICKSTART, "--efficiency", "2", "1"], "efficiency must be two shares"),
-    "model": (["--config=model.yaml", "--gpus-per-node=1"], "model must be a LongNetModule, whose shape is known, got"),
+    "model": (
+        ["--config=model.yaml", "--gpus-per-node=1"],
+        "model must be a LongNetModule or a CausalLMModule, whose shape is known, got",
+    ),
     "strategy": ([QUICKSTART, "--trainer.strategy=fsdp"], "strategy must be one of ring_sequence_parallel"),
     "sizes": ([QUICKSTART, "--nodes=3", "--gpus-per-node=1", "--config", "two.yaml"], "sequence_parallel_size"),
     "swap": ([*SMALL, "--gpus-per-node=8", "--model.config.exchange=swap"], "swap needs key heads that 8 ranks divide"),

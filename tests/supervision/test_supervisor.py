@@ -131,7 +131,7 @@ def test_ranks_end_where_their_supervisor_is_killed(tmp_path):
 
 
 def test_sigterm_is_forwarded_and_no_attempt_follows(tmp_path):
-    process = start(tmp_path, "none", -1, steps=10_000)
+    process = start(tmp_path, "none", -1, "--stall", "60", steps=10_000)
     await_(lambda: (tmp_path / "pid-1").exists())
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
