@@ -51,6 +51,8 @@ class FitSummary(Callback):
         checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if checkpoint:
             lines.append(f"Checkpoint: {checkpoint}")
-        if self.next:
+        elif trainer.checkpoint_callbacks:
+            lines.append("No checkpoint was saved: by default one is saved after each validation.")
+        if self.next and (checkpoint or "{checkpoint}" not in self.next):
             lines.append(self.next.format(checkpoint=checkpoint, run=run))
         return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 # What the metadata of a file say that it is
 _KIND = "lightning-longnet cache"
+# what a model's configuration may differ in while its keys stay the same; patterns are compared by themselves
+_SAME_KEYS = {
+    *("pattern", "dropout", "attention_dropout", "recompute", "offload_activations", "feed_forward_chunk"),
+    *("mix", "kernel", "exchange", "preset", "loss_chunk"),
+}
 _SAMPLES = 16  # values of each parameter that tell one model from another
 
 
@@ -70,13 +76,14 @@ def load_cache(path: str | Path, model: LongNet) -> DilatedCache:
             return cache
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"path must be a file of save_cache, got {path}, which lacks some of it: {error}") from None
-    what = "patterns" if patterns != model.config.patterns else "weights"
+    what = "patterns" if patterns != model.config.patterns else "weights or configuration"
     raise ValueError(f"path must be a cache of this model, got {path}, which is of one with other {what}")
 
 
 def _digest(model: LongNet) -> str:
-    """Return a digest of a model's parameters, of which it reads some values each."""
-    found = hashlib.sha256()
+    """Return a digest of a model's configuration and parameters, of which it reads some values each."""
+    config = {each.name: getattr(model.config, each.name) for each in fields(model.config)}
+    found = hashlib.sha256(repr([(name, x) for name, x in config.items() if name not in _SAME_KEYS]).encode())
     for name, parameter in model.named_parameters():
         x: Tensor = parameter.detach().flatten()
         some = x[torch.linspace(0, len(x) - 1, _SAMPLES, device=x.device).long()] if len(x) else x

@@ -47,8 +47,8 @@ def tokens_of(
         if context.is_split:
             raise ValueError(
                 "position_ids must count from the first token after the padding where sequences begin with padding, "
-                "since segments do: give position_ids = attention_mask.cumsum(1) - 1 of whole sequences, or pad on the "
-                "right"
+                "since segments do: give position_ids = (attention_mask.cumsum(1) - 1).clamp(0) of whole sequences, or "
+                "pad on the right"
             )
         assert tokens.key_padding_mask is not None
         return tokens._replace(documents=unpadded_documents(tokens.key_padding_mask))
@@ -77,7 +77,8 @@ def _whole_tokens(context: SequenceContext, mask: RingMask, position_ids: Tensor
             )
     if documents is None and position_ids is not None and position_ids.shape[-1:] == q.shape[1:2]:
         if position_ids.dim() == 2:
-            borders = position_ids.diff(dim=-1) != 1
+            # padding on the left often has position -1, from which 0 follows, the first token
+            borders = position_ids.clamp(min=0).diff(dim=-1) != 1
             documents = F.pad(borders.cumsum(-1), (1, 0)) if bool(borders.any()) else None
             if documents is not None and documents.shape[0] == 1:
                 documents = documents[0]
@@ -104,7 +105,7 @@ def _split_tokens(context: SequenceContext, mask: RingMask, position_ids: Tensor
         places = shard.places.to(q.device) if documents is not None else None
         fault = _positions_fault(position_ids, index, places)
         if documents is None and not fault:
-            starts = context.once(position_ids, "first tokens of documents", lambda: index - position_ids)
+            starts = context.once(position_ids, "first tokens of documents", lambda: index - position_ids.clamp(min=0))
             if bool((starts.diff(dim=-1) < 0).any()):
                 fault = "position_ids must continue by 1, or restart at 0 where a document begins, got a gap"
     flags = 0

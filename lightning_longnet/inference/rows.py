@@ -82,8 +82,9 @@ class RowStore:
                 raise ValueError(f"{name} must be {sizes} beside the slots, {own.dtype}, got {tuple(given.shape)}")
         if self.capacity is not None and data.shape[3] > self.capacity:
             raise ValueError(f"rows must have at most {self.capacity} slots, got {data.shape[3]}")
-        self.data = data.to(self.data.device)
-        self.scales = None if scales is None else scales.to(self.data.device)
+        # copies, since `put` writes in place: the tensors may be restored again
+        self.data = data.to(self.data.device, copy=True)
+        self.scales = None if scales is None else scales.to(self.data.device, copy=True)
 
     def put(self, kv: Tensor, heads: slice, slot: int) -> None:
         """Write kv (2, B, some heads, D) to one slot of these heads."""

@@ -53,6 +53,23 @@ def test_rows_are_selected_with_all_that_is_theirs():
     assert found.tolist() == wanted[[2, 0, 2, 1]].tolist()
 
 
+def test_a_state_may_be_restored_twice():
+    """Each cache has memory of its own, so that two texts go on from one prompt."""
+    model, tokens = made(), torch.randint(19, (1, 30))
+    cache = model.new_cache()
+    model(tokens, cache=cache)
+    state = cache.state()
+    wanted = model(tokens[:, :1], cache=copy.deepcopy(cache))
+    for token in (7, 0):
+        fork = model.new_cache()
+        fork.restore(*state)
+        for _ in range(20):
+            model(torch.full((1, 1), token), cache=fork)
+    last = model.new_cache()
+    last.restore(*state)
+    assert torch.equal(model(tokens[:, :1], cache=last), wanted)
+
+
 def test_other_files_are_refused_in_a_line(tmp_path):
     model = made()
     cache = model.new_cache()
@@ -69,6 +86,7 @@ def test_other_files_are_refused_in_a_line(tmp_path):
         ("good", made(Pattern.dense(True)), "good, which is of one with other patterns"),
         ("good", made(seed=2), "good, which is of one with other weights"),
         ("good", made(kv_heads=2), "good, which is of one with other weights"),
+        ("good", made(rope_base=5e5), "good, which is of one with other weights or configuration"),
     ):
         with pytest.raises(ValueError, match=message) as told:
             load_cache(tmp_path / name, net)

@@ -70,3 +70,19 @@ def test_dropout_against_a_cache_is_refused():
     net.train()
     with pytest.raises(ValueError, match="attention dropout must be 0 where keys come from a cache"):
         net(torch.tensor([[5]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize("pads", [1, 3])
+def test_padding_on_the_left_may_have_negative_positions(pads):
+    """As `attention_mask.cumsum(1) - 1` has: position 0 follows -1, but the first token begins a document."""
+    net = model("Llama", "ring")
+    dilate(net, Pattern.dilated((4, 8), (1, 2), is_causal=True))
+    ids = torch.randint(3, 61, (1, 13), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(1, 13 + pads, dtype=torch.long)
+    mask[:, :pads] = 0
+    with torch.no_grad():
+        wanted = net(ids).logits
+        found = net(
+            torch.cat((ids[:, :1].expand(1, pads), ids), 1), attention_mask=mask, position_ids=mask.cumsum(1) - 1
+        )
+    torch.testing.assert_close(found.logits[:, pads:], wanted, rtol=1e-10, atol=1e-10)

@@ -62,11 +62,12 @@ class _View(NamedTuple):
     offset: int
     shape: torch.Size
     stride: tuple[int, ...]
+    dtype: torch.dtype
     version: int
 
     @classmethod
     def of(cls, x: Tensor) -> _View:
-        return cls(int(x.storage_offset()), x.shape, x.stride(), x._version)
+        return cls(int(x.storage_offset()), x.shape, x.stride(), x.dtype, x._version)
 
 
 class _Kept(NamedTuple):
@@ -76,6 +77,7 @@ class _Kept(NamedTuple):
     views: dict[_View, tuple[PackedRows, Tensor | None]]
 
 
+MOST_VIEWS = 16  # of one storage; the oldest goes
 _KEPT: dict[int, _Kept] = {}  # by the id of the storage, which removes its entry when it is freed
 
 
@@ -100,5 +102,7 @@ def packed_rows(documents: Tensor) -> PackedRows:
         rows = PackedRows(tuple(document_cuts(documents, batch, length)))
         for old in [other for other in kept.views if other.version != view.version]:
             del kept.views[old]
+        if len(kept.views) == MOST_VIEWS:  # a data set may be one tensor, each batch a view of it
+            del kept.views[next(iter(kept.views))]
         known = kept.views[view] = rows, ids.clone() if documents.device.type == "cpu" else None
     return known[0]
