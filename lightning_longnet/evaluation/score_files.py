@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning_longnet.data.texts import Text
     from lightning_longnet.evaluation.loading import Loaded
 
-_LINES = 12  # of a plot; the curves of more texts cannot be told apart
+_LINES = 12  # of a plot; more curves could not be distinguished
 
 
 class ScoreOptions(NamedTuple):

@@ -1,4 +1,4 @@
-"""`dilate`: patterns of one's own in chosen layers of a model of transformers."""
+"""`dilate`: chosen layers of a model of transformers get patterns, which its configuration saves."""
 
 from __future__ import annotations
 
