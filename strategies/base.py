@@ -32,6 +32,7 @@ from lightning_longnet.strategies.checks import (
     check_seconds,
 )
 from lightning_longnet.strategies.engines import Sharding, checked_engine_options, gathers_parameters, strategy_class
+from lightning_longnet.strategies.exits import await_gloo_at_exit
 from lightning_longnet.strategies.failures import NamedFailures
 from lightning_longnet.strategies.finite import LossWatch, check_anomaly
 from lightning_longnet.strategies.first_batch import FirstBatchCheck
@@ -183,6 +184,8 @@ class RingSequenceParallelStrategy(_ClassBySharding, NamedFailures, WatchedLoops
         """Make the context when the ranks are connected, once for all runs of a Trainer."""
         if self.sequence_context.mesh is not None:
             return
+        if dist.is_initialized():
+            await_gloo_at_exit()
         mesh = sequence_mesh(self._sequence_parallel_size, self.root_device.type, self.timeout)
         self.sequence_context = SequenceContext(
             mesh, placement=self._placement, exchange=self._exchange, seed=self.broadcast(dropout_seed())

@@ -14,6 +14,8 @@ import time
 
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from lightning_longnet.supervision.ports import free_port
+
 GRACE = 5.0  # seconds in which an error may show, and callbacks may save
 _PARENT = "LIGHTNING_LONGNET_LAUNCHER"
 _PARENTS: list[int] = []  # the process that has started this one
@@ -24,6 +26,7 @@ class WatchedLauncher(_SubprocessScriptLauncher):
 
     def _call_children_scripts(self) -> None:
         os.environ[_PARENT] = str(os.getpid())
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
         try:
             super()._call_children_scripts()
         finally:

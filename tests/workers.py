@@ -2,7 +2,6 @@
 
 import faulthandler
 import multiprocessing
-import socket
 import tempfile
 import traceback
 from multiprocessing.connection import wait
@@ -11,6 +10,8 @@ from signal import SIGABRT, SIGSEGV
 from time import monotonic
 
 import pytest
+
+from lightning_longnet.supervision.ports import free_port  # noqa: F401  tests take it from here
 
 PATIENCE = 180  # seconds for one case
 CRASHES = []  # what crashed in native code in this process; the first such case is run again, and the summary names it
@@ -22,12 +23,6 @@ def forked():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def answer(pipe, function, *arguments):

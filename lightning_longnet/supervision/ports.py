@@ -1,0 +1,24 @@
+"""The choice of the port at which the ranks of a node meet."""
+
+from __future__ import annotations
+
+import socket
+from random import SystemRandom
+
+PORTS = range(16384, 32768)  # below those that Linux gives to connections by itself
+
+
+def free_port() -> int:
+    """Return a port of this node on which nothing listens, for ranks that meet there once they have started.
+
+    A port that the system chooses can be taken again in the meantime, as the near end of a connection of any other
+    program: the ranks would end with "address already in use".
+    """
+    for port in SystemRandom().sample(PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:  # it is in use
+                continue
+        return port
+    raise RuntimeError(f"none of 100 ports between {PORTS.start} and {PORTS.stop - 1} is free; set MASTER_PORT")
