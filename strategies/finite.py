@@ -72,5 +72,5 @@ def check_anomaly(loss: Tensor) -> None:
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:
-    found: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return found
+    attached: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return attached

@@ -133,7 +133,7 @@ class SequenceContext(ContextDropout):
 
     @property
     def repeated_samples(self) -> int:
-        """How many of the last samples of a batch of validation or test are repeats, and count on another rank.
+        """The number of the last samples of a batch of validation or test are repeats, and count on another rank.
 
         A sampler repeats samples whose number does not divide over the groups, as all need equally many batches.
         """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lightning_longnet.sequence.context import SequenceContext
 
-ATTACHED = "_attached_sequence_context"  # of modules without an attribute `sequence_context`
+ATTACHED = "_attached_sequence_context"  # the attribute of modules that have no `sequence_context`
 _HANDLES, _PART = "_dropout_hooks", "_random_part"
 # modules that drop whole features, and the number of dimensions of their inputs with a batch
 _OF_FEATURES = {nn.Dropout1d: 3, nn.Dropout2d: 4, nn.Dropout3d: 5, nn.FeatureAlphaDropout: 2}
@@ -67,7 +67,7 @@ def _enter(module: nn.Module, x: Tensor) -> None:
 
 @not_compiled
 def _leave(module: nn.Module) -> None:
-    if _PART in module.__dict__:  # else `_enter` has raised an error
+    if _PART in module.__dict__:  # it is not there if `_enter` has raised an error
         module.__dict__.pop(_PART).__exit__(None, None, None)
 
 
