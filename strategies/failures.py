@@ -51,8 +51,8 @@ class NamedFailures(MarkedPhases):
             exception.code = 1  # a rank that ends in the middle of a run has failed
         is_lost = is_lost_connection(exception)
         first = self._first_failure(f"{where}: {text}", is_lost)
-        said = f"lost its connection, {first}" if first and is_lost else text
-        self._end_run(said, DISCONNECTED if is_lost else FAILED)
+        cause = f"lost its connection, {first}" if first and is_lost else text
+        self._end_run(cause, DISCONNECTED if is_lost else FAILED)
         if self._ranks() == 1 and not isinstance(exception, SystemExit):
             return
         line = f"{where}: {text}"
@@ -74,9 +74,9 @@ class NamedFailures(MarkedPhases):
             return self._evidence() if is_lost else ""
         answers: list[str] = []
         # a thread, as the process that holds the store may stand still, and nothing limits that wait
-        asking = threading.Thread(target=_ask, args=(own, is_lost, answers), daemon=True)
-        asking.start()
-        asking.join(_PATIENCE + 1.0)
+        thread = threading.Thread(target=_report_failure, args=(own, is_lost, answers), daemon=True)
+        thread.start()
+        thread.join(_PATIENCE + 1.0)
         if answers and answers[0] != own:
             return answers[0]
         return self._evidence() if is_lost else ""
@@ -106,7 +106,7 @@ def is_lost_connection(exception: BaseException) -> bool:
     return isinstance(exception, RuntimeError) and any(each in str(exception) for each in _LOST)
 
 
-def _ask(own: str, is_lost: bool, answers: list[str]) -> None:
+def _report_failure(own: str, is_lost: bool, answers: list[str]) -> None:
     """Append the failure that was reported first, which is this rank's own where no other was."""
     key = f"lightning_longnet/failure/{_RUNS[0]}"
     try:

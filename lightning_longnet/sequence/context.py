@@ -165,7 +165,7 @@ class SequenceContext(ContextDropout):
 
     @property
     def key_padding_mask(self) -> Tensor | None:
-        """True where a token of this rank is padding, where the current batch has an attention_mask."""
+        """A mask, True where a token of this rank is padding; None if the current batch has no attention_mask."""
         return self._splitter.current.key_padding_mask
 
     def positions_of(self, x: Tensor, dim: int = 1) -> Tensor:

@@ -37,7 +37,7 @@ def refusal(ranks: int, kv_heads: int) -> str:
 
 
 class AllToAllPlan(ExchangePlan):
-    """All branches are computed on whole sequences of some heads."""
+    """A plan in which a rank computes all branches on whole sequences of some of the heads."""
 
     @property
     def overlaps(self) -> bool:

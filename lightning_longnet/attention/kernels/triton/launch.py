@@ -107,7 +107,7 @@ def backward_parts(
 
 
 def _delta(grad: Tensor, out: Tensor) -> Tensor:
-    """Return grad . out of each row, (B, N, H), in float32, of which an eighth of the rows is held at a time."""
+    """Return grad . out of each row, (B, N, H), in float32; an eighth of the rows is converted at a time."""
     rows = -(-grad.shape[1] // 8)
     pieces = zip(grad.split(rows, 1), out.split(rows, 1), strict=True)
     return torch.cat([(some_grad.float() * some_out.float()).sum(-1) for some_grad, some_out in pieces], 1)
