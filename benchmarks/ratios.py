@@ -26,7 +26,8 @@ from machine import described
 from lightning_longnet import Pattern, attend
 from lightning_longnet.attention.parallel.exchange import Sizes
 from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.routes import Layout, rank_blocks, route
+from lightning_longnet.attention.parallel.rank_blocks import Layout, rank_blocks
+from lightning_longnet.attention.parallel.routes import route
 from lightning_longnet.attention.parallel.schedule import schedule
 from lightning_longnet.attention.plan.blocks import plan
 

@@ -15,7 +15,7 @@ from typing import Any
 from lightning_longnet import Pattern
 from lightning_longnet.attention.parallel.exchange import Sizes
 from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.routes import Layout
+from lightning_longnet.attention.parallel.rank_blocks import Layout
 from lightning_longnet.attention.parallel.schedule import schedule
 
 HEADS, SIZES = 16, Sizes(batch=1, head_dim=64, value_dim=64, itemsize=2, wide_itemsize=4)

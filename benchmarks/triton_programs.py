@@ -97,7 +97,7 @@ def resources(program: str, width: int, tile: Tile, form: dict[str, Any], dtype:
         "is_signed": False,
         "is_received": False,
         "is_padded": False,
-        "goes_on": True,
+        "accumulates": True,
     }
     compiled_for = Form(tile.rows, tile.others, width, width, width, width, **{**properties, **form})
     results: dict[str, tuple[Any, tuple[Any, ...]]] = {

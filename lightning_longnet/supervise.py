@@ -1,7 +1,7 @@
 """`python -m lightning_longnet.supervise -- python train.py`: a run whose ranks are watched and started again.
 
 It ends all ranks of this node where one dies, is stopped or makes no progress, says which and where, and starts the
-command again, which goes on from its newest checkpoint.  docs/restarting.md tells more.
+command again, which goes on from its newest checkpoint.  docs/restarting.md explains more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What files may name and where they may lead, and the trust of a user that lifts these limits."""
+"""The limits of what files may name and where they may lead, and the trust of a user that lifts these limits."""
 
 from __future__ import annotations
 

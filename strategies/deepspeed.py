@@ -76,7 +76,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
 
     def _connect_on_cpu(self) -> None:
         """Connect the ranks as DeepSpeed does, on CPUs."""
-        os.environ["DS_ACCELERATOR"] = "cpu"  # which DeepSpeed reads at its first use
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it at its first use
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile C++ at run time

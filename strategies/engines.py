@@ -50,7 +50,7 @@ def strategy_class(sharding: str) -> type[RingSequenceParallelStrategy]:
 def checked_engine_options(lightning_class: type[ParallelStrategy], options: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of the options of Lightning's strategy for an engine, after checking their names."""
     valid = set(signature(lightning_class).parameters) - _OURS
-    if "kwargs" in valid:  # which Lightning passes on to DistributedDataParallel
+    if "kwargs" in valid:  # Lightning passes these on to DistributedDataParallel
         valid = valid - {"kwargs"} | (set(signature(DistributedDataParallel).parameters) - {"module", "device_ids"})
     if unknown := [name for name in options if name not in valid]:
         allowed = ", ".join(sorted(valid))

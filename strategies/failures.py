@@ -37,7 +37,7 @@ class NamedFailures(MarkedPhases):
 
     def setup(self, trainer: Trainer) -> None:
         _RUNS[0] += 1
-        self._end_run("", RUNS)  # what an earlier run of this process ended with
+        self._end_run("", RUNS)  # clears the outcome of an earlier run of this process
         super().setup(trainer)
 
     def on_exception(self, exception: BaseException) -> None:
@@ -51,8 +51,8 @@ class NamedFailures(MarkedPhases):
             exception.code = 1  # a rank that ends in the middle of a run has failed
         is_lost = is_lost_connection(exception)
         first = self._first_failure(f"{where}: {text}", is_lost)
-        said = f"lost its connection, {first}" if first and is_lost else text
-        self._end_run(said, DISCONNECTED if is_lost else FAILED)
+        cause = f"lost its connection, {first}" if first and is_lost else text
+        self._end_run(cause, DISCONNECTED if is_lost else FAILED)
         if self._ranks() == 1 and not isinstance(exception, SystemExit):
             return
         line = f"{where}: {text}"
@@ -60,7 +60,7 @@ class NamedFailures(MarkedPhases):
             line = f"{where} stopped because another rank failed first: {first}"
         elif first and text not in first:
             line += f"; before it, {first}"
-        if isinstance(exception, (SystemExit, KeyboardInterrupt)):  # which are shown without notes
+        if isinstance(exception, (SystemExit, KeyboardInterrupt)):  # Python shows these without notes
             print(line, file=sys.stderr, flush=True)  # noqa: T201
         else:
             exception.add_note(line)
@@ -72,13 +72,13 @@ class NamedFailures(MarkedPhases):
         """Return the failure of another rank that came before this one's, or an empty string."""
         if not dist.is_initialized() or self._ranks() == 1:
             return self._evidence() if is_lost else ""
-        found: list[str] = []
+        answers: list[str] = []
         # a thread, as the process that holds the store may stand still, and nothing limits that wait
-        asking = threading.Thread(target=_ask, args=(own, is_lost, found), daemon=True)
-        asking.start()
-        asking.join(_PATIENCE + 1.0)
-        if found and found[0] != own:
-            return found[0]
+        thread = threading.Thread(target=_report_failure, args=(own, is_lost, answers), daemon=True)
+        thread.start()
+        thread.join(_PATIENCE + 1.0)
+        if answers and answers[0] != own:
+            return answers[0]
         return self._evidence() if is_lost else ""
 
     def _evidence(self) -> str:
@@ -106,16 +106,16 @@ def is_lost_connection(exception: BaseException) -> bool:
     return isinstance(exception, RuntimeError) and any(each in str(exception) for each in _LOST)
 
 
-def _ask(own: str, is_lost: bool, found: list[str]) -> None:
+def _report_failure(own: str, is_lost: bool, answers: list[str]) -> None:
     """Append the failure that was reported first, which is this rank's own where no other was."""
     key = f"lightning_longnet/failure/{_RUNS[0]}"
     try:
         store: Any = _get_default_store()
         if is_lost:
             if _await(lambda: store.check([key]), _PATIENCE):
-                found.append(store.get(key).decode())
+                answers.append(store.get(key).decode())
         else:
-            found.append(store.compare_set(key, "", own).decode())
+            answers.append(store.compare_set(key, "", own).decode())
     except RuntimeError:  # the store has ended with the rank that held it
         return
 

@@ -42,7 +42,7 @@ class LossWatch:
             self._is_logged = is_logging_step(trainer)
 
     def look(self, *, is_last: bool = False) -> None:
-        """Look at the last loss where its step was logged, or is the last."""
+        """Check the latest loss if its step was logged or is the last."""
         if self._loss is None or self._is_over or not (self._is_logged or is_last):
             return
         value, self._loss = float(self._loss), None
@@ -72,5 +72,5 @@ def check_anomaly(loss: Tensor) -> None:
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:
-    found: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return found
+    attached: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return attached

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lightning_longnet.sequence.context import SequenceContext
     from lightning_longnet.split_check.check import Action
     from lightning_longnet.split_check.replica import Replica
-    from lightning_longnet.strategies.base import RingSequenceParallelStrategy
+    from lightning_longnet.strategies.split_steps import SplitSteps
 
 _STAGES = ("training", "validation")
 
@@ -58,12 +58,12 @@ class FirstBatchCheck:
         self._replica = None
         self._checked.clear()
 
-    def is_due(self, strategy: RingSequenceParallelStrategy, trainer: Trainer) -> bool:
+    def is_due(self, strategy: SplitSteps, trainer: Trainer) -> bool:
         """Whether the batch that a loop was given is the first of training or of validation."""
         stage, size = _stage(trainer), strategy.sequence_context.sequence_parallel_size
         return bool(stage) and stage not in self._checked and self.action != "off" and size > 1
 
-    def check(self, strategy: RingSequenceParallelStrategy, module: LightningModule, batch: Any, dims: Any) -> None:
+    def check(self, strategy: SplitSteps, module: LightningModule, batch: Any, dims: Any) -> None:
         """Check a first batch, which `is_due`."""
         trainer = module.trainer
         stage, context = _stage(trainer), strategy.sequence_context
@@ -73,7 +73,7 @@ class FirstBatchCheck:
 
         def attach(copy: nn.Module, its_context: SequenceContext) -> None:
             attach_context(copy, its_context)
-            strategy.sequence_context = its_context  # which a step may ask, too
+            strategy.sequence_context = its_context  # a step may read it, too
 
         try:
             with _trainer_restored(trainer):
@@ -91,7 +91,7 @@ class FirstBatchCheck:
         finally:
             strategy.sequence_context = context
         if len(self._checked) == len(_STAGES):
-            self._replica = None  # which may hold tensors that are plain attributes
+            self._replica = None  # the replica may hold tensors that are plain attributes
         if verdict.kind == "not checked":
             rank_zero_info(f"split check of {stage}: not made, as {verdict.message}")
         elif verdict.kind == "equal":

@@ -72,8 +72,8 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
-        if found := [cause for cause in causes if isinstance(cause, UnpicklingError)]:
-            raise ValueError(f"ckpt_path must be {refusal(path, found[0])}") from None
+        if refused := [cause for cause in causes if isinstance(cause, UnpicklingError)]:
+            raise ValueError(f"ckpt_path must be {refusal(path, refused[0])}") from None
         raise
 
 

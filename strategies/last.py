@@ -29,7 +29,7 @@ def checkpoint_folders(trainer: Trainer) -> list[Path]:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     folders += [each.dirpath for each in callbacks if isinstance(each, Preemption) and each.dirpath is not None]
     if not savers or isinstance(trainer._accelerator_connector.cluster_environment, SLURMEnvironment):
-        folders.append(trainer.default_root_dir)  # where `Preemption` saves
+        folders.append(trainer.default_root_dir)  # `Preemption` saves there
     folders += [
         inside
         for saver, folder in zip(savers, folders, strict=False)
@@ -61,13 +61,13 @@ def last_checkpoint(trainer: Trainer, resumable: bool = True) -> Path | None:
     with warnings.catch_warnings():
         if not is_first:
             warnings.simplefilter("ignore")  # each rank looks, before the ranks are connected
-        found = newest_checkpoint(*folders, forms=strategy.forms, resumable=resumable)
-    if found is None and is_first and any(is_kept(path) for folder in folders for path in folder.glob("*.ckpt")):
+        path = newest_checkpoint(*folders, forms=strategy.forms, resumable=resumable)
+    if path is None and is_first and any(is_kept(each) for folder in folders for each in folder.glob("*.ckpt")):
         raise ValueError(
             f"ckpt_path='last' must find a checkpoint to go on from, and none is good or of a form that this engine "
             f"reads in {', '.join(map(str, folders))}: name one, or give no ckpt_path to begin anew"
         )
-    return found
+    return path
 
 
 _stock = _CheckpointConnector._parse_ckpt_path
@@ -75,9 +75,9 @@ _stock = _CheckpointConnector._parse_ckpt_path
 
 def _parse(self: _CheckpointConnector, state_fn: Any, ckpt_path: Any, *arguments: Any, **options: Any) -> Any:
     if ckpt_path == "last" and isinstance(self.trainer.strategy, CheckpointSaves):
-        found = last_checkpoint(self.trainer, resumable=state_fn == TrainerFn.FITTING)
-        if found is not None:
-            return str(found)
+        path = last_checkpoint(self.trainer, resumable=state_fn == TrainerFn.FITTING)
+        if path is not None:
+            return str(path)
     return _stock(self, state_fn, ckpt_path, *arguments, **options)
 
 
@@ -94,7 +94,7 @@ def _start(self: _CheckpointConnector, checkpoint_path: Any = None, weights_only
 def install() -> None:
     """Let "last" mean `last_checkpoint` for our strategies, which Lightning does not ask; others stay as they are.
 
-    Each rank looks for it before the ranks are connected.  When they are, all take what the first one found.
+    Each rank looks for it before the ranks are connected.  When they are, all take the checkpoint of the first one.
     """
     setattr(_CheckpointConnector, "_parse_ckpt_path", _parse)  # noqa: B010
     setattr(_CheckpointConnector, "resume_start", _start)  # noqa: B010

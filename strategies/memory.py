@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightning_longnet.planning.room import Room
-    from lightning_longnet.strategies.base import RingSequenceParallelStrategy
+    from lightning_longnet.strategies.split_steps import SplitSteps
 
 MemoryAction = Literal["error", "warn", "off"]
 
@@ -49,7 +49,7 @@ class MemoryCheck:
         """Whether a batch is the first that is trained on."""
         return self.action != "off" and not self._is_done and trainer.state.stage == RunningStage.TRAINING
 
-    def check(self, strategy: RingSequenceParallelStrategy, module: LightningModule, batch: Any) -> None:
+    def check(self, strategy: SplitSteps, module: LightningModule, batch: Any) -> None:
         """Raise a ValueError on all ranks where the run cannot fit on one of them, or warn.
 
         All ranks call this with batches of the same shapes.
@@ -60,8 +60,8 @@ class MemoryCheck:
         known = torch.tensor([[bool(finding.error), bool(finding.warning)]])
         is_alone = not dist.is_initialized() or dist.get_backend() == "fake"
         world: Any = dist.group.WORLD
-        found = known if is_alone else all_gather(known[0], world)
-        errors, warned = ([i for i, each in enumerate(column) if each] for column in found.T.tolist())
+        gathered = known if is_alone else all_gather(known[0], world)
+        errors, warned = ([i for i, each in enumerate(column) if each] for column in gathered.T.tolist())
         if errors and self.action == "error":
             raise ValueError(finding.error or f"rank {errors[0]} has too little memory: its own message says for what")
         first = (errors or warned or [-1])[0]
@@ -69,7 +69,7 @@ class MemoryCheck:
             warnings.warn(finding.error or finding.warning, stacklevel=2)
 
 
-def _finding(strategy: RingSequenceParallelStrategy, module: LightningModule, batch: Any, room: Room) -> Finding:
+def _finding(strategy: SplitSteps, module: LightningModule, batch: Any, room: Room) -> Finding:
     optimizers: list[Optimizer] = strategy.optimizers
     job = _job_of(strategy, module, batch, optimizers)
     if job is not None:
@@ -84,9 +84,7 @@ def _finding(strategy: RingSequenceParallelStrategy, module: LightningModule, ba
     )
 
 
-def _job_of(
-    strategy: RingSequenceParallelStrategy, module: LightningModule, batch: Any, optimizers: Iterable[Optimizer]
-) -> Job | None:
+def _job_of(strategy: SplitSteps, module: LightningModule, batch: Any, optimizers: Iterable[Optimizer]) -> Job | None:
     """Return the job of a module whose attribute `model` is a LongNet; None for others, and where none is planned."""
     model, trainer = getattr(module, "model", None), module.trainer
     tensors = batch.tensors if isinstance(batch, SequencePart) else batch
@@ -109,7 +107,7 @@ def _job_of(
             optimizer_copies=min(map(_states_per_parameter, optimizers), default=0.0),
             is_packed="documents" in tensors,
         )
-    except ValueError:  # what a plan knows nothing of
+    except ValueError:  # the planner does not know such a run
         return None
 
 

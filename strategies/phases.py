@@ -51,7 +51,7 @@ _METHODS = (
 
 
 class Progress:
-    """What this rank is at; it is written to the record of a supervisor, where there is one.
+    """The phase and the step of this rank; they are written to the record of a supervisor, where there is one.
 
     Attributes:
         phase, step: the phase, and the number of optimizer steps that are complete.
@@ -84,8 +84,8 @@ class Progress:
         if self.record is not None:
             self.record.mark(phase, self.step)
 
-    def begin_step(self, step: int) -> None:
-        """Begin the forward of a step of training."""
+    def mark_step(self, step: int) -> None:
+        """Mark the forward of a step of training, and record how long the step before it took."""
         if self.record is not None:
             self._watch_compiler()
             now = monotonic()
@@ -141,7 +141,7 @@ class MarkedPhases(ParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if self.progress.steps > 0 and self.progress.phase in (BETWEEN, OPTIMIZER, VALIDATION):
-            self._interrupt(SAVE)  # which ends with the next phase; a Trainer asks for it when it saves
+            self._interrupt(SAVE)  # it ends with the next phase; a Trainer calls this method when it saves
         return super().lightning_module_state_dict()
 
     def on_train_start(self) -> None:
@@ -149,8 +149,8 @@ class MarkedPhases(ParallelStrategy):
         super().on_train_start()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.timeouts.begin_step()
-        self.progress.begin_step(self._step())
+        self.timeouts.shorten()
+        self.progress.mark_step(self._step())
         return super().training_step(*args, **kwargs)
 
     def pre_backward(self, closure_loss: Any) -> None:
@@ -163,7 +163,7 @@ class MarkedPhases(ParallelStrategy):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(*args, **kwargs)
-        self.timeouts.end_step()
+        self.timeouts.restore()
         self.progress.mark(BETWEEN)
         return result
 
@@ -200,12 +200,12 @@ class MarkedPhases(ParallelStrategy):
         self._interrupt(BETWEEN)
 
     def _leave_run(self) -> None:
-        """Mark that what the process does from now on is its own affair."""
+        """Mark that what the process does from now on is no part of the run."""
         self.progress.steps = 0
         self.progress.interrupt(OUTSIDE)
 
     def _end_run(self, text: str, outcome: int) -> None:
-        """Write what became of this rank for its supervisor."""
+        """Write for the supervisor how this rank ended."""
         if self.progress.record is not None:
             self.progress.record.end(outcome, text)
 

@@ -47,7 +47,7 @@ def _kept_folders() -> list[Path]:
 
 
 class Places(NamedTuple):
-    """Where a run's checkpoints are: folders, what is not its own there, and the time since which it has saved."""
+    """The places of a run's checkpoints: folders, what is not its own there, and the time since which it has saved."""
 
     folders: list[Path]
     others: list[Path]
@@ -86,9 +86,9 @@ def checkpoint_to_resume(trainer: Trainer) -> str | None:
     with warnings.catch_warnings():
         if getattr(rank_zero_only, "rank", 0):
             warnings.simplefilter("ignore")  # each rank looks, before the ranks are connected
-        found = newest_checkpoint(*folders, forms=strategy.forms, skip=others, since=since)
-    rank_zero_info(f"Restarted by the supervisor, from {found or 'the beginning: no checkpoint was saved'}")
-    return None if found is None else str(found)
+        newest = newest_checkpoint(*folders, forms=strategy.forms, skip=others, since=since)
+    rank_zero_info(f"Restarted by the supervisor, from {newest or 'the beginning: no checkpoint was saved'}")
+    return None if newest is None else str(newest)
 
 
 _select = _CheckpointConnector._select_ckpt_path
@@ -98,9 +98,9 @@ def _select_of_restart(self: _CheckpointConnector, state_fn: Any, *arguments: An
     trainer = self.trainer
     if state_fn == TrainerFn.FITTING and isinstance(trainer.strategy, MarkedPhases):
         _FITS[0] += 1
-        found = trainer.strategy.resumed = checkpoint_to_resume(trainer)
-        if found is not None:
-            return found
+        newest = trainer.strategy.resumed = checkpoint_to_resume(trainer)
+        if newest is not None:
+            return newest
     return _select(self, state_fn, *arguments, **options)
 
 

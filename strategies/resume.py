@@ -40,7 +40,7 @@ def skip_finished_batches(trainer: Trainer) -> None:
     sampler: Any = getattr(loader.flattened[0], "sampler", None)
     if len(loader.flattened) == 1 and hasattr(sampler, "skip_samples"):
         sampler.skip_samples(finished * loader.flattened[0].batch_size)
-        iter(fetcher)  # which counts from 0; the loop adds the skipped batches
+        iter(fetcher)  # the fetcher counts from 0; the loop adds the skipped batches
         return
     for done in range(finished):
         try:

@@ -56,7 +56,7 @@ def repeats(loader: Any) -> Repeats | None:
     """Return the repeats of a loader; None if it has none."""
     sampler: Any = getattr(loader, "sampler", None)
     is_plain = type(sampler) in (DistributedSampler, DistributedSamplerWrapper) and not sampler.drop_last
-    if not is_plain and getattr(sampler, "end", None) != "repeat":  # of our `GlobalOrder`
+    if not is_plain and getattr(sampler, "end", None) != "repeat":  # "repeat" is an option of `GlobalOrder`
         return None
     samples, groups = len(sampler.dataset), sampler.num_replicas
     return Repeats(samples, groups, len(range(sampler.rank, samples, groups))) if samples % groups else None

@@ -71,7 +71,7 @@ class CheckpointSaves(ParallelStrategy):
         if self._checkpoint_io is None:
             self._checkpoint_io = ManifestCheckpointIO(self.background_saves)
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
-            self._checkpoint_io.checkpoint_io = ManifestCheckpointIO()  # which is used where it wraps none
+            self._checkpoint_io.checkpoint_io = ManifestCheckpointIO()  # it is used where the plugin wraps none
         return self._checkpoint_io
 
     @checkpoint_io.setter
@@ -98,7 +98,7 @@ class CheckpointSaves(ParallelStrategy):
         self.settle_saves()
         if not self._writes_folder():
             self._describe(self.checkpoint_io)
-            # not the engine's own, as FSDP2's removes a folder of this name before the file is written
+            # the engine's own method is not called, as FSDP2's removes a folder of this name before the file is written
             self._together(path, lambda: Strategy.save_checkpoint(self, checkpoint, path, storage_options))
             if self.background_saves:
                 self._pending = Pending(path)
@@ -121,7 +121,7 @@ class CheckpointSaves(ParallelStrategy):
             self._together(final, lambda: self._finish_folder(unfinished, final, content, parts))
         finally:
             if self.is_global_zero:
-                discard(unfinished)  # which is there after an error
+                discard(unfinished)  # the folder is there after an error
 
     def _begin_folder(self, checkpoint: dict[str, Any], unfinished: Path) -> None:
         """Copy this rank's files to memory, and begin to write them."""
@@ -146,14 +146,14 @@ class CheckpointSaves(ParallelStrategy):
         try:
             parts = self._together(pending.final, io.writer.take)
             if pending.unfinished is not None:
-                found: tuple[Path, Path, dict[str, Any]] = (pending.unfinished, pending.final, pending.content)
-                self._together(pending.final, lambda: self._finish_folder(*found, parts))
+                folder: tuple[Path, Path, dict[str, Any]] = (pending.unfinished, pending.final, pending.content)
+                self._together(pending.final, lambda: self._finish_folder(*folder, parts))
             self._together(pending.final, io.wait)
             self.progress.mark(phase)
         finally:
-            io.forget_removals()  # which are there after an error
+            io.forget_removals()  # they are there after an error
             if self.is_global_zero and pending.unfinished is not None:
-                discard(pending.unfinished)  # which is there after an error
+                discard(pending.unfinished)  # the folder is there after an error
 
     def on_train_start(self) -> None:
         self._is_training = True
@@ -166,12 +166,12 @@ class CheckpointSaves(ParallelStrategy):
 
     def teardown(self) -> None:
         pending, self._pending = self._pending, None
-        if pending is not None and pending.unfinished is not None:  # of a run that failed: the folder gets no name
+        if pending is not None and pending.unfinished is not None:  # the run failed: the folder gets no name
             io: Any = self.checkpoint_io
             io.forget_removals()
             try:
                 io.writer.take()
-            except FAULTS as error:  # which must not hide that of the run
+            except FAULTS as error:  # this error must not replace that of the run
                 rank_zero_warn(f"the checkpoint {pending.final} is not saved: {error}", category=RuntimeWarning)
         super().teardown()
 
@@ -180,7 +180,7 @@ class CheckpointSaves(ParallelStrategy):
     ) -> None:
         if not self.is_global_zero:
             return
-        sums = {name: found for part in parts for name, found in part.items()}
+        sums = {name: each for part in parts for name, each in part.items()}
         for name in files_of(unfinished):
             if name not in sums:  # a small file that the engine writes itself
                 sums[name] = sum_of(unfinished / name)
@@ -254,7 +254,7 @@ class CheckpointSaves(ParallelStrategy):
 
     def _good_checkpoint(self, asked: Path) -> Path:
         """Return on all ranks a checkpoint if it is good, else, to go on training, the newest good one beside it."""
-        from lightning_longnet.strategies.restart import places_beside  # which imports this module
+        from lightning_longnet.strategies.restart import places_beside  # that module imports this one
 
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
@@ -272,7 +272,9 @@ class CheckpointSaves(ParallelStrategy):
             rank_zero_warn(f"{fault}; loading {other}, the newest other one", category=RuntimeWarning)
             path = other
         if path != asked:
-            trainer._checkpoint_connector._ckpt_path = path  # which the log names, and ModelCheckpoint does not remove
+            trainer._checkpoint_connector._ckpt_path = (
+                path  # the log names this path, and ModelCheckpoint does not remove it
+            )
         return path
 
     def _fault(self, path: Path) -> str:

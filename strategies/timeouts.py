@@ -1,4 +1,4 @@
-"""How long a rank waits for the others: minutes inside of a step, longer for the first, for saves and between steps."""
+"""The timeouts of a rank that waits for others: minutes in a step, longer in the first, in saves and between steps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Timeouts:
         self._steps = 0  # since ranks did something else
         self._own: dict[dist.ProcessGroup, timedelta] = {}  # the timeouts of groups that have the short one now
 
-    def begin_step(self) -> None:
-        """Set what fits a step of training."""
+    def shorten(self) -> None:
+        """Set the short timeout for a step of training, unless it is the first since ranks did something else."""
         self._steps += 1
         if self._steps > 1 and not self._own:
             for group in _groups():
@@ -33,17 +33,17 @@ class Timeouts:
                     self._own[group] = own
                     _set_pg_timeout(self.short, group)
 
-    def end_step(self) -> None:
-        """Set what fits the time between steps: the timeouts that groups were made with."""
+    def restore(self) -> None:
+        """Set the timeouts that groups were made with, for the time between steps."""
         for group, own in self._own.items():
-            if group in _world.pg_map:  # else it was destroyed
+            if group in _world.pg_map:  # a group that is not there was destroyed
                 _set_pg_timeout(own, group)
         self._own.clear()
 
     def interrupt(self) -> None:
-        """Set what fits all else; the next step counts as the first."""
+        """Set the timeouts that groups were made with; the next step counts as the first."""
         self._steps = 0
-        self.end_step()
+        self.restore()
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:

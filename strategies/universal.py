@@ -12,7 +12,7 @@ from lightning_longnet.checkpointing.commit import discard
 from lightning_longnet.checkpointing.manifest import (
     DamageError,
     Manifest,
-    check_sizes,
+    check_file_sizes,
     check_sums,
     files_of,
     parse,
@@ -49,7 +49,7 @@ def convert(checkpoint: Path, trust: bool = False) -> str:
 def _convert(checkpoint: Path, trust: bool) -> str:
     if _is_converted(checkpoint):
         return ""
-    for name in (_WRITTEN_LAST, _SUMS, _FORMAT):  # of a conversion that was killed, or is damaged
+    for name in (_WRITTEN_LAST, _SUMS, _FORMAT):  # files of a conversion that was killed, or is damaged
         discard(checkpoint / name)
     workers = str(max(1, min(8, (os.cpu_count() or 2) // 2)))
     options = ["--input_folder", str(checkpoint / "checkpoint"), "--output_folder", str(checkpoint / _FORMAT)]
@@ -72,7 +72,7 @@ def _is_converted(checkpoint: Path) -> bool:
         return False
     try:
         manifest = parse((checkpoint / _SUMS).read_bytes(), _SUMS)
-        check_sizes(checkpoint / _FORMAT, manifest)
+        check_file_sizes(checkpoint / _FORMAT, manifest)
         check_sums(checkpoint / _FORMAT, manifest)
     except DamageError:
         return False

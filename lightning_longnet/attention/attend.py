@@ -78,7 +78,7 @@ def attend(
         pattern: which keys a query sees, and how often each counts.
         documents: an integer id per token, (N,) or (B, N), not decreasing: each document is attended to alone, as if it
             were the only one in a batch.
-        key_padding_mask: (B, N), True where a key is hidden from all queries.  Padded queries are computed like others,
+        key_padding_mask: (B, N), True where a key is masked for all queries.  Padded queries are computed like others,
             and what stands in padding must be finite: 0 times infinity is no number.
         dropout: the probability that a pair is dropped from the softmax's weights; the rest grow by 1 / (1 - dropout).
             There is no training mode here: hand in 0 to evaluate.
@@ -89,7 +89,7 @@ def attend(
             dealt out to n ranks, rank r drops what one process would with (r, n).
         scale: of the scores; 1 / sqrt(D) by default.
         mix: "exact" is the gradient of the one softmax; "detached" stops it at the branches' weights, as torchscale.
-        kernel: "auto", or the name of one; `explain` tells which serve.
+        kernel: "auto", or the name of one; `explain` shows which serve.
         shard: where q, k and v are one rank's part of sequences that are split over ranks.  All ranks of it call
             together; documents and padding are the shard's.  To drop the same pairs whatever the split, hand in one
             `dropout_seed` on all ranks.

@@ -91,7 +91,7 @@ def prepared_call(
         raise ValueError(f"dropout_samples must be two integers, (first, step), got {samples!r}")
     request = request_of(q, v, pattern, padding is not None, dropout > 0)
     softcap = checked_softcap(get("softcap"))
-    request = request._replace(hides_later=has_masked_line(ordering, pattern), has_softcap=softcap is not None)
+    request = request._replace(masks_later=has_masked_line(ordering, pattern), has_softcap=softcap is not None)
     spec = AttentionSpec(
         pattern,
         select(kernel, request),

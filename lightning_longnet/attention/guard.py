@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import torch
@@ -17,6 +18,8 @@ from lightning_longnet.attention.parallel.shard import SequenceShard, report_err
 from lightning_longnet.attention.trial import free_bytes, kernel_fault, needed_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from lightning_longnet.attention.checks import AttendOptions
@@ -87,7 +90,7 @@ class Guard:
     Each event is a line of the logger "lightning_longnet.attention.guard".
 
     Attributes:
-        counts: of "preflights", "replacements", "refusals" for want of memory and "failures" on this rank.
+        counts: of "preflights", "replacements", "refusals" for lack of memory and "failures" on this rank.
     """
 
     def __init__(self) -> None:
@@ -95,7 +98,7 @@ class Guard:
         self._broken: dict[_CallKey, dict[str, str]] = {}
         self._announced: set[tuple[_CallKey, str]] = set()
         self._has_warned = False
-        self._memory: tuple[int, int | None] = 0, None  # of the latest preflight: needed and free bytes
+        self._memory: tuple[int, int | None] = 0, None  # needed and free bytes in the latest preflight
 
     @not_compiled
     def attend(
@@ -114,17 +117,10 @@ class Guard:
         """
         shard: SequenceShard | None = options.get("shard")
         options["kernel"] = self._kernel(q, k, v, pattern, options)
-        if isinstance(shard, SequenceShard):
-            with shard.comm.failures_to(self._failed):
-                part: Tensor = attend(q, k, v, pattern, **options)
-            return part
-        if not is_placed:
+        if not isinstance(shard, SequenceShard) and not is_placed:
             self._warn_of_ranks()
-        try:
+        with self._advised_errors(shard, q.shape[1]):
             out: Tensor = attend(q, k, v, pattern, **options)
-        except RuntimeError as error:
-            self._failed(error, f"attention over {q.shape[1]:,} tokens failed")
-            raise
         return out
 
     # Preflight
@@ -225,10 +221,23 @@ class Guard:
 
     # Failures
 
+    @contextmanager
+    def _advised_errors(self, shard: SequenceShard | None, tokens: int) -> Iterator[None]:
+        """Add advice to the error of a call inside the block, and with a shard also to that of its backward."""
+        if isinstance(shard, SequenceShard):
+            with shard.comm.failures_to(self._failed):
+                yield
+            return
+        try:
+            yield
+        except RuntimeError as error:
+            self._failed(error, f"attention over {tokens:,} tokens failed")
+            raise
+
     def _failed(self, error: BaseException, description: str) -> None:
         """Add advice to an error of a call, and log it; the handler of `Comm.failures_to`."""
         if not isinstance(error, RuntimeError):
-            return  # an interrupt, which wants no advice
+            return  # an interrupt, for which there is no advice
         self.counts["failures"] += 1
         advice = _advice(error)
         error.add_note(advice)
@@ -239,7 +248,7 @@ def _advice(error: RuntimeError) -> str:
     """Return what may help against an error of a call."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return f"Memory is short: {_LESS_MEMORY}."
-    if isinstance(error.__cause__, RuntimeError):  # of a message that did not come
+    if isinstance(error.__cause__, RuntimeError):  # the cause is a message that did not come
         return "Another rank has ended or does something else: the first error among the ranks says why."
     return (
         "The step cannot be finished, and all ranks end: the kernel 'eager' is the plainest; where memory may be the "

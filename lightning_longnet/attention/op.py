@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_longnet.attention.kernels.dropout import Dropout
-from lightning_longnet.attention.parallel.calls import PassOptions, distributed_calls, local_call
+from lightning_longnet.attention.parallel.calls import distributed_calls, local_call
+from lightning_longnet.attention.parallel.exchange import PassOptions
 from lightning_longnet.attention.parallel.shard import SHARDS
 from lightning_longnet.attention.plan.lattice import as_readable, concat_batches
 from lightning_longnet.attention.spec import AttentionSpec

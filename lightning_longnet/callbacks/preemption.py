@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import LightningModule, Trainer
 
-# What a rank has received; the largest of all ranks is obeyed
+# The signals that a rank may have received; the largest of all ranks is obeyed
 NOTHING, REQUEUE, TERMINATE = 0, 1, 2
 TERMINATED = 128 + signal.SIGTERM  # the exit status that shells give to a process that SIGTERM ended
 PATIENCE = 60  # seconds for scontrol

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lightning_longnet.models.longnet import LongNet
 
-# What the metadata of a file say that it is
+# The kind of file that the metadata name
 _KIND = "lightning-longnet cache"
 # what a model's configuration may differ in while its keys stay the same; patterns are compared by themselves
 _SAME_KEYS = {
@@ -83,9 +83,9 @@ def load_cache(path: str | Path, model: LongNet) -> DilatedCache:
 def _digest(model: LongNet) -> str:
     """Return a digest of a model's configuration and parameters, of which it reads some values each."""
     config = {each.name: getattr(model.config, each.name) for each in fields(model.config)}
-    found = hashlib.sha256(repr([(name, x) for name, x in config.items() if name not in _SAME_KEYS]).encode())
+    hasher = hashlib.sha256(repr([(name, x) for name, x in config.items() if name not in _SAME_KEYS]).encode())
     for name, parameter in model.named_parameters():
         x: Tensor = parameter.detach().flatten()
         some = x[torch.linspace(0, len(x) - 1, _SAMPLES, device=x.device).long()] if len(x) else x
-        found.update(f"{name} {tuple(parameter.shape)} {some.double().tolist()}".encode())
-    return found.hexdigest()
+        hasher.update(f"{name} {tuple(parameter.shape)} {some.double().tolist()}".encode())
+    return hasher.hexdigest()

@@ -77,7 +77,7 @@ class ManifestCheckpointIO(TorchCheckpointIO):
             commit(
                 unfinished,
                 final,
-                save_whole(write, unfinished, lambda found: self.describe(final, checkpoint, found)),
+                save_whole(write, unfinished, lambda sums: self.describe(final, checkpoint, sums)),
             )
         finally:
             discard(unfinished)  # which is there after an error
@@ -97,16 +97,16 @@ class ManifestCheckpointIO(TorchCheckpointIO):
         """Keep what was to be removed after a save in the background that has failed."""
         self._removals.clear()
 
-    def describe(self, final: Path, checkpoint: Mapping[str, Any], found: FileSum | dict[str, FileSum]) -> Manifest:
+    def describe(self, final: Path, checkpoint: Mapping[str, Any], sums: FileSum | dict[str, FileSum]) -> Manifest:
         """Return the manifest of a checkpoint.
 
         Args:
             final: the path that the checkpoint will have.
             checkpoint: its content, as the Trainer gives it.
-            found: the sum of the file, or the sums of the files of a folder.
+            sums: the sum of the file, or the sums of the files of a folder.
         """
         saved, series = next_place(final.parent)
-        is_file = isinstance(found, FileSum)
+        is_file = isinstance(sums, FileSum)
         return Manifest(
             name=final.name,
             saved=saved,
@@ -119,7 +119,7 @@ class ManifestCheckpointIO(TorchCheckpointIO):
             world=dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
             mesh=self.mesh,
             versions=_versions(),
-            files={WHOLE: found} if isinstance(found, FileSum) else dict(sorted(found.items())),
+            files={WHOLE: sums} if isinstance(sums, FileSum) else dict(sorted(sums.items())),
         )
 
     def load_checkpoint(self, path: _PATH, *arguments: Any, **options: Any) -> dict[str, Any]:
@@ -173,10 +173,10 @@ def facts_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -147,8 +147,8 @@ def _read_exported(folder: Path) -> Checkpoint:
         values = json.loads((folder / CONFIG).read_text())
     except ValueError as error:
         raise ValueError(f"path must be an exported folder, got {folder}, whose {CONFIG} is no JSON: {error}") from None
-    found = values if isinstance(values, dict) else {}
-    config = next((found[name] for name in ("longnet", "longvit") if isinstance(found.get(name), dict)), None)
+    contents = values if isinstance(values, dict) else {}
+    config = next((contents[name] for name in ("longnet", "longvit") if isinstance(contents.get(name), dict)), None)
     if config is None:
         raise ValueError(f"path must be an exported folder, got {folder}, whose {CONFIG} has no longnet or longvit")
     if not (folder / WEIGHTS).is_file():

@@ -46,12 +46,12 @@ def _beside(final: Path, kind: str) -> Path:
 
 def replaced(folder: Path) -> dict[str, Path]:
     """Return the checkpoints that were replaced and not removed, by their former names that are not there."""
-    found = {}
+    placed = {}
     for path in folder.glob(f"{_REPLACED}-*{_SUFFIX}"):
         name = path.name.removesuffix(_SUFFIX).split("-", 4)[4].replace("%5F", "_").replace("%25", "%")
         if not os.path.lexists(folder / name):
-            found[name] = path
-    return found
+            placed[name] = path
+    return placed
 
 
 def seal(folder: Path, manifest: Manifest) -> None:

@@ -26,14 +26,14 @@ _FORMAT = 1
 
 
 class Entry(NamedTuple):
-    """When a checkpoint was saved, and the checksum of its manifest."""
+    """The time at which a checkpoint was saved, and the checksum of its manifest."""
 
     saved: int
     manifest: str
 
 
 class Index(NamedTuple):
-    """What the index of a folder says: its series, and the entries by the names of checkpoints."""
+    """The content of the index of a folder: its series, and the entries by the names of checkpoints."""
 
     series: str
     entries: dict[str, Entry]

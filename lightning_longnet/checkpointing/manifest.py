@@ -49,7 +49,7 @@ class FileSum(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds.
+    """The description of what a checkpoint holds.
 
     Attributes:
         name: the name that the checkpoint was saved under.
@@ -170,13 +170,13 @@ def _comment_of(tail: bytes) -> bytes | None:
     return comment if struct.unpack("<H", tail[start + 20 : start + 22])[0] == len(comment) else None
 
 
-def check_sizes(path: Path, manifest: Manifest) -> None:
+def check_file_sizes(path: Path, manifest: Manifest) -> None:
     """Raise `DamageError` where a file is missing, has another size, or is one that the manifest does not name."""
     with reading(path):
-        _check_sizes(path, manifest)
+        _check_file_sizes(path, manifest)
 
 
-def _check_sizes(path: Path, manifest: Manifest) -> None:
+def _check_file_sizes(path: Path, manifest: Manifest) -> None:
     for name, expected in manifest.files.items():
         file = path / name
         if not file.is_file():
@@ -201,10 +201,10 @@ def check_sums(path: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) 
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))
     for name in by_size[share[0] :: share[1]]:
         with reading(path / name):
-            found = sum_of(path / name, manifest.files[name].bytes, is_whole=name == WHOLE)
-        if found != manifest.files[name]:
+            actual = sum_of(path / name, manifest.files[name].bytes, is_whole=name == WHOLE)
+        if actual != manifest.files[name]:
             raise DamageError(
-                f"{path / name} is damaged: its checksum is {found.crc32}, not {manifest.files[name].crc32}"
+                f"{path / name} is damaged: its checksum is {actual.crc32}, not {manifest.files[name].crc32}"
             )
 
 

@@ -12,8 +12,8 @@ from lightning_longnet.checkpointing.manifest import (
     MANIFEST,
     DamageError,
     Manifest,
+    check_file_sizes,
     check_names,
-    check_sizes,
     check_sums,
     form_of,
     read_manifest,
@@ -46,7 +46,7 @@ def newest_checkpoint(
         since: leaves out checkpoints that were saved before this time, in seconds since the epoch.
         resumable: leaves out checkpoints of weights alone.
     """
-    found: list[tuple[int, Path]] = []
+    candidates: list[tuple[int, Path]] = []
     absent: dict[Path, int] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
@@ -67,12 +67,12 @@ def newest_checkpoint(
                 _warn(damage)
                 continue
             if (manifest is None or manifest.is_resumable or not resumable) and (forms is None or form in forms):
-                found.append((saved, path))
-    found = [(saved, path) for saved, path in found if saved >= since * 1e9]
-    newest = max(found, default=(int(since * 1e9), None))[0]
+                candidates.append((saved, path))
+    candidates = [(saved, path) for saved, path in candidates if saved >= since * 1e9]
+    newest = max(candidates, default=(int(since * 1e9), None))[0]
     for path in (each for each, saved in absent.items() if saved > newest and each not in skip):
         _warn(DamageError(f"{path} is missing"))
-    for _, path in sorted(found, reverse=True):
+    for _, path in sorted(candidates, reverse=True):
         try:
             check_checkpoint(path, share=(0, 1) if reads_all else None)
         except DamageError as damage:
@@ -101,7 +101,7 @@ def check_saved(path: Path, share: tuple[int, int] | None = (0, 1)) -> Manifest 
     manifest = _known_manifest(path)
     if manifest is not None:
         check_names(manifest.files)
-        check_sizes(path, manifest)
+        check_file_sizes(path, manifest)
         if share is not None:
             check_sums(path, manifest, share)
     return manifest

@@ -73,15 +73,15 @@ def refusal(path: str | Path, error: Exception) -> str:
         str(error),
     )
     if others:
-        found = f"holds objects of {others[1] or others['name']}: loading them could run any code; {ADVICE}"
+        reason = f"holds objects of {others[1] or others['name']}: loading them could run any code; {ADVICE}"
     elif Path(path).is_file() and not Path(path).stat().st_size:
-        found = "is empty"
+        reason = "is empty"
     elif isinstance(error, RuntimeError) and str(error).strip():
-        found = f"cannot be read: {str(error).strip().splitlines()[-1]}"
+        reason = f"cannot be read: {str(error).strip().splitlines()[-1]}"
     else:
-        found = "is something else"
+        reason = "is something else"
     return (
-        f"a checkpoint of tensors and plain values, as longnet fit and torch.save write it, got {path}, which {found}"
+        f"a checkpoint of tensors and plain values, as longnet fit and torch.save write it, got {path}, which {reason}"
     )
 
 

@@ -10,7 +10,7 @@ The outputs differ in three cases:
 
 - A segment length that its rate does not divide, in a longer sequence.  torchscale cuts the padded segments where
   they would end without their padding, so that tokens after the first segment have outputs of other tokens.
-- A padding mask.  The dilated attention of torchscale ignores it; here `attention_mask` hides keys.
+- A padding mask.  The dilated attention of torchscale ignores it; here `attention_mask` masks keys.
 - Segments that are split over ranks, which torchscale approximates.
 
 Models with other features raise an error that names the feature: post-norm and deepnorm, multiway, mixtures of experts,
@@ -186,7 +186,7 @@ def _longnet(weights: _Weights, arguments: Mapping[str, Any], mix: Mix, ragged: 
     has_norm = "layer_norm.weight" in weights
     if has_norm:
         converted |= weights.move("norm", "layer_norm")
-    # a causal mask hides the padding
+    # a causal mask excludes the padding
     fields, block_state = _blocks(weights, "", kind, arguments, "exact" if kind == "decoder" else ragged)
     weights.finish()
     scale = 1.0 if arguments.get("no_scale_embedding", True) else sqrt(embedding.shape[1])

@@ -154,12 +154,12 @@ class TokenFiles(_ConcatenatedFiles):
 def _open_mapped(path: Path) -> Any:
     """Return the array of a .npy file, memory-mapped; raise a ValueError that names the file if it is incomplete."""
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} must be a whole .npy file: {str(error).splitlines()[0]}") from None
-    if not isinstance(found, np.ndarray):
+    if not isinstance(loaded, np.ndarray):
         raise ValueError(f"{path} must be a whole .npy file, got an archive of several")
-    return found
+    return loaded
 
 
 def _starts_of(path: Path, size: int) -> Any:

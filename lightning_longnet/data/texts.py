@@ -21,7 +21,7 @@ _SHORT = 4096  # bytes of a file that is tokenised beforehand, as it may hold to
 
 
 class Text(NamedTuple):
-    """A text file in the state in which it was found.
+    """A text file, and its state when it was listed.
 
     Attributes:
         path: its path.
@@ -39,22 +39,22 @@ def texts_of(paths: Sequence[Path], tokenizer: Tokenizer, least: int) -> list[Te
 
     Only short files are tokenised for that, so a longer one may still hold too few.
     """
-    found = []
+    texts = []
     for path in paths:
         stat = path.stat()
         text = Text(path, stat.st_size, stat.st_mtime_ns)
         if text.size <= _SHORT:
             check_tokens(text, sum(map(len, TokenReader(text, tokenizer))), least)
-        found.append(text)
-    return found
+        texts.append(text)
+    return texts
 
 
 def check_tokens(text: Text, tokens: int, least: int) -> None:
     """Raise a ValueError where a text has fewer than `least` tokens."""
     if tokens < least:
-        wanted = "a token" if least == 1 else f"{least} tokens"
+        minimum = "a token" if least == 1 else f"{least} tokens"
         held = "is empty" if text.size == 0 else f"holds {tokens}"
-        raise ValueError(f"each file must hold at least {wanted}, {text.path} {held}")
+        raise ValueError(f"each file must hold at least {minimum}, {text.path} {held}")
 
 
 class TokenReader:

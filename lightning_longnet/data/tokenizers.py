@@ -138,11 +138,11 @@ class HubTokenizer:
         if not template:
             raise ValueError(f"tokenizer must have a chat template for a column of chats, {self.name!r} has none")
         marks = "{% generation" in str(template).replace("{%-", "{%")
-        found = self._tokenizer.apply_chat_template(
+        encoded = self._tokenizer.apply_chat_template(
             messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marks
         )
-        ids = list(found["input_ids"])
-        return ids, [bool(each) for each in found["assistant_masks"]] if marks else [True] * len(ids)
+        ids = list(encoded["input_ids"])
+        return ids, [bool(each) for each in encoded["assistant_masks"]] if marks else [True] * len(ids)
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids)

@@ -26,7 +26,7 @@ Format = Literal["safetensors", "hdf5"]
 
 
 class EmbeddingOptions(NamedTuple):
-    """How texts are embedded.
+    """The options of embedding texts.
 
     Attributes:
         pooling: "mean", "last" or "tokens"; see `lightning_longnet.models.embedding.embed`.

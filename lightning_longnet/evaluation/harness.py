@@ -137,13 +137,13 @@ class LongNetLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     @torch.no_grad()
     def _log_probs(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities of targets (n,) after states (n, dim), and the likeliest tokens (n,)."""
-        found, likeliest = [], []
+        label_log_probs, likeliest = [], []
         size = self.model.config.loss_chunk
         for rows, labels in zip(states.split(size), targets.split(size), strict=True):
             log_probs = self.model.head(rows).to(wide(rows.dtype)).log_softmax(-1).cpu()
-            found.append(log_probs.gather(1, labels[:, None])[:, 0])
+            label_log_probs.append(log_probs.gather(1, labels[:, None])[:, 0])
             likeliest.append(log_probs.argmax(1))
-        return torch.cat(found), torch.cat(likeliest)
+        return torch.cat(label_log_probs), torch.cat(likeliest)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts, each after the token that ends a document."""
@@ -156,7 +156,7 @@ class LongNetLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 pairs = get_rolling_token_windows(ids, self.eot_token_id, self.max_length, 1)
                 windows = [*map(make_disjoint_window, pairs)]
             rows = [(None, before, after) for before, after in windows if after]
-            result = sum(found for found, _ in self._loglikelihood_tokens(rows, disable_tqdm=True))
+            result = sum(label_log_probs for label_log_probs, _ in self._loglikelihood_tokens(rows, disable_tqdm=True))
             results.append(float(result))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
         return results

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """What a run has finished, as lines of JSON beside the file that the run writes.
+    """The finished work of a run, as lines of JSON beside the file that the run writes.
 
     The first line identifies the run; each other is an entry.  A line is on the disk before `add` returns, and a line
     that was cut off is dropped.
@@ -73,10 +73,10 @@ class Journal:
         text = self.path.read_bytes().decode(errors="replace")
         lines = text[: text.rfind("\n") + 1].splitlines()
         try:
-            found = [json.loads(line) for line in lines]
+            values = [json.loads(line) for line in lines]
         except ValueError as error:
             raise ValueError(f"{self.path} must be as this command left it, got what is no JSON: {error}") from None
-        return [each if isinstance(each, dict) else {} for each in found]
+        return [each if isinstance(each, dict) else {} for each in values]
 
     def _rewrite(self, lines: list[dict[str, Any]]) -> None:
         """Write these lines alone, at once."""

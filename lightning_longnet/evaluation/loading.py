@@ -58,7 +58,7 @@ def loaded(
         raise ValueError(f"checkpoint must be of a model of tokens, a LongNet, got a {type(model).__name__}")
     name = tokenizer or saved.hyper_parameters.get("tokenizer")
     if name is None and model.config.vocab_size != 256:
-        raise ValueError(f"tokenizer must be named: the checkpoint tells none for {model.config.vocab_size} tokens")
+        raise ValueError(f"tokenizer must be named: the checkpoint names none for {model.config.vocab_size} tokens")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = model.to(place, DTYPES[dtype])

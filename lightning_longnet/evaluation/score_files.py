@@ -25,7 +25,7 @@ _LINES = 12  # of a plot; more curves could not be distinguished
 
 
 class ScoreOptions(NamedTuple):
-    """How texts are scored.
+    """The options of scoring texts.
 
     Attributes:
         has_documents: as of `score_text`.

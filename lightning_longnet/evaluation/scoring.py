@@ -100,8 +100,8 @@ def score_text(
     model = source.model
     score, states = Score(), TextStates(model, source.tokenizer.end if has_documents else None)
     begin, skipped, done = 0, 0, 0.0
-    if half is not None and (found := half.load(model)) is not None:
-        sums, states = found
+    if half is not None and (saved := half.load(model)) is not None:
+        sums, states = saved
         score, begin, skipped = Score.of(sums["score"]), sums["begin"], sums["blocks"]
     reader = TokenReader(text, source.tokenizer, model.config.vocab_size)
     blocks = _with_following(regrouped(reader, block_tokens(model.config)))

@@ -89,7 +89,7 @@ class FeedForward(nn.Module):
         if self.chunk_tokens is None or x.shape[-2] <= self.chunk_tokens:
             return self._compute(x)
         context = self.sequence_context
-        is_part = None if context is None else context.holds_part(x)  # which a chunk does not show
+        is_part = None if context is None else context.holds_part(x)  # the shape of a chunk does not show it
         chunks = x.split(self.chunk_tokens, dim=-2)
         return torch.cat([checkpoint(self._compute, chunk, is_part, use_reentrant=False) for chunk in chunks], dim=-2)
 

@@ -30,7 +30,7 @@ DENSE = Pattern.dense()
 class MultiheadDilatedAttention(AttentionLayer):
     """`nn.MultiheadAttention` over a pattern: same arguments, same state dict, same results where the pattern is dense.
 
-    There are three differences: it returns no attention weights; a query whose keys are all hidden gets 0 from the
+    There are three differences: it returns no attention weights; a query whose keys are all masked gets 0 from the
     attention, not NaN; and queries, keys and values must have the same tokens, so there is no cross attention.  It can
     replace `layer.self_attn` of an `nn.TransformerEncoderLayer`, which calls it in training and in evaluation.
 
@@ -185,7 +185,7 @@ class MultiheadDilatedAttention(AttentionLayer):
             key_padding_mask: (B, N), or (N,) for one sequence: bools, True where a key is ignored, or floats, -inf
                 there and 0 elsewhere.
             need_weights: must be False: the N x N weights are never in memory.
-            attn_mask: (N, N), either a mask that hides nothing, or the causal mask, which makes every branch of the
+            attn_mask: (N, N), either a mask that excludes nothing, or the causal mask, which makes every branch of the
                 pattern causal.  Telling the two requires its values, and so waits for a GPU; `is_causal=True` does not.
             average_attn_weights: has no effect, as no weights are returned.
             is_causal: True makes every branch of the pattern causal; None and False take the pattern as it is, as

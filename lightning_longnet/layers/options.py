@@ -29,7 +29,7 @@ def pattern_of(pattern: Pattern | dict[str, Any]) -> Pattern:
 
 
 def class_of(value: dict[str, Any]) -> type[nn.Module]:
-    """Return the nn.Module class that `value["class_path"]` names, imported.  Also checks "init_args"."""
+    """Return the nn.Module class that `value["class_path"]` names, after checking "init_args"."""
     rule = 'attention must be {"class_path": "package.Name", "init_args": {...}}'
     path = value.get("class_path") if isinstance(value, dict) and set(value) <= {"class_path", "init_args"} else None
     if not isinstance(path, str) or "." not in path or not isinstance(value.get("init_args", {}), dict):

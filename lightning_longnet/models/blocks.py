@@ -344,7 +344,7 @@ class Blocks(nn.Module):
         Shorter sequences than the longest that was checked are not checked again.
         """
         if self.config.attention is not None:
-            return  # which keys a custom class attends to is not known
+            return  # the keys that a custom class attends to are not known
         config, context = self.config, self.sequence_context
         length = tokens if context is None or context.length is None else context.length
         if length <= self._checked_length:

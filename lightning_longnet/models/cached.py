@@ -19,7 +19,7 @@ _REACH_TOKENS = 64
 
 
 class CachedTokens(NamedTuple):
-    """What `LongNet.encode` was called with beside the tokens."""
+    """The arguments of `LongNet.encode` besides the tokens."""
 
     positions: Tensor | None
     documents: Tensor | None

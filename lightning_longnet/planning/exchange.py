@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_longnet.attention.kernels import Request, judge
-from lightning_longnet.attention.parallel.routes import is_local, rank_blocks
+from lightning_longnet.attention.parallel.rank_blocks import is_local, rank_blocks
 from lightning_longnet.attention.parallel.schedule import Schedule, busiest_ranks, schedule
 from lightning_longnet.attention.spec import AttentionSpec
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lightning_longnet.attention.parallel.exchange import ExchangePlan, Footprint, Volume
-    from lightning_longnet.attention.parallel.routes import Layout
+    from lightning_longnet.attention.parallel.rank_blocks import Layout
     from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.attention.plan.block import Part
     from lightning_longnet.planning.job import Job

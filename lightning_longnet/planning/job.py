@@ -9,10 +9,10 @@ import torch
 
 from lightning_longnet.attention.parallel.exchange import Sizes
 from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.routes import Layout
+from lightning_longnet.attention.parallel.rank_blocks import Layout
 from lightning_longnet.attention.pattern.pattern import check_heads
 from lightning_longnet.planning.devices import compute_dtype
-from lightning_longnet.sequence.mesh import check_sizes
+from lightning_longnet.sequence.mesh import checked_sequence_size
 
 if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.placement import Kind
@@ -76,7 +76,7 @@ class Job:
             )
         if self.config.offload_activations:
             raise ValueError("offload_activations must be False, as what waits in the host's memory is not planned")
-        size = check_sizes(self.ranks, self.sequence_parallel_size)
+        size = checked_sequence_size(self.ranks, self.sequence_parallel_size)
         object.__setattr__(self, "sequence_parallel_size", size)
         if self.tokens < size:
             raise ValueError(

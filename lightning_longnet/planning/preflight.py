@@ -20,7 +20,7 @@ _ROUGH_LAYER, _ROUGH_KEY, _ROUGH_LOGIT = 512, 16, 16
 
 
 class Finding(NamedTuple):
-    """What a comparison found: an error, a warning, or neither."""
+    """The result of a comparison: an error, a warning, or neither."""
 
     error: str = ""
     warning: str = ""
@@ -62,13 +62,13 @@ def _rough(job: Job, weights: Weights) -> float:
     return held + received + tokens * (config.layers * _ROUGH_LAYER * inner / 4 + _ROUGH_LOGIT * config.vocab_size)
 
 
-def _message(job: Job, needed: str, found: str, room: float) -> str:
+def _message(job: Job, needed: str, available: str, room: float) -> str:
     changes = [f"{each.change} (about {_gib(each.peak)})" for each in advice(job, USABLE * room)]
     tries = (
         f"it would fit with {', or '.join(changes)}" if changes else "no change that longnet plan knows makes it fit"
     )
     return (
-        f"a step of {job.tokens:,} tokens holds {needed} on a rank by longnet plan, and {found} for each: {tries}; "
+        f"a step of {job.tokens:,} tokens holds {needed} on a rank by longnet plan, and {available} for each: {tries}; "
         f"memory_check='off' of the strategy leaves this out"
     )
 

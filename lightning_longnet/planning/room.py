@@ -56,7 +56,7 @@ def _values(path: Path) -> dict[str, int]:
 
 def _limits(proc: Path, cgroup: Path) -> list[tuple[int, int]]:
     """Return (limit, used) of the control groups that this process is in and that have a limit."""
-    found = []
+    limits = []
     file = proc / "self/cgroup"
     for line in file.read_text().splitlines() if file.is_file() else ():
         _, controllers, path = line.split(":", 2)
@@ -70,8 +70,8 @@ def _limits(proc: Path, cgroup: Path) -> list[tuple[int, int]]:
         for folder in {root, root / path.strip("/"), *(root / path.strip("/")).parents} - {*root.parents}:
             limit, used = (_number(folder / name) for name in names)
             if limit is not None and used is not None and limit < _NO_LIMIT:
-                found.append((limit, used))
-    return found
+                limits.append((limit, used))
+    return limits
 
 
 def _number(path: Path) -> int | None:

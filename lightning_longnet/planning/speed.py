@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightning_longnet.planning.job import Job
     from lightning_longnet.planning.traced import Trace
 
-# What a message costs before its first byte, in seconds
+# The seconds that a message takes before its first byte
 LATENCY = 2e-5
 # Operations of a pair and a unit of width: scores and values, their gradients and the scores again; see `flops`
 FORWARD, BACKWARD = 4, 10

@@ -13,7 +13,7 @@ _LETTER = 7.0  # width of a digit
 _DASH = 9  # length of the dashes of lines with the same points
 _SMOOTHED = 20  # points from which on a line is smoothed
 _WINDOWS = 12  # widths of the smoothing window in a line
-_ALIKE = 0.003  # of the range of a chart, by which the points of lines that are drawn in turns may differ
+_ALIKE = 0.003  # of the range of a chart, by which the points of lines that share their dashes may differ
 _POINTS = 300  # longer lines are reduced to this many means
 
 
@@ -27,7 +27,7 @@ class Line:
         colour: the number of the run.
         style: "solid", "dashed", "faint", "marked" (a line with a mark at each point) or "dots".
         run: the name of the run, for the legend; empty if there is only one run.
-        turn: (number, count) of lines that have the same points: each is drawn in dashes that leave room for the
+        dash_phase: (number, count) of lines that have the same points: each is drawn in dashes that leave room for the
             others.
     """
 
@@ -36,7 +36,7 @@ class Line:
     colour: int
     style: str = "solid"
     run: str = ""
-    turn: tuple[int, int] = (0, 1)
+    dash_phase: tuple[int, int] = (0, 1)
 
     @property
     def is_empty(self) -> bool:
@@ -44,8 +44,8 @@ class Line:
 
     @property
     def dashes(self) -> tuple[int, int, int] | None:
-        """The length of a dash, of a gap, and of what comes before the first dash, of a line with a turn."""
-        number, count = self.turn
+        """The length of a dash, of a gap, and of what comes before the first dash, of a line with a dash phase."""
+        number, count = self.dash_phase
         return (_DASH, _DASH * (count - 1), _DASH * number) if count > 1 else None
 
 
@@ -126,15 +126,15 @@ def _lines(chart: Chart) -> str:
         at = [(plane.x(x), plane.y(y)) for x, y in points]
         if line.style != "dots" and len(at) > 1:
             path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
-            turn = ""
+            dashes = ""
             if line.dashes is not None:
                 dash, gap, before = line.dashes
-                turn = f' style="stroke-dasharray: {dash} {gap}; stroke-dashoffset: {-before}"'
-            parts.append(f'<path d="{path}" class="line run{shade(line.colour)} {line.style}"{turn}/>')
+                dashes = f' style="stroke-dasharray: {dash} {gap}; stroke-dashoffset: {-before}"'
+            parts.append(f'<path d="{path}" class="line run{shade(line.colour)} {line.style}"{dashes}/>')
         if line.style in ("dots", "marked") or len(at) == 1:
             parts += [
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" class="fill run{shade(line.colour)}"/>'
-                for x, y in at[line.turn[0] :: line.turn[1]]
+                for x, y in at[line.dash_phase[0] :: line.dash_phase[1]]
             ]
     return _svg_element(chart, parts)
 
@@ -264,7 +264,7 @@ def smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def in_turns(lines: list[Line]) -> list[Line]:
-    """Return lines such that those of several runs with the same points all are visible: they are drawn in turns."""
+    """Return lines such that those of several runs with the same points all are visible: their dashes alternate."""
     values = [y for line in lines for _, y in line.points]
     tolerance = _ALIKE * (max(values) - min(values)) if values else 0.0
     alike: list[list[int]] = []
@@ -276,8 +276,8 @@ def in_turns(lines: list[Line]) -> list[Line]:
                 break
         else:
             alike.append([i])
-    turns = {i: (number, len(group)) for group in alike for number, i in enumerate(group)}
-    return [line if line.is_empty else replace(line, turn=turns[i]) for i, line in enumerate(lines)]
+    phases = {i: (number, len(group)) for group in alike for number, i in enumerate(group)}
+    return [line if line.is_empty else replace(line, dash_phase=phases[i]) for i, line in enumerate(lines)]
 
 
 def _are_alike(some: list[tuple[float, float]], others: list[tuple[float, float]], tolerance: float) -> bool:

@@ -104,7 +104,7 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
 def _in_turns(chart: Chart) -> Chart:
     """Return a chart whose equal lines are all visible, with a note of the runs that they are of."""
     lines = in_turns(chart.lines)
-    equal = dict.fromkeys(line.run for line in lines if line.turn[1] > 1)
+    equal = dict.fromkeys(line.run for line in lines if line.dash_phase[1] > 1)
     if not equal:
         return chart
     note = f"Lines of {', '.join(equal)} that are equal are drawn in alternating dashes."

@@ -57,7 +57,7 @@ def figure_of(chart: Chart) -> Figure:
             style = dict(_STYLES[line.style])
             if line.dashes is not None and line.style != "dots":
                 dash, gap, before = (each / 2 for each in line.dashes)  # in units of the width of the line
-                style["markevery"] = line.turn
+                style["markevery"] = line.dash_phase
                 style["linestyle"] = (-before, (dash, gap))
             label = " ".join(filter(None, (line.run, line.name))) or None
             axes.plot(xs, ys, color=colour, label=label, **style)

@@ -133,7 +133,7 @@ class SequenceContext(ContextDropout):
 
     @property
     def repeated_samples(self) -> int:
-        """How many of the last samples of a batch of validation or test are repeats, and count on another rank.
+        """The number of the last samples of a batch of validation or test are repeats, and count on another rank.
 
         A sampler repeats samples whose number does not divide over the groups, as all need equally many batches.
         """
@@ -165,7 +165,7 @@ class SequenceContext(ContextDropout):
 
     @property
     def key_padding_mask(self) -> Tensor | None:
-        """True where a token of this rank is padding, where the current batch has an attention_mask."""
+        """A mask, True where a token of this rank is padding; None if the current batch has no attention_mask."""
         return self._splitter.current.key_padding_mask
 
     def positions_of(self, x: Tensor, dim: int = 1) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lightning_longnet.sequence.splitter import BatchSplitter
 
-_CALLS = -1  # what is added to the seed of a step for plain dropout, in the place of a layer's number
+_CALLS = -1  # plain dropout adds it to the seed of a step, in the place of a layer's number
 
 
 class DropoutSeeds:
@@ -28,7 +28,7 @@ class DropoutSeeds:
 
     def __init__(self) -> None:
         self._step: Tensor | None = None
-        self._generator: torch.Generator | None = None  # of plain dropout in the step
+        self._generator: torch.Generator | None = None  # the generator of plain dropout in the step
         self._calls: dict[int, Tensor] = {}
 
     def begin(self, seed: int, number: int | None) -> None:

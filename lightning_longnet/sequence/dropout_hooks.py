@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lightning_longnet.sequence.context import SequenceContext
 
-ATTACHED = "_attached_sequence_context"  # of modules without an attribute `sequence_context`
+ATTACHED = "_attached_sequence_context"  # the attribute of modules that have no `sequence_context`
 _HANDLES, _PART = "_dropout_hooks", "_random_part"
 # modules that drop whole features, and the number of dimensions of their inputs with a batch
 _OF_FEATURES = {nn.Dropout1d: 3, nn.Dropout2d: 4, nn.Dropout3d: 5, nn.FeatureAlphaDropout: 2}
@@ -28,8 +28,8 @@ def set_hooks(module: nn.Module, context: SequenceContext | None) -> None:
     if not isinstance(module, _DropoutNd) or needs_hooks == (_HANDLES in module.__dict__):
         return
     if needs_hooks:
-        before = module.register_forward_pre_hook(_begin, with_kwargs=True)
-        module.__dict__[_HANDLES] = before, module.register_forward_hook(_end, always_call=True)
+        before = module.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        module.__dict__[_HANDLES] = before, module.register_forward_hook(_after_forward, always_call=True)
         return
     for handle in module.__dict__.pop(_HANDLES):
         handle.remove()
@@ -46,19 +46,21 @@ def _draws_parts(module: nn.Module) -> bool:
     return context is not None and context.is_split and module.training and module.p > 0
 
 
-def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Seed the generator for this rank's part; the hook that torch calls before the forward."""
     if _draws_parts(module):
-        _enter(module, args[0] if args else kwargs["input"])
+        _seed_part(module, args[0] if args else kwargs["input"])
 
 
-def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Restore the generator; the hook that torch calls after the forward, also after an error."""
     if _draws_parts(module):
-        _leave(module)
+        _restore_generator(module)
 
 
 @not_compiled
-def _enter(module: nn.Module, x: Tensor) -> None:
-    """Seed the generator for this rank's part until `_leave`."""
+def _seed_part(module: nn.Module, x: Tensor) -> None:
+    """Seed the generator for this rank's part until `_restore_generator`."""
     context: SequenceContext = module.__dict__[ATTACHED]
     part = context.random_part(x.device, context.holds_part_of(_independent_dims(module, x)))
     part.__enter__()
@@ -66,8 +68,9 @@ def _enter(module: nn.Module, x: Tensor) -> None:
 
 
 @not_compiled
-def _leave(module: nn.Module) -> None:
-    if _PART in module.__dict__:  # else `_enter` has raised an error
+def _restore_generator(module: nn.Module) -> None:
+    """Give the generator the state that it would have without `_seed_part`."""
+    if _PART in module.__dict__:  # it is not there if `_seed_part` has raised an error
         module.__dict__.pop(_PART).__exit__(None, None, None)
 
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 DATA, SEQUENCE = "data_parallel", "sequence_parallel"
 
 
-def check_sizes(ranks: int, sequence_parallel_size: int | None) -> int:
+def checked_sequence_size(ranks: int, sequence_parallel_size: int | None) -> int:
     """Return how many ranks share a sequence, all of them by default; a ValueError names the sizes that are allowed."""
     size = ranks if sequence_parallel_size is None else sequence_parallel_size
     valid = [n for n in range(1, ranks + 1) if ranks % n == 0]
@@ -36,7 +36,7 @@ def sequence_mesh(
         timeout: seconds after which a rank that waits for another gives up.
     """
     world = dist.get_world_size()
-    size = check_sizes(world, sequence_parallel_size)
+    size = checked_sequence_size(world, sequence_parallel_size)
     ranks = torch.arange(world).view(world // size, size)
     groups = [_group_of(rows, timeout) for rows in (ranks.T.tolist(), ranks.tolist())]
     return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=(DATA, SEQUENCE))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.comm import Traffic
     from lightning_longnet.sequence.splitter import BatchSplitter
 
-_PLAIN_SHARDS = 64  # that are kept, one for each length
+_PLAIN_SHARDS = 64  # the most that are kept, one for each length
 
 
 class _MaskVersion(NamedTuple):
@@ -84,7 +84,7 @@ class BatchShards:
         """
         index = self._index_of(documents, padding)
         compares = any(x is not None and x.is_inference() for x in (documents, padding))
-        if self._shards and compares:  # which is so on all ranks or on none
+        if self._shards and compares:  # this holds on all ranks or on none
             indices = self._shards[0].shard.exchange_value(index, "looks a shard up")
             if any(other != index for other in indices):
                 index = -1

@@ -20,7 +20,7 @@ FAILED = 200  # the status of a supervisor in srun whose rank failed
 
 
 class Options(NamedTuple):
-    """How a command is supervised: the restarts without a new step, and how long ranks may make no progress."""
+    """The options of supervision: the restarts without a new step, and the times without progress of ranks."""
 
     restarts: int
     limits: Limits

@@ -40,7 +40,7 @@ def wait_status_of(pid: int) -> int | None:
 def members(folder: Path, session: int) -> list[int]:
     """Return the processes of a run that have not ended: those of its session, and those that carry its mark."""
     mark = f"{FOLDER}={folder}".encode()
-    found = []
+    pids = []
     for pid in _pids():
         if pid == os.getpid():
             continue
@@ -48,8 +48,8 @@ def members(folder: Path, session: int) -> list[int]:
         if not fields or fields[0] == ZOMBIE:
             continue
         if int(fields[3]) == session or mark in _environment(pid):
-            found.append(pid)
-    return found
+            pids.append(pid)
+    return pids
 
 
 def end(folder: Path, session: int) -> list[int]:

@@ -41,7 +41,7 @@ STEPS = 32
 
 @dataclass(frozen=True)
 class Entry:
-    """What the record of a rank says.
+    """The content of the record of a rank.
 
     Attributes:
         rank, ranks, pid: the rank, the number of ranks of the run, and the process.

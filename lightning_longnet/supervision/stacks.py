@@ -38,15 +38,15 @@ def collect(folder: Path, entries: Sequence[Entry]) -> dict[int, str]:
     for each in asked:
         with contextlib.suppress(ProcessLookupError):
             os.kill(each.pid, SIGNAL)
-    limit, found = time.monotonic() + _PATIENCE, dict[int, str]()
-    while len(found) < len(asked) and time.monotonic() < limit:
+    limit, stacks = time.monotonic() + _PATIENCE, dict[int, str]()
+    while len(stacks) < len(asked) and time.monotonic() < limit:
         time.sleep(0.1)
         for rank, size in sizes.items():
             path = path_of(folder, rank)
-            if rank not in found and _size(path) > size:
+            if rank not in stacks and _size(path) > size:
                 time.sleep(0.1)  # the rest of what is being written
-                found[rank] = main_thread(path.read_bytes()[size:].decode(errors="replace"))
-    return found
+                stacks[rank] = main_thread(path.read_bytes()[size:].decode(errors="replace"))
+    return stacks
 
 
 def at_its_end(folder: Path, rank: int) -> str:
@@ -77,15 +77,15 @@ def waits(stack: str) -> bool | None:
 
 
 def culprits(entries: Sequence[Entry], stacks: dict[int, str]) -> list[int]:
-    """Return the ranks that the others seem to wait for, or all where nothing tells them apart.
+    """Return the ranks that the others seem to wait for, or all where nothing distinguishes them.
 
     A rank without a stack cannot print one, which those that only wait can.
     """
     verdicts = {each.rank: waits(stacks[each.rank]) if each.rank in stacks else False for each in entries}
-    for wanted in (False, None):
-        found = [rank for rank, verdict in verdicts.items() if verdict is wanted]
-        if found and len(found) < len(verdicts):
-            return found
+    for answer in (False, None):
+        ranks = [rank for rank, verdict in verdicts.items() if verdict is answer]
+        if ranks and len(ranks) < len(verdicts):
+            return ranks
     least = min((each.step, each.marks) for each in entries)
     behind = [each.rank for each in entries if (each.step, each.marks) == least]
     return behind if len(behind) < len(verdicts) else list(verdicts)

@@ -37,7 +37,7 @@ _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 @dataclass
 class Outcome:
-    """How an attempt ended: the exit status of the run, the faults of its ranks, and the steps that it reached."""
+    """The end of an attempt: the exit status of the run, the faults of its ranks, and the steps that it reached."""
 
     status: int
     faults: list[Fault]

@@ -45,7 +45,7 @@ _SHARED = {CONNECT: START, SET_UP: START, TEST: VALIDATION, PREDICT: VALIDATION}
 
 @dataclass(frozen=True)
 class Limits:
-    """How long ranks may make no progress.
+    """The times for which ranks may make no progress.
 
     Attributes:
         stall: seconds of a step; None for ten median steps, at least a minute.
@@ -74,13 +74,13 @@ class Limits:
 
     @property
     def of_stopped(self) -> float:
-        """How many seconds a process may be stopped by a signal."""
+        """The number of seconds for which a process may be stopped by a signal."""
         return STOPPED_LIMIT if self.stall is None else min(STOPPED_LIMIT, self.stall)
 
 
 @dataclass
 class Fault:
-    """What is wrong with a rank.
+    """A fault of a rank.
 
     Attributes:
         rank: the rank.
@@ -130,8 +130,8 @@ class Watch:
     def faults(self, entries: Sequence[Entry]) -> list[Fault]:
         """Return what is wrong, and with which rank; that which explains the rest is first."""
         now = time.monotonic()
-        found = [fault for entry in entries if (fault := self._fault(entry, now)) is not None]
-        return sorted(found, key=lambda each: each.order) or self._stalled(entries, now)
+        faults_of_ranks = [fault for entry in entries if (fault := self._fault(entry, now)) is not None]
+        return sorted(faults_of_ranks, key=lambda each: each.order) or self._stalled(entries, now)
 
     def has_ended(self, entry: Entry) -> bool:
         """Whether the process of a rank has ended."""
@@ -175,7 +175,7 @@ class Watch:
             if now - since > limit:
                 return [Fault(0, since, f"no rank has begun a run for {now - since:.0f} s", stands=True)]
             return []
-        found = []
+        stalled = []
         for entry in entries:
             if entry.phase == OUTSIDE and self.has_ended(entry):
                 continue
@@ -185,8 +185,8 @@ class Watch:
             text = f"rank {entry.rank} made no progress for {now - entry.since:.0f} s {place(entry)}"
             if entry.pid in self._stopped:
                 text = _stopped(entry, now - self._stopped[entry.pid])
-            found.append(Fault(entry.rank, since, text, stands=True))
-        return found
+            stalled.append(Fault(entry.rank, since, text, stands=True))
+        return stalled
 
 
 def place(entry: Entry) -> str:

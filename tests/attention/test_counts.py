@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_longnet import Pattern, attend
 from lightning_longnet.attention.kernels.sdpa import cpu
 from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.routes import Layout, rank_blocks, route
+from lightning_longnet.attention.parallel.rank_blocks import Layout, rank_blocks
+from lightning_longnet.attention.parallel.routes import route
 from lightning_longnet.attention.plan import blocks, documents, lattice, packed, parts
 
 DENSE = Pattern.dense(is_causal=True)

@@ -230,8 +230,8 @@ def test_what_cannot_be_drawn_along_a_curve_is_refused():
             "pattern must keep all blocks of its 2 causal branches .* multiplicity 'set'",
         ),
         (pattern_of(BRANCHES["longnet"]), "reference", "kernel must serve blocks where ordering is 'hilbert'"),
-        (within, "sdpa", "kernel='sdpa' cannot serve this call: cannot hide keys by their tokens. Those .* 'eager'"),
-        (pattern_of(BRANCHES["a window"]), "sdpa", "cannot hide keys by their tokens"),
+        (within, "sdpa", "kernel='sdpa' cannot serve this call: cannot mask keys by their tokens. Those .* 'eager'"),
+        (pattern_of(BRANCHES["a window"]), "sdpa", "cannot mask keys by their tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             attend(q, k, v, pattern, ordering="hilbert", kernel=kernel)

@@ -17,7 +17,7 @@ from lightning_longnet import Pattern
 from lightning_longnet.attention import op
 from lightning_longnet.attention.kernels import BLOCK_KERNELS
 from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.routes import rank_blocks
+from lightning_longnet.attention.parallel.rank_blocks import rank_blocks
 from lightning_longnet.attention.parallel.shard import SequenceShard
 from lightning_longnet.attention.plan import blocks, packed
 from lightning_longnet.attention.spec import AttentionSpec

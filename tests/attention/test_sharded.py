@@ -16,7 +16,7 @@ from tiers import tiered
 from lightning_longnet import Pattern, SequenceShard, attend
 from lightning_longnet.attention.parallel import calls
 from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.routes import Layout, rank_blocks
+from lightning_longnet.attention.parallel.rank_blocks import Layout, rank_blocks
 from lightning_longnet.attention.parallel.schedule import Schedule
 from lightning_longnet.attention.plan import blocks as plan
 

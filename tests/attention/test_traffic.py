@@ -22,7 +22,7 @@ from lightning_longnet.attention.parallel import calls
 from lightning_longnet.attention.parallel.comm import Pending
 from lightning_longnet.attention.parallel.exchange import Sizes
 from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.routes import Layout
+from lightning_longnet.attention.parallel.rank_blocks import Layout
 from lightning_longnet.attention.parallel.schedule import exchange_plan, schedule
 
 

@@ -34,10 +34,10 @@ def wait(group, kind):
     def look(each):
         seen.append(timeout_of(each).total_seconds())
 
-    timeouts.begin_step()  # the first
+    timeouts.shorten()  # the first
     look(own)
-    timeouts.end_step()
-    timeouts.begin_step()
+    timeouts.restore()
+    timeouts.shorten()
     look(own)
     look(kept)
     begin, error = time.monotonic(), ""
@@ -52,11 +52,11 @@ def wait(group, kind):
         except RuntimeError as late:
             error = str(late)
     seconds = time.monotonic() - begin
-    timeouts.end_step()
+    timeouts.restore()
     look(own)
-    timeouts.begin_step()
+    timeouts.shorten()
     timeouts.interrupt()  # as a validation does
-    timeouts.begin_step()
+    timeouts.shorten()
     look(own)
     timeouts.interrupt()
     return seconds, error, seen

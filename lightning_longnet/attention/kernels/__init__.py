@@ -34,9 +34,9 @@ class Request(NamedTuple):
     value_dim: int
     is_padded: bool = False
     has_dropout: bool = False
-    capability: tuple[int, int] | None = None  # of a CUDA device
+    capability: tuple[int, int] | None = None  # that of a CUDA device
     has_few_keys: bool = False
-    hides_later: bool = False  # see `OrderMask`
+    masks_later: bool = False  # see `OrderMask`
     has_softcap: bool = False
 
 

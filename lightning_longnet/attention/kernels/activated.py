@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.kernels import Request
     from lightning_longnet.attention.kernels.call import Call
 
-# What is used of torch.nn.attention, all of which torch 2.13 has
+# The names of torch.nn.attention that are used here; torch 2.13 has all of them
 _NEEDED = (
     "activate_flash_attention_impl",
     "current_flash_attention_impl",
     "list_flash_attention_impls",
     "restore_flash_attention_impl",
 )
-_LOCK = RLock()  # two threads that activate in turn would restore what the other has activated
+_LOCK = RLock()  # of two threads that activate, each would restore what the other has activated
 
 
 class ActivatedFlash:
@@ -88,8 +88,8 @@ class ActivatedFlash:
             reasons.append("has no padding masks")
         if request.has_dropout:
             reasons.append("has no dropout")
-        if request.hides_later:
-            reasons.append("cannot hide keys by their tokens")
+        if request.masks_later:
+            reasons.append("cannot mask keys by their tokens")
         return reasons
 
     def takes_weights(self, device: str) -> bool:

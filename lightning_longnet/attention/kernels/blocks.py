@@ -38,7 +38,7 @@ class PairOptions(NamedTuple):
 
     Attributes:
         scale: the factor of the scores.
-        key_padding_mask: (B, N) of the keys on this rank, True where padding hides one.
+        key_padding_mask: (B, N) of the keys on this rank, True where padding masks one.
         dropout: the rule that drops pairs, or None.
         samples: (B,) the rows of the batch, as dropout numbers them; of rows that are joined to one long row, (N,) that
             of each token.
@@ -46,7 +46,7 @@ class PairOptions(NamedTuple):
         first_head: the first query head on this rank, where ranks hold different heads.
         counts_once: whether a pair is one and the same in whichever branch it is computed.
         branches: the index of each branch in the whole pattern; empty where these are all branches.
-        hides_later: whether each key is hidden that comes later in the sequence than the query.
+        masks_later: whether each key is masked that comes later in the sequence than the query.
         sinks: (H,) one more logit of the softmax for each query head on this rank, without a value.
         null_keys: the keys of score 0 and value 0 of the queries on this rank, or None.
         softcap: the bound of the scores, or None.
@@ -60,7 +60,7 @@ class PairOptions(NamedTuple):
     first_head: int = 0
     counts_once: bool = False
     branches: tuple[int, ...] = ()
-    hides_later: bool = False
+    masks_later: bool = False
     sinks: Tensor | None = None
     null_keys: NullKeys | None = None
     softcap: float | None = None
@@ -73,8 +73,8 @@ class PairOptions(NamedTuple):
         return self.dropout.key_words(self.tokens)
 
     def key_tokens(self) -> Tensor | None:
-        """Return the index in the whole sequence of each key on this rank, (N,), where later keys are hidden."""
-        return self.tokens if self.hides_later else None
+        """Return the index in the whole sequence of each key on this rank, (N,), where later keys are masked."""
+        return self.tokens if self.masks_later else None
 
     def query_words(self, q: Tensor, branch: int) -> Tensor:
         """Return dropout's word for each query, (B, N, H, 1)."""
@@ -243,7 +243,7 @@ def _kernel_calls(parts: Parts, q: Tensor, keys: Keys, options: PairOptions) -> 
                     branch, words = part.branch, options.query_words(q, part.branch)
                 mask = DropoutMask(options.dropout, fold_rows(part.block.queries, words).squeeze(-1), keys.words(part))
             order = None
-            if options.hides_later:
+            if options.masks_later:
                 assert options.tokens is not None
                 tokens = options.tokens[None, :, None, None].expand(*q.shape[:3], 1)
                 order = OrderMask(fold_rows(part.block.queries, tokens).squeeze(-1), keys.tokens(part))
@@ -251,7 +251,7 @@ def _kernel_calls(parts: Parts, q: Tensor, keys: Keys, options: PairOptions) -> 
 
 
 def _split_by_padding(part: Part, padding: Tensor | None, batch: int) -> Iterator[tuple[Part, Tensor | None]]:
-    """Yield a part's segments with their masks: without those that padding hides wholly, and without needless masks."""
+    """Yield a part's segments with their masks: without those that padding masks wholly, and without needless masks."""
     if padding is None or padding.device.type != "cpu":  # reading a mask on a GPU would wait for the device
         yield part, padding
         return

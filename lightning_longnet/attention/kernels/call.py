@@ -29,7 +29,7 @@ class DropoutMask(NamedTuple):
 
 
 class OrderMask(NamedTuple):
-    """The tokens of the rows of a call: keys that come later in the sequence than the query are hidden.
+    """The tokens of the rows of a call: keys that come later in the sequence than the query are masked.
 
     `query_tokens` are (batch, heads, queries), `key_tokens` (batch, key heads, keys).
     """
@@ -44,20 +44,20 @@ class Call:
 
     block: Block
     scale: float
-    key_padding_mask: Tensor | None = None  # (batch, 1 or key heads, keys), True where padding hides a key
+    key_padding_mask: Tensor | None = None  # (batch, 1 or key heads, keys), True where padding masks a key
     dropout_mask: DropoutMask | None = None
     order_mask: OrderMask | None = None
     softcap: float | None = None  # the bound of the scores
 
     def padding_bias(self, heads: int, dtype: torch.dtype) -> Tensor | None:
-        """Return a bias of -inf where padding hides a key, (batch, 1 or heads, 1, keys)."""
+        """Return a bias of -inf where padding masks a key, (batch, 1 or heads, 1, keys)."""
         if self.key_padding_mask is None:
             return None
         bias = torch.zeros_like(self.key_padding_mask, dtype=dtype).masked_fill_(self.key_padding_mask, -inf)
         return self._per_query_head(bias, heads).unsqueeze(2)
 
     def empty_rows(self, queries: int, heads: int) -> Tensor | None:
-        """Return (batch, 1 or heads, queries), True where padding hides every key of a query; None without padding.
+        """Return (batch, 1 or heads, queries), True where padding masks every key of a query; None without padding.
 
         The keys are counted, since an operator's log-sum-exp may be 0 for no key as well as for one.
         """

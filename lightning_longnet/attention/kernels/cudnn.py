@@ -43,8 +43,8 @@ def refusals(request: Request) -> list[str]:
         reasons.append(f"needs a head_dim of {WIDEST} at most, got {request.head_dim}")
     if request.has_dropout:
         reasons.append("has no dropout")
-    if request.hides_later:
-        reasons.append("cannot hide keys by their tokens")
+    if request.masks_later:
+        reasons.append("cannot mask keys by their tokens")
     if request.has_softcap:
         reasons.append("cannot bound scores by a softcap")
     reasons += _absence()

@@ -20,7 +20,7 @@ class KeyTensors(NamedTuple):
 
     Attributes:
         k, v: (B, rows, Hkv, D); a received row belongs to one head, and all heads have the same view of it.
-        padding: (B, rows), True where padding hides a key; None without padding.
+        padding: (B, rows), True where padding masks a key; None without padding.
         sources: the number of received rows of each rank, in their order; empty for the keys of this rank.
         gradients: those of k and v, to be added to: accumulators of the keys of this rank, tensors of received keys.
     """
@@ -42,7 +42,7 @@ class Keys(Protocol):
         """Return the keys and values of a part."""
 
     def key_padding_mask(self, part: Part) -> Tensor | None:
-        """Return (batch * segments, 1 or heads, rows), True where padding hides a key; None without padding."""
+        """Return (batch * segments, 1 or heads, rows), True where padding masks a key; None without padding."""
 
     def words(self, part: Part) -> Tensor:
         """Return dropout's words, (batch * segments, heads, rows)."""
@@ -58,7 +58,7 @@ class OwnKeys:
     """Keys and values (B, N, Hkv, D) on this rank.
 
     Args:
-        padding: (B, N), True where padding hides a key.
+        padding: (B, N), True where padding masks a key.
         words: dropout's words, (N,).
         tokens: (N,) the index of each key in the whole sequence.
         gradients: dk and dv, to which `add` adds.
@@ -110,7 +110,7 @@ class ReceivedKeys:
     """Rows of key heads that came from other ranks: keys and values side by side, (R, B, D + Dv).
 
     Args:
-        padding: (B, R), True where padding hides a key.
+        padding: (B, R), True where padding masks a key.
         words: dropout's words, (R,).
         tokens: (R,) the index of each row in the whole sequence.
         gradients: (R, B, D + Dv), in the type of the accumulators.

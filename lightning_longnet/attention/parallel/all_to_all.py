@@ -37,7 +37,7 @@ def refusal(ranks: int, kv_heads: int) -> str:
 
 
 class AllToAllPlan(ExchangePlan):
-    """All branches are computed on whole sequences of some heads."""
+    """A plan in which a rank computes all branches on whole sequences of some of the heads."""
 
     @property
     def overlaps(self) -> bool:
@@ -73,7 +73,7 @@ class AllToAllPlan(ExchangePlan):
             # a rank has whole sequences of its heads, so no row has to travel to another line
             orders = [LocalOrder.between(first.line, other.line, call.device) for other in others]
             inner = LinesCall(own, tuple(zip(orders, map(self._heads_call, others), strict=True)))
-        return AllToAllCall(call.shard.comm, call.message, call.shard.placement, inner, call.spec.returns_lse)
+        return AllToAllCall(call.shard.comm, call.message, call.shard.placement, inner, call.options.spec.returns_lse)
 
     def _heads_call(self, call: RankCall) -> RoundsCall:
         """Return the call on whole sequences of this rank's heads, for the branches of one line."""

@@ -15,9 +15,10 @@ from lightning_longnet.attention.parallel.comm import MessageContext
 from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
 from lightning_longnet.attention.parallel.joined import JoinedCall
 from lightning_longnet.attention.parallel.lines import LinesCall
+from lightning_longnet.attention.parallel.rank_blocks import Layout
 from lightning_longnet.attention.parallel.reordering import LocalOrder, RankOrder, ReorderedCall, row_exchange
 from lightning_longnet.attention.parallel.rounds import RoundsCall
-from lightning_longnet.attention.parallel.routes import Layout, Route
+from lightning_longnet.attention.parallel.routes import Route
 from lightning_longnet.attention.parallel.schedule import schedule
 from lightning_longnet.attention.pattern.lines import lines_of
 from lightning_longnet.attention.plan.blocks import plan
@@ -28,31 +29,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.kernels.dropout import Dropout
-    from lightning_longnet.attention.parallel.comm import Direction
-    from lightning_longnet.attention.parallel.exchange import ExchangeCall, ExchangePlan
+    from lightning_longnet.attention.parallel.exchange import ExchangeCall, ExchangePlan, PassOptions
     from lightning_longnet.attention.parallel.reordering import RowExchange
     from lightning_longnet.attention.parallel.shard import SequenceShard
     from lightning_longnet.attention.pattern.lines import Line
     from lightning_longnet.attention.spec import AttentionSpec
-
-
-class PassOptions(NamedTuple):
-    """The options of one forward or backward of attention.
-
-    Attributes:
-        spec: the options of the call of `attend`.
-        direction: "forward" or "backward".
-        dropout: the rule that drops pairs, or None.
-        sinks: (H,) one more logit of the softmax for each query head, or None.
-        head_dim: the width of q and k.
-    """
-
-    spec: AttentionSpec
-    direction: Direction
-    dropout: Dropout | None
-    sinks: Tensor | None
-    head_dim: int
 
 
 def local_call(
@@ -65,7 +46,7 @@ def local_call(
     Args:
         q, k: (B, N, H, D) and (B, N, Hkv, D).
         documents: (B, N) document ids, or None.
-        padding: (B, N) True where padding hides a key, or None.
+        padding: (B, N) True where padding masks a key, or None.
     """
     spec, batch = options.spec, q.shape[0]
     if padding is not None and padding.device.type == "cpu" and not padding.any():
@@ -139,7 +120,7 @@ def _line_call(options: PassOptions, line: Line, rows: _Rows, batch: int, paddin
         tokens=tokens,
         counts_once=whole.counts_once,
         branches=line.branches,
-        hides_later=line.hides_later,
+        masks_later=line.masks_later,
         sinks=options.sinks,
         null_keys=null_keys,
         softcap=spec.softcap,
@@ -176,20 +157,7 @@ def distributed_calls(
         comm.traffic.add_call(options.direction, exchange, sizes)
         message = MessageContext(f"{call_name}, samples {samples.start} to {samples.stop - 1}", kind)
         segments = spec.weighted_segments(q.device.type, batch, shard.threads, per_branch=spec.mix == "detached")
-        rank_call = RankCall(
-            shard,
-            message,
-            spec,
-            BLOCK_KERNELS[spec.kernel],
-            options.dropout,
-            samples,
-            segments,
-            options.sinks,
-            options.head_dim,
-            q.device,
-            key=(*key, segments),
-            lines=lines,
-        )
+        rank_call = RankCall(shard, message, options, samples, segments, q.device, key=(*key, segments), lines=lines)
         call: ExchangeCall = exchange.call(rank_call)
         if (order := lines[0].tokens) is not None:
             rows = shard.cached(

@@ -53,7 +53,7 @@ class Traffic:
         self.flight_seconds += end - started
 
     def add_call(self, direction: Direction, plan: ExchangePlan, sizes: Sizes) -> None:
-        """Record a call, where somebody asked for that."""
+        """Record a call if `calls` is a list."""
         if self.calls is not None:
             self.calls.append((direction, plan, sizes))
 
@@ -205,7 +205,7 @@ class Comm:
         return Pending(list(zip(works, descriptions, strict=True)), (*send.values(), *receive.values()), self)
 
     def all_gather(self, own: Tensor, step: str) -> Tensor:
-        """Return the tensors of all ranks, (ranks, *own.shape); all must have one shape.  `step` is for errors."""
+        """Return the tensors of all ranks, (ranks, *own.shape); all must have one shape.  Errors name the `step`."""
         self._check_failure()
         everywhere = own.new_empty((self.ranks, *own.shape))
         begin = perf_counter()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
+from lightning_longnet.attention.kernels import BLOCK_KERNELS
 from lightning_longnet.attention.kernels.blocks import PairOptions
 from lightning_longnet.attention.kernels.null_keys import NullKeys
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.kernels import BlockKernel, PartsKernel
     from lightning_longnet.attention.kernels.dropout import Dropout
-    from lightning_longnet.attention.parallel.comm import MessageContext
-    from lightning_longnet.attention.parallel.routes import Layout
+    from lightning_longnet.attention.parallel.comm import Direction, MessageContext
+    from lightning_longnet.attention.parallel.rank_blocks import Layout
     from lightning_longnet.attention.parallel.shard import SequenceShard
     from lightning_longnet.attention.pattern.lines import Line
     from lightning_longnet.attention.plan.block import Part
@@ -111,37 +112,52 @@ class ExchangeCall(Protocol):
         """Return dq, dk and dv of the tokens on this rank."""
 
 
+class PassOptions(NamedTuple):
+    """The options of one forward or backward of attention.
+
+    Attributes:
+        spec: the options of the call of `attend`.
+        direction: "forward" or "backward".
+        dropout: the rule that drops pairs, or None.
+        sinks: (H,) one more logit of the softmax for each query head, or None.
+        head_dim: the width of q and k.
+    """
+
+    spec: AttentionSpec
+    direction: Direction
+    dropout: Dropout | None
+    sinks: Tensor | None
+    head_dim: int
+
+
 class RankCall(NamedTuple):
     """The arguments of a call on this rank besides its tensors; `ExchangePlan.call` takes it.
 
     Attributes:
         shard: the tokens on this rank.
         message: what its messages belong to.
-        spec: the options of the call.
-        kernel: the kernel that computes blocks.
-        dropout: the rule that drops pairs, or None.
+        options: the options of this forward or backward.
         samples: the samples of the batch, all with the same documents.
         weighted_segments: as for `plan`.
-        sinks: (H,) a logit of each query head without a value, or None.
-        head_dim: the width of q and k.
         device: the device of the tensors.
-        key: what tells the layouts of a shard's calls from one another, besides the pattern, for
+        key: what distinguishes the layouts of a shard's calls from one another, besides the pattern, for
             `SequenceShard.cached`.
         lines: the lines on which the pattern is drawn; the call takes its rows in the order of the first one.
     """
 
     shard: SequenceShard
     message: MessageContext
-    spec: AttentionSpec
-    kernel: BlockKernel | PartsKernel
-    dropout: Dropout | None
+    options: PassOptions
     samples: slice
     weighted_segments: int
-    sinks: Tensor | None
-    head_dim: int
     device: torch.device
     key: tuple[Any, ...]
     lines: tuple[Line, ...]
+
+    @property
+    def kernel(self) -> BlockKernel | PartsKernel:
+        """The kernel that computes blocks."""
+        return BLOCK_KERNELS[self.options.spec.kernel]
 
     @property
     def line(self) -> Line:
@@ -151,7 +167,7 @@ class RankCall(NamedTuple):
     @property
     def branch_outs(self) -> int:
         """The number of branches of this line whose own results the backward takes; see `RoundsCall`."""
-        return len(self.line.branches) if self.spec.partials > 1 else 0
+        return len(self.line.branches) if self.options.spec.partials > 1 else 0
 
     def by_line(self) -> list[RankCall]:
         """Return the call of each line's branches alone."""
@@ -171,22 +187,23 @@ class RankCall(NamedTuple):
         return self.shard.cached(key, partial(self.line.tokens.to, places.device))[places]
 
     def pair_options(self, layout: Layout, places: Tensor, heads: slice = slice(None)) -> PairOptions:
-        """Return what holds for all pairs of the call, with the keys at some places and some of the query heads."""
+        """Return the options of all pairs of the call, with the keys at some places and some of the query heads."""
+        spec, sinks = self.options.spec, self.options.sinks
         tokens, null_keys = self.tokens_at(places), None
         if layout.pattern.has_null_keys:
             null_keys = NullKeys(layout.pattern, layout.cuts, places, layout.heads, layout.kv_heads, heads)
         return PairOptions(
-            self.spec.scale_of(self.head_dim),
+            spec.scale_of(self.options.head_dim),
             self.shard.padding_of(tokens, self.samples),
-            self.dropout,
+            self.options.dropout,
             samples=torch.arange(self.samples.start, self.samples.stop, device=self.device),
             tokens=tokens,
             first_head=heads.start or 0,
-            counts_once=self.spec.counts_once,
+            counts_once=spec.counts_once,
             branches=self.line.branches,
-            hides_later=self.line.hides_later,
-            sinks=None if self.sinks is None else self.sinks[heads],
-            softcap=self.spec.softcap,
+            masks_later=self.line.masks_later,
+            sinks=None if sinks is None else sinks[heads],
+            softcap=spec.softcap,
             null_keys=null_keys,
         )
 

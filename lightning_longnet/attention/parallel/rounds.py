@@ -52,7 +52,7 @@ class RemoteRows(NamedTuple):
         comm: sends and receives.
         message: the description of the call in errors and message tags.
         tokens: returns for a rank the index in the whole sequence of each of its tokens, on the device of the rows.
-        padding_of: returns for tokens (N,) the mask (B, N), True where padding hides one; None without padding.
+        padding_of: returns for tokens (N,) the mask (B, N), True where padding masks one; None without padding.
     """
 
     comm: Comm
@@ -261,15 +261,15 @@ class RoundsCall(NamedTuple):
         """Return the received KV rows (R, B, D + Dv) with their padding, dropout words and tokens; D is `width`."""
         assert self.remote is not None
         padding = words = tokens = None
-        dropout, hides_later = self.options.dropout, self.options.hides_later
-        if self.options.key_padding_mask is not None or dropout is not None or hides_later:
+        dropout, masks_later = self.options.dropout, self.options.masks_later
+        if self.options.key_padding_mask is not None or dropout is not None or masks_later:
             heads = self.route.kv_heads
             parts = [self.remote.tokens(peer)[peer_rows // heads] for peer, peer_rows in indices.receive.items()]
             tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=kv_rows.device)
             padding = self.remote.padding_of(tokens)
             words = None if dropout is None else dropout.key_words(tokens)
         sources = tuple(len(peer_rows) for peer_rows in indices.receive.values())
-        later = tokens if hides_later else None
+        later = tokens if masks_later else None
         return ReceivedKeys(kv_rows, width, padding, words, later, gradients, sources, self.route.kv_heads)
 
 

@@ -10,9 +10,10 @@ import torch
 
 from lightning_longnet.attention.parallel.exchange import ExchangePlan, RankWork, RoundWork, Volume
 from lightning_longnet.attention.parallel.lines import LinesCall
+from lightning_longnet.attention.parallel.rank_blocks import rank_blocks
 from lightning_longnet.attention.parallel.reordering import RankOrder, row_exchange
 from lightning_longnet.attention.parallel.rounds import RemoteRows, RoundsCall
-from lightning_longnet.attention.parallel.routes import rank_blocks, route
+from lightning_longnet.attention.parallel.routes import route
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
+    from lightning_longnet.attention.parallel.rank_blocks import Layout, PeerBlocks
     from lightning_longnet.attention.parallel.reordering import RowExchange
-    from lightning_longnet.attention.parallel.routes import Layout, PeerBlocks
     from lightning_longnet.attention.parallel.shard import SequenceShard
     from lightning_longnet.attention.pattern.lines import Line
     from lightning_longnet.attention.spec import AttentionSpec

@@ -6,8 +6,8 @@ from heapq import nlargest
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from lightning_longnet.attention.parallel.all_to_all import AllToAllPlan, refusal
+from lightning_longnet.attention.parallel.rank_blocks import Layout, is_local, rank_blocks
 from lightning_longnet.attention.parallel.rounds_plan import RoundsPlan, rounds_volumes
-from lightning_longnet.attention.parallel.routes import Layout, is_local, rank_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,7 @@ import torch
 
 from lightning_longnet.attention.parallel.exchange import Sizes, Volume
 from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.routes import Layout
+from lightning_longnet.attention.parallel.rank_blocks import Layout
 from lightning_longnet.attention.parallel.schedule import Schedule, schedule
 from lightning_longnet.attention.pattern.pattern import Pattern, check_heads
 

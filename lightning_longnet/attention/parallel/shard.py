@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # autograd graph keep a shard alive
 SHARDS: WeakValueDictionary[int, SequenceShard] = WeakValueDictionary()
 _numbers = count()
-_WORDS = 24  # of every comparison between ranks: gathering tensors of unequal sizes would end the process
-_LETTERS = 400  # of a value that an error message shows from other ranks
+_WORDS = 24  # every comparison between ranks has so many: gathering tensors of unequal sizes would end the process
+_LETTERS = 400  # an error message shows so many bytes of the value of another rank
 _CALLS = 2**20  # more calls than a batch has
 _KINDS: tuple[Kind, ...] = ("contiguous", "zigzag")
 
@@ -63,7 +63,7 @@ class SequenceShard:
         length: tokens of each sequence on this rank; 0 is allowed.
         placement: "contiguous" or "zigzag"; see `Placement`.
         documents: the ids of this rank's tokens, (L,) or (B, L), not decreasing along the whole sequence.
-        key_padding_mask: (B, L), True where a key is hidden from all queries.
+        key_padding_mask: (B, L), True where a key is masked for all queries.
         check: "first" compares the arguments of all ranks (shapes, type, pattern and options) at the first call of
             each kind, which costs later calls nothing; "always" compares every call, so that a difference is never
             left to the group's timeout.
@@ -112,7 +112,7 @@ class SequenceShard:
         self._check = check
         self._known: set[tuple[Any, ...]] = set()
         self._cache: dict[tuple[Any, ...], Any] = {}
-        self.saves_inputs_of: dict[str, bool] = {}  # for each spec: see `saves_inputs`
+        self.saves_inputs_of: dict[str, bool] = {}  # by the text of the spec; see `saves_inputs`
 
     @staticmethod
     def _make_comm(group: dist.ProcessGroup | None) -> Comm:
@@ -153,7 +153,7 @@ class SequenceShard:
         return rows[0] if len(rows) == 1 else torch.stack(rows)
 
     def padding_of(self, tokens: Tensor, samples: slice) -> Tensor | None:
-        """Return (B, tokens), True where padding hides a token, whichever rank holds it; None without padding.
+        """Return (B, tokens), True where padding masks a token, whichever rank holds it; None without padding.
 
         Args:
             tokens: indices in the whole sequence.
@@ -201,7 +201,7 @@ class SequenceShard:
             return
         for i, (name, value) in enumerate(values.items()):
             if others := [r for r, theirs in enumerate(everywhere) if theirs[i] != everywhere[0][i]]:
-                shown = self._texts(repr(value))  # all ranks get here, as they compare the same digests
+                shown = self._gather_texts(repr(value))  # all ranks get here, as they compare the same digests
                 got = f"{shown[0]} on rank 0 and {shown[others[0]]} on rank {others[0]}"
                 raise ValueError(f"{name} must be equal on all ranks of a shard, got {got}")
         self._known.add(kind)
@@ -247,8 +247,8 @@ class SequenceShard:
                 raise ValueError(f"all ranks of a group must do the same, in one order: {other}")
         return [theirs[2:] for theirs in everywhere]
 
-    def _texts(self, text: str) -> list[str]:
-        """Return the text of each rank, cut to one length."""
+    def _gather_texts(self, text: str) -> list[str]:
+        """Gather a text of each rank, each cut to the same length; all ranks call it together."""
         own = text.encode()[:_LETTERS].ljust(_LETTERS)
         rows = self._all_gather(torch.tensor(list(own), dtype=torch.uint8), "compares a call")
         return [bytes(row.tolist()).decode(errors="ignore").rstrip() for row in rows]

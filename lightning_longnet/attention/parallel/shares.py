@@ -105,7 +105,7 @@ def _cut(block: Block, s: int, queries: Chunk, keys: Chunk) -> Iterator[Block]:
 def _clip(block: Block, s: int, a: int, queries: Chunk, keys: Chunk) -> _Clip | None:
     """Return the rows of segment `s` and key head `a` that a share keeps; None if no query sees a key.
 
-    Rows are dropped, too, that the mask hides: queries behind a border that see no key before it, for example.
+    Rows are dropped, too, that the mask excludes: queries behind a border that see no key before it, for example.
     """
     group = block.queries.heads // block.keys.heads
     first_query, last_query = _between(block.queries, s, a * group, queries)
@@ -134,8 +134,8 @@ def _between(lattice: Lattice, s: int, a: int, chunk: Chunk) -> tuple[int, int]:
 
 def _touching(lattice: Lattice, chunk: Chunk) -> tuple[int, int]:
     """Return the segments that may have a row in a chunk, first and end."""
-    span = lattice.rows * lattice.step + (lattice.heads - 1) * lattice.row_shift
-    return bisect_left(lattice.starts, chunk.begin - span + 1), bisect_left(lattice.starts, chunk.end)
+    extent = lattice.rows * lattice.step + (lattice.heads - 1) * lattice.row_shift
+    return bisect_left(lattice.starts, chunk.begin - extent + 1), bisect_left(lattice.starts, chunk.end)
 
 
 def _inside(lattice: Lattice, chunk: Chunk) -> tuple[int, int]:

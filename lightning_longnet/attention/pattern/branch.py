@@ -131,7 +131,7 @@ class Branch:
 
     @property
     def has_null_keys(self) -> bool:
-        """Whether a query may attend to null keys; a causal mask hides them, as they follow all tokens of a segment."""
+        """Whether a query may attend to null keys; a causal mask excludes them, as they follow all tokens."""
         return self.ragged == "zero_keys" and not self.is_causal
 
     def null_keys(self, tokens: Tensor, lengths: Tensor, kv_heads: int) -> Tensor:

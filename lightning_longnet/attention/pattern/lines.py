@@ -8,7 +8,7 @@ other segments need another line:
     line of segments of 4       0 1 4 5 | 2 3 6 7      key 1 is before query 4, as in the sequence
     line of segments of 8       0 1 2 3   4 5 6 7
 
-A causal window counts along the curve itself, where no line makes a triangle of it: keys are hidden one by one.
+A causal window counts along the curve itself, where no line makes a triangle of it: keys are masked one by one.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class Line(NamedTuple):
     """An order of the sequence's rows, and the branches that are drawn on it.
 
     Attributes:
-        pattern: these branches.  A causal one hides the keys behind the query on this line.
+        pattern: these branches.  A causal one masks the keys behind the query on this line.
         branches: their indices among the branches of the whole pattern, from the finest to the coarsest.
         tokens: (N,) the token at each place of the line; None where the line is the sequence.
         places: (N,) the place of each token; None where the line is the sequence.
-        hides_later: whether each key that comes later in the sequence than the query is hidden besides.
+        masks_later: whether each key that comes later in the sequence than the query is masked besides.
     """
 
     pattern: Pattern
     branches: tuple[int, ...]
     tokens: Tensor | None = None
     places: Tensor | None = None
-    hides_later: bool = False
+    masks_later: bool = False
 
     def order_from(self, other: Line) -> tuple[Tensor, Tensor]:
         """Return the order that brings rows of another line into this one, and its inverse, each (N,)."""
@@ -61,11 +61,11 @@ class _LineKey(NamedTuple):
 
     Attributes:
         sets: the segment length and dilation rate whose sets are sorted on the line; None for the curve itself.
-        hides_later: whether keys that come later in the sequence are hidden one by one.
+        masks_later: whether keys that come later in the sequence are masked one by one.
     """
 
     sets: tuple[int | None, int] | None
-    hides_later: bool = False
+    masks_later: bool = False
 
 
 def lines_of(ordering: Ordering, cuts: tuple[int, ...], pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
@@ -79,8 +79,8 @@ def lines_of(ordering: Ordering, cuts: tuple[int, ...], pattern: Pattern, device
 
 
 def has_masked_line(ordering: Ordering, pattern: Pattern) -> bool:
-    """Return whether keys of some line are hidden one by one."""
-    return ordering != "raster" and any(line_key.hides_later for line_key in _branches_by_line(pattern))
+    """Return whether keys of some line are masked one by one."""
+    return ordering != "raster" and any(line_key.masks_later for line_key in _branches_by_line(pattern))
 
 
 def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
@@ -106,7 +106,7 @@ def _line_key(branch: Branch) -> _LineKey:
     if not branch.is_causal:
         return _LineKey(None)
     if branch.window is not None:
-        return _LineKey(None, hides_later=True)
+        return _LineKey(None, masks_later=True)
     return _LineKey((branch.segment_length, branch.dilation_rate))
 
 
@@ -116,8 +116,8 @@ def _branches_by_line(pattern: Pattern) -> dict[_LineKey, tuple[int, ...]]:
     for i, branch in enumerate(pattern.ordered()):
         line_keys[_line_key(branch)] = (*line_keys.get(_line_key(branch), ()), i)
     if pattern.multiplicity == "set" and len(line_keys) > 1:
-        # a pair counts in the first branch that shows it, which only a line of all branches tells
-        return {_LineKey(None, hides_later=True): tuple(range(len(pattern.branches)))}
+        # a pair counts in the first branch that shows it, which only a line of all branches shows
+        return {_LineKey(None, masks_later=True): tuple(range(len(pattern.branches)))}
     return line_keys
 
 
@@ -133,12 +133,12 @@ def _curve_lines(cuts: tuple[int, ...], pattern: Pattern, device: torch.device) 
     """Return the lines of a pattern along a Hilbert curve through each document."""
     ordered, lines = pattern.ordered(), []
     documents = [(begin, _curve(end - begin)) for begin, end in pairwise(cuts) if begin < end]
-    for (sets, hides_later), members in _branches_by_line(pattern).items():
+    for (sets, masks_later), members in _branches_by_line(pattern).items():
         branches = tuple(ordered[i] for i in members)
-        if hides_later:  # the mask is by tokens, as the places of this line do not say which key is later
+        if masks_later:  # the mask is by tokens, as the places of this line do not say which key is later
             branches = tuple(replace(branch, is_causal=False) for branch in branches)
         places = [begin + (curve if sets is None else sorted_sets(curve, *sets)) for begin, curve in documents]
         tokens = torch.cat(places) if places else torch.empty(0, dtype=torch.long)
         drawn = Pattern(branches, pattern.multiplicity)
-        lines.append(Line(drawn, members, tokens.to(device), inverse_order(tokens).to(device), hides_later))
+        lines.append(Line(drawn, members, tokens.to(device), inverse_order(tokens).to(device), masks_later))
     return tuple(lines)

@@ -27,11 +27,12 @@ Multiplicity = Literal["multiset", "set"]
 
 
 class Reach(NamedTuple):
-    """The gaps of a pattern at any depth of a model: borders that it never crosses, and residues without a head.
+    """How far information travels through a pattern in a model of any depth, and the residues that no head reads.
 
     Attributes:
         length: the number of tokens of the sequence.
-        span: the distance between two borders that no branch crosses; `length` if there is none.
+        span: tokens of different multiples of `span` never influence each other, as no branch crosses a multiple of it;
+            equal to `length` if there is no such border.
         unserved: each branch that has residues to which no head attends, with these residues.
     """
 
@@ -220,7 +221,7 @@ class Pattern:
         return counts.repeat_interleave(heads // kv_heads, dim=0)
 
     def reach(self, length: int, heads: int, kv_heads: int | None = None) -> Reach:
-        """Return what this pattern never connects in a sequence of `length` tokens; see `Reach`."""
+        """Return how far information travels in a sequence of `length` tokens at any depth; see `Reach`."""
         kv_heads = check_heads(heads, kv_heads)
         lengths = [b.border(length) for b in self.branches if b.connects(length)]
         span = min(lcm(*lengths), length)  # a border of every branch is one that no layer crosses

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_VIEWS = 64  # that a lattice keeps
+_VIEWS = 64  # the most views that a lattice keeps
 
 
 class _View(NamedTuple):

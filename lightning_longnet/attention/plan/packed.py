@@ -71,13 +71,13 @@ class _View(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """What is known of the views of one storage: the rows, and on a CPU the ids that they were found in."""
+    """The packed rows of the views of one storage, and on a CPU the ids that they were read from."""
 
     storage: ref[Any]
     views: dict[_View, tuple[PackedRows, Tensor | None]]
 
 
-MOST_VIEWS = 16  # of one storage; the oldest goes
+MOST_VIEWS = 16  # a storage has at most so many entries; the oldest is removed
 _KEPT: dict[int, _Kept] = {}  # by the id of the storage, which removes its entry when it is freed
 
 

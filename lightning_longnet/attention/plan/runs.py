@@ -165,7 +165,7 @@ def kept_blocks(branch: Branch, kv_head: int, run: range) -> Iterator[tuple[rang
 def kept_block_runs(
     starts: range, queries: range, keys: range, is_causal: bool, weight: int = 1, stack: int = 0
 ) -> Iterator[Runs]:
-    """Yield runs of a block of queries against a block of keys of the same residue, unless the causal mask hides all.
+    """Yield runs of a block of queries against a block of keys of one residue, unless the causal mask excludes all.
 
     Both ranges are rows, counted from each of `starts`.
     """

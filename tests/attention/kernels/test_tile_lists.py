@@ -16,7 +16,8 @@ from lightning_longnet import Pattern
 from lightning_longnet.attention.kernels.triton.rectangles import phases
 from lightning_longnet.attention.kernels.triton.tile_list import tile_list
 from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.routes import Layout, head_parts, route
+from lightning_longnet.attention.parallel.rank_blocks import Layout
+from lightning_longnet.attention.parallel.routes import head_parts, route
 from lightning_longnet.attention.plan.blocks import plan
 
 

@@ -76,7 +76,7 @@ def backward(
     out = as_aligned(out.transpose(1, 2).contiguous()).transpose(1, 2)
     lse = F.pad(lse, (0, -rows % _LSE_ROWS), value=inf).contiguous()
 
-    def run(
+    def batch_gradients(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, padding: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         bias = _bias(q, k, padding, call)
@@ -89,7 +89,7 @@ def backward(
 
     padding = call.padding_bias(heads, q.dtype)
     limit = _limit(q, k, padding, call)
-    dq, dk, dv = over_batches(run, grad, q, k, v, out, lse, _cut_padding(padding, k), limit=limit)
+    dq, dk, dv = over_batches(batch_gradients, grad, q, k, v, out, lse, _cut_padding(padding, k), limit=limit)
     # keys that no query sees were cut off: their gradients are 0
     dk, dv = (F.pad(sum_groups(x, key_heads), (0, 0, 0, keys - x.shape[2])) for x in (dk, dv))
     return dq, dk, dv
@@ -101,7 +101,7 @@ def _is_causal(call: Call) -> bool:
 
 
 def _visible_keys(x: Tensor, q: Tensor, call: Call) -> Tensor:
-    """Return k or v without the keys that the causal mask hides from every query, those behind the last one."""
+    """Return k or v without the keys that the causal mask excludes from every query, those behind the last one."""
     return x[:, :, : q.shape[2]] if _is_causal(call) else x
 
 

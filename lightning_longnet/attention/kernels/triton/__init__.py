@@ -62,8 +62,8 @@ def refusals(request: Request) -> list[str]:
         reasons.append("has no dropout")
     if request.has_softcap:
         reasons.append("has no softcap")
-    if request.hides_later:
-        reasons.append("cannot hide keys by their tokens")
+    if request.masks_later:
+        reasons.append("cannot mask keys by their tokens")
     return reasons
 
 
@@ -111,6 +111,6 @@ def _absence() -> tuple[str, ...]:
     """Return the reasons why Triton cannot be used on this machine, without importing it."""
     if find_spec("triton") is None:
         return ("triton is not installed: pip install 'lightning-longnet[triton]'",)
-    found = version("triton")
-    release = tuple(int(part) for part in found.split(".")[:2] if part.isdecimal())
-    return () if release >= RELEASE else (f"needs triton {RELEASE[0]}.{RELEASE[1]}, found {found}",)
+    installed = version("triton")
+    release = tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal())
+    return () if release >= RELEASE else (f"needs triton {RELEASE[0]}.{RELEASE[1]}, found {installed}",)

@@ -45,7 +45,7 @@ class Lists(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a program is compiled for.
+    """The values for which a program is compiled.
 
     Attributes:
         rows, others: the sizes of a tile; see `TileList`.
@@ -55,8 +55,8 @@ class Form(NamedTuple):
         every: see `Phase`.
         is_signed: whether rectangles have weights.
         is_received: whether keys stand in an index.
-        is_padded: whether a padding mask hides keys.
-        goes_on: whether results are merged into what is in memory, which they otherwise replace.
+        is_padded: whether a padding mask excludes keys.
+        accumulates: whether results are merged into what is in memory, which they otherwise replace.
     """
 
     rows: int
@@ -70,4 +70,4 @@ class Form(NamedTuple):
     is_signed: bool
     is_received: bool
     is_padded: bool
-    goes_on: bool
+    accumulates: bool

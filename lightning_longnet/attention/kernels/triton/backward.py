@@ -91,8 +91,8 @@ def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: t
                     p = tl.where(is_seen, p, 0.0)
                 if form.is_padded:
                     at_padding = padding.data + batch * padding.batch + key_row * padding.row
-                    hidden = tl.load(at_padding, mask=y < keys, other=1)
-                    p = tl.where((hidden == 0)[None, :], p, 0.0)
+                    masked = tl.load(at_padding, mask=y < keys, other=1)
+                    p = tl.where((masked == 0)[None, :], p, 0.0)
                 if form.is_signed:
                     p = p * tl.load(span + 8).to(tl.float32)
                 ds = p * (dp - own_delta[:, None])
@@ -100,7 +100,7 @@ def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: t
 
     at_dq = dq.data + batch * dq.batch + head * dq.head + row[:, None] * dq.row + d[None, :]
     acc *= scale
-    if form.goes_on:
+    if form.accumulates:
         acc += tl.load(at_dq, mask=is_wide, other=0.0)
     tl.store(at_dq, acc, mask=is_wide)
 
@@ -130,7 +130,7 @@ def key_gradients(q, k, v, grad, statistics, gradients, lists, padding, scale, f
         v.data + batch * v.batch + key_head * v.head + row[:, None] * v.row + e[None, :], mask=is_value, other=0.0
     )
     if form.is_padded:
-        hidden = tl.load(padding.data + batch * padding.batch + row * padding.row, mask=is_row, other=1)
+        masked = tl.load(padding.data + batch * padding.batch + row * padding.row, mask=is_row, other=1)
     dk_acc = tl.zeros((form.rows, form.padded_width), tl.float32)
     dv_acc = tl.zeros((form.rows, form.padded_value_width), tl.float32)
 
@@ -190,7 +190,7 @@ def key_gradients(q, k, v, grad, statistics, gradients, lists, padding, scale, f
                         is_seen = (distance >= low) & (distance <= high) & is_query[None, :]
                         p = tl.where(is_seen, p, 0.0)
                     if form.is_padded:
-                        p = tl.where((hidden == 0)[:, None], p, 0.0)
+                        p = tl.where((masked == 0)[:, None], p, 0.0)
                     if form.is_signed:
                         p = p * tl.load(span + 8).to(tl.float32)
                     dv_acc = tl.dot(p.to(dout.dtype), dout, dv_acc, input_precision="ieee")
@@ -201,7 +201,7 @@ def key_gradients(q, k, v, grad, statistics, gradients, lists, padding, scale, f
     at_dk = dk.data + batch * dk.batch + key_head * dk.head + row[:, None] * dk.row + d[None, :]
     at_dv = dv.data + batch * dv.batch + key_head * dv.head + row[:, None] * dv.row + e[None, :]
     dk_acc *= scale
-    if form.goes_on:
+    if form.accumulates:
         dk_acc += tl.load(at_dk, mask=is_wide, other=0.0)
         dv_acc += tl.load(at_dv, mask=is_value, other=0.0)
     tl.store(at_dk, dk_acc, mask=is_wide)

@@ -35,7 +35,7 @@ def forward(q, k, v, out, lse, lists, padding, scale, form: tl.constexpr):
     of_lse = lse.data + batch * lse.batch + head * lse.head + row * lse.row
     of_out = out.data + batch * out.batch + head * out.head + row[:, None] * out.row + e[None, :]
     is_out = is_row[:, None] & (e < form.value_width)[None, :]
-    if form.goes_on:
+    if form.accumulates:
         top = tl.load(of_lse, mask=is_row, other=float("-inf")) * LOG2E
         total = tl.where(top > float("-inf"), 1.0, 0.0)
         acc = tl.load(of_out, mask=is_out & (total > 0)[:, None], other=0.0).to(tl.float32)
@@ -83,8 +83,8 @@ def forward(q, k, v, out, lse, lists, padding, scale, form: tl.constexpr):
                     score = tl.where(is_seen, score, float("-inf"))
                 if form.is_padded:
                     at_padding = padding.data + batch * padding.batch + key_row * padding.row
-                    hidden = tl.load(at_padding, mask=y < keys, other=1)
-                    score = tl.where((hidden == 0)[None, :], score, float("-inf"))
+                    masked = tl.load(at_padding, mask=y < keys, other=1)
+                    score = tl.where((masked == 0)[None, :], score, float("-inf"))
                 new_top = tl.maximum(top, tl.max(score, 1))
                 finite = tl.where(new_top > float("-inf"), new_top, 0.0)
                 if len(form.every) > 0:

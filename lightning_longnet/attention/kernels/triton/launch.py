@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _Lists(NamedTuple):
-    """What the lists of some parts depend on, besides the parts."""
+    """The values on which the lists of some parts depend, besides the parts."""
 
     group: int
     sources: tuple[int, ...]
@@ -58,13 +58,13 @@ def forward_parts(
         total = totals[i]
         if total is None:
             total = totals[i] = uninitialized_partial(q, tensors.v)
-        goes_on = not (stores[i] and phase.branch == 0)
+        accumulates = not (stores[i] and phase.branch == 0)
         arguments = (
             *(Rows.of(x) for x in (q, tensors.k, tensors.v, total.out, total.lse)),
             lists._replace(programs=q.shape[0] * (q.shape[2] // tensors.k.shape[2])),
             _padding(tensors),
             options.scale,
-            _form(phase, tile, q, tensors, goes_on),
+            _form(phase, tile, q, tensors, accumulates),
         )
         _launch(forward, lists, arguments, tile)
 
@@ -93,7 +93,7 @@ def backward_parts(
         programs = q.shape[0] * (1 if is_of_keys else q.shape[2] // tensors.k.shape[2])
         for phase, lists in _phases(parts, q, tensors, tile, is_of_keys):
             delta = deltas[phase.branch if len(deltas) > 1 else 0]
-            goes_on = not (stores[is_of_keys] and phase.branch == 0)
+            accumulates = not (stores[is_of_keys] and phase.branch == 0)
             arguments = (
                 *common,
                 (Rows.of(inputs.lse), Rows.of(delta)),
@@ -101,13 +101,13 @@ def backward_parts(
                 lists._replace(programs=programs),
                 _padding(tensors),
                 options.scale,
-                _form(phase, tile, q, tensors, goes_on),
+                _form(phase, tile, q, tensors, accumulates),
             )
             _launch(program, lists, arguments, tile)
 
 
 def _delta(grad: Tensor, out: Tensor) -> Tensor:
-    """Return grad . out of each row, (B, N, H), in float32, of which an eighth of the rows is held at a time."""
+    """Return grad . out of each row, (B, N, H), in float32; an eighth of the rows is converted at a time."""
     rows = -(-grad.shape[1] // 8)
     pieces = zip(grad.split(rows, 1), out.split(rows, 1), strict=True)
     return torch.cat([(some_grad.float() * some_out.float()).sum(-1) for some_grad, some_out in pieces], 1)
@@ -149,7 +149,7 @@ def _tile(name: str, q: Tensor, tensors: KeyTensors) -> Tile:
     return tile_of(name, max(q.shape[3], tensors.v.shape[3]), q.element_size())
 
 
-def _form(phase: Phase, tile: Tile, q: Tensor, tensors: KeyTensors, goes_on: bool) -> Form:
+def _form(phase: Phase, tile: Tile, q: Tensor, tensors: KeyTensors, accumulates: bool) -> Form:
     width, value_width = q.shape[3], tensors.v.shape[3]
     padded_width, padded_value_width = (max(16, 1 << (n - 1).bit_length()) for n in (width, value_width))
     return Form(
@@ -164,7 +164,7 @@ def _form(phase: Phase, tile: Tile, q: Tensor, tensors: KeyTensors, goes_on: boo
         phase.is_signed,
         phase.received is not None,
         tensors.padding is not None,
-        goes_on,
+        accumulates,
     )
 
 

@@ -61,7 +61,7 @@ class Rectangles(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """What one launch computes: rectangles of one branch whose rows lie `step` rows apart.
+    """The work of one launch: rectangles of one branch whose rows have a distance of `step` rows.
 
     Attributes:
         branch: the number of the branch.
@@ -105,7 +105,7 @@ def phases(parts: Sequence[Part], group: int, sources: Sequence[int] = ()) -> li
         if part.block.queries.head % group:
             continue  # another member of the group, whose rows are those of the first
         pages[part.branch, part.block.queries.step] += _pages(part, group)
-    return [_phase(branch, step, found, sources) for (branch, step), found in pages.items()]
+    return [_phase(branch, step, pages_of_step, sources) for (branch, step), pages_of_step in pages.items()]
 
 
 def _pages(part: Part, group: int) -> Iterator[_Page]:
@@ -125,7 +125,7 @@ def _pages(part: Part, group: int) -> Iterator[_Page]:
 
 
 def _phase(branch: int, step: int, pages: list[_Page], sources: Sequence[int]) -> Phase:
-    """Return the phase of pages whose rows lie `step` rows apart."""
+    """Return the phase of pages whose rows have a distance of `step` rows."""
     every = {tuple(repeat.every for repeat in page.part.block.repeats) for page in pages}
     assert len(every) == 1, "the later branches of a branch are the same for all its blocks"
     received = torch.tensor(sources).cumsum(0)

@@ -1,0 +1,249 @@
+"""The blocks between two ranks, and the KV rows that these blocks read: a pure function of the plan and the placement.
+
+A KV row is the key and the value of one token in one key head.  Its index on the rank that holds it is
+`row * kv_heads + head`, where `row` is the local index of the token.  Both ranks compute the sorted indices of the KV
+rows that one needs of the other, so no rank asks for them, and no row is sent twice in an exchange.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from lightning_longnet.attention.parallel.shares import shares
+from lightning_longnet.attention.plan.block import Part
+from lightning_longnet.attention.plan.blocks import make_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from torch import Tensor
+
+    from lightning_longnet.attention.parallel.placement import Chunk, Placement
+    from lightning_longnet.attention.pattern.branch import Branch
+    from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.attention.plan.lattice import Lattice
+
+CPU = torch.device("cpu")
+# A list of KV rows is faster than a mask of all where fewer than one in this many are needed
+SPARSE = 16
+
+
+class Layout(NamedTuple):
+    """The inputs that decide what each rank computes and sends; equal on all ranks.
+
+    Attributes:
+        pattern: which keys a query sees.
+        heads, kv_heads: of the whole layer.
+        cuts: where the documents of a row begin, and where the last one ends.
+        placement: which rank holds which token.
+        weighted_segments: as for `plan`: whether repeated pairs are computed once.
+    """
+
+    pattern: Pattern
+    heads: int
+    kv_heads: int
+    cuts: tuple[int, ...]
+    placement: Placement
+    weighted_segments: int = 0
+
+
+@lru_cache(8)
+def rank_blocks(layout: Layout) -> RankBlocks:
+    """Return the blocks between any two ranks of a layout."""
+    return RankBlocks(layout)
+
+
+class PeerBlocks(NamedTuple):
+    """The blocks of one rank's queries against the keys of another rank, which holds `tokens` tokens."""
+
+    parts: tuple[Part, ...]
+    tokens: int
+    kv_heads: int
+
+    def mask(self, branches: Collection[int] | None = None, device: torch.device = CPU) -> Tensor:
+        """Return a mask of the needed KV rows, (tokens * kv_heads,), for some branches or for all."""
+        needed = torch.zeros((1, self.tokens, self.kv_heads, 1), dtype=torch.bool, device=device)
+        true = torch.ones((), dtype=torch.bool, device=device)
+        for part in self.parts:
+            if branches is None or part.branch in branches:
+                part.block.keys.write(needed, true)
+        return needed.flatten()
+
+    def kv_rows(self) -> Tensor:
+        """Return the indices of the needed KV rows, (R,), ascending, int32."""
+        return kv_rows_of(self.mask())
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether so few KV rows are needed that a list of them is smaller than a mask of all."""
+        return SPARSE * sum(part.block.keys.size for part in self.parts) < self.tokens * self.kv_heads
+
+    def kv_rows_without_mask(self, branches: Collection[int] | None = None) -> Tensor:
+        """Return the same indices as int64 without a mask of all KV rows; `branches` selects some branches."""
+        indices = [torch.empty(0, dtype=torch.long)]
+        for part in self.parts:
+            if branches is None or part.branch in branches:
+                rows, heads = part.block.keys.indices(torch.device("cpu"))
+                indices.append((rows * self.kv_heads + heads).flatten())
+        unique: Tensor = torch.cat(indices).unique()
+        return unique
+
+    def kv_row_count(self) -> int:
+        """Return the number of needed KV rows."""
+        return len(self.kv_rows_without_mask()) if self.is_sparse else int(self.mask().sum())
+
+
+class _DocumentBlocks:
+    """The blocks of some documents that follow one another, and which of them may have rows on a rank."""
+
+    def __init__(self, layout: Layout, cuts: tuple[int, ...]) -> None:
+        whole = make_plan(layout.pattern, layout.heads, layout.kv_heads, cuts, layout.weighted_segments)
+        self._placement = layout.placement
+        self.blocks = [(branch, block) for branch, blocks in enumerate(whole.branches) for block in blocks]
+        # for each block the first row and the end of its queries and of its keys, to find a rank's blocks quickly
+        sides = [[_extent(side) for side in (block.queries, block.keys)] for _, block in self.blocks]
+        self._extents = torch.tensor(sides, dtype=torch.long).view(len(sides), 2, 2)
+        self._numbers: dict[tuple[int, int], set[int]] = {}
+
+    def numbers_on(self, rank: int, side: int) -> set[int]:
+        """Return the numbers of the blocks that may have queries (side 0) or keys (side 1) on a rank."""
+        if (rank, side) not in self._numbers:
+            begins, ends = self._extents[:, side].unbind(1)
+            numbers: set[int] = set()
+            for chunk in self._placement.chunks(rank):
+                numbers.update(((begins < chunk.end) & (ends > chunk.begin)).nonzero().flatten().tolist())
+            self._numbers[rank, side] = numbers
+        return self._numbers[rank, side]
+
+
+class RankBlocks:
+    """The parts of a plan's blocks that have their queries on one rank and their keys on another.
+
+    The documents that have tokens on both are planned alone.  Both ranks plan the same ones, however many others there
+    are, and so agree on what travels between them.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._documents: dict[tuple[int, int], _DocumentBlocks] = {}
+        self._parts: dict[tuple[int, int], tuple[Part, ...]] = {}
+
+    def blocks(self, rank: int, source: int, branches: Collection[int] | None = None) -> PeerBlocks:
+        """Return the blocks of a rank's queries against the keys of `source`."""
+        if (rank, source) not in self._parts:
+            chunks, parts = self.layout.placement.chunks, list[Part]()
+            for documents in self._common_documents(rank, source):
+                # few blocks may have queries on one rank and keys on the other: only these are cut into shares
+                parts += (
+                    Part(branch, share)
+                    for branch, block in (
+                        documents.blocks[n]
+                        for n in sorted(documents.numbers_on(rank, 0) & documents.numbers_on(source, 1))
+                    )
+                    for queries in chunks(rank)
+                    for keys in chunks(source)
+                    for share in shares(block, queries, keys)
+                )
+            # by branch, and without blocks of negative weight before others of their branch
+            parts.sort(key=lambda part: (part.branch, -part.block.weight))
+            self._parts[rank, source] = tuple(parts)
+        parts_of_branches = self._parts[rank, source]
+        if branches is not None:
+            parts_of_branches = tuple(part for part in parts_of_branches if part.branch in branches)
+        return PeerBlocks(parts_of_branches, self.layout.placement.lengths[source], self.layout.kv_heads)
+
+    def _common_documents(self, rank: int, source: int) -> list[_DocumentBlocks]:
+        """Return the documents with tokens on both ranks, those that follow one another as one."""
+        common = sorted(self._documents_on(rank) & self._documents_on(source))
+        documents = []
+        for first, last in _consecutive(common):
+            if (first, last) not in self._documents:
+                self._documents[first, last] = _DocumentBlocks(self.layout, self.layout.cuts[first : last + 2])
+            documents.append(self._documents[first, last])
+        return documents
+
+    def _documents_on(self, rank: int) -> set[int]:
+        """Return the numbers of the documents with tokens on a rank."""
+        cuts, numbers = self.layout.cuts, set[int]()
+        for chunk in self.layout.placement.chunks(rank):
+            numbers.update(range(bisect_right(cuts, chunk.begin) - 1, bisect_left(cuts, chunk.end)))
+        return numbers
+
+    def is_local(self) -> bool:
+        """Return whether the keys of each query are on the rank of the query."""
+        ranks = range(self.layout.placement.ranks)
+        return not any(self.blocks(rank, source).parts for rank in ranks for source in self.neighbours(rank))
+
+    def neighbours(self, rank: int) -> list[int]:
+        """Return the ranks that a document, a segment or a window may span to: a few of thousands."""
+        ranks: set[int] = set()
+        for chunk in self.layout.placement.chunks(rank):
+            ranges = [self._visible_range(chunk, branch) for branch in self.layout.pattern.branches]
+            ranks |= self.layout.placement.holders(min(begin for begin, _ in ranges), max(end for _, end in ranges))
+        return sorted(ranks - {rank})
+
+    def traffic(self, rank: int) -> tuple[float, float]:
+        """Return an estimate of (received, sent) token rows of a rank, from how far its segments and documents span."""
+        before = after = 0.0
+        for chunk in self.layout.placement.chunks(rank):
+            for branch in self.layout.pattern.branches:
+                begin, end = self._visible_range(chunk, branch)
+                before += (chunk.begin - begin) / branch.dilation_rate
+                after += (end - chunk.end) / branch.dilation_rate
+        # under a causal mask the keys of earlier tokens are received, and keys are sent to later tokens only
+        return (before, after) if self.layout.pattern.is_causal else (before + after, before + after)
+
+    def _visible_range(self, chunk: Chunk, branch: Branch) -> tuple[int, int]:
+        """Return the tokens, from begin to end, that a branch may show to these tokens or these tokens to it."""
+        cuts = self.layout.cuts
+        first, last = (bisect_right(cuts, token) - 1 for token in (chunk.begin, chunk.end - 1))
+        begin, end = cuts[first], cuts[last + 1]
+        if branch.segment_length is not None:
+            width = branch.segment_length
+            begin += (chunk.begin - begin) // width * width
+            end = min(end, cuts[last] + ((chunk.end - 1 - cuts[last]) // width + 1) * width)
+        if branch.window is not None:
+            begin = max(begin, chunk.begin - branch.window + 1)
+            end = min(end, chunk.end + branch.window - 1)
+        return begin, end
+
+
+def is_local(layout: Layout) -> bool:
+    """Return whether the keys of each query are on the rank of the query."""
+    return rank_blocks(layout).is_local()
+
+
+def kv_rows_of(mask: Tensor, count: int | None = None) -> Tensor:
+    """Return the indices of the KV rows in a mask, ascending.
+
+    They are int32, half the size of int64: they lie in memory beside the rows of a round.  With their `count` it waits
+    for no device, as nonzero() would.
+    """
+    if count is None:
+        return mask.nonzero().flatten().int()
+    rows = torch.arange(len(mask), dtype=torch.int32, device=mask.device)
+    places = torch.where(
+        mask, mask.cumsum(0) - 1, count
+    )  # all rows that are not needed go to one place behind the last
+    return rows.new_empty(count + 1).scatter_(0, places, rows)[:count]
+
+
+def _consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return ascending numbers as (first, last) of each run without gaps."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], number
+        else:
+            runs.append((number, number))
+    return runs
+
+
+def _extent(side: Lattice) -> tuple[int, int]:
+    """Return the first row of a lattice, and the row after its last."""
+    last = side.starts[-1] + (side.heads - 1) * side.row_shift + (side.rows - 1) * side.step
+    return side.starts[0], last + 1

@@ -1,0 +1,133 @@
+"""The ranks of a run, the groups that share sequences, and the views of their context that the strategy offers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _distributed_is_initialized, _sync_ddp_if_available
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from lightning_longnet.sequence.context import SequenceContext
+from lightning_longnet.sequence.mesh import checked_sequence_size, sequence_mesh
+from lightning_longnet.strategies.checks import check_processes
+from lightning_longnet.strategies.engines import gathers_parameters
+from lightning_longnet.strategies.exits import await_gloo_at_exit
+from lightning_longnet.strategies.launcher import WatchedLauncher, watch_parent
+from lightning_longnet.strategies.loaders import LoaderWatch
+from lightning_longnet.strategies.seeds import dropout_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from lightning_longnet.attention.parallel.placement import Kind
+    from lightning_longnet.attention.parallel.schedule import Exchange
+    from lightning_longnet.attention.parallel.shard import SequenceShard
+    from lightning_longnet.strategies.phases import Progress
+    from lightning_longnet.strategies.timeouts import Timeouts
+
+
+class SequenceRanks(ParallelStrategy):
+    """A strategy whose ranks form groups that share sequences; the context is made when they are connected.
+
+    Its collectives span all ranks of the run, as those of Lightning's strategies do.
+    """
+
+    sharding: str
+    timeout: float
+    sequence_context: SequenceContext
+    progress: Progress
+    timeouts: Timeouts
+    _sequence_parallel_size: int | None
+    _placement: Kind
+    _exchange: Exchange
+    _loaders: LoaderWatch | None = None  # made when the ranks are connected
+
+    def _ranks(self) -> int:
+        """Return the number of ranks, before any is started."""
+        nodes: int = self.num_nodes  # type: ignore[attr-defined]  # the engines have it
+        return nodes * len(self.parallel_devices or ())
+
+    def _configure_launcher(self) -> None:
+        # here the number of ranks is known for the first time, before processes are started and data is read
+        checked_sequence_size(self._ranks(), self._sequence_parallel_size)
+        check_processes(self.parallel_devices or ())
+        super()._configure_launcher()
+        watch_parent()
+        if type(self._launcher) is _SubprocessScriptLauncher:
+            stock = self._launcher
+            self._launcher = WatchedLauncher(stock.cluster_environment, stock.num_processes, stock.num_nodes)
+        self.progress.connect(self.global_rank, self._ranks())
+
+    @property
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    def _make_context(self) -> None:
+        """Make the context when the ranks are connected, once for all runs of a Trainer."""
+        if self.sequence_context.mesh is not None:
+            return
+        if dist.is_initialized():
+            await_gloo_at_exit()
+        mesh = sequence_mesh(self._sequence_parallel_size, self.root_device.type, self.timeout)
+        self.sequence_context = SequenceContext(
+            mesh, placement=self._placement, exchange=self._exchange, seed=self.broadcast(dropout_seed())
+        )
+        gathers = gathers_parameters(self.sharding)
+        self._loaders = LoaderWatch(self.sequence_context, self.timeout, gathers=gathers)
+        self.timeouts.kept = self._loaders.groups
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        context = self.sequence_context
+        return {"num_replicas": context.data_parallel_size, "rank": context.data_parallel_rank}
+
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    def barrier(self, name: str | None = None) -> None:
+        if not _distributed_is_initialized():
+            return
+        is_nccl = dist.get_backend() == "nccl"
+        dist.barrier(device_ids=[self.root_device.index] if is_nccl else None)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if (
+            not _distributed_is_initialized() or dist.get_backend() == "fake"
+        ):  # the backend "fake" would hang, or return None
+            return obj
+        values = [obj]
+        dist.broadcast_object_list(values, src, group=dist.group.WORLD)
+        return values[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if torch.is_tensor(tensor) else tensor
+
+    # The same as of `sequence_context(module)`
+
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        return self.sequence_context.mesh
+
+    @property
+    def sequence_group(self) -> dist.ProcessGroup | None:
+        return self.sequence_context.sequence_group
+
+    @property
+    def shard(self) -> SequenceShard | None:
+        return self.sequence_context.shard
+
+    @property
+    def positions(self) -> Tensor | None:
+        return self.sequence_context.positions
+
+    def token_mean(self, loss_sum: Tensor, token_count: Tensor | float) -> Tensor:
+        return self.sequence_context.token_mean(loss_sum, token_count)
+
+    def gather_sequence(self, x: Tensor, dim: int = 1) -> Tensor:
+        return self.sequence_context.gather_sequence(x, dim)

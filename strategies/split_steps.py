@@ -1,0 +1,167 @@
+"""The steps of a run on sequences that are split over ranks, with the checks and the split of the batch before each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_longnet.callbacks import Preemption
+from lightning_longnet.sequence.attach import attach_context
+from lightning_longnet.sequence.batches import checked_dims
+from lightning_longnet.split_check.replica import whole_tensor
+from lightning_longnet.strategies.checks import (
+    check_accumulation,
+    check_is_split,
+    check_means,
+    check_predicted_batches,
+)
+from lightning_longnet.strategies.engines import gathers_parameters
+from lightning_longnet.strategies.failures import NamedFailures
+from lightning_longnet.strategies.finite import check_anomaly
+from lightning_longnet.strategies.launcher import WatchedLauncher
+from lightning_longnet.strategies.loops import WatchedLoops
+from lightning_longnet.strategies.restart import keep_folders
+from lightning_longnet.strategies.resume import skip_finished_batches
+from lightning_longnet.strategies.samplers import keep_order, restore_order
+from lightning_longnet.strategies.saves import CheckpointSaves
+from lightning_longnet.strategies.sequence_ranks import SequenceRanks
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch import Trainer
+    from torch import Tensor
+
+    from lightning_longnet.strategies.checks import Accumulate
+    from lightning_longnet.strategies.finite import LossWatch
+    from lightning_longnet.strategies.first_batch import FirstBatchCheck
+    from lightning_longnet.strategies.memory import MemoryCheck
+
+
+class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
+    """A strategy that checks the first batch, splits each batch, and begins and weights the steps of training.
+
+    It attaches the context to the module when a run is set up, and removes it at the end.
+    """
+
+    accumulate: Accumulate
+    preemption: bool
+    _first_batches: FirstBatchCheck
+    _memory: MemoryCheck
+    _losses: LossWatch
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        check_accumulation(self.accumulate, self.lightning_module)
+        if self.preemption and trainer.state.fn == TrainerFn.FITTING:
+            _add_preemption(trainer)
+        self.sequence_context.window.close(1)  # an interrupted run may have left it open
+        attach_context(self.lightning_module, self.sequence_context)
+        keep_order(trainer)
+        self._begin_split_check()
+        super().setup(trainer)
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        module = self.lightning_module
+        if module is not None:
+            repeated = 0 if self._loaders is None else self._loaders.send(module, batch, dataloader_idx)
+            dims = checked_dims(getattr(module, "sequence_dims", {}))
+            if self._memory.is_due(module.trainer):
+                if self._loaders is not None:
+                    self._loaders.receive()  # all ranks compare together
+                self._memory.check(self, module, batch)
+            if self._first_batches.is_due(self, module.trainer):
+                if self._loaders is not None:
+                    self._loaders.receive()  # the check needs the same batch on all ranks
+                self._first_batches.check(self, module, batch, dims)
+            batch = self.sequence_context.split(batch, dims)
+            self.sequence_context.repeated_samples = repeated
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    def _begin_split_check(self) -> None:
+        """Let the split check take the structure of the module, while it is whole."""
+        assert self.lightning_module is not None
+        self._first_batches.begin(self.lightning_module, self._whole_parameter)
+
+    @staticmethod
+    def _whole_parameter(parameter: Tensor) -> Tensor:
+        """Return the whole of a parameter that the engine has sharded; all ranks call this together."""
+        return whole_tensor(parameter)
+
+    def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        skip_finished_batches(self.lightning_module.trainer)
+        self._losses.begin(self.lightning_module.trainer)
+        keep_folders(self.lightning_module.trainer)
+        super().on_train_start()
+
+    def on_train_end(self) -> None:
+        self._losses.look(is_last=True)
+        super().on_train_end()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None
+        self.settle_saves(is_awaited=False)  # before the limits of a step hold
+        context, loop = self.sequence_context, self.lightning_module.trainer.fit_loop.epoch_loop
+        context.begin_step(loop.total_batch_idx)
+        self._losses.look()
+        if self.accumulate == "tokens":
+            context.window.open()
+        means = context.window.means
+        output = super().training_step(*args, **kwargs)
+        check_is_split(context)
+        self._losses.take(self.lightning_module.trainer, output)
+        if self.accumulate == "tokens":
+            check_means(context.window.means - means)
+        return output
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        check_anomaly(closure_loss)
+        super().pre_backward(closure_loss)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if self.accumulate == "tokens" and not trainer.fit_loop._should_accumulate():
+            factor = self.sequence_context.window.close(trainer.accumulate_grad_batches)
+            for parameter in self.lightning_module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+    def on_predict_start(self) -> None:
+        super().on_predict_start()
+        assert self.lightning_module is not None
+        if gathers_parameters(self.sharding):
+            batches = self.lightning_module.trainer.predict_loop.max_batches
+            check_predicted_batches(self.sequence_context, self.sharding, batches)
+
+    def teardown(self) -> None:
+        self._end_batches()
+        if self.lightning_module is not None:
+            attach_context(self.lightning_module, None)
+            if getattr(self.lightning_module, "_trainer", None) is not None:
+                restore_order(self.lightning_module.trainer)
+        self._first_batches.end()
+        super().teardown()
+        if not self._is_interrupted():
+            self._leave_run()
+        elif isinstance(self._launcher, WatchedLauncher):
+            self._launcher.end_children()
+
+    def _is_interrupted(self) -> bool:
+        trainer = getattr(self.lightning_module, "_trainer", None)
+        return trainer is not None and bool(trainer.interrupted)
+
+
+def _add_preemption(trainer: Trainer) -> None:
+    """Add the callback `Preemption` to a Trainer that has none."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, Preemption) for callback in callbacks):
+        return
+    callbacks.append(Preemption())
+    rank_zero_info(
+        "RingSequenceParallelStrategy: added the callback Preemption, which saves a checkpoint at SIGTERM; "
+        "preemption=False leaves it out"
+    )
