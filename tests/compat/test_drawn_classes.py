@@ -43,22 +43,29 @@ def cases(draw):
             config["global_tokens"] = some
         case["sparsity"] = (kind, size, ratio, some, False)
         case["options"]["sparse_config"] = compat.SparsePatternConfig(**config) if draw(st.booleans()) else config
-    length = case["shape"][1]
-    is_multihead = "Multihead" in name
-    is_line = CLASSES[name] == "hilbert"
-    case["documents"] = None if is_multihead or is_line else draw(document_ids(length))
-    case["hidden"] = draw(st.none() | st.lists(st.booleans(), min_size=length, max_size=length))
-    if not is_multihead:
+    batch, length = case["shape"][:2]
+    case["along_curve"] = CLASSES[name] == "hilbert"
+    if CLASSES[name] != "sparse" and draw(st.booleans()):
+        case["along_curve"] = case["options"]["use_hilbert"] = draw(st.booleans())
+    case["hidden"] = draw(st.none() | st.lists(st.booleans(), min_size=batch * length, max_size=batch * length))
+    if "Multihead" in name:
+        case["documents"] = None
+        case["options"]["layer_norm"] = draw(st.booleans())
+    else:
+        case["documents"] = draw(document_ids(length))
         case["options"]["attention_scale"] = draw(st.none() | st.sampled_from([0.2, 1.5]))
     return case
 
 
 def tables_along_the_curve(case):
-    """Count the pairs of branches whose segments and residues are those of the places along the Hilbert curve."""
+    """Count the pairs of branches whose segments and residues are those of the places along a document's curve."""
     _, length, heads, _ = case["shape"]
+    ids = case["documents"] or [0] * length
     place = [0] * length
-    for at, token in enumerate(sequence_hilbert_order(length).tolist()):
-        place[token] = at
+    for each in set(ids):
+        first = ids.index(each)
+        for at, token in enumerate(sequence_hilbert_order(ids.count(each)).tolist()):
+            place[first + token] = at
     tables = []
     for w, r in zip(case["segment_lengths"], case["dilation_rates"], strict=True):
         table = torch.zeros(heads, length, length, dtype=torch.float64)
@@ -66,14 +73,14 @@ def tables_along_the_curve(case):
             for i in range(length):
                 for j in range(i + 1 if case["causal"] else length):
                     a, b = place[i], place[j]
-                    table[h, i, j] = a // w == b // w and a % w % r == h % r == b % w % r
+                    table[h, i, j] = ids[i] == ids[j] and a // w == b // w and a % w % r == h % r == b % w % r
         tables.append(table)
     return tables
 
 
 def expected(case, q, k, v):
-    _, length, heads, width = case["shape"]
-    if CLASSES[case["name"]] == "hilbert":
+    batch, length, heads, width = case["shape"]
+    if case["along_curve"]:
         tables = tables_along_the_curve(case)
     else:
         shown = [
@@ -81,10 +88,11 @@ def expected(case, q, k, v):
             for w, r in zip(case["segment_lengths"], case["dilation_rates"], strict=True)
         ]
         tables = brute.counts(shown, "multiset", length, heads, case["documents"])
-    if case["hidden"] is not None:
-        tables = brute.padded(tables, case["hidden"])
+    each = [tables] * batch
+    if (hidden := case["hidden"]) is not None:
+        each = [brute.padded(tables, hidden[b * length : (b + 1) * length]) for b in range(batch)]
     scale = case["options"].get("attention_scale") or width**-0.5
-    return brute.attention(q, k, v, [tables] * len(q), scale)[0]
+    return brute.attention(q, k, v, each, scale)[0]
 
 
 def compare(case):
@@ -93,7 +101,7 @@ def compare(case):
     batch, length, heads, width = case["shape"]
     kind = getattr(compat, case["name"])
     options = {name: case[name] for name in ("segment_lengths", "dilation_rates")} | case["options"]
-    hidden = None if case["hidden"] is None else torch.tensor(case["hidden"]).expand(batch, length)
+    hidden = None if case["hidden"] is None else torch.tensor(case["hidden"]).view(batch, length)
     if "Multihead" in case["name"]:
         layer = kind(heads * width, heads, dtype=torch.float64, **options)
         rows = [torch.randn(batch, length, heads * width, dtype=torch.float64, requires_grad=True)]
@@ -102,7 +110,8 @@ def compare(case):
             (rows[0] @ weight.T + bias).unflatten(-1, (heads, width))
             for weight, bias in zip(layer.in_proj_weight.chunk(3), layer.in_proj_bias.chunk(3), strict=True)
         )
-        truth = layer.out_proj(expected(case, q, k, v).flatten(2))
+        normed = (layer.sub_norm or torch.nn.Identity())(expected(case, q, k, v).flatten(2))
+        truth = layer.out_proj(normed)
     else:
         rows = list(torch.randn(3, batch, length, heads, width, dtype=torch.float64).unbind())
         for x in rows:
@@ -116,7 +125,7 @@ def compare(case):
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_a_drawn_class_equals_the_definition(case):
     compare(case)
