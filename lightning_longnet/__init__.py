@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_longnet.aliases import install
+from lightning_longnet.ancestor import missing
 from lightning_longnet.registration import register
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         RingMultiheadDilatedAttentionHybridFixed,
         SparsePatternConfig,
         StandardizedRingConfig,
+        create_production_ring_attention,
         create_ring_multihead_attention_hybrid,
         create_standardized_ring_attention,
     )
@@ -150,6 +152,7 @@ __all__ = [
     "check_split",
     "choose_placement",
     "chunked_cross_entropy",
+    "create_production_ring_attention",
     "create_ring_multihead_attention_hybrid",
     "create_standardized_ring_attention",
     "decay_groups",
@@ -246,6 +249,7 @@ _MODULES = {
         "RingMultiheadDilatedAttentionHybridFixed",
         "SparsePatternConfig",
         "StandardizedRingConfig",
+        "create_production_ring_attention",
         "create_ring_multihead_attention_hybrid",
         "create_standardized_ring_attention",
     ),
@@ -258,6 +262,8 @@ def __getattr__(name: str) -> Any:
             value = getattr(import_module(f"lightning_longnet.{module}"), name)
             globals()[name] = value
             return value
+    if error := missing(name):
+        raise error
     raise AttributeError(f"module 'lightning_longnet' has no attribute {name!r}")
 
 

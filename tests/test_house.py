@@ -40,7 +40,7 @@ FOLDERS = {
     "checkpointing": [*CORE, "inference", "models", "trust"],
     "huggingface": [*CORE, "sequence", "layers", "inference", "models", "trust", "registration"],
     "training": [*CORE, "sequence", "layers", "inference", "models", "checkpointing", "huggingface", "registration"],
-    "compat": [*CORE, "layers"],
+    "compat": [*CORE, "layers", "ancestor"],
     "data": ["sequence", "layers", "trust"],
     "report": [*CORE, "trust"],
     "planning": [*CORE, "sequence", "layers", "models"],

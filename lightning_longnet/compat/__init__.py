@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_longnet.ancestor import missing
 from lightning_longnet.compat.classes import (
     BlockSparseRingDilatedAttention,
     BlockSparseRingMultiheadDilatedAttention,
@@ -20,38 +21,40 @@ from lightning_longnet.compat.classes import (
     RingMultiheadDilatedAttentionHybrid,
     UlyssesAttention,
 )
-from lightning_longnet.compat.configuration import RingAttentionConfig, SparsePatternConfig
+from lightning_longnet.compat.configuration import RingAttentionConfig, SparsePatternConfig, StandardizedRingConfig
+from lightning_longnet.compat.names import (
+    BlockSparseRingDilatedAttentionFixed,
+    BlockSparseRingMultiheadDilatedAttentionFixed,
+    RingDilatedAttentionHilbertOptimizedFixed,
+    RingDilatedAttentionHybrid,
+    RingDilatedAttentionHybridFixed,
+    RingDilatedAttentionProductionFixed,
+    RingDilatedAttentionTrue,
+    RingDilatedAttentionV3,
+    RingMultiheadDilatedAttentionHybridFixed,
+)
 from lightning_longnet.layers.presets import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# further names that the ancestor has for the same classes
-StandardizedRingConfig = RingAttentionConfig
-RingDilatedAttentionV3 = RingDilatedAttention
-RingDilatedAttentionHybrid = RingDilatedAttention
-RingDilatedAttentionHybridFixed = RingDilatedAttention
-RingDilatedAttentionTrue = RingDilatedAttention
-RingDilatedAttentionProductionFixed = RingDilatedAttentionProduction
-RingDilatedAttentionHilbertOptimizedFixed = RingDilatedAttentionHilbertOptimized
-BlockSparseRingDilatedAttentionFixed = BlockSparseRingDilatedAttention
-RingMultiheadDilatedAttentionHybridFixed = RingMultiheadDilatedAttentionHybrid
-BlockSparseRingMultiheadDilatedAttentionFixed = BlockSparseRingMultiheadDilatedAttention
-
-# names that `create_standardized_ring_attention` takes besides those of the presets
-_ALIASES = {"hybrid": "ring", "true": "ring", "v3": "ring", "v2_collective": "collective"}
-_BY_PRESET: dict[str, type[RingAttention]] = {
-    cls.preset: cls
-    for cls in (
-        RingDilatedAttention,
-        RingDilatedAttentionProduction,
-        RingDilatedAttentionHilbertOptimized,
-        RingDilatedAttentionV2Collective,
-        BlockSparseRingDilatedAttention,
-        UlyssesAttention,
-    )
-}
-_MULTIHEAD: dict[str, type[RingMultiheadAttention]] = {
+# the types of `create_standardized_ring_attention`: the names of the presets, and those that the ancestor has besides
+_TYPES: dict[str, type[RingAttention | RingMultiheadAttention]] = {
+    **{
+        cls.preset: cls
+        for cls in (
+            RingDilatedAttention,
+            RingDilatedAttentionProduction,
+            RingDilatedAttentionHilbertOptimized,
+            RingDilatedAttentionV2Collective,
+            BlockSparseRingDilatedAttention,
+            UlyssesAttention,
+        )
+    },
+    "hybrid": RingDilatedAttentionHybrid,
+    "true": RingDilatedAttentionTrue,
+    "v3": RingDilatedAttentionV3,
+    "v2_collective": RingDilatedAttentionV2Collective,
     "multihead_hybrid": RingMultiheadDilatedAttentionHybrid,
     "block_sparse_multihead": BlockSparseRingMultiheadDilatedAttention,
 }
@@ -76,6 +79,7 @@ __all__ = [
     "RingMultiheadDilatedAttentionHybridFixed",
     "SparsePatternConfig",
     "StandardizedRingConfig",
+    "create_production_ring_attention",
     "create_ring_multihead_attention_hybrid",
     "create_standardized_ring_attention",
 ]
@@ -92,14 +96,17 @@ def create_standardized_ring_attention(attention_type: str, **arguments: Any) ->
     >>> create_standardized_ring_attention("ring", **arguments, dropout=0.1)
     RingDilatedAttention(2048/1 + 4096/2, dropout=0.1, exchange='ring', ordering='raster', is_guarded=False)
     """
-    if attention_type in _MULTIHEAD:
-        return _MULTIHEAD[attention_type](**arguments)
-    preset = _ALIASES.get(attention_type, attention_type)
-    if preset not in _BY_PRESET:
-        known = [*_BY_PRESET, *_ALIASES, *_MULTIHEAD]
-        rule = f"{', '.join(map(repr, known))}, got {attention_type!r}{nearest(attention_type, known)}"
+    if attention_type not in _TYPES:
+        rule = f"{', '.join(map(repr, _TYPES))}, got {attention_type!r}{nearest(attention_type, _TYPES)}"
         raise ValueError(f"attention_type must be one of {rule}")
-    return _BY_PRESET[preset](**arguments)
+    return _TYPES[attention_type](**arguments)
+
+
+def create_production_ring_attention(
+    segment_lengths: Sequence[int], dilation_rates: Sequence[int], **arguments: Any
+) -> RingDilatedAttentionProduction:
+    """Return a `RingDilatedAttentionProduction`; see there for the arguments."""
+    return RingDilatedAttentionProduction(segment_lengths, dilation_rates, **arguments)
 
 
 def create_ring_multihead_attention_hybrid(
@@ -107,3 +114,9 @@ def create_ring_multihead_attention_hybrid(
 ) -> RingMultiheadDilatedAttentionHybrid:
     """Return a `RingMultiheadDilatedAttentionHybrid`; see there for the arguments."""
     return RingMultiheadDilatedAttentionHybrid(embed_dim, num_heads, segment_lengths, dilation_rates, **arguments)
+
+
+def __getattr__(name: str) -> Any:
+    if error := missing(name):
+        raise error
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{nearest(name, __all__)}")

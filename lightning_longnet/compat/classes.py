@@ -26,6 +26,8 @@ _MULTIHEAD = ("bias", "add_bias_kv", "add_zero_attn", "kdim", "vdim", "batch_fir
 
 # arguments that it takes as `sub_norm` and `gain`
 _MAGNETO = ("layer_norm", "gamma_init")
+_NORM_EPS = 1e-5  # that of `sub_norm`
+_OTHERS = ("gate_fn", "layer_norm_eps", "sequence_first")
 
 
 class RingAttention(DilatedAttention):
@@ -116,7 +118,11 @@ class RingMultiheadAttention(MultiheadDilatedAttention):
             raise ValueError(f"gate_fn must be None for {name}, got {given['gate_fn']!r}: it has no gate")
         if "attention_scale" in given:
             raise ValueError(f"attention_scale must be None for {name}: its scores are over the root of a head's width")
-        settings = settings_of(name, self.preset, given, WITHOUT_GATE, (*_MULTIHEAD, *_MAGNETO, "gate_fn"))
+        if given.get("layer_norm_eps", _NORM_EPS) != _NORM_EPS:
+            raise ValueError(f"layer_norm_eps must be {_NORM_EPS}, that of sub_norm, got {given['layer_norm_eps']!r}")
+        if "sequence_first" in given:
+            given = _with_batch_first(name, given)
+        settings = settings_of(name, self.preset, given, WITHOUT_GATE, (*_MULTIHEAD, *_MAGNETO, *_OTHERS))
         heads, dim = expected_shape(given)
         if heads is None or (dim is None and "embed_dim" not in given):
             raise ValueError(f"{name} needs embed_dim and num_heads")
@@ -127,10 +133,26 @@ class RingMultiheadAttention(MultiheadDilatedAttention):
         super().__init__(embed_dim, heads, **options, **settings)
         self.ring_size = _ring_size(given)
 
-    def forward(self, *arguments: Any, **named: Any) -> tuple[Tensor, None]:
-        """Return (out, None); see `MultiheadDilatedAttention.forward`."""
+    def forward(
+        self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None, *arguments: Any, **named: Any
+    ) -> tuple[Tensor, None]:
+        """Return (out, None); see `MultiheadDilatedAttention.forward`.
+
+        The query is also the key and the value if these are None, as in the ancestor.
+        """
         check_ring_size(self, self.ring_size)
-        return super().forward(*arguments, **named)
+        key, value = query if key is None else key, query if value is None else value
+        return super().forward(query, key, value, *arguments, **named)
+
+
+def _with_batch_first(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with batch_first instead of sequence_first, its opposite."""
+    sequence_first = given["sequence_first"]
+    if not isinstance(sequence_first, bool):
+        raise ValueError(f"sequence_first must be True or False, got {sequence_first!r}")
+    if given.get("batch_first", not sequence_first) is sequence_first:
+        raise ValueError(f"{name} was given batch_first and sequence_first, which must differ, got {sequence_first}")
+    return {**given, "batch_first": not sequence_first}
 
 
 def _ring_size(given: dict[str, Any]) -> int | None:

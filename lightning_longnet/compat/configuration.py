@@ -72,7 +72,7 @@ class RingAttentionConfig:
     use_flash: bool | None = None
 
     def __new__(cls, *_: Any, **given: Any) -> RingAttentionConfig:
-        check_names("RingAttentionConfig", given, [each.name for each in fields(cls)])
+        check_names(cls.__name__, given, [each.name for each in fields(cls)])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -102,8 +102,29 @@ class RingAttentionConfig:
         return {name: value for name, value in values.items() if value is not None}
 
 
+@dataclass(frozen=True)
+class StandardizedRingConfig(RingAttentionConfig):
+    """`RingAttentionConfig` under another name."""
+
+
+# arguments that some of the ancestor's classes have, with what replaces them where they are not taken
+_REPLACED = {
+    "sequence_first": "tensors are (B, N, ...), and multihead classes take batch_first",
+    "batch_first": "tensors are (B, N, H, D)",
+    "pattern_type": "use sparse_config=SparsePatternConfig(pattern_type=...) of a BlockSparse... class",
+    "window_size": "use Pattern.window of this package, or sparse_config of a BlockSparse... class",
+    "softmax_scale": "use attention_scale",
+    "attention_dropout": "use dropout",
+    "op": "use DilatedAttention(pattern, kernel=...)",
+    "use_adaptive_sparsity": "no pattern is learned here, and sparsity_ratio determines the number of blocks",
+    "enable_adaptive": "no pattern is learned here, and sparsity_ratio determines the number of blocks",
+    "quality_threshold": "no pattern is learned here, and sparsity_ratio determines the number of blocks",
+    "layer_norm_eps": "use layer_norm_eps of a multihead class",
+}
+
+
 def check_names(owner: str, given: dict[str, Any], known: list[str]) -> None:
-    """Raise a ValueError for a name in `given` that is not in `known`, with the closest match.
+    """Raise a ValueError for a name in `given` that is not in `known`, with its replacement or the closest match.
 
     Args:
         owner: the class that the message names.
@@ -112,4 +133,5 @@ def check_names(owner: str, given: dict[str, Any], known: list[str]) -> None:
     """
     for name in given:
         if name not in known:
-            raise ValueError(f"{owner} takes no {name!r}{nearest(name, known)}")
+            advice = f": {_REPLACED[name]}" if name in _REPLACED else nearest(name, known)
+            raise ValueError(f"{owner} takes no {name!r}{advice}")

@@ -17,7 +17,10 @@ _NO_GATE = "there is no gate"
 # arguments of the ancestor without effect here, and the reason that the warning gives
 WITHOUT_MEANING = {
     **dict.fromkeys(
-        ("use_memory_pool", "enable_memory_pool", "memory_pool_size", "memory_pool_threshold_mb", "lightweight_pool"),
+        (
+            *("use_memory_pool", "enable_memory_pool", "memory_pool_size", "memory_pool_threshold_mb"),
+            *("lightweight_pool", "enable_buffer_manager"),
+        ),
         "there is no memory pool, torch's allocator reuses buffers",
     ),
     **dict.fromkeys(
@@ -47,6 +50,8 @@ WITHOUT_GATE = dict.fromkeys(("gate_bias", "gate_temperature"), "it has no gate"
 
 _SPARSE = ("sparse_pattern_config", "sparse_config", "sparsity_config")
 _ALIASES = {"head_dim": "dim", "num_heads": "heads"}
+# names that classes of the ancestor have for an argument, which are read as that argument
+_FORMER = {"attention_dropout": "dropout", "softmax_scale": "attention_scale"}
 _ACTING = ("segment_lengths", "dilation_rates", "dropout", "ring_size", "dim", "heads", "embed_dim", *_ALIASES)
 _SWITCHES = ("enable_error_recovery", "use_hilbert", "apply_hilbert_to_kv")
 _ACTING += ("attention_scale", *_SWITCHES, *_SPARSE)
@@ -56,7 +61,7 @@ _ACTING += ("sparsity_ratio", "block_size")
 def given_to(owner: str, order: tuple[str, ...], arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     """Return all arguments of a call by name, those that are None left out.
 
-    An argument that is given twice is refused.
+    An argument that is given twice is refused.  A `SparsePatternConfig` in the place of dropout is `sparse_config`.
 
     Args:
         owner: the class that messages name.
@@ -78,7 +83,14 @@ def given_to(owner: str, order: tuple[str, ...], arguments: tuple[Any, ...], nam
         if not values["dropout"]:  # the default of the field, which does not count as given
             del values["dropout"]
         _add(owner, options, values)
+    for former in _FORMER:
+        if former in rest:
+            _add(owner, options, {_FORMER[former]: rest.pop(former)})
     _add(owner, options, rest)
+    if isinstance(
+        options.get("dropout"), SparsePatternConfig
+    ):  # the third argument of the ancestor's BlockSparse classes
+        _add(owner, options, {"sparse_config": options.pop("dropout")})
     for name, other in (("heads", "num_heads"), ("dim", "head_dim")):
         if options.get(name, options.get(other)) != options.get(other, options.get(name)):
             raise ValueError(f"{name} and {other} must be equal, got {options[name]} and {options[other]}")

@@ -13,6 +13,7 @@ from lightning_longnet.attention.pattern.pattern import Pattern  # noqa: TC001
 from lightning_longnet.attention.spec import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.layers.attending import AttentionLayer
 from lightning_longnet.layers.options import pattern_of, positive_number, shown_pattern
+from lightning_longnet.layers.signatures import LAYER, refuse_former
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,7 @@ class DilatedAttention(AttentionLayer):
     torch.Size([1, 1000, 4, 16])
     """
 
+    @refuse_former(LAYER, "DilatedAttention")
     def __init__(
         self,
         pattern: Pattern | dict[str, Any],

@@ -23,6 +23,7 @@ from lightning_longnet.layers.options import (
     positive_number,
     shown_pattern,
 )
+from lightning_longnet.layers.signatures import LAYER, refuse_former
 
 DENSE = Pattern.dense()
 
@@ -71,6 +72,7 @@ class MultiheadDilatedAttention(AttentionLayer):
     k_proj_weight: nn.Parameter | None
     v_proj_weight: nn.Parameter | None
 
+    @refuse_former(LAYER, "MultiheadDilatedAttention")
     def __init__(
         self,
         embed_dim: int,

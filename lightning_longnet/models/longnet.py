@@ -12,6 +12,7 @@ from lightning_longnet.layers.attending import places_of
 from lightning_longnet.layers.loss import CHUNK_TOKENS, TokenLoss, chunked_cross_entropy
 from lightning_longnet.layers.options import positive_integer, positive_number, require
 from lightning_longnet.layers.positions import checked_positions
+from lightning_longnet.layers.signatures import MODEL, refuse_former
 from lightning_longnet.models.blocks import Blocks, BlocksConfig
 from lightning_longnet.models.cached import CachedTokens, encode_cached
 
@@ -66,6 +67,7 @@ class LongNet(Blocks):
 
     config: LongNetConfig
 
+    @refuse_former(MODEL, "LongNet", "LongNetConfig")
     def __init__(self, config: LongNetConfig) -> None:
         super().__init__()
         self.config = config

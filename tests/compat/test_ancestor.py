@@ -103,7 +103,7 @@ def test_an_argument_of_blocks_acts(name):
     layer = compat.BlockSparseRingDilatedAttention(**BRANCHES, **{name: value})
     assert all(shows(branch.sparsity) for branch in layer.pattern.branches)
     if name != "block_size":
-        with pytest.raises(ValueError, match="RingDilatedAttention attends to all of its pattern"):
+        with pytest.raises(ValueError, match="RingDilatedAttentionHybrid attends to all of its pattern"):
             compat.RingDilatedAttentionHybrid(**BRANCHES, **{name: value})
 
 
@@ -128,7 +128,7 @@ def test_an_argument_without_meaning_warns_once_and_changes_nothing(name):
     with pytest.warns(UserWarning, match="has no use for") as told:
         layer = compat.RingDilatedAttentionHybrid(**BRANCHES, **{name: 1})
     assert len(told) == 1
-    assert str(told[0].message).startswith(f"RingDilatedAttention has no use for {name}: ")
+    assert str(told[0].message).startswith(f"RingDilatedAttentionHybrid has no use for {name}: ")
     assert told[0].filename == __file__
     assert str(layer) == str(compat.RingDilatedAttentionHybrid(**BRANCHES))
 
@@ -168,8 +168,8 @@ def test_configurations_are_frozen_and_checked():
 def test_what_has_another_meaning_is_refused():
     ring, q = compat.RingDilatedAttentionHybrid, drawn()
     for given, message in (
-        ({"ring_siz": 2, **BRANCHES}, "RingDilatedAttention takes no 'ring_siz': is it 'ring_size'"),
-        ({"segment_lengths": [8]}, "RingDilatedAttention needs dilation_rates"),
+        ({"ring_siz": 2, **BRANCHES}, "RingDilatedAttentionHybrid takes no 'ring_siz': is it 'ring_size'"),
+        ({"segment_lengths": [8]}, "RingDilatedAttentionHybrid needs dilation_rates"),
         ({"apply_hilbert_to_kv": False, **BRANCHES}, "apply_hilbert_to_kv must be True, got False"),
         ({"embed_dim": 25, "heads": 4, **BRANCHES}, "embed_dim must be heads times dim, got 25, 4 and None"),
         ({"config": compat.RingAttentionConfig(**BRANCHES), **BRANCHES}, "was given segment_lengths twice"),
