@@ -20,7 +20,7 @@ The column "keys of the layers" lists the keys that a query sees in the layers o
 a sliding window, or those in its own chunk of the sequence. The column "packed rows" lists how a batch marks the
 documents of a row.
 
-| architecture | configuration | keys of the layers | besides | packed rows |
+| architecture | configuration | keys of the layers | other features | packed rows |
 | --- | --- | --- | --- | --- |
 """
 BETWEEN = """
