@@ -10,19 +10,23 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "architectures.md"
 HEAD = """# Architectures of transformers
 
-`attn_implementation="ring"` gives the attention of these models to `attend`, on one process and over the ranks that
-share a sequence. For each, `tests/huggingface/test_ring.py` compares loss, logits and all gradients with those of
-one process under transformers' own attention, or the equation where SDPA has no softcap and no sinks: plain, packed and
-padded rows, on 1, 2 and 4 ranks, by gather, ring and swap.
-`tests/huggingface/architecture_table.py` writes this page.
+With `attn_implementation="ring"`, `attend` computes the attention of these models, on one process and over the ranks
+that share a sequence. For each model, `tests/huggingface/test_ring.py` compares the loss, the logits and all gradients
+with those of one process with transformers' own attention. If transformers' SDPA lacks the softcap or the sinks of a
+model, the test compares with the equation instead. It covers plain, packed and padded rows, on 1, 2 and 4 ranks, with
+the exchanges gather, ring and swap. `tests/huggingface/architecture_table.py` writes this page.
 
-| architecture | configuration | keys of the layers | besides | packed rows |
+The column "keys of the layers" lists the keys that a query sees in the layers of the model: all earlier ones, those in
+a sliding window, or those in its own chunk of the sequence. The column "packed rows" lists how a batch marks the
+documents of a row.
+
+| architecture | configuration | keys of the layers | other features | packed rows |
 | --- | --- | --- | --- | --- |
 """
 BETWEEN = """
-A layer that `dilate` gave a pattern sees that pattern instead.
+A layer to which `dilate` gave a pattern uses that pattern instead.
 
-## Not served where sequences are split
+## Not supported on split sequences
 
 `split_refusals(model)` returns these reasons.
 
