@@ -24,6 +24,7 @@ import lightning_longnet.data
 import lightning_longnet.training.module
 import lightning_longnet.training.vision_module  # noqa: F401  short names in YAML are those of classes that are loaded
 from lightning_longnet.callbacks import PredictedTexts
+from lightning_longnet.checkpointing.comparison import message_of
 from lightning_longnet.checkpointing.index import missing
 from lightning_longnet.checkpointing.restricted import check_folder, refusal
 from lightning_longnet.cli.classes import class_of
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 # where Lightning checks the arguments of a Trainer
 _READS_ARGUMENTS = ("lightning/pytorch/trainer/connectors/", "lightning/fabric/accelerators/")
 _MIGRATES = "lightning/pytorch/utilities/migration/"  # where it looks at a checkpoint first
+_MISFIT = "Error(s) in loading state_dict for"  # begins what torch says of weights that do not fit a module
+_LONGEST = 400  # characters of it that are shown
 
 
 class SavedConfig(SaveConfigCallback):
@@ -122,6 +125,12 @@ class TrainerCLI(LightningCLI):
             setattr(strategy, "load_checkpoint", partial(_load_checked, strategy.load_checkpoint))  # noqa: B010
         try:
             super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if not str(error).startswith(_MISFIT):
+                raise
+            differences = [" ".join(line.split()).rstrip(".") for line in str(error).splitlines()[1:]]
+            path = self.config[subcommand].get("ckpt_path")
+            raise ValueError(message_of(path, "; ".join(filter(None, differences))[:_LONGEST])) from error
         except (pickle.UnpicklingError, TypeError) as error:
             path, last = self.config[subcommand].get("ckpt_path"), traceback.extract_tb(error.__traceback__)[-1]
             if isinstance(error, pickle.UnpicklingError):  # torch advises to load the file as code

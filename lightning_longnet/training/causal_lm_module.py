@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch.optim import Optimizer  # noqa: TC002
 
+from lightning_longnet.checkpointing.comparison import message_of
 from lightning_longnet.huggingface.adapters import adapter_state, add_adapters, base_digest
 from lightning_longnet.huggingface.batches import fault_of_batch, named_as_ours
 from lightning_longnet.huggingface.head import OutputHead
@@ -286,7 +287,9 @@ class CausalLMModule(TokenModule):
             return
         for name in _OF_THE_WEIGHTS:
             if name in known and known[name] != own.get(name):
-                raise ValueError(f"the checkpoint's model has {name} {known[name]}, and this one has {own.get(name)}")
+                difference = f"the checkpoint's model has {name} {known[name]}, and this one has {own.get(name)}"
+                path = getattr(self._trainer, "ckpt_path", None)
+                raise ValueError(difference if path is None else message_of(path, difference))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model as a folder that transformers reads without this package, adapters merged.
