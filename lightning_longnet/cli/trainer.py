@@ -28,6 +28,7 @@ from lightning_longnet.checkpointing.comparison import message_of
 from lightning_longnet.checkpointing.index import missing
 from lightning_longnet.checkpointing.restricted import check_folder, refusal
 from lightning_longnet.cli.classes import class_of
+from lightning_longnet.cli.counts import plain_counts
 from lightning_longnet.cli.given import config_files, content
 from lightning_longnet.cli.mistakes import explained
 from lightning_longnet.cli.nearest import nearest
@@ -242,6 +243,9 @@ def run_trainer(arguments: Sequence[str]) -> TrainerCLI:
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's use of what torch 2.13 calls by another name
     # Lightning warns of arguments that are those of the process, and reads these itself where args is None
     is_own = list(arguments) == sys.argv[1:]
+    arguments = plain_counts(list(arguments))
+    if is_own:
+        sys.argv[1:] = arguments
     try:
         return TrainerCLI(
             arguments,
