@@ -397,7 +397,7 @@ def test_explain_says_who_runs_and_why_others_do_not():
     assert verdict(explain(q, q, q, Pattern.dense(), dropout=0.1), "sdpa").refusals == ("has no dropout",)
     assert explain(q, q, q, Pattern.dense(), kernel="reference").chosen == "reference"
     assert verdict(explain(*[q.to("meta")] * 3, Pattern.dense()), "sdpa").refusals == (
-        "serves CPU and CUDA tensors, q is on meta",
+        "serves CPU and CUDA tensors, these are on meta",
     )
 
 

@@ -230,6 +230,22 @@ def test_from_training_to_text(told):
     assert told["version"][1].strip() == lightning_longnet.__version__
 
 
+def test_an_error_of_a_rank_is_told_once(monkeypatch, capsys):
+    error = ValueError("tokens must be\n more")
+    error.add_note("rank 1 of 2, in load of step 0: ValueError: tokens must be more")
+    error.add_note("rank 1 of 2, in load of step 0: ValueError: tokens must be more; before it, rank 0 of 2")
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr("lightning_longnet.cli.run_command", broken)
+    monkeypatch.setattr("lightning_longnet.cli._user_error", lambda found: found)
+    assert main(["generate"]) == 2
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert (first, second) == ("longnet: error: tokens must be", " more (rank 1 of 2, in load of step 0)")
+    assert third.endswith("; before it, rank 0 of 2")
+
+
 def test_a_fault_that_is_not_the_users_keeps_its_trace(monkeypatch):
     def broken(*_):
         [].index(3)  # a ValueError from elsewhere
