@@ -183,7 +183,9 @@ def _refuse(message: str) -> int:
 
 def _with_notes(error: BaseException) -> str:
     """Return the message of an error with its notes; of a note that repeats it, only the rank and the phase."""
-    text, places, notes = str(error), [], []
+    text = str(error)
+    places: list[str] = []
+    notes: list[str] = []
     repeated = f": {type(error).__name__}: {' '.join(text.split())}"
     for note in getattr(error, "__notes__", ()):
         if note.endswith(repeated):
