@@ -8,7 +8,9 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.strategies.model_parallel import _load_raw_module_state
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -18,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_longnet.checkpointing.checkpoints import OTHERS
+from lightning_longnet.checkpointing.comparison import check_same_model
 from lightning_longnet.checkpointing.reader import Reader
 from lightning_longnet.checkpointing.restricted import read_file, refusal, restricted
 from lightning_longnet.trust import confined
@@ -29,12 +32,16 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+_STATE = "state_dict."  # prefix of the names of the weights in folders
+
 
 def load_full_checkpoint(
     path: Path, module: nn.Module, optimizers: Iterable[Optimizer], strict: bool, trust: bool = False
 ) -> dict[str, Any]:
     """Load the weights and the optimizers' states, and return the rest of the checkpoint."""
     checkpoint: dict[str, Any] = read_file(path, trust=trust)
+    saved = {name: tuple(x.shape) for name, x in checkpoint["state_dict"].items() if isinstance(x, Tensor)}
+    _check_model(path, saved, module, checkpoint, strict)
     _load_raw_module_state(checkpoint.pop("state_dict"), module, strict=strict)
     options = StateDictOptions(broadcast_from_rank0=True, full_state_dict=True, strict=strict)
     for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", ()), strict=False):
@@ -51,7 +58,13 @@ def load_folder(
     """
     rest: dict[str, Any] = read_file(confined("a checkpoint's meta.pt", path / OTHERS, path, trust), trust=trust)
     reader = Reader(path, trust)
-    reader.read_metadata()  # raises the same error on all ranks, before they load together
+    shards = reader.read_metadata().state_dict_metadata  # raises the same error on all ranks, before they load together
+    saved = {
+        name.removeprefix(_STATE): tuple(shard.size)
+        for name, shard in shards.items()
+        if name.startswith(_STATE) and isinstance(shard, TensorStorageMetadata)
+    }
+    _check_model(path, saved, module, rest, strict)
     with _explained(path), restricted(trust=trust):
         weights = {"state_dict": get_model_state_dict(module)}
         load(weights, storage_reader=reader)
@@ -63,6 +76,15 @@ def load_folder(
             options = StateDictOptions(cpu_offload=True)
             set_optimizer_state_dict(module, optimizer, states[name], options=options)
     return rest
+
+
+def _check_model(
+    path: Path, saved: dict[str, tuple[int, ...]], module: nn.Module, rest: dict[str, Any], strict: bool
+) -> None:
+    """Raise a ValueError, the same on all ranks, where a checkpoint is of another model than the module."""
+    own = {name: tuple(x.shape) for name, x in get_model_state_dict(module).items() if isinstance(x, Tensor)}
+    values = rest.get("hyper_parameters"), getattr(module, "hparams", None)
+    check_same_model(path, saved, own, values, strict)
 
 
 @contextmanager

@@ -155,14 +155,14 @@ def explain(
     >>> q = torch.zeros(1, 8, 2, 4)
     >>> print(explain(q, q, torch.zeros(1, 8, 2, 6), Pattern.dense()))
     cpu, float32, accumulates in float32
-    flash      refuses      serves CUDA tensors, q is on cpu
+    flash      refuses      serves CUDA tensors, these are on cpu
     sdpa       refuses      needs v as wide as q and k, got 6 and 4
-    cudnn      refuses      serves CUDA tensors, q is on cpu
-    flash3     refuses      serves CUDA tensors, q is on cpu
-    flash4     refuses      serves CUDA tensors, q is on cpu
+    cudnn      refuses      serves CUDA tensors, these are on cpu
+    flash3     refuses      serves CUDA tensors, these are on cpu
+    flash4     refuses      serves CUDA tensors, these are on cpu
     eager      runs         plain products in float32 or float64, a tile of scores at a time
     reference  could serve  holds all N x N scores; differentiable any number of times
-    triton     refuses      serves CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, q is on cpu
+    triton     refuses      serves CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, these are on cpu
     """
     q, k, v, _ = checked_tensors(q, k, v, pattern, documents)
     checked_probability(dropout)

@@ -189,7 +189,7 @@ def _check_shard(
     if not isinstance(shard, SequenceShard):
         raise ValueError(f"shard must be a SequenceShard, got {type(shard).__name__}")
     if kernel == reference.name:
-        raise ValueError("kernel must serve blocks where a shard is given, got 'reference'")
+        raise ValueError(_whole_alone("where a shard holds a part of the sequence"))
     for name, x in (("documents", documents), ("key_padding_mask", padding)):
         if x is not None:
             raise ValueError(f"{name} must be None where a shard is given, which was made with its own")
@@ -252,10 +252,18 @@ def _seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:
     return torch.tensor(seed, device="cpu")
 
 
+def _whole_alone(where: str) -> str:
+    """Return the message for the kernel "reference", which computes all scores of a sequence at once, in a call."""
+    return (
+        f"kernel must be 'auto' or 'eager', or another that computes a sequence piece by piece, {where}, got "
+        f"'reference', which computes all scores of a whole sequence in its order"
+    )
+
+
 def _check_ordering(ordering: Ordering, pattern: Pattern, kernel: str) -> None:
     """Raise a ValueError where rows cannot be reordered."""
     if kernel == reference.name:
-        raise ValueError(f"kernel must serve blocks where ordering is {ordering!r}, got 'reference'")
+        raise ValueError(_whole_alone(f"where ordering is {ordering!r}"))
     check_ordering(ordering, pattern)
 
 

@@ -14,11 +14,16 @@ from lightning_longnet.callbacks.monitor import Monitor, is_logging_step
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-# (keys, format): the first key that was logged is shown
-_SHOWN: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("train/loss", "train_loss", "loss"), "loss {:.3f}"),
-    (("train/bits_per_byte",), "{:.3f} bits/byte"),
-    (("val/bits_per_byte",), "val {:.3f}"),
+# (keys, format): the first key that was logged is shown.  Losses in another unit are not shown beside bits per byte
+_BITS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("train/bits_per_byte",), "train {:.3f} bits/byte"),
+    (("val/bits_per_byte",), "val {:.3f} bits/byte"),
+)
+_LOSSES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("train/loss", "train_loss", "loss"), "train loss {:.3f}"),
+    (("val/loss", "val_loss"), "val loss {:.3f}"),
+)
+_OTHERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("throughput/tokens_per_second",), "{} tokens/s"),
     (("throughput/mfu",), "MFU {:.1%}"),
     (("memory/peak_gib_max",), "{:.2f} GiB"),
@@ -26,7 +31,9 @@ _SHOWN: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 class TrainingProgress(ProgressBar):
-    """Shows a bar with the loss, bits per byte, tokens a second of all ranks, and memory.
+    """Shows a bar with the bits per byte of training and validation, tokens a second of all ranks, and memory.
+
+    Where a module logs no bits per byte, the losses that it logs stand in their place, in the module's own unit.
 
     Rich draws it where it is installed, else tqdm; where the output is no terminal, it is a plain line at each of the
     Trainer's logging steps.  It reads figures at logging steps only, and never waits for a GPU.
@@ -159,7 +166,8 @@ def described(trainer: Trainer) -> str:
         if isinstance(each, Monitor):
             figures |= each.figures  # type: ignore[arg-type]
     words = []
-    for keys, shape in _SHOWN:
+    has_bits = any(key in figures for keys, _ in _BITS for key in keys)
+    for keys, shape in (*(_BITS if has_bits else _LOSSES), *_OTHERS):
         value = next((float(figures[key]) for key in keys if key in figures), None)
         if value is not None:
             words.append(shape.format(_short(value) if shape == "{} tokens/s" else value))

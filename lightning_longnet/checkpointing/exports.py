@@ -173,7 +173,12 @@ def config_of(hyper_parameters: dict[str, Any], trust: bool = False) -> LongNetC
         return value
     if not isinstance(value, dict) or "pattern" not in value:
         held = ", ".join(map(str, hyper_parameters)) or "nothing"
-        raise ValueError(f"hyper_parameters must hold the config of a LongNet or a LongViT, got {held}")
+        raise ValueError(
+            f"hyper_parameters must hold the config of a LongNet or a LongViT, got {held}: only checkpoints of "
+            f"LongNetModule, LongViTModule, CausalLMModule and their subclasses are read without their class; for "
+            f"another LightningModule call its load_from_checkpoint, and save its state_dict(), or give a LongNet that "
+            f"it holds to export_model"
+        )
     kind = LongViTConfig if "patch_size" in value else LongNetConfig
     try:
         return kind(**value)

@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             user_error = error  # about a file that the user named
         if user_error is None:
             raise
-        return _refuse("\n".join((str(user_error), *getattr(user_error, "__notes__", ()))))
+        return _refuse(_with_notes(user_error))
     return 0
 
 
@@ -179,6 +179,20 @@ def _refuse(message: str) -> int:
     """Print an error, and return the exit status 2."""
     print(f"longnet: error: {message}", file=sys.stderr)  # noqa: T201
     return 2
+
+
+def _with_notes(error: BaseException) -> str:
+    """Return the message of an error with its notes; of a note that repeats it, only the rank and the phase."""
+    text = str(error)
+    places: list[str] = []
+    notes: list[str] = []
+    repeated = f": {type(error).__name__}: {' '.join(text.split())}"
+    for note in getattr(error, "__notes__", ()):
+        if note.endswith(repeated):
+            places.append(f" ({note.removesuffix(repeated)})")
+        else:
+            notes.append(note)
+    return "\n".join((text + "".join(places), *notes))
 
 
 def _user_error(error: BaseException | None) -> BaseException | None:

@@ -78,7 +78,7 @@ _LEARNING = (
 _GENERATION = (Option("--model.generated_tokens", "N", "tokens to add; also --model.temperature, --model.top_k"),)
 _DATA = (
     Option("--data", "CLASS", "lightning_longnet.ByteData, TokenFileData, HubData, LongRangeData, ..."),
-    Option("--data.tokens", "N", "tokens of a sequence"),
+    Option("--data.tokens", "N", "tokens of a sequence, such as 65536, 64k or 1M (1,048,576)"),
     Option("--data.batch_size", "N", "sequences of a batch, for each group of ranks that share them"),
     Option("--data.paths", "[PATH,...]", "of ByteData: files and folders; also --data.pattern, --data.megabytes"),
 )

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a command that reads texts with a model."""
-    parser.add_argument("paths", nargs="+", metavar="FILE", help="files and folders of text in UTF-8")
+    parser.add_argument("paths", nargs="+", metavar="FILE", help="files and folders of text, read in this order")
     parser.add_argument("--checkpoint", required=True, help="a checkpoint, or a folder that `longnet export` wrote")
     parser.add_argument("--pattern", default="*.txt", help="files that are read in folders; *.txt by default")
     parser.add_argument(
@@ -56,17 +56,19 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the embeddings with a progress bar, and print the result."""
+    from lightning_longnet.cli.counts import counted
     from lightning_longnet.cli.progress import bar
     from lightning_longnet.data.paths import found_files
     from lightning_longnet.data.texts import texts_of
     from lightning_longnet.evaluation.embedding import EmbeddingOptions, embed_files
     from lightning_longnet.evaluation.loading import loaded
 
-    files = found_files("FILE", arguments.paths, arguments.pattern)
+    files = found_files("FILE", arguments.paths, arguments.pattern, is_sorted=False)
     source = loaded(arguments.checkpoint, arguments.tokenizer, arguments.dtype, arguments.device)
     texts = texts_of(files, source.tokenizer, 1)
     options = EmbeddingOptions(arguments.pooling, arguments.format)
     total = sum(text.size for text in texts)
-    with bar(total, f"{len(texts):,} files", "B", unit_scale=True, leave=True, delay=0) as shown:
+    with bar(total, counted(len(texts), "file"), "B", unit_scale=True, leave=True, delay=0) as shown:
         tokens = embed_files(source, texts, Path(arguments.out), options, shown.update)
-    print(f"{arguments.out}: {len(texts):,} texts of {tokens:,} tokens, {source.model.config.dim} values a row")  # noqa: T201
+    found = f"{counted(len(texts), 'text')} of {counted(tokens, 'token')}"
+    print(f"{arguments.out}: {found}, {source.model.config.dim} values a row")  # noqa: T201

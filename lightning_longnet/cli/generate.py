@@ -6,6 +6,8 @@ import sys
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from lightning_longnet.cli.counts import token_count
+
 if TYPE_CHECKING:
     import argparse
 
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", default="\n", help="the text to continue; a newline by default")
     parser.add_argument("--prompt-file", help="a file that holds the prompt; - is the standard input")
     parser.add_argument("--chat", action="store_true", help="answer each line that is typed on a terminal")
-    parser.add_argument("--tokens", type=int, default=200, help="number of tokens to add, or of an answer (200)")
+    parser.add_argument("--tokens", type=token_count, default=200, help="tokens to add, or of an answer (200)")
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="divisor of the logits; 0 takes the likeliest (0.8)"
     )

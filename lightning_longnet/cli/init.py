@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     width = max(map(len, commands))
     steps += [f"{command:<{width}}  # {purpose}" for command, purpose in commands.items()]
-    print("\n".join([str(target), "next: " + "\n      ".join(steps)]))  # noqa: T201
+    print("\n".join([f"Wrote {target}.", "Next:", *(f"  {step}" for step in steps)]))  # noqa: T201
 
 
 def content() -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING, Any
 
+from lightning_longnet.cli.counts import plain_counts, token_count
+
 if TYPE_CHECKING:
+    import argparse
+
     from lightning_longnet.planning.devices import Device
 
 DESCRIPTION = """Predict the memory, messages and time of a run, and the longest sequence that fits, before any launch.
@@ -27,10 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", action="append", default=[], help="a file of longnet fit; later ones override earlier ones"
     )
-    parser.add_argument("--nodes", type=_whole, help="number of machines; by default that of the file")
-    parser.add_argument("--gpus-per-node", type=_whole, help="devices of each machine; by default those of the file")
-    parser.add_argument("--tokens", type=_whole, help="tokens of a sequence; by default those of the file's data")
-    parser.add_argument("--device", default="h200", help="h200 (by default), h100, a100, ..., cpu")
+    parser.add_argument("--nodes", type=int, help="number of machines; by default that of the file")
+    parser.add_argument("--gpus-per-node", type=int, help="devices of each machine; by default those of the file")
+    parser.add_argument(
+        "--tokens",
+        type=token_count,
+        help="tokens of a sequence, such as 64k (65,536) or 1M (1,048,576); by default those of the data",
+    )
+    parser.add_argument("--device", default="h200", help="h200 (by default), h100, a100, rtx 4090, ..., cpu")
     parser.add_argument("--memory-gib", type=float, help="memory of a device, instead of the data sheet's")
     parser.add_argument("--peak-tflops", type=float, help="peak of a device, instead of the data sheet's")
     parser.add_argument("--link-gbps", type=float, help="gigabits a second between devices")
@@ -40,21 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--picture", metavar="PNG", help="write a picture (needs the extra plots)")
     parser.add_argument("--scale", action="store_true", help="8K to 1B tokens, at a constant number of tokens a device")
-
-
-def _whole(text: str) -> int:
-    """Return a whole number, which may be written as 1e6."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not value.is_integer():
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
-    return int(value)
 
 
 def _check_picture(path: str) -> None:
@@ -103,8 +95,8 @@ def run(arguments: argparse.Namespace) -> None:
     from lightning_longnet.cli.progress import steps
     from lightning_longnet.planning.run import plan_run
 
-    words = [word for path in arguments.config for word in ("--config", path)]
-    job = read_job([*words, *arguments.overrides], arguments.nodes, arguments.gpus_per_node, arguments.tokens)
+    words = [word for path in arguments.config for word in ("--config", path)] + plain_counts(arguments.overrides)
+    job = read_job(words, arguments.nodes, arguments.gpus_per_node, arguments.tokens)
     with steps("planning") as report:
         plan = plan_run(job, device, peak, report)
     print(json.dumps(plan.to_dict(), indent=1) if arguments.json else plan)  # noqa: T201

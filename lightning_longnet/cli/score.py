@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Score the files with a progress bar."""
+    from lightning_longnet.cli.counts import counted
     from lightning_longnet.cli.progress import bar
     from lightning_longnet.data.paths import found_files
     from lightning_longnet.data.texts import texts_of
@@ -46,14 +47,14 @@ def run(arguments: argparse.Namespace) -> None:
     from lightning_longnet.evaluation.score_files import ScoreOptions, score_files
     from lightning_longnet.evaluation.scoring import check_scorable
 
-    files = found_files("FILE", arguments.paths, arguments.pattern)
+    files = found_files("FILE", arguments.paths, arguments.pattern, is_sorted=False)
     source = loaded(arguments.checkpoint, arguments.tokenizer, arguments.dtype, arguments.device)
     check_scorable(source.model)
     texts = texts_of(files, source.tokenizer, 2)
     out, plot = (None if path is None else Path(path) for path in (arguments.out, arguments.plot))
     options = ScoreOptions(arguments.documents, out, plot)
     total = sum(text.size for text in texts)
-    with bar(total, f"{len(texts):,} files", "B", unit_scale=True, leave=True, delay=0) as shown:
+    with bar(total, counted(len(texts), "file"), "B", unit_scale=True, leave=True, delay=0) as shown:
 
         def show(line: str) -> None:
             shown.clear()

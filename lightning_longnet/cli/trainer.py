@@ -24,9 +24,11 @@ import lightning_longnet.data
 import lightning_longnet.training.module
 import lightning_longnet.training.vision_module  # noqa: F401  short names in YAML are those of classes that are loaded
 from lightning_longnet.callbacks import PredictedTexts
+from lightning_longnet.checkpointing.comparison import message_of
 from lightning_longnet.checkpointing.index import missing
 from lightning_longnet.checkpointing.restricted import check_folder, refusal
 from lightning_longnet.cli.classes import class_of
+from lightning_longnet.cli.counts import plain_counts
 from lightning_longnet.cli.given import config_files, content
 from lightning_longnet.cli.mistakes import explained
 from lightning_longnet.cli.nearest import nearest
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 # where Lightning checks the arguments of a Trainer
 _READS_ARGUMENTS = ("lightning/pytorch/trainer/connectors/", "lightning/fabric/accelerators/")
 _MIGRATES = "lightning/pytorch/utilities/migration/"  # where it looks at a checkpoint first
+_MISFIT = "Error(s) in loading state_dict for"  # begins what torch says of weights that do not fit a module
+_LONGEST = 400  # characters of it that are shown
 
 
 class SavedConfig(SaveConfigCallback):
@@ -122,6 +126,12 @@ class TrainerCLI(LightningCLI):
             setattr(strategy, "load_checkpoint", partial(_load_checked, strategy.load_checkpoint))  # noqa: B010
         try:
             super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if not str(error).startswith(_MISFIT):
+                raise
+            differences = [" ".join(line.split()).rstrip(".") for line in str(error).splitlines()[1:]]
+            path = self.config[subcommand].get("ckpt_path")
+            raise ValueError(message_of(path, "; ".join(filter(None, differences))[:_LONGEST])) from error
         except (pickle.UnpicklingError, TypeError) as error:
             path, last = self.config[subcommand].get("ckpt_path"), traceback.extract_tb(error.__traceback__)[-1]
             if isinstance(error, pickle.UnpicklingError):  # torch advises to load the file as code
@@ -233,6 +243,9 @@ def run_trainer(arguments: Sequence[str]) -> TrainerCLI:
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # Lightning's use of what torch 2.13 calls by another name
     # Lightning warns of arguments that are those of the process, and reads these itself where args is None
     is_own = list(arguments) == sys.argv[1:]
+    arguments = plain_counts(list(arguments))
+    if is_own:
+        sys.argv[1:] = arguments
     try:
         return TrainerCLI(
             arguments,

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def found_files(name: str, paths: Sequence[str | Path], pattern: str, without: Sequence[str] = ()) -> list[Path]:
-    """Return the files among `paths` and the files in their folders that match a pattern, sorted, each once.
+def found_files(
+    name: str, paths: Sequence[str | Path], pattern: str, without: Sequence[str] = (), *, is_sorted: bool = True
+) -> list[Path]:
+    """Return the files among `paths` and the files in their folders that match a pattern, each once.
 
     A file that is reached by several paths, through links or repeated arguments, is listed under the first of them.
     Listed twice, it could be both in the training and in the validation data.
@@ -22,8 +24,9 @@ def found_files(name: str, paths: Sequence[str | Path], pattern: str, without: S
         paths: files and folders; folders are searched with their subfolders.
         pattern: pattern of file names in folders, such as "*.txt".
         without: names of subfolders that are skipped; hidden ones always are.
+        is_sorted: whether all files are sorted by path; else only those of each folder are, in the order of `paths`.
     """
-    collected: set[Path] = set()
+    collected: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"{name} must be files or folders that are there, {path} is not")
@@ -31,11 +34,11 @@ def found_files(name: str, paths: Sequence[str | Path], pattern: str, without: S
             inside = set(_in_folder(path, pattern, without))
             if not inside:
                 raise ValueError(f"{name} must hold files like {pattern!r}, found none in the folder {path}")
-            collected |= inside
+            collected += sorted(inside)
         else:
-            collected.add(path)
+            collected.append(path)
     by_target: dict[Path, Path] = {}
-    for path in sorted(collected):
+    for path in sorted(collected) if is_sorted else collected:
         by_target.setdefault(path.resolve(), path)
     files = list(by_target.values())
     if not any(path.stat().st_size for path in files):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 from lightning_longnet.data.texts import TokenReader, check_tokens, regrouped
 from lightning_longnet.evaluation.journal import Journal
 from lightning_longnet.evaluation.state_files import StateFile, need_h5py, write_hdf5
-from lightning_longnet.evaluation.stream import TextStates, block_tokens
+from lightning_longnet.evaluation.stream import TextStates, block_tokens, one_text
 from lightning_longnet.models.embedding import Pooling, check_pooling, wide
 
 if TYPE_CHECKING:
@@ -139,15 +139,17 @@ def state_blocks(source: Loaded, text: Text, advance: Callable[[float], object])
     reader = TokenReader(text, source.tokenizer, model.config.vocab_size)
     states = TextStates(model)
     done = 0.0
-    for ids in regrouped(reader, block_tokens(model.config)):
-        share = len(ids) * reader.bytes / reader.tokens
-        if states.cache is None:
-            with _by_layer(model, share, advance):
+    with one_text(model):
+        for ids in regrouped(reader, block_tokens(model.config)):
+            share = len(ids) * reader.bytes / reader.tokens
+            if states.cache is None:
+                with _by_layer(model, share, advance):
+                    yield states.encode(ids)
+            else:
                 yield states.encode(ids)
-        else:
-            yield states.encode(ids)
-            advance(share)
-        done += share
+                advance(share)
+            done += share
+    model._warn_of_reach(reader.tokens)
     advance(text.size - done)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_longnet.data.texts import TokenReader, check_tokens, regrouped
 from lightning_longnet.evaluation.curve import LossCurve
-from lightning_longnet.evaluation.stream import TextStates, block_tokens
+from lightning_longnet.evaluation.stream import TextStates, block_tokens, one_text
 from lightning_longnet.models.embedding import wide
 
 if TYPE_CHECKING:
@@ -32,12 +32,14 @@ class Score:
         predicted: number of tokens that were predicted: all but the first of each document.
         loss_sum: the sum of their losses, in nats.
         curve: their mean losses by their position in the document.
+        longest: number of tokens of the longest document with a predicted token.
     """
 
     tokens: int = 0
     predicted: int = 0
     loss_sum: float = 0.0
     curve: LossCurve = field(default_factory=LossCurve)
+    longest: int = 0
 
     def add(self, tokens: int, positions: Tensor, losses: Tensor) -> None:
         """Count so many tokens, of which those at `positions` in their documents were predicted with these losses."""
@@ -45,6 +47,8 @@ class Score:
         self.predicted += len(losses)
         self.loss_sum += float(losses.sum(dtype=torch.float64))
         self.curve.add(positions, losses)
+        if len(positions):
+            self.longest = max(self.longest, int(positions.max()) + 1)
 
     def state(self) -> dict[str, Any]:
         """Return plain values of which `Score.of` makes an equal score."""
@@ -105,14 +109,16 @@ def score_text(
         score, begin, skipped = Score.of(sums["score"]), sums["begin"], sums["blocks"]
     reader = TokenReader(text, source.tokenizer, model.config.vocab_size)
     blocks = _with_following(regrouped(reader, block_tokens(model.config)))
-    for number, (ids, following) in enumerate(blocks):
-        share = len(ids) * reader.bytes / reader.tokens
-        if number >= skipped:
-            begin = _add_block(score, states, ids, following, begin)
-            if half is not None:
-                half.save(states, {"blocks": number + 1, "score": score.state(), "begin": begin})
-        advance(share)
-        done += share
+    with one_text(model):
+        for number, (ids, following) in enumerate(blocks):
+            share = len(ids) * reader.bytes / reader.tokens
+            if number >= skipped:
+                begin = _add_block(score, states, ids, following, begin)
+                if half is not None:
+                    half.save(states, {"blocks": number + 1, "score": score.state(), "begin": begin})
+            advance(share)
+            done += share
+    model._warn_of_reach(score.longest if has_documents else score.tokens)
     advance(text.size - done)
     check_tokens(text, score.tokens, 2)
     if not score.predicted:

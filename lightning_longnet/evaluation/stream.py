@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import contextmanager
 from math import lcm
 from typing import TYPE_CHECKING
 
@@ -59,6 +61,19 @@ class TextStates:
         if self.separator is not None:
             self.documents += int((ids == self.separator).sum())
         return states
+
+
+@contextmanager
+def one_text(model: LongNet) -> Iterator[None]:
+    """Read the blocks of a text without a warning of what the patterns reach.
+
+    A block does not know the length of the text, for which the caller warns afterwards.
+    """
+    checked, model._checked_length = model._checked_length, sys.maxsize
+    try:
+        yield
+    finally:
+        model._checked_length = checked
 
 
 @torch.no_grad()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +14,12 @@ from lightning_longnet.huggingface.adapters import add_adapters, merge_adapters
 from lightning_longnet.huggingface.models import config_of, created, loaded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
+
+_RUN = ".longnet_run.json"  # names the run that wrote a folder, and the files that it wrote
 
 
 def save_weights(
@@ -23,21 +28,71 @@ def save_weights(
     weights: Mapping[str, Tensor],
     lora: Mapping[str, Any] | None = None,
     generation: Any = None,
+    run: str | None = None,
 ) -> None:
     """Write a folder that transformers reads without this package: weights in safetensors, and the configuration.
 
     Args:
-        folder: a folder that is empty or does not exist.
+        folder: a folder that is empty or does not exist, or that the same run wrote, which is then replaced at once.
         config: the configuration of the model.
         weights: whole weights by their names in the model, those of adapters included.
         lora: the adapters, which are merged into the weights.
         generation: the `generation_config` of the model.
+        run: the name of the run that trained the model, which may replace the folder later.
     """
-    check_folder(folder)
+    check_folder(folder, run)
     model = model_with(config, weights, lora)
     if generation is not None:
         model.generation_config = generation
-    model.save_pretrained(folder)
+    if run is None:
+        model.save_pretrained(folder)
+    else:
+        _write_whole(Path(folder), run, model.save_pretrained)
+
+
+def _write_whole(folder: Path, run: str, write: Callable[[Path], object]) -> None:
+    """Write a folder beside its place with the name of the run, and put it there when it is whole.
+
+    What others have added to a folder that is replaced, such as a tokenizer, is kept.
+    """
+    final = folder.resolve()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".part", dir=final.parent))
+    former = unfinished.with_suffix(".replaced")
+    try:
+        content = unfinished / final.name
+        content.mkdir()
+        write(content)
+        written = sorted(path.name for path in content.iterdir())
+        (content / _RUN).write_text(json.dumps({"run": run, "files": written}) + "\n")
+        if not final.is_dir():
+            content.rename(final)
+            return
+        known = {_RUN, *_wrote(final).get("files", ())}
+        for path in final.iterdir():
+            if path.name not in known and not (content / path.name).exists():
+                (shutil.copytree if path.is_dir() else shutil.copy2)(path, content / path.name)
+        final.rename(former)
+        content.rename(final)
+    finally:
+        if former.exists():
+            if not final.exists():
+                former.rename(final)
+            else:
+                shutil.rmtree(former)
+        shutil.rmtree(unfinished)
+
+
+def _wrote(folder: Path) -> dict[str, Any]:
+    """Return what the file of the run that wrote a folder says; an empty dictionary where there is none."""
+    path = folder / _RUN
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def is_decoder(hyper_parameters: Mapping[str, Any]) -> bool:
@@ -63,11 +118,13 @@ def saved_decoder(state: Mapping[str, Tensor], hyper_parameters: Mapping[str, An
     return model_with(config, whole, lora)
 
 
-def check_folder(folder: str | Path) -> None:
-    """Raise a ValueError where a folder holds something already."""
+def check_folder(folder: str | Path, run: str | None = None) -> None:
+    """Raise a ValueError where a folder holds something already that the run of this name did not write."""
     path = Path(folder)
+    if path.is_dir() and run is not None and _wrote(path).get("run") == run:
+        return
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"folder must be new or empty, got {path}")
+        raise ValueError(f"folder must be new or empty{', or written by this run' if run else ''}, got {path}")
 
 
 def model_with(

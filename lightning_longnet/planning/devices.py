@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -127,16 +129,26 @@ class Device:
 
 
 def named(name: str) -> Device:
-    """Return the device of a name, in any case; "cpu" is this machine's."""
-    if name.lower() == "cpu":
+    """Return the device of a name, in any case and with or without spaces; "cpu" is this machine's."""
+    wanted = _plain(name)
+    if wanted == "cpu":
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         return _made("cpu", (memory, _CPU_BANDWIDTH, _LOOPBACK, _LOOPBACK), _CPU, overlaps=False)
     for sheet in _SHEETS:
-        if sheet.links is not None and sheet.name.lower() == name.lower().replace("_", " "):
+        if sheet.links is not None and _plain(sheet.name) == wanted:
             links, shares = [each * GB for each in sheet.links], measured_shares(sheet.name) or _ASSUMED
             return _made(sheet.name, links, shares, overlaps=True)
-    names = ", ".join(["cpu", *(sheet.name.lower() for sheet in _SHEETS if sheet.links is not None)])
-    raise ValueError(f"device must be one of {names}, got {name!r}")
+    names = ["cpu", *(sheet.name.lower() for sheet in _SHEETS if sheet.links is not None)]
+    near = get_close_matches(wanted, [_plain(each) for each in names], 3, 0.5)
+    nearest = [each for each in names if _plain(each) in near]
+    question = f"; the nearest are {', '.join(nearest)}" if nearest else ""
+    advice = "for another device name a near one, with --memory-gib, --peak-tflops and --link-gbps"
+    raise ValueError(f"device must be one of {', '.join(names)}, got {name!r}{question}; {advice}")
+
+
+def _plain(name: str) -> str:
+    """Return a name without its maker, spaces and dashes, in lower case."""
+    return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())
 
 
 def _made(name: str, links: Sequence[float], shares: Shares, overlaps: bool) -> Device:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable  # noqa: TC003  the command line evaluates annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from uuid import uuid4
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer  # noqa: TC002
 
+from lightning_longnet.checkpointing.comparison import message_of
 from lightning_longnet.huggingface.adapters import adapter_state, add_adapters, base_digest
 from lightning_longnet.huggingface.batches import fault_of_batch, named_as_ours
 from lightning_longnet.huggingface.head import OutputHead
@@ -40,6 +43,7 @@ _OF_THE_WEIGHTS = (
     *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_theta", "rope_parameters"),
     *("layer_types", "sliding_window", "tie_word_embeddings", "num_experts", "num_local_experts"),
 )
+_RUN = "export_run"  # the entry of a checkpoint that names the run, which may replace its own exports
 _ADAPTED = "lora_base"  # the entry of a checkpoint that names the frozen weights, which it does not hold
 
 
@@ -115,6 +119,7 @@ class CausalLMModule(TokenModule):
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
         self.generated_tokens = generated_tokens
         self.model = model_of(Source(model, name, config, overrides), attention, dtype)
+        self._run = uuid4().hex
         self.name = name or getattr(self.model, "name_or_path", None) or None
         self.used_cache = getattr(self.model.config, "use_cache", True)  # what an exported configuration says
         self.model.config.use_cache = False
@@ -269,12 +274,15 @@ class CausalLMModule(TokenModule):
         return super().load_state_dict(state_dict, False, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the frozen weights, which a checkpoint of adapters does not hold."""
+        """Name the run, and the frozen weights, which a checkpoint of adapters does not hold."""
+        checkpoint[_RUN] = self._run
         if self.lora is not None:
             checkpoint[_ADAPTED] = self._base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, or of adapters for other weights."""
+        """Refuse a checkpoint of another model, or of adapters for other weights; go on with its run."""
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._run = checkpoint.get(_RUN, self._run)
         saved = checkpoint.get("hyper_parameters", {})
         if (saved.get("lora") is None) != (self.lora is None):
             raise ValueError(f"the checkpoint's model has lora {saved.get('lora')}, and this one {self.lora}")
@@ -286,18 +294,23 @@ class CausalLMModule(TokenModule):
             return
         for name in _OF_THE_WEIGHTS:
             if name in known and known[name] != own.get(name):
-                raise ValueError(f"the checkpoint's model has {name} {known[name]}, and this one has {own.get(name)}")
+                difference = f"the checkpoint's model has {name} {known[name]}, and this one has {own.get(name)}"
+                path = getattr(self._trainer, "ckpt_path", None)
+                raise ValueError(difference if path is None else message_of(path, difference))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model as a folder that transformers reads without this package, adapters merged.
 
-        All ranks call it together, in a callback such as `on_train_end`, or after a run; the first one writes.
+        All ranks call it together, in a callback such as `on_train_end`, or after a run; the first one writes.  The
+        folder must be new or empty, or written by this run, also before it was resumed: it is then replaced at once,
+        and what others have added to it is kept.
         """
         trainer = self._trainer
         whole = getattr(getattr(trainer, "strategy", None), "_whole_parameter", None) or torch.Tensor.detach
+        run = None if trainer is None else self._run
         if trainer is None:
             check_folder(folder)
-        elif fault := fault_of_rank_zero(trainer.strategy, lambda: fault_of(lambda: check_folder(folder))):
+        elif fault := fault_of_rank_zero(trainer.strategy, lambda: fault_of(lambda: check_folder(folder, run))):
             raise ValueError(fault)
         is_first = trainer is None or trainer.is_global_zero
         weights = {}
@@ -311,7 +324,7 @@ class CausalLMModule(TokenModule):
             self.model.config.use_cache = self.used_cache
             try:
                 generation = getattr(self.model, "generation_config", None)
-                save_weights(folder, self.model.config, weights, self.lora, generation)
+                save_weights(folder, self.model.config, weights, self.lora, generation, run)
             finally:
                 self.model.config.use_cache = False
         if trainer is not None:

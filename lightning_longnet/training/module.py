@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer  # noqa: TC002
 
 from lightning_longnet.checkpointing.checkpoints import read_checkpoint
+from lightning_longnet.checkpointing.comparison import message_of
 from lightning_longnet.checkpointing.exports import config_of, model_of
 from lightning_longnet.models.embedding import embed
 from lightning_longnet.models.generation import generate
@@ -163,4 +164,6 @@ class LongNetModule(TokenModule):
         known["kv_heads"], own["kv_heads"] = known["kv_heads"] or known["heads"], own["kv_heads"] or own["heads"]
         for name in _FIELDS_OF_THE_WEIGHTS:
             if name in known and known[name] != own[name]:
-                raise ValueError(f"the checkpoint's model has {name} {known[name]}, and config.{name} is {own[name]}")
+                difference = f"the checkpoint's model has {name} {known[name]}, and config.{name} is {own[name]}"
+                path = getattr(self._trainer, "ckpt_path", None)
+                raise ValueError(difference if path is None else message_of(path, difference))

@@ -390,14 +390,14 @@ def test_explain_says_who_runs_and_why_others_do_not():
     assert [line.split()[0] for line in told] == list(kernel_names())
     shown = {line.split()[0]: line.split(maxsplit=2)[1:] for line in told}
     for kernel in ("flash", "cudnn", "flash3", "flash4"):
-        assert shown[kernel] == ["refuses", "serves CUDA tensors, q is on cpu"]
+        assert shown[kernel] == ["refuses", "serves CUDA tensors, these are on cpu"]
     assert shown["sdpa"] == ["refuses", "needs v as wide as q and k, got 6 and 4"]
     assert [shown[kernel][0] for kernel in ("eager", "reference")] == ["runs", "could"]
     assert explain(q, q, q, Pattern.dense()).chosen == "sdpa"
     assert verdict(explain(q, q, q, Pattern.dense(), dropout=0.1), "sdpa").refusals == ("has no dropout",)
     assert explain(q, q, q, Pattern.dense(), kernel="reference").chosen == "reference"
     assert verdict(explain(*[q.to("meta")] * 3, Pattern.dense()), "sdpa").refusals == (
-        "serves CPU and CUDA tensors, q is on meta",
+        "serves CPU and CUDA tensors, these are on meta",
     )
 
 

@@ -174,6 +174,6 @@ def test_a_kernel_asked_for_by_name_gives_every_reason():
     request = Request("meta", torch.float8_e4m3fn, 9, 2, 64, 32, has_dropout=True)
     with pytest.raises(ValueError, match="kernel='sdpa'") as refused:
         select("sdpa", request)
-    reasons = ("q is on meta", "q is torch.float8_e4m3fn", "got 32 and 64", "no dropout", "Those that can: none")
+    reasons = ("these are on meta", "q is torch.float8_e4m3fn", "got 32 and 64", "no dropout", "Those that can: none")
     for reason in reasons:
         assert reason in str(refused.value)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_longnet.callbacks import MemoryMonitor, TokenThroughput, TrainingProgress
-from lightning_longnet.callbacks.progress import _short
+from lightning_longnet.callbacks.progress import _short, described
 
 
 class Tiny(L.LightningModule):
@@ -61,7 +61,7 @@ def test_a_file_has_a_line_for_each_logging_step(monkeypatch, tmp_path):
     assert not [line for line in lines if "\r" in line or "%|" in line]
     train = [line for line in lines if line.startswith("train ")]
     assert [line.split(",")[0] for line in train] == ["train 3/6", "train 6/6"]
-    for word in ("loss ", " bits/byte", " tokens/s", "MFU ", " GiB"):
+    for word in (" bits/byte", " tokens/s", "MFU ", " GiB"):
         assert word in train[0], train
     assert [line.split(",")[0] for line in lines if line.startswith(("check", "validate"))] == [
         "check 2/2",
@@ -78,6 +78,23 @@ def test_a_terminal_has_a_bar(monkeypatch, tmp_path):
     assert "6/6" in last
     assert "tokens/s" in last
     assert "val " in last
+
+
+class Shown:
+    """What `described` reads of a Trainer."""
+
+    callbacks = ()
+
+    def __init__(self, **figures):
+        self.callback_metrics = {name.replace("__", "/"): torch.tensor(x) for name, x in figures.items()}
+
+
+def test_the_figures_of_a_line_have_one_unit():
+    losses = {"train__loss": 3.5, "val__loss": 3.25}
+    shown = described(Shown(**losses, train__bits_per_byte=5.0, val__bits_per_byte=4.75))
+    assert shown == "train 5.000 bits/byte, val 4.750 bits/byte"
+    assert described(Shown(**losses)) == "train loss 3.500, val loss 3.250"
+    assert described(Shown(val_loss=2.0, loss=1.0)) == "train loss 1.000, val loss 2.000"
 
 
 def test_numbers_are_short():

@@ -1,6 +1,7 @@
 """What `longnet fit` does with a ckpt_path that is damaged or gone, and with a word for one."""
 
 import os
+import re
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from test_longnet import QUICKSTART, SMALL
 from lightning_longnet.supervision.record import RESUME
 
 OURS = "--trainer.strategy=ring_sequence_parallel_ddp"
+FSDP2 = "--trainer.strategy=ring_sequence_parallel"
 SAVED = [
     *("--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=run"),
     *("--trainer.callbacks.save_last=true", "--trainer.callbacks.save_top_k=-1"),
@@ -26,8 +28,9 @@ def fit(*words):
 def folder(tmp_path_factory):
     """A folder with a run of two steps."""
     path = tmp_path_factory.mktemp("paths")
-    ((status, _, errors),) = programs([fit(OURS, *SAVED)], path)
-    assert status == 0, errors
+    sharded = [*SAVED, "--trainer.callbacks.dirpath=sharded"]
+    for status, _, errors in programs([fit(OURS, *SAVED), fit(FSDP2, *sharded)], path):
+        assert status == 0, errors
     return path
 
 
@@ -53,6 +56,29 @@ def test_fit_without_a_good_checkpoint_ends_with_a_line(folder, tmp_path):
         assert status == 2
         assert errors.splitlines()[-1].startswith("longnet: error: ")
         assert said in errors.splitlines()[-1]
+
+
+OF_ANOTHER = {
+    "width of a folder": (FSDP2, "sharded", ["--model.config.dim=32"], r"has config\.dim 16, and this one 32;"),
+    "layers of a folder": (FSDP2, "sharded", ["--model.config.layers=2"], r"has config\.layers 1, and this one 2;"),
+    "width of a file": (FSDP2, "run", ["--model.config.dim=32"], r"has config\.dim 16, and this one 32;"),
+    "rotations": (OURS, "run", ["--model.config.rotary=xpos"], "has rotary rope, and config.rotary is xpos;"),
+}
+
+
+def test_a_checkpoint_of_another_model_is_named_in_a_line(folder, tmp_path):
+    commands = [
+        fit(strategy, f"--ckpt_path={folder / name / 'last.ckpt'}", *words)
+        for strategy, name, words, _ in OF_ANOTHER.values()
+    ]
+    for (status, _, errors), (_, name, _, said) in zip(programs(commands, tmp_path), OF_ANOTHER.values(), strict=True):
+        assert status == 2, errors
+        (line,) = [line for line in errors.splitlines() if line.startswith("longnet: error:")]
+        assert f"ckpt_path must be a checkpoint of this model, got {folder / name / 'last.ckpt'}: " in line
+        assert re.search(said, line), line
+        assert line.endswith(
+            "; give the model the values that the checkpoint has, or leave ckpt_path out to begin anew"
+        )
 
 
 @pytest.mark.long

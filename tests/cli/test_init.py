@@ -20,7 +20,9 @@ def test_a_configuration_is_written(tmp_path, capsys, monkeypatch):
     assert yaml.safe_load(written)["trainer"]["strategy"] == "ring_sequence_parallel"
     assert "configs/" not in written
     assert "\n#   longnet fit --config quickstart.yaml\n" in written
-    assert "cd 'a first/run'" in shown
+    assert shown.splitlines()[:3] == ["Wrote a first/run/quickstart.yaml.", "Next:", "  cd 'a first/run'"], (
+        "to be pasted"
+    )
     commands = re.findall(r"longnet (\w+)[^#\n]*", shown)
     assert len(commands) == 3
     assert set(commands) <= {"fit", *COMMANDS}

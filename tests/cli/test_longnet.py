@@ -71,7 +71,7 @@ MISTAKES = {
     "file for a folder": (["tokenize", "key.yaml", "--out=key.yaml"], "--out must be a folder, or a new name, got key"),
     "command": (["fitt"], r"no command 'fitt', did you mean fit\?; there are fit, validate"),
     "word of a command": (["generate"], r"longnet generate needs checkpoint: longnet generate last\.ckpt --prompt"),
-    "number": (["generate", "a.ckpt", "--tokens=many"], "argument --tokens: invalid int value: 'many'"),
+    "number": (["generate", "a.ckpt", "--tokens=many"], "argument --tokens: must be a whole number, got 'many'"),
     "option of a command": (["generate", "a.ckpt", "--promt=x"], r"no option --promt, did you mean --prompt\?"),
     "one word too many": (["report", "empty", "--no-images", "-x"], "no option -x"),
     "option of plan": (["plan", QUICKSTART, "--nods=3"], r"no option --nods, did you mean --nodes\?"),
@@ -119,6 +119,7 @@ MISTAKES = {
     "data": (["fit", QUICKSTART, *SMALL, "--data.paths=nowhere"], "paths must be files or folders that are there, now"),
     "empty": (["fit", QUICKSTART, *SMALL, "--data.paths=empty"], r"\*.py.* empty"),
     "length": (["fit", QUICKSTART, *SMALL, "--data.tokens=10000000"], "tokens must be .* got 10,000,000"),
+    "length with a suffix": (["fit", QUICKSTART, *SMALL, "--data.tokens", "16M"], "tokens must be .* got 16,777,216"),
     "vocabulary": (["fit", QUICKSTART, *SMALL, "--model.config.vocab_size=200"], "at least that of the data, 256, got"),
     "heads": (["fit", QUICKSTART, *SMALL, "--model.config.heads=3"], "heads must divide dim, got heads 3 and dim 16"),
     "endless": (["fit", QUICKSTART, *SMALL, "--trainer.max_steps=-1", "--trainer.max_epochs=-1"], "max_steps or max"),
@@ -227,6 +228,22 @@ def test_from_training_to_text(told):
     assert [row["sample"] for row in told["written"]] == [0, 1]
     assert all(len(row["text"].encode()) >= 301 for row in told["written"])
     assert told["version"][1].strip() == lightning_longnet.__version__
+
+
+def test_an_error_of_a_rank_is_told_once(monkeypatch, capsys):
+    error = ValueError("tokens must be\n more")
+    error.add_note("rank 1 of 2, in load of step 0: ValueError: tokens must be more")
+    error.add_note("rank 1 of 2, in load of step 0: ValueError: tokens must be more; before it, rank 0 of 2")
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr("lightning_longnet.cli.run_command", broken)
+    monkeypatch.setattr("lightning_longnet.cli._user_error", lambda found: found)
+    assert main(["generate"]) == 2
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert (first, second) == ("longnet: error: tokens must be", " more (rank 1 of 2, in load of step 0)")
+    assert third.endswith("; before it, rank 0 of 2")
 
 
 def test_a_fault_that_is_not_the_users_keeps_its_trace(monkeypatch):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lightning_longnet import LongNet, LongNetConfig, LongViT, LongViTConfig, Pattern, load_model
 from lightning_longnet.checkpointing.checkpoints import write_checkpoint
 from lightning_longnet.cli import main
+from lightning_longnet.evaluation import stream
 from lightning_longnet.evaluation.state_files import StateFile
 from lightning_longnet.models.embedding import embed
 
@@ -44,6 +45,19 @@ def command(folder, out, kind="encoder", *options):
 def wanted(folder, kind, pooling, dtype=torch.float32):
     net = load_model(folder / f"{kind}.ckpt").to(dtype)
     return [embed(net, torch.tensor([[*text.encode()]]), pooling)[0] for text in TEXTS.values()]
+
+
+def test_rows_have_the_order_of_the_command(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stream, "_BLOCK", 512)
+    names = [f"{folder}/texts/{name}" for name in ("03.txt", "00.txt")]
+    (tmp_path / "long.txt").write_text("word " * 260)
+    words = ["embed", *names, f"{tmp_path}/long.txt", *command(folder, tmp_path / "out.safetensors", "decoder")[2:]]
+    with pytest.warns(UserWarning, match=r"in a sequence of 1,300: make .* at least 1,300"):
+        assert main(words) == 0
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["files"]) == [*names, f"{tmp_path}/long.txt"]
+    assert main(["embed", names[0], *command(folder, tmp_path / "one.safetensors")[2:]]) == 0
+    assert "one.safetensors: 1 text of " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", PATTERNS)

@@ -53,6 +53,24 @@ def test_a_line_for_each_file(folder, tmp_path, capsys):
     assert f"{folder}/texts/3.txt" in page
 
 
+def test_files_are_scored_in_the_order_of_the_command(folder, capsys):
+    names = [f"{folder}/texts/{name}" for name in ("3.txt", "0.txt", "2.txt")]
+    assert main(["score", *names, *command(folder)[2:]]) == 0
+    assert [json.loads(line)["file"] for line in capsys.readouterr().out.splitlines()] == names
+    assert main(["score", names[0], *command(folder)[2:]]) == 0
+    assert "1 file: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--documents"]])
+def test_a_warning_of_gaps_has_the_length_of_the_text(folder, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(stream, "_BLOCK", 512)
+    (tmp_path / "long.txt").write_text("word " * 260)
+    words = ["score", f"{tmp_path}/long.txt", *command(folder)[2:], *options]
+    with pytest.warns(UserWarning, match=r"in a sequence of 1,300: make .* at least 1,300") as found:
+        assert main(words) == 0
+    assert len([each for each in found if "Nothing crosses" in str(each.message)]) == 1
+
+
 def test_a_plot_by_matplotlib(folder, tmp_path):
     assert (
         main([*command(folder)[:1], f"{folder}/texts/4.txt", *command(folder, "--plot", f"{tmp_path}/a.png")[2:]]) == 0

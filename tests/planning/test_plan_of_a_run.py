@@ -149,9 +149,12 @@ def test_an_exchange_that_cannot_be_had_is_refused_as_in_a_run():
 
 
 def test_devices_are_known_by_name():
-    assert named("RTX_4090") == named("rtx 4090")
-    with pytest.raises(ValueError, match=r"device must be one of cpu, b200, .*, got 'h900'"):
+    for name in ("RTX_4090", "rtx4090", "RTX-4090", "NVIDIA GeForce RTX 4090"):
+        assert named(name) == named("rtx 4090")
+    with pytest.raises(ValueError, match=r"device must be one of cpu, b200, .*, got 'h900'; the nearest are .*h100"):
         named("h900")
+    with pytest.raises(ValueError, match=r"got 'rtx5090'; the nearest are rtx 4090, rtx 3090; .* --peak-tflops"):
+        named("rtx5090")
 
 
 @pytest.mark.parametrize("tokens", [300, 4 * 128, 5 * 128, 6 * 128 + 30, 2000])

@@ -75,7 +75,7 @@ class ActivatedFlash:
     def refusals(self, request: Request) -> list[str]:
         """Return the reasons why the implementation cannot compute a call."""
         if request.device != "cuda":
-            return [f"serves CUDA tensors, q is on {request.device}"]
+            return [f"serves CUDA tensors, these are on {request.device}"]
         reasons = [*_absence(self.implementation, self.module), *fused.refusals(request)]
         if request.capability is not None and request.capability[0] not in self.majors:
             needed = " or ".join(f"{major}.x" for major in self.majors)

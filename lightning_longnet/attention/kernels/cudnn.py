@@ -37,7 +37,7 @@ def note(request: Request) -> str:
 def refusals(request: Request) -> list[str]:
     """Return the reasons why cuDNN cannot compute a call."""
     if request.device != "cuda":
-        return [f"serves CUDA tensors, q is on {request.device}"]
+        return [f"serves CUDA tensors, these are on {request.device}"]
     reasons = fused.refusals(request)
     if request.head_dim > WIDEST:
         reasons.append(f"needs a head_dim of {WIDEST} at most, got {request.head_dim}")

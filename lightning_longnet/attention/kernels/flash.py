@@ -30,7 +30,7 @@ def note(request: Request) -> str:
 def refusals(request: Request) -> list[str]:
     """Return the reasons why the package cannot compute a call."""
     if request.device != "cuda":
-        return [f"serves CUDA tensors, q is on {request.device}"]
+        return [f"serves CUDA tensors, these are on {request.device}"]
     reasons = [*_absence(), *fused.refusals(request)]
     if request.is_padded:
         reasons.append("has no padding masks")

@@ -18,7 +18,7 @@ def refusals(**changes):
 def test_what_is_refused_and_why():
     with emulated.device():
         assert refusals() == []
-        assert refusals(device="cpu") == ["serves CUDA tensors, q is on cpu"]
+        assert refusals(device="cpu") == ["serves CUDA tensors, these are on cpu"]
         assert refusals(dtype=torch.float32) == ["serves bfloat16 and float16, q is torch.float32"]
         assert refusals(head_dim=60, value_dim=60) == ["needs a head_dim that 8 divides, 256 at most, got 60"]
         assert refusals(head_dim=264, value_dim=264) == ["needs a head_dim that 8 divides, 256 at most, got 264"]
@@ -48,4 +48,4 @@ def test_the_package_cannot_be_imported(monkeypatch):
 
 def test_the_package_is_not_looked_up_for_a_cpu(monkeypatch):
     monkeypatch.setattr(flash, "find_spec", lambda _: pytest.fail("looked up"))
-    assert refusals(device="cpu") == ["serves CUDA tensors, q is on cpu"]
+    assert refusals(device="cpu") == ["serves CUDA tensors, these are on cpu"]

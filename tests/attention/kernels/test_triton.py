@@ -139,7 +139,7 @@ def test_says_what_it_does_not_serve():
     with pytest.raises(
         ValueError,
         match=r"kernel='triton' cannot serve this call: serves CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, "
-        r"q is on cpu\. Those that can: ",
+        r"these are on cpu\. Those that can: ",
     ):
         attend(q, q, q, pattern, kernel="triton")
 

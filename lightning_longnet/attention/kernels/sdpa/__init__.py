@@ -24,7 +24,7 @@ def refusals(request: Request) -> list[str]:
     """Return the reasons why torch's operators cannot compute a call."""
     reasons = []
     if request.device not in ("cpu", "cuda"):
-        reasons.append(f"serves CPU and CUDA tensors, q is on {request.device}")
+        reasons.append(f"serves CPU and CUDA tensors, these are on {request.device}")
     reasons += cuda.refusals(request) if request.device == "cuda" else cpu.refusals(request)
     if request.value_dim != request.head_dim:
         reasons.append(f"needs v as wide as q and k, got {request.value_dim} and {request.head_dim}")

@@ -44,7 +44,7 @@ def note(request: Request) -> str:
 def refusals(request: Request) -> list[str]:
     """Return the reasons why this kernel cannot compute a call."""
     if request.device != "cuda" and not (request.device == "cpu" and _is_interpreted()):
-        return [f"serves CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, q is on {request.device}"]
+        return [f"serves CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, these are on {request.device}"]
     reasons = []
     if request.device == "cuda" and torch.version.hip is not None:
         reasons.append("serves NVIDIA's CUDA, this torch is built for ROCm")

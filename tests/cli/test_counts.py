@@ -1,0 +1,31 @@
+"""Numbers of tokens as users write them."""
+
+import argparse
+
+import pytest
+
+from lightning_longnet.cli.counts import counted, plain_counts, token_count
+
+COUNTS = {"300": 300, "1_000": 1000, "1e6": 10**6, "64k": 65_536, "64K": 65_536, "1M": 2**20, "1.5M": 1_572_864,
+          "1B": 2**30, "2g": 2**31, "-3": -3}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", COUNTS)
+def test_a_suffix_is_a_power_of_1024(text):
+    assert token_count(text) == COUNTS[text]
+
+
+@pytest.mark.parametrize("text", ["1.5", "0.3k", "many", "k", "", "1 M", "1.2.3", "64kb"])
+def test_what_is_no_whole_number_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"must be a whole number, got .* 64k stands for 65,536"):
+        token_count(text)
+
+
+def test_options_of_the_trainers_commands_may_have_suffixes():
+    words = ["--data.tokens", "64k", "--data.init_args.tokens=1M", "--model.generated_tokens=2k", "--data.tokens=many"]
+    plain = ["--data.tokens", "65536", "--data.init_args.tokens=1048576", "--model.generated_tokens=2048"]
+    assert plain_counts([*words, "--trainer.max_time=2k"]) == [*plain, "--data.tokens=many", "--trainer.max_time=2k"]
+
+
+def test_a_single_thing_is_no_plural():
+    assert [counted(number, "file") for number in (1, 2, 2000)] == ["1 file", "2 files", "2,000 files"]
