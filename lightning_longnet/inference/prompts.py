@@ -15,20 +15,8 @@ def fault_of_prompts(batch: Any) -> str:
     """Return why the rows of a batch are no prompts that can be continued, or an empty string."""
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), torch.Tensor):
         return ""  # which the step refuses
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    if mask is not None and (fault := fault_of_mask(ids, mask)):
-        return fault
-    is_token = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
-    documents = batch.get("documents")
-    if documents is not None:
-        documents = documents.expand(ids.shape)
-        first = documents.gather(1, is_token.byte().argmax(1, keepdim=True))
-        if bool(((documents != first) & is_token).any()):
-            return "documents must be one in each row to be continued, got rows that hold several: give one a row"
-    positions = batch.get("positions", batch.get("position_ids"))
-    if positions is not None and bool(((positions != is_token.cumsum(1) - 1) & is_token).any()):
-        return "positions must count the tokens of each row from 0 where rows are continued: give one document a row"
-    return ""
+    mask = batch.get("attention_mask")
+    return "" if mask is None else fault_of_mask(batch["input_ids"], mask)
 
 
 def fault_of_mask(input_ids: Tensor, attention_mask: Tensor) -> str:

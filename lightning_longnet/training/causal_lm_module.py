@@ -220,7 +220,8 @@ class CausalLMModule(TokenModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the sequences of the batch continued by `generated_tokens` tokens, whole on every rank.
 
-        The batch holds `input_ids` (B, N), and `attention_mask` where rows have padding, on either side.
+        The batch holds `input_ids` (B, N), and `attention_mask` where rows have padding, on either side.  A row is one
+        text: `documents` and `positions` are not read.
         """
         context = sequence_context(self)
         if not context.is_split and (fault := fault_of_prompts(batch)):  # the strategy has asked for it before

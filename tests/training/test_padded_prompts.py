@@ -99,15 +99,6 @@ def test_prompts_that_padding_would_change_are_refused():
             net.generate(ids, 2, attention_mask=wrong)
 
 
-@pytest.mark.parametrize("net", ["llama", "LongNet"])
-def test_rows_of_several_documents_are_not_continued(net):
-    net = made(net) if net == "llama" else LongNetModule(CONFIG)
-    ids, packed = torch.randint(3, 61, (2, 8)), torch.arange(8).expand(2, -1)
-    for options in ({"documents": packed // 5}, {"positions": packed % 5}, {"position_ids": packed % 5}):
-        with pytest.raises(ValueError, match=r"give one (document )?a row"):
-            net.predict_step({"input_ids": ids, **options}, 0)
-
-
 CONFIG = LongNetConfig(Pattern.dilated((4, 16), (1, 2), is_causal=True), vocab_size=61, dim=16, layers=2, heads=4)
 
 
