@@ -47,12 +47,13 @@ class LongNetCache(Cache):
 
     Attributes:
         columns: the number of columns of the rows so far, padding included.
+        padded_columns: the number of columns up to the last call in which some row had padding.
         rows: the cache, or None before the first call.
     """
 
     def __init__(self, layers: int) -> None:
         super().__init__(layers=[LongNetCacheLayer(self) for _ in range(layers)])
-        self.columns = 0
+        self.columns = self.padded_columns = 0
         self.rows: DilatedCache | None = None
 
     def rows_of(self, model: LongNet, batch: int) -> DilatedCache:
@@ -62,7 +63,7 @@ class LongNetCache(Cache):
         return self.rows
 
     def reset(self) -> None:
-        self.columns, self.rows = 0, None
+        self.columns, self.padded_columns, self.rows = 0, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows of these beams."""
@@ -76,5 +77,19 @@ class LongNetCache(Cache):
         if self.rows is not None:
             self.rows.select(torch.arange(self.rows.batch).repeat_interleave(repeats))
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("a LongNetCache takes no tokens back: keys that no later token sees are not kept")
+    def crop(self, max_length: int) -> None:
+        """Drop the last columns of all rows, down to `max_length`; where it is negative, so many.
+
+        A ValueError says where rows of keys that are then seen are no longer kept; see `DilatedCache.rewind`.
+        """
+        length = max_length if max_length >= 0 else self.columns + max_length
+        if length >= self.columns:
+            return
+        if length < self.padded_columns:
+            raise ValueError(
+                f"max_length must be at least {self.padded_columns}, got {max_length}: rows have padding up to "
+                f"there, and the cache counts tokens"
+            )
+        assert self.rows is not None
+        self.rows.rewind(self.columns - length)
+        self.columns = length

@@ -162,6 +162,8 @@ class LongNetForCausalLM(PreTrainedModel, GenerationMixin):
         states: list[Tensor] | None = [] if output_hidden_states else None
         hidden = self.model.encode(x, attention_mask=mask, states=states, cache=rows)
         past.columns += x.shape[1]
+        if mask is not None and not bool((mask != 0).all()):
+            past.padded_columns = past.columns
         if states is not None and getattr(self.config, "tie_last_hidden_states", None) is not False:
             states[-1] = hidden  # after the last norm, as transformers has it
         if not isinstance(logits_to_keep, int):

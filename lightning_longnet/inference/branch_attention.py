@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # The largest number of scores that are held at a time
 SCORES = 2**23
+# The largest number of keys that are read at a time, so that many queries share them while they are in a core's cache
+KEYS = 2**13
 
 
 class NewRows(NamedTuple):
@@ -81,22 +83,25 @@ def _end_segment(new: NewRows, merged: Partial, kept: tuple[BranchRows, RowStore
     queries = new.q.unflatten(2, (new.k.shape[2], -1))[:, first:border:r, heads].to(compute) * scale
     target = Partial(merged.out[:, first:border:r, heads], merged.lse[:, first:border:r, heads])
     batch, rows, some_heads, group, width = queries.shape
-    tile = max(1, SCORES // (batch * some_heads * group * keys.shape[2]))
+    tile = max(1, SCORES // (batch * some_heads * group * min(KEYS, keys.shape[2])))
     if ring is not None:
         tile = min(tile, max(ring, 64))  # of more rows together, most scores would be outside of their windows
     for a in range(0, rows, tile):
         b = min(a + tile, rows)
         low = 0 if ring is None else max(0, seen + a - ring + 1)
         part = queries[:, a:b].permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, heads, G rows, D)
-        scores = (part @ keys[:, :, low : seen + b].transpose(-1, -2)).unflatten(2, (group, b - a))
-        at = torch.arange(a, b, device=keys.device)[:, None] + seen
-        others = torch.arange(low, seen + b, device=keys.device)
-        hidden = others > at
-        if ring is not None:
-            hidden |= at - others >= ring
-        scores = scores.masked_fill_(hidden, -inf)
-        lse = scores.logsumexp(-1, keepdim=True)
-        weights = (scores - lse).exp_().flatten(2, 3)
-        found = (weights @ values[:, :, low : seen + b]).view(batch, some_heads, group, b - a, width)
         partial = Partial(target.out[:, a:b], target.lse[:, a:b])
-        partial.add_(found.permute(0, 3, 1, 2, 4), lse.permute(0, 3, 1, 2, 4))
+        at = torch.arange(a, b, device=keys.device)[:, None] + seen
+        for c in range(low, seen + b, KEYS):
+            end = min(c + KEYS, seen + b)
+            scores = (part @ keys[:, :, c:end].transpose(-1, -2)).unflatten(2, (group, b - a))
+            if ring is not None or end > seen + a + 1:
+                others = torch.arange(c, end, device=keys.device)
+                hidden = others > at
+                if ring is not None:
+                    hidden |= at - others >= ring
+                scores = scores.masked_fill_(hidden, -inf)
+            lse = scores.logsumexp(-1, keepdim=True)
+            weights = scores.sub_(lse.masked_fill(lse == -inf, 0)).exp_().flatten(2, 3)  # 0 of rows that see none
+            found = (weights @ values[:, :, c:end]).view(batch, some_heads, group, b - a, width)
+            partial.add_(found.permute(0, 3, 1, 2, 4), lse.permute(0, 3, 1, 2, 4))

@@ -78,6 +78,22 @@ class BranchRows:
             found.append(count if window is None else min(count, (window - 1) // r))
         return found
 
+    def earliest(self, position: int) -> int:
+        """Return the position back to which the last tokens can be dropped, so that all rows before it are kept."""
+        place = self._place(position)
+        if self.branch.window is None:
+            return position - place
+        r = self.branch.dilation_rate
+        counts = [max(0, -(-(place - offset) // r)) for offset in self.offsets]
+        if max(counts) <= (self.capacity or 0):
+            return position - place  # no row took the place of another
+        rows = [offset + (count - 1) * r for offset, count in zip(self.offsets, counts, strict=True) if count]
+        return position - place + max(rows) + 1
+
+    def can_return(self, position: int, earlier: int) -> bool:
+        """Return whether the rows that queries from an earlier position on see are still kept before a position."""
+        return earlier >= self.earliest(position) or not any(self.seen_later(earlier))
+
     # The same for tensors
 
     def counts(self, positions: Tensor) -> Tensor:

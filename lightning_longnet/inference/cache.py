@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import lcm
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -145,6 +146,54 @@ class DilatedCache:
         if self._documents is not None:
             self._documents = self._documents[rows.to(self._documents.device)]
 
+    def rewind(self, tokens: int | Sequence[int]) -> None:
+        """Drop the last tokens of each text, as if they had never been computed.
+
+        A ValueError says where rows are no longer kept that tokens from there on see.  The rows of a segment are kept
+        up to its end, and those of a window until no later token sees them.
+
+        Args:
+            tokens: how many tokens to drop, of all texts or of each row of the batch.
+        """
+        self._check_whole()
+        given = tokens if isinstance(tokens, Sequence) else [tokens] * self.batch
+        if len(given) != self.batch or any(type(n) is not int or n < 0 for n in given):
+            raise ValueError(f"tokens must be 0 or more, or a list of {self.batch} such numbers, got {tokens!r}")
+        positions = tuple(p - n for p, n in zip(self._next, given, strict=True))
+        for row, (before, after) in enumerate(zip(self._next, positions, strict=True)):
+            if after < 0:
+                raise ValueError(f"tokens must be at most those of row {row}, {before}, got {given[row]}")
+            if before != after == 0 and self._documents is not None:
+                raise ValueError(
+                    f"tokens must be fewer than those of the last document of row {row}, {before}, got {given[row]}: "
+                    f"rows of the document before it are no longer kept. Keep a copy.deepcopy of the cache from then"
+                )
+            if not self._can_return(before, after):
+                raise ValueError(
+                    f"tokens must be at most {self.rewindable(row)} in row {row}, got {given[row]}: rows that tokens "
+                    f"from {after} on see are no longer kept, as their segment has ended or a window has passed them. "
+                    f"Keep a copy.deepcopy of the cache from before these tokens, or compute the text again"
+                )
+        self._next = positions
+
+    def rewindable(self, row: int = 0) -> int:
+        """Return how many of the last tokens of a row `rewind` can drop in any case.
+
+        It can also go back to where a segment begins in each branch that has fewer of its rows.
+        """
+        branches = (branch for pattern in set(self.patterns) for branch in rows_of(pattern, self.kv_heads))
+        earliest = max(branch.earliest(self._next[row]) for branch in branches)
+        return self._next[row] - max(earliest, 0 if self._documents is None else 1)
+
+    def _can_return(self, position: int, earlier: int) -> bool:
+        """Return whether the rows of all branches from before an earlier position are kept."""
+        branches = (branch for pattern in set(self.patterns) for branch in rows_of(pattern, self.kv_heads))
+        return position == earlier or all(branch.can_return(position, earlier) for branch in branches)
+
+    def _check_whole(self) -> None:
+        if not self._is_whole:
+            raise ValueError("cache must be whole: a step did not end, and some layers lack its tokens; take a new one")
+
     def state(self) -> CacheState:
         """Return the tensors of this cache, which share its memory, and plain values that say what they are."""
         tensors = {
@@ -183,8 +232,7 @@ class DilatedCache:
             counts: how many of them are not padding, which follows them; all by default.
             documents: (B, tokens) the id of each token's document, which begins where the id changes.
         """
-        if not self._is_whole:
-            raise ValueError("cache must be whole: a step did not end, and some layers lack its tokens; take a new one")
+        self._check_whole()
         if documents is not None and counts is not None:  # padding belongs to the document before it
             last = torch.tensor(counts, device=documents.device)[:, None] - 1
             own = documents.gather(1, torch.arange(tokens, device=documents.device).minimum(last.clamp(min=0)))

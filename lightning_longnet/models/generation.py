@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_longnet.inference.cache import LONG_STEP, refusal
+from lightning_longnet.inference.prompts import fault_of_mask
 from lightning_longnet.inference.sampling import Sampler, Sampling
 from lightning_longnet.layers.options import positive_integer
 from lightning_longnet.sequence.context import SequenceContext
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
     from lightning_longnet.inference.cache import DilatedCache
     from lightning_longnet.models.longnet import LongNet
+
+MASK_OF_PREFIX = (
+    "cache and attention_mask must be None where the whole prefix is computed for each token: where sequences are "
+    "split over ranks, where parameters are sharded, or where the model has no cache"
+)
 
 
 def generate(
@@ -89,10 +95,9 @@ def stream(
     context = context or SequenceContext()
     computes_prefix = context.sequence_parallel_size > 1 or not caches(model)
     if computes_prefix and (cache is not None or attention_mask is not None):
-        raise ValueError(
-            "cache and attention_mask must be None where the whole prefix is computed for each token: where sequences "
-            "are split over ranks, where parameters are sharded, or where the model has no cache"
-        )
+        raise ValueError(MASK_OF_PREFIX)
+    if attention_mask is not None and (fault := fault_of_mask(input_ids, attention_mask)):
+        raise ValueError(fault)
     sampler = Sampler(how, input_ids, None if attention_mask is None else attention_mask != 0)
     if computes_prefix:
         source: _Prefix | _Cached = _Prefix(model, context)

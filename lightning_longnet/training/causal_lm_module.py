@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable  # noqa: TC003  the command line evaluates annotations
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from uuid import uuid4
 
@@ -15,8 +15,10 @@ from lightning_longnet.huggingface.adapters import adapter_state, add_adapters, 
 from lightning_longnet.huggingface.batches import fault_of_batch, named_as_ours
 from lightning_longnet.huggingface.head import OutputHead
 from lightning_longnet.huggingface.models import Source, check_splits, model_of, need_transformers
+from lightning_longnet.huggingface.prompts import left_padded, padding_refusal
 from lightning_longnet.huggingface.saving import check_folder, save_weights
 from lightning_longnet.huggingface.vocabulary import check_vocabulary
+from lightning_longnet.inference.prompts import fault_of_mask, fault_of_prompts
 from lightning_longnet.layers.attending import places_of
 from lightning_longnet.layers.checkpointing import keep_attention
 from lightning_longnet.layers.loss import CHUNK_TOKENS
@@ -27,7 +29,6 @@ from lightning_longnet.sequence.agreement import fault_of, fault_of_rank_zero
 from lightning_longnet.training.token_module import TokenModule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -178,8 +179,12 @@ class CausalLMModule(TokenModule):
         return named_as_ours(batch)
 
     def batch_fault(self, batch: Any) -> str:
-        """Return why a batch would train something else than what its owner means, or an empty string."""
-        return fault_of_batch(batch)
+        """Return why a batch would do something else than what its owner means, or an empty string."""
+        if self._trainer is None or not self._trainer.predicting:
+            return fault_of_batch(batch)
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        is_padded = mask is not None and not bool(mask.all())
+        return fault_of_prompts(batch) or (padding_refusal(self.model) if is_padded else "")
 
     def check_vocabulary(self, data: Any) -> None:
         """Raise a ValueError where the tokens of a data module are not those of the model."""
@@ -218,18 +223,50 @@ class CausalLMModule(TokenModule):
     # Generation
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the sequences of the batch continued by `generated_tokens` tokens, whole on every rank."""
-        whole = sequence_context(self).gather_sequence(batch["input_ids"])
-        return self.generate(whole, self.generated_tokens, **self.sampling)
+        """Return the sequences of the batch continued by `generated_tokens` tokens, whole on every rank.
+
+        The batch holds `input_ids` (B, N), and `attention_mask` where rows have padding, on either side.  A row is one
+        text: `documents` and `positions` are not read.
+        """
+        context = sequence_context(self)
+        if not context.is_split and (fault := fault_of_prompts(batch)):  # the strategy has asked for it before
+            raise ValueError(fault)
+        whole = context.gather_sequence(batch["input_ids"])
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            mask = context.gather_sequence(mask)
+        return self.generate(whole, self.generated_tokens, attention_mask=mask, **self.sampling)
 
     @torch.no_grad()
     def generate(
-        self, input_ids: Tensor, tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
+        self,
+        input_ids: Tensor,
+        tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Return input_ids (B, N) continued by `tokens` tokens, by transformers' own `generate`, on whole sequences.
 
         Every rank computes the same; where parameters are sharded, all ranks call this together.
+
+        Args:
+            input_ids: (B, N), the same on all ranks that share sequences.
+            tokens: number of tokens to add.
+            temperature: divisor of the logits; 0 takes the most likely token.
+            top_k: samples from this many of the most likely tokens only.
+            seed: seed of the sampling.
+            attention_mask: (B, N), 0 where a row has padding, on either side; the new tokens follow the N columns.
+                The most likely tokens are those of each row alone.
         """
+        given = input_ids
+        if attention_mask is not None:
+            if fault := fault_of_mask(input_ids, attention_mask):
+                raise ValueError(fault)
+            given, attention_mask = left_padded(input_ids, attention_mask)
+            if not attention_mask.all() and (refusal := padding_refusal(self.model)):
+                raise ValueError(refusal)
         options: dict[str, Any] = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": temperature > 0}
         if temperature > 0:
             options |= {"temperature": temperature, "top_k": top_k}
@@ -240,12 +277,11 @@ class CausalLMModule(TokenModule):
             with sequence_context(self).whole(), torch.random.fork_rng(devices):
                 torch.manual_seed(seed)
                 model: Any = self.model
-                found: Tensor = model.generate(
-                    input_ids, attention_mask=torch.ones_like(input_ids), use_cache=self.used_cache, **options
-                )
+                mask = torch.ones_like(given) if attention_mask is None else attention_mask
+                found: Tensor = model.generate(given, attention_mask=mask, use_cache=self.used_cache, **options)
         finally:
             self.model.train(is_training)
-        return found
+        return torch.cat([input_ids, found[:, given.shape[1] :]], 1)
 
     # Checkpoints
 

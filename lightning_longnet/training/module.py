@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable  # noqa: TC003  the command line evaluates annotations
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path  # noqa: TC003
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,9 @@ from torch.optim import Optimizer  # noqa: TC002
 from lightning_longnet.checkpointing.checkpoints import read_checkpoint
 from lightning_longnet.checkpointing.comparison import message_of
 from lightning_longnet.checkpointing.exports import config_of, model_of
+from lightning_longnet.inference.prompts import fault_of_prompts
 from lightning_longnet.models.embedding import embed
-from lightning_longnet.models.generation import generate
+from lightning_longnet.models.generation import MASK_OF_PREFIX, caches, generate
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
 from lightning_longnet.sequence import sequence_context
 from lightning_longnet.training.token_module import TokenModule
@@ -117,10 +118,34 @@ class LongNetModule(TokenModule):
                 f"config.vocab_size must be at least that of the data, {vocabulary}, got {self.config.vocab_size}"
             )
 
+    def batch_fault(self, batch: Any) -> str:
+        """Return why the rows of a batch to `predict` cannot be continued, or an empty string.
+
+        Where sequences are split, the strategy asks for it, and all ranks raise together.
+        """
+        if self._trainer is None or not self._trainer.predicting:
+            return ""
+        if fault := fault_of_prompts(batch):
+            return fault
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        is_alone = sequence_context(self).sequence_parallel_size == 1 and caches(self.model)
+        return "" if mask is None or is_alone or bool(mask.all()) else MASK_OF_PREFIX
+
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the sequences of the batch continued by `generated_tokens` tokens, whole on every rank."""
-        whole = sequence_context(self).gather_sequence(batch["input_ids"])
-        return self.generate(whole, self.generated_tokens, **self.sampling)
+        """Return the sequences of the batch continued by `generated_tokens` tokens, whole on every rank.
+
+        The batch holds `input_ids` (B, N), and `attention_mask` where rows have padding, on either side.  A row is one
+        text: `documents` and `positions` are not read.
+        """
+        context = sequence_context(self)
+        if not context.is_split and (fault := fault_of_prompts(batch)):  # the strategy has asked for it before
+            raise ValueError(fault)
+        whole = context.gather_sequence(batch["input_ids"])
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            mask = context.gather_sequence(mask)
+            mask = None if bool(mask.all()) else mask
+        return self.generate(whole, self.generated_tokens, attention_mask=mask, **self.sampling)
 
     def generate(
         self,
@@ -129,6 +154,7 @@ class LongNetModule(TokenModule):
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 0,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Return input_ids (B, N) continued by `tokens` sampled tokens; see `generation.generate` for the arguments.
 
@@ -138,6 +164,7 @@ class LongNetModule(TokenModule):
             self.model,
             input_ids,
             tokens,
+            attention_mask=attention_mask,
             temperature=temperature,
             top_k=top_k,
             seed=seed,

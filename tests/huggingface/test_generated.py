@@ -108,6 +108,27 @@ def test_a_text_goes_on_from_its_cache():
     assert past.rows.nbytes < 2 * 2 * 64 * 2 * 2 * 2 * 4 * 8, "the rows of four segments of 64"
 
 
+def test_a_cache_is_cropped_where_its_rows_are_kept():
+    model, ids, mask = decoder(), tokens(2, 30), torch.ones(2, 30, dtype=torch.int64)
+    mask[1, :5] = 0
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask).logits
+        for columns, length in ((27, 25), (27, -2), (26, 40)):
+            past = LongNetCache(2)
+            model(ids[:, :25], attention_mask=mask[:, :25], past_key_values=past)
+            model(ids[:, 25:columns] + 1, past_key_values=past)  # others than those of the text
+            past.crop(length)
+            assert past.get_seq_length() == min(columns, 25 if length < 40 else 26)
+            if length < 40:
+                found = model(ids[:, 25:], past_key_values=past).logits
+                torch.testing.assert_close(found, wanted[:, 25:], rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="max_length must be at least 25, got 24: rows have padding"):
+            past.crop(24)
+        model(tokens(2, 200), past_key_values=past)
+        with pytest.raises(ValueError, match=r"tokens must be at most .* no longer kept"):
+            past.crop(40)
+
+
 def test_what_a_cache_cannot_do_is_refused():
     from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
@@ -122,8 +143,6 @@ def test_what_a_cache_cannot_do_is_refused():
             with pytest.raises(ValueError, match=message):
                 model(ids, past_key_values=past, **given)
         assert model(ids, past_key_values=past, position_ids=torch.arange(9, 18)[None], return_dict=False)[0].shape
-    with pytest.raises(ValueError, match="a LongNetCache takes no tokens back"):
-        past.crop(-1)
     with pytest.raises(ValueError, match="a LongNetCache must be of a LongNetForCausalLM"):
         past.update(ids, ids, 0)
     with pytest.raises(ValueError, match="a cache holds no gradients"):

@@ -65,6 +65,7 @@ def paths(by_branches):
         if by_branches:
             patch.setattr(layer, "BRANCH_TOKENS", 2)
             patch.setattr(branch_attention, "SCORES", 40)
+            patch.setattr(branch_attention, "KEYS", 3)
         yield
 
 

@@ -123,14 +123,18 @@ def fit(rank, world, dtype, sharding, sequence_parallel_size, options=None, fold
     return losses.losses, kept.parameters
 
 
-def predict(rank, world, sharding, sequence_parallel_size):
-    """Return the continuations of two batches, by the most likely tokens."""
+def predict(rank, world, sharding, sequence_parallel_size, is_padded=False):
+    """Return the continuations of two batches, by the most likely tokens; with padding on the left and the right."""
     from lightning_longnet.strategies import RingSequenceParallelStrategy
 
     with quiet():
         chosen = RingSequenceParallelStrategy(sequence_parallel_size, sharding) if world > 1 else "auto"
         net = module("float64", generated_tokens=4, temperature=0)
-        loader = DataLoader(rows(4), 2, collate_fn=collated)
+        given = rows(4)
+        for i, row in enumerate(given if is_padded else ()):
+            places = torch.arange(LENGTH)
+            row["attention_mask"] = ((places >= 7 * i) if i % 2 else (places < LENGTH - 5 * i)).long()
+        loader = DataLoader(given, 2, collate_fn=collated)
         return torch.cat(trainer_of(chosen, world).predict(net, loader))
 
 

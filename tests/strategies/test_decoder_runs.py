@@ -96,11 +96,11 @@ def options_of_module(options):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
-def test_predicted_texts_are_those_of_one_process(trainers, sharding):
-    (alone,) = trainers.run(1, predict, "ddp", 1)
+@pytest.mark.parametrize(("sharding", "is_padded"), [("ddp", False), ("fsdp2", False), ("fsdp2", True)])
+def test_predicted_texts_are_those_of_one_process(trainers, sharding, is_padded):
+    (alone,) = trainers.run(1, predict, "ddp", 1, is_padded)
     assert alone.shape == (4, 41)
-    for found in trainers.run(2, predict, sharding, 2):
+    for found in trainers.run(2, predict, sharding, 2, is_padded):
         assert found.tolist() == alone.tolist()
 
 
