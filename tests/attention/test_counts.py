@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from unittest.mock import patch
 
 import pytest
@@ -141,14 +142,29 @@ def packed_ids(batch, length, many, seed=0):
 
 
 def test_rows_of_other_documents_share_calls():
-    """Calls are as many as there are lengths of documents, not as many as rows."""
+    """Calls are at most as many as there are lengths of documents, not as many as rows."""
     one, many = packed_ids(1, 256, 64), packed_ids(33, 256, 64)
     counted = []
     for ids in (one, many):
         with counted_kernels() as counts:
             step(inputs(len(ids), 256), DENSE, documents=ids)
         counted.append(counts["forward"])
-    assert counted[1] <= 3 * counted[0]
+    lengths = documents.document_cuts(many, *many.shape)
+    assert counted[0] <= 5
+    assert counted[1] <= len({end - begin for cuts in lengths for begin, end in pairwise(cuts)})
+
+
+@pytest.mark.parametrize("pattern", [DENSE, LONGNET], ids=["dense", "dilated"])
+def test_a_thousand_documents_share_calls(pattern):
+    """Calls are at most as many as there are lengths, and not as many as lengths and heads."""
+    ids, threads = packed_ids(1, 16384, 1000), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with counted_kernels() as counts:
+            step(inputs(1, 16384, 8, 4), pattern, documents=ids)
+    finally:
+        torch.set_num_threads(threads)
+    assert counts["forward"] == counts["backward"] <= len(ids[0].bincount().unique()) == 74
 
 
 def test_a_layout_is_read_and_planned_once_for_all_layers():

@@ -12,6 +12,7 @@ from lightning_longnet.attention.kernels.accumulator import adoptable
 from lightning_longnet.attention.kernels.call import Call, DropoutMask, OrderMask
 from lightning_longnet.attention.kernels.partial import Partial
 from lightning_longnet.attention.plan.lattice import fold_rows, unfold_rows
+from lightning_longnet.attention.plan.padded import PaddedLattice
 from lightning_longnet.attention.plan.parts import part_segments
 
 if TYPE_CHECKING:
@@ -160,17 +161,20 @@ def backward_blocks(
     for part, call in _kernel_calls(parts, q, keys, options):
         queries = part.block.queries
         is_first = part.branch == 0
+        lse = fold_rows(queries, inputs.lse).squeeze(-1)
+        if isinstance(queries, PaddedLattice):
+            lse = queries.without_weight(lse)
         gradients = kernel.backward(
             fold_rows(queries, inputs.grad),
             fold_rows(queries, q),
             *keys.read(part),
             fold_rows(queries, inputs.outs[part.branch if len(inputs.outs) > 1 else 0]),
-            fold_rows(queries, inputs.lse).squeeze(-1),
+            lse,
             call,
         )
         dq.add(queries, gradients[0], part.block.weight, stores[0] and is_first)
         keys.add(part, *gradients[1:], stores[1] and is_first)
-        del gradients  # frees them before the next call allocates its own
+        del gradients, lse  # frees them before the next call allocates its own
 
 
 def _adopted(part: Part, q: Tensor, result: Partial) -> Partial | None:
@@ -235,8 +239,12 @@ def _kernel_calls(parts: Parts, q: Tensor, keys: Keys, options: PairOptions) -> 
     limit = q.shape[1] * q.shape[2]
     if q.numel() * wide.itemsize > WHOLE_BYTES:
         limit = int(limit * CALL_SHARE)
-    for whole in parts.bounded(limit, torch.get_num_threads()):
+    for whole in parts.bounded(limit, torch.get_num_threads(), joins=q.device.type == "cpu"):
         for part, padding in _split_by_padding(whole, keys.key_padding_mask(whole), q.shape[0]):
+            if isinstance(part.block.keys, PaddedLattice) and part.block.low is None:
+                # a causal mask hides the rows behind the last one from all before them
+                behind = part.block.keys.padding(q.device).repeat(q.shape[0], 1)[:, None]
+                padding = behind if padding is None else padding | behind
             mask = None
             if options.dropout is not None:
                 if words is None or branch != part.branch:

@@ -98,9 +98,20 @@ def weights(queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.d
     """
     every, query, key = repeats[-1]
     assert all(query % r.every == r.queries and key % r.every == r.keys for r in repeats)
-    table = _weight_table(queries, keys, tuple(repeat.every for repeat in repeats), dtype, device)
+    # one table serves all calls of about this size
+    rows, columns = (1 << (count - 1).bit_length() for count in (queries, keys))
+    table = _weight_table(rows, columns, tuple(repeat.every for repeat in repeats), dtype, device)
     row, column = -query % every, -key % every
     return table[row : row + queries, column : column + keys]
+
+
+@lru_cache(16)
+def head_weights(
+    queries: int, keys: int, head_repeats: tuple[tuple[Repeat, ...], ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return the weights of each key head, (heads, queries, keys)."""
+    with torch.inference_mode(False):
+        return torch.stack([weights(queries, keys, repeats, dtype, device) for repeats in head_repeats])
 
 
 @lru_cache(8)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
+
+from lightning_longnet.attention.plan.padded import PaddedLattice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +25,7 @@ class Block:
         low, high: a query sees the keys with low <= query row - key row <= high; None is no limit, and low=0 alone is
             causal.
         repeats, stack: see `Shape`.
+        head_repeats: the repeats of each key head, where they differ; `repeats` is empty then.
         weight: how often each pair counts.  A block of negative weight removes pairs that two branches both show.
     """
 
@@ -32,24 +36,32 @@ class Block:
     weight: int = 1
     repeats: tuple[Repeat, ...] = ()
     stack: int | None = None
+    head_repeats: tuple[tuple[Repeat, ...], ...] = ()
 
     @property
     def pairs(self) -> int:
         """The number of visible (query, key) pairs, over all segments and query heads."""
+        if isinstance(self.queries, PaddedLattice):  # the keys are the same rows
+            lengths = Counter(self.queries.lengths)
+            return self.queries.heads * sum(many * self._segment_pairs(n, n) for n, many in lengths.items())
+        return self.queries.heads * len(self.queries.starts) * self._segment_pairs(self.queries.rows, self.keys.rows)
+
+    def _segment_pairs(self, queries: int, keys: int) -> int:
+        """Return the number of visible pairs of a segment of so many queries and keys."""
 
         def at_least(bound: int) -> int:
             """Return how many (a, b) have a - b >= bound: the sum over a of the keys up to a - bound."""
-            return keys_up_to(self.queries.rows - bound) - keys_up_to(-bound)
+            return keys_up_to(queries - bound) - keys_up_to(-bound)
 
         def keys_up_to(x: int) -> int:
             """Return min(1, keys) + min(2, keys) + ... + min(x, keys)."""
-            full = min(max(x, 0), self.keys.rows)
-            return full * (full + 1) // 2 + max(x - self.keys.rows, 0) * self.keys.rows
+            full = min(max(x, 0), keys)
+            return full * (full + 1) // 2 + max(x - keys, 0) * keys
 
-        count = self.queries.rows * self.keys.rows if self.low is None else at_least(self.low)
+        count = queries * keys if self.low is None else at_least(self.low)
         if self.high is not None:
             count -= at_least(self.high + 1)
-        return len(self.queries.starts) * self.queries.heads * count
+        return count
 
 
 class Part(NamedTuple):

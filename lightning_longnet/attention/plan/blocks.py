@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 # Runs of at most this many rows that are not evenly spaced are copied together for one call, a longer run is a separate
 # call.  A GPU copies fast, and takes its time for each call.
 COPIED_ROWS = 512
-# On a CPU a call takes as long as the copies of about this many rows of one head each
-CPU_COPIED_ROWS = 512
 
 # Pairs are computed once, with a mask of weights, if their number falls to this share; the mask costs 5 to 12 % of the
 # time of a call

@@ -13,7 +13,7 @@ import torch
 from lightning_longnet.attention.plan.runs import shifted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -162,12 +162,16 @@ class Lattice:
         return self._kept_on(device, self.starts)
 
     def _kept_on(self, device: torch.device, values: Sequence[Any]) -> Tensor:
-        kept: dict[torch.device, Tensor] = self.__dict__.setdefault("_tensors", {})
-        if device not in kept:
+        return self._made_once("first rows", device, lambda: torch.tensor(values, device=device))
+
+    def _made_once(self, name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+        """Return a tensor on a device that is made in the first call and kept."""
+        kept: dict[tuple[str, torch.device], Tensor] = self.__dict__.setdefault("_tensors", {})
+        if (name, device) not in kept:
             # a tensor made in inference mode could not be used in training
             with torch.inference_mode(False):
-                kept[device] = torch.tensor(values, device=device)
-        return kept[device]
+                kept[name, device] = make()
+        return kept[name, device]
 
     def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the rows (segments, heads, rows) and the heads (heads, 1) of all elements."""

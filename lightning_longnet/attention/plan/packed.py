@@ -8,7 +8,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
-from lightning_longnet.attention.plan.blocks import COPIED_ROWS, CPU_COPIED_ROWS, make_plan
+from lightning_longnet.attention.plan.batches import CALL_ROWS
+from lightning_longnet.attention.plan.blocks import COPIED_ROWS, make_plan
 from lightning_longnet.attention.plan.documents import document_cuts
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class PackedRows:
 
     def plan(self, pattern: Pattern, heads: int, kv_heads: int, weighted_segments: int, is_on_cpu: bool) -> Plan:
         """Return the plan of `cuts`, made once."""
-        copied_rows = CPU_COPIED_ROWS // heads if is_on_cpu else COPIED_ROWS
+        copied_rows = CALL_ROWS // heads if is_on_cpu else COPIED_ROWS
         key = pattern, heads, kv_heads, weighted_segments, copied_rows
         if key not in self._plans:
             self._plans[key] = make_plan(pattern, heads, kv_heads, self.cuts, weighted_segments, copied_rows)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from lightning_longnet.attention.plan.batches import batched
 from lightning_longnet.attention.plan.block import Part
 from lightning_longnet.attention.plan.paged_keys import PagedKeys
 
@@ -22,12 +23,25 @@ class Parts(tuple[Part, ...]):
     The calls that they are cut into are kept here, so that the steps after the first one make none.
     """
 
-    def bounded(self, limit: int, threads: int) -> tuple[Part, ...]:
-        """Return the parts cut to at most `limit` rows where possible, each call with work for all threads."""
-        cuts: dict[tuple[int, int], tuple[Part, ...]] = self.__dict__.setdefault("_cuts", {})
-        if (limit, threads) not in cuts:
-            cuts[limit, threads] = tuple(cut for part in self for cut in bounded_part(part, limit, threads))
-        return cuts[limit, threads]
+    def bounded(self, limit: int, threads: int, joins: bool = False) -> tuple[Part, ...]:
+        """Return the parts cut to at most `limit` rows where possible, each call with work for all threads.
+
+        With `joins` small parts are joined before, as `batched` does.
+        """
+        cuts: dict[tuple[int, int, bool], tuple[Part, ...]] = self.__dict__.setdefault("_cuts", {})
+        key = limit, threads, joins
+        if key not in cuts:
+            parts = self.joined() if joins else self
+            cuts[key] = tuple(cut for part in parts for cut in bounded_part(part, limit, threads))
+        return cuts[key]
+
+    def joined(self) -> Parts:
+        """Return the same pairs in fewer parts, where small ones on this rank's keys are joined."""
+        joined = list[Part]()
+        for (branch, is_own), group in groupby(self, key=lambda part: (part.branch, part.kv_index is None)):
+            members = list(group)
+            joined += (Part(branch, block) for block in batched(part.block for part in members)) if is_own else members
+        return Parts(joined)
 
     def by_branch(self) -> tuple[Parts, ...]:
         """Return the parts of each branch."""
@@ -59,6 +73,7 @@ def bounded_part(part: Part, limit: int, threads: int) -> Iterator[Part]:
                 part.block,
                 queries=queries.diagonal(a * group, b * group),
                 keys=keys.diagonal(a, b),
+                head_repeats=part.block.head_repeats[a:b],
             )
             kv_index = None if part.kv_index is None else part.kv_index[:, a:b]
             yield part_segments(part._replace(block=block, kv_index=kv_index), s, s + segments)

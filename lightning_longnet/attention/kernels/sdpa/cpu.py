@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_longnet.attention.kernels.call import band, weights
+from lightning_longnet.attention.kernels.call import band, head_weights, weights
 from lightning_longnet.attention.kernels.products import routed_products
 
 if TYPE_CHECKING:
@@ -102,6 +102,9 @@ def _mask(q: Tensor, k: Tensor, call: Call) -> tuple[bool, Tensor | None]:
         assert block.high is None, "a plan gives no weights to bands"
         assert block.low in (None, 0), "a plan gives no weights to bands"
         mask = weights(q.shape[2], k.shape[2], block.repeats, wide, q.device)[None, None]
+    elif block.head_repeats:
+        mask = head_weights(q.shape[2], k.shape[2], block.head_repeats, wide, q.device)
+        mask = mask.repeat_interleave(q.shape[1] // k.shape[1], 0)[None]
     elif not is_causal and (block.low, block.high) != (None, None):
         mask = band(q.shape[2], k.shape[2], block.low, block.high, wide, q.device)[None, None]
     if padding is not None:

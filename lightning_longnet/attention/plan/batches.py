@@ -1,0 +1,180 @@
+"""Fewer and larger kernel calls on a CPU, out of blocks that are too small to be worth a call each.
+
+Two kinds of blocks are joined:
+
+    heads       blocks that differ in their heads and in the weights of their pairs alone
+    documents   runs that see themselves and have similar lengths, as one batch of padded runs
+
+A plan has the blocks that ranks cut into shares and count; they are joined just before they run.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+from lightning_longnet.attention.plan.lattice import Lattice
+from lightning_longnet.attention.plan.padded import padded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from lightning_longnet.attention.plan.block import Block
+    from lightning_longnet.attention.plan.runs import Repeat
+
+# On a CPU a call takes as long as the copies of about this many rows of one head each
+CALL_ROWS = 512
+# A row of padding takes as long as the copies of this many
+PADDED_ROW = 2
+# A row of this many pairs takes twice the time of one without any
+ROW_PAIRS = 256
+# The most elements of a table of weights of several heads
+HEAD_WEIGHTS = 2**19
+
+
+def batched(blocks: Iterable[Block]) -> list[Block]:
+    """Return blocks of one branch with the same pairs, in fewer calls; those of negative weight come last."""
+    joined = list(_similar_runs(_all_heads(blocks)))
+    return sorted(joined, key=lambda block: -block.weight)
+
+
+# Heads
+
+
+class _HeadPlace(NamedTuple):
+    """A query head and its key head, with the weights of their pairs."""
+
+    query: int
+    key: int
+    repeats: tuple[Repeat, ...]
+
+
+def _all_heads(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Yield blocks, those with weights joined over the heads."""
+    groups: dict[Block, list[Block]] = defaultdict(list)
+    for block in map(_of_one_head, blocks):
+        is_small = block.queries.rows * block.keys.rows <= HEAD_WEIGHTS
+        if block.repeats and is_small and not block.queries.row_shift and not block.keys.row_shift:
+            queries, keys = (replace(side, head=0, heads=1, head_step=1) for side in (block.queries, block.keys))
+            moduli = tuple(repeat._replace(queries=0, keys=0) for repeat in block.repeats)
+            groups[replace(block, queries=queries, keys=keys, repeats=moduli)].append(block)
+        else:
+            yield block
+    for members in groups.values():
+        yield from _joined_heads(members) if len(members) > 1 else members
+
+
+def _of_one_head(block: Block) -> Block:
+    """Return a small block of which the "heads" are segments of one head, at other distances, as segments."""
+    queries, keys = block.queries, block.keys
+    if queries.heads == 1 or queries.head_step or keys.head_step or queries.size > CALL_ROWS:
+        return block
+    assert queries.heads == keys.heads, "query heads at distance 0 have as many key heads"
+    sides = []
+    for side in (queries, keys):
+        starts = tuple(start + a * side.row_shift for a in range(side.heads) for start in side.starts)
+        sides.append(replace(side, starts=starts, heads=1, head_step=1, row_shift=0))
+    return replace(block, queries=sides[0], keys=sides[1])
+
+
+def _joined_heads(blocks: list[Block]) -> Iterator[Block]:
+    """Yield blocks of the same rows as few of all their heads, or as they are if their heads are not neighbours."""
+    places = []
+    for block in blocks:
+        group = block.queries.heads // block.keys.heads
+        for a in range(block.queries.heads):
+            query = block.queries.head + a * block.queries.head_step
+            key = block.keys.head + a // group * block.keys.head_step
+            places.append(_HeadPlace(query, key, block.repeats))
+    places.sort()
+    repeats = {place.key: place.repeats for place in places}
+    heads, group = list(repeats), len(places) // len(repeats)
+    if [(place.query, place.key) for place in places] != [
+        (query, query // group) for query in range(heads[0] * group, (heads[-1] + 1) * group)
+    ]:
+        yield from blocks
+        return
+    one = blocks[0]
+    each = max(1, HEAD_WEIGHTS // (one.queries.rows * one.keys.rows))
+    for first in range(0, len(heads), each):
+        keys = heads[first : first + each]
+        yield replace(
+            one,
+            queries=replace(one.queries, head=keys[0] * group, heads=len(keys) * group, head_step=1),
+            keys=replace(one.keys, head=keys[0], heads=len(keys), head_step=1),
+            repeats=(),
+            head_repeats=tuple(repeats[key] for key in keys),
+        )
+
+
+# Documents
+
+
+def _similar_runs(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Yield blocks, runs that see themselves joined with others of about their length."""
+    groups: dict[Block, list[Block]] = defaultdict(list)
+    for block in blocks:
+        if _sees_itself(block):
+            queries, keys = (replace(side, starts=range(1), rows=1) for side in (block.queries, block.keys))
+            groups[replace(block, queries=queries, keys=keys)].append(block)
+        else:
+            yield block
+    for members in groups.values():
+        if _are_disjoint(members):
+            for batch in _batches(members):
+                yield batch[0] if len(batch) == 1 else _padded_block(batch)
+        else:
+            yield from members
+
+
+def _sees_itself(block: Block) -> bool:
+    """Return whether the queries of each segment see its rows: all or, under a causal mask, earlier ones."""
+    queries, keys = block.queries, block.keys
+    return (
+        block.stack is None
+        and block.high is None
+        and block.low in (None, 0)
+        and (queries.starts, queries.rows, queries.step) == (keys.starts, keys.rows, keys.step)
+        and type(queries) is type(keys) is Lattice
+    )
+
+
+def _are_disjoint(blocks: list[Block]) -> bool:
+    """Return whether no segment begins before another one ends, so that no row is in two of them."""
+    extents = sorted(
+        (start, start + (block.queries.rows - 1) * block.queries.step)
+        for block in blocks
+        for start in block.queries.starts
+    )
+    return all(before[1] < after[0] for before, after in pairwise(extents))
+
+
+def _batches(blocks: list[Block]) -> Iterator[list[Block]]:
+    """Yield blocks that share a call: the padding and the copies of each take less time than a separate call."""
+    batch: list[Block] = []
+    for block in sorted(blocks, key=lambda block: -block.queries.rows):
+        if batch and _joining_rows(block, batch) > CALL_ROWS:
+            yield batch
+            batch = []
+        batch.append(block)
+    if batch:
+        yield batch
+
+
+def _joining_rows(block: Block, batch: list[Block]) -> float:
+    """Return the time that a batch takes longer with one more block, in copies of a row of one head."""
+    longest, rows = batch[0].queries.rows, block.queries.rows
+    padding = (longest - rows) * len(block.queries.starts) * block.queries.heads
+    # a view becomes a copy, and the results of padded runs are copied twice: those of the first block of a batch, too
+    copied = sum(x.queries.size for x in ([block] if len(batch) > 1 else [block, *batch]) if x.queries.is_view)
+    again = block.queries.size if longest > rows else 0
+    if longest > rows and batch[-1].queries.rows == longest:
+        again += sum(x.queries.size for x in batch)
+    return PADDED_ROW * padding * (1 + longest / ROW_PAIRS) + copied + again / 2
+
+
+def _padded_block(blocks: list[Block]) -> Block:
+    queries, keys = padded([block.queries for block in blocks]), padded([block.keys for block in blocks])
+    return replace(blocks[0], queries=queries, keys=queries if queries == keys else keys)

@@ -1,0 +1,131 @@
+"""Padded lattices: segments of different lengths in one kernel call, each padded to the longest of them.
+
+    document a     x x x x x x        read as rows 0 1 2 3 4 5
+    document b     x x x x            read as rows 0 1 2 3 3 3: its last row stands for the padding
+
+The padding is never written.  No query sees a key of the padding, and as a query the padding has no weight: its
+log-sum-exp in the backward is +inf.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import inf
+from typing import TYPE_CHECKING
+
+import torch
+
+from lightning_longnet.attention.plan.lattice import Lattice
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PaddedLattice(Lattice):
+    """A lattice of which segment s has only `lengths[s]` of the `rows`; the last one stands for those behind it."""
+
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def is_view(self) -> bool:
+        """Whether `read` returns a view: padded rows are always copied."""
+        return False
+
+    @property
+    def size(self) -> int:
+        """The number of elements without the padding."""
+        return sum(self.lengths) * self.heads
+
+    def covers(self, t: Tensor) -> bool:
+        return False
+
+    def read(self, t: Tensor) -> Tensor:
+        """Return a copy of the rows of t (B, N, H, D), (B, segments, heads, rows, D)."""
+        return self.copied(t)
+
+    def folded(self, t: Tensor) -> Tensor:
+        """Return a copy of the rows as kernels take them, (B * segments, heads, rows, D)."""
+        return self.copied(t).flatten(0, 1)
+
+    def write(self, t: Tensor, values: Tensor) -> None:
+        """Write values (B, segments, heads, rows, D) without those of the padding."""
+        values = values.expand(len(t), len(self.starts), self.heads, self.rows, t.shape[3])
+        flat = values.transpose(2, 3).flatten(1, 2).index_select(1, self._own_places(t.device)).to(t.dtype)
+        rows = self._own_rows(t.device)
+        if self._has_whole_rows:
+            t[:, :, self.head : self.head + self.heads].index_copy_(1, rows, flat)
+            return
+        a = torch.arange(self.heads, device=t.device)
+        t[:, rows[:, None] + a * self.row_shift, self.head + a * self.head_step] = flat
+
+    def padding(self, device: torch.device) -> Tensor:
+        """Return (segments, rows), True for the padding."""
+
+        def made() -> Tensor:
+            return torch.arange(self.rows, device=device) >= torch.tensor(self.lengths, device=device)[:, None]
+
+        return self._made_once("padding", device, made)
+
+    def without_weight(self, lse: Tensor) -> Tensor:
+        """Return lse (batch * segments, heads, rows) with +inf for the padding, which then has no gradient."""
+        padding = self.padding(lse.device)[:, None]
+        hidden: Tensor = lse.unflatten(0, (-1, len(self.starts))).masked_fill(padding, inf).flatten(0, 1)
+        return hidden
+
+    def _row_indices(self, device: torch.device) -> Tensor:
+        """Return the rows of all segments of the first head, (segments * rows,)."""
+
+        def made() -> Tensor:
+            last = torch.tensor(self.lengths, device=device)[:, None] - 1
+            steps = torch.arange(self.rows, device=device).minimum(last) * self.step
+            return (self._first_rows(device)[:, None] + steps).flatten()
+
+        return self._made_once("rows", device, made)
+
+    def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the rows (segments, heads, rows) and the heads (heads, 1) of all elements."""
+        a = torch.arange(self.heads, device=device)[:, None]
+        rows = self._row_indices(device).view(len(self.starts), 1, self.rows)
+        return rows + a * self.row_shift, self.head + a * self.head_step
+
+    def segments(self, first: int, last: int) -> Lattice:
+        """Return the segments `first` to `last`."""
+        if first == 0 and last >= len(self.starts):
+            return self
+        return replace(self, starts=self.starts[first:last], lengths=self.lengths[first:last])
+
+    def elements(self) -> Iterator[tuple[int, int]]:
+        """Yield the (row, head) of every element, for tests and for drawing."""
+        for start, length in zip(self.starts, self.lengths, strict=True):
+            for a in range(self.heads):
+                for i in range(length):
+                    yield start + a * self.row_shift + i * self.step, self.head + a * self.head_step
+
+    def _own_places(self, device: torch.device) -> Tensor:
+        """Return the places in (segments * rows,) that are no padding."""
+        return self._made_once("places", device, lambda: (~self.padding(device)).flatten().nonzero().flatten())
+
+    def _own_rows(self, device: torch.device) -> Tensor:
+        """Return the rows of the first head that are no padding."""
+        return self._made_once("own rows", device, lambda: self._row_indices(device)[self._own_places(device)])
+
+
+def padded(rows: list[Lattice]) -> Lattice:
+    """Return lattices of the same heads and steps as one, its segments from the longest to the shortest."""
+    longest, *_ = rows = sorted(rows, key=lambda lattice: -lattice.rows)
+    starts = tuple(start for lattice in rows for start in lattice.starts)
+    if longest.rows == rows[-1].rows:
+        return replace(longest, starts=tuple(sorted(starts)))
+    return PaddedLattice(
+        starts,
+        longest.rows,
+        longest.step,
+        longest.head,
+        longest.heads,
+        longest.head_step,
+        longest.row_shift,
+        tuple(lattice.rows for lattice in rows for _ in lattice.starts),
+    )
