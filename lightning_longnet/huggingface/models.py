@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lightning_longnet.huggingface.dilation import check_dilated
 from lightning_longnet.huggingface.support import split_refusals
 from lightning_longnet.trust import is_trusted
 
@@ -64,6 +65,7 @@ def model_of(source: Source, attention: str, dtype: str | None) -> PreTrainedMod
         check_model(model)
         return with_attention(model, attention)
     check_model(found)
+    check_dilated(found.config, attention)
     return found
 
 
@@ -228,6 +230,7 @@ def check_splits(model: PreTrainedModel) -> None:
 
 def with_attention(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     """Return the model after setting its implementation of attention, where it has another."""
+    check_dilated(model.config, attention)
     if model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)
         if model.config._attn_implementation != attention:
