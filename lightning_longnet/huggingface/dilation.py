@@ -65,9 +65,20 @@ def _refuse_others(module: nn.Module, args: Any) -> None:
         check_dilated(config, config._attn_implementation)
 
 
+def has_dilated_layers(config: Any) -> bool:
+    """Return whether the configuration of a model has patterns that `dilate` gave to layers."""
+    return bool(getattr(config.get_text_config(), FIELD, None))
+
+
+def keep_ring(config: Any) -> None:
+    """Let a configuration with dilated layers be saved with `attn_implementation="ring"`, which reading removes."""
+    if has_dilated_layers(config):
+        config.attn_implementation = ATTENTION
+
+
 def check_dilated(config: Any, attention: str) -> None:
     """Raise a ValueError where a configuration has dilated layers, and another implementation is to compute them."""
-    if attention != ATTENTION and getattr(config.get_text_config(), FIELD, None):
+    if attention != ATTENTION and has_dilated_layers(config):
         raise ValueError(
             f"attn_implementation must be {ATTENTION!r} for a model with dilated layers, got {attention!r}, which "
             f"would compute them as dense ones: model.set_attn_implementation({ATTENTION!r}), or for dense layers, "
