@@ -62,6 +62,13 @@ def attention_mask(*arguments: Any, **options: Any) -> Any:
     return ring_mask(*arguments, **options)
 
 
+def callbacks() -> list[Any]:
+    """Return the callbacks of each Trainer: Lightning calls this entry point of the package when it makes one."""
+    from lightning_longnet.training.batch_documents import BatchDocuments
+
+    return [BatchDocuments()]
+
+
 def make_strategy(**arguments: Any) -> Any:
     """Return a `RingSequenceParallelStrategy`, whose module is imported now."""
     from lightning_longnet.strategies import RingSequenceParallelStrategy

@@ -19,6 +19,7 @@ LOADERS, REPEATS = "strategies/test_loaders.py", "strategies/test_repeats.py"
 DROPOUT, SHARDS = "sequence/test_context_dropout.py", "sequence/test_shards.py"
 HOSTILE = "security/test_hostile_files.py::test_nothing_runs_and_nothing_outside_is_read"
 DECODERS = "strategies/test_decoder_mistakes.py"
+DOCUMENTS = "training/test_batch_documents.py"
 COMMANDS = "cli/test_longnet.py::test_a_mistake_is_told_in_a_line"
 
 # the first words of a row, and the test of what it says
@@ -76,6 +77,10 @@ PROOFS = {
     "An encoder, or": f"{DECODERS}::test_another_model_is_refused",
     "The tokenizer of the data": f"{DECODERS}::test_another_vocabulary_is_refused",
     "transformers or peft": f"{DECODERS}::test_a_package_that_is_missing_is_named",
+    "`documents` are in the batch of a model": f"{DOCUMENTS}::test_a_module_of_a_user_separates_the_documents_of_its_batch",
+    "`documents` are in the batch of a `Causal": f"{DOCUMENTS}::test_other_implementations_separate_documents_or_refuse_them",
+    "A model with dilated layers": "huggingface/test_dilate.py::test_other_implementations_do_not_make_a_dilated_model_dense",
+    "A model of transformers with": "split_check/test_split_refusals.py::test_attention_of_transformers_is_told_to_be_ring",
     "A model of transformers has": f"{DECODERS}::test_what_cannot_be_split_is_named_before_the_first_step",
     "`longnet validate`": "cli/test_longnet.py::test_the_weights_that_are_scored_are_named",
 }

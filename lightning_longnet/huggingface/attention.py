@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_longnet.attention.pattern.pattern import Pattern
 from lightning_longnet.huggingface.cached import attend_cached
-from lightning_longnet.huggingface.dilation import layer_pattern
+from lightning_longnet.huggingface.dilation import guard_layer, layer_pattern
 from lightning_longnet.huggingface.masks import RingMask
 from lightning_longnet.huggingface.tokens import tokens_of
 from lightning_longnet.sequence.attach import sequence_context
@@ -53,6 +53,8 @@ def ring_attention(
     context = sequence_context(module)
     queries, keys = query.shape[2], key.shape[2]
     own_pattern = layer_pattern(module)
+    if own_pattern is not None:
+        guard_layer(module)
     if queries != keys or not mask.is_whole:
         if context.is_split:
             raise ValueError(

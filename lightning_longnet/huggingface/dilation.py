@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lightning_longnet.attention.pattern.pattern import Pattern
+from lightning_longnet.registration import ATTENTION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -12,13 +15,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 FIELD = "dilated_attention"
+_GUARDED = "_refuses_other_attention"
 
 
 def dilate(model: Any, pattern: Pattern, layers: Iterable[int] | None = None) -> Any:
     """Give layers of a model of transformers a pattern in place of their own, and return the model.
 
-    The pattern becomes part of the model's config: `save_pretrained` writes it, and
-    `from_pretrained(..., attn_implementation="ring")` reads it.  Other layers keep what they see.
+    The pattern becomes part of the model's config: `save_pretrained` writes it with `attn_implementation="ring"`, by
+    which `from_pretrained` loads the model again.  Other layers keep what they see.
 
     Args:
         model: a causal model, which gets `attn_implementation="ring"`.
@@ -36,8 +40,50 @@ def dilate(model: Any, pattern: Pattern, layers: Iterable[int] | None = None) ->
     patterns = dict(getattr(config, FIELD, None) or {})
     patterns.update({str(number): pattern.to_dict() for number in numbers})
     setattr(config, FIELD, dict(sorted(patterns.items(), key=lambda item: int(item[0]))))
-    model.set_attn_implementation("ring")
+    model.set_attn_implementation(ATTENTION)
+    for each in (model.config, config):
+        each.attn_implementation = ATTENTION  # which configurations read, but do not write
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) in numbers and getattr(module, "config", None) is config:
+            guard_layer(module)
     return model
+
+
+def guard_layer(module: nn.Module) -> None:
+    """Let a dilated layer refuse other implementations of attention, which would be dense, and its config say so."""
+    if _GUARDED in module.__dict__ or torch.compiler.is_compiling():
+        return
+    module.__dict__[_GUARDED] = True
+    module.register_forward_pre_hook(_refuse_others)
+    config: Any = module.config
+    config.attn_implementation = ATTENTION
+
+
+def _refuse_others(module: nn.Module, args: Any) -> None:
+    config: Any = module.config
+    if layer_pattern(module) is not None:
+        check_dilated(config, config._attn_implementation)
+
+
+def has_dilated_layers(config: Any) -> bool:
+    """Return whether the configuration of a model has patterns that `dilate` gave to layers."""
+    return bool(getattr(config.get_text_config(), FIELD, None))
+
+
+def keep_ring(config: Any) -> None:
+    """Let a configuration with dilated layers be saved with `attn_implementation="ring"`, which reading removes."""
+    if has_dilated_layers(config):
+        config.attn_implementation = ATTENTION
+
+
+def check_dilated(config: Any, attention: str) -> None:
+    """Raise a ValueError where a configuration has dilated layers, and another implementation is to compute them."""
+    if attention != ATTENTION and has_dilated_layers(config):
+        raise ValueError(
+            f"attn_implementation must be {ATTENTION!r} for a model with dilated layers, got {attention!r}, which "
+            f"would compute them as dense ones: model.set_attn_implementation({ATTENTION!r}), or for dense layers, "
+            f"remove {FIELD} from the config"
+        )
 
 
 def layer_pattern(module: nn.Module) -> Pattern | None:

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lightning_longnet.huggingface.dilation import check_dilated, keep_ring
 from lightning_longnet.huggingface.support import split_refusals
 from lightning_longnet.trust import is_trusted
 
@@ -64,6 +65,7 @@ def model_of(source: Source, attention: str, dtype: str | None) -> PreTrainedMod
         check_model(model)
         return with_attention(model, attention)
     check_model(found)
+    check_dilated(found.config, attention)
     return found
 
 
@@ -101,6 +103,7 @@ def read_config(name: str, overrides: Mapping[str, Any] | None = None) -> Pretra
     except (OSError, ValueError) as error:
         raise _unreadable(name, error) from error
     check_causal(config)
+    keep_ring(config)
     for key, value in (overrides or {}).items():
         if not hasattr(config, key):
             raise ValueError(f"overrides has {key!r}, which a configuration of {config.model_type} has not")
@@ -148,6 +151,7 @@ def config_of(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
             f"config must hold the model_type of an architecture of transformers, such as 'qwen3', got {model_type!r}"
         )
     known: PretrainedConfig = AutoConfig.for_model(model_type, **values)
+    keep_ring(known)
     names = {*type(known)().to_dict(), *known.attribute_map, *_OF_ANY}
     for name in sorted(set(values) - names):  # others, which configurations on the Hub have, change nothing
         if near := get_close_matches(name, names, 1, 0.85):
@@ -228,6 +232,7 @@ def check_splits(model: PreTrainedModel) -> None:
 
 def with_attention(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     """Return the model after setting its implementation of attention, where it has another."""
+    check_dilated(model.config, attention)
     if model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)
         if model.config._attn_implementation != attention:

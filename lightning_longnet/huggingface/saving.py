@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_longnet.huggingface.adapters import add_adapters, merge_adapters
+from lightning_longnet.huggingface.dilation import has_dilated_layers
 from lightning_longnet.huggingface.models import config_of, created, loaded
+from lightning_longnet.registration import ATTENTION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -130,7 +132,10 @@ def check_folder(folder: str | Path, run: str | None = None) -> None:
 def model_with(
     config: PretrainedConfig, weights: Mapping[str, Tensor], lora: Mapping[str, Any] | None = None
 ) -> PreTrainedModel:
-    """Return a model of transformers with these weights, adapters merged, and with transformers' own attention."""
+    """Return a model of transformers with these weights, adapters merged.
+
+    It has transformers' own attention, or "ring" where layers are dilated.
+    """
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     if lora is not None:
         adapted = _empty(config, dtype)
@@ -145,8 +150,9 @@ def model_with(
 
 
 def _empty(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    attention = ATTENTION if has_dilated_layers(config) else "sdpa"
     with torch.device("meta"):
-        return created(config, "sdpa", dtype)
+        return created(config, attention, dtype)
 
 
 def _fill(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:

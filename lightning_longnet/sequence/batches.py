@@ -20,6 +20,8 @@ KNOWN_DIMS: Mapping[str, int | None] = {
     "attention_mask": 1,
     "positions": -1,
     "documents": -1,
+    "shift_labels": 1,  # transformers' names of labels and positions
+    "position_ids": -1,
 }
 LABELS = "labels"  # the one of these names that is usual for samples, too
 ROOT = "batch"  # the name of the whole, and so of a batch that is one tensor
@@ -137,7 +139,7 @@ def _known(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> tuple[bool,
         if name in dims:
             return True, dims[name]
     name = _leaf_name(path)
-    if name in KNOWN_DIMS and (x.dim() <= 2 or name in ("input_ids", "labels")):
+    if name in KNOWN_DIMS and (x.dim() <= 2 or name in ("input_ids", "labels", "shift_labels")):
         return True, KNOWN_DIMS[name]
     return False, None
 

@@ -90,8 +90,9 @@ class SequenceContext(ContextDropout):
         Args:
             batch: tensors in dictionaries, lists, tuples and dataclasses; or a `SequencePart`.
             sequence_dims: for each name the dimension that is the sequence, or None for a tensor that has none.
-                input_ids, labels, attention_mask, positions and documents are known.  Where all tensors have None the
-                batch stays whole, and the model makes the sequences; see `begin_sequences`.
+                input_ids, labels, attention_mask, positions and documents are known, and transformers' shift_labels and
+                position_ids.  Where all tensors have None the batch stays whole, and the model makes the sequences; see
+                `begin_sequences`.
         """
         return self._splitter.split(batch, sequence_dims)
 
@@ -117,6 +118,17 @@ class SequenceContext(ContextDropout):
     def parts_of(self, length: int | None) -> AbstractContextManager[None]:
         """Give layers their part of sequences of `length` tokens inside the block, and restore the batch after it."""
         return self._splitter.parts_of(length)
+
+    def with_documents(self, documents: Tensor | None) -> AbstractContextManager[None]:
+        """Give the attention of transformers' models these documents of whole sequences inside the block.
+
+        It is for steps whose batch nobody splits: `split` keeps the documents of its batch, and then this changes
+        nothing.
+
+        Args:
+            documents: (N,) or (B, N), the id of each token's document; None where each row is one document.
+        """
+        return self._splitter.with_documents(documents)
 
     def check_same(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> None:
         """Raise a ValueError on all ranks where those that share sequences hold different batches, or unfit ones."""

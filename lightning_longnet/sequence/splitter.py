@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,17 @@ class BatchSplitter:
         """Give layers parts of sequences of `length` tokens inside the block, and restore the batch after it."""
         before = self.current
         self.current = CurrentBatch(length, is_whole=length is None)
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def with_documents(self, documents: Tensor | None) -> Iterator[None]:
+        """Let the batch have these documents inside the block, where its sequences are whole."""
+        before = self.current
+        if not self.is_split:
+            self.current = replace(before, documents=documents, shard=None, shards=BatchShards())
         try:
             yield
         finally:

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-ATTENTION, POSITIONS, MEAN, SHIFT, NEIGHBOURS, STATE, STATISTICS, REDUCTION, ORDER = (
+TRANSFORMERS, ATTENTION, POSITIONS, MEAN, SHIFT, NEIGHBOURS, STATE, STATISTICS, REDUCTION, ORDER = (
+    "attention of transformers",
     "attention",
     "positions",
     "mean",
@@ -24,6 +25,10 @@ ATTENTION, POSITIONS, MEAN, SHIFT, NEIGHBOURS, STATE, STATISTICS, REDUCTION, ORD
 
 # In the order in which they are named where several fit: (what happens, what to write)
 ADVICE = {
+    TRANSFORMERS: (
+        "attention of transformers among the tokens of this rank alone",
+        'load the model with attn_implementation="ring", or call model.set_attn_implementation("ring")',
+    ),
     ATTENTION: (
         "attention among the tokens of this rank alone",
         "call sequence_context(self).attend(q, k, v, pattern), or use DilatedSelfAttention or "
@@ -125,6 +130,8 @@ _MATRIX = ("matmul", "__matmul__", "__rmatmul__", "bmm", "einsum", "baddbmm", "m
 
 def cause_of_class(kind: type[nn.Module]) -> str | None:
     """Return what a class of modules does across tokens, where it is known."""
+    if "Attention" in kind.__name__ and kind.__module__.startswith("transformers."):
+        return TRANSFORMERS
     return next((cause for cause, kinds in _CLASSES.items() if issubclass(kind, kinds)), None)
 
 

@@ -63,8 +63,8 @@ def check_split(
         batch: whole sequences, or a `SequencePart`.
         context: the context of this rank.
         sequence_dims: the dimensions of the batch's tensors that are the sequence; see `SequenceContext.split`.
-        action: "error" raises a `SplitMismatch` on all ranks where the results differ, "warn" warns on rank 0; "off"
-            checks nothing.
+        action: "error" raises a `SplitMismatch` on all ranks where the results differ, and a ValueError where this
+            package refuses the parts of sequences that the step gives it; "warn" warns on rank 0; "off" checks nothing.
         training: whether there is a backward pass; else the numbers that the step returns and logs are compared.
         replica: the structure of the module, taken before it was sharded, or why it cannot be; by default it is taken
             now.
@@ -83,6 +83,8 @@ def check_split(
         verdict = _verdict(module, step, batch, context, dims, training, replica, attach)
     if verdict.kind == "different" and action == "error":
         raise SplitMismatch(verdict.message)
+    if verdict.refusal and action == "error":
+        raise ValueError(verdict.refusal)
     if verdict.kind in ("different", "inconclusive") and is_first():
         warnings.warn(verdict.message, stacklevel=2)
     if verdict.drops_directly and is_first():
@@ -138,7 +140,7 @@ def _verdict(
     modes = {name: each.training for name, each in module.named_modules()}
     runner = Runner(replica, step, attach, dims, device, training, modes)
     batch = whole_batch(batch, dims, context)
-    length, fault = _length(batch, dims), "the batch is too short"
+    length, fault, refusal = _length(batch, dims), "the batch is too short", ""
     ranks = context.sequence_parallel_size
     lengths = [None] if length is None else sample_lengths(length, ranks, replica.sizes)
     for tokens in lengths:
@@ -156,9 +158,10 @@ def _verdict(
                     return replace(verdict, drops_directly=runner.drops_directly)
                 with closing(Comparison(runner, values, dtype, context, aligned)) as comparison:
                     return _confirmed(verdict, comparison, batch, tokens)
+            refusal = comparison.refusal
             if comparison.ran_whole:
                 break  # its parts may have to be of a certain length
-    return not_checked(f"the step gives no result on copies of the module: {fault}")
+    return not_checked(f"the step gives no result on copies of the module: {fault}", refusal)
 
 
 def _confirmed(verdict: Verdict, comparison: Comparison, batch: Any, tokens: int | None) -> Verdict:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _TOKENS = 129  # enough for a few tokens of every kind, and a small share of a training step
 _TOKENS_PER_RANK = 16
+_LABELS = ("labels", "shift_labels")
 _WHOLE = 8192  # the longest sequence that every rank is asked to compute whole
 
 
@@ -60,7 +61,7 @@ def with_fewer_labels(batch: Any, dims: Mapping[str, int | None], tokens: int) -
 
     def unlabelled(path: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
         dim = dim_of(path, x, dims)
-        if dim is None or path[-1] != "labels" or x.is_floating_point():
+        if dim is None or path[-1] not in _LABELS or x.is_floating_point():
             return x
         x = x.clone()
         x.narrow(dim, 0, tokens).fill_(-100)
@@ -110,9 +111,9 @@ def _begin(batch: Any, dims: Mapping[str, int | None], tokens: int) -> int:
     useful = torch.zeros(length_of(batch, dims))
     for path, x in named_tensors(batch):
         dim = dim_of(path, x, dims)
-        if dim is None or path[-1] not in ("labels", "attention_mask") or x.is_floating_point():
+        if dim is None or path[-1] not in (*_LABELS, "attention_mask") or x.is_floating_point():
             continue
-        counted = (x != -100) if path[-1] == "labels" else (x != 0)
+        counted = (x != -100) if path[-1] in _LABELS else (x != 0)
         useful += counted.movedim(dim, 0).flatten(1).sum(1).cpu() if x.dim() > 1 else counted.cpu()
     sums = torch.cat([torch.zeros(1), useful.cumsum(0)])
     return int((sums[tokens:] - sums[:-tokens]).argmax())

@@ -37,6 +37,7 @@ class Verdict:
         error: the largest relative difference of the loss or of a gradient; None where nothing was compared.
         place: where it begins, for "different".
         drops_directly: whether the step calls torch's dropout functions itself; see `DROPOUT`.
+        refusal: for "not checked", why this package refuses parts in the step, where it does.
     """
 
     kind: Kind
@@ -44,11 +45,12 @@ class Verdict:
     error: float | None = None
     place: Place | None = None
     drops_directly: bool = False
+    refusal: str = ""
 
 
-def not_checked(reason: str) -> Verdict:
+def not_checked(reason: str, refusal: str = "") -> Verdict:
     """Return the verdict where nothing was compared."""
-    return Verdict("not checked", reason)
+    return Verdict("not checked", reason, refusal=refusal)
 
 
 def equal(ranks: int, tokens: int | None, error: float) -> Verdict:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer  # noqa: TC002
 from lightning_longnet.checkpointing.comparison import message_of
 from lightning_longnet.huggingface.adapters import adapter_state, add_adapters, base_digest
 from lightning_longnet.huggingface.batches import fault_of_batch, named_as_ours
+from lightning_longnet.huggingface.documents import fault_of_documents, whole_documents
 from lightning_longnet.huggingface.head import OutputHead
 from lightning_longnet.huggingface.models import Source, check_splits, model_of, need_transformers
 from lightning_longnet.huggingface.prompts import left_padded, padding_refusal
@@ -201,14 +202,18 @@ class CausalLMModule(TokenModule):
 
     def hidden_states(self, input_ids: Tensor, **options: Tensor) -> Tensor:
         """Return the input of the output head, (B, N, width); see the class for the options of a batch."""
-        positions = options.get("positions")
+        positions, documents = options.get("positions"), options.get("documents")
         if positions is None:
-            positions = places_of(input_ids, options.get("documents"), sequence_context(self))
+            positions = places_of(input_ids, documents, sequence_context(self))
         positions = positions.expand(input_ids.shape)
         arguments: dict[str, Any] = {"position_ids": positions, "use_cache": False}
-        if "attention_mask" in options and self.model.config._attn_implementation == ATTENTION:
-            arguments["attention_mask"] = options["attention_mask"]  # others: no token sees the padding after it
-        hidden: Tensor = self.model.base_model(input_ids=input_ids, **arguments).last_hidden_state
+        if self.model.config._attn_implementation != ATTENTION:  # no token sees the padding after it
+            if fault := fault_of_documents(self.model, documents, positions):
+                raise ValueError(fault)
+        elif "attention_mask" in options:
+            arguments["attention_mask"] = options["attention_mask"]
+        with whole_documents(self, documents):
+            hidden: Tensor = self.model.base_model(input_ids=input_ids, **arguments).last_hidden_state
         return hidden
 
     def forward(self, input_ids: Tensor, **options: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ import torch
 from architectures import ARCHITECTURES, ROUNDED, batch, largest_differences, model, split_step, whole_step
 from tiers import tiered
 
-from lightning_longnet import Pattern
+from lightning_longnet import CausalLMModule, Pattern
 from lightning_longnet.huggingface.dilation import dilate
+from lightning_longnet.huggingface.models import config_of
 from lightning_longnet.huggingface.placements import choose_placement, layer_patterns
+from lightning_longnet.huggingface.saving import model_with
 
 PATTERN = Pattern.dilated((4, 16, 64), (1, 2, 4), is_causal=True)
 NAMES = [name for name in ARCHITECTURES if name != "Llama 4"]  # its chunks count from the padding as patterns do
@@ -104,6 +106,37 @@ def test_the_pattern_comes_back_with_the_model(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="ring").double()
     assert layer_patterns(again) == layer_patterns(net) == [Pattern.window(12, is_causal=True), PATTERN]
     torch.testing.assert_close(again(torch.arange(3, 43)[None]).logits, found, rtol=0, atol=1e-12)
+
+
+def test_other_implementations_do_not_make_a_dilated_model_dense(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(3, 43)[None]
+    net = model("Qwen3", "sdpa")
+    dilate(net, PATTERN, [1])
+    found = net(ids).logits
+    for folder in ("first", "again"):
+        net.save_pretrained(tmp_path / folder)
+        net = AutoModelForCausalLM.from_pretrained(tmp_path / folder).double()  # by "ring", without asking for it
+        torch.testing.assert_close(net(ids).logits, found, rtol=0, atol=1e-12)
+        net.set_attn_implementation("sdpa")
+        with pytest.raises(ValueError, match="must be 'ring' for a model with dilated layers, got 'sdpa'"):
+            net(ids)
+        with pytest.raises(ValueError, match="must be 'ring' for a model with dilated layers, got 'eager'"):
+            CausalLMModule(net, attention="eager")
+    with pytest.raises(ValueError, match="must be 'ring' for a model with dilated layers, got 'sdpa'"):
+        CausalLMModule(name=str(tmp_path / "again"), attention="sdpa")
+
+
+def test_an_exported_checkpoint_of_a_dilated_model_loads_as_ring(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    net = dilate(model("Qwen3", "ring"), PATTERN, [1]).eval()
+    model_with(config_of(net.config.to_dict()), net.state_dict()).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config._attn_implementation == "ring"
+    ids = torch.arange(3, 43)[None]
+    torch.testing.assert_close(again.double()(ids).logits, net(ids).logits, rtol=0, atol=1e-6)
 
 
 def test_layers_and_patterns_that_do_not_fit_are_refused():

@@ -53,6 +53,8 @@ def halves(batch, dims=None):
         ({"input_ids": IDS[..., None].expand(2, 6, 4)}, {}, lambda b: b["input_ids"][..., 0]),
         ({"pixels": IDS.reshape(2, 1, 6), "input_ids": IDS}, {"pixels": 2}, lambda b: b["pixels"][:, 0]),
         ({"input_ids": IDS, "step": torch.tensor(4)}, {}, lambda b: b["input_ids"]),
+        ({"input_ids": IDS, "position_ids": IDS}, {}, lambda b: b["position_ids"]),
+        ({"position_ids": torch.arange(6), "shift_labels": IDS}, {}, lambda b: b["shift_labels"]),
     ],
 )
 def test_each_kind_of_batch(batch, dims, at):

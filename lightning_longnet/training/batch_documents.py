@@ -1,0 +1,102 @@
+"""`BatchDocuments`: documents of batches for models of transformers in any module, under Lightning's own strategies."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lightning_longnet.huggingface.documents import attends_by_ring, whole_documents
+from lightning_longnet.sequence.attach import attach_context, sequence_context
+from lightning_longnet.sequence.batches import named_tensors
+from lightning_longnet.sequence.context import SequenceContext
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch import Tensor
+
+
+class BatchDocuments(Callback):
+    """Gives attention by `attn_implementation="ring"` the `documents` of each batch, where the strategy does not.
+
+    Each Trainer has one, by the entry point `lightning.pytorch.callbacks_factory` of this package.
+    """
+
+    def __init__(self) -> None:
+        self._batch = ExitStack()
+        self._module: LightningModule | None = None  # that has such a model, and no other context
+        self._attached = False
+
+    def _begin(self, trainer: Trainer, module: LightningModule) -> None:
+        self._batch.close()
+        is_ours = isinstance(getattr(trainer.strategy, "sequence_context", None), SequenceContext)
+        self._module = module if not is_ours and attends_by_ring(module) else None
+
+    def _begin_batch(self, batch: Any) -> None:
+        self._batch.close()
+        if self._module is None or sequence_context(self._module).sequence_parallel_size > 1:
+            return
+        documents = documents_of(batch)
+        if documents is not None:
+            self._attached = True
+            self._batch.enter_context(whole_documents(self._module, documents))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batch.close()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._begin_batch(batch)
+
+    def on_validation_batch_start(self, *arguments: Any, **options: Any) -> None:
+        self._begin_batch(options["batch"] if "batch" in options else arguments[2])
+
+    def on_test_batch_start(self, *arguments: Any, **options: Any) -> None:
+        self._begin_batch(options["batch"] if "batch" in options else arguments[2])
+
+    def on_predict_batch_start(self, *arguments: Any, **options: Any) -> None:
+        self._begin_batch(options["batch"] if "batch" in options else arguments[2])
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._batch.close()
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._batch.close()
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        self._batch.close()
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        self._batch.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._batch.close()
+        if self._attached:
+            attach_context(pl_module, None)
+        self._module, self._attached = None, False
+
+
+def documents_of(batch: Any) -> Tensor | None:
+    """Return the documents of a batch, by their name; a ValueError where it has several that differ."""
+    found = [(path, x) for path, x in named_tensors(batch) if path[-1] == "documents"]
+    for path, x in found[1:]:
+        if not torch.equal(x, found[0][1]):
+            names = " and ".join(".".join(each[1:]) for each in (found[0][0], path))
+            raise ValueError(
+                f"documents of a batch must be the same for all of its sequences where a model attends by "
+                f'attn_implementation="ring", got {names}, which differ: give such sequences in batches of their own'
+            )
+    return found[0][1] if found else None
