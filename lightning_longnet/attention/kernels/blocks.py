@@ -106,7 +106,7 @@ def forward_blocks(
         kernel.forward_parts(parts, q, keys, options, totals)
         return
     stores = [total is None for total in totals]
-    for part, call in _kernel_calls(parts, q, keys, options):
+    for part, call in _kernel_calls(kernel, parts, q, keys, options):
         queries, i = part.block.queries, part.branch if len(totals) > 1 else 0
         out, lse = kernel.forward(fold_rows(queries, q), *keys.read(part), call)
         result = Partial(unfold_rows(queries, out, q.shape[0]), unfold_rows(queries, lse.unsqueeze(-1), q.shape[0]))
@@ -158,7 +158,7 @@ def backward_blocks(
     if hasattr(kernel, "backward_parts"):
         kernel.backward_parts(parts, q, keys, inputs, options, dq, stores)
         return
-    for part, call in _kernel_calls(parts, q, keys, options):
+    for part, call in _kernel_calls(kernel, parts, q, keys, options):
         queries = part.block.queries
         is_first = part.branch == 0
         lse = fold_rows(queries, inputs.lse).squeeze(-1)
@@ -232,14 +232,17 @@ def backward_lse(lse: Tensor) -> Tensor:
     return lse.nan_to_num(nan=nan, posinf=inf, neginf=inf).transpose(1, 2).unsqueeze(-1)
 
 
-def _kernel_calls(parts: Parts, q: Tensor, keys: Keys, options: PairOptions) -> Iterator[tuple[Part, Call]]:
+def _kernel_calls(
+    kernel: BlockKernel, parts: Parts, q: Tensor, keys: Keys, options: PairOptions
+) -> Iterator[tuple[Part, Call]]:
     """Yield blocks of bounded size, each with the padding, the dropout and the order of its rows."""
     branch, words = -1, None
     wide = torch.promote_types(q.dtype, torch.float32)
     limit = q.shape[1] * q.shape[2]
     if q.numel() * wide.itemsize > WHOLE_BYTES:
         limit = int(limit * CALL_SHARE)
-    for whole in parts.bounded(limit, torch.get_num_threads(), joins=q.device.type == "cpu"):
+    joins = q.device.type == "cpu" and kernel.takes_weights("cpu")  # joined blocks have masks, and weights by head
+    for whole in parts.bounded(limit, torch.get_num_threads(), joins=joins):
         for part, padding in _split_by_padding(whole, keys.key_padding_mask(whole), q.shape[0]):
             if isinstance(part.block.keys, PaddedLattice) and part.block.low is None:
                 # a causal mask hides the rows behind the last one from all before them
