@@ -6,7 +6,9 @@ import atexit
 import time
 from functools import cache
 
-SECONDS = 0.1  # a thread that waits for the interpreter's lock gets it as soon as the main thread sleeps
+# A thread that waits for the interpreter's lock gets it as soon as the main thread sleeps. Torch does not say when its
+# threads are done, so a process that gets no CPU time for longer than this can still end with SIGABRT.
+SECONDS = 0.1
 
 
 @cache

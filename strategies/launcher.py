@@ -26,7 +26,8 @@ class WatchedLauncher(_SubprocessScriptLauncher):
 
     def _call_children_scripts(self) -> None:
         os.environ[_PARENT] = str(os.getpid())
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
+        if self.num_nodes == 1 and not {"MASTER_PORT", "STANDALONE_PORT"} & os.environ.keys():
+            os.environ["MASTER_PORT"] = str(free_port())
         try:
             super()._call_children_scripts()
         finally:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 from random import SystemRandom
 
-PORTS = range(16384, 32768)  # below those that Linux gives to connections by itself
+# below those that Linux gives to connections by itself, and those of Kubernetes' services
+PORTS = range(16384, 30000)
 
 
 def free_port() -> int:

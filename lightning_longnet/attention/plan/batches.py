@@ -134,6 +134,7 @@ def _sees_itself(block: Block) -> bool:
     queries, keys = block.queries, block.keys
     return (
         block.stack is None
+        and (queries.heads == 1 or queries.head_step != 0)  # else the "heads" are segments, which may overlap
         and block.high is None
         and block.low in (None, 0)
         and (queries.starts, queries.rows, queries.step) == (keys.starts, keys.rows, keys.step)
