@@ -83,6 +83,8 @@ def _check_model(
 ) -> None:
     """Raise a ValueError, the same on all ranks, where a checkpoint is of another model than the module."""
     own = {name: tuple(x.shape) for name, x in get_model_state_dict(module).items() if isinstance(x, Tensor)}
+    # parts that torch.compile wraps have a prefix in the checkpoints of some engines
+    saved = {name.replace("_orig_mod.", ""): shape for name, shape in saved.items()}
     values = rest.get("hyper_parameters"), getattr(module, "hparams", None)
     check_same_model(path, saved, own, values, strict)
 

@@ -27,7 +27,7 @@ def check_same_model(
     """
     difference = _difference(saved, own, strict)
     if difference:
-        raise ValueError(message_of(path, "; ".join(_differing(*values)) or difference))
+        raise ValueError(message_of(path, "; ".join([*_differing(*values), difference])))
 
 
 def message_of(path: str | Path, difference: str) -> str:

@@ -58,6 +58,10 @@ def _write_whole(folder: Path, run: str, write: Callable[[Path], object]) -> Non
     What others have added to a folder that is replaced, such as a tokenizer, is kept.
     """
     final = folder.resolve()
+    if final.is_dir() and not any(final.iterdir()):  # it may be a mount, which cannot be replaced
+        write(final)
+        _name_run(final, run)
+        return
     final.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".part", dir=final.parent))
     former = unfinished.with_suffix(".replaced")
@@ -65,8 +69,7 @@ def _write_whole(folder: Path, run: str, write: Callable[[Path], object]) -> Non
         content = unfinished / final.name
         content.mkdir()
         write(content)
-        written = sorted(path.name for path in content.iterdir())
-        (content / _RUN).write_text(json.dumps({"run": run, "files": written}) + "\n")
+        _name_run(content, run)
         if not final.is_dir():
             content.rename(final)
             return
@@ -83,6 +86,12 @@ def _write_whole(folder: Path, run: str, write: Callable[[Path], object]) -> Non
             else:
                 shutil.rmtree(former)
         shutil.rmtree(unfinished)
+
+
+def _name_run(folder: Path, run: str) -> None:
+    """Write a file with the name of the run that wrote a folder, and the names of its files."""
+    written = sorted(path.name for path in folder.iterdir())
+    (folder / _RUN).write_text(json.dumps({"run": run, "files": written}) + "\n")
 
 
 def _wrote(folder: Path) -> dict[str, Any]:

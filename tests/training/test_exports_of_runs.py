@@ -86,3 +86,13 @@ def test_a_folder_of_others_is_refused(tmp_path):
     with pytest.raises(ValueError, match="folder must be new or empty"):
         fitted(tmp_path, 1)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_an_empty_folder_is_filled_and_stays_the_same_folder(tmp_path):
+    """It may be a mount, which no other folder can take the place of."""
+    (tmp_path / "out").mkdir()
+    before = (tmp_path / "out").stat().st_ino
+    module = fitted(tmp_path, 1)
+    assert (tmp_path / "out").stat().st_ino == before
+    assert torch.equal(head_of(tmp_path / "out"), module.model.get_output_embeddings().weight)
+    fitted(tmp_path, 2, tmp_path / "last.ckpt")  # the run still knows its export
