@@ -90,10 +90,6 @@ class BranchRows:
         rows = [offset + (count - 1) * r for offset, count in zip(self.offsets, counts, strict=True) if count]
         return position - place + max(rows) + 1
 
-    def can_return(self, position: int, earlier: int) -> bool:
-        """Return whether the rows that queries from an earlier position on see are still kept before a position."""
-        return earlier >= self.earliest(position) or not any(self.seen_later(earlier))
-
     # The same for tensors
 
     def counts(self, positions: Tensor) -> Tensor:

@@ -74,7 +74,10 @@ class DilatedCache:
         self.layers = [
             LayerCache(pattern, self.kv_heads, self.head_dim, batch, dtype, self.device) for pattern in self.patterns
         ]
+        self._branches = tuple(dict.fromkeys(b for pattern in self.patterns for b in rows_of(pattern, self.kv_heads)))
         self._next = (0,) * batch
+        # for each row and branch, the position that `rewind` went to where the rows before it are no longer kept
+        self._kept_from = ((0,) * len(self._branches),) * batch
         self._documents: Tensor | None = None  # (B,) the id of the last token's document
         self._is_whole = True
 
@@ -143,6 +146,7 @@ class DilatedCache:
             for store in layer.stores:
                 store.select(rows.to(self.device))
         self.batch, self._next = len(places), tuple(self._next[row] for row in places)
+        self._kept_from = tuple(self._kept_from[row] for row in places)
         if self._documents is not None:
             self._documents = self._documents[rows.to(self._documents.device)]
 
@@ -160,6 +164,7 @@ class DilatedCache:
         if len(given) != self.batch or any(type(n) is not int or n < 0 for n in given):
             raise ValueError(f"tokens must be 0 or more, or a list of {self.batch} such numbers, got {tokens!r}")
         positions = tuple(p - n for p, n in zip(self._next, given, strict=True))
+        kept_from = []
         for row, (before, after) in enumerate(zip(self._next, positions, strict=True)):
             if after < 0:
                 raise ValueError(f"tokens must be at most those of row {row}, {before}, got {given[row]}")
@@ -168,27 +173,30 @@ class DilatedCache:
                     f"tokens must be fewer than those of the last document of row {row}, {before}, got {given[row]}: "
                     f"rows of the document before it are no longer kept. Keep a copy.deepcopy of the cache from then"
                 )
-            if not self._can_return(before, after):
+            earliest = self._earliest(row)
+            if any(after < e and any(b.seen_later(after)) for b, e in zip(self._branches, earliest, strict=True)):
                 raise ValueError(
                     f"tokens must be at most {self.rewindable(row)} in row {row}, got {given[row]}: rows that tokens "
                     f"from {after} on see are no longer kept, as their segment has ended or a window has passed them. "
                     f"Keep a copy.deepcopy of the cache from before these tokens, or compute the text again"
                 )
-        self._next = positions
+            kept = zip(self._kept_from[row], earliest, strict=True)
+            kept_from.append(tuple(after if after < e else before_it for before_it, e in kept))
+        self._next, self._kept_from = positions, tuple(kept_from)
 
     def rewindable(self, row: int = 0) -> int:
         """Return how many of the last tokens of a row `rewind` can drop in any case.
 
-        It can also go back to where a segment begins in each branch that has fewer of its rows.
+        It can also go back to where, in each branch that has fewer of its rows, no head sees any row from before, as at
+        the beginning of a segment.  The rows before that place stay dropped.
         """
-        branches = (branch for pattern in set(self.patterns) for branch in rows_of(pattern, self.kv_heads))
-        earliest = max(branch.earliest(self._next[row]) for branch in branches)
-        return self._next[row] - max(earliest, 0 if self._documents is None else 1)
+        earliest = max(self._earliest(row))
+        return max(0, self._next[row] - max(earliest, 0 if self._documents is None else 1))
 
-    def _can_return(self, position: int, earlier: int) -> bool:
-        """Return whether the rows of all branches from before an earlier position are kept."""
-        branches = (branch for pattern in set(self.patterns) for branch in rows_of(pattern, self.kv_heads))
-        return position == earlier or all(branch.can_return(position, earlier) for branch in branches)
+    def _earliest(self, row: int) -> list[int]:
+        """Return, for each branch, how far back a row of the batch can go so that all rows before are kept."""
+        kept = zip(self._branches, self._kept_from[row], strict=True)
+        return [max(branch.earliest(self._next[row]), kept_from) for branch, kept_from in kept]
 
     def _check_whole(self) -> None:
         if not self._is_whole:
@@ -205,7 +213,8 @@ class DilatedCache:
         }
         documents = None if self._documents is None else self._documents.tolist()
         about = {"batch": self.batch, "dtype": str(self.dtype).removeprefix("torch."), "positions": list(self._next)}
-        return CacheState(tensors, {**about, "documents": documents})
+        kept_from = [list(each) for each in self._kept_from]
+        return CacheState(tensors, {**about, "documents": documents, "kept_from": kept_from})
 
     def restore(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Take the state of a cache of the same model, batch and dtype."""
@@ -217,10 +226,18 @@ class DilatedCache:
             raise ValueError(f"positions must be {self.batch}, 0 or more, got {positions}")
         for layer in self.layers:
             for branch, slots in zip(rows_of(layer.pattern, self.kv_heads), layer.slots, strict=True):
-                needed = int(branch.counts(torch.tensor(positions)).max())
+                # where no later token sees a row, `rewind` may have gone to a segment that had ended
+                needing = [position for position in positions if any(branch.seen_later(position))]
+                needed = int(branch.counts(torch.tensor(needing)).max()) if needing else 0
                 if slots < min(needed, branch.capacity or needed):
                     raise ValueError(f"positions must be of as many rows as there are, got {positions}")
-        self._next = positions
+        kept_from = tuple(tuple(map(int, each)) for each in about["kept_from"])
+        sizes = [len(each) for each in kept_from]
+        if sizes != [len(self._branches)] * self.batch or any(
+            not 0 <= each <= position for position, row in zip(positions, kept_from, strict=True) for each in row
+        ):
+            raise ValueError(f"kept_from must be positions of {self.batch} rows and their branches, got {kept_from}")
+        self._next, self._kept_from = positions, kept_from
         documents = about["documents"]
         self._documents = None if documents is None else torch.tensor(documents, device=self.device)
 
@@ -280,6 +297,10 @@ class DilatedCache:
         self._next, self._is_whole = step.tokens.ends, True
         if step.documents is not None:
             self._documents = step.documents[:, -1]
+        if step.tokens.documents is not None:  # all rows of a document that began are kept
+            begun = step.tokens.documents[:, -1].tolist()
+            none = (0,) * len(self._branches)
+            self._kept_from = tuple(none if n else each for n, each in zip(begun, self._kept_from, strict=True))
 
 
 class CacheState(NamedTuple):

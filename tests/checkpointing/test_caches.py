@@ -97,7 +97,7 @@ def test_other_files_are_refused_in_a_line(tmp_path):
         save_cache(cache, tmp_path / "x", made(Pattern.dense(True)))
 
 
-@pytest.mark.parametrize("change", ["rows", "shape", "number of positions", "positions", "dtype", "text"])
+@pytest.mark.parametrize("change", ["rows", "shape", "number of positions", "positions", "dtype", "text", "kept_from"])
 def test_files_that_lack_something_are_refused(tmp_path, change):
     model = made()
     cache = model.new_cache()
@@ -114,6 +114,8 @@ def test_files_that_lack_something_are_refused(tmp_path, change):
         tensors["1.0.rows"] = tensors["1.0.rows"][..., 1:].contiguous()
     elif change == "dtype":
         about["dtype"] = "float11"
+    elif change == "kept_from":
+        about["kept_from"][0][-1] = 2  # beyond the text
     else:
         about["positions"] = [3, 4] if "number" in change else [159]
     text = "{" if change == "text" else json.dumps(about)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_cached_model import KINDS, made
 from tiers import tiered
 
-from lightning_longnet import Branch, Pattern
+from lightning_longnet import Branch, Pattern, load_cache, save_cache
 from lightning_longnet.inference import layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(Nothing crosses|In the branch).*")
@@ -36,31 +36,81 @@ def patterns(draw):
     return Pattern(tuple(branches), draw(st.sampled_from(["multiset", "set"])))
 
 
-MOVES = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=2, max_size=10)
+DROPS = st.lists(st.integers(0, 9), max_size=3)
+MOVES = st.lists(st.tuples(st.integers(1, 15), DROPS), min_size=2, max_size=10)
+# Tokens go into a segment that has ended, where no head sees rows before them; `rewind` goes on from there
+INTO_ENDED = {
+    "two heads": (Pattern.dilated((12,), (3,), is_causal=True), 2, [(14, [3, 5]), (6, [])]),
+    "one head": (Pattern.dilated((12,), (3,), is_causal=True), 1, [(14, [4]), (1, [5]), (6, [])]),
+    "a window": (Pattern((Branch(12, 3, window=7, is_causal=True),)), 1, [(14, [4]), (1, [5]), (6, [])]),
+}
 
 
 @settings(max_examples=60, deadline=None)
-@given(pattern=patterns(), moves=MOVES, kv_heads=st.sampled_from([2, 4]), by_branches=st.booleans())
+@given(pattern=patterns(), moves=MOVES, kv_heads=st.sampled_from([1, 2, 4]), by_branches=st.booleans())
 def test_texts_after_rewinding_are_as_computed_at_once(pattern, moves, kv_heads, by_branches):
     """Append, rewind, append: each step equals the whole text that is then there, and what is refused was dropped."""
-    model, rng = made(pattern, kv_heads=kv_heads, layers=2), torch.Generator().manual_seed(3)
+    check_moves(pattern, moves, kv_heads, by_branches)
+
+
+@pytest.mark.parametrize("kind", INTO_ENDED)
+def test_rows_of_a_segment_that_ended_stay_dropped(kind):
+    pattern, kv_heads, moves = INTO_ENDED[kind]
+    check_moves(pattern, moves, kv_heads, False, heads=kv_heads)
+
+
+def test_steps_back_over_segments_need_no_step_at_once():
+    """Rows of a long segment are kept although a rewind goes to the beginning of a short one that has ended."""
+    model, text = made(), torch.randint(19, (1, 40))
+    cache = model.new_cache()
+    model(text[:, :30], cache=cache)
+    for at in (24, 20, 16):
+        cache.rewind(cache.positions[0] - at)
+        assert cache.rewindable() == 0
+    torch.testing.assert_close(model(text[:, 16:], cache=cache), model(text)[:, 16:], rtol=0, atol=1e-9)
+
+
+def test_copies_know_which_rows_a_rewind_left(tmp_path):
+    """Rows that are selected, a copy and a file keep it; a document that begins has all its rows."""
+    model, text = made(Pattern.dilated((300,), (3,), is_causal=True), kv_heads=1), torch.randint(19, (2, 310))
+    cache = model.new_cache(2)
+    model(text[:, :301], cache=cache)
+    cache.rewind([3, 0])
+    save_cache(cache, tmp_path / "text", model)
+    cache.select(torch.tensor([1, 0]))
+    for same, row in ((cache, 1), (copy.deepcopy(cache), 1), (load_cache(tmp_path / "text", model), 0)):
+        assert (same.positions[row], same.rewindable(row), same.rewindable(1 - row)) == (298, 0, 1)
+        drops = [0, 0]
+        drops[row] = 8
+        with pytest.raises(ValueError, match=f"tokens must be at most 0 in row {row}, got 8"):
+            same.rewind(drops)
+        last = text.flip(0)[:, 301:] if row else text[:, 301:]
+        model(last, documents=torch.tensor([[0] * 4 + [1] * 5] * 2), cache=same)
+        assert same.rewindable(row) == 4
+        same.rewind(4)
+
+
+def check_moves(pattern, moves, kv_heads, by_branches, **options):
+    model, rng = made(pattern, kv_heads=kv_heads, layers=2, **options), torch.Generator().manual_seed(3)
     cache, text = model.new_cache(2), torch.zeros(2, 0, dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patch:
         if by_branches:
             patch.setattr(layer, "BRANCH_TOKENS", 2)
-        for size, dropped in moves:
+        for size, drops in moves:
             further = torch.randint(19, (2, size), generator=rng)
             text = torch.cat([text, further], 1)
             wanted = model(text)[:, -size:]
             torch.testing.assert_close(model(further, cache=cache), wanted, rtol=0, atol=1e-9)
-            possible = cache.rewindable()
-            try:
-                cache.rewind(dropped)
-            except ValueError:
-                assert dropped > possible
-                continue
-            text = text[:, : text.shape[1] - dropped]
-            assert cache.positions == (text.shape[1],) * 2
+            for dropped in drops:
+                possible = cache.rewindable()
+                assert 0 <= possible <= text.shape[1]
+                try:
+                    cache.rewind(dropped)
+                except ValueError:
+                    assert dropped > possible
+                    continue
+                text = text[:, : text.shape[1] - dropped]
+                assert cache.positions == (text.shape[1],) * 2
 
 
 @pytest.mark.parametrize("kind", tiered(NAMES, quick=["xpos"]))
