@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class BatchDocuments(Callback):
     """Gives attention by `attn_implementation="ring"` the `documents` of each batch, where the strategy does not.
 
-    Each Trainer has one, by the entry point `lightning.pytorch.callbacks_factory` of this package.
+    Each Trainer has one, by the entry point `lightning.pytorch.callbacks_factory` of this package.  Of several, as
+    Trainers that share a list of callbacks have, the first acts alone.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,8 @@ class BatchDocuments(Callback):
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         self._batch.close()
         is_ours = isinstance(getattr(trainer.strategy, "sequence_context", None), SequenceContext)
-        self._module = module if not is_ours and attends_by_ring(module) else None
+        is_first = self is next((each for each in trainer.callbacks if isinstance(each, BatchDocuments)), None)
+        self._module = module if is_first and not is_ours and attends_by_ring(module) else None
 
     def _begin_batch(self, batch: Any) -> None:
         self._batch.close()

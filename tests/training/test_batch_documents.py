@@ -195,3 +195,14 @@ def test_a_module_trained_by_the_library_is_not_disturbed(entry_point):
     trainer(max_steps=1).fit(net, loader({**BATCH, "positions": RUNNING}))
     total, count = losses[0]
     torch.testing.assert_close((total / count).detach(), separate(decoder())[0], **ROUNDED)
+
+
+def test_a_list_of_callbacks_that_two_trainers_share(entry_point):
+    shared = [L.pytorch.callbacks.Timer()]  # Lightning adds to it
+    trainer(callbacks=shared)
+    run, module = trainer(callbacks=shared, max_steps=2), Own()
+    assert [type(each).__name__ for each in run.callbacks].count("BatchDocuments") == 2
+    plain = {"input_ids": IDS, "labels": LABELS}
+    run.fit(module, DataLoader([BATCH, plain], batch_size=None))
+    torch.testing.assert_close(module.losses[0], separate(module.net)[0], **ROUNDED)
+    torch.testing.assert_close(module.losses[1], module.loss(plain).detach())
