@@ -84,10 +84,16 @@ class BatchDocuments(Callback):
     def on_predict_batch_end(self, *_: Any) -> None:
         self._batch.close()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore(pl_module)  # Lightning calls no other hook then
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore(pl_module)
+
+    def _restore(self, module: LightningModule) -> None:
         self._batch.close()
         if self._attached:
-            attach_context(pl_module, None)
+            attach_context(module, None)
         self._module, self._attached = None, False
 
 

@@ -206,3 +206,22 @@ def test_a_list_of_callbacks_that_two_trainers_share(entry_point):
     run.fit(module, DataLoader([BATCH, plain], batch_size=None))
     torch.testing.assert_close(module.losses[0], separate(module.net)[0], **ROUNDED)
     torch.testing.assert_close(module.losses[1], module.loss(plain).detach())
+
+
+class Stops(Own):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def training_step(self, batch, batch_idx):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_an_exception_leaves_no_documents(entry_point, monkeypatch, error):
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning would have this process ignore further interrupts
+    module = Stops(error)
+    with pytest.raises((RuntimeError, SystemExit)):
+        trainer(max_steps=1).fit(module, loader(BATCH))
+    torch.testing.assert_close(module.loss(BATCH), module.loss({"input_ids": IDS, "labels": LABELS}))
+    assert sequence_context(module.net.model) is not sequence_context(module.net.model)  # none is attached
