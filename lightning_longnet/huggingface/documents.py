@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_longnet.registration import ATTENTION
-from lightning_longnet.sequence.attach import attach_context, sequence_context
+from lightning_longnet.sequence.attach import attach_context, attached_context, sequence_context
 from lightning_longnet.sequence.context import SequenceContext
 
 if TYPE_CHECKING:
@@ -26,6 +26,19 @@ def attends_by_ring(module: nn.Module) -> bool:
     return any(getattr(config, "_attn_implementation", None) == ATTENTION for config in configs)
 
 
+class WholeContext(SequenceContext):
+    """The context that `whole_documents` attaches, by which it differs from those that users attach."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WholeContext, ()
+
+
+def has_context_of_user(module: nn.Module) -> bool:
+    """Return whether a module or one inside it has a context that `whole_documents` did not attach."""
+    contexts = (attached_context(each) for each in module.modules())
+    return any(context is not None and not isinstance(context, WholeContext) for context in contexts)
+
+
 @contextmanager
 def whole_documents(module: nn.Module, documents: Tensor | None) -> Iterator[None]:
     """Give "ring" attention in a module these documents inside the block, where its sequences are whole.
@@ -34,7 +47,7 @@ def whole_documents(module: nn.Module, documents: Tensor | None) -> Iterator[Non
     """
     context = sequence_context(module)
     if not any(sequence_context(each) is context for each in module.children()):
-        context = SequenceContext()
+        context = WholeContext()
         attach_context(module, context)
     with context.with_documents(documents):
         yield

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_longnet.huggingface.documents import attends_by_ring, whole_documents
-from lightning_longnet.sequence.attach import attach_context, sequence_context
+from lightning_longnet.huggingface.documents import attends_by_ring, has_context_of_user, whole_documents
+from lightning_longnet.sequence.attach import attach_context
 from lightning_longnet.sequence.batches import named_tensors
 from lightning_longnet.sequence.context import SequenceContext
 
@@ -22,7 +22,8 @@ class BatchDocuments(Callback):
     """Gives attention by `attn_implementation="ring"` the `documents` of each batch, where the strategy does not.
 
     Each Trainer has one, by the entry point `lightning.pytorch.callbacks_factory` of this package.  Of several, as
-    Trainers that share a list of callbacks have, the first acts alone.
+    Trainers that share a list of callbacks have, the first acts alone.  Where a user attached a context to the module
+    or to one inside it, none acts.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class BatchDocuments(Callback):
 
     def _begin_batch(self, batch: Any) -> None:
         self._batch.close()
-        if self._module is None or sequence_context(self._module).sequence_parallel_size > 1:
+        if self._module is None or has_context_of_user(self._module):
             return
         documents = documents_of(batch)
         if documents is not None:
@@ -92,7 +93,7 @@ class BatchDocuments(Callback):
 
     def _restore(self, module: LightningModule) -> None:
         self._batch.close()
-        if self._attached:
+        if self._attached and not has_context_of_user(module):
             attach_context(module, None)
         self._module, self._attached = None, False
 

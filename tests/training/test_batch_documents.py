@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tiers import tiered
 from torch.utils.data import DataLoader
 
-from lightning_longnet import CausalLMModule, sequence_context
+from lightning_longnet import CausalLMModule, SequenceContext, attach_context, sequence_context
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LENGTHS, TOKENS, VOCABULARY = (19, 1, 10), 30, 61
@@ -225,3 +225,21 @@ def test_an_exception_leaves_no_documents(entry_point, monkeypatch, error):
         trainer(max_steps=1).fit(module, loader(BATCH))
     torch.testing.assert_close(module.loss(BATCH), module.loss({"input_ids": IDS, "labels": LABELS}))
     assert sequence_context(module.net.model) is not sequence_context(module.net.model)  # none is attached
+
+
+class Attaches(Own):
+    def on_train_start(self):
+        self.context = SequenceContext()
+        attach_context(self.net, self.context)
+
+    def training_step(self, batch, batch_idx):
+        assert sequence_context(self.net) is self.context
+        with self.context.with_documents(batch["documents"]):
+            return super().training_step(batch, batch_idx)
+
+
+def test_a_context_that_a_user_attached_to_a_submodule_stays(entry_point):
+    module = Attaches()
+    trainer(max_steps=1).fit(module, loader(BATCH))
+    torch.testing.assert_close(module.losses[0], separate(module.net)[0], **ROUNDED)
+    assert sequence_context(module.net) is module.context
