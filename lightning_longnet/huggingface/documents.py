@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from contextlib import contextmanager
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 
 def attends_by_ring(module: nn.Module) -> bool:
     """Return whether a module holds a model of transformers with `attn_implementation="ring"`."""
-    configs = (getattr(each, "config", None) for each in module.modules())
-    return any(getattr(config, "_attn_implementation", None) == ATTENTION for config in configs)
+    known = getattr(sys.modules.get("transformers.configuration_utils"), "PretrainedConfig", None)
+    if known is None:  # then no module is of transformers
+        return False
+    configs = (vars(each).get("config") for each in module.modules())  # those of others may be anything
+    return any(isinstance(config, known) and config._attn_implementation == ATTENTION for config in configs)
 
 
 class WholeContext(SequenceContext):
@@ -70,6 +74,12 @@ def fault_of_documents(model: Any, documents: Tensor | None, positions: Tensor) 
         return (
             f"documents are not separated by attn_implementation={implementation!r} of a {type(model).__name__}, whose "
             f'tokens would see those of other documents: take attention="{ATTENTION}", or rows of one document'
+        )
+    rows = torch.broadcast_shapes(documents.shape, positions.shape)[:-1]
+    if "flash" in str(implementation) and rows.numel() > 1:
+        return (
+            f"documents are separated by attn_implementation={implementation!r} at batch size 1, got "
+            f'{rows.numel()} rows: take batch size 1, or attention="{ATTENTION}"'
         )
     restarts = positions.clamp(min=0).diff(dim=-1) != 1
     if not torch.equal(*torch.broadcast_tensors(borders, restarts)):

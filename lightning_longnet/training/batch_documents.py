@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_longnet.huggingface.documents import attends_by_ring, has_context_of_user, whole_documents
 from lightning_longnet.sequence.attach import attach_context
@@ -29,7 +31,7 @@ class BatchDocuments(Callback):
     def __init__(self) -> None:
         self._batch = ExitStack()
         self._module: LightningModule | None = None  # that has such a model, and no other context
-        self._attached = False
+        self._attached = self._warned = False
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         self._batch.close()
@@ -37,9 +39,17 @@ class BatchDocuments(Callback):
         is_first = self is next((each for each in trainer.callbacks if isinstance(each, BatchDocuments)), None)
         self._module = module if is_first and not is_ours and attends_by_ring(module) else None
 
-    def _begin_batch(self, batch: Any) -> None:
+    def _begin_batch(self, batch: Any, step: str) -> None:
         self._batch.close()
         if self._module is None or has_context_of_user(self._module):
+            return
+        if is_param_in_hook_signature(getattr(self._module, step), "dataloader_iter", explicit=True):
+            if not self._warned:  # Lightning gives hooks the batch of the step before
+                rank_zero_warn(
+                    f"{step} takes dataloader_iter, so that attention does not know the documents of its batch: let it "
+                    f"take batch and batch_idx, or attach a SequenceContext and compute inside its with_documents()"
+                )
+            self._warned = True
             return
         documents = documents_of(batch)
         if documents is not None:
@@ -62,16 +72,16 @@ class BatchDocuments(Callback):
         self._batch.close()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._begin_batch(batch)
+        self._begin_batch(batch, "training_step")
 
     def on_validation_batch_start(self, *arguments: Any, **options: Any) -> None:
-        self._begin_batch(options["batch"] if "batch" in options else arguments[2])
+        self._begin_batch(options["batch"] if "batch" in options else arguments[2], "validation_step")
 
     def on_test_batch_start(self, *arguments: Any, **options: Any) -> None:
-        self._begin_batch(options["batch"] if "batch" in options else arguments[2])
+        self._begin_batch(options["batch"] if "batch" in options else arguments[2], "test_step")
 
     def on_predict_batch_start(self, *arguments: Any, **options: Any) -> None:
-        self._begin_batch(options["batch"] if "batch" in options else arguments[2])
+        self._begin_batch(options["batch"] if "batch" in options else arguments[2], "predict_step")
 
     def on_train_batch_end(self, *_: Any) -> None:
         self._batch.close()
