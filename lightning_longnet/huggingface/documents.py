@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from contextlib import contextmanager
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_longnet.registration import ATTENTION
-from lightning_longnet.sequence.attach import attach_context, sequence_context
+from lightning_longnet.sequence.attach import attach_context, attached_context, sequence_context
 from lightning_longnet.sequence.context import SequenceContext
 
 if TYPE_CHECKING:
@@ -22,8 +23,24 @@ if TYPE_CHECKING:
 
 def attends_by_ring(module: nn.Module) -> bool:
     """Return whether a module holds a model of transformers with `attn_implementation="ring"`."""
-    configs = (getattr(each, "config", None) for each in module.modules())
-    return any(getattr(config, "_attn_implementation", None) == ATTENTION for config in configs)
+    known = getattr(sys.modules.get("transformers.configuration_utils"), "PretrainedConfig", None)
+    if known is None:  # then no module is of transformers
+        return False
+    configs = (vars(each).get("config") for each in module.modules())  # those of others may be anything
+    return any(isinstance(config, known) and config._attn_implementation == ATTENTION for config in configs)
+
+
+class WholeContext(SequenceContext):
+    """The context that `whole_documents` attaches, by which it differs from those that users attach."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WholeContext, ()
+
+
+def has_context_of_user(module: nn.Module) -> bool:
+    """Return whether a module or one inside it has a context that `whole_documents` did not attach."""
+    contexts = (attached_context(each) for each in module.modules())
+    return any(context is not None and not isinstance(context, WholeContext) for context in contexts)
 
 
 @contextmanager
@@ -34,7 +51,7 @@ def whole_documents(module: nn.Module, documents: Tensor | None) -> Iterator[Non
     """
     context = sequence_context(module)
     if not any(sequence_context(each) is context for each in module.children()):
-        context = SequenceContext()
+        context = WholeContext()
         attach_context(module, context)
     with context.with_documents(documents):
         yield
@@ -57,6 +74,12 @@ def fault_of_documents(model: Any, documents: Tensor | None, positions: Tensor) 
         return (
             f"documents are not separated by attn_implementation={implementation!r} of a {type(model).__name__}, whose "
             f'tokens would see those of other documents: take attention="{ATTENTION}", or rows of one document'
+        )
+    rows = torch.broadcast_shapes(documents.shape, positions.shape)[:-1]
+    if "flash" in str(implementation) and rows.numel() > 1:
+        return (
+            f"documents are separated by attn_implementation={implementation!r} at batch size 1, got "
+            f'{rows.numel()} rows: take batch size 1, or attention="{ATTENTION}"'
         )
     restarts = positions.clamp(min=0).diff(dim=-1) != 1
     if not torch.equal(*torch.broadcast_tensors(borders, restarts)):

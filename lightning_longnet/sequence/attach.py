@@ -37,11 +37,13 @@ hand_down = attach_context  # the former name
 def sequence_context(module: nn.Module) -> SequenceContext:
     """Return the context that a strategy or `attach_context` attached to a module; else one for whole sequences."""
     strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
-    for context in (
-        getattr(module, "sequence_context", None),
-        module.__dict__.get(ATTACHED),
-        getattr(strategy, "sequence_context", None),
-    ):
+    context = attached_context(module) or getattr(strategy, "sequence_context", None)
+    return context if isinstance(context, SequenceContext) else SequenceContext()
+
+
+def attached_context(module: nn.Module) -> SequenceContext | None:
+    """Return the context that is attached to a module itself, or None."""
+    for context in (getattr(module, "sequence_context", None), module.__dict__.get(ATTACHED)):
         if isinstance(context, SequenceContext):
             return context
-    return SequenceContext()
+    return None

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_longnet.huggingface.documents import attends_by_ring, whole_documents
-from lightning_longnet.sequence.attach import attach_context, sequence_context
+from lightning_longnet.huggingface.documents import attends_by_ring, has_context_of_user, whole_documents
+from lightning_longnet.sequence.attach import attach_context
 from lightning_longnet.sequence.batches import named_tensors
 from lightning_longnet.sequence.context import SequenceContext
 
@@ -21,22 +23,33 @@ if TYPE_CHECKING:
 class BatchDocuments(Callback):
     """Gives attention by `attn_implementation="ring"` the `documents` of each batch, where the strategy does not.
 
-    Each Trainer has one, by the entry point `lightning.pytorch.callbacks_factory` of this package.
+    Each Trainer has one, by the entry point `lightning.pytorch.callbacks_factory` of this package.  Of several, as
+    Trainers that share a list of callbacks have, the first acts alone.  Where a user attached a context to the module
+    or to one inside it, none acts.
     """
 
     def __init__(self) -> None:
         self._batch = ExitStack()
         self._module: LightningModule | None = None  # that has such a model, and no other context
-        self._attached = False
+        self._attached = self._warned = False
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         self._batch.close()
         is_ours = isinstance(getattr(trainer.strategy, "sequence_context", None), SequenceContext)
-        self._module = module if not is_ours and attends_by_ring(module) else None
+        is_first = self is next((each for each in trainer.callbacks if isinstance(each, BatchDocuments)), None)
+        self._module = module if is_first and not is_ours and attends_by_ring(module) else None
 
-    def _begin_batch(self, batch: Any) -> None:
+    def _begin_batch(self, batch: Any, step: str) -> None:
         self._batch.close()
-        if self._module is None or sequence_context(self._module).sequence_parallel_size > 1:
+        if self._module is None or has_context_of_user(self._module):
+            return
+        if is_param_in_hook_signature(getattr(self._module, step), "dataloader_iter", explicit=True):
+            if not self._warned:  # Lightning gives hooks the batch of the step before
+                rank_zero_warn(
+                    f"{step} takes dataloader_iter, so that attention does not know the documents of its batch: let it "
+                    f"take batch and batch_idx, or attach a SequenceContext and compute inside its with_documents()"
+                )
+            self._warned = True
             return
         documents = documents_of(batch)
         if documents is not None:
@@ -59,16 +72,16 @@ class BatchDocuments(Callback):
         self._batch.close()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._begin_batch(batch)
+        self._begin_batch(batch, "training_step")
 
     def on_validation_batch_start(self, *arguments: Any, **options: Any) -> None:
-        self._begin_batch(options["batch"] if "batch" in options else arguments[2])
+        self._begin_batch(options["batch"] if "batch" in options else arguments[2], "validation_step")
 
     def on_test_batch_start(self, *arguments: Any, **options: Any) -> None:
-        self._begin_batch(options["batch"] if "batch" in options else arguments[2])
+        self._begin_batch(options["batch"] if "batch" in options else arguments[2], "test_step")
 
     def on_predict_batch_start(self, *arguments: Any, **options: Any) -> None:
-        self._begin_batch(options["batch"] if "batch" in options else arguments[2])
+        self._begin_batch(options["batch"] if "batch" in options else arguments[2], "predict_step")
 
     def on_train_batch_end(self, *_: Any) -> None:
         self._batch.close()
@@ -82,10 +95,16 @@ class BatchDocuments(Callback):
     def on_predict_batch_end(self, *_: Any) -> None:
         self._batch.close()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore(pl_module)  # Lightning calls no other hook then
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore(pl_module)
+
+    def _restore(self, module: LightningModule) -> None:
         self._batch.close()
-        if self._attached:
-            attach_context(pl_module, None)
+        if self._attached and not has_context_of_user(module):
+            attach_context(module, None)
         self._module, self._attached = None, False
 
 

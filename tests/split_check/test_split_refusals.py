@@ -24,7 +24,13 @@ class Decoder(torch.nn.Module):
 
     def step(self, batch):
         ids, context = batch["input_ids"], sequence_context(self)
-        positions = context.positions_of(ids)[None] if self.gives_positions else None
+        return self.loss(batch, context.positions_of(ids)[None] if self.gives_positions else None)
+
+    def packed_step(self, batch):
+        return self.loss(batch, batch["position_ids"])
+
+    def loss(self, batch, positions):
+        ids, context = batch["input_ids"], sequence_context(self)
         logits = self.net(input_ids=ids, position_ids=positions, use_cache=False).logits
         summed = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
         return context.token_mean(summed, ids.numel())
@@ -58,3 +64,19 @@ def test_a_refusal_of_parts_is_the_error_on_all_ranks(trainers, gives_positions)
         assert not is_result
         assert value[0] is ValueError
         assert value[1].startswith("position_ids must be those of the whole sequence")
+
+
+def checked_packed(rank, world, length):
+    os.environ["RANK"] = str(rank)
+    dist.init_process_group("gloo")
+    context = SequenceContext(sequence_mesh(2, "cpu", 60))
+    ids = torch.randint(VOCABULARY, (1, 8195), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(length), torch.arange(8194 - length)])[None]
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "position_ids": positions}
+    torch.manual_seed(0)
+    return check_split(Decoder("ring", False), lambda copy, part: copy.packed_step(part), batch, context).kind
+
+
+def test_documents_that_begin_where_a_part_of_the_sample_does(trainers):
+    assert trainers.outcomes(2, checked_packed, 64) == [(True, "not checked")] * 2  # of 129 tokens rank 0 has 64
+    assert trainers.outcomes(2, checked_packed, 65) == [(True, "equal")] * 2

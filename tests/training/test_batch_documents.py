@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from tiers import tiered
 from torch.utils.data import DataLoader
 
-from lightning_longnet import CausalLMModule, sequence_context
+from lightning_longnet import CausalLMModule, SequenceContext, attach_context, sequence_context
+from lightning_longnet.huggingface.documents import fault_of_documents
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LENGTHS, TOKENS, VOCABULARY = (19, 1, 10), 30, 61
@@ -195,3 +196,97 @@ def test_a_module_trained_by_the_library_is_not_disturbed(entry_point):
     trainer(max_steps=1).fit(net, loader({**BATCH, "positions": RUNNING}))
     total, count = losses[0]
     torch.testing.assert_close((total / count).detach(), separate(decoder())[0], **ROUNDED)
+
+
+def test_a_list_of_callbacks_that_two_trainers_share(entry_point):
+    shared = [L.pytorch.callbacks.Timer()]  # Lightning adds to it
+    trainer(callbacks=shared)
+    run, module = trainer(callbacks=shared, max_steps=2), Own()
+    assert [type(each).__name__ for each in run.callbacks].count("BatchDocuments") == 2
+    plain = {"input_ids": IDS, "labels": LABELS}
+    run.fit(module, DataLoader([BATCH, plain], batch_size=None))
+    torch.testing.assert_close(module.losses[0], separate(module.net)[0], **ROUNDED)
+    torch.testing.assert_close(module.losses[1], module.loss(plain).detach())
+
+
+class Stops(Own):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def training_step(self, batch, batch_idx):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_an_exception_leaves_no_documents(entry_point, monkeypatch, error):
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning would have this process ignore further interrupts
+    module = Stops(error)
+    with pytest.raises((RuntimeError, SystemExit)):
+        trainer(max_steps=1).fit(module, loader(BATCH))
+    torch.testing.assert_close(module.loss(BATCH), module.loss({"input_ids": IDS, "labels": LABELS}))
+    assert sequence_context(module.net.model) is not sequence_context(module.net.model)  # none is attached
+
+
+class Attaches(Own):
+    def on_train_start(self):
+        self.context = SequenceContext()
+        attach_context(self.net, self.context)
+
+    def training_step(self, batch, batch_idx):
+        assert sequence_context(self.net) is self.context
+        with self.context.with_documents(batch["documents"]):
+            return super().training_step(batch, batch_idx)
+
+
+def test_a_context_that_a_user_attached_to_a_submodule_stays(entry_point):
+    module = Attaches()
+    trainer(max_steps=1).fit(module, loader(BATCH))
+    torch.testing.assert_close(module.losses[0], separate(module.net)[0], **ROUNDED)
+    assert sequence_context(module.net) is module.context
+
+
+class Attributes(dict):
+    __getattr__ = dict.__getitem__
+
+
+class Foreign(Own):
+    @property
+    def config(self):
+        raise RuntimeError("the configuration is not there yet")
+
+
+def test_configurations_of_other_libraries_are_not_read(entry_point):
+    module = Foreign()
+    module.net.config = Attributes(width=3)
+    trainer(max_steps=1).fit(module, loader(BATCH))
+    torch.testing.assert_close(module.losses[0], separate(module.net)[0], **ROUNDED)
+
+
+class Fetches(Own):
+    def training_step(self, dataloader_iter):
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_step_that_fetches_its_batch_gets_no_documents_of_another(entry_point):
+    module = Fetches()
+    batches = DataLoader([BATCH, {"input_ids": IDS, "labels": LABELS}, BATCH], batch_size=None)
+    with pytest.warns(UserWarning, match="training_step takes dataloader_iter, .* documents") as warned:
+        trainer(max_steps=3).fit(module, batches)
+    assert len([each for each in warned if "documents" in str(each.message)]) == 1
+    wanted = module.loss({"input_ids": IDS, "labels": LABELS}).detach()
+    for loss in module.losses:
+        torch.testing.assert_close(loss, wanted)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_separates_documents_of_one_row_alone(attention):
+    net = decoder(attention="sdpa")
+    net.model.config._attn_implementation_internal = attention  # its package need not be here
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])
+    for documents in (DOCUMENTS, DOCUMENTS[0]):
+        with pytest.raises(ValueError, match=rf'{attention}.* batch size 1.*attention="ring"'):
+            net.hidden_states(IDS, documents=documents)
+    assert fault_of_documents(net.model, DOCUMENTS[:1], positions[None]) == ""
+    assert fault_of_documents(net.model, DOCUMENTS * 0, RUNNING) == ""
