@@ -36,7 +36,7 @@ class BatchDocuments(Callback):
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         self._batch.close()
         is_ours = isinstance(getattr(trainer.strategy, "sequence_context", None), SequenceContext)
-        is_first = self is next((each for each in trainer.callbacks if isinstance(each, BatchDocuments)), None)
+        is_first = self is next((each for each in trainer.callbacks if isinstance(each, BatchDocuments)), None)  # type: ignore[attr-defined]
         self._module = module if is_first and not is_ours and attends_by_ring(module) else None
 
     def _begin_batch(self, batch: Any, step: str) -> None:
