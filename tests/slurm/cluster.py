@@ -56,6 +56,8 @@ JobRequeue=1
 class Cluster:
     """`run` calls a command of SLURM's; `close` ends the daemons by their pids."""
 
+    patience = 300  # seconds for a job to reach a state or a step; other tests may run beside it
+
     def __init__(self, folder, nodes=2, processors=2):
         self.folder, self.nodes = Path(folder), nodes
         missing = [name for name in PROGRAMS if shutil.which(name) is None]
@@ -114,7 +116,7 @@ class Cluster:
         """Return the job's record in SLURM: {"JobState": "RUNNING", ...}"""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "show", "job", job)))
 
-    def await_state(self, job, *states, patience=90):
+    def await_state(self, job, *states):
         """Return the record of a job once it is in one of these states."""
         seen = {}
 
@@ -123,7 +125,7 @@ class Cluster:
             return seen["JobState"] in states
 
         try:
-            self.await_(reached, patience, f"job {job} was none of {states}")
+            self.await_(reached, self.patience, f"job {job} was none of {states}")
         except AssertionError as error:
             error.add_note(str(seen))
             raise

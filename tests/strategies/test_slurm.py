@@ -59,7 +59,8 @@ class Job:
         return self.output.read_text() if self.output.exists() else ""
 
     def await_step(self, step):
-        self.cluster.await_(lambda: f"step {step}: " in self.text(), 90, f"no step {step}\n{self.text()[-2000:]}")
+        patience = self.cluster.patience
+        self.cluster.await_(lambda: f"step {step}: " in self.text(), patience, f"no step {step}\n{self.text()[-2000:]}")
 
     def start_again(self):
         """Have a requeued job start soon: SLURM itself waits for two minutes.
