@@ -388,5 +388,5 @@ def test_make_train_learns(tmp_path):
     assert any(row.get("exchange/sent_bytes") for row in rows)
     assert "def " in (run / "samples.txt").read_text()
     assert "<svg" in (run / "report.html").read_text()
-    (told,) = re.findall(r"Next:\n  longnet generate (\S+) --prompt", found.stdout)
-    assert (tmp_path / told).exists()
+    (checkpoint,) = re.findall(r"Next:\n  longnet generate (\S+) --prompt", found.stdout)
+    assert (tmp_path / checkpoint).exists()

@@ -10,6 +10,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lightning_longnet.sequence.context import SequenceContext
+
 
 def fault_of_prompts(batch: Any) -> str:
     """Return why the rows of a batch are no prompts that can be continued, or an empty string."""
@@ -17,6 +19,16 @@ def fault_of_prompts(batch: Any) -> str:
         return ""  # which the step refuses
     mask = batch.get("attention_mask")
     return "" if mask is None else fault_of_mask(batch["input_ids"], mask)
+
+
+def whole_prompts(batch: dict[str, Tensor], context: SequenceContext) -> tuple[Tensor, Tensor | None]:
+    """Return the prompts of a batch and their attention_mask, whole on every rank; None where there is no padding."""
+    if not context.is_split and (fault := fault_of_prompts(batch)):  # of split batches the strategy asks before
+        raise ValueError(fault)
+    input_ids, mask = context.gather_sequence(batch["input_ids"]), batch.get("attention_mask")
+    if mask is not None:
+        mask = context.gather_sequence(mask)
+    return input_ids, None if mask is None or bool(mask.all()) else mask
 
 
 def fault_of_mask(input_ids: Tensor, attention_mask: Tensor) -> str:

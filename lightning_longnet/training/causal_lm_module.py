@@ -19,7 +19,7 @@ from lightning_longnet.huggingface.models import Source, check_splits, model_of,
 from lightning_longnet.huggingface.prompts import left_padded, padding_refusal
 from lightning_longnet.huggingface.saving import check_folder, save_weights
 from lightning_longnet.huggingface.vocabulary import check_vocabulary
-from lightning_longnet.inference.prompts import fault_of_mask, fault_of_prompts
+from lightning_longnet.inference.prompts import fault_of_mask, fault_of_prompts, whole_prompts
 from lightning_longnet.layers.attending import places_of
 from lightning_longnet.layers.checkpointing import keep_attention
 from lightning_longnet.layers.loss import CHUNK_TOKENS
@@ -233,13 +233,7 @@ class CausalLMModule(TokenModule):
         The batch holds `input_ids` (B, N), and `attention_mask` where rows have padding, on either side.  A row is one
         text: `documents` and `positions` are not read.
         """
-        context = sequence_context(self)
-        if not context.is_split and (fault := fault_of_prompts(batch)):  # the strategy has asked for it before
-            raise ValueError(fault)
-        whole = context.gather_sequence(batch["input_ids"])
-        mask = batch.get("attention_mask")
-        if mask is not None:
-            mask = context.gather_sequence(mask)
+        whole, mask = whole_prompts(batch, sequence_context(self))
         return self.generate(whole, self.generated_tokens, attention_mask=mask, **self.sampling)
 
     @torch.no_grad()

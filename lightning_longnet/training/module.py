@@ -11,7 +11,7 @@ from torch.optim import Optimizer  # noqa: TC002
 from lightning_longnet.checkpointing.checkpoints import read_checkpoint
 from lightning_longnet.checkpointing.comparison import message_of
 from lightning_longnet.checkpointing.exports import config_of, model_of
-from lightning_longnet.inference.prompts import fault_of_prompts
+from lightning_longnet.inference.prompts import fault_of_prompts, whole_prompts
 from lightning_longnet.models.embedding import embed
 from lightning_longnet.models.generation import MASK_OF_PREFIX, caches, generate
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
@@ -137,14 +137,7 @@ class LongNetModule(TokenModule):
         The batch holds `input_ids` (B, N), and `attention_mask` where rows have padding, on either side.  A row is one
         text: `documents` and `positions` are not read.
         """
-        context = sequence_context(self)
-        if not context.is_split and (fault := fault_of_prompts(batch)):  # the strategy has asked for it before
-            raise ValueError(fault)
-        whole = context.gather_sequence(batch["input_ids"])
-        mask = batch.get("attention_mask")
-        if mask is not None:
-            mask = context.gather_sequence(mask)
-            mask = None if bool(mask.all()) else mask
+        whole, mask = whole_prompts(batch, sequence_context(self))
         return self.generate(whole, self.generated_tokens, attention_mask=mask, **self.sampling)
 
     def generate(

@@ -115,9 +115,9 @@ def test_blocks_are_said_once_and_by_known_names():
     with pytest.raises(ValueError, match="sparse_config must be a SparsePatternConfig or its dictionary, got 3"):
         compat.BlockSparseRingDilatedAttention(**BRANCHES, sparse_config=3)
     for name in ("window_size", "local_window_size", "dilation_rates"):
-        with pytest.warns(UserWarning, match=f"no use for {name}: as many blocks are kept as sparsity_ratio") as told:
+        with pytest.warns(UserWarning, match=f"no use for {name}: as many blocks are kept as sparsity_ratio") as caught:
             compat.BlockSparseRingDilatedAttention(**BRANCHES, sparse_config={name: 256})
-        assert told[0].filename == __file__
+        assert caught[0].filename == __file__
 
 
 VOID = arguments.WITHOUT_MEANING | arguments.WITHOUT_WEIGHTS | {"block_size": "tiles"}
@@ -125,19 +125,19 @@ VOID = arguments.WITHOUT_MEANING | arguments.WITHOUT_WEIGHTS | {"block_size": "t
 
 @pytest.mark.parametrize("name", VOID)
 def test_an_argument_without_meaning_warns_once_and_changes_nothing(name):
-    with pytest.warns(UserWarning, match="has no use for") as told:
+    with pytest.warns(UserWarning, match="has no use for") as caught:
         layer = compat.RingDilatedAttentionHybrid(**BRANCHES, **{name: 1})
-    assert len(told) == 1
-    assert str(told[0].message).startswith(f"RingDilatedAttentionHybrid has no use for {name}: ")
-    assert told[0].filename == __file__
+    assert len(caught) == 1
+    assert str(caught[0].message).startswith(f"RingDilatedAttentionHybrid has no use for {name}: ")
+    assert caught[0].filename == __file__
     assert str(layer) == str(compat.RingDilatedAttentionHybrid(**BRANCHES))
 
 
 def test_all_of_them_are_named_in_one_warning():
-    with pytest.warns(UserWarning, match="has no use for") as told:
+    with pytest.warns(UserWarning, match="has no use for") as caught:
         compat.RingDilatedAttentionHybrid(**BRANCHES, enable_memory_pool=True, use_tf32=False)
-    assert len(told) == 1
-    assert "no use for enable_memory_pool, use_tf32: there is no memory pool" in str(told[0].message)
+    assert len(caught) == 1
+    assert "no use for enable_memory_pool, use_tf32: there is no memory pool" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("name", ["use_memory_pool", "mixed_precision", "use_flash", "hilbert_chunk_size"])
@@ -393,9 +393,9 @@ def wrong_on_the_last(group, name, given):
     attach_context(layer, context)
     parts = [context.split({"x": x}, {"x": 1})["x"] for x in drawn(heads=2 if "heads" in given and group.rank() else 4)]
     given = {name: value for name, value in given.items() if name != "heads"}
-    with pytest.raises(ValueError, match=r".") as told:
+    with pytest.raises(ValueError, match=r".") as caught:
         layer(*parts, **(given if group.rank() else {}))
-    return str(told.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("given", [{"heads": 2}, {"attention_mask": 0}, {"return_attention_weights": True}])

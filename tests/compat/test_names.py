@@ -72,7 +72,7 @@ def test_a_name_that_is_not_here_is_refused_with_its_replacement(module):
     assert set(REPLACEMENTS) >= PUBLIC
     for name, (use, reason) in REPLACEMENTS.items():
         here = importlib.import_module(module)
-        if name in here.__all__:  # a class of another package under the same name
+        if name in here.__all__:  # this package has a class of the same name
             continue
         rule = f"{name} of dilated_attention_pytorch is replaced by {use}: {reason}; see MIGRATING.md"
         with pytest.raises(ImportError, match=f"^{re.escape(rule)}$"):
