@@ -62,7 +62,7 @@ class Placement:
     def ranks(self) -> int:
         return len(self.lengths)
 
-    @property
+    @cached_property
     def length(self) -> int:
         return sum(self.lengths)
 
