@@ -97,34 +97,51 @@ def pytest_addoption(parser):
 """
 
 
-@pytest.mark.long
-def test_a_full_run_goes_on_where_it_was_stopped(tmp_path):
-    folder, out = tmp_path / "tests", tmp_path / "kept/full.json"
-    folder.mkdir()
-    (folder / "conftest.py").write_text(OPTIONS)
-    (folder / "test_good.py").write_text("def test_a(): pass\ndef test_b(): pass\n")
-    (folder / "test_bad.py").write_text("def test_c(): assert False, 'broken'\ndef test_d(): pass\n")
+class Repository:
+    """A folder of tests that git knows, and `tests/full.py` over it."""
 
-    def git(*words):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=folder, check=True)
+    def __init__(self, folder):
+        self.folder, self.out = folder / "tests", folder / "kept/full.json"
+        self.folder.mkdir()
+        self.git("init", "-q")
+        self.write("conftest.py", OPTIONS)
 
-    def full(*words):
-        command = [TESTS / "full.py", "--tests", folder, "--out", out, *words]
+    def write(self, name, text):
+        (self.folder / name).write_text(text)
+
+    def git(self, *words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=self.folder, check=True)
+
+    def commit(self, message):
+        self.git("add", ".")
+        self.git("commit", "-qm", message)
+
+    def full(self, *words):
+        """Return the status, what it printed, and the rows of files that were recorded."""
+        command = [TESTS / "full.py", "--tests", self.folder, "--out", self.out, *words]
         ((status, shown, error),) = programs([command])
         assert not error
-        return status, shown, json.loads(out.read_text())["files"]
+        return status, shown, json.loads(self.out.read_text())["files"]
 
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "Two files")
-    status, shown, files = full(folder / "test_good.py")
+
+@pytest.fixture
+def repository(tmp_path):
+    return Repository(tmp_path)
+
+
+@pytest.mark.long
+def test_a_full_run_goes_on_where_it_was_stopped(repository):
+    repository.write("test_good.py", "def test_a(): pass\ndef test_b(): pass\n")
+    repository.write("test_bad.py", "def test_c(): assert False, 'broken'\ndef test_d(): pass\n")
+    repository.commit("Two files")
+    status, shown, files = repository.full(repository.folder / "test_good.py")
     assert status == 1, "a file was not run"
-    assert "not run: test_bad.py" in shown
+    assert "without a result, 1 files: test_bad.py" in shown
     assert set(files) == {"test_good.py"}
     before = files["test_good.py"]
     assert (before["status"], before["passed"], before["failed"], before["skipped"]) == ("passed", 2, 0, 0)
 
-    status, shown, files = full()
+    status, shown, files = repository.full()
     assert status == 1
     assert files["test_good.py"] == before
     assert re.search(r"test_good.py .* passed, before", shown)
@@ -132,15 +149,54 @@ def test_a_full_run_goes_on_where_it_was_stopped(tmp_path):
     assert files["test_bad.py"]["failures"] == ["test_c"]
     assert "broken" in shown
     assert "1 of 2 files passed" in shown
+    assert "did not pass, 1 files: test_bad.py" in shown
 
-    (folder / "test_bad.py").write_text("def test_c(): pass\n")
-    git("commit", "-qam", "Mended")
-    status, shown, files = full()
+    repository.write("test_bad.py", "def test_c(): pass\n")
+    repository.commit("Mended")
+    status, shown, files = repository.full()
     assert status == 0
     assert files["test_good.py"]["commit"] == files["test_bad.py"]["commit"] != before["commit"]
     assert "before" not in shown, "another commit is another run"
-    (folder / "test_good.py").write_text("def test_a(): pass\n")
-    assert full()[2]["test_good.py"]["commit"] is None, "what is not committed is no result of a commit"
+    repository.write("test_good.py", "def test_a(): pass\n")
+    assert repository.full()[2]["test_good.py"]["commit"] is None, "what is not committed is no result of a commit"
+
+
+@pytest.mark.long
+def test_a_full_run_is_completed_over_several_runs_and_machines(repository):
+    for name in "abc":
+        repository.write(f"test_{name}.py", "import time\ndef test_it(): time.sleep(1.5)\n")
+    repository.commit("Three files")
+    status, shown, files = repository.full("--minutes", "0.01")
+    assert (status, set(files)) == (1, {"test_a.py"}), "the first file takes longer than the minutes"
+    assert "1 of 3 files passed" in shown
+    assert "without a result, 2 files: test_b.py, test_c.py" in shown
+
+    # the result of another machine, a commit ago
+    kept = json.loads(repository.out.read_text())
+    ((here, machine),) = kept["machines"].items()
+    kept["machines"] = {"other": machine | {"cpu": "Another CPU", "cores": 96}}
+    kept["files"]["test_a.py"] |= {"machine": "other"}
+    repository.out.write_text(json.dumps(kept))
+    repository.write("test_c.py", "def test_it(): pass\n")
+    repository.commit("A shorter file")
+    status, shown, files = repository.full("--minutes", "0.01")
+    assert (status, set(files)) == (1, {"test_a.py", "test_b.py"}), "files without a result come first"
+    status, shown, files = repository.full(repository.folder / "test_c.py", "--behind", "0")
+    assert status == 0, "each file has passed somewhere"
+    assert [files[f"test_{name}.py"]["machine"] for name in "abc"] == ["other", here, here]
+    assert "3 of 3 files passed" in shown
+    assert f"passed at {files['test_b.py']['commit'][:10]}, 0 commits ago: 2 files" in shown
+    assert f"passed at {files['test_a.py']['commit'][:10]}, 1 commits ago: 1 files" in shown
+    assert re.search(r"passed on Another CPU, 96 cores, .*, torch [\d.+a-z]+, .*: 1 files", shown)
+    assert "more than 0 commits old, 1 files: test_a.py" in shown
+    assert json.loads(repository.out.read_text())["machines"] == kept["machines"] | {here: machine}
+
+    assert repository.full("--minutes", "0")[2] == files
+    oldest = min(files, key=lambda name: files[name]["date"])
+    status, shown, again = repository.full("--minutes", "0.01", "--again")
+    assert [name for name in files if again[name] != files[name]] == [oldest], "then the oldest result"
+    assert "more than" not in shown
+    assert set(json.loads(repository.out.read_text())["machines"]) == {here}, "a machine without results is left out"
 
 
 @pytest.mark.long
