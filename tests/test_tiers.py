@@ -3,8 +3,10 @@
 import json
 import re
 import subprocess
+from itertools import combinations, product
 from pathlib import Path
 
+import full
 import pytest
 from programs import programs
 from tiers import tiered
@@ -90,6 +92,24 @@ def test_a_case_that_is_none_of_the_matrix_is_told():
         tiered("abcd", quick="e")
 
 
+@pytest.mark.parametrize(("covers", "size"), [(1, 4), (2, 12)])
+def test_long_cases_cover_values_or_pairs_of_values(covers, size):
+    axes = ("abcd", (1, 2, 3), "xy")
+    cases, quick = list(product(*axes)), [("a", 1, "x"), ("b", 1, "x")]
+    marked = tiered(cases, quick, covers=covers)
+    run = [
+        getattr(each, "values", each)
+        for each in marked
+        if not any(m.name == "full" for m in getattr(each, "marks", ()))
+    ]
+    for first, second in combinations(range(3), 2):
+        seen = {(case[first], case[second]) for case in run}
+        assert covers == 1 or seen == set(product(axes[first], axes[second]))
+    assert [{case[axis] for case in run} for axis in range(3)] == [set(axis) for axis in axes]
+    assert (len(marked), [case for case in marked if not hasattr(case, "marks")]) == (24, quick)
+    assert size <= len(run) <= size + 2, "few cases more than the least possible number"
+
+
 OPTIONS = """
 def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true")
@@ -116,7 +136,7 @@ class Repository:
         self.git("add", ".")
         self.git("commit", "-qm", message)
 
-    def full(self, *words):
+    def run(self, *words):
         """Return the status, what it printed, and the rows of files that were recorded."""
         command = [TESTS / "full.py", "--tests", self.folder, "--out", self.out, *words]
         ((status, shown, error),) = programs([command])
@@ -134,14 +154,14 @@ def test_a_full_run_goes_on_where_it_was_stopped(repository):
     repository.write("test_good.py", "def test_a(): pass\ndef test_b(): pass\n")
     repository.write("test_bad.py", "def test_c(): assert False, 'broken'\ndef test_d(): pass\n")
     repository.commit("Two files")
-    status, shown, files = repository.full(repository.folder / "test_good.py")
+    status, shown, files = repository.run(repository.folder / "test_good.py")
     assert status == 1, "a file was not run"
     assert "without a result, 1 files: test_bad.py" in shown
     assert set(files) == {"test_good.py"}
     before = files["test_good.py"]
     assert (before["status"], before["passed"], before["failed"], before["skipped"]) == ("passed", 2, 0, 0)
 
-    status, shown, files = repository.full()
+    status, shown, files = repository.run()
     assert status == 1
     assert files["test_good.py"] == before
     assert re.search(r"test_good.py .* passed, before", shown)
@@ -153,50 +173,57 @@ def test_a_full_run_goes_on_where_it_was_stopped(repository):
 
     repository.write("test_bad.py", "def test_c(): pass\n")
     repository.commit("Mended")
-    status, shown, files = repository.full()
+    status, shown, files = repository.run()
     assert status == 0
     assert files["test_good.py"]["commit"] == files["test_bad.py"]["commit"] != before["commit"]
     assert "before" not in shown, "another commit is another run"
     repository.write("test_good.py", "def test_a(): pass\n")
-    assert repository.full()[2]["test_good.py"]["commit"] is None, "what is not committed is no result of a commit"
+    assert repository.run()[2]["test_good.py"]["commit"] is None, "what is not committed is no result of a commit"
 
 
-@pytest.mark.long
-def test_a_full_run_is_completed_over_several_runs_and_machines(repository):
+def test_a_full_run_is_completed_over_several_runs_and_machines(repository, monkeypatch, capsys):
+    seconds = iter(range(0, 10**6, 60))  # a file takes a minute
+    monkeypatch.setattr(full, "monotonic", lambda: next(seconds))
+    dates = iter(range(1000))
+    counts = {"passed": 1, "failed": 0, "skipped": 0, "seconds": 60.0}
+    monkeypatch.setattr(full, "run", lambda *_: {"status": "passed", **counts, "date": f"day {next(dates):03}"})
+    here, there = full.machine(), full.machine() | {"cpu": "Another CPU", "cores": 96}
+
+    def run(machine, *words):
+        monkeypatch.setattr(full, "machine", lambda: machine)
+        status = full.main(["--tests", str(repository.folder), "--out", str(repository.out), *words])
+        kept = json.loads(repository.out.read_text())
+        return status, capsys.readouterr().out, kept["files"], kept["machines"]
+
     for name in "abc":
-        repository.write(f"test_{name}.py", "import time\ndef test_it(): time.sleep(1.5)\n")
+        repository.write(f"test_{name}.py", "")
     repository.commit("Three files")
-    status, shown, files = repository.full("--minutes", "0.01")
-    assert (status, set(files)) == (1, {"test_a.py"}), "the first file takes longer than the minutes"
+    status, shown, files, machines = run(there, "--minutes", "1.5")
+    assert (status, set(files), list(machines.values())) == (1, {"test_a.py"}, [there])
     assert "1 of 3 files passed" in shown
     assert "without a result, 2 files: test_b.py, test_c.py" in shown
 
-    # the result of another machine, a commit ago
-    kept = json.loads(repository.out.read_text())
-    ((here, machine),) = kept["machines"].items()
-    kept["machines"] = {"other": machine | {"cpu": "Another CPU", "cores": 96}}
-    kept["files"]["test_a.py"] |= {"machine": "other"}
-    repository.out.write_text(json.dumps(kept))
-    repository.write("test_c.py", "def test_it(): pass\n")
-    repository.commit("A shorter file")
-    status, shown, files = repository.full("--minutes", "0.01")
+    repository.write("test_c.py", "import os\n")
+    repository.commit("A change")
+    status, shown, files, _ = run(here, "--minutes", "1.5")
     assert (status, set(files)) == (1, {"test_a.py", "test_b.py"}), "files without a result come first"
-    status, shown, files = repository.full(repository.folder / "test_c.py", "--behind", "0")
+    status, shown, files, machines = run(here, str(repository.folder / "test_c.py"), "--behind", "0")
     assert status == 0, "each file has passed somewhere"
-    assert [files[f"test_{name}.py"]["machine"] for name in "abc"] == ["other", here, here]
+    assert [machines[files[f"test_{name}.py"]["machine"]] for name in "abc"] == [there, here, here]
     assert "3 of 3 files passed" in shown
     assert f"passed at {files['test_b.py']['commit'][:10]}, 0 commits ago: 2 files" in shown
     assert f"passed at {files['test_a.py']['commit'][:10]}, 1 commits ago: 1 files" in shown
-    assert re.search(r"passed on Another CPU, 96 cores, .*, torch [\d.+a-z]+, .*: 1 files", shown)
+    versions = here["versions"]
+    assert f"passed on Another CPU, 96 cores, Linux, python {versions['python']}, torch {versions['torch']}, " in shown
     assert "more than 0 commits old, 1 files: test_a.py" in shown
-    assert json.loads(repository.out.read_text())["machines"] == kept["machines"] | {here: machine}
 
-    assert repository.full("--minutes", "0")[2] == files
-    oldest = min(files, key=lambda name: files[name]["date"])
-    status, shown, again = repository.full("--minutes", "0.01", "--again")
-    assert [name for name in files if again[name] != files[name]] == [oldest], "then the oldest result"
-    assert "more than" not in shown
-    assert set(json.loads(repository.out.read_text())["machines"]) == {here}, "a machine without results is left out"
+    status, shown, same, _ = run(here, "--minutes", "0")
+    assert (status, same) == (0, files)
+    assert "commits old" not in shown
+    _, shown, again, machines = run(here, "--minutes", "1.5")
+    assert [name for name in files if again[name] != files[name]] == ["test_a.py"], "then the oldest result"
+    assert shown.count("passed, before") == 2
+    assert list(machines.values()) == [here], "a machine without results is left out"
 
 
 @pytest.mark.long

@@ -2,8 +2,8 @@
 
 import pytest
 from launched import await_end_of_session, ended, losses, start
+from tiers import tiered
 
-pytestmark = pytest.mark.long
 TERMINATED, KILLED = 143, -9
 PATIENCE = 45  # seconds for those who are left: to see that the launcher is gone, and some grace
 
@@ -19,7 +19,7 @@ def run(folder, kind="ddp", **told):
     return status
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", tiered([0, 1], quick=[], full=[0]))
 def test_sigterm_to_one_rank(tmp_path, rank):
     assert run(tmp_path, at=[rank, 3], signal="SIGTERM") == TERMINATED, (tmp_path / "output.txt").read_text()
     assert losses(tmp_path, 0) == losses(tmp_path, 1)
@@ -27,18 +27,22 @@ def test_sigterm_to_one_rank(tmp_path, rank):
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["preemption-step=4.ckpt"]
 
 
+@pytest.mark.long
 def test_sigkill_to_the_launcher(tmp_path):
     assert run(tmp_path, at=[0, 3], signal="SIGKILL") == KILLED
 
 
+@pytest.mark.long
 def test_sigterm_to_the_launcher_before_the_ranks_are_connected(tmp_path):
     assert run(tmp_path, at=["connecting", 0], timeout=600) < 0
 
 
+@pytest.mark.long
 def test_a_rank_that_stands_still(tmp_path):
     assert run(tmp_path, at=[1, 3], signal="SIGSTOP", timeout=5) != 0
 
 
+@pytest.mark.long
 def test_deepspeed_goes_on_after_sigterm(tmp_path):
     kind = "deepspeed_stage_2"
     assert run(tmp_path, kind, at=[1, 1], signal="SIGTERM") == TERMINATED, (tmp_path / "output.txt").read_text()
