@@ -61,6 +61,14 @@ def pool():
 
 
 @pytest.fixture(scope="session")
+def forking_process():
+    from forking import ForkingProcess
+
+    with closing(ForkingProcess()) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
 def checks_splits(request):
     """Whether the runs of tests check how they are split: in `make test` those alone that test it."""
     return request.config.getoption("--draws") != "few"

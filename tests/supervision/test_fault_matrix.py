@@ -2,23 +2,23 @@
 
 import subprocess
 import sys
-from contextlib import closing
 from functools import partial
 
+import forking  # noqa: F401  has the folder of `faults_of_ranks` in the path
 import pytest
 import torch
-from forking import ForkingProcess
 from program import FAULTS, PHASES
 from supervised import WORDS, check_end, command, ended, environment, losses, start
 from tiers import tiered
 from workers import free_port
 
-import faults_of_ranks  # isort: skip  `forking` has its folder in the path
+import faults_of_ranks  # isort: skip
+
 
 RANKS = (0, 1)
 MATRIX = [(fault, rank, phase) for fault in FAULTS for rank in RANKS for phase in PHASES]
-QUICK = [("exception", 1, "backward")]
-LONG = [
+PROCESSES = [("exception", 1, "backward")]
+FORKS = [
     *(("exit 0", 1, "forward"), ("exit 3", 0, "save"), ("abort", 1, "validation"), ("segfault", 0, "backward")),
     *(("SIGINT", 1, "forward"), ("SIGTERM", 1, "validation"), ("SIGKILL", 0, "save"), ("SIGSTOP", 0, "forward")),
     *(("endless loop", 1, "load"), ("GIL held", 0, "validation")),
@@ -26,7 +26,7 @@ LONG = [
 
 
 @pytest.mark.parametrize(
-    ("fault", "rank", "phase"), tiered(MATRIX, QUICK, full=[case for case in MATRIX if case not in QUICK])
+    ("fault", "rank", "phase"), tiered(MATRIX, quick=[], full=[case for case in MATRIX if case not in PROCESSES])
 )
 def test_a_fault(tmp_path, saved, fault, rank, phase):
     resume = str(saved / "step=2.ckpt") if phase == "load" else None
@@ -48,12 +48,6 @@ def saved(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def forking_process():
-    with closing(ForkingProcess()) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
 def saved_by_forks(forking_process, tmp_path_factory):
     folder = tmp_path_factory.mktemp("forks") / "saved"
     forking_process.result(faults_of_ranks.saved, folder, "ddp")
@@ -61,7 +55,7 @@ def saved_by_forks(forking_process, tmp_path_factory):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("fault", "rank", "phase"), LONG)
+@pytest.mark.parametrize(("fault", "rank", "phase"), FORKS)
 def test_a_fault_of_forked_ranks(tmp_path, forking_process, saved_by_forks, fault, rank, phase):
     """The assertions are those of `check_end`, in the process that forks."""
     shown = forking_process.result(faults_of_ranks.cell, tmp_path, saved_by_forks, "ddp", fault, rank, phase)

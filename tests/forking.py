@@ -1,9 +1,9 @@
-"""A process that has imported what supervised runs need, and forks them: a run costs no imports."""
+"""A process that has imported torch and Lightning, and forks runs of several ranks: a run costs no imports."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "soak"))
+sys.path.append(str(Path(__file__).parent / "soak"))
 import forks
 from workers import Workers, answer
 
@@ -16,7 +16,7 @@ def _work(rank, pipe):
 
 
 class ForkingProcess(Workers):
-    """Runs functions of `tests/soak/faults_of_ranks.py`, whose supervisors and ranks are forks of the process."""
+    """Runs functions that start supervisors and ranks by `tests/soak/forks.py`, as forks of the process."""
 
     def __init__(self):
         super().__init__(1, _work)
