@@ -17,9 +17,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 # runs all property tests again) and `make test-full`
 DRAWS = {"few": 0.2, "all": 1, "many": 10}
 LEAST = 3
-# the files of `make test-long` that take longest begin first, so that no process waits for the other one at the end
+# the files that take longest begin first, so that no process waits for the other one at the end
 SLOWEST = (
     "tests/strategies/test_slurm.py",
+    "tests/cli/test_longnet.py",
     "tests/soak/test_soak.py",
     "tests/supervision/test_fault_matrix.py",
     "tests/strategies/test_ends.py",
