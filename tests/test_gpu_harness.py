@@ -68,6 +68,7 @@ def test_what_is_right_comes_before_what_is_fast(gpu):
     assert not {"exchange", "sanitizer"} & {each.kind for each in plain}
 
 
+@pytest.mark.long
 def test_tests_on_a_gpu_are_those_of_the_kernel_axis():
     """They are collected by kernel, and every test belongs to one of the units."""
 
