@@ -8,7 +8,7 @@ SOAK_ARGS ?=
 GPU_PYTHON ?=
 # how many processes run tests; each starts ranks beside it
 TEST_PROCESSES ?= 2
-PARALLEL = -n $(TEST_PROCESSES) --dist loadfile
+PARALLEL = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 BIN = .venv/bin
 MARK = .venv/.installed
 

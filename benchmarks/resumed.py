@@ -108,6 +108,17 @@ def commit_of(folder: Path) -> str | None:
     return git("log", "-1", "--format=%H").stdout.strip() or None
 
 
+def commits_since(commit: str | None, folder: Path) -> int | None:
+    """Return how many later commits changed more than a result, or None where HEAD does not descend from the commit."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=folder)
+
+    if commit is None or git("merge-base", "--is-ancestor", commit, "HEAD").returncode:
+        return None
+    return int(git("rev-list", "--count", f"{commit}..HEAD", "--", *ELSEWHERE).stdout)
+
+
 def digest_of(root: Path, folders: Iterable[str]) -> str:
     """Return a digest of the Python files in these folders, which also stands where git knows nothing."""
     digest = hashlib.sha256()

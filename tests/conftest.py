@@ -17,6 +17,24 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 # runs all property tests again) and `make test-full`
 DRAWS = {"few": 0.2, "all": 1, "many": 10}
 LEAST = 3
+# the files that take longest begin first, so that no process waits for the other one at the end
+SLOWEST = (
+    "tests/strategies/test_slurm.py",
+    "tests/cli/test_longnet.py",
+    "tests/soak/test_soak.py",
+    "tests/supervision/test_fault_matrix.py",
+    "tests/strategies/test_ends.py",
+    "tests/test_house.py",
+    "tests/test_examples.py",
+    "tests/supervision/test_fit_restarts.py",
+    "tests/report/test_looks.py",
+    "tests/strategies/test_checkpoints.py",
+    "tests/strategies/test_decoder_runs.py",
+    "tests/strategies/test_features.py",
+    "tests/huggingface/test_dilate.py",
+    "tests/attention/kernels/test_triton.py",
+    "tests/attention/kernels/test_triton_programs.py",
+)
 REPORTED = pytest.StashKey[int]()  # how many crashes of worker processes the reports of this process have named
 
 
@@ -41,6 +59,14 @@ def pool():
     found = Pool(max(WORLDS))
     yield found
     found.close()
+
+
+@pytest.fixture(scope="session")
+def forking_process():
+    from forking import ForkingProcess
+
+    with closing(ForkingProcess()) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")
@@ -74,10 +100,17 @@ def pytest_collection_modifyitems(config, items):
         others = [item for item in items if kernel_of(item) != kernel]
         items[:] = [item for item in items if kernel_of(item) == kernel]
         config.hook.pytest_deselected(items=others)
+    if hasattr(config, "workerinput"):  # one of the processes of pytest-xdist
+        items.sort(key=place_of)
     gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(gpu)
+
+
+def place_of(item):
+    file = item.nodeid.partition("::")[0]
+    return SLOWEST.index(file) if file in SLOWEST else len(SLOWEST)
 
 
 def kernel_of(item):

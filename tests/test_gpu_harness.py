@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiers import tiered
 
 from lightning_longnet import Pattern, attend
 from lightning_longnet.attention.kernels import kernel_names
@@ -67,6 +68,7 @@ def test_what_is_right_comes_before_what_is_fast(gpu):
     assert not {"exchange", "sanitizer"} & {each.kind for each in plain}
 
 
+@pytest.mark.long
 def test_tests_on_a_gpu_are_those_of_the_kernel_axis():
     """They are collected by kernel, and every test belongs to one of the units."""
 
@@ -270,8 +272,7 @@ def test_torchscales_scheme_is_the_function_that_it_is_compared_with(monkeypatch
     torch.testing.assert_close(scheme.dense("sdpa")(q, k, v), attend(q, k, v, Pattern.dense(True)))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["auto", "scheme sdpa", "dense sdpa"])
+@pytest.mark.parametrize("name", tiered(["auto", "scheme sdpa", "dense sdpa"], quick=[], full=["auto", "dense sdpa"]))
 def test_a_participant_is_measured(name):
     words = ["--tokens", "1024", "--segments", "256,512", "--rounds", "1", "--device", "cpu", "--yardstick", "128"]
     command = [sys.executable, str(FOLDER / "gpu_attention.py"), "--participant", name, *words]

@@ -3,8 +3,10 @@
 import json
 import re
 import subprocess
+from itertools import combinations, product
 from pathlib import Path
 
+import full
 import pytest
 from programs import programs
 from tiers import tiered
@@ -90,6 +92,24 @@ def test_a_case_that_is_none_of_the_matrix_is_told():
         tiered("abcd", quick="e")
 
 
+@pytest.mark.parametrize(("covers", "size"), [(1, 4), (2, 12)])
+def test_long_cases_cover_values_or_pairs_of_values(covers, size):
+    axes = ("abcd", (1, 2, 3), "xy")
+    cases, quick = list(product(*axes)), [("a", 1, "x"), ("b", 1, "x")]
+    marked = tiered(cases, quick, covers=covers)
+    run = [
+        getattr(each, "values", each)
+        for each in marked
+        if not any(m.name == "full" for m in getattr(each, "marks", ()))
+    ]
+    for first, second in combinations(range(3), 2):
+        seen = {(case[first], case[second]) for case in run}
+        assert covers == 1 or seen == set(product(axes[first], axes[second]))
+    assert [{case[axis] for case in run} for axis in range(3)] == [set(axis) for axis in axes]
+    assert (len(marked), [case for case in marked if not hasattr(case, "marks")]) == (24, quick)
+    assert size <= len(run) <= size + 2, "few cases more than the least possible number"
+
+
 OPTIONS = """
 def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true")
@@ -97,34 +117,51 @@ def pytest_addoption(parser):
 """
 
 
-@pytest.mark.long
-def test_a_full_run_goes_on_where_it_was_stopped(tmp_path):
-    folder, out = tmp_path / "tests", tmp_path / "kept/full.json"
-    folder.mkdir()
-    (folder / "conftest.py").write_text(OPTIONS)
-    (folder / "test_good.py").write_text("def test_a(): pass\ndef test_b(): pass\n")
-    (folder / "test_bad.py").write_text("def test_c(): assert False, 'broken'\ndef test_d(): pass\n")
+class Repository:
+    """A folder of tests that git knows, and `tests/full.py` over it."""
 
-    def git(*words):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=folder, check=True)
+    def __init__(self, folder):
+        self.folder, self.out = folder / "tests", folder / "kept/full.json"
+        self.folder.mkdir()
+        self.git("init", "-q")
+        self.write("conftest.py", OPTIONS)
 
-    def full(*words):
-        command = [TESTS / "full.py", "--tests", folder, "--out", out, *words]
+    def write(self, name, text):
+        (self.folder / name).write_text(text)
+
+    def git(self, *words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=self.folder, check=True)
+
+    def commit(self, message):
+        self.git("add", ".")
+        self.git("commit", "-qm", message)
+
+    def run(self, *words):
+        """Return the status, what it printed, and the rows of files that were recorded."""
+        command = [TESTS / "full.py", "--tests", self.folder, "--out", self.out, *words]
         ((status, shown, error),) = programs([command])
         assert not error
-        return status, shown, json.loads(out.read_text())["files"]
+        return status, shown, json.loads(self.out.read_text())["files"]
 
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "Two files")
-    status, shown, files = full(folder / "test_good.py")
+
+@pytest.fixture
+def repository(tmp_path):
+    return Repository(tmp_path)
+
+
+@pytest.mark.long
+def test_a_full_run_goes_on_where_it_was_stopped(repository):
+    repository.write("test_good.py", "def test_a(): pass\ndef test_b(): pass\n")
+    repository.write("test_bad.py", "def test_c(): assert False, 'broken'\ndef test_d(): pass\n")
+    repository.commit("Two files")
+    status, shown, files = repository.run(repository.folder / "test_good.py")
     assert status == 1, "a file was not run"
-    assert "not run: test_bad.py" in shown
+    assert "without a result, 1 files: test_bad.py" in shown
     assert set(files) == {"test_good.py"}
     before = files["test_good.py"]
     assert (before["status"], before["passed"], before["failed"], before["skipped"]) == ("passed", 2, 0, 0)
 
-    status, shown, files = full()
+    status, shown, files = repository.run()
     assert status == 1
     assert files["test_good.py"] == before
     assert re.search(r"test_good.py .* passed, before", shown)
@@ -132,15 +169,61 @@ def test_a_full_run_goes_on_where_it_was_stopped(tmp_path):
     assert files["test_bad.py"]["failures"] == ["test_c"]
     assert "broken" in shown
     assert "1 of 2 files passed" in shown
+    assert "did not pass, 1 files: test_bad.py" in shown
 
-    (folder / "test_bad.py").write_text("def test_c(): pass\n")
-    git("commit", "-qam", "Mended")
-    status, shown, files = full()
+    repository.write("test_bad.py", "def test_c(): pass\n")
+    repository.commit("Mended")
+    status, shown, files = repository.run()
     assert status == 0
     assert files["test_good.py"]["commit"] == files["test_bad.py"]["commit"] != before["commit"]
     assert "before" not in shown, "another commit is another run"
-    (folder / "test_good.py").write_text("def test_a(): pass\n")
-    assert full()[2]["test_good.py"]["commit"] is None, "what is not committed is no result of a commit"
+    repository.write("test_good.py", "def test_a(): pass\n")
+    assert repository.run()[2]["test_good.py"]["commit"] is None, "what is not committed is no result of a commit"
+
+
+def test_a_full_run_is_completed_over_several_runs_and_machines(repository, monkeypatch, capsys):
+    seconds = iter(range(0, 10**6, 60))  # a file takes a minute
+    monkeypatch.setattr(full, "monotonic", lambda: next(seconds))
+    dates = iter(range(1000))
+    counts = {"passed": 1, "failed": 0, "skipped": 0, "seconds": 60.0}
+    monkeypatch.setattr(full, "run", lambda *_: {"status": "passed", **counts, "date": f"day {next(dates):03}"})
+    here, there = full.machine(), full.machine() | {"cpu": "Another CPU", "cores": 96}
+
+    def run(machine, *words):
+        monkeypatch.setattr(full, "machine", lambda: machine)
+        status = full.main(["--tests", str(repository.folder), "--out", str(repository.out), *words])
+        kept = json.loads(repository.out.read_text())
+        return status, capsys.readouterr().out, kept["files"], kept["machines"]
+
+    for name in "abc":
+        repository.write(f"test_{name}.py", "")
+    repository.commit("Three files")
+    status, shown, files, machines = run(there, "--minutes", "1.5")
+    assert (status, set(files), list(machines.values())) == (1, {"test_a.py"}, [there])
+    assert "1 of 3 files passed" in shown
+    assert "without a result, 2 files: test_b.py, test_c.py" in shown
+
+    repository.write("test_c.py", "import os\n")
+    repository.commit("A change")
+    status, shown, files, _ = run(here, "--minutes", "1.5")
+    assert (status, set(files)) == (1, {"test_a.py", "test_b.py"}), "files without a result come first"
+    status, shown, files, machines = run(here, str(repository.folder / "test_c.py"), "--behind", "0")
+    assert status == 0, "each file has passed somewhere"
+    assert [machines[files[f"test_{name}.py"]["machine"]] for name in "abc"] == [there, here, here]
+    assert "3 of 3 files passed" in shown
+    assert f"passed at {files['test_b.py']['commit'][:10]}, 0 commits ago: 2 files" in shown
+    assert f"passed at {files['test_a.py']['commit'][:10]}, 1 commits ago: 1 files" in shown
+    versions = here["versions"]
+    assert f"passed on Another CPU, 96 cores, Linux, python {versions['python']}, torch {versions['torch']}, " in shown
+    assert "more than 0 commits old, 1 files: test_a.py" in shown
+
+    status, shown, same, _ = run(here, "--minutes", "0")
+    assert (status, same) == (0, files)
+    assert "commits old" not in shown
+    _, shown, again, machines = run(here, "--minutes", "1.5")
+    assert [name for name in files if again[name] != files[name]] == ["test_a.py"], "then the oldest result"
+    assert shown.count("passed, before") == 2
+    assert list(machines.values()) == [here], "a machine without results is left out"
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ from workers import Workers, answer, free_port
 
 def _work(rank, stays, checks_splits, pipe):
     import gc
+    import multiprocessing
 
     import torch
     import torch.distributed as dist
@@ -16,6 +17,8 @@ def _work(rank, stays, checks_splits, pipe):
     if not checks_splits:
         RingSequenceParallelStrategy.__init__.__kwdefaults__["split_check"] = "off"
 
+    # as in a user's process; with the method of this pool, each worker of a DataLoader would import torch anew
+    multiprocessing.set_start_method("fork", force=True)
     is_frozen = False
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN, as in the session itself

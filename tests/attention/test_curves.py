@@ -342,7 +342,7 @@ QUICK_OVER_RANKS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "multiplicity", "world", "exchange", "placement"), tiered(OVER_RANKS, QUICK_OVER_RANKS)
+    ("name", "multiplicity", "world", "exchange", "placement"), tiered(OVER_RANKS, QUICK_OVER_RANKS, covers=2)
 )
 def test_equals_brute_force_over_ranks(pool, name, multiplicity, world, exchange, placement):
     for options in (OPTIONS["all"], OPTIONS["sinks"]):
@@ -355,7 +355,7 @@ def test_equals_brute_force_over_ranks(pool, name, multiplicity, world, exchange
 
 
 @pytest.mark.parametrize(
-    ("name", "multiplicity", "world", "exchange", "placement"), tiered(OVER_RANKS, QUICK_OVER_RANKS[1:3])
+    ("name", "multiplicity", "world", "exchange", "placement"), tiered(OVER_RANKS, QUICK_OVER_RANKS[1:3], covers=2)
 )
 def test_documents_over_ranks_equal_one_process(pool, name, multiplicity, world, exchange, placement):
     for options in (OPTIONS["all"], OPTIONS["sinks"]):

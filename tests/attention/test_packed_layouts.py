@@ -1,6 +1,7 @@
 """Packed rows of a few to thousands of documents: small blocks share calls, and each document equals itself alone."""
 
 from contextlib import contextmanager
+from itertools import product
 from unittest.mock import patch
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from cells import shown_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import tiered
 
 from lightning_longnet import Pattern, attend
 from lightning_longnet.attention.plan import batches
@@ -158,10 +160,12 @@ def test_joined_calls_are_separate_calls(rows, pattern, causal, mix, ordering, d
     assert_equal(*results)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", ["equal", "zipf", "cuts", "ones"])
-@pytest.mark.parametrize("pattern", ["dense", "five branches"])
-@pytest.mark.parametrize("many", [10, 1000, 4000])
+@pytest.mark.parametrize(
+    ("many", "pattern", "kind"),
+    tiered(
+        product([10, 1000, 4000], ["dense", "five branches"], ["equal", "zipf", "cuts", "ones"]), quick=[], covers=1
+    ),
+)
 def test_many_documents(many, pattern, kind):
     generator = torch.Generator().manual_seed(many)
     rows = [lengths_of(kind, 4096, many, generator) for _ in range(2)]

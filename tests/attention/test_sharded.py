@@ -46,9 +46,7 @@ def test_equals_brute_force_in_float32(pool, world, exchange, data):
     drawn_on(pool, world, exchange, data, torch.float32, 1e-5)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize(("world", "exchange"), tiered(product([2, 3, 5], EXCHANGES), quick=[], covers=1))
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_equals_brute_force_over_many_cases(pool, world, exchange, data):

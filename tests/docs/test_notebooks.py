@@ -12,6 +12,7 @@ from pathlib import Path
 import pages
 import pytest
 from outputs import assert_shown
+from tiers import tiered
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,8 +48,7 @@ def run(source, folder, names):
     return shown.getvalue()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", pages.NOTEBOOKS)
+@pytest.mark.parametrize("name", tiered(pages.NOTEBOOKS, quick=[], full=list(pages.NOTEBOOKS)[1:]))
 def test_the_cells_of_a_notebook_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names, losses = {}, []

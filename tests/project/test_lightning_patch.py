@@ -38,7 +38,7 @@ def test_the_patch_applies_to_the_installed_lightning(tmp_path):
     assert f"made against Lightning {lightning.__version__}" in " ".join((FOLDER / "README.md").read_text().split())
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_a_name_needs_no_import_with_the_patch(tmp_path):
     source = Path(lightning.__file__).parent
     shutil.copytree(source, tmp_path / "src/lightning", ignore=shutil.ignore_patterns("__pycache__"))

@@ -91,6 +91,17 @@ def supervised(main, words, folder, limits, restarts, environment):
     return ForkedProcess(words, supervise, environment, folder, True, folder / "output.txt")
 
 
+def launched(main, words, folder, environment):
+    """Start `main` without a supervisor, in the same way; Lightning's launcher forks its other ranks."""
+
+    def launch():
+        sys.argv = ["program.py", *words]
+        subprocess_script.subprocess = _Subprocess(main)
+        main()
+
+    return ForkedProcess(words, launch, environment, folder, True, folder / "output.txt")
+
+
 def _run(main, env, cwd, starts_session, output):
     """Run as a new program, with signals, files and environment of its own, and end the process."""
     status = 1

@@ -87,9 +87,16 @@ def run(out, *words):
     return found.returncode, found.stdout, found.stderr
 
 
-@pytest.mark.long
-def test_one_cell_of_each_kind_holds(tmp_path):
-    kinds = ("faults, ddp", "kills, fsdp2", "exact", "engines")
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        # `tests/supervision/test_fault_matrix.py` runs cells of "faults, ddp"
+        pytest.param(("kills, fsdp2", "exact", "engines"), marks=pytest.mark.long),
+        pytest.param(("faults, ddp", "elastic"), marks=pytest.mark.full),
+    ],
+    ids=", ".join,
+)
+def test_one_cell_of_each_kind_holds(tmp_path, kinds):
     status, shown, errors = run(tmp_path / "found.jsonl", "--first", "--kinds", *kinds)
     assert status == 0, shown + errors
     lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]

@@ -31,6 +31,16 @@ def start(folder, *launcher, **options):
         )
 
 
+def start_forked(folder, **options):
+    """Start the script as a fork of this process, which must be a `ForkingProcess`."""
+    import forks
+    import script
+
+    folder.mkdir(exist_ok=True)
+    words = [json.dumps({"folder": str(folder), **options})]
+    return forks.launched(script.main, words, folder, environment())
+
+
 def ended(process, folder, patience=PATIENCE):
     """Wait for a process, and return its exit status."""
     try:

@@ -52,14 +52,13 @@ def check(trainers, sharding, setting, wanted, folder, tolerance, meshes=OTHERS)
 
 
 @pytest.mark.parametrize(
-    ("sharding", "mesh"), tiered(product(["ddp", "fsdp2", "hsdp"], OTHERS), quick=[("fsdp2", "2x1")])
+    ("sharding", "mesh"), tiered(product(["ddp", "fsdp2", "hsdp"], OTHERS), quick=[("fsdp2", "2x1")], covers=1)
 )
 def test_float64_goes_on_elsewhere(trainers, sharding, mesh, wanted, tmp_path):
     check(lambda _: trainers, sharding, FLOAT64, wanted, str(tmp_path), 1e-9, [mesh])
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", tiered([1, 2, 3], quick=[], full=[1, 2]))
 def test_deepspeed_goes_on_elsewhere(deepspeed_trainers, stage, wanted, tmp_path):
     check(deepspeed_trainers, f"deepspeed_stage_{stage}", DEEPSPEED, wanted, str(tmp_path), 1e-5)
 

@@ -40,8 +40,7 @@ def test_float64_equals_a_plain_loop(trainers, sharding, mesh):
         compare(found, expected("float64"), 1e-6)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", tiered(MESHES, quick=[], full=list(MESHES)[1:]))
 def test_float32_of_deepspeed_equals_a_plain_loop(deepspeed_trainers, mesh):
     world, size = MESHES[mesh]
     for found in deepspeed_trainers(world).run(world, fit, "float32", "deepspeed_stage_3", size):
@@ -64,9 +63,9 @@ def runs_of(sharding, request):
     return (lambda _: trainers), "float64", 1e-6
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "lora"])
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "deepspeed_stage_3"])
+@pytest.mark.parametrize(
+    ("sharding", "adapted"), tiered(product(["ddp", "fsdp2", "deepspeed_stage_3"], [False, True]), quick=[], covers=1)
+)
 def test_a_run_goes_on_from_another_mesh_and_is_exported(request, tmp_path, base, sharding, adapted):
     from transformers import AutoModelForCausalLM
 

@@ -62,7 +62,7 @@ def double():
 PLACED = product(["contiguous", "zigzag"], ["auto", "gather", "ring", "swap"])
 
 
-@pytest.mark.parametrize(("placement", "exchange"), tiered(PLACED, quick=[("zigzag", "ring")]))
+@pytest.mark.parametrize(("placement", "exchange"), tiered(PLACED, quick=[("zigzag", "ring")], covers=1))
 def test_documents_by_any_exchange_and_placement(trainers, exchange, placement):
     wanted = reference(DOCUMENTS)
     for found in trainers.run(2, fit_placed, DOCUMENTS, exchange, placement):
@@ -124,7 +124,8 @@ def reference_of_windows(setting, clip_value=None, by_tokens=True):
 
 
 @pytest.mark.parametrize(
-    ("sharding", "mesh"), tiered([("ddp", "1x2"), ("fsdp2", "2x2"), ("hsdp", "2x2")], quick=[("ddp", "1x2")])
+    ("sharding", "mesh"),
+    tiered([("ddp", "1x2"), ("fsdp2", "2x2"), ("hsdp", "2x2")], quick=[], full=[("fsdp2", "2x2")]),
 )
 def test_micro_batches_may_count_by_their_tokens(trainers, sharding, mesh):
     world, size = MESHES[mesh]
@@ -166,7 +167,12 @@ PRECISIONS = product(["bf16-mixed", "bf16-true", "32-true"], ["ddp", "fsdp2", "d
 
 
 @pytest.mark.parametrize(
-    ("precision", "sharding"), tiered(PRECISIONS, quick=[("bf16-mixed", "fsdp2"), ("bf16-true", "ddp")])
+    ("precision", "sharding"),
+    tiered(
+        PRECISIONS,
+        quick=[("bf16-mixed", "fsdp2")],
+        full=[("bf16-mixed", "ddp"), ("bf16-true", "fsdp2"), ("32-true", "ddp"), ("32-true", "fsdp2")],
+    ),
 )
 def test_half_precision_follows_the_full_one(trainers, deepspeed_trainers, sharding, precision):
     workers = deepspeed_trainers(2) if sharding.startswith("deepspeed") else trainers
@@ -210,7 +216,7 @@ def fit_checkpointed(rank, world, kind, sharding):
 
 @pytest.mark.parametrize(
     ("kind", "sharding"),
-    tiered(product([Checkpointed, KeptAttention], ["ddp", "fsdp2"]), quick=[(KeptAttention, "fsdp2")]),
+    tiered(product([Checkpointed, KeptAttention], ["ddp", "fsdp2"]), quick=[], covers=1),
 )
 def test_activations_may_be_computed_again(trainers, kind, sharding):
     wanted = reference(DOCUMENTS)
@@ -234,8 +240,7 @@ def fit_compiled(rank, world, sharding):
     return losses, {name.replace("_orig_mod.", ""): x for name, x in parameters.items()}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=[], full=["ddp"]))
 def test_blocks_may_be_compiled(trainers, sharding):
     wanted = reference({**PLAIN, "seed": 0})
     for found in trainers.run(2, fit_compiled, sharding):
@@ -260,7 +265,7 @@ def run_averaged(rank, world, kind, sharding="ddp"):
 
 @pytest.mark.parametrize(
     ("kind", "sharding"),
-    tiered(product(["ema", "swa"], ["ddp", "fsdp2", "hsdp"]), quick=[("ema", "fsdp2")]),
+    tiered(product(["ema", "swa"], ["ddp", "fsdp2", "hsdp"]), quick=[("ema", "fsdp2")], covers=1),
 )
 def test_weights_are_averaged(trainers, kind, sharding):
     wanted = trainers.run(1, run_averaged, kind)[0]

@@ -62,9 +62,7 @@ CASES |= {"ddp": ("ddp", 1, 0, 1)}
 CASES |= {f"deepspeed_stage_{stage}": (f"deepspeed_stage_{stage}", 1, 0, 1) for stage in (1, 2, 3)}
 
 
-@pytest.mark.parametrize(
-    "case", tiered(CASES, quick=[], full=[case for case in CASES if case not in ("ddp", "fsdp2, every third")])
-)
+@pytest.mark.parametrize("case", tiered(CASES, quick=[], full=[case for case in CASES if case != "fsdp2, every third"]))
 def test_the_old_or_the_new_one_is_left(case, tmp_path):
     sharding, world, victim, every = CASES[case]
     base, folder = tmp_path / "base", tmp_path / "run"

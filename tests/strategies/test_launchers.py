@@ -6,8 +6,6 @@ import pytest
 from launched import end_group, ended, losses, start
 from workers import free_port
 
-pytestmark = pytest.mark.long
-
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
@@ -22,12 +20,14 @@ def by_lightning(tmp_path_factory):
     return found
 
 
+@pytest.mark.full
 def test_torchrun(by_lightning, tmp_path):
     process = start(tmp_path, *TORCHRUN, "--nproc-per-node=2", f"--master-port={free_port()}", kind="fsdp2")
     assert ended(process, tmp_path) == 0, (tmp_path / "output.txt").read_text()
     assert losses(tmp_path, 0) == losses(tmp_path, 1) == by_lightning
 
 
+@pytest.mark.long
 def test_torchrun_with_two_agents(by_lightning, tmp_path):
     rendezvous = ("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=two-agents")
     command = (*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--local-addr=127.0.0.1", *rendezvous)

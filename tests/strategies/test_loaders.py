@@ -117,6 +117,7 @@ OTHER_KIND = ", of other names, shapes or types:"
     tiered(
         product(KINDS, ["fit", "validate", "test", "predict"]),
         quick=[("values", "fit"), ("length", "fit"), ("rows", "validate"), ("none", "fit"), ("empty", "predict")],
+        covers=1,
     ),
 )
 def test_a_later_batch_that_differs_is_an_error_in_its_step(trainers, kind, stage):
@@ -139,6 +140,7 @@ ENDS = ["short", "nothing", "mistaken", "sized"]
     tiered(
         product(ENDS, [0, 1], ["fit", "validate", "test", "predict"]),
         quick=[("short", 0, "fit"), ("nothing", 1, "fit"), ("mistaken", 0, "validate"), ("sized", 1, "fit")],
+        covers=2,
     ),
 )
 def test_a_loader_that_ends_on_one_rank_is_an_error(trainers, kind, odd, stage):

@@ -61,7 +61,7 @@ def stop_and_go_on(trainers, folder, kind, signals, step, right):
 
 @pytest.mark.parametrize(
     ("kind", "told"),
-    tiered(product(["ddp", "fsdp2"], WHERE), quick=[("fsdp2", "one rank")]),
+    tiered(product(["ddp", "fsdp2"], WHERE), quick=[("fsdp2", "one rank")], covers=1),
 )
 def test_whoever_is_told_all_stop(trainers, undisturbed, tmp_path, kind, told):
     stop_and_go_on(trainers, tmp_path, kind, WHERE[told], 2, undisturbed(kind))
@@ -133,7 +133,13 @@ def test_what_is_not_a_number_of_steps():
             Preemption(every_n_steps=steps)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("told", WHILE)
+@pytest.mark.parametrize(
+    "told",
+    tiered(
+        WHILE,
+        quick=[],
+        full=["in the middle of accumulating", "at the end of an epoch", "after the last step"],
+    ),
+)
 def test_whenever_it_comes(trainers, undisturbed, tmp_path, told):
     stop_and_go_on(trainers, tmp_path, "fsdp2", *WHILE[told], undisturbed("fsdp2"))

@@ -91,7 +91,7 @@ def test_metrics_are_exact_where_samples_do_not_divide(trainers, deepspeed_train
             assert "repeated_samples" in told[0]
 
 
-@pytest.mark.parametrize("mesh", tiered(["2x1", "2x2"], quick=["2x1"]))
+@pytest.mark.parametrize("mesh", tiered(["2x1", "2x2"], quick=[], full=["2x2"]))
 def test_images_count_once(trainers, mesh):
     world, size = MESHES[mesh]
     for found, _ in trainers.run(world, evaluate, size, "ddp", "images"):

@@ -43,7 +43,7 @@ def test_checkpoints_of_another_run_are_older(tmp_path):
     assert newest_checkpoint(tmp_path, since=NOW - 30) is None
 
 
-@pytest.mark.parametrize("since", ["last", f"{NOW:.0f}"])
+@pytest.mark.parametrize("since", ["last", f"{NOW:.0f}"], ids=["last", "time"])  # the same in each process of xdist
 def test_a_restart_finds_what_an_earlier_attempt_saved_elsewhere(tmp_path, monkeypatch, since):
     monkeypatch.setenv(FOLDER, str(tmp_path))
     first, second = (trainer_of(tmp_path / f"version_{number}", tmp_path / "root") for number in (0, 1))

@@ -85,7 +85,7 @@ def files_of(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("engine", "kind"), tiered(product(ENGINES, DAMAGES), quick=[("fsdp2", "flip"), ("fsdp2", "older")])
+    ("engine", "kind"), tiered(product(ENGINES, DAMAGES), quick=[("fsdp2", "flip"), ("fsdp2", "older")], covers=1)
 )
 def test_each_damaged_file_is_named_and_passed_over(saved, engine, kind, tmp_path):
     source, _ = saved(engine)
@@ -128,7 +128,9 @@ def fit_without_name(rank, world, sharding, folder):
     return fit_with_last(rank, world, sharding, folder, "last")
 
 
-@pytest.mark.parametrize("engine", tiered(ENGINES, quick=["ddp"]))
+@pytest.mark.parametrize(
+    "engine", tiered(ENGINES, quick=["ddp"], full=["hsdp", "deepspeed_stage_1", "deepspeed_stage_2"])
+)
 def test_last_is_found_when_its_name_is_gone(trainers, deepspeed_trainers, saved, engine, tmp_path):
     source, losses = saved(engine)
     shutil.copytree(source, tmp_path / "run")

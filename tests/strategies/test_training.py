@@ -39,14 +39,14 @@ def compare(found, wanted, tolerance):
 QUICK = [("ddp", "1x2"), ("ddp", "2x1"), ("fsdp2", "1x2"), ("hsdp", "2x2")]
 
 
-@pytest.mark.parametrize(("sharding", "mesh"), tiered(product(["ddp", "fsdp2", "hsdp"], MESHES), quick=QUICK))
+@pytest.mark.parametrize(("sharding", "mesh"), tiered(product(["ddp", "fsdp2", "hsdp"], MESHES), quick=QUICK, covers=1))
 def test_float64_equals_one_process(trainers, sharding, mesh):
     world, size = MESHES[mesh]
     for found in trainers.run(world, fit, FLOAT64, sharding, size):
         compare(found, expected("float64"), 1e-9)
 
 
-@pytest.mark.parametrize(("stage", "mesh"), tiered(product([1, 2, 3], MESHES), quick=[(3, "1x2")]))
+@pytest.mark.parametrize(("stage", "mesh"), tiered(product([1, 2, 3], MESHES), quick=[(3, "1x2")], covers=1))
 def test_float32_of_deepspeed_equals_one_process(deepspeed_trainers, stage, mesh):
     world, size = MESHES[mesh]
     for found in deepspeed_trainers(world).run(world, fit, FLOAT32, f"deepspeed_stage_{stage}", size):

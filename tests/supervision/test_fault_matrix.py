@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from functools import partial
 
+import forking  # noqa: F401  has the folder of `faults_of_ranks` in the path
 import pytest
 import torch
 from program import FAULTS, PHASES
@@ -10,10 +12,13 @@ from supervised import WORDS, check_end, command, ended, environment, losses, st
 from tiers import tiered
 from workers import free_port
 
+import faults_of_ranks  # isort: skip
+
+
 RANKS = (0, 1)
 MATRIX = [(fault, rank, phase) for fault in FAULTS for rank in RANKS for phase in PHASES]
-QUICK = [("exception", 1, "backward")]
-LONG = [
+PROCESSES = [("exception", 1, "backward")]
+FORKS = [
     *(("exit 0", 1, "forward"), ("exit 3", 0, "save"), ("abort", 1, "validation"), ("segfault", 0, "backward")),
     *(("SIGINT", 1, "forward"), ("SIGTERM", 1, "validation"), ("SIGKILL", 0, "save"), ("SIGSTOP", 0, "forward")),
     *(("endless loop", 1, "load"), ("GIL held", 0, "validation")),
@@ -21,7 +26,7 @@ LONG = [
 
 
 @pytest.mark.parametrize(
-    ("fault", "rank", "phase"), tiered(MATRIX, QUICK, full=[case for case in MATRIX if case not in (*QUICK, *LONG)])
+    ("fault", "rank", "phase"), tiered(MATRIX, quick=[], full=[case for case in MATRIX if case not in PROCESSES])
 )
 def test_a_fault(tmp_path, saved, fault, rank, phase):
     resume = str(saved / "step=2.ckpt") if phase == "load" else None
@@ -42,13 +47,31 @@ def saved(request, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def saved_by_forks(forking_process, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forks") / "saved"
+    forking_process.result(faults_of_ranks.saved, folder, "ddp")
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("fault", "rank", "phase"), FORKS)
+def test_a_fault_of_forked_ranks(tmp_path, forking_process, saved_by_forks, fault, rank, phase):
+    """The assertions are those of `check_end`, in the process that forks."""
+    shown = forking_process.result(faults_of_ranks.cell, tmp_path, saved_by_forks, "ddp", fault, rank, phase)
+    assert shown["status"] != 0
+    assert f"rank {rank} " in shown["last_line"]
+    assert WORDS[fault] in shown["last_line"]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_run_that_is_killed_is_restarted_and_equal(tmp_path, kind):
+def test_a_run_that_is_killed_is_restarted_and_equal(tmp_path, forking_process, kind):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder, told in ((whole, {}), (killed, {"fault": "SIGKILL", "rank": 1, "phase": "backward"})):
         folder.mkdir()
-        status, lines, _, left = ended(start(folder, "--restarts", "3", kind=kind, **told), folder)
+        run = partial(faults_of_ranks.run, folder, restarts=3, kind=kind, **told)
+        status, lines, _, left = forking_process.result(run)
         assert (status, left) == (0, []), "\n".join(lines)
     assert "rank 1 was ended by SIGKILL" in (killed / "output.txt").read_text()
     assert dict(losses(killed)) == dict(losses(whole))
@@ -76,8 +99,14 @@ def test_torchrun_restarts_the_ranks_and_they_go_on(tmp_path):
     assert [step for step, _ in losses(tmp_path)] == [0, 1, 2, 2, 3, 4, 5], text  # from step=2.ckpt
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("fault", "phase", "kind"), [("exception", "validation", "ddp"), ("exit 0", "save", "fsdp2")])
+@pytest.mark.parametrize(
+    ("fault", "phase", "kind"),
+    tiered(
+        [("exception", "validation", "ddp"), ("exit 0", "save", "fsdp2")],
+        quick=[],
+        full=[("exception", "validation", "ddp")],
+    ),
+)
 def test_each_rank_names_the_first_without_a_supervisor(tmp_path, fault, phase, kind):
     port, processes = str(free_port()), []
     for rank in (0, 1):

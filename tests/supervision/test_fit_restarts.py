@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from supervised import PATIENCE, ROOT, environment
+from tiers import tiered
 
 from lightning_longnet import read_checkpoint
 from lightning_longnet.checkpointing.newest import check_checkpoint
 
 STEPS = 8
+STRATEGIES = ["ring_sequence_parallel", "ring_sequence_parallel_deepspeed_stage_2"]
 SMALL = [
     *(f"--trainer.max_steps={STEPS}", "--trainer.val_check_interval=3", "--trainer.limit_val_batches=1"),
     *("--trainer.num_sanity_val_steps=0", "--model.config.dim=16", "--model.config.layers=1"),
@@ -44,8 +46,7 @@ def last(folder):
     return read_checkpoint(path).state_dict
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("strategy", ["ring_sequence_parallel", "ring_sequence_parallel_deepspeed_stage_2"])
+@pytest.mark.parametrize("strategy", tiered(STRATEGIES, quick=[], full=["ring_sequence_parallel_deepspeed_stage_2"]))
 def test_a_training_whose_rank_is_killed_ends_as_another(tmp_path, strategy):
     for killed in (False, True):
         status, lines = fit(tmp_path / str(killed), strategy, killed)

@@ -122,8 +122,7 @@ def test_the_same_bits_every_time(interpreted):
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("world", "exchange"), list(product((2, 3), ("gather", "ring", "swap"))))
+@pytest.mark.parametrize(("world", "exchange"), tiered(product((2, 3), ("gather", "ring", "swap")), quick=[], covers=1))
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_ranks_equal_brute_force(ranks, world, exchange, data):
