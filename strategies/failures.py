@@ -1,4 +1,7 @@
-"""The name of the rank that failed first, in the error of each: a lost connection alone says nothing of its cause."""
+"""The name of the rank that failed first, in the error of each: a lost connection alone says nothing of its cause.
+
+Where the layers of the module have a `Guard`, its advice is added to the error of each rank.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_longnet.callbacks.preemption import Requeued
+from lightning_longnet.layers.attending import guards_of
 from lightning_longnet.strategies.launcher import WatchedLauncher, launcher_has_ended
 from lightning_longnet.strategies.phases import MarkedPhases
 from lightning_longnet.supervision.processes import STOPPED, state_of
@@ -50,7 +54,8 @@ class NamedFailures(MarkedPhases):
         if isinstance(exception, SystemExit) and not isinstance(exception, SIGTERMException) and not exception.code:
             exception.code = 1  # a rank that ends in the middle of a run has failed
         is_lost = is_lost_connection(exception)
-        first = self._first_failure(f"{where}: {text}", is_lost)
+        advice = self._advise(exception, f"{where}: {text}", is_lost)
+        first = self._first_failure(f"{where}: {text}" + f". {advice}" * bool(advice), is_lost)
         cause = f"lost its connection, {first}" if first and is_lost else text
         self._end_run(cause, DISCONNECTED if is_lost else FAILED)
         if self._ranks() == 1 and not isinstance(exception, SystemExit):
@@ -64,6 +69,11 @@ class NamedFailures(MarkedPhases):
             print(line, file=sys.stderr, flush=True)  # noqa: T201
         else:
             exception.add_note(line)
+
+    def _advise(self, exception: BaseException, description: str, is_lost: bool) -> str:
+        """Add the advice of the module's `Guard` to an error, and return it; empty where there is none."""
+        guards = [] if self.lightning_module is None else guards_of(self.lightning_module)
+        return guards[0].advise(exception, description, is_lost=is_lost) if guards else ""
 
     def _ranks(self) -> int:
         raise NotImplementedError

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, get_args
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention.kernels import Request, has_few_keys, reference, select
+from lightning_longnet.attention.kernels import Request, has_few_keys, kernel_names, reference, select
 from lightning_longnet.attention.kernels.compiling import constant_result
 from lightning_longnet.attention.parallel.schedule import Exchange
 from lightning_longnet.attention.parallel.shard import SequenceShard
@@ -21,7 +21,7 @@ from lightning_longnet.attention.pattern.pattern import Pattern
 from lightning_longnet.attention.spec import AttentionSpec, Mix
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 
 _MIXES, _EXCHANGES, _ORDERINGS = get_args(Mix), get_args(Exchange), get_args(Ordering)
@@ -43,6 +43,7 @@ class AttendOptions(TypedDict, total=False):
     ordering: Ordering
     sinks: Tensor | None
     softcap: float | None
+    excluded_kernels: Collection[str]
 
 
 class PreparedCall(NamedTuple):
@@ -91,7 +92,12 @@ def prepared_call(
         raise ValueError(f"dropout_samples must be two integers, (first, step), got {samples!r}")
     request = request_of(q, v, pattern, padding is not None, dropout > 0)
     softcap = checked_softcap(get("softcap"))
-    request = request._replace(masks_later=has_masked_line(ordering, pattern), has_softcap=softcap is not None)
+    excluded = checked_exclusions(get("excluded_kernels", ()))
+    if excluded and (shard is not None or ordering != "raster"):
+        excluded |= {reference.name}  # "auto" comes to it where the others are excluded
+    request = request._replace(
+        masks_later=has_masked_line(ordering, pattern), has_softcap=softcap is not None, excluded=excluded
+    )
     spec = AttentionSpec(
         pattern,
         select(kernel, request),
@@ -230,6 +236,17 @@ def checked_softcap(softcap: Any) -> float | None:
     if not isinstance(softcap, (int, float)) or isinstance(softcap, bool) or not 0 < softcap < inf:
         raise ValueError(f"softcap must be a positive, finite number or None, got {softcap!r}")
     return float(softcap)
+
+
+def checked_exclusions(names: Collection[str]) -> frozenset[str]:
+    """Return the names of excluded kernels as a set, or raise a ValueError if one is no kernel."""
+    if not names:
+        return frozenset()
+    known = kernel_names()
+    for name in (names,) if isinstance(names, str) else names:
+        if name not in known or isinstance(names, str):
+            raise ValueError(f"excluded_kernels must be a collection of {', '.join(map(repr, known))}, got {names!r}")
+    return frozenset(names)
 
 
 def _seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention.guard import guarded_attend
+from lightning_longnet.attention.attend import attend
 from lightning_longnet.attention.kernels.compiling import not_compiled
 from lightning_longnet.attention.parallel.comm import Traffic
 from lightning_longnet.attention.parallel.local import local_shard
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from lightning_longnet.attention.guard import Guard
+    from lightning_longnet.attention.checks import AttendOptions
     from lightning_longnet.attention.parallel.shard import SequenceShard
     from lightning_longnet.attention.pattern.ordering import Ordering
     from lightning_longnet.attention.pattern.pattern import Pattern
@@ -246,7 +246,6 @@ class SequenceContext(ContextDropout):
         kernel: str = "auto",
         exchange: Exchange | None = None,
         ordering: Ordering = "raster",
-        guard: Guard | None = None,
     ) -> Tensor:
         """Call `attend` on whole sequences or on parts, as they are in the current batch.
 
@@ -257,8 +256,29 @@ class SequenceContext(ContextDropout):
         `layer` is the number of this attention in the model.  It is required where `dropout` is positive: in a step
         that was begun, calls with equal numbers drop the same pairs.  See `begin_step` for calls outside of steps.
         """
-        options: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel, "ordering": ordering}
+        options = self.attend_options(
+            q.shape[1], documents, key_padding_mask, dropout=dropout, layer=layer, exchange=exchange
+        )
         options |= {"scale": scale, "sinks": sinks, "softcap": softcap}
+        options |= {"mix": mix, "kernel": kernel, "ordering": ordering}
+        return attend(q, k, v, pattern, **options)
+
+    def attend_options(
+        self,
+        tokens: int,
+        documents: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        *,
+        dropout: float = 0.0,
+        layer: int | None = None,
+        exchange: Exchange | None = None,
+    ) -> AttendOptions:
+        """Return the arguments of `attend` that depend on the ranks, on the current batch and on the step.
+
+        All ranks that share sequences call it together.  `tokens` is the number of tokens of q on this rank; the other
+        arguments are those of the method `attend`.
+        """
+        options: AttendOptions = {"dropout": dropout}
         if dropout > 0:
             if layer is None:
                 raise ValueError(
@@ -268,13 +288,11 @@ class SequenceContext(ContextDropout):
             options["dropout_seed"] = self._seeds.of_layer(layer)
             options["dropout_samples"] = self.data_parallel_rank, self.data_parallel_size
         if not self.is_split:
-            options |= {"documents": documents, "key_padding_mask": key_padding_mask}
-            return guarded_attend(guard, q, k, v, pattern, is_placed=self.mesh is not None, **options)
-        options["exchange"] = self.exchange if exchange is None else exchange
-        shard = options["shard"] = self._shard_for(q.shape[1], documents, key_padding_mask)
+            return {**options, "documents": documents, "key_padding_mask": key_padding_mask}
+        shard = self._shard_for(tokens, documents, key_padding_mask)
         if dropout > 0 and options["dropout_seed"] is None:
             options["dropout_seed"] = _shared_seed(shard)
-        return guarded_attend(guard, q, k, v, pattern, **options)
+        return {**options, "shard": shard, "exchange": self.exchange if exchange is None else exchange}
 
     @not_compiled
     def _shard_for(self, tokens: int, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:

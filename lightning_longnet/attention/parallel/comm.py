@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from datetime import timedelta
 
     from torch import Tensor
@@ -109,7 +109,6 @@ class Comm:
         shard: the number by which all ranks know the shard that messages belong to.
         traffic: counts what this rank sends; the shards of a `SequenceContext` share one.
         failure: describes the call that this rank did not finish; later messages are refused with it.
-        on_failure: called with the error and the description when a call fails; it may add a note to the error.
     """
 
     exchanges = 0  # the number of exchanges that were started
@@ -120,7 +119,6 @@ class Comm:
         self.shard = 0
         self.traffic = Traffic()
         self.failure = ""
-        self.on_failure: Callable[[BaseException, str], None] | None = None
 
     @property
     def name(self) -> str | None:
@@ -140,18 +138,6 @@ class Comm:
         return self.traffic.waited_seconds
 
     @contextmanager
-    def failures_to(self, on_failure: Callable[[BaseException, str], None] | None) -> Iterator[None]:
-        """Call `on_failure` where a `whole_call` inside the block fails.
-
-        A `Guard` sets the handler around a forward; the backward of that forward sets the same one again.
-        """
-        before, self.on_failure = self.on_failure, on_failure
-        try:
-            yield
-        finally:
-            self.on_failure = before
-
-    @contextmanager
     def whole_call(self, call: str) -> Iterator[None]:
         """Mark the communication as failed unless the call runs to its end.
 
@@ -169,8 +155,6 @@ class Comm:
             if not done:
                 error = sys.exc_info()[1]
                 self.failure = f"rank {self.rank} of {self.ranks} failed in {call} ({error!r})"
-                if self.on_failure is not None and error is not None:
-                    self.on_failure(error, self.failure)
 
     def exchange(
         self, send: dict[int, Tensor], receive: dict[int, Tensor], context: MessageContext, content: str

@@ -17,7 +17,7 @@ class LocalComm(Comm):
 
     def __init__(self) -> None:
         self.rank, self.ranks, self.shard = 0, 1, 0
-        self.traffic, self.failure, self.on_failure = Traffic(), "", None
+        self.traffic, self.failure = Traffic(), ""
 
     @property
     def name(self) -> None:
