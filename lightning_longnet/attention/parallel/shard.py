@@ -241,7 +241,7 @@ class SequenceShard:
         everywhere: list[list[int]] = self._all_gather(torch.tensor(padded), step).tolist()
         if not fault:
             if faulty := [r for r, theirs in enumerate(everywhere) if theirs[1]]:
-                raise ValueError(_other_rank_fault(faulty[0]))
+                raise OtherRankError(faulty[0])
             if others := [r for r, theirs in enumerate(everywhere) if theirs[0] != padded[0]]:
                 other = f"rank {self.rank} of the group {step}, rank {others[0]} {steps[everywhere[others[0]][0]]}"
                 raise ValueError(f"all ranks of a group must do the same, in one order: {other}")
@@ -317,8 +317,13 @@ def report_errors(shard: SequenceShard | None) -> Iterator[None]:
         raise
 
 
-def _other_rank_fault(rank: int) -> str:
-    return f"rank {rank} of the group was given arguments that do not fit, or no memory: its own message says which"
+class OtherRankError(ValueError):
+    """Another rank of the group has refused its arguments, and raises the error that has the reason."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(
+            f"rank {rank} of the group was given arguments that do not fit, or no memory: its own message says which"
+        )
 
 
 def _argument_fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any, check: Any) -> str:
