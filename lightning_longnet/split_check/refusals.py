@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_longnet.attention.parallel.shard import OtherRankError
+from lightning_longnet.attention.parallel.agreement import OtherRankError
 from lightning_longnet.sequence.refusals import LocalPositionsError
 from lightning_longnet.split_check.ranks import gathered_objects
 

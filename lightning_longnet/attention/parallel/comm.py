@@ -189,16 +189,20 @@ class Comm:
         return Pending(list(zip(works, descriptions, strict=True)), (*send.values(), *receive.values()), self)
 
     def all_gather(self, own: Tensor, step: str) -> Tensor:
-        """Return the tensors of all ranks, (ranks, *own.shape); all must have one shape.  Errors name the `step`."""
+        """Return the tensors of all ranks on the CPU, (ranks, *own.shape); all must have one shape.
+
+        Errors name the `step`.
+        """
         self._check_failure()
+        own = own.to("cuda" if dist.get_backend(self.group) == "nccl" else "cpu").contiguous()
         everywhere = own.new_empty((self.ranks, *own.shape))
         begin = perf_counter()
         try:
-            dist.all_gather(list(everywhere.unbind()), own.contiguous(), group=self.group)
+            dist.all_gather(list(everywhere.unbind()), own, group=self.group)
         except RuntimeError as error:
             raise RuntimeError(f"rank {self.rank} of {self.ranks}, {step}: {error}") from error
         self.traffic.add_wait(begin, begin)
-        return everywhere
+        return everywhere.cpu()
 
     def _check_failure(self) -> None:
         """Raise a RuntimeError if an earlier call failed."""

@@ -49,6 +49,3 @@ class LocalShard(SequenceShard):
     @staticmethod
     def _make_comm(group: dist.ProcessGroup | None) -> Comm:
         return LocalComm()
-
-    def _all_gather(self, own: Tensor, step: str) -> Tensor:
-        return self.comm.all_gather(own, step)
