@@ -9,15 +9,11 @@ from torch import Tensor
 
 from lightning_longnet.attention import op
 from lightning_longnet.attention.checks import (
-    AttendOptions,
-    PreparedCall,
     checked_exclusions,
     checked_padding,
     checked_probability,
     checked_softcap,
     checked_tensors,
-    prepared_call,
-    request_of,
 )
 from lightning_longnet.attention.kernels import Explanation, judge, reference
 from lightning_longnet.attention.kernels.compiling import not_compiled
@@ -25,6 +21,7 @@ from lightning_longnet.attention.kernels.dropout import Dropout
 from lightning_longnet.attention.parallel.calls import call_kind
 from lightning_longnet.attention.parallel.shard import SequenceShard, report_errors
 from lightning_longnet.attention.pattern.pattern import Pattern  # noqa: TC001  for the examples below
+from lightning_longnet.attention.prepared import AttendOptions, PreparedCall, prepared_call, request_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection

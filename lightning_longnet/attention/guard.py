@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from lightning_longnet.attention.attend import attend
-from lightning_longnet.attention.checks import prepared_call
 from lightning_longnet.attention.kernels import candidates, judge
 from lightning_longnet.attention.kernels.compiling import not_compiled
 from lightning_longnet.attention.parallel.shard import SequenceShard, report_errors
+from lightning_longnet.attention.prepared import prepared_call
 from lightning_longnet.attention.trial import free_bytes, kernel_fault, needed_bytes
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.checks import PreparedCall
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.attention.prepared import PreparedCall
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Guard:
             return prepared_call(call.q, call.k, call.v, pattern, {**options, "excluded_kernels": broken}).spec.kernel
         except ValueError:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
-            fault = f"{_rank(shard)}: no kernel can serve this call, as each that could has failed: {reasons}"
+            fault = f"{_rank_name(shard)}: no kernel can serve this call, as each that could has failed: {reasons}"
         with report_errors(shard):
             raise ValueError(fault)
 
@@ -155,7 +155,7 @@ class Guard:
         self._announced.add((kind, broken))
         self.counts["replacements"] += 1
         message = "%s: kernel %r is replaced with %r for calls on %s: %s"
-        logger.warning(message, _rank(shard), broken, replacement, kind, self._broken[kind][broken])
+        logger.warning(message, _rank_name(shard), broken, replacement, kind, self._broken[kind][broken])
 
     def _try_kernels(
         self, kind: _CallKey, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]
@@ -177,9 +177,9 @@ class Guard:
             self.counts["refusals"] += 1
             shown = "unknown" if free is None else f"{free / 2**20:,.0f} MiB"
             fault = (
-                f"{_rank(shard)}: this call's results alone need {needed / 2**20:,.0f} MiB, and free are {shown}"
+                f"{_rank_name(shard)}: this call's results alone need {needed / 2**20:,.0f} MiB, and free are {shown}"
                 if is_short
-                else f"{_rank(shard)}: another rank, {[v[-1] for v in everywhere].index(1)}, has too little memory"
+                else f"{_rank_name(shard)}: another rank, {[v[-1] for v in everywhere].index(1)}, has too little memory"
             )
             logger.error("%s", fault)
             raise ValueError(f"{fault}: {_LESS_MEMORY}")
@@ -195,7 +195,7 @@ class Guard:
         needed, free = self._memory
         shown = "an unknown number" if free is None else f"{free / 2**20:,.0f} MiB"
         message = "%s: preflight on %s: kernels that work: %s; results need %.1f MiB of %s free"
-        logger.info(message, _rank(shard), kind, ", ".join(working), needed / 2**20, shown)
+        logger.info(message, _rank_name(shard), kind, ", ".join(working), needed / 2**20, shown)
 
     def _warn_of_ranks(self) -> None:
         """Warn once where each of several ranks attends to whole sequences, which is seldom meant."""
@@ -259,7 +259,7 @@ def _is_of_attention(error: BaseException) -> bool:
     return any(name.startswith(_CORE) and name != __name__ for name in modules)
 
 
-def _rank(shard: SequenceShard | None) -> str:
+def _rank_name(shard: SequenceShard | None) -> str:
     """Return the name of this rank for log messages and errors."""
     if shard is not None:
         return f"rank {shard.rank} of {shard.comm.ranks} that share sequences"

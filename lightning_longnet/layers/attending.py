@@ -12,11 +12,11 @@ from lightning_longnet.layers.options import exchange_of, kernel_name, mix_of, o
 from lightning_longnet.layers.positions import checked_positions, document_index
 
 if TYPE_CHECKING:
-    from lightning_longnet.attention.checks import AttendOptions
     from lightning_longnet.attention.guard import Guard
     from lightning_longnet.attention.parallel.schedule import Exchange
     from lightning_longnet.attention.pattern.ordering import Ordering
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.attention.prepared import AttendOptions
     from lightning_longnet.attention.spec import Mix
     from lightning_longnet.sequence.context import SequenceContext
 

@@ -15,11 +15,11 @@ from lightning_longnet.sequence.dropout import ContextDropout
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lightning_longnet.attention.checks import AttendOptions
     from lightning_longnet.attention.parallel.schedule import Exchange
     from lightning_longnet.attention.parallel.shard import SequenceShard
     from lightning_longnet.attention.pattern.ordering import Ordering
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.attention.prepared import AttendOptions
     from lightning_longnet.attention.spec import Mix
     from lightning_longnet.sequence.shards import ShardCache
 
