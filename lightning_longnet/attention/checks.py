@@ -59,7 +59,7 @@ def checked_tensors(
 
 
 def _checked_documents(documents: Tensor | None, q: Tensor) -> Tensor | None:
-    """Return the document of each token, a view (B, N); tokens with equal ids are of one document."""
+    """Return the ids of documents as a view (B, N), or raise a ValueError if they do not fit q."""
     if documents is None:
         return None
     if not isinstance(documents, Tensor):

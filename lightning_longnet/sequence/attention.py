@@ -142,7 +142,10 @@ class ContextAttention(ContextDropout):
 
     @not_compiled
     def _shard_for(self, tokens: int, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
-        """Return the shard of a call on so many tokens of this rank; outside of compiled graphs, as ranks make it."""
+        """Return the shard of a call whose q has `tokens` tokens on this rank.
+
+        A compiled graph breaks here, as ranks send messages to make a shard.
+        """
         self._splitter.check_tokens(tokens)
         return self.shard_of(documents, key_padding_mask)
 

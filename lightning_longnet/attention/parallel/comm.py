@@ -74,7 +74,7 @@ class Pending:
         """Wait for all messages."""
         if not self.works:
             return
-        begin, limit = perf_counter(), timeout_of(self.comm.group)
+        begin, limit = perf_counter(), wait_arguments(self.comm.group)
         for work, description in self.works:
             try:
                 work.wait(*limit)
@@ -84,15 +84,19 @@ class Pending:
         self.comm.traffic.add_wait(begin, self.started)
 
 
-def timeout_of(group: dist.ProcessGroup) -> tuple[timedelta, ...]:
-    """Return the argument of `Work.wait` with the timeout that a group of gloo has now.
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """Return the timeout that a group of gloo or NCCL has now."""
+    device = "cpu" if dist.get_backend(group) == "gloo" else "cuda"
+    limit: timedelta = group._get_backend(torch.device(device)).options._timeout
+    return limit
 
-    Its messages, unlike its collectives, would go by the timeout that it was made with.  Work of NCCL needs none.
+
+def wait_arguments(group: dist.ProcessGroup) -> tuple[timedelta, ...]:
+    """Return the arguments of `Work.wait` for messages of a group: with gloo, the timeout that the group has now.
+
+    Messages of gloo, unlike its collectives, would go by the timeout that the group was made with.
     """
-    if dist.get_backend(group) != "gloo":
-        return ()
-    limit: timedelta = group._get_backend(torch.device("cpu")).options._timeout
-    return (limit,)
+    return (timeout_of(group),) if dist.get_backend(group) == "gloo" else ()
 
 
 class MessageContext(NamedTuple):
