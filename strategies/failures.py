@@ -55,12 +55,16 @@ class NamedFailures(MarkedPhases):
             exception.code = 1  # a rank that ends in the middle of a run has failed
         is_lost = is_lost_connection(exception)
         advice = self._advise(exception, f"{where}: {text}", is_lost)
-        first = self._first_failure(f"{where}: {text}" + f". {advice}" * bool(advice), is_lost)
+        reported = self._reported_failure(f"{where}: {text}" + f". {advice}" * bool(advice), is_lost)
+        first = reported or (self._evidence() if is_lost else "")
         cause = f"lost its connection, {first}" if first and is_lost else text
         self._end_run(cause, DISCONNECTED if is_lost else FAILED)
         if self._ranks() == 1 and not isinstance(exception, SystemExit):
             return
         line = f"{where}: {text}"
+        if first and is_lost and reported:
+            # where this rank waited explains nothing, and its stack would stand between the user and the error's own
+            exception.__traceback__ = None
         if first and is_lost:
             line = f"{where} stopped because another rank failed first: {first}"
         elif first and text not in first:
@@ -78,18 +82,16 @@ class NamedFailures(MarkedPhases):
     def _ranks(self) -> int:
         raise NotImplementedError
 
-    def _first_failure(self, own: str, is_lost: bool) -> str:
-        """Return the failure of another rank that came before this one's, or an empty string."""
+    def _reported_failure(self, own: str, is_lost: bool) -> str:
+        """Return the failure that another rank reported before this one's, or an empty string."""
         if not dist.is_initialized() or self._ranks() == 1:
-            return self._evidence() if is_lost else ""
+            return ""
         answers: list[str] = []
         # a thread, as the process that holds the store may stand still, and nothing limits that wait
         thread = threading.Thread(target=_report_failure, args=(own, is_lost, answers), daemon=True)
         thread.start()
         thread.join(_PATIENCE + 1.0)
-        if answers and answers[0] != own:
-            return answers[0]
-        return self._evidence() if is_lost else ""
+        return answers[0] if answers and answers[0] != own else ""
 
     def _evidence(self) -> str:
         """Return what this rank sees of ranks that reported no error: their processes, where it has started them."""
