@@ -40,6 +40,19 @@ class Request(NamedTuple):
     has_softcap: bool = False
     excluded: frozenset[str] = frozenset()  # the names of kernels that must not run
 
+    def lacks(self, *features: str) -> list[str]:
+        """Return the reasons of a kernel that lacks these features, which are fields of the request, to refuse it."""
+        return [_REASONS[feature] for feature in features if getattr(self, feature)]
+
+
+# why a kernel refuses a request that has a feature, for the features that several kernels lack
+_REASONS = {
+    "is_padded": "has no padding masks",
+    "has_dropout": "has no dropout",
+    "masks_later": "cannot mask keys by their tokens",
+    "has_softcap": "cannot bound scores by a softcap",
+}
+
 
 class Kernel(Protocol):
     """A module that computes attention, as `judge` asks it whether it can compute a call."""
