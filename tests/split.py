@@ -6,7 +6,7 @@ import torch
 from cells import held
 from hypothesis import strategies as st
 
-from lightning_longnet import Pattern, SequenceShard, attend
+from lightning_longnet import Pattern, SequenceShard, attend, balanced_placement
 from lightning_longnet.attention.parallel.placement import Placement
 
 LONGNET = Pattern.dilated((16, 64, 256), (1, 2, 4), is_causal=True)
@@ -20,7 +20,7 @@ def step(group, tensors, placement, ids, hidden, settings, dtype):
     shard = SequenceShard(
         group,
         len(at),
-        placement.kind,
+        placement if placement.listed else placement.kind,
         None if ids is None else ids[..., at],
         None if hidden is None else hidden[:, at],
     )
@@ -48,7 +48,10 @@ def split_cases(draw, world):
     length = case["shape"][1]
     borders = sorted(draw(st.lists(st.integers(0, length), min_size=world - 1, max_size=world - 1)))
     lengths = tuple(b - a for a, b in zip([0, *borders], [*borders, length], strict=True))
-    return case, Placement(lengths, draw(st.sampled_from(["contiguous", "zigzag"])))
+    kind = draw(st.sampled_from(["contiguous", "zigzag", "documents"]))
+    if kind == "documents":
+        return case, balanced_placement([n for n in lengths if n], world)
+    return case, Placement(lengths, kind)
 
 
 def compare(pool, world, exchange, case, placement, dtype=torch.float64, tolerance=1e-10, **more):

@@ -2,6 +2,7 @@
 
 from lightning_longnet.attention.attend import attend, explain
 from lightning_longnet.attention.guard import Guard
+from lightning_longnet.attention.parallel.document_placement import balanced_placement
 from lightning_longnet.attention.parallel.sequence_plan import SequencePlan, sequence_plan
 from lightning_longnet.attention.parallel.shard import SequenceShard
 from lightning_longnet.attention.pattern.ordering import (
@@ -23,6 +24,7 @@ __all__ = [
     "SequenceShard",
     "Sparsity",
     "attend",
+    "balanced_placement",
     "causal_order",
     "explain",
     "hilbert_order",

@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_longnet import Pattern, attend
 from lightning_longnet.attention.kernels.sdpa import cpu
+from lightning_longnet.attention.parallel import rank_blocks as blocks_of_ranks
 from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.parallel.rank_blocks import Layout, rank_blocks
 from lightning_longnet.attention.parallel.routes import route
+from lightning_longnet.attention.parallel.shares import shares
 from lightning_longnet.attention.plan import blocks, documents, lattice, packed, parts
 
 DENSE = Pattern.dense(is_causal=True)
@@ -233,3 +235,16 @@ def test_a_rank_plans_the_documents_that_it_has():
     assert found.own
     planned = rank_blocks(layout)._documents
     assert sum(last - first + 1 for first, last in planned) < 16 < len(cuts)
+
+
+def test_half_of_the_blocks_that_a_rank_cuts_have_a_share():
+    """A rank of a zigzag looks only at blocks with queries in one of its chunks and keys in one of the other rank's."""
+    length, ranks = 1 << 16, 64
+    cuts = (0, *sorted({*range(777, length, 777)}), length)
+    where = Placement.even(length, ranks, "zigzag")
+    layout = Layout(Pattern.dilated((512, 1024, 2048), (1, 2, 4), True), 8, 8, cuts, where)
+    found = []
+    with patch.object(blocks_of_ranks, "shares", lambda *a: found.append([*shares(*a)]) or found[-1]):
+        rank_blocks.cache_clear()
+        route(layout, 11, ("gather",) * 3)
+    assert 0 < len(found) <= 2 * sum(map(len, found))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_longnet import Pattern, SequenceShard, attend
+from lightning_longnet import Pattern, SequenceShard, attend, balanced_placement
 
 CAUSAL = Pattern.dilated((8, 32), (1, 2), is_causal=True)
 
@@ -93,6 +93,24 @@ SHARDS = {
         [{"length": 4}, {"length": 4, "key_padding_mask": [[True] * 4]}],
         r"key_padding_mask must be bools of shape \(batch, 4\), got list on rank 1",
         1,
+    ),
+    "placements of other documents": (
+        [{"length": 4, "placement": balanced_placement(documents, 2)} for documents in ((8,), (5, 3))],
+        "placement must be equal on all ranks, got a Placement on rank 0 and a Placement on rank 1",
+        None,
+    ),
+    "a placement of another length": (
+        [
+            {"length": 4, "placement": balanced_placement((8,), 2)},
+            {"length": 3, "placement": balanced_placement((8,), 2)},
+        ],
+        r"length must be that of the placement on rank 1 of \(4, 4\), got 3",
+        1,
+    ),
+    "a placement of more ranks": (
+        [{"length": 2, "placement": balanced_placement((8,), 4)}] * 2,
+        "placement must have 2 ranks, as the group, got 4",
+        None,
     ),
     "no placement": (
         [{"length": 4}, {"length": 4, "placement": None}],

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiers import tiered
 
+from lightning_longnet import balanced_placement
 from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.parallel.shares import shares
 from lightning_longnet.attention.plan.blocks import plan
@@ -56,7 +57,7 @@ def test_zigzag_gives_all_ranks_as_many_causal_pairs():
     group=st.integers(1, 2),
     documents=st.lists(st.integers(1, 12), min_size=1, max_size=4),
     cut=st.lists(st.integers(0, 40), min_size=0, max_size=7),
-    kind=st.sampled_from(["contiguous", "zigzag"]),
+    kind=st.sampled_from(["contiguous", "zigzag", "documents"]),
     tile=st.sampled_from([1024, 3]),
     distinct=st.booleans(),
 )
@@ -66,7 +67,10 @@ def test_the_shares_of_all_ranks_are_the_definition(
     cuts = (0, *torch.tensor(documents).cumsum(0).tolist())
     length = cuts[-1]
     borders = sorted({min(c, length) for c in cut}) if len(cut) % 2 else sorted(min(c, length) for c in cut)
-    placement = Placement(tuple(b - a for a, b in zip([0, *borders], [*borders, length], strict=True)), kind)
+    if kind == "documents":
+        placement = balanced_placement(documents, len(borders) + 1)
+    else:
+        placement = Placement(tuple(b - a for a, b in zip([0, *borders], [*borders, length], strict=True)), kind)
     with drawn.planned(distinct, tile):
         found = plan(drawn.pattern_of(shown, multiplicity), kv_heads * group, kv_heads, cuts, int(distinct))
     ids = [i for i, n in enumerate(documents) for _ in range(n)]
@@ -148,6 +152,6 @@ def test_a_placement_carries_no_hash_to_another_process():
     hash(placement)
     assert "_hash" in vars(placement)
     copied = pickle.loads(pickle.dumps(placement))
-    assert set(vars(copied)) == {"lengths", "kind"}
+    assert set(vars(copied)) == {"lengths", "kind", "listed"}
     assert copied == placement
     assert hash(copied) == hash(placement)

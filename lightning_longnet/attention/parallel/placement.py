@@ -5,8 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise
-from typing import Literal, NamedTuple, get_args
+from itertools import accumulate, chain, pairwise
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Kind = Literal["contiguous", "zigzag"]
 
@@ -29,13 +32,16 @@ class Placement:
 
         contiguous   0 0 0 0 1 1 1 1 2 2 2 2
         zigzag       0 0 1 1 2 2 2 2 1 1 0 0
+
+    "documents" has the chunks that are `listed` for each rank; `balanced_placement` returns one.
     """
 
     lengths: tuple[int, ...]
-    kind: Kind = "contiguous"
+    kind: Kind | Literal["documents"] = "contiguous"
+    listed: tuple[tuple[Chunk, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
+        if (self.kind == "documents") != bool(self.listed) or self.kind not in (*get_args(Kind), "documents"):
             raise ValueError(f"placement must be one of {', '.join(map(repr, get_args(Kind)))}, got {self.kind!r}")
         if not self.lengths or min(self.lengths) < 0:
             raise ValueError(f"lengths must be those of at least one rank, none of them negative, got {self.lengths}")
@@ -47,27 +53,49 @@ class Placement:
         cuts = [length * rank // ranks for rank in range(ranks + 1)]
         return cls(tuple(end - begin for begin, end in pairwise(cuts)), kind)
 
+    @classmethod
+    def of_chunks(cls, ranges: Sequence[Sequence[tuple[int, int]]]) -> Placement:
+        """Return the placement in which each rank holds the tokens `begin` to `end` of its ranges, in their order."""
+        listed = []
+        for of_rank in ranges:
+            chunks, length = list[Chunk](), 0
+            for begin, end in sorted(of_rank):
+                if chunks and chunks[-1].end == begin:
+                    chunks[-1] = Chunk(chunks[-1].begin, end, chunks[-1].local)
+                elif begin < end:
+                    chunks.append(Chunk(begin, end, length))
+                length += end - begin
+            listed.append(tuple(chunks))
+        lengths = tuple(sum(c.end - c.begin for c in chunks) for chunks in listed)
+        placement = cls(lengths, "documents", tuple(listed))
+        borders = sorted(chain.from_iterable(listed))
+        if [c.begin for c in borders] != [0, *(c.end for c in borders)][:-1]:
+            raise ValueError("the ranges of all ranks must hold each token of the sequence once")
+        return placement
+
     def __hash__(self) -> int:
         return self._hash  # hashing thousands of lengths would cost at every look into a cache
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.lengths, self.kind))
+        return hash((self.lengths, self.kind, self.listed))
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out cached values: another process has other hashes of strings."""
-        return {"lengths": self.lengths, "kind": self.kind}
+        return {"lengths": self.lengths, "kind": self.kind, "listed": self.listed}
 
     @property
     def ranks(self) -> int:
         return len(self.lengths)
 
-    @property
+    @cached_property
     def length(self) -> int:
         return sum(self.lengths)
 
     def chunks(self, rank: int) -> tuple[Chunk, ...]:
         """Return the chunks of a rank, in local order: one, or two under "zigzag"; none is empty."""
+        if self.listed:
+            return self.listed[rank]
         begins, length = self._begins, self.lengths[rank]
         if self.kind == "contiguous":
             chunks = [Chunk(begins[rank], begins[rank] + length, 0)]
@@ -87,11 +115,22 @@ class Placement:
     def holders(self, begin: int, end: int) -> set[int]:
         """Return the ranks that hold some of the tokens `begin` to `end`."""
         begin, end = max(begin, 0), min(end, self.length)
+        if self.listed:
+            if begin >= end:
+                return set()
+            begins, ranks = self._sorted
+            return set(ranks[bisect_right(begins, begin) - 1 : bisect_left(begins, end)])
         if self.kind == "contiguous":
             return _between(self._begins, begin, end)
         middle = self._firsts[-1]
         seconds = self.length - end, self.length - max(begin, middle)  # counted from the end, in the order of ranks
         return _between(self._firsts, begin, min(end, middle)) | _between(self._seconds, *seconds)
+
+    @cached_property
+    def _sorted(self) -> tuple[list[int], list[int]]:
+        """The begins of all listed chunks, ascending, and their ranks."""
+        pairs = sorted((chunk.begin, rank) for rank, chunks in enumerate(self.listed) for chunk in chunks)
+        return [begin for begin, _ in pairs], [rank for _, rank in pairs]
 
     # Cumulative numbers of tokens by rank: of the second halves, of all tokens, and of the first halves
 

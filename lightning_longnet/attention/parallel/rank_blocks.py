@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from functools import lru_cache
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from lightning_longnet.attention.plan.block import Part
 from lightning_longnet.attention.plan.blocks import make_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Iterator
 
     from torch import Tensor
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 # A list of KV rows is faster than a mask of all where fewer than one in this many are needed
 SPARSE = 16
+# Up to so many runs of rows a block, rows are marked run by run: a tensor operation takes as long as ten runs
+FEW_RUNS = 10
 
 
 class Layout(NamedTuple):
@@ -66,11 +69,16 @@ class PeerBlocks(NamedTuple):
 
     def mask(self, branches: Collection[int] | None = None, device: torch.device = CPU) -> Tensor:
         """Return a mask of the needed KV rows, (tokens * kv_heads,), for some branches or for all."""
+        keys = [part.block.keys for part in self.parts if branches is None or part.branch in branches]
+        if device == CPU and keys and sum(len(side.starts) * side.heads for side in keys) <= FEW_RUNS * len(keys):
+            flags = bytearray(self.tokens * self.kv_heads)
+            for side in keys:
+                side.mark(flags, self.kv_heads)
+            return torch.frombuffer(flags, dtype=torch.bool)
         needed = torch.zeros((1, self.tokens, self.kv_heads, 1), dtype=torch.bool, device=device)
         true = torch.ones((), dtype=torch.bool, device=device)
-        for part in self.parts:
-            if branches is None or part.branch in branches:
-                part.block.keys.write(needed, true)
+        for side in keys:
+            side.write(needed, true)
         return needed.flatten()
 
     def kv_rows(self) -> Tensor:
@@ -102,22 +110,27 @@ class _DocumentBlocks:
 
     def __init__(self, layout: Layout, cuts: tuple[int, ...]) -> None:
         whole = make_plan(layout.pattern, layout.heads, layout.kv_heads, cuts, layout.weighted_segments)
-        self._placement = layout.placement
         self.blocks = [(branch, block) for branch, blocks in enumerate(whole.branches) for block in blocks]
         # for each block the first row and the end of its queries and of its keys, to find a rank's blocks quickly
         sides = [[_extent(side) for side in (block.queries, block.keys)] for _, block in self.blocks]
         self._extents = torch.tensor(sides, dtype=torch.long).view(len(sides), 2, 2)
-        self._numbers: dict[tuple[int, int], set[int]] = {}
+        self._numbers: dict[tuple[Chunk, int], set[int]] = {}
 
-    def numbers_on(self, rank: int, side: int) -> set[int]:
-        """Return the numbers of the blocks that may have queries (side 0) or keys (side 1) on a rank."""
-        if (rank, side) not in self._numbers:
+    def shares(self, queries: Chunk, keys: Chunk) -> Iterator[Part]:
+        """Yield the parts of the blocks with queries in one chunk and keys in another."""
+        # few blocks may have queries in one chunk and keys in the other: only these are cut into shares
+        for number in sorted(self._numbers_in(queries, 0) & self._numbers_in(keys, 1)):
+            branch, block = self.blocks[number]
+            for share in shares(block, queries, keys):
+                yield Part(branch, share)
+
+    def _numbers_in(self, chunk: Chunk, side: int) -> set[int]:
+        """Return the numbers of the blocks that may have queries (side 0) or keys (side 1) in a chunk."""
+        if (chunk, side) not in self._numbers:
             begins, ends = self._extents[:, side].unbind(1)
-            numbers: set[int] = set()
-            for chunk in self._placement.chunks(rank):
-                numbers.update(((begins < chunk.end) & (ends > chunk.begin)).nonzero().flatten().tolist())
-            self._numbers[rank, side] = numbers
-        return self._numbers[rank, side]
+            numbers = ((begins < chunk.end) & (ends > chunk.begin)).nonzero().flatten().tolist()
+            self._numbers[chunk, side] = set(numbers)
+        return self._numbers[chunk, side]
 
 
 class RankBlocks:
@@ -135,19 +148,10 @@ class RankBlocks:
     def blocks(self, rank: int, source: int, branches: Collection[int] | None = None) -> PeerBlocks:
         """Return the blocks of a rank's queries against the keys of `source`."""
         if (rank, source) not in self._parts:
-            chunks, parts = self.layout.placement.chunks, list[Part]()
-            for documents in self._common_documents(rank, source):
-                # few blocks may have queries on one rank and keys on the other: only these are cut into shares
-                parts += (
-                    Part(branch, share)
-                    for branch, block in (
-                        documents.blocks[n]
-                        for n in sorted(documents.numbers_on(rank, 0) & documents.numbers_on(source, 1))
-                    )
-                    for queries in chunks(rank)
-                    for keys in chunks(source)
-                    for share in shares(block, queries, keys)
-                )
+            pairs, parts = self._chunk_pairs(rank, source), list[Part]()
+            for documents in self._common_documents(rank, source) if pairs else ():
+                for queries, keys in pairs:
+                    parts += documents.shares(queries, keys)
             # by branch, and without blocks of negative weight before others of their branch
             parts.sort(key=lambda part: (part.branch, -part.block.weight))
             self._parts[rank, source] = tuple(parts)
@@ -155,6 +159,12 @@ class RankBlocks:
         if branches is not None:
             parts_of_branches = tuple(part for part in parts_of_branches if part.branch in branches)
         return PeerBlocks(parts_of_branches, self.layout.placement.lengths[source], self.layout.kv_heads)
+
+    def _chunk_pairs(self, rank: int, source: int) -> list[tuple[Chunk, Chunk]]:
+        """Return a rank's chunks of queries, each with those chunks of keys of `source` that it may see."""
+        chunks, is_causal = self.layout.placement.chunks, self.layout.pattern.is_causal
+        pairs = product(chunks(rank), chunks(source))
+        return [(queries, keys) for queries, keys in pairs if not is_causal or keys.begin < queries.end]
 
     def _common_documents(self, rank: int, source: int) -> list[_DocumentBlocks]:
         """Return the documents with tokens on both ranks, those that follow one another as one."""

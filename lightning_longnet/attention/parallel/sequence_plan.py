@@ -89,7 +89,7 @@ def sequence_plan(
         pattern: which keys a query sees.
         lengths: the number of tokens of each rank.
         heads, kv_heads: the numbers of query heads and of key/value heads of the whole layer.
-        placement: "contiguous" or "zigzag".
+        placement: "contiguous" or "zigzag", or the placement of `balanced_placement`, which has these lengths.
         exchange: the option of `attend`.
         documents: the lengths of the documents of a row, not their ids as `attend` takes them; one document by default.
         batch, head_dim, dtype: the sizes and the type of q, k and v.
@@ -109,7 +109,9 @@ def sequence_plan(
     the busiest rank has 1.10 times the mean of the pairs
     a pair counts as often as branches show it; kernels that take weights compute it once, if that pays
     """
-    where = Placement(tuple(lengths), placement)
+    where = placement if isinstance(placement, Placement) else Placement(tuple(lengths), placement)
+    if where.lengths != tuple(lengths):
+        raise ValueError(f"lengths must be those of the placement, {where.lengths}, got {tuple(lengths)}")
     cuts = [0]
     for length in documents or (where.length,):
         cuts.append(cuts[-1] + length)

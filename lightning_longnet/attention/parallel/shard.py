@@ -60,7 +60,8 @@ class SequenceShard:
     Args:
         group: the ranks that share the sequences; None is all of them.
         length: tokens of each sequence on this rank; 0 is allowed.
-        placement: "contiguous" or "zigzag"; see `Placement`.
+        placement: "contiguous" or "zigzag"; see `Placement`.  Or the placement of `balanced_placement`, equal on all
+            ranks.
         documents: the ids of this rank's tokens, (L,) or (B, L), not decreasing along the whole sequence.
         key_padding_mask: (B, L), True where a key is masked for all queries.
         check: "first" compares the arguments of all ranks (shapes, type, pattern and options) at the first call of
@@ -72,21 +73,22 @@ class SequenceShard:
         self,
         group: dist.ProcessGroup | None,
         length: int,
-        placement: Kind = "contiguous",
+        placement: Kind | Placement = "contiguous",
         documents: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         check: Check = "first",
     ) -> None:
         self.comm = self._make_comm(group)
         self.rank = self.comm.rank
-        fault = _argument_fault(self.rank, length, placement, documents, key_padding_mask, check)
+        fault = _placement_fault(self.comm, length, placement)
+        fault = fault or _argument_fault(self.rank, length, placement, documents, key_padding_mask, check)
         runs = [None if x is None or fault else run_lengths_of(x) for x in (documents, key_padding_mask)]
         self.number = register_shard(self)
         document_rows, padding_rows = (-1 if x is None else len(x) for x in runs)
         document_runs, padding_runs = (0 if x is None else max(map(len, x), default=0) for x in runs)
         header = _Header(
             0 if fault else length,
-            -1 if fault else _KINDS.index(placement),
+            -1 if fault else _number_of(placement),
             document_rows,
             padding_rows,
             int(check == "always"),
@@ -100,7 +102,8 @@ class SequenceShard:
             for values in all_gather_integers(self.comm, [*header], "makes a shard", fault)
         ]
         self._check_headers(headers, fault)
-        self.placement = Placement(tuple(h.length for h in headers), placement)
+        lengths = tuple(h.length for h in headers)
+        self.placement = placement if isinstance(placement, Placement) else Placement(lengths, placement)
         self.threads = max(h.threads for h in headers)
         self.comm.shard = headers[0].number  # ranks number their shards differently: all use the first rank's number
         ids = self._whole_runs(runs[0], max(h.document_runs for h in headers))
@@ -235,7 +238,7 @@ class SequenceShard:
         if fault:
             raise ValueError(fault)
         names: tuple[tuple[str, Sequence[Any]], ...] = (
-            ("placement", _KINDS),
+            ("placement", (*_KINDS, "a Placement")),
             ("rows of documents", ()),
             ("rows of key_padding_mask", ()),
             ("check", get_args(Check)),
@@ -243,7 +246,7 @@ class SequenceShard:
         for i, (name, labels) in enumerate(names, 1):  # the order of the fields of `_Header`
             values = [h[i] for h in headers]
             if len(set(values)) > 1:
-                shown = [labels[v] if labels else "none" if v < 0 else v for v in values]
+                shown = [labels[min(v, len(labels) - 1)] if labels else "none" if v < 0 else v for v in values]
                 other = next(r for r, value in enumerate(values) if value != values[0])
                 raise ValueError(
                     f"{name} must be equal on all ranks, got {shown[0]} on rank 0 and {shown[other]} on rank {other}"
@@ -289,12 +292,31 @@ def report_errors(shard: SequenceShard | None) -> Iterator[None]:
         raise
 
 
+def _number_of(placement: Kind | Placement) -> int:
+    """Return the number by which ranks compare a placement."""
+    if not isinstance(placement, Placement):
+        return _KINDS.index(placement)
+    content = repr((placement.lengths, placement.kind, placement.listed)).encode()
+    return len(_KINDS) + int.from_bytes(sha256(content).digest()[:7], "big")
+
+
+def _placement_fault(comm: Comm, length: Any, placement: Any) -> str:
+    """Return why a placement of a batch does not fit this rank, or an empty text."""
+    if not isinstance(placement, Placement):
+        return ""
+    if placement.ranks != comm.ranks:
+        return f"placement must have {comm.ranks} ranks, as the group, got {placement.ranks}"
+    if placement.lengths[comm.rank] != length:
+        return f"length must be that of the placement on rank {comm.rank} of {placement.lengths}, got {length}"
+    return ""
+
+
 def _argument_fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any, check: Any) -> str:
     """Return what is wrong with this rank's own arguments, or an empty text."""
     if not isinstance(length, int) or isinstance(length, bool) or length < 0:
         return f"length must be a number of tokens, at least 0, got {length!r} on rank {rank}"
     for name, value, allowed in (("placement", placement, _KINDS), ("check", check, get_args(Check))):
-        if value not in allowed:
+        if not isinstance(value, Placement) and value not in allowed:
             return f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r} on rank {rank}"
     if documents is not None:
         if not isinstance(documents, torch.Tensor):

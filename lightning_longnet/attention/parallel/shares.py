@@ -16,15 +16,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import replace
-from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
+
+from lightning_longnet.attention.plan.block import Block
+from lightning_longnet.attention.plan.lattice import Lattice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightning_longnet.attention.parallel.placement import Chunk
-    from lightning_longnet.attention.plan.block import Block
-    from lightning_longnet.attention.plan.lattice import Lattice
 
 
 class _Clip(NamedTuple):
@@ -42,22 +42,19 @@ def shares(block: Block, queries: Chunk, keys: Chunk) -> Iterator[Block]:
     begin, end = _touching(block.queries, queries)
     first, last = _touching(block.keys, keys)
     begin, end = max(begin, first), min(end, last)
-    # of the segments that may have rows in both chunks, begin ... end, those that lie in them as a whole
-    inner = [_inside(lattice, chunk) for lattice, chunk in ((block.queries, queries), (block.keys, keys))]
-    whole_begin = min(max(begin, *(a for a, _ in inner)), end)
-    whole_end = max(min(end, *(b for _, b in inner)), whole_begin)
-    assert 0 <= begin <= whole_begin <= whole_end <= max(end, begin) <= count or begin >= end
     if begin >= end:
         return
+    # of the segments that may have rows in both chunks, begin ... end, those that lie in them as a whole
+    first_query, last_query = _inside(block.queries, queries)
+    first_key, last_key = _inside(block.keys, keys)
+    whole_begin = min(max(begin, first_query, first_key), end)
+    whole_end = max(min(end, last_query, last_key), whole_begin)
+    assert 0 <= begin <= whole_begin <= whole_end <= end <= count
     if whole_begin < whole_end:
-        yield _in_local_rows(
-            replace(
-                block,
-                queries=block.queries.segments(whole_begin, whole_end),
-                keys=block.keys.segments(whole_begin, whole_end),
-            ),
-            queries,
-            keys,
+        yield replace(
+            block,
+            queries=block.queries.segments(whole_begin, whole_end).shifted(queries.local - queries.begin),
+            keys=block.keys.segments(whole_begin, whole_end).shifted(keys.local - keys.begin),
         )
     for s in (*range(begin, whole_begin), *range(whole_end, end)):
         yield from _cut(block, s, queries, keys)
@@ -69,37 +66,43 @@ def _cut(block: Block, s: int, queries: Chunk, keys: Chunk) -> Iterator[Block]:
     The heads of a diagonal have different rows, so a border may cut them at different places.  Heads that are cut at
     the same place are one share.
     """
-    group = block.queries.heads // block.keys.heads
-    clips = [(a, _clip(block, s, a, queries, keys)) for a in range(block.keys.heads)]
-    for clip, members in groupby(clips, key=lambda item: item[1]):
-        if clip is None:
+    many = block.keys.heads
+    clips = [_clip(block, s, head, queries, keys) for head in range(many)]
+    first = 0
+    for last in range(1, many + 1):
+        if last < many and clips[last] == clips[first]:
             continue
-        heads = [head for head, _ in members]
-        rows = clip.last_query - clip.first_query
-        # a and b count from the first rows that stay, so the bounds of a - b move by their difference
-        moved = clip.first_query - clip.first_key
-        low = None if block.low is None else block.low - moved
-        high = None if block.high is None else block.high - moved
-        key_rows = clip.last_key - clip.first_key
-        yield _in_local_rows(
-            replace(
-                block,
-                queries=_part(block.queries, s, heads[0] * group, (heads[-1] + 1) * group, clip.first_query, rows),
-                keys=_part(block.keys, s, heads[0], heads[-1] + 1, clip.first_key, key_rows),
-                # a bound that masks no pair is dropped, so that more shares have one shape
-                low=None if low is None or low <= 1 - key_rows else low,
-                high=None if high is None or high >= rows - 1 else high,
-                repeats=tuple(
-                    repeat._replace(
-                        queries=(repeat.queries - clip.first_query) % repeat.every,
-                        keys=(repeat.keys - clip.first_key) % repeat.every,
-                    )
-                    for repeat in block.repeats
-                ),
-            ),
-            queries,
-            keys,
-        )
+        clip = clips[first]
+        if clip is not None:
+            yield _clipped(block, s, range(first, last), clip, queries, keys)
+        first = last
+
+
+def _clipped(block: Block, s: int, heads: range, clip: _Clip, queries: Chunk, keys: Chunk) -> Block:
+    """Return the rows of segment `s` that a share keeps, of some key heads and of the query heads that they serve."""
+    group = block.queries.heads // block.keys.heads
+    query_rows, key_rows = range(clip.first_query, clip.last_query), range(clip.first_key, clip.last_key)
+    # a and b count from the first rows that stay, so the bounds of a - b move by their difference
+    moved = clip.first_query - clip.first_key
+    low = None if block.low is None else block.low - moved
+    high = None if block.high is None else block.high - moved
+    return Block(  # not by replace(), which takes twice as long: a plan of many documents has thousands of shares
+        _part(block.queries, s, range(heads.start * group, heads.stop * group), query_rows, queries),
+        _part(block.keys, s, heads, key_rows, keys),
+        # a bound that masks no pair is dropped, so that more shares have one shape
+        None if low is None or low <= 1 - len(key_rows) else low,
+        None if high is None or high >= len(query_rows) - 1 else high,
+        block.weight,
+        tuple(
+            repeat._replace(
+                queries=(repeat.queries - clip.first_query) % repeat.every,
+                keys=(repeat.keys - clip.first_key) % repeat.every,
+            )
+            for repeat in block.repeats
+        ),
+        block.stack,
+        block.head_repeats,
+    )
 
 
 def _clip(block: Block, s: int, a: int, queries: Chunk, keys: Chunk) -> _Clip | None:
@@ -128,8 +131,10 @@ def _clip(block: Block, s: int, a: int, queries: Chunk, keys: Chunk) -> _Clip | 
 def _between(lattice: Lattice, s: int, a: int, chunk: Chunk) -> tuple[int, int]:
     """Return the rows of segment `s` and head `a` that lie in a chunk, by their places in the run, first and end."""
     row = lattice.starts[s] + a * lattice.row_shift
-    first, last = (-((row - border) // lattice.step) for border in (chunk.begin, chunk.end))
-    return min(max(first, 0), lattice.rows), min(max(last, 0), lattice.rows)
+    first, last = -((row - chunk.begin) // lattice.step), -((row - chunk.end) // lattice.step)
+    rows = lattice.rows
+    # not by min() and max(): a plan of many documents asks a hundred thousand times
+    return (0 if first < 0 else first if first < rows else rows), (0 if last < 0 else last if last < rows else rows)
 
 
 def _touching(lattice: Lattice, chunk: Chunk) -> tuple[int, int]:
@@ -144,17 +149,10 @@ def _inside(lattice: Lattice, chunk: Chunk) -> tuple[int, int]:
     return bisect_left(lattice.starts, chunk.begin), bisect_left(lattice.starts, chunk.end - last)
 
 
-def _part(lattice: Lattice, s: int, first: int, last: int, row: int, rows: int) -> Lattice:
-    """Return `rows` rows of segment `s`, from place `row` of the run on, of the heads `first` to `last`."""
-    part = lattice.segments(s, s + 1).diagonal(first, last).shifted(row * lattice.step)
-    start = part.starts[0]
-    return replace(part, starts=range(start, start + 1), rows=rows)
-
-
-def _in_local_rows(block: Block, queries: Chunk, keys: Chunk) -> Block:
-    """Return the block with local rows of the ranks in place of rows of the whole sequence."""
-    return replace(
-        block,
-        queries=block.queries.shifted(queries.local - queries.begin),
-        keys=block.keys.shifted(keys.local - keys.begin),
-    )
+def _part(lattice: Lattice, s: int, heads: range, rows: range, chunk: Chunk) -> Lattice:
+    """Return some heads of segment `s`, and of its run the rows at the places `rows`, in local rows of the chunk."""
+    start = lattice.starts[s] + heads.start * lattice.row_shift + rows.start * lattice.step
+    start += chunk.local - chunk.begin
+    head = lattice.head + heads.start * lattice.head_step
+    starts = range(start, start + 1)
+    return Lattice(starts, len(rows), lattice.step, head, len(heads), lattice.head_step, lattice.row_shift)

@@ -180,6 +180,14 @@ class Lattice:
         rows = starts + a * self.row_shift + torch.arange(self.rows, device=device) * self.step
         return rows, self.head + a * self.head_step
 
+    def mark(self, flags: bytearray, heads: int) -> None:
+        """Set the flag of every element, `row * heads + head`, to 1."""
+        step, ones = self.step * heads, b"\1" * self.rows
+        for start in self.starts:
+            for a in range(self.heads):
+                first = (start + a * self.row_shift) * heads + self.head + a * self.head_step
+                flags[first : first + (self.rows - 1) * step + 1 : step] = ones
+
     def segments(self, first: int, last: int) -> Lattice:
         """Return the segments `first` to `last`."""
         if first == 0 and last >= len(self.starts):

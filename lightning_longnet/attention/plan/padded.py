@@ -15,40 +15,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_longnet.attention.plan.lattice import Lattice
+from lightning_longnet.attention.plan.copied import CopiedLattice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
+    from lightning_longnet.attention.plan.lattice import Lattice
+
 
 @dataclass(frozen=True)
-class PaddedLattice(Lattice):
+class PaddedLattice(CopiedLattice):
     """A lattice of which segment s has only `lengths[s]` of the `rows`; the last one stands for those behind it."""
 
     lengths: tuple[int, ...] = ()
 
     @property
-    def is_view(self) -> bool:
-        """Whether `read` returns a view: padded rows are always copied."""
-        return False
-
-    @property
     def size(self) -> int:
         """The number of elements without the padding."""
         return sum(self.lengths) * self.heads
-
-    def covers(self, t: Tensor) -> bool:
-        return False
-
-    def read(self, t: Tensor) -> Tensor:
-        """Return a copy of the rows of t (B, N, H, D), (B, segments, heads, rows, D)."""
-        return self.copied(t)
-
-    def folded(self, t: Tensor) -> Tensor:
-        """Return a copy of the rows as kernels take them, (B * segments, heads, rows, D)."""
-        return self.copied(t).flatten(0, 1)
 
     def write(self, t: Tensor, values: Tensor) -> None:
         """Write values (B, segments, heads, rows, D) without those of the padding."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.plan.lattice import Lattice
+from lightning_longnet.attention.plan.copied import CopiedLattice
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.plan.block import Block
+    from lightning_longnet.attention.plan.lattice import Lattice
 
 
 @dataclass(frozen=True)
-class PagedKeys(Lattice):
+class PagedKeys(CopiedLattice):
     """Keys in pages, as in paged attention.
 
     Row i of segment s is row `page_starts[s][i // page_rows] + i % page_rows * step` of the first head.
@@ -47,27 +48,11 @@ class PagedKeys(Lattice):
     page_rows: int = 1
 
     @property
-    def is_view(self) -> bool:
-        """Whether `read` returns a view: paged keys are always copied."""
-        return False
-
-    @property
     def _has_whole_rows(self) -> bool:
         return False
 
     def _first_rows(self, device: torch.device) -> Tensor:
         return self._kept_on(device, self.page_starts)
-
-    def covers(self, t: Tensor) -> bool:
-        return False
-
-    def read(self, t: Tensor) -> Tensor:
-        """Return a copy of the rows of t (B, N, H, D), (B, segments, heads, rows, D)."""
-        return self.copied(t)
-
-    def folded(self, t: Tensor) -> Tensor:
-        """Return a copy of the rows as kernels take them, (B * segments, heads, rows, D)."""
-        return self.copied(t).flatten(0, 1)
 
     def add(self, t: Tensor, values: Tensor, weight: int) -> None:
         """Add `weight` times values (B, segments, heads, rows, D) to the rows of t, which must be contiguous."""
