@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # LongNet's rates, of which its finest branch has four later ones; and other properties that a program is compiled for
 FORMS: dict[str, dict[str, Any]] = {
     "weighted": {"every": (2, 4, 8, 16)},
-    "plain": {},
+    "plain, first": {"accumulates": False},
     "received, padded, grouped": {"every": (2, 4, 8, 16), "is_received": True, "is_padded": True, "group": 4},
 }
 

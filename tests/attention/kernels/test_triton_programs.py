@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,28 +12,44 @@ import pytest
 from lightning_longnet.attention.kernels.triton.tiles import table, tile_of
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+# Triton 3.6 belongs to the oldest torch that is supported; its compiler spills a few bytes of some programs
+SPILLED = {"installed": 0, "3.6.0": 64}
 PROGRAMS = ("forward", "query_gradient", "key_gradients")
 
 
-def run(name, *arguments, cache):
+def run(name, *arguments, cache, packages=()):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(BENCHMARKS.parent)}
+    environment |= {"TRITON_CACHE_DIR": str(cache)}
+    environment |= {"PYTHONPATH": os.pathsep.join([*map(str, packages), str(BENCHMARKS.parent)])}
     command = [sys.executable, str(BENCHMARKS / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
+
+
+@pytest.fixture(scope="module", params=["installed", pytest.param("3.6.0", marks=pytest.mark.full)])
+def triton(request):
+    """The version of Triton that compiles."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(triton, tmp_path_factory):
     """The resources of each program of the table, in each form."""
-    found = run("triton_programs.py", cache=tmp_path_factory.mktemp("cache"))
-    assert found.returncode == 0, found.stderr
-    return [json.loads(line) for line in found.stdout.splitlines()]
+    packages = []
+    if triton != "installed":
+        packages.append(tmp_path_factory.mktemp("packages"))
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", packages[0], f"triton=={triton}"]
+        subprocess.run(pip, check=True, timeout=1200)
+    result = run("triton_programs.py", cache=tmp_path_factory.mktemp("cache"), packages=packages)
+    for package in packages:  # 600 MB
+        shutil.rmtree(package)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 @pytest.mark.long
-def test_no_program_of_the_table_spills_registers(compiled):
+def test_no_program_of_the_table_spills_registers(compiled, triton):
     assert {(row["kernel"], row["width"]) for row in compiled} == set(table())
-    assert [row for row in compiled if row["stack_bytes"]] == []
+    assert [row for row in compiled if row["stack_bytes"] > SPILLED[triton]] == []
     assert max(row["shared_bytes"] for row in compiled) <= 227 * 1024
 
 
@@ -51,9 +68,9 @@ def test_rows_are_copied_in_pieces_of_16_bytes_while_others_are_computed(compile
 
 @pytest.mark.long
 def test_tiles_are_tuned_on_a_gpu_alone(tmp_path):
-    found = run("tune_triton.py", cache=tmp_path)
-    assert found.returncode == 1
-    assert found.stderr == "tune_triton.py: torch finds no CUDA device here, and tiles are measured on one\n"
+    result = run("tune_triton.py", cache=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == "tune_triton.py: torch finds no CUDA device here, and tiles are measured on one\n"
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -37,7 +37,7 @@ def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: t
     own_delta = tl.load(delta.data + batch * delta.batch + head * delta.head + row * delta.row, mask=is_row, other=0.0)
     of_k = k.data + batch * k.batch + key_head * k.head
     of_v = v.data + batch * v.batch + key_head * v.head
-    acc = tl.zeros((form.rows, form.padded_width), tl.float32)
+    acc = tl.full((form.rows, form.padded_width), 0.0, tl.float32)
 
     for n in range(tl.load(item + 3), tl.load(item + 4)):
         span = lists.spans + n * SPAN
@@ -131,8 +131,8 @@ def key_gradients(q, k, v, grad, statistics, gradients, lists, padding, scale, f
     )
     if form.is_padded:
         masked = tl.load(padding.data + batch * padding.batch + row * padding.row, mask=is_row, other=1)
-    dk_acc = tl.zeros((form.rows, form.padded_width), tl.float32)
-    dv_acc = tl.zeros((form.rows, form.padded_value_width), tl.float32)
+    dk_acc = tl.full((form.rows, form.padded_width), 0.0, tl.float32)
+    dv_acc = tl.full((form.rows, form.padded_value_width), 0.0, tl.float32)
 
     for member in range(form.group):
         head = key_head * form.group + member

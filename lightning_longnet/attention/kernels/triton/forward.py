@@ -41,8 +41,8 @@ def forward(q, k, v, out, lse, lists, padding, scale, form: tl.constexpr):
         acc = tl.load(of_out, mask=is_out & (total > 0)[:, None], other=0.0).to(tl.float32)
     else:
         top = tl.full((form.rows,), float("-inf"), tl.float32)
-        total = tl.zeros((form.rows,), tl.float32)
-        acc = tl.zeros((form.rows, form.padded_value_width), tl.float32)
+        total = tl.full((form.rows,), 0.0, tl.float32)
+        acc = tl.full((form.rows, form.padded_value_width), 0.0, tl.float32)
     peak = total  # the sum of weights before any are removed
 
     for n in range(tl.load(item + 3), tl.load(item + 4)):
