@@ -36,7 +36,7 @@ OTHERS = {
         110,
     ),
     "faults, fsdp2": ("the same with fsdp2", 110),
-    "operations": ("SIGKILL at each file operation of a save, by engine and rank: the old or the new checkpoint", 8),
+    "operations": ("SIGKILL at each file operation of a save, by engine and rank: the old or the new checkpoint", 15),
     "exact": ("resumed on the same ranks: equal bit by bit", 24),
     "elastic": ("resumed on another mesh: equal to a plain loop up to 1e-9", 30),
     "engines": ("resumed with each engine: equal, or an error on all ranks that names what would work", 42),

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_longnet.aliases import install
-from lightning_longnet.ancestor import missing
+from lightning_longnet.ancestor import replacement
 from lightning_longnet.registration import register
 
 if TYPE_CHECKING:
@@ -265,9 +265,7 @@ def __getattr__(name: str) -> Any:
             value = getattr(import_module(f"lightning_longnet.{module}"), name)
             globals()[name] = value
             return value
-    if error := missing(name):
-        raise error
-    raise AttributeError(f"module 'lightning_longnet' has no attribute {name!r}")
+    raise AttributeError(replacement(name) or f"module 'lightning_longnet' has no attribute {name!r}", name=name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,7 @@
-"""Former module paths, which checkpoints, configurations and exported folders may still name."""
+"""Former module paths, which checkpoints, configurations and exports may still name, and the names of the ancestor.
+
+For `from lightning_longnet import NAME` Python looks for a module of that name where the package has no attribute.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING
+
+from lightning_longnet.ancestor import replacement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +50,7 @@ MOVED = {
 
 
 def install() -> None:
-    """Make `import` of a former path return the module at its present path."""
+    """Make `import` of a former path return the module at its present path, and name replacements of the ancestor's."""
     if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(_MovedModules())
 
@@ -57,6 +62,8 @@ class _MovedModules(MetaPathFinder, Loader):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         package, _, name = fullname.partition(".")
+        if package == PACKAGE and (text := replacement(name.removeprefix("compat."))):
+            raise ImportError(text, name=fullname)
         return ModuleSpec(fullname, self) if package == PACKAGE and name in MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:

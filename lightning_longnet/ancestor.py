@@ -102,14 +102,9 @@ _GROUPS = (
 REPLACEMENTS = {name: (use, reason) for use, reason, names in _GROUPS for name in names.split()}
 
 
-def missing(name: str) -> ImportError | None:
-    """Return the error for a name of the ancestor that is not here, or None for any other name.
-
-    It is an ImportError, as `from module import name` shows no text of an AttributeError.
-    """
+def replacement(name: str) -> str:
+    """Return what replaces a name of the ancestor that is not here, as the text of an error; "" for other names."""
     if name not in REPLACEMENTS:
-        return None
+        return ""
     use, reason = REPLACEMENTS[name]
-    return ImportError(
-        f"{name} of dilated_attention_pytorch is replaced by {use}: {reason}; see MIGRATING.md", name=name
-    )
+    return f"{name} of dilated_attention_pytorch is replaced by {use}: {reason}; see MIGRATING.md"

@@ -65,7 +65,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, SplitSteps):
             goes on, "off" does not try; see `check_split`.
         background_saves: a save in training returns when its content is copied to the memory of the host, and a thread
             writes it; the pointer moves when the disk holds it.  An error of writing ends the run at the next step, and
-            fitting ends when all is written.  Not with deepspeed.
+            fitting ends when all is written.
         memory_check: compares the memory that `longnet plan` predicts with what each rank has, at the first batch:
             "error" ends a run that cannot fit, and warns where less is free than planned; "warn" warns of both, "off"
             compares nothing.
@@ -104,7 +104,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, SplitSteps):
     ) -> None:
         check_options(accumulate, timeout, preemption, split_check)
         check_seconds("step_timeout", step_timeout)
-        check_background_saves(background_saves, sharding, checkpoint_io)
+        check_background_saves(background_saves, checkpoint_io)
         SequenceContext(placement=placement, exchange=exchange)  # raises an error where they are wrong
         self.sharding, self.accumulate, self.timeout = sharding, accumulate, float(timeout)
         self.preemption, self.background_saves = preemption, background_saves

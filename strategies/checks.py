@@ -33,15 +33,10 @@ def check_options(accumulate: Any, timeout: Any, preemption: Any, split_check: A
     check_action(split_check)
 
 
-def check_background_saves(background_saves: Any, sharding: str, checkpoint_io: Any) -> None:
+def check_background_saves(background_saves: Any, checkpoint_io: Any) -> None:
     """Raise a ValueError where checkpoints cannot be saved in the background."""
     if not isinstance(background_saves, bool):
         raise ValueError(f"background_saves must be True or False, got {background_saves!r}")
-    if background_saves and sharding.startswith("deepspeed"):
-        raise ValueError(
-            f"background_saves must be False with {sharding!r}, as DeepSpeed writes its files itself: take 'fsdp2', "
-            f"'hsdp' or 'ddp'"
-        )
     if background_saves and checkpoint_io is not None:
         raise ValueError(f"background_saves must be False with a checkpoint_io, got {type(checkpoint_io).__name__}")
 

@@ -16,7 +16,7 @@ from lightning_longnet.checkpointing.restricted import check_folder, deepspeed_c
 from lightning_longnet.sequence.agreement import fault_of, fault_of_rank_zero
 from lightning_longnet.strategies.averages import has_averages
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
-from lightning_longnet.strategies.deepspeed_files import write_files
+from lightning_longnet.strategies.deepspeed_files import copy_files, write_files
 from lightning_longnet.strategies.engines import gathers_parameters
 from lightning_longnet.strategies.universal import convert, saved_ranks
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from lightning_longnet.checkpointing.background import MemoryFile
     from lightning_longnet.checkpointing.manifest import FileSum
 
 _STAGES: dict[str, dict[str, Any]] = {
@@ -123,9 +124,13 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         return True
 
     def _write_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, FileSum]:
-        return write_files(
-            self.deepspeed_engine, folder, lambda: DeepSpeedStrategy.save_checkpoint(self, checkpoint, folder)
-        )
+        return write_files(self.deepspeed_engine, folder, lambda: self._save_engine(checkpoint, folder))
+
+    def _copy_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, MemoryFile]:
+        return copy_files(self.deepspeed_engine, folder, lambda: self._save_engine(checkpoint, folder))
+
+    def _save_engine(self, checkpoint: dict[str, Any], folder: Path) -> None:
+        DeepSpeedStrategy.save_checkpoint(self, checkpoint, folder)
 
     def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
         """Load a checkpoint of any number of ranks, and convert it first where that is not the number of now.

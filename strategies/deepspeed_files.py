@@ -1,29 +1,75 @@
-"""Writing the files of DeepSpeed's checkpoints, which it writes itself, with a sum of each."""
+"""Writing the files of DeepSpeed's checkpoints, with a sum of each, or copying them to memory."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_longnet.checkpointing.background import MemoryFile, in_memory
 from lightning_longnet.checkpointing.index import sync
-from lightning_longnet.checkpointing.manifest import sum_of
+from lightning_longnet.checkpointing.manifest import FileSum, sum_of
+from lightning_longnet.checkpointing.streams import save_summed
 from lightning_longnet.strategies.saves import FAULTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
-
-    from lightning_longnet.checkpointing.manifest import FileSum
 
 
 def write_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str, FileSum]:
     """Let DeepSpeed save a checkpoint into a folder, and return the sums of this rank's files, which the disk holds.
 
-    An error of writing is raised after the ranks have met for the last time: DeepSpeed would leave them in a barrier.
-
     Args:
         engine: DeepSpeed's engine.
         folder: a folder that is not there yet.
         save: makes the engine save.
+    """
+    sums: dict[str, FileSum] = {}
+    write = save_summed if _writes_as_torch(engine) else _written_by(engine)
+
+    def store(content: Any, path: Path) -> None:
+        sums[path.relative_to(folder).as_posix()] = write(content, path)
+
+    _save_with(engine, store, save)
+    return sums
+
+
+def copy_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str, MemoryFile]:
+    """Do the same in memory, and return the files by their names; the folder and its small files are made."""
+    files: dict[str, MemoryFile] = {}
+    if not _writes_as_torch(engine):
+        raise ValueError("with background_saves=True, config['checkpoint'] must choose no writer: leave it out")
+
+    def store(content: Any, path: Path) -> None:
+        files[path.relative_to(folder).as_posix()] = in_memory(content)
+
+    _save_with(engine, store, save)
+    return files
+
+
+def _writes_as_torch(engine: Any) -> bool:
+    """Whether DeepSpeed would write each file by `torch.save` in its current format, as this package does."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    files = engine.checkpoint_engine
+    return type(files) is TorchCheckpointEngine and bool(files.zipfile_serialization)
+
+
+def _written_by(engine: Any) -> Callable[[Any, Path], FileSum]:
+    """Return a function that has a writer of DeepSpeed's write a file, and reads the file again for its sum."""
+    write = engine.checkpoint_engine.save
+
+    def written(content: Any, path: Path) -> FileSum:
+        write(content, str(path))
+        sync(path)
+        return sum_of(path)
+
+    return written
+
+
+def _save_with(engine: Any, store: Callable[[Any, Path], None], save: Callable[[], None]) -> None:
+    """Let DeepSpeed save, with a function of ours that stores each file.
+
+    An error of storing is raised after the ranks have met for the last time: DeepSpeed would leave them in a barrier.
     """
     files = engine.checkpoint_engine
     if files.is_decoupled():
@@ -31,9 +77,8 @@ def write_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str
             "config['checkpoint']['writer'] must not go on writing after a save, as no manifest could name what is not "
             "written yet: leave it out"
         )
-    written: list[str] = []
     errors: list[BaseException] = []
-    write, copy_script = files.save, engine._copy_recovery_script
+    copy_script = engine._copy_recovery_script
 
     def guarded(action: Callable[..., None]) -> Callable[..., None]:
         def attempt(*arguments: Any, **options: Any) -> None:
@@ -44,19 +89,13 @@ def write_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str
 
         return attempt
 
-    def write_and_note(state_dict: Any, path: str) -> None:  # DeepSpeed gives the arguments by these names
-        write(state_dict, path)
-        written.append(path)
+    def store_file(state_dict: Any, path: str) -> None:  # DeepSpeed gives the arguments by these names
+        store(state_dict, Path(path))
 
-    files.save, engine._copy_recovery_script = guarded(write_and_note), guarded(copy_script)
+    files.save, engine._copy_recovery_script = guarded(store_file), guarded(copy_script)
     try:
         save()
     finally:
         del files.save, engine._copy_recovery_script
     if errors:
         raise errors[0]
-    sums = {}
-    for path in map(folder.__class__, written):
-        sync(path)
-        sums[path.relative_to(folder).as_posix()] = sum_of(path)
-    return sums

@@ -1,4 +1,7 @@
-"""The name of the rank that failed first, in the error of each: a lost connection alone says nothing of its cause."""
+"""The name of the rank that failed first, in the error of each: a lost connection alone says nothing of its cause.
+
+Where the layers of the module have a `Guard`, its advice is added to the error of each rank.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_longnet.callbacks.preemption import Requeued
+from lightning_longnet.layers.attending import guards_of
 from lightning_longnet.strategies.launcher import WatchedLauncher, launcher_has_ended
 from lightning_longnet.strategies.phases import MarkedPhases
 from lightning_longnet.supervision.processes import STOPPED, state_of
@@ -50,12 +54,17 @@ class NamedFailures(MarkedPhases):
         if isinstance(exception, SystemExit) and not isinstance(exception, SIGTERMException) and not exception.code:
             exception.code = 1  # a rank that ends in the middle of a run has failed
         is_lost = is_lost_connection(exception)
-        first = self._first_failure(f"{where}: {text}", is_lost)
+        advice = self._advise(exception, f"{where}: {text}", is_lost)
+        reported = self._reported_failure(f"{where}: {text}" + f". {advice}" * bool(advice), is_lost)
+        first = reported or (self._evidence() if is_lost else "")
         cause = f"lost its connection, {first}" if first and is_lost else text
         self._end_run(cause, DISCONNECTED if is_lost else FAILED)
         if self._ranks() == 1 and not isinstance(exception, SystemExit):
             return
         line = f"{where}: {text}"
+        if first and is_lost and reported:
+            # where this rank waited explains nothing, and its stack would stand between the user and the error's own
+            exception.__traceback__ = None
         if first and is_lost:
             line = f"{where} stopped because another rank failed first: {first}"
         elif first and text not in first:
@@ -65,21 +74,24 @@ class NamedFailures(MarkedPhases):
         else:
             exception.add_note(line)
 
+    def _advise(self, exception: BaseException, description: str, is_lost: bool) -> str:
+        """Add the advice of the module's `Guard` to an error, and return it; empty where there is none."""
+        guards = [] if self.lightning_module is None else guards_of(self.lightning_module)
+        return guards[0].advise(exception, description, is_lost=is_lost) if guards else ""
+
     def _ranks(self) -> int:
         raise NotImplementedError
 
-    def _first_failure(self, own: str, is_lost: bool) -> str:
-        """Return the failure of another rank that came before this one's, or an empty string."""
+    def _reported_failure(self, own: str, is_lost: bool) -> str:
+        """Return the failure that another rank reported before this one's, or an empty string."""
         if not dist.is_initialized() or self._ranks() == 1:
-            return self._evidence() if is_lost else ""
+            return ""
         answers: list[str] = []
         # a thread, as the process that holds the store may stand still, and nothing limits that wait
         thread = threading.Thread(target=_report_failure, args=(own, is_lost, answers), daemon=True)
         thread.start()
         thread.join(_PATIENCE + 1.0)
-        if answers and answers[0] != own:
-            return answers[0]
-        return self._evidence() if is_lost else ""
+        return answers[0] if answers and answers[0] != own else ""
 
     def _evidence(self) -> str:
         """Return what this rank sees of ranks that reported no error: their processes, where it has started them."""

@@ -76,7 +76,7 @@ class CheckpointSaves(ParallelStrategy):
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
-        check_background_saves(self.background_saves, self.sharding, io)
+        check_background_saves(self.background_saves, io)
         self._checkpoint_io = io
 
     # Saving

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout, _world
+
+from lightning_longnet.attention.parallel.comm import timeout_of
 
 
 class Timeouts:
@@ -44,13 +45,6 @@ class Timeouts:
         """Set the timeouts that groups were made with; the next step counts as the first."""
         self._steps = 0
         self.restore()
-
-
-def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """Return the timeout that a group of gloo or NCCL has now."""
-    device = "cpu" if dist.get_backend(group) == "gloo" else "cuda"
-    limit: timedelta = group._get_backend(torch.device(device)).options._timeout
-    return limit
 
 
 def _groups() -> list[dist.ProcessGroup]:

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from lightning_longnet.attention import checks
+from lightning_longnet.attention import prepared
 from lightning_longnet.attention.kernels import cudnn, flash, fused, sdpa
 from lightning_longnet.attention.kernels.sdpa import cuda, efficient
 from lightning_longnet.attention.kernels.sdpa import flash as torchs
@@ -358,7 +358,7 @@ OPERATORS = [
 @contextmanager
 def device(capability=(9, 0), half=fused.HALF):
     """Let CPU tensors pass for CUDA's, and those of the types `half` for half ones: float32 shows smaller faults."""
-    asked = checks.request_of
+    asked = prepared.request_of
     calls.clear()
     with pytest.MonkeyPatch.context() as patch:
         for module, forward, emulate, emulate_backward in OPERATORS:
@@ -366,7 +366,7 @@ def device(capability=(9, 0), half=fused.HALF):
             patch.setattr(module, "_backward", checked(module._backward, emulate_backward))
         for name, module in package().items():
             patch.setitem(sys.modules, name, module)
-        for module in (checks, attend):
+        for module in (prepared, attend):
             patch.setattr(
                 module, "request_of", lambda *args: asked(*args)._replace(device="cuda", capability=capability)
             )

@@ -9,14 +9,11 @@ from torch import Tensor
 
 from lightning_longnet.attention import op
 from lightning_longnet.attention.checks import (
-    AttendOptions,
-    PreparedCall,
+    checked_exclusions,
     checked_padding,
     checked_probability,
     checked_softcap,
     checked_tensors,
-    prepared_call,
-    request_of,
 )
 from lightning_longnet.attention.kernels import Explanation, judge, reference
 from lightning_longnet.attention.kernels.compiling import not_compiled
@@ -24,8 +21,11 @@ from lightning_longnet.attention.kernels.dropout import Dropout
 from lightning_longnet.attention.parallel.calls import call_kind
 from lightning_longnet.attention.parallel.shard import SequenceShard, report_errors
 from lightning_longnet.attention.pattern.pattern import Pattern  # noqa: TC001  for the examples below
+from lightning_longnet.attention.prepared import AttendOptions, PreparedCall, prepared_call, request_of
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from lightning_longnet.attention.parallel.schedule import Exchange
     from lightning_longnet.attention.pattern.ordering import Ordering
     from lightning_longnet.attention.spec import Mix
@@ -68,6 +68,7 @@ def attend(
     ordering: Ordering = "raster",
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    excluded_kernels: Collection[str] = (),
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute one softmax over all keys that the pattern shows each query.
@@ -100,6 +101,8 @@ def attend(
             the curve that are not later in the sequence.
         sinks: (H,) one more logit of the softmax for each query head, without a value: it takes weight from all keys.
         softcap: bounds the scores: each becomes softcap * tanh(score / softcap), before masks and sinks.
+        excluded_kernels: the names of kernels that must not run, as those that failed a `Guard`.  A call that names one
+            of them runs as with "auto".
         return_lse: return also the log-sum-exp of the scores, the null keys (see `Branch`) and the sink, (B, H, N),
             natural log.  It carries no gradient, and the backward reads it: change it only in a copy.
 
@@ -124,6 +127,7 @@ def attend(
         "ordering": ordering,
         "sinks": sinks,
         "softcap": softcap,
+        "excluded_kernels": excluded_kernels,
     }
     if shard is not None:
         with report_errors(shard):
@@ -149,6 +153,7 @@ def explain(
     dropout: float = 0.0,
     softcap: float | None = None,
     kernel: str = "auto",
+    excluded_kernels: Collection[str] = (),
 ) -> Explanation:
     """Return which kernel `attend` would run on these tensors, which others could serve, and why the rest cannot.
 
@@ -168,7 +173,8 @@ def explain(
     checked_probability(dropout)
     padding = checked_padding(key_padding_mask, q)
     request = request_of(q, v, pattern, padding is not None, dropout > 0)
-    return judge(kernel, request._replace(has_softcap=checked_softcap(softcap) is not None))
+    has_softcap, excluded = checked_softcap(softcap) is not None, checked_exclusions(excluded_kernels)
+    return judge(kernel, request._replace(has_softcap=has_softcap, excluded=excluded))
 
 
 def _attend_reference(call: PreparedCall) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The arguments of `attend`, checked: a `PreparedCall`, or a ValueError that names the argument that is wrong.
+"""Checks of single arguments of `attend`: each returns the argument, or raises a ValueError that names it.
 
 Tensors are as `attend` takes them here: q (batch, tokens, heads, D), not (batch, heads, rows, D) as in kernels.
 """
@@ -6,127 +6,21 @@ Tensors are as `attend` takes them here: q (batch, tokens, heads, D), not (batch
 from __future__ import annotations
 
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_longnet.attention.kernels import Request, has_few_keys, reference, select
-from lightning_longnet.attention.kernels.compiling import constant_result
-from lightning_longnet.attention.parallel.schedule import Exchange
+from lightning_longnet.attention.kernels import kernel_names, reference
 from lightning_longnet.attention.parallel.shard import SequenceShard
-from lightning_longnet.attention.pattern.lines import check_ordering, has_masked_line
-from lightning_longnet.attention.pattern.ordering import Ordering
+from lightning_longnet.attention.pattern.lines import check_ordering
 from lightning_longnet.attention.pattern.pattern import Pattern
-from lightning_longnet.attention.spec import AttentionSpec, Mix
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection
 
-
-_MIXES, _EXCHANGES, _ORDERINGS = get_args(Mix), get_args(Exchange), get_args(Ordering)
-
-
-class AttendOptions(TypedDict, total=False):
-    """The keyword arguments of `attend` but return_lse, which decides what it returns."""
-
-    documents: Tensor | None
-    key_padding_mask: Tensor | None
-    dropout: float
-    dropout_seed: int | Tensor | None
-    dropout_samples: tuple[int, int]
-    scale: float | None
-    mix: Mix
-    kernel: str
-    shard: SequenceShard | None
-    exchange: Exchange
-    ordering: Ordering
-    sinks: Tensor | None
-    softcap: float | None
-
-
-class PreparedCall(NamedTuple):
-    """A call as the operator takes it: its tensors, its spec, and what kernels judged it by."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    sinks: Tensor | None
-    documents: Tensor | None
-    key_padding_mask: Tensor | None
-    seed: Tensor | None
-    spec: AttentionSpec
-    request: Request
-
-
-def prepared_call(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Mapping[str, Any], return_lse: bool = False
-) -> PreparedCall:
-    """Check the arguments of `attend`, choose the kernel, and draw a seed where dropout was given none."""
-    get = options.get
-    shard, mix, exchange, ordering = (
-        get("shard"),
-        get("mix", "exact"),
-        get("exchange", "auto"),
-        get("ordering", "raster"),
-    )
-    dropout, samples, scale = get("dropout", 0.0), get("dropout_samples", (0, 1)), get("scale")
-    q, k, v, documents = checked_tensors(q, k, v, pattern, get("documents"))
-    choices = ("mix", mix, _MIXES), ("exchange", exchange, _EXCHANGES), ("ordering", ordering, _ORDERINGS)
-    for name, value, allowed in choices:
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    if scale is not None and (not isinstance(scale, (int, float)) or not 0 < scale < inf):
-        raise ValueError(f"scale must be a positive, finite number, got {scale!r}")
-    padding = checked_padding(get("key_padding_mask"), q)
-    kernel = get("kernel", "auto")
-    if shard is not None:
-        _check_shard(shard, q, documents, padding, kernel)
-        padding = shard.key_padding_mask
-    if ordering != "raster":
-        _check_ordering(ordering, pattern, kernel)
-    sinks = _checked_sinks(get("sinks"), q, mix)
-    seed = _seed(dropout, get("dropout_seed"))
-    if not isinstance(samples, tuple) or len(samples) != 2 or any(type(n) is not int for n in samples):
-        raise ValueError(f"dropout_samples must be two integers, (first, step), got {samples!r}")
-    request = request_of(q, v, pattern, padding is not None, dropout > 0)
-    softcap = checked_softcap(get("softcap"))
-    request = request._replace(masks_later=has_masked_line(ordering, pattern), has_softcap=softcap is not None)
-    spec = AttentionSpec(
-        pattern,
-        select(kernel, request),
-        None if scale is None else float(scale),
-        float(dropout),
-        samples[0],
-        samples[1],
-        mix,
-        exchange,
-        ordering,
-        return_lse or sinks is not None,
-        softcap,
-    )
-    return PreparedCall(q, k, v, sinks, documents, None if shard is not None else padding, seed, spec, request)
-
-
-def request_of(q: Tensor, v: Tensor, pattern: Pattern, is_padded: bool, has_dropout: bool) -> Request:
-    """Return what kernels judge a call by."""
-    return Request(
-        q.device.type,
-        q.dtype,
-        q.shape[1],
-        q.shape[2],
-        q.shape[3],
-        v.shape[3],
-        is_padded,
-        has_dropout,
-        _capability(q.device.index) if q.device.type == "cuda" else None,
-        has_few_keys(pattern),
-    )
-
-
-@constant_result
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    from lightning_longnet.attention.pattern.ordering import Ordering
+    from lightning_longnet.attention.spec import Mix
 
 
 def checked_tensors(
@@ -165,7 +59,7 @@ def checked_tensors(
 
 
 def _checked_documents(documents: Tensor | None, q: Tensor) -> Tensor | None:
-    """Return the document of each token, a view (B, N); tokens with equal ids are of one document."""
+    """Return the ids of documents as a view (B, N), or raise a ValueError if they do not fit q."""
     if documents is None:
         return None
     if not isinstance(documents, Tensor):
@@ -182,14 +76,12 @@ def _checked_documents(documents: Tensor | None, q: Tensor) -> Tensor | None:
     return documents.expand(q.shape[:2])
 
 
-def _check_shard(
-    shard: SequenceShard, q: Tensor, documents: Tensor | None, padding: Tensor | None, kernel: str
-) -> None:
+def check_shard(shard: SequenceShard, q: Tensor, documents: Tensor | None, padding: Tensor | None, kernel: str) -> None:
     """Raise a ValueError where a shard does not fit the other arguments of a call."""
     if not isinstance(shard, SequenceShard):
         raise ValueError(f"shard must be a SequenceShard, got {type(shard).__name__}")
     if kernel == reference.name:
-        raise ValueError(_whole_alone("where a shard holds a part of the sequence"))
+        raise ValueError(_reference_refusal("where a shard holds a part of the sequence"))
     for name, x in (("documents", documents), ("key_padding_mask", padding)):
         if x is not None:
             raise ValueError(f"{name} must be None where a shard is given, which was made with its own")
@@ -232,7 +124,18 @@ def checked_softcap(softcap: Any) -> float | None:
     return float(softcap)
 
 
-def _seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:
+def checked_exclusions(names: Collection[str]) -> frozenset[str]:
+    """Return the names of excluded kernels as a set, or raise a ValueError if one is no kernel."""
+    if not names:
+        return frozenset()
+    known = kernel_names()
+    for name in (names,) if isinstance(names, str) else names:
+        if name not in known or isinstance(names, str):
+            raise ValueError(f"excluded_kernels must be a collection of {', '.join(map(repr, known))}, got {names!r}")
+    return frozenset(names)
+
+
+def seed_tensor(dropout: float, seed: int | Tensor | None) -> Tensor | None:
     """Return the seed as a tensor, or None where nothing is dropped."""
     checked_probability(dropout)
     if isinstance(seed, Tensor):
@@ -252,22 +155,22 @@ def _seed(dropout: float, seed: int | Tensor | None) -> Tensor | None:
     return torch.tensor(seed, device="cpu")
 
 
-def _whole_alone(where: str) -> str:
-    """Return the message for the kernel "reference", which computes all scores of a sequence at once, in a call."""
+def _reference_refusal(where: str) -> str:
+    """Return the error message for a call that the kernel "reference" cannot compute; `where` says which calls."""
     return (
         f"kernel must be 'auto' or 'eager', or another that computes a sequence piece by piece, {where}, got "
         f"'reference', which computes all scores of a whole sequence in its order"
     )
 
 
-def _check_ordering(ordering: Ordering, pattern: Pattern, kernel: str) -> None:
+def check_reordering(ordering: Ordering, pattern: Pattern, kernel: str) -> None:
     """Raise a ValueError where rows cannot be reordered."""
     if kernel == reference.name:
-        raise ValueError(_whole_alone(f"where ordering is {ordering!r}"))
+        raise ValueError(_reference_refusal(f"where ordering is {ordering!r}"))
     check_ordering(ordering, pattern)
 
 
-def _checked_sinks(sinks: Tensor | None, q: Tensor, mix: Mix) -> Tensor | None:
+def checked_sinks(sinks: Tensor | None, q: Tensor, mix: Mix) -> Tensor | None:
     """Return the sinks, or raise a ValueError if they are not one logit for each query head, (H,)."""
     if sinks is None:
         return None

@@ -1,20 +1,21 @@
-"""`Guard`: tries kernels and looks at the memory before the first step, and adds advice to errors."""
+"""`Guard`: tries kernels and looks at the memory before the first step, and adds advice to errors of steps."""
 
 from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from lightning_longnet.attention.attend import attend
-from lightning_longnet.attention.checks import prepared_call
-from lightning_longnet.attention.kernels import candidates, judge, reference
+from lightning_longnet.attention.kernels import candidates, judge
 from lightning_longnet.attention.kernels.compiling import not_compiled
 from lightning_longnet.attention.parallel.shard import SequenceShard, report_errors
+from lightning_longnet.attention.prepared import prepared_call
 from lightning_longnet.attention.trial import free_bytes, kernel_fault, needed_bytes
 
 if TYPE_CHECKING:
@@ -22,35 +23,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.checks import AttendOptions
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.attention.prepared import PreparedCall
 
 logger = logging.getLogger(__name__)
+
+_CORE = "lightning_longnet.attention."  # the modules of a call and its backward
 
 _LESS_MEMORY = (
     "share each sequence among more ranks (sequence_parallel_size), take fewer samples at a time and accumulate, or "
     "compute activations again in the backward (recompute)"
 )
-
-
-def guarded_attend(
-    guard: Guard | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    *,
-    is_placed: bool = False,
-    **options: Unpack[AttendOptions],
-) -> Tensor:
-    """Call `attend` through a guard, which chooses the kernel; without a guard call it directly.
-
-    `is_placed`: a context says that sequences are whole, so several connected ranks need no warning.
-    """
-    if guard is None:
-        return attend(q, k, v, pattern, **options)
-    out: Tensor = guard.attend(q, k, v, pattern, is_placed=is_placed, **options)
-    return out
 
 
 class _CallKey(NamedTuple):
@@ -76,16 +59,16 @@ class _CallKey(NamedTuple):
 
 
 class Guard:
-    """A preflight of `attend` and a handler of its errors.  The layers of a model share one.
+    """A preflight of the kernels and the memory of a run, and advice for errors in its steps.
 
-    Before the first call of a kind the guard tries each kernel on a few tokens, forward and backward, and compares it
-    with the equation.  A kernel that raises or is wrong runs on none of the ranks that share sequences, which agree on
-    it; the next kernel that serves replaces it.  The guard also compares the free memory with what the results of the
-    call need at the least, and where that is too little on one rank, all of them end before the first step.  It does
-    not look at later calls of the kind, nor at longer ones.
+    The layers of a model share one.  Before the first call of a kind, the guard tries each kernel on a few tokens,
+    forward and backward, and compares it with the equation.  A kernel that raises or is wrong is excluded on all ranks
+    that share sequences, and the next kernel that serves replaces it.  The guard also compares the free memory with
+    what the results of the call need at the least, and where that is too little on one rank, all of them end before the
+    first step.  Later calls of the kind go to `attend` directly, without the kernels that are excluded.
 
-    An error in the middle of a step ends all ranks: the guard adds advice to the error of the rank that failed, and to
-    those of the ranks that waited for it.  It guesses nothing and repeats no call on fewer devices.
+    An error in the middle of a step ends all ranks.  The strategy adds the advice of the guard to it; a loop without
+    the strategy does so with `advised_errors`.
 
     Each event is a line of the logger "lightning_longnet.attention.guard".
 
@@ -100,75 +83,81 @@ class Guard:
         self._has_warned = False
         self._memory: tuple[int, int | None] = 0, None  # needed and free bytes in the latest preflight
 
-    @not_compiled
     def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pattern: Pattern,
-        *,
-        is_placed: bool = False,
-        **options: Any,
+        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, is_placed: bool = False, **options: Any
     ) -> Tensor:
-        """Call `attend` with a kernel that has passed the preflight.
-
-        `is_placed`: a context says that sequences are whole, so several connected ranks need no warning.
-        """
-        shard: SequenceShard | None = options.get("shard")
-        options["kernel"] = self._kernel(q, k, v, pattern, options)
-        if not isinstance(shard, SequenceShard) and not is_placed:
-            self._warn_of_ranks()
-        with self._advised_errors(shard, q.shape[1]):
+        """Call `attend` after the `preflight` of the call, with advice for an error of the forward."""
+        options["excluded_kernels"] = self.preflight(q, k, v, pattern, is_placed=is_placed, **options)
+        with self.advised_errors():
             out: Tensor = attend(q, k, v, pattern, **options)
         return out
 
     # Preflight
 
-    def _kernel(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]) -> str:
-        """Return the name of the kernel that is to run."""
-        shard, kernel = options.get("shard"), options.get("kernel", "auto")
-        group = shard.comm.name if isinstance(shard, SequenceShard) else None
+    @not_compiled
+    def preflight(
+        self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, is_placed: bool = False, **options: Any
+    ) -> frozenset[str]:
+        """Return the kernels that calls of this kind must exclude; they are tried where no call of the kind was.
+
+        All ranks of a shard call it together, and get the same kernels or an error each.
+
+        Args:
+            q, k, v, pattern: those of the first call.
+            is_placed: whether a context says that sequences are whole, so that several connected ranks need no warning.
+            options: the other arguments of `attend`.
+        """
+        shard: SequenceShard | None = options.get("shard")
+        kernel, group = options.get("kernel", "auto"), shard.comm.name if isinstance(shard, SequenceShard) else None
+        # with a seed, so that none is drawn: `attend` draws its own
+        options["dropout_seed"] = options.get("dropout_seed") or 0
         try:
-            # with a seed, so that none is drawn: `attend` draws its own
-            seeded = {**options, "dropout_seed": options.get("dropout_seed") or 0}
-            explanation = judge(kernel, prepared_call(q, k, v, pattern, seeded).request)
+            call = prepared_call(q, k, v, pattern, options)
         except ValueError as error:
-            if isinstance(shard, SequenceShard) and all(kind.group != group for kind in self._broken):
-                shard.exchange_verdicts(
-                    [], fault=str(error)
-                )  # the other ranks wait there, for the first preflight of the group
-                raise
-            return str(kernel)  # `attend` raises the error, and reports it to the other ranks
-        assert explanation.chosen is not None
-        dtype, has_dropout = explanation.request.dtype, options.get("dropout", 0.0) > 0
-        has_softcap, names = options.get("softcap") is not None, candidates(kernel)
-        kind = _CallKey(q.device.type, dtype, q.shape[3], v.shape[3], has_dropout, has_softcap, group, names)
-        serving = [
-            verdict.kernel for verdict in explanation.verdicts if not verdict.refusals and verdict.kernel in names
-        ]
+            if isinstance(shard, SequenceShard):
+                if any(kind.group == group for kind in self._broken):
+                    shard.check({}, fault=str(error))
+                else:  # the other ranks wait in the first preflight of the group
+                    shard.exchange_verdicts([], fault=str(error))
+            raise
+        if shard is None and not is_placed:
+            self._warn_of_ranks()
+        has_dropout, has_softcap, names = call.spec.dropout > 0, call.spec.softcap is not None, candidates(kernel)
+        kind = _CallKey(q.device.type, call.q.dtype, q.shape[3], v.shape[3], has_dropout, has_softcap, group, names)
         if kind not in self._broken:
-            self._broken[kind] = self._preflight(kind, q, k, v, pattern, options)
+            self._broken[kind] = self._try_kernels(kind, q, k, v, pattern, options)
+            verdicts = judge(kernel, call.request).verdicts
+            serving = [verdict.kernel for verdict in verdicts if verdict.kernel in names and not verdict.refusals]
             self._log_preflight(kind, shard, [name for name in serving if name not in self._broken[kind]])
         broken = self._broken[kind]
-        serving.sort(key=lambda name: name != explanation.chosen)
-        working = [name for name in serving if name not in broken]
-        if shard is not None:
-            working = [name for name in working if name != reference.name]
-        if not working:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
-            with report_errors(shard):
-                raise ValueError(
-                    f"{_rank(shard)}: no kernel can serve this call, as each that could has failed: {reasons}"
-                )
-        if working[0] != explanation.chosen and (kind, explanation.chosen) not in self._announced:
-            self._announced.add((kind, explanation.chosen))
-            self.counts["replacements"] += 1
-            message = "%s: kernel %r is replaced with %r for calls on %s: %s"
-            logger.warning(message, _rank(shard), explanation.chosen, working[0], kind, broken[explanation.chosen])
-        return working[0]
+        excluded = frozenset({*broken, *options.get("excluded_kernels", ())})
+        if call.spec.kernel in broken:
+            self._announce(kind, call.spec.kernel, self._replacement(call, pattern, options, broken), shard)
+        return excluded
 
-    def _preflight(
+    def _replacement(
+        self, call: PreparedCall, pattern: Pattern, options: dict[str, Any], broken: dict[str, str]
+    ) -> str:
+        """Return the kernel that runs a call whose kernel is broken, or raise a ValueError where none is left."""
+        shard = options.get("shard")
+        try:
+            return prepared_call(call.q, call.k, call.v, pattern, {**options, "excluded_kernels": broken}).spec.kernel
+        except ValueError:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in broken.items())
+            fault = f"{_rank_name(shard)}: no kernel can serve this call, as each that could has failed: {reasons}"
+        with report_errors(shard):
+            raise ValueError(fault)
+
+    def _announce(self, kind: _CallKey, broken: str, replacement: str, shard: SequenceShard | None) -> None:
+        """Log and count once that a kernel is replaced."""
+        if (kind, broken) in self._announced:
+            return
+        self._announced.add((kind, broken))
+        self.counts["replacements"] += 1
+        message = "%s: kernel %r is replaced with %r for calls on %s: %s"
+        logger.warning(message, _rank_name(shard), broken, replacement, kind, self._broken[kind][broken])
+
+    def _try_kernels(
         self, kind: _CallKey, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]
     ) -> dict[str, str]:
         """Return {name: reason} of the kernels that fail; all ranks of the shard return the same names."""
@@ -188,9 +177,9 @@ class Guard:
             self.counts["refusals"] += 1
             shown = "unknown" if free is None else f"{free / 2**20:,.0f} MiB"
             fault = (
-                f"{_rank(shard)}: this call's results alone need {needed / 2**20:,.0f} MiB, and free are {shown}"
+                f"{_rank_name(shard)}: this call's results alone need {needed / 2**20:,.0f} MiB, and free are {shown}"
                 if is_short
-                else f"{_rank(shard)}: another rank, {[v[-1] for v in everywhere].index(1)}, has too little memory"
+                else f"{_rank_name(shard)}: another rank, {[v[-1] for v in everywhere].index(1)}, has too little memory"
             )
             logger.error("%s", fault)
             raise ValueError(f"{fault}: {_LESS_MEMORY}")
@@ -206,7 +195,7 @@ class Guard:
         needed, free = self._memory
         shown = "an unknown number" if free is None else f"{free / 2**20:,.0f} MiB"
         message = "%s: preflight on %s: kernels that work: %s; results need %.1f MiB of %s free"
-        logger.info(message, _rank(shard), kind, ", ".join(working), needed / 2**20, shown)
+        logger.info(message, _rank_name(shard), kind, ", ".join(working), needed / 2**20, shown)
 
     def _warn_of_ranks(self) -> None:
         """Warn once where each of several ranks attends to whole sequences, which is seldom meant."""
@@ -222,41 +211,55 @@ class Guard:
     # Failures
 
     @contextmanager
-    def _advised_errors(self, shard: SequenceShard | None, tokens: int) -> Iterator[None]:
-        """Add advice to the error of a call inside the block, and with a shard also to that of its backward."""
-        if isinstance(shard, SequenceShard):
-            with shard.comm.failures_to(self._failed):
-                yield
-            return
+    def advised_errors(self) -> Iterator[None]:
+        """Add advice to an error of the steps inside the block: `with guard.advised_errors(): loss.backward()`."""
         try:
             yield
         except RuntimeError as error:
-            self._failed(error, f"attention over {tokens:,} tokens failed")
+            self.advise(error, f"{type(error).__name__}: {error}")
             raise
 
-    def _failed(self, error: BaseException, description: str) -> None:
-        """Add advice to an error of a call, and log it; the handler of `Comm.failures_to`."""
-        if not isinstance(error, RuntimeError):
-            return  # an interrupt, for which there is no advice
-        self.counts["failures"] += 1
-        advice = _advice(error)
-        error.add_note(advice)
-        logger.error("%s; %s", description, advice)
+    def advise(self, error: BaseException, description: str, *, is_lost: bool = False) -> str:
+        """Add advice to an error of a step, log it and count it; return the advice, empty where there is none.
+
+        Errors get advice that came out of attention, in the forward or the backward, and those of memory.
+
+        Args:
+            error: the error, with its traceback.
+            description: what failed, for the log.
+            is_lost: whether the error says only that another rank did not answer; then it gets advice in any case.
+        """
+        advice = _advice(error, is_lost) if isinstance(error, RuntimeError) else ""
+        if advice and advice not in getattr(error, "__notes__", ()):
+            self.counts["failures"] += 1
+            error.add_note(advice)
+            logger.error("%s; %s", description, advice)
+        return advice
 
 
-def _advice(error: RuntimeError) -> str:
-    """Return what may help against an error of a call."""
+def _advice(error: RuntimeError, is_lost: bool) -> str:
+    """Return what may help against an error of a step, or an empty text."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return f"Memory is short: {_LESS_MEMORY}."
-    if isinstance(error.__cause__, RuntimeError):  # the cause is a message that did not come
+    is_of_attention = _is_of_attention(error)
+    # the cause of an error of attention is a message that did not come
+    if is_lost or (is_of_attention and isinstance(error.__cause__, RuntimeError)):
         return "Another rank has ended or does something else: the first error among the ranks says why."
+    if not is_of_attention:
+        return ""
     return (
         "The step cannot be finished, and all ranks end: the kernel 'eager' is the plainest; where memory may be the "
         f"cause, {_LESS_MEMORY}."
     )
 
 
-def _rank(shard: SequenceShard | None) -> str:
+def _is_of_attention(error: BaseException) -> bool:
+    """Return whether an error was raised inside a call of `attend` or its backward, according to its traceback."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    return any(name.startswith(_CORE) and name != __name__ for name in modules)
+
+
+def _rank_name(shard: SequenceShard | None) -> str:
     """Return the name of this rank for log messages and errors."""
     if shard is not None:
         return f"rank {shard.rank} of {shard.comm.ranks} that share sequences"

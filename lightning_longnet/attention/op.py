@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from lightning_longnet.attention.parallel.comm import Direction
-    from lightning_longnet.attention.parallel.shard import SequenceShard
 
 
 @torch.library.custom_op("lightning_longnet::attend", mutates_args=())
@@ -162,21 +161,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         q, k, v = (x.new_empty(()).expand(x.shape) for x in (q, k, v))
     ctx.save_for_backward(q, k, v, out, lse, *others, *saved)
     ctx.spec, ctx.number = spec, shard
-    # the registry of shards is weak: the graph must keep the shard, and the handler that was set in the forward
+    # the registry of shards is weak: the graph must keep the shard
     ctx.shard = None if shard is None else SHARDS[shard]
-    ctx.on_failure = None if shard is None else SHARDS[shard].comm.on_failure
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """Return the gradients of the inputs of `forward`, in their order; autograd calls it."""
     q, k, v, out, lse, sinks, documents, padding, seed, *saved = ctx.saved_tensors
-    shard: SequenceShard | None = ctx.shard
     if grad is None:  # undefined on this rank, whose messages others may need
         grad = torch.zeros_like(out)
-    with nullcontext() if shard is None else shard.comm.failures_to(ctx.on_failure):
-        dq, dk, dv, dsinks = backward(
-            grad, q, k, v, out, lse, saved, sinks, documents, padding, seed, ctx.spec, ctx.number
-        )
+    dq, dk, dv, dsinks = backward(grad, q, k, v, out, lse, saved, sinks, documents, padding, seed, ctx.spec, ctx.number)
     return dq, dk, dv, None if sinks is None else dsinks, None, None, None, None, None
 
 

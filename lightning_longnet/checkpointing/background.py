@@ -45,7 +45,7 @@ class MemoryFile:
 
     def store(self, path: Path) -> FileSum:
         """Make a file of it, which the disk holds, and return its sum."""
-        with SummedFile(path) as file:
+        with SummedFile(path, in_threads=False) as file:
             self.write_to(file)
         return file.sum
 

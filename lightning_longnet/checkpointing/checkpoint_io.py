@@ -74,11 +74,13 @@ class ManifestCheckpointIO(TorchCheckpointIO):
     def _save(self, write: Callable[[SummedFile], None], checkpoint: Mapping[str, Any], final: Path) -> None:
         unfinished = unfinished_path(final)
         try:
-            commit(
+            manifest = save_whole(
+                write,
                 unfinished,
-                final,
-                save_whole(write, unfinished, lambda sums: self.describe(final, checkpoint, sums)),
+                lambda sums: self.describe(final, checkpoint, sums),
+                in_threads=not self.background,
             )
+            commit(unfinished, final, manifest)
         finally:
             discard(unfinished)  # which is there after an error
 

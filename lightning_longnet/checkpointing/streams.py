@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from lightning_longnet.checkpointing.manifest import Manifest
 
 _BUFFER = 2**20  # bytes: the records of a small tensor are six writes of some ten bytes each
+_SHORT = 2**17  # bytes whose checksum takes less time than it takes to wake a thread
+_SYNCED = 2**23  # bytes that the disk begins to write while others are still to come
+_sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
 class SummedFile:
@@ -25,17 +29,38 @@ class SummedFile:
 
     Args:
         path: the file, which must not be there yet.
+        in_threads: computes the checksum of a piece in a thread while the piece is written, and has the disk write in
+            another what is there, so that little is left to wait for at the end.  What is written in the background
+            needs neither.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, in_threads: bool = True) -> None:
         self._file = path.open("xb", buffering=_BUFFER)
-        self._bytes, self._crc = 0, 0
+        self._bytes, self._crc, self._synced = 0, 0, 0
+        self._threads = ThreadPoolExecutor(2, "checkpoint-file") if in_threads else None
+        self._sync: Future[None] | None = None
 
     def write(self, content: Any) -> int:
-        written = self._file.write(content)
+        if self._threads is None or len(content) < _SHORT:
+            written = self._file.write(content)
+            self._crc = zlib.crc32(content, self._crc)
+        else:
+            crc = self._threads.submit(zlib.crc32, content, self._crc)
+            try:
+                written = self._file.write(content)
+            finally:
+                self._crc = crc.result()  # after an error, too: the content is the caller's
         self._bytes += written
-        self._crc = zlib.crc32(content, self._crc)
+        if self._threads is not None and self._bytes - self._synced >= _SYNCED and self._is_synced():
+            self._sync, self._synced = self._threads.submit(_sync_data, self._file.fileno()), self._bytes
         return written
+
+    def _is_synced(self) -> bool:
+        """Whether the disk is done with what it was given; its error is raised, as the system reports it once."""
+        if self._sync is None or not self._sync.done():
+            return self._sync is None
+        self._sync.result()
+        return True
 
     def flush(self) -> None:
         self._file.flush()
@@ -60,10 +85,20 @@ class SummedFile:
 
     def close(self) -> None:
         """Close the file when the disk holds it."""
-        if not self._file.closed:
+        if self._file.closed:
+            return
+        try:
             self._file.flush()
+            if self._sync is not None:
+                self._sync.result()
             os.fsync(self._file.fileno())
-            self._file.close()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown()
+        self._file.close()
 
     def __enter__(self) -> SummedFile:
         return self
@@ -72,7 +107,7 @@ class SummedFile:
         if kind is None:
             self.close()
         else:
-            self._file.close()
+            self._end()
 
 
 def save_summed(content: Any, path: Path) -> FileSum:
@@ -82,15 +117,22 @@ def save_summed(content: Any, path: Path) -> FileSum:
     return file.sum
 
 
-def save_whole(write: Callable[[SummedFile], None], path: Path, describe: Callable[[FileSum], Manifest]) -> Manifest:
+def save_whole(
+    write: Callable[[SummedFile], None],
+    path: Path,
+    describe: Callable[[FileSum], Manifest],
+    *,
+    in_threads: bool = True,
+) -> Manifest:
     """Write a checkpoint in one file with its manifest at the end, and return the manifest.
 
     Args:
         write: writes what `torch.save` writes.
         path: the file, which must not be there yet.
         describe: takes the sum of the file, and returns the manifest.
+        in_threads: as for `SummedFile`.
     """
-    with SummedFile(path) as file:
+    with SummedFile(path, in_threads=in_threads) as file:
         write(file)
         manifest = describe(file.sum)
         file.add_comment(manifest.comment())

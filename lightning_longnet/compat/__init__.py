@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_longnet.ancestor import missing
+from lightning_longnet.ancestor import replacement
 from lightning_longnet.compat.classes import (
     BlockSparseRingDilatedAttention,
     BlockSparseRingMultiheadDilatedAttention,
@@ -117,6 +117,5 @@ def create_ring_multihead_attention_hybrid(
 
 
 def __getattr__(name: str) -> Any:
-    if error := missing(name):
-        raise error
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{nearest(name, __all__)}")
+    unknown = f"module {__name__!r} has no attribute {name!r}{nearest(name, __all__)}"
+    raise AttributeError(replacement(name) or unknown, name=name)

@@ -13,8 +13,8 @@ from lightning_longnet.huggingface.tokens import unpadded_documents
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_longnet.attention.checks import AttendOptions
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.attention.prepared import AttendOptions
     from lightning_longnet.huggingface.masks import RingMask
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from lightning_longnet.sequence.refusals import LocalPositionsError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -98,27 +100,29 @@ def _split_tokens(context: SequenceContext, mask: RingMask, position_ids: Tensor
         )
     shard = context.shard_of(documents, padding if documents is not None else None)
     index = context.positions_of(q)
-    fault, starts = _padding_fault(mask.key_padding_mask, padding, q), None
-    if padding is None and not fault:
+    fault, starts = _padding_fault(mask.key_padding_mask, padding, q), None  # type: ValueError | None, Tensor | None
+    if padding is None and fault is None:
         padding = mask.key_padding_mask
-    if position_ids is not None and not fault:
+    if position_ids is not None and fault is None:
         places = shard.places.to(q.device) if documents is not None else None
         fault = _positions_fault(position_ids, index, places)
-        if documents is None and not fault:
+        if documents is None and fault is None:
             starts = context.once(position_ids, "first tokens of documents", lambda: index - position_ids.clamp(min=0))
             if bool((starts.diff(dim=-1) < 0).any()):
-                fault = "position_ids must continue by 1, or restart at 0 where a document begins, got a gap"
+                fault = ValueError(
+                    "position_ids must continue by 1, or restart at 0 where a document begins, got a gap"
+                )
     flags = 0
-    if not fault:
+    if fault is None:
         if starts is not None and bool((starts != 0).any()):
             flags |= _RESTARTS
         if padding is not None and bool(padding.any()):
             flags |= _IS_PADDED
             if len(index) and index[0] == 0 and bool(padding[:, 0].any()):
                 flags |= _BEGINS_PADDED
-    everywhere = shard.exchange_value(flags, "compares positions", fault)
-    if fault:
-        raise ValueError(fault)
+    everywhere = shard.exchange_value(flags, "compares positions", "" if fault is None else str(fault))
+    if fault is not None:
+        raise fault
     any_of = 0
     for flag in everywhere:
         any_of |= flag
@@ -128,20 +132,20 @@ def _split_tokens(context: SequenceContext, mask: RingMask, position_ids: Tensor
     return Tokens(documents, padding if any_of & _IS_PADDED else None, bool(any_of & _BEGINS_PADDED))
 
 
-def _padding_fault(given: Tensor | None, padding: Tensor | None, q: Tensor) -> str:
-    """Return why the padding that the model was given is not that of this rank's tokens, or an empty text."""
+def _padding_fault(given: Tensor | None, padding: Tensor | None, q: Tensor) -> ValueError | None:
+    """Return the error of a padding that the model was given and that is not that of this rank's tokens, or None."""
     if given is None:
-        return ""
+        return None
     if given.shape != q.shape[:2]:
         shown = f"{tuple(q.shape[:2])}, got {tuple(given.shape)}"
-        return f"attention_mask must be (batch, tokens) of the tokens on this rank, {shown}"
+        return ValueError(f"attention_mask must be (batch, tokens) of the tokens on this rank, {shown}")
     if padding is not None and not torch.equal(given, padding.to(given.device)):
-        return "attention_mask must be that of the batch that was split, got another one"
-    return ""
+        return ValueError("attention_mask must be that of the batch that was split, got another one")
+    return None
 
 
-def _positions_fault(position_ids: Tensor, index: Tensor, places: Tensor | None) -> str:
-    """Return why position_ids are not those of this rank's tokens, or an empty text.
+def _positions_fault(position_ids: Tensor, index: Tensor, places: Tensor | None) -> ValueError | None:
+    """Return the error of position_ids that are not those of this rank's tokens, or None.
 
     Without position_ids a model counts the tokens of each rank from 0.
 
@@ -151,13 +155,14 @@ def _positions_fault(position_ids: Tensor, index: Tensor, places: Tensor | None)
         places: the index of each token in its document, where documents are known.
     """
     if position_ids.dim() != 2 or position_ids.shape[-1] != len(index):
-        return f"position_ids must be (batch, {len(index)}), those of this rank, got {tuple(position_ids.shape)}"
+        shown = f"(batch, {len(index)}), those of this rank, got {tuple(position_ids.shape)}"
+        return ValueError(f"position_ids must be {shown}")
     if not len(index) or index[0] == 0:
-        return ""
+        return None
     counted = torch.arange(len(index), device=index.device)
     if not bool((position_ids == counted).all()) or (places is not None and bool((places == counted).all())):
-        return ""
-    return (
+        return None
+    return LocalPositionsError(
         "position_ids must be those of the whole sequence, got positions that begin at 0 on each rank, as models count "
         "where they are given none: give context.positions_of(input_ids)[None], or the index of each token in its "
         'document. If a document does begin at the first token of this rank, put "documents" into the batch'

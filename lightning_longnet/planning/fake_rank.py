@@ -39,7 +39,7 @@ class FakeComm(Comm):
 
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks, self.shard = rank, ranks, 0
-        self.traffic, self.failure, self.on_failure = Traffic(), "", None
+        self.traffic, self.failure = Traffic(), ""
 
 
 class PlannedShard(SequenceShard):

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, get_args
 
-import torch
-from torch import Tensor
-
-from lightning_longnet.attention.guard import guarded_attend
-from lightning_longnet.attention.kernels.compiling import not_compiled
 from lightning_longnet.attention.parallel.comm import Traffic
-from lightning_longnet.attention.parallel.local import local_shard
 from lightning_longnet.attention.parallel.placement import Kind, Placement
 from lightning_longnet.attention.parallel.schedule import Exchange
-from lightning_longnet.sequence.dropout import ContextDropout, DropoutSeeds
+from lightning_longnet.sequence.attention import ContextAttention
+from lightning_longnet.sequence.dropout import DropoutSeeds
 from lightning_longnet.sequence.position import MeshPosition
 from lightning_longnet.sequence.reductions import Reductions
 from lightning_longnet.sequence.shards import ShardCache
@@ -21,19 +16,14 @@ from lightning_longnet.sequence.splitter import BatchSplitter
 from lightning_longnet.sequence.window import TokenWindow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
+    from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
-    from lightning_longnet.attention.guard import Guard
-    from lightning_longnet.attention.parallel.shard import SequenceShard
-    from lightning_longnet.attention.pattern.ordering import Ordering
-    from lightning_longnet.attention.pattern.pattern import Pattern
-    from lightning_longnet.attention.spec import Mix
 
-
-class SequenceContext(ContextDropout):
+class SequenceContext(ContextAttention):
     """The position of a rank among the others, the batch that is worked on, and the operations over ranks.
 
     Without arguments it is that of one process, or of ranks that split batches alone: sequences are whole there, and
@@ -188,106 +178,6 @@ class SequenceContext(ContextDropout):
         """Return the placement of sequences of `length` tokens: as even as can be."""
         return self._splitter.placement_of(length)
 
-    # Attention
-
-    @property
-    def shard(self) -> SequenceShard | None:
-        """The `shard` for calls of `attend` on the batch's tokens, with the batch's documents and attention_mask.
-
-        All ranks of the sequence group make it together, at the first use in a batch.  It has the masks that the batch
-        had when it was split, on one process too; it is None where sequences are whole and the batch has no masks.
-
-        Only the context of a batch that was split knows its masks.  Under Lightning's own strategies, and wherever no
-        batch was begun, this raises a ValueError.  `attend` of the context, which is given the masks, is right
-        everywhere.
-        """
-        current = self._splitter.current
-        documents, padding = current.documents, current.key_padding_mask
-        if not current.is_begun:
-            raise ValueError(
-                "shard must be that of a batch that was split, got none: the masks of this batch are not known here. "
-                "Call context.attend(q, k, v, pattern, documents=..., key_padding_mask=...) of this context, which is "
-                "right under any strategy and without one"
-            )
-        if documents is None and padding is None:
-            return self.shard_of() if self.is_split else None
-        if current.shard is None:
-            current.shard = self._shards.make(documents, padding) if self.is_split else local_shard(documents, padding)
-        return current.shard
-
-    def shard_of(self, documents: Tensor | None = None, key_padding_mask: Tensor | None = None) -> SequenceShard:
-        """Return the shard with these documents and this padding of this rank's tokens, in a split batch.
-
-        One shard serves all calls with the same tensors, until one is changed in place on some rank.  All ranks of the
-        sequence group call it together: with masks they compare the indices of their shards.
-        """
-        return self._shards.get(documents, key_padding_mask)
-
-    @not_compiled
-    def once(self, mask: Tensor, into: str, convert: Callable[[], Tensor]) -> Tensor:
-        """Return `convert()` of a mask, computed once in a batch, so that layers which convert it share a shard."""
-        return self._splitter.current.shards.once(mask, into, convert)
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pattern: Pattern,
-        *,
-        documents: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        dropout: float = 0.0,
-        layer: int | None = None,
-        scale: float | None = None,
-        sinks: Tensor | None = None,
-        softcap: float | None = None,
-        mix: Mix = "exact",
-        kernel: str = "auto",
-        exchange: Exchange | None = None,
-        ordering: Ordering = "raster",
-        guard: Guard | None = None,
-    ) -> Tensor:
-        """Call `attend` on whole sequences or on parts, as they are in the current batch.
-
-        This is the way to call `attend` that is the same under our strategy, under any other and without one.
-        `documents` and `key_padding_mask` are those of the tokens that q, k and v have on this rank, out of the batch
-        that it was given; without them there are none.
-
-        `layer` is the number of this attention in the model.  It is required where `dropout` is positive: in a step
-        that was begun, calls with equal numbers drop the same pairs.  See `begin_step` for calls outside of steps.
-        """
-        options: dict[str, Any] = {"dropout": dropout, "mix": mix, "kernel": kernel, "ordering": ordering}
-        options |= {"scale": scale, "sinks": sinks, "softcap": softcap}
-        if dropout > 0:
-            if layer is None:
-                raise ValueError(
-                    "layer must be the number of this attention in the model where dropout is positive, such as "
-                    "layer=0, layer=1, ...: in a step, calls with equal numbers drop the same pairs. Got None"
-                )
-            options["dropout_seed"] = self._seeds.of_layer(layer)
-            options["dropout_samples"] = self.data_parallel_rank, self.data_parallel_size
-        if not self.is_split:
-            options |= {"documents": documents, "key_padding_mask": key_padding_mask}
-            return guarded_attend(guard, q, k, v, pattern, is_placed=self.mesh is not None, **options)
-        options["exchange"] = self.exchange if exchange is None else exchange
-        shard = options["shard"] = self._shard_for(q.shape[1], documents, key_padding_mask)
-        if dropout > 0 and options["dropout_seed"] is None:
-            options["dropout_seed"] = _shared_seed(shard)
-        return guarded_attend(guard, q, k, v, pattern, **options)
-
-    @not_compiled
-    def _shard_for(self, tokens: int, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
-        """Return the shard of a call on so many tokens of this rank; outside of compiled graphs, as ranks make it."""
-        self._splitter.check_tokens(tokens)
-        return self.shard_of(documents, key_padding_mask)
-
-    @not_compiled
-    def places_of(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Return the positions of the tokens of x (B, L, ...) in their documents, (L,) or (B, L), in a split batch."""
-        self._splitter.check_tokens(x.shape[1])
-        return self.shard_of(documents).places.to(x.device)
-
     # Losses and metrics
 
     def token_mean(self, loss_sum: Tensor, token_count: Tensor | float) -> Tensor:
@@ -327,10 +217,3 @@ class SequenceContext(ContextDropout):
     def gather_samples(self, x: Tensor, group: Any = None) -> list[Tensor]:
         """Return the x of each rank that works on other samples, of any lengths: a `dist_sync_fn` for torchmetrics."""
         return self._reductions.gather_samples(x, group)
-
-
-@not_compiled
-def _shared_seed(shard: SequenceShard) -> Tensor:
-    """Return the seed that the first rank of a shard draws; all ranks draw one, so that generators stay in step."""
-    own = int(torch.randint(-(2**63), 2**63 - 1, (), device="cpu"))
-    return torch.tensor(shard.exchange_value(own, "agrees on a seed")[0], device="cpu")

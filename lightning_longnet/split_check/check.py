@@ -16,6 +16,7 @@ from lightning_longnet.sequence.attach import attach_context
 from lightning_longnet.sequence.batches import checked_dims, named_tensors
 from lightning_longnet.split_check.comparison import Comparison
 from lightning_longnet.split_check.ranks import first_fault, group_device, is_first
+from lightning_longnet.split_check.refusals import Refusal
 from lightning_longnet.split_check.replica import Replica
 from lightning_longnet.split_check.runs import Runner
 from lightning_longnet.split_check.sample import aligned_length, batch_length, sample_lengths, whole_batch
@@ -33,7 +34,6 @@ Action = Literal["error", "warn", "off"]
 
 _COPIES = 8  # of all parameters, which the check holds at its peak
 _MEMORY_SHARE = 0.25
-_POSITIONS = "position_ids must be those of the whole sequence"  # the beginning of that refusal
 
 
 class SplitMismatch(RuntimeError):  # noqa: N818  the name says what happened
@@ -141,7 +141,7 @@ def _verdict(
     modes = {name: each.training for name, each in module.named_modules()}
     runner = Runner(replica, step, attach, dims, device, training, modes)
     batch = whole_batch(batch, dims, context)
-    length, fault, refusal = _length(batch, dims), "the batch is too short", ""
+    length, fault, refusal = _length(batch, dims), "the batch is too short", Refusal()
     ranks = context.sequence_parallel_size
     lengths = [None] if length is None else sample_lengths(length, ranks, replica.sizes)
     for tokens in lengths:
@@ -160,11 +160,12 @@ def _verdict(
                 with closing(Comparison(runner, values, dtype, context, aligned)) as comparison:
                     return _confirmed(verdict, comparison, batch, tokens)
             refusal = comparison.refusal
-            if tokens != length and refusal.startswith(_POSITIONS) and _has_positions(batch):
-                refusal = ""  # a document may begin where a part of the piece does, and not where one of the batch does
+            if tokens != length and refusal.is_of_positions and _has_positions(batch):
+                # a document may begin where a part of the piece does, and not where one of the batch does
+                refusal = Refusal()
             if comparison.ran_whole:
                 break  # its parts may have to be of a certain length
-    return not_checked(f"the step gives no result on copies of the module: {fault}", refusal)
+    return not_checked(f"the step gives no result on copies of the module: {fault}", refusal.text)
 
 
 def _has_positions(batch: Any) -> bool:

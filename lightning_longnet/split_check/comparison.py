@@ -9,7 +9,7 @@ import torch
 from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.split_check.locate import place_of
 from lightning_longnet.split_check.ranks import Groups, first_fault, from_first, gathered_objects, is_of_waiting
-from lightning_longnet.split_check.refusals import first_refusal, is_refusal
+from lightning_longnet.split_check.refusals import Refusal, first_refusal, refusal_of
 from lightning_longnet.split_check.replica import perturbed
 from lightning_longnet.split_check.runs import moved, to_device
 from lightning_longnet.split_check.sample import sample, with_fewer_labels
@@ -43,7 +43,7 @@ class Comparison:
         tokens: as given.
         ranks: the number of ranks that share a sequence.
         ran_whole: whether the step gave a result on whole sequences.
-        refusal: the ValueError with which this package refused parts on some rank, or an empty text.
+        refusal: the refusal of parts by this package on some rank.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Comparison:
         tokens: int | None,
     ) -> None:
         self.tokens, self.ranks, self.ran_whole = tokens, context.sequence_parallel_size, False
-        self.refusal = ""
+        self.refusal = Refusal()
         self._runner, self._given, self._dtype, self._context = runner, values, dtype, context
         self._values, self._batch = values, None  # type: tuple[Values, Any]
         self._groups = Groups(context.position)
-        self._refusal = ""  # of the last attempt
+        self._refusal = Refusal()  # of the last attempt
 
     def close(self) -> None:
         """Destroy the groups of the comparison."""
@@ -167,13 +167,13 @@ class Comparison:
 
     def _attempt(self, run: Callable[[], Outcome]) -> tuple[Outcome | None, str]:
         """Return the averaged outcome of a run, or on all ranks the error that it raised on one of them."""
-        outcome, fault, refusal, self._refusal = None, "", "", ""
+        outcome, fault, refusal, self._refusal = None, "", Refusal(), Refusal()
         try:
             outcome = run()
         except Exception as error:  # noqa: BLE001  a step may raise anything at a length or dtype that it is not made for
             text = str(error).strip()
             fault = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
-            refusal = text if is_refusal(error) else ""
+            refusal = refusal_of(error)
         if fault:
             self._groups.leave()
         if fault := first_fault(fault):

@@ -14,7 +14,7 @@ from pool import Pool
 from tiers import tiered
 
 from lightning_longnet import Pattern, SequenceShard, attend
-from lightning_longnet.attention import checks, op
+from lightning_longnet.attention import op, prepared
 from lightning_longnet.attention.kernels import eager
 from lightning_longnet.attention.parallel import rounds_plan
 
@@ -105,7 +105,7 @@ PLACES = {
     "copies": (op, "as_readable", 1),
     "copies of a backward": (op, "as_readable", 4),
     "a plan": (rounds_plan, "route", 1),
-    "arguments": (checks, "request_of", 1),
+    "arguments": (prepared, "request_of", 1),
 }
 
 

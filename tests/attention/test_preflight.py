@@ -1,6 +1,8 @@
 """Kernels that fail, memory that is short, errors in the middle of a step: on all ranks, told, and never guessed."""
 
 import logging
+import sys
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from unittest.mock import patch
 
@@ -9,10 +11,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from brute import Shown
+from contexts import made
 from pool import Pool
 from tiers import tiered
 
-from lightning_longnet import Guard, LongNet, LongNetConfig, Pattern, SequenceShard, attend
+from lightning_longnet import (
+    DilatedAttention,
+    Guard,
+    LongNet,
+    LongNetConfig,
+    Pattern,
+    SequenceShard,
+    attach_context,
+    attend,
+    explain,
+)
 from lightning_longnet.attention import guard as guards
 from lightning_longnet.attention.kernels import eager, sdpa
 
@@ -49,6 +62,23 @@ class Lines(logging.Handler):
     def __exit__(self, *_):
         guards.logger.removeHandler(self)
         guards.logger.setLevel(logging.NOTSET)
+
+
+@contextmanager
+def profiled():
+    """The functions of the package that are called inside the block, with the lines at which they begin."""
+    calls = []
+
+    def note(frame, event, _):
+        code = frame.f_code
+        if event == "call" and "lightning_longnet" in code.co_filename:
+            calls.append((code.co_name, code.co_filename, code.co_firstlineno))
+
+    sys.setprofile(note)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
 
 
 def raising(*_):
@@ -175,13 +205,15 @@ def failing_later(group, what):
     own = dist.new_group([0, 1], timeout=timedelta(seconds=3))
     shard, guard = SequenceShard(own, LENGTH // 2), Guard()
     stepped(shard, guard, shard.tokens())
+    broken = patch.object(sdpa, what, side_effect=RuntimeError("DefaultCPUAllocator: can't allocate memory"))
     with Lines() as log:
         try:
             if group.rank():
-                with patch.object(sdpa, what, side_effect=RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+                with broken, guard.advised_errors():
                     stepped(shard, guard, shard.tokens())
             else:
-                stepped(shard, guard, shard.tokens())
+                with guard.advised_errors():
+                    stepped(shard, guard, shard.tokens())
         except RuntimeError as error:
             return str(error), error.__notes__, guard.counts, log.found
     return None
@@ -201,8 +233,8 @@ def test_an_error_in_a_step_ends_all_ranks_with_advice(what):
     for rank, (_, counts, lines) in enumerate((other, first)):
         assert counts == NOTHING | {"preflights": 1, "failures": 1}
         assert len(lines) == 1
-        where = what if rank else "backward"
-        assert lines[0].startswith(f"ERROR: rank {rank} of 2 failed in {where} of call 1 ")
+        wanted = "DefaultCPUAllocator" if rank else "rank 0 of 2, backward of call 1"
+        assert lines[0].startswith(f"ERROR: RuntimeError: {wanted}")
 
 
 def test_an_error_on_one_process_has_advice_and_no_second_try():
@@ -279,16 +311,103 @@ def test_arguments_of_one_rank_that_are_wrong_are_told_on_all(pool, name, value)
     assert other.startswith("rank 1 of the group was given arguments that do not fit")
 
 
-def failing_unguarded(group, what):
-    shard, guard = SequenceShard(group, LENGTH), Guard()
-    stepped(shard, guard, shard.tokens())
+def raising_step(q, k, v, grad):
+    attend(q, k, v, PATTERN).backward(grad)
+    raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize(("what", "counted"), [("forward", 1), ("backward", 1), (None, 0)])
+def test_errors_of_attention_have_advice_and_those_of_the_model_have_none(what, counted):
+    guard = Guard()
     q, k, v, grad = drawn()
     q.requires_grad_()
-    with pytest.raises(RuntimeError, match="broken"), patch.object(sdpa, what, side_effect=RuntimeError("broken")):
-        attend(q, k, v, PATTERN, shard=shard).backward(grad)
-    return guard.counts
+    broken = patch.object(sdpa, what, side_effect=RuntimeError("broken")) if what else nullcontext()
+    with pytest.raises(RuntimeError, match="broken") as told, broken, guard.advised_errors():
+        raising_step(q, k, v, grad)
+    assert guard.counts == NOTHING | {"failures": counted}
+    notes = getattr(told.value, "__notes__", [])
+    assert ["the kernel 'eager' is the plainest" in note for note in notes] == [True] * counted
 
 
-@pytest.mark.parametrize("what", tiered(["forward", "backward"], quick=["forward"]))
-def test_failures_of_calls_without_the_guard_are_not_its_own(pool, what):
-    assert pool.run(1, failing_unguarded, what) == [NOTHING | {"preflights": 1}]
+def layered(guard, **options):
+    return DilatedAttention(PATTERN, guard=guard, **options)
+
+
+def test_a_layer_calls_attend_directly_after_the_first_call_of_a_kind():
+    """What runs in a guarded layer after its first call is what runs in one without a guard."""
+    guard = Guard()
+    guarded, plain = layered(guard, dropout=0.1), layered(None, dropout=0.1)
+    q, k, v, _ = drawn(torch.float32)
+    for mode in (True, False):  # training and evaluation are two kinds where there is dropout
+        guarded.train(mode)(q, k, v)
+        plain.train(mode)(q, k, v)
+    assert guard.counts == NOTHING | {"preflights": 2}
+    calls = {}
+    for name, layer in (("guarded", guarded.train()), ("plain", plain.train())):
+        with profiled() as found:
+            layer(q, k, v)
+        calls[name] = [call for call in found if call[0] != "_attended"]
+    assert calls["guarded"] == calls["plain"]
+    with patch.object(Guard, "preflight", side_effect=AssertionError("was called")):
+        guarded(q, k, v)
+        guarded.eval()(q, k, v)
+        with pytest.raises(AssertionError, match="was called"):
+            guarded(q.double(), k.double(), v.double())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_layer_breaks_its_graph_in_the_first_call_alone():
+    q, k, v, _ = drawn()
+    guard = Guard()
+    layer = layered(guard)
+    first = torch.compile(layer, backend="eager")(q, k, v)
+    whole = torch.compile(layer, backend="eager", fullgraph=True)(q, k, v)
+    for out in (first, whole):
+        assert (out - truth()[0]).abs().max() < 1e-12
+    assert guard.counts == NOTHING | {"preflights": 1}
+
+
+def test_a_layer_runs_without_the_kernel_that_failed():
+    q, k, v, _ = drawn()
+    guard = Guard()
+    layers = [layered(guard, kernel=kernel) for kernel in ("auto", "sdpa")]
+    with patch.object(sdpa, "forward", raising):
+        first = [layer(q, k, v) for layer in layers]
+    with patch.object(sdpa, "forward", side_effect=AssertionError("was called")):
+        second = [layer(q, k, v) for layer in layers]
+    for out in (*first, *second):
+        assert (out - truth()[0]).abs().max() < 1e-12
+    assert guard.counts == NOTHING | {"preflights": 1, "replacements": 1}
+
+
+def test_excluded_kernels_are_replaced_and_checked():
+    q, k, v, _ = drawn()
+    verdict = explain(q, k, v, PATTERN, kernel="sdpa", excluded_kernels=["sdpa"])
+    assert verdict.chosen == "eager"
+    assert {each.kernel: each.refusals for each in verdict.verdicts}["sdpa"] == ("excluded_kernels names it",)
+    with patch.object(sdpa, "forward", side_effect=AssertionError("was called")):
+        found = attend(q, k, v, PATTERN, excluded_kernels={"sdpa"})
+    assert (found - truth()[0]).abs().max() < 1e-12
+    for wrong in ("sdpa", ["fast"]):
+        with pytest.raises(ValueError, match="excluded_kernels must be a collection of 'flash', 'sdpa'"):
+            attend(q, k, v, PATTERN, excluded_kernels=wrong)
+
+
+def attached_again(group):
+    """Preflights of a layer in whole sequences, in parts, and in parts of another context."""
+    guard, counts = Guard(), []
+    layer = layered(guard)
+    context, other = made(group), made(group)
+    for each, is_split in ((context, False), (context, True), (context, True), (other, True)):
+        attach_context(layer, each)
+        with patch.object(guard, "preflight", wraps=guard.preflight) as preflight:
+            for _ in range(2):
+                x = each.split({"x": drawn()[0]}, {"x": 1})["x"] if is_split else drawn()[0]
+                with nullcontext() if is_split else each.whole():
+                    layer(x, x, x)
+        counts.append(preflight.call_count)
+    return counts, guard.counts["preflights"]
+
+
+def test_a_layer_asks_again_in_another_context(pool):
+    assert pool.run(2, attached_again) == [([1, 1, 1, 1], 2)] * 2

@@ -18,9 +18,11 @@ from tiers import tiered
 from torch import nn
 
 from lightning_longnet import ManifestCheckpointIO, newest_checkpoint, read_checkpoint
+from lightning_longnet.checkpointing import streams
 from lightning_longnet.checkpointing.index import INDEX
+from lightning_longnet.checkpointing.manifest import sum_of
 from lightning_longnet.checkpointing.newest import check_checkpoint
-from lightning_longnet.checkpointing.streams import SummedFile
+from lightning_longnet.checkpointing.streams import SummedFile, save_summed
 
 
 def content(step):
@@ -139,6 +141,25 @@ def test_an_index_that_cannot_be_read_is_ignored(tmp_path):
     (tmp_path / INDEX).mkdir()
     with pytest.warns(RuntimeWarning, match="is damaged and ignored"):
         assert newest_step(tmp_path) == 2
+
+
+LARGE = {"x": torch.arange(3_000_000.0), "y": torch.ones(3), "z": torch.arange(1_000_000.0)}  # 16 MB
+
+
+def test_the_sum_of_pieces_in_threads_is_that_of_the_file(tmp_path):
+    sums = save_summed(LARGE, tmp_path / "large")
+    assert sums == sum_of(tmp_path / "large")
+    found = torch.load(tmp_path / "large", weights_only=True)
+    assert all(torch.equal(found[name], x) for name, x in LARGE.items())
+
+
+def test_an_error_of_the_disk_before_the_end_of_a_file_is_raised(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))  # which the system reports once: fsync then succeeds
+
+    monkeypatch.setattr(streams, "_sync_data", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        save_summed(LARGE, tmp_path / "large")
 
 
 @pytest.mark.parametrize("method", ["open", "stat"])

@@ -77,6 +77,9 @@ def test_a_name_that_is_not_here_is_refused_with_its_replacement(module):
         rule = f"{name} of dilated_attention_pytorch is replaced by {use}: {reason}; see MIGRATING.md"
         with pytest.raises(ImportError, match=f"^{re.escape(rule)}$"):
             exec(f"from {module} import {name}")
+        assert not hasattr(here, name)
+        with pytest.raises(AttributeError, match=f"^{re.escape(rule)}$"):
+            getattr(here, name)
 
 
 def test_no_name_is_both_here_and_replaced():

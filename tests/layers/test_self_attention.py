@@ -140,7 +140,7 @@ def test_equals_the_restatement_gradients_included(case):
 
 def test_the_attentions_dropout_is_handed_to_attend(monkeypatch):
     seen = []
-    monkeypatch.setattr(attending, "guarded_attend", lambda _, q, *__, **words: seen.append(words["dropout"]) or q)
+    monkeypatch.setattr(attending, "attend", lambda q, *_, **words: seen.append(words["dropout"]) or q)
     layer = DilatedSelfAttention(8, 2, CAUSAL, dropout=0.25)
     layer(torch.randn(1, 4, 8))
     layer.eval()(torch.randn(1, 4, 8))

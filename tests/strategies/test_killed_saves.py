@@ -26,8 +26,8 @@ SETTING = {**FLOAT32, "optimizer": adamw, "samples": samples(12), "accumulate": 
 class Steps:
     """A run of a number of steps, which saves `last` and the newest step after each, and goes on where one was."""
 
-    def __init__(self, sharding, steps):
-        self.sharding, self.steps = sharding, steps
+    def __init__(self, sharding, background, steps):
+        self.sharding, self.background, self.steps = sharding, background, steps
         self.port = free_port()
 
     def __call__(self, rank, world, folder):
@@ -42,7 +42,8 @@ class Steps:
         saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=1, save_last=True)
         setting = {**SETTING, "micro_batches": 1, "epochs": self.steps}
         resume = "last" if any(folder.glob("*.ckpt")) else None
-        fit(rank, world, setting, self.sharding, world, resume, [saving], split_check="off")
+        options = {"split_check": "off", "background_saves": self.background}
+        fit(rank, world, setting, self.sharding, world, resume, [saving], **options)
 
 
 def states(folder):
@@ -52,32 +53,37 @@ def states(folder):
     }
 
 
+STAGES = [f"deepspeed_stage_{stage}" for stage in (1, 2, 3)]
+# (engine, saves in the background, ranks, the rank that is killed, at every so many operations)
 CASES = {
-    "fsdp2, every third": ("fsdp2", 1, 0, 3),
-    "fsdp2, one rank": ("fsdp2", 1, 0, 1),
-    "fsdp2, rank 0": ("fsdp2", 2, 0, 1),
-    "fsdp2, rank 1": ("fsdp2", 2, 1, 1),
+    "fsdp2, every third": ("fsdp2", False, 1, 0, 3),
+    "fsdp2, one rank": ("fsdp2", False, 1, 0, 1),
+    "fsdp2, rank 0": ("fsdp2", False, 2, 0, 1),
+    "fsdp2, rank 1": ("fsdp2", False, 2, 1, 1),
+    "ddp": ("ddp", False, 1, 0, 1),
+    **{engine: (engine, False, 1, 0, 1) for engine in STAGES},
+    **{f"{engine}, rank 1": (engine, False, 2, 1, 1) for engine in STAGES[1:]},
+    **{f"{engine}, background": (engine, True, 1, 0, 1) for engine in ("ddp", "fsdp2", *STAGES[1:])},
+    "fsdp2, rank 1, background": ("fsdp2", True, 2, 1, 1),
 }
-CASES |= {"ddp": ("ddp", 1, 0, 1)}
-CASES |= {f"deepspeed_stage_{stage}": (f"deepspeed_stage_{stage}", 1, 0, 1) for stage in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("case", tiered(CASES, quick=[], full=[case for case in CASES if case != "fsdp2, every third"]))
 def test_the_old_or_the_new_one_is_left(case, tmp_path):
-    sharding, world, victim, every = CASES[case]
+    sharding, background, world, victim, every = CASES[case]
     base, folder = tmp_path / "base", tmp_path / "run"
     folder.mkdir()
-    killed_ranks(folder, Steps(sharding, 1), world)
+    killed_ranks(folder, Steps(sharding, background, 1), world)
     right = states(folder)
     shutil.copytree(folder, base)
-    operations = killed_ranks(folder, Steps(sharding, 2), world, victim)
+    operations = killed_ranks(folder, Steps(sharding, background, 2), world, victim)
     right |= states(folder)
     assert set(right) == {1, 2}
     found = []
     for number in range(every - 1, len(operations), every):
         shutil.rmtree(folder)
         shutil.copytree(base, folder)
-        assert killed_ranks(folder, Steps(sharding, 2), world, victim, number), operations[number]
+        assert killed_ranks(folder, Steps(sharding, background, 2), world, victim, number), operations[number]
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # nothing that has a name may be damaged
             path = newest_checkpoint(folder, reads_all=True)

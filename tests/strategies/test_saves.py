@@ -18,8 +18,10 @@ from trained import adamw, fit, samples
 
 from lightning_longnet import ManifestCheckpointIO, read_checkpoint
 from lightning_longnet.checkpointing.index import INDEX
+from lightning_longnet.checkpointing.manifest import sum_of
 from lightning_longnet.checkpointing.newest import check_checkpoint, newest_checkpoint
 from lightning_longnet.strategies import RingSequenceParallelStrategy
+from lightning_longnet.strategies.deepspeed_files import copy_files, write_files
 from lightning_longnet.strategies.saves import Pending
 from lightning_longnet.supervision.record import SAVE
 
@@ -220,10 +222,11 @@ def fit_in_background(rank, world, sharding, folder):
     return fit_with_last(rank, world, sharding, folder, top=1, background_saves=True)
 
 
-@pytest.mark.parametrize("engine", tiered(["ddp", "fsdp2", "hsdp"], quick=["fsdp2"]))
-def test_saves_in_the_background_are_those_of_their_step(trainers, saved, engine, tmp_path):
+@pytest.mark.parametrize("engine", tiered(ENGINES, quick=["fsdp2"]))
+def test_saves_in_the_background_are_those_of_their_step(trainers, deepspeed_trainers, saved, engine, tmp_path):
     folder, losses = saved(engine)
-    for found, _, _ in trainers.run(2, fit_in_background, engine, str(tmp_path)):
+    workers = deepspeed_trainers(2) if engine.startswith("deepspeed") else trainers
+    for found, _, _ in workers.run(2, fit_in_background, engine, str(tmp_path)):
         assert found == losses
     assert not list(tmp_path.glob(".*.part"))
     for path in tmp_path.glob("*.ckpt"):
@@ -231,8 +234,31 @@ def test_saves_in_the_background_are_those_of_their_step(trainers, saved, engine
         assert check_checkpoint(path).step == check_checkpoint(right).step
         state, wanted = (read_checkpoint(each).state_dict for each in (path, right))
         assert all(torch.equal(state[name], wanted[name]) for name in wanted)
-    for rest, _, _ in trainers.run(2, fit_with_last, engine, str(tmp_path / "rest"), str(tmp_path / "last.ckpt")):
+    for rest, _, _ in workers.run(2, fit_with_last, engine, str(tmp_path / "rest"), str(tmp_path / "last.ckpt")):
         assert rest == []
+
+
+@pytest.mark.parametrize("is_current", [True, False])
+def test_each_format_of_deepspeed_has_its_sums(tmp_path, is_current):
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    engine = type("Engine", (), {"_copy_recovery_script": lambda self, path: None})()
+    engine.checkpoint_engine = TorchCheckpointEngine()
+    engine.checkpoint_engine.zipfile_serialization = is_current
+    folder, weights = tmp_path / "last.ckpt", torch.arange(1e6)
+    folder.mkdir()
+
+    def save():
+        engine.checkpoint_engine.save(state_dict={"x": weights}, path=str(folder / "a.pt"))
+
+    assert write_files(engine, folder, save) == {"a.pt": sum_of(folder / "a.pt")}
+    assert torch.equal(torch.load(folder / "a.pt", weights_only=True)["x"], weights)
+    if is_current:
+        (copy,) = copy_files(engine, folder, save).values()
+        assert copy.store(folder / "b.pt") == sum_of(folder / "a.pt")
+    else:
+        with pytest.raises(ValueError, match=r"must choose no writer"):
+            copy_files(engine, folder, save)
 
 
 def phases_of_saves(rank, world, sharding, folder):
@@ -284,8 +310,8 @@ def test_what_a_folder_without_a_name_was_to_replace_stays(tmp_path, monkeypatch
 
 
 def test_saves_in_the_background_are_refused_by_name():
-    with pytest.raises(ValueError, match="background_saves must be False with 'deepspeed_stage_2'"):
-        RingSequenceParallelStrategy(sharding="deepspeed_stage_2", background_saves=True)
+    with pytest.raises(ValueError, match="background_saves must be True or False, got 'yes'"):
+        RingSequenceParallelStrategy(background_saves="yes")
     with pytest.raises(ValueError, match="background_saves must be False with a checkpoint_io, got TorchCheckpointIO"):
         RingSequenceParallelStrategy(background_saves=True).checkpoint_io = TorchCheckpointIO()
 

@@ -10,11 +10,11 @@ from pool import WORLDS
 from trained import Module, quiet, sgd, trainer_of
 
 from lightning_longnet import Pattern
-from lightning_longnet.attention.parallel.comm import Comm, MessageContext
+from lightning_longnet.attention.parallel.comm import Comm, MessageContext, timeout_of
 from lightning_longnet.registration import NAMES
 from lightning_longnet.strategies import RingSequenceParallelStrategy
 from lightning_longnet.strategies.engines import strategy_class
-from lightning_longnet.strategies.timeouts import Timeouts, timeout_of
+from lightning_longnet.strategies.timeouts import Timeouts
 from lightning_longnet.supervision.record import OUTSIDE
 
 LONG, SHORT = 30.0, 0.5

@@ -55,12 +55,13 @@ class Failing(L.LightningModule):
     def fail(self, phase):
         """Fail here, once in the life of a run, if this is the place."""
         options = self.options
-        if options.get("phase") != phase or self.global_rank != options["rank"] or self.trainer.sanity_checking:
+        ranks = options.get("ranks", [options.get("rank")])
+        if options.get("phase") != phase or self.global_rank not in ranks or self.trainer.sanity_checking:
             return
         if phase != "load" and self.trainer.global_step < options.get("step", STEP):
             return
         done = Path(options["folder"]) / "failed"
-        if done.exists() and not options.get("again"):
+        if done.exists() and not options.get("again") and "ranks" not in options:
             return
         done.touch()
         FAULTS[options["fault"]]()
@@ -127,7 +128,10 @@ def main():
     folder = Path(options["folder"])
     trainer = L.Trainer(
         strategy=RingSequenceParallelStrategy(
-            sharding=options.get("kind", "ddp"), timeout=options.get("timeout", 120), split_check="off"
+            options.get("size"),
+            sharding=options.get("kind", "ddp"),
+            timeout=options.get("timeout", 120),
+            split_check="off",
         ),
         accelerator="cpu",
         devices=options.get("devices", 2),

@@ -1,5 +1,6 @@
 """Whatever becomes of a rank, wherever it is: all ranks end in time, the status says so, and the last line names it."""
 
+import re
 import subprocess
 import sys
 from functools import partial
@@ -70,7 +71,7 @@ def test_a_run_that_is_killed_is_restarted_and_equal(tmp_path, forking_process, 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder, told in ((whole, {}), (killed, {"fault": "SIGKILL", "rank": 1, "phase": "backward"})):
         folder.mkdir()
-        run = partial(faults_of_ranks.run, folder, restarts=3, kind=kind, **told)
+        run = partial(faults_of_ranks.run, folder, restarts=3, kind=kind, **options)
         status, lines, _, left = forking_process.result(run)
         assert (status, left) == (0, []), "\n".join(lines)
     assert "rank 1 was ended by SIGKILL" in (killed / "output.txt").read_text()
@@ -99,6 +100,26 @@ def test_torchrun_restarts_the_ranks_and_they_go_on(tmp_path):
     assert [step for step, _ in losses(tmp_path)] == [0, 1, 2, 2, 3, 4, 5], text  # from step=2.ckpt
 
 
+def outputs(folder, world, **options):
+    """(exit statuses, the lines that each rank printed) of ranks that no launcher of Lightning's started."""
+    port, processes = str(free_port()), []
+    for rank in range(world):
+        names = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
+        with (folder / f"output-{rank}.txt").open("w") as output:
+            processes.append(
+                subprocess.Popen(
+                    command(folder, devices=world, timeout=60, **options), stdout=output, stderr=output, cwd=folder,
+                    env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **names),
+                )
+            )  # fmt: skip
+    try:
+        statuses = [each.wait(200) for each in processes]
+    finally:
+        for each in processes:
+            each.kill()
+    return statuses, [(folder / f"output-{rank}.txt").read_text().strip().splitlines() for rank in range(world)]
+
+
 @pytest.mark.parametrize(
     ("fault", "phase", "kind"),
     tiered(
@@ -108,23 +129,32 @@ def test_torchrun_restarts_the_ranks_and_they_go_on(tmp_path):
     ),
 )
 def test_each_rank_names_the_first_without_a_supervisor(tmp_path, fault, phase, kind):
-    port, processes = str(free_port()), []
-    for rank in (0, 1):
-        names = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
-        with (tmp_path / f"output-{rank}.txt").open("w") as output:
-            processes.append(
-                subprocess.Popen(
-                    command(tmp_path, fault=fault, rank=1, phase=phase, kind=kind, timeout=60), stdout=output,
-                    stderr=output, cwd=tmp_path,
-                    env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **names),
-                )
-            )  # fmt: skip
-    try:
-        statuses = [each.wait(200) for each in processes]
-    finally:
-        for each in processes:
-            each.kill()
-    last = [(tmp_path / f"output-{rank}.txt").read_text().strip().splitlines()[-1] for rank in (0, 1)]
+    statuses, printed = outputs(tmp_path, 2, fault=fault, rank=1, phase=phase, kind=kind)
+    last = [lines[-1] for lines in printed]
     assert 0 not in statuses, last
     assert "because another rank failed first: rank 1 of 2" in last[0], last
     assert all(f"rank 1 of 2, in {phase} of step" in line and WORDS[fault] in line for line in last), last
+    frames = [sum(line.lstrip("[rank01]: ").startswith("File ") for line in lines) for lines in printed]
+    assert frames[0] < 8, "a rank that lost its connection prints where the run was started, and no more"
+    if fault == "exception":
+        assert frames[1] > 15
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    tiered(
+        [("ddp", [0, 1]), ("ddp", [2, 3]), ("fsdp2", [0, 1]), ("fsdp2", [2, 3])],
+        quick=[],
+        full=[("fsdp2", [0, 1]), ("fsdp2", [2, 3])],
+    ),
+)
+def test_an_error_of_one_group_ends_all_ranks_by_its_name(tmp_path, ranks, kind):
+    options = {"fault": "exception", "ranks": ranks, "phase": "forward", "kind": kind, "size": 2}
+    statuses, printed = outputs(tmp_path, 4, **options)
+    assert statuses == [1] * 4
+    for rank, lines in enumerate(printed):
+        assert "of step 3: OSError: the disk is gone" in lines[-1], lines[-1]
+        if rank not in ranks:
+            assert re.search(
+                rf"rank {rank} of 4, .* another rank failed first: rank [{ranks[0]}{ranks[1]}] of 4", lines[-1]
+            )

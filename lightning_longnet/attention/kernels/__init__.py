@@ -38,6 +38,20 @@ class Request(NamedTuple):
     has_few_keys: bool = False
     masks_later: bool = False  # see `OrderMask`
     has_softcap: bool = False
+    excluded: frozenset[str] = frozenset()  # the names of kernels that must not run
+
+    def lacks(self, *features: str) -> list[str]:
+        """Return the reasons of a kernel that lacks these features, which are fields of the request, to refuse it."""
+        return [_REASONS[feature] for feature in features if getattr(self, feature)]
+
+
+# why a kernel refuses a request that has a feature, for the features that several kernels lack
+_REASONS = {
+    "is_padded": "has no padding masks",
+    "has_dropout": "has no dropout",
+    "masks_later": "cannot mask keys by their tokens",
+    "has_softcap": "cannot bound scores by a softcap",
+}
 
 
 class Kernel(Protocol):
@@ -183,16 +197,18 @@ def has_few_keys(pattern: Pattern) -> bool:
 def judge(kernel: str, request: Request) -> Explanation:
     """Return the verdicts of all kernels, and the choice: `kernel`, or for "auto" the first that does not refuse.
 
-    The choice is None if the kernel refuses the request, or for "auto" if all do.
+    A kernel that the request excludes is replaced as if it were "auto".  The choice is None if the kernel refuses the
+    request, or for "auto" if all do.
     """
     verdicts = []
     for candidate in _KERNELS:
-        refusals = tuple(candidate.refusals(request))
+        is_excluded = candidate.name in request.excluded
+        refusals = ("excluded_kernels names it",) if is_excluded else tuple(candidate.refusals(request))
         verdicts.append(Verdict(candidate.name, "" if refusals else candidate.note(request), refusals))
     names = [verdict.kernel for verdict in verdicts]
     if kernel != "auto" and kernel not in names:
         raise ValueError(f"kernel must be one of 'auto', {', '.join(map(repr, names))}, got {kernel!r}")
-    allowed = candidates("auto") if kernel == "auto" else (kernel,)
+    allowed = candidates("auto") if kernel == "auto" or kernel in request.excluded else (kernel,)
     serving = [v.kernel for v in verdicts if not v.refusals and v.kernel in allowed]
     if request.has_few_keys and request.device == "cpu":
         # the sort is stable: eager goes to the front, the others keep their order

@@ -84,12 +84,7 @@ class ActivatedFlash:
             reasons.append(f"needs a head_dim of {self.widest} at most, got {request.head_dim}")
         if request.capability is not None and request.capability[0] not in self.deterministic and _is_deterministic():
             reasons.append("has no deterministic backward here, which torch.use_deterministic_algorithms asks for")
-        if request.is_padded:
-            reasons.append("has no padding masks")
-        if request.has_dropout:
-            reasons.append("has no dropout")
-        if request.masks_later:
-            reasons.append("cannot mask keys by their tokens")
+        reasons += request.lacks("is_padded", "has_dropout", "masks_later", "has_softcap")
         return reasons
 
     def takes_weights(self, device: str) -> bool:

@@ -41,12 +41,7 @@ def refusals(request: Request) -> list[str]:
     reasons = fused.refusals(request)
     if request.head_dim > WIDEST:
         reasons.append(f"needs a head_dim of {WIDEST} at most, got {request.head_dim}")
-    if request.has_dropout:
-        reasons.append("has no dropout")
-    if request.masks_later:
-        reasons.append("cannot mask keys by their tokens")
-    if request.has_softcap:
-        reasons.append("cannot bound scores by a softcap")
+    reasons += request.lacks("has_dropout", "masks_later", "has_softcap")
     reasons += _absence()
     return reasons
 

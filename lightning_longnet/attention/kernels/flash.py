@@ -32,14 +32,7 @@ def refusals(request: Request) -> list[str]:
     if request.device != "cuda":
         return [f"serves CUDA tensors, these are on {request.device}"]
     reasons = [*_absence(), *fused.refusals(request)]
-    if request.is_padded:
-        reasons.append("has no padding masks")
-    if request.has_dropout:
-        reasons.append("has no dropout")
-    if request.masks_later:
-        reasons.append("cannot mask keys by their tokens")
-    if request.has_softcap:
-        reasons.append("cannot bound scores by a softcap")
+    reasons += request.lacks("is_padded", "has_dropout", "masks_later", "has_softcap")
     return reasons
 
 

@@ -68,10 +68,10 @@ def _is_routed() -> bool:
     The vendor of the CPU decides, not a measurement, so that all runs on one machine round alike.
     """
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return has_both and _maker() != "GenuineIntel" and _is_exact()
+    return has_both and _cpu_vendor() != "GenuineIntel" and _is_exact()
 
 
-def _maker() -> str:
+def _cpu_vendor() -> str:
     """Return the vendor id of the CPU, or "" if the system does not name it."""
     table = Path("/proc/cpuinfo")
     if table.exists():

@@ -15,10 +15,10 @@ from lightning_longnet.attention.plan.documents import document_cuts
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_longnet.attention.checks import PreparedCall
     from lightning_longnet.attention.kernels import Request
     from lightning_longnet.attention.kernels.dropout import Dropout
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.attention.prepared import PreparedCall
     from lightning_longnet.attention.spec import AttentionSpec
 
 name = "reference"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from datetime import timedelta
 
     from torch import Tensor
@@ -74,7 +74,7 @@ class Pending:
         """Wait for all messages."""
         if not self.works:
             return
-        begin, limit = perf_counter(), timeout_of(self.comm.group)
+        begin, limit = perf_counter(), wait_arguments(self.comm.group)
         for work, description in self.works:
             try:
                 work.wait(*limit)
@@ -84,15 +84,19 @@ class Pending:
         self.comm.traffic.add_wait(begin, self.started)
 
 
-def timeout_of(group: dist.ProcessGroup) -> tuple[timedelta, ...]:
-    """Return the argument of `Work.wait` with the timeout that a group of gloo has now.
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """Return the timeout that a group of gloo or NCCL has now."""
+    device = "cpu" if dist.get_backend(group) == "gloo" else "cuda"
+    limit: timedelta = group._get_backend(torch.device(device)).options._timeout
+    return limit
 
-    Its messages, unlike its collectives, would go by the timeout that it was made with.  Work of NCCL needs none.
+
+def wait_arguments(group: dist.ProcessGroup) -> tuple[timedelta, ...]:
+    """Return the arguments of `Work.wait` for messages of a group: with gloo, the timeout that the group has now.
+
+    Messages of gloo, unlike its collectives, would go by the timeout that the group was made with.
     """
-    if dist.get_backend(group) != "gloo":
-        return ()
-    limit: timedelta = group._get_backend(torch.device("cpu")).options._timeout
-    return (limit,)
+    return (timeout_of(group),) if dist.get_backend(group) == "gloo" else ()
 
 
 class MessageContext(NamedTuple):
@@ -109,7 +113,6 @@ class Comm:
         shard: the number by which all ranks know the shard that messages belong to.
         traffic: counts what this rank sends; the shards of a `SequenceContext` share one.
         failure: describes the call that this rank did not finish; later messages are refused with it.
-        on_failure: called with the error and the description when a call fails; it may add a note to the error.
     """
 
     exchanges = 0  # the number of exchanges that were started
@@ -120,7 +123,6 @@ class Comm:
         self.shard = 0
         self.traffic = Traffic()
         self.failure = ""
-        self.on_failure: Callable[[BaseException, str], None] | None = None
 
     @property
     def name(self) -> str | None:
@@ -140,18 +142,6 @@ class Comm:
         return self.traffic.waited_seconds
 
     @contextmanager
-    def failures_to(self, on_failure: Callable[[BaseException, str], None] | None) -> Iterator[None]:
-        """Call `on_failure` where a `whole_call` inside the block fails.
-
-        A `Guard` sets the handler around a forward; the backward of that forward sets the same one again.
-        """
-        before, self.on_failure = self.on_failure, on_failure
-        try:
-            yield
-        finally:
-            self.on_failure = before
-
-    @contextmanager
     def whole_call(self, call: str) -> Iterator[None]:
         """Mark the communication as failed unless the call runs to its end.
 
@@ -169,8 +159,6 @@ class Comm:
             if not done:
                 error = sys.exc_info()[1]
                 self.failure = f"rank {self.rank} of {self.ranks} failed in {call} ({error!r})"
-                if self.on_failure is not None and error is not None:
-                    self.on_failure(error, self.failure)
 
     def exchange(
         self, send: dict[int, Tensor], receive: dict[int, Tensor], context: MessageContext, content: str
@@ -205,16 +193,20 @@ class Comm:
         return Pending(list(zip(works, descriptions, strict=True)), (*send.values(), *receive.values()), self)
 
     def all_gather(self, own: Tensor, step: str) -> Tensor:
-        """Return the tensors of all ranks, (ranks, *own.shape); all must have one shape.  Errors name the `step`."""
+        """Return the tensors of all ranks on the CPU, (ranks, *own.shape); all must have one shape.
+
+        Errors name the `step`.
+        """
         self._check_failure()
+        own = own.to("cuda" if dist.get_backend(self.group) == "nccl" else "cpu").contiguous()
         everywhere = own.new_empty((self.ranks, *own.shape))
         begin = perf_counter()
         try:
-            dist.all_gather(list(everywhere.unbind()), own.contiguous(), group=self.group)
+            dist.all_gather(list(everywhere.unbind()), own, group=self.group)
         except RuntimeError as error:
             raise RuntimeError(f"rank {self.rank} of {self.ranks}, {step}: {error}") from error
         self.traffic.add_wait(begin, begin)
-        return everywhere
+        return everywhere.cpu()
 
     def _check_failure(self) -> None:
         """Raise a RuntimeError if an earlier call failed."""

@@ -17,7 +17,7 @@ class LocalComm(Comm):
 
     def __init__(self) -> None:
         self.rank, self.ranks, self.shard = 0, 1, 0
-        self.traffic, self.failure, self.on_failure = Traffic(), "", None
+        self.traffic, self.failure = Traffic(), ""
 
     @property
     def name(self) -> None:
@@ -49,6 +49,3 @@ class LocalShard(SequenceShard):
     @staticmethod
     def _make_comm(group: dist.ProcessGroup | None) -> Comm:
         return LocalComm()
-
-    def _all_gather(self, own: Tensor, step: str) -> Tensor:
-        return self.comm.all_gather(own, step)

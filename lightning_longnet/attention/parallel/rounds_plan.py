@@ -39,9 +39,10 @@ class RoundsPlan(ExchangePlan):
         return rounds_volumes(self.layout, [self.exchanges], rank, sizes)[0]
 
     def branch_volumes(self, rank: int, sizes: Sizes) -> tuple[Volume, ...]:
-        many = len(self.exchanges)
-        ways = [(*self.exchanges[:i], *("none",) * (many - i)) for i in range(many + 1)]
-        totals = rounds_volumes(self.layout, ways, rank, sizes)
+        # a branch adds what the branches up to it exchange beyond those before it
+        count = len(self.exchanges)
+        prefixes = [(*self.exchanges[:i], *("none",) * (count - i)) for i in range(count + 1)]
+        totals = rounds_volumes(self.layout, prefixes, rank, sizes)
         return tuple(Volume(*(b - a for a, b in zip(*pair, strict=True))) for pair in pairwise(totals))
 
     def work(self, rank: int, weighted_segments: int = 0) -> RankWork:

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 import torch.distributed as dist
 
+from lightning_longnet.attention.parallel.agreement import all_gather_integers, all_gather_text
 from lightning_longnet.attention.parallel.comm import Comm
 from lightning_longnet.attention.parallel.placement import Kind, Placement
 from lightning_longnet.attention.plan.documents import change_points, cuts_of, run_lengths_of, runs_on_rank
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_longnet.attention.parallel.agreement import Step
     from lightning_longnet.attention.parallel.exchange import Footprint
     from lightning_longnet.attention.spec import AttentionSpec
 
@@ -28,13 +30,10 @@ if TYPE_CHECKING:
 # autograd graph keep a shard alive
 SHARDS: WeakValueDictionary[int, SequenceShard] = WeakValueDictionary()
 _numbers = count()
-_WORDS = 24  # every comparison between ranks has so many: gathering tensors of unequal sizes would end the process
-_LETTERS = 400  # an error message shows so many bytes of the value of another rank
 _CALLS = 2**20  # more calls than a batch has
 _KINDS: tuple[Kind, ...] = ("contiguous", "zigzag")
 
 Check = Literal["first", "always"]
-Agreement = Literal["looks a shard up", "agrees on a seed", "compares positions"]
 Made = TypeVar("Made")
 
 
@@ -99,7 +98,8 @@ class SequenceShard:
             self.number,
         )
         headers = [
-            _Header(*values[: len(header)]) for values in self._all_gather_values([*header], "makes a shard", fault)
+            _Header(*values[: len(header)])
+            for values in all_gather_integers(self.comm, [*header], "makes a shard", fault)
         ]
         self._check_headers(headers, fault)
         lengths = tuple(h.length for h in headers)
@@ -199,12 +199,13 @@ class SequenceShard:
         shared = {"number of the shard": self.comm.shard, "place among the calls": self.call_of(self.calls)}
         values = {**shared, **call, **(extra or {})}
         digests = [int.from_bytes(sha256(str(value).encode()).digest()[:7], "big") for value in values.values()]
-        everywhere = self._all_gather_values(digests, "compares a call", fault)
+        everywhere = all_gather_integers(self.comm, digests, "compares a call", fault)
         if fault:
             return
         for i, (name, value) in enumerate(values.items()):
             if others := [r for r, theirs in enumerate(everywhere) if theirs[i] != everywhere[0][i]]:
-                shown = self._gather_texts(repr(value))  # all ranks get here, as they compare the same digests
+                # all ranks get here, as they compare the same digests
+                shown = all_gather_text(self.comm, repr(value), "compares a call")
                 got = f"{shown[0]} on rank 0 and {shown[others[0]]} on rank {others[0]}"
                 raise ValueError(f"{name} must be equal on all ranks of a shard, got {got}")
         self._known.add(kind)
@@ -222,44 +223,15 @@ class SequenceShard:
 
         A rank with a `fault` raises an error itself; the others then raise one that names the rank.
         """
-        everywhere = self._all_gather_values(list(verdicts), "agrees on kernels", fault)
+        everywhere = all_gather_integers(self.comm, list(verdicts), "agrees on kernels", fault)
         return [theirs[: len(verdicts)] for theirs in everywhere]
 
-    def exchange_value(self, value: int, step: Agreement, fault: str = "") -> list[int]:
+    def exchange_value(self, value: int, step: Step, fault: str = "") -> list[int]:
         """Return the 64-bit integer of each rank; all ranks call it together, for the same step.
 
         A rank with a `fault` raises an error itself; the others then raise one that names the rank.
         """
-        return [theirs[0] for theirs in self._all_gather_values([value], step, fault)]
-
-    def _all_gather_values(self, values: list[int], step: str, fault: str) -> list[list[int]]:
-        """Return the integers of each rank, padded with zeros to equal lengths.
-
-        The message names the step, so that ranks in different steps raise an error instead of reading each other's
-        values.  A rank with a `fault` raises its own error afterwards; the others raise one that names the rank.
-        """
-        steps = "makes a shard", "compares a call", "agrees on kernels", *get_args(Agreement)
-        padded = [steps.index(step), int(bool(fault)), *values] + [0] * (_WORDS - 2 - len(values))
-        assert len(padded) == _WORDS
-        everywhere: list[list[int]] = self._all_gather(torch.tensor(padded), step).tolist()
-        if not fault:
-            if faulty := [r for r, theirs in enumerate(everywhere) if theirs[1]]:
-                raise ValueError(_other_rank_fault(faulty[0]))
-            if others := [r for r, theirs in enumerate(everywhere) if theirs[0] != padded[0]]:
-                other = f"rank {self.rank} of the group {step}, rank {others[0]} {steps[everywhere[others[0]][0]]}"
-                raise ValueError(f"all ranks of a group must do the same, in one order: {other}")
-        return [theirs[2:] for theirs in everywhere]
-
-    def _gather_texts(self, text: str) -> list[str]:
-        """Gather a text of each rank, each cut to the same length; all ranks call it together."""
-        own = text.encode()[:_LETTERS].ljust(_LETTERS)
-        rows = self._all_gather(torch.tensor(list(own), dtype=torch.uint8), "compares a call")
-        return [bytes(row.tolist()).decode(errors="ignore").rstrip() for row in rows]
-
-    def _all_gather(self, own: Tensor, step: str) -> Tensor:
-        """Return (ranks, *own.shape) on the CPU; `step` names the step in errors."""
-        device = "cuda" if dist.get_backend(self.comm.group) == "nccl" else "cpu"
-        return self.comm.all_gather(own.to(device), step).cpu()
+        return [theirs[0] for theirs in all_gather_integers(self.comm, [value], step, fault)]
 
     def _check_headers(self, headers: Sequence[_Header], fault: str) -> None:
         """Raise the error of this rank, or one for arguments that differ between ranks, on every rank."""
@@ -292,7 +264,7 @@ class SequenceShard:
         padded = torch.zeros(len(own), width, 2, dtype=torch.int64)
         for row, runs in zip(padded, own, strict=True):
             row[: len(runs)] = runs
-        everywhere = self._all_gather(padded, "shares its documents and padding")
+        everywhere = self.comm.all_gather(padded, "shares its documents and padding")
         whole = []
         for row in range(len(own)):
             placed: list[tuple[int, int, int]] = []
@@ -318,10 +290,6 @@ def report_errors(shard: SequenceShard | None) -> Iterator[None]:
         if isinstance(shard, SequenceShard):
             shard.check({}, fault=str(error) or repr(error))
         raise
-
-
-def _other_rank_fault(rank: int) -> str:
-    return f"rank {rank} of the group was given arguments that do not fit, or no memory: its own message says which"
 
 
 def _number_of(placement: Kind | Placement) -> int:

@@ -139,6 +139,6 @@ def _curve_lines(cuts: tuple[int, ...], pattern: Pattern, device: torch.device) 
             branches = tuple(replace(branch, is_causal=False) for branch in branches)
         places = [begin + (curve if sets is None else sorted_sets(curve, *sets)) for begin, curve in documents]
         tokens = torch.cat(places) if places else torch.empty(0, dtype=torch.long)
-        drawn = Pattern(branches, pattern.multiplicity)
-        lines.append(Line(drawn, members, tokens.to(device), inverse_order(tokens).to(device), masks_later))
+        line_pattern = Pattern(branches, pattern.multiplicity)
+        lines.append(Line(line_pattern, members, tokens.to(device), inverse_order(tokens).to(device), masks_later))
     return tuple(lines)

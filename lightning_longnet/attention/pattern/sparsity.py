@@ -138,10 +138,10 @@ class Sparsity:
         if self.kind == "strided":
             first = (-1 - phase) % self.stride
             columns = near(range(first, visible, self.stride))
-            others = (j for j in _by_distance(block, visible) if (j - first) % self.stride)
+            others = (j for j in _other_blocks(block, visible) if (j - first) % self.stride)
             alternating = chain.from_iterable(zip_longest(others, columns))
             yield from (j for j in alternating if j is not None)
-        yield from _by_distance(block, visible)
+        yield from _other_blocks(block, visible)
 
 
 def _split_evenly(total: int, rows: int) -> list[int]:
@@ -149,8 +149,8 @@ def _split_evenly(total: int, rows: int) -> list[int]:
     return [total * (i + 1) // rows - total * i // rows for i in range(rows)]
 
 
-def _by_distance(block: int, visible: int) -> Iterator[int]:
-    """Yield the other ones of the first `visible` blocks, the nearest first and the earlier of two first."""
+def _other_blocks(block: int, visible: int) -> Iterator[int]:
+    """Yield the first `visible` blocks without `block`, the nearest first, and of two equally near the earlier."""
     for distance in range(1, visible):
         if block >= distance:
             yield block - distance

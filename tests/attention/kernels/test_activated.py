@@ -179,6 +179,7 @@ def test_why_it_does_not_serve(monkeypatch, registry):
     assert refusal("flash3", torch.float32) == "serves bfloat16 and float16, q is torch.float32"
     assert refusal("flash3", key_padding_mask=padding) == "has no padding masks"
     assert refusal("flash4", dropout=0.1) == "has no dropout"
+    assert refusal("flash3", softcap=30.0) == refusal("flash4", softcap=30.0) == "cannot bound scores by a softcap"
     monkeypatch.setattr(activated, "_is_deterministic", lambda: True)
     assert refusal("flash4").startswith("has no deterministic backward here")
     assert refusal("flash4", capability=(10, 0)) == refusal("flash3") == ""

@@ -186,7 +186,7 @@ def test_the_choice_of_a_kernel_is_compiled_without_a_break(monkeypatch, is_inst
 
     x = torch.randn(1, 20, 2, 8, dtype=torch.bfloat16)
     with emulated.device():
-        monkeypatch.setattr(emulated.checks, "_capability", torch.compiler.assume_constant_result(lambda _: (9, 0)))
+        monkeypatch.setattr(emulated.prepared, "_capability", torch.compiler.assume_constant_result(lambda _: (9, 0)))
         if not is_installed:
             monkeypatch.setitem(sys.modules, "flash_attn", None)
         found = torch.compile(call, backend="aot_eager", fullgraph=True)(x)

@@ -12,7 +12,7 @@ from lightning_longnet.attention.kernels import products
 @pytest.fixture
 def slow_mkl(monkeypatch):
     """A CPU of another maker, whatever this one is."""
-    monkeypatch.setattr(products, "_maker", lambda: "AuthenticAMD")
+    monkeypatch.setattr(products, "_cpu_vendor", lambda: "AuthenticAMD")
     products._is_routed.cache_clear()
     yield
     products._is_routed.cache_clear()
@@ -22,7 +22,7 @@ def slow_mkl(monkeypatch):
 def test_products_are_left_to_mkl_on_its_makers_cpus(monkeypatch):
     assert products._is_routed() == products._is_exact()
     products._is_routed.cache_clear()
-    monkeypatch.setattr(products, "_maker", lambda: "GenuineIntel")
+    monkeypatch.setattr(products, "_cpu_vendor", lambda: "GenuineIntel")
     assert not products._is_routed()
 
 

@@ -28,12 +28,7 @@ def refusals(request: Request) -> list[str]:
     reasons += cuda.refusals(request) if request.device == "cuda" else cpu.refusals(request)
     if request.value_dim != request.head_dim:
         reasons.append(f"needs v as wide as q and k, got {request.value_dim} and {request.head_dim}")
-    if request.has_dropout:
-        reasons.append("has no dropout")
-    if request.masks_later:
-        reasons.append("cannot mask keys by their tokens")
-    if request.has_softcap:
-        reasons.append("cannot bound scores by a softcap")
+    reasons += request.lacks("has_dropout", "masks_later", "has_softcap")
     return reasons
 
 

@@ -58,12 +58,7 @@ def refusals(request: Request) -> list[str]:
     widest = max(request.head_dim, request.value_dim)
     if widest > WIDEST:
         reasons.append(f"needs heads of {WIDEST} at most, got {widest}")
-    if request.has_dropout:
-        reasons.append("has no dropout")
-    if request.has_softcap:
-        reasons.append("has no softcap")
-    if request.masks_later:
-        reasons.append("cannot mask keys by their tokens")
+    reasons += request.lacks("has_dropout", "has_softcap", "masks_later")
     return reasons
 
 
