@@ -69,7 +69,7 @@ def test_a_fault_of_forked_ranks(tmp_path, forking_process, saved_by_forks, faul
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_run_that_is_killed_is_restarted_and_equal(tmp_path, forking_process, kind):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    for folder, told in ((whole, {}), (killed, {"fault": "SIGKILL", "rank": 1, "phase": "backward"})):
+    for folder, options in ((whole, {}), (killed, {"fault": "SIGKILL", "rank": 1, "phase": "backward"})):
         folder.mkdir()
         run = partial(faults_of_ranks.run, folder, restarts=3, kind=kind, **options)
         status, lines, _, left = forking_process.result(run)
