@@ -135,21 +135,15 @@ def test_each_rank_names_the_first_without_a_supervisor(tmp_path, fault, phase, 
     assert "because another rank failed first: rank 1 of 2" in last[0], last
     assert all(f"rank 1 of 2, in {phase} of step" in line and WORDS[fault] in line for line in last), last
     frames = [sum(line.lstrip("[rank01]: ").startswith("File ") for line in lines) for lines in printed]
-    assert frames[0] < 8, "a rank that lost its connection prints where the run was started, and no more"
     if fault == "exception":
+        assert frames[0] < 8, "a rank that lost its connection prints where the run was started, and no more"
         assert frames[1] > 15
 
 
-@pytest.mark.parametrize(
-    ("kind", "ranks"),
-    tiered(
-        [("ddp", [0, 1]), ("ddp", [2, 3]), ("fsdp2", [0, 1]), ("fsdp2", [2, 3])],
-        quick=[],
-        full=[("fsdp2", [0, 1]), ("fsdp2", [2, 3])],
-    ),
-)
-def test_an_error_of_one_group_ends_all_ranks_by_its_name(tmp_path, ranks, kind):
-    options = {"fault": "exception", "ranks": ranks, "phase": "forward", "kind": kind, "size": 2}
+@pytest.mark.parametrize("kind", tiered(["ddp", "fsdp2"], quick=[], full=["fsdp2"]))
+def test_an_error_of_one_group_ends_all_ranks_by_its_name(tmp_path, kind):
+    ranks = (2, 3)
+    options = {"fault": "exception", "ranks": list(ranks), "phase": "forward", "kind": kind, "size": 2}
     statuses, printed = outputs(tmp_path, 4, **options)
     assert statuses == [1] * 4
     for rank, lines in enumerate(printed):
