@@ -13,6 +13,7 @@ _OPTIONS = (
     *("--data.tokens", "--data.init_args.tokens"),
     *("--model.generated_tokens", "--model.init_args.generated_tokens"),
 )
+_COMMANDS = ("fit.", "validate.", "test.", "predict.")  # which a file for all of them may have sections for
 
 
 def token_count(text: str) -> int:
@@ -57,9 +58,9 @@ def plain_counts(words: list[str]) -> list[str]:
 
 def plain_values(values: Any) -> Any:
     """Return the content of a configuration file with plain numbers in the place of those such as 64k, likewise."""
-    for option in _OPTIONS:
-        for path in (option[2:], f"fit.{option[2:]}"):
-            *parents, name = path.split(".")
+    for command in ("", *_COMMANDS):
+        for option in _OPTIONS:
+            *parents, name = f"{command}{option[2:]}".split(".")
             holder = values
             for parent in parents:
                 holder = holder.get(parent) if isinstance(holder, dict) else None
