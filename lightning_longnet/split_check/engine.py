@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _SHARED = ("_parameters", "_modules", "__", "ds_", "_external_params")  # begin the names of what engines work on
 _CONTAINERS = (list, dict, set, deque)
-_ROUNDING = 1e-5  # by which float32 may move results; half types move them by more
+_ROUNDING = {True: 1e-5, False: 1e-6}  # by which float32 may move gradients, and losses; half types move them by more
 
 
 class EngineModule:
@@ -51,7 +51,9 @@ class EngineModule:
     def __init__(self, module: nn.Module, step: Step, dtypes: tuple[torch.dtype, ...], has_gradients: bool) -> None:
         self._module, self.step, self.has_gradients = module, step, has_gradients
         held = {x.dtype for x in module.parameters() if x.is_floating_point()}
-        self.noise = max(_ROUNDING, *(torch.finfo(dtype).eps / 10 for dtype in {torch.float32, *held, *dtypes}))
+        self.noise = max(
+            _ROUNDING[has_gradients], *(torch.finfo(dtype).eps / 10 for dtype in {torch.float32, *held, *dtypes})
+        )
         self.parameters: set[str] = set()
         self.sizes = {size for x in module.parameters() for size in getattr(x, "ds_shape", x.shape)}
 

@@ -114,7 +114,8 @@ class Runner:
         numbers = {"the loss" if i == 0 else f"loss {i + 1}": float(x) for i, x in enumerate(losses)}
         if not self.training:
             numbers |= {f"what is logged as {name}": value for name, value in logged.items()}
-        gradients.add()
+        if self.replica.has_gradients:
+            gradients.add()
         return Outcome(numbers, gradients.sums, draws, is_reduced=isinstance(self.replica, EngineModule))
 
     @contextmanager

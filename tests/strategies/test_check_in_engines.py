@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from faults import OurAttention, OwnAttention
+from faults import Base, OurAttention, OwnAttention
 from test_first_batch import Module, fit
 from torch import nn
 
@@ -64,6 +64,10 @@ class Sharded(Module):
 
 class ShardedFault(Sharded):
     kind = OwnAttention
+
+
+class ShardedPlain(Sharded):
+    kind = Base
 
 
 class DetachedParts(OurAttention):
@@ -137,7 +141,7 @@ def test_a_gradient_that_differs_is_found_under_fsdp2(trainers):
 @pytest.mark.long
 def test_modules_that_deepspeed_shards_when_it_makes_them(deepspeed_trainers):
     workers = deepspeed_trainers(2)
-    (steps, lines, _), _ = workers.run(2, checked, Sharded, "deepspeed_stage_3")
+    (steps, lines, _), _ = workers.run(2, checked, ShardedPlain, "deepspeed_stage_3")
     assert steps == 2
     assert "2 ranks equal one process" in lines[0]
     assert WEAKER in lines[0]
