@@ -5,14 +5,17 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lightning_longnet.sequence.attach import attach_context
 from lightning_longnet.split_check import check_split
 from lightning_longnet.split_check.check import replica_of
+from lightning_longnet.split_check.engine import EngineModule
 from lightning_longnet.split_check.isolation import StopStep
 from lightning_longnet.strategies.engines import gathers_parameters
 
@@ -87,6 +90,7 @@ class FirstBatchCheck:
                     training=stage == "training",
                     replica=self._replica,
                     attach=attach,
+                    inside=_inside(strategy, module, stage),
                 )
         finally:
             strategy.sequence_context = context
@@ -131,6 +135,24 @@ def _stage(trainer: Trainer) -> str:
     return "validation" if trainer.sanity_checking or trainer.validating else ""
 
 
+def _inside(strategy: SplitSteps, module: LightningModule, stage: str) -> EngineModule:
+    """Return a module in its engine, whose step runs as Lightning runs it."""
+    precision, name = strategy.precision_plugin, f"{stage}_step"
+
+    def step(module: Any, batch: Any) -> Any:
+        function, model = getattr(module, name), strategy.model
+        arguments = _arguments(module, function, precision.convert_input(batch))
+        with precision.train_step_context() if stage == "training" else precision.val_step_context():
+            if model is None or model is module:
+                return function(*arguments)
+            return strategy._forward_redirection(model, module, name, *arguments)
+
+    half = str(precision.precision)
+    dtypes = (torch.bfloat16,) if "bf16" in half else (torch.float16,) if "16" in half else ()
+    is_fsdp = any(isinstance(each, FSDPModule) for each in module.modules())
+    return EngineModule(module, step, dtypes, has_gradients=is_fsdp and module.automatic_optimization)
+
+
 def _training_step(copy: Any, batch: Any) -> Any:
     return _call_step(copy, copy.training_step, batch)
 
@@ -140,7 +162,11 @@ def _validation_step(copy: Any, batch: Any) -> Any:
 
 
 def _call_step(copy: Any, step: Callable[..., Any], batch: Any) -> Any:
-    """Call a step of a module as Lightning does, with the batch hooks and the arguments that it declares."""
+    return step(*_arguments(copy, step, batch))
+
+
+def _arguments(copy: Any, step: Callable[..., Any], batch: Any) -> list[Any]:
+    """Return the arguments that a step of a module declares, after the hook for batches, as Lightning calls them."""
     hooks = copy.trainer._data_connector._datahook_selector.get_instance("on_after_batch_transfer")
     owner: Any = hooks if hooks is getattr(copy.trainer, "datamodule", None) else copy
     batch = owner.on_after_batch_transfer(batch, 0)
@@ -149,4 +175,4 @@ def _call_step(copy: Any, step: Callable[..., Any], batch: Any) -> Any:
         arguments.append(0)
     if is_param_in_hook_signature(step, "dataloader_idx", min_args=3):  # of several loaders, this is the first
         arguments.append(0)
-    return step(*arguments)
+    return arguments

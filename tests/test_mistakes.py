@@ -34,6 +34,7 @@ PROOFS = {
     "The loss is a sum": FOUND,
     "A collective has no gradient": FOUND,
     "Only the validation step": f"{FIRST}::test_validation_is_checked_on_its_own",
+    "A module that `configure_model` shards": "strategies/test_check_in_engines.py::test_a_wrong_module_is_found_in_its_engine",
     "A rank leaves its step": "split_check/test_zoo.py::test_a_rank_that_leaves_its_step_is_a_verdict_on_all",
     "`F.dropout` is called": f"{CHECK}::test_no_right_module_is_accused",
     "`nn.Dropout` in a module": f"{DROPOUT}::test_ranks_drop_other_elements_and_their_generators_stay_in_step",

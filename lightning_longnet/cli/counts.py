@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import Any
 
 _SIZES = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "b": 2**30}
 _COUNT = re.compile(r"([+-]?[\d_.]+(?:e[+-]?\d+)?)([kmgb]?)", re.IGNORECASE)
-_OPTIONS = ("--data.tokens", "--data.init_args.tokens", "--model.generated_tokens")  # of the Trainer's commands
+# of the Trainer's commands
+_OPTIONS = (
+    *("--data.tokens", "--data.init_args.tokens"),
+    *("--model.generated_tokens", "--model.init_args.generated_tokens"),
+)
+_COMMANDS = ("fit.", "validate.", "test.", "predict.")  # which a file for all of them may have sections for
 
 
 def token_count(text: str) -> int:
@@ -48,6 +54,20 @@ def plain_counts(words: list[str]) -> list[str]:
         if count is not None:
             found[i if equals else i + 1] = f"{name}={count}" if equals else str(count)
     return found
+
+
+def plain_values(values: Any) -> Any:
+    """Return the content of a configuration file with plain numbers in the place of those such as 64k, likewise."""
+    for command in ("", *_COMMANDS):
+        for option in _OPTIONS:
+            *parents, name = f"{command}{option[2:]}".split(".")
+            holder = values
+            for parent in parents:
+                holder = holder.get(parent) if isinstance(holder, dict) else None
+            given = holder.get(name) if isinstance(holder, dict) else None
+            if isinstance(given, str) and (count := _count(given)) is not None:
+                holder[name] = count
+    return values
 
 
 def counted(count: int, noun: str) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import lightning as L
 import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -28,7 +29,7 @@ from lightning_longnet.checkpointing.comparison import message_of
 from lightning_longnet.checkpointing.index import missing
 from lightning_longnet.checkpointing.restricted import check_folder, refusal
 from lightning_longnet.cli.classes import class_of
-from lightning_longnet.cli.counts import plain_counts
+from lightning_longnet.cli.counts import plain_counts, plain_values
 from lightning_longnet.cli.given import config_files, content
 from lightning_longnet.cli.mistakes import explained
 from lightning_longnet.cli.nearest import nearest
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 _READS_ARGUMENTS = ("lightning/pytorch/trainer/connectors/", "lightning/fabric/accelerators/")
 _MIGRATES = "lightning/pytorch/utilities/migration/"  # where it looks at a checkpoint first
 _MISFIT = "Error(s) in loading state_dict for"  # begins what torch says of weights that do not fit a module
+_load = get_loader("yaml")  # of jsonargparse
 _LONGEST = 400  # characters of it that are shown
 
 
@@ -74,6 +76,7 @@ class TrainerCLI(LightningCLI):
 
     def __init__(self, words: Sequence[str], args: list[str] | None, **options: Any) -> None:
         self.words = words
+        set_loader("yaml", _load_yaml, (yaml.YAMLError,))
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -166,6 +169,11 @@ class TrainerCLI(LightningCLI):
         parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
         # a default of another class would leave its arguments to any that shares their names
         parser.set_defaults({"model": {"class_path": model_path(self.words)}})
+
+
+def _load_yaml(text: str) -> Any:
+    """Return what YAML holds, with plain numbers in the place of those such as 64k."""
+    return plain_values(_load(text))
 
 
 def model_path(words: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig, PreTrainedModel
 
-_RUN = ".longnet_run.json"  # names the run that wrote a folder, and the files that it wrote
+    from lightning_longnet.huggingface.lineage import Lineage
+
+_RUN = ".longnet_run.json"  # names the run that wrote a folder, the files that it wrote, and sums of some
+_GENERATION = "generation_config.json"  # which users edit
 
 
 def save_weights(
@@ -30,7 +34,7 @@ def save_weights(
     weights: Mapping[str, Tensor],
     lora: Mapping[str, Any] | None = None,
     generation: Any = None,
-    run: str | None = None,
+    run: Lineage | None = None,
 ) -> None:
     """Write a folder that transformers reads without this package: weights in safetensors, and the configuration.
 
@@ -40,7 +44,8 @@ def save_weights(
         weights: whole weights by their names in the model, those of adapters included.
         lora: the adapters, which are merged into the weights.
         generation: the `generation_config` of the model.
-        run: the name of the run that trained the model, which may replace the folder later.
+        run: the names of the run that trained the model, and of those that it goes on from, which may replace the
+            folder later.
     """
     check_folder(folder, run)
     model = model_with(config, weights, lora)
@@ -52,10 +57,11 @@ def save_weights(
         _write_whole(Path(folder), run, model.save_pretrained)
 
 
-def _write_whole(folder: Path, run: str, write: Callable[[Path], object]) -> None:
+def _write_whole(folder: Path, run: Lineage, write: Callable[[Path], object]) -> None:
     """Write a folder beside its place with the name of the run, and put it there when it is whole.
 
-    What others have added to a folder that is replaced, such as a tokenizer, is kept.
+    What others have added to a folder that is replaced, such as a tokenizer, is kept, and a generation_config.json
+    that they have changed as well.
     """
     final = folder.resolve()
     if final.is_dir() and not any(final.iterdir()):  # it may be a mount, which cannot be replaced
@@ -73,7 +79,10 @@ def _write_whole(folder: Path, run: str, write: Callable[[Path], object]) -> Non
         if not final.is_dir():
             content.rename(final)
             return
-        known = {_RUN, *_wrote(final).get("files", ())}
+        former_run = _wrote(final)
+        known = {_RUN, *former_run.get("files", ())}
+        if _is_changed(final / _GENERATION, former_run.get("sums", {})):
+            shutil.copy2(final / _GENERATION, content / _GENERATION)
         for path in final.iterdir():
             if path.name not in known and not (content / path.name).exists():
                 (shutil.copytree if path.is_dir() else shutil.copy2)(path, content / path.name)
@@ -88,10 +97,20 @@ def _write_whole(folder: Path, run: str, write: Callable[[Path], object]) -> Non
         shutil.rmtree(unfinished)
 
 
-def _name_run(folder: Path, run: str) -> None:
-    """Write a file with the name of the run that wrote a folder, and the names of its files."""
+def _name_run(folder: Path, run: Lineage) -> None:
+    """Write a file with the name of the run that wrote a folder, the names of its files, and sums of those to edit."""
     written = sorted(path.name for path in folder.iterdir())
-    (folder / _RUN).write_text(json.dumps({"run": run, "files": written}) + "\n")
+    sums = {_GENERATION: _sum(folder / _GENERATION)} if _GENERATION in written else {}
+    (folder / _RUN).write_text(json.dumps({"run": run[-1], "files": written, "sums": sums}) + "\n")
+
+
+def _sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _is_changed(path: Path, sums: Mapping[str, str]) -> bool:
+    """Return whether a file that a run wrote is no longer what it wrote."""
+    return path.is_file() and path.name in sums and _sum(path) != sums[path.name]
 
 
 def _wrote(folder: Path) -> dict[str, Any]:
@@ -129,10 +148,10 @@ def saved_decoder(state: Mapping[str, Tensor], hyper_parameters: Mapping[str, An
     return model_with(config, whole, lora)
 
 
-def check_folder(folder: str | Path, run: str | None = None) -> None:
-    """Raise a ValueError where a folder holds something already that the run of this name did not write."""
+def check_folder(folder: str | Path, run: Lineage | None = None) -> None:
+    """Raise a ValueError where a folder holds something already that none of the runs of these names wrote."""
     path = Path(folder)
-    if path.is_dir() and run is not None and _wrote(path).get("run") == run:
+    if path.is_dir() and run is not None and _wrote(path).get("run") in run:
         return
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"folder must be new or empty{', or written by this run' if run else ''}, got {path}")

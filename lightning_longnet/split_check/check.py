@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning_longnet.sequence.attach import attach_context
 from lightning_longnet.sequence.batches import checked_dims, named_tensors
 from lightning_longnet.split_check.comparison import Comparison
+from lightning_longnet.split_check.engine import EngineModule
 from lightning_longnet.split_check.ranks import first_fault, group_device, is_first
 from lightning_longnet.split_check.refusals import Refusal
 from lightning_longnet.split_check.replica import Replica
@@ -51,6 +52,7 @@ def check_split(
     training: bool = True,
     replica: Replica | str | None = None,
     attach: Attach = attach_context,
+    inside: EngineModule | None = None,
 ) -> Verdict:
     """Compare a step on parts of sequences with the same step on whole ones, in the loss and in every gradient.
 
@@ -70,6 +72,8 @@ def check_split(
         replica: the structure of the module, taken before it was sharded, or why it cannot be; by default it is taken
             now.
         attach: gives a copy its context; `attach_context` by default.
+        inside: the module in its engine, in which the step runs where there can be no copies of the whole module; such
+            a check finds less.
 
     Returns:
         The verdict, the same on all ranks.
@@ -81,7 +85,12 @@ def check_split(
         return not_checked("sequences are whole on every rank")
     dims = checked_dims(sequence_dims or {})
     with _gradients_kept(module):
-        verdict = _verdict(module, step, batch, context, dims, training, replica, attach)
+        runner, dtypes, fault = _copies(module, step, context, dims, training, replica, attach)
+        if fault and inside is not None:
+            runner, dtypes = replace(runner, replica=inside, step=inside.step), [None]
+            verdict = _of_engine(_verdict(runner, module, dtypes, batch, context), fault)
+        else:
+            verdict = not_checked(fault) if fault else _verdict(runner, module, dtypes, batch, context)
     if verdict.kind == "different" and action == "error":
         raise SplitMismatch(verdict.message)
     if verdict.refusal and action == "error":
@@ -120,33 +129,46 @@ def replica_of(module: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor] 
         return f"the module cannot be copied: {error}"
 
 
-def _verdict(
+def _copies(
     module: nn.Module,
     step: Any,
-    batch: Any,
     context: SequenceContext,
     dims: dict[str, int | None],
     training: bool,
     replica: Replica | str | None,
     attach: Attach,
-) -> Verdict:
+) -> tuple[Runner, list[torch.dtype | None], str]:
+    """Return what runs a step on copies, the dtypes to try, and why there can be no copies, or an empty text."""
     device = _device(module, context)
     replica = replica_of(module) if replica is None else replica
+    modes = {name: each.training for name, each in module.named_modules()}
+    runner = Runner(replica, step, attach, dims, device, training, modes)  # type: ignore[arg-type]  # replaced below
     if fault := first_fault(replica if isinstance(replica, str) else ""):
-        return not_checked(fault)
+        return runner, [], fault
     assert isinstance(replica, Replica)
     dtypes = _dtypes(replica, device)
-    if not dtypes:
-        return not_checked("a rank has not the memory for copies of the whole module")
-    modes = {name: each.training for name, each in module.named_modules()}
-    runner = Runner(replica, step, attach, dims, device, training, modes)
+    return runner, dtypes, "" if dtypes else "a rank has not the memory for copies of the whole module"
+
+
+def _of_engine(verdict: Verdict, fault: str) -> Verdict:
+    """Return a verdict that says why the step ran in the engine, and that such a check finds less."""
+    if verdict.kind == "not checked":
+        return replace(verdict, message=f"{fault}, and inside of the engine {verdict.message}")
+    weaker = f"This check ran inside of the engine, and finds less than one on copies, as {fault}."
+    return replace(verdict, message=f"{verdict.message}{'.  ' if verdict.kind == 'equal' else chr(10)}{weaker}")
+
+
+def _verdict(
+    runner: Runner, module: nn.Module, dtypes: list[torch.dtype | None], batch: Any, context: SequenceContext
+) -> Verdict:
+    replica, dims = runner.replica, runner.dims
     batch = whole_batch(batch, dims, context)
     length, fault, refusal = _length(batch, dims), "the batch is too short", Refusal()
     ranks = context.sequence_parallel_size
     lengths = [None] if length is None else sample_lengths(length, ranks, replica.sizes)
     for tokens in lengths:
         for dtype in dtypes:
-            values = replica.values_of(module, dtype, device)
+            values = replica.values_of(module, dtype, runner.device)
             with closing(Comparison(runner, values, dtype, context, tokens)) as comparison:
                 # labels that the batch lacks may make up for the tokens by which parts differ, and hide a plain mean
                 verdict, fault = comparison.verdict(batch, fewer_labels=True)
@@ -165,7 +187,8 @@ def _verdict(
                 refusal = Refusal()
             if comparison.ran_whole:
                 break  # its parts may have to be of a certain length
-    return not_checked(f"the step gives no result on copies of the module: {fault}", refusal.text)
+    where = "there" if isinstance(replica, EngineModule) else "on copies of the module"
+    return not_checked(f"the step gives no result {where}: {fault}", refusal.text)
 
 
 def _has_positions(batch: Any) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_longnet.sequence.context import SequenceContext
+from lightning_longnet.split_check.engine import EngineModule
 from lightning_longnet.split_check.locate import place_of
 from lightning_longnet.split_check.ranks import Groups, first_fault, from_first, gathered_objects, is_of_waiting
 from lightning_longnet.split_check.refusals import Refusal, first_refusal, refusal_of
@@ -99,7 +101,7 @@ class Comparison:
 
     def _compared(self, whole: Outcome, part: Outcome) -> Verdict:
         """Return the verdict on two outcomes."""
-        tolerance = _NOISE * self._noise(whole)
+        tolerance = _NOISE * max(self._noise(whole), self._runner.replica.noise)
         error, what = from_first(whole.difference(part))
         if error <= tolerance:
             if error <= _RESOLUTION:
@@ -151,7 +153,9 @@ class Comparison:
         return self._run(self._values, self._batch, self._part_context())
 
     def _run(self, values: Values, batch: Any, context: SequenceContext, seed: int = 0, watch: Any = None) -> Outcome:
-        with self._groups.world(context.position):
+        # an engine may use the group of all ranks
+        is_inside = isinstance(self._runner.replica, EngineModule)
+        with nullcontext() if is_inside else self._groups.world(context.position):
             return self._runner.run(values, batch, context, seed, watch)
 
     def _whole_context(self) -> SequenceContext:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.split_check.functions import rebind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
 
 _SHARED_NAMES = ("_trainer", "_fabric")  # objects of a run, not of a module
 _SHARED_KINDS = (dist.ProcessGroup, DeviceMesh, ModuleType)
@@ -63,7 +64,7 @@ def _detached(module: nn.Module) -> dict[int, Any]:
     return {id(x): x.detach().clone() for x in tensors}
 
 
-def _shared_objects(module: nn.Module) -> dict[int, Any]:
+def shared_objects(module: nn.Module) -> dict[int, Any]:
     """Return the objects that a copy of a module shares with it, by their ids: those of the run."""
     return {
         id(value): value
@@ -83,11 +84,13 @@ class Replica:
         whole: returns the whole of a parameter that an engine shards after that; all ranks call it together.
     """
 
+    has_gradients, noise = True, 0.0  # as of an `EngineModule`
+
     def __init__(self, module: nn.Module, whole: Callable[[Tensor], Tensor] = whole_tensor) -> None:
         if not is_whole_module(module):
             raise ValueError("its parameters are sharded or empty already")
         tensors = (*module.parameters(), *module.buffers())
-        memo = {id(tensor): _placeholder(tensor) for tensor in tensors} | _shared_objects(module)
+        memo = {id(tensor): _placeholder(tensor) for tensor in tensors} | shared_objects(module)
         self._structure = _copied(module, memo)
         self._whole = whole
         self.parameters = {name for name, _ in module.named_parameters()}
@@ -110,6 +113,11 @@ class Replica:
             values[name] = value if dtype is None else in_dtype(value, dtype)
         return values
 
+    @contextmanager
+    def lent(self, values: Values, modes: Mapping[str, bool], context: SequenceContext) -> Iterator[nn.Module]:
+        """Give a copy, as `module_with` returns it."""
+        yield self.module_with(values, modes, context)
+
     def module_with(self, values: Values, modes: Mapping[str, bool], context: SequenceContext) -> nn.Module:
         """Return a copy of the module with these values.
 
@@ -118,7 +126,7 @@ class Replica:
             modes: whether each module inside is in training mode, by its name.
             context: stands in for each context that modules keep as an attribute.
         """
-        memo = _shared_objects(self._structure)
+        memo = shared_objects(self._structure)
         for each in self._structure.modules():
             # a metric may keep a method of it
             kept = [getattr(value, "__self__", value) for value in each.__dict__.values()]

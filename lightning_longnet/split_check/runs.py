@@ -9,9 +9,11 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_longnet.sequence.batches import map_tensors
 from lightning_longnet.sequence.context import SequenceContext
+from lightning_longnet.split_check.engine import EngineModule
 from lightning_longnet.split_check.generators import OwnGenerators, seeded
 from lightning_longnet.split_check.isolation import StopStep, isolate
 from lightning_longnet.split_check.outcome import Outcome
@@ -33,7 +35,7 @@ class Runner:
     """Runs a step on copies of a module.
 
     Args:
-        replica: the structure of the module.
+        replica: the structure of the module, or the module inside of its engine.
         step: called with a copy of the module and a batch; returns the loss.
         attach: gives a copy of the module its context.
         dims: the dimensions of the batch's tensors that are the sequence; see `SequenceContext.split`.
@@ -45,7 +47,7 @@ class Runner:
         drops_directly: whether a step called torch's dropout functions itself, and not by a module.
     """
 
-    replica: Replica
+    replica: Replica | EngineModule
     step: Step
     attach: Attach
     dims: Mapping[str, int | None]
@@ -71,14 +73,17 @@ class Runner:
             seed: the seed of every generator.
             watch: called with the copy before the step; returns a context manager that the step runs in.
         """
-        losses: list[Tensor] = []
+        with self.replica.lent(values, self.modes, context) as module:
+            return self._run(module, batch, context, seed, watch)
+
+    def _run(self, module: nn.Module, batch: Any, context: SequenceContext, seed: int, watch: Any) -> Outcome:
+        differentiates, losses = self.training and self.replica.has_gradients, []  # type: bool, list[Tensor]
 
         def backward(loss: Tensor, *arguments: Any, **options: Any) -> None:
             losses.append(loss.detach())
             if loss.requires_grad:
                 loss.backward(*arguments, **options)
 
-        module = self.replica.module_with(values, self.modes, context)
         _drop_nothing(module)
         gradients, generators = _Gradients(module), OwnGenerators(module)
         logged = isolate(module, backward, gradients.update, context.sequence_parallel_size)
@@ -89,7 +94,7 @@ class Runner:
             for each in (seeded(seed, self.device), self._without_dropout(), torch.compiler.set_stance("force_eager")):
                 stack.enter_context(each)
             generators.seed(seed)
-            stack.enter_context(torch.set_grad_enabled(self.training))
+            stack.enter_context(torch.set_grad_enabled(differentiates))
             if watch is not None:
                 stack.enter_context(watch(module))
             try:
@@ -109,8 +114,9 @@ class Runner:
         numbers = {"the loss" if i == 0 else f"loss {i + 1}": float(x) for i, x in enumerate(losses)}
         if not self.training:
             numbers |= {f"what is logged as {name}": value for name, value in logged.items()}
-        gradients.add()
-        return Outcome(numbers, gradients.sums, draws)
+        if self.replica.has_gradients:
+            gradients.add()
+        return Outcome(numbers, gradients.sums, draws, is_reduced=isinstance(self.replica, EngineModule))
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
@@ -158,7 +164,7 @@ class _Gradients:
             if x.grad is None and name in self.sums:
                 continue
             # a rank without a gradient counts as zeros, as in engines
-            gradient = torch.zeros_like(x) if x.grad is None else 0.7**self.updates * x.grad.detach().to_dense()
+            gradient = _local(torch.zeros_like(x) if x.grad is None else 0.7**self.updates * _dense(x.grad))
             self.sums[name] = self.sums[name] + gradient if name in self.sums else gradient
 
     def update(self) -> None:
@@ -167,6 +173,15 @@ class _Gradients:
         self.updates += 1
         if self.updates == _UPDATES:
             raise StopStep
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.detach().to_dense() if x.is_sparse else x.detach()
+
+
+def _local(x: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor that FSDP2 has sharded, or the tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def loss_of(result: Any) -> Tensor | None:

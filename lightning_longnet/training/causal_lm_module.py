@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
-from uuid import uuid4
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,6 +14,7 @@ from lightning_longnet.huggingface.adapters import adapter_state, add_adapters, 
 from lightning_longnet.huggingface.batches import fault_of_batch, named_as_ours
 from lightning_longnet.huggingface.documents import fault_of_documents, whole_documents
 from lightning_longnet.huggingface.head import OutputHead
+from lightning_longnet.huggingface.lineage import continued, first_run
 from lightning_longnet.huggingface.models import Source, check_splits, model_of, need_transformers
 from lightning_longnet.huggingface.prompts import left_padded, padding_refusal
 from lightning_longnet.huggingface.saving import check_folder, save_weights
@@ -121,7 +121,7 @@ class CausalLMModule(TokenModule):
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
         self.generated_tokens = generated_tokens
         self.model = model_of(Source(model, name, config, overrides), attention, dtype)
-        self._run = uuid4().hex
+        self._lineage = first_run()
         self.name = name or getattr(self.model, "name_or_path", None) or None
         self.used_cache = getattr(self.model.config, "use_cache", True)  # what an exported configuration says
         self.model.config.use_cache = False
@@ -310,14 +310,14 @@ class CausalLMModule(TokenModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the run, and the frozen weights, which a checkpoint of adapters does not hold."""
-        checkpoint[_RUN] = self._run
+        checkpoint[_RUN] = [*self._lineage]
         if self.lora is not None:
             checkpoint[_ADAPTED] = self._base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model, or of adapters for other weights; go on with its run."""
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            self._run = checkpoint.get(_RUN, self._run)
+            self._lineage = continued(checkpoint.get(_RUN, self._lineage))
         saved = checkpoint.get("hyper_parameters", {})
         if (saved.get("lora") is None) != (self.lora is None):
             raise ValueError(f"the checkpoint's model has lora {saved.get('lora')}, and this one {self.lora}")
@@ -338,11 +338,12 @@ class CausalLMModule(TokenModule):
 
         All ranks call it together, in a callback such as `on_train_end`, or after a run; the first one writes.  The
         folder must be new or empty, or written by this run, also before it was resumed: it is then replaced at once,
-        and what others have added to it is kept.
+        and what others have added to it or changed in its `generation_config.json` is kept.  Runs that went on from one
+        checkpoint do not replace each other's folders.
         """
         trainer = self._trainer
         whole = getattr(getattr(trainer, "strategy", None), "_whole_parameter", None) or torch.Tensor.detach
-        run = None if trainer is None else self._run
+        run = None if trainer is None else self._lineage
         if trainer is None:
             check_folder(folder)
         elif fault := fault_of_rank_zero(trainer.strategy, lambda: fault_of(lambda: check_folder(folder, run))):

@@ -1,5 +1,7 @@
 """`save_pretrained` at the end of a run, and again at the end of the run that goes on from it."""
 
+import json
+
 import lightning as L
 import pytest
 import torch
@@ -96,3 +98,43 @@ def test_an_empty_folder_is_filled_and_stays_the_same_folder(tmp_path):
     assert (tmp_path / "out").stat().st_ino == before
     assert torch.equal(head_of(tmp_path / "out"), module.model.get_output_embeddings().weight)
     fitted(tmp_path, 2, tmp_path / "last.ckpt")  # the run still knows its export
+
+
+def test_runs_that_go_on_from_one_checkpoint_keep_to_their_own_exports(tmp_path, monkeypatch):
+    for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "LIGHTNING_LONGNET_SUPERVISION"):
+        monkeypatch.delenv(name, raising=False)
+    fitted(tmp_path, 1)
+    first = (tmp_path / "last.ckpt").read_bytes()
+    (tmp_path / "first.ckpt").write_bytes(first)
+    fitted(tmp_path, 2, tmp_path / "first.ckpt")
+    before = head_of(tmp_path / "out").clone()
+    with pytest.raises(ValueError, match="folder must be new or empty, or written by this run"):
+        fitted(tmp_path, 3, tmp_path / "first.ckpt")  # another run from the same checkpoint
+    assert torch.equal(head_of(tmp_path / "out"), before)
+    fitted(tmp_path, 3, tmp_path / "last.ckpt")  # the one that wrote the export goes on
+    assert not torch.equal(head_of(tmp_path / "out"), before)
+
+
+def test_a_job_that_begins_again_replaces_its_export(tmp_path, monkeypatch):
+    fitted(tmp_path, 1)
+    (tmp_path / "first.ckpt").write_bytes((tmp_path / "last.ckpt").read_bytes())
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    fitted(tmp_path, 2, tmp_path / "first.ckpt")
+    again = fitted(tmp_path, 2, tmp_path / "first.ckpt")  # requeued, as no checkpoint was saved in between
+    assert torch.equal(head_of(tmp_path / "out"), again.model.get_output_embeddings().weight)
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    with pytest.raises(ValueError, match="folder must be new or empty"):
+        fitted(tmp_path, 2, tmp_path / "first.ckpt")
+
+
+def test_a_changed_generation_config_is_kept(tmp_path):
+    fitted(tmp_path, 1)
+    path = tmp_path / "out/generation_config.json"
+    values = {**json.loads(path.read_text()), "temperature": 0.25, "do_sample": True}
+    path.write_text(json.dumps(values))
+    for steps in (2, 3):  # it stays a file that the user changed
+        fitted(tmp_path, steps, tmp_path / "last.ckpt")
+        assert json.loads(path.read_text()) == values
+    path.unlink()
+    fitted(tmp_path, 4, tmp_path / "last.ckpt")
+    assert "temperature" not in json.loads(path.read_text())

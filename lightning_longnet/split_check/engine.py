@@ -1,0 +1,104 @@
+"""The module itself, inside of its engine, for the split check of a module that cannot be copied whole."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_longnet.split_check.replica import shared_objects
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from lightning_longnet.sequence.context import SequenceContext
+    from lightning_longnet.split_check.replica import Values
+
+    Step = Callable[[nn.Module, Any], Any]
+
+_SHARED = ("_parameters", "_modules", "__", "ds_", "_external_params")  # begin the names of what engines work on
+_CONTAINERS = (list, dict, set, deque)
+_ROUNDING = {True: 1e-5, False: 1e-6}  # by which float32 may move gradients, and losses; half types move them by more
+
+
+class EngineModule:
+    """A module that an engine has wrapped or sharded; it stands in for a `Replica`, with less power.
+
+    It computes with the present values of its parameters and in its own dtype, so a gate that is zero hides what is
+    behind it, and small differences are within rounding.
+
+    Args:
+        module: the module.
+        step: runs a step in the engine; called as `step(module, batch)`.
+        dtypes: the dtypes that it may compute in, beside those of its parameters.
+        has_gradients: whether the engine leaves gradients, averaged over ranks, at the parameters; else a check has no
+            backward pass.
+
+    Attributes:
+        step: as given.
+        has_gradients: as given.
+        noise: by how much rounding may move results.
+        parameters: the names of the parameters whose values a check may move: none.
+        sizes: the sizes of the parameters' dimensions.
+    """
+
+    def __init__(self, module: nn.Module, step: Step, dtypes: tuple[torch.dtype, ...], has_gradients: bool) -> None:
+        self._module, self.step, self.has_gradients = module, step, has_gradients
+        held = {x.dtype for x in module.parameters() if x.is_floating_point()}
+        self.noise = max(
+            _ROUNDING[has_gradients], *(torch.finfo(dtype).eps / 10 for dtype in {torch.float32, *held, *dtypes})
+        )
+        self.parameters: set[str] = set()
+        self.sizes = {size for x in module.parameters() for size in getattr(x, "ds_shape", x.shape)}
+
+    def values_of(self, *_: Any) -> Values:
+        """Return no values: the parameters have them."""
+        return {}
+
+    @contextmanager
+    def lent(self, _values: Values, modes: Mapping[str, bool], _context: SequenceContext) -> Iterator[nn.Module]:
+        """Give the module, whose buffers and attributes are copies inside the block, and whose gradients are none."""
+        modules, gradients = [*self._module.modules()], [(x, x.grad) for x in self._module.parameters()]
+        kept = [dict(each.__dict__) for each in modules]
+        memo: dict[int, Any] = shared_objects(self._module)
+        memo |= {id(x): x for x in (*modules, *self._module.parameters())}
+        try:
+            for each in modules:
+                for name, value in each.__dict__.items():
+                    each.__dict__[name] = _copied_value(name, value, memo)
+            for name, each in self._module.named_modules():
+                each.training = modes.get(name, each.training)
+            for parameter, _ in gradients:
+                parameter.grad = None
+            yield self._module
+        finally:
+            for each, attributes in zip(modules, kept, strict=True):
+                each.__dict__.clear()
+                each.__dict__.update(attributes)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            for each in modules:
+                if isinstance(each, FSDPModule):  # gathered still where a step ended by an error
+                    each.reshard()
+
+
+def _copied_value(name: str, value: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of an attribute of a module that a step may change; itself where there is none."""
+    if name.startswith(_SHARED) or id(value) in memo:
+        return value
+    if name.endswith("_hooks"):  # which belong to the engine
+        return copy.copy(value)
+    if isinstance(value, Tensor):
+        return memo.setdefault(id(value), value.detach().clone())
+    if isinstance(value, (*_CONTAINERS, torch.Generator, random.Random)) or hasattr(value, "bit_generator"):
+        try:
+            return copy.deepcopy(value, memo)
+        except Exception:  # noqa: BLE001  it holds what cannot be copied, a lock for instance
+            return value
+    return value
