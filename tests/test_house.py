@@ -37,7 +37,7 @@ FOLDERS = {
     "layers": [*CORE],
     "inference": [*CORE, "layers"],
     "models": [*CORE, "sequence", "layers", "inference"],
-    "checkpointing": [*CORE, "inference", "models", "trust"],
+    "checkpointing": [*CORE, "sequence", "inference", "models", "trust"],
     "huggingface": [*CORE, "sequence", "layers", "inference", "models", "trust", "registration"],
     "training": [*CORE, "sequence", "layers", "inference", "models", "checkpointing", "huggingface", "registration"],
     "compat": [*CORE, "layers", "ancestor"],

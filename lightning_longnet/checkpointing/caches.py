@@ -13,9 +13,11 @@ import torch
 from lightning_longnet.attention.pattern.pattern import Pattern
 from lightning_longnet.checkpointing.checkpoints import need_safetensors
 from lightning_longnet.inference.cache import DilatedCache
+from lightning_longnet.sequence.agreement import fault_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
     from lightning_longnet.models.longnet import LongNet
 
@@ -32,6 +34,8 @@ _SAMPLES = 16  # values of each parameter that tell one model from another
 def save_cache(cache: DilatedCache, path: str | Path, model: LongNet) -> None:
     """Write a cache to a file of safetensors.
 
+    Ranks that share the cache call it together, and the first one writes all rows, which any number of ranks can read.
+
     Args:
         cache: the cache.
         path: the file, which is replaced.
@@ -46,14 +50,27 @@ def save_cache(cache: DilatedCache, path: str | Path, model: LongNet) -> None:
     about = {**state.about, "patterns": [pattern.to_dict() for pattern in cache.patterns], "model": _digest(model)}
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
-    save_file(tensors, partial, metadata={"kind": _KIND, "about": json.dumps(about)})
-    partial.replace(path)  # whole or not at all
+
+    def write() -> None:
+        save_file(tensors, partial, metadata={"kind": _KIND, "about": json.dumps(about)})
+        partial.replace(path)  # whole or not at all
+
+    if cache.ranks.size == 1:
+        write()
+        return
+    fault = fault_of(write) if cache.ranks.rank == 0 else ""
+    cache.ranks.check_same(fault, cache.number, 0)
 
 
-def load_cache(path: str | Path, model: LongNet) -> DilatedCache:
+def load_cache(path: str | Path, model: LongNet, *, group: ProcessGroup | None = None) -> DilatedCache:
     """Return the cache that `save_cache` wrote, on the device of the model.
 
     A file that is broken, that holds something else, or that is of another model is refused.
+
+    Args:
+        path: the file.
+        model: the model that the cache is of.
+        group: the ranks over which the rows are split; each takes its own from the file.
     """
     need_safetensors()
     from safetensors import SafetensorError, safe_open
@@ -71,7 +88,8 @@ def load_cache(path: str | Path, model: LongNet) -> DilatedCache:
         patterns, digest = tuple(Pattern(**each) for each in about["patterns"]), about["model"]
         if patterns == model.config.patterns and digest == _digest(model):
             dtype = getattr(torch, about["dtype"])
-            cache = DilatedCache(model.config, about["batch"], dtype=dtype, device=model.embedding.weight.device)
+            device = model.embedding.weight.device
+            cache = DilatedCache(model.config, about["batch"], dtype=dtype, device=device, group=group)
             cache.restore(tensors, about)
             return cache
     except (LookupError, TypeError, ValueError, AttributeError) as error:

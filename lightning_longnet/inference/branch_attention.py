@@ -47,18 +47,28 @@ def attend_by_branches(
     grouped = new.q.to(compute).unflatten(2, (kv_heads, -1))
     out = torch.zeros_like(grouped)
     lse = grouped.new_full((*grouped.shape[:-1], 1), -inf)
-    for branch, store in zip(branches, stores, strict=True):
-        w = branch.branch.segment_length
-        border = 0 if new.begin == 0 else tokens if w is None else min(tokens, -new.begin % w)
+    borders = [_border(new, branch.branch.segment_length) for branch in branches]
+    for branch, store, border in zip(branches, stores, borders, strict=True):
         if border:
             for offset in set(branch.offsets):
                 _end_segment(new, Partial(out[:, :border], lse[:, :border]), (branch, store, offset), scale)
-        if border < tokens:
+    if last := max(borders):
+        stores[0].ranks.merge_(Partial(out[:, :last], lse[:, :last]))
+    for branch, border in zip(branches, borders, strict=True):
+        if border < tokens:  # these see new tokens alone, which each rank has
             q, k, v = new.q[:, border:], new.k[:, border:], new.v[:, border:]
             own, own_lse = attend(q, k, v, Pattern((branch.branch,)), scale=scale, kernel=kernel, return_lse=True)
             parts = (x.unflatten(2, (kv_heads, -1)) for x in (own, own_lse.transpose(1, 2)[..., None]))
             Partial(out[:, border:], lse[:, border:]).add_(*parts)
     return Partial(out.flatten(2, 3), lse.flatten(2, 3))
+
+
+def _border(new: NewRows, segment_length: int | None) -> int:
+    """Return how many new tokens end the segment in which the cache stops."""
+    tokens = new.k.shape[1]
+    if new.begin == 0:
+        return 0
+    return tokens if segment_length is None else min(tokens, -new.begin % segment_length)
 
 
 def _end_segment(new: NewRows, merged: Partial, kept: tuple[BranchRows, RowStore, int], scale: float) -> None:
@@ -73,30 +83,38 @@ def _end_segment(new: NewRows, merged: Partial, kept: tuple[BranchRows, RowStore
     count = (place + first) // r  # the number of earlier rows
     ring = None if window is None else (window - 1) // r + 1  # the rows that a query sees, itself among them
     seen = count if ring is None else min(count, ring - 1)
-    compute = merged.out.dtype
-    old = store.read(heads, store.slots, compute)
-    if ring is not None:
-        places = torch.arange(count - seen, count, device=new.q.device) % (branch.capacity or count)
+    compute, ranks = merged.out.dtype, store.ranks
+    old = store.read(heads, store.slots if ring is not None else seen, compute)
+    numbers = torch.arange(count - seen, count)
+    if ring is None:
+        numbers = numbers[ranks.share]
+    else:
+        slots = numbers % (branch.capacity or count)
+        is_own = slots % ranks.size == ranks.rank
+        numbers, places = numbers[is_own], (slots[is_own] // ranks.size).to(new.q.device)
         old = old[0][:, :, places], old[1][:, :, places]
-    own = (x[:, first:border:r, heads].to(compute).transpose(1, 2) for x in (new.k, new.v))
-    keys, values = (torch.cat([x[:, :, :seen], y], 2) for x, y in zip(old, own, strict=True))
+    own = (x[:, first:border:r][:, ranks.share, heads].to(compute).transpose(1, 2) for x in (new.k, new.v))
+    keys, values = (torch.cat(each, 2) for each in zip(old, own, strict=True))
+    # the number of each key that this rank attends to among the rows of the segment and residue
+    numbers = torch.cat([numbers, torch.arange(count, count + len(range(first, border, r)))[ranks.share]])
     queries = new.q.unflatten(2, (new.k.shape[2], -1))[:, first:border:r, heads].to(compute) * scale
     target = Partial(merged.out[:, first:border:r, heads], merged.lse[:, first:border:r, heads])
     batch, rows, some_heads, group, width = queries.shape
-    tile = max(1, SCORES // (batch * some_heads * group * min(KEYS, keys.shape[2])))
+    tile = max(1, SCORES // (batch * some_heads * group * max(1, min(KEYS, keys.shape[2]))))
     if ring is not None:
         tile = min(tile, max(ring, 64))  # of more rows together, most scores would be outside of their windows
     for a in range(0, rows, tile):
         b = min(a + tile, rows)
-        low = 0 if ring is None else max(0, seen + a - ring + 1)
+        low = 0 if ring is None else int(torch.searchsorted(numbers, count + a - ring + 1))
+        high = int(torch.searchsorted(numbers, count + b))
         part = queries[:, a:b].permute(0, 2, 3, 1, 4).flatten(2, 3)  # (B, heads, G rows, D)
         partial = Partial(target.out[:, a:b], target.lse[:, a:b])
-        at = torch.arange(a, b, device=keys.device)[:, None] + seen
-        for c in range(low, seen + b, KEYS):
-            end = min(c + KEYS, seen + b)
+        at = torch.arange(count + a, count + b, device=keys.device)[:, None]
+        for c in range(low, high, KEYS):
+            end = min(c + KEYS, high)
             scores = (part @ keys[:, :, c:end].transpose(-1, -2)).unflatten(2, (group, b - a))
-            if ring is not None or end > seen + a + 1:
-                others = torch.arange(c, end, device=keys.device)
+            if ring is not None or int(numbers[end - 1]) > count + a:
+                others = numbers[c:end].to(keys.device)
                 hidden = others > at
                 if ring is not None:
                     hidden |= at - others >= ring

@@ -97,14 +97,17 @@ class BranchRows:
         offsets = torch.tensor(self.offsets, device=positions.device)
         return (-((offsets - self._place(positions)[:, None]) // self.branch.dilation_rate)).clamp(min=0)
 
-    def kept(self, positions: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        """Return the positions of the rows in `slots` slots before the tokens at positions (B,), and whether there are.
+    def kept(self, positions: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the positions of the rows in `slots` (n,) before the tokens at positions (B,), and whether there are.
 
-        Both are (B, Hkv, slots).
+        Both are (B, Hkv, n).
         """
         last = self.counts(positions)[..., None] - 1
-        around = self.capacity or max(slots, 1)
-        rows = last - (last - torch.arange(slots, device=positions.device)) % around
+        if self.capacity is None:
+            rows = torch.where(slots <= last, slots, -1)
+        else:
+            rows = last - (last - slots) % self.capacity
+            rows = torch.where(slots < self.capacity, rows, -1)
         offsets = torch.tensor(self.offsets, device=positions.device)[:, None]
         begins = (positions - self._place(positions))[:, None, None]
         return begins + offsets + rows * self.branch.dilation_rate, rows >= 0

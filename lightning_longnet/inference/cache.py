@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 from math import lcm
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from lightning_longnet.inference.branch_rows import rows_of
 from lightning_longnet.inference.layer import BRANCH_TOKENS, LayerCache
 from lightning_longnet.inference.plan import NewTokens, StepPlan, is_plain
+from lightning_longnet.inference.ranks import CacheRanks
 from lightning_longnet.inference.rows import DTYPES
 from lightning_longnet.layers.options import positive_integer
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from torch import Tensor
+    from torch.distributed import ProcessGroup
 
     from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.layers.positions import Factors, RotaryPositions
@@ -44,6 +47,8 @@ class DilatedCache:
         batch: the number of rows of the batch.
         dtype: the dtype of the rows: float64, float32, bfloat16, float16, or int8 with a scale of each row and head.
         device: where the rows are.
+        group: the ranks over which the rows are split, a process group of torch; None keeps all of them here.  The
+            ranks make the cache alike, and call the model with it together, with the same tokens.
 
     >>> from lightning_longnet import LongNet, LongNetConfig, Pattern
     >>> pattern = Pattern.dilated((32, 128), (1, 4), is_causal=True)
@@ -62,6 +67,7 @@ class DilatedCache:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        group: ProcessGroup | None = None,
     ) -> None:
         if reason := refusal(config):
             raise ValueError(reason)
@@ -71,10 +77,14 @@ class DilatedCache:
         self.patterns = config.patterns
         self.kv_heads, self.head_dim = config.kv_heads or config.heads, config.dim // config.heads
         self.batch, self.dtype, self.device = positive_integer("batch", batch), dtype, torch.device(device)
+        self.ranks = CacheRanks(group)
         self.layers = [
-            LayerCache(pattern, self.kv_heads, self.head_dim, batch, dtype, self.device) for pattern in self.patterns
+            LayerCache(pattern, self.kv_heads, self.head_dim, batch, dtype, self.device, self.ranks)
+            for pattern in self.patterns
         ]
         self._branches = tuple(dict.fromkeys(b for pattern in self.patterns for b in rows_of(pattern, self.kv_heads)))
+        self._kind = f"{self.patterns} {self.kv_heads} {self.head_dim} {batch} {dtype}"
+        self._selected: tuple[int, ...] = ()  # the number of what `select` was given, in all calls
         self._next = (0,) * batch
         # for each row and branch, the position that `rewind` went to where the rows before it are no longer kept
         self._kept_from = ((0,) * len(self._branches),) * batch
@@ -88,8 +98,14 @@ class DilatedCache:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the rows that are allocated."""
+        """The bytes of the rows that are allocated on this rank."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def number(self) -> int:
+        """A number of what this cache is and holds, that ranks which share it compare; not of its keys."""
+        about = (self._kind, self._next, self._kept_from, self._selected, self._is_whole)
+        return int.from_bytes(sha256(repr(about).encode()).digest()[:7], "big")
 
     def kept_rows(self, row: int = 0) -> list[list[int]]:
         """Return how many rows of the text in a row of the batch each layer and head keeps."""
@@ -120,7 +136,7 @@ class DilatedCache:
         if len(begins) == 1 and all(is_plain(pattern) for pattern in patterns):
             count = min(tokens, SHORT_STEP)
         else:
-            slots = max(sum(layer.slots) for layer in self.layers)
+            slots = max(sum(layer.slots) for layer in self.layers) // self.ranks.size
             count = max(1, min(tokens, BRANCH_TOKENS, SCORES // (self.batch * self.kv_heads * (slots + BRANCH_TOKENS))))
         if common and len(begins) == 1:
             count = min(count, common - next(iter(begins)) % common)
@@ -142,6 +158,7 @@ class DilatedCache:
     def select(self, rows: Tensor) -> None:
         """Make the texts of some rows those of the batch, in the given order; a row may be taken several times."""
         places = rows.tolist()
+        self._selected = (hash((self._selected, tuple(places))),)
         for layer in self.layers:
             for store in layer.stores:
                 store.select(rows.to(self.device))
@@ -203,12 +220,15 @@ class DilatedCache:
             raise ValueError("cache must be whole: a step did not end, and some layers lack its tokens; take a new one")
 
     def state(self) -> CacheState:
-        """Return the tensors of this cache, which share its memory, and plain values that say what they are."""
+        """Return the tensors of this cache, and plain values that say what they are.
+
+        In one process the tensors share its memory.  Ranks that share the cache call it together, and each gets all.
+        """
         tensors = {
             f"{i}.{j}.{name}": x
             for i, layer in enumerate(self.layers)
             for j, store in enumerate(layer.stores)
-            for name, x in (("rows", store.data), ("scales", store.scales))
+            for name, x in zip(("rows", "scales"), store.whole(), strict=True)
             if x is not None
         }
         documents = None if self._documents is None else self._documents.tolist()
@@ -329,7 +349,7 @@ class Step:
         layer = self.cache.layers[number]
         key = (layer.pattern, layer.slots)
         if key not in self._plans:
-            self._plans[key] = StepPlan(layer.pattern, layer.kv_heads, self.tokens, layer.slots)
+            self._plans[key] = StepPlan(layer.pattern, layer.kv_heads, self.tokens, layer.slots, self.cache.ranks)
         return LayerStep(self, layer, self._plans[key])
 
     def __enter__(self) -> Step:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_longnet.attention import attend
+from lightning_longnet.attention.kernels.partial import Partial
 from lightning_longnet.inference.branch_attention import NewRows, attend_by_branches
 from lightning_longnet.inference.branch_rows import rows_of
 from lightning_longnet.inference.rows import RowStore
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.inference.plan import StepPlan
+    from lightning_longnet.inference.ranks import CacheRanks
 
 # `attend` computes at least so many tokens that see no row of the cache; its plan takes longer than fewer products
 WHOLE_TOKENS = 16
@@ -28,7 +30,8 @@ _ALL = slice(None)
 class LayerCache:
     """The keys and values that one layer keeps, by the branches of its pattern.
 
-    A key that later queries see in several branches is kept in each of them.
+    A key that later queries see in several branches is kept in each of them.  Where ranks share the cache, each attends
+    to the rows that it holds and to its share of the new tokens, and they merge the results.
 
     Args:
         pattern: the causal pattern of the layer.
@@ -37,24 +40,33 @@ class LayerCache:
         batch: the number of rows of the batch.
         dtype: the dtype of the rows; see `RowStore`.
         device: where the rows are.
+        ranks: the ranks that share the cache.
     """
 
     def __init__(
-        self, pattern: Pattern, kv_heads: int, head_dim: int, batch: int, dtype: torch.dtype, device: torch.device
+        self,
+        pattern: Pattern,
+        kv_heads: int,
+        head_dim: int,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        ranks: CacheRanks,
     ) -> None:
-        self.pattern, self.kv_heads = pattern, kv_heads
+        self.pattern, self.kv_heads, self.ranks = pattern, kv_heads, ranks
         self.stores = [
-            RowStore(batch, kv_heads, head_dim, dtype, device, branch.capacity) for branch in rows_of(pattern, kv_heads)
+            RowStore(batch, kv_heads, head_dim, dtype, device, branch.capacity, ranks)
+            for branch in rows_of(pattern, kv_heads)
         ]
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the slots that are allocated."""
+        """The bytes of the slots that are allocated on this rank."""
         return sum(store.nbytes for store in self.stores)
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """The number of slots that are allocated for each branch."""
+        """The number of slots that are allocated for each branch, on all ranks."""
         return tuple(store.slots for store in self.stores)
 
     def attend(
@@ -103,7 +115,7 @@ class LayerCache:
             out = partial.out.to(q.dtype)
         else:
             out = self._masked(q, kv, plan, scale, sinks)
-        for store, write, needed in zip(self.stores, plan.writes(), plan.needed(), strict=True):
+        for store, (write, needed) in zip(self.stores, plan.writes(), strict=True):
             store.grow(needed)
             store.scatter(kv, write)
         return out
@@ -114,21 +126,25 @@ class LayerCache:
         compute = torch.promote_types(q.dtype, torch.float32)
         grouped = self._grouped(q, compute, scale).squeeze(3)  # (B, Hkv, G, D)
         read = [self.stores[step.branch].read(step.heads, step.filled, compute) for step in plan.single]
-        if len(read) == 1 and read[0][0].shape[1] == self.kv_heads and sinks is None:
+        if len(read) == 1 and read[0][0].shape[1] == self.kv_heads and sinks is None and self.ranks.size == 1:
             k, v = read[0]
             return ((grouped @ k.transpose(-1, -2)).softmax(-1) @ v).reshape(q.shape).to(q.dtype)
-        total = sum(step.filled for step in plan.single) + (sinks is not None)
+        counts = [k.shape[2] for k, _ in read]
+        has_sinks = sinks is not None and self.ranks.rank == 0  # a sink is one more key, of the first rank
+        total = sum(counts) + has_sinks
         scores, at = grouped.new_full((*grouped.shape[:3], total), -inf), 0
-        for step, (k, _) in zip(plan.single, read, strict=True):
-            scores[:, step.heads, :, at : at + step.filled] = grouped[:, step.heads] @ k.transpose(-1, -2)
-            at += step.filled
-        if sinks is not None:
+        for step, count, (k, _) in zip(plan.single, counts, read, strict=True):
+            scores[:, step.heads, :, at : at + count] = grouped[:, step.heads] @ k.transpose(-1, -2)
+            at += count
+        if has_sinks and sinks is not None:
             scores[..., -1] = sinks.to(compute).view(self.kv_heads, -1)
         # the weights of a head that is in no branch are NaN, and are not read
         weights, out, at = scores.softmax(-1), torch.zeros_like(grouped), 0
-        for step, (_, v) in zip(plan.single, read, strict=True):
-            out[:, step.heads] += weights[:, step.heads, :, at : at + step.filled] @ v
-            at += step.filled
+        for step, count, (_, v) in zip(plan.single, counts, read, strict=True):
+            if count:
+                out[:, step.heads] += weights[:, step.heads, :, at : at + count] @ v
+            at += count
+        self._merge(out, scores)
         return out.reshape(q.shape).to(q.dtype)
 
     def _masked(self, q: Tensor, kv: Tensor, plan: StepPlan, scale: float, sinks: Tensor | None) -> Tensor:
@@ -137,11 +153,12 @@ class LayerCache:
         compute = torch.promote_types(q.dtype, torch.float32)
         grouped = self._grouped(q, compute, scale).flatten(2, 3)  # (B, Hkv, G n, D)
         read = [store.read(_ALL, slots, compute) for store, slots in zip(self.stores, plan.slots, strict=True)]
-        read.append((kv[0].to(compute), kv[1].to(compute)))
+        new = kv[:, :, :, self.ranks.share].to(compute)
+        read.append((new[0], new[1]))
         bias = plan.bias(compute)
         scores = torch.cat([grouped @ k.transpose(-1, -2) for k, _ in read], -1).unflatten(2, (-1, tokens))
         scores = scores + bias[:, :, None]
-        if sinks is not None:
+        if sinks is not None and self.ranks.rank == 0:
             logits = sinks.to(compute).view(1, self.kv_heads, -1, 1, 1).expand(*scores.shape[:4], 1)
             scores = torch.cat([scores, logits], -1)
         weights = scores.softmax(-1)
@@ -153,8 +170,14 @@ class LayerCache:
         out = parts[-1] @ read[-1][1]
         for part, (_, v) in zip(parts[:-1], read[:-1], strict=True):
             out += part @ v
+        self._merge(out, scores.flatten(2, 3))
         ungrouped: Tensor = out.view(batch, self.kv_heads, -1, tokens, width).permute(0, 3, 1, 2, 4).reshape(q.shape)
         return ungrouped.to(q.dtype)
+
+    def _merge(self, out: Tensor, scores: Tensor) -> None:
+        """Merge out (..., D), of scores (..., keys), with those of the other ranks, in place."""
+        if self.ranks.size > 1:
+            self.ranks.merge_(Partial(out, scores.logsumexp(-1, keepdim=True)))
 
     def _grouped(self, q: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
         """Return q (B, n, H, D) times the scale as (B, Hkv, G, n, D)."""

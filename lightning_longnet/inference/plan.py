@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.inference.branch_rows import BranchRows
+    from lightning_longnet.inference.ranks import CacheRanks
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class BranchStep(NamedTuple):
 
 
 class Write(NamedTuple):
-    """The rows of a step that one branch keeps, each given by four indices (rows,)."""
+    """The rows of a step that one branch keeps on this rank, each given by four indices (rows,); slots are its own."""
 
     batch: Tensor
     heads: Tensor
@@ -78,15 +79,18 @@ class StepPlan:
         pattern: the pattern.
         kv_heads: the number of key/value heads.
         tokens: the new tokens.
-        slots: the number of slots that the cache has for each branch before the step.
+        slots: the number of slots that the cache has for each branch before the step, on all ranks.
+        ranks: the ranks that share the cache.
 
     Attributes:
         is_plain: whether all rows are at one position, and each branch counts its keys by itself.
         single: the branches of a step of one token, where it is plain; None for other steps.
     """
 
-    def __init__(self, pattern: Pattern, kv_heads: int, tokens: NewTokens, slots: tuple[int, ...]) -> None:
-        self.pattern, self.kv_heads, self.tokens = pattern, kv_heads, tokens
+    def __init__(
+        self, pattern: Pattern, kv_heads: int, tokens: NewTokens, slots: tuple[int, ...], ranks: CacheRanks
+    ) -> None:
+        self.pattern, self.kv_heads, self.tokens, self.ranks = pattern, kv_heads, tokens, ranks
         self.branches = rows_of(pattern, kv_heads)
         self.slots = slots
         self.is_plain = tokens.uniform is not None and is_plain(pattern)
@@ -95,7 +99,7 @@ class StepPlan:
             self.single = _single(self.branches, tokens.uniform)
         self.all_see_keys = True
         self._bias: Tensor | None = None
-        self._writes: list[Write] | None = None
+        self._writes: list[tuple[Write, int]] | None = None
 
     @property
     def sees_new_alone(self) -> bool:
@@ -103,17 +107,8 @@ class StepPlan:
         lengths = [b.branch.segment_length for b in self.branches]
         return all(begin == 0 or all(w is not None and begin % w == 0 for w in lengths) for begin in self.tokens.begins)
 
-    def needed(self) -> list[int]:
-        """Return how many slots of each branch hold rows after the step."""
-        if self.single is not None:
-            counts = [0] * len(self.branches)
-            for step in self.single:
-                counts[step.branch] = step.filled
-            return counts
-        return [int(write.slots.max()) + 1 if len(write.slots) else 0 for write in self.writes()]
-
-    def writes(self) -> list[Write]:
-        """Return which new rows each branch keeps, and where."""
+    def writes(self) -> list[tuple[Write, int]]:
+        """Return which new rows each branch keeps and where, and how many slots all ranks then need for it."""
         if self._writes is None:
             positions = self.tokens.positions
             ends = torch.tensor(self.tokens.ends, device=positions.device)
@@ -125,11 +120,16 @@ class StepPlan:
                 if self.tokens.documents is not None:
                     is_kept &= (self.tokens.documents == self.tokens.documents[:, -1:])[:, None]
                 batch, heads, places = is_kept.nonzero().unbind(1)
-                self._writes.append(Write(batch, heads, slots[batch, places], places))
+                write = Write(batch, heads, slots[batch, places], places)
+                needed = int(write.slots.max()) + 1 if len(write.slots) else 0
+                self._writes.append((self.ranks.own_rows(write), needed))
         return self._writes
 
     def bias(self, dtype: torch.dtype) -> Tensor:
-        """Return the logarithm of how often each query counts each key, (B, Hkv, n, slots of all branches + n)."""
+        """Return the logarithm of how often each query counts each key, (B, Hkv, n, keys).
+
+        The keys are those of this rank: of its slots of all branches, and then of its share of the new tokens.
+        """
         if self._bias is None:
             counts = self._counts()
             self.all_see_keys = bool((counts > 0).any(-1).all())
@@ -139,17 +139,18 @@ class StepPlan:
     def _counts(self) -> Tensor:
         """Return how often each query counts each row of the cache, and then each new one, as an int8."""
         positions, documents = self.tokens.positions, self.tokens.documents
-        queries, new = positions[:, None, :, None], positions[:, None, None]
+        queries, new = positions[:, None, :, None], positions[:, None, None, self.ranks.share]
         begins = torch.tensor(self.tokens.begins, device=positions.device)
         own, kept = torch.zeros((), dtype=torch.int8, device=positions.device), []
         for number, (branch, slots) in enumerate(zip(self.branches, self.slots, strict=True)):
-            keys, is_row = (x[:, :, None] for x in branch.kept(begins, slots))
+            numbers = torch.arange(slots, device=positions.device)[self.ranks.share]
+            keys, is_row = (x[:, :, None] for x in branch.kept(begins, numbers))
             if documents is not None:
                 is_row = is_row & (documents == 0)[:, None, :, None]
             kept.append(self._shown(number, queries, keys.clamp(min=0)) & is_row)
             own = own + self._shown(number, queries, new)
         if documents is not None:
-            own = own * (documents[:, :, None] == documents[:, None])[:, None]
+            own = own * (documents[:, :, None] == documents[:, None, self.ranks.share])[:, None]
         return torch.cat([*(x.to(torch.int8) for x in kept), own], -1)
 
     def _shown(self, number: int, queries: Tensor, keys: Tensor) -> Tensor:

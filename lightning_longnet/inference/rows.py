@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.inference.plan import Write
+    from lightning_longnet.inference.ranks import CacheRanks
 
 # the first number of slots that is allocated, and the factor by which it grows
 FIRST_SLOTS = 64
@@ -18,13 +19,16 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
 
 
 class RowStore:
-    """The rows of one branch: keys and values (2, B, Hkv, slots, D), allocated as they are needed.
+    """The rows of one branch on this rank: keys and values (2, B, Hkv, slots, D), allocated as they are needed.
+
+    Arguments and results count the slots of all ranks together, of which each rank holds some; see `CacheRanks`.
 
     Args:
         batch, kv_heads, head_dim: the sizes.
         dtype: one of `DTYPES`.  A row of int8 is multiplied by a scale of its own, float32.
         device: where the rows are.
         capacity: the largest number of slots; None is any number.
+        ranks: the ranks that share the slots.
     """
 
     def __init__(
@@ -35,8 +39,9 @@ class RowStore:
         dtype: torch.dtype,
         device: torch.device,
         capacity: int | None,
+        ranks: CacheRanks,
     ) -> None:
-        self.capacity = capacity
+        self.capacity, self.ranks = capacity, ranks
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside of it
             self.data = torch.zeros(2, batch, kv_heads, 0, head_dim, dtype=dtype, device=device)
             self.scales = None
@@ -45,21 +50,22 @@ class RowStore:
 
     @property
     def slots(self) -> int:
-        """The number of slots that are allocated for each head."""
-        return self.data.shape[3]
+        """The number of slots that are allocated for each head, on all ranks."""
+        return self.data.shape[3] * self.ranks.size
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the slots that are allocated."""
+        """The bytes of the slots that are allocated on this rank."""
         return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def grow(self, needed: int) -> None:
-        """Allocate slots, so that there are at least as many as needed."""
-        if needed <= self.slots:
+        """Allocate slots, so that there are at least as many as needed, and equally many on each rank."""
+        needed, allocated = self.ranks.most(needed), self.data.shape[3]
+        if needed <= allocated:
             return
-        wanted = max(needed, FIRST_SLOTS, int(self.slots * GROWTH))
+        wanted = max(needed, FIRST_SLOTS, int(allocated * GROWTH))
         if self.capacity is not None:
-            wanted = min(wanted, self.capacity)
+            wanted = min(wanted, self.ranks.most(self.capacity))
         self.data = _grown(self.data, wanted)
         if self.scales is not None:
             self.scales = _grown(self.scales, wanted)
@@ -71,7 +77,7 @@ class RowStore:
             self.scales = None if self.scales is None else self.scales[:, batch]
 
     def restore(self, data: Tensor, scales: Tensor | None) -> None:
-        """Take rows and scales of another store of the same sizes, with any number of slots."""
+        """Take rows and scales of all slots of another store of the same sizes, with any number of slots."""
         for name, own, given in (("rows", self.data, data), ("scales", self.scales, scales)):
             if (own is None) != (given is None):
                 raise ValueError(f"{name} must be there for int8 alone")
@@ -82,19 +88,34 @@ class RowStore:
                 raise ValueError(f"{name} must be {sizes} beside the slots, {own.dtype}, got {tuple(given.shape)}")
         if self.capacity is not None and data.shape[3] > self.capacity:
             raise ValueError(f"rows must have at most {self.capacity} slots, got {data.shape[3]}")
+        self.data = self._own(data)
+        self.scales = None if scales is None else self._own(scales)
+
+    def _own(self, x: Tensor) -> Tensor:
+        """Return the slots of this rank, out of those of all ranks, and zeros where other ranks have one more."""
+        own = x[:, :, :, self.ranks.rank :: self.ranks.size]
         # copies, since `put` writes in place: the tensors may be restored again
-        self.data = data.to(self.data.device, copy=True)
-        self.scales = None if scales is None else scales.to(self.data.device, copy=True)
+        return _grown(own.to(self.data.device, copy=True), self.ranks.most(x.shape[3]))
+
+    def whole(self) -> tuple[Tensor, Tensor | None]:
+        """Return the rows and scales of all slots; all ranks call it together."""
+        rows, scales = (None if x is None else self.ranks.gather_slots(x) for x in (self.data, self.scales))
+        assert rows is not None
+        count = self.slots if self.capacity is None else min(self.slots, self.capacity)
+        return rows[:, :, :, :count], None if scales is None else scales[:, :, :, :count]
 
     def put(self, kv: Tensor, heads: slice, slot: int) -> None:
-        """Write kv (2, B, some heads, D) to one slot of these heads."""
+        """Write kv (2, B, some heads, D) to one slot of these heads, on the rank that holds it."""
+        slot, holder = divmod(slot, self.ranks.size)
+        if holder != self.ranks.rank:
+            return
         rows, scales = self._stored(kv)
         self.data[:, :, heads, slot] = rows
         if self.scales is not None and scales is not None:
             self.scales[:, :, heads, slot] = scales
 
     def scatter(self, kv: Tensor, write: Write) -> None:
-        """Write those of kv (2, B, Hkv, n, D) that `write` names."""
+        """Write those of kv (2, B, Hkv, n, D) that `write` names, to slots of this rank."""
         if not len(write.slots):
             return
         rows, scales = self._stored(kv[:, write.batch, write.heads, write.tokens])
@@ -103,7 +124,11 @@ class RowStore:
             self.scales[:, write.batch, write.heads, write.slots] = scales
 
     def read(self, heads: slice, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return keys and values, each (B, some heads, count, D), of the first `count` slots in a floating dtype."""
+        """Return keys and values, each (B, some heads, own, D), in a floating dtype.
+
+        They are those of the slots among the first `count` that this rank holds.
+        """
+        count = self.ranks.own(count)
         rows = self.data[:, :, heads, :count].to(dtype)
         if self.scales is not None:
             rows = rows * self.scales[:, :, heads, :count].to(dtype)
@@ -121,6 +146,8 @@ class RowStore:
 
 def _grown(x: Tensor, slots: int) -> Tensor:
     """Return x (2, B, Hkv, s, D) with zeros in further slots."""
+    if slots == x.shape[3]:
+        return x
     with torch.inference_mode(False):
         out = x.new_zeros((*x.shape[:3], slots, x.shape[4]))
     out[:, :, :, : x.shape[3]] = x

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lightning_longnet.layers.positions import checked_positions
 from lightning_longnet.models.padding import token_rows
+from lightning_longnet.sequence.agreement import fault_of
+from lightning_longnet.sequence.comparison import checksum
 
 if TYPE_CHECKING:
     from lightning_longnet.inference.cache import DilatedCache
@@ -30,7 +32,8 @@ def encode_cached(
     model: LongNet, x: Tensor, cache: DilatedCache, given: CachedTokens, states: list[Tensor] | None
 ) -> Tensor:
     """Map further tokens x (B, N, dim) to the input of the head, in steps of bounded memory; see `LongNet.encode`."""
-    _check(model, x, cache, given)
+    fault = fault_of(lambda: _check(model, x, cache, given))
+    cache.ranks.check_same(fault, cache.number, 0 if fault or cache.ranks.size == 1 else _number_of(x, given))
     begin = max(cache.positions)
     if x.shape[1] > 1 or begin % _REACH_TOKENS == 0:
         model._warn_of_reach(begin + x.shape[1])
@@ -58,6 +61,14 @@ def encode_cached(
     if states is not None:
         states += [rows.restore(torch.cat(each, 1)) for each in zip(*parts_of_states, strict=True)]
     return rows.restore(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+
+
+def _number_of(x: Tensor, given: CachedTokens) -> int:
+    """Return a number of what a rank was given to go on with, which ranks that share a cache compare."""
+    number = x.shape[1]
+    for part in (x, given.documents, given.attention_mask):
+        number = (number * 1_000_003 + (1 if part is None else checksum(part))) % 2**61
+    return number
 
 
 def _check(model: LongNet, x: Tensor, cache: DilatedCache, given: CachedTokens) -> None:

@@ -128,8 +128,8 @@ class LongNetModule(TokenModule):
         if fault := fault_of_prompts(batch):
             return fault
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        is_alone = sequence_context(self).sequence_parallel_size == 1 and caches(self.model)
-        return "" if mask is None or is_alone or bool(mask.all()) else MASK_OF_PREFIX
+        has_cache = caches(self.model, sequence_context(self))
+        return "" if mask is None or has_cache or bool(mask.all()) else MASK_OF_PREFIX
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the sequences of the batch continued by `generated_tokens` tokens, whole on every rank.

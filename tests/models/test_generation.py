@@ -110,21 +110,73 @@ def test_models_without_a_cache_compute_the_prefix():
         generate(net, PROMPTS, 1, attention_mask=torch.ones(2, 5))
 
 
-def over_ranks(group, prompts):
+def over_ranks(group, prompts, has_cache):
     context = made(group)
     net = model()
     attach_context(net, context)
     context.begin(31)  # a batch that is being worked on
-    found = generate(net, prompts, 8, **DRAWN, context=context)
+    with pytest.MonkeyPatch.context() as patch:
+        if not has_cache:
+            patch.setattr(generation, "refusal", lambda config: "none")
+        found = generate(net, prompts, 8, **DRAWN, context=context)
     return found, context.length
 
 
+@pytest.mark.parametrize("has_cache", [True, False])
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:, :1]], ids=["five tokens", "one, fewer than ranks"])
-def test_ranks_that_share_sequences_draw_what_one_process_does(pool, prompts):
+def test_ranks_that_share_sequences_draw_what_one_process_does(pool, prompts, has_cache):
     wanted = generate(model(), prompts, 8, **DRAWN).tolist()
-    for found, length in pool.run(3, over_ranks, prompts):
+    for found, length in pool.run(3, over_ranks, prompts, has_cache):
         assert found.tolist() == wanted
         assert length == 31
+
+
+def generated_over_ranks(group, options):
+    return model().generate(PROMPTS, 40, **options, context=made(group))
+
+
+def test_ranks_continue_padded_prompts_and_end_them_as_one_process_does(pool):
+    """Longer than twice the largest segment, and ended where all rows have the end token."""
+    options = {"attention_mask": torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]]), "temperature": 0}
+    options |= {"repetition_penalty": 1.4}
+    plain = model().generate(PROMPTS, 40, **options)
+    end = int(plain[0, 30])
+    wanted = model().generate(PROMPTS, 40, **options, end=end)
+    for given, tokens in ((options, plain), ({**options, "end": end}, wanted)):
+        for found in pool.run(2, generated_over_ranks, given):
+            assert found.tolist() == tokens.tolist()
+
+
+def refused_over_ranks(group, changes):
+    context, net = made(group), model()
+    options = {"input_ids": PROMPTS, "tokens": 4, **DRAWN, **(changes if group.rank() else {})}
+    if "cache" in changes:
+        options["cache"] = net.new_cache(2)
+    generate(net, **options, context=context)
+
+
+DIFFERS = ["rank 1 of 2 was given other tokens than rank 0, or other options"] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        ({"input_ids": PROMPTS + 1}, DIFFERS),
+        ({"seed": 4}, DIFFERS),
+        ({"tokens": 5}, DIFFERS),
+        ({"tokens": 0}, ["rank 1 of 2 cannot go on with these tokens", "tokens must be a positive integer, got 0"]),
+        ({"cache": None}, ["cache must be split over the 2 ranks that share sequences, got one of 1: make it by"] * 2),
+    ],
+    ids=["prompts", "seed", "more tokens", "no tokens", "a cache of one process"],
+)
+def test_what_ranks_do_not_agree_on_is_refused_on_all(pool, changes, messages):
+    outcomes = pool.outcomes(2, refused_over_ranks, changes)
+    for (is_result, outcome), message in zip(outcomes, messages, strict=True):
+        assert not is_result
+        kind, said, _ = outcome
+        assert kind is ValueError
+        assert said.startswith(message)
+        assert "\n" not in said
 
 
 @pytest.mark.parametrize(

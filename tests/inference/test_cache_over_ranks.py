@@ -1,0 +1,231 @@
+"""A cache that ranks share gives what a cache of one process gives, and each rank keeps its share of the rows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cached_model import KINDS, made
+from test_rewinding import patterns
+from tiers import tiered
+
+from lightning_longnet import Pattern, load_cache, save_cache
+from lightning_longnet.inference import branch_attention, layer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(Nothing crosses|In the branch).*")
+SIZES = ([1] * 100, [50, *[3] * 16, 2], [64, 36], [7, 93])
+NAMES = ["xpos", "a pattern for each layer", "block sparse", "grouped heads, blocked", "zero keys"]
+QUICK = [("xpos", 2), ("a pattern for each layer", 4)]
+
+
+@torch.no_grad()
+def by_steps_over_ranks(group, options, texts, every_size):
+    """The logits of texts that ranks are given in parts of these sizes, and the slots of each cache."""
+    model, found = made(**options), []
+    with pytest.MonkeyPatch.context() as patch:
+        for sizes in every_size:
+            patch.setattr(layer, "BRANCH_TOKENS", 16 if sizes[0] in (7, 64) else 128)
+            patch.setattr(branch_attention, "SCORES", 40)
+            patch.setattr(branch_attention, "KEYS", 3)
+            cache = model.new_cache(len(texts), group=group)
+            logits = torch.cat([model(part, cache=cache) for part in texts.split(sizes, 1)], 1)
+            slots = [[store.data.shape[3] for store in each.stores] for each in cache.layers]
+            found.append((logits, cache.most_rows(), slots))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "world"), tiered([(k, w) for k in NAMES for w in (1, 2, 4)], quick=QUICK))
+def test_each_token_is_as_in_the_whole_text(pool, kind, world):
+    """And each rank keeps at most its share of the rows, and one more of each branch."""
+    texts = torch.randint(19, (2, 100))
+    with torch.no_grad():
+        wanted = made(**KINDS[kind])(texts)
+    outcomes = pool.run(world, by_steps_over_ranks, KINDS[kind], texts, SIZES)
+    for found in outcomes:
+        for (logits, most, slots), (first, *_) in zip(found, outcomes[0], strict=True):
+            torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-9)
+            assert torch.equal(logits, first)
+            for bound, own in zip(most, slots, strict=True):
+                assert bound is None or sum(own) <= bound / world + len(own)
+
+
+@st.composite
+def cases(draw):
+    heads = draw(st.sampled_from([1, 2, 4]))
+    sizes = draw(st.lists(st.sampled_from([1, 1, 3, 20, 64]), min_size=2, max_size=6))
+    return draw(patterns()), {"kv_heads": heads, "layers": 2}, sizes, draw(st.sampled_from([2, 3, 4]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(case=cases())
+def test_drawn_patterns_and_blocks(pool, case):
+    pattern, options, sizes, world = case
+    texts = torch.randint(19, (1, sum(sizes)))
+    options = {"pattern": pattern, **options}
+    with torch.no_grad():
+        wanted = made(**options)(texts)
+    for ((logits, *_),) in pool.run(world, by_steps_over_ranks, options, texts, [sizes]):
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-9)
+
+
+LENGTHS = (37, 1, 20)
+
+
+@torch.no_grad()
+def unequal_over_ranks(group, texts):
+    """The logits of padded prompts with documents, and of steps after them."""
+    model = made(**KINDS["xpos"])
+    mask = torch.stack([(torch.arange(37) < n).long() for n in LENGTHS])
+    documents = (torch.arange(60) >= 11).long().expand(3, 60)
+    cache = model.new_cache(3, group=group)
+    found = [model(texts[:, :37], attention_mask=mask, documents=documents[:, :37], cache=cache)]
+    for i in range(20):
+        step = torch.stack([texts[b, n + i] for b, n in enumerate(LENGTHS)])[:, None]
+        ids = torch.stack([documents[b, n + i] for b, n in enumerate(LENGTHS)])[:, None]
+        found.append(model(step, documents=ids, cache=cache))
+    return torch.cat(found, 1)
+
+
+def test_unequal_prompts_and_documents(pool):
+    texts = torch.randint(19, (3, 60))
+    (wanted,) = pool.run(1, unequal_over_ranks, texts)
+    for found in pool.run(2, unequal_over_ranks, texts):
+        for b, n in enumerate(LENGTHS):
+            torch.testing.assert_close(found[b, :n], wanted[b, :n], rtol=0, atol=1e-9)
+        torch.testing.assert_close(found[:, 37:], wanted[:, 37:], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def attended_with_sinks(group, parts, sinks, sizes):
+    from lightning_longnet.inference.cache import DilatedCache
+    from lightning_longnet.models.blocks import BlocksConfig
+
+    pattern = Pattern.dilated((4, 16), (1, 2), is_causal=True)
+    config = BlocksConfig(pattern, dim=16, layers=1, heads=4, kv_heads=2)
+    cache, found = DilatedCache(config, dtype=torch.float64, group=group), []
+    for part in zip(*(x.split(sizes, 1) for x in parts), strict=True):
+        with cache.step(part[0].shape[1]) as step:
+            found.append(step.layer(0).attend(*part, sinks=sinks))
+    return torch.cat(found, 1)
+
+
+def test_a_sink_counts_once(pool):
+    parts = [torch.randn(1, 60, n, 4, dtype=torch.float64) for n in (4, 2, 2)]
+    sinks, sizes = torch.randn(4, dtype=torch.float64), [5, *[1] * 20, *[3] * 5, 20]
+    (wanted,) = pool.run(1, attended_with_sinks, parts, sinks, sizes)
+    for found in pool.run(4, attended_with_sinks, parts, sinks, sizes):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def narrow_over_ranks(group, text, dtype):
+    model = made().float()
+    cache = model.new_cache(dtype=dtype, group=group)
+    return torch.cat([model(part, cache=cache) for part in text.split([20, *[1] * 40], 1)], 1)
+
+
+@pytest.mark.parametrize("dtype", tiered([torch.int8, torch.bfloat16, torch.float16], quick=[torch.int8]))
+def test_narrow_rows_are_those_of_one_process(pool, dtype):
+    text = torch.randint(19, (1, 60))
+    (wanted,) = pool.run(1, narrow_over_ranks, text, dtype)
+    for found in pool.run(2, narrow_over_ranks, text, dtype):
+        assert (found - wanted).norm() < 1e-3 * wanted.norm()
+
+
+@torch.no_grad()
+def counted_over_ranks(group, text):
+    model = made(kv_heads=2, layers=3).float()
+    cache = model.new_cache(len(text), group=group)
+    model(text[:, :20], cache=cache)
+    traffic, found = cache.ranks.comm.traffic, []
+    for token in text[:, 20:].split(1, 1):
+        before = traffic.messages, traffic.sent_bytes
+        model(token, cache=cache)
+        found.append((traffic.messages - before[0], traffic.sent_bytes - before[1]))
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_token_costs_one_exchange_a_layer_whatever_the_cache_holds(pool, world):
+    """Of out and lse of each head in float32, and of three numbers that are compared."""
+    batch, heads, width = 2, 4, 4
+    messages = (3 + 1) * (world - 1)
+    sent = (world - 1) * (3 * batch * heads * (width + 1) * 4 + 3 * 8)
+    for found in pool.run(world, counted_over_ranks, torch.randint(19, (batch, 60))):
+        assert found == [(messages, sent)] * 40
+
+
+@torch.no_grad()
+def moved_over_ranks(group, text, path):
+    """Logits after a rewind, after a file, and after a selection of texts."""
+    model = made()
+    cache = model.new_cache(2, group=group)
+    model(text[:, :29], cache=cache)
+    model(text[:, 40:42], cache=cache)
+    cache.rewind(2)
+    found = [model(text[:, 29:33], cache=cache)]
+    save_cache(cache, path, model)
+    cache = load_cache(path, model, group=group)
+    found.append(model(text[:, 33:41], cache=cache))
+    cache.select(torch.tensor([1, 1]))
+    found.append(model(text[1:, 41:].expand(2, -1), cache=cache))
+    return found
+
+
+@torch.no_grad()
+def test_caches_rewind_select_and_go_to_files_over_ranks(pool, tmp_path):
+    model, text = made(), torch.randint(19, (2, 60))
+    wanted = model(text)
+    for world in (2, 1):
+        for first, second, third in pool.run(world, moved_over_ranks, text, tmp_path / f"text{world}"):
+            torch.testing.assert_close(first, wanted[:, 29:33], rtol=0, atol=1e-9)
+            torch.testing.assert_close(second, wanted[:, 33:41], rtol=0, atol=1e-9)
+            torch.testing.assert_close(third, wanted[1:, 41:].expand(2, -1, -1), rtol=0, atol=1e-9)
+    # what two ranks wrote is what one process reads
+    cache = load_cache(tmp_path / "text2", model)
+    torch.testing.assert_close(model(text[:, 33:], cache=cache), wanted[:, 33:], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def mistaken(group, mistake):
+    model, rank = made(), group.rank()
+    text = torch.arange(22)[None] % 19
+    cache = model.new_cache(group=group)
+    if mistake == "dtype" and rank:
+        cache = model.new_cache(dtype=torch.int8, group=group)
+    model(text, cache=cache)
+    if mistake == "tokens" and rank:
+        text = text + 1 - 1 * (text == 18)
+    elif mistake == "length" and rank:
+        text = text[:, 1:]
+    elif mistake == "rewind" and rank:
+        cache.rewind(1)
+    elif mistake == "training" and rank:
+        model.train()
+    model(text, cache=cache)
+
+
+HOLDS = "rank 1 of 2 holds another cache than rank 0: the ranks of a group must make it alike"
+GIVEN = "rank 1 of 2 was given other tokens than rank 0, or other options: all must go on alike"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "messages"),
+    [
+        ("tokens", [GIVEN] * 2),
+        ("length", [GIVEN] * 2),
+        ("dtype", [HOLDS] * 2),
+        ("rewind", [HOLDS] * 2),
+        (
+            "training",
+            [
+                "rank 1 of 2 cannot go on with these tokens: its own message says why",
+                "the model must be in evaluation mode with a cache, got training: call model.eval()",
+            ],
+        ),
+    ],
+)
+def test_mistakes_are_errors_on_all_ranks(pool, mistake, messages):
+    outcomes = pool.outcomes(2, mistaken, mistake)
+    assert [(is_result, outcome[:2]) for is_result, outcome in outcomes] == [
+        (False, (ValueError, message)) for message in messages
+    ]
