@@ -15,11 +15,12 @@ from lightning_longnet.huggingface.adapters import adapter_state, add_adapters, 
 from lightning_longnet.huggingface.batches import fault_of_batch, named_as_ours
 from lightning_longnet.huggingface.documents import fault_of_documents, whole_documents
 from lightning_longnet.huggingface.head import OutputHead
-from lightning_longnet.huggingface.models import Source, check_splits, model_of, need_transformers
+from lightning_longnet.huggingface.models import Source, body_of, check_splits, model_of, need_transformers
 from lightning_longnet.huggingface.prompts import left_padded, padding_refusal
 from lightning_longnet.huggingface.recomputation import chunk_feed_forwards, recompute_layers
 from lightning_longnet.huggingface.saving import check_folder, save_weights
 from lightning_longnet.huggingface.vocabulary import check_vocabulary
+from lightning_longnet.huggingface.weight_files import WeightFiles, empty_model
 from lightning_longnet.inference.prompts import fault_of_mask, fault_of_prompts, whole_prompts
 from lightning_longnet.layers.attending import places_of
 from lightning_longnet.layers.loss import CHUNK_TOKENS
@@ -84,6 +85,8 @@ class CausalLMModule(TokenModule):
         mlp_chunk_tokens: number of tokens that a feed-forward computes at a time, and recomputes in the backward; by
             default all.
         loss_chunk: number of tokens whose logits the loss holds at a time.
+        load_sharded: reads the weights of `name` when a Trainer starts, and with FSDP2 each rank reads only the parts
+            that it holds.  Until then the model has no weights.
         attention: the implementation of attention, "ring"; others of transformers serve whole sequences alone.
         dtype: the dtype of the parameters of `name` and `config`; float32 by default.
         generated_tokens: number of tokens that `predict` adds to each sequence.
@@ -111,6 +114,7 @@ class CausalLMModule(TokenModule):
         activation_offload: bool = False,
         mlp_chunk_tokens: int | None = None,
         loss_chunk: int = CHUNK_TOKENS,
+        load_sharded: bool = False,
         attention: str = ATTENTION,
         dtype: str | None = None,
         generated_tokens: int = 100,
@@ -130,7 +134,14 @@ class CausalLMModule(TokenModule):
         }
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
         self.generated_tokens = generated_tokens
-        self.model = model_of(Source(model, name, config, overrides), attention, dtype)
+        self._files: WeightFiles | None = None
+        if load_sharded:
+            if name is None or lora is not None:
+                raise ValueError("load_sharded is for the weights of a name, without lora: set load_sharded to False")
+            self.model = empty_model(name, attention, dtype, overrides)
+            self._files = WeightFiles(name, self.model)
+        else:
+            self.model = model_of(Source(model, name, config, overrides), attention, dtype)
         self._run = uuid4().hex
         self.name = name or getattr(self.model, "name_or_path", None) or None
         self.used_cache = getattr(self.model.config, "use_cache", True)  # what an exported configuration says
@@ -196,6 +207,17 @@ class CausalLMModule(TokenModule):
 
     # The model
 
+    def configure_model(self) -> None:
+        """Read the weights of `load_sharded`, unless the strategy shards the model before, and reads them then."""
+        if not getattr(self.trainer.strategy, "shards_before_loading", False):
+            self.load_weights(torch.device("cpu"))
+
+    def load_weights(self, device: torch.device) -> None:
+        """Read the weights of `load_sharded`, or this rank's parts of them, once; all ranks call it."""
+        if self._files is not None:
+            self._files.load(device)
+            self._files = None
+
     def hidden_states(self, input_ids: Tensor, **options: Tensor) -> Tensor:
         """Return the input of the output head, (B, N, width); see the class for the options of a batch."""
         positions, documents = options.get("positions"), options.get("documents")
@@ -209,7 +231,7 @@ class CausalLMModule(TokenModule):
         elif "attention_mask" in options:
             arguments["attention_mask"] = options["attention_mask"]
         with whole_documents(self, documents):
-            hidden: Tensor = self.model.base_model(input_ids=input_ids, **arguments).last_hidden_state
+            hidden: Tensor = body_of(self.model)(input_ids=input_ids, **arguments).last_hidden_state
         return hidden
 
     def forward(self, input_ids: Tensor, **options: Tensor) -> Tensor:
