@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
@@ -45,6 +46,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
     lightning_class = ModelParallelStrategy
     forms = ("file", "fsdp2")
+    shards_before_loading = True  # calls `load_weights` of the module, where it has one, after sharding it
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         options: dict[str, Any] = {
@@ -69,6 +71,8 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         else:
             for root in (module, *averages(trainer)):
                 self._shard(root)
+                if (load := getattr(root, "load_weights", None)) is not None:
+                    load(torch.device("cpu") if self.sharding == "fsdp2_offload" else self.root_device)
         if has_averages(trainer) and self._save_distributed_checkpoint:
             self._save_distributed_checkpoint = False
             rank_zero_info(

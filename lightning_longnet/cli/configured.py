@@ -86,7 +86,7 @@ def _decoder(options: Namespace) -> LongNetConfig:
     if (name is None) == (values is None):
         raise ValueError("one of model.name and model.config must be given for a plan")
     config = config_of(dict(values)) if name is None else read_config(name, options.get("overrides"))
-    return planned_config(config, options.recompute, options.loss_chunk)
+    return planned_config(config, vars(options))
 
 
 def _model(config: Namespace) -> dict[str, Any]:

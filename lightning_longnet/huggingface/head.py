@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_longnet.huggingface.models import body_of
 from lightning_longnet.layers.loss import CHUNK_TOKENS, TokenLoss, chunked_cross_entropy
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+_STAND_IN = 8  # rows of a head that stands in for one without values
 _TOLERANCE = 1e-4  # of logits, relative to the largest
 
 
@@ -49,8 +51,8 @@ class OutputHead(NamedTuple):
             float(scale) if scale is not None else 1.0 if divisor is None else 1 / float(divisor),
             getattr(config, "final_logit_softcapping", None),
         )
-        if not linear.weight.is_meta:
-            _check(model, linear, head)
+        with _materialized(model, linear) as checked:
+            _check(model, checked, head)
         return head
 
     def loss(self, linear: nn.Linear, hidden: Tensor, labels: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> TokenLoss:
@@ -104,9 +106,23 @@ def _check(model: PreTrainedModel, linear: nn.Linear, head: OutputHead) -> None:
 
 
 @contextmanager
+def _materialized(model: PreTrainedModel, linear: nn.Linear) -> Iterator[nn.Linear]:
+    """Yield the linear map of a head; on the meta device a small one with values stands in for it inside the block."""
+    if not linear.weight.is_meta:
+        yield linear
+        return
+    small = nn.Linear(linear.in_features, _STAND_IN, linear.bias is not None, dtype=linear.weight.dtype)
+    model.set_output_embeddings(small)
+    try:
+        yield small
+    finally:
+        model.set_output_embeddings(linear)
+
+
+@contextmanager
 def _replaced_body(model: PreTrainedModel, hidden: Tensor) -> Iterator[None]:
     """Let the model without its head return these hidden states inside the block."""
-    body: Any = model.base_model
+    body = body_of(model)
     body.__dict__["forward"] = lambda *_, **__: _Hidden(hidden)
     try:
         yield

@@ -221,6 +221,19 @@ def check_model(model: Any) -> None:
         )
 
 
+def body_of(model: PreTrainedModel) -> Any:
+    """Return the part of a model that computes the hidden states, without the output head."""
+    from transformers import PreTrainedModel
+
+    body: Any = model.base_model
+    if body is model:  # where base_model_prefix names a part of a larger model, as that of Llama 4 does
+        parts = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+        if len(parts) != 1:
+            raise ValueError(f"{type(model).__name__} must have its layers in one model beside its output head")
+        body = parts[0]
+    return body
+
+
 def check_splits(model: PreTrainedModel) -> None:
     """Raise a ValueError that names what cannot be computed on parts of sequences, where a model does such."""
     if reasons := split_refusals(model):

@@ -11,17 +11,21 @@ from lightning_longnet.huggingface.models import created
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from collections.abc import Mapping
 
-    from lightning_longnet.models.blocks import Recompute
+    from transformers import PretrainedConfig
 
 _SHARE = 0.01  # by which the parameters of both models may differ: norms and biases
 
 
-def planned_config(config: PretrainedConfig, recompute: Recompute, loss_chunk: int) -> LongNetConfig:
+def planned_config(config: PretrainedConfig, options: Mapping[str, Any]) -> LongNetConfig:
     """Return the configuration of a LongNet with as many layers, heads and weights, and the attention of each layer.
 
     A model that has other parts, as experts, raises a ValueError with the reason.
+
+    Args:
+        config: the configuration of the model.
+        options: the arguments of `CausalLMModule`.
     """
     kind, heads, width = config.model_type, config.num_attention_heads, config.hidden_size
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
@@ -45,8 +49,10 @@ def planned_config(config: PretrainedConfig, recompute: Recompute, loss_chunk: i
         bias=False,
         vocab_size=config.vocab_size,
         tied_embeddings=config.tie_word_embeddings,
-        recompute=recompute,
-        loss_chunk=loss_chunk,
+        recompute=options["recompute"],
+        offload_activations=options["activation_offload"],
+        feed_forward_chunk=options["mlp_chunk_tokens"],
+        loss_chunk=options["loss_chunk"],
     )
     with torch.device("meta"):
         ours = sum(p.numel() for p in LongNet(planned).parameters())

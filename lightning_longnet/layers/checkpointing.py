@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import lightning_longnet.attention.attend  # noqa: F401  registers the operator that `_policy` names
+import lightning_longnet.attention.attend  # noqa: F401  registers the operator that `_is_attention` names
+from lightning_longnet.layers import offloading
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
+
+    from torch import Tensor
 
 
 def keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -29,7 +36,53 @@ def keep_attention() -> tuple[AbstractContextManager[Any], AbstractContextManage
     return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-any-return]
 
 
+def keep_attention_on_host() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Return the two contexts of `keep_attention`, which keep what is saved in the memory of the host."""
+    kept: deque[Any] = deque()
+    return _Storing(kept), _Loading(kept)
+
+
+class _Storing(TorchDispatchMode):
+    """Stores the results of attention on the host, in the order of its calls."""
+
+    def __init__(self, kept: deque[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept = kept
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = operator(*args, **(kwargs or {}))
+        if _is_attention(operator):
+            self.kept.append(tree_map_only(torch.Tensor, lambda x: offloading.store(x), out))
+        return out
+
+
+class _Loading(_Storing):
+    """Returns the results of attention from the host instead of computing them."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _is_attention(operator):
+            return operator(*args, **(kwargs or {}))
+        if not self.kept:
+            raise RuntimeError(
+                "results of attention on the host serve one backward: retain_graph=True needs them twice"
+            )
+        return tree_map_only(offloading.Stored, lambda x: offloading.load(x), self.kept.popleft())
+
+
+def in_chunks(compute: Callable[..., Tensor], x: Tensor, chunk_tokens: int, *arguments: Any) -> Tensor:
+    """Return `compute(x, *arguments)` of x (..., N, width), computed and recomputed in chunks of tokens.
+
+    `compute` must map each token by itself.  At any time, in the forward and the backward, one chunk's intermediate
+    values are in memory.
+    """
+    chunks = x.split(chunk_tokens, dim=-2)
+    return torch.cat([checkpoint(compute, chunk, *arguments, use_reentrant=False) for chunk in chunks], dim=-2)
+
+
+def _is_attention(operator: Any) -> bool:
+    return operator is torch.ops.lightning_longnet.attend.default
+
+
 def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Return MUST_SAVE for the attention operator, and PREFER_RECOMPUTE for all others."""
-    is_attention = operator is torch.ops.lightning_longnet.attend.default
-    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if _is_attention(operator) else CheckpointPolicy.PREFER_RECOMPUTE

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from lightning_longnet.layers.checkpointing import in_chunks
 from lightning_longnet.layers.initialization import xavier_parts
 from lightning_longnet.layers.options import positive_integer, positive_number, probability
 
@@ -90,8 +90,7 @@ class FeedForward(nn.Module):
             return self._compute(x)
         context = self.sequence_context
         is_part = None if context is None else context.holds_part(x)  # the shape of a chunk does not show it
-        chunks = x.split(self.chunk_tokens, dim=-2)
-        return torch.cat([checkpoint(self._compute, chunk, is_part, use_reentrant=False) for chunk in chunks], dim=-2)
+        return in_chunks(self._compute, x, self.chunk_tokens, is_part)
 
     def _compute(self, x: Tensor, is_part: bool | None = None) -> Tensor:
         hidden = self.first(x)

@@ -7,12 +7,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from lightning_longnet.attention.guard import Guard
@@ -22,7 +20,9 @@ from lightning_longnet.attention.pattern.ordering import Ordering  # noqa: TC001
 from lightning_longnet.attention.pattern.pattern import Pattern, check_heads
 from lightning_longnet.attention.spec import Mix  # noqa: TC001  for the command line's reading of types
 from lightning_longnet.layers import DilatedSelfAttention, FeedForward, keep_attention, magneto_gain
+from lightning_longnet.layers.checkpointing import keep_attention_on_host
 from lightning_longnet.layers.feed_forward import Activation  # noqa: TC001
+from lightning_longnet.layers.offloading import saved_on_host
 from lightning_longnet.layers.options import (
     class_of,
     ordering_of,
@@ -298,7 +298,7 @@ class Blocks(nn.Module):
             self._warn_of_reach(x.shape[1])
         hidden_keys = None if attention_mask is None else attention_mask == 0
         x = self.dropout(x)
-        with self._offload(x):
+        with self._offload():
             for block in self.blocks:
                 if states is not None:
                     states.append(x)
@@ -327,15 +327,15 @@ class Blocks(nn.Module):
             return out
         context: dict[str, Any] = {}
         if self.config.recompute == "all but attention":
-            context["context_fn"] = keep_attention
+            context["context_fn"] = keep_attention_on_host if self.config.offload_activations else keep_attention
         recomputed: Tensor = checkpoint(block, x, *arguments, use_reentrant=False, **context)
         return recomputed
 
-    def _offload(self, x: Tensor) -> AbstractContextManager[Any]:
+    def _offload(self) -> AbstractContextManager[Any]:
         """Return the context in which tensors saved for the backward move to the host, where they are offloaded."""
         if not self.config.offload_activations or not torch.is_grad_enabled():
             return nullcontext()
-        return partial(save_on_cpu, pin_memory=x.device.type == "cuda")()
+        return saved_on_host()
 
     def _warn_of_reach(self, tokens: int) -> None:
         """Warn once where the patterns leave gaps at this length.

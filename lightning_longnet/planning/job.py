@@ -74,8 +74,6 @@ class Job:
                 f"attention must be None, the class that is ours, as nothing is known of what another holds and sends, "
                 f"got {self.config.attention}"
             )
-        if self.config.offload_activations:
-            raise ValueError("offload_activations must be False, as what waits in the host's memory is not planned")
         size = checked_sequence_size(self.ranks, self.sequence_parallel_size)
         object.__setattr__(self, "sequence_parallel_size", size)
         if self.tokens < size:

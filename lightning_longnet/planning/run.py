@@ -29,6 +29,7 @@ _LONGEST = 2**30  # tokens of a rank
 _WIDER = (2, 4, 8, 16)  # multiples of the nodes that advice tries
 _STEPS = 3  # of a plan, besides those of advice
 _CHUNK = 4096  # tokens of a feed-forward's chunk, in advice
+_OFFLOAD = {True: "activation_offload", False: "offload_activations"}  # of a model of transformers, and of ours
 _CHUNKS = 64  # of a sequence, at most: a trace runs each
 
 
@@ -195,22 +196,21 @@ def advice(job: Job, usable: float, report: Callable[[int, int], None] = _no_rep
     """Yield the changes that make a run fit, each tried alone; more nodes last."""
     changes: list[tuple[str, Job]] = []
     config = job.config
+    place = "--model" if job.is_decoder else "--model.config"
     values: tuple[Recompute, ...] = ("all but attention", "everything")
     for value in values:
         if config.recompute not in (value, "everything"):
-            place = "--model" if job.is_decoder else "--model.config"
             changes.append((f"{place}.recompute '{value}'", replace(job, config=replace(config, recompute=value))))
-    if config.feed_forward_chunk is None and not job.is_decoder:
+    if config.feed_forward_chunk is None:
         chunk = _CHUNK
         while max(job.placed().lengths) > _CHUNKS * chunk:
             chunk *= 2
         smaller = replace(config, recompute="everything", feed_forward_chunk=chunk)
-        changes.append(
-            (
-                f"--model.config.recompute everything --model.config.feed_forward_chunk {chunk}",
-                replace(job, config=smaller),
-            )
-        )
+        name = "mlp_chunk_tokens" if job.is_decoder else "feed_forward_chunk"
+        changes.append((f"{place}.recompute everything {place}.{name} {chunk}", replace(job, config=smaller)))
+        if not config.offload_activations:
+            name, smaller = _OFFLOAD[job.is_decoder], replace(smaller, offload_activations=True)
+            changes.append((f"{changes[-1][0]} {place}.{name} true", replace(job, config=smaller)))
     if job.sharding == "ddp" and job.ranks > 1:
         split = replace(job, sharding="fsdp2")
         changes.append(("--trainer.strategy ring_sequence_parallel, which splits the model", split))
@@ -247,7 +247,7 @@ def peak_of(job: Job) -> float:
 def _notes(job: Job) -> Iterator[str]:
     if job.is_packed:
         yield "documents are packed: they send and compute less than the whole rows that are planned here"
-    if job.sharding.endswith("offload"):
+    if job.sharding.endswith("offload") or job.config.offload_activations:
         yield "what is kept in the host's memory is not counted, nor the time to bring it"
     if job.sharding.startswith("deepspeed") and "mixed" in job.precision:
         yield "DeepSpeed holds parameters in half types here, and is planned as if in float32: it holds less"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_longnet.layers import loss
+from lightning_longnet.layers import loss, offloading
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
 from lightning_longnet.planning.fake_rank import WORKSPACE, PlannedContext
 from lightning_longnet.planning.ledger import Event, Ledger
@@ -17,6 +17,8 @@ from lightning_longnet.sequence.attach import attach_context
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
 
     from lightning_longnet.attention.parallel.exchange import Footprint
     from lightning_longnet.planning.job import Job
@@ -64,7 +66,7 @@ def trace(job: Job, rank: int, footprints: Mapping[str, Footprint]) -> Trace:
         for known in (*model.parameters(), ids):
             ledger.knows(known)
         cast = torch.autocast("cpu", job.dtype, enabled="mixed" in job.precision)
-        with ledger:
+        with ledger, _nothing_on_host():
             with cast:
                 ledger.phase = FORWARD
                 hidden = model.encode(model.embed(ids))
@@ -106,6 +108,25 @@ def _few_chunks(ledger: Ledger) -> Iterator[None]:
         yield
     finally:
         loss.chunk_starts = every
+
+
+@contextmanager
+def _nothing_on_host() -> Iterator[None]:
+    """Let what is kept in the memory of the host take none of the device's."""
+
+    def store(x: Tensor) -> offloading.Stored:
+        return offloading.Stored((x.shape, x.dtype), x.device)
+
+    def load(stored: offloading.Stored) -> Tensor:
+        shape, dtype = stored.copy
+        return torch.empty(shape, dtype=dtype, device=stored.device)
+
+    before = offloading.store, offloading.load
+    offloading.store, offloading.load = store, load
+    try:
+        yield
+    finally:
+        offloading.store, offloading.load = before
 
 
 def _made(config: LongNetConfig, dtype: torch.dtype) -> LongNet:

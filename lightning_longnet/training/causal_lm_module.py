@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,15 +15,17 @@ from lightning_longnet.huggingface.batches import fault_of_batch, named_as_ours
 from lightning_longnet.huggingface.documents import fault_of_documents, whole_documents
 from lightning_longnet.huggingface.head import OutputHead
 from lightning_longnet.huggingface.lineage import continued, first_run
-from lightning_longnet.huggingface.models import Source, check_splits, model_of, need_transformers
+from lightning_longnet.huggingface.models import Source, body_of, check_splits, model_of, need_transformers
 from lightning_longnet.huggingface.prompts import left_padded, padding_refusal
+from lightning_longnet.huggingface.recomputation import chunk_feed_forwards, recompute_layers
 from lightning_longnet.huggingface.saving import check_folder, save_weights
 from lightning_longnet.huggingface.vocabulary import check_vocabulary
+from lightning_longnet.huggingface.weight_files import WeightFiles, empty_model
 from lightning_longnet.inference.prompts import fault_of_mask, fault_of_prompts, whole_prompts
 from lightning_longnet.layers.attending import places_of
-from lightning_longnet.layers.checkpointing import keep_attention
 from lightning_longnet.layers.loss import CHUNK_TOKENS
 from lightning_longnet.layers.options import positive_integer
+from lightning_longnet.models.blocks import Recompute  # noqa: TC001  the command line evaluates annotations
 from lightning_longnet.registration import ATTENTION
 from lightning_longnet.sequence import SequenceContext, sequence_context
 from lightning_longnet.sequence.agreement import fault_of, fault_of_rank_zero
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.layers.loss import TokenLoss
-
-Recompute = Literal["nothing", "all but attention", "everything"]
 
 # The values of a configuration that a checkpoint must agree on.  With some of them different the weights would still
 # fit in shape, but the model would compute something else
@@ -80,7 +80,13 @@ class CausalLMModule(TokenModule):
         lora: arguments of `peft.LoraConfig`, such as {"r": 16}: only adapters are trained, and saved in checkpoints.
         recompute: activations of a layer that are recomputed in the backward instead of saved: "nothing", "all but
             attention" or "everything".
+        activation_offload: keeps the inputs of recomputed layers, and the results of attention that are not recomputed,
+            in the memory of the host until the backward.
+        mlp_chunk_tokens: number of tokens that a feed-forward computes at a time, and recomputes in the backward; by
+            default all.
         loss_chunk: number of tokens whose logits the loss holds at a time.
+        load_sharded: reads the weights of `name` when a Trainer starts, and with FSDP2 each rank reads only the parts
+            that it holds.  Until then the model has no weights.
         attention: the implementation of attention, "ring"; others of transformers serve whole sequences alone.
         dtype: the dtype of the parameters of `name` and `config`; float32 by default.
         generated_tokens: number of tokens that `predict` adds to each sequence.
@@ -105,7 +111,10 @@ class CausalLMModule(TokenModule):
         optimizer: Callable[[Iterable], Optimizer] | None = None,  # type: ignore[type-arg]  # what the command line reads
         lora: dict[str, Any] | None = None,
         recompute: Recompute = "nothing",
+        activation_offload: bool = False,
+        mlp_chunk_tokens: int | None = None,
         loss_chunk: int = CHUNK_TOKENS,
+        load_sharded: bool = False,
         attention: str = ATTENTION,
         dtype: str | None = None,
         generated_tokens: int = 100,
@@ -114,23 +123,36 @@ class CausalLMModule(TokenModule):
     ) -> None:
         super().__init__(learning_rate, warmup_steps, final_share, weight_decay, betas, eps, optimizer)
         need_transformers()
-        if recompute not in get_args(Recompute):
-            raise ValueError(f"recompute must be one of {', '.join(map(repr, get_args(Recompute)))}, got {recompute!r}")
         positive_integer("loss_chunk", loss_chunk)
-        self.lora, self.recompute, self.loss_chunk, self.overrides = lora, recompute, loss_chunk, overrides
+        if mlp_chunk_tokens is not None:
+            positive_integer("mlp_chunk_tokens", mlp_chunk_tokens)
+        self.lora, self.loss_chunk, self.overrides = lora, loss_chunk, overrides
+        self.savings: dict[str, Any] = {
+            "recompute": recompute,
+            "activation_offload": activation_offload,
+            "mlp_chunk_tokens": mlp_chunk_tokens,
+        }
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
         self.generated_tokens = generated_tokens
-        self.model = model_of(Source(model, name, config, overrides), attention, dtype)
+        self._files: WeightFiles | None = None
+        if load_sharded:
+            if name is None or lora is not None:
+                raise ValueError("load_sharded is for the weights of a name, without lora: set load_sharded to False")
+            self.model = empty_model(name, attention, dtype, overrides)
+            self._files = WeightFiles(name, self.model)
+        else:
+            self.model = model_of(Source(model, name, config, overrides), attention, dtype)
         self._lineage = first_run()
         self.name = name or getattr(self.model, "name_or_path", None) or None
         self.used_cache = getattr(self.model.config, "use_cache", True)  # what an exported configuration says
         self.model.config.use_cache = False
         self.head = OutputHead.of(self.model)
+        if mlp_chunk_tokens is not None:
+            chunk_feed_forwards(self.model, mlp_chunk_tokens)
         if lora is not None:
             add_adapters(self.model, lora)
             self._base = base_digest(self.model)
-        if recompute != "nothing":
-            self._recompute()
+        recompute_layers(self.model, recompute, activation_offload)
         self.model.train()  # from_pretrained returns it in evaluation mode, without dropout
         self._save_arguments(attention, dtype)
 
@@ -144,7 +166,7 @@ class CausalLMModule(TokenModule):
                 **source,
                 **self.optimization,
                 "lora": self.lora,
-                "recompute": self.recompute,
+                **self.savings,
                 "loss_chunk": self.loss_chunk,
                 "attention": attention,
                 "dtype": dtype,
@@ -152,21 +174,6 @@ class CausalLMModule(TokenModule):
                 **self.sampling,
             }
         )
-
-    def _recompute(self) -> None:
-        """Have the layers of the model recomputed in the backward, with or without attention."""
-        options: dict[str, Any] = {"use_reentrant": False}
-        if self.recompute == "all but attention":
-            options["context_fn"] = keep_attention
-        if not self.model.supports_gradient_checkpointing:
-            raise ValueError(
-                f"recompute must be 'nothing' with a {type(self.model).__name__}, which recomputes nothing"
-            )
-        enable = getattr(self.model, "activation_checkpointing_enable", None)
-        if enable is None:  # before transformers 5.23
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        else:
-            enable(activation_checkpointing_kwargs=options)
 
     # The batch
 
@@ -200,6 +207,17 @@ class CausalLMModule(TokenModule):
 
     # The model
 
+    def configure_model(self) -> None:
+        """Read the weights of `load_sharded`, unless the strategy shards the model before, and reads them then."""
+        if not getattr(self.trainer.strategy, "shards_before_loading", False):
+            self.load_weights(torch.device("cpu"))
+
+    def load_weights(self, device: torch.device) -> None:
+        """Read the weights of `load_sharded`, or this rank's parts of them, once; all ranks call it."""
+        if self._files is not None:
+            self._files.load(device)
+            self._files = None
+
     def hidden_states(self, input_ids: Tensor, **options: Tensor) -> Tensor:
         """Return the input of the output head, (B, N, width); see the class for the options of a batch."""
         positions, documents = options.get("positions"), options.get("documents")
@@ -213,7 +231,7 @@ class CausalLMModule(TokenModule):
         elif "attention_mask" in options:
             arguments["attention_mask"] = options["attention_mask"]
         with whole_documents(self, documents):
-            hidden: Tensor = self.model.base_model(input_ids=input_ids, **arguments).last_hidden_state
+            hidden: Tensor = body_of(self.model)(input_ids=input_ids, **arguments).last_hidden_state
         return hidden
 
     def forward(self, input_ids: Tensor, **options: Tensor) -> Tensor:

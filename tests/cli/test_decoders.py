@@ -43,7 +43,8 @@ def test_a_plan_has_the_parameters_and_the_windows_of_the_model():
     job = read_job([recipe, "--model.name", "null", "--model.overrides", "null", f"--model.config={QWEN3_8B}"])
     assert (job.ranks, job.tokens, job.sharding, job.precision) == (8, 131072, "fsdp2", "bf16-mixed")
     assert (job.config.dim, job.config.layers, job.config.kv_heads) == (4096, 36, 8)
-    assert job.config.recompute == "all but attention"
+    assert (job.config.recompute, job.config.offload_activations) == ("all but attention", True)
+    assert job.config.feed_forward_chunk == 4096
     kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7, "use_sliding_window": True}
     job = read_job([SMALL, f"--model.config={ {**TINY, **kinds} }"])
     assert [pattern.branches[0].window for pattern in job.config.patterns] == [7, None]

@@ -47,6 +47,16 @@ def test_float32_of_deepspeed_equals_a_plain_loop(deepspeed_trainers, mesh):
         compare(found, expected("float32"), 1e-4)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("recompute", ["everything", "all but attention"])
+@pytest.mark.parametrize("sharding", ["fsdp2", "deepspeed_stage_3"])
+def test_savings_of_memory_train_the_same(request, sharding, recompute):
+    trainers, dtype, tolerance = runs_of(sharding, request)
+    savings = {"recompute": recompute, "activation_offload": True, "mlp_chunk_tokens": 4}
+    for found in trainers(2).run(2, fit, dtype, sharding, 2, savings):
+        compare(found, expected(dtype), tolerance)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with the weights of a model, as it would be downloaded."""

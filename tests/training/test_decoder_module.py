@@ -24,6 +24,8 @@ KINDS = {
     "olmo2": {},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "glm": {},
+    # whose model without its head is not the `base_model`
+    "llama4_text": {"num_local_experts": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 48},
 }
 IDS = torch.randint(61, (2, 24), generator=torch.Generator().manual_seed(2))
 LABELS = IDS.roll(-1, 1).masked_fill(torch.arange(24) % 7 == 6, -100)
@@ -47,7 +49,7 @@ def gradients(net, loss):
     return torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad], allow_unused=True)
 
 
-@pytest.mark.parametrize("kind", tiered(KINDS, quick=["cohere", "gemma2"]))
+@pytest.mark.parametrize("kind", tiered(KINDS, quick=["cohere", "gemma2", "llama4_text"]))
 def test_the_loss_in_chunks_is_that_of_the_models_own_logits(kind):
     net = module(kind, loss_chunk=5, attention="eager")
     loss, count = net.token_loss(IDS, LABELS)

@@ -1,0 +1,145 @@
+"""Weights of which each rank reads its parts: the same run as with ordinary loading, from less memory."""
+
+import pytest
+import torch
+from decoder_runs import fit, module
+from memory import peak_bytes
+from tiers import tiered
+from trained import quiet, trainer_of
+
+from lightning_longnet import CausalLMModule
+from lightning_longnet.huggingface.weight_files import part_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+LARGE = {
+    **{"model_type": "gemma3_text", "vocab_size": 3001, "hidden_size": 128, "intermediate_size": 512},
+    **{"num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("weights") / "model"
+    module("float32").save_pretrained(made)
+    return str(made)
+
+
+def trained(trainers, folder, sharding, world, load_sharded):
+    options = {"config": None, "name": folder, "load_sharded": load_sharded}
+    return trainers.run(world, fit, "float32", sharding, 2, options)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "world"),
+    tiered([("fsdp2", 2), ("ddp", 2), ("fsdp2_offload", 2), ("hsdp", 4), ("fsdp2", 4)], quick=[("fsdp2", 2)]),
+)
+def test_a_run_is_that_of_ordinary_loading(trainers, folder, sharding, world):
+    found = trained(trainers, folder, sharding, world, True)
+    wanted = trained(trainers, folder, sharding, world, False)
+    for (losses, parameters), (right, best) in zip(found, wanted, strict=True):
+        assert losses == right
+        assert parameters.keys() == best.keys()
+        for name, x in parameters.items():
+            assert torch.equal(x, best[name]), name
+
+
+def load(rank, world, folder, load_sharded):
+    """Return the peak of the memory of a rank from the module to the first step, and all parameters and buffers."""
+    from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+    kept = {}
+
+    def call():
+        net = CausalLMModule(name=folder, load_sharded=load_sharded)
+        trainer_of(RingSequenceParallelStrategy(sharding="fsdp2"), world).validate(net, [], verbose=False)
+        kept["net"] = net
+
+    with quiet():
+        peak = peak_bytes(call)
+        named = [*kept["net"].model.named_parameters(), *kept["net"].model.named_buffers()]
+        held = {name: getattr(x, "full_tensor", lambda x=x: x)().detach().clone() for name, x in named}
+    return peak, held
+
+
+def test_a_rank_holds_its_parts_and_never_the_whole(trainers, tmp_path):
+    torch.manual_seed(0)
+    made = CausalLMModule(config=LARGE)
+    made.save_pretrained(tmp_path / "model")
+    whole = sum(4 * p.numel() for p in made.model.parameters())
+    largest = max(4 * p.numel() for p in made.model.parameters())
+    plain = trainers.run(2, load, str(tmp_path / "model"), False)
+    for (peak, held), (ordinary, wanted) in zip(
+        trainers.run(2, load, str(tmp_path / "model"), True), plain, strict=True
+    ):
+        assert peak < (whole + largest) / 2 + 2**18
+        assert ordinary > 1.4 * whole  # the whole beside the parts
+        assert held.keys() == wanted.keys()
+        for name, x in held.items():
+            assert torch.equal(x, wanted[name]), name
+
+
+def test_what_cannot_be_read_in_parts_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    made = module("float32")
+    made.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+
+    def refused(changed, message):
+        save_file(changed, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            CausalLMModule(name=str(tmp_path / "model"), load_sharded=True)
+
+    norm = "model.norm.weight"
+    refused({**tensors, norm: torch.zeros(3)}, r"model\.norm\.weight of .* must have the shape \(32,\)")
+    refused({**tensors, "other.weight": torch.zeros(3)}, r"the file has other\.weight, which the model has not")
+    refused({name: x for name, x in tensors.items() if name != norm}, r"the file has no model\.norm\.weight")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"which has no model\.safetensors"):
+        CausalLMModule(name=str(tmp_path / "model"), load_sharded=True)
+    with pytest.raises(ValueError, match="load_sharded is for the weights of a name, without lora"):
+        CausalLMModule(name=str(tmp_path / "model"), load_sharded=True, lora={"r": 2})
+
+
+def test_the_head_is_checked_before_there_are_weights(tmp_path, monkeypatch):
+    from transformers import Qwen3ForCausalLM
+
+    module("float32").save_pretrained(tmp_path / "model")
+    forward = Qwen3ForCausalLM.forward
+
+    def doubled(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = 2 * out.logits
+        return out
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", doubled)
+    with pytest.raises(ValueError, match="output head of Qwen3ForCausalLM must be a linear map"):
+        CausalLMModule(name=str(tmp_path / "model"), load_sharded=True)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "qwen3"])
+def test_files_in_parts_and_in_half_types_are_read(tmp_path, kind):
+    from transformers import AutoModelForCausalLM
+
+    made = CausalLMModule(config={**LARGE, "model_type": kind, "num_hidden_layers": 1}, dtype="bfloat16")
+    made.model.save_pretrained(tmp_path / "model", max_shard_size="500KB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
+    net = CausalLMModule(name=str(tmp_path / "model"), load_sharded=True)
+    assert all(p.is_meta for p in net.model.parameters())
+    net.load_weights(torch.device("cpu"))
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for kept in ("named_parameters", "named_buffers"):
+        held = dict(getattr(net.model, kept)())
+        assert held.keys() == dict(getattr(wanted, kept)()).keys()
+        for name, x in getattr(wanted, kept)():
+            assert torch.equal(x, held[name]), name
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(10, 4), (3, 4), (8, 2), (9, 4)])
+def test_parts_are_those_of_fsdp2(rows, ranks):
+    parts = torch.arange(rows).chunk(ranks)
+    for rank in range(ranks):
+        wanted = parts[rank].tolist() if rank < len(parts) else []
+        assert list(range(rows))[part_of(rows, ranks, rank)] == wanted
