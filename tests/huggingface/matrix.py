@@ -145,24 +145,29 @@ class Row:
 
 
 def table(result):
-    """Return the table of the page, and what it says about the run."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    rows = [each for name in result["rows"].values() for each in name.values()]
-    equal, refused = (sum(sum(each[which].values()) for each in rows) for which in ("equal", "refused"))
+    """Return the table of the page, and a sentence that counts the cells."""
+    architectures = result["rows"]
+    rows = [each[attention] for each in architectures.values() for attention in ATTENTION]
+    equal, refused = (sum(sum(row[which].values()) for row in rows) for which in ("equal", "refused"))
+    runs = {
+        f"on {each['date']} at commit `{each['commit'][:12]}` with torch {each['versions']['torch']} and transformers "
+        f"{each['versions']['transformers']}"
+        for each in architectures.values()
+    }
     lines = [
-        f"On {result['date']}, {equal:,} cells were equal and {refused:,} were refused by name, at commit "
-        f"`{result['commit'][:12]}` with {versions}.",
+        f"{equal:,} cells are equal, and {refused:,} are refused, as no swap divides 4 heads among 3 ranks: "
+        f"{'; '.join(sorted(runs))}.",
         "",
         f"| architecture | attention | {' | '.join(WORLDS)} | refused | largest difference |",
         f"| --- | --- |{' --- |' * len(WORLDS)} --- | --- |",
     ]
-    for name, kinds in result["rows"].items():
-        for attention, row in kinds.items():
-            cells = " | ".join(str(row["equal"].get(ranks, 0)) for ranks in WORLDS)
-            largest = f"{row['largest_difference']:.0e}"
-            if "largest_rounded_difference" in row:
-                largest += f"; {row['largest_rounded_difference']:.0e} in float32"
-            lines.append(f"| {name} | {attention} | {cells} | {sum(row['refused'].values())} | {largest} |")
+    for name, attention in product(architectures, ATTENTION):
+        row = architectures[name][attention]
+        cells = " | ".join(str(row["equal"].get(ranks, 0)) for ranks in WORLDS)
+        largest = "" if not row["largest_difference"] else f"{row['largest_difference']:.0e}"
+        if "largest_rounded_difference" in row:
+            largest += f"{', ' if largest else ''}{row['largest_rounded_difference']:.0e} after float32"
+        lines.append(f"| {name} | {attention} | {cells} | {sum(row['refused'].values())} | {largest} |")
     return "\n".join(lines) + "\n"
 
 
@@ -175,13 +180,13 @@ def main():
     parser.add_argument("--names", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     options = parser.parse_args()
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": {}}
-    result |= {"date": datetime.now(UTC).date().isoformat(), "commit": commit_of(ROOT), "versions": versions(PACKAGES)}
-    assert result["commit"], "changes must be committed, so that the result can name its commit"
+    run = {"date": datetime.now(UTC).date().isoformat(), "commit": commit_of(ROOT), "versions": versions(PACKAGES)}
+    assert run["commit"], "changes must be committed, so that the result can name its commit"
     pool = Pool(4)
     try:
         for name in options.names:
             rows = {attention: Row(name, attention).fill(pool).result() for attention in ATTENTION}
-            known = result["rows"] | {name: rows}
+            known = result["rows"] | {name: run | rows}
             result["rows"] = {each: known[each] for each in ARCHITECTURES if each in known}
             write(RESULT, result)
             print(name, rows, flush=True)
