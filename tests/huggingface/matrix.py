@@ -145,8 +145,11 @@ class Row:
 
 
 def table(result):
-    """Return the table of the page, and a sentence that counts the cells."""
+    """Return the table of the page, and sentences that count the cells and name the architectures without a run."""
+    from architectures import ARCHITECTURES
+
     architectures = result["rows"]
+    missing = [name for name in ARCHITECTURES if name not in architectures]
     rows = [each[attention] for each in architectures.values() for attention in ATTENTION]
     equal, refused = (sum(sum(row[which].values()) for row in rows) for which in ("equal", "refused"))
     runs = {
@@ -156,7 +159,7 @@ def table(result):
     }
     lines = [
         f"{equal:,} cells are equal, and {refused:,} are refused, as no swap divides 4 heads among 3 ranks: "
-        f"{'; '.join(sorted(runs))}.",
+        f"{'; '.join(sorted(runs))}." + (f" Not run: {', '.join(missing)}." if missing else ""),
         "",
         f"| architecture | attention | {' | '.join(WORLDS)} | refused | largest difference |",
         f"| --- | --- |{' --- |' * len(WORLDS)} --- | --- |",

@@ -1,12 +1,13 @@
 """All architectures by all kinds of attention, batches, ranks and exchanges, and the result that is committed."""
 
+import json
 from itertools import product
 
 import matrix
 import pytest
 import torch
 from architectures import ARCHITECTURES, whole_step
-from matrix import ATTENTION, EVEN, Row, Way
+from matrix import ATTENTION, EVEN, RESULT, Row, Way
 
 CELLS = {"1 rank": 18, "2 ranks": 18, "4 ranks": 18, "uneven": 48}  # kinds x exchanges x placements x numbers of ranks
 REFUSED = {"uneven": 6}  # swap on 3 ranks
@@ -56,3 +57,19 @@ def test_a_refusal_counts_only_with_its_reason_on_all_ranks(step):
     row.add("plain", way, [message, message, step])
     row.add("plain", way, [message, "another error", message])
     assert len(row.faults) == 2
+
+
+def test_the_committed_result_has_all_cells_of_its_architectures():
+    rows = json.loads(RESULT.read_text())["rows"]
+    assert list(rows) == [name for name in ARCHITECTURES if name in rows]
+    assert len(rows) >= 12
+    for name, attention in product(rows, ATTENTION):
+        row = rows[name][attention]
+        assert (row["equal"], row["refused"]) == (CELLS, REFUSED), (name, attention)
+        assert row["largest_difference"] < matrix.TOLERANCE
+        assert row.get("largest_rounded_difference", 0) < matrix.ROUNDED_TOLERANCE
+
+
+def test_the_page_names_architectures_that_were_not_run():
+    rows = json.loads(RESULT.read_text())["rows"]
+    assert "Not run: Mistral" in matrix.table({"rows": {name: rows[name] for name in rows if name != "Mistral"}})
