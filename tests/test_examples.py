@@ -58,3 +58,16 @@ def test_a_model_of_transformers_is_trained_by_two_processes_and_read_by_transfo
     assert "2 ranks equal one process" in shown or "validation loss" in shown
     assert "def main(" in shown
     assert "done" in shown
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("example", "last"),
+    [("accelerate_loop", r"step 7: loss (\S+),"), ("transformers_trainer", r"evaluation loss (\S+)")],
+)
+def test_loops_of_hugging_face_learn_alike_on_one_process_and_on_two(example, last):
+    alone = run(f"examples/{example}.py")
+    shared = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"examples/{example}.py")
+    losses = [float(re.search(last, text).group(1)) for text in (alone, shared)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    assert losses[1] < 3  # of 4.16 = log(64) at the beginning

@@ -38,6 +38,10 @@ class LongNetCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """Return what `get_max_length` returns, which older releases of transformers call so."""
+        return self.get_max_length()
+
 
 _OF_LONGNETS = "a LongNetCache must be of a LongNetForCausalLM: other models attend to other keys than it keeps"
 

@@ -3,6 +3,7 @@
 Run it to write the page again: `python tests/huggingface/architecture_table.py`.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,10 +12,10 @@ PAGE = ROOT / "docs" / "architectures.md"
 HEAD = """# Architectures of transformers
 
 With `attn_implementation="ring"`, `attend` computes the attention of these models, on one process and over the ranks
-that share a sequence. For each model, `tests/huggingface/test_ring.py` compares the loss, the logits and all gradients
-with those of one process with transformers' own attention. If transformers' SDPA lacks the softcap or the sinks of a
-model, the test compares with the equation instead. It covers plain, packed and padded rows, on 1, 2 and 4 ranks, with
-the exchanges gather, ring and swap. `tests/huggingface/architecture_table.py` writes this page.
+that share a sequence. For each model, tests compare the loss, the logits and all gradients with those of one process
+with transformers' own attention; [a table](#the-cells-of-the-tests) counts them. If transformers' SDPA lacks the
+softcap or the sinks of a model, the test compares with the equation instead.
+`tests/huggingface/architecture_table.py` writes this page.
 
 The column "keys of the layers" lists the keys that a query sees in the layers of the model: all earlier ones, those in
 a sliding window, or those in its own chunk of the sequence. The column "packed rows" lists how a batch marks the
@@ -32,6 +33,17 @@ A layer to which `dilate` gave a pattern uses that pattern instead.
 
 | architecture | reason |
 | --- | --- |
+"""
+CELLS = """
+## The cells of the tests
+
+A cell is one step of a model with 2 layers in float64 on plain, packed or padded rows, with the exchange gather, ring
+or swap, and with contiguous or zigzag placement. On 1, 2 and 4 ranks, rows have 48 tokens; the column "uneven" has 53
+tokens on 2, 3 and 4 ranks. With dilated attention, the second layer has a pattern of three dilation rates, and is
+compared with the equation. Differences are relative to the norm of each tensor, and at most 1e-12; or 1e-6 where the
+model itself computes in float32, as routers and norms do. `tests/huggingface/matrix.py` runs the cells, and
+`make test-full` runs them again.
+
 """
 REFUSED = {
     "Llama 4, as published": ("Llama4TextConfig", {"num_local_experts": 2, "no_rope_layers": [1, 0]}),
@@ -57,6 +69,7 @@ def page():
     """Return the text of the page."""
     import transformers
     from architectures import ARCHITECTURES, LEAKS, SMALL, WITHOUT_POSITIONS, model
+    from matrix import RESULT, table
 
     from lightning_longnet.huggingface.placements import layer_patterns
     from lightning_longnet.huggingface.support import split_refusals
@@ -89,7 +102,8 @@ def page():
         net = transformers.AutoModelForCausalLM.from_config(config)
         reasons = [reason for reason in split_refusals(net) if not reason.startswith("attn_implementation")]
         refused.append(f"| {name} | {'; '.join(reasons)} |")
-    return HEAD + "\n".join(lines) + "\n" + BETWEEN + "\n".join(refused) + "\n"
+    cells = table(json.loads(RESULT.read_text()))
+    return HEAD + "\n".join(lines) + "\n" + BETWEEN + "\n".join(refused) + "\n" + CELLS + cells
 
 
 if __name__ == "__main__":

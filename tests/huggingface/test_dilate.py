@@ -1,11 +1,9 @@
 """`dilate`: patterns in chosen layers of a model of transformers, beside the equation written out in those layers."""
 
-from itertools import product
-
-import architectures
 import pytest
 import torch
-from architectures import ARCHITECTURES, ROUNDED, batch, largest_differences, model, split_step, whole_step
+from architectures import ARCHITECTURES, ROUNDED, largest_differences, model, split_step
+from dilated_models import PATTERN, dilated, whole_dilated_step
 from tiers import tiered
 
 from lightning_longnet import CausalLMModule, Pattern
@@ -14,82 +12,17 @@ from lightning_longnet.huggingface.models import config_of
 from lightning_longnet.huggingface.placements import choose_placement, layer_patterns
 from lightning_longnet.huggingface.saving import model_with
 
-PATTERN = Pattern.dilated((4, 16, 64), (1, 2, 4), is_causal=True)
-NAMES = [name for name in ARCHITECTURES if name != "Llama 4"]  # its chunks count from the padding as patterns do
-
-
-def dilated(net):
-    dilate(net, PATTERN, [1])
-
-
-def documents_of(kind):
-    """Return the id of each token's document; padding at the beginning of a row is one of its own."""
-    tensors = batch(kind)
-    if kind == "padded":
-        return (tensors["attention_mask"].cumsum(1) > 0).long()
-    return (torch.arange(architectures.LENGTH) - tensors["position_ids"]).expand(len(tensors["input_ids"]), -1)
-
-
-def weighted_reference(kind):
-    """Return attention that counts each pair as often as the pattern shows it, in layer 1, and is plain in others."""
-    ids, padding = documents_of(kind), batch(kind).get("attention_mask")
-    counts = {}
-
-    def attention(module, query, key, value, mask, scaling=None, softcap=None, s_aux=None, **_):
-        if module.layer_idx != 1:
-            return architectures.plain_attention(module, query, key, value, mask, scaling, softcap, s_aux)
-        heads, kv_heads = query.shape[1], key.shape[1]
-        if heads not in counts:
-            counts[heads] = torch.stack([packed_mask(row, heads, kv_heads) for row in ids])
-        seen = counts[heads].double()
-        if padding is not None:
-            seen = seen * padding[:, None, None, :]
-        key, value = (x.repeat_interleave(heads // kv_heads, 1) for x in (key, value))
-        scores = query @ key.mT * scaling
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        weights = seen * (scores - 20).exp()  # of scores that are small, so that no exponential overflows
-        total = weights.sum(-1, keepdim=True)
-        if s_aux is not None:
-            total = total + (s_aux[:, None, None] - 20).exp()
-        return (weights @ value / total.masked_fill(total == 0, 1)).transpose(1, 2), None
-
-    return attention
-
-
-def packed_mask(ids, heads, kv_heads):
-    """Return how often each pair of a row counts, (H, N, N): each document alone."""
-    lengths = ids.unique_consecutive(return_counts=True)[1].tolist()
-    counts, at = torch.zeros(heads, len(ids), len(ids)), 0
-    for n in lengths:
-        counts[:, at : at + n, at : at + n] = PATTERN.mask(n, heads, kv_heads)
-        at += n
-    return counts
-
-
-def reference(name, kind):
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import AttentionMaskInterface as Masks
-
-    architectures.register_plain()
-    AttentionInterface.register("weighted", weighted_reference(kind))
-    AttentionMaskInterface.register("weighted", Masks()["plain"])
-    return whole_step(name, kind, "weighted")
-
-
-CASES = list(product(NAMES, ("plain", "packed", "padded"), ((2, "gather"), (2, "swap"), (4, "ring"))))
 QUICK = [("Llama", "packed", (2, "gather")), ("gpt-oss", "plain", (4, "ring")), ("Gemma 2", "padded", (2, "swap"))]
-SOME = [(name, ("plain", "packed", "padded")[i % 3], (4, "ring")) for i, name in enumerate(NAMES) if i % 2]
+# each architecture once; test_matrix.py has all cases
+ONCE = [(name, ("plain", "packed", "padded")[i % 3], (4, "ring")) for i, name in enumerate(ARCHITECTURES)]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "way"), tiered(CASES, QUICK, [case for case in CASES if case not in (*QUICK, *SOME)])
-)
+@pytest.mark.parametrize(("name", "kind", "way"), tiered({**dict.fromkeys(QUICK), **dict.fromkeys(ONCE)}, QUICK))
 def test_parts_of_a_dilated_model_give_what_the_equation_gives(pool, name, kind, way):
     world, exchange = way
     placement = "zigzag" if exchange == "gather" else "contiguous"
     parts = pool.run(world, split_step, name, kind, placement, exchange, None, dilated)
-    for each, difference in largest_differences(reference(name, kind), parts, kind).items():
+    for each, difference in largest_differences(whole_dilated_step(name, kind), parts, kind).items():
         limit = 1e-6 if name in ROUNDED and ROUNDED[name] in each else 1e-12
         assert difference < limit, f"{each}: {difference:.1e}"
 
