@@ -155,7 +155,7 @@ def table(path: Path) -> str:
     for kind, (text, wanted) in OTHERS.items():
         runs = found.get(kind, [])
         held = [run for run in runs if run["held"]]
-        missing = "" if len(runs) >= wanted else f" (of {wanted}, the others were not run)"
+        missing = "" if len(runs) >= wanted else f" ({wanted - len(runs)} more were not run)"
         longest = max((run["ended_after"] for run in held if "ended_after" in run), default=None)
         worst = "" if longest is None else f"ended after {longest:.0f} s"
         count = f"{len(held)} of {len(runs)}{missing}" if runs else f"not run ({wanted})"

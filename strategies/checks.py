@@ -80,7 +80,7 @@ def check_is_split(context: SequenceContext) -> None:
 
 
 def check_means(means: int) -> None:
-    """Raise a ValueError where a step took another number of means than the one that its tokens weight."""
+    """Raise a ValueError unless a step called `token_mean` with a gradient exactly once."""
     if means != 1:
         raise ValueError(
             f"accumulate='tokens' needs one token_mean with a gradient in each training_step, got {means}: detach "

@@ -47,11 +47,11 @@ class FirstBatchCheck:
         self._checked: set[str] = set()
 
     def begin(self, module: LightningModule, whole: Callable[[Tensor], Tensor]) -> None:
-        """Take the structure of a module before the engine shards it; once in a run.
+        """Copy the structure of a module before the engine shards it; once in a run.
 
         Args:
             module: the module.
-            whole: returns the whole of a parameter that the engine shards after that.
+            whole: gathers the full tensor of a parameter that the engine has sharded since.
         """
         if self._replica is None and self.action != "off":
             self._replica = replica_of(module, whole)

@@ -91,7 +91,7 @@ def _check_model(
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Raise a ValueError, on all ranks, where one of them met an object that could run code."""
+    """Raise a ValueError on all ranks, not torch's error, where one refused an object that could run code."""
     try:
         yield
     except CheckpointException as error:

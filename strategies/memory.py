@@ -70,6 +70,7 @@ class MemoryCheck:
 
 
 def _finding(strategy: SplitSteps, module: LightningModule, batch: Any, room: Room) -> Finding:
+    """Return whether a run fits this rank: by its plan or, without one, by parameters, gradients and states alone."""
     optimizers: list[Optimizer] = strategy.optimizers
     job = _job_of(strategy, module, batch, optimizers)
     if job is not None:

@@ -42,12 +42,12 @@ class DropoutSeeds:
         return None if self._step is None else splitmix64(self._step + layer)
 
     def of_call(self, rank: int, ranks: int) -> int:
-        """Return the seed of a call of plain dropout on one of `ranks` ranks; those of other ranks are others.
+        """Return the seed of a call of plain dropout on one of `ranks` ranks; each rank gets a different one.
 
-        torch's CPU generator advances by as much on all ranks, whatever they drop.  In a step the seeds are drawn from
-        a generator of the step, so that a run that is resumed repeats them.  A recomputation of activations restores
-        torch's generator, and so draws numbers that were drawn before: by them it gets the seeds of the first
-        computation.
+        Every call draws `ranks` numbers from torch's CPU generator, so that it stays equal on all ranks.  Outside of a
+        step these are the seeds.  In a step the seeds come from a generator of the step, so that a resumed run repeats
+        them.  Activation checkpointing restores torch's generator before it recomputes, so the recomputation draws the
+        same numbers again: the first of them is the key under which the seeds of the call are cached.
         """
         drawn = torch.randint(2**62, (ranks,), device="cpu")
         if self._step is not None:

@@ -75,7 +75,7 @@ def _restore_generator(module: nn.Module) -> None:
 
 
 def _independent_dims(module: nn.Module, x: Tensor) -> Sequence[int]:
-    """Return the sizes of the dimensions of x along which a module drops independently, but for that of features."""
+    """Return the sizes of the dimensions of x, without that of features, along which a module draws independently."""
     for kind, dims in _OF_FEATURES.items():
         if isinstance(module, kind):
             return x.shape[: 2 if x.dim() >= dims else 1]

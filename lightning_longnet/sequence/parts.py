@@ -76,7 +76,7 @@ class SequencePart:
 
 
 def collate_parts(parts: Sequence[SequencePart], **_: Any) -> SequencePart:
-    """Collate the parts of several samples, which must be cut alike, into one of a batch."""
+    """Collate the parts of several samples into that of a batch; all must have the same length and stretches."""
     first = parts[0]
     for part in parts:
         if (part.length, part.stretches) != (first.length, first.stretches):

@@ -13,7 +13,7 @@ HEAD = """# Architectures of transformers
 
 With `attn_implementation="ring"`, `attend` computes the attention of these models, on one process and over the ranks
 that share a sequence. For each model, tests compare the loss, the logits and all gradients with those of one process
-with transformers' own attention; [a table](#the-cells-of-the-tests) counts them. If transformers' SDPA lacks the
+with transformers' own attention; [a table](#what-the-tests-cover) counts these. If transformers' SDPA lacks the
 softcap or the sinks of a model, the test compares with the equation instead.
 `tests/huggingface/architecture_table.py` writes this page.
 
@@ -35,14 +35,14 @@ A layer to which `dilate` gave a pattern uses that pattern instead.
 | --- | --- |
 """
 CELLS = """
-## The cells of the tests
+## What the tests cover
 
-A cell is one step of a model with 2 layers in float64 on plain, packed or padded rows, with the exchange gather, ring
-or swap, and with contiguous or zigzag placement. On 1, 2 and 4 ranks, rows have 48 tokens; the column "uneven" has 53
-tokens on 2, 3 and 4 ranks. With dilated attention, the second layer has a pattern of three dilation rates, and is
-compared with the equation. Differences are relative to the norm of each tensor, and at most 1e-12; or 1e-6 where the
-model itself computes in float32, as routers and norms do. `tests/huggingface/matrix.py` runs the cells, and
-`make test-full` runs them again.
+The table counts test cases. A case is one step of a model with 2 layers in float64, on plain, packed or padded rows,
+with the exchange gather, ring or swap, and with contiguous or zigzag placement. On 1, 2 and 4 ranks, rows have 48
+tokens; the column "uneven" is for rows of 53 tokens on 2, 3 and 4 ranks. In rows with "dilated", the second layer has a
+pattern of three dilation rates, and the model is compared with the equation. Differences are relative to the norm of
+each tensor. They are at most 1e-12, or 1e-6 if the model itself computes in float32, as routers and norms do ("after
+float32"). `tests/huggingface/matrix.py` runs the cases, and `make test-full` runs them again.
 
 """
 REFUSED = {

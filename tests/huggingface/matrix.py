@@ -158,7 +158,7 @@ def table(result):
         for each in architectures.values()
     }
     lines = [
-        f"{equal:,} cells are equal, and {refused:,} are refused, as no swap divides 4 heads among 3 ranks: "
+        f"{equal:,} cases are equal, and {refused:,} are refused, as swap cannot divide 4 heads among 3 ranks. Run "
         f"{'; '.join(sorted(runs))}." + (f" Not run: {', '.join(missing)}." if missing else ""),
         "",
         f"| architecture | attention | {' | '.join(WORLDS)} | refused | largest difference |",

@@ -132,7 +132,7 @@ def active(implementation: str) -> Iterator[None]:
 
 @constant_result
 def _absence(implementation: str, module: str) -> tuple[str, ...]:
-    """Return the reasons in torch and the installed packages why an implementation cannot be used.
+    """Return why the installed torch and packages cannot run an implementation; empty if they can.
 
     torch.compile traces the choice of a kernel and cannot follow imports, so it takes this result for a constant.
     """

@@ -149,9 +149,10 @@ class _Tile(NamedTuple):
     keys: slice
 
     def read(self, x: Tensor) -> Tensor:
-        """Return rows of q, (samples * key heads, group * queries, D): the heads of a group follow one another.
+        """Return the rows of x, one of q, out, lse or their gradients: (samples * key heads, group * queries, D).
 
-        So the query heads of a group share one product with the keys of their key head.
+        The heads of a group follow one another, so that the query heads of a group share one product with the keys of
+        their key head.
         """
         rows = x[self.chunk.samples, self._heads, self.queries].to(torch.promote_types(x.dtype, torch.float32))
         return rows.reshape(-1, self.chunk.group * rows.shape[2], rows.shape[3])

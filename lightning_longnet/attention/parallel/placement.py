@@ -148,7 +148,7 @@ class Placement:
 
 
 def _between(borders: tuple[int, ...], begin: int, end: int) -> set[int]:
-    """Return the ranks between whose borders lies a token from `begin` to `end`."""
+    """Return the ranks that hold a token of [begin, end): rank r holds [borders[r], borders[r + 1])."""
     if begin >= end:
         return set()
     first, last = bisect_right(borders, begin) - 1, bisect_left(borders, end)

@@ -234,7 +234,7 @@ class RoundsCall(NamedTuple):
     def _send_gradients(
         self, step: Round, indices: RoundIndices, dkv_rows: Tensor, dk: Accumulator, dv: Accumulator
     ) -> Callable[[], None]:
-        """Send dK and dV of a round's keys to the ranks that own them.
+        """Send dK and dV of a round's keys to the ranks that own them, against the direction of the forward.
 
         Returns a function that waits for the dK and dV of this rank's own keys and adds them to dk and dv.
         """

@@ -129,7 +129,7 @@ def _clip(block: Block, s: int, a: int, queries: Chunk, keys: Chunk) -> _Clip | 
 
 
 def _between(lattice: Lattice, s: int, a: int, chunk: Chunk) -> tuple[int, int]:
-    """Return the rows of segment `s` and head `a` that lie in a chunk, by their places in the run, first and end."""
+    """Return [first, end) of the rows of segment `s` and head `a` that lie in a chunk, as indices i of the lattice."""
     row = lattice.starts[s] + a * lattice.row_shift
     first, last = -((row - chunk.begin) // lattice.step), -((row - chunk.end) // lattice.step)
     rows = lattice.rows
@@ -150,7 +150,7 @@ def _inside(lattice: Lattice, chunk: Chunk) -> tuple[int, int]:
 
 
 def _part(lattice: Lattice, s: int, heads: range, rows: range, chunk: Chunk) -> Lattice:
-    """Return some heads of segment `s`, and of its run the rows at the places `rows`, in local rows of the chunk."""
+    """Return segment `s` restricted to some heads and to rows i in `rows`, as rows of the rank's local tensor."""
     start = lattice.starts[s] + heads.start * lattice.row_shift + rows.start * lattice.step
     start += chunk.local - chunk.begin
     head = lattice.head + heads.start * lattice.head_step

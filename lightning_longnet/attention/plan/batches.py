@@ -165,7 +165,7 @@ def _batches(blocks: list[Block]) -> Iterator[list[Block]]:
 
 
 def _joining_rows(block: Block, batch: list[Block]) -> float:
-    """Return the time that a batch takes longer with one more block, in copies of a row of one head."""
+    """Return the cost of adding a block to a batch, in units of the time to copy one row of one head."""
     longest, rows = batch[0].queries.rows, block.queries.rows
     padding = (longest - rows) * len(block.queries.starts) * block.queries.heads
     # a view becomes a copy, and the results of padded runs are copied twice: those of the first block of a batch, too

@@ -83,10 +83,10 @@ _KEPT: dict[int, _Kept] = {}  # by the id of the storage, which removes its entr
 
 
 def packed_rows(documents: Tensor) -> PackedRows:
-    """Return the documents of ids (B, N), which are read once for all calls with the same tensor.
+    """Return where the documents of ids (B, N) begin, cached for as long as the storage of the ids lives.
 
-    On a CPU the ids are compared with those that were read, so that a change of memory which torch does not count is
-    seen.  On other devices that would wait for the device, and only changes that torch counts are seen.
+    An entry is reused while the view and its version counter are unchanged.  On a CPU the ids are compared too, so that
+    writes that torch does not count are noticed.  On other devices this would wait for the device.
     """
     batch, length = documents.shape
     if documents.is_inference():  # torch does not count its changes

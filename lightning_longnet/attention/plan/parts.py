@@ -24,9 +24,9 @@ class Parts(tuple[Part, ...]):
     """
 
     def bounded(self, limit: int, threads: int, joins: bool = False) -> tuple[Part, ...]:
-        """Return the parts cut to at most `limit` rows where possible, each call with work for all threads.
+        """Return the parts cut into calls of at most `limit` rows, or of more where a cut would leave threads idle.
 
-        With `joins` small parts are joined before, as `batched` does.
+        With `joins`, small parts are first joined by `joined`.
         """
         cuts: dict[tuple[int, int, bool], tuple[Part, ...]] = self.__dict__.setdefault("_cuts", {})
         key = limit, threads, joins

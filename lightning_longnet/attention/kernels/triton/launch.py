@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _Lists(NamedTuple):
-    """The values on which the lists of some parts depend, besides the parts."""
+    """The key of cached tile lists: all that they depend on besides the parts."""
 
     group: int
     sources: tuple[int, ...]
@@ -122,7 +122,7 @@ def _launch(program: Any, lists: Lists, arguments: tuple[Any, ...], tile: Tile) 
 
 
 def _phases(parts: Parts, q: Tensor, tensors: KeyTensors, tile: Tile, is_of_keys: bool) -> tuple[_Phase, ...]:
-    """Return the phases of parts with their lists, which are kept with the parts."""
+    """Return the phases of parts with their tile lists, cached in `parts`."""
     if not parts:
         return ()
     group = q.shape[2] // tensors.k.shape[2]
