@@ -1,7 +1,7 @@
 """Measure the next token of a text: from a DilatedCache, from a full cache, from a Llama's cache, and without one.
 
     python benchmarks/inference.py
-    python benchmarks/inference.py --contexts 1024 8192 --rounds 1 --tokens 8 --out found.json
+    python benchmarks/inference.py --contexts 1024 8192 --rounds 1 --tokens 8 --out other.json
 
 The participants take turns within a round, in one process, and the median over the rounds counts.  Caches are filled
 with random keys and values, since the time of a token does not depend on what they are; memory is that of a cache's

@@ -152,13 +152,13 @@ def table(path: Path) -> str:
         count = f"{kills}" if len(held) == len(runs) else f"{kills}; {len(runs) - len(held)} of {len(runs)} runs failed"
         missing = "" if kills >= KILLS[kind] else f" (of {KILLS[kind]}, not all were run)"
         lines.append(f"| {text} | {count}{missing} | trained again after {longest:.0f} s |")
-    for kind, (text, wanted) in OTHERS.items():
+    for kind, (text, planned) in OTHERS.items():
         runs = found.get(kind, [])
         held = [run for run in runs if run["held"]]
-        missing = "" if len(runs) >= wanted else f" ({wanted - len(runs)} more were not run)"
+        missing = "" if len(runs) >= planned else f" ({planned - len(runs)} more were not run)"
         longest = max((run["ended_after"] for run in held if "ended_after" in run), default=None)
         worst = "" if longest is None else f"ended after {longest:.0f} s"
-        count = f"{len(held)} of {len(runs)}{missing}" if runs else f"not run ({wanted})"
+        count = f"{len(held)} of {len(runs)}{missing}" if runs else f"not run ({planned})"
         lines.append(f"| {text} | {count} | {worst} |")
     return "\n".join(lines)
 

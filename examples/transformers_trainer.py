@@ -64,11 +64,11 @@ class RingTrainer(Trainer):
         index = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
         part = self.context.split({"position_ids": index, **inputs, "labels": labels})
         self.context.begin_step(self.state.global_step)
-        wanted = part.pop("labels")
+        targets = part.pop("labels")
         logits = model(**part, use_cache=False).logits
-        loss_sum = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+        loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
         if num_items_in_batch is None:
-            loss = self.context.token_mean(loss_sum, (wanted != -100).sum())
+            loss = self.context.token_mean(loss_sum, (targets != -100).sum())
         else:
             # the count adds up the rows of all ranks; DDP, and the Trainer's log, average over all ranks
             items = num_items_in_batch / self.context.sequence_parallel_size

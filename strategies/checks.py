@@ -79,7 +79,7 @@ def check_is_split(context: SequenceContext) -> None:
         )
 
 
-def check_means(means: int) -> None:
+def check_one_token_mean(means: int) -> None:
     """Raise a ValueError unless a step called `token_mean` with a gradient exactly once."""
     if means != 1:
         raise ValueError(

@@ -65,7 +65,7 @@ def load_folder(
         if name.startswith(_STATE) and isinstance(shard, TensorStorageMetadata)
     }
     _check_model(path, saved, module, rest, strict)
-    with _explained(path), restricted(trust=trust):
+    with _refusals_as_value_errors(path), restricted(trust=trust):
         weights = {"state_dict": get_model_state_dict(module)}
         load(weights, storage_reader=reader)
         module.load_state_dict(weights["state_dict"], strict=strict)
@@ -90,7 +90,7 @@ def _check_model(
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _refusals_as_value_errors(path: Path) -> Iterator[None]:
     """Raise a ValueError on all ranks, not torch's error, where one refused an object that could run code."""
     try:
         yield

@@ -56,7 +56,7 @@ class MemoryCheck:
         """
         self._is_done = True
         room = room_of(strategy.root_device, len(strategy.parallel_devices or (0,)))
-        finding = Finding() if room is None else _finding(strategy, module, batch, room)
+        finding = Finding() if room is None else _memory_finding(strategy, module, batch, room)
         known = torch.tensor([[bool(finding.error), bool(finding.warning)]])
         is_alone = not dist.is_initialized() or dist.get_backend() == "fake"
         world: Any = dist.group.WORLD
@@ -69,7 +69,7 @@ class MemoryCheck:
             warnings.warn(finding.error or finding.warning, stacklevel=2)
 
 
-def _finding(strategy: SplitSteps, module: LightningModule, batch: Any, room: Room) -> Finding:
+def _memory_finding(strategy: SplitSteps, module: LightningModule, batch: Any, room: Room) -> Finding:
     """Return whether a run fits this rank: by its plan or, without one, by parameters, gradients and states alone."""
     optimizers: list[Optimizer] = strategy.optimizers
     job = _job_of(strategy, module, batch, optimizers)

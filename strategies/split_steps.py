@@ -14,7 +14,7 @@ from lightning_longnet.split_check.replica import whole_tensor
 from lightning_longnet.strategies.checks import (
     check_accumulation,
     check_is_split,
-    check_means,
+    check_one_token_mean,
     check_predicted_batches,
 )
 from lightning_longnet.strategies.engines import gathers_parameters
@@ -113,7 +113,7 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         check_is_split(context)
         self._losses.take(self.lightning_module.trainer, output)
         if self.accumulate == "tokens":
-            check_means(context.window.means - means)
+            check_one_token_mean(context.window.means - means)
         return output
 
     def pre_backward(self, closure_loss: Tensor) -> None:

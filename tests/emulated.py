@@ -371,7 +371,7 @@ def device(capability=(9, 0), half=fused.HALF):
                 module, "request_of", lambda *args: asked(*args)._replace(device="cuda", capability=capability)
             )
         patch.setattr(torchs, "_capability", lambda _: capability)
-        patch.setattr(cudnn, "_absence", tuple)
+        patch.setattr(cudnn, "_missing_reasons", tuple)
         patch.setattr(sdpa, "_serving", lambda _: cuda)
         patch.setattr(sdpa, "takes_weights", lambda _: False)
         patch.setattr(fused, "HALF", half)

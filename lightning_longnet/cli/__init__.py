@@ -79,10 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = [*TRAINER_COMMANDS, *COMMANDS]
         return _refuse(f"no command {command!r}{nearest(command, names, 0.75, ',')}; there are {', '.join(names)}")
     if command in TRAINER_COMMANDS and (len(given) == 1 or {"-h", "--help"} & set(given)):
-        from lightning_longnet.cli.brief import brief_help, wanted
+        from lightning_longnet.cli.brief import brief_help, missing_arguments
 
         if len(given) == 1:
-            return _refuse(wanted(command))
+            return _refuse(missing_arguments(command))
         print(brief_help(command))  # noqa: T201
         return 0
     try:

@@ -121,7 +121,7 @@ def brief_help(command: str) -> str:
     )
 
 
-def wanted(command: str) -> str:
+def missing_arguments(command: str) -> str:
     """Return what to type where a command of the Trainer is given alone."""
     checkpoint = "" if command == "fit" else " --ckpt_path FILE"
     return (

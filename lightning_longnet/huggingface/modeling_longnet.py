@@ -307,8 +307,8 @@ def _check_positions(position_ids: Tensor, mask: Tensor | None, x: Tensor, befor
     """Refuse position_ids that do not count the tokens of each row from those before them."""
     given = checked_positions(position_ids.expand(x.shape[:2]), x, "position_ids")
     is_token = torch.ones_like(given) if mask is None else (mask != 0).long()
-    wanted = torch.tensor(before, device=given.device)[:, None] + is_token.cumsum(1) - 1
-    if ((given != wanted) & (is_token != 0)).any():
+    positions = torch.tensor(before, device=given.device)[:, None] + is_token.cumsum(1) - 1
+    if ((given != positions) & (is_token != 0)).any():
         raise ValueError(
             f"position_ids must count the tokens of each row from those before them, {list(before)}, with "
             f"past_key_values: a cache has one document in each row"

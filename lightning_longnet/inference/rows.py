@@ -63,12 +63,12 @@ class RowStore:
         needed, allocated = self.ranks.most(needed), self.data.shape[3]
         if needed <= allocated:
             return
-        wanted = max(needed, FIRST_SLOTS, int(allocated * GROWTH))
+        slots = max(needed, FIRST_SLOTS, int(allocated * GROWTH))
         if self.capacity is not None:
-            wanted = min(wanted, self.ranks.most(self.capacity))
-        self.data = _grown(self.data, wanted)
+            slots = min(slots, self.ranks.most(self.capacity))
+        self.data = _grown(self.data, slots)
         if self.scales is not None:
-            self.scales = _grown(self.scales, wanted)
+            self.scales = _grown(self.scales, slots)
 
     def select(self, batch: Tensor) -> None:
         """Take the rows of some texts of the batch, given by their indices, in that order."""

@@ -130,16 +130,16 @@ class Device:
 
 def named(name: str) -> Device:
     """Return the device of a name, in any case and with or without spaces; "cpu" is this machine's."""
-    wanted = _plain(name)
-    if wanted == "cpu":
+    plain = _plain(name)
+    if plain == "cpu":
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         return _made("cpu", (memory, _CPU_BANDWIDTH, _LOOPBACK, _LOOPBACK), _CPU, overlaps=False)
     for sheet in _SHEETS:
-        if sheet.links is not None and _plain(sheet.name) == wanted:
+        if sheet.links is not None and _plain(sheet.name) == plain:
             links, shares = [each * GB for each in sheet.links], measured_shares(sheet.name) or _ASSUMED
             return _made(sheet.name, links, shares, overlaps=True)
     names = ["cpu", *(sheet.name.lower() for sheet in _SHEETS if sheet.links is not None)]
-    near = get_close_matches(wanted, [_plain(each) for each in names], 3, 0.5)
+    near = get_close_matches(plain, [_plain(each) for each in names], 3, 0.5)
     nearest = [each for each in names if _plain(each) in near]
     question = f"; the nearest are {', '.join(nearest)}" if nearest else ""
     advice = "for another device name a near one, with --memory-gib, --peak-tflops and --link-gbps"

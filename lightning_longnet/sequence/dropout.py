@@ -41,7 +41,7 @@ class DropoutSeeds:
         """Return the seed of a layer's attention in the current step; None where no step was begun."""
         return None if self._step is None else splitmix64(self._step + layer)
 
-    def of_call(self, rank: int, ranks: int) -> int:
+    def of_plain_dropout(self, rank: int, ranks: int) -> int:
         """Return the seed of a call of plain dropout on one of `ranks` ranks; each rank gets a different one.
 
         Every call draws `ranks` numbers from torch's CPU generator, so that it stays equal on all ranks.  Outside of a
@@ -128,7 +128,7 @@ class ContextDropout(Positioned):
         """
         size = self.sequence_parallel_size
         rank = self.data_parallel_rank * size + (self.sequence_parallel_rank if is_part else 0)
-        return seeded(device, self._seeds.of_call(rank, self.data_parallel_size * size))
+        return seeded(device, self._seeds.of_plain_dropout(rank, self.data_parallel_size * size))
 
 
 @contextmanager

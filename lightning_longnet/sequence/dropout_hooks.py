@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ATTACHED = "_attached_sequence_context"  # the attribute of modules that have no `sequence_context`
 _HANDLES, _PART = "_dropout_hooks", "_random_part"
 # modules that drop whole features, and the number of dimensions of their inputs with a batch
-_OF_FEATURES = {nn.Dropout1d: 3, nn.Dropout2d: 4, nn.Dropout3d: 5, nn.FeatureAlphaDropout: 2}
+_FEATURE_DROPOUTS = {nn.Dropout1d: 3, nn.Dropout2d: 4, nn.Dropout3d: 5, nn.FeatureAlphaDropout: 2}
 
 
 def set_hooks(module: nn.Module, context: SequenceContext | None) -> None:
@@ -62,7 +62,7 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> Non
 def _seed_part(module: nn.Module, x: Tensor) -> None:
     """Seed the generator for this rank's part until `_restore_generator`."""
     context: SequenceContext = module.__dict__[ATTACHED]
-    part = context.random_part(x.device, context.holds_part_of(_independent_dims(module, x)))
+    part = context.random_part(x.device, context.holds_part_of(_independent_sizes(module, x)))
     part.__enter__()
     module.__dict__[_PART] = part
 
@@ -74,9 +74,9 @@ def _restore_generator(module: nn.Module) -> None:
         module.__dict__.pop(_PART).__exit__(None, None, None)
 
 
-def _independent_dims(module: nn.Module, x: Tensor) -> Sequence[int]:
+def _independent_sizes(module: nn.Module, x: Tensor) -> Sequence[int]:
     """Return the sizes of the dimensions of x, without that of features, along which a module draws independently."""
-    for kind, dims in _OF_FEATURES.items():
+    for kind, dims in _FEATURE_DROPOUTS.items():
         if isinstance(module, kind):
             return x.shape[: 2 if x.dim() >= dims else 1]
     return x.shape[:-1]

@@ -52,8 +52,8 @@ class SequencePart:
         expected = tuple((begin, end) for begin, end, _ in placement.chunks(rank))
         if self.stretches != expected:
             raise ValueError(
-                f"a SequencePart must hold the tokens {_shown(expected)} of {self.length} on rank {rank} of the "
-                f"{placement.ranks} that share a sequence, got {_shown(self.stretches)}: cut it by "
+                f"a SequencePart must hold the tokens {_ranges_text(expected)} of {self.length} on rank {rank} of the "
+                f"{placement.ranks} that share a sequence, got {_ranges_text(self.stretches)}: cut it by "
                 f"sequence_context(module).placement_of({self.length})"
             )
 
@@ -82,7 +82,7 @@ def collate_parts(parts: Sequence[SequencePart], **_: Any) -> SequencePart:
         if (part.length, part.stretches) != (first.length, first.stretches):
             raise ValueError(
                 f"all parts of a batch must be of sequences of the same length and cut alike, got "
-                f"{_shown(first.stretches)} of {first.length} and {_shown(part.stretches)} of {part.length}"
+                f"{_ranges_text(first.stretches)} of {first.length} and {_ranges_text(part.stretches)} of {part.length}"
             )
     tensors = default_collate([part.tensors for part in parts])
     return replace(first, tensors=tensors, samples=tuple(name for part in parts for name in part.samples))
@@ -98,5 +98,5 @@ def part_of(x: Tensor, placement: Placement, rank: int, dim: int) -> Tensor:
     return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0).clone()
 
 
-def _shown(stretches: Sequence[tuple[int, int]]) -> str:
+def _ranges_text(stretches: Sequence[tuple[int, int]]) -> str:
     return " and ".join(f"{begin} to {end}" for begin, end in stretches) or "none"

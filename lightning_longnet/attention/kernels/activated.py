@@ -76,7 +76,7 @@ class ActivatedFlash:
         """Return the reasons why the implementation cannot compute a call."""
         if request.device != "cuda":
             return [f"serves CUDA tensors, these are on {request.device}"]
-        reasons = [*_absence(self.implementation, self.module), *fused.refusals(request)]
+        reasons = [*_missing_reasons(self.implementation, self.module), *fused.refusals(request)]
         if request.capability is not None and request.capability[0] not in self.majors:
             needed = " or ".join(f"{major}.x" for major in self.majors)
             reasons.append("needs compute capability {}, got {}.{}".format(needed, *request.capability))
@@ -131,7 +131,7 @@ def active(implementation: str) -> Iterator[None]:
 
 
 @constant_result
-def _absence(implementation: str, module: str) -> tuple[str, ...]:
+def _missing_reasons(implementation: str, module: str) -> tuple[str, ...]:
     """Return why the installed torch and packages cannot run an implementation; empty if they can.
 
     torch.compile traces the choice of a kernel and cannot follow imports, so it takes this result for a constant.

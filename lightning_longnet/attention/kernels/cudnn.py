@@ -42,12 +42,12 @@ def refusals(request: Request) -> list[str]:
     if request.head_dim > WIDEST:
         reasons.append(f"needs a head_dim of {WIDEST} at most, got {request.head_dim}")
     reasons += request.lacks("has_dropout", "masks_later", "has_softcap")
-    reasons += _absence()
+    reasons += _missing_reasons()
     return reasons
 
 
 @constant_result
-def _absence() -> tuple[str, ...]:
+def _missing_reasons() -> tuple[str, ...]:
     """Return the reasons in torch's build and settings why cuDNN cannot be used.
 
     torch.compile traces the choice of a kernel; it takes this result for a constant, and guards the settings itself.

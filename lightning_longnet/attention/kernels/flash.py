@@ -31,7 +31,7 @@ def refusals(request: Request) -> list[str]:
     """Return the reasons why the package cannot compute a call."""
     if request.device != "cuda":
         return [f"serves CUDA tensors, these are on {request.device}"]
-    reasons = [*_absence(), *fused.refusals(request)]
+    reasons = [*_missing_reasons(), *fused.refusals(request)]
     reasons += request.lacks("is_padded", "has_dropout", "masks_later", "has_softcap")
     return reasons
 
@@ -54,7 +54,7 @@ def backward(
 
 
 @constant_result
-def _absence() -> tuple[str, ...]:
+def _missing_reasons() -> tuple[str, ...]:
     """Return the reasons why the package cannot be used on this machine; it is imported only for CUDA tensors.
 
     torch.compile traces the choice of a kernel and cannot follow imports, so it takes this result for a constant.

@@ -80,17 +80,17 @@ def _ranges(cuts: Sequence[int], ranks: int, least: int) -> list[list[tuple[int,
         for rank in range(ranks):
             ranges[rank] += [(begin + chunk.begin, begin + chunk.end) for chunk in zigzag.chunks(rank)]
             held[rank] += lengths[rank]
-    wanted = [_even_share(0, cuts[-1], ranks, rank) - held[rank] for rank in range(ranks)]
+    remaining = [_even_share(0, cuts[-1], ranks, rank) - held[rank] for rank in range(ranks)]
     rank = 0
     for begin, end in short:
         at = begin
         while at < end:
-            if not wanted[rank]:
+            if not remaining[rank]:
                 rank += 1
                 continue
-            until = min(end, at + wanted[rank])
+            until = min(end, at + remaining[rank])
             ranges[rank].append((at, until))
-            wanted[rank] -= until - at
+            remaining[rank] -= until - at
             at = until
     return ranges
 

@@ -121,10 +121,10 @@ class Placement:
             begins, ranks = self._sorted
             return set(ranks[bisect_right(begins, begin) - 1 : bisect_left(begins, end)])
         if self.kind == "contiguous":
-            return _between(self._begins, begin, end)
+            return _ranks_holding(self._begins, begin, end)
         middle = self._firsts[-1]
         seconds = self.length - end, self.length - max(begin, middle)  # counted from the end, in the order of ranks
-        return _between(self._firsts, begin, min(end, middle)) | _between(self._seconds, *seconds)
+        return _ranks_holding(self._firsts, begin, min(end, middle)) | _ranks_holding(self._seconds, *seconds)
 
     @cached_property
     def _sorted(self) -> tuple[list[int], list[int]]:
@@ -147,7 +147,7 @@ class Placement:
         return tuple(accumulate((-(-length // 2) for length in self.lengths), initial=0))
 
 
-def _between(borders: tuple[int, ...], begin: int, end: int) -> set[int]:
+def _ranks_holding(borders: tuple[int, ...], begin: int, end: int) -> set[int]:
     """Return the ranks that hold a token of [begin, end): rank r holds [borders[r], borders[r + 1])."""
     if begin >= end:
         return set()

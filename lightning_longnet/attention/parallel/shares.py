@@ -87,8 +87,8 @@ def _clipped(block: Block, s: int, heads: range, clip: _Clip, queries: Chunk, ke
     low = None if block.low is None else block.low - moved
     high = None if block.high is None else block.high - moved
     return Block(  # not by replace(), which takes twice as long: a plan of many documents has thousands of shares
-        _part(block.queries, s, range(heads.start * group, heads.stop * group), query_rows, queries),
-        _part(block.keys, s, heads, key_rows, keys),
+        _sublattice(block.queries, s, range(heads.start * group, heads.stop * group), query_rows, queries),
+        _sublattice(block.keys, s, heads, key_rows, keys),
         # a bound that masks no pair is dropped, so that more shares have one shape
         None if low is None or low <= 1 - len(key_rows) else low,
         None if high is None or high >= len(query_rows) - 1 else high,
@@ -111,8 +111,8 @@ def _clip(block: Block, s: int, a: int, queries: Chunk, keys: Chunk) -> _Clip | 
     Rows are dropped, too, that the mask excludes: queries behind a border that see no key before it, for example.
     """
     group = block.queries.heads // block.keys.heads
-    first_query, last_query = _between(block.queries, s, a * group, queries)
-    first_key, last_key = _between(block.keys, s, a, keys)
+    first_query, last_query = _rows_inside(block.queries, s, a * group, queries)
+    first_key, last_key = _rows_inside(block.keys, s, a, keys)
     if first_query >= last_query or first_key >= last_key:
         return None
     # Keep the queries that see a key that is kept, and the keys that such a query sees.  One pass over each bound is
@@ -128,7 +128,7 @@ def _clip(block: Block, s: int, a: int, queries: Chunk, keys: Chunk) -> _Clip | 
     return _Clip(first_query, last_query, first_key, last_key)
 
 
-def _between(lattice: Lattice, s: int, a: int, chunk: Chunk) -> tuple[int, int]:
+def _rows_inside(lattice: Lattice, s: int, a: int, chunk: Chunk) -> tuple[int, int]:
     """Return [first, end) of the rows of segment `s` and head `a` that lie in a chunk, as indices i of the lattice."""
     row = lattice.starts[s] + a * lattice.row_shift
     first, last = -((row - chunk.begin) // lattice.step), -((row - chunk.end) // lattice.step)
@@ -149,7 +149,7 @@ def _inside(lattice: Lattice, chunk: Chunk) -> tuple[int, int]:
     return bisect_left(lattice.starts, chunk.begin), bisect_left(lattice.starts, chunk.end - last)
 
 
-def _part(lattice: Lattice, s: int, heads: range, rows: range, chunk: Chunk) -> Lattice:
+def _sublattice(lattice: Lattice, s: int, heads: range, rows: range, chunk: Chunk) -> Lattice:
     """Return segment `s` restricted to some heads and to rows i in `rows`, as rows of the rank's local tensor."""
     start = lattice.starts[s] + heads.start * lattice.row_shift + rows.start * lattice.step
     start += chunk.local - chunk.begin

@@ -156,7 +156,7 @@ def _batches(blocks: list[Block]) -> Iterator[list[Block]]:
     """Yield blocks that share a call: the padding and the copies of each take less time than a separate call."""
     batch: list[Block] = []
     for block in sorted(blocks, key=lambda block: -block.queries.rows):
-        if batch and _joining_rows(block, batch) > CALL_ROWS:
+        if batch and _joining_cost(block, batch) > CALL_ROWS:
             yield batch
             batch = []
         batch.append(block)
@@ -164,7 +164,7 @@ def _batches(blocks: list[Block]) -> Iterator[list[Block]]:
         yield batch
 
 
-def _joining_rows(block: Block, batch: list[Block]) -> float:
+def _joining_cost(block: Block, batch: list[Block]) -> float:
     """Return the cost of adding a block to a batch, in units of the time to copy one row of one head."""
     longest, rows = batch[0].queries.rows, block.queries.rows
     padding = (longest - rows) * len(block.queries.starts) * block.queries.heads

@@ -48,7 +48,7 @@ def refusals(request: Request) -> list[str]:
     reasons = []
     if request.device == "cuda" and torch.version.hip is not None:
         reasons.append("serves NVIDIA's CUDA, this torch is built for ROCm")
-    reasons += _absence()
+    reasons += _missing_reasons()
     if request.capability is not None and request.capability < CAPABILITY:
         reasons.append("needs a device of compute capability {}.{}, got {}.{}".format(*CAPABILITY, *request.capability))
     if request.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -102,7 +102,7 @@ def _is_interpreted() -> bool:
 
 @constant_result
 @lru_cache(1)
-def _absence() -> tuple[str, ...]:
+def _missing_reasons() -> tuple[str, ...]:
     """Return the reasons why Triton cannot be used on this machine, without importing it."""
     if find_spec("triton") is None:
         return ("triton is not installed: pip install 'lightning-longnet[triton]'",)

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.plan.parts import Parts
 
 
-class _Lists(NamedTuple):
+class _ListsKey(NamedTuple):
     """The key of cached tile lists: all that they depend on besides the parts."""
 
     group: int
     sources: tuple[int, ...]
     rows: int
     others: int
-    is_of_keys: bool
+    is_by_key: bool
     device: torch.device
 
 
@@ -53,7 +53,7 @@ def forward_parts(
     tensors = keys.tensors()
     tile = _tile("forward", q, tensors)
     stores = [total is None for total in totals]
-    for phase, lists in _phases(parts, q, tensors, tile, is_of_keys=False):
+    for phase, lists in _cached_launches(parts, q, tensors, tile, is_by_key=False):
         i = phase.branch if len(totals) > 1 else 0
         total = totals[i]
         if total is None:
@@ -84,16 +84,16 @@ def backward_parts(
     dk, dv = (x.total if isinstance(x, Accumulator) else x for x in tensors.gradients)
     deltas = [_delta(inputs.grad, out) for out in inputs.outs]
     common = [Rows.of(x) for x in (q, tensors.k, tensors.v, inputs.grad)]
-    for name, program, is_of_keys in (
+    for name, program, is_by_key in (
         ("query_gradient", query_gradient, False),
         ("key_gradients", key_gradients, True),
     ):
         tile = _tile(name, q, tensors)
-        results: Any = (Rows.of(dk), Rows.of(dv)) if is_of_keys else Rows.of(dq.total)
-        programs = q.shape[0] * (1 if is_of_keys else q.shape[2] // tensors.k.shape[2])
-        for phase, lists in _phases(parts, q, tensors, tile, is_of_keys):
+        results: Any = (Rows.of(dk), Rows.of(dv)) if is_by_key else Rows.of(dq.total)
+        programs = q.shape[0] * (1 if is_by_key else q.shape[2] // tensors.k.shape[2])
+        for phase, lists in _cached_launches(parts, q, tensors, tile, is_by_key):
             delta = deltas[phase.branch if len(deltas) > 1 else 0]
-            accumulates = not (stores[is_of_keys] and phase.branch == 0)
+            accumulates = not (stores[is_by_key] and phase.branch == 0)
             arguments = (
                 *common,
                 (Rows.of(inputs.lse), Rows.of(delta)),
@@ -121,27 +121,27 @@ def _launch(program: Any, lists: Lists, arguments: tuple[Any, ...], tile: Tile) 
     )
 
 
-def _phases(parts: Parts, q: Tensor, tensors: KeyTensors, tile: Tile, is_of_keys: bool) -> tuple[_Phase, ...]:
+def _cached_launches(parts: Parts, q: Tensor, tensors: KeyTensors, tile: Tile, is_by_key: bool) -> tuple[_Phase, ...]:
     """Return the phases of parts with their tile lists, cached in `parts`."""
     if not parts:
         return ()
     group = q.shape[2] // tensors.k.shape[2]
-    kind = _Lists(group, tensors.sources, tile.rows, tile.others, is_of_keys, q.device)
-    kept: dict[_Lists, tuple[_Phase, ...]] = vars(parts).setdefault("_tile_lists", {})
-    if kind not in kept:
-        kept[kind] = _make_lists(parts, kind)
-    return kept[kind]
+    key = _ListsKey(group, tensors.sources, tile.rows, tile.others, is_by_key, q.device)
+    kept: dict[_ListsKey, tuple[_Phase, ...]] = vars(parts).setdefault("_tile_lists", {})
+    if key not in kept:
+        kept[key] = _make_launches(parts, key)
+    return kept[key]
 
 
-def _make_lists(parts: Parts, kind: _Lists) -> tuple[_Phase, ...]:
+def _make_launches(parts: Parts, key: _ListsKey) -> tuple[_Phase, ...]:
     """Return the phases of parts with their lists on a device."""
     made = []
-    for phase in phases(parts, kind.group, kind.sources):
+    for phase in phases(parts, key.group, key.sources):
         steps, rectangles = (phase.step, phase.key_step), phase.rectangles
-        if kind.is_of_keys:
+        if key.is_by_key:
             steps, rectangles = steps[::-1], rectangles.transposed()
-        tiles = tile_list(rectangles, steps, kind.rows, kind.others, phase.every)
-        made.append(_Phase(phase, Lists.of(phase, tiles, kind.device)))
+        tiles = tile_list(rectangles, steps, key.rows, key.others, phase.every)
+        made.append(_Phase(phase, Lists.of(phase, tiles, key.device)))
     return tuple(made)
 
 

@@ -105,7 +105,7 @@ def phases(parts: Sequence[Part], group: int, sources: Sequence[int] = ()) -> li
         if part.block.queries.head % group:
             continue  # another member of the group, whose rows are those of the first
         pages[part.branch, part.block.queries.step] += _pages(part, group)
-    return [_phase(branch, step, pages_of_step, sources) for (branch, step), pages_of_step in pages.items()]
+    return [_joined_pages(branch, step, pages_of_step, sources) for (branch, step), pages_of_step in pages.items()]
 
 
 def _pages(part: Part, group: int) -> Iterator[_Page]:
@@ -124,45 +124,45 @@ def _pages(part: Part, group: int) -> Iterator[_Page]:
         yield _Page(part, query_rows, starts[:, None] + heads * keys.row_shift, skipped, count)
 
 
-def _phase(branch: int, step: int, pages: list[_Page], sources: Sequence[int]) -> Phase:
+def _joined_pages(branch: int, step: int, pages: list[_Page], sources: Sequence[int]) -> Phase:
     """Return one launch for the pages of a branch: the rectangles of all pages in one table; see `Side` and `Phase`."""
     every = {tuple(repeat.every for repeat in page.part.block.repeats) for page in pages}
     assert len(every) == 1, "the later branches of a branch are the same for all its blocks"
     received = torch.tensor(sources).cumsum(0)
 
-    def joined(values: Iterator[Tensor | int]) -> Tensor:
+    def column(values: Iterator[Tensor | int]) -> Tensor:
         """Return (R,) of what each page has: a table (segments, heads), a row of it or one number."""
         return torch.cat(
             [torch.as_tensor(x).expand(page.query_rows.shape).flatten() for x, page in zip(values, pages, strict=True)]
         )
 
     blocks = [page.part.block for page in pages]
-    head = joined(block.keys.head + torch.arange(block.keys.heads) * block.keys.head_step for block in blocks)
-    low = joined(-NO_BOUND if page.part.block.low is None else page.part.block.low + page.skipped for page in pages)
-    high = joined(NO_BOUND if page.part.block.high is None else page.part.block.high + page.skipped for page in pages)
+    head = column(block.keys.head + torch.arange(block.keys.heads) * block.keys.head_step for block in blocks)
+    low = column(-NO_BOUND if page.part.block.low is None else page.part.block.low + page.skipped for page in pages)
+    high = column(NO_BOUND if page.part.block.high is None else page.part.block.high + page.skipped for page in pages)
     # the rates divide one another, so the place modulo the last of them says those modulo the others
-    query_place = joined(-b.repeats[-1].queries % b.repeats[-1].every if b.repeats else 0 for b in blocks)
-    key_place = joined(-b.repeats[-1].keys % b.repeats[-1].every if b.repeats else 0 for b in blocks)
-    query_rows, key_rows = joined(page.query_rows for page in pages), joined(page.key_rows for page in pages)
+    query_place = column(-b.repeats[-1].queries % b.repeats[-1].every if b.repeats else 0 for b in blocks)
+    key_place = column(-b.repeats[-1].keys % b.repeats[-1].every if b.repeats else 0 for b in blocks)
+    query_rows, key_rows = column(page.query_rows for page in pages), column(page.key_rows for page in pages)
     source = torch.zeros_like(head)
     if sources:
-        source = torch.bucketize(joined(_kv_index(page)[..., 0] for page in pages), received, right=True)
+        source = torch.bucketize(column(_kv_index(page)[..., 0] for page in pages), received, right=True)
     heads = int(head.max()) + 1
     queries = Side(
         head * step + query_rows % step,
         query_rows // step,
         query_rows,
-        joined(block.queries.rows for block in blocks),
+        column(block.queries.rows for block in blocks),
         query_place,
     )
     keys = Side(
         (source * heads + head) * step + key_rows % step,
         key_rows // step,
         key_rows,
-        joined(page.keys for page in pages),
+        column(page.keys for page in pages),
         key_place,
     )
-    weight = joined(block.weight for block in blocks)
+    weight = column(block.weight for block in blocks)
     index, key_step = None, step
     if sources:
         keys, index = _indexed(keys, torch.cat([_kv_index(page).flatten() for page in pages]))
