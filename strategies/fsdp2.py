@@ -46,7 +46,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
     lightning_class = ModelParallelStrategy
     forms = ("file", "fsdp2")
-    shards_before_loading = True  # calls `load_weights` of the module, where it has one, after sharding it
+    shards_before_loading = True  # calls `_load_weights` of the module, where it has one, after sharding it
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         options: dict[str, Any] = {
@@ -71,7 +71,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         else:
             for root in (module, *averages(trainer)):
                 self._shard(root)
-                if (load := getattr(root, "load_weights", None)) is not None:
+                if (load := getattr(root, "_load_weights", None)) is not None:
                     load(torch.device("cpu") if self.sharding == "fsdp2_offload" else self.root_device)
         if has_averages(trainer) and self._save_distributed_checkpoint:
             self._save_distributed_checkpoint = False

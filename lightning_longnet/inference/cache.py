@@ -258,6 +258,7 @@ class DilatedCache:
         ):
             raise ValueError(f"kept_from must be positions of {self.batch} rows and their branches, got {kept_from}")
         self._next, self._kept_from = positions, kept_from
+        self._selected, self._is_whole = (), True
         documents = about["documents"]
         self._documents = None if documents is None else torch.tensor(documents, device=self.device)
 

@@ -95,7 +95,9 @@ def stream(
     ranks.check_same(fault, 0, 0 if fault else prompts.number(sampling))
     sampler = Sampler(Sampling(**sampling), input_ids, None if attention_mask is None else attention_mask != 0)
     if caches(model, context):
-        cache = model.new_cache(len(input_ids), group=group) if cache is None else cache
+        if cache is None:
+            # an engine that keeps parameters on the host computes on the device of the tokens
+            cache = model.new_cache(len(input_ids), device=None if group is None else input_ids.device, group=group)
         source: _Prefix | _Cached = _Cached(model, cache, attention_mask, context)
     else:
         source = _Prefix(model, context)

@@ -150,20 +150,26 @@ class LongNet(Blocks):
         return chunked_cross_entropy(hidden, self.head.weight, labels, chunk_tokens=self.config.loss_chunk)
 
     def new_cache(
-        self, batch: int = 1, *, dtype: torch.dtype | None = None, group: ProcessGroup | None = None
+        self,
+        batch: int = 1,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        group: ProcessGroup | None = None,
     ) -> DilatedCache:
         """Return an empty cache for texts that this model goes on with.
 
         Args:
             batch: number of texts.
             dtype: dtype of the keys and values, that of the weights by default; int8 takes the least memory.
+            device: device of the keys and values, that of the embedding by default.
             group: the ranks over which the keys and values are split; None keeps all of them in this process.
         """
         from lightning_longnet.inference.cache import DilatedCache
 
         weight = self.embedding.weight
         dtype = weight.dtype if dtype is None else dtype
-        return DilatedCache(self.config, batch, dtype=dtype, device=weight.device, group=group)
+        return DilatedCache(self.config, batch, dtype=dtype, device=device or weight.device, group=group)
 
     def generate(self, input_ids: Tensor, tokens: int, **options: Any) -> Tensor:
         """Return `input_ids` (B, N) continued by sampled tokens, (B, N + tokens).

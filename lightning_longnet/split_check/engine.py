@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from lightning_longnet.split_check.replica import shared_objects
 
@@ -84,21 +85,38 @@ class EngineModule:
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             for each in modules:
-                if isinstance(each, FSDPModule):  # gathered still where a step ended by an error
-                    each.reshard()
+                if isinstance(each, FSDPModule):
+                    _reset(each)
+
+
+def _reset(module: FSDPModule) -> None:
+    """End a step of FSDP2 that an error may have left in its middle, where later steps would leave no gradients."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # of torch 2.13, and before
+    state._training_state = TrainingState.IDLE
+    state._state_ctx.post_backward_final_callback_queued = False
+    state._state_ctx.iter_forward_root = None
+    state._comm_ctx.post_forward_order.clear()
+    for group in groups:
+        if group is not None:  # a module without parameters of its own has none
+            group._training_state = TrainingState.IDLE
+            group._post_forward_indices.clear()
+    module.reshard()
 
 
 def _copied_value(name: str, value: Any, memo: dict[int, Any]) -> Any:
     """Return a copy of an attribute of a module that a step may change; itself where there is none."""
-    if name.startswith(_SHARED) or id(value) in memo:
+    if name.startswith(_SHARED):
         return value
+    if id(value) in memo:  # another module has it as well
+        return memo[id(value)]
     if name.endswith("_hooks"):  # which belong to the engine
         return copy.copy(value)
     if isinstance(value, Tensor):
         return memo.setdefault(id(value), value.detach().clone())
     if isinstance(value, (*_CONTAINERS, torch.Generator, random.Random)) or hasattr(value, "bit_generator"):
         try:
-            return copy.deepcopy(value, memo)
+            return copy.deepcopy(value, memo)  # which notes the copy in `memo`
         except Exception:  # noqa: BLE001  it holds what cannot be copied, a lock for instance
             return value
     return value

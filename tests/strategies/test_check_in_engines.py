@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_longnet import sequence_context
 from lightning_longnet.split_check import SplitMismatch
+from lightning_longnet.split_check.engine import EngineModule
 
 WEAKER = "This check ran inside of the engine, and finds less than one on copies, as "
 
@@ -85,6 +86,33 @@ class ShardedGradient(Sharded):
     kind = DetachedParts
 
 
+class EvenLengths(torch.autograd.Function):
+    """The identity, whose backward refuses an odd length."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.tokens = x.shape[1]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.tokens % 2:
+            raise RuntimeError("the length must be even")
+        return grad
+
+
+class EvenAttention(OurAttention):
+    def mixing(self, x):
+        return super().mixing(EvenLengths.apply(x))
+
+
+class ShardedEven(Sharded):
+    kind = EvenAttention
+
+    def on_train_end(self):
+        self.trained = [parameter.full_tensor().detach() for parameter in self.model.parameters()]
+
+
 class Locked(Module):
     def __init__(self, kind=OurAttention):
         super().__init__(kind)
@@ -136,6 +164,37 @@ def test_a_gradient_that_differs_is_found_under_fsdp2(trainers):
         assert not is_result
         assert "the gradient of model." in value[1]
         assert WEAKER in value[1]
+
+
+def trained(rank, world, split_check):
+    made = []
+
+    def build():
+        made.append(ShardedEven())
+        return made[0]
+
+    fit(rank, world, None, "fsdp2", module=build, split_check=split_check)
+    return made[0].trained
+
+
+def test_a_check_whose_backward_raises_leaves_fsdp2_able_to_train(trainers):
+    """FSDP2 is left in the middle of a step by the error, and would give no gradients to later ones."""
+    for unchecked, checked in zip(trainers.run(2, trained, "off"), trainers.run(2, trained, "error"), strict=True):
+        assert all(map(torch.equal, unchecked, checked))
+
+
+def test_an_attribute_of_two_modules_is_one_copy_inside_of_an_engine():
+    net = nn.ModuleList([nn.Identity(), nn.Identity()])
+    history, total = [1], torch.zeros(())
+    for each in net:
+        each.history, each.total = history, total
+    with EngineModule(net, None, (), has_gradients=True).lent({}, {}, None):
+        net[0].history.append(2)
+        net[0].total += 1
+        assert net[1].history == [1, 2]
+        assert net[1].total == 1
+    assert net[0].history is net[1].history is history
+    assert (history, total) == ([1], 0)
 
 
 @pytest.mark.long

@@ -1,8 +1,10 @@
 """CausalLMModule in one process: the losses of many architectures, recomputation, and text."""
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.plugins.environments import LightningEnvironment
 from tiers import tiered
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -168,3 +170,14 @@ def test_adapters_for_other_weights_are_refused(tmp_path):
         module().on_load_checkpoint(other)
     with pytest.raises(ValueError, match="the checkpoint must hold the adapters of lora"):
         one.load_state_dict({"model.model.norm.weight": torch.zeros(32)})
+
+
+def test_a_checkpoint_makes_the_module_again_without_a_trainer(tmp_path):
+    made = module()
+    options = {"logger": False, "enable_checkpointing": False, "plugins": [LightningEnvironment()]}
+    trainer = L.Trainer(accelerator="cpu", **options)
+    trainer.strategy.connect(made)
+    trainer.save_checkpoint(tmp_path / "some.ckpt", weights_only=True)
+    again = CausalLMModule.load_from_checkpoint(tmp_path / "some.ckpt")
+    assert list(again.state_dict()) == list(made.state_dict())
+    assert all(map(torch.equal, again.state_dict().values(), made.state_dict().values()))
