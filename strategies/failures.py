@@ -8,27 +8,24 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-import time
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_longnet.callbacks.preemption import Requeued
 from lightning_longnet.layers.attending import guards_of
 from lightning_longnet.strategies.launcher import WatchedLauncher, launcher_has_ended
 from lightning_longnet.strategies.phases import MarkedPhases
+from lightning_longnet.strategies.reports import PATIENCE, FailureReports, await_condition
 from lightning_longnet.supervision.processes import STOPPED, state_of
 from lightning_longnet.supervision.record import DISCONNECTED, ENDED, FAILED, OUTSIDE, RUNS, place_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from lightning.pytorch import Trainer
 
 _RUNS = [0]  # how many runs this process has set up, as all ranks have: each run has its own failures
-_PATIENCE = 3.0  # seconds for the store, and for what others write there
 _LOST = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL"),
     *("Application timeout caused pair closure", "wait timeout", "Timed out after", "failed to recv", "recvValue"),
@@ -39,10 +36,27 @@ _LOST = (
 class NamedFailures(MarkedPhases):
     """Adds to each error the rank, the phase and the step, and to a lost connection the rank that failed first."""
 
+    _reports: FailureReports | None = None  # while the ranks of a run are connected
+
     def setup(self, trainer: Trainer) -> None:
-        _RUNS[0] += 1
         self._end_run("", RUNS)  # clears the outcome of an earlier run of this process
         super().setup(trainer)
+
+    def _begin_reports(self) -> None:
+        """Begin to read what other ranks report; all ranks call this when they are connected."""
+        _RUNS[0] += 1
+        self._end_reports()
+        if dist.is_initialized() and self._ranks() > 1 and dist.get_backend() != "fake":
+            self._reports = FailureReports(_RUNS[0], self.global_rank, self._ranks())
+
+    def _end_reports(self) -> None:
+        reports, self._reports = self._reports, None
+        if reports is not None:
+            reports.end()
+
+    def teardown(self) -> None:
+        self._end_reports()
+        super().teardown()
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
@@ -84,20 +98,21 @@ class NamedFailures(MarkedPhases):
 
     def _reported_failure(self, own: str, is_lost: bool) -> str:
         """Return the failure that another rank reported before this one's, or an empty string."""
-        if not dist.is_initialized() or self._ranks() == 1:
+        reports = self._reports
+        if reports is None:
             return ""
-        answers: list[str] = []
         # a thread, as the process that holds the store may stand still, and nothing limits that wait
-        thread = threading.Thread(target=_report_failure, args=(own, is_lost, answers), daemon=True)
+        exchange = partial(_exchange, reports, own, is_lost, self.is_global_zero)
+        thread = threading.Thread(target=exchange, daemon=True)
         thread.start()
-        thread.join(_PATIENCE + 1.0)
-        return answers[0] if answers and answers[0] != own else ""
+        thread.join((1 + self.is_global_zero) * PATIENCE + 1.0)
+        return reports.text if reports.text != own else ""
 
     def _evidence(self) -> str:
         """Return what this rank sees of ranks that reported no error: their processes, where it has started them."""
         launcher = self.launcher
         if isinstance(launcher, WatchedLauncher) and launcher.procs:
-            _await(lambda: any(each.poll() for each in launcher.procs), 1.0)
+            await_condition(lambda: any(each.poll() for each in launcher.procs), 1.0)
             first = self.global_rank + 1
             for rank, process in enumerate(launcher.procs, first):
                 if process.poll() is not None:
@@ -118,25 +133,17 @@ def is_lost_connection(exception: BaseException) -> bool:
     return isinstance(exception, RuntimeError) and any(each in str(exception) for each in _LOST)
 
 
-def _report_failure(own: str, is_lost: bool, answers: list[str]) -> None:
-    """Append the failure that was reported first, which is this rank's own where no other was."""
-    key = f"lightning_longnet/failure/{_RUNS[0]}"
+def _exchange(reports: FailureReports, own: str, is_lost: bool, holds_store: bool) -> None:
+    """Report this rank's own failure, or read that of another; the rank that holds the store waits for the readers."""
     try:
-        store: Any = _get_default_store()
-        if is_lost:
-            if _await(lambda: store.check([key]), _PATIENCE):
-                answers.append(store.get(key).decode())
-        else:
-            answers.append(store.compare_set(key, "", own).decode())
+        if not is_lost:
+            reports.report(own)
+        elif not reports.text:
+            await_condition(lambda: bool(reports.read()), PATIENCE)
+        if holds_store and reports.text:
+            reports.await_readers()
     except RuntimeError:  # the store has ended with the rank that held it
         return
-
-
-def _await(condition: Callable[[], bool], seconds: float) -> bool:
-    limit = time.monotonic() + seconds
-    while not (holds := condition()) and time.monotonic() < limit:
-        time.sleep(0.05)
-    return holds
 
 
 def _text(exception: BaseException) -> str:

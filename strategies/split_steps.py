@@ -51,6 +51,10 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
     _memory: MemoryCheck
     _losses: LossWatch
 
+    def _make_context(self) -> None:
+        self._begin_reports()
+        super()._make_context()
+
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
         check_accumulation(self.accumulate, self.lightning_module)

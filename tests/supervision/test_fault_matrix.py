@@ -140,10 +140,11 @@ def test_each_rank_names_the_first_without_a_supervisor(tmp_path, fault, phase, 
         assert frames[1] > 15
 
 
+@pytest.mark.parametrize("ranks", [[0, 1], [2, 3]])
 @pytest.mark.parametrize("kind", tiered(["ddp", "fsdp2"], quick=[], full=["fsdp2"]))
-def test_an_error_of_one_group_ends_all_ranks_by_its_name(tmp_path, kind):
-    ranks = (2, 3)
-    options = {"fault": "exception", "ranks": list(ranks), "phase": "forward", "kind": kind, "size": 2}
+def test_an_error_of_one_group_ends_all_ranks_by_its_name(tmp_path, kind, ranks):
+    """Where the group of rank 0 fails, rank 0 holds what it reports until the others have read it."""
+    options = {"fault": "exception", "ranks": ranks, "phase": "forward", "kind": kind, "size": 2}
     statuses, printed = outputs(tmp_path, 4, **options)
     assert statuses == [1] * 4
     for rank, lines in enumerate(printed):
