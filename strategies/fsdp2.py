@@ -66,13 +66,15 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         module = self.lightning_module
         assert module is not None
         self._begin_split_check()
+        roots = (module, *averages(trainer))
         if any(isinstance(child, FSDPModule) for child in module.modules()):
             _check_sharding(module)
         else:
-            for root in (module, *averages(trainer)):
+            for root in roots:
                 self._shard(root)
-                if (load := getattr(root, "_load_weights", None)) is not None:
-                    load(torch.device("cpu") if self.sharding == "fsdp2_offload" else self.root_device)
+        for root in roots:
+            if (load := getattr(root, "_load_weights", None)) is not None:
+                load(torch.device("cpu") if self.sharding == "fsdp2_offload" else self.root_device)
         if has_averages(trainer) and self._save_distributed_checkpoint:
             self._save_distributed_checkpoint = False
             rank_zero_info(

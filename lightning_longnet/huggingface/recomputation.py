@@ -13,6 +13,8 @@ from lightning_longnet.layers.checkpointing import in_chunks, keep_attention, ke
 from lightning_longnet.layers.feed_forward import FeedForward
 from lightning_longnet.layers.offloading import input_on_host
 from lightning_longnet.models.blocks import Recompute
+from lightning_longnet.sequence.attach import attached_context
+from lightning_longnet.sequence.dropout_hooks import drops_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,7 +102,17 @@ def _forward_in_chunks(module: Any, x: Tensor) -> Tensor:
     if x.dim() < 3 or x.shape[-2] <= chunk_tokens:
         out: Tensor = compute(x)
         return out
-    return in_chunks(compute, x, chunk_tokens)
+    context = attached_context(module)
+    is_part = context.holds_part(x) if context is not None and context.is_split else None
+
+    def compute_chunk(chunk: Tensor) -> Tensor:
+        chunk = chunk.contiguous()  # where there are several rows it is not, and the Conv1D of GPT-2 needs that
+        if is_part is None:
+            return compute(chunk)  # type: ignore[no-any-return]
+        with drops_parts(module, is_part):  # the shape of a chunk does not show it
+            return compute(chunk)  # type: ignore[no-any-return]
+
+    return in_chunks(compute_chunk, x, chunk_tokens)
 
 
 def _feed_forwards(model: Any) -> Iterator[tuple[str, nn.Module]]:

@@ -26,6 +26,7 @@ _DTYPES = {  # of safetensors
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
     **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
+_ROWS = 1024  # of two tensors that are compared
 _PLACE = "load_sharded must be False"
 
 
@@ -34,23 +35,51 @@ def empty_model(
 ) -> PreTrainedModel:
     """Return the model of a name or a folder with its parameters on the meta device; see `loaded` for the arguments."""
     config = read_config(name, overrides)
+    if (named := getattr(config, "transformers_weights", None)) is not None:
+        raise ValueError(f"{_PLACE} with {name!r}, whose configuration names the file of its weights, {named!r}")
     with torch.device("meta"):
         model = created(config, attention, dtype)
-    _fill_buffers(model)
+    _check_dtype(model)
+    _compute_buffers(model)
     check_model(model)
     check_dilated(model.config, attention)
     return model
 
 
+def _check_dtype(model: PreTrainedModel) -> None:
+    """Raise a ValueError where transformers loads some parameters in float32 whatever the dtype is."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ()) if model.dtype == torch.float16 else set()
+    for name in model.state_dict() if model.dtype in (torch.float16, torch.bfloat16) else ():
+        if any(each in name for each in kept):
+            raise ValueError(
+                f"{_PLACE} with the dtype {str(model.dtype).removeprefix('torch.')}: transformers loads {name} of "
+                f"{type(model).__name__} in float32"
+            )
+
+
 @torch.no_grad()
-def _fill_buffers(model: Any) -> None:
+def _compute_buffers(model: Any) -> None:
     """Compute the buffers that files do not hold, such as the frequencies of rotations, as transformers does."""
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            if (buffer := module._buffers.get(name)) is not None:
-                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
-        if module._non_persistent_buffers_set:
-            model._init_weights(module)
+    for path, module in model.named_modules():
+        results = [_initialized(model, module, value) for value in (0, 1)]
+        for name, x in results[0].items():
+            if not torch.equal(x, results[1][name]):  # what was there before is still there
+                raise ValueError(
+                    f"{_PLACE} with a {type(model).__name__}, which does not compute its buffer "
+                    f"{f'{path}.{name}'.lstrip('.')} in _init_weights"
+                )
+
+
+def _initialized(model: Any, module: nn.Module, value: int) -> dict[str, Tensor]:
+    """Fill the buffers of a module that files do not hold with a value, initialise the module, and return them."""
+    buffers = {name: module._buffers[name] for name in sorted(module._non_persistent_buffers_set)}
+    for name, buffer in buffers.items():
+        if buffer is not None:
+            module._buffers[name] = torch.full_like(buffer, value, device="cpu")
+    if buffers:
+        model._init_weights(module)
+    return {name: x for name in buffers if (x := module._buffers[name]) is not None}
 
 
 class Entry(NamedTuple):
@@ -64,14 +93,22 @@ class Entry(NamedTuple):
     def read(self, rows: slice) -> Tensor:
         """Return rows of the tensor, without mapping or reading the rest of the file."""
         first, last, _ = rows.indices(self.shape[0] if self.shape else 1)
+        shape = (max(last - first, 0), *self.shape[1:])
         width = prod(self.shape[1:]) * self.dtype.itemsize
-        content = torch.empty(max(last - first, 0) * width, dtype=torch.uint8)
+        content = torch.empty(shape[0] * width, dtype=torch.uint8)
         buffer: Any = content.numpy()  # of the same memory
         with self.path.open("rb") as file:
             file.seek(self.begin + first * width)
             if file.readinto(buffer) != len(content):
                 raise ValueError(f"{self.path} is shorter than its header says")
-        return content.view(self.dtype).reshape(-1, *self.shape[1:]) if self.shape else content.view(self.dtype)[0]
+        return content.view(self.dtype).reshape(shape if self.shape else ())
+
+    def equals(self, other: Entry) -> bool:
+        """Return whether two tensors have the same values; a few rows of each are in memory at a time."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        parts = [slice(i, i + _ROWS) for i in range(0, self.shape[0] if self.shape else 1, _ROWS)]
+        return all(torch.equal(self.read(part), other.read(part)) for part in parts)
 
 
 class WeightFiles:
@@ -91,7 +128,7 @@ class WeightFiles:
         """Raise a ValueError where the tensors of the files are not those of the model by their names."""
         names = self._names()
         known = {each for alike in names.values() for each in alike} | set(self._buffers())
-        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        ignored = [*(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()), *self._formerly_saved()]
         strange = [each for each in self.files if each not in known and not any(re.search(p, each) for p in ignored)]
         missing = [name for name, alike in names.items() if not any(each in self.files for each in alike)]
         missing += [name for name in self._buffers() if name not in self.files]
@@ -105,6 +142,20 @@ class WeightFiles:
             if name in self.files and self.files[name].shape != tuple(tensor.shape):
                 shapes = f"{tuple(tensor.shape)}, got {self.files[name].shape}"
                 raise ValueError(f"{name} of {self.name!r} must have the shape {shapes}")
+        for alike in names.values():
+            first, *others = [each for each in alike if each in self.files]
+            for other in others:
+                if not self.files[first].equals(self.files[other]):
+                    raise ValueError(
+                        f"{_PLACE} with {self.name!r}: its configuration ties {first} to {other}, and the file has "
+                        f"other values for each; set tie_word_embeddings to False in it"
+                    )
+
+    def _formerly_saved(self) -> list[str]:
+        """Return patterns of buffers that files of former versions of transformers hold, and which are computed now."""
+        buffers = [name for name, _ in self.model.named_buffers()]
+        known = ("rotary_emb.inv_freq", "position_ids")
+        return [rf"(^|\.){re.escape(each)}$" for each in known if any(name.endswith(each) for name in buffers)]
 
     def _names(self) -> dict[str, list[str]]:
         """Return the name of each parameter, and all names that it has in the model, where weights are tied."""
@@ -123,25 +174,24 @@ class WeightFiles:
         state: dict[str, Any] = {}
         for alike in self._names().values():
             parameter = self.model.get_parameter(alike[0])
-            if not parameter.is_meta:
-                continue
             name = next(each for each in alike if each in self.files)
             value = nn.Parameter(self._value(name, parameter, device), parameter.requires_grad)
             state.update(dict.fromkeys(alike, value))  # one parameter by all its names: tied weights stay tied
         for name in self._buffers():
             buffer = self.model.get_buffer(name)
             state[name] = self.files[name].read(slice(None)).to(device, buffer.dtype)
-        self.model.load_state_dict(state, strict=False, assign=True)
+        self.model.load_state_dict(state, assign=True)
 
     def _value(self, name: str, parameter: Tensor, device: torch.device) -> Tensor:
         """Return the value of a parameter, or this rank's part of it."""
         if not isinstance(parameter, DTensor):
             return self.files[name].read(slice(None)).to(device, parameter.dtype)
         mesh, rows = parameter.device_mesh, slice(None)
-        for axis, placement in enumerate(parameter.placements):
-            if isinstance(placement, Shard):
-                assert placement.dim == 0
-                rows = part_of(parameter.shape[0], mesh.size(axis), mesh.get_local_rank(axis))
+        sharded = [axis for axis, placement in enumerate(parameter.placements) if not placement.is_replicate()]
+        for axis in sharded:
+            if len(sharded) > 1 or parameter.placements[axis] != Shard(0):
+                raise ValueError(f"{_PLACE} where {name} is not sharded by rows, got {parameter.placements}")
+            rows = part_of(parameter.shape[0], mesh.size(axis), mesh.get_local_rank(axis))
         local = self.files[name].read(rows).to(device, parameter.dtype)
         options: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride()}
         return DTensor.from_local(local, mesh, parameter.placements, run_check=False, **options)
@@ -158,11 +208,10 @@ def _files(name: str) -> dict[str, Entry]:
     from transformers.utils.hub import cached_file
 
     options: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
-    if (index := cached_file(name, f"{_FILE}.index.json", **options)) is not None:
+    paths = [cached_file(name, _FILE, **options)]
+    if paths == [None] and (index := cached_file(name, f"{_FILE}.index.json", **options)) is not None:
         names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
         paths = [cached_file(name, each) for each in names]
-    else:
-        paths = [cached_file(name, _FILE, **options)]
     if paths == [None]:
         raise ValueError(f"{_PLACE} with {name!r}, which has no {_FILE}: save_pretrained of transformers writes it")
     return {tensor: entry for path in paths for tensor, entry in _entries(Path(str(path))).items()}
@@ -170,13 +219,19 @@ def _files(name: str) -> dict[str, Entry]:
 
 def _entries(path: Path) -> dict[str, Entry]:
     """Return where each tensor of a safetensors file is, by the header of the file."""
+    size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        if begin > size:
             raise ValueError(f"{path} must be a safetensors file, and its header is longer than the file")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(begin - 8))
+    header.pop("__metadata__", None)
+    for tensor, each in header.items():
+        if each["dtype"] not in _DTYPES:
+            raise ValueError(f"{_PLACE} with {path}, whose {tensor} has the dtype {each['dtype']}")
+        if begin + each["data_offsets"][1] > size:
+            raise ValueError(f"{path} is shorter than its header says")
     return {
-        tensor: Entry(path, _DTYPES[each["dtype"]], tuple(each["shape"]), 8 + length + each["data_offsets"][0])
+        tensor: Entry(path, _DTYPES[each["dtype"]], tuple(each["shape"]), begin + each["data_offsets"][0])
         for tensor, each in header.items()
-        if tensor != "__metadata__"
     }

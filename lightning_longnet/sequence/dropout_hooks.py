@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -10,14 +11,14 @@ from torch.nn.modules.dropout import _DropoutNd
 from lightning_longnet.attention.kernels.compiling import not_compiled
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from lightning_longnet.sequence.context import SequenceContext
 
 ATTACHED = "_attached_sequence_context"  # the attribute of modules that have no `sequence_context`
-_HANDLES, _PART = "_dropout_hooks", "_random_part"
+_HANDLES, _PART, _IS_PART = "_dropout_hooks", "_random_part", "_is_part"
 # modules that drop whole features, and the number of dimensions of their inputs with a batch
 _FEATURE_DROPOUTS = {nn.Dropout1d: 3, nn.Dropout2d: 4, nn.Dropout3d: 5, nn.FeatureAlphaDropout: 2}
 
@@ -33,6 +34,22 @@ def set_hooks(module: nn.Module, context: SequenceContext | None) -> None:
         return
     for handle in module.__dict__.pop(_HANDLES):
         handle.remove()
+
+
+@contextmanager
+def drops_parts(module: nn.Module, is_part: bool) -> Iterator[None]:
+    """Let the dropout modules inside a module take their inputs for this rank's tokens, or not, whatever their shapes.
+
+    Inside the block a chunk of this rank's part, whose length is another one, is dropped as the part is.
+    """
+    modules = [each for each in module.modules() if _HANDLES in each.__dict__]
+    for each in modules:
+        each.__dict__[_IS_PART] = is_part
+    try:
+        yield
+    finally:
+        for each in modules:
+            each.__dict__.pop(_IS_PART, None)
 
 
 # The hooks are functions of this module, so that modules with them can be pickled and copied.  torch.compile traces
@@ -62,7 +79,10 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> Non
 def _seed_part(module: nn.Module, x: Tensor) -> None:
     """Seed the generator for this rank's part until `_restore_generator`."""
     context: SequenceContext = module.__dict__[ATTACHED]
-    part = context.random_part(x.device, context.holds_part_of(_independent_sizes(module, x)))
+    is_part = module.__dict__.get(_IS_PART)
+    if is_part is None:
+        is_part = context.holds_part_of(_independent_sizes(module, x))
+    part = context.random_part(x.device, is_part)
     part.__enter__()
     module.__dict__[_PART] = part
 

@@ -7,6 +7,7 @@ from contexts import made
 from tiers import tiered
 
 from lightning_longnet import SequenceContext, attach_context
+from lightning_longnet.huggingface.recomputation import chunk_feed_forwards
 
 NAMES = [name for name in ARCHITECTURES if name not in ("GPT-2", "Llama 4")]
 
@@ -43,3 +44,27 @@ def test_ranks_drop_the_pairs_that_one_process_drops(pool, name, kind):
         assert torch.equal(part, repeated)
         assert (part - whole[:, positions]).norm() < 1e-6 * whole.norm()
         assert (summed - gradient).norm() < 1e-6 * gradient.norm()
+
+
+def dropped_in_chunks(group):
+    """Return what the dropout of a feed-forward in chunks keeps of equal parts, by its output and by its gradient."""
+    net = model("GPT-2", "ring", resid_pdrop=0.4).train()
+    chunk_feed_forwards(net, 5)
+    context = made(group)
+    attach_context(net, context)
+    part = context.split({each: x for each, x in batch("plain").items() if each not in ("labels", "real")})["input_ids"]
+    context.begin_step(3)
+    x = torch.ones(*part.shape, 32, dtype=torch.float64)[:, :26]  # of both ranks alike
+    if x.shape[1] < part.shape[1]:
+        x = torch.cat([x, x[:, :1]], 1)
+    out = net.transformer.h[0].mlp(x)
+    out.sum().backward()
+    return out.detach(), net.transformer.h[0].mlp.c_proj.bias.grad
+
+
+def test_ranks_drop_other_elements_of_chunks_of_their_parts(pool):
+    (first, gradient), (second, other_gradient) = pool.run(2, dropped_in_chunks)
+    both = (first[:, :26] == 0) == (second[:, :26] == 0)
+    assert abs(both.double().mean() - (0.4**2 + 0.6**2)) < 0.05
+    for out, of_bias in ((first, gradient), (second, other_gradient)):  # the backward drops what the forward dropped
+        torch.testing.assert_close(of_bias, (out != 0).double().sum((0, 1)) / 0.6)

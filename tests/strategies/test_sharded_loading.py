@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from decoder_runs import fit, module
+from decoder_runs import fit, module, rows
 from memory import peak_bytes
 from tiers import tiered
-from trained import quiet, trainer_of
+from torch.utils.data import DataLoader
+from trained import collated, quiet, trainer_of
 
 from lightning_longnet import CausalLMModule
 from lightning_longnet.huggingface.weight_files import part_of
@@ -42,6 +43,52 @@ def test_a_run_is_that_of_ordinary_loading(trainers, folder, sharding, world):
         assert parameters.keys() == best.keys()
         for name, x in parameters.items():
             assert torch.equal(x, best[name]), name
+
+
+@pytest.mark.long
+def test_a_run_goes_on_from_a_checkpoint(trainers, folder, tmp_path):
+    options = {"config": None, "name": folder, "load_sharded": True}
+    whole = trainers.run(2, fit, "float32", "fsdp2", 2, options, str(tmp_path / "run"))
+    saved = str(tmp_path / "run" / "saved" / "step=2.ckpt")
+    resumed = trainers.run(2, fit, "float32", "fsdp2", 2, options, str(tmp_path / "resumed"), saved)
+    for (losses, parameters), (expected_losses, expected) in zip(resumed, whole, strict=True):
+        assert losses == expected_losses[2:]
+        for name, x in expected.items():
+            assert torch.equal(parameters[name], x), name
+
+
+class ShardedByItself(CausalLMModule):
+    """A module whose blocks are sharded by itself, before the strategy reads the weights."""
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        super().configure_model()
+        for block in self.model.model.layers:
+            fully_shard(block)
+
+
+def weights_of(rank, world, folder, load_sharded):
+    """Return the loss of a validation, and all parameters."""
+    from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+    with quiet():
+        net = ShardedByItself(name=folder, load_sharded=load_sharded)
+        trainer = trainer_of(RingSequenceParallelStrategy(world, sharding="fsdp2"), world)
+        results = trainer.validate(net, DataLoader(rows(4), 2, collate_fn=collated), verbose=False)
+        return results, {
+            name: getattr(x, "full_tensor", lambda x=x: x)().detach() for name, x in net.named_parameters()
+        }
+
+
+@pytest.mark.long
+def test_a_module_that_shards_itself_gets_its_weights(trainers, folder):
+    results, expected_results = (trainers.run(2, weights_of, folder, each) for each in (True, False))
+    for (losses, parameters), (expected_losses, expected) in zip(results, expected_results, strict=True):
+        assert losses == expected_losses
+        assert parameters.keys() == expected.keys()
+        for name, x in parameters.items():
+            assert torch.equal(x, expected[name]), name
 
 
 def load(rank, world, folder, load_sharded):
@@ -124,7 +171,7 @@ def test_files_in_parts_and_in_half_types_are_read(tmp_path, kind):
     from transformers import AutoModelForCausalLM
 
     made = CausalLMModule(config={**LARGE, "model_type": kind, "num_hidden_layers": 1}, dtype="bfloat16")
-    made.model.save_pretrained(tmp_path / "model", max_shard_size="500KB")
+    made.model.save_pretrained(tmp_path / "model", max_shard_size="200KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     net = CausalLMModule(name=str(tmp_path / "model"), load_sharded=True)
     assert all(p.is_meta for p in net.model.parameters())
