@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
-from trained import VOCABULARY, WIDTH, Model, Module, collated, samples, sgd, sums, trainer_of, whole
+from trained import WIDTH, Model, Module, collated, samples, sgd, sums, trainer_of, whole
 
 from lightning_longnet import DilatedSelfAttention, Pattern, sequence_context
 
