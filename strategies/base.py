@@ -10,6 +10,7 @@ from lightning_longnet.attention.parallel.placement import Kind  # noqa: TC001  
 from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
 from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.split_check.check import Action  # noqa: TC001
+from lightning_longnet.strategies.changes import ChangeWatch
 from lightning_longnet.strategies.checks import Accumulate, check_background_saves, check_options, check_seconds
 from lightning_longnet.strategies.engines import Sharding, checked_engine_options, strategy_class
 from lightning_longnet.strategies.finite import LossWatch
@@ -114,7 +115,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, SplitSteps):
         self.sequence_context = SequenceContext()
         self._first_batches = FirstBatchCheck(split_check)
         self._memory, self._losses = MemoryCheck(memory_check), LossWatch()
-        self._repeats = RepeatWarning()
+        self._repeats, self._changes = RepeatWarning(), ChangeWatch()
         self._init_lightning_strategy(checked_engine_options(self.lightning_class, engine or {}), process_group_backend)
         self._accelerator, self.parallel_devices = accelerator, parallel_devices
         self.cluster_environment, self._checkpoint_io = cluster_environment, checkpoint_io

@@ -1,8 +1,9 @@
-"""The split check of a run: it compares the first training and validation batch on parts with the same on one rank."""
+"""The split check of a run: it compares the first batch of each kind of step on parts with the same on one rank."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lightning_longnet.split_check.replica import Replica
     from lightning_longnet.strategies.split_steps import SplitSteps
 
-_STAGES = ("training", "validation")
+_FIT = {"training", "validation"}
 
 
 class FirstBatchCheck:
@@ -62,7 +63,7 @@ class FirstBatchCheck:
         self._checked.clear()
 
     def is_due(self, strategy: SplitSteps, trainer: Trainer) -> bool:
-        """Whether the batch that a loop was given is the first of training or of validation."""
+        """Whether the batch that a loop was given is the first of training, validation or test."""
         stage, size = _stage(trainer), strategy.sequence_context.sequence_parallel_size
         return bool(stage) and stage not in self._checked and self.action != "off" and size > 1
 
@@ -82,7 +83,7 @@ class FirstBatchCheck:
             with _trainer_restored(trainer):
                 verdict = check_split(
                     module,
-                    _training_step if stage == "training" else _validation_step,
+                    partial(_call_step, name=f"{stage}_step"),
                     batch,
                     context,
                     sequence_dims=dims,
@@ -94,7 +95,7 @@ class FirstBatchCheck:
                 )
         finally:
             strategy.sequence_context = context
-        if len(self._checked) == len(_STAGES):
+        if self._checked >= _FIT:
             self._replica = None  # the replica may hold tensors that are plain attributes
         if verdict.kind == "not checked":
             rank_zero_info(f"split check of {stage}: not made, as {verdict.message}")
@@ -129,9 +130,11 @@ def _do_nothing(*_: Any, **__: Any) -> None:
 
 
 def _stage(trainer: Trainer) -> str:
-    """Return "training" or "validation", the loop that runs; an empty string for other loops."""
+    """Return "training", "validation" or "test", the loop that runs; an empty string for other loops."""
     if trainer.training:
         return "training"
+    if trainer.testing:
+        return "test"
     return "validation" if trainer.sanity_checking or trainer.validating else ""
 
 
@@ -153,15 +156,8 @@ def _inside(strategy: SplitSteps, module: LightningModule, stage: str) -> Engine
     return EngineModule(module, step, dtypes, has_gradients=is_fsdp and module.automatic_optimization)
 
 
-def _training_step(copy: Any, batch: Any) -> Any:
-    return _call_step(copy, copy.training_step, batch)
-
-
-def _validation_step(copy: Any, batch: Any) -> Any:
-    return _call_step(copy, copy.validation_step, batch)
-
-
-def _call_step(copy: Any, step: Callable[..., Any], batch: Any) -> Any:
+def _call_step(copy: Any, batch: Any, name: str) -> Any:
+    step = getattr(copy, name)
     return step(*_arguments(copy, step, batch))
 
 

@@ -97,6 +97,9 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         for block in _blocks(module):
             fully_shard(block, **settings)
         fully_shard(module, **settings)
+        if not getattr(module, "automatic_optimization", True):
+            for each in _outside_of_blocks(module):
+                each.register_forward_pre_hook(self._gather_after_backward)
         for name in _ENTRIES:
             if hasattr(module, name):  # a method that calls parts of the module needs their whole parameters
                 register_fsdp_forward_method(module, name)
@@ -141,7 +144,9 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
     def post_backward(self, closure_loss: Tensor) -> None:
         super().post_backward(closure_loss)
-        self._gather_again()
+        if self._is_manual():
+            # gradients are of the parts of parameters, and the step may clip those of `self.parameters()`
+            self._root().reshard()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(*args, **kwargs)
@@ -172,9 +177,14 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
             self._root().reshard()
 
     def _gather_again(self) -> None:
-        """Gather parameters again, which the backward freed or the optimizer changed: the step may go on with them."""
+        """Gather parameters again, which the optimizer changed: the step may go on with them."""
         if self._is_manual():
             self._root().reshard()
+            self._root().unshard()
+
+    def _gather_after_backward(self, *_: Any) -> None:
+        """Gather the parameters that are in no block, if the step goes on with a forward after its backward."""
+        if self._is_manual():
             self._root().unshard()
 
     def _is_manual(self) -> bool:
@@ -225,6 +235,14 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
     entries = [entry for entry in _entries(module) if any(True for _ in entry.children())]
     return [entry for entry in dict.fromkeys(entries) if is_unit(entry)]
+
+
+def _outside_of_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules inside of a sharded one that are in none of its units."""
+    for child in module.children():
+        if not isinstance(child, FSDPModule):
+            yield child
+            yield from _outside_of_blocks(child)
 
 
 def _entries(module: nn.Module) -> Iterator[nn.Module]:

@@ -156,7 +156,9 @@ class LoaderWatch:
         self._fault, self._current = self.context.fault_of(batch, dims) or _fault_by(module, batch), current
         self._is_alike = self.gathers or trainer.training
         when = f"{trainer.state.stage} {dataloader_idx}"
-        self._comparison.send(Note(FAULT, 0, 0) if self._fault else Note.of(batch, when, _state(trainer)))
+        self._comparison.send(
+            Note(FAULT, 0, 0) if self._fault else Note.of(batch, when, _state(trainer), _rates(trainer))
+        )
         if self._fault or batch is None or isinstance(_fetcher(trainer), _DataLoaderIterDataFetcher):
             self.receive()
 
@@ -196,6 +198,15 @@ def _fetcher(trainer: Trainer) -> _DataFetcher | None:
 def _state(trainer: Trainer) -> int:
     """Return what follows the batch that a loop was given, as the state of a `Note`."""
     return LAST * _is_last(trainer) + VALIDATES * (trainer.training and _validates(trainer))
+
+
+def _rates(trainer: Trainer) -> list[float]:
+    """Return the learning rates of the training step that follows; those that a device holds are left out."""
+    if not trainer.training:
+        return []
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    rates: list[Any] = [group.get("lr") for group in groups]
+    return [float(rate) for rate in rates if isinstance(rate, (int, float)) or getattr(rate, "is_cpu", False)]
 
 
 def _validates(trainer: Trainer) -> bool:

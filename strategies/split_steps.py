@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from torch import Tensor
 
+    from lightning_longnet.strategies.changes import ChangeWatch
     from lightning_longnet.strategies.checks import Accumulate
     from lightning_longnet.strategies.finite import LossWatch
     from lightning_longnet.strategies.first_batch import FirstBatchCheck
@@ -50,6 +51,7 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
     _first_batches: FirstBatchCheck
     _memory: MemoryCheck
     _losses: LossWatch
+    _changes: ChangeWatch
 
     def _make_context(self) -> None:
         self._begin_reports()
@@ -81,7 +83,10 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
                 self._first_batches.check(self, module, batch, dims)
             batch = self.sequence_context.split(batch, dims)
             self.sequence_context.repeated_samples = repeated
-        return super().batch_to_device(batch, device, dataloader_idx)
+        batch = super().batch_to_device(batch, device, dataloader_idx)
+        if module is not None and module.trainer.training:
+            self._changes.take(batch)
+        return batch
 
     def _begin_split_check(self) -> None:
         """Let the split check take the structure of the module, while it is whole."""
@@ -109,6 +114,7 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         self.settle_saves(is_awaited=False)  # before the limits of a step hold
         context, loop = self.sequence_context, self.lightning_module.trainer.fit_loop.epoch_loop
         context.begin_step(loop.total_batch_idx)
+        self._changes.compare(args[0] if args else None)
         self._losses.look()
         if self.accumulate == "tokens":
             context.window.open()

@@ -18,6 +18,7 @@ FOUND = f"{CHECK}::test_each_fault_is_found_and_named"
 LOADERS, REPEATS = "strategies/test_loaders.py", "strategies/test_repeats.py"
 DROPOUT, SHARDS = "sequence/test_context_dropout.py", "sequence/test_shards.py"
 HOSTILE = "security/test_hostile_files.py::test_nothing_runs_and_nothing_outside_is_read"
+USERS = "strategies/test_user_code.py"
 DECODERS = "strategies/test_decoder_mistakes.py"
 DOCUMENTS = "training/test_batch_documents.py"
 COMMANDS = "cli/test_longnet.py::test_a_mistake_is_told_in_a_line"
@@ -33,6 +34,10 @@ PROOFS = {
     "BatchNorm": FOUND,
     "The loss is a sum": FOUND,
     "A collective has no gradient": FOUND,
+    "Only the test step": f"{USERS}::test_the_first_test_batch_is_checked",
+    "Gradients of `self.parameters()`": f"{USERS}::test_gradients_may_be_changed_before_an_update_by_hand",
+    "Ranks have different learning": f"{USERS}::test_learning_rates_of_one_rank_are_refused",
+    "`on_train_batch_start` changes": f"{USERS}::test_a_batch_that_changes_after_the_split_is_told_once",
     "Only the validation step": f"{FIRST}::test_validation_is_checked_on_its_own",
     "A module that `configure_model` shards": "strategies/test_check_in_engines.py::test_a_wrong_module_is_found_in_its_engine",
     "A rank leaves its step": "split_check/test_zoo.py::test_a_rank_that_leaves_its_step_is_a_verdict_on_all",

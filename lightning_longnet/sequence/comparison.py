@@ -14,6 +14,8 @@ from lightning_longnet.sequence.batches import named_tensors
 from lightning_longnet.sequence.parts import SequencePart
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 FAULT, LAST, ENDED, VALIDATES = 1, 2, 4, 8
@@ -28,23 +30,26 @@ class Note(NamedTuple):
             (validation follows, and then more batches may).
         kind: a number of the names, shapes and types of its tensors.
         content: a number of their values; of a rank that ended, how many batches it was given.
+        rates: a number of the learning rates, where the step is of training.
     """
 
     state: int
     kind: int
     content: int
+    rates: int = 0
 
     @classmethod
-    def of(cls, batch: Any, when: str, state: int) -> Note:
-        """Return the note of a batch that fits, and that a loop named `when` is given."""
+    def of(cls, batch: Any, when: str, state: int, rates: Sequence[float] = ()) -> Note:
+        """Return the note of a batch that fits, and that a loop named `when` is given, and of the learning rates."""
+        rate_number = _number(str(rates)) if rates else 0
         if isinstance(batch, SequencePart):
-            return cls(state, _number(when), batch.digest())
+            return cls(state, _number(when), batch.digest(), rate_number)
         leaves = list(named_tensors(batch))
         kinds = [(path, tuple(x.shape), x.dtype) for path, x in leaves]
         content = 0
         for _, x in leaves:
             content = (content * 1_000_003 + checksum(x)) % 2**61
-        return cls(state, _number(f"{when} {type(batch).__name__} {kinds}"), content)
+        return cls(state, _number(f"{when} {type(batch).__name__} {kinds}"), content, rate_number)
 
 
 class BatchComparison:
@@ -77,7 +82,7 @@ class BatchComparison:
         self._work = dist.all_gather(self._notes, self._own, group=self.group, async_op=True)
 
     def receive(self) -> Tensor:
-        """Wait for the notes of all ranks, and return them: (groups, ranks that share sequences, 3)."""
+        """Wait for the notes of all ranks, and return them: (groups, ranks that share sequences, fields)."""
         assert self._work is not None
         work, self._work = self._work, None
         work.wait()
@@ -93,9 +98,10 @@ class BatchComparison:
             batches: how many batches this rank was given.
             is_alike: whether all groups must have equally many batches, or only the ranks of a group.
         """
-        states, kinds, contents = notes.unbind(-1)
+        states, kinds, contents, rates = notes.unbind(-1)
         first = int(states[0, 0])
-        if not first & (FAULT | ENDED) and bool((notes == notes[:, :1]).all()) and bool((states == first).all()):
+        is_alike_in_groups = bool((notes == notes[:, :1]).all()) and bool((rates == rates[0, 0]).all())
+        if not first & (FAULT | ENDED) and is_alike_in_groups and bool((states == first).all()):
             if batches == 1:
                 warn_of_same_batch(contents[:, 0].tolist())
             return bool(first & LAST)
@@ -124,9 +130,21 @@ class BatchComparison:
             raise ValueError(batch_difference(others, (self.data_rank, len(self.ranks)), detail))
         if bool((wrong := differs.any(1)).any()):
             raise ValueError(other_group_fault(int(wrong.nonzero()[0])))
+        self._check_rates(rates, has_batch)
         if batches == 1 and bool(has_batch.all()):
             warn_of_same_batch(contents[:, 0].tolist())
         return bool(ends.all())
+
+    def _check_rates(self, rates: Tensor, has_batch: Tensor) -> None:
+        """Raise a ValueError where ranks have different learning rates."""
+        differs = has_batch & (rates != rates[has_batch].view(-1, 1)[:1]) if bool(has_batch.any()) else has_batch
+        if bool(differs.any()):
+            raise ValueError(
+                f"all ranks must have the same learning rates, and {_rank_list(self.ranks[differs].tolist())} have "
+                f"others than the first: a scheduler or a callback goes by a number of this rank alone, as a metric "
+                f"that ReduceLROnPlateau monitors.  Log the same number on all ranks: a token_mean, or "
+                f"self.log(..., sync_dist=True)"
+            )
 
     def _check_ends(self, ends: Tensor, states: Tensor, contents: Tensor, batches: int, *, is_alike: bool) -> None:
         """Raise a ValueError where some ranks have no further batch, and others that need them do."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -93,6 +94,7 @@ class Runner:
         with ExitStack() as stack:
             for each in (seeded(seed, self.device), self._without_dropout(), torch.compiler.set_stance("force_eager")):
                 stack.enter_context(each)
+            stack.enter_context(gradients.kept())
             generators.seed(seed)
             stack.enter_context(torch.set_grad_enabled(differentiates))
             if watch is not None:
@@ -155,8 +157,30 @@ class _Gradients:
 
     def __init__(self, module: nn.Module) -> None:
         self._parameters = {name: x for name, x in module.named_parameters() if x.requires_grad}
+        self._is_manual = any(not getattr(each, "automatic_optimization", True) for each in module.modules())
+        self._accumulated: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
         self.updates = 0
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the gradients as the backward passes inside the block leave them, where a step updates by itself.
+
+        Before its update a step may clip them.  Here they are one rank's, which engines would have averaged first, and
+        the mean of clipped gradients is no clipped mean.
+        """
+
+        def keep(name: str, x: Tensor) -> None:
+            if x.grad is not None:
+                self._accumulated[name] = x.grad.detach().clone()
+
+        own = self._parameters.items() if self._is_manual else ()
+        handles = [x.register_post_accumulate_grad_hook(partial(keep, name)) for name, x in own]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def add(self) -> None:
         """Add the gradients that the parameters have now."""
@@ -164,7 +188,8 @@ class _Gradients:
             if x.grad is None and name in self.sums:
                 continue
             # a rank without a gradient counts as zeros, as in engines
-            gradient = _local(torch.zeros_like(x) if x.grad is None else 0.7**self.updates * _dense(x.grad))
+            gradient = torch.zeros_like(x) if x.grad is None else self._accumulated.get(name, x.grad)
+            gradient = _local(0.7**self.updates * _dense(gradient))
             self.sums[name] = self.sums[name] + gradient if name in self.sums else gradient
 
     def update(self) -> None:
