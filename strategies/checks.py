@@ -67,9 +67,9 @@ def check_accumulation(accumulate: str, module: LightningModule) -> None:
 
 
 def check_is_split(context: SequenceContext) -> None:
-    """Raise a ValueError where ranks that share sequences have all computed the same whole batch.
+    """Raise a ValueError if a step ran on an unsplit batch, so that ranks that share sequences repeated the same work.
 
-    A batch may stay whole for a model that splits what it makes of it, which the model says by `begin_sequences`.
+    A batch may stay whole if the model makes the sequences itself; it then calls `SequenceContext.begin_sequences`.
     """
     size = context.sequence_parallel_size
     if size > 1 and context.length is None:

@@ -42,7 +42,7 @@ class LossWatch:
             self._is_logged = is_logging_step(trainer)
 
     def look(self, *, is_last: bool = False) -> None:
-        """Check the latest loss if its step was logged or is the last."""
+        """Warn if the latest loss is not finite; a loss is checked only if its step was logged or `is_last`."""
         if self._loss is None or self._is_over or not (self._is_logged or is_last):
             return
         value, self._loss = float(self._loss), None

@@ -250,15 +250,18 @@ def _entries(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
             for entry in child:
-                yield from _callable(entry)
+                yield from _with_forward(entry)
         else:
             yield from _entries(child)
 
 
-def _callable(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield a module, or the modules inside of one without a `forward`, where FSDP would never be called."""
+def _with_forward(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module that defines `forward`, or else the outermost modules inside it that do.
+
+    FSDP gathers parameters in hooks of `forward`, which would never run for a container without one.
+    """
     if type(module).forward is nn.Module.forward:
         for child in module.children():
-            yield from _callable(child)
+            yield from _with_forward(child)
     else:
         yield module

@@ -171,7 +171,10 @@ class LoaderWatch:
             )
 
     def send_end(self, current: LoopPass) -> None:
-        """Send notes that this rank has no further batch, until no rank has one."""
+        """Tell the other ranks that this rank has no further batch, once for each of their steps, until all have ended.
+
+        A watched fetcher calls it at its end.  `receive` raises a ValueError if ranks need equally many batches.
+        """
         self.receive()
         while self._comparison is not None and not current.is_over:
             self._fault, self._current = "", current

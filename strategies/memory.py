@@ -50,9 +50,10 @@ class MemoryCheck:
         return self.action != "off" and not self._is_done and trainer.state.stage == RunningStage.TRAINING
 
     def check(self, strategy: SplitSteps, module: LightningModule, batch: Any) -> None:
-        """Raise a ValueError on all ranks where the run cannot fit on one of them, or warn.
+        """Raise a ValueError on all ranks if the run cannot fit on one of them.
 
-        All ranks call this with batches of the same shapes.
+        With `action` "warn", or if too little memory is free, the first rank concerned warns instead.  All ranks
+        call this with batches of the same shapes.
         """
         self._is_done = True
         room = room_of(strategy.root_device, len(strategy.parallel_devices or (0,)))

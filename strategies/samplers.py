@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def keep_order(trainer: Trainer) -> None:
-    """Have a Trainer insert a sampler for training data that shuffles where the loader does, and not otherwise.
+    """Make the distributed sampler that a Trainer inserts shuffle training data only if the loader itself shuffles.
 
-    Lightning's shuffles in any case: data whose loader has `shuffle=False`, or a sampler with another order.
+    Lightning always shuffles training data, also if the loader has `shuffle=False` or a sampler with another order.
     """
     connector = trainer._data_connector
     choose = type(connector)._resolve_sampler

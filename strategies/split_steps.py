@@ -69,6 +69,11 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         super().setup(trainer)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Run the checks that are due on a batch, split it over the ranks, and move the part of this rank to a device.
+
+        `_loaders.send` starts the comparison of the batch with those of other ranks.  The step waits for the result;
+        a check that is due waits for it here.
+        """
         module = self.lightning_module
         if module is not None:
             repeated = 0 if self._loaders is None else self._loaders.send(module, batch, dataloader_idx)
@@ -85,7 +90,7 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
             self.sequence_context.repeated_samples = repeated
         batch = super().batch_to_device(batch, device, dataloader_idx)
         if module is not None and module.trainer.training:
-            self._changes.take(batch)
+            self._changes.take(batch)  # `training_step` compares its batch with this one
         return batch
 
     def _begin_split_check(self) -> None:

@@ -98,13 +98,14 @@ class Guard:
     def preflight(
         self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, is_placed: bool = False, **options: Any
     ) -> frozenset[str]:
-        """Return the kernels that calls of this kind must exclude; they are tried where no call of the kind was.
+        """Return the kernels that calls of this kind must exclude; the first call of a kind tries the kernels.
 
-        All ranks of a shard call it together, and get the same kernels or an error each.
+        All ranks of a shard call it together.  All get the same kernels, or all raise an error.
 
         Args:
             q, k, v, pattern: those of the first call.
-            is_placed: whether a context says that sequences are whole, so that several connected ranks need no warning.
+            is_placed: whether a context says that sequences are whole on each rank.  If not, a call without a shard
+                warns once where several ranks are connected.
             options: the other arguments of `attend`.
         """
         shard: SequenceShard | None = options.get("shard")
@@ -116,7 +117,7 @@ class Guard:
         except ValueError as error:
             if isinstance(shard, SequenceShard):
                 if any(kind.group == group for kind in self._broken):
-                    shard.check({}, fault=str(error))
+                    shard.check({}, fault=str(error))  # the others get the error where they compare this call
                 else:  # the other ranks wait in the first preflight of the group
                     shard.exchange_verdicts([], fault=str(error))
             raise

@@ -65,9 +65,9 @@ def _values(tokens: int, heads: int, width: int, place: int) -> Tensor:
 
 
 def needed_bytes(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> int:
-    """Return the bytes of out and lse, and of the gradients where there will be any."""
+    """Return the least memory that a call allocates: for out and lse, and for dq, dk and dv if it needs gradients."""
     out = q.shape[:3].numel() * v.shape[3]
-    needed = out * dtype.itemsize + q.shape[:3].numel() * max(dtype.itemsize, 4)
+    needed = out * dtype.itemsize + q.shape[:3].numel() * max(dtype.itemsize, 4)  # lse is at least float32
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         needed += (q.numel() + k.numel() + v.numel()) * dtype.itemsize
     return needed

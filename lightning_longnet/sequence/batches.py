@@ -107,7 +107,7 @@ def dim_of(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:
     """
     if x.dim() == 0:
         return None
-    is_known, dim = _known(path, x, dims)
+    is_known, dim = _find_dim(path, x, dims)
     if not is_known:
         raise ValueError(
             f"{_dotted(path)} of shape {tuple(x.shape)} is a tensor that nothing is known of: say in the module which "
@@ -125,15 +125,15 @@ def dim_of(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:
 
 def known_dim(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:
     """Return the same as `dim_of`, but None where that raises an error."""
-    _, dim = _known(path, x, dims)
+    _, dim = _find_dim(path, x, dims)
     return dim % x.dim() if dim is not None and -x.dim() <= dim < x.dim() else None
 
 
-def _known(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> tuple[bool, int | None]:
-    """Return whether a tensor's dimension is declared or known, and which it is.
+def _find_dim(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> tuple[bool, int | None]:
+    """Return whether the sequence dimension of a tensor is declared in `dims` or in `KNOWN_DIMS`, and its value.
 
-    A declaration goes first: of the tensor's place `a.b.c`, or of one of its words, the last one before others.  Names
-    are known by the last word, or by that of the list that holds the tensor.
+    `dims` has precedence.  It is searched for the whole path, as in "a.b.c", and then for each name on the path, the
+    last one first.  `KNOWN_DIMS` is searched for the last name, or the name of the list that holds the tensor.
     """
     for name in (".".join(path[1:]), *reversed(path)):
         if name in dims:

@@ -135,7 +135,7 @@ class SequenceContext(ContextAttention):
 
     @property
     def repeated_samples(self) -> int:
-        """The number of the last samples of a batch of validation or test are repeats, and count on another rank.
+        """How many samples at the end of a validation or test batch are repeats, which count on another rank.
 
         A sampler repeats samples whose number does not divide over the groups, as all need equally many batches.
         """
@@ -181,10 +181,10 @@ class SequenceContext(ContextAttention):
     # Losses and metrics
 
     def token_mean(self, loss_sum: Tensor, token_count: Tensor | float) -> Tensor:
-        """Return the mean over the tokens of all ranks, of a sum of losses and a count of tokens on each of them.
+        """Return the mean loss over the tokens of all ranks: the sum of all `loss_sum` over that of all `token_count`.
 
-        It is the same number on all ranks, and its gradient is right wherever gradients are averaged over all ranks, as
-        DDP, FSDP and DeepSpeed do.  0 where there is no token anywhere.
+        All ranks call it together and get the same number; it is 0 if no rank has a token.  Its gradient is right if
+        gradients are averaged over all ranks, as DDP, FSDP and DeepSpeed do.
         """
         return self._reductions.token_mean(loss_sum, token_count)
 

@@ -63,9 +63,9 @@ _setting = _Setting()
 
 @lru_cache(1)
 def _is_routed() -> bool:
-    """Return whether float32 products are sent to oneDNN.
+    """Return whether float32 products are sent to oneDNN: on a CPU not made by Intel, if oneDNN keeps float32 there.
 
-    The vendor of the CPU decides, not a measurement, so that all runs on one machine round alike.
+    The vendor decides, and not a measurement of speed, so that all runs on one machine round alike.
     """
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return has_both and _cpu_vendor() != "GenuineIntel" and _is_exact()

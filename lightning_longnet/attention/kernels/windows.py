@@ -9,7 +9,7 @@ class Window(NamedTuple):
     """One call of flash attention: a slice of the queries and of the keys of a block, and how far each query sees.
 
     Aligned to the bottom right, query a of n is level with key `a + m - n` of m.  It sees at most `left` keys
-    before its level and `right` keys behind it; -1 is no bound.
+    before its level and `right` keys after it; -1 is no bound.
     """
 
     queries: slice

@@ -193,9 +193,9 @@ class Comm:
         return Pending(list(zip(works, descriptions, strict=True)), (*send.values(), *receive.values()), self)
 
     def all_gather(self, own: Tensor, step: str) -> Tensor:
-        """Return the tensors of all ranks on the CPU, (ranks, *own.shape); all must have one shape.
+        """Gather `own` from all ranks; return a tensor (ranks, *own.shape) on the CPU.
 
-        Errors name the `step`.
+        All ranks pass the same shape and dtype.  `step` describes the call in errors.
         """
         self._check_failure()
         own = own.to("cuda" if dist.get_backend(self.group) == "nccl" else "cpu").contiguous()
@@ -205,7 +205,7 @@ class Comm:
             dist.all_gather(list(everywhere.unbind()), own, group=self.group)
         except RuntimeError as error:
             raise RuntimeError(f"rank {self.rank} of {self.ranks}, {step}: {error}") from error
-        self.traffic.add_wait(begin, begin)
+        self.traffic.add_wait(begin, begin)  # a blocking call: the wait begins when the message is sent
         return everywhere.cpu()
 
     def _check_failure(self) -> None:

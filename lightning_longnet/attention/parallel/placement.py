@@ -55,7 +55,10 @@ class Placement:
 
     @classmethod
     def of_chunks(cls, ranges: Sequence[Sequence[tuple[int, int]]]) -> Placement:
-        """Return the placement in which each rank holds the tokens `begin` to `end` of its ranges, in their order."""
+        """Return the placement in which each rank holds the tokens of its ranges (begin, end), in ascending order.
+
+        Adjacent ranges of a rank are merged into one chunk, and empty ranges are dropped.
+        """
         listed = []
         for of_rank in ranges:
             chunks, length = list[Chunk](), 0

@@ -171,7 +171,7 @@ class ReorderedCall(NamedTuple):
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.order.saves_rows:
-            q, k, v, out, lse, *saved = saved
+            q, k, v, out, lse, *saved = saved  # the forward saved them in the order of the inner call
         else:
             q, k, v, out = self.order.reorder(q, k, v, out)
             (lse_rows,) = self.order.reorder(lse.transpose(1, 2))

@@ -58,8 +58,8 @@ class Round:
     def indices(self, device: torch.device = CPU, kept_bytes: float = 0) -> RoundIndices:
         """Return the indices of the round on a device.
 
-        They are made once and kept for a gather, which keeps the rows as well, and where they take at most
-        `kept_bytes`: those of all rounds of a dense ring would be as many as the tokens of a whole sequence.
+        They are cached if the round saves the rows that it receives (a gather), or if they take at most `kept_bytes`.
+        Others are computed in each call: those of all rounds of a dense ring are as many as the tokens of the sequence.
         """
         if device not in self._cache:
             indices = self._compute_indices(device)

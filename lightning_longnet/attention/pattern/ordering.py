@@ -137,9 +137,10 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _curve(sizes: _Sizes, cache: dict[_Sizes, Tensor]) -> Tensor:
-    """Return the coordinates of a box along its curve, (3, cells), from the corner at 0 to the far end of axis 0.
+    """Return the coordinates of the cells of a box in the order of its curve, (3, cells).
 
-    `cache` holds the curves of the sizes that were computed before; most pieces have one of few sizes.
+    The curve begins at the corner (0, 0, 0) and ends at the far end of axis 0.  `cache` holds the curves of boxes by
+    size: the pieces of a large box have few different sizes.
     """
     if sizes not in cache:
         places = torch.zeros(3, prod(sizes), dtype=torch.int32)

@@ -48,7 +48,11 @@ def run_lengths_of(x: Tensor) -> list[Tensor]:
 
 
 def runs_on_rank(runs: Sequence[Sequence[int]], placement: Placement, rank: int) -> list[tuple[int, int, int]]:
-    """Return a rank's runs as (first token in the whole sequence, value, count), cut where its chunks end."""
+    """Map the runs (value, count) of a rank's own tokens to the whole sequence.
+
+    Returns (first token in the whole sequence, value, count) for each run.  A run that spans several chunks of the rank
+    is cut where they end.  Entries after the rank's last token, such as padding with (0, 0), are not read.
+    """
     result, at, left = [], 0, [list(run) for run in runs]
     for chunk in placement.chunks(rank):
         begin = chunk.begin

@@ -80,7 +80,7 @@ def bounded_part(part: Part, limit: int, threads: int) -> Iterator[Part]:
 
 
 def part_segments(part: Part, first: int, last: int) -> Part:
-    """Return the segments `first` to `last` of a part."""
+    """Return a part with only its segments from `first` up to, but not including, `last`."""
     block, kv_index = part.block, part.kv_index
     return part._replace(
         block=replace(block, queries=block.queries.segments(first, last), keys=block.keys.segments(first, last)),

@@ -123,9 +123,10 @@ def _limit(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> int:
 
 
 def _bias(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> Tensor | None:
-    """Return the bias of the scores, (batch, heads, queries, keys), or None.
+    """Return the bias that the operator adds to the scores, (batch, heads, queries, keys); None if there is none.
 
-    It has strides of 0 along batches and heads between which it does not differ.
+    It holds the weights or the mask of the block, and `padding`, which is a bias too.  Its stride is 0 along batches or
+    heads that have the same bias.
     """
     assert call.dropout_mask is None, "refused before"
     block, bias = call.block, padding
@@ -139,7 +140,7 @@ def _bias(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> Tensor | 
         bias = mask if padding is None else mask + padding
     if bias is None:
         return None
-    # padded with zeros, as torch does: the operator reads behind the last key, and must find a number there
+    # padded with zeros, as torch does: the operator reads past the last key, and must find a number there
     aligned = bias.new_zeros((*bias.shape[:3], -(-keys // _BIAS_KEYS) * _BIAS_KEYS))
     aligned[..., :keys] = bias
     return aligned[..., :keys].expand(batch, heads, queries, keys)

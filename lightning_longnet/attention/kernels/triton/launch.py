@@ -49,7 +49,11 @@ def forward_parts(
     options: PairOptions,
     totals: list[Partial | None],
 ) -> None:
-    """Merge the results of all parts into the partials of their branches; see `PartsKernel`."""
+    """Merge the results of all parts into the partials of their branches; see `PartsKernel`.
+
+    A total that is None is allocated here, uninitialized.  The first branch then stores its results instead of merging
+    them, as it shows every row once.
+    """
     tensors = keys.tensors()
     tile = _tile("forward", q, tensors)
     stores = [total is None for total in totals]
