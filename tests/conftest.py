@@ -47,8 +47,16 @@ def poisoned_memory():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_thread_in_fixtures():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def one_thread():
-    """The cases are small: threads would only wait for one another, and for whatever else the machine does."""
+    """The cases are small: threads would only wait for one another, and for whatever else the machine does.
+
+    Lightning's launchers set another number in this process, on which the memory of products depends.
+    """
     torch.set_num_threads(1)
 
 
