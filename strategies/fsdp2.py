@@ -46,7 +46,8 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
     lightning_class = ModelParallelStrategy
     forms = ("file", "fsdp2")
-    shards_before_loading = True  # calls `_load_weights` of the module, where it has one, after sharding it
+    _is_freed = False  # whether a backward of a step by hand has freed parameters that the step may need again
+    shards_before_loading = True  # calls `_load_sharded_weights` of the module, where it has one, after sharding it
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         options: dict[str, Any] = {
@@ -72,8 +73,11 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         else:
             for root in roots:
                 self._shard(root)
+        if isinstance(module, FSDPModule) and not module.automatic_optimization:
+            for each in _outside_of_blocks(module):
+                each.register_forward_pre_hook(self._gather_after_backward, prepend=True)
         for root in roots:
-            if (load := getattr(root, "_load_weights", None)) is not None:
+            if (load := getattr(root, "_load_sharded_weights", None)) is not None:
                 load(torch.device("cpu") if self.sharding == "fsdp2_offload" else self.root_device)
         if has_averages(trainer) and self._save_distributed_checkpoint:
             self._save_distributed_checkpoint = False
@@ -97,9 +101,6 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         for block in _blocks(module):
             fully_shard(block, **settings)
         fully_shard(module, **settings)
-        if not getattr(module, "automatic_optimization", True):
-            for each in _outside_of_blocks(module):
-                each.register_forward_pre_hook(self._gather_after_backward)
         for name in _ENTRIES:
             if hasattr(module, name):  # a method that calls parts of the module needs their whole parameters
                 register_fsdp_forward_method(module, name)
@@ -147,6 +148,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         if self._is_manual():
             # gradients are of the parts of parameters, and the step may clip those of `self.parameters()`
             self._root().reshard()
+            self._is_freed = True
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(*args, **kwargs)
@@ -165,7 +167,9 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._is_freed = False
         output = super().training_step(*args, **kwargs)
+        self._is_freed = False
         if self._is_manual():
             self._shard_again()
         return output
@@ -181,11 +185,13 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         if self._is_manual():
             self._root().reshard()
             self._root().unshard()
+            self._is_freed = False
 
     def _gather_after_backward(self, *_: Any) -> None:
         """Gather the parameters that are in no block, if the step goes on with a forward after its backward."""
-        if self._is_manual():
+        if self._is_freed:  # not outside of a step, where a forward of one rank alone would wait for the others
             self._root().unshard()
+            self._is_freed = False
 
     def _is_manual(self) -> bool:
         assert self.lightning_module is not None

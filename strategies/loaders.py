@@ -209,7 +209,9 @@ def _rates(trainer: Trainer) -> list[float]:
         return []
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     rates: list[Any] = [group.get("lr") for group in groups]
-    return [float(rate) for rate in rates if isinstance(rate, (int, float)) or getattr(rate, "is_cpu", False)]
+    known = [float(rate) for rate in rates if isinstance(rate, (int, float)) or getattr(rate, "is_cpu", False)]
+    # seven digits: the cosine of another processor may differ in the last one
+    return [float(f"{rate:.7g}") for rate in known]
 
 
 def _validates(trainer: Trainer) -> bool:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_longnet.sequence.context import SequenceContext
+
 _CHUNK = "_chunk_tokens"  # the attribute of a feed-forward that says how many tokens it computes at a time
 _TOLERANCE = 1e-4  # of results, relative to the largest
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")  # modules of Python
@@ -98,11 +100,18 @@ def chunk_feed_forwards(model: Any, chunk_tokens: int) -> None:
 
 def _forward_in_chunks(module: Any, x: Tensor) -> Tensor:
     """Compute a feed-forward in chunks, where x (B, N, width) has more tokens than a chunk."""
+    context = attached_context(module)
+    if context is None or not module.training:
+        return _in_chunks(module, x, context)
+    with context.chunks_as_one():
+        return _in_chunks(module, x, context)
+
+
+def _in_chunks(module: Any, x: Tensor, context: SequenceContext | None) -> Tensor:
     compute, chunk_tokens = type(module).forward.__get__(module), getattr(module, _CHUNK)
     if x.dim() < 3 or x.shape[-2] <= chunk_tokens:
         out: Tensor = compute(x)
         return out
-    context = attached_context(module)
     is_part = context.holds_part(x) if context is not None and context.is_split else None
 
     def compute_chunk(chunk: Tensor) -> Tensor:

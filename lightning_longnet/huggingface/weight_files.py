@@ -184,6 +184,8 @@ class WeightFiles:
 
     def _value(self, name: str, parameter: Tensor, device: torch.device) -> Tensor:
         """Return the value of a parameter, or this rank's part of it."""
+        if self.files[name].shape != tuple(parameter.shape):  # as after `resize_token_embeddings`
+            raise ValueError(f"{_PLACE} where {name} has another shape than when the module was made")
         if not isinstance(parameter, DTensor):
             return self.files[name].read(slice(None)).to(device, parameter.dtype)
         mesh, rows = parameter.device_mesh, slice(None)

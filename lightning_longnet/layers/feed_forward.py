@@ -86,9 +86,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., N, embed_dim) to a tensor of the same shape."""
+        context = self.sequence_context
+        if self.chunk_tokens is not None and context is not None and self.training and self.dropout > 0:
+            with context.chunks_as_one():
+                return self._forward(x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        context = self.sequence_context
         if self.chunk_tokens is None or x.shape[-2] <= self.chunk_tokens:
             return self._compute(x)
-        context = self.sequence_context
         is_part = None if context is None else context.holds_part(x)  # the shape of a chunk does not show it
         return in_chunks(self._compute, x, self.chunk_tokens, is_part)
 

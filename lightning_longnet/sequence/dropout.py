@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +58,17 @@ class DropoutSeeds:
                 self._calls[call] = torch.randint(2**62, (ranks,), generator=self._generator, device="cpu")
             drawn = self._calls[call]
         return int(drawn[rank])
+
+    @contextmanager
+    def one_call(self) -> Iterator[None]:
+        """Let the calls inside the block count as one call of plain dropout, however many there are on a rank."""
+        seed, outer = self.of_plain_dropout(0, 1), self._generator
+        self._generator = None if self._step is None else torch.Generator().manual_seed(seed)
+        try:
+            with seeded(torch.device("cpu"), seed):
+                yield
+        finally:
+            self._generator = outer
 
 
 class ContextDropout(Positioned):
@@ -120,6 +131,13 @@ class ContextDropout(Positioned):
     def _dropped_part(self, x: Tensor, p: float, is_part: bool | None) -> Tensor:
         with self.random_part(x.device, self.holds_part(x) if is_part is None else is_part):
             return F.dropout(x, p)
+
+    def chunks_as_one(self) -> AbstractContextManager[None]:
+        """Let random states stay equal on all ranks where these compute different numbers of chunks in the block.
+
+        A rank whose part is one chunk calls it, too.
+        """
+        return self._seeds.one_call() if self._splitter.is_split else nullcontext()
 
     def random_part(self, device: torch.device, is_part: bool) -> AbstractContextManager[None]:
         """Let torch's generator of a device draw inside the block for this rank's part of a sequence alone.

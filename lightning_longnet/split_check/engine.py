@@ -16,7 +16,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from lightning_longnet.split_check.replica import shared_objects
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from lightning_longnet.sequence.context import SequenceContext
     from lightning_longnet.split_check.replica import Values
@@ -65,7 +65,12 @@ class EngineModule:
     @contextmanager
     def lent(self, _values: Values, modes: Mapping[str, bool], _context: SequenceContext) -> Iterator[nn.Module]:
         """Give the module, whose buffers and attributes are copies inside the block, and whose gradients are none."""
-        modules, gradients = [*self._module.modules()], [(x, x.grad) for x in self._module.parameters()]
+        modules = [*self._module.modules()]
+        for each in modules:
+            if isinstance(each, FSDPModule):  # a forward without a backward, of validation, leaves the root gathered
+                each.reshard()
+        gradients = [(x, x.grad) for x in self._module.parameters()]
+        partial = {id(x): x.grad for x in _gathered_parameters(modules)}  # where accumulation does not synchronise
         kept = [dict(each.__dict__) for each in modules]
         memo: dict[int, Any] = shared_objects(self._module)
         memo |= {id(x): x for x in (*modules, *self._module.parameters())}
@@ -75,7 +80,7 @@ class EngineModule:
                     each.__dict__[name] = _copied_value(name, value, memo)
             for name, each in self._module.named_modules():
                 each.training = modes.get(name, each.training)
-            for parameter, _ in gradients:
+            for parameter in (*self._module.parameters(), *_gathered_parameters(modules)):
                 parameter.grad = None
             yield self._module
         finally:
@@ -87,20 +92,35 @@ class EngineModule:
             for each in modules:
                 if isinstance(each, FSDPModule):
                     _reset(each)
+            for parameter in _gathered_parameters(modules):  # of a backward that an error ended
+                parameter.grad = partial.get(id(parameter))
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    """Return the groups of parameters that FSDP2 gathers together for a module; one without parameters has none."""
+    state: Any = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # of torch 2.13, and before
+    return [group for group in groups if group is not None]
+
+
+def _gathered_parameters(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Return the whole parameters that FSDP2 fills when it gathers, at which a backward leaves gradients first."""
+    groups = [group for each in modules if isinstance(each, FSDPModule) for group in _groups(each)]
+    return [x._unsharded_param for group in groups for x in group.fsdp_params if hasattr(x, "_unsharded_param")]
 
 
 def _reset(module: FSDPModule) -> None:
     """End a step of FSDP2 that an error may have left in its middle, where later steps would leave no gradients."""
     state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # of torch 2.13, and before
     state._training_state = TrainingState.IDLE
+    state._modules_to_run_forward.clear()
     state._state_ctx.post_backward_final_callback_queued = False
     state._state_ctx.iter_forward_root = None
-    state._comm_ctx.post_forward_order.clear()
-    for group in groups:
-        if group is not None:  # a module without parameters of its own has none
-            group._training_state = TrainingState.IDLE
-            group._post_forward_indices.clear()
+    if hasattr(state._comm_ctx, "post_forward_order"):  # FSDP2 makes it in the first forward
+        state._comm_ctx.post_forward_order.clear()
+    for group in _groups(module):
+        group._training_state = TrainingState.IDLE
+        group._post_forward_indices.clear()
     module.reshard()
 
 

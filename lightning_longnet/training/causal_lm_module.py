@@ -212,9 +212,9 @@ class CausalLMModule(TokenModule):
         if self._files is None:  # Lightning calls this without a Trainer, too
             return
         if self._trainer is None or not getattr(self.trainer.strategy, "shards_before_loading", False):
-            self._load_weights(torch.device("cpu"))
+            self._load_sharded_weights(torch.device("cpu"))
 
-    def _load_weights(self, device: torch.device) -> None:
+    def _load_sharded_weights(self, device: torch.device) -> None:
         """Read the weights of `load_sharded`, or this rank's parts of them, once; all ranks call it."""
         if self._files is not None:
             self._files.load(device)

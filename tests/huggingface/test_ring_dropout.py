@@ -46,10 +46,13 @@ def test_ranks_drop_the_pairs_that_one_process_drops(pool, name, kind):
         assert (summed - gradient).norm() < 1e-6 * gradient.norm()
 
 
-def dropped_in_chunks(group):
-    """Return what the dropout of a feed-forward in chunks keeps of equal parts, by its output and by its gradient."""
+def dropped_in_chunks(group, chunk_tokens):
+    """Return what the dropout of a feed-forward in chunks keeps of equal parts, by its output and by its gradient.
+
+    The third result is what torch draws next.
+    """
     net = model("GPT-2", "ring", resid_pdrop=0.4).train()
-    chunk_feed_forwards(net, 5)
+    chunk_feed_forwards(net, chunk_tokens)
     context = made(group)
     attach_context(net, context)
     part = context.split({each: x for each, x in batch("plain").items() if each not in ("labels", "real")})["input_ids"]
@@ -59,11 +62,17 @@ def dropped_in_chunks(group):
         x = torch.cat([x, x[:, :1]], 1)
     out = net.transformer.h[0].mlp(x)
     out.sum().backward()
-    return out.detach(), net.transformer.h[0].mlp.c_proj.bias.grad
+    return out.detach(), net.transformer.h[0].mlp.c_proj.bias.grad, torch.rand(4)
+
+
+def test_ranks_with_other_numbers_of_chunks_draw_alike_afterwards(pool):
+    (first, _, drawn), (second, _, others) = pool.run(2, dropped_in_chunks, 26)
+    assert (first.shape[1], second.shape[1]) == (26, 27)  # one chunk, and two
+    assert torch.equal(drawn, others)
 
 
 def test_ranks_drop_other_elements_of_chunks_of_their_parts(pool):
-    (first, gradient), (second, other_gradient) = pool.run(2, dropped_in_chunks)
+    (first, gradient, _), (second, other_gradient, _) = pool.run(2, dropped_in_chunks, 5)
     both = (first[:, :26] == 0) == (second[:, :26] == 0)
     assert abs(both.double().mean() - (0.4**2 + 0.6**2)) < 0.05
     for out, of_bias in ((first, gradient), (second, other_gradient)):  # the backward drops what the forward dropped

@@ -19,7 +19,7 @@ CONFIG = {"model_type": "qwen3", "head_dim": 8, **SMALL}
 
 def loaded(folder, **options):
     net = CausalLMModule(name=str(folder), load_sharded=True, **options)
-    net._load_weights(torch.device("cpu"))
+    net._load_sharded_weights(torch.device("cpu"))
     return net.model
 
 

@@ -148,6 +148,28 @@ def test_a_right_module_is_checked_in_its_engine_and_left_as_it_was(trainers, mo
             assert f"{WEAKER}the module {reason}" in line
 
 
+class ShardedUnused(Sharded):
+    """A module with a part that FSDP2 shards on its own, and that no step calls."""
+
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        super().configure_model()
+        self.unused = fully_shard(nn.Linear(4, 4), mesh=self.device_mesh._flatten("every_rank"))
+
+
+@pytest.mark.parametrize("module", [Sharded, ShardedUnused])
+def test_training_is_checked_after_a_validation_that_left_parameters_gathered(trainers, module):
+    for steps, lines in trainers.run(2, fit, None, "fsdp2", False, True, module):
+        assert steps == 2
+        if lines:
+            assert [line.partition(":")[0] for line in lines] == [
+                "split check of validation",
+                "split check of training",
+            ]
+            assert all("2 ranks equal one process" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     ("module", "sharding"), [(ShardedFault, "fsdp2"), (LockedFault, "ddp"), (LockedFault, "fsdp2")]
 )

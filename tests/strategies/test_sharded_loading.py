@@ -175,7 +175,7 @@ def test_files_in_parts_and_in_half_types_are_read(tmp_path, kind):
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 2
     net = CausalLMModule(name=str(tmp_path / "model"), load_sharded=True)
     assert all(p.is_meta for p in net.model.parameters())
-    net._load_weights(torch.device("cpu"))
+    net._load_sharded_weights(torch.device("cpu"))
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     for kept in ("named_parameters", "named_buffers"):
         held = dict(getattr(net.model, kept)())
