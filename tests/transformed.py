@@ -28,6 +28,7 @@ def main(folder, saved_again):
     again = AutoModelForCausalLM.from_pretrained(saved_again, trust_remote_code=True, dtype=torch.bfloat16)
     with torch.no_grad():
         outputs["again"] = again(ids).logits
+        outputs["rounded"] = again.float()(ids).logits  # of the weights as they were rounded
     fresh = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(folder, trust_remote_code=True), trust_remote_code=True
     )

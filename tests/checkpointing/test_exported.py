@@ -113,7 +113,11 @@ def test_transformers_reads_the_folder_and_writes_it_again(kind, tmp_path):
     assert torch.equal(found["generated"], grown)
     assert found["beams"].shape == (2, 44)
     assert found["again"].dtype == torch.bfloat16
-    torch.testing.assert_close(found["again"], deepcopy(model).bfloat16()(ids))
+    with torch.no_grad():
+        rounded = deepcopy(model).bfloat16().float()(ids)
+    torch.testing.assert_close(found["rounded"], rounded, rtol=1e-5, atol=1e-5)
+    # products of bfloat16 are rounded in another order in another process
+    assert (found["again"].float() - rounded).norm() < 0.02 * rounded.norm()
     assert found["tied"] == (kind == "tied")
     assert found["vocabulary"] == 256
     assert found["written"] == found["alone"]
