@@ -322,10 +322,10 @@ def test_errors_of_attention_have_advice_and_those_of_the_model_have_none(what, 
     q, k, v, grad = drawn()
     q.requires_grad_()
     broken = patch.object(sdpa, what, side_effect=RuntimeError("broken")) if what else nullcontext()
-    with pytest.raises(RuntimeError, match="broken") as told, broken, guard.advised_errors():
+    with pytest.raises(RuntimeError, match="broken") as raised, broken, guard.advised_errors():
         raising_step(q, k, v, grad)
     assert guard.counts == NOTHING | {"failures": counted}
-    notes = getattr(told.value, "__notes__", [])
+    notes = getattr(raised.value, "__notes__", [])
     assert ["the kernel 'eager' is the plainest" in note for note in notes] == [True] * counted
 
 

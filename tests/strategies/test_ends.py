@@ -14,17 +14,17 @@ STARTS = tiered(["forks", "processes"], quick=[], full=["processes"])
 def call(request, forking_process):
     """Call a function with what starts the script, the folder and the options, and return its result."""
 
-    def call(function, folder, **told):
+    def call(function, folder, **options):
         if request.param == "processes":
-            return function(start, folder, told)
-        return forking_process.result(function, start_forked, folder, told)
+            return function(start, folder, options)
+        return forking_process.result(function, start_forked, folder, options)
 
     return call
 
 
-def run(begin, folder, told):
+def run(begin, folder, options):
     """The status of rank 0, once all ranks are gone by themselves."""
-    process = begin(folder, **{"kind": "ddp", "steps": 1000, **told})
+    process = begin(folder, **{"kind": "ddp", "steps": 1000, **options})
     try:
         process.wait(120)
         await_end_of_session(process.pid, PATIENCE)
@@ -33,9 +33,9 @@ def run(begin, folder, told):
     return status
 
 
-def resumed(begin, folder, told):
+def resumed(begin, folder, options):
     """The status of a run to its end."""
-    return ended(begin(folder, **told), folder)
+    return ended(begin(folder, **options), folder)
 
 
 @pytest.mark.parametrize("call", STARTS, indirect=True)
