@@ -1,8 +1,10 @@
-"""What a rank waits for before its process ends."""
+"""What a rank does at the end of its process: it waits for gloo's threads, and prints its stacks if a fault ends it."""
 
 from __future__ import annotations
 
 import atexit
+import faulthandler
+import sys
 import time
 from functools import cache
 
@@ -20,3 +22,12 @@ def await_gloo_at_exit() -> None:
     well. torch does not wait for these threads: see its pull request 179291 and its issue 190489.
     """
     atexit.register(time.sleep, SECONDS)
+
+
+def print_stacks_at_crash() -> None:
+    """Print the Python stack of each thread to stderr if SIGSEGV, SIGABRT or a similar signal ends the process.
+
+    The other ranks name only the signal.  A handler that the program or the supervisor has installed stays.
+    """
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)

@@ -14,7 +14,7 @@ from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.sequence.mesh import checked_sequence_size, sequence_mesh
 from lightning_longnet.strategies.checks import check_processes
 from lightning_longnet.strategies.engines import gathers_parameters
-from lightning_longnet.strategies.exits import await_gloo_at_exit
+from lightning_longnet.strategies.exits import await_gloo_at_exit, print_stacks_at_crash
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_parent
 from lightning_longnet.strategies.loaders import LoaderWatch
 from lightning_longnet.strategies.seeds import dropout_seed
@@ -73,6 +73,7 @@ class SequenceRanks(ParallelStrategy):
             return
         if dist.is_initialized():
             await_gloo_at_exit()
+            print_stacks_at_crash()
         mesh = sequence_mesh(self._sequence_parallel_size, self.root_device.type, self.timeout)
         self.sequence_context = SequenceContext(
             mesh, placement=self._placement, exchange=self._exchange, seed=self.broadcast(dropout_seed())
