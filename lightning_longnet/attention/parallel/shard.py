@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from hashlib import sha256
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,7 +14,13 @@ import torch.distributed as dist
 
 from lightning_longnet.attention.parallel.agreement import all_gather_integers, all_gather_text
 from lightning_longnet.attention.parallel.comm import Comm
-from lightning_longnet.attention.parallel.placement import Kind, Placement
+from lightning_longnet.attention.parallel.placement import Placement
+from lightning_longnet.attention.parallel.shard_header import (
+    ShardHeader,
+    argument_fault,
+    check_headers,
+    placement_fault,
+)
 from lightning_longnet.attention.plan.documents import change_points, cuts_of, run_lengths_of, runs_on_rank
 
 if TYPE_CHECKING:
@@ -24,6 +30,8 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.parallel.agreement import Step
     from lightning_longnet.attention.parallel.exchange import Footprint
+    from lightning_longnet.attention.parallel.placement import Kind
+    from lightning_longnet.attention.parallel.shard_header import Check
     from lightning_longnet.attention.spec import AttentionSpec
 
 # Shards by their number, since an operator's schema takes no objects.  The references are weak: the callers and the
@@ -31,24 +39,8 @@ if TYPE_CHECKING:
 SHARDS: WeakValueDictionary[int, SequenceShard] = WeakValueDictionary()
 _numbers = count()
 _CALLS = 2**20  # more calls than a batch has
-_KINDS: tuple[Kind, ...] = ("contiguous", "zigzag")
 
-Check = Literal["first", "always"]
 Made = TypeVar("Made")
-
-
-class _Header(NamedTuple):
-    """The integers that ranks compare or exchange when they make a shard; -1 stands for no rows and for a fault."""
-
-    length: int
-    placement: int
-    document_rows: int
-    padding_rows: int
-    checks_always: int
-    document_runs: int
-    padding_runs: int
-    threads: int
-    number: int
 
 
 class SequenceShard:
@@ -80,28 +72,16 @@ class SequenceShard:
     ) -> None:
         self.comm = self._make_comm(group)
         self.rank = self.comm.rank
-        fault = _placement_fault(self.comm, length, placement)
-        fault = fault or _argument_fault(self.rank, length, placement, documents, key_padding_mask, check)
+        fault = placement_fault(self.comm, length, placement)
+        fault = fault or argument_fault(self.rank, length, placement, documents, key_padding_mask, check)
         runs = [None if x is None or fault else run_lengths_of(x) for x in (documents, key_padding_mask)]
         self.number = register_shard(self)
-        document_rows, padding_rows = (-1 if x is None else len(x) for x in runs)
-        document_runs, padding_runs = (0 if x is None else max(map(len, x), default=0) for x in runs)
-        header = _Header(
-            0 if fault else length,
-            -1 if fault else _number_of(placement),
-            document_rows,
-            padding_rows,
-            int(check == "always"),
-            document_runs,
-            padding_runs,
-            torch.get_num_threads(),
-            self.number,
-        )
+        header = ShardHeader.of(length, placement, runs, check, self.number, fault)
         headers = [
-            _Header(*values[: len(header)])
+            ShardHeader(*values[: len(header)])
             for values in all_gather_integers(self.comm, [*header], "makes a shard", fault)
         ]
-        self._check_headers(headers, fault)
+        check_headers(headers, fault)
         lengths = tuple(h.length for h in headers)
         self.placement = placement if isinstance(placement, Placement) else Placement(lengths, placement)
         self.threads = max(h.threads for h in headers)
@@ -233,25 +213,6 @@ class SequenceShard:
         """
         return [theirs[0] for theirs in all_gather_integers(self.comm, [value], step, fault)]
 
-    def _check_headers(self, headers: Sequence[_Header], fault: str) -> None:
-        """Raise the error of this rank, or one for arguments that differ between ranks, on every rank."""
-        if fault:
-            raise ValueError(fault)
-        names: tuple[tuple[str, Sequence[Any]], ...] = (
-            ("placement", (*_KINDS, "a Placement")),
-            ("rows of documents", ()),
-            ("rows of key_padding_mask", ()),
-            ("check", get_args(Check)),
-        )
-        for i, (name, labels) in enumerate(names, 1):  # the order of the fields of `_Header`
-            values = [h[i] for h in headers]
-            if len(set(values)) > 1:
-                shown = [labels[min(v, len(labels) - 1)] if labels else "none" if v < 0 else v for v in values]
-                other = next(r for r, value in enumerate(values) if value != values[0])
-                raise ValueError(
-                    f"{name} must be equal on all ranks, got {shown[0]} on rank 0 and {shown[other]} on rank {other}"
-                )
-
     def _whole_runs(self, own: list[Tensor] | None, width: int) -> list[list[tuple[int, int]]] | None:
         """Return for each row of the batch the runs (value, count) along the whole sequence.
 
@@ -290,45 +251,3 @@ def report_errors(shard: SequenceShard | None) -> Iterator[None]:
         if isinstance(shard, SequenceShard):
             shard.check({}, fault=str(error) or repr(error))
         raise
-
-
-def _number_of(placement: Kind | Placement) -> int:
-    """Return the number by which ranks compare a placement."""
-    if not isinstance(placement, Placement):
-        return _KINDS.index(placement)
-    content = repr((placement.lengths, placement.kind, placement.listed)).encode()
-    return len(_KINDS) + int.from_bytes(sha256(content).digest()[:7], "big")
-
-
-def _placement_fault(comm: Comm, length: Any, placement: Any) -> str:
-    """Return why a placement of a batch does not fit this rank, or an empty text."""
-    if not isinstance(placement, Placement):
-        return ""
-    if placement.ranks != comm.ranks:
-        return f"placement must have {comm.ranks} ranks, as the group, got {placement.ranks}"
-    if placement.lengths[comm.rank] != length:
-        return f"length must be that of the placement on rank {comm.rank} of {placement.lengths}, got {length}"
-    return ""
-
-
-def _argument_fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any, check: Any) -> str:
-    """Return what is wrong with this rank's own arguments, or an empty text."""
-    if not isinstance(length, int) or isinstance(length, bool) or length < 0:
-        return f"length must be a number of tokens, at least 0, got {length!r} on rank {rank}"
-    for name, value, allowed in (("placement", placement, _KINDS), ("check", check, get_args(Check))):
-        if not isinstance(value, Placement) and value not in allowed:
-            return f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r} on rank {rank}"
-    if documents is not None:
-        if not isinstance(documents, torch.Tensor):
-            return f"documents must be a tensor of integer ids, got {type(documents).__name__} on rank {rank}"
-        if documents.dtype.is_floating_point or documents.dtype.is_complex or documents.dtype == torch.bool:
-            return f"documents must be integer ids, got {documents.dtype} on rank {rank}"
-        if documents.dim() not in (1, 2) or documents.shape[-1] != length:
-            return f"documents must be ({length},) or (batch, {length}), got {tuple(documents.shape)} on rank {rank}"
-    if padding is not None:
-        expected = f"key_padding_mask must be bools of shape (batch, {length}), got"
-        if not isinstance(padding, torch.Tensor):
-            return f"{expected} {type(padding).__name__} on rank {rank}"
-        if padding.dtype != torch.bool or padding.dim() != 2 or padding.shape[1] != length:
-            return f"{expected} {padding.dtype} of shape {tuple(padding.shape)} on rank {rank}"
-    return ""
