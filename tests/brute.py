@@ -29,8 +29,8 @@ def kept_counts(ratio, some, blocks, causal):
     if causal:
         counts = []
         for i in range(blocks):
-            wanted = math.floor(ratio * ((i + 1) * (i + 2) // 2) + 0.5) - sum(counts)
-            counts.append(max(1, min(wanted, i + 1)))
+            expected = math.floor(ratio * ((i + 1) * (i + 2) // 2) + 0.5) - sum(counts)
+            counts.append(max(1, min(expected, i + 1)))
         return counts
     total, some = math.floor(ratio * blocks * blocks + 0.5), min(some, blocks)
     others = blocks - some

@@ -64,17 +64,17 @@ def one_thread():
 def pool():
     from pool import WORLDS, Pool
 
-    found = Pool(max(WORLDS))
-    yield found
-    found.close()
+    result = Pool(max(WORLDS))
+    yield result
+    result.close()
 
 
 @pytest.fixture(scope="session")
 def forking_process():
     from forking import ForkingProcess
 
-    with closing(ForkingProcess()) as found:
-        yield found
+    with closing(ForkingProcess()) as result:
+        yield result
 
 
 @pytest.fixture(scope="session")
@@ -87,8 +87,8 @@ def checks_splits(request):
 def trainers(checks_splits):
     from trainers import Trainers
 
-    with closing(Trainers(4, checks_splits=checks_splits)) as found:
-        yield found
+    with closing(Trainers(4, checks_splits=checks_splits)) as result:
+        yield result
 
 
 def pytest_addoption(parser):

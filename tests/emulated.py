@@ -214,7 +214,9 @@ def efficient_forward(q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causa
     return out.masked_fill(no_key[..., None], torch.nan), lse
 
 
-def efficient_backward(grad, q, k, v, bias, out, lse, seed, offset, dropout_p, wanted, is_causal=False, *, scale=None):
+def efficient_backward(
+    grad, q, k, v, bias, out, lse, seed, offset, dropout_p, expected, is_causal=False, *, scale=None
+):
     assert_efficient(q, k, v, bias, grad, out)
     assert out.transpose(1, 2).is_contiguous(), "its strides are not asked for"
     assert lse.shape == (*q.shape[:2], -(-q.shape[2] // 32) * 32)
@@ -222,7 +224,7 @@ def efficient_backward(grad, q, k, v, bias, out, lse, seed, offset, dropout_p, w
     assert lse.is_contiguous()
     assert (lse[..., q.shape[2] :] == torch.inf).all(), "no bounds are checked"
     assert not (lse == -torch.inf).any()
-    assert (dropout_p, wanted) == (0.0, [True, True, True, False])
+    assert (dropout_p, expected) == (0.0, [True, True, True, False])
     scores = efficient_scores(q, k, bias, is_causal, scale)
     operands = (x.transpose(1, 2) for x in (grad, q, k, v, out))
     results = gradients(*operands, lse[..., : q.shape[2]], scores, scale)

@@ -16,17 +16,17 @@ def assert_shown(expected, shown):
             may_skip = True
             continue
         reach = len(lines) if may_skip else at + 1
-        found = [place for place in range(at, min(reach, len(lines))) if is_alike(line, lines[place])]
-        assert found, f"{line!r} is not shown in its place in:\n{shown}"
-        may_skip, at = False, found[0] + 1
+        result = [place for place in range(at, min(reach, len(lines))) if is_alike(line, lines[place])]
+        assert result, f"{line!r} is not shown in its place in:\n{shown}"
+        may_skip, at = False, result[0] + 1
     assert may_skip or not "".join(lines[at:]).strip(), f"the page does not show {lines[at:]}"
 
 
 def is_alike(expected, line):
     """Whether a line ends in the expected one, apart from small differences of numbers."""
     pattern = NUMBER.pattern.join(f"(?:{re.escape(words)})" for words in NUMBER.split(expected.strip()))
-    found = re.search(pattern.replace(NUMBER.pattern, f"({NUMBER.pattern})") + r"\s*$", line)
-    return found is not None and all(map(_is_close, NUMBER.findall(expected), found.groups()))
+    result = re.search(pattern.replace(NUMBER.pattern, f"({NUMBER.pattern})") + r"\s*$", line)
+    return result is not None and all(map(_is_close, NUMBER.findall(expected), result.groups()))
 
 
 def _is_close(expected, number):

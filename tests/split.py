@@ -87,7 +87,7 @@ def compare(pool, world, exchange, case, placement, dtype=torch.float64, toleran
         "dropout_seed": case["seed"],
         **more,
     }
-    found = pool.run(
+    result = pool.run(
         world,
         step,
         tensors,
@@ -101,7 +101,7 @@ def compare(pool, world, exchange, case, placement, dtype=torch.float64, toleran
     out, lse = brute.attention(*wide, tables, settings["scale"], case["mix"], kept)
     truth = (out, *torch.autograd.grad(out, wide, tensors[3].to(dtype).double()))
     empty = lse == -torch.inf
-    for rank, (own_out, own_lse, *grads, _, _) in enumerate(found):
+    for rank, (own_out, own_lse, *grads, _, _) in enumerate(result):
         at = held(placement, rank)
         assert torch.equal(own_lse == -torch.inf, empty[..., at])
         assert (own_out.transpose(1, 2)[empty[..., at]] == 0).all()
@@ -115,5 +115,5 @@ def compare(pool, world, exchange, case, placement, dtype=torch.float64, toleran
             if ours.numel():
                 assert (ours.double() - true).abs().max() <= tolerance * max(1, true.abs().max())
     if dtype == torch.float64 and world > 1:
-        assert (sum(sent for *_, sent, _ in found) > 0) == bool(moves)
-    return found
+        assert (sum(sent for *_, sent, _ in result) > 0) == bool(moves)
+    return result

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 def run(*words):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *words]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
-    assert found.returncode == 0, found.stderr[-3000:]
-    return found.stdout
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
 
 
 def test_attention_alone():

@@ -50,13 +50,13 @@ def test_the_label_names_no_lines_that_are_not_there(figure, axes, tmp_path):
 
 
 def test_an_exchange_has_its_peer_and_no_empty_panel(figure, axes, tmp_path):
-    found = result("exchange-cpu")
-    figure.draw_exchange(found, tmp_path / "drawn.png")
+    outcome = result("exchange-cpu")
+    figure.draw_exchange(outcome, tmp_path / "drawn.png")
     bars = [bar.get_width() for axis in axes for bar in axis.patches]
-    several = [row for row in found["rows"] if row["ranks"] > 1]
-    assert len(bars) == len(found["rows"]) + len(several)
+    several = [row for row in outcome["rows"] if row["ranks"] > 1]
+    assert len(bars) == len(outcome["rows"]) + len(several)
     texts = [text.get_text() for axis in axes for text in axis.texts]
-    (row,) = [row for row in found["rows"] if row["participant"].startswith("ring-attention-pytorch")]
+    (row,) = [row for row in outcome["rows"] if row["participant"].startswith("ring-attention-pytorch")]
     assert any(f"{row['step_seconds']:.2f} s, " in text for text in texts), "a bar that is cut says its value"
     for axis in axes:
         if axis.axison:
@@ -66,13 +66,13 @@ def test_an_exchange_has_its_peer_and_no_empty_panel(figure, axes, tmp_path):
 
 
 def test_recall_shows_both_patterns_beside_chance(figure, axes, tmp_path):
-    found = result("recall-cpu")
-    figure.draw_recall(found, tmp_path / "drawn.png")
+    outcome = result("recall-cpu")
+    figure.draw_recall(outcome, tmp_path / "drawn.png")
     (axis,) = axes
     dilated, local, chance = axis.lines
-    assert list(dilated.get_ydata()) == [share for _, share in found["rows"][0]["curve"]]
-    assert list(local.get_ydata()) == [share for _, share in found["rows"][1]["curve"]]
-    assert set(chance.get_ydata()) == {found["rows"][0]["chance"]}
+    assert list(dilated.get_ydata()) == [share for _, share in outcome["rows"][0]["curve"]]
+    assert list(local.get_ydata()) == [share for _, share in outcome["rows"][1]["curve"]]
+    assert set(chance.get_ydata()) == {outcome["rows"][0]["chance"]}
 
 
 @pytest.mark.parametrize("name", ["attention", "exchange", "recall", "ordering"])

@@ -196,9 +196,9 @@ def test_a_machine_that_cannot_run_this_is_refused_in_one_line(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
     command = [sys.executable, str(FOLDER / "gpu.py"), "--out", str(tmp_path)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert found.returncode == 1
-    (line,) = found.stdout.splitlines()
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert outcome.returncode == 1
+    (line,) = outcome.stdout.splitlines()
     assert line.startswith("make gpu: torch ")
     assert "nvidia-smi" in line
     assert not list(tmp_path.iterdir())
@@ -267,8 +267,8 @@ def test_torchscales_scheme_is_the_function_that_it_is_compared_with(monkeypatch
     pattern = Pattern.dilated((16, 32, 48), (1, 2, 3), True, "blocked")
     outs = [scheme.torchscale("sdpa", (16, 32, 48), (1, 2, 3))(q, k, v), attend(q, k, v, pattern, mix="detached")]
     torch.testing.assert_close(*outs)
-    found, true = (torch.autograd.grad(out, (q, k, v), grad) for out in outs)
-    torch.testing.assert_close(found, true, atol=1e-5, rtol=1e-4)
+    outcome, true = (torch.autograd.grad(out, (q, k, v), grad) for out in outs)
+    torch.testing.assert_close(outcome, true, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(scheme.dense("sdpa")(q, k, v), attend(q, k, v, Pattern.dense(True)))
 
 
@@ -277,8 +277,8 @@ def test_a_participant_is_measured(name):
     words = ["--tokens", "1024", "--segments", "256,512", "--rounds", "1", "--device", "cpu", "--yardstick", "128"]
     command = [sys.executable, str(FOLDER / "gpu_attention.py"), "--participant", name, *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    found = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
-    result = json.loads(found.stdout.splitlines()[-1])
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
+    result = json.loads(outcome.stdout.splitlines()[-1])
     pairs = 1024 * 1025 // 2 if name.startswith("dense") else result_pairs()
     seconds = result["forward_seconds"]
     assert result["forward_tflops"] == pytest.approx(4 * 64 * 8 * pairs / seconds / 1e12, rel=0.02, abs=1e-3)
@@ -301,8 +301,8 @@ def test_the_parts_of_a_step_are_measured(tmp_path):
     config.write_text(f"model: {{config: {{{sizes}}}}}")
     command = [sys.executable, str(FOLDER / "gpu_step.py"), "--device", "cpu", "--tokens", "256", "--config", config]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    found = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
-    result = json.loads(found.stdout.splitlines()[-1])
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=environment)
+    result = json.loads(outcome.stdout.splitlines()[-1])
     assert result["recompute"] == "all but attention"
     assert all(seconds > 0 for seconds in (*result["parts"].values(), *result["phases"].values()))
 
@@ -317,7 +317,7 @@ def test_the_check_says_first_what_is_missing(monkeypatch):
     import gpu_check
     import machine
 
-    found = {
+    outcome = {
         "is_available": True,
         "get_device_name": "NVIDIA H100 80GB HBM3",
         "get_device_capability": (7, 5),
@@ -325,13 +325,13 @@ def test_the_check_says_first_what_is_missing(monkeypatch):
         "device_count": 2,
         "get_device_properties": SimpleNamespace(total_memory=80 * 2**30),
     }
-    for name in found:
-        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: found[name])
+    for name in outcome:
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: outcome[name])
     monkeypatch.setattr(torch.version, "cuda", None)
     assert f"torch {torch.__version__} is built without CUDA" in gpu_check.refusal()
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert gpu_check.refusal() == "compute capability 8.0 is needed, NVIDIA H100 80GB HBM3 has 7.5"
-    found["get_device_capability"] = (9, 0)
+    outcome["get_device_capability"] = (9, 0)
     assert gpu_check.refusal() == "16 GiB of free memory are needed, NVIDIA H100 80GB HBM3 has 8.0 of 80.0"
     with monkeypatch.context() as patch:
         patch.setattr(gpu_check, "find_spec", lambda name: None)
@@ -340,5 +340,5 @@ def test_the_check_says_first_what_is_missing(monkeypatch):
     described = gpu_check.described()
     assert (described["gpu"], described["gpus"], described["driver"]) == ("NVIDIA H100 80GB HBM3", 2, "unknown")
     assert described["versions"]["torch"]
-    found["is_available"] = False
+    outcome["is_available"] = False
     assert "finds no device; see nvidia-smi" in gpu_check.refusal()

@@ -122,21 +122,21 @@ def test_the_table_names_every_folder():
 @pytest.mark.parametrize("former", sorted(MOVED))
 def test_former_module_paths_still_import(former):
     present = importlib.import_module(f"lightning_longnet.{MOVED[former]}")
-    found = importlib.import_module(f"lightning_longnet.{former}")
-    assert found is present
-    assert found.__spec__.name == f"lightning_longnet.{MOVED[former]}"
+    result = importlib.import_module(f"lightning_longnet.{former}")
+    assert result is present
+    assert result.__spec__.name == f"lightning_longnet.{MOVED[former]}"
 
 
 def test_the_supervisor_imports_nothing_but_the_standard_library():
-    found = run("import sys, lightning_longnet.supervise; print({'torch', 'lightning', 'numpy'} & set(sys.modules))")
-    assert found.stdout.strip() == "set()", found.stderr
+    result = run("import sys, lightning_longnet.supervise; print({'torch', 'lightning', 'numpy'} & set(sys.modules))")
+    assert result.stdout.strip() == "set()", result.stderr
     modules = [name for path in python_files(PACKAGE / "supervision") for name, _, _ in imports(path)]
     assert {name.partition(".")[0] for name in modules} - {"lightning_longnet"} <= sys.stdlib_module_names
 
 
 def test_the_package_itself_is_imported_without_torch():
-    found = run("import sys, lightning_longnet; print({'torch', 'lightning', 'numpy'} & set(sys.modules))")
-    assert found.stdout.strip() == "set()", found.stderr
+    result = run("import sys, lightning_longnet; print({'torch', 'lightning', 'numpy'} & set(sys.modules))")
+    assert result.stdout.strip() == "set()", result.stderr
 
 
 def run(code):
@@ -144,7 +144,7 @@ def run(code):
 
 
 def test_the_core_is_usable_where_lightning_is_not_installed():
-    found = run(
+    result = run(
         "import sys\n"
         "for name in ('lightning', 'pytorch_lightning', 'deepspeed', 'flash_attn', 'triton', 'matplotlib',\n"
         "             'jsonargparse'):\n"
@@ -155,15 +155,15 @@ def test_the_core_is_usable_where_lightning_is_not_installed():
         "attend(q, q, q, Pattern.dilated((4, 8), (1, 2))).sum().backward()\n"
         "print(q.grad.shape)"
     )
-    assert found.stdout.strip() == "torch.Size([1, 9, 2, 4])", found.stderr
+    assert result.stdout.strip() == "torch.Size([1, 9, 2, 4])", result.stderr
 
 
 def test_strategies_have_one_import_name():
     assert importlib.import_module("lightning_longnet.strategies").__file__ == str(PACKAGE / "strategies/__init__.py")
     assert (PACKAGE / "strategies").resolve() == ROOT / "strategies"
-    found = run("import strategies")
-    assert found.returncode != 0
-    assert "import lightning_longnet.strategies instead" in found.stderr
+    result = run("import strategies")
+    assert result.returncode != 0
+    assert "import lightning_longnet.strategies instead" in result.stderr
 
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -227,7 +227,7 @@ def anchors(page):
     """What GitHub and the docs site make of a page's headings."""
     text = re.sub(
         r"^```{include} (\S+)$",
-        lambda found: (page.parent / found[1]).read_text(),
+        lambda result: (page.parent / result[1]).read_text(),
         page.read_text(),
         flags=re.MULTILINE,
     )
@@ -247,16 +247,16 @@ def test_links_lead_somewhere(page):
         path, _, anchor = target.partition("#")
         if path.startswith(pages.SITE):
             name = path.removeprefix(pages.SITE)
-            found = ROOT / "docs" / (name.removesuffix(".html") + ".md" if name.endswith(".html") else name)
+            result = ROOT / "docs" / (name.removesuffix(".html") + ".md" if name.endswith(".html") else name)
             if name.startswith("_images/"):
-                found = ROOT / "docs" / Path(name).name
+                result = ROOT / "docs" / Path(name).name
             assert name, f"{page} links to the site without a page: {target}"
         elif path.startswith("http"):
             continue
         else:
-            found = (ROOT / page).parent / path if path else ROOT / page
-        assert found.exists(), f"{page} links to {target}"
-        assert not anchor or anchor in anchors(found), f"{page} links to {target}"
+            result = (ROOT / page).parent / path if path else ROOT / page
+        assert result.exists(), f"{page} links to {target}"
+        assert not anchor or anchor in anchors(result), f"{page} links to {target}"
 
 
 def test_links_of_the_readme_work_on_a_package_index():
@@ -305,9 +305,9 @@ def test_nothing_names_a_sibling_folder_or_a_registry_host():
     ],
 )
 def test_examples_in_docstrings_are_true(module):
-    found = doctest.testmod(importlib.import_module(f"lightning_longnet.{module}"), extraglobs={"torch": torch})
-    assert found.attempted > 0
-    assert found.failed == 0
+    result = doctest.testmod(importlib.import_module(f"lightning_longnet.{module}"), extraglobs={"torch": torch})
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 @pytest.mark.long
@@ -331,17 +331,17 @@ def test_the_wheel_holds_the_strategies_as_files(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     for words in (["init", "first"], ["doctor", "--ranks", "2"]):
         command = [sys.executable, "-m", "lightning_longnet", *words]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=170, cwd=tmp_path, env=environment)
-        assert found.returncode == 0, found.stdout + found.stderr
-    assert "all exchanges are exact" in found.stdout
+        result = subprocess.run(command, capture_output=True, text=True, timeout=170, cwd=tmp_path, env=environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert "all exchanges are exact" in result.stdout
     assert (tmp_path / "first/quickstart.yaml").read_text() == content()
 
 
 def benchmark(*arguments, name="attention"):
     command = [sys.executable, str(ROOT / f"benchmarks/{name}.py"), *map(str, arguments)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert found.returncode == 0, found.stderr[-2000:]
-    return found.stdout
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
 
 
 def _is_program_with_a_table(text):
@@ -375,9 +375,9 @@ def test_the_benchmark_runs_without_its_peers(tmp_path):
 def test_make_train_learns(tmp_path):
     """A quarter below what byte frequencies alone give, by what the ranks send each other."""
     command = [sys.executable, "-m", "lightning_longnet", "fit", "--config", str(ROOT / "configs/quickstart.yaml")]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
-    (figures,) = re.findall(r"Validation: (\S+) bits per byte \((\d+)% below the (\S+) of frequencies", found.stdout)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (figures,) = re.findall(r"Validation: (\S+) bits per byte \((\d+)% below the (\S+) of frequencies", result.stdout)
     bits, share, frequencies = map(float, figures)
     assert bits < 0.75 * frequencies
     assert share == pytest.approx(100 * (1 - bits / frequencies), abs=1)
@@ -388,5 +388,5 @@ def test_make_train_learns(tmp_path):
     assert any(row.get("exchange/sent_bytes") for row in rows)
     assert "def " in (run / "samples.txt").read_text()
     assert "<svg" in (run / "report.html").read_text()
-    (checkpoint,) = re.findall(r"Next:\n  longnet generate (\S+) --prompt", found.stdout)
+    (checkpoint,) = re.findall(r"Next:\n  longnet generate (\S+) --prompt", result.stdout)
     assert (tmp_path / checkpoint).exists()

@@ -21,13 +21,13 @@ def collect(folder, text, name="test_some"):
     folder.mkdir(exist_ok=True)
     (folder / "conftest.py").write_text((TESTS / "conftest.py").read_text())
     (folder / f"{name}.py").write_text(text)
-    told = ["-c", ROOT / "pyproject.toml", "--rootdir", folder, "-p", "no:cacheprovider", folder]
-    return [PYTEST, *told, "-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what this process has imported
+    options = ["-c", ROOT / "pyproject.toml", "--rootdir", folder, "-p", "no:cacheprovider", folder]
+    return [PYTEST, *options, "-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what this process has imported
 
 
 def results(shown):
-    (found,) = re.findall(r"=+ (.*) in ", shown)
-    return found
+    (result,) = re.findall(r"=+ (.*) in ", shown)
+    return result
 
 
 def test_a_skip_fails_unless_it_waits_for_a_gpu(tmp_path):
@@ -38,8 +38,8 @@ def test_a_skip_fails_unless_it_waits_for_a_gpu(tmp_path):
         "@pytest.mark.gpu\n"
         "def test_gpu(): pytest.skip('no device')\n",
     )
-    found = programs([words, [*words, "--no-skips"]])
-    assert [results(shown) for _, shown, _ in found] == ["2 skipped", "1 failed, 1 skipped"]
+    result = programs([words, [*words, "--no-skips"]])
+    assert [results(shown) for _, shown, _ in result] == ["2 skipped", "1 failed, 1 skipped"]
 
 
 @pytest.mark.long
@@ -56,8 +56,8 @@ def test_property_tests_draw_as_many_cases_as_their_tier_wants(tmp_path):
         "def test_last(): print('drawn', len(seen), len(plain))\n"
     )
     tiers = {"plain": [], "few": ["--draws=few"], "many": ["--draws=many"]}
-    found = programs([[*collect(tmp_path / t, text, f"test_{t}"), "-s", *more] for t, more in tiers.items()])
-    drawn = [tuple(map(int, re.findall(r"drawn (\d+) (\d+)", shown)[0])) for _, shown, _ in found]
+    result = programs([[*collect(tmp_path / t, text, f"test_{t}"), "-s", *more] for t, more in tiers.items()])
+    drawn = [tuple(map(int, re.findall(r"drawn (\d+) (\d+)", shown)[0])) for _, shown, _ in result]
     assert drawn == [(40, 5), (8, 3), (400, 50)]
 
 
@@ -77,10 +77,10 @@ def test_a_test_stands_in_one_tier_and_property_tests_in_two(tmp_path):
     expressions = [
         re.search(rf"^{name}:.*\n.*-m \"(.*?)\"", makefile, re.MULTILINE)[1] for name in ("test", "test-long")
     ]
-    found = programs(
+    result = programs(
         [[*words, "-q", "--collect-only", *more] for more in (*(["-m", e] for e in expressions), ["-m", "full"])]
     )
-    assert [re.findall(r"::test_(\S+)", shown) for _, shown, _ in found] == [
+    assert [re.findall(r"::test_(\S+)", shown) for _, shown, _ in result] == [
         ["matrix[a]", "drawn"],
         ["matrix[b]", "drawn"],
         ["matrix[c]", "matrix[d]"],

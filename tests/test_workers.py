@@ -24,8 +24,8 @@ def crash(rank, culprit, once=None):
 @pytest.fixture(autouse=True)
 def crashes(monkeypatch):
     """The crashes of these tests alone."""
-    monkeypatch.setattr("workers.CRASHES", found := [])
-    return found
+    monkeypatch.setattr("workers.CRASHES", result := [])
+    return result
 
 
 def test_a_crash_names_its_rank_and_the_next_case_runs():

@@ -55,8 +55,8 @@ def test_reference_values(case, truth, kernel):
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     y = attend(q, k, v, Pattern.dilated(w, r, causal, offsets), kernel=kernel)
     grads = torch.autograd.grad((y * (0.37 * i).cos()).sum(), (q, k, v))
-    found = [y.sum().item(), *(x.norm().item() for x in (y, *grads))]
-    assert found == pytest.approx(truth, rel=0, abs=1e-9)
+    result = [y.sum().item(), *(x.norm().item() for x in (y, *grads))]
+    assert result == pytest.approx(truth, rel=0, abs=1e-9)
 
 
 @settings(max_examples=20, deadline=None)
@@ -98,10 +98,10 @@ def test_half_results_of_documents_with_unequal_lengths_are_merged(monkeypatch, 
     monkeypatch.setattr(cpu, "_half_is_faster", lambda _: True)
     q, k, v, grad = drawn.tensors((1, 12, 2, 2, 8), dtype=torch.bfloat16)
     ids = torch.tensor([0, 0, 0, 1, 2, 2, 2, 3, 3, 4, 4, 4])  # neither evenly spaced nor long enough for a call each
-    found = attend(q, k, v, LONGNET, documents=ids, mix=mix, kernel="sdpa")
+    result = attend(q, k, v, LONGNET, documents=ids, mix=mix, kernel="sdpa")
     truth = attend(q, k, v, LONGNET, documents=ids, mix=mix, kernel="eager")
-    torch.testing.assert_close(found, truth, rtol=0.05, atol=0.02)
-    grads = (torch.autograd.grad(out, (q, k, v), grad) for out in (found, truth))
+    torch.testing.assert_close(result, truth, rtol=0.05, atol=0.02)
+    grads = (torch.autograd.grad(out, (q, k, v), grad) for out in (result, truth))
     torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)
 
 
@@ -114,10 +114,10 @@ def test_rows_without_keys_are_zero_and_their_gradients_finite(kernel):
     assert (out.transpose(1, 2)[:, ~served] == 0).all()
     assert (lse[:, ~served] == -torch.inf).all()
     assert lse[:, served].isfinite().all()
-    for found in torch.autograd.grad(out, (q, k, v), grad):
-        assert found.isfinite().all()
-        assert (found.transpose(1, 2)[:, ~served] == 0).all()
-        assert (found.transpose(1, 2)[:, served] != 0).any()
+    for result in torch.autograd.grad(out, (q, k, v), grad):
+        assert result.isfinite().all()
+        assert (result.transpose(1, 2)[:, ~served] == 0).all()
+        assert (result.transpose(1, 2)[:, served] != 0).any()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -238,26 +238,26 @@ def test_calls_are_cut_to_size_without_changing_the_answer(monkeypatch, threads,
         results.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
     out = attend(q, k, v, pattern, documents=documents, kernel="reference")
     results.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
-    for found in results[1:]:
-        torch.testing.assert_close(found, results[0], rtol=1e-10, atol=1e-10)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-10)
 
 
 def test_pairs_computed_once_leave_the_detached_mixture_its_branches():
     q, k, v, grad = drawn.tensors((1, 16, 2, 2, 4))
     pattern = Pattern.dilated((4, 16), (1, 2))
     with drawn.planned(True, 1024):
-        found = attend(q, k, v, pattern, mix="detached")
-        found = (found, *torch.autograd.grad(found, (q, k, v), grad))
+        result = attend(q, k, v, pattern, mix="detached")
+        result = (result, *torch.autograd.grad(result, (q, k, v), grad))
     truth = attend(q, k, v, pattern, mix="detached", kernel="reference")
-    torch.testing.assert_close(found, (truth, *torch.autograd.grad(truth, (q, k, v), grad)))
+    torch.testing.assert_close(result, (truth, *torch.autograd.grad(truth, (q, k, v), grad)))
 
 
 def test_expanded_tensors_and_gradients_are_read_right():
     q, k, v, _ = drawn.tensors((1, 20, 4, 4, 8))
     shared = k[:, :, :1].expand(-1, -1, 4, -1)
-    (found,) = torch.autograd.grad(attend(q, shared, v, LONGNET).sum(), k)  # sum gives a gradient of stride 0
+    (result,) = torch.autograd.grad(attend(q, shared, v, LONGNET).sum(), k)  # sum gives a gradient of stride 0
     (truth,) = torch.autograd.grad(attend(q, shared, v, LONGNET, kernel="reference").sum(), k)
-    torch.testing.assert_close(found, truth)
+    torch.testing.assert_close(result, truth)
 
 
 def test_a_second_derivative_is_refused_by_name_or_served_by_the_reference():
@@ -291,21 +291,21 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_leaves():
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_no_product_is_rounded_under_autocast(kernel, dropout):
     q, k, v, grad = drawn.tensors((1, 40, 4, 2, 8), dtype=torch.float32)
-    told = {"kernel": kernel, "dropout": dropout, "dropout_seed": 3, "return_lse": True}
+    options = {"kernel": kernel, "dropout": dropout, "dropout_seed": 3, "return_lse": True}
     half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
-    truth = attend(*half, LONGNET, **told)
+    truth = attend(*half, LONGNET, **options)
     true_grads = torch.autograd.grad(truth[0], half, grad.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        found = attend(q, k, v, LONGNET, **told)
+        result = attend(q, k, v, LONGNET, **options)
         # torch's own derivatives, which are the reference's, follow autocast
         if kernel == "eager":
-            grads = torch.autograd.grad(found[0], (q, k, v), grad.bfloat16())
+            grads = torch.autograd.grad(result[0], (q, k, v), grad.bfloat16())
     if kernel == "reference":
-        grads = torch.autograd.grad(found[0], (q, k, v), grad.bfloat16())
+        grads = torch.autograd.grad(result[0], (q, k, v), grad.bfloat16())
     assert all(torch.equal(a, b.float()) for a, b in zip(grads, true_grads, strict=True))
-    assert found[1].dtype == torch.float32
-    assert torch.equal(found[1], truth[1])
-    assert torch.equal(found[0], truth[0])
+    assert result[1].dtype == torch.float32
+    assert torch.equal(result[1], truth[1])
+    assert torch.equal(result[0], truth[0])
 
 
 def test_rows_that_lie_across_one_another_are_read_right():
@@ -322,13 +322,13 @@ def test_float32_within_autocast_stays_float64_for_float64():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_gradients(reentrant):
-    found = []
+    result = []
     for call in (attend, lambda *args: checkpoint(attend, *args, use_reentrant=reentrant)):
         q, k, v, grad = drawn.tensors((2, 40, 4, 2, 8))
         out = call(q, k, v, LONGNET)
         out.backward(grad)
-        found.append((out, q.grad, k.grad, v.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        result.append((out, q.grad, k.grad, v.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*result, strict=True))
 
 
 def test_what_is_kept_for_the_backward():
@@ -385,10 +385,10 @@ def test_a_compiled_block_gives_equal_results():
 
 def test_explain_says_who_runs_and_why_others_do_not():
     q = torch.zeros(1, 8, 2, 4)
-    head, *told = str(explain(q, q, torch.zeros(1, 8, 2, 6), Pattern.dense())).splitlines()
+    head, *lines = str(explain(q, q, torch.zeros(1, 8, 2, 6), Pattern.dense())).splitlines()
     assert head == "cpu, float32, accumulates in float32"
-    assert [line.split()[0] for line in told] == list(kernel_names())
-    shown = {line.split()[0]: line.split(maxsplit=2)[1:] for line in told}
+    assert [line.split()[0] for line in lines] == list(kernel_names())
+    shown = {line.split()[0]: line.split(maxsplit=2)[1:] for line in lines}
     for kernel in ("flash", "cudnn", "flash3", "flash4"):
         assert shown[kernel] == ["refuses", "serves CUDA tensors, these are on cpu"]
     assert shown["sdpa"] == ["refuses", "needs v as wide as q and k, got 6 and 4"]

@@ -194,8 +194,8 @@ def test_a_change_of_documents_in_place_is_seen_whoever_makes_it():
     step(tensors, DENSE, documents=ids)
     for change in (ids.zero_, lambda: ids.numpy().__setitem__((1, slice(20, None)), 7)):
         change()
-        found = attend(*tensors, DENSE, documents=ids)
-        torch.testing.assert_close(found, attend(*tensors, DENSE, documents=ids.clone(), kernel="reference"))
+        result = attend(*tensors, DENSE, documents=ids)
+        torch.testing.assert_close(result, attend(*tensors, DENSE, documents=ids.clone(), kernel="reference"))
 
 
 def test_the_layout_of_a_tensor_is_forgotten_with_it():
@@ -215,12 +215,12 @@ def test_joined_rows_are_rows(ordering, mix):
     tensors = [x.double().detach().requires_grad_() for x in inputs(3, 40, 4)]
     ids, hidden = packed_ids(3, 40, 4), torch.arange(40).expand(3, 40) % 7 == 2
     options = {"dropout": 0.3, "dropout_seed": 3, "mix": mix, "ordering": ordering}
-    found = step(tensors, pattern, documents=ids, key_padding_mask=hidden, **options)
+    result = step(tensors, pattern, documents=ids, key_padding_mask=hidden, **options)
     for row in range(3):
         alone = [x[row : row + 1].detach().requires_grad_() for x in tensors]
         masks = {"documents": ids[row : row + 1], "key_padding_mask": hidden[row : row + 1]}
         truth = step(alone, pattern, **masks, **options, dropout_samples=(row, 1))
-        torch.testing.assert_close([x[row : row + 1] for x in found], list(truth))
+        torch.testing.assert_close([x[row : row + 1] for x in result], list(truth))
 
 
 # Plans over ranks
@@ -231,8 +231,8 @@ def test_a_rank_plans_the_documents_that_it_has():
     cuts = (0, *sorted({*range(777, length, 777)}), length)
     layout = Layout(Pattern.dilated((512, 1024, 2048), (1, 2, 4), True), 8, 8, cuts, Placement.even(length, ranks))
     rank_blocks.cache_clear()
-    found = route(layout, 11, ("gather",) * 3)
-    assert found.own
+    result = route(layout, 11, ("gather",) * 3)
+    assert result.own
     planned = rank_blocks(layout)._documents
     assert sum(last - first + 1 for first, last in planned) < 16 < len(cuts)
 
@@ -243,8 +243,8 @@ def test_half_of_the_blocks_that_a_rank_cuts_have_a_share():
     cuts = (0, *sorted({*range(777, length, 777)}), length)
     where = Placement.even(length, ranks, "zigzag")
     layout = Layout(Pattern.dilated((512, 1024, 2048), (1, 2, 4), True), 8, 8, cuts, where)
-    found = []
-    with patch.object(blocks_of_ranks, "shares", lambda *a: found.append([*shares(*a)]) or found[-1]):
+    result = []
+    with patch.object(blocks_of_ranks, "shares", lambda *a: result.append([*shares(*a)]) or result[-1]):
         rank_blocks.cache_clear()
         route(layout, 11, ("gather",) * 3)
-    assert 0 < len(found) <= 2 * sum(map(len, found))
+    assert 0 < len(result) <= 2 * sum(map(len, result))

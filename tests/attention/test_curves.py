@@ -129,8 +129,8 @@ OPTIONS = {
 }
 
 
-def assert_equal(found, expected, tolerance=1e-12):
-    for ours, true in zip(found, expected, strict=True):
+def assert_equal(result, expected, tolerance=1e-12):
+    for ours, true in zip(result, expected, strict=True):
         finite = true.isfinite()
         assert torch.equal(ours.isfinite(), finite)
         torch.testing.assert_close(ours[finite], true[finite], rtol=tolerance, atol=tolerance)
@@ -268,9 +268,9 @@ def test_each_document_has_a_curve_of_its_own(name, options):
                 own["sinks"] = own["sinks"].clone().requires_grad_()
                 leaves.append(own["sinks"])
             alone, alone_lse = attend(*leaves[:3], pattern, ordering="hilbert", return_lse=True, **own)
-            found = (out[row, tokens], lse[row][:, tokens], *(x[row, tokens] for x in gradients[:3]))
+            result = (out[row, tokens], lse[row][:, tokens], *(x[row, tokens] for x in gradients[:3]))
             grads = torch.autograd.grad(alone, leaves, grad)
-            assert_equal(found, (alone[0], alone_lse[0], *(x[0] for x in grads[:3])))
+            assert_equal(result, (alone[0], alone_lse[0], *(x[0] for x in grads[:3])))
             sinks = sinks + (grads[3] if len(grads) > 3 else 0.0)
     if len(gradients) > 3:
         assert_equal(gradients[3:], (sinks,))
@@ -348,9 +348,9 @@ def test_equals_brute_force_over_ranks(pool, name, multiplicity, world, exchange
     for options in (OPTIONS["all"], OPTIONS["sinks"]):
         out, lse, *gradients = truth(BRANCHES[name], multiplicity, options)
         summed = 0
-        for rows, found in pool.run(world, step, (name, multiplicity), exchange, placement, options):
-            assert_equal(found[:5], [out[:, rows], lse[..., rows], *(x[:, rows] for x in gradients[:3])])
-            summed = summed + sum(found[5:])
+        for rows, result in pool.run(world, step, (name, multiplicity), exchange, placement, options):
+            assert_equal(result[:5], [out[:, rows], lse[..., rows], *(x[:, rows] for x in gradients[:3])])
+            summed = summed + sum(result[5:])
         assert_equal([summed][: len(gradients) - 3], gradients[3:])
 
 
@@ -362,9 +362,9 @@ def test_documents_over_ranks_equal_one_process(pool, name, multiplicity, world,
         packed = {**options, "documents": DOCUMENTS}
         out, lse, *gradients = ours(pattern_of(BRANCHES[name], multiplicity), packed)
         summed = 0
-        for rows, found in pool.run(world, step, (name, multiplicity), exchange, placement, packed):
-            assert_equal(found[:5], [out[:, rows], lse[..., rows], *(x[:, rows] for x in gradients[:3])])
-            summed = summed + sum(found[5:])
+        for rows, result in pool.run(world, step, (name, multiplicity), exchange, placement, packed):
+            assert_equal(result[:5], [out[:, rows], lse[..., rows], *(x[:, rows] for x in gradients[:3])])
+            summed = summed + sum(result[5:])
         assert_equal([summed][: len(gradients) - 3], gradients[3:])
 
 

@@ -72,8 +72,8 @@ def test_the_expected_output_is_that_without_dropout():
 
 def test_the_log_sum_is_that_without_dropout():
     q, k, v, _ = drawn.tensors((2, 40, 4, 2, 4))
-    found = attend(q, k, v, LONGNET, dropout=0.5, return_lse=True)[1]
-    torch.testing.assert_close(found, attend(q, k, v, LONGNET, return_lse=True)[1])
+    result = attend(q, k, v, LONGNET, dropout=0.5, return_lse=True)[1]
+    torch.testing.assert_close(result, attend(q, k, v, LONGNET, return_lse=True)[1])
 
 
 def test_how_the_work_is_cut_changes_nothing(monkeypatch):
@@ -88,8 +88,8 @@ def test_how_the_work_is_cut_changes_nothing(monkeypatch):
         monkeypatch.setattr(eager, "_ROWS", rows)
         out = attend(q, k, v, LONGNET, documents=documents, key_padding_mask=hidden, dropout=0.3, dropout_seed=5)
         results.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
-    for found in results[1:]:
-        torch.testing.assert_close(found, results[0], rtol=1e-12, atol=1e-12)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-12, atol=1e-12)
 
 
 def test_samples_are_dropped_by_their_place_in_the_batch_whatever_their_documents():
@@ -120,16 +120,16 @@ def test_ranks_that_samples_are_dealt_out_to_drop_what_one_process_would(kernel)
 def test_the_seed_decides():
     q, k, v, _ = drawn.tensors((1, 40, 2, 2, 4))
 
-    def found(**settings):
+    def result(**settings):
         return attend(q, k, v, LONGNET, dropout=0.2, **settings)
 
-    assert torch.equal(found(dropout_seed=3), found(dropout_seed=torch.tensor(3)))
-    assert not torch.equal(found(dropout_seed=3), found(dropout_seed=4))
+    assert torch.equal(result(dropout_seed=3), result(dropout_seed=torch.tensor(3)))
+    assert not torch.equal(result(dropout_seed=3), result(dropout_seed=4))
     torch.manual_seed(0)
-    first, second = found(), found()
+    first, second = result(), result()
     assert not torch.equal(first, second)
     torch.manual_seed(0)
-    assert torch.equal(found(), first)
+    assert torch.equal(result(), first)
 
 
 def test_no_dropout_draws_no_seed_and_changes_nothing():

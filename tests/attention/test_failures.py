@@ -30,20 +30,20 @@ def drawn(length=16, heads=4, dim=4, batch=1, dtype=torch.float32, seed=0):
 @pytest.fixture(scope="module")
 def spent():
     """Workers of this file alone: gloo's threads never rest again once a peer has given up on a connection."""
-    found = Pool(8)
-    yield found
-    found.close(kill=True)
+    result = Pool(8)
+    yield result
+    result.close(kill=True)
 
 
 def pairs(group, function, cases):
     """Ranks 2 i and 2 i + 1 do case i in a group of their own, which an error may leave unusable."""
     made = [dist.new_group([2 * i, 2 * i + 1], timeout=timedelta(seconds=3)) for i in range(len(cases))]
     begin = time.perf_counter()
-    found = function(made[group.rank() // 2], *cases[group.rank() // 2])
-    return found, time.perf_counter() - begin
+    result = function(made[group.rank() // 2], *cases[group.rank() // 2])
+    return result, time.perf_counter() - begin
 
 
-def told(function, *arguments):
+def outcome_of(function, *arguments):
     """What went wrong, or nothing."""
     try:
         function(*arguments)
@@ -73,8 +73,8 @@ def later(group, name, is_known):
     if is_known:
         step(shard, drawn(**tensors), settings)
     if group.rank():
-        return told(step, shard, drawn(**tensors), settings)
-    return told(step, shard, drawn(), {})
+        return outcome_of(step, shard, drawn(**tensors), settings)
+    return outcome_of(step, shard, drawn(), {})
 
 
 def check_later(first, second, seconds, name):
@@ -87,16 +87,16 @@ def check_later(first, second, seconds, name):
 @pytest.mark.long
 def test_a_later_call_that_differs_ends_at_the_timeout(spent):
     names = ["pattern", "wide type", "batch", "tokens"]
-    found = spent.run(8, pairs, later, [(name, False) for name in names])
-    for (first, seconds), (second, _), name in zip(found[::2], found[1::2], names, strict=True):
+    result = spent.run(8, pairs, later, [(name, False) for name in names])
+    for (first, seconds), (second, _), name in zip(result[::2], result[1::2], names, strict=True):
         check_later(first, second, seconds, name)
 
 
 @pytest.mark.long
 def test_kinds_of_calls_never_match_each_other(spent):
     names = ["pattern", "batch", "exchange", "scale"]
-    for found, _ in spent.run(8, pairs, later, [(name, True) for name in names]):
-        assert "of 2, forward of call 2, samples 0 to" in found, found
+    for result, _ in spent.run(8, pairs, later, [(name, True) for name in names]):
+        assert "of 2, forward of call 2, samples 0 to" in result, result
 
 
 PLACES = {
@@ -113,20 +113,20 @@ def failing(group, place, exchange):
     """Something fails on rank 1 in the first step; the error is caught, and the next batches are done."""
     where, name, at = PLACES[place]
     shard, real = SequenceShard(group, 16), getattr(where, name)
-    calls, found = [], []
+    calls, result = [], []
     if place == "arguments":  # of a call whose kind is known: of a first one the others would be told
         step(shard, drawn(), {"kernel": "eager", "exchange": exchange})
 
-    def broken(*told, **settings):
+    def broken(*arguments, **settings):
         calls.append(name)
         if group.rank() and len(calls) == at:
             raise torch.OutOfMemoryError("injected")
-        return real(*told, **settings)
+        return real(*arguments, **settings)
 
     with patch.object(where, name, broken):
         for seed in range(3):
-            found.append(told(step, shard, drawn(seed=seed), {"kernel": "eager", "exchange": exchange}))
-    return found
+            result.append(outcome_of(step, shard, drawn(seed=seed), {"kernel": "eager", "exchange": exchange}))
+    return result
 
 
 KERNELS_FAIL = tuple((place, exchange) for place in list(PLACES)[:2] for exchange in ("ring", "gather"))
@@ -148,20 +148,20 @@ def check_failing(peer, failed, place):
 @pytest.mark.long
 @pytest.mark.parametrize("cases", [KERNELS_FAIL, OTHERS_FAIL], ids=["kernels", "others"])
 def test_an_error_that_one_rank_catches_corrupts_nothing(spent, cases):
-    found = spent.run(8, pairs, failing, list(cases))
-    for (peer, _), (failed, _), (place, _) in zip(found[::2], found[1::2], cases, strict=True):
+    result = spent.run(8, pairs, failing, list(cases))
+    for (peer, _), (failed, _), (place, _) in zip(result[::2], result[1::2], cases, strict=True):
         check_failing(peer, failed, place)
 
 
 def receiving(group):
     """A kernel fails on the rank that only receives, with the error of a refusal; what it does then."""
-    shard, found = SequenceShard(group, 16), []
+    shard, result = SequenceShard(group, 16), []
     q, k, v = (x.detach() for x in drawn())
     broken = {"side_effect": ValueError("injected")} if group.rank() else {"wraps": eager.forward}
     with patch.object(eager, "forward", **broken):
         for _ in range(2):
-            found.append(told(lambda: attend(q, k, v, Pattern.dense(True), shard=shard, kernel="eager")))
-    return found
+            result.append(outcome_of(lambda: attend(q, k, v, Pattern.dense(True), shard=shard, kernel="eager")))
+    return result
 
 
 @pytest.mark.long
@@ -173,18 +173,18 @@ def test_a_refusal_once_messages_are_on_their_way_is_a_failure(spent):
 
 def refusing(group):
     """Of calls of one kind rank 1 is given a wrong one, whose error it catches."""
-    shard, found = SequenceShard(group, 16), []
+    shard, result = SequenceShard(group, 16), []
     for i in range(4):
         wrong = {"dtype": torch.int64} if group.rank() and i == 1 else {}
         q, k, v = (x.detach().to(**wrong) for x in drawn(seed=i))
-        found.append(told(lambda: attend(q, k, v, DENSE, shard=shard, exchange="gather")))  # noqa: B023  called here
-    return found
+        result.append(outcome_of(lambda: attend(q, k, v, DENSE, shard=shard, exchange="gather")))  # noqa: B023  called here
+    return result
 
 
 def giving_up(group, is_context):
     """Batches of two calls; of the second batch rank 1 does one, and goes on with the next."""
     context = made(group)
-    shard, found = None if is_context else SequenceShard(group, 16), []
+    shard, result = None if is_context else SequenceShard(group, 16), []
     for batch in range(3):
         if is_context:
             context.split({"input_ids": torch.zeros(1, 32, dtype=torch.long)})
@@ -196,8 +196,8 @@ def giving_up(group, is_context):
             q, k, v = (x.detach() for x in drawn(seed=2 * batch + layer))
             call = context.attend if is_context else attend
             settings = {"exchange": "gather"} | ({} if is_context else {"shard": shard})
-            found.append(told(lambda: call(q, k, v, DENSE, **settings)))  # noqa: B023  called here
-    return found
+            result.append(outcome_of(lambda: call(q, k, v, DENSE, **settings)))  # noqa: B023  called here
+    return result
 
 
 def doing(group, function, *arguments):
@@ -216,8 +216,8 @@ def check_apart(first, second):
 @pytest.mark.long
 def test_a_rank_that_gives_up_a_call_or_a_batch_meets_nobody_in_the_next(spent):
     cases = [(refusing,), (giving_up, False), (giving_up, True)]
-    found = spent.run(8, pairs, doing, [*cases, (refusing,)])
-    for (first, _), (second, _) in zip(found[::2], found[1::2], strict=True):
+    result = spent.run(8, pairs, doing, [*cases, (refusing,)])
+    for (first, _), (second, _) in zip(result[::2], result[1::2], strict=True):
         check_apart(first, second)
 
 
@@ -226,14 +226,14 @@ def disordered(group, way, exchange):
     shards = [SequenceShard(group, 16)] * 2 if way == "one shard" else [SequenceShard(group, 16) for _ in range(2)]
     outs = [attend(*drawn(seed=i), DENSE, shard=shard, exchange=exchange) for i, shard in enumerate(shards)]
     order = outs if group.rank() == 0 else outs[::-1]
-    return told(lambda: [out.sum().backward() for out in order])
+    return outcome_of(lambda: [out.sum().backward() for out in order])
 
 
 @pytest.mark.long
 def test_backward_passes_in_another_order_are_an_error(spent):
     cases = [("one shard", "gather"), ("one shard", "ring"), ("one shard", "swap"), ("two shards", "ring")]
-    for found, _ in spent.run(8, pairs, disordered, cases):
-        assert "of 2, backward of call" in found, found
+    for result, _ in spent.run(8, pairs, disordered, cases):
+        assert "of 2, backward of call" in result, result
 
 
 def test_a_fault_of_each_kind_is_told(spent):
@@ -244,12 +244,12 @@ def test_a_fault_of_each_kind_is_told(spent):
         (giving_up, True),
         (disordered, "one shard", "ring"),
     ]
-    found = spent.run(8, pairs, doing, cases)
-    (first, seconds), (second, _) = found[:2]
+    result = spent.run(8, pairs, doing, cases)
+    (first, seconds), (second, _) = result[:2]
     check_later(first, second, seconds, "pattern")
-    check_failing(found[2][0], found[3][0], "a kernel's forward")
-    check_apart(found[4][0], found[5][0])
-    assert all("of 2, backward of call" in message for message, _ in found[6:]), found[6:]
+    check_failing(result[2][0], result[3][0], "a kernel's forward")
+    check_apart(result[4][0], result[5][0])
+    assert all("of 2, backward of call" in message for message, _ in result[6:]), result[6:]
 
 
 def forgotten(group):
@@ -273,7 +273,7 @@ def destroyed(group):
         return ""
     out = attend(*drawn(), DENSE, shard=SequenceShard(own, 16), exchange="gather")
     dist.destroy_process_group(own)
-    return told(out.sum().backward)
+    return outcome_of(out.sum().backward)
 
 
 def test_a_group_that_is_gone_is_told_with_the_call(pool):

@@ -34,10 +34,10 @@ def test_the_branch_weights_have_a_gradient(kernel):
     """Torchscale mixes the branches under no_grad: dq is off by up to a third of its largest value."""
     tensors = drawn.tensors((1, 32, 4, 4, 8))
     shown = [Shown(8, 1, None, True), Shown(32, 4, None, True)]
-    found = result(drawn.pattern_of(shown, "multiset"), *tensors, kernel=kernel)
-    torch.testing.assert_close(found, truth(shown, *tensors))
+    outcome = result(drawn.pattern_of(shown, "multiset"), *tensors, kernel=kernel)
+    torch.testing.assert_close(outcome, truth(shown, *tensors))
     without = truth(shown, *tensors, mix="detached")
-    assert distance(without[1], found[1]) > 0.1
+    assert distance(without[1], outcome[1]) > 0.1
     torch.testing.assert_close(
         result(drawn.pattern_of(shown, "multiset"), *tensors, kernel=kernel, mix="detached"), without
     )
@@ -48,11 +48,11 @@ def test_a_ragged_tail_attends_to_no_padding(kernel):
     """Torchscale pads the tail with zeros, which take part in the softmax where nothing is causal: only where asked."""
     tensors = drawn.tensors((1, 13, 2, 2, 4))
     shown = [Shown(8), Shown(16, 2)]
-    found = result(drawn.pattern_of(shown, "multiset"), *tensors, kernel=kernel)
-    torch.testing.assert_close(found, truth(shown, *tensors))
+    outcome = result(drawn.pattern_of(shown, "multiset"), *tensors, kernel=kernel)
+    torch.testing.assert_close(outcome, truth(shown, *tensors))
     padded = [torch.cat([x, x.new_zeros(1, 3, *x.shape[2:])], 1) for x in tensors[:3]]
     wrong = brute.attention(*padded, [brute.counts(shown, "multiset", 16, 2)], 0.5)[0][:, :13]
-    assert distance(wrong, found[0]) > 0.05
+    assert distance(wrong, outcome[0]) > 0.05
 
 
 @KERNELS
@@ -72,11 +72,11 @@ def test_every_head_takes_part_in_every_branch(kernel):
     """dilated-attention-pytorch hands each head to one branch only, and unequal groups overwrite each other."""
     tensors = drawn.tensors((1, 24, 3, 3, 4))
     shown = [Shown(6), Shown(24, 2)]
-    found = result(drawn.pattern_of(shown, "multiset"), *tensors, kernel=kernel)
-    torch.testing.assert_close(found, truth(shown, *tensors))
+    outcome = result(drawn.pattern_of(shown, "multiset"), *tensors, kernel=kernel)
+    torch.testing.assert_close(outcome, truth(shown, *tensors))
     near, far = brute.counts(shown, "multiset", 24, 3)
     near[2:], far[:2] = 0, 0
-    assert distance(truth(shown, *tensors, tables=[near, far])[0], found[0]) > 0.1
+    assert distance(truth(shown, *tensors, tables=[near, far])[0], outcome[0]) > 0.1
     counts = drawn.pattern_of(shown, "multiset").mask(24, 3)
     assert all((counts[h] == 2).any() and (counts[h] == 1).any() for h in range(3))
 
@@ -99,13 +99,13 @@ def test_dilation_is_local_to_a_segment(kernel):
     """The ancestor dilated the whole sequence: with it, residue 1 of segment 1 is another row where w % r != 0."""
     tensors = drawn.tensors((1, 20, 2, 2, 4))
     shown = [Shown(5, 2)]
-    found = result(drawn.pattern_of(shown, "multiset"), *tensors, kernel=kernel)
-    torch.testing.assert_close(found, truth(shown, *tensors))
+    outcome = result(drawn.pattern_of(shown, "multiset"), *tensors, kernel=kernel)
+    torch.testing.assert_close(outcome, truth(shown, *tensors))
     rows = torch.arange(20)
     whole = torch.stack(
         [(rows[:, None] % 2 == h) & (rows % 2 == h) & (rows[:, None] // 5 == rows // 5) for h in range(2)]
     )
-    assert distance(truth(shown, *tensors, tables=[whole.double()])[0], found[0]) > 0.1
+    assert distance(truth(shown, *tensors, tables=[whole.double()])[0], outcome[0]) > 0.1
 
 
 @KERNELS
@@ -135,10 +135,10 @@ def test_branches_share_one_softmax(kernel):
     """The ancestor added up the softmaxes of its blocks: weights that sum to the number of blocks."""
     tensors = drawn.tensors((1, 16, 2, 2, 4))
     shown = [Shown(4), Shown(16)]
-    found = result(drawn.pattern_of(shown, "multiset"), *tensors, kernel=kernel)
-    torch.testing.assert_close(found, truth(shown, *tensors))
+    outcome = result(drawn.pattern_of(shown, "multiset"), *tensors, kernel=kernel)
+    torch.testing.assert_close(outcome, truth(shown, *tensors))
     summed = sum(truth([each], *tensors)[0] for each in shown)
-    assert distance(summed, found[0]) > 0.1
+    assert distance(summed, outcome[0]) > 0.1
 
 
 @KERNELS

@@ -133,20 +133,20 @@ def steady_step(length, exchange="auto", shard=None, documents=None):
 
 
 def test_whole_sequences():
-    found = steady_step(1024)
-    assert (found.copies, found.waits) == ({}, {})
+    result = steady_step(1024)
+    assert (result.copies, result.waits) == ({}, {})
 
 
 def test_packed_rows():
     ids = torch.stack([torch.arange(256) // n for n in (256, 50, 33)])
-    found = steady_step(256, documents=ids)
-    assert (found.copies, found.waits) == ({}, {})
+    result = steady_step(256, documents=ids)
+    assert (result.copies, result.waits) == ({}, {})
 
 
 @pytest.mark.parametrize("exchange", ["gather", "ring", "swap"])
 @pytest.mark.parametrize("placement", ["contiguous", "zigzag"])
 def test_parts_of_sequences(exchange, placement):
     shard = Shard(Placement((100, 128, 140, 144), placement), 2)
-    found = steady_step(140, exchange, shard)
-    assert (found.copies, found.waits) == ({}, {})
+    result = steady_step(140, exchange, shard)
+    assert (result.copies, result.waits) == ({}, {})
     assert shard.comm.traffic.messages > 0

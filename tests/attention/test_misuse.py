@@ -15,8 +15,8 @@ CAUSAL = Pattern.dilated((8, 32), (1, 2), is_causal=True)
 def drawn(length=16, heads=2, kv_heads=2, dim=4, value_dim=None, batch=1, dtype=torch.float32, has_gradient=False):
     generator = torch.Generator().manual_seed(0)
     shapes = (heads, dim), (kv_heads, dim), (kv_heads, value_dim or dim)
-    found = [torch.randn(batch, length, *shape, generator=generator).to(dtype) for shape in shapes]
-    return [x.requires_grad_(has_gradient) for x in found]
+    result = [torch.randn(batch, length, *shape, generator=generator).to(dtype) for shape in shapes]
+    return [x.requires_grad_(has_gradient) for x in result]
 
 
 def make(group, settings):
@@ -253,15 +253,15 @@ def test_a_call_that_does_not_fit(pool, tensors, settings, message, culprit):
 
 def repeatedly(group, tensors, settings):
     """What every call of a shard that compares them all was told: a good one, and one that does not fit, twice."""
-    shard, told = SequenceShard(group, 16, check="always"), []
+    shard, messages = SequenceShard(group, 16, check="always"), []
     attend(*drawn(), CAUSAL, shard=shard)
     for _ in range(2):
         try:
             attend(*drawn(**tensors[group.rank()]), **{"pattern": CAUSAL, "shard": shard, **settings[group.rank()]})
         except ValueError as error:
-            told.append((False, (ValueError, str(error), "")))
+            messages.append((False, (ValueError, str(error), "")))
     attend(*drawn(), CAUSAL, shard=shard)
-    return told
+    return messages
 
 
 @pytest.mark.parametrize(("tensors", "settings", "message", "culprit"), CALLS.values(), ids=CALLS)
@@ -272,30 +272,30 @@ def test_a_later_call_that_does_not_fit(pool, tensors, settings, message, culpri
 
 def failing_first(group):
     """A shard that compares first calls goes on comparing them until one is equal."""
-    shard, told = SequenceShard(group, 16), []
+    shard, messages = SequenceShard(group, 16), []
     for _ in range(2):
         try:
             attend(*drawn(), Pattern.dense(group.rank() == 1), shard=shard)
         except ValueError as error:
-            told.append(str(error))
+            messages.append(str(error))
     attend(*drawn(), CAUSAL, shard=shard)
-    return told
+    return messages
 
 
 def test_a_comparison_that_failed_is_none(pool):
-    for told in pool.run(2, failing_first):
-        assert len(told) == 2
-        assert all("pattern must be equal on all ranks of a shard" in each for each in told)
+    for messages in pool.run(2, failing_first):
+        assert len(messages) == 2
+        assert all("pattern must be equal on all ranks of a shard" in each for each in messages)
 
 
 def compared(group):
     """How often ranks compared, after each of five calls."""
-    shard, found = SequenceShard(group, 16), []
+    shard, result = SequenceShard(group, 16), []
     with patch.object(shard.comm, "all_gather", wraps=shard.comm.all_gather) as all_gather:
         for dropout, seed in ((0, None), (0, None), (0.1, 1), (0.1, 2), (0, None)):
             attend(*drawn(), CAUSAL, shard=shard, kernel="eager", dropout=dropout, dropout_seed=seed)
-            found.append(all_gather.call_count)
-    return found
+            result.append(all_gather.call_count)
+    return result
 
 
 def test_a_call_of_a_known_kind_costs_no_comparison(pool):
@@ -325,22 +325,22 @@ def test_ranks_that_take_other_shards(pool):
 
 def of_two(group):
     """A group that does not begin with the first rank: what is named is the rank in it."""
-    own, told = dist.new_group([1, 2]), []
+    own, messages = dist.new_group([1, 2]), []
     if group.rank() not in (1, 2):
-        return told
+        return messages
     for make in (
         lambda: SequenceShard(own, 16 if own.rank() == 0 else -1),
         lambda: attend(*drawn(16 - own.rank()), CAUSAL, shard=SequenceShard(own, 16)),
     ):
         with pytest.raises(ValueError, match=r".") as caught:
             make()
-        told.append(str(caught.value))
-    return told
+        messages.append(str(caught.value))
+    return messages
 
 
 def test_ranks_are_named_by_their_place_in_the_group(pool):
     _, first, second, *_ = pool.run(8, of_two)
-    assert all(told.startswith("rank 1 of the group was given arguments that do not fit") for told in first)
+    assert all(messages.startswith("rank 1 of the group was given arguments that do not fit") for messages in first)
     assert "got -1 on rank 1" in second[0]
     assert "16 tokens of rank 1, got 15" in second[1]
 

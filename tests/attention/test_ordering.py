@@ -144,10 +144,10 @@ def test_one_branch_may_be_causal_in_the_grid(shape, length, rate):
     inverse = inverse_order(order)
     assert torch.equal(pattern.mask(tokens, heads=heads)[:, inverse][:, :, inverse], seen.long())
     q, k, v = torch.randn(3, 1, tokens, heads, 8, dtype=torch.float64).unbind()
-    found = attend(q[:, order], k[:, order], v[:, order], pattern)[:, inverse]
+    result = attend(q[:, order], k[:, order], v[:, order], pattern)[:, inverse]
     scores = torch.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5
     weights = scores.masked_fill(seen == 0, -torch.inf).softmax(-1).nan_to_num()
-    torch.testing.assert_close(found, torch.einsum("bhij,bjhd->bihd", weights, v), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(result, torch.einsum("bhij,bjhd->bihd", weights, v), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("rates", [(1, 1), (1, 2), (2, 2), (2, 4)])
@@ -159,10 +159,10 @@ def test_no_order_is_causal_for_nested_segments(rates):
     every = torch.tensor(list(permutations(range(8))))  # at which place each token stands
 
     def how_many_serve(chosen):
-        wanted = causal_by_brute_force(hilbert_order((2, 4)), chosen, heads=4)
+        expected = causal_by_brute_force(hilbert_order((2, 4)), chosen, heads=4)
         mask = chosen.mask(8, heads=4)
-        found = mask[:, every[:, :, None], every[:, None, :]].transpose(0, 1)
-        return int((found == wanted).flatten(1).all(1).sum())
+        result = mask[:, every[:, :, None], every[:, None, :]].transpose(0, 1)
+        return int((result == expected).flatten(1).all(1).sum())
 
     assert how_many_serve(pattern) == 0
     assert all(how_many_serve(Pattern((branch,))) > 0 for branch in pattern.branches)

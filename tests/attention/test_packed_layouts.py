@@ -76,7 +76,7 @@ def step(tensors, pattern, **options):
 
 def alone(tensors, pattern, rows, **options):
     """The result of each document alone, by the reference; documents of one length are the samples of a batch."""
-    grad, found = slopes(tensors), [torch.empty_like(x) for x in (tensors[0], *tensors)]
+    grad, result = slopes(tensors), [torch.empty_like(x) for x in (tensors[0], *tensors)]
     lse = torch.empty(tensors[0].shape[:3], dtype=torch.float64)
     places = {}
     for row, lengths in enumerate(rows):
@@ -91,10 +91,10 @@ def alone(tensors, pattern, rows, **options):
         )
         own = [x[at].detach().requires_grad_() for x in tensors]
         out, its_lse = attend(*own, pattern, return_lse=True, kernel="reference", **options)
-        for whole, part in zip(found, (out, *torch.autograd.grad(out, own, grad[at])), strict=True):
+        for whole, part in zip(result, (out, *torch.autograd.grad(out, own, grad[at])), strict=True):
             whole[at] = part.detach()
         lse[at] = its_lse.detach().transpose(1, 2)
-    return found[0], lse.transpose(1, 2), *found[1:]
+    return result[0], lse.transpose(1, 2), *result[1:]
 
 
 @contextmanager
@@ -109,8 +109,8 @@ def joining(rows):
             yield
 
 
-def assert_equal(found, truth):
-    for x, y in zip(found, truth, strict=True):
+def assert_equal(result, truth):
+    for x, y in zip(result, truth, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
@@ -127,8 +127,8 @@ def assert_equal(found, truth):
 def test_packed_documents_are_documents(rows, pattern, causal, mix, heads, kernel, call_rows):
     tensors, pattern = inputs(len(rows), sum(rows[0]), *heads), PATTERNS[pattern](causal)
     with joining(call_rows):
-        found = step(tensors, pattern, documents=ids_of(rows), mix=mix, kernel=kernel)
-    assert_equal(found, alone(tensors, pattern, rows, mix=mix))
+        result = step(tensors, pattern, documents=ids_of(rows), mix=mix, kernel=kernel)
+    assert_equal(result, alone(tensors, pattern, rows, mix=mix))
 
 
 @settings(max_examples=80, deadline=None)
@@ -198,12 +198,12 @@ def test_joined_blocks_have_the_same_pairs(rows, pattern, causal, heads, weighte
 
 
 def pairs_of(parts):
-    found = {}
+    result = {}
     for part in parts:
         for *pair, count in shown_pairs(part.block):
             key = part.branch, *pair
-            found[key] = found.get(key, 0) + part.block.weight * count
-    return {key: count for key, count in found.items() if count}
+            result[key] = result.get(key, 0) + part.block.weight * count
+    return {key: count for key, count in result.items() if count}
 
 
 def test_documents_of_similar_lengths_are_padded_to_one_call():

@@ -34,11 +34,11 @@ def test_shows_every_pair_as_often_as_the_definition(shown, multiplicity, kv_hea
     cuts = (0, *torch.tensor(lengths).cumsum(0).tolist())
     length = cuts[-1]
     with drawn.planned(tile == 3, tile):
-        found = plan(drawn.pattern_of(shown, multiplicity), kv_heads * group, kv_heads, cuts)
+        result = plan(drawn.pattern_of(shown, multiplicity), kv_heads * group, kv_heads, cuts)
     ids = [i for i, (a, b) in enumerate(pairwise(cuts)) for _ in range(b - a)]
     tables = brute.counts(shown, multiplicity, length, kv_heads, ids)
-    assert len(tables) == len(found.branches)
-    for table, blocks in zip(tables, found.branches, strict=True):
+    assert len(tables) == len(result.branches)
+    for table, blocks in zip(tables, result.branches, strict=True):
         counted = Counter()
         for block in blocks:
             pairs = list(shown_pairs(block))
@@ -49,10 +49,10 @@ def test_shows_every_pair_as_often_as_the_definition(shown, multiplicity, kv_hea
                 counted[h, i, j] += block.weight
         truth = {(h, i, j): 1 for g, i, j in table.nonzero().tolist() for h in range(g * group, (g + 1) * group)}
         assert {pair: n for pair, n in counted.items() if n} == truth
-    if found.is_partitioned:
+    if result.is_partitioned:
         for count, lattices in (
-            (length * kv_heads * group, [block.queries for block in found.branches[0]]),
-            (length * kv_heads, [block.keys for block in found.branches[0]]),
+            (length * kv_heads * group, [block.queries for block in result.branches[0]]),
+            (length * kv_heads, [block.keys for block in result.branches[0]]),
         ):
             cells = [cell for lattice in lattices for cell in lattice.elements()]
             assert len(cells) == len(set(cells)) == count
@@ -70,8 +70,8 @@ def test_computes_a_pair_once_with_its_multiplicity_as_a_weight(shown, kv_heads,
     cuts = (0, *torch.tensor(lengths).cumsum(0).tolist())
     pattern = drawn.pattern_of(shown, "multiset")
     with drawn.planned(True, tile):
-        found = plan(pattern, kv_heads * group, kv_heads, cuts, weighted_segments=1)
-    blocks = [block for branch in found.branches for block in branch]
+        result = plan(pattern, kv_heads * group, kv_heads, cuts, weighted_segments=1)
+    blocks = [block for branch in result.branches for block in branch]
     ids = [i for i, (a, b) in enumerate(pairwise(cuts)) for _ in range(b - a)]
     counts = sum(brute.counts(shown, "multiset", cuts[-1], kv_heads, ids))
     counted = Counter()
@@ -85,7 +85,7 @@ def test_computes_a_pair_once_with_its_multiplicity_as_a_weight(shown, kv_heads,
     }
     assert counted == truth
     if repeats_align(pattern.ordered(), kv_heads):
-        assert found.pairs == len(truth)
+        assert result.pairs == len(truth)
 
 
 def test_longnet_computes_a_quarter_less_than_it_shows():
@@ -134,9 +134,9 @@ def test_equal_documents_are_one_call_and_scattered_ones_are_copied_together():
 def test_a_million_tokens_are_planned_in_a_moment():
     begin = process_time()
     pattern = Pattern.dilated([2048 * 2**i for i in range(10)], [2**i for i in range(10)], True)
-    found = plan(pattern, 32, 32, (0, 1 << 20))
+    result = plan(pattern, 32, 32, (0, 1 << 20))
     assert process_time() - begin < 2
-    assert sum(map(len, found.branches)) < 50
+    assert sum(map(len, result.branches)) < 50
 
 
 def test_a_window_is_few_calls():

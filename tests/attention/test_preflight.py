@@ -51,13 +51,13 @@ class Lines(logging.Handler):
     """What the guard logs."""
 
     def __enter__(self):
-        self.found = []
+        self.result = []
         guards.logger.addHandler(self)
         guards.logger.setLevel(logging.INFO)
         return self
 
     def emit(self, record):
-        self.found.append(f"{record.levelname}: {record.getMessage()}")
+        self.result.append(f"{record.levelname}: {record.getMessage()}")
 
     def __exit__(self, *_):
         guards.logger.removeHandler(self)
@@ -110,15 +110,15 @@ def with_a_broken_kernel(group, broken_rank, fault):
         else:
             stepped(shard, guard, shard.tokens())
         with patch.object(sdpa, "forward", side_effect=AssertionError("was called")):
-            found = stepped(shard, guard, shard.tokens())
-    return shard.tokens(), found, guard.counts, log.found
+            result = stepped(shard, guard, shard.tokens())
+    return shard.tokens(), result, guard.counts, log.result
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_all_ranks_replace_a_kernel_that_fails_on_one(pool, fault):
     for world in (1, 2, 4):
-        for rank, (at, found, counts, lines) in enumerate(pool.run(world, with_a_broken_kernel, world - 1, fault)):
-            for ours, true in zip(found, truth(), strict=True):
+        for rank, (at, result, counts, lines) in enumerate(pool.run(world, with_a_broken_kernel, world - 1, fault)):
+            for ours, true in zip(result, truth(), strict=True):
                 assert (ours - true[:, at]).abs().max() <= 1e-10 * max(1, true.abs().max())
             assert counts == NOTHING | {"preflights": 1, "replacements": 1}
             preflight, replaced = lines
@@ -133,14 +133,14 @@ def test_a_kernel_that_works_is_kept_and_draws_nothing():
     q, k, v, _ = drawn()
     state, guard = torch.get_rng_state(), Guard()
     with torch.inference_mode(), Lines() as log, patch.object(eager, "forward", wraps=eager.forward) as plain:
-        found = guard.attend(q, k, v, PATTERN)
+        result = guard.attend(q, k, v, PATTERN)
         tried = plain.call_count
         guard.attend(q, k, v, PATTERN)
         assert plain.call_count == tried  # in the preflight alone
     assert torch.equal(torch.get_rng_state(), state)
-    assert (found - truth()[0]).abs().max() < 1e-12
+    assert (result - truth()[0]).abs().max() < 1e-12
     assert guard.counts == NOTHING | {"preflights": 1}
-    assert len(log.found) == 1
+    assert len(log.result) == 1
 
 
 def test_each_kind_of_call_has_its_preflight():
@@ -156,10 +156,10 @@ def test_each_kind_of_call_has_its_preflight():
 
 
 def test_where_no_kernel_works_nothing_is_made_up():
-    wanted = pytest.raises(
+    expected = pytest.raises(
         ValueError, match="no kernel can serve this call, as each that could has failed: flash: it is"
     )
-    with patch.object(guards, "kernel_fault", return_value="it is broken"), wanted:
+    with patch.object(guards, "kernel_fault", return_value="it is broken"), expected:
         Guard().attend(*drawn()[:3], PATTERN)
 
 
@@ -185,9 +185,9 @@ def test_a_call_that_no_kernel_serves_counts_as_one_on_all_ranks(pool, is_known)
 def short_of_memory(group, poor_rank):
     shard, guard = SequenceShard(group, LENGTH // 2), Guard()
     free = patch.object(guards, "free_bytes", return_value=100 if group.rank() == poor_rank else 2**40)
-    with free, pytest.raises(ValueError, match=r"memory|free") as told:
+    with free, pytest.raises(ValueError, match=r"memory|free") as raised:
         stepped(shard, guard, shard.tokens())
-    return str(told.value), guard.counts, len(stepped(shard, guard, shard.tokens()))
+    return str(raised.value), guard.counts, len(stepped(shard, guard, shard.tokens()))
 
 
 def test_all_ranks_end_where_one_has_too_little_memory(pool):
@@ -215,7 +215,7 @@ def failing_later(group, what):
                 with guard.advised_errors():
                     stepped(shard, guard, shard.tokens())
         except RuntimeError as error:
-            return str(error), error.__notes__, guard.counts, log.found
+            return str(error), error.__notes__, guard.counts, log.result
     return None
 
 
@@ -233,8 +233,8 @@ def test_an_error_in_a_step_ends_all_ranks_with_advice(what):
     for rank, (_, counts, lines) in enumerate((other, first)):
         assert counts == NOTHING | {"preflights": 1, "failures": 1}
         assert len(lines) == 1
-        wanted = "DefaultCPUAllocator" if rank else "rank 0 of 2, backward of call 1"
-        assert lines[0].startswith(f"ERROR: RuntimeError: {wanted}")
+        expected = "DefaultCPUAllocator" if rank else "rank 0 of 2, backward of call 1"
+        assert lines[0].startswith(f"ERROR: RuntimeError: {expected}")
 
 
 def test_an_error_on_one_process_has_advice_and_no_second_try():
@@ -242,10 +242,10 @@ def test_an_error_on_one_process_has_advice_and_no_second_try():
     q, k, v, _ = drawn()
     guard.attend(q, k, v, PATTERN)
     broken = patch.object(sdpa, "forward", side_effect=RuntimeError("broken"))
-    with broken as kernel, pytest.raises(RuntimeError, match="broken") as told:
+    with broken as kernel, pytest.raises(RuntimeError, match="broken") as raised:
         guard.attend(q, k, v, PATTERN)
     assert kernel.call_count == 1
-    assert "the kernel 'eager' is the plainest" in told.value.__notes__[0]
+    assert "the kernel 'eager' is the plainest" in raised.value.__notes__[0]
     assert guard.counts == NOTHING | {"preflights": 1, "failures": 1}
 
 
@@ -255,12 +255,12 @@ def alone_among_ranks(group):
         for _ in range(2):
             guard.attend(*drawn()[:3], PATTERN)
         Guard().attend(*drawn()[:3], PATTERN, is_placed=True)
-    return [line for line in log.found if "WARNING" in line]
+    return [line for line in log.result if "WARNING" in line]
 
 
 def test_whole_sequences_on_each_of_many_ranks_are_no_secret(pool):
-    (found,) = pool.run(1, alone_among_ranks)
-    assert found == [
+    (result,) = pool.run(1, alone_among_ranks)
+    assert result == [
         "WARNING: 8 ranks are connected, and attention is given whole sequences on each: a strategy or attach_context "
         "splits them"
     ]
@@ -279,7 +279,7 @@ def test_under_autocast_the_kernels_are_tried_in_its_dtype():
         guard = Guard()
         guard.attend(*drawn(torch.float32)[:3], PATTERN)
         guard.attend(*drawn(torch.bfloat16)[:3], PATTERN)
-    assert "preflight on cpu, bfloat16," in log.found[0]
+    assert "preflight on cpu, bfloat16," in log.result[0]
     assert guard.counts == NOTHING | {"preflights": 1}
 
 
@@ -298,10 +298,10 @@ def test_a_verdict_of_one_rank_alone_is_not_agreed_on(pool):
 def wrong_first(group, name, value):
     shard, guard = SequenceShard(group, LENGTH // 2), Guard()
     q, k, v, _ = (x[:, shard.tokens()] for x in drawn())
-    with pytest.raises(ValueError, match=r".") as told:
+    with pytest.raises(ValueError, match=r".") as raised:
         guard.attend(q, k, v, PATTERN, shard=shard, **({name: value} if group.rank() else {}))
     stepped(shard, guard, shard.tokens())
-    return str(told.value)
+    return str(raised.value)
 
 
 @pytest.mark.parametrize(("name", "value"), [("kernel", "reference"), ("mix", "vague"), ("scale", -1.0)])
@@ -344,9 +344,9 @@ def test_a_layer_calls_attend_directly_after_the_first_call_of_a_kind():
     assert guard.counts == NOTHING | {"preflights": 2}
     calls = {}
     for name, layer in (("guarded", guarded.train()), ("plain", plain.train())):
-        with profiled() as found:
+        with profiled() as result:
             layer(q, k, v)
-        calls[name] = [call for call in found if call[0] != "_attended"]
+        calls[name] = [call for call in result if call[0] != "_attended"]
     assert calls["guarded"] == calls["plain"]
     with patch.object(Guard, "preflight", side_effect=AssertionError("was called")):
         guarded(q, k, v)
@@ -386,8 +386,8 @@ def test_excluded_kernels_are_replaced_and_checked():
     assert verdict.chosen == "eager"
     assert {each.kernel: each.refusals for each in verdict.verdicts}["sdpa"] == ("excluded_kernels names it",)
     with patch.object(sdpa, "forward", side_effect=AssertionError("was called")):
-        found = attend(q, k, v, PATTERN, excluded_kernels={"sdpa"})
-    assert (found - truth()[0]).abs().max() < 1e-12
+        result = attend(q, k, v, PATTERN, excluded_kernels={"sdpa"})
+    assert (result - truth()[0]).abs().max() < 1e-12
     for wrong in ("sdpa", ["fast"]):
         with pytest.raises(ValueError, match="excluded_kernels must be a collection of 'flash', 'sdpa'"):
             attend(q, k, v, PATTERN, excluded_kernels=wrong)

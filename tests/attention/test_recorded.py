@@ -7,11 +7,11 @@ from tiers import tiered
 CASES = cases()
 
 
-def differing(listed, found):
+def differing(listed, result):
     """Name each number that is not as it was recorded."""
-    for case, now in zip(listed, found, strict=True):
-        told = {name: value for name, value in case.items() if name != "results"}
-        assert list(now) == list(case["results"]), told
+    for case, now in zip(listed, result, strict=True):
+        options = {name: value for name, value in case.items() if name != "results"}
+        assert list(now) == list(case["results"]), options
         for name, numbers in case["results"].items():
             # an lse begins with a count, and all end with the norm
             bounds = [1e-12 * max(1, numbers[-1])] * len(numbers)
@@ -19,14 +19,14 @@ def differing(listed, found):
                 bounds[0] = 0
             for which, (a, b, bound) in enumerate(zip(now[name], numbers, bounds, strict=True)):
                 if not abs(a - b) <= bound:  # a NaN differs
-                    yield f"{name}[{which}] is {a!r}, was {b!r}, of {told}"
+                    yield f"{name}[{which}] is {a!r}, was {b!r}, of {options}"
 
 
 @pytest.mark.parametrize("ranks", tiered(range(5), quick=[0, 2, 3]))
 def test_results_are_those_that_were_recorded(request, ranks):
     listed = [case for case in CASES if len(case["lengths"] or ()) == ranks]
-    found = summaries(listed, lambda: request.getfixturevalue("pool"))
-    assert not (wrong := list(differing(listed, found))), "\n".join([f"{len(wrong)} numbers differ", *wrong[:20]])
+    result = summaries(listed, lambda: request.getfixturevalue("pool"))
+    assert not (wrong := list(differing(listed, result))), "\n".join([f"{len(wrong)} numbers differ", *wrong[:20]])
 
 
 def test_the_recorded_calls_are_of_all_kinds():

@@ -45,8 +45,8 @@ def test_no_row_travels_that_nobody_sees_and_none_twice(shown, multiplicity, kv_
     seen = sum(brute.counts(shown, multiplicity, length, kv_heads, ids)) > 0
     moved = 0
     for exchange in ("gather", "ring"):
-        found = [route(layout, rank, (exchange,) * len(shown)).rounds for rank in range(placement.ranks)]
-        sets = [[each.indices() for each in rounds] for rounds in found]
+        result = [route(layout, rank, (exchange,) * len(shown)).rounds for rank in range(placement.ranks)]
+        sets = [[each.indices() for each in rounds] for rounds in result]
         for rank, own in enumerate(sets):
             received = {}
             for each in own:
@@ -148,7 +148,7 @@ def test_the_volume_is_that_of_the_route(seed):
     for way in (("gather", "ring", "ring"), ("gather", "gather", "ring"), ("ring",) * 3, ("gather",) * 3):
         exchanges = way[: len(layout.pattern.branches)]
         for rank in range(layout.placement.ranks):
-            found = exchange_plan(layout, exchanges).volume(rank, SIZES)
+            result = exchange_plan(layout, exchanges).volume(rank, SIZES)
             sent = messages = kept = forward = 0
             for each in route(layout, rank, exchanges).rounds:
                 at, fetches = each.indices(), 1 if each.saves_rows else 2
@@ -157,15 +157,15 @@ def test_the_volume_is_that_of_the_route(seed):
                 forward += 128 * 4 * out
                 messages += fetches * len(at.send) + len(at.receive)
                 kept += each.saves_rows * 128 * 4 * come
-            assert found == (sent, messages, kept, forward)
+            assert result == (sent, messages, kept, forward)
 
 
 def test_auto_keeps_no_more_than_it_may_on_any_rank():
     """Documents of their own on the first, the middle and the last rank hide what the others would keep."""
     for ranks, documents in ((8, (1, 3, 1, 2, 1)), (40, (1, 19, 1, 18, 1))):
         here = 4096
-        told = sequence_plan(Pattern.dense(True), (here,) * ranks, 7, documents=[here * n for n in documents])
-        assert told.schedule.exchanges == ("ring",)
+        planned = sequence_plan(Pattern.dense(True), (here,) * ranks, 7, documents=[here * n for n in documents])
+        assert planned.schedule.exchanges == ("ring",)
         asked = sequence_plan(
             Pattern.dense(True), (here,) * ranks, 7, documents=[here * n for n in documents], exchange="gather"
         )
@@ -175,8 +175,8 @@ def test_auto_keeps_no_more_than_it_may_on_any_rank():
 def test_auto_weighs_messages_and_takes_the_way_with_fewest_rings():
     one = Layout(Pattern.dilated((64, 512), (1, 1), True), 3, 3, (0, 512), Placement((128,) * 4))
     for way in (("gather",) * 2, ("ring",) * 2):
-        told = exchange_plan(one, way).volume(3, SIZES)
-        assert told.cost == told.sent_bytes + told.messages * MESSAGE_BYTES
+        planned = exchange_plan(one, way).volume(3, SIZES)
+        assert planned.cost == planned.sent_bytes + planned.messages * MESSAGE_BYTES
     # nothing of the first branch travels: to gather it or to ring it costs the same
     assert schedule(one, "auto", SIZES).exchanges == ("gather", "ring")
 
@@ -187,11 +187,11 @@ def test_a_shard_of_other_documents_leaves_nothing_behind():
     for i in range(12):
         layout = Layout(Pattern.dense(True), 8, 8, (0, 1000 + i, where.length), where)
         schedule(layout, "auto", SIZES)
-        found = route(layout, 7, ("ring",))
-        assert len(found.rounds) == 7
-        assert found.rounds[0].indices() is not found.rounds[0].indices()
-        held = weakref.ref(found)
-    del found
+        result = route(layout, 7, ("ring",))
+        assert len(result.rounds) == 7
+        assert result.rounds[0].indices() is not result.rounds[0].indices()
+        held = weakref.ref(result)
+    del result
     gc.collect()
     assert held() is None
     assert integers() - before < 4096
@@ -224,10 +224,10 @@ def test_many_documents_on_many_ranks_are_planned_at_once():
 def test_few_cells_are_listed_as_a_mask_shows_them():
     pattern = Pattern.dilated((64, 1024, 4096), (1, 32, 64), is_causal=True)
     layout = Layout(pattern, 4, 2, (0, 4096), Placement((1024,) * 4))
-    wanted = rank_blocks(layout).blocks(3, 0)
-    assert wanted.is_sparse
-    assert wanted.kv_rows_without_mask().tolist() == wanted.kv_rows().tolist()
-    assert wanted.kv_row_count() == len(wanted.kv_rows()) > 0
+    expected = rank_blocks(layout).blocks(3, 0)
+    assert expected.is_sparse
+    assert expected.kv_rows_without_mask().tolist() == expected.kv_rows().tolist()
+    assert expected.kv_row_count() == len(expected.kv_rows()) > 0
     near = rank_blocks(layout).blocks(0, 0)
     assert not near.is_sparse
     assert near.kv_row_count() == len(near.kv_rows()) == len(near.kv_rows_without_mask())

@@ -12,15 +12,15 @@ LONGNET = Pattern.dilated((64, 256, 1024), (1, 2, 4), is_causal=True)
 @pytest.mark.parametrize("exchange", ["gather", "ring", "swap", "auto"])
 @pytest.mark.parametrize("placement", ["contiguous", "zigzag"])
 def test_all_ranks_together_compute_every_pair_once(exchange, placement):
-    found = sequence_plan(LONGNET, (300, 100, 400, 224), 8, 4, placement=placement, exchange=exchange)
-    assert sum(found.pairs) == plan(LONGNET, 8, 4, (0, 1024)).pairs
+    result = sequence_plan(LONGNET, (300, 100, 400, 224), 8, 4, placement=placement, exchange=exchange)
+    assert sum(result.pairs) == plan(LONGNET, 8, 4, (0, 1024)).pairs
     if exchange == "swap":
-        assert all(v.kept_bytes > 0 for v in found.volumes)
+        assert all(v.kept_bytes > 0 for v in result.volumes)
     else:
-        kept = [sum(row) for row in found.received]
+        kept = [sum(row) for row in result.received]
         assert sum(kept) > 0
         if exchange == "gather":
-            assert [v.kept_bytes for v in found.volumes] == kept
+            assert [v.kept_bytes for v in result.volumes] == kept
 
 
 def test_zigzag_balances_a_dense_causal_pattern():
@@ -44,8 +44,8 @@ def test_is_drawn(tmp_path):
 
 
 def test_half_types_move_half_the_bytes():
-    told = {"lengths": (256,) * 4, "heads": 8, "exchange": "gather"}
-    full, half = (sequence_plan(LONGNET, **told, dtype=t) for t in (torch.float32, torch.bfloat16))
+    options = {"lengths": (256,) * 4, "heads": 8, "exchange": "gather"}
+    full, half = (sequence_plan(LONGNET, **options, dtype=t) for t in (torch.float32, torch.bfloat16))
     assert [[2 * b for b in row] for row in half.received] == [list(row) for row in full.received]
 
 
@@ -60,10 +60,10 @@ def test_documents_that_do_not_add_up():
 def test_pairs_are_counted_as_the_pattern_does(exchange):
     """Where branches do not nest, blocks of negative weight take away what two of them show."""
     pattern = Pattern((Branch(6, 2), Branch(9, 3), Branch(window=5)), "set")
-    found = sequence_plan(pattern, (10, 14), 4, exchange=exchange)
+    result = sequence_plan(pattern, (10, 14), 4, exchange=exchange)
     assert any(block.weight < 0 for blocks in plan(pattern, 4, 4, (0, 24)).branches for block in blocks)
-    assert sum(found.pairs) == int(pattern.mask(24, 4).sum())
-    assert "a pair counts" not in str(found)
+    assert sum(result.pairs) == int(pattern.mask(24, 4).sum())
+    assert "a pair counts" not in str(result)
     assert "a pair counts as often as branches show it" in str(sequence_plan(LONGNET, (10, 14), 4))
 
 

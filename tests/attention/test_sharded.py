@@ -71,14 +71,14 @@ def test_bfloat16_is_as_close_to_the_truth_as_one_process(pool, is_causal, place
     tensors = [x.detach() for x in drawn.tensors((1, 300, 4, 4, 16))]
     pattern = Pattern.dilated((16, 64, 256), (1, 2, 4), is_causal)
     where = Placement((170, 130), placement)
-    told = {"pattern": pattern, "exchange": exchange}
-    found = pool.run(2, step, tensors, where, None, None, told, torch.bfloat16)
-    assert all(sent > 0 for *_, sent, _ in found) or (is_causal and placement == "contiguous")
+    options = {"pattern": pattern, "exchange": exchange}
+    result = pool.run(2, step, tensors, where, None, None, options, torch.bfloat16)
+    assert all(sent > 0 for *_, sent, _ in result) or (is_causal and placement == "contiguous")
     # in a process like those of the ranks: torch may have other kernels for bfloat16 in this one, after other tests
     results = [pool.run(1, in_one_process, tensors, pattern, dtype)[0] for dtype in (torch.float64, torch.bfloat16)]
     order = torch.cat([held(where, rank) for rank in range(2)])
     for i, (true, one) in enumerate(zip(*results, strict=True)):
-        ours = torch.cat([(each[0], *each[2:5])[i] for each in found], 1).double()
+        ours = torch.cat([(each[0], *each[2:5])[i] for each in result], 1).double()
         assert (ours - true[:, order]).norm() <= 1.5 * (one.double() - true).norm()
 
 
@@ -86,16 +86,16 @@ def test_local_sends_nothing_where_each_segment_is_on_one_rank(pool):
     pattern = Pattern.dilated((4, 12), (1, 3), is_causal=True)
     tensors = [x.detach() for x in drawn.tensors((2, 60, 4, 2, 8))]
     where = Placement((24, 0, 36), "contiguous")
-    found = pool.run(3, step, tensors, where, None, None, {"pattern": pattern, "exchange": "local"}, torch.float64)
-    assert all(each[5:] == (0, 0) for each in found)
-    torch.testing.assert_close(side_by_side(found), whole(tensors, pattern, where), rtol=1e-10, atol=1e-10)
+    result = pool.run(3, step, tensors, where, None, None, {"pattern": pattern, "exchange": "local"}, torch.float64)
+    assert all(each[5:] == (0, 0) for each in result)
+    torch.testing.assert_close(side_by_side(result), whole(tensors, pattern, where), rtol=1e-10, atol=1e-10)
 
 
 def alternating(group, tensors, placement, patterns, exchange):
     """Steps of one shard with one pattern and the other, and of both again; of each its out, lse and gradients."""
     at = held(placement, group.rank())
     q, k, v, grad = (x[:, at] for x in tensors)
-    shard, found = SequenceShard(group, len(at)), []
+    shard, result = SequenceShard(group, len(at)), []
     for pattern in (*patterns, *patterns):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out, lse = attend(*leaves, pattern, shard=shard, exchange=exchange, return_lse=True)
@@ -103,8 +103,8 @@ def alternating(group, tensors, placement, patterns, exchange):
         once = [x.grad.clone() for x in leaves]
         out.backward(grad)
         assert all(torch.equal(x.grad, 2 * each) for x, each in zip(leaves, once, strict=True))
-        found.append((out.detach(), lse.detach(), *once))
-    return found
+        result.append((out.detach(), lse.detach(), *once))
+    return result
 
 
 @pytest.mark.parametrize("exchange", ["gather", "ring", "swap", "auto"])
@@ -112,8 +112,8 @@ def test_a_shard_serves_layers_of_several_patterns_and_gradients_twice(pool, exc
     patterns = LONGNET, Pattern.dilated((16, 64, 256), (2, 1, 4), is_causal=True), Pattern.window(50)
     tensors = [x.detach() for x in drawn.tensors((1, 150, 6, 3, 8))]
     where = Placement((40, 77, 33), "contiguous")
-    found = pool.run(3, alternating, tensors, where, patterns, exchange)
-    for pattern, each in zip((*patterns, *patterns), zip(*found, strict=True), strict=True):
+    result = pool.run(3, alternating, tensors, where, patterns, exchange)
+    for pattern, each in zip((*patterns, *patterns), zip(*result, strict=True), strict=True):
         torch.testing.assert_close(side_by_side(each), whole(tensors, pattern, where), rtol=1e-10, atol=1e-10)
 
 
@@ -154,19 +154,19 @@ def test_one_call_may_gather_some_branches_and_ring_others(pool, mix, multiplici
     pattern = Pattern(LONGNET.branches, multiplicity)
     tensors = [x.detach() for x in drawn.tensors((2, 300, 4, 2, 8))]
     where = Placement((90, 50, 100, 60), placement)
-    found = pool.run(4, mixed, tensors, where, {"pattern": pattern, "mix": mix})
-    torch.testing.assert_close(side_by_side(found), whole(tensors, pattern, where, mix=mix), rtol=1e-10, atol=1e-10)
+    result = pool.run(4, mixed, tensors, where, {"pattern": pattern, "mix": mix})
+    torch.testing.assert_close(side_by_side(result), whole(tensors, pattern, where, mix=mix), rtol=1e-10, atol=1e-10)
 
 
 def weighted(group, tensors, placement, settings):
     """A pair that branches share is computed once, with its weight, however little that saves."""
     with drawn.planned(counts_once=True, tile=8), patch.object(plan, "NARROW_SHARE", 1.0):
         rank_blocks.cache_clear()
-        found = step(group, tensors, placement, None, None, settings, torch.float64)
+        result = step(group, tensors, placement, None, None, settings, torch.float64)
         layout = Layout(settings["pattern"], 4, 2, (0, placement.length), placement, 1)
         assert plan.plan(layout.pattern, 4, 2, layout.cuts, 1).counts_once
     rank_blocks.cache_clear()
-    return found
+    return result
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
@@ -176,9 +176,9 @@ def test_pairs_that_branches_share_are_weighed_over_ranks(pool, exchange, is_cau
     tensors = [x.detach() for x in drawn.tensors((2, 96, 4, 2, 8))]
     world, lengths = (2, (37, 59)) if exchange == "swap" else (4, (5, 22, 40, 29))
     where = Placement(lengths, "zigzag" if is_causal else "contiguous")
-    found = pool.run(world, weighted, tensors, where, {"pattern": pattern, "exchange": exchange})
+    result = pool.run(world, weighted, tensors, where, {"pattern": pattern, "exchange": exchange})
     truth = whole(tensors, pattern, where, kernel="reference")
-    torch.testing.assert_close(side_by_side(found), truth, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(side_by_side(result), truth, rtol=1e-10, atol=1e-10)
 
 
 class Undefined(torch.autograd.Function):
@@ -195,22 +195,22 @@ class Undefined(torch.autograd.Function):
 
 def with_an_undefined_gradient(group):
     """The gradients of a rank where that of out is undefined on rank 1, and of a next call."""
-    shard, found = SequenceShard(group, 16), []
+    shard, result = SequenceShard(group, 16), []
     for _ in range(2):
         q, k, v = (torch.ones(1, 16, 2, 4, requires_grad=True) for _ in range(3))
         out = attend(q, k, v, LONGNET, shard=shard, exchange="ring")
         loss = Undefined.apply(out) if group.rank() else out.sum()
         loss.backward()
-        found.append([float(x.grad.sum()) for x in (q, k, v)])
-    return found
+        result.append([float(x.grad.sum()) for x in (q, k, v)])
+    return result
 
 
 def test_an_undefined_gradient_is_zero_and_other_ranks_get_their_part(pool):
     q, k, v = (torch.ones(1, 32, 2, 4, requires_grad=True) for _ in range(3))
     attend(q, k, v, LONGNET)[:, :16].sum().backward()
-    for rank, found in enumerate(pool.run(2, with_an_undefined_gradient)):
+    for rank, result in enumerate(pool.run(2, with_an_undefined_gradient)):
         rows = slice(16 * rank, 16 * rank + 16)
-        assert found == [[pytest.approx(float(x.grad[:, rows].sum()), abs=1e-5) for x in (q, k, v)]] * 2
+        assert result == [[pytest.approx(float(x.grad[:, rows].sum()), abs=1e-5) for x in (q, k, v)]] * 2
     one = torch.ones(1, 16, 2, 4, requires_grad=True)
     Undefined.apply(attend(one, one, one, LONGNET)).backward()
     assert (one.grad == 0).all()

@@ -72,7 +72,7 @@ def test_the_shares_of_all_ranks_are_the_definition(
     else:
         placement = Placement(tuple(b - a for a, b in zip([0, *borders], [*borders, length], strict=True)), kind)
     with drawn.planned(distinct, tile):
-        found = plan(drawn.pattern_of(shown, multiplicity), kv_heads * group, kv_heads, cuts, int(distinct))
+        result = plan(drawn.pattern_of(shown, multiplicity), kv_heads * group, kv_heads, cuts, int(distinct))
     ids = [i for i, n in enumerate(documents) for _ in range(n)]
     truth = Counter()
     for table in brute.counts(shown, multiplicity, length, kv_heads, ids):
@@ -83,7 +83,7 @@ def test_the_shares_of_all_ranks_are_the_definition(
         rows = held(placement, rank).tolist()
         for source in range(placement.ranks):
             key_rows = held(placement, source).tolist()
-            for blocks in found.branches:
+            for blocks in result.branches:
                 for block in blocks:
                     for part in all_shares(block, placement, rank, source):
                         pairs = list(shown_pairs(part))
@@ -108,7 +108,7 @@ def test_worlds_of_up_to_64_ranks(ranks):
     (truth, *more) = brute.counts(pattern, "multiset", length, 2)
     for table in more:
         truth = truth + table
-    found = plan(drawn.pattern_of(pattern, "multiset"), 2, 2, (0, length))
+    result = plan(drawn.pattern_of(pattern, "multiset"), 2, 2, (0, length))
     for kind in ("contiguous", "zigzag"):
         even = [length // ranks + (rank < length % ranks) for rank in range(ranks)]
         placement = Placement(tuple(even), kind)
@@ -117,7 +117,7 @@ def test_worlds_of_up_to_64_ranks(ranks):
             rows = held(placement, rank).tolist()
             for source in range(ranks):
                 key_rows = held(placement, source).tolist()
-                for block in (block for blocks in found.branches for block in blocks):
+                for block in (block for blocks in result.branches for block in blocks):
                     for part in all_shares(block, placement, rank, source):
                         for i, h, j, _, times in shown_pairs(part):
                             counted[h, rows[i], key_rows[j]] += times
@@ -130,14 +130,14 @@ def test_weights_stand_where_later_branches_show_a_pair_again(is_causal):
     shown = [brute.Shown(8, 1, None, is_causal), brute.Shown(32, 2, None, is_causal)]
     placement = Placement((5, 6, 21))
     with drawn.planned(counts_once=True, tile=1024):
-        found = plan(drawn.pattern_of(shown, "multiset"), 2, 2, (0, 32), 1)
-    assert found.counts_once
+        result = plan(drawn.pattern_of(shown, "multiset"), 2, 2, (0, 32), 1)
+    assert result.counts_once
     counted = Counter()
     for rank in range(3):
         rows = held(placement, rank).tolist()
         for source in range(3):
             key_rows = held(placement, source).tolist()
-            for block in (block for blocks in found.branches for block in blocks):
+            for block in (block for blocks in result.branches for block in blocks):
                 for part in all_shares(block, placement, rank, source):
                     for i, _, j, g, times in shown_pairs(part):
                         counted[g, rows[i], key_rows[j]] += times * part.weight

@@ -55,8 +55,8 @@ def test_equals_a_dense_softmax(name, kernel, is_padded):
     truth, true_lse = dense(q, k, v, PATTERNS[name], sinks=sinks, padding=padding)
     torch.testing.assert_close(out, truth, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, true_lse, rtol=0, atol=1e-12)
-    found, expected = (torch.autograd.grad(x, (q, k, v, sinks), grad) for x in (out, truth))
-    for ours, theirs in zip(found, expected, strict=True):
+    result, expected = (torch.autograd.grad(x, (q, k, v, sinks), grad) for x in (out, truth))
+    for ours, theirs in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
 
 

@@ -44,10 +44,10 @@ def test_the_ratio_is_that_of_the_blocks_that_stay(kind, size, rows, ratio, some
         assert list(row) == sorted(set(row))
         assert row[0] >= 0
         assert row[-1] <= (i if is_causal else blocks - 1)
-    wanted = ratio * (blocks * (blocks + 1) / 2 if is_causal else blocks**2)
-    assert abs(sum(map(len, kept)) - wanted) <= blocks
-    if wanted >= blocks and not is_causal:  # no more than own blocks are kept in any case
-        assert abs(sum(map(len, kept)) - wanted) <= 1
+    expected = ratio * (blocks * (blocks + 1) / 2 if is_causal else blocks**2)
+    assert abs(sum(map(len, kept)) - expected) <= blocks
+    if expected >= blocks and not is_causal:  # no more than own blocks are kept in any case
+        assert abs(sum(map(len, kept)) - expected) <= 1
     if is_causal:  # what a block sees does not depend on what comes behind it
         assert sparsity.kept(-(-blocks // 2) * size, head, True) == kept[: -(-blocks // 2)]
 
@@ -106,20 +106,20 @@ def shown(call):
 @pytest.mark.parametrize("length", [64, 77])
 def test_gathered_calls_show_what_the_plan_shows(kind, within, length):
     pattern = Pattern.block_sparse(kind, 3, 0.4, within=within)
-    found = plan(pattern, 4, 2, (0, length))
-    assert any(isinstance(call.keys, PagedKeys) for calls in found.calls for call in calls)
-    counted = Counter(pair for calls in found.calls for call in calls for pair in shown(call))
+    result = plan(pattern, 4, 2, (0, length))
+    assert any(isinstance(call.keys, PagedKeys) for calls in result.calls for call in calls)
+    counted = Counter(pair for calls in result.calls for call in calls for pair in shown(call))
     mask = pattern.mask(length, 4, 2)
     assert counted == {pair: mask[pair].item() for pair in map(tuple, mask.nonzero().tolist())}
-    assert sum(call.pairs for calls in found.calls for call in calls) == found.pairs
+    assert sum(call.pairs for calls in result.calls for call in calls) == result.pairs
 
 
 def test_queries_that_see_equally_many_blocks_are_one_call(monkeypatch):
     pattern = Pattern.block_sparse("strided", 64, 0.125, within=Pattern.dilated((4096,), (1,)))
-    found = plan(pattern, 8, 8, (0, 16384))
-    (calls,) = found.calls
+    result = plan(pattern, 8, 8, (0, 16384))
+    (calls,) = result.calls
     assert [len(call.queries.starts) for call in calls] == [256]
-    assert len(found.branches[0]) > 50
+    assert len(result.branches[0]) > 50
     assert calls[0].queries.is_view
     assert calls[0].keys.rows == 8 * 64
     q = torch.randn(1, 1024, 1, 8)
@@ -159,20 +159,20 @@ def test_equals_its_mask_over_ranks_and_sends_what_is_seen(pool, kind, exchange,
     tensors = [x.detach() for x in drawn.tensors((2, 67, 8, 4, 4))]
     lengths = {1: (67,), 2: (30, 37), 4: (20, 7, 31, 9)}[world]
     placement = Placement(lengths, "zigzag" if kind == "strided" else "contiguous")
-    found = pool.run(world, step, tensors, placement, {"pattern": pattern, "exchange": exchange})
+    result = pool.run(world, step, tensors, placement, {"pattern": pattern, "exchange": exchange})
     leaves = [x.clone().requires_grad_() for x in tensors[:3]]
     mask = pattern.mask(67, 8, 4)
     out, _ = attention(*leaves, [[mask[::2].double()]] * 2, 0.5)
     truth = (out, *torch.autograd.grad(out, leaves, tensors[3]))
     cells = needed(mask, placement, 4, world)
     assert world == 1 or sum(map(sum, cells)) > 0
-    for rank, (ours, sent) in enumerate(found):
+    for rank, (ours, sent) in enumerate(result):
         at = held(placement, rank)
         for each, true in zip(ours, truth, strict=True):
             assert (each - true[:, at]).abs().max() <= 1e-10
         if exchange != "swap":
-            told = sum(row[rank] for row in cells) * (2 if exchange == "ring" else 1) + sum(cells[rank])
-            assert sent == told * 2 * 2 * 4 * 8  # samples, keys and values, width, bytes
+            rows_sent = sum(row[rank] for row in cells) * (2 if exchange == "ring" else 1) + sum(cells[rank])
+            assert sent == rows_sent * 2 * 2 * 4 * 8  # samples, keys and values, width, bytes
 
 
 def test_far_fewer_keys_travel_than_of_all_blocks():

@@ -31,15 +31,15 @@ from lightning_longnet.attention.parallel.schedule import exchange_plan, schedul
 def test_sends_what_the_schedule_says(pool, exchange, dtype):
     tensors = [x.detach() for x in drawn.tensors((2, 300, 8, 4, 16))]
     where = Placement((90, 50, 100, 60), "contiguous")
-    found = pool.run(4, step, tensors, where, None, None, {"pattern": LONGNET, "exchange": exchange}, dtype)
+    result = pool.run(4, step, tensors, where, None, None, {"pattern": LONGNET, "exchange": exchange}, dtype)
     layout = Layout(LONGNET, 8, 4, (0, 300), where)
     sizes = Sizes(2, 16, 16, dtype.itemsize, 4)
-    for rank, (*_, sent, messages) in enumerate(found):
-        told = exchange_plan(layout, (exchange,) * 3).volume(rank, sizes)
+    for rank, (*_, sent, messages) in enumerate(result):
+        volume = exchange_plan(layout, (exchange,) * 3).volume(rank, sizes)
         # a shard's own words at its beginning, and lse, which this test asks for, are not the exchange's
         lse = 2 * 8 // 4 * (300 - where.lengths[rank]) * 4 if exchange == "swap" else 0
-        assert sent - lse == told.sent_bytes > 0
-        assert messages == told.messages + (3 if exchange == "swap" else 0)
+        assert sent - lse == volume.sent_bytes > 0
+        assert messages == volume.messages + (3 if exchange == "swap" else 0)
 
 
 def collectives(group, exchange):
@@ -158,14 +158,14 @@ def order(group, exchange):
     shard, done = SequenceShard(group, 256), []
     q, k, v = (torch.randn(1, 256, 2, 8, requires_grad=True) for _ in range(3))
 
-    def told(name, function):
+    def recorded(name, function):
         return lambda *a, **s: (done.append(name), function(*a, **s))[1]
 
     with (
-        patch.object(shard.comm, "exchange", told("start", shard.comm.exchange)),
+        patch.object(shard.comm, "exchange", recorded("start", shard.comm.exchange)),
         patch.object(Pending, "wait", lambda self, wait=Pending.wait: (done.append("wait"), wait(self))[1]),
-        patch.object(cpu, "_forward", told("forward", cpu._forward)),
-        patch.object(cpu, "_backward", told("backward", cpu._backward)),
+        patch.object(cpu, "_forward", recorded("forward", cpu._forward)),
+        patch.object(cpu, "_backward", recorded("backward", cpu._backward)),
     ):
         out = attend(q, k, v, Pattern.dense(), shard=shard, exchange=exchange, kernel="sdpa")
         done.append("|")
@@ -191,7 +191,7 @@ def planned(group):
     torch.set_num_threads(1 + group.rank())
     try:
         shard = SequenceShard(group, 64)
-        with patch.object(calls, "schedule", lambda *told: (asked.append(told), schedule(*told))[1]):
+        with patch.object(calls, "schedule", lambda *arguments: (asked.append(arguments), schedule(*arguments))[1]):
             q = torch.zeros(1, 64, 4, 16)
             for _ in range(2):
                 attend(q, q, q, LONGNET, shard=shard)
@@ -202,7 +202,7 @@ def planned(group):
 
 def test_a_call_does_what_the_plan_told(pool):
     """Once for all calls of a shard; weights, which go by the threads of all ranks, have no part in it."""
-    told = sequence_plan(LONGNET, (64,) * 3, 4, head_dim=16)
+    planned = sequence_plan(LONGNET, (64,) * 3, 4, head_dim=16)
     for threads, asked in pool.run(3, planned):
         assert threads == 3
-        assert asked == [(told.layout, "auto", Sizes(1, 16, 16, 4, 4))]
+        assert asked == [(planned.layout, "auto", Sizes(1, 16, 16, 4, 4))]

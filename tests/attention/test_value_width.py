@@ -43,8 +43,8 @@ QUICK = [(6, "dense", "gather", "zigzag"), (12, "longnet", "ring", "contiguous")
 def test_parts_give_what_one_process_gives(pool, value_dim, name, exchange, placement):
     expected = step(*tensors(value_dim), PATTERNS[name], kernel="reference")
     assert expected[0].shape == (2, 27, 4, value_dim)
-    for rows, *found in pool.run(2, split, value_dim, name, exchange, placement):
-        for ours, whole in zip(found, expected, strict=True):
+    for rows, *result in pool.run(2, split, value_dim, name, exchange, placement):
+        for ours, whole in zip(result, expected, strict=True):
             torch.testing.assert_close(ours, whole[:, rows], rtol=0, atol=1e-12)
 
 

@@ -36,8 +36,8 @@ def test_a_text_goes_on_from_a_file(tmp_path, dtype):
     assert (loaded.nbytes, loaded.dtype) == (cache.nbytes, dtype)
     for i in range(30, 50):
         options = {"documents": documents[:, i : i + 1]}
-        wanted = model(tokens[:, i : i + 1], cache=cache, **options)
-        assert torch.equal(model(tokens[:, i : i + 1], cache=loaded, **options), wanted)
+        expected = model(tokens[:, i : i + 1], cache=cache, **options)
+        assert torch.equal(model(tokens[:, i : i + 1], cache=loaded, **options), expected)
     assert [path.name for path in tmp_path.iterdir()] == ["text.safetensors"]
 
 
@@ -46,11 +46,11 @@ def test_rows_are_selected_with_all_that_is_theirs():
     cache = model.new_cache(3, dtype=torch.int8)
     mask = torch.arange(20) < torch.tensor([20, 3, 11])[:, None]
     model(tokens[:, :20], attention_mask=mask, cache=cache)
-    wanted = model.generate(tokens[:, 20:21], 5, cache=copy.deepcopy(cache), temperature=0)
+    expected = model.generate(tokens[:, 20:21], 5, cache=copy.deepcopy(cache), temperature=0)
     cache.select(torch.tensor([2, 0, 2, 1]))
     assert cache.positions == (11, 20, 11, 3)
-    found = model.generate(tokens[[2, 0, 2, 1], 20:21], 5, cache=cache, temperature=0)
-    assert found.tolist() == wanted[[2, 0, 2, 1]].tolist()
+    result = model.generate(tokens[[2, 0, 2, 1], 20:21], 5, cache=cache, temperature=0)
+    assert result.tolist() == expected[[2, 0, 2, 1]].tolist()
 
 
 def test_a_state_may_be_restored_twice():
@@ -59,7 +59,7 @@ def test_a_state_may_be_restored_twice():
     cache = model.new_cache()
     model(tokens, cache=cache)
     state = cache.state()
-    wanted = model(tokens[:, :1], cache=copy.deepcopy(cache))
+    expected = model(tokens[:, :1], cache=copy.deepcopy(cache))
     for token in (7, 0):
         fork = model.new_cache()
         fork.restore(*state)
@@ -67,7 +67,7 @@ def test_a_state_may_be_restored_twice():
             model(torch.full((1, 1), token), cache=fork)
     last = model.new_cache()
     last.restore(*state)
-    assert torch.equal(model(tokens[:, :1], cache=last), wanted)
+    assert torch.equal(model(tokens[:, :1], cache=last), expected)
 
 
 def test_other_files_are_refused_in_a_line(tmp_path):
@@ -88,9 +88,9 @@ def test_other_files_are_refused_in_a_line(tmp_path):
         ("good", made(kv_heads=2), "good, which is of one with other weights"),
         ("good", made(rope_base=5e5), "good, which is of one with other weights or configuration"),
     ):
-        with pytest.raises(ValueError, match=message) as told:
+        with pytest.raises(ValueError, match=message) as raised:
             load_cache(tmp_path / name, net)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(raised.value)
     with pytest.raises(FileNotFoundError):
         load_cache(tmp_path / "nowhere", model)
     with pytest.raises(ValueError, match="cache must be of this model and batch"):

@@ -74,16 +74,16 @@ def test_a_checkpoint_of_a_module_becomes_its_model(tmp_path):
     model = longnet()
     state = {f"model.{name}": x for name, x in model.state_dict().items()} | {"val_loss.total": torch.zeros(1)}
     for config in (model.config, model.config.to_dict()):
-        found = model_of(Checkpoint(state, {"config": config, "learning_rate": 1.0}))
-        assert torch.equal(found(inputs_of(model)), model(inputs_of(model)))
+        result = model_of(Checkpoint(state, {"config": config, "learning_rate": 1.0}))
+        assert torch.equal(result(inputs_of(model)), model(inputs_of(model)))
 
 
 def test_an_exported_folder_reads_as_a_checkpoint(tmp_path):
     model = longnet()
     export_model(model, tmp_path / "out")
-    found = read_checkpoint(tmp_path / "out")
-    assert LongNetConfig(**found.hyper_parameters["config"]) == model.config
-    assert set(found.state_dict) == {f"model.{name}" for name in model.state_dict()}  # the tied head, too
+    result = read_checkpoint(tmp_path / "out")
+    assert LongNetConfig(**result.hyper_parameters["config"]) == model.config
+    assert set(result.state_dict) == {f"model.{name}" for name in model.state_dict()}  # the tied head, too
 
 
 @pytest.mark.long
@@ -94,36 +94,43 @@ def test_transformers_reads_the_folder_and_writes_it_again(kind, tmp_path):
     ids = inputs_of(model)
     mask = (torch.arange(40) >= torch.tensor([[0], [7]])).long()  # padded on the left, as transformers does
     torch.save({"input_ids": ids, "attention_mask": mask}, tmp_path / "inputs.pt")
-    told = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = {
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, ROOT / "tests/transformed.py", tmp_path / "out", tmp_path / "again"]
     done = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, timeout=200, env={**os.environ, **told}, cwd=tmp_path
+        [*map(str, command)], capture_output=True, text=True, timeout=200, env={**os.environ, **options}, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(tmp_path / "outputs.pt", weights_only=True)
+    result = torch.load(tmp_path / "outputs.pt", weights_only=True)
     with torch.no_grad():
-        wanted = model(ids)
-        torch.testing.assert_close(found["logits"], wanted, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found["masked"][0], wanted[0], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found["masked"][1:, 7:], model(ids[1:, 7:]), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found["loss"], F.cross_entropy(wanted[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
+        expected = model(ids)
+        torch.testing.assert_close(result["logits"], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result["masked"][0], expected[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result["masked"][1:, 7:], model(ids[1:, 7:]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            result["loss"], F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        )
         grown = ids
         for _ in range(6):
             grown = torch.cat([grown, model(grown)[:, -1:].argmax(-1)], 1)
-    assert torch.equal(found["generated"], grown)
-    assert found["beams"].shape == (2, 44)
-    assert found["again"].dtype == torch.bfloat16
+    assert torch.equal(result["generated"], grown)
+    assert result["beams"].shape == (2, 44)
+    assert result["again"].dtype == torch.bfloat16
     with torch.no_grad():
         rounded = deepcopy(model).bfloat16().float()(ids)
-    torch.testing.assert_close(found["rounded"], rounded, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result["rounded"], rounded, rtol=1e-5, atol=1e-5)
     # products of bfloat16 are rounded in another order in another process
-    assert (found["again"].float() - rounded).norm() < 0.02 * rounded.norm()
-    assert found["tied"] == (kind == "tied")
-    assert found["vocabulary"] == 256
-    assert found["written"] == found["alone"]
-    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
-    assert found["fresh"].std().item() == pytest.approx(_deviation(model), rel=0.1)  # it begins as ours do
-    assert torch.equal(load_model(tmp_path / "again")(ids), wanted)
+    assert (result["again"].float() - rounded).norm() < 0.02 * rounded.norm()
+    assert result["tied"] == (kind == "tied")
+    assert result["vocabulary"] == 256
+    assert result["written"] == result["alone"]
+    assert result["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert result["fresh"].std().item() == pytest.approx(_deviation(model), rel=0.1)  # it begins as ours do
+    assert torch.equal(load_model(tmp_path / "again")(ids), expected)
 
 
 def _deviation(model):
@@ -134,7 +141,7 @@ def _deviation(model):
 
 
 @pytest.mark.parametrize(
-    ("made", "told", "message"),
+    ("made", "options", "message"),
     [
         (longvit, {"format": "huggingface"}, "format 'huggingface' is of models that predict .* got a LongViT"),
         (lambda: longnet(**KINDS["encoder"]), {"format": "huggingface"}, "got a LongNet whose pattern is not causal"),
@@ -143,13 +150,13 @@ def _deviation(model):
         (longnet, {"folder": "held/file"}, "folder must be new or empty, got .*file"),
     ],
 )
-def test_what_cannot_be_exported_is_told(made, told, message, tmp_path):
+def test_what_cannot_be_exported_is_told(made, options, message, tmp_path):
     (tmp_path / "held").mkdir()
     (tmp_path / "held/file").write_text("mine")
     (tmp_path / "empty").mkdir()
-    told = {"folder": "empty", **told}
+    options = {"folder": "empty", **options}
     with pytest.raises(ValueError, match=message):
-        export_model(made(), tmp_path / told.pop("folder"), **told)
+        export_model(made(), tmp_path / options.pop("folder"), **options)
     assert not list((tmp_path / "empty").iterdir())
     assert (tmp_path / "held/file").read_text() == "mine"
 
@@ -201,11 +208,11 @@ def test_what_is_wrong_with_a_folder_is_told(break_it, message, tmp_path):
 
 
 def test_hyper_parameters_without_a_model_are_told():
-    for told in ({}, {"config": 3}, {"config": {"dim": 3}}):
+    for options in ({}, {"config": 3}, {"config": {"dim": 3}}):
         with pytest.raises(
             ValueError, match=r"must hold the config of a LongNet or a LongViT, .* load_from_checkpoint"
         ):
-            config_of(told)
+            config_of(options)
 
 
 def test_patterns_in_files_are_read_wherever_branches_lived(tmp_path, monkeypatch):

@@ -40,9 +40,9 @@ def newest_step(folder, **options):
     path = newest_checkpoint(folder, reads_all=True, **options)
     if path is None:
         return None
-    found = torch.load(path, weights_only=True)
-    assert (found["state_dict"]["x"] == found["global_step"]).all()
-    return found["global_step"]
+    result = torch.load(path, weights_only=True)
+    assert (result["state_dict"]["x"] == result["global_step"]).all()
+    return result["global_step"]
 
 
 def test_torch_reads_what_is_written(tmp_path):
@@ -149,8 +149,8 @@ LARGE = {"x": torch.arange(3_000_000.0), "y": torch.ones(3), "z": torch.arange(1
 def test_the_sum_of_pieces_in_threads_is_that_of_the_file(tmp_path):
     sums = save_summed(LARGE, tmp_path / "large")
     assert sums == sum_of(tmp_path / "large")
-    found = torch.load(tmp_path / "large", weights_only=True)
-    assert all(torch.equal(found[name], x) for name, x in LARGE.items())
+    result = torch.load(tmp_path / "large", weights_only=True)
+    assert all(torch.equal(result[name], x) for name, x in LARGE.items())
 
 
 def test_an_error_of_the_disk_before_the_end_of_a_file_is_raised(tmp_path, monkeypatch):
@@ -247,8 +247,8 @@ def test_the_newest_is_found_without_torch():
         "from lightning_longnet import newest_checkpoint\n"
         "print(newest_checkpoint('.'))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert found.stdout.strip() == "None", found.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "None", result.stderr
 
 
 class Line(L.LightningModule):

@@ -41,10 +41,10 @@ def test_no_caller_loads_objects_and_the_environment_stays(file, before, monkeyp
         assert isinstance(torch.load(file, weights_only=False)["a"], Held)
 
 
-@pytest.mark.parametrize(("value", "wanted"), [("1", True), ("true", True), ("0", False), ("", False)])
-def test_the_environment_may_trust(value, wanted, monkeypatch):
+@pytest.mark.parametrize(("value", "expected"), [("1", True), ("true", True), ("0", False), ("", False)])
+def test_the_environment_may_trust(value, expected, monkeypatch):
     monkeypatch.setenv("LONGNET_TRUST", value)
-    assert is_trusted() is wanted
+    assert is_trusted() is expected
     assert is_trusted(True)
 
 

@@ -109,14 +109,14 @@ def saved(tmp_path, content):
 
 
 def test_arguments_and_prefixes_of_files_are_found(tmp_path):
-    state, told = state_of("decoder"), RECORDED["decoder"]["arguments"]
+    state, options = state_of("decoder"), RECORDED["decoder"]["arguments"]
     inside = {f"decoder.{name}": x for name, x in state.items()}
     (case, *_) = RECORDED["decoder"]["cases"]
     inside["decoder.version"] = torch.tensor([3.0])
     for content in (
-        {"model": inside, "args": Namespace(**told, lr=[0.1]), "optimizer": {"state": {}}},
-        {"model": inside, "cfg": {"model": Namespace(**told)}, "args": None},
-        {"student": {}, "model": inside, "args": told},
+        {"model": inside, "args": Namespace(**options, lr=[0.1]), "optimizer": {"state": {}}},
+        {"model": inside, "cfg": {"model": Namespace(**options)}, "args": None},
+        {"student": {}, "model": inside, "args": options},
     ):
         weights, arguments = read_torchscale(saved(tmp_path, content))
         torch.testing.assert_close(
@@ -127,7 +127,7 @@ def test_arguments_and_prefixes_of_files_are_found(tmp_path):
         read_torchscale(saved(tmp_path, two))
     weights, arguments = read_torchscale(saved(tmp_path, two), "teacher")
     assert arguments == {}
-    torch.testing.assert_close(from_torchscale(weights, told)(case["input"]), case["output"], atol=2e-5, rtol=0)
+    torch.testing.assert_close(from_torchscale(weights, options)(case["input"]), case["output"], atol=2e-5, rtol=0)
     with pytest.raises(ValueError, match="key must be one of 'teacher', 'student', got 'model'"):
         read_torchscale(saved(tmp_path, two), "model")
 
@@ -136,8 +136,8 @@ def test_what_stands_beside_a_longvit_is_left_alone():
     state = {f"backbone.{name}": x for name, x in state_of("longvit in pretraining").items()}
     state |= {"head.mlp.0.weight": torch.ones(3, 3), "head.last_layer.weight": torch.ones(1)}  # DINO's
     (case,) = RECORDED["longvit in pretraining"]["cases"]
-    found = from_torchscale(state, RECORDED["longvit in pretraining"]["arguments"])
-    torch.testing.assert_close(found(case["input"]), case["output"], atol=2e-5, rtol=0)
+    result = from_torchscale(state, RECORDED["longvit in pretraining"]["arguments"])
+    torch.testing.assert_close(result(case["input"]), case["output"], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def test_fit_without_a_good_checkpoint_ends_with_a_line(folder, tmp_path):
     # a name that was never saved beside good ones is a mistake, not a checkpoint that is gone
     paths = ["cut.ckpt", "no/a.ckpt", folder / "run/lost.ckpt"]
     said_of_each = ("no other good checkpoint", "which does not exist", "which does not exist")
-    found = programs([fit(OURS, f"--ckpt_path={path}") for path in paths], tmp_path)
-    for (status, _, errors), said in zip(found, said_of_each, strict=True):
+    result = programs([fit(OURS, f"--ckpt_path={path}") for path in paths], tmp_path)
+    for (status, _, errors), said in zip(result, said_of_each, strict=True):
         assert status == 2
         assert errors.splitlines()[-1].startswith("longnet: error: ")
         assert said in errors.splitlines()[-1]

@@ -33,9 +33,9 @@ def test_the_model_is_named_by_an_argument(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
-    found = yaml.safe_load(capsys.readouterr().out)["model"]
-    assert found["class_path"] == "lightning_longnet.CausalLMModule"
-    assert (found["init_args"]["name"], found["init_args"]["lora"]) == (str(tmp_path), {"r": 4})
+    result = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert result["class_path"] == "lightning_longnet.CausalLMModule"
+    assert (result["init_args"]["name"], result["init_args"]["lora"]) == (str(tmp_path), {"r": 4})
 
 
 def test_a_plan_has_the_parameters_and_the_windows_of_the_model():
@@ -66,8 +66,8 @@ def test_a_plan_of_a_model_is_shown(capsys):
     assert main(["plan", SMALL, "--device", "cpu", "--tokens", "512"]) == 0
     shown = capsys.readouterr().out
     parameters = sum(p.numel() for p in CausalLMModule(config=read_small()).parameters())
-    found = int(shown.split(" parameters")[0].splitlines()[-1].replace(",", ""))
-    assert found == pytest.approx(parameters, rel=0.01)
+    result = int(shown.split(" parameters")[0].splitlines()[-1].replace(",", ""))
+    assert result == pytest.approx(parameters, rel=0.01)
     assert "planned as a LongNet with the same matrices" in shown
 
 

@@ -25,7 +25,7 @@ def _no_launcher(monkeypatch):
 
 
 def test_a_machine_is_shown(capsys, monkeypatch):
-    def versions(name, found=None):
+    def versions(name, result=None):
         from importlib.metadata import PackageNotFoundError, version
 
         if name == "deepspeed":
@@ -100,19 +100,19 @@ def environment():
 def test_ranks_of_torchrun_are_used(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "lightning_longnet", "doctor", "--ranks=2"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=170, cwd=tmp_path, env=environment())
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.count("versions\n") == 1
-    assert re.search("".join(map(EXACT.format, EXCHANGES)), found.stdout), found.stdout
+    result = subprocess.run(command, capture_output=True, text=True, timeout=170, cwd=tmp_path, env=environment())
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("versions\n") == 1
+    assert re.search("".join(map(EXACT.format, EXCHANGES)), result.stdout), result.stdout
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     from slurm.cluster import Cluster
 
-    found = Cluster(tmp_path_factory.mktemp("cluster"))
-    yield found
-    found.close()
+    result = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield result
+    result.close()
 
 
 @pytest.mark.long

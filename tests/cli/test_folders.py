@@ -67,8 +67,8 @@ def test_an_encoder_keeps_its_padding_by_default(words, message, tmp_path, capsy
     assert main(["convert", theirs, ours, *words, "--set", *settings]) == 0
     assert capsys.readouterr().out.endswith(f" parameters, {message}\n")
     (case,) = encoder["cases"]
-    found = load_model(ours)(case["input"])
-    assert torch.allclose(found, case["output"], rtol=1e-5, atol=2e-5) == (not words)
+    result = load_model(ours)(case["input"])
+    assert torch.allclose(result, case["output"], rtol=1e-5, atol=2e-5) == (not words)
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,10 @@ def test_a_help_is_short(name, capsys):
 
 
 def test_a_short_help_imports_neither_torch_nor_lightning():
-    found = run("fit", "--help")
-    assert found.returncode == 0
+    result = run("fit", "--help")
+    assert result.returncode == 0
     imported = {
-        line.rpartition("|")[2].strip() for line in found.stderr.splitlines() if line.startswith("import time:")
+        line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
     }
     assert "lightning_longnet.cli.brief" in imported
     assert not imported & {"torch", "lightning", "jsonargparse", "numpy"}
@@ -75,11 +75,11 @@ def test_examples_of_a_short_help_are_commands_that_parse(monkeypatch):
 
 @pytest.mark.long
 def test_all_options_are_printed_on_demand():
-    found = run("fit", "--help-all")
-    assert found.returncode == 0
-    assert "usage: longnet [options] fit" in found.stdout
-    assert len(found.stdout.splitlines()) > 300
-    assert "--trainer.reload_dataloaders_every_n_epochs" in found.stdout
+    result = run("fit", "--help-all")
+    assert result.returncode == 0
+    assert "usage: longnet [options] fit" in result.stdout
+    assert len(result.stdout.splitlines()) > 300
+    assert "--trainer.reload_dataloaders_every_n_epochs" in result.stdout
 
 
 def test_something_is_said_before_torch_is_loaded(monkeypatch, capsys):
@@ -109,11 +109,11 @@ def test_a_command_without_its_words_shows_what_to_type(capsys):
 def completed(script, *words):
     """What bash completes the last of the words to."""
     program = f'{script}\nCOMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 )); _longnet; printf "%s\\n" "${{COMPREPLY[@]}}"\n'
-    found = subprocess.run(
+    result = subprocess.run(
         ["bash", "-c", program, "bash", "longnet", *words], capture_output=True, text=True, timeout=60
     )
-    assert found.returncode == 0, found.stderr
-    return found.stdout.split()
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
 
 
 def test_bash_completes(shown, tmp_path):

@@ -45,23 +45,25 @@ def generated(folder, capsys, monkeypatch):
 
 def test_prompts_come_from_words_files_and_the_standard_input(generated, monkeypatch):
     text = "def f(\N{EURO SIGN}):"
-    status, wanted, said = generated(f"--prompt={text}", "--tokens=9", "--top-p=0.9")
+    status, expected, said = generated(f"--prompt={text}", "--tokens=9", "--top-p=0.9")
     assert status == 0
-    assert wanted.startswith(text)
-    assert len(wanted) > len(text)
+    assert expected.startswith(text)
+    assert len(expected) > len(text)
     assert re.fullmatch(r"longnet: 9 tokens, [\d,]+ tokens/s; 11 of the prompt in \d+\.\d\d s", said.splitlines()[-1])
-    assert generated("--prompt-file=prompt.txt", "--tokens=9", "--top-p=0.9")[1] == wanted
+    assert generated("--prompt-file=prompt.txt", "--tokens=9", "--top-p=0.9")[1] == expected
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    assert generated("--prompt-file=-", "--tokens=9", "--top-p=0.9")[1] == wanted
-    assert generated(f"--prompt={text}", "--tokens=9", "--min-p=0.3", "--repetition-penalty=2", "--seed=5")[1] != wanted
+    assert generated("--prompt-file=-", "--tokens=9", "--top-p=0.9")[1] == expected
+    assert (
+        generated(f"--prompt={text}", "--tokens=9", "--min-p=0.3", "--repetition-penalty=2", "--seed=5")[1] != expected
+    )
     assert generated(f"--prompt={text}", "--tokens=9", "--cache=int8")[0] == 0
 
 
 def test_a_text_ends_before_a_stop_text(generated):
     _, whole, _ = generated("--prompt=abc", "--tokens=60", "--temperature=0.5")
     stop = next(whole[i] for i in range(20, len(whole)) if whole[i] not in whole[:i] and whole[i].isprintable())
-    _, found, said = generated("--prompt=abc", "--tokens=60", "--temperature=0.5", f"--stop={stop}", "--stop=zzz")
-    assert found == whole[: whole.index(stop)] + "\n"
+    _, result, said = generated("--prompt=abc", "--tokens=60", "--temperature=0.5", f"--stop={stop}", "--stop=zzz")
+    assert result == whole[: whole.index(stop)] + "\n"
     assert "longnet: 60 tokens" not in said
 
 

@@ -36,12 +36,12 @@ def run(*words, code=None):
 
 def test_help_comes_at_once_and_names_every_command():
     begin = perf_counter()
-    found = run("--help")
+    result = run("--help")
     assert perf_counter() - begin < 2
-    assert found.returncode == 0
+    assert result.returncode == 0
     for name in (*TRAINER_COMMANDS, *COMMANDS):
-        assert f"  {name} " in found.stdout
-    assert run().stdout == found.stdout, "no word at all is a question, too"
+        assert f"  {name} " in result.stdout
+    assert run().stdout == result.stdout, "no word at all is a question, too"
 
 
 def test_helps_of_commands_load_no_torch():
@@ -53,10 +53,10 @@ def test_helps_of_commands_load_no_torch():
         "    except SystemExit as ended: assert ended.code == 0\n"
         "print('loaded', {'torch', 'lightning', 'transformers'} & set(sys.modules))"
     )
-    found = run(code=code)
-    assert found.stdout.strip().endswith("loaded set()"), found.stdout + found.stderr
+    result = run(code=code)
+    assert result.stdout.strip().endswith("loaded set()"), result.stdout + result.stderr
     for name in COMMANDS:
-        assert f"usage: longnet {name}" in found.stdout
+        assert f"usage: longnet {name}" in result.stdout
 
 
 MISTAKES = {
@@ -146,7 +146,7 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def outputs(tmp_path_factory):
     """(status, stdout, stderr) of each command, in a folder of their own."""
     folder = tmp_path_factory.mktemp("newcomer")
     (folder / "empty").mkdir()
@@ -177,14 +177,14 @@ def told(tmp_path_factory):
     commands |= {"named": ["fit", QUICKSTART, "--model=LongNetModule", "--print_config"]}
     commands |= {"other": [*generate, "--seed=1"], "version": ["--version"], "predict": predict}
     commands |= {name: words for name, (words, _) in MISTAKES.items()}
-    found = programs([[LONGNET, *words] for words in commands.values()], folder)
+    result = programs([[LONGNET, *words] for words in commands.values()], folder)
     written = (folder / "predicted/predictions-0.jsonl").read_text().splitlines()
-    return dict(zip(commands, found, strict=True)) | {"written": [json.loads(line) for line in written]}
+    return dict(zip(commands, result, strict=True)) | {"written": [json.loads(line) for line in written]}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_told_in_a_line(told, name):
-    status, _, shown = told[name]
+def test_a_mistake_is_told_in_a_line(outputs, name):
+    status, _, shown = outputs[name]
     assert status == 2, shown
     (line,) = [line for line in shown.splitlines() if line.startswith("longnet: error:")]
     assert re.search(MISTAKES[name][1], line), shown
@@ -200,10 +200,10 @@ def test_files_of_torchs_old_format_are_checkpoints(tmp_path):
     assert [is_saved(tmp_path / name) for name in ("old.ckpt", "new.ckpt", "text")] == [True, True, False]
 
 
-def test_the_weights_that_are_scored_are_named(told):
-    lines = {name: told[name][2].splitlines() for name in ("untrained", "trained", "initialised")}
+def test_the_weights_that_are_scored_are_named(outputs):
+    lines = {name: outputs[name][2].splitlines() for name in ("untrained", "trained", "initialised")}
     warnings = {name: [x for x in given if x.startswith("longnet: warning:")] for name, given in lines.items()}
-    assert [told[name][0] for name in lines] == [0, 0, 0]
+    assert [outputs[name][0] for name in lines] == [0, 0, 0]
     assert (warnings["trained"], warnings["initialised"]) == ([], [])
     assert (
         "no --ckpt_path, so longnet validate uses the weights that the model is made with" in warnings["untrained"][0]
@@ -211,23 +211,23 @@ def test_the_weights_that_are_scored_are_named(told):
     assert lines["untrained"][-1] == warnings["untrained"][-1], "it is the last thing that is seen"
 
 
-def test_the_default_model_may_be_named(told):
-    status, shown, error = told["named"]
+def test_the_default_model_may_be_named(outputs):
+    status, shown, error = outputs["named"]
     assert status == 0, error
     assert "class_path: lightning_longnet.LongNetModule" in shown
     assert "dim: 128" in shown
 
 
-def test_from_training_to_text(told):
+def test_from_training_to_text(outputs):
     for name in ("fit", "text", "again", "other"):
-        assert told[name][0] == 0, told[name][2]
-    assert told["text"][1].startswith("def ")
-    assert told["again"][1] == told["text"][1], "the same seed draws the same text"
-    assert told["other"][1] != told["text"][1]
-    assert told["predict"][0] == 0, told["predict"][2]
-    assert [row["sample"] for row in told["written"]] == [0, 1]
-    assert all(len(row["text"].encode()) >= 301 for row in told["written"])
-    assert told["version"][1].strip() == lightning_longnet.__version__
+        assert outputs[name][0] == 0, outputs[name][2]
+    assert outputs["text"][1].startswith("def ")
+    assert outputs["again"][1] == outputs["text"][1], "the same seed draws the same text"
+    assert outputs["other"][1] != outputs["text"][1]
+    assert outputs["predict"][0] == 0, outputs["predict"][2]
+    assert [row["sample"] for row in outputs["written"]] == [0, 1]
+    assert all(len(row["text"].encode()) >= 301 for row in outputs["written"])
+    assert outputs["version"][1].strip() == lightning_longnet.__version__
 
 
 def test_an_error_of_a_rank_is_told_once(monkeypatch, capsys):
@@ -239,7 +239,7 @@ def test_an_error_of_a_rank_is_told_once(monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr("lightning_longnet.cli.run_command", broken)
-    monkeypatch.setattr("lightning_longnet.cli._user_error", lambda found: found)
+    monkeypatch.setattr("lightning_longnet.cli._user_error", lambda result: result)
     assert main(["generate"]) == 2
     first, second, third = capsys.readouterr().err.splitlines()
     assert (first, second) == ("longnet: error: tokens must be", " more (rank 1 of 2, in load of step 0)")

@@ -27,8 +27,8 @@ def test_a_module_of_images_is_configured_without_what_is_of_tokens(through, tmp
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 0
-    found = yaml.safe_load(capsys.readouterr().out)["model"]
-    assert found["class_path"] == "lightning_longnet.LongViTModule"
-    config = found["init_args"]["config"]
+    result = yaml.safe_load(capsys.readouterr().out)["model"]
+    assert result["class_path"] == "lightning_longnet.LongViTModule"
+    config = result["init_args"]["config"]
     assert (config["classes"], float(config["final_norm_eps"])) == (3, 1e-6)
     assert "vocab_size" not in config

@@ -20,7 +20,7 @@ SMALL = [QUICKSTART, "--device", "h200", "--model.config.layers", "1", "--model.
 SHAPE = {"vocab_size": 8, "layers": 1, "pattern": {"branches": [{"segment_length": 16}]}}
 
 
-def told(capsys, *words):
+def printed(capsys, *words):
     assert main(["plan", *words]) == 0
     return capsys.readouterr().out
 
@@ -47,8 +47,8 @@ def test_the_module_is_known_by_all_its_paths(tmp_path, path):
 def test_kept_blocks_are_read(tmp_path):
     branch = {"segment_length": 256, "sparsity": {"kind": "strided", "block_size": 4, "sparsity_ratio": 0.5}}
     (tmp_path / "sparse.yaml").write_text(json.dumps({"model": {"config": {"pattern": {"branches": [branch]}}}}))
-    (found,) = read_job([QUICKSTART, "--config", str(tmp_path / "sparse.yaml")]).config.pattern.branches
-    assert found.sparsity == Sparsity("strided", 4, 0.5)
+    (result,) = read_job([QUICKSTART, "--config", str(tmp_path / "sparse.yaml")]).config.pattern.branches
+    assert result.sparsity == Sparsity("strided", 4, 0.5)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/strategies").glob("*.yaml")), ids=lambda path: path.stem)
@@ -60,14 +60,14 @@ def test_every_strategy_is_laid_over(path):
 
 def test_values_are_those_of_the_tables(capsys):
     words = [*SMALL, "--nodes", "2", "--gpus-per-node", "2", "--tokens", "4096"]
-    found, shown = json.loads(told(capsys, *words, "--json")), told(capsys, *words)
-    assert found["ranks"] == 4
-    assert found["tokens_of_ranks"] == [1024, 1024]
-    assert f"{found['parameters']:,} parameters; 4,096 tokens, 1,024 on each of 4 ranks" in shown
-    assert f"{found['tokens_per_second']:,.0f} tokens a second" in shown
-    kinds = [value for name, value in found["memory_bytes"].items() if name not in ("phase", "peak")]
-    assert sum(kinds) == pytest.approx(found["memory_bytes"]["peak"])
-    most = max(each["sent_bytes"] for each in found["layers"][0]["ranks"].values())
+    result, shown = json.loads(printed(capsys, *words, "--json")), printed(capsys, *words)
+    assert result["ranks"] == 4
+    assert result["tokens_of_ranks"] == [1024, 1024]
+    assert f"{result['parameters']:,} parameters; 4,096 tokens, 1,024 on each of 4 ranks" in shown
+    assert f"{result['tokens_per_second']:,.0f} tokens a second" in shown
+    kinds = [value for name, value in result["memory_bytes"].items() if name not in ("phase", "peak")]
+    assert sum(kinds) == pytest.approx(result["memory_bytes"]["peak"])
+    most = max(each["sent_bytes"] for each in result["layers"][0]["ranks"].values())
     assert re.search(rf"  all +{most / 2**20:.2f} ", shown)
     for name in ("parameters", "gradients", "optimiser", "activations", "loss", "waits for keys"):
         assert f"  {name}" in shown
@@ -75,38 +75,39 @@ def test_values_are_those_of_the_tables(capsys):
 
 def test_what_a_device_is_can_be_told(capsys):
     plain, slow = (
-        json.loads(told(capsys, *SMALL, "--json", *more)) for more in ([], ["--link-gbps", "0.01", "--memory-gib", "1"])
+        json.loads(printed(capsys, *SMALL, "--json", *more))
+        for more in ([], ["--link-gbps", "0.01", "--memory-gib", "1"])
     )
     assert slow["seconds"]["exchange"] > plain["seconds"]["exchange"]
     assert slow["usable_bytes"] == 0.9 * 2**30
     assert slow["longest_tokens"] < plain["longest_tokens"]
-    half = json.loads(told(capsys, *SMALL, "--json", "--peak-tflops", "500", "--efficiency", "0.5", "0.25"))
+    half = json.loads(printed(capsys, *SMALL, "--json", "--peak-tflops", "500", "--efficiency", "0.5", "0.25"))
     assert half["seconds"]["linear"] == pytest.approx(plain["seconds"]["linear"] * 67 * 0.6 / 250)
 
 
 def test_a_peak_is_shown_in_a_unit_that_fits(capsys):
     """That of a CPU is less than a TFLOP/s, which the tables would round to 0.0."""
     words = [*SMALL, "--device", "cpu", "--peak-tflops"]
-    assert re.search(r"MFU \d+\.\d% of 23\.4 GFLOP/s;", told(capsys, *words, "0.02341"))
-    assert re.search(r"MFU \d+\.\d% of 1\.0 TFLOP/s;", told(capsys, *words, "1"))
+    assert re.search(r"MFU \d+\.\d% of 23\.4 GFLOP/s;", printed(capsys, *words, "0.02341"))
+    assert re.search(r"MFU \d+\.\d% of 1\.0 TFLOP/s;", printed(capsys, *words, "1"))
 
 
 def test_pictures_are_drawn(capsys, tmp_path):
-    told(capsys, *SMALL, "--picture", str(tmp_path / "plan.png"))
-    told(capsys, "--scale", "--picture", str(tmp_path / "scale.png"))
+    printed(capsys, *SMALL, "--picture", str(tmp_path / "plan.png"))
+    printed(capsys, "--scale", "--picture", str(tmp_path / "scale.png"))
     for name in ("plan", "scale"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
 def test_a_page_shows_the_scale_as_it_is(capsys):
-    assert told(capsys, "--scale").strip() in (ROOT / "docs/measurements.md").read_text()
+    assert printed(capsys, "--scale").strip() in (ROOT / "docs/measurements.md").read_text()
 
 
 def test_a_page_shows_what_the_command_prints(capsys):
     page = (ROOT / "docs/planning.md").read_text()
     command, shown = re.search(r"```\n\$ longnet (plan [^\n]*)\n(.*?)```", page, flags=re.DOTALL).groups()
     words = [str(ROOT / word) if word.startswith("configs/") else word for word in command.split()[1:]]
-    assert told(capsys, *words) == shown
+    assert printed(capsys, *words) == shown
 
 
 MISTAKES = {

@@ -35,9 +35,9 @@ def contents(folder):
 def undisturbed(texts, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     assert main(["tokenize", str(texts), "--out", str(out), "--workers", "1", *SHARD]) == 0
-    found = contents(out)
-    assert len(found) == 2 * SHARDS + 1
-    return found
+    result = contents(out)
+    assert len(result) == 2 * SHARDS + 1
+    return result
 
 
 def test_several_processes_write_the_same(texts, undisturbed, tmp_path, capsys):

@@ -376,8 +376,8 @@ def test_a_ring_size_is_held_to_or_refused_on_all_ranks(pool):
     truth = attend(*drawn(), PATTERN)
     for at, out in pool.run(2, on_ranks, 2):
         torch.testing.assert_close(out, truth[:, at])
-    for found in pool.run(2, on_ranks, 4):
-        assert "ring_size must be the number of ranks that share a sequence, 2 here, got 4" in found
+    for result in pool.run(2, on_ranks, 4):
+        assert "ring_size must be the number of ranks that share a sequence, 2 here, got 4" in result
 
 
 def test_a_configuration_and_arguments_beside_it_say_each_thing_once():
@@ -421,5 +421,5 @@ def whole_on_ranks(group):
 
 
 def test_a_ring_may_be_given_whole_sequences(pool):
-    for found in pool.run(2, whole_on_ranks):
-        torch.testing.assert_close(found, attend(*drawn(), PATTERN))
+    for result in pool.run(2, whole_on_ranks):
+        torch.testing.assert_close(result, attend(*drawn(), PATTERN))

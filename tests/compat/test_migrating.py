@@ -74,7 +74,7 @@ def run_module(rank, world):
 
 @pytest.mark.long
 def test_the_module_of_the_page_has_the_same_losses_on_two_ranks(trainers):
-    (wanted,) = trainers.run(1, run_module)
-    assert len(wanted) == 4
-    for found in trainers.run(2, run_module):
-        assert found == pytest.approx(wanted, rel=1e-4)
+    (expected,) = trainers.run(1, run_module)
+    assert len(expected) == 4
+    for result in trainers.run(2, run_module):
+        assert result == pytest.approx(expected, rel=1e-4)

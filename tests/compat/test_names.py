@@ -97,9 +97,9 @@ def test_replacements_name_what_there_is():
     for use, _ in REPLACEMENTS.values():
         words = re.findall(r"\b[A-Z]\w+(?:\.\w+)?", use.replace("nn.TransformerEncoderLayer", "").replace("True", ""))
         for word in words:
-            found = lightning_longnet
+            result = lightning_longnet
             for part in word.split("."):
-                found = getattr(found, part)
+                result = getattr(result, part)
         assert words or use == "no argument"
 
 

@@ -6,10 +6,10 @@ import torch
 from lightning_longnet import ByteData, TokenData
 
 
-def made(tmp_path, text=b"abab" * 100, stage="fit", **told):
+def made(tmp_path, text=b"abab" * 100, stage="fit", **options):
     (tmp_path / "a.txt").write_bytes(text)
     settings = {"paths": str(tmp_path), "tokens": 16, "batch_size": 2, "pattern": "*.txt", "validation_share": 0.25}
-    data = ByteData(**settings | told)
+    data = ByteData(**settings | options)
     data.setup(stage)
     return data
 
@@ -74,7 +74,7 @@ def test_packed_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("options", "message"),
     [
         ({"tokens": 0}, "tokens must be a positive integer, got 0"),
         ({"batch_size": 1.5}, "batch_size must be a positive integer, got 1.5"),
@@ -85,9 +85,9 @@ def test_packed_files(tmp_path):
         ({"tokens": 100}, "tokens must be less than the data has: 300 tokens for training and 100 for validation"),
     ],
 )
-def test_what_does_not_fit_is_told_in_a_line(tmp_path, told, message):
+def test_what_does_not_fit_is_told_in_a_line(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        made(tmp_path, **told)
+        made(tmp_path, **options)
 
 
 def test_too_few_rows_for_a_batch(tmp_path):

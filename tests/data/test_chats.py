@@ -75,13 +75,13 @@ def test_only_what_the_assistant_says_is_trained(tmp_path):
             assert torch.equal(labels[:-1][kept[:-1]], ids[1:][kept[:-1]])
             seen.append((tool.decode(ids.tolist()), tool.decode(labels[kept].tolist())))
     rest = "<end><user>thanks<end><assistant>welcome<end>"
-    wanted = {
+    expected = {
         f"<user>what is {i} plus {i}<end><assistant>it is {2 * i}{rest}": f"it is {2 * i}<end>welcome<end>"
         for i in range(40)
     }
-    whole = {text: said for text, said in seen if text in wanted}
+    whole = {text: said for text, said in seen if text in expected}
     assert len(whole) >= 30
-    assert all(wanted[text] == said for text, said in whole.items())
+    assert all(expected[text] == said for text, said in whole.items())
 
 
 @pytest.mark.parametrize(("begin", "end"), [(0, 80), (80, 160), (33, 101)])

@@ -14,10 +14,12 @@ NAMES = ["ByteData", "HubData", "ImageFolderData", "LongRangeData", "TokenFileDa
 @pytest.mark.parametrize("name", NAMES)
 def test_every_argument_is_documented(name):
     kind = getattr(lightning_longnet, name)
-    told = inspect.getdoc(kind).split("Args:")[1]
+    documented = inspect.getdoc(kind).split("Args:")[1]
     named = list(inspect.signature(kind).parameters)
-    found = [line.strip().split(":")[0] for line in told.splitlines() if line.startswith("    ") and line[4] != " "]
-    assert found == named
+    result = [
+        line.strip().split(":")[0] for line in documented.splitlines() if line.startswith("    ") and line[4] != " "
+    ]
+    assert result == named
 
 
 def test_from_yaml(tmp_path):
@@ -29,9 +31,9 @@ def test_from_yaml(tmp_path):
     parser = ArgumentParser()
     parser.add_argument("--config", action="config")
     parser.add_subclass_arguments(L.LightningDataModule, "data")
-    found = parser.parse_args(["--config", str(tmp_path / "data.yaml"), "--data.items", "4", "--data.seed", "7"])
-    data = parser.instantiate(found).data
+    result = parser.parse_args(["--config", str(tmp_path / "data.yaml"), "--data.items", "4", "--data.seed", "7"])
+    data = parser.instantiate(result).data
     assert type(data) is lightning_longnet.LongRangeData
     assert (data.task, data.items, data.seed, data.batch_size) == ("copy", 4, 7, 2)
-    found = parser.parse_args(["--data", "lightning_longnet.ByteData", "--data.paths", "[a.txt, b]"])
-    assert parser.instantiate(found).data.paths == ["a.txt", "b"]
+    result = parser.parse_args(["--data", "lightning_longnet.ByteData", "--data.paths", "[a.txt, b]"])
+    assert parser.instantiate(result).data.paths == ["a.txt", "b"]

@@ -29,15 +29,15 @@ def tokenizer(tmp_path_factory):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    found = Tokenizer(models.BPE())
-    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    found.decoder = decoders.ByteLevel()
+    result = Tokenizer(models.BPE())
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    result.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    found.train_from_iterator(
+    result.train_from_iterator(
         TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
     )
     folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=found, eos_token="<end>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=result, eos_token="<end>").save_pretrained(folder)
     return str(folder)
 
 
@@ -47,8 +47,8 @@ def lines(tmp_path):
     return str(path)
 
 
-def made(path, **told):
-    data = HubData(path, **{"tokens": 16, "batch_size": 2, "validation_share": 0.2} | told)
+def made(path, **options):
+    data = HubData(path, **{"tokens": 16, "batch_size": 2, "validation_share": 0.2} | options)
     data.prepare_data()
     data.setup("fit")
     return data
@@ -73,10 +73,12 @@ def test_texts_become_a_stream(tmp_path, lines, kind, tokenizer):
     data = made(path, tokenizer=tokenizer)
     assert isinstance(data, TokenData)
     tool = tokenizer_of(tokenizer)
-    wanted = [[*tool.encode(text), tool.end] for text in TEXTS]
-    assert whole(data.train_rows).tolist() == functools.reduce(operator.iadd, wanted, [])
-    assert data.train_rows.stream.stream.starts.tolist() == torch.tensor([0, *map(len, wanted)]).cumsum(0)[:-1].tolist()
-    assert data.bytes_per_token == sum(map(len, TEXTS)) / sum(map(len, wanted))
+    expected = [[*tool.encode(text), tool.end] for text in TEXTS]
+    assert whole(data.train_rows).tolist() == functools.reduce(operator.iadd, expected, [])
+    assert (
+        data.train_rows.stream.stream.starts.tolist() == torch.tensor([0, *map(len, expected)]).cumsum(0)[:-1].tolist()
+    )
+    assert data.bytes_per_token == sum(map(len, TEXTS)) / sum(map(len, expected))
     assert data.vocab_size == len(tool._tokenizer)
     assert data.decode(data.encode(TEXTS[3])) == TEXTS[3]
     batch = next(iter(data.train_dataloader()))
@@ -138,8 +140,8 @@ def test_tokenize_with_a_tokenizer(tmp_path, tokenizer):
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text("\n".join(TEXTS[15 * i : 15 * i + 15]))
     for workers in (1, 2):
-        told = ["--tokenizer", tokenizer, "--workers", str(workers), "--shard-megabytes", "0.001"]
-        assert main(["tokenize", str(tmp_path), "--out", str(tmp_path / f"out{workers}"), *told]) == 0
+        options = ["--tokenizer", tokenizer, "--workers", str(workers), "--shard-megabytes", "0.001"]
+        assert main(["tokenize", str(tmp_path), "--out", str(tmp_path / f"out{workers}"), *options]) == 0
     held = [{p.name: p.read_bytes() for p in (tmp_path / f"out{workers}").iterdir()} for workers in (1, 2)]
     assert held[0] == held[1]
     data = TokenFileData(str(tmp_path / "out1"), tokens=16, validation_share=0.2)

@@ -21,8 +21,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def made(folder, **told):
-    data = ImageFolderData(str(folder), **{"size": 6, "batch_size": 4, "validation_share": 0.3} | told)
+def made(folder, **options):
+    data = ImageFolderData(str(folder), **{"size": 6, "batch_size": 4, "validation_share": 0.3} | options)
     data.setup("fit")
     return data
 
@@ -75,6 +75,6 @@ def test_what_does_not_fit_is_told_in_a_line(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "cats" / "a.png")
     with pytest.raises(ValueError, match="path must hold at least two images of some class"):
         made(tmp_path)
-    for told, message in (({"channels": 2}, "channels must be 1 or 3"), ({"size": 0}, "size must be a positive")):
+    for options, message in (({"channels": 2}, "channels must be 1 or 3"), ({"size": 0}, "size must be a positive")):
         with pytest.raises(ValueError, match=message):
-            ImageFolderData(str(tmp_path), **told)
+            ImageFolderData(str(tmp_path), **options)

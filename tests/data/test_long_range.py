@@ -18,11 +18,11 @@ CASES = [
 ]
 
 
-def made(task, tokens, distance, items, **told):
+def made(task, tokens, distance, items, **options):
     """`recall2` is recall with pairs of two tokens."""
-    told = {"pair_tokens": 2 if task == "recall2" else 1, **told}
+    options = {"pair_tokens": 2 if task == "recall2" else 1, **options}
     task = task.removesuffix("2")
-    data = LongRangeData(task, tokens, distance, 4, items=items, samples=200, validation_samples=50, **told)
+    data = LongRangeData(task, tokens, distance, 4, items=items, samples=200, validation_samples=50, **options)
     data.setup("fit")
     return data
 
@@ -98,9 +98,9 @@ def test_rows_go_by_seed_and_number():
         return rows.read(i, *(stretch or (0, 64)))["input_ids"].tolist()
 
     assert row(data.train_rows, 3) == row(again.train_rows, 3)
-    found = [row(data.train_rows, 3), row(data.train_rows, 4), row(data.val_rows, 3), row(other.train_rows, 3)]
-    assert len({tuple(each) for each in found}) == 4
-    assert row(data.train_rows, 3, 20, 50) == found[0][20:50]
+    result = [row(data.train_rows, 3), row(data.train_rows, 4), row(data.val_rows, 3), row(other.train_rows, 3)]
+    assert len({tuple(each) for each in result}) == 4
+    assert row(data.train_rows, 3, 20, 50) == result[0][20:50]
     assert data.train_rows.identity != other.train_rows.identity != data.val_rows.identity
 
 
@@ -115,7 +115,7 @@ def test_words():
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("options", "message"),
     [
         ({"task": "find"}, "task must be one of 'recall', 'needle', 'copy', got 'find'"),
         ({"distance": 1010}, "tokens must be at least 1,025 for this task and distance 1,010, got 1,024"),
@@ -125,6 +125,6 @@ def test_words():
         ({"distance": 0}, "distance must be a positive integer, got 0"),
     ],
 )
-def test_what_does_not_fit_is_told_in_a_line(told, message):
+def test_what_does_not_fit_is_told_in_a_line(options, message):
     with pytest.raises(ValueError, match=message):
-        LongRangeData(**told)
+        LongRangeData(**options)

@@ -22,28 +22,28 @@ def texts(sizes):
 SIZES = (1, 30, 2, 2, 9, 0, 45, 3)  # 92 tokens: 15 rows
 
 
-def global_batches(batch_size, replicas, workers=0, sizes=SIZES, **told):
-    found = []
+def global_batches(batch_size, replicas, workers=0, sizes=SIZES, **options):
+    result = []
     for rank in range(replicas):
-        rows = StreamedRows(partial(texts, sizes), "texts", TOKENS, batch_size, replicas, rank, **told)
-        found.append([batch["input_ids"] for batch in DataLoader(rows, batch_size, num_workers=workers)])
-    assert len({len(batches) for batches in found}) == 1
-    return [torch.stack(each, 1).flatten(0, 1) for each in zip(*found, strict=True)]
+        rows = StreamedRows(partial(texts, sizes), "texts", TOKENS, batch_size, replicas, rank, **options)
+        result.append([batch["input_ids"] for batch in DataLoader(rows, batch_size, num_workers=workers)])
+    assert len({len(batches) for batches in result}) == 1
+    return [torch.stack(each, 1).flatten(0, 1) for each in zip(*result, strict=True)]
 
 
 def test_windows_are_those_of_the_whole():
     whole = torch.cat(texts(SIZES))
-    found = list(windows(texts(SIZES), TOKENS))
-    assert len(found) == (len(whole) - 1) // TOKENS
-    for i, window in enumerate(found):
+    result = list(windows(texts(SIZES), TOKENS))
+    assert len(result) == (len(whole) - 1) // TOKENS
+    for i, window in enumerate(result):
         assert torch.equal(window, whole[i * TOKENS : (i + 1) * TOKENS + 1])
 
 
 def test_the_same_global_batches_for_any_ranks_and_workers():
-    wanted = torch.cat(texts(SIZES))[: 12 * TOKENS].view(3, 4, TOKENS)
+    expected = torch.cat(texts(SIZES))[: 12 * TOKENS].view(3, 4, TOKENS)
     for batch_size, replicas, workers in [(4, 1, 0), (2, 2, 0), (1, 4, 0), (4, 1, 2), (2, 2, 2)]:
-        found = global_batches(batch_size, replicas, workers)
-        assert torch.equal(torch.stack(found), wanted), (batch_size, replicas, workers)
+        result = global_batches(batch_size, replicas, workers)
+        assert torch.equal(torch.stack(result), expected), (batch_size, replicas, workers)
 
 
 @pytest.mark.parametrize(("batch_size", "replicas", "ignored"), [(8, 1, 0), (4, 2, 1), (2, 4, 1)])
@@ -52,11 +52,11 @@ def test_the_last_rows_count_once_where_they_are_kept(batch_size, replicas, igno
         StreamedRows(partial(texts, SIZES), "texts", TOKENS, batch_size, replicas, rank, drop_last=False)
         for rank in range(replicas)
     ]
-    found = [list(each) for each in rows]
-    assert len({len(each) for each in found}) == 1
-    counted = [row for each in found for row in each if (row["labels"] != -100).all()]
+    result = [list(each) for each in rows]
+    assert len({len(each) for each in result}) == 1
+    counted = [row for each in result for row in each if (row["labels"] != -100).all()]
     assert len({tuple(row["input_ids"].tolist()) for row in counted}) == len(counted) == 15
-    assert sum(map(len, found)) == 15 + ignored
+    assert sum(map(len, result)) == 15 + ignored
 
 
 def test_a_rank_is_handed_its_part():

@@ -32,9 +32,9 @@ def test_any_stretch_of_files_and_of_slices(texts, data):
     paths, whole = texts
     begin, end = sorted(data.draw(st.tuples(*[st.integers(0, 13)] * 2)))
     stream = ByteFiles(paths)
-    found = stream.read(begin, end)
-    assert found.dtype == torch.int64
-    assert torch.equal(found, whole[begin:end])
+    result = stream.read(begin, end)
+    assert result.dtype == torch.int64
+    assert torch.equal(result, whole[begin:end])
     part = Slice(stream, begin, end)
     assert len(part) == end - begin
     assert torch.equal(part.read(0, len(part)), whole[begin:end])
@@ -113,8 +113,8 @@ def test_files_are_found_however_deep_and_in_order(tmp_path):
     for name in ("b.py", "a/z.py", "a/x/y.py", "a/n.txt", "c/skipped/k.py", ".git/h.py", "a/.h.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    found = found_files("paths", [tmp_path, tmp_path / "b.py", tmp_path / "a/n.txt"], "*.py", ["skipped"])
-    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a/n.txt", "a/x/y.py", "a/z.py", "b.py"]
+    result = found_files("paths", [tmp_path, tmp_path / "b.py", tmp_path / "a/n.txt"], "*.py", ["skipped"])
+    assert [path.relative_to(tmp_path).as_posix() for path in result] == ["a/n.txt", "a/x/y.py", "a/z.py", "b.py"]
 
 
 def test_a_file_of_several_names_is_read_once(tmp_path, monkeypatch):

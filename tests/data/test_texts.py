@@ -42,18 +42,18 @@ def test_pieces_hold_all_text_and_are_small(tmp_path, monkeypatch, name):
 def test_pieces_are_those_of_longnet_tokenize(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "PIECE_BYTES", 16)
     text = text_of(tmp_path / "a.txt", CONTENTS["a long line between"] + CONTENTS["lines"])
-    wanted = [lines_of(text.path, begin, begin + 16).decode() for begin in range(0, text.size, 16)]
-    found = torch.cat([*TokenReader(text, Words())]).tolist()
-    assert found == [token for each in wanted if each for token in Words().encode(each)]
+    expected = [lines_of(text.path, begin, begin + 16).decode() for begin in range(0, text.size, 16)]
+    result = torch.cat([*TokenReader(text, Words())]).tolist()
+    assert result == [token for each in expected if each for token in Words().encode(each)]
 
 
 @pytest.mark.parametrize("size", [1, 7, 100])
 def test_blocks_have_one_size(size):
     pieces = [torch.arange(i * 10, i * 10 + i) for i in (3, 0, 8, 1, 9)]
-    found = [*regrouped(iter(pieces), size)]
-    assert torch.equal(torch.cat(found), torch.cat(pieces))
-    assert {len(each) for each in found[:-1]} <= {size}
-    assert 1 <= len(found[-1]) <= size
+    result = [*regrouped(iter(pieces), size)]
+    assert torch.equal(torch.cat(result), torch.cat(pieces))
+    assert {len(each) for each in result[:-1]} <= {size}
+    assert 1 <= len(result[-1]) <= size
     assert [*regrouped(iter([]), size)] == []
 
 

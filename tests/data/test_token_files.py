@@ -41,12 +41,12 @@ def test_bytes_there_and_back(made, shard_megabytes):
     assert data.decode(stream.read(0, len(stream))) == whole
     ends = [stream.read(begin, end) for begin, end in documents_of(stream)]
     assert [data.decode(each) for each in ends] == [text + "\0" for text in list(TEXTS.values())[:3]]
-    told = json.loads((out / "tokens.json").read_text())
+    description = json.loads((out / "tokens.json").read_text())
     size = len(whole.encode())
-    assert (told["tokens"], told["documents"], told["bytes"]) == (size, 3, size - 3)
+    assert (description["tokens"], description["documents"], description["bytes"]) == (size, 3, size - 3)
     assert data.bytes_per_token == (size - 3) / size
     assert (data.vocab_size, data.decode(data.encode("ok"))) == (256, "ok")
-    assert len(told["shards"]) == (1 if shard_megabytes == 64 else 2)
+    assert len(description["shards"]) == (1 if shard_megabytes == 64 else 2)
     batch = next(iter(data.train_dataloader()))
     assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
 
@@ -164,8 +164,8 @@ def test_what_is_not_there_is_told_in_a_line(tmp_path, made):
 )
 def test_a_description_of_other_values_is_refused(made, changes, message):
     out = made()
-    told = json.loads((out / "tokens.json").read_text())
-    (out / "tokens.json").write_text(json.dumps(told | changes))
+    description = json.loads((out / "tokens.json").read_text())
+    (out / "tokens.json").write_text(json.dumps(description | changes))
     with pytest.raises(ValueError, match=message):
         TokenFileData(str(out), tokens=16)
 

@@ -34,19 +34,19 @@ def findings(group, scale=1.0, exchange=None):
 
 @pytest.mark.parametrize("ranks", tiered((1, 2, 3, 5), quick=(2,)))
 def test_every_exchange_is_exact(pool, ranks):
-    for found, begun in pool.run(ranks, findings):
-        assert [each.exchange for each in found] == begun == [*EXCHANGES]
-        assert all(each.is_exact for each in found), found
-        assert max(each.error for each in found) < 1e-13
-        assert all(each.patterns == 3 and each.seconds > 0 for each in found)
+    for result, begun in pool.run(ranks, findings):
+        assert [each.exchange for each in result] == begun == [*EXCHANGES]
+        assert all(each.is_exact for each in result), result
+        assert max(each.error for each in result) < 1e-13
+        assert all(each.patterns == 3 and each.seconds > 0 for each in result)
 
 
 @pytest.mark.parametrize("scale", [1 + 1e-9, float("nan")])
 @pytest.mark.parametrize("exchange", tiered(EXCHANGES, quick=("ring",)))
 def test_a_wrong_exchange_is_found(pool, exchange, scale):
-    for found, _ in pool.run(2, findings, scale, exchange):
-        assert [each.exchange for each in found if not each.is_exact] == [exchange]
-        assert not Answers([found], []).is_exact
+    for result, _ in pool.run(2, findings, scale, exchange):
+        assert [each.exchange for each in result if not each.is_exact] == [exchange]
+        assert not Answers([result], []).is_exact
 
 
 def is_running(pid):
@@ -77,14 +77,14 @@ def test_a_rank_that_does_not_answer_is_named_in_time():
 
 def test_a_rank_that_ends_is_named_with_its_last_words():
     answers, spent, left = asked("gone")
-    wanted = "rank 0 ended with status 7 before it had started: or something else"
-    assert answers.failures[0] == wanted
+    expected = "rank 0 ended with status 7 before it had started: or something else"
+    assert answers.failures[0] == expected
     assert spent < 10
     assert left == []
 
 
 @pytest.mark.parametrize(
-    ("kind", "timeout", "wanted"),
+    ("kind", "timeout", "expected"),
     [
         pytest.param(
             "one asleep",
@@ -97,9 +97,9 @@ def test_a_rank_that_ends_is_named_with_its_last_words():
         pytest.param("raising", 90, {1: r"failed in ring: RuntimeError: no such wire$"}, marks=pytest.mark.full),
     ],
 )
-def test_what_a_rank_did_last_is_named(kind, timeout, wanted):
+def test_what_a_rank_did_last_is_named(kind, timeout, expected):
     answers, spent, left = asked(kind, timeout=timeout)
-    for rank, words in wanted.items():
+    for rank, words in expected.items():
         assert any(re.search(f"^rank {rank} {words}", line) for line in answers.failures), answers.failures
     assert not answers.is_exact
     assert spent < timeout + 5

@@ -40,8 +40,8 @@ def run(source, folder, names):
     if source.startswith("!"):
         words = [sys.executable if word == "python" else word for word in shlex.split(source[1:])]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        found = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
-        return found.stdout + found.stderr
+        result = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
+        return result.stdout + result.stderr
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         exec(compile(source, "cell", "exec"), names)

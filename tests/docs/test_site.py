@@ -36,8 +36,8 @@ def test_pictures_are_those_that_are_drawn(name):
 @pytest.mark.long
 def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", ROOT / "docs", tmp_path]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert found.returncode == 0, found.stderr
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
     pages = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in ROOT.glob("docs/**/*.md")}
     assert [page for page in pages if not (tmp_path / page).is_file()] == []
     assert "lightning_longnet.attend" in (tmp_path / "api/attention.html").read_text()

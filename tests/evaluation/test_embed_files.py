@@ -26,23 +26,23 @@ TEXTS = {f"{i:02}.txt": f"Text {i} \N{EURO SIGN} of {'many ' * i}words.\n" * (i 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with checkpoints and texts."""
-    found = tmp_path_factory.mktemp("embedding")
-    (found / "texts").mkdir()
+    result = tmp_path_factory.mktemp("embedding")
+    (result / "texts").mkdir()
     for name, text in TEXTS.items():
-        (found / "texts" / name).write_text(text)
+        (result / "texts" / name).write_text(text)
     for kind, pattern in PATTERNS.items():
         torch.manual_seed(2)
-        write_checkpoint(LongNet(LongNetConfig(pattern, dim=16, layers=2, heads=4)), found / f"{kind}.ckpt")
+        write_checkpoint(LongNet(LongNetConfig(pattern, dim=16, layers=2, heads=4)), result / f"{kind}.ckpt")
     images = LongViTConfig(PATTERNS["encoder"], image_size=8, patch_size=4, dim=16, layers=1, heads=4)
-    write_checkpoint(LongViT(images), found / "images.ckpt")
-    return found
+    write_checkpoint(LongViT(images), result / "images.ckpt")
+    return result
 
 
 def command(folder, out, kind="encoder", *options):
     return ["embed", f"{folder}/texts", "--checkpoint", f"{folder}/{kind}.ckpt", "--out", str(out), *options]
 
 
-def wanted(folder, kind, pooling, dtype=torch.float32):
+def expected(folder, kind, pooling, dtype=torch.float32):
     net = load_model(folder / f"{kind}.ckpt").to(dtype)
     return [embed(net, torch.tensor([[*text.encode()]]), pooling)[0] for text in TEXTS.values()]
 
@@ -67,7 +67,7 @@ def test_a_row_for_each_text(folder, tmp_path, capsys, kind, pooling):
     assert main(command(folder, out, kind, "--pooling", pooling, "--dtype", "float64")) == 0
     tensors = load_file(out)
     assert tensors["tokens"].tolist() == [len(text.encode()) for text in TEXTS.values()]
-    right = torch.stack(wanted(folder, kind, pooling, torch.float64))
+    right = torch.stack(expected(folder, kind, pooling, torch.float64))
     torch.testing.assert_close(tensors["embeddings"], right, rtol=1e-9, atol=1e-9)
     with safe_open(out, "pt") as file:
         about = file.metadata()
@@ -85,7 +85,7 @@ def test_the_states_of_all_tokens(folder, tmp_path, dtype):
     assert main(command(folder, out, "decoder", "--pooling", "tokens", "--dtype", dtype)) == 0
     tensors = load_file(out)
     assert [*tensors] == sorted(f"{folder}/texts/{name}" for name in TEXTS)
-    for name, states in zip(TEXTS, wanted(folder, "decoder", "tokens", getattr(torch, dtype)), strict=True):
+    for name, states in zip(TEXTS, expected(folder, "decoder", "tokens", getattr(torch, dtype)), strict=True):
         torch.testing.assert_close(tensors[f"{folder}/texts/{name}"], states)
 
 
@@ -172,7 +172,7 @@ def test_hdf5(folder, tmp_path, capsys):
     assert main(words) == 0
     with h5py.File(out) as file:
         assert file.attrs["pooling"] == "tokens"
-        for name, states in zip(TEXTS, wanted(folder, "encoder", "tokens", torch.bfloat16), strict=True):
+        for name, states in zip(TEXTS, expected(folder, "encoder", "tokens", torch.bfloat16), strict=True):
             torch.testing.assert_close(torch.tensor(file[f"{folder}/texts/{name}"][:]), states.float())
 
 

@@ -30,17 +30,17 @@ DOCUMENTS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with checkpoints, and tasks with their data."""
-    found = tmp_path_factory.mktemp("harness")
+    result = tmp_path_factory.mktemp("harness")
     for name, pattern in (("decoder", Pattern.dilated((8, 512), (1, 2), is_causal=True)), ("encoder", Pattern.dense())):
         torch.manual_seed(4)
         model = LongNet(LongNetConfig(pattern, dim=16, layers=2, heads=4, tied_embeddings=False))
         torch.nn.init.normal_(model.head.weight, std=0.5)
-        write_checkpoint(model, found / f"{name}.ckpt")
-    (found / "tasks").mkdir()
-    (found / "tasks/documents.jsonl").write_text("".join(json.dumps(each) + "\n" for each in DOCUMENTS))
+        write_checkpoint(model, result / f"{name}.ckpt")
+    (result / "tasks").mkdir()
+    (result / "tasks/documents.jsonl").write_text("".join(json.dumps(each) + "\n" for each in DOCUMENTS))
     shared = {
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(found / "tasks/documents.jsonl")}},
+        "dataset_kwargs": {"data_files": {"test": str(result / "tasks/documents.jsonl")}},
         "test_split": "test",
         "doc_to_text": "{{question}}",
     }
@@ -55,8 +55,8 @@ def folder(tmp_path_factory):
         | {"metric_list": [{"metric": "exact_match"}]},
     }
     for name, task in tasks.items():
-        (found / f"tasks/{name}.yaml").write_text(yaml.safe_dump(shared | {"task": name} | task))
-    return found
+        (result / f"tasks/{name}.yaml").write_text(yaml.safe_dump(shared | {"task": name} | task))
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ def likelihood(plain, before, after):
     ids = torch.tensor([before + after])
     with torch.no_grad():
         logits = plain(ids)[0, len(before) - 1 : -1]
-    wanted = -F.cross_entropy(logits, torch.tensor(after), reduction="sum")
-    return float(wanted), bool((logits.argmax(1) == torch.tensor(after)).all())
+    expected = -F.cross_entropy(logits, torch.tensor(after), reduction="sum")
+    return float(expected), bool((logits.argmax(1) == torch.tensor(after)).all())
 
 
 PAIRS = [("A text", " goes on"), ("", "alone"), ("A much longer text \N{EURO SIGN} that", " goes on too"), ("x", "y")]
@@ -90,8 +90,8 @@ PAIRS = [("A text", " goes on"), ("", "alone"), ("A much longer text \N{EURO SIG
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_log_likelihoods(folder, plain, monkeypatch, block, batch_size):
     monkeypatch.setattr(stream, "_BLOCK", block)
-    found = model_of(folder, batch_size=batch_size).loglikelihood(requests(*PAIRS), disable_tqdm=True)
-    for (before, after), (value, is_greedy) in zip(PAIRS, found, strict=True):
+    result = model_of(folder, batch_size=batch_size).loglikelihood(requests(*PAIRS), disable_tqdm=True)
+    for (before, after), (value, is_greedy) in zip(PAIRS, result, strict=True):
         right, is_likeliest = likelihood(plain, [*before.encode()] or [0], [*after.encode()])
         assert value == pytest.approx(right, rel=1e-10)
         assert is_greedy == is_likeliest
@@ -111,30 +111,30 @@ def test_the_likeliest_continuation_is_greedy(folder, plain):
     tokens = likeliest(plain, context, 4)
     other = [*tokens[:3], (tokens[3] + 1) % 256]
     rows = [(None, context, tokens), (None, context, other)]
-    found = model_of(folder, batch_size=2)._loglikelihood_tokens(rows, disable_tqdm=True)
-    assert [is_greedy for _, is_greedy in found] == [True, False]
+    result = model_of(folder, batch_size=2)._loglikelihood_tokens(rows, disable_tqdm=True)
+    assert [is_greedy for _, is_greedy in result] == [True, False]
 
 
 @pytest.mark.parametrize("max_length", [None, 7])
 def test_rolling_log_likelihoods(folder, plain, max_length):
     text = "A text of more than a few tokens"
     model = model_of(folder, max_length=max_length)
-    found = model.loglikelihood_rolling(requests((text,), ("",)), disable_tqdm=True)
+    result = model.loglikelihood_rolling(requests((text,), ("",)), disable_tqdm=True)
     ids = [*text.encode()]
     size = max_length or len(ids)
-    wanted = 0.0
+    expected = 0.0
     for begin in range(0, len(ids), size):  # the last window has the context that there is room for
         after = ids[begin : begin + size]
         before = [0, *ids][max(0, begin + len(after) - size) : begin + 1]
-        wanted += likelihood(plain, before, after)[0]
-    assert found == [pytest.approx(wanted, rel=1e-10), 0.0]
+        expected += likelihood(plain, before, after)[0]
+    assert result == [pytest.approx(expected, rel=1e-10), 0.0]
 
 
 def test_a_context_is_cut_on_its_left(folder, plain):
-    found = model_of(folder, max_length=10).loglikelihood(requests(("A context", " goes on")), disable_tqdm=True)
+    result = model_of(folder, max_length=10).loglikelihood(requests(("A context", " goes on")), disable_tqdm=True)
     whole = [*b"A context goes on"]
     right, _ = likelihood(plain, whole[-11:-8], whole[-8:])
-    assert found[0][0] == pytest.approx(right, rel=1e-10)
+    assert result[0][0] == pytest.approx(right, rel=1e-10)
 
 
 @pytest.mark.parametrize("block", [16384, 8])
@@ -142,12 +142,12 @@ def test_texts_are_the_likeliest_until_a_stop(folder, plain, monkeypatch, block)
     monkeypatch.setattr(stream, "_BLOCK", block)
     context = "A text of more than a block"
     new = likeliest(plain, context.encode(), 20)
-    wanted = bytes(new[: new.index(0)] if 0 in new else new).decode(errors="replace")
+    expected = bytes(new[: new.index(0)] if 0 in new else new).decode(errors="replace")
     model = model_of(folder)
-    stop = wanted[5:7]
+    stop = expected[5:7]
     asked = [{"until": [], "max_gen_toks": 20}, {"until": [stop, "never"], "max_gen_toks": 20}]
-    found = model.generate_until(requests(*((context, each) for each in asked)), disable_tqdm=True)
-    assert found == [wanted, wanted[: wanted.index(stop)]]
+    result = model.generate_until(requests(*((context, each) for each in asked)), disable_tqdm=True)
+    assert result == [expected, expected[: expected.index(stop)]]
 
 
 def test_samples_follow_the_seed(folder):
@@ -183,13 +183,13 @@ def test_the_command_runs_tasks(folder, plain, tmp_path):
     results = json.loads(path.read_text())["results"]
     chosen = []
     for each in DOCUMENTS:
-        found = [likelihood(plain, [*each["question"].encode()], [*answer.encode()])[0] for answer in each["answers"]]
-        chosen.append(found.index(max(found)) == each["right"])
+        result = [likelihood(plain, [*each["question"].encode()], [*answer.encode()])[0] for answer in each["answers"]]
+        chosen.append(result.index(max(result)) == each["right"])
     assert results["tiny_choice"]["acc,none"] == pytest.approx(sum(chosen) / len(chosen))
     texts = [each["question"].encode() for each in DOCUMENTS]
     nats = sum(likelihood(plain, [0], [*text])[0] for text in texts)
-    wanted = -nats / sum(map(len, texts)) / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
-    assert results["tiny_rolling"]["bits_per_byte,none"] == pytest.approx(wanted, rel=1e-9)
+    expected = -nats / sum(map(len, texts)) / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
+    assert results["tiny_rolling"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-9)
     (samples,) = tmp_path.glob("samples_tiny_generation*.jsonl")
     answers = [json.loads(line)["resps"][0][0] for line in samples.read_text().splitlines()]
     model = model_of(folder)

@@ -21,16 +21,16 @@ TEXTS = {f"{i}.txt": f"Text {i} \N{EURO SIGN} of {'many ' * i}words.\n" * (i + 1
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with checkpoints and texts."""
-    found = tmp_path_factory.mktemp("scores")
-    (found / "texts").mkdir()
+    result = tmp_path_factory.mktemp("scores")
+    (result / "texts").mkdir()
     for name, text in TEXTS.items():
-        (found / "texts" / name).write_text(text)
+        (result / "texts" / name).write_text(text)
     for is_causal in (True, False):
         torch.manual_seed(2)
         pattern = Pattern.dilated((8, 512), (1, 2), is_causal=is_causal)
         model = LongNet(LongNetConfig(pattern, dim=16, layers=2, heads=4))
-        write_checkpoint(model, found / ("decoder.ckpt" if is_causal else "encoder.ckpt"))
-    return found
+        write_checkpoint(model, result / ("decoder.ckpt" if is_causal else "encoder.ckpt"))
+    return result
 
 
 def command(folder, *options, kind="decoder"):
@@ -66,9 +66,9 @@ def test_a_warning_of_gaps_has_the_length_of_the_text(folder, tmp_path, monkeypa
     monkeypatch.setattr(stream, "_BLOCK", 512)
     (tmp_path / "long.txt").write_text("word " * 260)
     words = ["score", f"{tmp_path}/long.txt", *command(folder)[2:], *options]
-    with pytest.warns(UserWarning, match=r"in a sequence of 1,300: make .* at least 1,300") as found:
+    with pytest.warns(UserWarning, match=r"in a sequence of 1,300: make .* at least 1,300") as result:
         assert main(words) == 0
-    assert len([each for each in found if "Nothing crosses" in str(each.message)]) == 1
+    assert len([each for each in result if "Nothing crosses" in str(each.message)]) == 1
 
 
 def test_a_plot_by_matplotlib(folder, tmp_path):
@@ -126,7 +126,7 @@ def interrupted(words):
 def test_a_run_that_is_stopped_goes_on(folder, tmp_path, monkeypatch, capsys, end):
     whole = command(folder, "--out", str(tmp_path / "whole.jsonl"), "--plot", str(tmp_path / "whole.html"))
     assert main(whole) == 0
-    wanted = capsys.readouterr().out
+    expected = capsys.readouterr().out
     words = command(folder, "--out", str(tmp_path / "out.jsonl"), "--plot", str(tmp_path / "out.html"))
     end(words)
     capsys.readouterr()
@@ -138,7 +138,7 @@ def test_a_run_that_is_stopped_goes_on(folder, tmp_path, monkeypatch, capsys, en
     assert "is of a run with other files or options" in capsys.readouterr().err
     assert main(words) == 0
     assert len(texts) == 3
-    assert capsys.readouterr().out == wanted == (tmp_path / "out.jsonl").read_text()
+    assert capsys.readouterr().out == expected == (tmp_path / "out.jsonl").read_text()
     assert (tmp_path / "out.html").read_text() == (tmp_path / "whole.html").read_text()
 
 
@@ -149,7 +149,7 @@ def test_a_run_goes_on_within_a_text(folder, tmp_path, monkeypatch, capsys, docu
     (tmp_path / "text.txt").write_text("Some words of a text\0" * 12)
     words = ["score", f"{tmp_path}/text.txt", "--checkpoint", f"{folder}/decoder.ckpt", *documents]
     assert main([*words, "--plot", f"{tmp_path}/whole.html"]) == 0
-    wanted = capsys.readouterr().out
+    expected = capsys.readouterr().out
     words += ["--out", f"{tmp_path}/out.jsonl", "--plot", f"{tmp_path}/out.html"]
     encode, blocks = stream.TextStates.encode, []
 
@@ -164,7 +164,7 @@ def test_a_run_goes_on_within_a_text(folder, tmp_path, monkeypatch, capsys, docu
         main(words)
     assert main(words) == 0
     assert len(blocks) == 6 + 13 - 5
-    assert capsys.readouterr().out == wanted
+    assert capsys.readouterr().out == expected
     assert (tmp_path / "out.html").read_text() == (tmp_path / "whole.html").read_text()
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"text.txt", "whole.html", "out.html", "out.jsonl"}

@@ -138,8 +138,8 @@ def test_a_curve_has_few_bins():
         curve.add(places, losses[places])
     curve = LossCurve(curve.state())
     assert curve.width == 4
-    wanted = losses.view(-1, 4).mean(1).tolist()
-    assert curve.points() == [(4 * i + 1.5, pytest.approx(mean)) for i, mean in enumerate(wanted)]
+    expected = losses.view(-1, 4).mean(1).tolist()
+    assert curve.points() == [(4 * i + 1.5, pytest.approx(mean)) for i, mean in enumerate(expected)]
 
 
 def test_refusals(tmp_path):

@@ -19,8 +19,8 @@ def dropped(rank, step, call):
     module = nn.Dropout(0.5)
     attach_context(module, context)
     torch.manual_seed(5)
-    found = [call(module, torch.ones(2, LENGTH, 8, device="cuda", requires_grad=True)) for _ in range(2)]
-    return found, torch.rand(3), torch.rand(3, device="cuda")
+    result = [call(module, torch.ones(2, LENGTH, 8, device="cuda", requires_grad=True)) for _ in range(2)]
+    return result, torch.rand(3), torch.rand(3, device="cuda")
 
 
 @pytest.mark.gpu
@@ -43,5 +43,5 @@ def recomputed(module, x):
 @pytest.mark.gpu
 @pytest.mark.parametrize("step", [None, 3])
 def test_recomputed_activations_drop_the_same(step):
-    found, *_ = dropped(1, step, recomputed)
-    assert all(torch.equal(out, grad) for out, grad in found)
+    result, *_ = dropped(1, step, recomputed)
+    assert all(torch.equal(out, grad) for out, grad in result)

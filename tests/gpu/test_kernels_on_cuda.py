@@ -99,8 +99,8 @@ def compare(kernel, dtype, pattern, mix="exact", kv_heads=4, dropout=0.0, docume
         conditions = {key: None if x is None else x.cuda() for key, x in conditions.items()}
         out, lse = attend(*leaves, pattern, kernel=name, return_lse=True, **settings, **conditions)
         results.append((out, lse.nan_to_num(neginf=0), *torch.autograd.grad(out, leaves, grad)))
-    for found, truth in zip(*results, strict=True):
-        close(found, truth.cpu(), TOLERANCE[dtype])
+    for result, truth in zip(*results, strict=True):
+        close(result, truth.cpu(), TOLERANCE[dtype])
 
 
 @KERNELS
@@ -148,11 +148,11 @@ def test_dropout(dtype):
 def test_misaligned_rows(kernel, dtype):
     base = torch.randn(1, 130, 3, 67, dtype=dtype, device="cuda")
     x = base[:, 1:, :, 1:65].requires_grad_()
-    found = attend(x, x, x, LONGNET, kernel=kernel)
+    result = attend(x, x, x, LONGNET, kernel=kernel)
     truth = attend(x, x, x, LONGNET, kernel="reference")
-    close(found, truth.cpu(), TOLERANCE[dtype])
+    close(result, truth.cpu(), TOLERANCE[dtype])
     grad = base[:, 1:, :, 2:66].detach()
-    close(*(torch.autograd.grad(y, x, grad)[0].cpu() for y in (found, truth)), 2 * TOLERANCE[dtype])
+    close(*(torch.autograd.grad(y, x, grad)[0].cpu() for y in (result, truth)), 2 * TOLERANCE[dtype])
 
 
 @KERNELS
@@ -165,10 +165,10 @@ def test_more_segments_than_a_grid_has_rows(kernel, dtype):
     pairs = [x.float().unflatten(1, (-1, 2)).squeeze(3) for x in (q, k, v)]
     truth = ((pairs[0] @ pairs[1].mT * 0.3).softmax(-1) @ pairs[2]).flatten(1, 2).unsqueeze(2)
     close(out, truth.cpu(), TOLERANCE[dtype])
-    for found, true in zip(
+    for result, true in zip(
         torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(truth, (q, k, v), grad.float()), strict=True
     ):
-        close(found, true.cpu(), TOLERANCE[dtype])
+        close(result, true.cpu(), TOLERANCE[dtype])
 
 
 @KERNELS
@@ -194,12 +194,12 @@ def test_nobody_waits_for_the_device(kernel, dtype):
 
 def test_explain():
     x = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16, device="cuda")
-    told = explain(x, x, x, LONGNET)
-    head, *rows = str(told).splitlines()
+    explained = explain(x, x, x, LONGNET)
+    head, *rows = str(explained).splitlines()
     major, minor = torch.cuda.get_device_capability()
     assert head == f"cuda of compute capability {major}.{minor}, bfloat16, accumulates in float32"
     assert [row.split()[0] for row in rows] == list(kernel_names())
-    assert told.chosen in kernel_names()
+    assert explained.chosen in kernel_names()
     assert explain(x.double(), x.double(), x.double(), LONGNET).chosen == "eager"
     assert explain(x.float(), x.float(), x.float(), LONGNET).chosen == "sdpa"
 

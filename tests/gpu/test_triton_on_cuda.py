@@ -34,8 +34,8 @@ def compare(widths, dtype, pattern):
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out, lse = attend(*leaves, pattern, kernel=kernel, return_lse=True)
         results.append((out, lse.nan_to_num(neginf=0), *torch.autograd.grad(out, leaves, grad)))
-    for found, truth in zip(*results, strict=True):
-        close(found, truth.cpu(), TOLERANCE[dtype])
+    for result, truth in zip(*results, strict=True):
+        close(result, truth.cpu(), TOLERANCE[dtype])
 
 
 @DTYPES

@@ -33,12 +33,12 @@ def test_the_pattern_comes_back_with_the_model(tmp_path):
     net = model("Qwen3", "sdpa")
     dense = net(torch.arange(3, 43)[None]).logits
     dilate(net, PATTERN, [1])
-    found = net(torch.arange(3, 43)[None]).logits
-    assert not torch.equal(found, dense)
+    result = net(torch.arange(3, 43)[None]).logits
+    assert not torch.equal(result, dense)
     net.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="ring").double()
     assert layer_patterns(again) == layer_patterns(net) == [Pattern.window(12, is_causal=True), PATTERN]
-    torch.testing.assert_close(again(torch.arange(3, 43)[None]).logits, found, rtol=0, atol=1e-12)
+    torch.testing.assert_close(again(torch.arange(3, 43)[None]).logits, result, rtol=0, atol=1e-12)
 
 
 def test_other_implementations_do_not_make_a_dilated_model_dense(tmp_path):
@@ -47,11 +47,11 @@ def test_other_implementations_do_not_make_a_dilated_model_dense(tmp_path):
     ids = torch.arange(3, 43)[None]
     net = model("Qwen3", "sdpa")
     dilate(net, PATTERN, [1])
-    found = net(ids).logits
+    result = net(ids).logits
     for folder in ("first", "again"):
         net.save_pretrained(tmp_path / folder)
         net = AutoModelForCausalLM.from_pretrained(tmp_path / folder).double()  # by "ring", without asking for it
-        torch.testing.assert_close(net(ids).logits, found, rtol=0, atol=1e-12)
+        torch.testing.assert_close(net(ids).logits, result, rtol=0, atol=1e-12)
         net.set_attn_implementation("sdpa")
         with pytest.raises(ValueError, match="must be 'ring' for a model with dilated layers, got 'sdpa'"):
             net(ids)

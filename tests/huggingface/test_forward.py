@@ -14,11 +14,11 @@ def test_hidden_states_are_the_inputs_of_the_blocks_and_of_the_head():
     seen = []
     hooks = [each.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for each in model.model.blocks]
     hooks.append(model.model.head.register_forward_pre_hook(lambda _, given: seen.append(given[0])))
-    found = model(ids, output_hidden_states=True)
+    result = model(ids, output_hidden_states=True)
     for hook in hooks:
         hook.remove()
-    assert len(found.hidden_states) == len(seen) == 3
-    assert all(torch.equal(one, other) for one, other in zip(found.hidden_states, seen, strict=True))
+    assert len(result.hidden_states) == len(seen) == 3
+    assert all(torch.equal(one, other) for one, other in zip(result.hidden_states, seen, strict=True))
     model.config.output_hidden_states = True
     assert len(model(ids).hidden_states) == 3
     assert "hidden_states" not in model(ids, output_hidden_states=False)
@@ -28,29 +28,29 @@ def test_hidden_states_are_the_inputs_of_the_blocks_and_of_the_head():
 
 def test_outputs_are_a_tuple_on_request():
     model, ids = decoder(), tokens(2, 9)
-    wanted = model(ids, labels=ids, output_hidden_states=True)
+    expected = model(ids, labels=ids, output_hidden_states=True)
     loss, logits, states = model(ids, labels=ids, output_hidden_states=True, return_dict=False)
-    assert torch.equal(loss, wanted.loss)
-    assert torch.equal(logits, wanted.logits)
+    assert torch.equal(loss, expected.loss)
+    assert torch.equal(logits, expected.logits)
     assert len(states) == 3
     model.config.return_dict = False
-    assert torch.equal(model(ids)[0], wanted.logits)
+    assert torch.equal(model(ids)[0], expected.logits)
 
 
 @pytest.mark.parametrize("kept", [1, 4, torch.tensor([2, 7])])
 def test_logits_of_some_tokens(kept):
     model, ids = decoder(), tokens(2, 9)
-    wanted = model(ids).logits
-    found = model(ids, logits_to_keep=kept).logits
-    torch.testing.assert_close(found, wanted[:, kept] if isinstance(kept, torch.Tensor) else wanted[:, -kept:])
+    expected = model(ids).logits
+    result = model(ids, logits_to_keep=kept).logits
+    torch.testing.assert_close(result, expected[:, kept] if isinstance(kept, torch.Tensor) else expected[:, -kept:])
 
 
 @pytest.mark.parametrize("kind", ["rope", "learned"])
 def test_embedded_tokens_give_what_tokens_give(kind):
     model, ids = decoder(kind), tokens(2, 9)
-    found = model(inputs_embeds=model.get_input_embeddings()(ids), labels=ids)
-    assert torch.equal(found.logits, model(ids).logits)
-    assert torch.equal(found.loss, model(ids, labels=ids).loss)
+    result = model(inputs_embeds=model.get_input_embeddings()(ids), labels=ids)
+    assert torch.equal(result.logits, model(ids).logits)
+    assert torch.equal(result.loss, model(ids, labels=ids).loss)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ def greedy(model, row, steps):
 def test_rows_of_a_batch_are_generated_as_alone(options):
     model, mask = decoder(), torch.tensor(MASKS["left"])
     rows = [tokens(3, 30)[i, :n] for i, n in enumerate(LENGTHS)]
-    found = model.generate(scattered(rows, mask), attention_mask=mask, max_new_tokens=5, do_sample=False, **options)
-    assert torch.equal(found[:, 30:], torch.stack([greedy(model, row, 5) for row in rows]))
+    result = model.generate(scattered(rows, mask), attention_mask=mask, max_new_tokens=5, do_sample=False, **options)
+    assert torch.equal(result[:, 30:], torch.stack([greedy(model, row, 5) for row in rows]))
 
 
 @pytest.mark.parametrize("with_tokens", [False, True])
@@ -31,8 +31,8 @@ def test_embeddings_are_continued_as_tokens_are(with_tokens):
     given = {"input_ids": ids} if with_tokens else {}
     embedded = model.get_input_embeddings()(ids)
     for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}):
-        found = model.generate(inputs_embeds=embedded, **given, max_new_tokens=4, **options)
-        assert torch.equal(found[:, -4:], model.generate(ids, max_new_tokens=4, **options)[:, 20:])
+        result = model.generate(inputs_embeds=embedded, **given, max_new_tokens=4, **options)
+        assert torch.equal(result[:, -4:], model.generate(ids, max_new_tokens=4, **options)[:, 20:])
     with pytest.raises(ValueError, match=r"inputs_embeds must embed all tokens of .*, 19, got 20"):
         model.generate(ids[:, 1:], inputs_embeds=embedded, max_new_tokens=4)
 
@@ -41,8 +41,8 @@ def test_beams_of_a_batch_are_those_of_each_row():
     model, mask = decoder(), torch.tensor(MASKS["left"])
     rows = [tokens(3, 30)[i, :n] for i, n in enumerate(LENGTHS)]
     options = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
-    found = model.generate(scattered(rows, mask), attention_mask=mask, **options)
-    for one, row in zip(found, rows, strict=True):
+    result = model.generate(scattered(rows, mask), attention_mask=mask, **options)
+    for one, row in zip(result, rows, strict=True):
         assert torch.equal(one[30:], model.generate(row[None], **options)[0, len(row) :])
 
 
@@ -50,13 +50,13 @@ def test_samples_are_drawn_from_the_logits():
     model, row = decoder(), tokens(1, 9)
     torch.manual_seed(3)
     options = {"output_logits": True, "output_hidden_states": True, "return_dict_in_generate": True, "top_k": 0}
-    found = model.generate(row, max_new_tokens=5, do_sample=True, **options)
+    result = model.generate(row, max_new_tokens=5, do_sample=True, **options)
     torch.manual_seed(3)
-    for logits in found.logits:
+    for logits in result.logits:
         torch.testing.assert_close(logits, model(row).logits[:, -1].float())
         row = torch.cat([row, torch.multinomial(logits.softmax(-1), 1)], 1)
-    assert torch.equal(found.sequences, row)
-    assert [states[0].shape for states in found.hidden_states] == [(1, n, 16) for n in (9, 1, 1, 1, 1)]
+    assert torch.equal(result.sequences, row)
+    assert [states[0].shape for states in result.hidden_states] == [(1, n, 16) for n in (9, 1, 1, 1, 1)]
 
 
 def test_generation_refuses_what_needs_a_cache_or_weights_of_attention():
@@ -90,11 +90,11 @@ def test_a_cache_and_the_whole_rows_give_the_same_tokens(kind, beams):
     options = {"max_new_tokens": 50 if beams == 1 else 12, "num_beams": beams, "do_sample": False}
     options |= {"attention_mask": mask, "return_dict_in_generate": True, "output_logits": True}
     ids = scattered(rows, mask)
-    wanted = model.generate(ids, **options, use_cache=False)
-    found = model.generate(ids, **options, use_cache=True)
-    assert torch.equal(found.sequences, wanted.sequences)
-    assert isinstance(found.past_key_values, LongNetCache)
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), rtol=1e-5, atol=1e-5)
+    expected = model.generate(ids, **options, use_cache=False)
+    result = model.generate(ids, **options, use_cache=True)
+    assert torch.equal(result.sequences, expected.sequences)
+    assert isinstance(result.past_key_values, LongNetCache)
+    torch.testing.assert_close(torch.stack(result.logits), torch.stack(expected.logits), rtol=1e-5, atol=1e-5)
 
 
 def test_a_text_goes_on_from_its_cache():
@@ -103,8 +103,8 @@ def test_a_text_goes_on_from_its_cache():
     first = model.generate(ids, past_key_values=past, max_new_tokens=40, do_sample=False)
     assert past.get_seq_length() == 59
     more = torch.cat([first, tokens(2, 5)], 1)
-    found = model.generate(more, past_key_values=past, max_new_tokens=10, do_sample=False)
-    assert torch.equal(found, model.generate(more, max_new_tokens=10, do_sample=False, use_cache=False))
+    result = model.generate(more, past_key_values=past, max_new_tokens=10, do_sample=False)
+    assert torch.equal(result, model.generate(more, max_new_tokens=10, do_sample=False, use_cache=False))
     assert past.rows.nbytes < 2 * 2 * 64 * 2 * 2 * 2 * 4 * 8, "the rows of four segments of 64"
 
 
@@ -112,7 +112,7 @@ def test_a_cache_is_cropped_where_its_rows_are_kept():
     model, ids, mask = decoder(), tokens(2, 30), torch.ones(2, 30, dtype=torch.int64)
     mask[1, :5] = 0
     with torch.no_grad():
-        wanted = model(ids, attention_mask=mask).logits
+        expected = model(ids, attention_mask=mask).logits
         for columns, length in ((27, 25), (27, -2), (26, 40)):
             past = LongNetCache(2)
             model(ids[:, :25], attention_mask=mask[:, :25], past_key_values=past)
@@ -120,8 +120,8 @@ def test_a_cache_is_cropped_where_its_rows_are_kept():
             past.crop(length)
             assert past.get_seq_length() == min(columns, 25 if length < 40 else 26)
             if length < 40:
-                found = model(ids[:, 25:], past_key_values=past).logits
-                torch.testing.assert_close(found, wanted[:, 25:], rtol=1e-5, atol=1e-5)
+                result = model(ids[:, 25:], past_key_values=past).logits
+                torch.testing.assert_close(result, expected[:, 25:], rtol=1e-5, atol=1e-5)
         with pytest.raises(ValueError, match="max_length must be at least 25, got 24: rows have padding"):
             past.crop(24)
         model(tokens(2, 200), past_key_values=past)

@@ -29,9 +29,9 @@ def ranks(tmp_path_factory):
     command += [str(HERE / "launched_trainers.py"), str(folder)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=170, env=environment, cwd=folder)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-    assert all(list(each) == list(CASES) for each in found)
-    return found
+    result = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    assert all(list(each) == list(CASES) for each in result)
+    return result
 
 
 def stepped(net, batches, clip=None):
@@ -57,11 +57,11 @@ def loop_batches(count, many, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     from accelerate_loop import rows
 
-    found = rows(count, TOKENS)
+    result = rows(count, TOKENS)
     if many == 2:
-        return [stacked(found[i : i + 2]) for i in range(0, count, 2)]
+        return [stacked(result[i : i + 2]) for i in range(0, count, 2)]
     # each rank takes two of the rows of its own
-    return [stacked([found[i], found[i + 2], found[i + 1], found[i + 3]]) for i in range(0, count, 4)]
+    return [stacked([result[i], result[i + 2], result[i + 1], result[i + 3]]) for i in range(0, count, 4)]
 
 
 @pytest.mark.parametrize(
@@ -73,10 +73,10 @@ def test_a_loop_of_accelerate_trains_as_one_process(ranks, case, count, many, mo
     expected = stepped(net, loop_batches(count, many, monkeypatch))
     tolerance = 1e-12 if case == "first step" else 1e-9  # AdamW divides by gradients that are nearly 0
     for outcomes in ranks:
-        losses, found = outcomes[case]
+        losses, result = outcomes[case]
         assert losses == pytest.approx(expected, rel=tolerance)
         for name, gradient in gradients(net).items():
-            assert (found[name] - gradient).norm() < tolerance * gradient.norm(), name
+            assert (result[name] - gradient).norm() < tolerance * gradient.norm(), name
 
 
 def shifted(rows):
@@ -95,9 +95,9 @@ def test_the_trainer_of_transformers_trains_and_evaluates_as_one_process(ranks, 
     expected = stepped(net, [shifted(chosen[4 * i : 4 * i + 4]) for i in range(STEPS)], clip=1.0)
     batch = shifted(trainer_rows(4))
     assert len(batch["labels"]) == ROWS
-    wanted = batch.pop("labels")
+    reference = batch.pop("labels")
     with torch.no_grad():
-        evaluated = F.cross_entropy(net(**batch).logits.flatten(0, 1), wanted.flatten()).item()
+        evaluated = F.cross_entropy(net(**batch).logits.flatten(0, 1), reference.flatten()).item()
     for outcomes in ranks:
         losses, loss, weights = outcomes["trainer"]
         assert losses == pytest.approx(expected, rel=1e-6)  # the Trainer logs float32
@@ -127,8 +127,8 @@ def test_what_needs_whole_rows_on_a_rank_is_refused(ranks, case, message):
 
 def test_without_the_subclass_a_trainer_splits_no_row(ranks):
     """Its ranks train on other rows, each whole: as data parallelism does, and as it would without a context."""
-    found = [outcomes["no subclass"] for outcomes in ranks]
-    assert found[0] == found[1]
-    with_context, without = found[0]
+    result = [outcomes["no subclass"] for outcomes in ranks]
+    assert result[0] == result[1]
+    with_context, without = result[0]
     assert with_context == pytest.approx(without, rel=1e-6)
     assert with_context != pytest.approx(ranks[0]["trainer"][0], rel=1e-3)

@@ -43,8 +43,8 @@ def generated(net, cache, is_padded):
 def test_generates_what_transformers_generates(name, cache, is_padded):
     register_plain()
     truth, true_logits = generated(model(name, ARCHITECTURES[name][2]), cache, is_padded)
-    found, logits = generated(model(name, "ring"), cache, is_padded)
-    assert torch.equal(found, truth)
+    result, logits = generated(model(name, "ring"), cache, is_padded)
+    assert torch.equal(result, truth)
     torch.testing.assert_close(logits, true_logits, rtol=0, atol=1e-5)  # generate rounds logits to float32
 
 
@@ -81,8 +81,8 @@ def test_padding_on_the_left_may_have_negative_positions(pads):
     mask = torch.ones(1, 13 + pads, dtype=torch.long)
     mask[:, :pads] = 0
     with torch.no_grad():
-        wanted = net(ids).logits
-        found = net(
+        expected = net(ids).logits
+        result = net(
             torch.cat((ids[:, :1].expand(1, pads), ids), 1), attention_mask=mask, position_ids=mask.cumsum(1) - 1
         )
-    torch.testing.assert_close(found.logits[:, pads:], wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(result.logits[:, pads:], expected, rtol=1e-10, atol=1e-10)

@@ -117,9 +117,9 @@ def test_another_implementation_is_named():
 
 
 def faults(pool, world, *arguments):
-    found = pool.outcomes(world, split_step, *arguments)
-    assert not any(is_result for is_result, _ in found)
-    return [error[1] for _, error in found]
+    result = pool.outcomes(world, split_step, *arguments)
+    assert not any(is_result for is_result, _ in result)
+    return [error[1] for _, error in result]
 
 
 def without_positions(group):

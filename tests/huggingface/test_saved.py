@@ -40,19 +40,19 @@ def tokens(vocab_size=256):
 def test_resized_vocabularies_are_saved_and_read(is_tied, size, tmp_path):
     export_model(longnet(tied_embeddings=is_tied), tmp_path / "out", "huggingface")
     model = read(tmp_path / "out")
-    wanted = model(tokens(200)).logits
+    expected = model(tokens(200)).logits
     model.resize_token_embeddings(size)
     ids = tokens(size)
-    found = model(ids, labels=ids)
-    assert found.logits.shape == (2, 30, size)
-    assert found.loss.isfinite()
-    torch.testing.assert_close(model(tokens(200)).logits[..., :200], wanted[..., :200])
+    result = model(ids, labels=ids)
+    assert result.logits.shape == (2, 30, size)
+    assert result.loss.isfinite()
+    torch.testing.assert_close(model(tokens(200)).logits[..., :200], expected[..., :200])
     assert model.config.longnet["vocab_size"] == model.config.vocab_size == model.model.config.vocab_size == size
     model.save_pretrained(tmp_path / "again")
     again = read(tmp_path / "again")
-    assert torch.equal(again(ids).logits, found.logits)
+    assert torch.equal(again(ids).logits, result.logits)
     assert (again.get_input_embeddings().weight is again.get_output_embeddings().weight) == is_tied
-    assert torch.equal(load_model(tmp_path / "again")(ids), found.logits)
+    assert torch.equal(load_model(tmp_path / "again")(ids), result.logits)
 
 
 def test_new_tokens_may_begin_as_those_of_a_longnet(tmp_path):
@@ -68,9 +68,9 @@ def test_the_dtype_is_that_which_is_asked_for(dtype, tmp_path):
     model = longnet()
     export_model(model.to(torch.bfloat16) if dtype == torch.bfloat16 else model, tmp_path / "out", "huggingface")
     ids = tokens()
-    found = read(tmp_path / "out") if dtype == torch.bfloat16 else read(tmp_path / "out", dtype=dtype)
-    assert found.dtype == dtype
-    assert torch.equal(found(ids).logits, model.to(dtype)(ids))
+    result = read(tmp_path / "out") if dtype == torch.bfloat16 else read(tmp_path / "out", dtype=dtype)
+    assert result.dtype == dtype
+    assert torch.equal(result(ids).logits, model.to(dtype)(ids))
     assert torch.equal(read(tmp_path / "out").to(dtype)(ids).logits, model(ids))
 
 
@@ -89,9 +89,9 @@ def test_a_missing_weight_begins_as_that_of_a_longnet(name, tmp_path):
     save_file({key: x for key, x in weights.items() if key != name}, file, {"format": "pt"})
     model, info = read(tmp_path / "out", output_loading_info=True)
     assert info["missing_keys"] == {name}
-    found = model.state_dict()
-    assert found[name].std().item() == pytest.approx(weights[name].std().item(), rel=0.15, abs=1e-6)
-    assert all(torch.equal(found[key], x) for key, x in weights.items() if key != name)
+    result = model.state_dict()
+    assert result[name].std().item() == pytest.approx(weights[name].std().item(), rel=0.15, abs=1e-6)
+    assert all(torch.equal(result[key], x) for key, x in weights.items() if key != name)
 
 
 # Configurations
@@ -128,13 +128,13 @@ def test_an_argument_of_reading_changes_both_configurations(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("learned", "trained", "wanted"), [(None, None, None), (None, 64, 64), (30, 64, 30), (30, None, 30)]
+    ("learned", "trained", "expected"), [(None, None, None), (None, 64, 64), (30, 64, 30), (30, None, 30)]
 )
-def test_the_length_is_that_of_the_positions_or_of_training(learned, trained, wanted, tmp_path):
+def test_the_length_is_that_of_the_positions_or_of_training(learned, trained, expected, tmp_path):
     export_model(longnet(learned_positions=learned), tmp_path / "out", "huggingface", trained_length=trained)
     values = json.loads((tmp_path / "out/config.json").read_text())
-    assert values.get("max_position_embeddings") == wanted
-    assert getattr(read(tmp_path / "out").config, "max_position_embeddings", None) == wanted
+    assert values.get("max_position_embeddings") == expected
+    assert getattr(read(tmp_path / "out").config, "max_position_embeddings", None) == expected
 
 
 # Files beside the weights
@@ -160,8 +160,8 @@ def test_the_tokens_of_bytes_are_those_of_a_tokenizer_of_transformers(tmp_path):
         assert theirs.decode(ours.encode(text)) == text
     assert len(theirs) == 256
     assert theirs.decode([255, 65]) == ours.decode([255, 65])
-    found = theirs(["ab", "a"], padding=True)
-    assert found == {"input_ids": [[97, 98], [0, 97]], "attention_mask": [[1, 1], [0, 1]]}
+    result = theirs(["ab", "a"], padding=True)
+    assert result == {"input_ids": [[97, 98], [0, 97]], "attention_mask": [[1, 1], [0, 1]]}
     config = read(tmp_path / "out").generation_config
     assert (config.eos_token_id, config.pad_token_id, config.use_cache) == (0, 0, True)
 

@@ -64,17 +64,17 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(trainer_of, precisio
         model.loss_function = float64_loss
     labels = ids.masked_fill(torch.arange(20) < torch.tensor([[0], [3], [17], [9]]), -100)
     model.train()
-    wanted = model(ids, labels=labels).loss
-    wanted.backward()
+    expected = model(ids, labels=labels).loss
+    expected.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     trainer = trainer_of(model, 4)
     batches = [{"input_ids": ids[i : i + 1], "labels": labels[i : i + 1]} for i in range(4)]
     batches, items = trainer.get_batch_samples(iter(batches), 4, "cpu")
     assert items == (labels[:, 1:] != -100).sum()
-    found = sum(trainer.training_step(model, batch, items) for batch in batches)
+    result = sum(trainer.training_step(model, batch, items) for batch in batches)
     tolerance = {"rtol": 1e-10, "atol": 1e-12} if precision == "float64" else {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(found, wanted.detach(), **tolerance)
+    torch.testing.assert_close(result, expected.detach(), **tolerance)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, **tolerance)
 
@@ -87,21 +87,21 @@ def test_trainer_shifts_the_labels_that_it_smooths(trainer_of):
     trainer.label_smoother = LabelSmoother(epsilon=0.1)
     accelerator = vars(trainer.accelerator)
     accelerator["unwrap_model"] = lambda each: each
-    found = trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
+    result = trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
     logits = model(ids).logits[:, :-1].flatten(0, 1)
-    wanted = F.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    expected = F.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_loss_takes_the_options_of_transformers():
     model, ids = decoder(), tokens(2, 20)
     shifted = F.pad(ids[:, 1:], (0, 1), value=-100)
-    wanted = model(ids, labels=ids).loss
-    torch.testing.assert_close(model(ids, labels=ids, shift_labels=shifted).loss, wanted)
-    torch.testing.assert_close(model(ids, labels=ids, num_items_in_batch=torch.tensor(76)).loss, wanted / 2)
+    expected = model(ids, labels=ids).loss
+    torch.testing.assert_close(model(ids, labels=ids, shift_labels=shifted).loss, expected)
+    torch.testing.assert_close(model(ids, labels=ids, num_items_in_batch=torch.tensor(76)).loss, expected / 2)
     masked = ids.masked_fill(ids == 7, 0)
-    found = model(ids, labels=masked, ignore_index=0).loss
-    torch.testing.assert_close(found, model(ids, labels=ids.masked_fill(ids == 7, -100)).loss)
+    result = model(ids, labels=masked, ignore_index=0).loss
+    torch.testing.assert_close(result, model(ids, labels=ids.masked_fill(ids == 7, -100)).loss)
 
 
 @pytest.mark.parametrize("options", [None, {"use_reentrant": True}, {"use_reentrant": False}])
@@ -120,12 +120,12 @@ def test_recomputed_activations_change_nothing(options, every):
         loss.backward()
         return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
-    wanted = gradients()
+    expected = gradients()
     assert (len(calls), model.is_gradient_checkpointing) == (2, False)
     model.gradient_checkpointing_enable(options, **({"every_n_layers": every} if every > 1 else {}))
-    found = gradients()
+    result = gradients()
     assert (len(calls), model.is_gradient_checkpointing) == (4 if every == 1 else 3, True)
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(result, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     model.gradient_checkpointing_disable()
     gradients()

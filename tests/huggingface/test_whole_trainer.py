@@ -43,7 +43,7 @@ def read(folder, **options):
 
 def plain(folder, accumulated):
     """The losses of each step, and the weights after the last, of a loop that takes the accumulated rows at once."""
-    model, found = read(folder).train(), []
+    model, result = read(folder).train(), []
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0)
     for step in range(STEPS):
         many = accumulated * BATCH
@@ -55,8 +55,8 @@ def plain(folder, accumulated):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-        found.append(loss.item())
-    return found, model.state_dict()
+        result.append(loss.item())
+    return result, model.state_dict()
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
@@ -86,9 +86,9 @@ def test_the_trainer_trains_as_a_plain_loop(folder, tmp_path, accumulated, recom
     trainer = Trainer(model=model, args=arguments, train_dataset=rows())
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    wanted, weights = plain(folder, accumulated)
+    expected, weights = plain(folder, accumulated)
     assert len(calls) == STEPS * accumulated * (2 if recomputes else 1)
-    assert losses == pytest.approx(wanted, rel=1e-5)
+    assert losses == pytest.approx(expected, rel=1e-5)
     for name, x in model.state_dict().items():
         torch.testing.assert_close(x, weights[name], rtol=1e-4, atol=1e-5)
 
@@ -96,17 +96,17 @@ def test_the_trainer_trains_as_a_plain_loop(folder, tmp_path, accumulated, recom
 @pytest.mark.parametrize("places", ["cpu", "auto", {"": "cpu"}])
 def test_a_device_map_places_a_model(folder, places):
     ids = torch.stack([row["input_ids"] for row in rows()])
-    found, wanted = read(folder, device_map=places), read(folder)
-    assert torch.equal(found(ids).logits, wanted(ids).logits)
-    assert {str(x.device) for x in found.parameters()} == {"cpu"}
+    result, expected = read(folder, device_map=places), read(folder)
+    assert torch.equal(result(ids).logits, expected(ids).logits)
+    assert {str(x.device) for x in result.parameters()} == {"cpu"}
 
 
 @pytest.mark.filterwarnings("ignore:.*offload.*")
 def test_a_device_map_may_leave_a_block_on_disk(folder, tmp_path):
     ids = torch.stack([row["input_ids"] for row in rows()])
     places = {f"model.{name}": "cpu" for name in ("embedding", "blocks.0", "norm", "head")} | {"model.blocks.1": "disk"}
-    found = read(folder, device_map=places, offload_folder=str(tmp_path / "offloaded"))
-    assert {x.device.type for x in found.model.blocks[1].parameters()} == {"meta"}
-    assert torch.equal(found(ids).logits, read(folder)(ids).logits)
-    generated = found.generate(ids[:1], max_new_tokens=3, do_sample=False)
+    result = read(folder, device_map=places, offload_folder=str(tmp_path / "offloaded"))
+    assert {x.device.type for x in result.model.blocks[1].parameters()} == {"meta"}
+    assert torch.equal(result(ids).logits, read(folder)(ids).logits)
+    generated = result.generate(ids[:1], max_new_tokens=3, do_sample=False)
     assert torch.equal(generated, read(folder).generate(ids[:1], max_new_tokens=3, do_sample=False))

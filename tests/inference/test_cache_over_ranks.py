@@ -20,7 +20,7 @@ QUICK = [("xpos", 2), ("a pattern for each layer", 4)]
 @torch.no_grad()
 def by_steps_over_ranks(group, options, texts, every_size):
     """The logits of texts that ranks are given in parts of these sizes, and the slots of each cache."""
-    model, found = made(**options), []
+    model, result = made(**options), []
     with pytest.MonkeyPatch.context() as patch:
         for sizes in every_size:
             patch.setattr(layer, "BRANCH_TOKENS", 16 if sizes[0] in (7, 64) else 128)
@@ -29,8 +29,8 @@ def by_steps_over_ranks(group, options, texts, every_size):
             cache = model.new_cache(len(texts), group=group)
             logits = torch.cat([model(part, cache=cache) for part in texts.split(sizes, 1)], 1)
             slots = [[store.data.shape[3] for store in each.stores] for each in cache.layers]
-            found.append((logits, cache.most_rows(), slots))
-    return found
+            result.append((logits, cache.most_rows(), slots))
+    return result
 
 
 @pytest.mark.parametrize(("kind", "world"), tiered([(k, w) for k in NAMES for w in (1, 2, 4)], quick=QUICK))
@@ -38,11 +38,11 @@ def test_each_token_is_as_in_the_whole_text(pool, kind, world):
     """And each rank keeps at most its share of the rows, and one more of each branch."""
     texts = torch.randint(19, (2, 100))
     with torch.no_grad():
-        wanted = made(**KINDS[kind])(texts)
+        expected = made(**KINDS[kind])(texts)
     outcomes = pool.run(world, by_steps_over_ranks, KINDS[kind], texts, SIZES)
-    for found in outcomes:
-        for (logits, most, slots), (first, *_) in zip(found, outcomes[0], strict=True):
-            torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-9)
+    for result in outcomes:
+        for (logits, most, slots), (first, *_) in zip(result, outcomes[0], strict=True):
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
             assert torch.equal(logits, first)
             for bound, own in zip(most, slots, strict=True):
                 assert bound is None or sum(own) <= bound / world + len(own)
@@ -62,9 +62,9 @@ def test_drawn_patterns_and_blocks(pool, case):
     texts = torch.randint(19, (1, sum(sizes)))
     options = {"pattern": pattern, **options}
     with torch.no_grad():
-        wanted = made(**options)(texts)
+        expected = made(**options)(texts)
     for ((logits, *_),) in pool.run(world, by_steps_over_ranks, options, texts, [sizes]):
-        torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-9)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
 
 
 LENGTHS = (37, 1, 20)
@@ -77,21 +77,21 @@ def unequal_over_ranks(group, texts):
     mask = torch.stack([(torch.arange(37) < n).long() for n in LENGTHS])
     documents = (torch.arange(60) >= 11).long().expand(3, 60)
     cache = model.new_cache(3, group=group)
-    found = [model(texts[:, :37], attention_mask=mask, documents=documents[:, :37], cache=cache)]
+    result = [model(texts[:, :37], attention_mask=mask, documents=documents[:, :37], cache=cache)]
     for i in range(20):
         step = torch.stack([texts[b, n + i] for b, n in enumerate(LENGTHS)])[:, None]
         ids = torch.stack([documents[b, n + i] for b, n in enumerate(LENGTHS)])[:, None]
-        found.append(model(step, documents=ids, cache=cache))
-    return torch.cat(found, 1)
+        result.append(model(step, documents=ids, cache=cache))
+    return torch.cat(result, 1)
 
 
 def test_unequal_prompts_and_documents(pool):
     texts = torch.randint(19, (3, 60))
-    (wanted,) = pool.run(1, unequal_over_ranks, texts)
-    for found in pool.run(2, unequal_over_ranks, texts):
+    (expected,) = pool.run(1, unequal_over_ranks, texts)
+    for result in pool.run(2, unequal_over_ranks, texts):
         for b, n in enumerate(LENGTHS):
-            torch.testing.assert_close(found[b, :n], wanted[b, :n], rtol=0, atol=1e-9)
-        torch.testing.assert_close(found[:, 37:], wanted[:, 37:], rtol=0, atol=1e-9)
+            torch.testing.assert_close(result[b, :n], expected[b, :n], rtol=0, atol=1e-9)
+        torch.testing.assert_close(result[:, 37:], expected[:, 37:], rtol=0, atol=1e-9)
 
 
 @torch.no_grad()
@@ -101,19 +101,19 @@ def attended_with_sinks(group, parts, sinks, sizes):
 
     pattern = Pattern.dilated((4, 16), (1, 2), is_causal=True)
     config = BlocksConfig(pattern, dim=16, layers=1, heads=4, kv_heads=2)
-    cache, found = DilatedCache(config, dtype=torch.float64, group=group), []
+    cache, result = DilatedCache(config, dtype=torch.float64, group=group), []
     for part in zip(*(x.split(sizes, 1) for x in parts), strict=True):
         with cache.step(part[0].shape[1]) as step:
-            found.append(step.layer(0).attend(*part, sinks=sinks))
-    return torch.cat(found, 1)
+            result.append(step.layer(0).attend(*part, sinks=sinks))
+    return torch.cat(result, 1)
 
 
 def test_a_sink_counts_once(pool):
     parts = [torch.randn(1, 60, n, 4, dtype=torch.float64) for n in (4, 2, 2)]
     sinks, sizes = torch.randn(4, dtype=torch.float64), [5, *[1] * 20, *[3] * 5, 20]
-    (wanted,) = pool.run(1, attended_with_sinks, parts, sinks, sizes)
-    for found in pool.run(4, attended_with_sinks, parts, sinks, sizes):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    (expected,) = pool.run(1, attended_with_sinks, parts, sinks, sizes)
+    for result in pool.run(4, attended_with_sinks, parts, sinks, sizes):
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -126,9 +126,9 @@ def narrow_over_ranks(group, text, dtype):
 @pytest.mark.parametrize("dtype", tiered([torch.int8, torch.bfloat16, torch.float16], quick=[torch.int8]))
 def test_narrow_rows_are_those_of_one_process(pool, dtype):
     text = torch.randint(19, (1, 60))
-    (wanted,) = pool.run(1, narrow_over_ranks, text, dtype)
-    for found in pool.run(2, narrow_over_ranks, text, dtype):
-        assert (found - wanted).norm() < 1e-3 * wanted.norm()
+    (expected,) = pool.run(1, narrow_over_ranks, text, dtype)
+    for result in pool.run(2, narrow_over_ranks, text, dtype):
+        assert (result - expected).norm() < 1e-3 * expected.norm()
 
 
 @torch.no_grad()
@@ -136,12 +136,12 @@ def counted_over_ranks(group, text):
     model = made(kv_heads=2, layers=3).float()
     cache = model.new_cache(len(text), group=group)
     model(text[:, :20], cache=cache)
-    traffic, found = cache.ranks.comm.traffic, []
+    traffic, result = cache.ranks.comm.traffic, []
     for token in text[:, 20:].split(1, 1):
         before = traffic.messages, traffic.sent_bytes
         model(token, cache=cache)
-        found.append((traffic.messages - before[0], traffic.sent_bytes - before[1]))
-    return found
+        result.append((traffic.messages - before[0], traffic.sent_bytes - before[1]))
+    return result
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -150,8 +150,8 @@ def test_a_token_costs_one_exchange_a_layer_whatever_the_cache_holds(pool, world
     batch, heads, width = 2, 4, 4
     messages = (3 + 1) * (world - 1)
     sent = (world - 1) * (3 * batch * heads * (width + 1) * 4 + 3 * 8)
-    for found in pool.run(world, counted_over_ranks, torch.randint(19, (batch, 60))):
-        assert found == [(messages, sent)] * 40
+    for result in pool.run(world, counted_over_ranks, torch.randint(19, (batch, 60))):
+        assert result == [(messages, sent)] * 40
 
 
 @torch.no_grad()
@@ -162,27 +162,27 @@ def moved_over_ranks(group, text, path):
     model(text[:, :29], cache=cache)
     model(text[:, 40:42], cache=cache)
     cache.rewind(2)
-    found = [model(text[:, 29:33], cache=cache)]
+    result = [model(text[:, 29:33], cache=cache)]
     save_cache(cache, path, model)
     cache = load_cache(path, model, group=group)
-    found.append(model(text[:, 33:41], cache=cache))
+    result.append(model(text[:, 33:41], cache=cache))
     cache.select(torch.tensor([1, 1]))
-    found.append(model(text[1:, 41:].expand(2, -1), cache=cache))
-    return found
+    result.append(model(text[1:, 41:].expand(2, -1), cache=cache))
+    return result
 
 
 @torch.no_grad()
 def test_caches_rewind_select_and_go_to_files_over_ranks(pool, tmp_path):
     model, text = made(), torch.randint(19, (2, 60))
-    wanted = model(text)
+    expected = model(text)
     for world in (2, 1):
         for first, second, third in pool.run(world, moved_over_ranks, text, tmp_path / f"text{world}"):
-            torch.testing.assert_close(first, wanted[:, 29:33], rtol=0, atol=1e-9)
-            torch.testing.assert_close(second, wanted[:, 33:41], rtol=0, atol=1e-9)
-            torch.testing.assert_close(third, wanted[1:, 41:].expand(2, -1, -1), rtol=0, atol=1e-9)
+            torch.testing.assert_close(first, expected[:, 29:33], rtol=0, atol=1e-9)
+            torch.testing.assert_close(second, expected[:, 33:41], rtol=0, atol=1e-9)
+            torch.testing.assert_close(third, expected[1:, 41:].expand(2, -1, -1), rtol=0, atol=1e-9)
     # what two ranks wrote is what one process reads
     cache = load_cache(tmp_path / "text2", model)
-    torch.testing.assert_close(model(text[:, 33:], cache=cache), wanted[:, 33:], rtol=0, atol=1e-9)
+    torch.testing.assert_close(model(text[:, 33:], cache=cache), expected[:, 33:], rtol=0, atol=1e-9)
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ def test_steps_see_what_whole_texts_show(case):
     if case["breaks"] is not None:
         starts = torch.tensor(case["breaks"])
         documents = (torch.arange(size)[None, :, None] >= starts * torch.arange(1, batch + 1)[:, None, None]).sum(-1)
-    wanted = [
+    expected = [
         attend(
             *(x[b : b + 1, :n] for x in (q, k, v)),
             case["pattern"],
@@ -94,7 +94,7 @@ def test_steps_see_what_whole_texts_show(case):
         for b, n in enumerate(totals)
     ]
     cache = DilatedCache(config_of(case["pattern"], heads, kv_heads, width), batch, dtype=torch.float64)
-    at, found = [0] * batch, [[] for _ in range(batch)]
+    at, result = [0] * batch, [[] for _ in range(batch)]
     for longest, counts in case["steps"]:
         places = (torch.tensor(at)[:, None] + torch.arange(longest)).clamp(max=size - 1)  # padding holds anything
         parts = [x[torch.arange(batch)[:, None], places] for x in (q, k, v)]
@@ -102,12 +102,12 @@ def test_steps_see_what_whole_texts_show(case):
         with cache.step(longest, counts=counts, documents=ids) as step, paths(case["by_branches"]):
             out = step.layer(0).attend(*parts, sinks=sinks)
         for b, count in enumerate(counts):
-            found[b].append(out[b, :count])
+            result[b].append(out[b, :count])
             at[b] += count
         (most,) = cache.most_rows()
         assert most is None or max(max(cache.kept_rows(b)[0]) for b in range(batch)) <= most
     for b in range(batch):
-        torch.testing.assert_close(torch.cat(found[b]), wanted[b], rtol=0, atol=1e-9)
+        torch.testing.assert_close(torch.cat(result[b]), expected[b], rtol=0, atol=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,15 +120,15 @@ def test_the_rows_that_are_kept_are_those_that_some_later_query_sees(shown, kv_h
     pattern = pattern_of([replace(b, causal=True, sparsity=None) for b in shown], "multiset")
     # the queries of the next two segments see whatever a later query does
     tokens = torch.arange(t + 2 * max(b.segment_length or 1 for b in pattern.branches) + 20)
-    wanted = torch.zeros(kv_heads, dtype=torch.int64)
+    expected = torch.zeros(kv_heads, dtype=torch.int64)
     for visible in pattern.visible(tokens, kv_heads):
-        wanted += visible[:, t:, :t].any(1).sum(1)
+        expected += visible[:, t:, :t].any(1).sum(1)
     cache = DilatedCache(config_of(pattern, kv_heads, kv_heads, 2), dtype=torch.float64)
     kv = torch.zeros(1, t, kv_heads, 2, dtype=torch.float64)
     if t:
         with cache.step(t) as step:
             step.layer(0).attend(kv, kv, kv)
-    assert cache.kept_rows() == [wanted.tolist()]
+    assert cache.kept_rows() == [expected.tolist()]
     (most,) = cache.most_rows()
     bound = [b.segment_length and -(-b.segment_length // b.dilation_rate) for b in pattern.branches]
     if all(bound):
@@ -149,7 +149,7 @@ def test_a_million_tokens_take_the_memory_of_the_first_segments():
     assert border % 4096 == 0
     cache = DilatedCache(config_of(pattern, heads, heads, width), dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    end, found, sizes, first = [], [], set(), 0
+    end, result, sizes, first = [], [], set(), 0
     for start in range(0, total, 64):
         q, k, v = torch.randn(3, 1, 64, heads, width, generator=generator, dtype=torch.float64)
         outs = []
@@ -159,7 +159,7 @@ def test_a_million_tokens_take_the_memory_of_the_first_segments():
                 outs.append(step.layer(0).attend(*part))
         if start >= border:
             end.append((q, k, v))
-            found += outs
+            result += outs
         if start >= 8192:
             sizes.add(cache.nbytes)
             first = first or resident()
@@ -167,4 +167,4 @@ def test_a_million_tokens_take_the_memory_of_the_first_segments():
     assert size <= 2 * cache.most_rows()[0] * heads * width * 8
     assert resident() - first < 32 * 2**20
     whole = [torch.cat(parts, 1) for parts in zip(*end, strict=True)]
-    torch.testing.assert_close(torch.cat(found, 1), attend(*whole, pattern), rtol=0, atol=1e-9)
+    torch.testing.assert_close(torch.cat(result, 1), attend(*whole, pattern), rtol=0, atol=1e-9)

@@ -52,10 +52,10 @@ def by_steps(model, tokens, sizes, cache=None):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_token_is_as_in_the_whole_text(kind):
     model, tokens = made(**KINDS[kind]), torch.randint(19, (2, 100))
-    wanted = model(tokens)
+    expected = model(tokens)
     for sizes in ([1] * 100, [50, *[3] * 16, 2], [64, 36], [7, 93]):
-        found, cache = by_steps(model, tokens, sizes)
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+        result, cache = by_steps(model, tokens, sizes)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
         assert cache.positions == (100, 100)
 
 
@@ -66,11 +66,11 @@ def test_long_texts_are_computed_in_steps_of_bounded_memory(monkeypatch):
     for kind in ("rope", "a pattern for each layer", "xpos without segments"):
         model, tokens = made(**KINDS[kind]), torch.randint(19, (2, 150))
         states, wanted_states = [], []
-        wanted = model.encode(model.embed(tokens), states=wanted_states)
+        expected = model.encode(model.embed(tokens), states=wanted_states)
         cache = model.new_cache(2)
         begun = model.encode(model.embed(tokens[:, :30]), cache=cache)
-        found = model.encode(model.embed(tokens[:, 30:]), cache=cache, states=states)
-        torch.testing.assert_close(torch.cat([begun, found], 1), wanted, rtol=0, atol=1e-9)
+        result = model.encode(model.embed(tokens[:, 30:]), cache=cache, states=states)
+        torch.testing.assert_close(torch.cat([begun, result], 1), expected, rtol=0, atol=1e-9)
         for own, other in zip(states, wanted_states, strict=True):
             torch.testing.assert_close(own, other[:, 30:], rtol=0, atol=1e-9)
 
@@ -90,10 +90,10 @@ def test_prompts_of_unequal_length_are_padded_on_either_side(side):
         torch.testing.assert_close(first[b][mask[b] == 1], model(texts[b : b + 1, :n])[0], rtol=0, atol=1e-9)
     for i in range(20):
         step = torch.stack([texts[b, n + i] for b, n in enumerate(lengths)])[:, None]
-        found = model(step, cache=cache)
+        result = model(step, cache=cache)
         for b, n in enumerate(lengths):
-            wanted = model(texts[b : b + 1, : n + i + 1])[0, -1]
-            torch.testing.assert_close(found[b, 0], wanted, rtol=0, atol=1e-9)
+            expected = model(texts[b : b + 1, : n + i + 1])[0, -1]
+            torch.testing.assert_close(result[b, 0], expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["xpos", "sparse without segments"])
@@ -101,12 +101,12 @@ def test_documents_go_on_and_begin_within_steps(kind):
     sparse = Pattern((Branch(is_causal=True, sparsity=Sparsity("local_window", 1, 0.4)),))
     model, tokens = made(**KINDS.get(kind, {"pattern": sparse})), torch.randint(19, (2, 60))
     documents = torch.stack([torch.tensor([3] * 17 + [5] * 1 + [6] * 42), torch.tensor([0] * 40 + [2] * 20)])
-    wanted = model(tokens, documents=documents)
+    expected = model(tokens, documents=documents)
     for sizes in ([1] * 60, [5, 40, 15], [30, 30]):
         cache = model.new_cache(2)
         parts = zip(tokens.split(sizes, 1), documents.split(sizes, 1), strict=True)
-        found = torch.cat([model(part, documents=ids, cache=cache) for part, ids in parts], 1)
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+        result = torch.cat([model(part, documents=ids, cache=cache) for part, ids in parts], 1)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
         assert cache.positions == (42, 20)
 
 
@@ -119,11 +119,11 @@ def test_a_text_longer_than_all_segments_is_warned_of():
 
 def test_losses_of_parts_add_up_to_that_of_the_whole():
     model, tokens = made(), torch.randint(19, (2, 61))
-    wanted = model(tokens[:, :-1], tokens[:, 1:])
+    expected = model(tokens[:, :-1], tokens[:, 1:])
     cache = model.new_cache(2)
     parts = zip(tokens[:, :-1].split(25, 1), tokens[:, 1:].split(25, 1), strict=True)
     losses = [model(part, labels, cache=cache) for part, labels in parts]
-    torch.testing.assert_close(sum(loss.loss_sum for loss in losses), wanted.loss_sum, rtol=0, atol=1e-9)
+    torch.testing.assert_close(sum(loss.loss_sum for loss in losses), expected.loss_sum, rtol=0, atol=1e-9)
 
 
 CURVE = {"pattern": DILATED, "ordering": "hilbert"}
@@ -178,11 +178,11 @@ def test_a_cache_that_lacks_tokens_in_some_layers_is_refused(monkeypatch):
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3), (torch.int8, 3e-2)])
 def test_narrow_rows_are_exact_to_their_rounding(dtype, error):
     model, tokens = made().float(), torch.randint(19, (1, 60))
-    wanted = model(tokens)
+    expected = model(tokens)
     cache, plain = model.new_cache(dtype=dtype), model.new_cache()
-    found = torch.cat([model(part, cache=cache) for part in tokens.split([20, *[1] * 40], 1)], 1)
+    result = torch.cat([model(part, cache=cache) for part in tokens.split([20, *[1] * 40], 1)], 1)
     torch.cat([model(part, cache=plain) for part in tokens.split([20, *[1] * 40], 1)], 1)
-    assert 0 < (found - wanted).norm() / wanted.norm() < error
+    assert 0 < (result - expected).norm() / expected.norm() < error
     assert cache.nbytes <= plain.nbytes * (0.5 if dtype != torch.int8 else (4 + 4) / 16)
 
 
@@ -190,8 +190,8 @@ def test_half_models_and_inference_mode(monkeypatch):
     model, tokens = made().bfloat16(), torch.randint(19, (1, 40))
     with torch.inference_mode():
         cache = model.new_cache()
-        found = [model(part, cache=cache) for part in tokens[:, :30].split([10, *[1] * 20], 1)]
-    found += [model(part, cache=cache) for part in tokens[:, 30:].split(1, 1)]  # outside of it
-    wanted = model(tokens)
-    assert (torch.cat(found, 1) - wanted).float().norm() < 0.03 * wanted.float().norm()
+        result = [model(part, cache=cache) for part in tokens[:, :30].split([10, *[1] * 20], 1)]
+    result += [model(part, cache=cache) for part in tokens[:, 30:].split(1, 1)]  # outside of it
+    expected = model(tokens)
+    assert (torch.cat(result, 1) - expected).float().norm() < 0.03 * expected.float().norm()
     assert cache.layers[0].stores[0].data.dtype == torch.bfloat16

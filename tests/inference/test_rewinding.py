@@ -99,8 +99,8 @@ def check_moves(pattern, moves, kv_heads, by_branches, **options):
         for size, drops in moves:
             further = torch.randint(19, (2, size), generator=rng)
             text = torch.cat([text, further], 1)
-            wanted = model(text)[:, -size:]
-            torch.testing.assert_close(model(further, cache=cache), wanted, rtol=0, atol=1e-9)
+            expected = model(text)[:, -size:]
+            torch.testing.assert_close(model(further, cache=cache), expected, rtol=0, atol=1e-9)
             for dropped in drops:
                 possible = cache.rewindable()
                 assert 0 <= possible <= text.shape[1]
@@ -116,14 +116,14 @@ def check_moves(pattern, moves, kv_heads, by_branches, **options):
 @pytest.mark.parametrize("kind", tiered(NAMES, quick=["xpos"]))
 def test_layers_of_each_kind_rewind(kind):
     model, text = made(**KINDS[kind]), torch.randint(19, (1, 70))
-    wanted, cache = model(text), model.new_cache()
+    expected, cache = model(text), model.new_cache()
     at = 0
     for size in [17, *[3] * 12, *[1] * 12]:
         copied = copy.deepcopy(cache)
         model(torch.randint(19, (1, 2)), cache=cache)  # a draft that is not taken
         cache = copied if cache.rewindable() < 2 else (cache.rewind(2), cache)[1]
-        found = model(text[:, at : at + size], cache=cache)
-        torch.testing.assert_close(found, wanted[:, at : at + size], rtol=0, atol=1e-9)
+        result = model(text[:, at : at + size], cache=cache)
+        torch.testing.assert_close(result, expected[:, at : at + size], rtol=0, atol=1e-9)
         at += size
 
 
@@ -134,9 +134,9 @@ def test_rows_rewind_by_their_own_numbers():
     cache.rewind([2, 0, 3])
     assert cache.positions == (29, 31, 28)
     step = torch.stack([texts[0, 29], texts[1, 31], texts[2, 28]])[:, None]
-    found = model(step, cache=cache)
+    result = model(step, cache=cache)
     for row, n in enumerate((30, 32, 29)):
-        torch.testing.assert_close(found[row, 0], model(texts[row : row + 1, :n])[0, -1], rtol=0, atol=1e-9)
+        torch.testing.assert_close(result[row, 0], model(texts[row : row + 1, :n])[0, -1], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", tiered([torch.int8, torch.bfloat16, torch.float64], quick=[torch.int8]))
@@ -190,5 +190,5 @@ def test_documents_rewind_within_the_last_one():
     with pytest.raises(ValueError, match="tokens must be fewer than those of the last document of row 0, 7, got 7"):
         cache.rewind(7)
     cache.rewind(3)
-    found = model(text[:, 14:], documents=documents[:, 14:], cache=cache)
-    torch.testing.assert_close(found, model(text, documents=documents)[:, 14:], rtol=0, atol=1e-9)
+    result = model(text[:, 14:], documents=documents[:, 14:], cache=cache)
+    torch.testing.assert_close(result, model(text, documents=documents)[:, 14:], rtol=0, atol=1e-9)

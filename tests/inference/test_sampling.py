@@ -13,9 +13,9 @@ def drawn(sampling, logits=LOGITS, times=4000, seen=((3,), (3,))):
     counts = torch.zeros_like(logits)
     sampler = Sampler(sampling, torch.tensor(seen))
     rows = logits.repeat(times, 1)
-    found = sampler.sample(rows).view(times, len(logits))
+    result = sampler.sample(rows).view(times, len(logits))
     for row in range(len(logits)):
-        counts[row] = found[:, row].bincount(minlength=logits.shape[1]) / times
+        counts[row] = result[:, row].bincount(minlength=logits.shape[1]) / times
     return counts
 
 
@@ -32,22 +32,22 @@ def drawn(sampling, logits=LOGITS, times=4000, seen=((3,), (3,))):
     ],
 )
 def test_limits_keep_the_most_likely_tokens(options, kept):
-    found = probabilities(LOGITS, Sampling(**options))
+    result = probabilities(LOGITS, Sampling(**options))
     plain = (LOGITS / options.get("temperature", 1.0)).softmax(1)
     for row, tokens in enumerate(kept):
         if "top_k" in options and row:
             continue
-        assert set(found[row].nonzero().flatten().tolist()) == tokens
-        shares = found[row] / found[row].sum()
-        wanted = plain[row] * torch.tensor([float(i in tokens) for i in range(5)])
-        torch.testing.assert_close(shares, wanted / wanted.sum())
+        assert set(result[row].nonzero().flatten().tolist()) == tokens
+        shares = result[row] / result[row].sum()
+        expected = plain[row] * torch.tensor([float(i in tokens) for i in range(5)])
+        torch.testing.assert_close(shares, expected / expected.sum())
 
 
 def test_samples_follow_the_probabilities_and_the_seed():
-    found = drawn(Sampling(temperature=1.3, seed=1))
-    torch.testing.assert_close(found, (LOGITS / 1.3).softmax(1), rtol=0, atol=0.04)
-    assert torch.equal(found, drawn(Sampling(temperature=1.3, seed=1)))
-    assert not torch.equal(found, drawn(Sampling(temperature=1.3, seed=2)))
+    result = drawn(Sampling(temperature=1.3, seed=1))
+    torch.testing.assert_close(result, (LOGITS / 1.3).softmax(1), rtol=0, atol=0.04)
+    assert torch.equal(result, drawn(Sampling(temperature=1.3, seed=1)))
+    assert not torch.equal(result, drawn(Sampling(temperature=1.3, seed=2)))
 
 
 def test_tokens_of_the_text_are_penalised_and_padding_is_no_token():

@@ -12,12 +12,12 @@ TOKENIZER = ByteTokenizer()
 
 def parts(ids, stops=()):
     stream = TextStream(TOKENIZER.decode, stops)
-    found = []
+    result = []
     for token in ids:
-        found.append(stream.add(token))
+        result.append(stream.add(token))
         if stream.is_stopped:
-            return found
-    return [*found, stream.end()]
+            return result
+    return [*result, stream.end()]
 
 
 @settings(max_examples=100, deadline=None)
@@ -35,12 +35,12 @@ def test_tokens_of_words_with_their_blanks():
     """As SentencePiece decodes: no blank before the first word, which is another one after a cut."""
     words = [f" w{i}" for i in range(500)]
     stream = TextStream(lambda ids: "".join(words[i] for i in ids).removeprefix(" "))
-    found = [stream.add(i) for i in range(500)] + [stream.end()]
-    assert "".join(found) == "".join(words).removeprefix(" ")
+    result = [stream.add(i) for i in range(500)] + [stream.end()]
+    assert "".join(result) == "".join(words).removeprefix(" ")
 
 
 @pytest.mark.parametrize(
-    ("text", "stops", "wanted"),
+    ("text", "stops", "expected"),
     [
         ("one\n\ntwo", ["\n\n"], "one"),
         ("one\ntwo\n", ["\n\n"], "one\ntwo\n"),
@@ -50,13 +50,13 @@ def test_tokens_of_words_with_their_blanks():
         ("a sto", ["stop"], "a sto"),
     ],
 )
-def test_nothing_of_a_stop_text_appears(text, stops, wanted):
-    found = parts(TOKENIZER.encode(text), stops)
-    assert "".join(found) == wanted
+def test_nothing_of_a_stop_text_appears(text, stops, expected):
+    result = parts(TOKENIZER.encode(text), stops)
+    assert "".join(result) == expected
     shown = ""
-    for part in found:
+    for part in result:
         shown += part
-        assert wanted.startswith(shown)
+        assert expected.startswith(shown)
 
 
 def test_an_empty_stop_text_is_refused():

@@ -42,9 +42,9 @@ def step(block, x, settings, call):
         out = call(block, x, **settings)
         torch.manual_seed(50)
         out.square().sum().backward()
-    found = [out, x.grad, *(p.grad for p in block.parameters())]
+    result = [out, x.grad, *(p.grad for p in block.parameters())]
     block.zero_grad(set_to_none=True)
-    return found, operations.seen
+    return result, operations.seen
 
 
 def plain(block, x, **settings):
@@ -72,8 +72,8 @@ def test_attention_is_computed_once_and_all_else_twice(dropout, conditions):
         }
     truth, once = step(block, x, settings, plain)
     for call, attentions in ((whole, 2), (kept, 1)):
-        found, operations = step(block, x, settings, call)
-        assert all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))
+        result, operations = step(block, x, settings, call)
+        assert all(torch.equal(a, b) for a, b in zip(result, truth, strict=True))
         assert (operations["attend"], operations["attend_backward"]) == (attentions, 1)
         assert operations["gelu"] == 2 * once["gelu"] == 2
     assert (once["attend"], once["attend_backward"]) == (1, 1)
@@ -113,9 +113,9 @@ def test_a_compiled_block_has_no_graph_break_and_gives_equal_results(dropout):
         given = x.clone().requires_grad_()
         out = compiled(given, **settings)
         out.square().sum().backward()
-        found = [out, given.grad, *(p.grad for p in block.parameters())]
+        result = [out, given.grad, *(p.grad for p in block.parameters())]
         block.zero_grad(set_to_none=True)
-        torch.testing.assert_close(found, truth)
+        torch.testing.assert_close(result, truth)
 
 
 @pytest.mark.long

@@ -22,11 +22,11 @@ def encoder(when, norm_first=False, batch_first=True, **settings):
 
     if when == "before":
         layer.self_attn = ours()
-    found = nn.TransformerEncoder(layer, 2)
+    result = nn.TransformerEncoder(layer, 2)
     if when == "after":
-        for each in found.layers:
+        for each in result.layers:
             each.self_attn = ours()
-    return found
+    return result
 
 
 @pytest.fixture
@@ -121,5 +121,5 @@ def test_a_decoders_self_attention():
     truth = nn.TransformerDecoder(layer, 2)(x, memory, tgt_mask=causal_mask(10, torch.float32))
     layer.self_attn, theirs = MultiheadDilatedAttention(16, 4, batch_first=True), layer.self_attn
     layer.self_attn.load_state_dict(theirs.state_dict())
-    found = nn.TransformerDecoder(layer, 2)(x, memory, tgt_mask=causal_mask(10, torch.float32))
-    torch.testing.assert_close(found, truth)
+    result = nn.TransformerDecoder(layer, 2)(x, memory, tgt_mask=causal_mask(10, torch.float32))
+    torch.testing.assert_close(result, truth)

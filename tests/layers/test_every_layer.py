@@ -121,8 +121,8 @@ class TestInitialisation:
     @pytest.mark.parametrize("gain", [1.0, magneto_gain(24)])
     def test_self_attention(self, gain):
         layer = DilatedSelfAttention(192, 6, CAUSAL, num_kv_heads=3, head_dim=64, bias=True, gain=gain)
-        for part, wanted in zip(layer.qkv_proj.weight.split([384, 192, 192]), (1, 1, gain), strict=True):
-            self.assert_xavier(part, wanted)
+        for part, expected in zip(layer.qkv_proj.weight.split([384, 192, 192]), (1, 1, gain), strict=True):
+            self.assert_xavier(part, expected)
         self.assert_xavier(layer.out_proj.weight, gain)
         assert not layer.qkv_proj.bias.any()
         assert not layer.out_proj.bias.any()
@@ -132,8 +132,8 @@ class TestInitialisation:
     def test_multihead(self, widths, gain, sub_norm):
         layer = MultiheadDilatedAttention(192, 6, gain=gain, sub_norm=sub_norm, **widths)
         parts = [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]
-        for part, wanted in zip(parts if widths else layer.in_proj_weight.chunk(3), (1, 1, gain), strict=True):
-            self.assert_xavier(part, wanted)
+        for part, expected in zip(parts if widths else layer.in_proj_weight.chunk(3), (1, 1, gain), strict=True):
+            self.assert_xavier(part, expected)
         self.assert_xavier(layer.out_proj.weight, gain)
         assert not layer.in_proj_bias.any()
         assert not layer.out_proj.bias.any()

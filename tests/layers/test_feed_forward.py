@@ -42,8 +42,8 @@ def test_is_four_times_as_wide_inside():
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_chunks_of_tokens_change_nothing_and_hold_less(activation):
-    told = {"activation": activation, "sub_norm": True, "dtype": torch.float64}
-    whole, chunked = FeedForward(16, 512, dropout=0.3, **told), FeedForward(16, 512, chunk_tokens=10, **told)
+    options = {"activation": activation, "sub_norm": True, "dtype": torch.float64}
+    whole, chunked = FeedForward(16, 512, dropout=0.3, **options), FeedForward(16, 512, chunk_tokens=10, **options)
     chunked.load_state_dict(whole.state_dict())
     x, grad = torch.randn(2, 3, 64, 16, dtype=torch.float64).unbind()
     x.requires_grad_()

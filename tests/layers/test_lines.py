@@ -27,12 +27,12 @@ def hidden():
 
 def test_layers_of_two_curves_may_share_a_mask():
     layers = along(SHORT), along(LONG), along(NESTED)
-    wanted = [layer(*drawn(), key_padding_mask=hidden()) for layer in layers]
+    expected = [layer(*drawn(), key_padding_mask=hidden()) for layer in layers]
     context, mask = SequenceContext(), hidden()
     for layer in layers:
         attach_context(layer, context)
     context.begin(LENGTH)
-    for layer, truth in zip(layers, wanted, strict=True):
+    for layer, truth in zip(layers, expected, strict=True):
         torch.testing.assert_close(layer(*drawn(), key_padding_mask=mask), truth)
 
 
@@ -80,10 +80,10 @@ def test_a_rank_that_has_too_few_keys_is_named_on_all(pool):
 def test_a_curve_of_inference_serves_training():
     q, k, v = drawn(37)  # a length that nothing else has drawn
     with torch.inference_mode():
-        wanted = along(NESTED)(q, k, v)
+        expected = along(NESTED)(q, k, v)
     out = along(NESTED)(q.requires_grad_(), k, v)
     out.sum().backward()
-    assert torch.equal(out.detach(), wanted)
+    assert torch.equal(out.detach(), expected)
     assert q.grad.abs().sum() > 0
 
 

@@ -26,12 +26,12 @@ def plain(hidden, weight, bias, labels):
 def test_equals_torchs_own_gradients_included(chunk_tokens, has_bias):
     hidden, weight, bias, labels = drawn()
     leaves = [hidden, weight, *([bias] if has_bias else [])]
-    told = bias if has_bias else None
-    loss, count = chunked_cross_entropy(hidden, weight, labels, told, chunk_tokens=chunk_tokens)
-    wanted = plain(hidden, weight, told, labels)
-    torch.testing.assert_close(loss, wanted)
+    used_bias = bias if has_bias else None
+    loss, count = chunked_cross_entropy(hidden, weight, labels, used_bias, chunk_tokens=chunk_tokens)
+    expected = plain(hidden, weight, used_bias, labels)
+    torch.testing.assert_close(loss, expected)
     assert count == (labels != -100).sum()
-    torch.testing.assert_close(torch.autograd.grad(loss * 3, leaves), torch.autograd.grad(wanted * 3, leaves))
+    torch.testing.assert_close(torch.autograd.grad(loss * 3, leaves), torch.autograd.grad(expected * 3, leaves))
 
 
 @pytest.mark.parametrize("frozen", range(3))
@@ -41,8 +41,8 @@ def test_what_is_frozen_gets_no_gradient(frozen):
     inputs[frozen].requires_grad_(False)
     loss, _ = chunked_cross_entropy(hidden, weight, labels, bias)
     loss.backward()
-    wanted = torch.autograd.grad(plain(hidden, weight, bias, labels), [x for x in inputs if x.requires_grad])
-    torch.testing.assert_close([x.grad for x in inputs if x.requires_grad], list(wanted))
+    expected = torch.autograd.grad(plain(hidden, weight, bias, labels), [x for x in inputs if x.requires_grad])
+    torch.testing.assert_close([x.grad for x in inputs if x.requires_grad], list(expected))
     assert inputs[frozen].grad is None
 
 
@@ -63,11 +63,11 @@ def test_autocast_computes_logits_in_half_and_sums_in_full():
     hidden, weight, bias, labels = drawn((4, 300), dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = chunked_cross_entropy(hidden, weight, labels, bias)
-        wanted = F.cross_entropy(
+        expected = F.cross_entropy(
             F.linear(hidden, weight).float().add(bias).flatten(0, 1), labels.flatten(), reduction="sum"
         )
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-3)
     (dweight,) = torch.autograd.grad(loss, weight)
     (best,) = torch.autograd.grad(plain(hidden, weight, bias, labels), weight)
     assert (dweight - best).norm() < 0.02 * best.norm()

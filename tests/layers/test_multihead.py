@@ -84,15 +84,15 @@ def prepared(case, dtype, **settings):
     return ours, theirs, leaves, inputs, masks
 
 
-def assert_equal(found, truth, leaves, layers, tolerance):
+def assert_equal(result, truth, leaves, layers, tolerance):
     """Within the tolerance of the largest value, and gradients within ten times that."""
     grad = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(truth.dtype)
     ours, theirs = (
         torch.autograd.grad(out, leaves + list(layer.parameters()), grad)
-        for out, layer in zip((found, truth), layers, strict=True)
+        for out, layer in zip((result, truth), layers, strict=True)
     )
     bounds = [tolerance] + [10 * tolerance] * len(ours)
-    for a, b, bound in zip((found, *ours), (truth, *theirs), bounds, strict=True):
+    for a, b, bound in zip((result, *ours), (truth, *theirs), bounds, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=bound * max(1, b.abs().max().item()))
 
 
@@ -101,13 +101,13 @@ def assert_equal(found, truth, leaves, layers, tolerance):
 @given(case=cases())
 def test_dense_equals_torchs(dtype, tolerance, case):
     ours, theirs, leaves, inputs, masks = prepared(case, dtype)
-    found, weights = ours(*inputs, **masks)
+    result, weights = ours(*inputs, **masks)
     assert weights is None
     if "is_causal" in masks:
         masks["attn_mask"] = causal_mask(case["shape"][1], dtype if case["floats"] else torch.bool)
     truth, _ = theirs(*inputs, need_weights=False, **masks)
-    assert found.shape == truth.shape
-    assert_equal(found, truth, leaves, (ours, theirs), tolerance)
+    assert result.shape == truth.shape
+    assert_equal(result, truth, leaves, (ours, theirs), tolerance)
 
 
 @settings(max_examples=80, deadline=None)
@@ -145,8 +145,8 @@ def test_patterns_equal_brute_force(case, sub_norm):
         truth = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * layer.sub_norm.weight
         truth = truth + layer.sub_norm.bias
     truth = truth @ layer.out_proj.weight.T + (0 if layer.out_proj.bias is None else layer.out_proj.bias)
-    found = layer(*inputs, **masks)[0]
-    assert_equal(found, laid_out(truth, case["layout"]), leaves, (layer, layer), 1e-7)
+    result = layer(*inputs, **masks)[0]
+    assert_equal(result, laid_out(truth, case["layout"]), leaves, (layer, layer), 1e-7)
 
 
 @pytest.mark.parametrize("bias", [False, True])

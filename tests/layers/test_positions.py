@@ -46,12 +46,12 @@ def test_scores_are_those_of_the_distance(lengths, dim, places, scale_base):
     kind = "rope" if scale_base is None else "xpos"
     rotary = RotaryPositions(dim, base=500.0, kind=kind, scale_base=scale_base or 1, pattern=pattern)
     q, k = tensors(len(places), dim)
-    found = scores(*rotary(q, k, torch.tensor(places)))[0, 0]
+    result = scores(*rotary(q, k, torch.tensor(places)))[0, 0]
     for a, i in enumerate(places):
         for b, j in enumerate(places):
             if kind == "rope" or any(i // w == j // w for w in lengths):
                 truth = score(q[0, a, 0], k[0, b, 0], i, j, 500.0, scale_base)
-                assert abs(found[a, b] - truth) <= 1e-6 * (1 + abs(truth))
+                assert abs(result[a, b] - truth) <= 1e-6 * (1 + abs(truth))
 
 
 def test_pairs_are_neighbours():
@@ -70,8 +70,8 @@ def test_ten_million_tokens_are_as_right_as_ten(kind):
     rotary = RotaryPositions(64, kind=kind, pattern=XPOS)
     q, k = tensors(50, 64, torch.float32)
     places = torch.arange(50) * 7 + 10_000_000
-    found, truth = rotary(q, k, places), rotary(q.double(), k.double(), places)
-    for ours, wide in zip(found, truth, strict=True):
+    result, truth = rotary(q, k, places), rotary(q.double(), k.double(), places)
+    for ours, wide in zip(result, truth, strict=True):
         assert ours.dtype == torch.float32
         assert (ours - wide).abs().max() < 1e-6
     in_float32 = places.float()[:, None] * 10000 ** (-torch.arange(0, 64, 2) / 64)
@@ -103,12 +103,12 @@ def test_the_longest_segment_that_xpos_takes(dtype):
     rotary = RotaryPositions(8, kind="xpos", pattern=Pattern.dilated((length,), (1,)))
     q, k = tensors(6, 8, dtype)
     places = torch.tensor([0, 1, length // 2, length - 1, 5 * length, 6 * length - 1])
-    found = scores(*rotary(q, k, places))[0, 0]
-    assert found.isfinite().all()
+    result = scores(*rotary(q, k, places))[0, 0]
+    assert result.isfinite().all()
     for i, j in ((1, 0), (2, 1), (2, 2), (3, 2), (3, 0), (5, 4)):
         distance = (places[i] - places[j]).item()
         truth = score(q[0, i, 0], k[0, j, 0], distance, 0, scale_base=512.0)
-        assert abs(found[i, j] - truth) < (1e-4 if dtype == torch.float32 else 0.05)
+        assert abs(result[i, j] - truth) < (1e-4 if dtype == torch.float32 else 0.05)
 
 
 def test_longnets_segments_fit_xpos():
@@ -140,11 +140,11 @@ def test_autocast_changes_nothing(kind):
     rotary = RotaryPositions(8, kind=kind, pattern=XPOS)
     q, k = tensors(40, 8, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        found = rotary(q, k)
-    assert all(x.dtype == torch.bfloat16 for x in found)
-    assert all(torch.equal(a, b) for a, b in zip(found, rotary(q, k), strict=True))
+        result = rotary(q, k)
+    assert all(x.dtype == torch.bfloat16 for x in result)
+    assert all(torch.equal(a, b) for a, b in zip(result, rotary(q, k), strict=True))
     truth = rotary(q.double(), k.double())
-    torch.testing.assert_close(found, tuple(x.bfloat16() for x in truth))
+    torch.testing.assert_close(result, tuple(x.bfloat16() for x in truth))
 
 
 @pytest.mark.parametrize("pattern", [XPOS, Pattern.dense(is_causal=True)])

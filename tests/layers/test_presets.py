@@ -51,12 +51,12 @@ def tables(name, is_causal):
         return [Pattern.block_sparse("local_window", 3, 0.4, within=within).mask(LENGTH, HEADS).double()]
     pairs = zip(given["segment_lengths"], given["dilation_rates"], strict=True)
     shown = [Shown(w, r, None, is_causal and name != "hilbert") for w, r in pairs]
-    found = brute.counts(shown, "multiset", LENGTH, HEADS)
+    result = brute.counts(shown, "multiset", LENGTH, HEADS)
     if name == "hilbert":
         place = sequence_hilbert_order(LENGTH).argsort()
-        found = [table[:, place][:, :, place] for table in found]
-        found = [table.tril() for table in found] if is_causal else found
-    return found
+        result = [table[:, place][:, :, place] for table in result]
+        result = [table.tril() for table in result] if is_causal else result
+    return result
 
 
 def step(group, name, given, is_causal, placement):
@@ -78,8 +78,8 @@ def test_equals_brute_force_on_1_2_and_4_ranks(pool, name, is_causal):
     out = brute.attention(*wide, [tables(name, is_causal)] * BATCH, DIM**-0.5)[0]
     truth = out, *torch.autograd.grad(out, wide, grad)
     for world, placement in ((1, "contiguous"), (2, "zigzag"), (4, "contiguous")):
-        for positions, *found in pool.run(world, step, name, arguments(name), is_causal, placement):
-            for ours, true in zip(found, truth, strict=True):
+        for positions, *result in pool.run(world, step, name, arguments(name), is_causal, placement):
+            for ours, true in zip(result, truth, strict=True):
                 assert (ours - true[:, positions]).abs().max() <= 1e-10 * max(1, true.abs().max())
 
 
@@ -147,9 +147,9 @@ def test_the_command_line_takes_it(capsys, monkeypatch):
 def model_step(group, hidden, is_causal):
     """Loss and gradients of a model along a Hilbert curve, with padding and dropout, as a rank has them."""
     torch.manual_seed(0)
-    told = {"preset": "hilbert", "attention_dropout": 0.2, "rotary": "rope"}
-    told["pattern"] = Pattern.dilated(SEGMENTS, RATES, is_causal=is_causal)
-    model = LongNet(LongNetConfig(**{**CONFIG, **told})).double()
+    options = {"preset": "hilbert", "attention_dropout": 0.2, "rotary": "rope"}
+    options["pattern"] = Pattern.dilated(SEGMENTS, RATES, is_causal=is_causal)
+    model = LongNet(LongNetConfig(**{**CONFIG, **options})).double()
     context = made(group)
     attach_context(model, context)
     tokens = torch.randint(32, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -166,9 +166,9 @@ def test_a_model_along_the_curve_is_the_same_on_more_ranks(pool, is_causal):
     hidden = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [30]])
     ((loss, grads),) = pool.run(1, model_step, hidden, is_causal)
     for world in (2, 4):
-        found = pool.run(world, model_step, hidden, is_causal)
-        assert sum(own for own, _ in found) == pytest.approx(loss, rel=1e-10)
-        for many, one in zip(zip(*(grads for _, grads in found), strict=True), grads, strict=True):
+        result = pool.run(world, model_step, hidden, is_causal)
+        assert sum(own for own, _ in result) == pytest.approx(loss, rel=1e-10)
+        for many, one in zip(zip(*(grads for _, grads in result), strict=True), grads, strict=True):
             torch.testing.assert_close(sum(many), one, rtol=1e-8, atol=1e-10)
 
 
@@ -176,7 +176,7 @@ class Reader(L.Callback):
     """Reads what the guard has counted, as anyone's callback may."""
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        self.found = dict(pl_module.model.guard.counts)
+        self.result = dict(pl_module.model.guard.counts)
 
 
 @pytest.mark.filterwarnings(
@@ -196,7 +196,7 @@ def test_a_callback_reads_what_the_guard_counted():
     reader = Reader()
     trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=3, callbacks=[reader], **quiet)
     trainer.fit(module, DataLoader(batches, batch_size=None))
-    assert reader.found == {"preflights": 1, "replacements": 0, "refusals": 0, "failures": 0}
+    assert reader.result == {"preflights": 1, "replacements": 0, "refusals": 0, "failures": 0}
 
 
 def test_a_mask_of_another_shape_is_refused():
@@ -214,15 +214,15 @@ def packed(group, ids):
     whole = torch.randn(1, 8, 16)
     x = context.split({"x": whole}, {"x": 1})["x"]
     try:
-        found = context.gather_sequence(layer(x, documents=ids[group.rank()]))
+        result = context.gather_sequence(layer(x, documents=ids[group.rank()]))
     except ValueError as error:
         return str(error)
     attach_context(layer, None)
-    return float((found - layer(whole, documents=torch.cat(ids))).abs().max())
+    return float((result - layer(whole, documents=torch.cat(ids))).abs().max())
 
 
 def test_documents_have_a_curve_of_their_own_on_all_ranks(pool):
-    for found in pool.run(2, packed, [torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1, 1, 2])]):
-        assert found < 1e-6
-    for found in pool.run(2, packed, [torch.zeros(4, dtype=torch.long), None]):
-        assert found == "rows of documents must be equal on all ranks, got 1 on rank 0 and none on rank 1"
+    for result in pool.run(2, packed, [torch.tensor([0, 0, 0, 1]), torch.tensor([1, 1, 1, 2])]):
+        assert result < 1e-6
+    for result in pool.run(2, packed, [torch.zeros(4, dtype=torch.long), None]):
+        assert result == "rows of documents must be equal on all ranks, got 1 on rank 0 and none on rank 1"

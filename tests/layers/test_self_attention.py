@@ -131,10 +131,10 @@ def test_equals_the_restatement_gradients_included(case):
     words = {name: case["settings"][name] for name in ("rotary", "rope_base", "xpos_scale_base", "mix")}
     truth = restated(layer, x, tables, places, **words)
     leaves = [x, *layer.parameters()]
-    found, true = (torch.autograd.grad(y, leaves, grad, retain_graph=True) for y in (out, truth))
+    result, true = (torch.autograd.grad(y, leaves, grad, retain_graph=True) for y in (out, truth))
     torch.testing.assert_close(out, truth, rtol=1e-8, atol=1e-8)
     names = ["x", *(name for name, _ in layer.named_parameters())]
-    for name, ours, theirs in zip(names, found, true, strict=True):
+    for name, ours, theirs in zip(names, result, true, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -162,8 +162,8 @@ def test_what_is_kept_for_the_backward(rotary, num_kv_heads):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = layer(x)
     sizes = [t.untyped_storage().nbytes() for place, t in kept.items() if place not in parameters]
-    wanted = x.nbytes * (3 + 2 * num_kv_heads / 8)
-    assert wanted <= sum(sizes) < wanted + 0.6 * x.nbytes
+    expected = x.nbytes * (3 + 2 * num_kv_heads / 8)
+    assert expected <= sum(sizes) < expected + 0.6 * x.nbytes
     del out
 
 

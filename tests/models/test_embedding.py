@@ -35,8 +35,8 @@ def test_an_embedding_pools_what_the_head_reads(kind):
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_padding_changes_nothing(kind, pooling):
     net = model(kind)
-    wanted = torch.cat([embed(net, IDS[i : i + 1, :count], pooling) for i, count in enumerate(COUNTS)])
-    torch.testing.assert_close(embed(net, IDS, pooling, attention_mask=MASK), wanted)
+    expected = torch.cat([embed(net, IDS[i : i + 1, :count], pooling) for i, count in enumerate(COUNTS)])
+    torch.testing.assert_close(embed(net, IDS, pooling, attention_mask=MASK), expected)
 
 
 def over_ranks(group, kind, pooling, mask, placement):
@@ -44,21 +44,21 @@ def over_ranks(group, kind, pooling, mask, placement):
     net = model(kind)
     attach_context(net, context)
     context.begin(31)  # a batch that is being worked on
-    found = embed(net, IDS, pooling, attention_mask=mask, context=context)
-    return found, context.length
+    result = embed(net, IDS, pooling, attention_mask=mask, context=context)
+    return result, context.length
 
 
 @pytest.mark.parametrize(("kind", "placement"), [("encoder", "contiguous"), ("decoder", "zigzag")])
 def test_ranks_that_share_sequences_embed_as_one_process(pool, kind, placement):
     for pooling, mask in (("mean", None), ("last", None), ("mean", MASK), ("last", MASK)):
-        wanted = embed(model(kind), IDS, pooling, attention_mask=mask)
-        for found, length in pool.run(2, over_ranks, kind, pooling, mask, placement):
-            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        expected = embed(model(kind), IDS, pooling, attention_mask=mask)
+        for result, length in pool.run(2, over_ranks, kind, pooling, mask, placement):
+            torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
             assert length == 31
 
 
 def test_each_rank_gets_the_states_of_its_tokens(pool):
-    parts = [found for found, _ in pool.run(2, over_ranks, "encoder", "tokens", None, "contiguous")]
+    parts = [result for result, _ in pool.run(2, over_ranks, "encoder", "tokens", None, "contiguous")]
     assert [part.shape[1] for part in parts] == [10, 11]
     torch.testing.assert_close(torch.cat(parts, 1), embed(model("encoder"), IDS, "tokens"), rtol=1e-12, atol=1e-12)
 

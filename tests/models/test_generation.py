@@ -17,34 +17,34 @@ DRAWN = {"temperature": 0.7, "top_k": 5, "seed": 3}
 
 def model():
     torch.manual_seed(1)
-    told = {"dropout": 0.3, "embedding_scale": 1.5, "tied_embeddings": False}
-    found = LongNet(LongNetConfig(PATTERN, vocab_size=19, dim=16, layers=2, heads=4, **told)).double()
-    torch.nn.init.normal_(found.embedding.weight)  # so that logits differ
-    return found
+    options = {"dropout": 0.3, "embedding_scale": 1.5, "tied_embeddings": False}
+    result = LongNet(LongNetConfig(PATTERN, vocab_size=19, dim=16, layers=2, heads=4, **options)).double()
+    torch.nn.init.normal_(result.embedding.weight)  # so that logits differ
+    return result
 
 
 def test_the_likeliest_token_follows_each_prefix():
     net = model()
-    found = generate(net, PROMPTS, 6, temperature=0)
+    result = generate(net, PROMPTS, 6, temperature=0)
     assert net.training, "it is left as it was"
     net.eval()
-    wanted = PROMPTS
+    expected = PROMPTS
     for _ in range(6):
-        wanted = torch.cat([wanted, net(wanted)[:, -1:].argmax(-1)], 1)
-    assert found.tolist() == wanted.tolist()
-    assert len(set(found[:, 5:].flatten().tolist())) > 2, "a model that says one thing would prove little"
+        expected = torch.cat([expected, net(expected)[:, -1:].argmax(-1)], 1)
+    assert result.tolist() == expected.tolist()
+    assert len(set(result[:, 5:].flatten().tolist())) > 2, "a model that says one thing would prove little"
 
 
 def test_what_is_drawn_follows_the_seed_the_temperature_and_the_likeliest():
     net = model()
-    found = generate(net, PROMPTS, 8, **DRAWN)
-    assert found.tolist() == generate(net, PROMPTS, 8, **DRAWN).tolist()
-    assert found.tolist() != generate(net, PROMPTS, 8, **{**DRAWN, "seed": 4}).tolist()
+    result = generate(net, PROMPTS, 8, **DRAWN)
+    assert result.tolist() == generate(net, PROMPTS, 8, **DRAWN).tolist()
+    assert result.tolist() != generate(net, PROMPTS, 8, **{**DRAWN, "seed": 4}).tolist()
     assert generate(net, PROMPTS, 8, top_k=1).tolist() == generate(net, PROMPTS, 8, temperature=0).tolist()
     net.eval()
     for end in range(5, 13):
-        best = net(found[:, :end])[:, -1].topk(5).indices
-        assert (best == found[:, end : end + 1]).any(1).all()
+        best = net(result[:, :end])[:, -1].topk(5).indices
+        assert (best == result[:, end : end + 1]).any(1).all()
     # cold draws are those of the likeliest, hot ones are not
     assert generate(net, PROMPTS, 8, temperature=1e-4).tolist() == generate(net, PROMPTS, 8, temperature=0).tolist()
     assert generate(net, PROMPTS, 8, temperature=9.0).tolist() != generate(net, PROMPTS, 8, temperature=0).tolist()
@@ -56,24 +56,24 @@ def test_what_is_drawn_follows_the_seed_the_temperature_and_the_likeliest():
 def test_a_cache_and_the_whole_prefix_give_the_same_tokens(options, monkeypatch):
     """More tokens than the largest segment has."""
     net = model()
-    found = generate(net, PROMPTS, 60, **DRAWN, **options)
+    result = generate(net, PROMPTS, 60, **DRAWN, **options)
     with monkeypatch.context() as patch:
         patch.setattr(generation, "refusal", lambda config: "none")
-        assert generate(net, PROMPTS, 60, **DRAWN, **options).tolist() == found.tolist()
-    assert net.generate(PROMPTS, 60, **DRAWN, **options).tolist() == found.tolist()
+        assert generate(net, PROMPTS, 60, **DRAWN, **options).tolist() == result.tolist()
+    assert net.generate(PROMPTS, 60, **DRAWN, **options).tolist() == result.tolist()
     streamed = torch.stack(list(net.stream(PROMPTS, 60, **DRAWN, **options)), 1)
-    assert streamed.tolist() == found[:, 5:].tolist()
+    assert streamed.tolist() == result[:, 5:].tolist()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_prompts_of_unequal_length_go_on_as_alone(side):
     net = model()
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0] if side == "right" else [0, 0, 0, 1, 1]])
-    found = generate(net, PROMPTS, 20, temperature=0, repetition_penalty=1.4, attention_mask=mask)
+    result = generate(net, PROMPTS, 20, temperature=0, repetition_penalty=1.4, attention_mask=mask)
     for row in range(2):
         alone = PROMPTS[row : row + 1, mask[row] == 1]
-        wanted = generate(net, alone, 20, temperature=0, repetition_penalty=1.4)
-        assert found[row, 5:].tolist() == wanted[0, -20:].tolist()
+        expected = generate(net, alone, 20, temperature=0, repetition_penalty=1.4)
+        assert result[row, 5:].tolist() == expected[0, -20:].tolist()
 
 
 def test_rows_end_at_their_end_token_and_generation_where_all_did():
@@ -81,10 +81,10 @@ def test_rows_end_at_their_end_token_and_generation_where_all_did():
     plain = generate(net, PROMPTS, 30, **DRAWN)[:, 5:].tolist()
     end = plain[0][3]
     places = [row.index(end) if end in row else 30 for row in plain]
-    found = generate(net, PROMPTS, 30, **DRAWN, end=end)[:, 5:].tolist()
-    assert len(found[0]) == min(max(places) + 1, 30)
-    for row, wanted, place in zip(found, plain, places, strict=True):
-        assert row[: place + 1] == wanted[: min(place + 1, len(row))]
+    result = generate(net, PROMPTS, 30, **DRAWN, end=end)[:, 5:].tolist()
+    assert len(result[0]) == min(max(places) + 1, 30)
+    for row, expected, place in zip(result, plain, places, strict=True):
+        assert row[: place + 1] == expected[: min(place + 1, len(row))]
         assert set(row[place:]) <= {end}
 
 
@@ -93,9 +93,9 @@ def test_a_text_goes_on_from_its_cache():
     cache = net.new_cache(2)
     first = generate(net, PROMPTS, 10, temperature=0, cache=cache)
     assert cache.positions == (14, 14), "the last token is yet to be given"
-    found = generate(net, torch.cat([first[:, -1:], PROMPTS], 1), 10, temperature=0, cache=cache)
+    result = generate(net, torch.cat([first[:, -1:], PROMPTS], 1), 10, temperature=0, cache=cache)
     assert (
-        found[:, 1:].tolist() == generate(net, torch.cat([first, PROMPTS], 1), 10, temperature=0)[:, 10 + 5 :].tolist()
+        result[:, 1:].tolist() == generate(net, torch.cat([first, PROMPTS], 1), 10, temperature=0)[:, 10 + 5 :].tolist()
     )
 
 
@@ -103,9 +103,9 @@ def test_models_without_a_cache_compute_the_prefix():
     torch.manual_seed(1)
     config = LongNetConfig(PATTERN, vocab_size=19, dim=16, layers=1, heads=4, ordering="hilbert")
     net = LongNet(config).double().eval()
-    found = generate(net, PROMPTS, 6, temperature=0)
+    result = generate(net, PROMPTS, 6, temperature=0)
     with torch.no_grad():
-        assert found[:, -1].tolist() == net(found[:, :-1])[:, -1].argmax(-1).tolist()
+        assert result[:, -1].tolist() == net(result[:, :-1])[:, -1].argmax(-1).tolist()
     with pytest.raises(ValueError, match="cache and attention_mask must be None where the whole prefix is computed"):
         generate(net, PROMPTS, 1, attention_mask=torch.ones(2, 5))
 
@@ -118,16 +118,16 @@ def over_ranks(group, prompts, has_cache):
     with pytest.MonkeyPatch.context() as patch:
         if not has_cache:
             patch.setattr(generation, "refusal", lambda config: "none")
-        found = generate(net, prompts, 8, **DRAWN, context=context)
-    return found, context.length
+        result = generate(net, prompts, 8, **DRAWN, context=context)
+    return result, context.length
 
 
 @pytest.mark.parametrize("has_cache", [True, False])
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:, :1]], ids=["five tokens", "one, fewer than ranks"])
 def test_ranks_that_share_sequences_draw_what_one_process_does(pool, prompts, has_cache):
-    wanted = generate(model(), prompts, 8, **DRAWN).tolist()
-    for found, length in pool.run(3, over_ranks, prompts, has_cache):
-        assert found.tolist() == wanted
+    expected = generate(model(), prompts, 8, **DRAWN).tolist()
+    for result, length in pool.run(3, over_ranks, prompts, has_cache):
+        assert result.tolist() == expected
         assert length == 31
 
 
@@ -141,10 +141,10 @@ def test_ranks_continue_padded_prompts_and_end_them_as_one_process_does(pool):
     options |= {"repetition_penalty": 1.4}
     plain = model().generate(PROMPTS, 40, **options)
     end = int(plain[0, 30])
-    wanted = model().generate(PROMPTS, 40, **options, end=end)
-    for given, tokens in ((options, plain), ({**options, "end": end}, wanted)):
-        for found in pool.run(2, generated_over_ranks, given):
-            assert found.tolist() == tokens.tolist()
+    expected = model().generate(PROMPTS, 40, **options, end=end)
+    for given, tokens in ((options, plain), ({**options, "end": end}, expected)):
+        for result in pool.run(2, generated_over_ranks, given):
+            assert result.tolist() == tokens.tolist()
 
 
 def refused_over_ranks(group, changes):

@@ -24,13 +24,13 @@ def test_they_are_added_to_what_is_embedded():
     model = model_of()
     table = model.position_table.data
     model.position_table.data = torch.zeros_like(table)
-    wanted = model.head(model.encode(model.embedding(TOKENS) + table))
+    expected = model.head(model.encode(model.embedding(TOKENS) + table))
     model.position_table.data = table
-    torch.testing.assert_close(model(TOKENS), wanted)
+    torch.testing.assert_close(model(TOKENS), expected)
     reversed_positions = torch.arange(30).flip(0)
     model.position_table.data = table.flip(0)
-    torch.testing.assert_close(model(TOKENS, positions=reversed_positions), wanted)
-    assert not torch.allclose(model(TOKENS), wanted)
+    torch.testing.assert_close(model(TOKENS, positions=reversed_positions), expected)
+    assert not torch.allclose(model(TOKENS), expected)
 
 
 def test_a_packed_row_is_each_document_alone():
@@ -51,16 +51,16 @@ def test_rotations_may_stand_beside_them(rotary):
 
 def parts(group, with_documents, placement):
     model = model_of()
-    told = {"documents": DOCUMENTS} if with_documents else {}
-    (model(TOKENS, **told) * torch.arange(11)).sum().backward()
-    wanted, best = model(TOKENS, **told), [p.grad.clone() for p in model.parameters()]
+    options = {"documents": DOCUMENTS} if with_documents else {}
+    (model(TOKENS, **options) * torch.arange(11)).sum().backward()
+    expected, best = model(TOKENS, **options), [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     context = made(group, placement)
     attach_context(model, context)
-    batch = context.split({"input_ids": TOKENS, **told})
+    batch = context.split({"input_ids": TOKENS, **options})
     out = model(**batch)
     (out * torch.arange(11)).sum().backward()
-    torch.testing.assert_close(context.gather_sequence(out.detach()), wanted)
+    torch.testing.assert_close(context.gather_sequence(out.detach()), expected)
     for parameter, right in zip(model.parameters(), best, strict=True):
         dist.all_reduce(parameter.grad, group=group)
         torch.testing.assert_close(parameter.grad, right)

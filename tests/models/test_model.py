@@ -41,14 +41,14 @@ def composed(model, tokens, **conditions):
 @pytest.mark.parametrize("has_conditions", [False, True])
 def test_logits_and_losses_are_those_of_the_composition(tied, has_conditions):
     model, (tokens, labels) = made(tied_embeddings=tied, loss_chunk=7), drawn()
-    told, conditions = {}, {}
+    options, conditions = {}, {}
     if has_conditions:
-        told = {"documents": DOCUMENTS, "attention_mask": MASK}
+        options = {"documents": DOCUMENTS, "attention_mask": MASK}
         conditions = {"documents": DOCUMENTS, "key_padding_mask": MASK == 0}
-    wanted = composed(model, tokens, **conditions)
-    torch.testing.assert_close(model(tokens, **told), wanted)
-    loss, count = model(tokens, labels, **told)
-    right = F.cross_entropy(wanted.flatten(0, 1), labels.flatten(), reduction="sum")
+    expected = composed(model, tokens, **conditions)
+    torch.testing.assert_close(model(tokens, **options), expected)
+    loss, count = model(tokens, labels, **options)
+    right = F.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum")
     torch.testing.assert_close(loss, right)
     assert count == (labels != -100).sum()
     leaves = list(model.parameters())
@@ -153,12 +153,12 @@ def test_refusals(change, message):
 )
 def test_longnets_sizes_are_those_of_their_names(name, millions):
     path = Path(__file__).parents[2] / f"configs/longnet/{name}.yaml"
-    told = yaml.safe_load(path.read_text())
+    options = yaml.safe_load(path.read_text())
     with torch.device("meta"):
-        model = LongNet(LongNetConfig(**told["model"]["config"]))
+        model = LongNet(LongNetConfig(**options["model"]["config"]))
     blocks = sum(x.numel() for x in model.blocks.parameters())
     assert blocks / 1e6 == pytest.approx(millions, rel=0.01)
-    tokens = told["data"]["init_args"]["tokens"]
+    tokens = options["data"]["init_args"]["tokens"]
     assert model.config.patterns[0].reach(tokens, model.config.heads).span == tokens, (
         "every token can reach every other"
     )

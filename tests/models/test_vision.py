@@ -131,26 +131,26 @@ def over_ranks(group, kind, size, placement, recompute, curved=False):
     if not curved:
         ordering = torch.randperm(size[0] * size[1] // 25, generator=torch.Generator().manual_seed(2))
     labels = torch.tensor([3, 0, 4])
-    wanted = model(pixels, ordering=ordering)
-    best = torch.autograd.grad(F.cross_entropy(wanted, labels), list(model.parameters()))
+    expected = model(pixels, ordering=ordering)
+    best = torch.autograd.grad(F.cross_entropy(expected, labels), list(model.parameters()))
     if curved:
         order = hilbert_order((size[0] // 5, size[1] // 5))
-        torch.testing.assert_close(wanted, composed(model, pixels, order), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(expected, composed(model, pixels, order), rtol=1e-10, atol=1e-10)
     context = made(group, placement)
     attach_context(model, context)
     embedded = []
     model.patch_embedding.register_forward_hook(lambda _, given, __: embedded.append(given[0].shape[1]))
     assert context.split({"pixels": pixels, "labels": labels}, {"pixels": None, "labels": None})["pixels"] is pixels
     logits = model(pixels, ordering=ordering)
-    torch.testing.assert_close(logits, wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
     ranks = context.sequence_parallel_size
     # engines average gradients over ranks, all of which have the same loss
-    found = torch.autograd.grad(F.cross_entropy(logits, labels), list(model.parameters()))
-    for grad, right in zip(found, best, strict=True):
+    result = torch.autograd.grad(F.cross_entropy(logits, labels), list(model.parameters()))
+    for grad, right in zip(result, best, strict=True):
         dist.all_reduce(grad, group=group)
         torch.testing.assert_close(grad / ranks, right, rtol=1e-9, atol=1e-9)
     with context.whole():
-        torch.testing.assert_close(model(pixels, ordering=ordering), wanted)
+        torch.testing.assert_close(model(pixels, ordering=ordering), expected)
     if ranks > 1:
         assert context.length == size[0] * size[1] // 25 + int(kind in ("class", "both"))
     return embedded
@@ -223,7 +223,7 @@ class Mean(torch.nn.Module):
         super().__init__()
         self.map = torch.nn.Linear(dim, dim)
 
-    def forward(self, x, **told):
+    def forward(self, x, **options):
         return self.map(x.mean(1, keepdim=True)).expand_as(x)
 
 
@@ -235,9 +235,9 @@ def test_layers_may_have_a_class_of_their_own():
 
 def test_one_process_may_hand_down_a_context(pool):
     model, context = model_of(), SequenceContext()
-    wanted = model(images())
+    expected = model(images())
     attach_context(model, context)
-    assert torch.equal(model(images()), wanted)
+    assert torch.equal(model(images()), expected)
     assert context.length == 16
 
 
@@ -266,9 +266,9 @@ def test_configurations_that_cannot_be_are_refused(changes, message):
 
 def test_a_configuration_of_images_is_plain_values():
     config = LongViTConfig(**{**SMALL, **KINDS["both"]}, ordering="hilbert")
-    told = yaml.safe_load(yaml.safe_dump(config.to_dict()))
-    assert told["ordering"] == "hilbert"
-    assert LongViTConfig(**told) == config
+    options = yaml.safe_load(yaml.safe_dump(config.to_dict()))
+    assert options["ordering"] == "hilbert"
+    assert LongViTConfig(**options) == config
     assert LongViTConfig(**SMALL).ordering == "raster"
 
 

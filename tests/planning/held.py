@@ -61,8 +61,8 @@ def held(kernel, tokens, head_dim):
             ledger.phase = "forward"
             out, lse, _ = op.forward._init_fn(q, k, v, None, None, None, None, spec, None)
             ledger.phase = "backward"
-            found = op.backward._init_fn(grad, q, k, v, out, lse, [], None, None, None, None, spec, None)
-    whole = [*given, out, lse, *found[:3]]
+            result = op.backward._init_fn(grad, q, k, v, out, lse, [], None, None, None, None, spec, None)
+    whole = [*given, out, lse, *result[:3]]
     sizes = [prod(x.shape) * x.element_size() for x in whole]
     at, most = sum(sizes[:4]), {"forward": 0, "backward": 0}
     for event in ledger.events:

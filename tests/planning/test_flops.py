@@ -26,13 +26,13 @@ def test_pairs_are_those_of_an_enumeration(pattern, documents, kv_heads):
     cuts = [0]
     for length in documents:
         cuts.append(cuts[-1] + length)
-    found = attended_pairs(pattern, 4, kv_heads, tuple(cuts))
+    result = attended_pairs(pattern, 4, kv_heads, tuple(cuts))
     masks = [pattern.mask(length, 4, kv_heads) for length in documents]
-    assert found.required == sum(int((mask > 0).sum()) for mask in masks)
+    assert result.required == sum(int((mask > 0).sum()) for mask in masks)
     if pattern.multiplicity == "multiset":
-        assert found.computed == sum(int(mask.sum()) for mask in masks)
+        assert result.computed == sum(int(mask.sum()) for mask in masks)
     else:
-        assert found.computed >= found.required
+        assert result.computed >= result.required
 
 
 def test_pairs_that_are_computed_once_are_fewer():
@@ -41,10 +41,10 @@ def test_pairs_that_are_computed_once_are_fewer():
     assert whole.required == once.required == once.computed < whole.computed
 
 
-def counted(model, labels, **told):
+def counted(model, labels, **options):
     """Of forward and backward, as torch sees them; attention is an operator that it cannot see into."""
     with FlopCounterMode(display=False) as counter:
-        loss, _ = model(labels, labels, **told)
+        loss, _ = model(labels, labels, **options)
         loss.backward()
     return counter.get_total_flops()
 

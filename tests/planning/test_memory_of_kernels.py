@@ -25,8 +25,8 @@ def held(tokens, head_dim, kernels):
     return json.loads(shown.splitlines()[-1])
 
 
-def check(found):
-    for kernel, peaks in found.items():
+def check(result):
+    for kernel, peaks in result.items():
         for peak, limit in zip(peaks, LIMITS.get(kernel, (GOAL, GOAL)), strict=True):
             assert limit - 0.02 < peak <= limit or (kernel not in LIMITS and peak <= limit), (kernel, peaks)
 

@@ -20,19 +20,21 @@ PATTERN = Pattern.dilated((64, 256), (1, 4), is_causal=True)
 SHAPE = {"dim": 64, "layers": 3, "heads": 4, "vocab_size": 300, "loss_chunk": 128}
 
 
-def job_of(tokens=512, config=None, **told):
-    return Job(LongNetConfig(**{"pattern": PATTERN, **SHAPE, **(config or {})}), tokens, **{"sharding": "ddp", **told})
+def job_of(tokens=512, config=None, **options):
+    return Job(
+        LongNetConfig(**{"pattern": PATTERN, **SHAPE, **(config or {})}), tokens, **{"sharding": "ddp", **options}
+    )
 
 
 def allocated(config, tokens, batch):
     """The most that torch's allocator held at once in a step beyond the parameters, by its own events."""
     model = LongNet(config)
     ids = torch.zeros(batch, tokens, dtype=torch.long)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as result:
         loss_sum, count = model(ids, ids)
         (loss_sum / count).backward()
     held = most = 0
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in result.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         most = max(most, held)
@@ -135,7 +137,7 @@ def test_more_work_takes_longer_and_a_slow_link_is_waited_for():
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("options", "message"),
     [
         ({"tokens": 0}, "tokens must be a positive integer, got 0"),
         ({"tokens": 3, "per_node": 4}, "at least one token for each of the 4 ranks"),
@@ -144,15 +146,15 @@ def test_more_work_takes_longer_and_a_slow_link_is_waited_for():
         ({"config": {"ordering": "hilbert", "pattern": Pattern.dense(True)}}, "ordering must be 'raster' in a plan"),
     ],
 )
-def test_what_cannot_be_planned_is_refused(told, message):
+def test_what_cannot_be_planned_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        job_of(**told)
+        job_of(**options)
 
 
 @pytest.mark.parametrize("preset", ["production", "block_sparse", "ring"])
 def test_presets_are_planned_without_their_guard(preset):
-    found = plan_run(job_of(config={"preset": preset}, per_node=2), named("h200"))
-    assert found.memory.peak > 0
+    result = plan_run(job_of(config={"preset": preset}, per_node=2), named("h200"))
+    assert result.memory.peak > 0
 
 
 def test_an_exchange_that_cannot_be_had_is_refused_as_in_a_run():

@@ -12,10 +12,10 @@ def interpreters():
 
     LONGNET_PYTHONS lists versions that must be here, as "3.11 3.13": their path is None where they are not.
     """
-    found = {version: _found(version) for version in SUPPORTED}
+    result = {version: _found(version) for version in SUPPORTED}
     required = os.environ.get("LONGNET_PYTHONS", "").split()
     assert set(required) <= set(SUPPORTED), f"LONGNET_PYTHONS must be among {SUPPORTED}, got {required}"
-    return {version: path for version, path in found.items() if path or version in required}
+    return {version: path for version, path in result.items() if path or version in required}
 
 
 def _found(version):

@@ -22,11 +22,11 @@ def run(*command, folder, timeout=300):
     """The output of a command that does not see the checkout."""
     kept = {name: text for name, text in os.environ.items() if not name.startswith(("PYTHON", "COV_"))}
     kept.pop("CI", None)
-    found = subprocess.run(
+    result = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, timeout=timeout, cwd=folder, env=kept
     )
-    assert found.returncode == 0, f"{command}\n{found.stdout[-3000:]}\n{found.stderr[-3000:]}"
-    return found.stdout
+    assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def wheel(tmp_path_factory):
     run("tar", "xf", sdist, folder=folder)
     (sources,) = (each for each in folder.iterdir() if each.is_dir())
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, folder=sources)
-    (found,) = folder.glob("*.whl")
-    return found
+    (result,) = folder.glob("*.whl")
+    return result
 
 
 def test_the_wheel_of_the_sdist_is_that_of_the_checkout(wheel, tmp_path):

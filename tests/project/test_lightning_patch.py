@@ -32,8 +32,8 @@ def test_the_patch_applies_to_the_installed_lightning(tmp_path):
     for name in changed:
         (tmp_path / "src/lightning" / name).parent.mkdir(parents=True)
         shutil.copy(Path(lightning.__file__).parent / name, tmp_path / "src/lightning" / name)
-    found = apply(tmp_path)
-    assert found.returncode == 0, found.stderr
+    result = apply(tmp_path)
+    assert result.returncode == 0, result.stderr
     assert "_register_external(StrategyRegistry" in (tmp_path / "src/lightning" / changed[1]).read_text()
     assert f"made against Lightning {lightning.__version__}" in " ".join((FOLDER / "README.md").read_text().split())
 
@@ -59,9 +59,9 @@ def test_a_name_needs_no_import_with_the_patch(tmp_path):
     assert refused.returncode != 0
     assert "ring_sequence_parallel_ddp" in refused.stderr
     assert apply(tmp_path).returncode == 0
-    found = run("-c", MADE)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.splitlines()[-1] == "DDPSequenceParallelStrategy"
+    result = run("-c", MADE)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "DDPSequenceParallelStrategy"
     theirs = tmp_path / "tests/tests_pytorch/strategies/test_external_strategies.py"
     tested = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, theirs)
     assert "3 passed" in tested.stdout, tested.stdout + tested.stderr

@@ -29,8 +29,8 @@ def commands(workflow):
 
 
 def pinned(name):
-    (found,) = re.findall(rf"^{name}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    return found
+    (result,) = re.findall(rf"^{name}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    return result
 
 
 def test_there_are_workflows_for_each_purpose():

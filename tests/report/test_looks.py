@@ -57,9 +57,9 @@ document.body.innerHTML = '<pre>' + JSON.stringify(
 
 
 def browser(profile, scheme, *arguments):
-    found = shutil.which("chromium")
-    assert found, "needs chromium: apt-get install chromium"
-    command = [found, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    result = shutil.which("chromium")
+    assert result, "needs chromium: apt-get install chromium"
+    command = [result, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     command += [f"--user-data-dir={profile}", f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"]
     done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-1000:]
@@ -101,11 +101,11 @@ def test_a_page_can_be_read(pages, tmp_path, name, scheme, width):
     inspected.write_text(page.replace("</head>", narrow + "</head>").replace("</body>", script + "</body>"))
     size = f"--window-size=1280,{height}"
     shown = browser(tmp_path / "profile", scheme, size, "--dump-dom", inspected.as_uri())
-    found = json.loads(re.search(r"<pre>(.*?)</pre>", shown, re.DOTALL)[1].replace("&gt;", ">").replace("&lt;", "<"))
-    assert found["faults"] == []
-    assert found["seen"]["drawings"] >= 15
-    assert found["seen"]["texts"] >= 150
-    back, ink = brightness(found["back"]), brightness(found["ink"])
+    result = json.loads(re.search(r"<pre>(.*?)</pre>", shown, re.DOTALL)[1].replace("&gt;", ">").replace("&lt;", "<"))
+    assert result["faults"] == []
+    assert result["seen"]["drawings"] >= 15
+    assert result["seen"]["texts"] >= 150
+    back, ink = brightness(result["back"]), brightness(result["ink"])
     assert (back > 200 > 60 > ink) if scheme == "light" else (back < 60 < 200 < ink)
 
     picture = tmp_path / "picture.png"

@@ -48,8 +48,8 @@ def test_a_run_is_on_its_page(tmp_path):
     ):
         assert words in page, words
     charts = set(re.findall(r'<figure id="([^"]+)"', page))
-    wanted = {"bits", "loss", "throughput", "steps", "utilization", "memory-ranks", "memory-kinds", "memory"}
-    assert charts == wanted | {"exchange", "hidden", "bytes", "other-lr-AdamW"}
+    expected = {"bits", "loss", "throughput", "steps", "utilization", "memory-ranks", "memory-kinds", "memory"}
+    assert charts == expected | {"exchange", "hidden", "bytes", "other-lr-AdamW"}
     assert len(SVG.findall(page)) == len(charts) + 3  # two of the pattern, one of the placement
     for each in SVG.findall(page):
         ET.fromstring(each)
@@ -171,8 +171,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
 def test_images_are_written_beside_it(tmp_path):
     folder = leave(tmp_path / "run")
     write_report([folder], images=True)
-    found = {path.name for path in folder.glob("*.png")}
-    assert {"report-bits.png", "report-throughput.png", "report-memory-ranks.png", "report-pattern-0-0.png"} <= found
+    result = {path.name for path in folder.glob("*.png")}
+    assert {"report-bits.png", "report-throughput.png", "report-memory-ranks.png", "report-pattern-0-0.png"} <= result
     for path in folder.glob("*.png"):
         assert path.stat().st_size > 5_000
 
@@ -181,16 +181,16 @@ def test_images_are_written_beside_it(tmp_path):
 def test_ticks_are_round_and_hold_all(low, share, many):
     width = share * max(abs(low), 1.0)
     high = low + width
-    found = ticks(low, high, many)
-    assert found[0] <= low + 1e-6 * width
-    assert found[-1] >= high - 1e-6 * width
-    assert 2 <= len(found) <= many + 3
-    steps = {round((b - a) / (found[1] - found[0]), 3) for a, b in pairwise(found)}
+    result = ticks(low, high, many)
+    assert result[0] <= low + 1e-6 * width
+    assert result[-1] >= high - 1e-6 * width
+    assert 2 <= len(result) <= many + 3
+    steps = {round((b - a) / (result[1] - result[0]), 3) for a, b in pairwise(result)}
     assert steps == {1.0}
 
 
 @pytest.mark.parametrize(
-    ("values", "wanted"),
+    ("values", "expected"),
     [
         ((0, 500, 1000), ["0", "500", "1,000"]),
         ((0, 0.5, 1.0), ["0", "0.5", "1.0"]),
@@ -201,8 +201,8 @@ def test_ticks_are_round_and_hold_all(low, share, many):
         ((-1, 0, 1), ["-1", "0", "1"]),
     ],
 )
-def test_labels_tell_ticks_apart(values, wanted):
-    assert [shown(value, list(values)) for value in values] == wanted
+def test_labels_tell_ticks_apart(values, expected):
+    assert [shown(value, list(values)) for value in values] == expected
 
 
 def test_a_line_is_drawn_where_its_numbers_are():
@@ -214,8 +214,8 @@ def test_a_line_is_drawn_where_its_numbers_are():
 def test_bars_stand_upon_one_another():
     chart = Chart("x", "title", "unit", bars=[Bars("a", [1.0], 0), Bars("b", [3.0], 0)], labels=["l"])
     shape = r'<rect x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"'
-    found = [tuple(map(float, each)) for each in re.findall(shape, svg(chart))]
-    (top, height), (upper, tall) = found
+    result = [tuple(map(float, each)) for each in re.findall(shape, svg(chart))]
+    (top, height), (upper, tall) = result
     assert tall == pytest.approx(3 * height, abs=0.2)
     assert upper + tall == pytest.approx(top, abs=0.2)
 
@@ -227,9 +227,9 @@ def test_one_point_and_equal_points_can_be_drawn():
 
 def test_long_lines_are_thinned_by_means():
     points = [(float(i), float(i % 2)) for i in range(3000)]
-    found = thinned(points)
-    assert len(found) == 300
-    assert {y for _, y in found} == {0.5}
+    result = thinned(points)
+    assert len(result) == 300
+    assert {y for _, y in result} == {0.5}
 
 
 @pytest.mark.parametrize(
@@ -239,8 +239,8 @@ def test_the_picture_of_a_pattern_is_its_mask(pattern):
     length, heads = 96 * 8, 4
     shares = whole_shares(pattern, length, heads)
     mask = (pattern.mask(length, heads) > 0).double().mean(0)
-    wanted = mask.view(96, 8, 96, 8).mean((1, 3))
-    torch.testing.assert_close(shares.double(), wanted)
+    expected = mask.view(96, 8, 96, 8).mean((1, 3))
+    torch.testing.assert_close(shares.double(), expected)
 
 
 def test_a_sequence_of_millions_can_be_drawn():

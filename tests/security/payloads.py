@@ -177,10 +177,10 @@ def sharded(folder, metadata=None, meta=None, item=None, outside=False, linked=F
     if metadata is not None:
         (path / ".metadata").write_bytes(metadata(folder))
     if outside:
-        found = pickle.loads((path / ".metadata").read_bytes())
-        for info in found.storage_data.values():
+        result = pickle.loads((path / ".metadata").read_bytes())
+        for info in result.storage_data.values():
             info.relative_path = f"../{info.relative_path}" if outside == "up" else str(folder / info.relative_path)
-        (path / ".metadata").write_bytes(pickle.dumps(found))
+        (path / ".metadata").write_bytes(pickle.dumps(result))
     if outside or linked:
         for file in path.glob("*.distcp"):
             file.rename(folder / file.name)

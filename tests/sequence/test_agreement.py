@@ -58,6 +58,6 @@ def faulty(group, digests, faults):
     ],
 )
 def test_a_fault_of_a_batch_is_an_error_on_all_ranks(pool, digests, faults, messages):
-    for found, message in zip(pool.run(3, faulty, digests, faults), messages, strict=True):
-        assert message in found
-        assert bool(message) == bool(found)
+    for result, message in zip(pool.run(3, faulty, digests, faults), messages, strict=True):
+        assert message in result
+        assert bool(message) == bool(result)

@@ -59,9 +59,9 @@ def halves(batch, dims=None):
 )
 def test_each_kind_of_batch(batch, dims, at):
     before = pickle.dumps(batch)
-    found = halves(batch, checked_dims(dims))
-    assert type(found) is type(batch)
-    assert torch.equal(at(found), IDS[:, :3])
+    result = halves(batch, checked_dims(dims))
+    assert type(result) is type(batch)
+    assert torch.equal(at(result), IDS[:, :3])
     assert pickle.dumps(batch) == before
 
 

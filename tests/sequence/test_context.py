@@ -48,17 +48,17 @@ def gathered(group, placement, length):
 @pytest.mark.parametrize("length", [3, 7, 12])
 def test_whole_sequences_come_back_with_their_gradients(pool, placement, length):
     for world in (1, 2, 3):
-        found = pool.run(world, gathered, placement, length)
-        assert all(each[:3] == (True, True, True) for each in found)
-        assert sum(each[3] for each in found) == length
+        result = pool.run(world, gathered, placement, length)
+        assert all(each[:3] == (True, True, True) for each in result)
+        assert sum(each[3] for each in result) == length
 
 
 @pytest.mark.parametrize(("length", "ranks", "lengths"), [(12, 3, (4, 4, 4)), (7, 3, (2, 2, 3)), (2, 3, (0, 1, 1))])
 def test_an_even_placement_differs_by_a_token_at_most(length, ranks, lengths):
     for kind in ("contiguous", "zigzag"):
-        found = Placement.even(length, ranks, kind)
-        assert (found.lengths, found.kind) == (lengths, kind)
-        assert Placement.even(length, ranks, kind) is found
+        result = Placement.even(length, ranks, kind)
+        assert (result.lengths, result.kind) == (lengths, kind)
+        assert Placement.even(length, ranks, kind) is result
     with pytest.raises(ValueError, match="placement must be one of"):
         Placement.even(length, ranks, "striped")
 
@@ -74,21 +74,21 @@ def attended(group, placement, documents, hidden):
     plain.begin_step(3)
     attach_context(layer, plain)
     (layer(x, **given) * weights).sum().backward()
-    wanted, best = layer(x, **given).detach(), [p.grad for p in layer.parameters()]
+    expected, best = layer(x, **given).detach(), [p.grad for p in layer.parameters()]
     layer.zero_grad()
     context = made(group, placement)
     context.begin_step(3)
     attach_context(layer, context)
     parts = context.split({"x": x, "weights": weights, **given}, dict.fromkeys(("x", "weights", *given), -1) | XW)
-    told = {name: parts[name] for name in given}
-    out = layer(parts["x"], **told)
+    options = {name: parts[name] for name in given}
+    out = layer(parts["x"], **options)
     (out * parts["weights"]).sum().backward()
     grads = [p.grad.clone() for p in layer.parameters()]
     for grad in grads:
         torch.distributed.all_reduce(grad, group=group)
-    torch.testing.assert_close(context.gather_sequence(out.detach()), wanted, rtol=1e-10, atol=1e-10)
-    for found, right in zip(grads, best, strict=True):
-        torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(context.gather_sequence(out.detach()), expected, rtol=1e-10, atol=1e-10)
+    for result, right in zip(grads, best, strict=True):
+        torch.testing.assert_close(result, right, rtol=1e-10, atol=1e-10)
 
 
 def attended_by_hand(group, documents):
@@ -101,8 +101,8 @@ def attended_by_hand(group, documents):
     shard = context.shard
     assert context.shard is shard
     out = attend(part["q"], part["k"], part["v"], PATTERN, shard=shard)
-    wanted = attend(q, k, v, PATTERN, documents=documents, key_padding_mask=HIDDEN)
-    torch.testing.assert_close(context.gather_sequence(out), wanted)
+    expected = attend(q, k, v, PATTERN, documents=documents, key_padding_mask=HIDDEN)
+    torch.testing.assert_close(context.gather_sequence(out), expected)
     context.split(batch, {"q": 1, "k": 1, "v": 1})
     assert context.shard is not shard  # another batch, other documents for all that is known
     context.begin(None)
@@ -150,22 +150,22 @@ def means(group, cases):
     """token_mean goes over all ranks there are; here the groups' world is larger than the case, so all take part."""
     context = SequenceContext()
     rank = torch.distributed.get_rank()
-    found = []
+    result = []
     for counts in cases:
         loss_sum = torch.tensor(float(rank + 1) if counts[rank] else 0.0, dtype=torch.float64, requires_grad=True)
         mean = context.token_mean(loss_sum, torch.tensor(counts[rank]))
         mean.backward()
-        found.append((mean.item(), loss_sum.grad.item()))
-    return found
+        result.append((mean.item(), loss_sum.grad.item()))
+    return result
 
 
 def test_a_mean_is_over_the_tokens_of_all_ranks(pool):
     cases = [(1,) * 8, (0, 5, 2, 0, 1, 7, 3, 4), (0,) * 8]
-    for found in pool.run(8, means, cases):
-        for counts, (mean, grad) in zip(cases, found, strict=True):
+    for result in pool.run(8, means, cases):
+        for counts, (mean, grad) in zip(cases, result, strict=True):
             total = sum(counts)
-            wanted = sum(rank + 1 for rank, n in enumerate(counts) if n) / total if total else 0.0
-            assert mean == pytest.approx(wanted)
+            expected = sum(rank + 1 for rank, n in enumerate(counts) if n) / total if total else 0.0
+            assert mean == pytest.approx(expected)
             assert grad == pytest.approx(8 / total if total else 0.0)  # engines average over the 8 ranks
 
 
@@ -227,21 +227,21 @@ def windows(group):
     """Counts of a window weigh its gradients; what has no gradient is no part of it."""
     context, rank = SequenceContext(), torch.distributed.get_rank()
     context.window.open()
-    found = []
+    result = []
     for count in (3, 5):
         loss = torch.tensor(2.0 * count, requires_grad=True)
         context.token_mean(loss.detach(), count)
         context.token_mean(loss, count).backward()
-        found.append(loss.grad.item())
+        result.append(loss.grad.item())
     assert context.window.means == 2
     factor = context.window.close(2)
     assert (context.window.means, rank >= 0) == (0, True)
-    return [grad / 2 * factor for grad in found]
+    return [grad / 2 * factor for grad in result]
 
 
 def test_a_window_weighs_by_tokens(pool):
-    for found in pool.run(8, windows):
-        assert found == pytest.approx([1 / 8] * 2)  # of a mean over 8 tokens on each of 8 ranks, averaged over ranks
+    for result in pool.run(8, windows):
+        assert result == pytest.approx([1 / 8] * 2)  # of a mean over 8 tokens on each of 8 ranks, averaged over ranks
 
 
 def test_dropout_follows_step_layer_and_place():

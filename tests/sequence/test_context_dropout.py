@@ -71,20 +71,20 @@ def dropped_over_ranks(group, placement):
     context, q = made(group, placement), drawn(0, 2, 23, 4, 8)
     torch.manual_seed(5 + group.rank())  # generators that do not agree
     part = context.split({"q": q}, {"q": 1})["q"]
-    found = [context.gather_sequence(dropped(context, part)) for _ in range(2)]
+    result = [context.gather_sequence(dropped(context, part)) for _ in range(2)]
     with context.whole():
         if group.rank() == 1:
             dropped(context, q)  # moves the generator of this rank alone, and waits for none
-    found.append(context.gather_sequence(dropped(context, part)))
+    result.append(context.gather_sequence(dropped(context, part)))
     torch.manual_seed(5)
-    return found, [dropped(SequenceContext(), q) for _ in range(3)]
+    return result, [dropped(SequenceContext(), q) for _ in range(3)]
 
 
 @pytest.mark.parametrize("placement", ["contiguous", "zigzag"])
 def test_ranks_drop_the_same_pairs_though_their_generators_differ(pool, placement):
-    for found, wanted in pool.run(3, dropped_over_ranks, placement):
-        assert not torch.equal(found[0], found[1])
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    for result, expected in pool.run(3, dropped_over_ranks, placement):
+        assert not torch.equal(result[0], result[1])
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
 
 
 WAYS = {
@@ -114,17 +114,17 @@ def gradients(context, ways, step=None):
     layer = Layer()
     attach_context(layer, context)
     x = context.split({"x": drawn(3, 2, LENGTH - 1, 16)}, {"x": 1})["x"]
-    found = []
-    for told in (None, *ways):
+    result = []
+    for options in (None, *ways):
         torch.manual_seed(8)
         context.begin_step(step)
         given = x.clone().requires_grad_()
-        out = layer(given) if told is None else checkpoint(layer, given, **WAYS[told])
+        out = layer(given) if options is None else checkpoint(layer, given, **WAYS[options])
         torch.manual_seed(9)
         out.square().sum().backward()
-        found.append([given.grad, *(p.grad for p in layer.parameters())])
+        result.append([given.grad, *(p.grad for p in layer.parameters())])
         layer.zero_grad(set_to_none=True)
-    return found
+    return result
 
 
 def gradients_over_ranks(group, step):
@@ -148,9 +148,9 @@ def compiled_attention(group):
     part = context.split({"q": q}, {"q": 1})["q"]
     compiled = torch.compile(lambda x: dropped(context, x), backend="aot_eager")
     torch.manual_seed(5)
-    found = [compiled(part) for _ in range(2)]
+    result = [compiled(part) for _ in range(2)]
     torch.manual_seed(5)
-    return [torch.equal(x, dropped(context, part)) for x in found]
+    return [torch.equal(x, dropped(context, part)) for x in result]
 
 
 @pytest.mark.long
@@ -161,10 +161,10 @@ def test_compiled_calls_outside_of_steps_draw_too(pool):
     for step in (None, 2, None):
         context.begin_step(step)
         torch.manual_seed(5)
-        found = [compiled(q) for _ in range(2)]
+        result = [compiled(q) for _ in range(2)]
         torch.manual_seed(5)
-        assert all(torch.equal(x, dropped(context, q)) for x in found)
-        assert torch.equal(*found) == (step is not None)
+        assert all(torch.equal(x, dropped(context, q)) for x in result)
+        assert torch.equal(*result) == (step is not None)
     assert pool.run(2, compiled_attention) == [[True, True]] * 2
 
 
@@ -201,7 +201,7 @@ KINDS = {
 def masks(group, step=None, seed=5, data_rank=0):
     """Which elements each kind of module drops on this rank in two calls, and torch's generator after them."""
     position = replace(made(group).position, data_parallel_rank=data_rank, data_parallel_size=2)
-    context, found = SequenceContext(position=position), {}
+    context, result = SequenceContext(position=position), {}
     for name, (kind, shape) in KINDS.items():
         dim = shape.index(LENGTH)
         module = kind(0.5).train()
@@ -209,9 +209,9 @@ def masks(group, step=None, seed=5, data_rank=0):
         x = context.split({"x": torch.ones(shape)}, {"x": dim})["x"]
         torch.manual_seed(seed)
         context.begin_step(step)
-        found[name] = [(out := module(x)) == out.max() for _ in range(2)]
-        found[name].append(torch.rand(3))
-    return found
+        result[name] = [(out := module(x)) == out.max() for _ in range(2)]
+        result[name].append(torch.rand(3))
+    return result
 
 
 @pytest.mark.parametrize("step", [None, 4])
@@ -252,12 +252,12 @@ def shared_masks(group):
     """Which elements are dropped of what all ranks hold alike."""
     context = made(group)
     context.split({"input_ids": torch.zeros(2, LENGTH)})
-    found = []
+    result = []
     for kind, shape in SHARED.values():
         module, x = kind(0.5).train(), torch.ones(shape)
         attach_context(module, context)
         torch.manual_seed(5)
-        found.append((module(x), context.dropout(torch.ones(2, 12, 8), 0.5, is_part=False)))
+        result.append((module(x), context.dropout(torch.ones(2, 12, 8), 0.5, is_part=False)))
     with context.whole():
         torch.manual_seed(5)
         whole = nn.Dropout(0.5)
@@ -266,7 +266,7 @@ def shared_masks(group):
         inside = whole(x)
         torch.manual_seed(5)
         assert torch.equal(inside, nn.functional.dropout(x, 0.5))
-    return found
+    return result
 
 
 def test_what_all_ranks_hold_alike_is_dropped_alike(pool):
@@ -278,15 +278,15 @@ def test_what_all_ranks_hold_alike_is_dropped_alike(pool):
 
 def uneven(group):
     """Parts of unequal lengths, and one of no token: the next random number of each rank."""
-    context, found = made(group), []
+    context, result = made(group), []
     for module in (nn.Dropout(0.5), Layer()):
         attach_context(module, context)
         x = context.split({"x": drawn(3, 2, 4, 16)}, {"x": 1})["x"]
         torch.manual_seed(5)
         module(x)
-        found.append(torch.rand(()).item())
+        result.append(torch.rand(()).item())
     attach_context(module, None)
-    return found
+    return result
 
 
 def test_parts_of_unequal_lengths_leave_generators_in_step(pool):
@@ -316,13 +316,13 @@ def test_feed_forwards_drop_other_hidden_values_on_each_rank(pool, chunk_tokens)
 def test_whole_sequences_and_evaluation_are_as_in_torch():
     x, module = torch.ones(2, LENGTH, 8), nn.Dropout(0.5)
     torch.manual_seed(5)
-    wanted = nn.functional.dropout(x, 0.5)
+    expected = nn.functional.dropout(x, 0.5)
     attach_context(module, context := SequenceContext())
     context.split({"x": x}, {"x": 1})
     torch.manual_seed(5)
-    assert torch.equal(module(x), wanted)
+    assert torch.equal(module(x), expected)
     torch.manual_seed(5)
-    assert torch.equal(context.dropout(x, 0.5), wanted)
+    assert torch.equal(context.dropout(x, 0.5), expected)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     assert torch.equal(module.eval()(x), x)
@@ -362,7 +362,7 @@ def test_hooks_come_and_go_with_the_context(pool):
 def compiled_dropout(group):
     """Masks of a compiled module in whole and split batches."""
     torch._dynamo.reset()
-    context, found = made(group), []
+    context, result = made(group), []
     module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8))
     for parameter in module.parameters():
         nn.init.ones_(parameter)
@@ -371,13 +371,13 @@ def compiled_dropout(group):
     for length in (LENGTH, 2 * LENGTH):
         x = context.split({"x": torch.ones(2, length, 8)}, {"x": 1})["x"]
         torch.manual_seed(5)
-        found.append((compiled(x).detach(), torch.rand(())))
+        result.append((compiled(x).detach(), torch.rand(())))
     with context.whole():
         torch.manual_seed(5)
-        found.append((compiled(torch.ones(2, 5, 8)).detach(), torch.rand(())))
+        result.append((compiled(torch.ones(2, 5, 8)).detach(), torch.rand(())))
     context.begin(None)
     torch._dynamo.reset()
-    return found, torch._dynamo.explain(module)(torch.ones(2, LENGTH, 8)).graph_break_count
+    return result, torch._dynamo.explain(module)(torch.ones(2, LENGTH, 8)).graph_break_count
 
 
 @pytest.mark.long
@@ -418,8 +418,8 @@ def model_drops(group, step):
     context, dropped, grads = made(group), [], []
     for recompute in ("nothing", "all but attention", "everything"):
         torch.manual_seed(0)
-        told = {"dropout": 0.3, "attention_dropout": 0.2, "recompute": recompute, "feed_forward_chunk": 5}
-        model = LongNet(LongNetConfig(PATTERN, vocab_size=11, dim=16, layers=2, heads=4, **told)).double()
+        options = {"dropout": 0.3, "attention_dropout": 0.2, "recompute": recompute, "feed_forward_chunk": 5}
+        model = LongNet(LongNetConfig(PATTERN, vocab_size=11, dim=16, layers=2, heads=4, **options)).double()
         attach_context(model, context)
         if recompute == "nothing":
             for module in model.modules():

@@ -63,5 +63,5 @@ def test_labels_of_another_size_say_what_to_declare():
 
 def test_labels_that_were_cut_when_they_were_read_are_not_asked_about():
     tensors = {"x": X[:, :3], "labels": IDS[:, :3]}
-    found = part(SequencePart(tensors, 6, ((0, 3),), ("a", "b")), {"x": 1})
-    assert found["labels"].shape == (2, 3)
+    result = part(SequencePart(tensors, 6, ((0, 3),), ("a", "b")), {"x": 1})
+    assert result["labels"].shape == (2, 3)

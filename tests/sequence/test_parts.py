@@ -37,15 +37,15 @@ def masks_of(context):
 def as_if_cut_here(group, placement):
     """A context is in the same state, and made the same batch, as where it was handed the whole."""
     context = made(group, placement)
-    wanted = context.split(whole_batch())
+    expected = context.split(whole_batch())
     positions, given = context.positions, masks_of(context)
     context.begin(None)
     part = part_of_batch(context)
     context.check_same(part)
-    found = context.split(part)
-    assert type(found) is dict
-    assert set(found) == set(wanted)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    result = context.split(part)
+    assert type(result) is dict
+    assert set(result) == set(expected)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
     assert context.length == LENGTH
     assert torch.equal(context.positions, positions)
     for a, b in zip(masks_of(context), given, strict=True):
@@ -92,10 +92,10 @@ def different(group, case):
     ],
 )
 def test_what_does_not_fit_is_an_error_on_all_ranks(pool, case, message):
-    found = pool.outcomes(3, different, case)
-    assert [fine for fine, _ in found] == [False] * 3
-    assert all(error[0] is ValueError for _, error in found)
-    shown = [error[1] for _, error in found]
+    result = pool.outcomes(3, different, case)
+    assert [fine for fine, _ in result] == [False] * 3
+    assert all(error[0] is ValueError for _, error in result)
+    shown = [error[1] for _, error in result]
     assert message in shown[1], shown
     if case in ("samples", "length", "whole"):
         assert all(message in each for each in shown)
@@ -138,9 +138,9 @@ def test_copies_keep_what_is_said_of_it(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x + 1)  # there is no GPU to pin for
     part = SequencePart({"input_ids": torch.arange(4)}, 9, [(0, 4)], ["a"])
     mapped = apply_to_collection(part, torch.Tensor, torch.clone)  # as plugins for precisions do
-    for found in (copy.copy(part), pickle.loads(pickle.dumps(part)), part.to("cpu"), pin_memory(part), mapped):
-        assert isinstance(found, SequencePart)
-        assert (found.length, found.stretches, found.samples) == (9, ((0, 4),), ("a",))
+    for result in (copy.copy(part), pickle.loads(pickle.dumps(part)), part.to("cpu"), pin_memory(part), mapped):
+        assert isinstance(result, SequencePart)
+        assert (result.length, result.stretches, result.samples) == (9, ((0, 4),), ("a",))
     assert pin_memory(part).tensors["input_ids"].tolist() == [1, 2, 3, 4]
     assert part.tensors["input_ids"].tolist() == [0, 1, 2, 3]
 

@@ -69,9 +69,9 @@ def converted(group, changing):
                     part["mask"][:, 0] = -torch.inf
             out, _ = layer(part["x"], part["x"], part["x"], key_padding_mask=part["mask"])
             attach_context(layer, None)
-            wanted, _ = layer(x, x, x, key_padding_mask=hidden)
+            reference, _ = layer(x, x, x, key_padding_mask=hidden)
             attach_context(layer, context)
-            torch.testing.assert_close(context.gather_sequence(out), wanted)
+            torch.testing.assert_close(context.gather_sequence(out), reference)
 
 
 def test_converted_masks_too(pool):
@@ -110,11 +110,11 @@ def by_hand_over_ranks(group, *given):
 @pytest.mark.parametrize("given", [(True, True), (True, False), (False, True), (False, False)])
 def test_a_batchs_shard_has_its_documents_and_padding_on_any_number_of_ranks(pool, given):
     batch = batch_of(*given)
-    wanted = expected(batch)
-    torch.testing.assert_close(by_hand(SequenceContext(), batch), wanted)
+    reference = expected(batch)
+    torch.testing.assert_close(by_hand(SequenceContext(), batch), reference)
     for world in (1, 2):
-        for found in pool.run(world, by_hand_over_ranks, *given):
-            torch.testing.assert_close(found, wanted)
+        for result in pool.run(world, by_hand_over_ranks, *given):
+            torch.testing.assert_close(result, reference)
 
 
 def test_one_process_has_a_shard_with_gradients_and_errors():
@@ -123,8 +123,8 @@ def test_one_process_has_a_shard_with_gradients_and_errors():
     shard = context.shard
     assert context.shard is shard
     (grad,) = torch.autograd.grad(attend(q, q, q, PATTERN, shard=shard).square().sum(), q)
-    (wanted,) = torch.autograd.grad(expected({**batch, "q": q}).square().sum(), q)
-    torch.testing.assert_close(grad, wanted)
+    (reference,) = torch.autograd.grad(expected({**batch, "q": q}).square().sum(), q)
+    torch.testing.assert_close(grad, reference)
     with pytest.raises(ValueError, match="q must have the shard's 23 tokens"):
         attend(q[:, 1:], q[:, 1:], q[:, 1:], PATTERN, shard=shard)
     with context.whole():
@@ -167,13 +167,13 @@ def test_a_batchs_shard_is_of_the_masks_as_they_were_split(pool):
 def scaled(group):
     """`context.attend` with a scale and sinks, over ranks and in one process."""
     q, sinks = drawn(0, 2, LENGTH, 4, 8), drawn(1, 4)
-    told = {"scale": 0.2, "sinks": sinks}
-    wanted = attend(q, q, q, PATTERN, documents=DOCUMENTS, key_padding_mask=HIDDEN, **told)
+    options = {"scale": 0.2, "sinks": sinks}
+    reference = attend(q, q, q, PATTERN, documents=DOCUMENTS, key_padding_mask=HIDDEN, **options)
     for context in (SequenceContext(), made(group)):
         part = context.split({"q": q, "documents": DOCUMENTS, "hidden": HIDDEN}, {"q": 1, "hidden": 1})
         x, masks = part["q"], {"documents": part["documents"], "key_padding_mask": part["hidden"]}
-        found = context.attend(x, x, x, PATTERN, **masks, **told)
-        torch.testing.assert_close(context.gather_sequence(found), wanted)
+        result = context.attend(x, x, x, PATTERN, **masks, **options)
+        torch.testing.assert_close(context.gather_sequence(result), reference)
 
 
 def test_attend_of_a_context_takes_scale_and_sinks(pool):
@@ -194,10 +194,10 @@ def packed(group):
                 if group.rank() == 1:
                     part["documents"][:, -1] += 1
             attach_context(layer, None)
-            wanted = layer(x, documents=documents)
+            reference = layer(x, documents=documents)
             attach_context(layer, context)
-            found = context.gather_sequence(layer(part["x"], documents=part["documents"]))
-            torch.testing.assert_close(found, wanted)
+            result = context.gather_sequence(layer(part["x"], documents=part["documents"]))
+            torch.testing.assert_close(result, reference)
 
 
 def test_documents_changed_in_place_move_the_rotation_too(pool):

@@ -16,9 +16,9 @@ def run(folder, status, restarts):
         (folder / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
     environment["SLURM_RESTART_COUNT"] = str(restarts)
-    found = subprocess.run(["bash", str(SCRIPT)], env=environment, cwd=folder, timeout=20)
+    result = subprocess.run(["bash", str(SCRIPT)], env=environment, cwd=folder, timeout=20)
     requeues = folder / "requeues"
-    return found.returncode, len(requeues.read_text().splitlines()) if requeues.exists() else 0
+    return result.returncode, len(requeues.read_text().splitlines()) if requeues.exists() else 0
 
 
 def test_failures_count_and_ends_of_the_time_limit_do_not(tmp_path):

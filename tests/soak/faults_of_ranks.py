@@ -16,10 +16,10 @@ CELLS = [(fault, rank, phase) for fault in FAULTS for rank in (0, RANKS - 1) for
 LIMITS = Limits(STALL, dict.fromkeys(("validation", "save", "load"), STALL))
 
 
-def run(folder, restarts=0, main=program.main, **told):
+def run(folder, restarts=0, main=program.main, **options):
     """(exit status, lines, seconds since the fault, processes that are left) of a run under a supervisor."""
     before = children()
-    words = [json.dumps({"folder": str(folder), **told})]
+    words = [json.dumps({"folder": str(folder), **options})]
     process = supervised(main, words, folder, LIMITS, restarts, environment())
     try:
         status = process.wait(PATIENCE)

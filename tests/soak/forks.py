@@ -158,24 +158,24 @@ def adopt():
 
 def children():
     """The processes whose parent is this one, those included that have ended."""
-    found = set()
+    result = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
         if int(fields[1]) == os.getpid():
-            found.add(int(path.parent.name))
-    return found
+            result.add(int(path.parent.name))
+    return result
 
 
 def left(before):
     """The processes that are left of a run, beside the children of before; they are ended."""
-    found = []
+    result = []
     while new := children() - before:
         for pid in new:
             if state_of(pid) not in ("Z", ""):
-                found.append(pid)
+                result.append(pid)
                 os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-    return found
+    return result

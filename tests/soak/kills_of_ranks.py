@@ -129,8 +129,8 @@ def equal(whole, folder):
     """Whether each loss that was written, and all parameters at the end, are equal bit by bit."""
     for rank in range(RANKS):
         right = {step: loss for step, loss, _ in losses(whole, rank)}
-        found = losses(folder, rank)
-        if {step for step, _, _ in found} != set(right) or any(right[step] != loss for step, loss, _ in found):
+        result = losses(folder, rank)
+        if {step for step, _, _ in result} != set(right) or any(right[step] != loss for step, loss, _ in result):
             return False
     first, second = (torch.load(path / "parameters.pt") for path in (whole, folder))
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

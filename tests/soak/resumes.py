@@ -61,8 +61,8 @@ class Resumes:
         if key not in self.saved:
             (folder := self.folder / str(len(self.saved))).mkdir(parents=True)
             ranks, size = MESHES[mesh]
-            found = self.workers(engine, ranks).run(ranks, saved_run, setting, engine, size, str(folder))
-            self.saved[key] = folder, found
+            result = self.workers(engine, ranks).run(ranks, saved_run, setting, engine, size, str(folder))
+            self.saved[key] = folder, result
         return self.saved[key]
 
     def exact(self, engine, mesh, step):
@@ -70,11 +70,11 @@ class Resumes:
         setting, (ranks, size) = setting_of(engine), MESHES[mesh]
         folder, whole = self.run_of(engine, mesh, setting)
         path = str(folder / f"step={step}.ckpt")
-        found = self.workers(engine, ranks).run(ranks, resumed_run, setting, engine, size, path)
-        for (losses, parameters), (right, wanted) in zip(found, whole, strict=True):
+        result = self.workers(engine, ranks).run(ranks, resumed_run, setting, engine, size, path)
+        for (losses, parameters), (right, expected) in zip(result, whole, strict=True):
             assert losses == right[step * setting["accumulate"] :]
-            assert parameters.keys() == wanted.keys()
-            assert all(torch.equal(parameters[name], wanted[name]) for name in wanted)
+            assert parameters.keys() == expected.keys()
+            assert all(torch.equal(parameters[name], expected[name]) for name in expected)
 
     def elastic(self, saved, resumed, engine="fsdp2"):
         """What a plain loop in one process has, up to rounding."""
@@ -101,8 +101,8 @@ class Resumes:
         step = 2
         losses, parameters = self._right(setting)
         path = str(folder / f"step={step}.ckpt")
-        for found in self.workers(engine, ranks).run(ranks, resumed_run, setting, engine, size, path):
-            compare(found, (losses[step * setting["accumulate"] :], parameters), tolerance)
+        for result in self.workers(engine, ranks).run(ranks, resumed_run, setting, engine, size, path):
+            compare(result, (losses[step * setting["accumulate"] :], parameters), tolerance)
 
     def _right(self, setting):
         if setting["dtype"] not in self.saved:  # not in this process, whose forks are to run backwards

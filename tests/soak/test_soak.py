@@ -22,15 +22,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_there_are_as_many_cells_as_the_table_says():
-    found = Counter(kind for kind, _ in soak_cells.cells())
+    result = Counter(kind for kind, _ in soak_cells.cells())
     kills = kills_of_ranks.IN_SAVES + kills_of_ranks.AT_TIMES
-    assert all(found[kind] * kills >= least for kind, least in soak.KILLS.items())  # one may come after the end
+    assert all(result[kind] * kills >= least for kind, least in soak.KILLS.items())  # one may come after the end
     assert set(soak.KILLS) == set(soak.ROWS)
     assert sum(soak.KILLS.values()) == 100
-    assert sum(found[kind] for kind in soak.ROWS) * kills_of_ranks.IN_SAVES >= 40
+    assert sum(result[kind] for kind in soak.ROWS) * kills_of_ranks.IN_SAVES >= 40
     rest = {kind: count for kind, (_, count) in soak.OTHERS.items() if kind not in soak_cells.TESTS}
-    assert {kind: found[kind] for kind in rest} == rest
-    assert set(found) == set(soak_cells.KINDS)
+    assert {kind: result[kind] for kind in rest} == rest
+    assert set(result) == set(soak_cells.KINDS)
     assert {*soak_cells.KINDS, *soak_cells.TESTS} == {*soak.ROWS, *soak.OTHERS}
 
 
@@ -83,8 +83,8 @@ def test_a_failed_cell_is_shown_and_run_again(tmp_path, monkeypatch, capsys):
 
 def run(out, *words):
     command = [sys.executable, str(ROOT / "benchmarks/soak.py"), "--out", str(out), *words]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
-    return found.returncode, found.stdout, found.stderr
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    return result.returncode, result.stdout, result.stderr
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ print(state_of(found) == "", forks.left(before))
 @pytest.mark.long
 def test_a_process_that_is_left_is_found_and_ended():
     folders = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("", "soak"))]
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", LEFT.format(folders=folders)], capture_output=True, text=True, timeout=120
     )
-    assert found.stdout.strip() == "True []", found.stderr
+    assert result.stdout.strip() == "True []", result.stderr

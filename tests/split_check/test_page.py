@@ -40,13 +40,13 @@ class Example(Base):
 
 
 def verdicts(rank, world):
-    context, found = connected(rank, world, 2), []
+    context, result = connected(rank, world, 2), []
     begin, blocks = examples()
     for _, block in blocks:
         with redirect_stdout(None):
             module = Example(begin + block)
-        found.append(check_split(module, lambda each, part: each.step(part), batch_of(0), context, action="warn"))
-    return found
+        result.append(check_split(module, lambda each, part: each.step(part), batch_of(0), context, action="warn"))
+    return result
 
 
 @pytest.mark.long

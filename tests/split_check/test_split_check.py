@@ -35,15 +35,15 @@ def batch_of(group, length=LENGTH, rows=3):
 
 
 def verdicts(rank, world, size, kinds, length=LENGTH, action="warn", **settings):
-    context, found = connected(rank, world, size), {}
+    context, result = connected(rank, world, size), {}
     for kind in kinds:
         torch.manual_seed(rank)  # ranks begin with values of their own
         module = kind()
         batch = batch_of(context.data_parallel_rank, length)
-        found[kind.__name__] = check_split(
+        result[kind.__name__] = check_split(
             module, lambda copy, part: copy.step(part), batch, context, action=action, **settings
         )
-    return found
+    return result
 
 
 @pytest.mark.filterwarnings("ignore:the module computes")
@@ -56,9 +56,9 @@ def verdicts(rank, world, size, kinds, length=LENGTH, action="warn", **settings)
     ],
 )
 def test_each_fault_is_found_and_named(trainers, world, size, faults):
-    found = trainers.run(world, verdicts, size, [kind for kind, *_ in faults])
-    assert all(rank == found[0] for rank in found)
-    for name, verdict in found[0].items():
+    result = trainers.run(world, verdicts, size, [kind for kind, *_ in faults])
+    assert all(rank == result[0] for rank in result)
+    for name, verdict in result[0].items():
         module, cause = CAUSES[name]
         assert verdict.kind == "different", (name, verdict)
         if module is None:
@@ -77,8 +77,8 @@ def test_each_fault_is_found_and_named(trainers, world, size, faults):
     ],
 )
 def test_no_right_module_is_accused(trainers, world, size, kinds):
-    found = trainers.run(world, verdicts, size, kinds)
-    for rank in found:
+    result = trainers.run(world, verdicts, size, kinds)
+    for rank in result:
         for name, verdict in rank.items():
             assert verdict.kind == "equal", (name, verdict)
             assert verdict.error < 1e-6, (name, verdict)
@@ -110,13 +110,13 @@ class NoLabels(Base):
 @pytest.mark.filterwarnings("ignore:the split check is inconclusive")
 def test_what_is_no_verdict_says_why(trainers):
     kinds = [Random, RandomAndRight, Uncopied, NoLabels]
-    found = trainers.run(2, verdicts, 2, kinds)[0]
-    assert found["Random"].kind == "inconclusive"
-    assert "draws random numbers" in found["Random"].message
-    assert found["RandomAndRight"].kind == "equal"
-    assert found["Uncopied"].kind == found["NoLabels"].kind == "not checked"
-    assert "cannot be copied: cannot pickle '_thread.lock' object" in found["Uncopied"].message
-    assert "not finite" in found["NoLabels"].message
+    result = trainers.run(2, verdicts, 2, kinds)[0]
+    assert result["Random"].kind == "inconclusive"
+    assert "draws random numbers" in result["Random"].message
+    assert result["RandomAndRight"].kind == "equal"
+    assert result["Uncopied"].kind == result["NoLabels"].kind == "not checked"
+    assert "cannot be copied: cannot pickle '_thread.lock' object" in result["Uncopied"].message
+    assert "not finite" in result["NoLabels"].message
 
 
 def left_alone(rank, world):

@@ -34,7 +34,7 @@ def same(before, after):
 
 def verdicts(rank, world, size, kinds, placement="contiguous", patience=30.0):
     ranks_of_check.PATIENCE = patience
-    context, found = connected(rank, world, size), {}
+    context, result = connected(rank, world, size), {}
     context.placement = context._splitter.placement = placement
     for kind in kinds:
         torch.manual_seed(rank)
@@ -45,7 +45,7 @@ def verdicts(rank, world, size, kinds, placement="contiguous", patience=30.0):
             module.begin()
         module_before = states(module)
         generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-        found[kind.__name__] = check_split(
+        result[kind.__name__] = check_split(
             module, lambda copy, part: copy.step(part), batch, context, action="warn", sequence_dims=DIMS
         )
         same(module_before, states(module))
@@ -53,7 +53,7 @@ def verdicts(rank, world, size, kinds, placement="contiguous", patience=30.0):
         assert (random.getstate(), np.random.get_state()[1].tolist()) == generators[1:]
         assert torch.distributed.get_world_size() == world
         assert not context.is_split
-    return found
+    return result
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:the split check is inconclusive", "ignore:the module computes")
@@ -70,8 +70,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:the split check is inconclusive"
 )
 def test_no_right_module_is_accused(trainers, world, size, kinds, placement):
     expected = {kind.__name__: getattr(kind, "KIND", "equal") for kind in kinds}
-    for found in trainers.run(world, verdicts, size, kinds, placement):
-        for name, verdict in found.items():
+    for result in trainers.run(world, verdicts, size, kinds, placement):
+        for name, verdict in result.items():
             kind = expected[name]
             assert verdict.kind in (kind, "equal" if kind == "inconclusive" else kind), (name, verdict)
             if verdict.kind == "equal":
@@ -89,20 +89,20 @@ def test_no_right_module_is_accused(trainers, world, size, kinds, placement):
 )
 def test_each_wrong_module_is_found(trainers, world, size, kinds, placement):
     every = trainers.run(world, verdicts, size, kinds, placement)
-    assert all(found == every[0] for found in every)
+    assert all(result == every[0] for result in every)
     for name, verdict in every[0].items():
         assert verdict.kind == "different", (name, verdict)
 
 
 @pytest.mark.long
 def test_a_rank_that_leaves_its_step_is_a_verdict_on_all(trainers):
-    for found in trainers.run(2, verdicts, 2, [NoneWithoutLabels, Popping], "contiguous", 2.0):
-        assert found["NoneWithoutLabels"].kind == "different"
-        assert "one waits for a message of others" in found["NoneWithoutLabels"].message
-        assert found["Popping"].kind == "equal"  # the groups of the run are as they were
+    for result in trainers.run(2, verdicts, 2, [NoneWithoutLabels, Popping], "contiguous", 2.0):
+        assert result["NoneWithoutLabels"].kind == "different"
+        assert "one waits for a message of others" in result["NoneWithoutLabels"].message
+        assert result["Popping"].kind == "equal"  # the groups of the run are as they were
 
 
 def test_a_module_that_is_copied_on_some_ranks_only(trainers):
-    for found in trainers.run(2, verdicts, 2, [LockOfFirst]):
-        assert found["LockOfFirst"].kind == "not checked"
-        assert "no copies" in found["LockOfFirst"].message
+    for result in trainers.run(2, verdicts, 2, [LockOfFirst]):
+        assert result["LockOfFirst"].kind == "not checked"
+        assert "no copies" in result["LockOfFirst"].message

@@ -57,28 +57,28 @@ def fit_averaged(rank, world, kind, sharding, dtype=torch.float64, folder=None, 
     ),
 )
 def test_validation_takes_the_average_and_training_goes_on(trainers, kind, sharding):
-    wanted = trainers.run(1, fit_averaged, kind, "ddp")[0]
-    assert len(wanted[0]) == 2 + 4 + 8
-    for found in trainers.run(2, fit_averaged, kind, sharding):
-        compare(found, wanted, 1e-9)
+    expected = trainers.run(1, fit_averaged, kind, "ddp")[0]
+    assert len(expected[0]) == 2 + 4 + 8
+    for result in trainers.run(2, fit_averaged, kind, sharding):
+        compare(result, expected, 1e-9)
 
 
 @pytest.mark.long
 def test_a_run_with_an_average_is_saved_and_resumed(trainers, tmp_path):
     losses, parameters = trainers.run(2, fit_averaged, Checked, "fsdp2", torch.float64, tmp_path)[0]
     resume = str(tmp_path / "epoch=0.ckpt")
-    for found in trainers.run(2, fit_averaged, Checked, "fsdp2", torch.float64, tmp_path / "resumed", resume):
-        compare((found[0][-6:], found[1]), (losses[-6:], parameters), 1e-9)
+    for result in trainers.run(2, fit_averaged, Checked, "fsdp2", torch.float64, tmp_path / "resumed", resume):
+        compare((result[0][-6:], result[1]), (losses[-6:], parameters), 1e-9)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_averages_what_it_does_not_shard(trainers, deepspeed_trainers, stage):
     outcomes = deepspeed_trainers(2).outcomes(2, fit_averaged, Checked, f"deepspeed_stage_{stage}", torch.float32)
-    wanted = trainers.run(1, fit_averaged, Checked, "ddp", torch.float32)[0] if stage == 2 else None
-    for is_result, found in outcomes:
-        assert is_result == (stage == 2), found
+    expected = trainers.run(1, fit_averaged, Checked, "ddp", torch.float32)[0] if stage == 2 else None
+    for is_result, result in outcomes:
+        assert is_result == (stage == 2), result
         if is_result:
-            compare(found, wanted, 1e-5)
+            compare(result, expected, 1e-5)
         else:
-            assert "'deepspeed_stage_3' takes no callback that averages weights" in found[1]
+            assert "'deepspeed_stage_3' takes no callback that averages weights" in result[1]

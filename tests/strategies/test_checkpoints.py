@@ -34,39 +34,39 @@ OTHERS = {"2x1": (2, 1), "1x1": (1, 1)}
 
 
 @pytest.fixture(scope="module")
-def wanted():
+def expected():
     return {each["dtype"]: reference({**each, **TWO_EPOCHS}) for each in (FLOAT64, DEEPSPEED)}
 
 
-def check(trainers, sharding, setting, wanted, folder, tolerance, meshes=OTHERS):
+def check(trainers, sharding, setting, expected, folder, tolerance, meshes=OTHERS):
     setting = {**setting, **TWO_EPOCHS}
-    losses, parameters = wanted[setting["dtype"]]
-    for found in trainers(2).run(2, fit_and_save, setting, sharding, 2, folder):
-        compare(found, (losses, parameters), tolerance)
+    losses, parameters = expected[setting["dtype"]]
+    for result in trainers(2).run(2, fit_and_save, setting, sharding, 2, folder):
+        compare(result, (losses, parameters), tolerance)
     for world, size in (OTHERS[mesh] for mesh in meshes):
         for step in STEPS:
             finished = step * setting["accumulate"]
             rest = losses[finished:], parameters
-            for found in trainers(world).run(world, fit, setting, sharding, size, f"{folder}/step={step}.ckpt"):
-                compare(found, rest, tolerance)
+            for result in trainers(world).run(world, fit, setting, sharding, size, f"{folder}/step={step}.ckpt"):
+                compare(result, rest, tolerance)
 
 
 @pytest.mark.parametrize(
     ("sharding", "mesh"), tiered(product(["ddp", "fsdp2", "hsdp"], OTHERS), quick=[("fsdp2", "2x1")], covers=1)
 )
-def test_float64_goes_on_elsewhere(trainers, sharding, mesh, wanted, tmp_path):
-    check(lambda _: trainers, sharding, FLOAT64, wanted, str(tmp_path), 1e-9, [mesh])
+def test_float64_goes_on_elsewhere(trainers, sharding, mesh, expected, tmp_path):
+    check(lambda _: trainers, sharding, FLOAT64, expected, str(tmp_path), 1e-9, [mesh])
 
 
 @pytest.mark.parametrize("stage", tiered([1, 2, 3], quick=[], full=[1, 2]))
-def test_deepspeed_goes_on_elsewhere(deepspeed_trainers, stage, wanted, tmp_path):
-    check(deepspeed_trainers, f"deepspeed_stage_{stage}", DEEPSPEED, wanted, str(tmp_path), 1e-5)
+def test_deepspeed_goes_on_elsewhere(deepspeed_trainers, stage, expected, tmp_path):
+    check(deepspeed_trainers, f"deepspeed_stage_{stage}", DEEPSPEED, expected, str(tmp_path), 1e-5)
 
 
 def fit_and_save_one_file(rank, world, setting, folder):
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-    told = {"engine": {"save_distributed_checkpoint": False}}
-    return fit(rank, world, setting, "fsdp2", world, callbacks=[saving], **told)
+    options = {"engine": {"save_distributed_checkpoint": False}}
+    return fit(rank, world, setting, "fsdp2", world, callbacks=[saving], **options)
 
 
 def resume_one_file(rank, world, setting, path):
@@ -74,14 +74,14 @@ def resume_one_file(rank, world, setting, path):
 
 
 @pytest.mark.long
-def test_fsdp2_may_save_one_file(trainers, wanted, tmp_path):
-    setting, (losses, parameters) = {**FLOAT64, **TWO_EPOCHS}, wanted[torch.float64]
+def test_fsdp2_may_save_one_file(trainers, expected, tmp_path):
+    setting, (losses, parameters) = {**FLOAT64, **TWO_EPOCHS}, expected[torch.float64]
     trainers.run(2, fit_and_save_one_file, setting, str(tmp_path))
     path = tmp_path / "step=2.ckpt"
     weights = torch.load(path, weights_only=True, mmap=True)["state_dict"]
     started(setting).load_state_dict({name.removeprefix("model."): x for name, x in weights.items()})
-    for found in trainers.run(2, resume_one_file, setting, str(path)):
-        compare(found, (losses[4:], parameters), 1e-9)
+    for result in trainers.run(2, resume_one_file, setting, str(path)):
+        compare(result, (losses[4:], parameters), 1e-9)
 
 
 def test_one_file_is_refused_for_parameters_without_a_name(tmp_path):
@@ -101,16 +101,16 @@ class Both(Module):
 def run_again(rank, world, sharding):
     """Losses of two fits and what is validated between, of one module."""
     with quiet():
-        told = {"engine": SMALL_BUCKETS} if sharding.startswith("deepspeed") else {}
+        options = {"engine": SMALL_BUCKETS} if sharding.startswith("deepspeed") else {}
         module = Both(started(DEEPSPEED), adamw)
         rows = DataLoader(DEEPSPEED["samples"], batch_size=4, collate_fn=collated)
-        found = []
+        result = []
         for _ in range(2):
-            strategy = RingSequenceParallelStrategy(sharding=sharding, **told)
+            strategy = RingSequenceParallelStrategy(sharding=sharding, **options)
             trainer = trainer_of(strategy, world, max_epochs=1, limit_train_batches=2)
             trainer.fit(module, rows)
-            found.append(trainer.validate(module, rows, verbose=False)[0]["val"])
-    return found, module.losses
+            result.append(trainer.validate(module, rows, verbose=False)[0]["val"])
+    return result, module.losses
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,6 @@ def test_a_module_is_fitted_validated_and_fitted_again(trainers, deepspeed_train
     workers = deepspeed_trainers(2) if sharding.startswith("deepspeed") else trainers
     (values, losses) = trainers.run(1, run_again, "ddp")[0]
     assert values[1] < values[0]
-    for found, others in workers.run(2, run_again, sharding):
-        assert found == pytest.approx(values, rel=1e-5)
+    for result, others in workers.run(2, run_again, sharding):
+        assert result == pytest.approx(values, rel=1e-5)
         assert others == pytest.approx(losses, rel=1e-5)

@@ -45,20 +45,20 @@ def run(code):
 @pytest.mark.long
 @pytest.mark.parametrize(("first", "second"), [("lightning_longnet", "lightning"), ("lightning", "lightning_longnet")])
 def test_importing_the_package_registers_whatever_comes_first(first, second):
-    found = run(
+    result = run(
         f"import {first}, sys\n"
         "early = 'lightning.pytorch' in sys.modules\n"
         f"import {second}, lightning as L\n"
         "trainer = L.Trainer(strategy='ring_sequence_parallel', devices=2, accelerator='cpu', logger=False)\n"
         "print(early, type(trainer.strategy).__name__, len(sys.meta_path))"
     )
-    early, name, _ = found.stdout.split()
-    assert (early, name) == (str(first == "lightning"), "FSDP2SequenceParallelStrategy"), found.stderr
+    early, name, _ = result.stdout.split()
+    assert (early, name) == (str(first == "lightning"), "FSDP2SequenceParallelStrategy"), result.stderr
 
 
 def test_the_package_is_imported_where_lightning_is_missing():
-    found = run("import sys; sys.modules['lightning'] = None; import lightning_longnet; print(len(sys.meta_path) > 0)")
-    assert found.stdout.strip() == "True", found.stderr
+    result = run("import sys; sys.modules['lightning'] = None; import lightning_longnet; print(len(sys.meta_path) > 0)")
+    assert result.stdout.strip() == "True", result.stderr
 
 
 def command(rank, world, arguments):
@@ -73,34 +73,34 @@ def command(rank, world, arguments):
 @pytest.fixture(scope="module")
 def alone(trainers):
     """The same two steps in one process, under Lightning's own strategy."""
-    told = [
+    options = [
         "fit",
         f"--config={ROOT}/configs/quickstart.yaml",
         "--trainer.devices=1",
         "--trainer.strategy=ddp",
     ]  # which orders samples as any of ours does
-    return trainers.run(1, command, [*told, *SMALL])[0]
+    return trainers.run(1, command, [*options, *SMALL])[0]
 
 
 @pytest.mark.parametrize("name", tiered([path.stem for path in CONFIGS], quick=["fsdp2"]))
 def test_every_configuration_trains_two_steps(trainers, deepspeed_trainers, alone, name):
     is_deepspeed = "deepspeed" in name
     workers = deepspeed_trainers(2) if is_deepspeed else trainers
-    told = [
+    options = [
         "fit",
         f"--config={ROOT}/configs/quickstart.yaml",
         f"--config={ROOT}/configs/strategies/{name}.yaml",
         *SMALL,
     ]
     if is_deepspeed:
-        told += ["--trainer.strategy.init_args.engine={reduce_bucket_size: 16384, allgather_bucket_size: 16384}"]
-    for metrics, steps in workers.run(2, command, told):
+        options += ["--trainer.strategy.init_args.engine={reduce_bucket_size: 16384, allgather_bucket_size: 16384}"]
+    for metrics, steps in workers.run(2, command, options):
         assert steps == alone[1] == 2
         assert metrics == pytest.approx(alone[0], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
-def told():
+def options():
     """What three commands say, by name."""
     commands = {
         "printed": ["--config=configs/quickstart.yaml", "--config=configs/strategies/hsdp.yaml",
@@ -112,8 +112,8 @@ def told():
     return dict(zip(commands, programs([LONGNET, "fit", *words] for words in commands.values()), strict=True))
 
 
-def test_a_printed_configuration_can_be_read_again(tmp_path, told):
-    _, first, _ = told["printed"]
+def test_a_printed_configuration_can_be_read_again(tmp_path, options):
+    _, first, _ = options["printed"]
     strategy = yaml.safe_load(first)["trainer"]["strategy"]
     assert strategy["class_path"] == "lightning_longnet.strategies.RingSequenceParallelStrategy"
     assert strategy["init_args"]["sharding"] == "hsdp"
@@ -123,8 +123,8 @@ def test_a_printed_configuration_can_be_read_again(tmp_path, told):
     assert yaml.safe_load(again) == yaml.safe_load(first), error
 
 
-def test_help_tells_what_the_strategy_takes(told):
-    text = re.sub(r"\s+", " ", told["help"][1])
+def test_help_tells_what_the_strategy_takes(options):
+    text = re.sub(r"\s+", " ", options["help"][1])
     names = ("sequence_parallel_size", "sharding", "exchange", "placement", "accumulate", "timeout", "engine")
     for name in (*names, "preemption"):
         assert f"--trainer.strategy.{name}" in text
@@ -132,8 +132,8 @@ def test_help_tells_what_the_strategy_takes(told):
     assert "{auto,local,gather,ring,swap}" in text
 
 
-def test_a_wrong_value_is_told_with_the_valid_ones(told):
-    status, _, error = told["wrong"]
+def test_a_wrong_value_is_told_with_the_valid_ones(options):
+    status, _, error = options["wrong"]
     assert status == 2
     assert "zero" in error
     assert "deepspeed_stage_3" in error

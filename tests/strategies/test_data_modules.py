@@ -69,8 +69,8 @@ def gathered(context, ids):
     whole = context.gather_sequence(ids)
     if context.data_parallel_group is None:
         return whole
-    found = context.gather_samples(whole)
-    return torch.stack(found, 1).flatten(0, 1)
+    result = context.gather_samples(whole)
+    return torch.stack(result, 1).flatten(0, 1)
 
 
 class Counted:
@@ -103,7 +103,7 @@ def train(
     read_parts=True,
     workers=0,
     placement="contiguous",
-    **told,
+    **options,
 ):
     multiprocessing.current_process()._config["daemon"] = False  # else the loader may have no workers
     os.environ["PL_GLOBAL_SEED"] = "5"
@@ -116,7 +116,7 @@ def train(
         strategy = DDPStrategy() if kind == "stock ddp" else RingSequenceParallelStrategy(size, kind, **ours)
         module, loaded = Model(), ByteData(path, validation_share=0.12, seed=2, **data)
         trainer = trainer_of(
-            strategy, world, **{"max_epochs": 2, "num_sanity_val_steps": 0, "callbacks": callbacks} | told
+            strategy, world, **{"max_epochs": 2, "num_sanity_val_steps": 0, "callbacks": callbacks} | options
         )
         loaded.prepare_data()
         loaded.setup("fit")  # which reads, to count the frequencies of bytes
@@ -126,19 +126,19 @@ def train(
     return module, counted.tokens
 
 
-def run(*arguments, **told):
-    module, count = train(*arguments, **told)
+def run(*arguments, **options):
+    module, count = train(*arguments, **options)
     return module.losses, module.batches, module.validated, module.rows, count, module.steps
 
 
 class Run:
     """`run` with its arguments, to be sent to workers."""
 
-    def __init__(self, *arguments, **told):
-        self.arguments, self.told = arguments, told
+    def __init__(self, *arguments, **options):
+        self.arguments, self.options = arguments, options
 
     def __call__(self, rank, world):
-        return run(rank, world, *self.arguments, **self.told)
+        return run(rank, world, *self.arguments, **self.options)
 
 
 def save(rank, world, folder, kind, size, path):
@@ -147,18 +147,18 @@ def save(rank, world, folder, kind, size, path):
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    (found := tmp_path_factory.mktemp("text") / "sums.txt").write_text(TEXT)
-    return str(found)
+    (result := tmp_path_factory.mktemp("text") / "sums.txt").write_text(TEXT)
+    return str(result)
 
 
 @pytest.fixture(scope="module")
 def alone(trainers, path):
-    (found,) = trainers.run(1, run, "ddp", 1, path)
-    return found
+    (result,) = trainers.run(1, run, "ddp", 1, path)
+    return result
 
 
-def same(found, wanted):
-    for name, a, b in zip(("losses", "batches", "validated", "rows"), found, wanted, strict=False):
+def same(result, expected):
+    for name, a, b in zip(("losses", "batches", "validated", "rows"), result, expected, strict=False):
         assert len(a) == len(b), name
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(torch.as_tensor(x), torch.as_tensor(y), rtol=1e-9, atol=1e-9, msg=name)
@@ -172,10 +172,12 @@ def test_a_run_is_that_of_one_process_on_any_mesh(trainers, alone, path, mesh):
     assert [len(batch) for batch in batches] == [BATCH] * len(batches)
     assert not torch.equal(batches[0], batches[len(batches) // 2])  # the second epoch has an order of its own
     assert len(rows[-1]) % 2  # so that two groups of ranks cannot share it
-    for found in trainers.run(world, run, "ddp", size, path):
+    for result in trainers.run(world, run, "ddp", size, path):
         if mesh == "2x1":  # the row that one has more is one without targets
-            found[3][-1], found[3][len(rows) // 2 - 1] = (x[:-1] for x in (found[3][-1], found[3][len(rows) // 2 - 1]))
-        same(found, alone)
+            result[3][-1], result[3][len(rows) // 2 - 1] = (
+                x[:-1] for x in (result[3][-1], result[3][len(rows) // 2 - 1])
+            )
+        same(result, alone)
 
 
 def test_each_rank_reads_its_half(trainers, alone, path):
@@ -194,11 +196,11 @@ def test_each_rank_reads_its_half(trainers, alone, path):
 def test_packed_documents(trainers, tmp_path, placement, workers):
     for i in range(40):
         (tmp_path / f"{i:02}.txt").write_text(TEXT[50 * i : 50 * i + 13 + 5 * i])
-    told = {"data": {"packed": True, "pattern": "*.txt"}, "max_epochs": 1}
-    (wanted,) = trainers.run(1, Run("ddp", 1, str(tmp_path), **told))
-    assert len(wanted[0]) > 3
-    for found in trainers.run(2, Run("ddp", 2, str(tmp_path), workers=workers, placement=placement, **told)):
-        same(found, wanted)
+    options = {"data": {"packed": True, "pattern": "*.txt"}, "max_epochs": 1}
+    (expected,) = trainers.run(1, Run("ddp", 1, str(tmp_path), **options))
+    assert len(expected[0]) > 3
+    for result in trainers.run(2, Run("ddp", 2, str(tmp_path), workers=workers, placement=placement, **options)):
+        same(result, expected)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
@@ -229,20 +231,20 @@ def predict(rank, world, size, path):
 
 
 def test_each_row_is_predicted_once(trainers, path):
-    (wanted,) = trainers.run(1, predict, 1, path)
-    assert len(wanted) == 5
-    for found in trainers.run(2, predict, 2, path):
-        assert torch.equal(found, wanted)
-    for rank, found in enumerate(trainers.run(2, predict, 1, path)):
-        assert torch.equal(found, wanted[rank::2])
+    (expected,) = trainers.run(1, predict, 1, path)
+    assert len(expected) == 5
+    for result in trainers.run(2, predict, 2, path):
+        assert torch.equal(result, expected)
+    for rank, result in enumerate(trainers.run(2, predict, 1, path)):
+        assert torch.equal(result, expected[rank::2])
 
 
 @pytest.mark.long
 def test_deepspeed_reads_the_same(deepspeed_trainers, alone, path):
     """Its steps have an engine's own rounding."""
-    for found in deepspeed_trainers(2).run(2, Run("deepspeed_stage_1", 2, path, max_epochs=1)):
-        same(([], found[1]), ([], alone[1][: len(found[1])]))
-        assert found[4] == (sum(map(len, found[1])) + sum(map(len, found[3]))) * (TOKENS // 2 + 1)
+    for result in deepspeed_trainers(2).run(2, Run("deepspeed_stage_1", 2, path, max_epochs=1)):
+        same(([], result[1]), ([], alone[1][: len(result[1])]))
+        assert result[4] == (sum(map(len, result[1])) + sum(map(len, result[3]))) * (TOKENS // 2 + 1)
 
 
 def other_samples(rank, world, path):

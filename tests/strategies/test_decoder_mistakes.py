@@ -76,9 +76,9 @@ def test_transformers_names_are_read():
     positions = (torch.arange(19) % 7).expand(4, -1)
     ours = {**SHIFTED, "positions": positions, "documents": documents.expand(4, -1)}
     theirs = {"input_ids": SHIFTED["input_ids"], "shift_labels": SHIFTED["labels"], "position_ids": positions}
-    wanted, found = (net._losses(batch) for batch in (ours, theirs))
-    torch.testing.assert_close(found, wanted)
-    assert found.loss_sum != net._losses(SHIFTED).loss_sum
+    expected, result = (net._losses(batch) for batch in (ours, theirs))
+    torch.testing.assert_close(result, expected)
+    assert result.loss_sum != net._losses(SHIFTED).loss_sum
 
 
 def test_a_cache_is_off_in_training_and_on_in_the_export(tmp_path):

@@ -20,8 +20,8 @@ def expected(dtype, lora=False, name=None):
     return plain_loop(dtype, *(({"config": None, "name": name}, LORA) if lora else ()))
 
 
-def compare(found, wanted, tolerance):
-    (losses, parameters), (right, best) = found, wanted
+def compare(result, reference, tolerance):
+    (losses, parameters), (right, best) = result, reference
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(right), rtol=tolerance, atol=tolerance)
     assert {name: x for name, x in parameters.items() if name not in best} == {}
     for name, x in parameters.items():
@@ -36,15 +36,15 @@ def test_the_plain_loop_learns():
 @pytest.mark.parametrize(("sharding", "mesh"), tiered(product(["ddp", "fsdp2"], MESHES), quick=[("ddp", "1x2")]))
 def test_float64_equals_a_plain_loop(trainers, sharding, mesh):
     world, size = MESHES[mesh]
-    for found in trainers.run(world, fit, "float64", sharding, size):
-        compare(found, expected("float64"), 1e-6)
+    for result in trainers.run(world, fit, "float64", sharding, size):
+        compare(result, expected("float64"), 1e-6)
 
 
 @pytest.mark.parametrize("mesh", tiered(MESHES, quick=[], full=list(MESHES)[1:]))
 def test_float32_of_deepspeed_equals_a_plain_loop(deepspeed_trainers, mesh):
     world, size = MESHES[mesh]
-    for found in deepspeed_trainers(world).run(world, fit, "float32", "deepspeed_stage_3", size):
-        compare(found, expected("float32"), 1e-4)
+    for result in deepspeed_trainers(world).run(world, fit, "float32", "deepspeed_stage_3", size):
+        compare(result, expected("float32"), 1e-4)
 
 
 @pytest.mark.long
@@ -53,8 +53,8 @@ def test_float32_of_deepspeed_equals_a_plain_loop(deepspeed_trainers, mesh):
 def test_savings_of_memory_train_the_same(request, sharding, recompute):
     trainers, dtype, tolerance = runs_of(sharding, request)
     savings = {"recompute": recompute, "activation_offload": True, "mlp_chunk_tokens": 4}
-    for found in trainers(2).run(2, fit, dtype, sharding, 2, savings):
-        compare(found, expected(dtype), tolerance)
+    for result in trainers(2).run(2, fit, dtype, sharding, 2, savings):
+        compare(result, expected(dtype), tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +81,19 @@ def test_a_run_goes_on_from_another_mesh_and_is_exported(request, tmp_path, base
 
     trainers, dtype, tolerance = runs_of(sharding, request)
     options = {"config": None, "name": base, "lora": LORA, "seed": 7} if adapted else {}
-    wanted = expected(dtype, adapted, base if adapted else None)
-    for found in trainers(2).run(2, fit, dtype, sharding, 2, options, str(tmp_path)):
-        compare(found, wanted, tolerance)
+    reference = expected(dtype, adapted, base if adapted else None)
+    for result in trainers(2).run(2, fit, dtype, sharding, 2, options, str(tmp_path)):
+        compare(result, reference, tolerance)
     saved = tmp_path / "saved" / "step=2.ckpt"
     names = set(read_checkpoint(saved).state_dict)
     assert all("lora_" in name for name in names) == adapted
     assert names
     for losses, parameters in trainers(4).run(4, fit, dtype, sharding, 2, options, None, str(saved)):
-        compare((losses, parameters), (wanted[0][2:], wanted[1]), tolerance)
+        compare((losses, parameters), (reference[0][2:], reference[1]), tolerance)
 
     torch.manual_seed(7)
     plain = CausalLMModule(**{"config": CONFIG, "dtype": dtype, **options_of_module(options)}, attention="sdpa").model
-    plain.load_state_dict(wanted[1], strict=False)
+    plain.load_state_dict(reference[1], strict=False)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=dtype)
     assert not [name for name, _ in exported.named_parameters() if "lora" in name]
     ids = collated(rows())["input_ids"]
@@ -109,8 +109,8 @@ def options_of_module(options):
 def test_predicted_texts_are_those_of_one_process(trainers, sharding, is_padded):
     (alone,) = trainers.run(1, predict, "ddp", 1, is_padded)
     assert alone.shape == (4, 41)
-    for found in trainers.run(2, predict, sharding, 2, is_padded):
-        assert found.tolist() == alone.tolist()
+    for result in trainers.run(2, predict, sharding, 2, is_padded):
+        assert result.tolist() == alone.tolist()
 
 
 @pytest.mark.long

@@ -53,8 +53,8 @@ class Evaluated(L.LightningModule):
 
 def evaluate(rank, world, sharding, size, batch_size):
     with quiet():
-        told = {"engine": {"reduce_bucket_size": 2**14}} if sharding.startswith("deepspeed") else {}
-        trainer = trainer_of(RingSequenceParallelStrategy(size, sharding, **told), world)
+        options = {"engine": {"reduce_bucket_size": 2**14}} if sharding.startswith("deepspeed") else {}
+        trainer = trainer_of(RingSequenceParallelStrategy(size, sharding, **options), world)
         module = Evaluated()
         loader = DataLoader(ROWS, batch_size=batch_size, collate_fn=collated)
         validated = trainer.validate(module, loader, verbose=False)[0]
@@ -64,7 +64,7 @@ def evaluate(rank, world, sharding, size, batch_size):
 
 
 @pytest.fixture(scope="module")
-def wanted():
+def expected():
     module = Evaluated().eval()
     with torch.no_grad():
         logits = [module.model(collated(ROWS[i : i + 4])) for i in (0, 4)]
@@ -88,12 +88,12 @@ CASES += [("deepspeed_stage_1", "1x2"), ("deepspeed_stage_3", "1x2")]
 
 
 @pytest.mark.parametrize(("sharding", "mesh"), tiered(CASES, quick=[("fsdp2", "1x2"), ("deepspeed_stage_3", "1x2")]))
-def test_figures_are_those_of_one_process(trainers, deepspeed_trainers, wanted, sharding, mesh):
+def test_figures_are_those_of_one_process(trainers, deepspeed_trainers, expected, sharding, mesh):
     world, size = MESHES[mesh]
     workers = deepspeed_trainers(world) if sharding.startswith("deepspeed") else trainers
-    figures, best = wanted
+    figures, best = expected
     for validated, tested, predicted, rank in workers.run(world, evaluate, sharding, size, 4 * size // world):
-        for found in (validated, tested):
-            assert found == pytest.approx(figures, rel=2e-5), mesh
+        for result in (validated, tested):
+            assert result == pytest.approx(figures, rel=2e-5), mesh
         mine = torch.arange(8)[rank :: world // size]  # as the sampler deals them out
         assert torch.equal(predicted, best[mine])

@@ -45,8 +45,8 @@ def run(rank, world, make, sharding="ddp", size=None, rows=None, strategy=None, 
         module = make()
         kept = KeepParameters()
         callbacks = [kept, *settings.pop("callbacks", [])]
-        told = strategy or RingSequenceParallelStrategy(size or world, sharding)
-        trainer = trainer_of(told, world, callbacks=callbacks, **{"limit_train_batches": 4, **settings})
+        chosen = strategy or RingSequenceParallelStrategy(size or world, sharding)
+        trainer = trainer_of(chosen, world, callbacks=callbacks, **{"limit_train_batches": 4, **settings})
         loader = DataLoader(rows or PLAIN["samples"], batch_size=4, collate_fn=collated, shuffle=True)
         trainer.fit(module, loader)
     return module.losses, kept.parameters
@@ -64,9 +64,9 @@ PLACED = product(["contiguous", "zigzag"], ["auto", "gather", "ring", "swap"])
 
 @pytest.mark.parametrize(("placement", "exchange"), tiered(PLACED, quick=[("zigzag", "ring")], covers=1))
 def test_documents_by_any_exchange_and_placement(trainers, exchange, placement):
-    wanted = reference(DOCUMENTS)
-    for found in trainers.run(2, fit_placed, DOCUMENTS, exchange, placement):
-        compare(found, wanted, 1e-9)
+    expected = reference(DOCUMENTS)
+    for result in trainers.run(2, fit_placed, DOCUMENTS, exchange, placement):
+        compare(result, expected, 1e-9)
 
 
 def fit_placed(rank, world, setting, exchange, placement):
@@ -131,12 +131,12 @@ def test_micro_batches_may_count_by_their_tokens(trainers, sharding, mesh):
     world, size = MESHES[mesh]
     for micro_batches in (4, 3):  # the last window of an epoch may be short
         setting = {**FLOAT64, "micro_batches": micro_batches}
-        wanted = reference_of_windows(setting)
+        expected = reference_of_windows(setting)
         unlike = reference_of_windows(setting, by_tokens=False)
-        for _, found in trainers.run(world, fit_by_tokens, setting, sharding, size):
-            for name, x in found.items():
-                torch.testing.assert_close(x, wanted[name].detach(), rtol=1e-9, atol=1e-9)
-            assert not torch.allclose(found["head.weight"], unlike["head.weight"], rtol=1e-6)
+        for _, result in trainers.run(world, fit_by_tokens, setting, sharding, size):
+            for name, x in result.items():
+                torch.testing.assert_close(x, expected[name].detach(), rtol=1e-9, atol=1e-9)
+            assert not torch.allclose(result["head.weight"], unlike["head.weight"], rtol=1e-6)
 
 
 def fit_by_tokens(rank, world, setting, sharding, size):
@@ -145,11 +145,11 @@ def fit_by_tokens(rank, world, setting, sharding, size):
 
 @pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
 def test_gradients_are_clipped_by_value(trainers, sharding):
-    wanted = reference_of_windows({**PLAIN, "optimizer": sgd, "seed": 0}, clip_value=1e-3)
+    expected = reference_of_windows({**PLAIN, "optimizer": sgd, "seed": 0}, clip_value=1e-3)
     settings = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
-    for _, found in trainers.run(2, run_clipped, sharding, settings):
-        for name, x in found.items():
-            torch.testing.assert_close(x, wanted[name].detach(), rtol=1e-9, atol=1e-9)
+    for _, result in trainers.run(2, run_clipped, sharding, settings):
+        for name, x in result.items():
+            torch.testing.assert_close(x, expected[name].detach(), rtol=1e-9, atol=1e-9)
 
 
 def run_clipped(rank, world, sharding, settings):
@@ -176,12 +176,12 @@ PRECISIONS = product(["bf16-mixed", "bf16-true", "32-true"], ["ddp", "fsdp2", "d
 )
 def test_half_precision_follows_the_full_one(trainers, deepspeed_trainers, sharding, precision):
     workers = deepspeed_trainers(2) if sharding.startswith("deepspeed") else trainers
-    (wanted, _) = trainers.run(1, run_precision, "ddp", "32-true")[0]
+    (expected, _) = trainers.run(1, run_precision, "ddp", "32-true")[0]
     for losses, parameters in workers.run(2, run_precision, sharding, precision):
         is_full = precision == "32-true"
         tolerance = 1e-5 if is_full else 3e-2
-        assert losses == pytest.approx(wanted, rel=tolerance)
-        assert is_full or losses != wanted
+        assert losses == pytest.approx(expected, rel=tolerance)
+        assert is_full or losses != expected
         if not sharding.startswith("deepspeed"):  # which keeps the optimiser's copy to itself
             half = precision == "bf16-true"
             assert {x.dtype for x in parameters.values()} == {torch.bfloat16 if half else torch.float32}
@@ -193,11 +193,11 @@ def test_half_precision_follows_the_full_one(trainers, deepspeed_trainers, shard
 class Checkpointed(Module):
     context_fn = None
 
-    def __init__(self, *told):
-        super().__init__(*told)
-        told = {} if self.context_fn is None else {"context_fn": self.context_fn}
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        options = {} if self.context_fn is None else {"context_fn": self.context_fn}
         for block in self.model.blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **told)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
 
 
 class KeptAttention(Checkpointed):
@@ -219,14 +219,14 @@ def fit_checkpointed(rank, world, kind, sharding):
     tiered(product([Checkpointed, KeptAttention], ["ddp", "fsdp2"]), quick=[], covers=1),
 )
 def test_activations_may_be_computed_again(trainers, kind, sharding):
-    wanted = reference(DOCUMENTS)
-    for found in trainers.run(2, fit_checkpointed, kind, sharding):
-        compare(found, wanted, 1e-9)
+    expected = reference(DOCUMENTS)
+    for result in trainers.run(2, fit_checkpointed, kind, sharding):
+        compare(result, expected, 1e-9)
 
 
 class Compiled(Module):
-    def __init__(self, *told):
-        super().__init__(*told)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         for i, block in enumerate(self.model.blocks):
             self.model.blocks[i] = torch.compile(block, backend="aot_eager")
 
@@ -242,9 +242,9 @@ def fit_compiled(rank, world, sharding):
 
 @pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=[], full=["ddp"]))
 def test_blocks_may_be_compiled(trainers, sharding):
-    wanted = reference({**PLAIN, "seed": 0})
-    for found in trainers.run(2, fit_compiled, sharding):
-        compare(found, wanted, 1e-9)
+    expected = reference({**PLAIN, "seed": 0})
+    for result in trainers.run(2, fit_compiled, sharding):
+        compare(result, expected, 1e-9)
 
 
 # Callbacks and ways of training
@@ -268,17 +268,17 @@ def run_averaged(rank, world, kind, sharding="ddp"):
     tiered(product(["ema", "swa"], ["ddp", "fsdp2", "hsdp"]), quick=[("ema", "fsdp2")], covers=1),
 )
 def test_weights_are_averaged(trainers, kind, sharding):
-    wanted = trainers.run(1, run_averaged, kind)[0]
-    assert not all(torch.equal(x, y) for x, y in zip(wanted[1].values(), started(PLAIN).parameters(), strict=True))
-    for found in trainers.run(2, run_averaged, kind, sharding):
-        compare(found, wanted, 1e-9)
+    expected = trainers.run(1, run_averaged, kind)[0]
+    assert not all(torch.equal(x, y) for x, y in zip(expected[1].values(), started(PLAIN).parameters(), strict=True))
+    for result in trainers.run(2, run_averaged, kind, sharding):
+        compare(result, expected, 1e-9)
 
 
 class Alternating(Module):
     """Two optimisers, stepped by hand, each for a part of the model."""
 
-    def __init__(self, *told):
-        super().__init__(*told)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx):
@@ -301,14 +301,14 @@ def run_by_hand(rank, world, sharding):
 
 @pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
 def test_two_optimisers_by_hand(trainers, sharding):
-    wanted = reference({**PLAIN, "optimizer": sgd, "seed": 0})
-    for found in trainers.run(2, run_by_hand, sharding):
-        compare(found, wanted, 1e-9)
+    expected = reference({**PLAIN, "optimizer": sgd, "seed": 0})
+    for result in trainers.run(2, run_by_hand, sharding):
+        compare(result, expected, 1e-9)
 
 
 class Validated(Module):
-    def __init__(self, *told):
-        super().__init__(*told)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.checked = []
 
     def validation_step(self, batch, batch_idx):
@@ -337,6 +337,6 @@ LIMITS = [
 
 @pytest.mark.parametrize(("settings", "steps", "checks"), tiered(LIMITS, quick=LIMITS[2:3]))
 def test_limits_and_checks(trainers, settings, steps, checks):
-    found = trainers.run(2, run_validated, settings)
-    assert found[0] == found[1]
-    assert found[0][:2] == (steps, checks)
+    result = trainers.run(2, run_validated, settings)
+    assert result[0] == result[1]
+    assert result[0][:2] == (steps, checks)

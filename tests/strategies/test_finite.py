@@ -58,9 +58,9 @@ def test_every_rank_says_once_that_its_loss_is_not_finite(trainers, sharding):
 
 
 def test_the_last_step_counts_where_none_is_logged(trainers):
-    found = trainers.run(2, fit, "ddp", 1, 4, 50)
-    assert [len(lines) for _, lines in found] == [1, 1]
-    assert all("step 4 is nan" in lines[0] for _, lines in found)
+    result = trainers.run(2, fit, "ddp", 1, 4, 50)
+    assert [len(lines) for _, lines in result] == [1, 1]
+    assert all("step 4 is nan" in lines[0] for _, lines in result)
 
 
 def test_nothing_is_said_of_finite_losses_or_beside_the_guard(trainers):
@@ -69,8 +69,8 @@ def test_nothing_is_said_of_finite_losses_or_beside_the_guard(trainers):
 
 
 def test_detected_anomalies_end_all_ranks(trainers):
-    found = trainers.run(2, fit, "ddp", 1, 4, 1, True)
-    assert [error for error, _ in found] == ["the training loss is not finite on ranks 1"] * 2
+    result = trainers.run(2, fit, "ddp", 1, 4, 1, True)
+    assert [error for error, _ in result] == ["the training loss is not finite on ranks 1"] * 2
 
 
 class Averaged(Module):
@@ -98,15 +98,15 @@ def fit_where_one_is_empty(rank, world, kind):
         strategy = RingSequenceParallelStrategy(1, "ddp", split_check="off")
         trainer = trainer_of(strategy, world, max_steps=3, log_every_n_steps=1, use_distributed_sampler=False)
         trainer.fit(module, DataLoader(batches, batch_size=None))
-    told = [str(each.message) for each in caught if "the training loss of step" in str(each.message)]
-    return module.losses, told
+    warned = [str(each.message) for each in caught if "the training loss of step" in str(each.message)]
+    return module.losses, warned
 
 
 def test_an_empty_batch_of_one_group_counts_no_token(trainers):
-    (losses, told), (others, _) = trainers.run(2, fit_where_one_is_empty, "all")
+    (losses, warned), (others, _) = trainers.run(2, fit_where_one_is_empty, "all")
     assert losses == others
     assert all(loss == loss for loss in losses)
-    assert not told
+    assert not warned
 
 
 def test_a_mean_over_no_rows_is_announced_where_it_is_taken(trainers):

@@ -68,13 +68,13 @@ def rows():
     return DataLoader([{name: x[i] for name, x in batch.items()} for i in range(4)], batch_size=2)
 
 
-def fit(rank, world, kind, sharding, manual=False, validates=False, module=None, loader=None, resume=None, **told):
+def fit(rank, world, kind, sharding, manual=False, validates=False, module=None, loader=None, resume=None, **options):
     """(steps of the module, lines of the log that speak of the check)"""
     from lightning_longnet.strategies import RingSequenceParallelStrategy
 
-    told = {"split_check": "error", **told}  # the default, which `make test` turns off
+    options = {"split_check": "error", **options}  # the default, which `make test` turns off
     if sharding.startswith("deepspeed"):
-        told = {"engine": SMALL_BUCKETS, **told}
+        options = {"engine": SMALL_BUCKETS, **options}
     torch.manual_seed(rank)
     module = Module(kind, manual) if module is None else module()
     lines = Lines()
@@ -85,7 +85,7 @@ def fit(rank, world, kind, sharding, manual=False, validates=False, module=None,
         warnings.simplefilter("always")
         try:
             trainer = trainer_of(
-                RingSequenceParallelStrategy(2, sharding, **told),
+                RingSequenceParallelStrategy(2, sharding, **options),
                 world,
                 max_steps=2,
                 num_sanity_val_steps=int(validates),

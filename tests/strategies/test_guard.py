@@ -34,15 +34,17 @@ def workers_of(sharding, trainers, deepspeed_trainers, world):
 )
 def test_a_skipped_step_leaves_everything_as_it_was(trainers, deepspeed_trainers, sharding, what):
     workers = workers_of(sharding, trainers, deepspeed_trainers, 2)
-    for rank, found in enumerate(workers.run(2, guard, 2, sharding, adamw, what)):
-        same, skipped, logged, is_finite, told = found
+    for rank, result in enumerate(workers.run(2, guard, 2, sharding, adamw, what)):
+        same, skipped, logged, is_finite, messages = result
         assert same == [False, False, True, True, False, False]
         assert skipped == logged == 2
         assert is_finite
         if rank == 0:
-            assert len(told) == 2
-            assert "batch 2 of each group" in told[0]
-            assert ("the loss is not finite on rank 1" if what == "loss" else "the gradient is not finite") in told[0]
+            assert len(messages) == 2
+            assert "batch 2 of each group" in messages[0]
+            assert ("the loss is not finite on rank 1" if what == "loss" else "the gradient is not finite") in messages[
+                0
+            ]
 
 
 @pytest.mark.parametrize("mesh", tiered(["1x1", "2x1", "2x2"], quick=["2x1"]))
@@ -54,13 +56,13 @@ def test_other_meshes_and_momentum(trainers, mesh):
 
 
 def test_a_batch_of_an_accumulated_step_spoils_it(trainers):
-    told = []
+    messages = []
     for same, skipped, *_, lines in trainers.run(2, guard, 2, "ddp", sgd, "loss", "skip", 10, (2,), 2):
         # batches 2 and 3 are one step; a micro-batch that is accumulated changes nothing
         assert same == [True, False, True, True, True, False]
         assert skipped == 1
-        told += lines
-    assert "batch 2, 3 of each group" in told[0]
+        messages += lines
+    assert "batch 2, 3 of each group" in messages[0]
 
 
 @pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2", "deepspeed_stage_2"], quick=["fsdp2"]))

@@ -73,8 +73,8 @@ def short_of_memory(rank, world):
 
 def test_all_ranks_refuse_where_one_is_short_of_memory(trainers):
     for rank, (message, preflights, counts) in enumerate(trainers.run(2, short_of_memory)):
-        wanted = "results alone need" if rank else "another rank, 1, has too little memory"
-        assert wanted in message
+        expected = "results alone need" if rank else "another rank, 1, has too little memory"
+        assert expected in message
         assert preflights == []
         assert counts == NOTHING | {"refusals": 1}
 

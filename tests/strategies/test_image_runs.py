@@ -41,10 +41,10 @@ class Plain(LongViTModule):
 
 class Losses(Callback):
     def __init__(self):
-        self.found = []
+        self.result = []
 
     def on_train_batch_end(self, trainer, module, outputs, *_):
-        self.found.append((outputs["loss"].item(), trainer.callback_metrics["train/accuracy"].item()))
+        self.result.append((outputs["loss"].item(), trainer.callback_metrics["train/accuracy"].item()))
 
 
 def train(rank, world, sharding, size):
@@ -56,11 +56,11 @@ def train(rank, world, sharding, size):
         share = 4 * size // world
         trainer.fit(module, DataLoader(images(8), batch_size=share), DataLoader(images(6), batch_size=share))
         values = trainer.callback_metrics
-        return losses.found, [values[f"val/{name}"].item() for name in ("loss", "accuracy")]
+        return losses.result, [values[f"val/{name}"].item() for name in ("loss", "accuracy")]
 
 
 @pytest.fixture(scope="module")
-def wanted(trainers):
+def expected(trainers):
     return trainers.run(1, train, "ddp", 1)[0]
 
 
@@ -72,11 +72,11 @@ def wanted(trainers):
         full=[(2, "ddp", 2), (4, "ddp", 2)],
     ),
 )
-def test_runs_are_equal_on_every_mesh(trainers, wanted, world, sharding, size):
-    (steps, validated) = wanted
+def test_runs_are_equal_on_every_mesh(trainers, expected, world, sharding, size):
+    (steps, validated) = expected
     assert len(steps) == 4
-    for found, values in trainers.run(world, train, sharding, size):
-        assert found == [pytest.approx(step, rel=1e-9) for step in steps]
+    for result, values in trainers.run(world, train, sharding, size):
+        assert result == [pytest.approx(step, rel=1e-9) for step in steps]
         assert values == pytest.approx(validated, rel=1e-6)
 
 
@@ -87,7 +87,7 @@ def train_on_folders(rank, world, folder):
         data = ImageFolderData(folder, size=20, channels=1, batch_size=4, validation_share=0.2)
         trainer = trainer_of(RingSequenceParallelStrategy(world, "ddp"), world, max_epochs=1, callbacks=[losses])
         trainer.fit(module, data)
-        return losses.found, [trainer.callback_metrics[f"val/{name}"].item() for name in ("loss", "accuracy")]
+        return losses.result, [trainer.callback_metrics[f"val/{name}"].item() for name in ("loss", "accuracy")]
 
 
 def test_images_of_folders_are_split_too(trainers, tmp_path):
@@ -97,10 +97,10 @@ def test_images_of_folders_are_split_too(trainers, tmp_path):
         for i in range(5):
             pixels = torch.randint(256, (24, 30), generator=generator, dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(tmp_path / name / f"{i}.png")
-    ((wanted, validated),) = trainers.run(1, train_on_folders, str(tmp_path))
-    assert len(wanted) == 3
-    for found, values in trainers.run(2, train_on_folders, str(tmp_path)):
-        assert found == [pytest.approx(step, rel=1e-5) for step in wanted]
+    ((expected, validated),) = trainers.run(1, train_on_folders, str(tmp_path))
+    assert len(expected) == 3
+    for result, values in trainers.run(2, train_on_folders, str(tmp_path)):
+        assert result == [pytest.approx(step, rel=1e-5) for step in expected]
         assert values == pytest.approx(validated, rel=1e-5)
     (tmp_path / "d").mkdir()
     (tmp_path / "d/0.png").write_bytes((tmp_path / "a/0.png").read_bytes())

@@ -79,7 +79,7 @@ def test_the_old_or_the_new_one_is_left(case, tmp_path):
     operations = killed_ranks(folder, Steps(sharding, background, 2), world, victim)
     right |= states(folder)
     assert set(right) == {1, 2}
-    found = []
+    result = []
     for number in range(every - 1, len(operations), every):
         shutil.rmtree(folder)
         shutil.copytree(base, folder)
@@ -90,8 +90,8 @@ def test_the_old_or_the_new_one_is_left(case, tmp_path):
         step = check_checkpoint(path).step
         for name, x in read_checkpoint(path).state_dict.items():
             assert torch.equal(x, right[step][name]), operations[number]
-        found.append(step)
-    assert found == sorted(found)
-    assert found[0] == 1
+        result.append(step)
+    assert result == sorted(result)
+    assert result[0] == 1
     if every == 1 and victim == 0:
-        assert found[-1] == 2
+        assert result[-1] == 2

@@ -14,10 +14,10 @@ def by_lightning(tmp_path_factory):
     """What the launcher of Lightning's own gives: the script starts its second rank."""
     folder = tmp_path_factory.mktemp("lightning")
     assert ended(start(folder, kind="fsdp2"), folder) == 0, (folder / "output.txt").read_text()
-    found = losses(folder, 0)
-    assert sorted(found) == [0, 1, 2]
-    assert losses(folder, 1) == found
-    return found
+    result = losses(folder, 0)
+    assert sorted(result) == [0, 1, 2]
+    assert losses(folder, 1) == result
+    return result
 
 
 @pytest.mark.full

@@ -104,8 +104,8 @@ def loop(rank, world, kind, odd, stage="fit", sharding="ddp", size=2):
 def message_of(trainers, *case, world=2):
     outcomes = trainers.outcomes(world, loop, *case)
     assert [is_result for is_result, _ in outcomes] == [False] * world, outcomes
-    assert all(found[0] is ValueError for _, found in outcomes), [found[2][-1500:] for _, found in outcomes]
-    return [found[1] for _, found in outcomes]
+    assert all(result[0] is ValueError for _, result in outcomes), [result[2][-1500:] for _, result in outcomes]
+    return [result[1] for _, result in outcomes]
 
 
 KINDS = ["values", "order", "length", "rows", "type", "empty", "none"]
@@ -197,12 +197,12 @@ def take(rank, world, kind):
 @pytest.mark.long
 def test_batches_that_a_step_takes_itself_are_compared(trainers):
     assert trainers.run(2, take, "same") == [3, 3]
-    for is_result, found in trainers.outcomes(2, take, "length"):
+    for is_result, result in trainers.outcomes(2, take, "length"):
         assert not is_result
-        assert "hold others than rank 0, of other names, shapes or types" in found[1], found[2]
-    for is_result, found in trainers.outcomes(2, take, "short"):
+        assert "hold others than rank 0, of other names, shapes or types" in result[1], result[2]
+    for is_result, result in trainers.outcomes(2, take, "short"):
         assert not is_result
-        assert "those of rank 1 end after 2" in found[1], found[2]
+        assert "those of rank 1 end after 2" in result[1], result[2]
 
 
 def fit_unequal_shares(rank, world):
@@ -215,9 +215,9 @@ def fit_unequal_shares(rank, world):
 
 
 def test_validation_begins_together(trainers):
-    for is_result, found in trainers.outcomes(2, fit_unequal_shares):
+    for is_result, result in trainers.outcomes(2, fit_unequal_shares):
         assert not is_result
-        assert "begin validation after the same batch, and rank 0 would after 3, and others not" in found[1], found[2]
+        assert "begin validation after the same batch, and rank 0 would after 3, and others not" in result[1], result[2]
 
 
 def fit_epochs(rank, world, settings):

@@ -33,8 +33,8 @@ def fit(rank, world, sharding, rooms, action, ours=True):
                 error = str(raised)
     finally:
         memory.room_of = real
-    told = [str(each.message) for each in caught if "longnet plan" in str(each.message)]
-    return error, told, trainer.global_step
+    warned = [str(each.message) for each in caught if "longnet plan" in str(each.message)]
+    return error, warned, trainer.global_step
 
 
 PLENTY, NOTHING, FULL = (1e12, 1e12), (10.0, 10.0), (10.0, 1e12)
@@ -42,18 +42,18 @@ PLENTY, NOTHING, FULL = (1e12, 1e12), (10.0, 10.0), (10.0, 1e12)
 
 @pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
 def test_too_little_memory_on_one_rank_ends_all_before_the_first_step(trainers, sharding):
-    (first, *_), (second, *_) = found = trainers.run(2, fit, sharding, [PLENTY, NOTHING], "error")
+    (first, *_), (second, *_) = result = trainers.run(2, fit, sharding, [PLENTY, NOTHING], "error")
     assert "rank 1 has too little memory" in first
     assert "a step of 32 tokens holds at least 0.0 GiB on a rank by longnet plan" in second
-    assert [steps for *_, steps in found] == [0, 0]
+    assert [steps for *_, steps in result] == [0, 0]
 
 
 def test_a_warning_goes_on(trainers):
     for rooms, action in (([PLENTY, NOTHING], "warn"), ([PLENTY, FULL], "error")):
-        found = trainers.run(2, fit, "ddp", rooms, action)
-        assert [error for error, *_ in found] == ["", ""]
-        assert [len(told) for _, told, _ in found] == [0, 1]
-        assert [steps for *_, steps in found] == [1, 1]
+        result = trainers.run(2, fit, "ddp", rooms, action)
+        assert [error for error, *_ in result] == ["", ""]
+        assert [len(warned) for _, warned, _ in result] == [0, 1]
+        assert [steps for *_, steps in result] == [1, 1]
 
 
 def test_nothing_is_said_where_all_is_well_or_off(trainers):
@@ -62,9 +62,9 @@ def test_nothing_is_said_where_all_is_well_or_off(trainers):
 
 
 def test_of_other_modules_the_parameters_count(trainers):
-    found = trainers.run(2, fit, "ddp", [NOTHING, FULL], "error", False)
-    assert "parameters, gradients and the optimizer's states hold at least" in found[0][0]
-    assert "rank 0 has too little memory" in found[1][0]
+    result = trainers.run(2, fit, "ddp", [NOTHING, FULL], "error", False)
+    assert "parameters, gradients and the optimizer's states hold at least" in result[0][0]
+    assert "rank 0 has too little memory" in result[1][0]
     assert trainers.run(2, fit, "ddp", [FULL, FULL], "error", False) == [("", [], 1)] * 2
 
 

@@ -49,10 +49,10 @@ class KeepLosses(L.Callback):
         self.losses.append(outputs["loss"].item())
 
 
-def module(**told):
+def module(**options):
     torch.manual_seed(2)
     settings = {"learning_rate": 0.05, "warmup_steps": 2, "eps": 1e-4, "generated_tokens": 5, "temperature": 0}
-    return LongNetModule(CONFIG, **{**settings, **told})
+    return LongNetModule(CONFIG, **{**settings, **options})
 
 
 def run(rank, world, sequence_parallel_size, sharding):
@@ -62,12 +62,12 @@ def run(rank, world, sequence_parallel_size, sharding):
         trainer = trainer_of(strategy, world, callbacks=[kept, losses], max_epochs=3, gradient_clip_val=1.0)
         net, data = module(), Rows(4 * sequence_parallel_size // world)
         trainer.fit(net, datamodule=data)
-        told = {name: x.item() for name, x in trainer.callback_metrics.items()}
+        options = {name: x.item() for name, x in trainer.callback_metrics.items()}
         tested = trainer.test(net, data, verbose=False)[0]
         predicted = trainer.predict(net, data)
     return (
         losses.losses,
-        told,
+        options,
         tested,
         kept.parameters,
         torch.cat(predicted),
@@ -85,23 +85,23 @@ def alone(trainers):
     tiered([(2, 2, "fsdp2"), (2, 2, "ddp"), (2, 1, "fsdp2"), (4, 2, "ddp")], quick=[(2, 2, "fsdp2")]),
 )
 def test_curves_figures_and_texts_are_those_of_one_process(trainers, alone, world, size, sharding):
-    losses, told, tested, parameters, predicted, _ = alone
+    losses, options, tested, parameters, predicted, _ = alone
     assert losses[0] > losses[-1] + 0.1, "it learns"
-    found = trainers.run(world, run, size, sharding)
-    for each in found:
+    result = trainers.run(world, run, size, sharding)
+    for each in result:
         assert each[0] == pytest.approx(losses, rel=1e-5)
-        assert each[1] == pytest.approx(told, rel=1e-5)
+        assert each[1] == pytest.approx(options, rel=1e-5)
         assert each[2] == pytest.approx(tested, rel=1e-5)
         for name, parameter in each[3].items():
             torch.testing.assert_close(parameter, parameters[name], rtol=1e-4, atol=1e-5)
-    groups = {each[5]: each[4] for each in found}
+    groups = {each[5]: each[4] for each in result}
     texts = torch.stack([groups[i % len(groups)][i // len(groups)] for i in range(4)])
     assert texts.tolist() == predicted.tolist()
 
 
 def test_what_it_tells_is_what_the_model_says(trainers, alone):
-    _, told, tested, parameters, predicted, _ = alone
-    assert {"train/loss", "train/bits_per_byte", "val/loss", "val/perplexity", "val/bits_per_byte"} <= set(told)
+    _, options, tested, parameters, predicted, _ = alone
+    assert {"train/loss", "train/bits_per_byte", "val/loss", "val/perplexity", "val/bits_per_byte"} <= set(options)
     net = LongNet(CONFIG)
     net.load_state_dict({**parameters, "head.weight": parameters["embedding.weight"]})
     batch = torch.utils.data.default_collate(rows(8, 3))
@@ -114,9 +114,9 @@ def test_what_it_tells_is_what_the_model_says(trainers, alone):
     assert predicted.tolist() == generate(net, prompts, 5, temperature=0).tolist()
 
 
-def fitted(net, data=None, **told):
+def fitted(net, data=None, **options):
     with quiet():
-        trainer = trainer_of("auto", 1, max_steps=2, max_epochs=-1, **told)
+        trainer = trainer_of("auto", 1, max_steps=2, max_epochs=-1, **options)
         trainer.fit(net, datamodule=data or Rows())
     return trainer
 

@@ -65,7 +65,7 @@ def run_encoder(rank, world, sharding):
     from lightning_longnet.strategies import RingSequenceParallelStrategy
 
     made, kind = [], shards.SequenceShard
-    shards.SequenceShard = lambda *told: made.append(told) or kind(*told)
+    shards.SequenceShard = lambda *arguments: made.append(arguments) or kind(*arguments)
     try:
         strategy = RingSequenceParallelStrategy(world, sharding, split_check="off")  # which makes some, too
         return run(rank, world, lambda: Module(encoder(), adamw), strategy=strategy), len(made)
@@ -76,18 +76,18 @@ def run_encoder(rank, world, sharding):
 @pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
 def test_torchs_own_encoder_trains_and_makes_one_shard_a_batch(trainers, sharding):
     model = encoder()
-    optimizer, wanted = adamw(model.parameters()), []
+    optimizer, expected = adamw(model.parameters()), []
     for i in DistributedSampler(range(4), num_replicas=1, rank=0, shuffle=False):
         rows = PLAIN["samples"]
         order = list(DistributedSampler(rows, num_replicas=1, rank=0))
         batch = collated([rows[j] for j in order[4 * i : 4 * i + 4]])
         loss = torch.divide(*sums(model(batch), batch["labels"]))
-        wanted.append(loss.item())
+        expected.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     for (losses, parameters), shards in trainers.run(2, run_encoder, sharding):
-        compare((losses, parameters), (wanted, dict(model.state_dict())), 1e-9)
+        compare((losses, parameters), (expected, dict(model.state_dict())), 1e-9)
         assert shards == 4
 
 
@@ -111,9 +111,9 @@ def run_stock(rank, world):
 
 
 def test_a_module_runs_under_stock_strategies_as_it_is(trainers):
-    wanted = reference({**PLAIN, "seed": 0})
-    for found in trainers.run(2, run_stock):
-        compare(found, wanted, 1e-9)
+    expected = reference({**PLAIN, "seed": 0})
+    for result in trainers.run(2, run_stock):
+        compare(result, expected, 1e-9)
     assert COMBINED["dropout"] > 0  # which a stock strategy cannot keep the same, and so is left out here
 
 
@@ -133,8 +133,8 @@ class Flat(nn.Module):
 class InTurns(Module):
     """A forward, a backward and a step, twice in one training_step."""
 
-    def __init__(self, *told):
-        super().__init__(*told)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx):
@@ -160,8 +160,8 @@ def run_flat(rank, world, sharding):
 def test_steps_in_turns_by_hand_without_blocks(trainers, sharding):
     losses, parameters = trainers.run(1, run_flat, "ddp")[0]
     assert losses[-1] < losses[0] - 0.01
-    for found in trainers.run(2, run_flat, sharding):
-        compare(found, (losses, parameters), 1e-9)
+    for result in trainers.run(2, run_flat, sharding):
+        compare(result, (losses, parameters), 1e-9)
 
 
 class Positioned(nn.Module):
@@ -187,9 +187,9 @@ def run_positioned(rank, world):
 
 
 def test_any_module_finds_the_context(trainers):
-    wanted = trainers.run(1, run_positioned)[0]
-    for found in trainers.run(2, run_positioned):
-        compare(found, wanted, 1e-9)
+    expected = trainers.run(1, run_positioned)[0]
+    for result in trainers.run(2, run_positioned):
+        compare(result, expected, 1e-9)
 
 
 class Shared(nn.Module):
@@ -219,9 +219,9 @@ def run_shared(rank, world, sharding):
 
 
 def test_blocks_and_weights_may_be_shared(trainers):
-    wanted = trainers.run(1, run_shared, "ddp")[0]
-    for found in trainers.run(2, run_shared, "fsdp2"):
-        compare(found, wanted, 1e-9)
+    expected = trainers.run(1, run_shared, "ddp")[0]
+    for result in trainers.run(2, run_shared, "fsdp2"):
+        compare(result, expected, 1e-9)
 
 
 class Grouped(nn.Module):
@@ -254,14 +254,14 @@ def run_grouped(rank, world, sharding):
         units.append(module)
         return module
 
-    found = run(rank, world, make, sharding)
-    return found, [name for name, each in units[0].named_modules() if isinstance(each, FSDPModule)]
+    result = run(rank, world, make, sharding)
+    return result, [name for name, each in units[0].named_modules() if isinstance(each, FSDPModule)]
 
 
 def test_containers_without_a_forward_are_opened(trainers):
-    wanted, _ = trainers.run(1, run_grouped, "ddp")[0]
-    for found, units in trainers.run(2, run_grouped, "fsdp2"):
-        compare(found, wanted, 1e-9)
+    expected, _ = trainers.run(1, run_grouped, "ddp")[0]
+    for result, units in trainers.run(2, run_grouped, "fsdp2"):
+        compare(result, expected, 1e-9)
         assert units == ["", "model.blocks.0.attention", "model.blocks.1.attention"]
 
 

@@ -18,12 +18,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("world", "shared", "exchange", "tokens", "told", "accumulate", "batch"),
+    ("world", "shared", "exchange", "tokens", "model", "accumulate", "batch"),
     tiered(CASES, quick=[CASES[1], CASES[4]]),
 )
-def test_bytes_of_a_run(trainers, world, shared, exchange, tokens, told, accumulate, batch):
+def test_bytes_of_a_run(trainers, world, shared, exchange, tokens, model, accumulate, batch):
     job = Job(
-        config_of(told),
+        config_of(model),
         tokens,
         batch=batch,
         per_node=world,
@@ -33,7 +33,7 @@ def test_bytes_of_a_run(trainers, world, shared, exchange, tokens, told, accumul
         accumulate=accumulate,
     )
     kinds = layer_kinds(job)
-    counted = trainers.run(world, train, shared, exchange, tokens, told, accumulate, batch)
+    counted = trainers.run(world, train, shared, exchange, tokens, model, accumulate, batch)
     assert sum(map(sum, counted)) > 0
     for rank, steps in enumerate(counted):
         planned = sent_bytes(job, kinds, rank % shared)

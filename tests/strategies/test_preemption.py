@@ -53,18 +53,18 @@ def stop_and_go_on(trainers, folder, kind, signals, step, right):
     for rest, code, _ in trainers.run(2, Run(str(folder), kind, 2, resume=resume, **STEPS)):
         assert code is None
         assert not set(rest) & set(losses)
-        found = {**losses, **rest}
-        assert sorted(found) == sorted(right)
+        result = {**losses, **rest}
+        assert sorted(result) == sorted(right)
         for number, loss in right.items():
-            torch.testing.assert_close(found[number], loss, rtol=1e-9, atol=0)
+            torch.testing.assert_close(result[number], loss, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "signalled"),
     tiered(product(["ddp", "fsdp2"], WHERE), quick=[("fsdp2", "one rank")], covers=1),
 )
-def test_whoever_is_told_all_stop(trainers, undisturbed, tmp_path, kind, told):
-    stop_and_go_on(trainers, tmp_path, kind, WHERE[told], 2, undisturbed(kind))
+def test_whoever_is_told_all_stop(trainers, undisturbed, tmp_path, kind, signalled):
+    stop_and_go_on(trainers, tmp_path, kind, WHERE[signalled], 2, undisturbed(kind))
 
 
 def rare(folder):
@@ -74,8 +74,8 @@ def rare(folder):
 
 
 def test_a_stock_strategy_and_fewer_looks(trainers, tmp_path):
-    told = {"signals": WHERE["one rank"], "callbacks": rare, "limit_val_batches": 0}
-    for losses, code, _ in trainers.run(2, Run(str(tmp_path), "stock ddp", 2, **told)):
+    signalled = {"signals": WHERE["one rank"], "callbacks": rare, "limit_val_batches": 0}
+    for losses, code, _ in trainers.run(2, Run(str(tmp_path), "stock ddp", 2, **signalled)):
         assert code == 143
         assert sorted(losses) == [0, 1, 2, 3, 4]
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["preemption-step=3.ckpt"]
@@ -116,12 +116,12 @@ def callbacks_of_two_fits(rank, world, preemption, own):
 
 
 @pytest.mark.parametrize(
-    ("preemption", "own", "found", "announced"),
+    ("preemption", "own", "result", "announced"),
     [(True, False, [1], 1), (True, True, [7], 0), (False, False, [], 0), (False, True, [7], 0)],
 )
-def test_it_is_added_where_there_is_none_and_announced(trainers, preemption, own, found, announced):
+def test_it_is_added_where_there_is_none_and_announced(trainers, preemption, own, result, announced):
     first, second = trainers.run(2, callbacks_of_two_fits, preemption, own)
-    assert first[0] == second[0] == [found, found]
+    assert first[0] == second[0] == [result, result]
     assert (len(first[1]), len(second[1])) == (announced, 0)
 
 
@@ -134,12 +134,12 @@ def test_what_is_not_a_number_of_steps():
 
 
 @pytest.mark.parametrize(
-    "told",
+    "signalled",
     tiered(
         WHILE,
         quick=[],
         full=["in the middle of accumulating", "at the end of an epoch", "after the last step"],
     ),
 )
-def test_whenever_it_comes(trainers, undisturbed, tmp_path, told):
-    stop_and_go_on(trainers, tmp_path, "fsdp2", *WHILE[told], undisturbed("fsdp2"))
+def test_whenever_it_comes(trainers, undisturbed, tmp_path, signalled):
+    stop_and_go_on(trainers, tmp_path, "fsdp2", *WHILE[signalled], undisturbed("fsdp2"))

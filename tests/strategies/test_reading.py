@@ -18,14 +18,14 @@ PATTERN = Pattern.dilated((8, 64), (1, 2), is_causal=True)
 
 
 def check(path, results, tolerance):
-    found = read_checkpoint(path)
-    assert found.hyper_parameters == {}
+    result = read_checkpoint(path)
+    assert result.hyper_parameters == {}
     _, parameters = results[0]
-    assert set(found.state_dict) == {f"model.{name}" for name in parameters}
-    for name, wanted in parameters.items():
-        read = found.state_dict[f"model.{name}"]
+    assert set(result.state_dict) == {f"model.{name}" for name in parameters}
+    for name, expected in parameters.items():
+        read = result.state_dict[f"model.{name}"]
         assert read.device.type == "cpu"
-        torch.testing.assert_close(read, wanted, rtol=tolerance, atol=tolerance, check_dtype=tolerance == 0)
+        torch.testing.assert_close(read, expected, rtol=tolerance, atol=tolerance, check_dtype=tolerance == 0)
 
 
 @pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2", "hsdp"], quick=["fsdp2"]))
@@ -72,9 +72,9 @@ class Made(Module):
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_hyper_parameters_are_read(trainers, sharding, as_mapping, tmp_path):
     ((weights, config),) = trainers.run(1, save_only, sharding, as_mapping, str(tmp_path / "made.ckpt"))
-    found = read_checkpoint(tmp_path / "made.ckpt")
-    assert found.hyper_parameters == {"config": config.to_dict() if as_mapping else config, "as_mapping": as_mapping}
-    assert {name: x.tolist() for name, x in found.state_dict.items()} == weights
+    result = read_checkpoint(tmp_path / "made.ckpt")
+    assert result.hyper_parameters == {"config": config.to_dict() if as_mapping else config, "as_mapping": as_mapping}
+    assert {name: x.tolist() for name, x in result.state_dict.items()} == weights
 
 
 def save_only(rank, world, sharding, as_mapping, path):
@@ -128,7 +128,7 @@ def test_what_is_no_checkpoint_is_told(tmp_path):
 
 def test_what_was_read_does_not_follow_the_file(tmp_path):
     torch.save({"state_dict": {"model.x": torch.ones(300_000)}}, tmp_path / "a.ckpt")
-    found = read_checkpoint(tmp_path / "a.ckpt")
+    result = read_checkpoint(tmp_path / "a.ckpt")
     with open(tmp_path / "a.ckpt", "r+b") as file:
         file.write(b"\0" * 1_000_000)
-    assert (found.state_dict["model.x"] == 1).all()
+    assert (result.state_dict["model.x"] == 1).all()

@@ -51,15 +51,15 @@ def test_an_engine_that_is_not_installed_is_named(monkeypatch):
 
 
 class Told(Module):
-    def __init__(self, *told, dims):
-        super().__init__(*told)
+    def __init__(self, *arguments, dims):
+        super().__init__(*arguments)
         self.sequence_dims = {} if dims is None else dims
 
 
-def fit_rows(rank, world, rows_of, dims=None, **told):
+def fit_rows(rank, world, rows_of, dims=None, **options):
     with quiet():
         module = Told(started(FLOAT32), FLOAT32["optimizer"], dims=dims)
-        strategy = RingSequenceParallelStrategy(sharding="ddp", **told)
+        strategy = RingSequenceParallelStrategy(sharding="ddp", **options)
         trainer = trainer_of(strategy, world, max_steps=1)
         loader = DataLoader(rows_of(rank), batch_size=2, collate_fn=collated)
         trainer.fit(module, loader)
@@ -112,10 +112,10 @@ def uneven_rows(rank):
     ],
 )
 def test_batches_that_cannot_be_split_are_refused_on_all_ranks(trainers, rows_of, dims, message):
-    for is_result, found in trainers.outcomes(2, fit_rows, rows_of, dims):
+    for is_result, result in trainers.outcomes(2, fit_rows, rows_of, dims):
         assert not is_result
-        assert found[0] is ValueError, found[2]
-        assert re.search(message, found[1]), found[1]
+        assert result[0] is ValueError, result[2]
+        assert re.search(message, result[1]), result[1]
 
 
 def fit_later_differences(rank, world, where):
@@ -150,9 +150,9 @@ def fit_later_differences(rank, world, where):
 
 @pytest.mark.parametrize("where", ["epoch", "validation"])
 def test_ranks_are_compared_in_each_epoch_and_in_validation(trainers, where):
-    for is_result, found in trainers.outcomes(2, fit_later_differences, where):
+    for is_result, result in trainers.outcomes(2, fit_later_differences, where):
         assert not is_result
-        assert "must be given the same batches" in found[1], found[2]
+        assert "must be given the same batches" in result[1], result[2]
 
 
 def test_what_is_declared_is_split_or_left(trainers):
@@ -166,8 +166,8 @@ class Twice(Module):
 
 
 class Manual(Module):
-    def __init__(self, *told):
-        super().__init__(*told)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.automatic_optimization = False
 
 
@@ -187,9 +187,9 @@ def fit_tokens(rank, world, kind):
     ],
 )
 def test_tokens_are_accumulated_of_one_mean_alone(trainers, kind, message):
-    for is_result, found in trainers.outcomes(2, fit_tokens, kind):
+    for is_result, result in trainers.outcomes(2, fit_tokens, kind):
         assert not is_result
-        assert message in found[1], found[2]
+        assert message in result[1], result[2]
 
 
 def fit_whole(rank, world):
@@ -244,10 +244,12 @@ def first_group_is_short(rank):
     ("rows_of", "message"), [(first_group_differs, "the same batches"), (first_group_is_short, "at least one token")]
 )
 def test_a_fault_of_one_group_is_an_error_on_all_ranks(trainers, rows_of, message):
-    found = trainers.outcomes(4, fit_uneven, rows_of)
-    assert [is_result for is_result, _ in found] == [False] * 4
-    assert all(message in told[1] for _, told in found[:2])
-    assert all("ranks of data_parallel_rank 0 were given a batch that does not fit" in told[1] for _, told in found[2:])
+    result = trainers.outcomes(4, fit_uneven, rows_of)
+    assert [is_result for is_result, _ in result] == [False] * 4
+    assert all(message in text[1] for _, text in result[:2])
+    assert all(
+        "ranks of data_parallel_rank 0 were given a batch that does not fit" in text[1] for _, text in result[2:]
+    )
 
 
 def fit_same(rank, world):
@@ -283,10 +285,10 @@ def predict_uneven(rank, world, sharding):
 
 def test_prediction_of_unequal_numbers_is_refused_where_it_would_hang(trainers):
     assert trainers.run(2, predict_uneven, "ddp") == [2, 1]
-    for is_result, found in trainers.outcomes(2, predict_uneven, "fsdp2"):
+    for is_result, result in trainers.outcomes(2, predict_uneven, "fsdp2"):
         assert not is_result
-        assert "all data-parallel groups must predict as many batches" in found[1]
-        assert "got 2, 1" in found[1]
+        assert "all data-parallel groups must predict as many batches" in result[1]
+        assert "got 2, 1" in result[1]
 
 
 def fit_half_sharded(rank, world):
@@ -304,9 +306,9 @@ def fit_half_sharded(rank, world):
 
 
 def test_parameters_sharded_over_some_ranks_are_refused(trainers):
-    for is_result, found in trainers.outcomes(2, fit_half_sharded):
+    for is_result, result in trainers.outcomes(2, fit_half_sharded):
         assert not is_result
-        assert "is sharded over 1 of 2 ranks: in configure_model call fully_shard with the whole" in found[1]
+        assert "is sharded over 1 of 2 ranks: in configure_model call fully_shard with the whole" in result[1]
 
 
 def fit_left_over(rank, world):
@@ -318,24 +320,24 @@ def fit_left_over(rank, world):
 
 
 def test_deepspeed_is_left_no_incomplete_window(deepspeed_trainers):
-    for is_result, found in deepspeed_trainers(2).outcomes(2, fit_left_over):
+    for is_result, result in deepspeed_trainers(2).outcomes(2, fit_left_over):
         assert not is_result
-        assert "must be a multiple of accumulate_grad_batches, 2, got 3" in found[1]
+        assert "must be a multiple of accumulate_grad_batches, 2, got 3" in result[1]
 
 
-def described(rank, world, size, sharding, **told):
+def described(rank, world, size, sharding, **options):
     """What a strategy made of its arguments."""
     from torch.distributed.fsdp import FSDPModule
 
     with quiet():
         torch.manual_seed(rank)
-        strategy = RingSequenceParallelStrategy(size, sharding=sharding, **told)
+        strategy = RingSequenceParallelStrategy(size, sharding=sharding, **options)
         module = Told(started(FLOAT32, seed=rank), FLOAT32["optimizer"], dims=None)
         module.register_buffer("drawn", torch.randn(3))
         trainer = trainer_of(strategy, world, max_steps=1)
         trainer.fit(module, DataLoader(samples(4), batch_size=2, collate_fn=collated))
         context = strategy.sequence_context
-        found = {
+        result = {
             "mesh": context.mesh.mesh.tolist(),
             "placement": (context.placement, context.exchange),
             "seed": context.seed,
@@ -347,25 +349,25 @@ def described(rank, world, size, sharding, **told):
         }
         weight = module.model.head.weight
         if isinstance(module, FSDPModule):
-            found["sharded over"] = [str(each) for each in weight.placements]
-            found["offload"] = type(module._get_fsdp_state()._fsdp_param_group.offload_policy).__name__
-    return found
+            result["sharded over"] = [str(each) for each in weight.placements]
+            result["offload"] = type(module._get_fsdp_state()._fsdp_param_group.offload_policy).__name__
+    return result
 
 
-def describe(rank, world, size, sharding, told):
-    return described(rank, world, size, sharding, **told)
+def describe(rank, world, size, sharding, options):
+    return described(rank, world, size, sharding, **options)
 
 
 def test_arguments_reach_what_they_are_of(trainers):
-    told = {"placement": "zigzag", "exchange": "ring", "timeout": 77}
-    for found in trainers.run(4, describe, 2, "hsdp", told):
-        assert found["mesh"] == [[0, 1], [2, 3]]
-        assert found["placement"] == ("zigzag", "ring")
-        assert found["sharded over"] == ["Replicate()", "Shard(dim=0)"] or found["sharded over"] == ["R", "S(0)"]
-        assert found["timeout"] == 77
-        assert found["mean"] == 1.5
-        assert found["layers"] == [None, None]  # the run is over
-        assert found["offload"] == "OffloadPolicy"
+    options = {"placement": "zigzag", "exchange": "ring", "timeout": 77}
+    for result in trainers.run(4, describe, 2, "hsdp", options):
+        assert result["mesh"] == [[0, 1], [2, 3]]
+        assert result["placement"] == ("zigzag", "ring")
+        assert result["sharded over"] == ["Replicate()", "Shard(dim=0)"] or result["sharded over"] == ["R", "S(0)"]
+        assert result["timeout"] == 77
+        assert result["mean"] == 1.5
+        assert result["layers"] == [None, None]  # the run is over
+        assert result["offload"] == "OffloadPolicy"
 
 
 @pytest.mark.parametrize(("sharding", "policy"), [("fsdp2", "OffloadPolicy"), ("fsdp2_offload", "CPUOffloadPolicy")])

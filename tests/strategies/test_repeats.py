@@ -29,9 +29,9 @@ def test_each_sample_counts_on_one_rank(make):
             sampler = make(range(samples), num_replicas=groups, rank=rank)
             loader = DataLoader(range(samples), size, sampler=sampler)
             for i, batch in enumerate(loader):
-                found = repeated_in(loader, i)
-                assert 0 <= found <= len(batch)
-                counted += len(batch) - found
+                result = repeated_in(loader, i)
+                assert 0 <= result <= len(batch)
+                counted += len(batch) - result
         assert counted == samples
 
 
@@ -66,12 +66,12 @@ def evaluate(rank, world, size, sharding, model="text"):
         trainer = trainer_of(RingSequenceParallelStrategy(size, sharding, engine=engine), world)
         made, data = (module(), rows(13, 2)) if model == "text" else (vision(), images(13))
         loader = DataLoader(data, batch_size=4)
-        found = trainer.validate(made, loader, verbose=False) + trainer.test(made, loader, verbose=False)
-    return found, [str(each.message) for each in caught if "do not divide" in str(each.message)]
+        result = trainer.validate(made, loader, verbose=False) + trainer.test(made, loader, verbose=False)
+    return result, [str(each.message) for each in caught if "do not divide" in str(each.message)]
 
 
 @cache
-def wanted(trainers, model):
+def expected(trainers, model):
     return trainers.run(1, evaluate, 1, "ddp", model)[0][0]
 
 
@@ -82,20 +82,20 @@ CASES = list(product(["ddp", "fsdp2", "hsdp", "deepspeed_stage_1", "deepspeed_st
 def test_metrics_are_exact_where_samples_do_not_divide(trainers, deepspeed_trainers, sharding, mesh):
     world, size = MESHES[mesh]
     workers = deepspeed_trainers(world) if sharding.startswith("deepspeed") else trainers
-    for rank, (found, told) in enumerate(workers.run(world, evaluate, size, sharding)):
-        for each, right in zip(found, wanted(trainers, "text"), strict=True):
+    for rank, (result, messages) in enumerate(workers.run(world, evaluate, size, sharding)):
+        for each, right in zip(result, expected(trainers, "text"), strict=True):
             assert each == pytest.approx(right, rel=1e-6)
-        assert len(told) == (rank == 0)
-        if told:
-            assert "13 samples do not divide over 2 data-parallel groups, and 1 of them is repeated" in told[0]
-            assert "repeated_samples" in told[0]
+        assert len(messages) == (rank == 0)
+        if messages:
+            assert "13 samples do not divide over 2 data-parallel groups, and 1 of them is repeated" in messages[0]
+            assert "repeated_samples" in messages[0]
 
 
 @pytest.mark.parametrize("mesh", tiered(["2x1", "2x2"], quick=[], full=["2x2"]))
 def test_images_count_once(trainers, mesh):
     world, size = MESHES[mesh]
-    for found, _ in trainers.run(world, evaluate, size, "ddp", "images"):
-        for each, right in zip(found, wanted(trainers, "images"), strict=True):
+    for result, _ in trainers.run(world, evaluate, size, "ddp", "images"):
+        for each, right in zip(result, expected(trainers, "images"), strict=True):
             assert each == pytest.approx(right, rel=1e-5)
 
 

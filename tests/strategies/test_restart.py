@@ -67,26 +67,26 @@ def test_every_rank_takes_it_also_one_without_a_launcher(tmp_path, monkeypatch, 
     with quiet():
         trainer = trainer_in(kind, 2, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
         stock = trainer_in(None, 1, callbacks=[ModelCheckpoint(tmp_path)], enable_checkpointing=True)
-    found = {"model_provided": True, "model_connected": True}
+    result = {"model_provided": True, "model_connected": True}
     monkeypatch.setenv(RESUME, "last")
     connector = trainer._checkpoint_connector
-    assert connector._select_ckpt_path(TrainerFn.FITTING, "given.ckpt", **found) == saved
-    assert connector._select_ckpt_path(TrainerFn.VALIDATING, "given.ckpt", **found) == "given.ckpt"
-    assert stock._checkpoint_connector._select_ckpt_path(TrainerFn.FITTING, None, **found) is None
+    assert connector._select_ckpt_path(TrainerFn.FITTING, "given.ckpt", **result) == saved
+    assert connector._select_ckpt_path(TrainerFn.VALIDATING, "given.ckpt", **result) == "given.ckpt"
+    assert stock._checkpoint_connector._select_ckpt_path(TrainerFn.FITTING, None, **result) is None
     monkeypatch.delenv(RESUME)
-    assert connector._select_ckpt_path(TrainerFn.FITTING, "given.ckpt", **found) == "given.ckpt"
+    assert connector._select_ckpt_path(TrainerFn.FITTING, "given.ckpt", **result) == "given.ckpt"
 
 
 def test_each_fit_of_a_program_has_folders_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv(FOLDER, str(tmp_path))
     monkeypatch.setattr(restart, "_FITS", [0], raising=False)
-    found = {"model_provided": True, "model_connected": True}
+    result = {"model_provided": True, "model_connected": True}
 
     def begin(name):
         """The checkpoint that a fit goes on from."""
         trainer = trainer_of(tmp_path / name, tmp_path / "root")
         with quiet():
-            chosen = trainer._checkpoint_connector._select_ckpt_path(TrainerFn.FITTING, None, **found)
+            chosen = trainer._checkpoint_connector._select_ckpt_path(TrainerFn.FITTING, None, **result)
         keep_folders(trainer)
         return chosen
 
@@ -109,8 +109,8 @@ def test_another_checkpoint_of_a_restarted_run_is_of_that_run(tmp_path, monkeypa
     given = save(tmp_path / "new/yesterday.ckpt", age=3600)
     last = save(tmp_path / "new/step=4.ckpt", age=1)
     choose = trainer._checkpoint_connector._select_ckpt_path
-    found = {"model_provided": True, "model_connected": True}
-    assert choose(TrainerFn.FITTING, given, **found) == last
+    result = {"model_provided": True, "model_connected": True}
+    assert choose(TrainerFn.FITTING, given, **result) == last
     with pytest.raises(ValueError, match="no other good checkpoint"):
         strategy._good_checkpoint(Path(last))
     earlier = trainer_of(tmp_path / "old", tmp_path / "root")

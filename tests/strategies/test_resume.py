@@ -16,24 +16,32 @@ def micro_batches(name):
 
 
 def compare(
-    trainers, tmp_path, world, kind, chosen=None, callbacks=checkpoints_everywhere, size=None, resumed_by=None, **told
+    trainers,
+    tmp_path,
+    world,
+    kind,
+    chosen=None,
+    callbacks=checkpoints_everywhere,
+    size=None,
+    resumed_by=None,
+    **options,
 ):
     folder, other = tmp_path / "saved", tmp_path / "other"
     folder.mkdir()
     other.mkdir()
-    told, case = {**STEPS, **told}, (kind, size or world)
-    ((right, _, names), *_) = trainers.run(world, Run(str(folder), *case, callbacks=callbacks, **told))
+    options, case = {**STEPS, **options}, (kind, size or world)
+    ((right, _, names), *_) = trainers.run(world, Run(str(folder), *case, callbacks=callbacks, **options))
     assert sorted(right) == list(range(len(right)))
     assert set(chosen or names) <= set(names), names
     for name in chosen or names:
-        again = Run(str(other), resumed_by or kind, size or world, resume=str(folder / name), **told)
-        for found, code, _ in trainers.run(world, again):
+        again = Run(str(other), resumed_by or kind, size or world, resume=str(folder / name), **options)
+        for result, code, _ in trainers.run(world, again):
             assert code is None
-            wanted = {step: loss for step, loss in right.items() if step >= micro_batches(name)}
-            assert sorted(found) == sorted(wanted), name
-            for step, loss in wanted.items():
-                message = f"{name}, {step}: {found[step]}, not {loss}"
-                torch.testing.assert_close(found[step], loss, rtol=1e-9, atol=0, msg=message)
+            expected = {step: loss for step, loss in right.items() if step >= micro_batches(name)}
+            assert sorted(result) == sorted(expected), name
+            for step, loss in expected.items():
+                message = f"{name}, {step}: {result[step]}, not {loss}"
+                torch.testing.assert_close(result[step], loss, rtol=1e-9, atol=0, msg=message)
 
 
 @pytest.mark.parametrize("kind", tiered(["ddp", "fsdp2"], quick=["ddp"]))

@@ -32,9 +32,9 @@ SETTING = {**FLOAT32, "optimizer": adamw, "samples": samples(24), "micro_batches
 def fit_with_last(rank, world, sharding, folder, resume_from=None, top=-1, **options):
     """Losses, parameters and the warnings about checkpoints of a run that saves each step and `last`."""
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=top, save_last=True)
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as result:
         losses, parameters = fit(rank, world, SETTING, sharding, world, resume_from, [saving], **options)
-    return losses, parameters, [str(each.message) for each in found if each.category is RuntimeWarning]
+    return losses, parameters, [str(each.message) for each in result if each.category is RuntimeWarning]
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +105,9 @@ def test_each_damaged_file_is_named_and_passed_over(saved, engine, kind, tmp_pat
         held = path.read_bytes()
         DAMAGES[kind](path, other / name)
         named = str(path if path.exists() and path.name != "manifest.json" else last)
-        with pytest.warns(RuntimeWarning) as found:
+        with pytest.warns(RuntimeWarning) as result:
             assert newest_checkpoint(tmp_path / "run", reads_all=True) != last
-        assert any(named in str(each.message) for each in found), [str(each.message) for each in found]
+        assert any(named in str(each.message) for each in result), [str(each.message) for each in result]
         path.write_bytes(held)
     assert newest_checkpoint(tmp_path / "run", reads_all=True) == last
 
@@ -120,8 +120,8 @@ def test_a_run_goes_on_from_the_newest_good_one(trainers, deepspeed_trainers, sa
     flip(files_of(tmp_path / "run/step=4.ckpt")[0], None)
     flip(files_of(tmp_path / "run/step=3.ckpt")[-1], None)
     workers = deepspeed_trainers(2) if engine.startswith("deepspeed") else trainers
-    found = workers.run(2, fit_with_last, engine, str(tmp_path / "run"), str(tmp_path / "run/last.ckpt"))
-    for rest, _, _ in found:
+    result = workers.run(2, fit_with_last, engine, str(tmp_path / "run"), str(tmp_path / "run/last.ckpt"))
+    for rest, _, _ in result:
         assert rest == losses[2:]
 
 
@@ -226,14 +226,14 @@ def fit_in_background(rank, world, sharding, folder):
 def test_saves_in_the_background_are_those_of_their_step(trainers, deepspeed_trainers, saved, engine, tmp_path):
     folder, losses = saved(engine)
     workers = deepspeed_trainers(2) if engine.startswith("deepspeed") else trainers
-    for found, _, _ in workers.run(2, fit_in_background, engine, str(tmp_path)):
-        assert found == losses
+    for result, _, _ in workers.run(2, fit_in_background, engine, str(tmp_path)):
+        assert result == losses
     assert not list(tmp_path.glob(".*.part"))
     for path in tmp_path.glob("*.ckpt"):
         right = folder / path.name
         assert check_checkpoint(path).step == check_checkpoint(right).step
-        state, wanted = (read_checkpoint(each).state_dict for each in (path, right))
-        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+        state, expected = (read_checkpoint(each).state_dict for each in (path, right))
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
     for rest, _, _ in workers.run(2, fit_with_last, engine, str(tmp_path / "rest"), str(tmp_path / "last.ckpt")):
         assert rest == []
 

@@ -36,9 +36,9 @@ def trained(trainers, folder, sharding, world, load_sharded):
     tiered([("fsdp2", 2), ("ddp", 2), ("fsdp2_offload", 2), ("hsdp", 4), ("fsdp2", 4)], quick=[("fsdp2", 2)]),
 )
 def test_a_run_is_that_of_ordinary_loading(trainers, folder, sharding, world):
-    found = trained(trainers, folder, sharding, world, True)
-    wanted = trained(trainers, folder, sharding, world, False)
-    for (losses, parameters), (right, best) in zip(found, wanted, strict=True):
+    result = trained(trainers, folder, sharding, world, True)
+    expected = trained(trainers, folder, sharding, world, False)
+    for (losses, parameters), (right, best) in zip(result, expected, strict=True):
         assert losses == right
         assert parameters.keys() == best.keys()
         for name, x in parameters.items():
@@ -116,14 +116,14 @@ def test_a_rank_holds_its_parts_and_never_the_whole(trainers, tmp_path):
     whole = sum(4 * p.numel() for p in made.model.parameters())
     largest = max(4 * p.numel() for p in made.model.parameters())
     plain = trainers.run(2, load, str(tmp_path / "model"), False)
-    for (peak, held), (ordinary, wanted) in zip(
+    for (peak, held), (ordinary, expected) in zip(
         trainers.run(2, load, str(tmp_path / "model"), True), plain, strict=True
     ):
         assert peak < (whole + largest) / 2 + 2**18
         assert ordinary > 1.4 * whole  # the whole beside the parts
-        assert held.keys() == wanted.keys()
+        assert held.keys() == expected.keys()
         for name, x in held.items():
-            assert torch.equal(x, wanted[name]), name
+            assert torch.equal(x, expected[name]), name
 
 
 def test_what_cannot_be_read_in_parts_is_refused(tmp_path):
@@ -176,11 +176,11 @@ def test_files_in_parts_and_in_half_types_are_read(tmp_path, kind):
     net = CausalLMModule(name=str(tmp_path / "model"), load_sharded=True)
     assert all(p.is_meta for p in net.model.parameters())
     net._load_sharded_weights(torch.device("cpu"))
-    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     for kept in ("named_parameters", "named_buffers"):
         held = dict(getattr(net.model, kept)())
-        assert held.keys() == dict(getattr(wanted, kept)()).keys()
-        for name, x in getattr(wanted, kept)():
+        assert held.keys() == dict(getattr(expected, kept)()).keys()
+        for name, x in getattr(expected, kept)():
             assert torch.equal(x, held[name]), name
 
 
@@ -188,5 +188,5 @@ def test_files_in_parts_and_in_half_types_are_read(tmp_path, kind):
 def test_parts_are_those_of_fsdp2(rows, ranks):
     parts = torch.arange(rows).chunk(ranks)
     for rank in range(ranks):
-        wanted = parts[rank].tolist() if rank < len(parts) else []
-        assert list(range(rows))[part_of(rows, ranks, rank)] == wanted
+        expected = parts[rank].tolist() if rank < len(parts) else []
+        assert list(range(rows))[part_of(rows, ranks, rank)] == expected

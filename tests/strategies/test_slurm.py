@@ -22,18 +22,18 @@ STEPS = 12
 def cluster(tmp_path_factory):
     from slurm.cluster import Cluster
 
-    found = Cluster(tmp_path_factory.mktemp("cluster"))
-    yield found
-    found.close()
+    result = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield result
+    result.close()
 
 
 @pytest.fixture(scope="module")
 def alone():
     """The losses of one process, on batches as large as those of all ranks."""
     command = [sys.executable, "examples/train.py", *MODEL, "--batch-size=2", f"--steps={STEPS}"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment())
-    assert found.returncode == 0, found.stderr
-    return losses(found.stdout)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment())
+    assert result.returncode == 0, result.stderr
+    return losses(result.stdout)
 
 
 def losses(text):
@@ -41,18 +41,21 @@ def losses(text):
     return [(int(step), float(loss)) for step, loss in re.findall(r"^step (\d+): loss (\S+)$", text, re.MULTILINE)]
 
 
-def same(found, wanted):
-    assert [step for step, _ in found] == list(range(len(found)))
+def same(result, expected):
+    assert [step for step, _ in result] == list(range(len(result)))
     torch.testing.assert_close(
-        torch.tensor([x for _, x in found]), torch.tensor([x for _, x in wanted[: len(found)]]), rtol=1e-4, atol=1e-4
+        torch.tensor([x for _, x in result]),
+        torch.tensor([x for _, x in expected[: len(result)]]),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
 class Job:
-    def __init__(self, cluster, folder, *told):
+    def __init__(self, cluster, folder, *words):
         self.cluster, self.folder, self.output = cluster, folder, folder / "output.txt"
         places = ("--chdir", str(ROOT), "--output", str(self.output))
-        options = (*MODEL, *RANKS, "--folder", str(folder), *told)
+        options = (*MODEL, *RANKS, "--folder", str(folder), *words)
         self.number = cluster.submit(*places, str(ROOT / SCRIPT), *options, **places_of_loopback())
 
     def text(self):
@@ -71,8 +74,8 @@ class Job:
 
     def ended(self):
         """(its state, its exit status)"""
-        found = self.cluster.await_state(self.number, "COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
-        return found["JobState"], int(found["ExitCode"].split(":")[0])
+        result = self.cluster.await_state(self.number, "COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL")
+        return result["JobState"], int(result["ExitCode"].split(":")[0])
 
     def saved(self):
         return sorted(path.name for path in self.folder.iterdir() if "ckpt" in path.name)
@@ -101,11 +104,11 @@ def test_losses_are_those_of_one_process_though_usr1_stops_it(cluster, alone, tm
     assert job.saved() == ["hpc_ckpt_1.ckpt"]
 
 
-@pytest.mark.parametrize("told", ["all ranks", "rank 2"])
-def test_sigterm_ends_it_with_one_checkpoint(cluster, alone, tmp_path, told):
+@pytest.mark.parametrize("signalled", ["all ranks", "rank 2"])
+def test_sigterm_ends_it_with_one_checkpoint(cluster, alone, tmp_path, signalled):
     job = Job(cluster, tmp_path, "--steps=10000", "--pause=0.3")
     job.await_step(2)
-    if told == "all ranks":
+    if signalled == "all ranks":
         cluster.run("scancel", "--signal=TERM", job.number)
     else:
         subprocess.run(["kill", "-TERM", rank_of(job, 2)], check=True, timeout=10)
@@ -122,23 +125,23 @@ def test_a_rank_that_is_killed_has_the_job_queued_again(cluster, alone, tmp_path
     assert "rank 2 was ended by SIGKILL" in job.text()
     job.start_again()
     assert job.ended() == ("COMPLETED", 0), job.text()
-    found = losses(job.text())
-    resumed = [step for (before, _), (step, _) in pairwise(found) if step <= before]
+    result = losses(job.text())
+    resumed = [step for (before, _), (step, _) in pairwise(result) if step <= before]
     assert len(resumed) == 1  # once, from a checkpoint
     assert resumed[0] >= 4
     assert resumed[0] % 2 == 0
-    same(sorted(dict(found).items()), alone)
-    assert len(dict(found)) == STEPS
+    same(sorted(dict(result).items()), alone)
+    assert len(dict(result)) == STEPS
 
 
 def rank_of(job, number):
     """The pid of a rank, not of its supervisor."""
-    wanted = {f"SLURM_JOB_ID={job.number}", f"SLURM_PROCID={number}"}
+    expected = {f"SLURM_JOB_ID={job.number}", f"SLURM_PROCID={number}"}
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             command = (path.parent / "cmdline").read_text()
             is_rank = "train.py" in command and "supervise" not in command
-            if is_rank and wanted <= set(path.read_text().split("\0")):
+            if is_rank and expected <= set(path.read_text().split("\0")):
                 return path.parent.name
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue

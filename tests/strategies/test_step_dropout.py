@@ -52,15 +52,15 @@ def recording():
     return Recording()
 
 
-def train(rank, world, folder, resume=None, sharding="ddp", seed=5, **told):
+def train(rank, world, folder, resume=None, sharding="ddp", seed=5, **options):
     os.environ["PL_GLOBAL_SEED"] = str(seed)
     with quiet():
         torch.manual_seed(7)
         module = recording()
         saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-        told = {"limit_val_batches": 2, "val_check_interval": 2, "num_sanity_val_steps": 1, **told}
+        options = {"limit_val_batches": 2, "val_check_interval": 2, "num_sanity_val_steps": 1, **options}
         trainer = trainer_of(
-            RingSequenceParallelStrategy(2, sharding), world, callbacks=[saving], enable_checkpointing=True, **told
+            RingSequenceParallelStrategy(2, sharding), world, callbacks=[saving], enable_checkpointing=True, **options
         )
         loaders = [DataLoader(samples(8, seed=i), batch_size=2, collate_fn=collated) for i in (3, 4)]
         if resume is not None:
@@ -91,9 +91,9 @@ def test_only_training_decides_what_training_drops(trainers, tmp_path, sharding)
     assert [each[0] for each in bare] == [first[0], second[0]]
 
     resumed = trainers.run(2, train, str(tmp_path / "resumed"), str(tmp_path / "step=2.ckpt"), sharding)
-    for found, whole in zip(resumed, (first, second), strict=True):
-        assert found[0] == {number: whole[0][number] for number in (2, 3)}
-        assert {key: value for key, value in found[1].items() if key[0] == 3} == {
+    for result, whole in zip(resumed, (first, second), strict=True):
+        assert result[0] == {number: whole[0][number] for number in (2, 3)}
+        assert {key: value for key, value in result[1].items() if key[0] == 3} == {
             key: value for key, value in whole[1].items() if key[0] == 3
         }
 

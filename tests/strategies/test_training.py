@@ -28,8 +28,8 @@ def expected(name):
     return reference({"float64": FLOAT64, "float32": FLOAT32, "documents": DOCUMENTS}[name])
 
 
-def compare(found, wanted, tolerance):
-    (losses, parameters), (right, best) = found, wanted
+def compare(result, reference, tolerance):
+    (losses, parameters), (right, best) = result, reference
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(right), rtol=tolerance, atol=tolerance)
     assert set(parameters) == set(best)
     for name, x in parameters.items():
@@ -42,19 +42,19 @@ QUICK = [("ddp", "1x2"), ("ddp", "2x1"), ("fsdp2", "1x2"), ("hsdp", "2x2")]
 @pytest.mark.parametrize(("sharding", "mesh"), tiered(product(["ddp", "fsdp2", "hsdp"], MESHES), quick=QUICK, covers=1))
 def test_float64_equals_one_process(trainers, sharding, mesh):
     world, size = MESHES[mesh]
-    for found in trainers.run(world, fit, FLOAT64, sharding, size):
-        compare(found, expected("float64"), 1e-9)
+    for result in trainers.run(world, fit, FLOAT64, sharding, size):
+        compare(result, expected("float64"), 1e-9)
 
 
 @pytest.mark.parametrize(("stage", "mesh"), tiered(product([1, 2, 3], MESHES), quick=[(3, "1x2")], covers=1))
 def test_float32_of_deepspeed_equals_one_process(deepspeed_trainers, stage, mesh):
     world, size = MESHES[mesh]
-    for found in deepspeed_trainers(world).run(world, fit, FLOAT32, f"deepspeed_stage_{stage}", size):
-        compare(found, expected("float32"), 1e-5)
+    for result in deepspeed_trainers(world).run(world, fit, FLOAT32, f"deepspeed_stage_{stage}", size):
+        compare(result, expected("float32"), 1e-5)
 
 
 @pytest.mark.parametrize("sharding", tiered(["fsdp2_offload", "deepspeed_stage_3_offload"], quick=["fsdp2_offload"]))
 def test_offloading_changes_nothing(trainers, deepspeed_trainers, sharding):
     workers = trainers if sharding == "fsdp2_offload" else deepspeed_trainers(2)
-    for found in workers.run(2, fit, FLOAT32, sharding, 2):
-        compare(found, expected("float32"), 1e-5)
+    for result in workers.run(2, fit, FLOAT32, sharding, 2):
+        compare(result, expected("float32"), 1e-5)

@@ -18,13 +18,13 @@ def test_what_the_system_refuses_is_returned(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("trust", [False, True])
 def test_it_reads_as_the_process_that_begins_it(tmp_path, monkeypatch, trust):
-    found = []
+    result = []
 
     def run(command, **options):
-        found.append(options["env"].get(VARIABLE))
+        result.append(options["env"].get(VARIABLE))
         return subprocess.CompletedProcess(command, 1, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.delenv(VARIABLE, raising=False)
     assert convert(tmp_path, trust)
-    assert found == ["1" if trust else None]
+    assert result == ["1" if trust else None]

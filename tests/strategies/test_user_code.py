@@ -224,13 +224,13 @@ def compared(trainers, kind, sharding, stage="fit"):
     """Compare two ranks with one process, and return the warnings of the first rank."""
     losses, parameters, numbers, lines = trainers.run(1, ran, kind, "ddp", stage)[0]
     assert not lines
-    found = trainers.run(2, ran, kind, sharding, stage)
-    for its_losses, its_parameters, its_numbers, _ in found:
+    result = trainers.run(2, ran, kind, sharding, stage)
+    for its_losses, its_parameters, its_numbers, _ in result:
         assert its_losses == pytest.approx(losses, rel=1e-10)
         assert its_numbers == pytest.approx(numbers, rel=1e-6)
         for name, x in parameters.items():
             torch.testing.assert_close(its_parameters[name], x, rtol=1e-10, atol=1e-10)
-    return found[0][3]
+    return result[0][3]
 
 
 CLIPPED = [ClippedByNorm, ClippedByValue, ClippedByOwnCode, ClippedByLightning]

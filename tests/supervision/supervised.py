@@ -38,17 +38,17 @@ def environment(**changes):
     return {**kept, **common, **changes}
 
 
-def command(folder, **told):
-    return [sys.executable, str(PROGRAM), json.dumps({"folder": str(folder), **told})]
+def command(folder, **settings):
+    return [sys.executable, str(PROGRAM), json.dumps({"folder": str(folder), **settings})]
 
 
-def start(folder, *options, **told):
+def start(folder, *options, **settings):
     """A supervisor of the program, and the file of what it and all ranks print."""
     allowed = [word for name in ("validation", "save", "load") for word in ("--allow", f"{name}={STALL}")]
     words = [sys.executable, "-m", "lightning_longnet.supervise", "--stall", str(STALL), *allowed, *options]
     with (folder / "output.txt").open("a") as output:
         return subprocess.Popen(
-            [*words, "--", *command(folder, **told)], stdout=output, stderr=output, cwd=folder, env=environment()
+            [*words, "--", *command(folder, **settings)], stdout=output, stderr=output, cwd=folder, env=environment()
         )
 
 
@@ -67,20 +67,20 @@ def ended(process, folder, patience=PATIENCE):
 
 def left(folder):
     """Processes with the folder in their command line; those found are ended."""
-    found = []
+    result = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             is_ours = str(folder).encode() in path.read_bytes() and path.parent.name != str(os.getpid())
             if is_ours and path.with_name("stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                found.append(int(path.parent.name))
+                result.append(int(path.parent.name))
         except (FileNotFoundError, ProcessLookupError):
             continue
-    for pid in found:
+    for pid in result:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    return found
+    return result
 
 
 def losses(folder, rank=0):

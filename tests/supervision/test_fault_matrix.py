@@ -77,21 +77,21 @@ def test_a_run_that_is_killed_is_restarted_and_equal(tmp_path, forking_process, 
     assert "rank 1 was ended by SIGKILL" in (killed / "output.txt").read_text()
     assert dict(losses(killed)) == dict(losses(whole))
     assert [step for step, _ in losses(killed)] == [0, 1, 2, 3, 2, 3, 4, 5]  # from step=2.ckpt
-    expected, found = (torch.load(folder / "parameters.pt") for folder in (whole, killed))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, result = (torch.load(folder / "parameters.pt") for folder in (whole, killed))
+    assert expected.keys() == result.keys()
+    assert all(torch.equal(expected[name], result[name]) for name in expected)
 
 
 @pytest.mark.long
 def test_torchrun_restarts_the_ranks_and_they_go_on(tmp_path):
     # else torchrun keeps a store whose addresses of gloo are those of the ranks that ended
-    told = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    variables = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     words = [*agent, "-m", "lightning_longnet.supervise", "--stall", "5", "--"]
     with (tmp_path / "output.txt").open("w") as output:
         process = subprocess.Popen(
             [*words, *command(tmp_path, fault="endless loop", rank=1, phase="forward")], stdout=output, stderr=output,
-            cwd=tmp_path, env=told,
+            cwd=tmp_path, env=variables,
         )  # fmt: skip
     status, lines, _, left = ended(process, tmp_path)
     text = "\n".join(lines)

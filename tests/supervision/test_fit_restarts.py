@@ -33,11 +33,11 @@ def fit(folder, strategy, killed):
     words += ["--trainer.strategy", strategy, "--trainer.callbacks", json.dumps(callbacks)]
     folder.mkdir()
     path = f"{ROOT}:{Path(__file__).parent}"
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "lightning_longnet", *words], capture_output=True, text=True, cwd=folder,
         timeout=PATIENCE, env=environment(PYTHONPATH=path),
     )  # fmt: skip
-    return found.returncode, found.stderr.splitlines()
+    return result.returncode, result.stderr.splitlines()
 
 
 def last(folder):
@@ -54,6 +54,6 @@ def test_a_training_whose_rank_is_killed_ends_as_another(tmp_path, strategy):
         said = [line for line in lines if line.startswith("supervise: rank 1 was ended by SIGKILL")]
         assert len(said) == killed, "\n".join(lines[-40:])
     assert any("restart 1 of 2" in line for line in said)
-    right, found = last(tmp_path / "False"), last(tmp_path / "True")
-    assert right.keys() == found.keys()
-    assert all(torch.equal(right[name], found[name]) for name in right)
+    right, result = last(tmp_path / "False"), last(tmp_path / "True")
+    assert right.keys() == result.keys()
+    assert all(torch.equal(right[name], result[name]) for name in right)

@@ -214,11 +214,11 @@ def test_a_rank_that_is_stopped_is_the_one_that_is_named_however_long_the_others
         await_(lambda: state(stopped.pid) == "T")
         watch = Watch(Limits(stall=0.2), time.monotonic())
         time.sleep(0.3)  # both have made no progress for longer than is allowed
-        found = {fault.rank: fault.text for fault in watch.faults(read(tmp_path))}
+        result = {fault.rank: fault.text for fault in watch.faults(read(tmp_path))}
         stopped.kill()
         waiting.kill()
-    assert "rank 1 was stopped by a signal (state T) in forward of step 1" in found[1]
-    assert "rank 0 made no progress" in found[0]
+    assert "rank 1 was stopped by a signal (state T) in forward of step 1" in result[1]
+    assert "rank 0 made no progress" in result[0]
 
 
 def recorded(folder, rank, pid):
@@ -254,10 +254,10 @@ def test_fit_refuses_wrong_options_of_a_supervisor_in_one_line(capsys):
 
 @pytest.mark.parametrize("words", [["--stall", "5", "--"], ["--"], ["--restarts=3"], []])
 def test_a_command_may_follow_without_a_mark(monkeypatch, words):
-    found = []
-    monkeypatch.setattr("lightning_longnet.supervise.supervise", lambda command, options: found.append(command) or 0)
+    result = []
+    monkeypatch.setattr("lightning_longnet.supervise.supervise", lambda command, options: result.append(command) or 0)
     assert main([*words, "python", "train.py", "--restarts", "7", "--", "x"]) == 0
-    assert found == [["python", "train.py", "--restarts", "7", "--", "x"]]
+    assert result == [["python", "train.py", "--restarts", "7", "--", "x"]]
 
 
 def test_torchrun_is_not_to_be_supervised_from_outside():

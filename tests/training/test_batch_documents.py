@@ -54,10 +54,10 @@ def gradients(net, loss):
     return torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad])
 
 
-def check(net, loss, found):
-    wanted = separate(net)
-    torch.testing.assert_close(loss.detach(), wanted[0], **ROUNDED)
-    for ours, theirs in zip(found, wanted[1], strict=True):
+def check(net, loss, result):
+    expected = separate(net)
+    torch.testing.assert_close(loss.detach(), expected[0], **ROUNDED)
+    for ours, theirs in zip(result, expected[1], strict=True):
         assert (ours - theirs).norm() < 1e-6 * theirs.norm()
 
 
@@ -76,8 +76,8 @@ def test_padding_beside_documents():
     mask[1, 25:] = 0
     labels = LABELS.masked_fill(mask == 0, -100)
     total, _ = net._losses({**BATCH, "labels": labels, "attention_mask": mask, "positions": RUNNING})
-    wanted, _ = net._losses({**BATCH, "labels": labels})
-    torch.testing.assert_close(total, wanted, **ROUNDED)
+    expected, _ = net._losses({**BATCH, "labels": labels})
+    torch.testing.assert_close(total, expected, **ROUNDED)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -275,9 +275,9 @@ def test_a_step_that_fetches_its_batch_gets_no_documents_of_another(entry_point)
     with pytest.warns(UserWarning, match="training_step takes dataloader_iter, .* documents") as warned:
         trainer(max_steps=3).fit(module, batches)
     assert len([each for each in warned if "documents" in str(each.message)]) == 1
-    wanted = module.loss({"input_ids": IDS, "labels": LABELS}).detach()
+    expected = module.loss({"input_ids": IDS, "labels": LABELS}).detach()
     for loss in module.losses:
-        torch.testing.assert_close(loss, wanted)
+        torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])

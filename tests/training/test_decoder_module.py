@@ -56,11 +56,11 @@ def test_the_loss_in_chunks_is_that_of_the_models_own_logits(kind):
     net = module(kind, loss_chunk=5, attention="eager")
     loss, count = net.token_loss(IDS, LABELS)
     logits = net.model(input_ids=IDS, use_cache=False).logits
-    wanted = F.cross_entropy(logits.flatten(0, 1).double(), LABELS.flatten(), reduction="sum")
+    expected = F.cross_entropy(logits.flatten(0, 1).double(), LABELS.flatten(), reduction="sum")
     assert count == (LABELS != -100).sum()
-    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(net(IDS), logits, rtol=1e-6, atol=1e-6)
-    for ours, theirs in zip(gradients(net, loss), gradients(net, wanted), strict=True):
+    for ours, theirs in zip(gradients(net, loss), gradients(net, expected), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
@@ -73,10 +73,10 @@ def test_logits_are_scaled_and_bounded(softcap):
     loss, _ = chunked_cross_entropy(hidden, weight, labels, bias, chunk_tokens=3, logit_scale=0.7, softcap=softcap)
     logits = 0.7 * F.linear(hidden, weight, bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    wanted = F.cross_entropy(logits, labels, reduction="sum")
-    torch.testing.assert_close(loss, wanted)
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(loss, expected)
     leaves = [hidden, weight, bias]
-    torch.testing.assert_close(torch.autograd.grad(2 * loss, leaves), torch.autograd.grad(2 * wanted, leaves))
+    torch.testing.assert_close(torch.autograd.grad(2 * loss, leaves), torch.autograd.grad(2 * expected, leaves))
     with pytest.raises(ValueError, match="softcap must be positive or None, got -1"):
         chunked_cross_entropy(hidden, weight, labels, softcap=-1.0)
 
@@ -98,9 +98,9 @@ def test_recomputation_leaves_attention_alone_and_changes_nothing(recompute, cal
     plain = module(lora={"r": 2, "init_lora_weights": False})
     net = module(recompute=recompute, lora={"r": 2, "init_lora_weights": False})
     net.load_state_dict(plain.state_dict())
-    with Calls() as found:
+    with Calls() as result:
         net.token_loss(IDS, LABELS)[0].backward()
-    assert found.count == calls
+    assert result.count == calls
     plain.token_loss(IDS, LABELS)[0].backward()
     for (name, ours), theirs in zip(net.named_parameters(), plain.parameters(), strict=True):
         assert ("lora_" in name) == (ours.grad is not None), name
@@ -114,10 +114,10 @@ def test_text_is_that_of_transformers(tmp_path):
     net = module()
     net.save_pretrained(tmp_path / "out")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
-    wanted = plain.generate(
+    expected = plain.generate(
         IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6, min_new_tokens=6, do_sample=False
     )
-    assert net.generate(IDS, 6, temperature=0).tolist() == wanted.tolist()
+    assert net.generate(IDS, 6, temperature=0).tolist() == expected.tolist()
     assert net.generate(IDS, 6, seed=1).tolist() == net.generate(IDS, 6, seed=1).tolist()
     assert net.model.training
     with pytest.raises(ValueError, match="folder must be new or empty"):

@@ -56,14 +56,14 @@ def test_a_resumed_run_replaces_its_own_export_alone(tmp_path):
     assert torch.equal(head_of(tmp_path / "out"), first.model.get_output_embeddings().weight)
     (tmp_path / "out/tokenizer.json").write_text("added later")
     second = fitted(tmp_path, 2, tmp_path / "last.ckpt")
-    found = head_of(tmp_path / "out")
-    assert torch.equal(found, second.model.get_output_embeddings().weight)
-    assert not torch.equal(found, first.model.get_output_embeddings().weight)
+    result = head_of(tmp_path / "out")
+    assert torch.equal(result, second.model.get_output_embeddings().weight)
+    assert not torch.equal(result, first.model.get_output_embeddings().weight)
     assert (tmp_path / "out/tokenizer.json").read_text() == "added later"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "out"], "nothing is left beside it"
     with pytest.raises(ValueError, match=r"folder must be new or empty, or written by this run, got .*out"):
         fitted(tmp_path, 1)  # another run
-    assert torch.equal(head_of(tmp_path / "out"), found)
+    assert torch.equal(head_of(tmp_path / "out"), result)
 
 
 def test_a_write_that_fails_leaves_the_export_as_it_was(tmp_path, monkeypatch):

@@ -44,36 +44,36 @@ def test_weights_of_other_names_and_convolutions_decay():
     assert len(decay_groups(nn.Linear(2, 2, bias=False), 0.1)) == 1
 
 
-def rates(steps, *told):
+def rates(steps, *options):
     optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))]}], lr=2.0)
-    schedule, found = warmup_cosine(optimizer, steps, *told), []
+    schedule, result = warmup_cosine(optimizer, steps, *options), []
     for _ in range(steps + 2):
-        found.append(optimizer.param_groups[0]["lr"])
+        result.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
-    return found
+    return result
 
 
 def test_rates_rise_in_a_line_and_fall_as_a_cosine():
-    found = rates(13, 4, 0.2)
-    assert found[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    wanted = [2 * (0.2 + 0.8 * (1 + math.cos(math.pi * i / 9)) / 2) for i in range(1, 10)]
-    assert found[4:13] == pytest.approx(wanted)
-    assert found[12:] == pytest.approx([0.4] * 3)
+    result = rates(13, 4, 0.2)
+    assert result[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    expected = [2 * (0.2 + 0.8 * (1 + math.cos(math.pi * i / 9)) / 2) for i in range(1, 10)]
+    assert result[4:13] == pytest.approx(expected)
+    assert result[12:] == pytest.approx([0.4] * 3)
     assert rates(5, 0, 0.0)[:5] == pytest.approx([1 + math.cos(math.pi * i / 4) for i in range(5)])
     assert rates(1, 0)[0] == 2.0
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("options", "message"),
     [
         ((0, 0), "steps must be a positive integer, got 0"),
         ((5, 5), "warmup_steps must be from 0 to 4, fewer than steps, got 5"),
         ((5, 1, 1.5), "final_share must be from 0 to 1, got 1.5"),
     ],
 )
-def test_schedules_that_cannot_be_are_refused(told, message):
+def test_schedules_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        rates(*told)
+        rates(*options)
     with pytest.raises(ValueError, match="weight_decay must be a number, at least 0, got -1"):
         decay_groups(nn.Linear(1, 1), -1)

@@ -39,11 +39,11 @@ def made(kind, **options):
 
 def with_logits(net, ids, mask=None):
     """The tokens that follow, and the logits (B, tokens, vocabulary) that they were taken from."""
-    found = []
-    hook = net.model.get_output_embeddings().register_forward_hook(lambda *args: found.append(args[2][:, -1]))
+    result = []
+    hook = net.model.get_output_embeddings().register_forward_hook(lambda *args: result.append(args[2][:, -1]))
     tokens = net.generate(ids, TOKENS, 0.0) if mask is None else net.generate(ids, TOKENS, 0.0, attention_mask=mask)
     hook.remove()
-    return tokens[:, ids.shape[1] :], torch.stack(found, 1)
+    return tokens[:, ids.shape[1] :], torch.stack(result, 1)
 
 
 @pytest.mark.parametrize("kind", tiered(KINDS, quick=["llama", "dilated llama"]))
@@ -53,9 +53,9 @@ def test_padded_prompts_are_continued_as_each_alone(kind):
         ids, mask = padded(side)
         tokens, logits = with_logits(net, ids, mask)
         for row, (prompt, is_token) in enumerate(zip(ids, mask, strict=True)):
-            alone, wanted = with_logits(net, prompt[is_token == 1][None])
+            alone, expected = with_logits(net, prompt[is_token == 1][None])
             assert tokens[row].tolist() == alone[0].tolist(), (side, row)
-            torch.testing.assert_close(logits[row], wanted[0], rtol=0, atol=1e-9)
+            torch.testing.assert_close(logits[row], expected[0], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -64,10 +64,10 @@ def test_predict_reads_the_mask_of_a_batch(side):
     ids, mask = padded(side)
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     loader = DataLoader([{"input_ids": i, "attention_mask": m} for i, m in zip(ids, mask, strict=True)], 3)
-    (found,) = trainer.predict(net, loader)
-    assert found[:, :COLUMNS].tolist() == ids.tolist()
+    (result,) = trainer.predict(net, loader)
+    assert result[:, :COLUMNS].tolist() == ids.tolist()
     for row, (prompt, is_token) in enumerate(zip(ids, mask, strict=True)):
-        assert found[row, COLUMNS:].tolist() == net.generate(prompt[is_token == 1][None], TOKENS, 0)[0, -5:].tolist()
+        assert result[row, COLUMNS:].tolist() == net.generate(prompt[is_token == 1][None], TOKENS, 0)[0, -5:].tolist()
 
 
 def test_a_penalty_of_repetition_does_not_count_padding():
@@ -109,6 +109,6 @@ def test_a_longnet_module_reads_the_mask_of_a_batch(side):
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     ids, mask = padded(side)
-    found = net.predict_step({"input_ids": ids, "attention_mask": mask}, 0)
+    result = net.predict_step({"input_ids": ids, "attention_mask": mask}, 0)
     for row, (prompt, is_token) in enumerate(zip(ids, mask, strict=True)):
-        assert found[row, COLUMNS:].tolist() == net.generate(prompt[is_token == 1][None], TOKENS, 0)[0, -5:].tolist()
+        assert result[row, COLUMNS:].tolist() == net.generate(prompt[is_token == 1][None], TOKENS, 0)[0, -5:].tolist()

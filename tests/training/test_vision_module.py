@@ -15,18 +15,18 @@ CONFIG = LongViTConfig(
 def rows(many=12):
     """Each has one bright quarter of three; the rest is noise."""
     generator = torch.Generator().manual_seed(5)
-    found = []
+    result = []
     for i in range(many):
         pixels = 0.3 * torch.randn(1, 16, 16, generator=generator)
         label = i % 3
         pixels[:, 8 * (label // 2) : 8 * (label // 2) + 8, 8 * (label % 2) : 8 * (label % 2) + 8] += 1
-        found.append({"pixels": pixels, "label": label})
-    return found
+        result.append({"pixels": pixels, "label": label})
+    return result
 
 
-def trainer_of(tmp_path, **told):
+def trainer_of(tmp_path, **options):
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "devices": 1}
-    return L.Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet, **told)
+    return L.Trainer(accelerator="cpu", default_root_dir=tmp_path, **quiet, **options)
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -41,10 +41,10 @@ def test_a_few_images_are_learned_and_told_apart_again_from_a_checkpoint(tmp_pat
     loader = DataLoader(rows(), batch_size=5)
     trainer = trainer_of(tmp_path, max_epochs=25, enable_checkpointing=False)
     trainer.fit(module, loader, loader)
-    found = {name: x.item() for name, x in trainer.callback_metrics.items()}
-    assert found["val/accuracy"] == 1.0
-    assert found["val/loss"] < 0.05
-    assert found["train/loss"] < 0.05
+    result = {name: x.item() for name, x in trainer.callback_metrics.items()}
+    assert result["val/accuracy"] == 1.0
+    assert result["val/loss"] < 0.05
+    assert result["train/loss"] < 0.05
     group = trainer.optimizers[0].param_groups[0]
     assert group["lr"] == pytest.approx(1e-4)  # a hundredth, at the end
     assert [each["weight_decay"] for each in trainer.optimizers[0].param_groups] == [0.05, 0.0]
@@ -52,7 +52,7 @@ def test_a_few_images_are_learned_and_told_apart_again_from_a_checkpoint(tmp_pat
     again = LongViTModule.load_from_checkpoint(tmp_path / "a.ckpt")
     assert again.hparams == module.hparams
     tested = trainer_of(tmp_path).test(again, loader, verbose=False)[0]
-    assert tested == {"test/loss": pytest.approx(found["val/loss"]), "test/accuracy": 1.0}
+    assert tested == {"test/loss": pytest.approx(result["val/loss"]), "test/accuracy": 1.0}
     predicted = torch.cat(trainer_of(tmp_path).predict(again, loader))
     assert predicted.tolist() == [i % 3 for i in range(12)]
     read = read_checkpoint(tmp_path / "a.ckpt")
@@ -69,9 +69,9 @@ def test_a_subclass_orders_the_patches():
     plain = LongViTModule(CONFIG)
     torch.manual_seed(0)
     turned = Turned(CONFIG)
-    wanted = plain.model(pixels, ordering=torch.arange(16).flip(0))
-    assert torch.equal(turned(pixels), wanted)
-    assert not torch.allclose(plain(pixels), wanted)
+    expected = plain.model(pixels, ordering=torch.arange(16).flip(0))
+    assert torch.equal(turned(pixels), expected)
+    assert not torch.allclose(plain(pixels), expected)
 
 
 def test_a_checkpoint_knows_its_curve(tmp_path):
@@ -83,25 +83,25 @@ def test_a_checkpoint_knows_its_curve(tmp_path):
     trainer.fit(module, loader)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     pixels = torch.stack([row["pixels"] for row in rows()])
-    wanted = module.eval()(pixels)
+    expected = module.eval()(pixels)
     again = LongViTModule.load_from_checkpoint(tmp_path / "a.ckpt").eval()
     assert again.config == curved
-    assert torch.equal(again(pixels), wanted)
-    assert torch.equal(load_model(tmp_path / "a.ckpt").eval()(pixels), wanted)
-    assert not torch.allclose(wanted, again.model(pixels, ordering=torch.arange(16)))
+    assert torch.equal(again(pixels), expected)
+    assert torch.equal(load_model(tmp_path / "a.ckpt").eval()(pixels), expected)
+    assert not torch.allclose(expected, again.model(pixels, ordering=torch.arange(16)))
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    ("options", "message"),
     [
         ({"config": {**CONFIG.to_dict(), "classes": 0}}, "config must have at least 2 classes, got 0"),
         ({"config": CONFIG, "warmup_share": 1.0}, "warmup_share must be at least 0 and less than 1, got 1.0"),
         ({"config": CONFIG, "label_smoothing": -0.1}, "label_smoothing must be at least 0 and less than 1"),
     ],
 )
-def test_modules_that_cannot_be_are_refused(told, message):
+def test_modules_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        LongViTModule(**told)
+        LongViTModule(**options)
 
 
 def test_a_run_without_an_end_is_refused(tmp_path):

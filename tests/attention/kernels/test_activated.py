@@ -54,11 +54,11 @@ class Registry:
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-    found = Registry()
-    monkeypatch.setattr(activated, "attention", found)
+    result = Registry()
+    monkeypatch.setattr(activated, "attention", result)
     monkeypatch.setattr(activated, "find_spec", lambda name: ModuleSpec(name, None))
     monkeypatch.setattr(activated, "_is_deterministic", lambda: False)
-    return found
+    return result
 
 
 @pytest.fixture
@@ -200,9 +200,9 @@ def test_why_it_does_not_serve(monkeypatch, registry):
 def test_it_is_announced_and_auto_leaves_it(capsys):
     q = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16)
     with emulated.device():
-        told = explain(q, q, q, Pattern.dense())
-    rows = {row.split()[0]: row for row in str(told).splitlines()[1:]}
-    assert told.chosen == "flash"
+        explained = explain(q, q, q, Pattern.dense())
+    rows = {row.split()[0]: row for row in str(explained).splitlines()[1:]}
+    assert explained.chosen == "flash"
     assert "could serve" in rows["flash3"]
     assert "FA3 behind torch's flash operators, active in the whole process while a block is called" in rows["flash3"]
     assert "blocks with windows go where sdpa sends them" in rows["flash4"]

@@ -17,8 +17,8 @@ def test_the_package_imports_no_compiler():
         "import sys, lightning_longnet.attention, lightning_longnet.sequence, lightning_longnet.models.longvit\n"
         "print({'torch._dynamo', 'sympy', 'lightning', 'torchmetrics'} & set(sys.modules))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert found.stdout == "set()\n", found.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert result.stdout == "set()\n", result.stderr
 
 
 def test_a_constant_result_is_marked_as_torch_marks_it():
@@ -36,13 +36,13 @@ def test_a_graph_breaks_at_what_is_not_compiled():
     seen = []
 
     @not_compiled
-    def apart(x):
+    def uncompiled(x):
         """A docstring."""
         seen.append(torch.compiler.is_compiling())
         return x * 2
 
     def call(x):
-        return apart(x + 1) + 1
+        return uncompiled(x + 1) + 1
 
     graphs = []
 
@@ -55,4 +55,4 @@ def test_a_graph_breaks_at_what_is_not_compiled():
     torch.testing.assert_close(torch.compile(call, backend=backend)(x), call(x))
     assert seen == [False, False]
     assert len(graphs) == 2, "one before the function, and one after it"
-    assert (apart.__name__, apart.__doc__) == ("apart", "A docstring.")
+    assert (uncompiled.__name__, uncompiled.__doc__) == ("uncompiled", "A docstring.")

@@ -108,9 +108,9 @@ def test_weights_are_served_in_float32(low):
     truth = sdpa.forward(q, k, v, call)
     true = sdpa.backward(grad, q, k, v, *truth, call)
     with emulated.device():
-        found = sdpa.forward(q, k, v, call)
+        result = sdpa.forward(q, k, v, call)
         grads = sdpa.backward(grad, q, k, v, *truth, call)
-    for a, b in zip((*found, *grads), (*truth, *true), strict=True):
+    for a, b in zip((*result, *grads), (*truth, *true), strict=True):
         close(a, b, 1e-5)
 
 
@@ -119,14 +119,14 @@ def test_misaligned_rows_are_copied():
     q = base[:, 1:, :, 2:10].requires_grad_()  # a head 8 bytes off
     pattern = Pattern.dilated((4, 8), (1, 2), True) + Pattern.window(3, True)
 
-    def found(**settings):
+    def result(**settings):
         out = attend(q, q, q, pattern, **settings)
         return out, *torch.autograd.grad(out, q, base[:, 1:, :, 3:11].detach())
 
-    truth = found()
+    truth = result()
     for kernel in ("flash", "sdpa", "cudnn"):
         with emulated.device(half=FLOAT):
-            for ours, true in zip(found(kernel=kernel), truth, strict=True):
+            for ours, true in zip(result(kernel=kernel), truth, strict=True):
                 close(ours, true, 1e-5)
 
 
@@ -142,11 +142,11 @@ def test_a_gradient_that_is_the_same_everywhere():
     (truth,) = torch.autograd.grad(attend(q, q, q, Pattern.dense(True)).sum(), q)
     for kernel in ("flash", "sdpa", "cudnn"):
         with emulated.device(half=FLOAT):
-            (found,) = torch.autograd.grad(attend(q, q, q, Pattern.dense(True), kernel=kernel).sum(), q)
-            close(found, truth, 1e-5)
+            (result,) = torch.autograd.grad(attend(q, q, q, Pattern.dense(True), kernel=kernel).sum(), q)
+            close(result, truth, 1e-5)
 
 
-def told(dtype, capability=(9, 0), **settings):
+def explained(dtype, capability=(9, 0), **settings):
     q = torch.zeros(1, 8, 2, settings.pop("dim", 64), dtype=dtype)
     with emulated.device(capability):
         return explain(q, q, q, Pattern.dense(), **settings)
@@ -154,26 +154,28 @@ def told(dtype, capability=(9, 0), **settings):
 
 def test_which_kernel_runs_on_cuda():
     padding = torch.zeros(1, 8, dtype=torch.bool)
-    assert told(torch.bfloat16).chosen == "flash"
-    assert told(torch.bfloat16, key_padding_mask=padding).chosen == "sdpa"
-    assert told(torch.bfloat16, dim=512).chosen == "sdpa"
-    assert told(torch.bfloat16, dropout=0.1).chosen == "eager"
-    assert told(torch.bfloat16, dim=36).chosen == "eager"
-    assert told(torch.float16, (7, 5)).chosen == "sdpa"
-    assert told(torch.float32).chosen == "sdpa"
-    assert told(torch.float64).chosen == "eager"
-    assert told(torch.bfloat16, kernel="cudnn").chosen == "cudnn"
+    assert explained(torch.bfloat16).chosen == "flash"
+    assert explained(torch.bfloat16, key_padding_mask=padding).chosen == "sdpa"
+    assert explained(torch.bfloat16, dim=512).chosen == "sdpa"
+    assert explained(torch.bfloat16, dropout=0.1).chosen == "eager"
+    assert explained(torch.bfloat16, dim=36).chosen == "eager"
+    assert explained(torch.float16, (7, 5)).chosen == "sdpa"
+    assert explained(torch.float32).chosen == "sdpa"
+    assert explained(torch.float64).chosen == "eager"
+    assert explained(torch.bfloat16, kernel="cudnn").chosen == "cudnn"
 
 
 def test_explain_on_cuda_is_a_table():
-    head, *rows = str(told(torch.bfloat16)).splitlines()
+    head, *rows = str(explained(torch.bfloat16)).splitlines()
     assert head == "cuda of compute capability 9.0, bfloat16, accumulates in float32"
     assert [row.split()[:2] for row in rows[:3]] == [["flash", "runs"], ["sdpa", "could"], ["cudnn", "could"]]
     assert rows[1].endswith("torch's attention for CUDA: flash, else memory-efficient")
-    assert str(told(torch.float32)).splitlines()[2].endswith("torch's attention for CUDA: memory-efficient")
-    assert "serves bfloat16 and float16, q is torch.float32" in str(told(torch.float32))
-    assert "needs compute capability 8.0, got 7.5" in str(told(torch.float16, (7, 5)))
-    assert "go where sdpa sends them" in str(told(torch.float16, key_padding_mask=torch.zeros(1, 8, dtype=torch.bool)))
+    assert str(explained(torch.float32)).splitlines()[2].endswith("torch's attention for CUDA: memory-efficient")
+    assert "serves bfloat16 and float16, q is torch.float32" in str(explained(torch.float32))
+    assert "needs compute capability 8.0, got 7.5" in str(explained(torch.float16, (7, 5)))
+    assert "go where sdpa sends them" in str(
+        explained(torch.float16, key_padding_mask=torch.zeros(1, 8, dtype=torch.bool))
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
@@ -189,7 +191,7 @@ def test_the_choice_of_a_kernel_is_compiled_without_a_break(monkeypatch, is_inst
         monkeypatch.setattr(emulated.prepared, "_capability", torch.compiler.assume_constant_result(lambda _: (9, 0)))
         if not is_installed:
             monkeypatch.setitem(sys.modules, "flash_attn", None)
-        found = torch.compile(call, backend="aot_eager", fullgraph=True)(x)
-        close(found, call(x), 1e-6)
+        result = torch.compile(call, backend="aot_eager", fullgraph=True)(x)
+        close(result, call(x), 1e-6)
         assert ("package forward" in emulated.calls) == is_installed
     torch.compiler.reset()

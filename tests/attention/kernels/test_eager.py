@@ -24,11 +24,11 @@ def test_half_types_are_summed_in_float32(dtype):
     q, k, v, grad = drawn.tensors((1, 600, 2, 1, 16), dtype=dtype)
     pattern = Pattern.dilated((200, 600), (1, 2), is_causal=True)
     out = attend(q, k, v, pattern, kernel="eager", dropout=0.2, dropout_seed=3)
-    found = (out, *torch.autograd.grad(out, (q, k, v), grad))
+    result = (out, *torch.autograd.grad(out, (q, k, v), grad))
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     truth = attend(*wide, pattern, kernel="reference", dropout=0.2, dropout_seed=3)
     truth = (truth, *torch.autograd.grad(truth, wide, grad.double()))
-    for ours, true in zip(found, truth, strict=True):
+    for ours, true in zip(result, truth, strict=True):
         assert ours.dtype == dtype
         # one rounding of the result, and one of out, which the gradient reads
         assert (ours.double() - true).norm() <= 1.5 * torch.finfo(dtype).eps * true.norm()

@@ -32,8 +32,8 @@ def test_half_types_are_computed_in_whichever_is_faster(dtype, is_faster, monkey
     torch.testing.assert_close(out.float(), truth[0], rtol=0, atol=4 * torch.finfo(dtype).eps if is_faster else 0)
     grads = sdpa.backward(grad, q, k, v, out.to(dtype), lse, Call(CAUSAL, 0.4))
     true_grads = sdpa.backward(grad.float(), q.float(), k.float(), v.float(), *truth, Call(CAUSAL, 0.4))
-    for found, true in zip(grads, true_grads, strict=True):
-        torch.testing.assert_close(found.float(), true, rtol=0, atol=32 * torch.finfo(dtype).eps)
+    for result, true in zip(grads, true_grads, strict=True):
+        torch.testing.assert_close(result.float(), true, rtol=0, atol=32 * torch.finfo(dtype).eps)
 
 
 def test_the_faster_of_two_types_is_measured():
@@ -57,8 +57,8 @@ def test_pairs_that_count_more_than_once_get_the_log_as_a_bias(low):
     call = Call(Block(SOME, SOME, low, repeats=repeats), 0.4)
     out, lse = sdpa.forward(q.detach(), k.detach(), v.detach(), call)
     torch.testing.assert_close((out, lse), (truth, weights.sum(-1).log()))
-    found = sdpa.backward(grad, q.detach(), k.detach(), v.detach(), out, lse, call)
-    torch.testing.assert_close(found, torch.autograd.grad(truth, (q, k, v), grad))
+    result = sdpa.backward(grad, q.detach(), k.detach(), v.detach(), out, lse, call)
+    torch.testing.assert_close(result, torch.autograd.grad(truth, (q, k, v), grad))
 
 
 def test_an_empty_block_is_stopped_before_it_kills_the_process():

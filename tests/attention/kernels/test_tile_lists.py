@@ -61,10 +61,10 @@ def add_pairs(counts, phase, rows, others, transposed):
 
 def assert_whole(pattern, tables, kv_heads, group, cuts, tiles, weighted):
     """The lists of whole sequences count each pair as the tables do."""
-    found = plan(pattern, kv_heads * group, kv_heads, cuts, int(weighted))
+    result = plan(pattern, kv_heads * group, kv_heads, cuts, int(weighted))
     for transposed in (False, True):
         counted = torch.zeros_like(tables[0])
-        for phase in phases(found.parts, group):
+        for phase in phases(result.parts, group):
             add_pairs(counted, phase, *tiles, transposed)
         assert torch.equal(counted, sum(tables))
 
@@ -121,8 +121,8 @@ def test_each_pair_of_a_rank_with_received_keys(shown, multiplicity, heads, docu
         for exchange in ("gather", "ring"):
             for transposed in (False, True):
                 for rank in range(placement.ranks):
-                    found = _counts_on_rank(layout, rank, (exchange,) * len(shown), group, tiles, transposed)
-                    assert torch.equal(found, truth[:, held(placement, rank)])
+                    result = _counts_on_rank(layout, rank, (exchange,) * len(shown), group, tiles, transposed)
+                    assert torch.equal(result, truth[:, held(placement, rank)])
 
 
 def _counts_on_rank(layout, rank, exchanges, group, tiles, transposed):
@@ -167,24 +167,24 @@ def test_each_pair_of_the_heads_of_a_rank_after_a_swap():
 def test_longnet_computes_few_positions_beside_its_pairs():
     """Of the positions that are multiplied, in tiles of 128 queries and 64 keys, most are pairs of the pattern."""
     pattern = Pattern.dilated((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16), is_causal=True)
-    found = plan(pattern, 16, 16, (0, 65536), 1)
+    result = plan(pattern, 16, 16, (0, 65536), 1)
     positions = launches = 0
-    for phase in phases(found.parts, 1):
+    for phase in phases(result.parts, 1):
         items, spans = tile_list(phase.rectangles, (phase.step, phase.step), 128, 64, phase.every)
         positions += int(((spans[:, 1] + 63) // 64).sum()) * 128 * 64
         launches += 1
         assert (items[:, 2] == 128).all()
     assert launches == 5
-    assert found.pairs / positions > 0.93
+    assert result.pairs / positions > 0.93
 
 
 @pytest.mark.long
 def test_the_lists_of_a_million_tokens_are_made_in_seconds():
     pattern = Pattern.dilated([2048 * 2**i for i in range(5)], [2**i for i in range(5)], True)
-    found = plan(pattern, 16, 16, (0, 1 << 20), 1)
+    result = plan(pattern, 16, 16, (0, 1 << 20), 1)
     begin = process_time()
     size = 0
-    for phase in phases(found.parts, 1):
+    for phase in phases(result.parts, 1):
         for rectangles in (phase.rectangles, phase.rectangles.transposed()):
             lists = tile_list(rectangles, (phase.step, phase.step), 128, 64, phase.every)
             size += sum(x.numel() * x.element_size() for x in lists)

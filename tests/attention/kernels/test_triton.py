@@ -24,14 +24,14 @@ TOLERANCE = 2e-6  # of the largest true value, in float32
 
 @pytest.fixture(scope="module")
 def interpreted():
-    with closing(Interpreted(1)) as found:
-        yield found
+    with closing(Interpreted(1)) as result:
+        yield result
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    with closing(Interpreted(3)) as found:
-        yield found
+    with closing(Interpreted(3)) as result:
+        yield result
 
 
 def compared(group, case, dtype, tolerance):
@@ -88,15 +88,15 @@ def test_float16_is_as_exact_as_its_numbers(interpreted):
 
 def attended(group, inputs, options, repeats=1):
     """Return out, lse, the gradients, and the same once more for each repetition."""
-    found = []
+    result = []
     for _ in range(repeats):
         leaves = [x.clone().requires_grad_() for x in inputs[:3]]
         sinks = options.get("sinks")
         sinks = None if sinks is None else sinks.clone().requires_grad_()
         out, lse = attend(*leaves, kernel="triton", return_lse=True, **{**options, "sinks": sinks})
-        wanted = leaves if sinks is None else [*leaves, sinks]
-        found.append([x.detach() for x in (out, lse, *torch.autograd.grad(out, wanted, inputs[3]))])
-    return found
+        expected = leaves if sinks is None else [*leaves, sinks]
+        result.append([x.detach() for x in (out, lse, *torch.autograd.grad(out, expected, inputs[3]))])
+    return result
 
 
 @pytest.mark.long
@@ -106,11 +106,11 @@ def test_values_of_another_width_and_sinks(interpreted):
     inputs = [torch.randn(1, 70, heads, width, generator=generator) for heads, width in widths]
     pattern = Pattern.dilated((32, 64), (1, 2), is_causal=True)
     sinks = torch.randn(2, generator=generator)
-    (found,) = interpreted.run(1, attended, inputs, {"pattern": pattern, "sinks": sinks})[0]
+    (result,) = interpreted.run(1, attended, inputs, {"pattern": pattern, "sinks": sinks})[0]
     leaves = [x.double().requires_grad_() for x in (*inputs[:3], sinks)]
     out, lse = attend(*leaves[:3], pattern, sinks=leaves[3], kernel="reference", return_lse=True)
     truth = (out, lse, *torch.autograd.grad(out, leaves, inputs[3].double()))
-    for ours, true in zip(found, truth, strict=True):
+    for ours, true in zip(result, truth, strict=True):
         close(ours, true, TOLERANCE)
 
 

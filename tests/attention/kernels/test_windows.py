@@ -20,14 +20,14 @@ def test_windows_show_the_pairs_of_their_block_once():
                         truth &= apart >= low
                     if high is not None:
                         truth &= apart <= high
-                    found = torch.zeros_like(apart)
+                    result = torch.zeros_like(apart)
                     for rows, columns, left, right in windows(queries, keys, low, high):
                         size = rows.stop - rows.start, columns.stop - columns.start
                         seen = emulated.flash_seen(*size, False, left, right)
                         assert seen.any(0).all()
                         assert seen.any(1).all()
-                        found[rows, columns] += seen
-                    assert torch.equal(found, truth.long())
+                        result[rows, columns] += seen
+                    assert torch.equal(result, truth.long())
 
 
 def test_what_a_plan_holds_is_one_window():
