@@ -47,7 +47,7 @@ def test_the_trainer_in_python_ends_with_a_text(tmp_path):
 
 
 @pytest.mark.long
-def test_images_are_told_apart_better_than_by_chance():
+def test_images_are_distinguished_better_than_by_chance():
     (share,) = re.findall(r"([\d.]+)% are told rightly, by 2 processes", run("examples/longvit.py"))
     assert float(share) > 50
 

@@ -87,7 +87,7 @@ def test_a_test_stands_in_one_tier_and_property_tests_in_two(tmp_path):
     ]
 
 
-def test_a_case_that_is_none_of_the_matrix_is_told():
+def test_a_case_that_is_none_of_the_matrix_is_reported():
     with pytest.raises(AssertionError, match="'e'"):
         tiered("abcd", quick="e")
 

@@ -236,7 +236,7 @@ def test_backward_passes_in_another_order_are_an_error(spent):
         assert "of 2, backward of call" in result, result
 
 
-def test_a_fault_of_each_kind_is_told(spent):
+def test_a_fault_of_each_kind_is_reported(spent):
     """One case of each of the tests above, whose groups wait for their timeouts at the same time."""
     cases = [
         (later, "pattern", False),
@@ -276,7 +276,7 @@ def destroyed(group):
     return outcome_of(out.sum().backward)
 
 
-def test_a_group_that_is_gone_is_told_with_the_call(pool):
+def test_a_group_that_is_gone_is_reported_with_the_call(pool):
     for rank, message in enumerate(pool.run(8, destroyed)[:2]):
         expected = (
             f"RuntimeError: rank {rank} of 2, backward of call 0, samples 0 to 0, gradients, with ranks {1 - rank}"

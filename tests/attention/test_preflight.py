@@ -305,7 +305,7 @@ def wrong_first(group, name, value):
 
 
 @pytest.mark.parametrize(("name", "value"), [("kernel", "reference"), ("mix", "vague"), ("scale", -1.0)])
-def test_arguments_of_one_rank_that_are_wrong_are_told_on_all(pool, name, value):
+def test_arguments_of_one_rank_that_are_wrong_are_reported_on_all(pool, name, value):
     other, own = pool.run(2, wrong_first, name, value)
     assert own.startswith(f"{name} must ")
     assert other.startswith("rank 1 of the group was given arguments that do not fit")

@@ -200,7 +200,7 @@ def planned(group):
     return shard.threads, asked
 
 
-def test_a_call_does_what_the_plan_told(pool):
+def test_a_call_does_what_the_plan_says(pool):
     """Once for all calls of a shard; weights, which go by the threads of all ranks, have no part in it."""
     planned = sequence_plan(LONGNET, (64,) * 3, 4, head_dim=16)
     for threads, asked in pool.run(3, planned):

@@ -150,7 +150,7 @@ def _deviation(model):
         (longnet, {"folder": "held/file"}, "folder must be new or empty, got .*file"),
     ],
 )
-def test_what_cannot_be_exported_is_told(made, options, message, tmp_path):
+def test_what_cannot_be_exported_is_reported(made, options, message, tmp_path):
     (tmp_path / "held").mkdir()
     (tmp_path / "held/file").write_text("mine")
     (tmp_path / "empty").mkdir()
@@ -200,14 +200,14 @@ def _weights(folder):
         (lambda folder: (folder / "config.json").unlink(), "path must be a checkpoint: a file, or a folder"),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_told(break_it, message, tmp_path):
+def test_what_is_wrong_with_a_folder_is_reported(break_it, message, tmp_path):
     export_model(longnet(), tmp_path / "out")
     break_it(tmp_path / "out")
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path / "out")
 
 
-def test_hyper_parameters_without_a_model_are_told():
+def test_hyper_parameters_without_a_model_are_reported():
     for options in ({}, {"config": 3}, {"config": {"dim": 3}}):
         with pytest.raises(
             ValueError, match=r"must hold the config of a LongNet or a LongViT, .* load_from_checkpoint"

@@ -66,7 +66,7 @@ def test_every_reader_of_a_configuration_checks_the_class():
             read()
 
 
-def test_readers_may_be_told_to_trust(file, tmp_path):
+def test_readers_may_trust(file, tmp_path):
     torch.save({"state_dict": {}, "hyper_parameters": {"a": Held()}}, tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match=r"holds objects of .*Held: loading them could run any code; if you trust"):
         read_checkpoint(tmp_path / "b.ckpt")

@@ -200,7 +200,7 @@ def test_embeddings_of_tiles_are_refused_by_name():
         from_torchscale(state, RECORDED["longvit"]["arguments"])
 
 
-def test_files_that_hold_no_model_of_torchscale_are_told(tmp_path):
+def test_files_that_hold_no_model_of_torchscale_are_reported(tmp_path):
     with pytest.raises(ValueError, match=r"path must be a file that torch.save wrote, got .*none, which is none"):
         read_torchscale(tmp_path / "none")
     for content in ([1], 3):

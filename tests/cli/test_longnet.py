@@ -183,7 +183,7 @@ def outputs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_told_in_a_line(outputs, name):
+def test_a_mistake_is_reported_in_a_line(outputs, name):
     status, _, shown = outputs[name]
     assert status == 2, shown
     (line,) = [line for line in shown.splitlines() if line.startswith("longnet: error:")]
@@ -230,7 +230,7 @@ def test_from_training_to_text(outputs):
     assert outputs["version"][1].strip() == lightning_longnet.__version__
 
 
-def test_an_error_of_a_rank_is_told_once(monkeypatch, capsys):
+def test_an_error_of_a_rank_is_reported_once(monkeypatch, capsys):
     error = ValueError("tokens must be\n more")
     error.add_note("rank 1 of 2, in load of step 0: ValueError: tokens must be more")
     error.add_note("rank 1 of 2, in load of step 0: ValueError: tokens must be more; before it, rank 0 of 2")

@@ -73,7 +73,7 @@ def test_values_are_those_of_the_tables(capsys):
         assert f"  {name}" in shown
 
 
-def test_what_a_device_is_can_be_told(capsys):
+def test_what_a_device_is_can_be_given(capsys):
     plain, slow = (
         json.loads(printed(capsys, *SMALL, "--json", *more))
         for more in ([], ["--link-gbps", "0.01", "--memory-gib", "1"])
@@ -126,7 +126,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_told_in_one_line(capsys, tmp_path, monkeypatch, mistake):
+def test_mistakes_are_reported_in_one_line(capsys, tmp_path, monkeypatch, mistake):
     monkeypatch.chdir(tmp_path)
     strategy = "lightning_longnet.strategies.RingSequenceParallelStrategy"
     (tmp_path / "two.yaml").write_text(

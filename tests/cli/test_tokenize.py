@@ -170,7 +170,7 @@ def refused(capsys, *arguments):
     return said
 
 
-def test_what_does_not_fit_is_told_in_a_line(tmp_path, texts, capsys):
+def test_what_does_not_fit_is_reported_in_a_line(tmp_path, texts, capsys):
     out = tmp_path / "out"
     assert "paths must be files or folders that are there" in refused(capsys, tmp_path / "missing", "--out", out)
     (tmp_path / "empty").mkdir()

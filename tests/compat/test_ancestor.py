@@ -404,7 +404,7 @@ def wrong_on_the_last(group, name, given):
 
 @pytest.mark.parametrize("given", [{"heads": 2}, {"attention_mask": 0}, {"return_attention_weights": True}])
 @pytest.mark.parametrize("name", ["RingDilatedAttentionHybrid", "RingDilatedAttentionProduction"])  # the latter guarded
-def test_what_is_refused_on_one_rank_is_told_on_all(pool, name, given):
+def test_what_is_refused_on_one_rank_is_reported_on_all(pool, name, given):
     other, own = pool.run(2, wrong_on_the_last, name, given)
     assert re.match("query must have heads 4|attention_mask must be|return_attention_weights must be", own)
     assert other.startswith("rank 1 of the group was given arguments that do not fit")

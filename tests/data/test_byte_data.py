@@ -85,7 +85,7 @@ def test_packed_files(tmp_path):
         ({"tokens": 100}, "tokens must be less than the data has: 300 tokens for training and 100 for validation"),
     ],
 )
-def test_what_does_not_fit_is_told_in_a_line(tmp_path, options, message):
+def test_what_does_not_fit_is_reported_in_a_line(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         made(tmp_path, **options)
 

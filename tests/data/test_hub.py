@@ -158,7 +158,7 @@ def test_tokenize_with_a_tokenizer(tmp_path, tokenizer):
         wrong.encode("x")
 
 
-def test_what_does_not_fit_is_told_in_a_line(tmp_path, lines):
+def test_what_does_not_fit_is_reported_in_a_line(tmp_path, lines):
     with pytest.raises(FileNotFoundError, match="path must be a dataset of the Hub or one that is there"):
         HubData(str(tmp_path / "missing.jsonl"))
     with pytest.raises(ValueError, match="packed must be False with streaming"):

@@ -64,7 +64,7 @@ def test_every_image_is_validated(folder):
     assert sum(len(batch["label"]) for batch in data.predict_dataloader()) == 6
 
 
-def test_what_does_not_fit_is_told_in_a_line(tmp_path):
+def test_what_does_not_fit_is_reported_in_a_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="path must be a folder of folders of images, there is no folder"):
         ImageFolderData(str(tmp_path / "missing"))
     with pytest.raises(ValueError, match="path must hold a folder for each class, found none"):

@@ -73,7 +73,7 @@ def test_answers_stand_where_they_are_said_to(task, tokens, distance, items):
 
 
 @pytest.mark.parametrize("task", ["recall", "recall2", "needle", "copy"])
-def test_nothing_nearer_tells_the_answer(task):
+def test_nothing_nearer_says_the_answer(task):
     """Who has the `distance - 1` tokens before a question, and the question, is right as often as by chance."""
     data = made(task, 64, 30, 4, answers=4)
     seen = {}
@@ -125,6 +125,6 @@ def test_words():
         ({"distance": 0}, "distance must be a positive integer, got 0"),
     ],
 )
-def test_what_does_not_fit_is_told_in_a_line(options, message):
+def test_what_does_not_fit_is_reported_in_a_line(options, message):
     with pytest.raises(ValueError, match=message):
         LongRangeData(**options)

@@ -59,7 +59,7 @@ def test_the_last_rows_count_once_where_they_are_kept(batch_size, replicas, igno
     assert sum(map(len, result)) == 15 + ignored
 
 
-def test_a_rank_is_handed_its_part():
+def test_a_rank_is_given_its_part():
     cut = Cut(TOKENS, Placement((3, 3), "zigzag"), 1)
     whole = list(StreamedRows(partial(texts, SIZES), "texts", TOKENS, 5))
     parts = list(StreamedRows(partial(texts, SIZES), "texts", TOKENS, 5, cut=cut))

@@ -95,7 +95,7 @@ def test_a_file_that_shrinks_is_noticed(tmp_path):
         stream.read(2, 5)
 
 
-def test_streams_are_told_apart(texts):
+def test_streams_are_distinguished(texts):
     paths, _ = texts
     streams = [ByteFiles(paths), ByteFiles(paths[1:]), Slice(ByteFiles(paths), 0, 4), Slice(ByteFiles(paths), 1, 4)]
     assert len({each.identity for each in streams}) == 4
@@ -127,7 +127,7 @@ def test_a_file_of_several_names_is_read_once(tmp_path, monkeypatch):
     assert found_files("paths", ["linked", "texts"], "*.py") == [Path("linked/a.py")]
 
 
-def test_what_is_not_found_is_told_in_a_line(tmp_path):
+def test_what_is_not_found_is_reported_in_a_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"paths must be files or folders that are there, .*missing is not"):
         found_files("paths", [tmp_path / "missing"], "*.py")
     (folder := tmp_path / "empty").mkdir()

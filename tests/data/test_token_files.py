@@ -128,7 +128,7 @@ def test_a_tokenizer_in_a_folder_is_found_from_elsewhere(tmp_path, monkeypatch):
     assert TokenFileData("out", tokens=8, tokenizer="moved").encode("two").tolist() == [1]
 
 
-def test_what_is_not_there_is_told_in_a_line(tmp_path, made):
+def test_what_is_not_there_is_reported_in_a_line(tmp_path, made):
     with pytest.raises(FileNotFoundError, match=r"path must be a folder of tokens, there is no folder .*missing"):
         TokenFileData(str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()

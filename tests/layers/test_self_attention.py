@@ -138,7 +138,7 @@ def test_equals_the_restatement_gradients_included(case):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_the_attentions_dropout_is_handed_to_attend(monkeypatch):
+def test_the_attentions_dropout_is_given_to_attend(monkeypatch):
     seen = []
     monkeypatch.setattr(attending, "attend", lambda q, *_, **words: seen.append(words["dropout"]) or q)
     layer = DilatedSelfAttention(8, 2, CAUSAL, dropout=0.25)

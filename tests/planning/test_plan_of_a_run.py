@@ -113,7 +113,7 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not():
     assert fits == [True, False]
 
 
-def test_what_does_not_fit_is_told_what_would():
+def test_what_does_not_fit_is_refused_with_what_would():
     device = replace(named("h200"), memory=20e6)
     plan = plan_run(job_of(tokens=2048), device)
     assert not plan.fits

@@ -186,7 +186,7 @@ def test_without_ranks_everything_is_there():
     assert context.gather_samples(x)[0] is x
 
 
-def test_layers_and_all_other_modules_are_handed_it():
+def test_layers_and_all_other_modules_are_given_it():
     layer = DilatedSelfAttention(16, 4, PATTERN)
     model, context = nn.Sequential(nn.Linear(16, 16), layer, DilatedSelfAttention(16, 4, PATTERN)), SequenceContext()
     attach_context(model, context)
@@ -205,7 +205,7 @@ def test_former_names_still_work():
     assert Placement((2, 4), "zigzag").stretches(1) == Placement((2, 4), "zigzag").chunks(1)
 
 
-def test_what_counts_samples_is_told_apart():
+def test_what_counts_samples_is_distinguished():
     from torchmetrics import MetricCollection, SumMetric
 
     context, metrics = SequenceContext(), MetricCollection({"a": SumMetric(), "b": SumMetric()})

@@ -46,7 +46,7 @@ def checked(rank, world, attention, gives_positions):
     return check_split(Decoder(attention, gives_positions), lambda copy, part: copy.step(part), batch, context).kind
 
 
-def test_attention_of_transformers_is_told_to_be_ring(trainers):
+def test_attention_of_transformers_must_be_ring(trainers):
     for is_result, value in trainers.outcomes(2, checked, "sdpa", True):
         assert not is_result
         assert value[0] is SplitMismatch

@@ -123,7 +123,7 @@ def test_a_printed_configuration_can_be_read_again(tmp_path, options):
     assert yaml.safe_load(again) == yaml.safe_load(first), error
 
 
-def test_help_tells_what_the_strategy_takes(options):
+def test_help_says_what_the_strategy_takes(options):
     text = re.sub(r"\s+", " ", options["help"][1])
     names = ("sequence_parallel_size", "sharding", "exchange", "placement", "accumulate", "timeout", "engine")
     for name in (*names, "preemption"):
@@ -132,7 +132,7 @@ def test_help_tells_what_the_strategy_takes(options):
     assert "{auto,local,gather,ring,swap}" in text
 
 
-def test_a_wrong_value_is_told_with_the_valid_ones(options):
+def test_a_wrong_value_is_reported_with_the_valid_ones(options):
     status, _, error = options["wrong"]
     assert status == 2
     assert "zero" in error

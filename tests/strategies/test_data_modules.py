@@ -251,7 +251,7 @@ def other_samples(rank, world, path):
     run(rank, world, "ddp", world, path, data={"megabytes": (2000 + 100 * rank) / 2**20})
 
 
-def test_ranks_that_are_handed_other_samples(trainers, path):
+def test_ranks_that_are_given_other_samples(trainers, path):
     for fine, error in trainers.outcomes(2, other_samples, path):
         assert not fine
         assert error[0] is ValueError

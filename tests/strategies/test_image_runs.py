@@ -126,7 +126,7 @@ def train_unsplit(rank, world):
         trainer.fit(Unsplit(CONFIG).double(), DataLoader(images(4), batch_size=2))
 
 
-def test_a_model_that_splits_nothing_is_told_so(trainers):
+def test_a_model_that_splits_nothing_is_reported(trainers):
     for is_result, value in trainers.outcomes(2, train_unsplit):
         assert not is_result
         assert value[0] is ValueError

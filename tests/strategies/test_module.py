@@ -99,7 +99,7 @@ def test_curves_figures_and_texts_are_those_of_one_process(trainers, alone, worl
     assert texts.tolist() == predicted.tolist()
 
 
-def test_what_it_tells_is_what_the_model_says(trainers, alone):
+def test_what_it_says_is_what_the_model_says(trainers, alone):
     _, options, tested, parameters, predicted, _ = alone
     assert {"train/loss", "train/bits_per_byte", "val/loss", "val/perplexity", "val/bits_per_byte"} <= set(options)
     net = LongNet(CONFIG)
@@ -142,7 +142,7 @@ def test_a_checkpoint_makes_the_module_again(tmp_path):
         ({"tied_embeddings": False}, "has tied_embeddings True, and config.tied_embeddings is False"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_told_apart(tmp_path, change, message):
+def test_a_checkpoint_of_another_model_is_distinguished(tmp_path, change, message):
     fitted(module()).save_checkpoint(tmp_path / "some.ckpt")
     other = LongNetModule(LongNetConfig(**{**CONFIG.to_dict(), **change}))
     with quiet(), pytest.raises(ValueError, match=message):
@@ -157,7 +157,7 @@ def test_what_is_not_of_the_weights_may_change(tmp_path):
         trainer_of("auto", 1, max_steps=3).fit(other, datamodule=Rows(), ckpt_path=tmp_path / "some.ckpt")
 
 
-def test_a_checkpoint_of_images_is_told_apart(tmp_path):
+def test_a_checkpoint_of_images_is_distinguished(tmp_path):
     images = LongViTConfig(Pattern.dense(), dim=8, layers=1, heads=2, classes=2, image_size=8, patch_size=4)
     write_checkpoint(LongViT(images), tmp_path / "images.ckpt")
     with quiet(), pytest.raises(ValueError, match="the checkpoint must be of a LongNet, got another model's"):

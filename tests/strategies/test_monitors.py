@@ -136,7 +136,7 @@ def test_nothing_is_logged_of_an_exchange_where_there_is_none(trainers):
 
 
 @pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
-def test_memory_is_told_by_kind(trainers, sharding):
+def test_memory_is_reported_by_kind(trainers, sharding):
     ranks = trainers.run(2, watch, 2, sharding, adamw, LENGTH)
     fullest = int(last(ranks[0])["memory/peak_rank"])
     result, figures = ranks[fullest], {k: v * 2**30 for k, v in last(ranks[0]).items() if k.startswith("memory/")}

@@ -63,7 +63,7 @@ def stop_and_go_on(trainers, folder, kind, signals, step, right):
     ("kind", "signalled"),
     tiered(product(["ddp", "fsdp2"], WHERE), quick=[("fsdp2", "one rank")], covers=1),
 )
-def test_whoever_is_told_all_stop(trainers, undisturbed, tmp_path, kind, signalled):
+def test_whichever_rank_is_signalled_all_stop(trainers, undisturbed, tmp_path, kind, signalled):
     stop_and_go_on(trainers, tmp_path, kind, WHERE[signalled], 2, undisturbed(kind))
 
 

@@ -98,7 +98,7 @@ class Ran:
         return exec, ("raise SystemExit('it ran')",)
 
 
-def test_what_is_no_checkpoint_is_told(tmp_path):
+def test_what_is_no_checkpoint_is_reported(tmp_path):
     with pytest.raises(ValueError, match=r"path must be a checkpoint, got .*none\.ckpt, which does not exist"):
         read_checkpoint(tmp_path / "none.ckpt")
     with pytest.raises(ValueError, match=r"path must be a checkpoint: a file, or a folder .* a folder without"):

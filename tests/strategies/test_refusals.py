@@ -265,7 +265,7 @@ def fit_same(rank, world):
     return [str(each.message) for each in caught if "given the same batch" in str(each.message)]
 
 
-def test_groups_that_are_handed_the_same_are_told(trainers):
+def test_groups_that_are_given_the_same_are_reported(trainers):
     first, second = trainers.run(2, fit_same)
     assert len(first) == 1
     assert "all 2 data-parallel groups were given the same batch" in first[0]

@@ -262,7 +262,7 @@ def test_learning_rates_of_one_rank_are_refused(trainers, sharding):
             assert "all ranks must have the same learning rates, and rank 1 " in message
 
 
-def test_a_batch_that_changes_after_the_split_is_told_once(trainers):
+def test_a_batch_that_changes_after_the_split_is_reported_once(trainers):
     for kind in (ChangedInHook, ReplacedInHook):
         _, _, _, lines = trainers.run(2, ran, kind, "ddp")[0]
         assert len(lines) == 1

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def test_a_few_images_are_learned_and_told_apart_again_from_a_checkpoint(tmp_path):
+def test_a_few_images_are_learned_and_distinguished_again_from_a_checkpoint(tmp_path):
     torch.manual_seed(0)
     module = LongViTModule(CONFIG, learning_rate=1e-2)
     loader = DataLoader(rows(), batch_size=5)
