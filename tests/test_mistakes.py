@@ -21,7 +21,7 @@ HOSTILE = "security/test_hostile_files.py::test_nothing_runs_and_nothing_outside
 USERS = "strategies/test_user_code.py"
 DECODERS = "strategies/test_decoder_mistakes.py"
 DOCUMENTS = "training/test_batch_documents.py"
-COMMANDS = "cli/test_longnet.py::test_a_mistake_is_told_in_a_line"
+COMMANDS = "cli/test_longnet.py::test_a_mistake_is_reported_in_a_line"
 
 # the first words of a row, and the test of what it says
 PROOFS = {
@@ -37,7 +37,7 @@ PROOFS = {
     "Only the test step": f"{USERS}::test_the_first_test_batch_is_checked",
     "Gradients of `self.parameters()`": f"{USERS}::test_gradients_may_be_changed_before_an_update_by_hand",
     "Ranks have different learning": f"{USERS}::test_learning_rates_of_one_rank_are_refused",
-    "`on_train_batch_start` changes": f"{USERS}::test_a_batch_that_changes_after_the_split_is_told_once",
+    "`on_train_batch_start` changes": f"{USERS}::test_a_batch_that_changes_after_the_split_is_reported_once",
     "Only the validation step": f"{FIRST}::test_validation_is_checked_on_its_own",
     "A module that `configure_model` shards": "strategies/test_check_in_engines.py::test_a_wrong_module_is_found_in_its_engine",
     "A rank leaves its step": "split_check/test_zoo.py::test_a_rank_that_leaves_its_step_is_a_verdict_on_all",
@@ -52,7 +52,7 @@ PROOFS = {
     "`labels` are of samples": "sequence/test_labels.py::test_labels_that_may_be_of_samples_are_refused",
     "Ranks that share sequences": f"{LOADERS}::test_a_later_batch_that_differs_is_an_error_in_its_step",
     "The loader of one rank": f"{LOADERS}::test_a_loader_that_ends_on_one_rank_is_an_error",
-    "All data-parallel groups": f"{REFUSALS}::test_groups_that_are_handed_the_same_are_told",
+    "All data-parallel groups": f"{REFUSALS}::test_groups_that_are_given_the_same_are_reported",
     "Samples do not divide": f"{REPEATS}::test_metrics_are_exact_where_samples_do_not_divide",
     "A train loader has": f"{REPEATS}::test_training_data_keeps_its_order_unless_it_is_shuffled",
     "Sequences are shorter": f"{REFUSALS}::test_batches_that_cannot_be_split_are_refused_on_all_ranks",
@@ -86,7 +86,7 @@ PROOFS = {
     "`documents` are in the batch of a model": f"{DOCUMENTS}::test_a_module_of_a_user_separates_the_documents_of_its_batch",
     "`documents` are in the batch of a `Causal": f"{DOCUMENTS}::test_other_implementations_separate_documents_or_refuse_them",
     "A model with dilated layers": "huggingface/test_dilate.py::test_other_implementations_do_not_make_a_dilated_model_dense",
-    "A model of transformers with": "split_check/test_split_refusals.py::test_attention_of_transformers_is_told_to_be_ring",
+    "A model of transformers with": "split_check/test_split_refusals.py::test_attention_of_transformers_must_be_ring",
     "A model of transformers has": f"{DECODERS}::test_what_cannot_be_split_is_named_before_the_first_step",
     "`longnet validate`": "cli/test_longnet.py::test_the_weights_that_are_scored_are_named",
 }

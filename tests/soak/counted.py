@@ -37,11 +37,11 @@ BAD_DATA = {
         "test_batches_that_cannot_be_split_are_refused_on_all_ranks",
         "test_ranks_are_compared_in_each_epoch_and_in_validation",
         "test_a_fault_of_one_group_is_an_error_on_all_ranks",
-        "test_groups_that_are_handed_the_same_are_told",
+        "test_groups_that_are_given_the_same_are_reported",
         "test_prediction_of_unequal_numbers_is_refused_where_it_would_hang",
     ),
     "strategies/test_data_modules.py": (
-        "test_ranks_that_are_handed_other_samples",
+        "test_ranks_that_are_given_other_samples",
         "test_rows_of_fewer_tokens_than_ranks",
     ),
     "sequence/test_agreement.py": ("test_a_fault_of_a_batch_is_an_error_on_all_ranks",),
@@ -56,9 +56,9 @@ BAD_DATA = {
         "test_a_part_of_an_array_is_refused",
         "test_a_file_that_shrinks_is_noticed",
     ),
-    "data/test_images.py": ("test_what_does_not_fit_is_told_in_a_line",),
-    "data/test_hub.py": ("test_what_does_not_fit_is_told_in_a_line",),
-    "data/test_byte_data.py": ("test_what_does_not_fit_is_told_in_a_line", "test_too_few_rows_for_a_batch"),
+    "data/test_images.py": ("test_what_does_not_fit_is_reported_in_a_line",),
+    "data/test_hub.py": ("test_what_does_not_fit_is_reported_in_a_line",),
+    "data/test_byte_data.py": ("test_what_does_not_fit_is_reported_in_a_line", "test_too_few_rows_for_a_batch"),
     "data/test_streaming.py": ("test_a_stream_that_is_too_short",),
 }
 
