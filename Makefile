@@ -1,4 +1,4 @@
-# `make train` and `make test` do all of the set-up themselves.  PIP_ARGS goes to pip: see the README for when it is wanted.
+# `make train` and `make test` do all of the set-up themselves.  PIP_ARGS goes to pip: docs/installation.md says when you need it.
 PYTHON ?= python3
 PIP_ARGS ?=
 BENCH_ARGS ?=

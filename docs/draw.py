@@ -124,7 +124,7 @@ def gradient() -> str:
     parts += [*_box(560, 104, 144, "out, lse, d out", SHADES[0]), _arrow(456, 121, 556, 121)]
     parts += [text(632, 158, "the same for each block", "middle", QUIET)]
     label = "each block gives out and lse, which are merged; the backward of each block takes the merged ones"
-    return svg(1040, 224, label, parts)
+    return svg(1056, 224, label, parts)
 
 
 PICTURES = {"keys": keys, "traffic": traffic, "gradient": gradient}

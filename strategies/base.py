@@ -51,26 +51,26 @@ class RingSequenceParallelStrategy(_ClassBySharding, SplitSteps):
             default.  The others form `ranks / sequence_parallel_size` groups that work on different batches.
         sharding: the engine.  "fsdp2" shards parameters over all ranks, "hsdp" over those that share a sequence, "ddp"
             not at all; "fsdp2_offload" and "deepspeed_stage_3_offload" keep them in the host's memory.
-        exchange: how keys reach the queries of other ranks: "auto", "gather", "ring", "swap" or "local".  A layer's own
-            wins.
+        exchange: how keys reach the queries of other ranks: "auto", "gather", "ring", "swap" or "local".  It is
+            the default of layers without an `exchange` of their own.
         placement: "contiguous", or "zigzag", which balances dense causal attention.
-        accumulate: "batches": micro-batches that are accumulated count alike, as Lightning has it; "tokens": they count
-            by their tokens, so that the gradient is that of one large batch.
-        timeout: seconds after which a rank that waits for another gives up: outside of steps, in the first step, and in
-            the one after a validation or a save.
+        accumulate: how accumulated micro-batches are weighted: "batches" gives them equal weights, as Lightning does;
+            "tokens" weights them by their tokens, so that the gradient is that of one large batch.
+        timeout: seconds after which a rank that waits for another one raises an error: outside of steps, in the first
+            step, and in the step after a validation or a save.
         engine: further options of Lightning's strategy for the engine.
         preemption: adds the callback `Preemption` when fitting, unless the Trainer has one: SIGTERM to any rank then
             saves one checkpoint of all ranks and ends the run.  False leaves signals to Lightning.
-        split_check: what happens where the module computes something else on parts of sequences than on whole ones,
-            which is tried on the first training batch and the first validation batch: "error" ends the run, "warn"
-            goes on, "off" does not try; see `check_split`.
-        background_saves: a save in training returns when its content is copied to the memory of the host, and a thread
-            writes it; the pointer moves when the disk holds it.  An error of writing ends the run at the next step, and
-            fitting ends when all is written.
-        memory_check: compares the memory that `longnet plan` predicts with what each rank has, at the first batch:
-            "error" ends a run that cannot fit, and warns where less is free than planned; "warn" warns of both, "off"
-            compares nothing.
-        step_timeout: as `timeout`, inside of the other steps of training; where `timeout` is less, this is what counts.
+        split_check: what happens if the module computes something else on parts of sequences than on whole ones, which
+            is checked on the first batch of training, of validation and of testing: "error" ends the run, "warn" only
+            warns, and "off" skips the check; see `check_split`.
+        background_saves: a save in training returns when the checkpoint is copied to the memory of the host.  A thread
+            writes it, and the checkpoint gets its name when the disk holds it.  An error of writing ends the run at the
+            next step, and fitting ends when all is written.
+        memory_check: compares the memory that `longnet plan` predicts with the memory of each rank, at the first batch:
+            "error" ends a run that cannot fit, and warns if less is free than planned; "warn" warns in both cases, and
+            "off" skips the comparison.
+        step_timeout: the same for the other steps of training; at most `timeout`.
         accelerator: as for any strategy, like all that follow; the Trainer sets them.
         parallel_devices: the devices of this node.
         cluster_environment: the plugin that knows the number of each rank.

@@ -75,27 +75,27 @@ def attend(
 
     Args:
         q: queries (B, N, H, D).
-        k, v: keys and values (B, N, Hkv, D); each key head serves H / Hkv query heads that stand side by side.
+        k, v: keys and values (B, N, Hkv, D); each key head serves H / Hkv consecutive query heads.
         pattern: which keys a query sees, and how often each counts.
-        documents: an integer id per token, (N,) or (B, N), not decreasing: each document is attended to alone, as if it
-            were the only one in a batch.
+        documents: an integer id per token, (N,) or (B, N), not decreasing.  Each document gives the same result as
+            alone.
         key_padding_mask: (B, N), True where a key is masked for all queries.  Padded queries are computed like others,
-            and what stands in padding must be finite: 0 times infinity is no number.
+            and values in padding must be finite: 0 times infinity is NaN.
         dropout: the probability that a pair is dropped from the softmax's weights; the rest grow by 1 / (1 - dropout).
-            There is no training mode here: hand in 0 to evaluate.
-        dropout_seed: an integer, or one in a CPU tensor.  What is dropped depends on it and on where a pair stands,
-            never on how the work is split.  By default torch's CPU generator draws one, so that `torch.manual_seed`
-            and activation checkpointing repeat it.
-        dropout_samples: (first, step): to that rule sample b is number first + step b.  Of a batch whose samples are
-            dealt out to n ranks, rank r drops what one process would with (r, n).
+            There is no training mode here: pass 0 to evaluate.
+        dropout_seed: an integer, or one in a CPU tensor.  Which pairs are dropped depends on the seed and on the
+            position of a pair, never on how the work is split.  By default torch's CPU generator draws a seed, so that
+            `torch.manual_seed` and activation checkpointing repeat it.
+        dropout_samples: (first, step): sample b is counted as number first + step b.  If n ranks take turns with the
+            samples of a batch, rank r drops the pairs that one process would drop with (r, n).
         scale: of the scores; 1 / sqrt(D) by default.
         mix: "exact" is the gradient of the one softmax; "detached" stops it at the branches' weights, as torchscale.
-        kernel: "auto", or the name of one; `explain` shows which serve.
-        shard: where q, k and v are one rank's part of sequences that are split over ranks.  All ranks of it call
-            together; documents and padding are the shard's.  To drop the same pairs whatever the split, hand in one
-            `dropout_seed` on all ranks.
-        exchange: how keys reach the queries of other ranks: "gather", "ring", "swap", "local" where none has to, or
-            "auto", the cheapest.
+        kernel: "auto", or the name of one; `explain` shows which kernels support a call.
+        shard: the `SequenceShard` if q, k and v are one rank's part of sequences that are split over ranks.  All of its
+            ranks call together; documents and padding are those of the shard.  To drop the same pairs for any split,
+            pass the same `dropout_seed` on all ranks.
+        exchange: how keys reach the queries of other ranks: "gather", "ring", "swap", "local" if no key has to travel,
+            or "auto", the cheapest.
         ordering: the line on which the pattern is drawn: the sequence itself ("raster"), or a Hilbert curve over it
             ("hilbert"); see `sequence_hilbert_order`.  A causal branch shows the keys of its segment and residue along
             the curve that are not later in the sequence.

@@ -24,12 +24,12 @@ _BRANCHES = 16  # the most that are logged; ranks gather lists of one length
 class CommunicationMonitor(Monitor):
     """Logs `exchange/...`; see `lightning_longnet.callbacks.monitor` for the keys.
 
-    Bytes and messages are those of the logged step, which is known to the byte; times are means over the steps since
-    the last.  What engines send for gradients and parameters is not in them.  Nothing is logged where no sequence is
-    split, and no times over NCCL, where the host waits for nothing.
+    Bytes and messages are exact counts of the logged step; times are means over the steps since the last logging step.
+    They do not include the gradients and parameters that engines send.  If no sequence is split, nothing is logged.
+    Over NCCL no times are logged, because the host does not wait for messages.
 
-    The bytes of a branch are those that the plan adds for it to the finer branches, as a row travels once for all of
-    them; where layers have several patterns, those of the first layer's.
+    A row travels once for all branches, so the bytes of a branch are those that the plan adds to the finer branches for
+    it.  If layers have several patterns, they are those of the first layer.
     """
 
     names = (*_COUNTED, "steps", "predicted_bytes", *(f"branch_{i}" for i in range(_BRANCHES)))

@@ -42,20 +42,20 @@ class Requeued(SystemExit):
 class Preemption(Callback):
     """Saves one checkpoint of all ranks at SIGTERM, or at SLURM's signal to requeue, to any rank, and ends the run.
 
-    Signal handlers only take a note.  Ranks compare notes when an optimizer's step is complete, after each validation
-    and at the end of training, where all of them are in step; a SIGTERM before training or in a validation is thus
-    obeyed after it.  All ranks then save one checkpoint, and
+    A signal handler only records its signal.  Ranks compare these records after each step of the optimizer, after each
+    validation and at the end of training.  A SIGTERM before training or in a validation therefore takes effect at the
+    next of these points.  All ranks then save one checkpoint, and
 
     - after SIGTERM each exits with status 143;
     - after the signal that the `SLURMEnvironment` requeues with, SIGUSR1 by default, rank 0 has SLURM queue the job
-      again, and all exit with status 0.  SIGTERM wins where both came.
+      again, and all exit with status 0.  If both signals came, SIGTERM decides.
 
     Under a `SLURMEnvironment` with `auto_requeue` the checkpoint is the "hpc_ckpt" in the Trainer's `default_root_dir`
     that Lightning resumes from by itself.  Elsewhere it is `preemption-step=N.ckpt`, and the log says where.  It is
-    saved by `atomic_save`: a kill while saving leaves no half of a checkpoint.
+    saved by `atomic_save`: a kill while saving leaves no incomplete checkpoint.
 
-    It replaces Lightning's own handlers while a model is fitted, which run collectives and hang.
-    `RingSequenceParallelStrategy` adds it where a Trainer has none, unless `preemption=False`.
+    While a model is fitted, it replaces Lightning's own handlers, which run collectives and hang.
+    `RingSequenceParallelStrategy` adds it if a Trainer has none, unless `preemption=False`.
 
     Args:
         every_n_steps: notes are compared at every n-th step of the optimizer; each time costs an all-reduce of one

@@ -32,18 +32,18 @@ _PACKAGES = ("lightning-longnet", "lightning", "torch", "deepspeed")
 
 
 class ManifestCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints that are whole or absent, and reads those alone that are what was written.
+    """Writes checkpoints that are complete or absent, and verifies them when it reads them.
 
     `Trainer(plugins=ManifestCheckpointIO())` uses it with any strategy of Lightning that saves checkpoints in one file;
-    `RingSequenceParallelStrategy` uses it by itself.  A file is written beside its name with a manifest at its end, and
-    gets its name when the disk holds it; `torch.load` reads it as any other.  Loading compares the checksum.  A damaged
-    checkpoint is named in one line, and the newest good one in its folder is loaded in its place.  The last good
-    checkpoint of a folder is never removed.  Paths of other protocols, as s3://, are left to Lightning.
+    `RingSequenceParallelStrategy` uses it by itself.  A file is written under a temporary name with a manifest at its
+    end, and renamed when the disk holds it; `torch.load` reads it like any other file.  Loading compares the checksum.
+    If a checkpoint is damaged, one line names it, and the newest valid one in its folder is loaded instead.  The last
+    valid checkpoint of a folder is never removed.  Lightning itself saves to other protocols, such as s3://.
 
     Args:
-        background: a save returns when its content is copied to the memory of the host, and a thread writes it, gives
-            it its name and moves the pointer when the disk holds it.  A save waits for the one before it, and raises
-            its error; so does `teardown`.
+        background: a save returns when the checkpoint is copied to the memory of the host.  A thread writes it and
+            renames it when the disk holds it.  A save waits for the previous one, and raises its error; so does
+            `teardown`.
 
     Attributes:
         engine: what the manifests name as the engine.

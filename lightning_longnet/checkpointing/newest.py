@@ -32,16 +32,16 @@ def newest_checkpoint(
     since: float = 0.0,
     resumable: bool = True,
 ) -> Path | None:
-    """Return the newest checkpoint that a run can go on from, or None where the folders have none.
+    """Return the newest checkpoint that a run can resume from, or None if the folders have none.
 
-    A checkpoint that is damaged is passed over with a warning that names the file.  One without a manifest, as earlier
-    versions and other programs write them, counts by the time of its last change.
+    A damaged checkpoint is skipped with a warning that names the file.  A checkpoint without a manifest, as earlier
+    versions and other programs write it, is ordered by the time of its last change.
 
     Args:
-        folders: folders with checkpoints, whose names end with ".ckpt" and do not begin with a dot.  Where names of
-            checkpoints have a "/", the folders inside that they stand in are folders of their own.
+        folders: folders with checkpoints, whose names end with ".ckpt" and do not begin with a dot.  If names of
+            checkpoints contain a "/", pass the folders inside, too.
         forms: which checkpoints can be read: "file", "fsdp2" and "deepspeed"; all by default.
-        skip: checkpoints that are passed over.
+        skip: checkpoints that are ignored.
         reads_all: reads all bytes and compares their checksums; without it names, sizes and manifests are compared.
         since: leaves out checkpoints that were saved before this time, in seconds since the epoch.
         resumable: leaves out checkpoints of weights alone.

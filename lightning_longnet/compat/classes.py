@@ -86,7 +86,7 @@ class RingAttention(DilatedAttention):
     def _fault(self, query: Tensor, attention_mask: Tensor | None, return_attention_weights: bool) -> str:
         """Return the message for arguments that are refused, or an empty text."""
         if attention_mask is not None:
-            return "attention_mask must be None: hand in key_padding_mask, documents, or another pattern"
+            return "attention_mask must be None: pass key_padding_mask, documents, or another pattern"
         if return_attention_weights:
             return "return_attention_weights must be False: the weights of N x N pairs are never held"
         if query.dim() == 4:  # `attend` refuses others

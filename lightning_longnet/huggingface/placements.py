@@ -55,9 +55,9 @@ def layer_patterns(model: Any) -> list[Pattern]:
 def choose_placement(model: Any, length: int, ranks: int) -> PlacementChoice:
     """Return the placement with which all layers of a model together are fastest over some ranks, and why.
 
-    Dense layers want "zigzag", under which ranks compute equally many pairs; dilated ones want "contiguous", under
-    which their segments stay on one rank.  The pairs of the busiest rank decide, and where these are about equal, the
-    bytes that ranks receive.
+    Dense layers are faster with "zigzag", with which ranks compute equally many pairs; dilated ones with "contiguous",
+    which keeps their segments on one rank.  The choice minimises the pairs of the busiest rank.  If these are about
+    equal, it minimises the bytes that ranks receive.
     """
     config = model.config.get_text_config()
     counts = Counter(layer_patterns(model))

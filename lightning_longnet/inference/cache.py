@@ -170,8 +170,8 @@ class DilatedCache:
     def rewind(self, tokens: int | Sequence[int]) -> None:
         """Drop the last tokens of each text, as if they had never been computed.
 
-        A ValueError says where rows are no longer kept that tokens from there on see.  The rows of a segment are kept
-        up to its end, and those of a window until no later token sees them.
+        The rows of a segment are kept up to its end, and those of a window until no later token sees them.  If a later
+        token would see rows that are no longer kept, this raises a ValueError and changes nothing.
 
         Args:
             tokens: how many tokens to drop, of all texts or of each row of the batch.
@@ -202,10 +202,10 @@ class DilatedCache:
         self._next, self._kept_from = positions, tuple(kept_from)
 
     def rewindable(self, row: int = 0) -> int:
-        """Return how many of the last tokens of a row `rewind` can drop in any case.
+        """Return how many of the last tokens of a row `rewind` can always drop.
 
-        It can also go back to where, in each branch that has fewer of its rows, no head sees any row from before, as at
-        the beginning of a segment.  The rows before that place stay dropped.
+        `rewind` can also drop more if no later token sees a row that is no longer kept, for example up to the beginning
+        of a segment.  Rows before that position stay dropped.
         """
         earliest = max(self._earliest(row))
         return max(0, self._next[row] - max(earliest, 0 if self._documents is None else 1))

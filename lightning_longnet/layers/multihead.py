@@ -278,7 +278,7 @@ class MultiheadDilatedAttention(AttentionLayer):
                 f"sequences into a row and attend with documents"
             )
         if self.is_split:
-            raise ValueError("query must be no nested tensor where sequences are split over ranks: hand in padding")
+            raise ValueError("query must be no nested tensor if sequences are split over ranks: pass a padded tensor")
         if key_padding_mask is not None or attn_mask is not None:
             raise ValueError("key_padding_mask and attn_mask must be None beside nested tensors, which hold no padding")
         parts = query.unbind()

@@ -157,7 +157,7 @@ class LongNet(Blocks):
         device: torch.device | None = None,
         group: ProcessGroup | None = None,
     ) -> DilatedCache:
-        """Return an empty cache for texts that this model goes on with.
+        """Return an empty cache for texts that this model continues.
 
         Args:
             batch: number of texts.

@@ -25,7 +25,7 @@ class Line:
         name: the quantity, for the legend; empty if the chart has only one.
         points: (x, y) in ascending order of x.
         colour: the number of the run.
-        style: "solid", "dashed", "faint", "marked" (a line with a mark at each point) or "dots".
+        style: "solid", "dashed", "faint", "marked" (a dotted line with a mark at each point) or "dots".
         run: the name of the run, for the legend; empty if there is only one run.
         dash_phase: (number, count) of lines that have the same points: each is drawn in dashes that leave room for the
             others.

@@ -22,7 +22,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "solid": {},
     "dashed": {"linestyle": "--"},
     "faint": {"alpha": 0.45},
-    "marked": {"marker": "o", "markersize": 3},
+    "marked": {"marker": "o", "markersize": 3, "linestyle": ":"},
     "dots": {"linestyle": "none", "marker": "o", "markersize": 3},
 }
 

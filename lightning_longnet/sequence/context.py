@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class SequenceContext(ContextAttention):
-    """The position of a rank among the others, the batch that is worked on, and the operations over ranks.
+    """The position of a rank among the others, the current batch, and the operations over ranks.
 
-    Without arguments it is that of one process, or of ranks that split batches alone: sequences are whole there, and
-    every method works.  A copy is the same object, as groups cannot be copied.
+    Without arguments, it is the context of one process, or of ranks that share no sequences: sequences are whole, and
+    every method works.  A copy is the same object, because groups cannot be copied.
 
     Args:
         mesh: a mesh with the axes "data_parallel" and "sequence_parallel"; see `sequence_mesh`.

@@ -8,6 +8,7 @@ import tarfile
 import tomllib
 from pathlib import Path
 
+import pages
 import pytest
 import yaml
 from interpreters import SUPPORTED
@@ -50,6 +51,25 @@ def test_a_workflow_calls_what_exists(workflow):
     for job in parsed["jobs"].values():
         assert set(job.get("needs", "").split()) <= set(parsed["jobs"])
         assert all(("uses" in step) != ("run" in step) for step in job["steps"])
+
+
+# the first major versions whose runtime GitHub's runners still have, Node 24, and the branch that the index recommends
+OLDEST_ACTIONS = {
+    "actions/checkout": 5,
+    "actions/setup-python": 6,
+    "actions/upload-artifact": 6,
+    "actions/download-artifact": 7,
+    "pypa/gh-action-pypi-publish": "release/v1",
+}
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_uses_actions_that_runners_support(workflow):
+    steps = [step for job in content(workflow)["jobs"].values() for step in job["steps"] if "uses" in step]
+    for action, version in (step["uses"].split("@") for step in steps):
+        oldest = OLDEST_ACTIONS[action]
+        is_supported = version == oldest if isinstance(oldest, str) else int(version.removeprefix("v")) >= oldest
+        assert is_supported, f"{action}@{version}"
 
 
 def test_quick_tests_run_on_each_python_with_the_oldest_and_the_newest_torch():
@@ -101,7 +121,8 @@ def test_the_address_of_the_repository_is_the_same_everywhere():
     urls = PROJECT["urls"]
     home = urls["Homepage"]
     assert {"Repository", "Documentation", "Issues", "Changelog"} <= set(urls)
-    assert all(url.startswith(home) for url in urls.values())
+    assert all(url.startswith(home) for name, url in urls.items() if name != "Documentation")
+    assert urls["Documentation"] == pages.SITE
     assert content(ROOT / "CITATION.cff")["repository-code"] == home
 
 

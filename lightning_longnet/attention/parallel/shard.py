@@ -191,10 +191,10 @@ class SequenceShard:
         self._known.add(kind)
 
     def begin_batch(self, number: int) -> None:
-        """Number the calls from now on as those of batch `number`, where one shard serves many batches.
+        """Number the next calls as those of batch `number`, if one shard serves many batches.
 
-        A rank that gives a batch up between two calls and goes on with the next one is then not mistaken: the others
-        wait until the timeout, instead of taking its next call for the one that they wait for.
+        A rank may abandon a batch between two calls and continue with the next one.  The other ranks then wait until
+        the timeout, instead of taking its next call for the one that they wait for.
         """
         self.calls = max(self.calls, number * _CALLS)
 
