@@ -133,7 +133,7 @@ class Comparison:
         return ulp
 
     def _side_effects(self, whole: Outcome, part: Outcome, tolerance: float) -> dict[str, float]:
-        """Return by how much logged numbers and buffers differ, without those that another run of one process changes."""
+        """Return by how much logged numbers and buffers differ, without those that another whole run changes."""
         moved = whole.side_effects(part)
         moved = {name: size for name, size in moved.items() if size > tolerance}
         if not moved:

@@ -111,9 +111,9 @@ class Outcome:
             size = _relative(self._norm(moved), norms.get(name, 0.0) + 1e-4 * largest)
             worst = max(worst, (size, f"{GRADIENT} {name}"))
         if any(gathered_objects(bool(self.results))):
-            moved = self._moved(self.results, other.results, other)
+            results = self._moved(self.results, other.results, other)
             worst = max(
-                worst, *((size, name) for each in gathered_objects(moved) for name, size in each.items()), worst
+                worst, *((size, name) for each in gathered_objects(results) for name, size in each.items()), worst
             )
         return worst
 
