@@ -63,8 +63,10 @@ class FirstBatchCheck:
         self._checked.clear()
 
     def is_due(self, strategy: SplitSteps, trainer: Trainer) -> bool:
-        """Whether the batch that a loop was given is the first of training, validation or test."""
+        """Whether the batch that a loop was given is the first of training, validation, test or prediction."""
         stage, size = _stage(trainer), strategy.sequence_context.sequence_parallel_size
+        if stage == "predict" and _is_own_predict_step(trainer.lightning_module):
+            return False
         return bool(stage) and stage not in self._checked and self.action != "off" and size > 1
 
     def check(self, strategy: SplitSteps, module: LightningModule, batch: Any, dims: Any) -> None:
@@ -89,6 +91,7 @@ class FirstBatchCheck:
                     sequence_dims=dims,
                     action=self.action,
                     training=stage == "training",
+                    predicts=stage == "predict",
                     replica=self._replica,
                     attach=attach,
                     inside=_inside(strategy, module, stage),
@@ -130,12 +133,19 @@ def _do_nothing(*_: Any, **__: Any) -> None:
 
 
 def _stage(trainer: Trainer) -> str:
-    """Return "training", "validation" or "test", the loop that runs; an empty string for other loops."""
+    """Return "training", "validation", "test" or "predict", the loop that runs; an empty string for other loops."""
     if trainer.training:
         return "training"
     if trainer.testing:
         return "test"
+    if trainer.predicting:
+        return "predict"
     return "validation" if trainer.sanity_checking or trainer.validating else ""
+
+
+def _is_own_predict_step(module: LightningModule) -> bool:
+    """Whether the predict step is one of this package, which are right: generating texts would take long."""
+    return str(type(module).predict_step.__module__).startswith("lightning_longnet.")
 
 
 def _inside(strategy: SplitSteps, module: LightningModule, stage: str) -> EngineModule:

@@ -17,6 +17,7 @@ CHECK, FIRST, REFUSALS = (
 FOUND = f"{CHECK}::test_each_fault_is_found_and_named"
 LOADERS, REPEATS = "strategies/test_loaders.py", "strategies/test_repeats.py"
 DROPOUT, SHARDS = "sequence/test_context_dropout.py", "sequence/test_shards.py"
+EFFECTS = "split_check/test_results_and_logs.py"
 HOSTILE = "security/test_hostile_files.py::test_nothing_runs_and_nothing_outside_is_read"
 USERS = "strategies/test_user_code.py"
 DECODERS = "strategies/test_decoder_mistakes.py"
@@ -35,6 +36,9 @@ PROOFS = {
     "The loss is a sum": FOUND,
     "A collective has no gradient": FOUND,
     "Only the test step": f"{USERS}::test_the_first_test_batch_is_checked",
+    "Only the predict step": "strategies/test_predict_check.py::test_the_first_predict_batch_of_a_run_is_checked",
+    "A training step logs": f"{EFFECTS}::test_logged_numbers_and_buffers_of_a_rank_are_warned_of",
+    "A training step updates": f"{EFFECTS}::test_logged_numbers_and_buffers_of_a_rank_are_warned_of",
     "Gradients of `self.parameters()`": f"{USERS}::test_gradients_may_be_changed_before_an_update_by_hand",
     "Ranks have different learning": f"{USERS}::test_learning_rates_of_one_rank_are_refused",
     "`on_train_batch_start` changes": f"{USERS}::test_a_batch_that_changes_after_the_split_is_reported_once",

@@ -21,7 +21,7 @@ from lightning_longnet.split_check.refusals import Refusal
 from lightning_longnet.split_check.replica import Replica
 from lightning_longnet.split_check.runs import Runner
 from lightning_longnet.split_check.sample import aligned_length, batch_length, sample_lengths, whole_batch
-from lightning_longnet.split_check.verdict import DROPOUT, Verdict, inconclusive, not_checked
+from lightning_longnet.split_check.verdict import DROPOUT, Verdict, inconclusive, not_checked, side_effect
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -50,6 +50,7 @@ def check_split(
     sequence_dims: Mapping[str, int | None] | None = None,
     action: Action = "error",
     training: bool = True,
+    predicts: bool = False,
     replica: Replica | str | None = None,
     attach: Attach = attach_context,
     inside: EngineModule | None = None,
@@ -69,6 +70,7 @@ def check_split(
         action: "error" raises a `SplitMismatch` on all ranks where the results differ, and a ValueError where this
             package refuses the parts of sequences that the step gives it; "warn" warns on rank 0; "off" checks nothing.
         training: whether there is a backward pass; else the numbers that the step returns and logs are compared.
+        predicts: whether all tensors that the step returns are compared; without `training`.
         replica: the structure of the module, taken before it was sharded, or why it cannot be; by default it is taken
             now.
         attach: gives a copy its context; `attach_context` by default.
@@ -86,6 +88,7 @@ def check_split(
     dims = checked_dims(sequence_dims or {})
     with _gradients_kept(module):
         runner, dtypes, fault = _copies(module, step, context, dims, training, replica, attach)
+        runner = replace(runner, predicts=predicts)
         if fault and inside is not None:
             runner, dtypes = replace(runner, replica=inside, step=inside.step), [None]
             verdict = _of_engine(_verdict(runner, module, dtypes, batch, context), fault)
@@ -97,6 +100,9 @@ def check_split(
         raise ValueError(verdict.refusal)
     if verdict.kind in ("different", "inconclusive") and is_first():
         warnings.warn(verdict.message, stacklevel=2)
+    if is_first():
+        for what, error in verdict.side_effects.items():
+            warnings.warn(side_effect(context.sequence_parallel_size, error, what, module), stacklevel=2)
     if verdict.drops_directly and is_first():
         warnings.warn(DROPOUT, stacklevel=2)
     return verdict
@@ -177,6 +183,9 @@ def _verdict(
             if verdict is not None:
                 aligned = None if length is None else aligned_length(length, ranks)
                 has_error = verdict.error is not None and isfinite(verdict.error)
+                if verdict.side_effects and aligned not in (None, tokens):
+                    with closing(Comparison(runner, values, dtype, context, aligned)) as comparison:
+                        verdict = _with_lasting_effects(verdict, comparison, batch)
                 if verdict.kind != "different" or not has_error or aligned in (None, tokens):
                     return replace(verdict, drops_directly=runner.drops_directly)
                 with closing(Comparison(runner, values, dtype, context, aligned)) as comparison:
@@ -215,6 +224,17 @@ def _confirmed(verdict: Verdict, comparison: Comparison, batch: Any, tokens: int
         f"at other lengths.  It is right only while no batch has such a length"
     )
     return inconclusive(reason, comparison.ranks, verdict.error, what, verdict.place)
+
+
+def _with_lasting_effects(verdict: Verdict, comparison: Comparison, batch: Any) -> Verdict:
+    """Return a verdict whose side effects are those that are also there at a length like the real one."""
+    for fewer_labels in (True, False):
+        other, fault = comparison.verdict(batch, fewer_labels)
+        if not fault:
+            break
+    if other is None or other.kind != "equal":
+        return verdict
+    return replace(verdict, side_effects={x: n for x, n in verdict.side_effects.items() if x in other.side_effects})
 
 
 def _device(module: nn.Module, context: SequenceContext) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,13 +86,16 @@ class Comparison:
             return None, fault
         self.ran_whole = True
         if whole.is_empty:
-            return not_checked("the step returns and logs no number"), ""
+            what = "tensor" if self._runner.predicts else "number"
+            return not_checked(f"the step returns and logs no {what}"), ""
         if not whole.is_finite:
             return None, "the loss or a gradient of whole sequences is not finite"
         part, fault = self._attempt(self._parts)
         self.refusal = self._refusal
         if part is None:
             return (parted(fault), "") if is_of_waiting(fault) else (None, fault)
+        if self._runner.predicts and not whole.numbers and not whole.has_comparable_results(part):
+            return not_checked("no tensor that the step returns has the shape of a part, or that of one process"), ""
         return self._compared(whole, part), ""
 
     def _whole_of(self, size: float) -> tuple[Outcome | None, str]:
@@ -105,7 +109,9 @@ class Comparison:
         error, what = from_first(whole.difference(part))
         if error <= tolerance:
             if error <= _RESOLUTION:
-                return equal(self.ranks, self.tokens, error)
+                return replace(
+                    equal(self.ranks, self.tokens, error), side_effects=self._side_effects(whole, part, tolerance)
+                )
             return inconclusive("rounding alone moves the results as much", self.ranks, error, what)
         drew_alike = whole.drew_like(part)
         is_random = self._is_random(whole, tolerance)
@@ -125,6 +131,19 @@ class Comparison:
             if other is not None and other.is_finite:
                 return max(ulp, float(from_first(whole.difference(other)[0])))
         return ulp
+
+    def _side_effects(self, whole: Outcome, part: Outcome, tolerance: float) -> dict[str, float]:
+        """Return by how much logged numbers and buffers differ, without those that another whole run changes."""
+        moved = whole.side_effects(part)
+        moved = {name: size for name, size in moved.items() if size > tolerance}
+        if not moved:
+            return {}
+        values = perturbed(self._values, 1e-7, seed=1)
+        other, _ = self._attempt(lambda: self._run(values, self._batch, self._whole_context(), seed=1))
+        if other is None:
+            return {}
+        by_chance = whole.side_effects(other)  # times and random numbers, and rounding
+        return {name: size for name, size in moved.items() if size > _NOISE * by_chance.get(name, 0.0)}
 
     def _is_random(self, whole: Outcome, tolerance: float) -> bool:
         """Whether another seed gives another outcome of whole sequences."""

@@ -26,15 +26,19 @@ class Logged(dict[str, float]):
     def __init__(self, ranks: int) -> None:
         super().__init__()
         self._ranks = ranks
+        self.shared: set[str] = set()  # that the ranks reduce
         self._metrics: dict[str, Any] = {}
 
     def add(self, name: str, value: Any, *_: Any, reduce_fx: Any = "mean", **options: Any) -> None:
         """Keep a number, or a metric, which has none before the ranks share its state."""
         if hasattr(value, "dist_sync_fn") and not options.get("rank_zero_only"):
             self._metrics[name] = value
+            self.shared.add(name)
         kind = getattr(reduce_fx, "__name__", reduce_fx)
         if kind not in ("mean", "sum", "avg"):
             return
+        if options.get("sync_dist"):
+            self.shared.add(name)
         factor = self._ranks if kind == "sum" else 1  # all numbers are averaged over ranks
         if isinstance(value, Tensor) and value.numel() == 1:
             self[name] = factor * float(value.detach())

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.sequence.parts import part_of
 from lightning_longnet.split_check.causes import ADVICE, UNKNOWN, named_causes
+from lightning_longnet.split_check.outcome import whole_like
 from lightning_longnet.split_check.ranks import gathered_objects, group_device
 from lightning_longnet.split_check.watch import STEP, Call, Watch
 
@@ -99,18 +99,10 @@ def _all_same(
 
 def same_tokens(whole: Tensor, part: Tensor, placement: Placement | None, rank: int, tolerance: float) -> bool:
     """Whether a tensor of a part is this rank's part of a whole one, or equal to it where it has no sequence."""
-    if whole.dim() != part.dim() or whole.dtype != part.dtype:
+    expected = whole_like(whole, part, placement, rank)
+    if expected is None or whole.dtype != part.dtype:
         return False
-    if whole.shape != part.shape:
-        if placement is None:
-            return False
-        changed = [dim for dim in range(whole.dim()) if whole.shape[dim] != part.shape[dim]]
-        dim, tokens, here = changed[0], placement.length, placement.lengths[rank]
-        if len(changed) > 1 or whole.shape[dim] % tokens or part.shape[dim] * tokens != whole.shape[dim] * here:
-            return False
-        # (rows, tokens) may have been flattened
-        rows = whole.shape[dim] // tokens
-        whole = part_of(whole.unflatten(dim, (rows, tokens)), placement, rank, dim + 1).flatten(dim, dim + 1)
+    whole = expected
     if not whole.is_floating_point():
         return bool((whole == part).all())
     difference = (whole - part).abs().nan_to_num(nan=0.0)

@@ -1,17 +1,24 @@
-"""The outcome of a step: its losses, its gradients, and which random numbers it drew."""
+"""The outcome of a step: its losses, its gradients, what it returns and logs, and the buffers that it changes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from math import isfinite, sqrt
+from dataclasses import dataclass, field, replace
+from math import isfinite, isnan, sqrt
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_longnet.sequence.parts import part_of
 from lightning_longnet.split_check.ranks import gathered_objects, group_device
 
+if TYPE_CHECKING:
+    from lightning_longnet.attention.parallel.placement import Placement
+
 GRADIENT = "the gradient of"
+BUFFER = "the buffer "
+RESULT = "what predict_step returns"
 
 
 @dataclass
@@ -21,12 +28,22 @@ class Outcome:
     Attributes:
         numbers: the loss, and in validation the numbers that were logged.
         gradients: the gradient of each parameter that has one.
+        results: the tensors that a predict step returns, on this rank, by their names.
+        logged: in training, each number that was logged, and whether ranks are to reduce it; else rank 0 logs its own.
+        buffers: the floating buffers that the step changed, on this rank, by their names.
+        placement: the placement of the sequences of which this rank has a part; None for whole sequences.
+        rank: the rank among those that share a sequence.
         draws: a number that two runs share which drew equally many random numbers.
         is_reduced: whether an engine has averaged the gradients, of which each rank may hold a part.
     """
 
     numbers: dict[str, float] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    results: dict[str, Tensor] = field(default_factory=dict)
+    logged: dict[str, tuple[float, bool]] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    placement: Placement | None = None
+    rank: int = 0
     draws: int = 0
     is_reduced: bool = False
 
@@ -44,13 +61,18 @@ class Outcome:
         each = gathered_objects(self.numbers)
         names = list(dict.fromkeys(name for numbers in each for name in numbers))
         numbers = {name: sum(numbers.get(name, 0.0) for numbers in each) / ranks for name in names}
-        return Outcome(numbers, gradients, self.draws, self.is_reduced)
+        every = gathered_objects(self.logged)
+        logged = dict(every[0])
+        for name, (_, is_shared) in every[0].items():
+            if is_shared:
+                logged[name] = sum(each.get(name, (0.0, True))[0] for each in every) / ranks, True
+        return replace(self, numbers=numbers, gradients=gradients, logged=logged)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compare; all ranks ask together, as they do for `is_finite`."""
         norms = [self._norm(gradient) for gradient in self.gradients.values()]
-        return not self.numbers and not any(norms)
+        return not self.numbers and not any(norms) and not any(gathered_objects(bool(self.results)))
 
     @property
     def is_finite(self) -> bool:
@@ -88,7 +110,70 @@ class Outcome:
             # a gradient that is nothing but rounding is measured by the others
             size = _relative(self._norm(moved), norms.get(name, 0.0) + 1e-4 * largest)
             worst = max(worst, (size, f"{GRADIENT} {name}"))
+        if any(gathered_objects(bool(self.results))):
+            results = self._moved(self.results, other.results, other)
+            worst = max(
+                worst, *((size, name) for each in gathered_objects(results) for name, size in each.items()), worst
+            )
         return worst
+
+    def has_comparable_results(self, other: Outcome) -> bool:
+        """Whether on some rank another outcome has results to compare with these; all ranks call this together."""
+        return any(gathered_objects(bool(self._moved(self.results, other.results, other))))
+
+    def side_effects(self, other: Outcome) -> dict[str, float]:
+        """Return how much what another outcome logged, and the buffers that it changed, differ from those of this one.
+
+        The names say what differs.  All ranks call this together, and get the same.
+        """
+        moved = self._moved(self.buffers, other.buffers, other)
+        for name in self.logged.keys() & other.logged.keys():
+            a, b = self.logged[name][0], other.logged[name][0]
+            if a != b and not (isnan(a) and isnan(b)):
+                moved[f"what is logged as {name}"] = _relative(abs(a - b), abs(a))
+        every = gathered_objects(moved)
+        return {
+            name: max(each.get(name, 0.0) for each in every) for name in sorted({x for each in every for x in each})
+        }
+
+    def _moved(self, whole: dict[str, Tensor], part: dict[str, Tensor], other: Outcome) -> dict[str, float]:
+        """Return the relative difference of each tensor on this rank that can be compared."""
+        sizes = {}
+        for name in whole.keys() & part.keys():
+            expected = whole_like(whole[name], part[name], other.placement, other.rank)
+            if expected is not None:
+                sizes[name] = _tensors_differ(expected, part[name])
+        return sizes
+
+
+def whole_like(whole: Tensor, part: Tensor, placement: Placement | None, rank: int) -> Tensor | None:
+    """Return the rows of a whole tensor that the part of a rank holds; all where it has no sequence.
+
+    None where the shape of the part is neither.
+    """
+    if whole.shape == part.shape:
+        return whole
+    if placement is None or whole.dim() != part.dim():
+        return None
+    changed = [dim for dim in range(whole.dim()) if whole.shape[dim] != part.shape[dim]]
+    dim, tokens, here = changed[0], placement.length, placement.lengths[rank]
+    if len(changed) > 1 or whole.shape[dim] % tokens or part.shape[dim] * tokens != whole.shape[dim] * here:
+        return None
+    # (rows, tokens) may have been flattened
+    rows = whole.shape[dim] // tokens
+    return part_of(whole.unflatten(dim, (rows, tokens)), placement, rank, dim + 1).flatten(dim, dim + 1)
+
+
+def _tensors_differ(whole: Tensor, part: Tensor) -> float:
+    """Return the largest difference relative to the largest element; for integers, the share of those that differ."""
+    if not whole.numel():
+        return 0.0
+    if not (whole.is_floating_point() or whole.is_complex()):
+        return float((whole != part).double().mean())
+    same = (whole == part) | (whole.isnan() & part.isnan())  # infinities are equal, and their difference is no number
+    differences = (whole - part).abs().masked_fill(same, 0.0)
+    size = whole.abs().nan_to_num(nan=0.0, posinf=0.0).max()
+    return _relative(float(differences.max()), float(size))
 
 
 def _relative(difference: float, size: float) -> float:

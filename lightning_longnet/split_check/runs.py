@@ -11,13 +11,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from lightning_longnet.sequence.batches import map_tensors
 from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.split_check.engine import EngineModule
 from lightning_longnet.split_check.generators import OwnGenerators, seeded
 from lightning_longnet.split_check.isolation import StopStep, isolate
-from lightning_longnet.split_check.outcome import Outcome
+from lightning_longnet.split_check.outcome import BUFFER, RESULT, Outcome
 from lightning_longnet.split_check.replica import Replica, Values, in_dtype
 from lightning_longnet.split_check.sample import sample
 
@@ -43,6 +44,7 @@ class Runner:
         device: the device of the run.
         training: whether there is a backward pass.
         modes: whether each module inside is in training mode, by its name.
+        predicts: whether all tensors that the step returns are compared, not its loss.
 
     Attributes:
         drops_directly: whether a step called torch's dropout functions itself, and not by a module.
@@ -55,6 +57,7 @@ class Runner:
     device: torch.device
     training: bool
     modes: Mapping[str, bool]
+    predicts: bool = False
     drops_directly: bool = field(default=False, init=False)
 
     def run(
@@ -86,6 +89,8 @@ class Runner:
                 loss.backward(*arguments, **options)
 
         _drop_nothing(module)
+        before = _floating_buffers(module)
+        results: dict[str, Tensor] = {}
         gradients, generators = _Gradients(module), OwnGenerators(module)
         logged = isolate(module, backward, gradients.update, context.sequence_parallel_size)
         self.attach(module, context)
@@ -100,7 +105,9 @@ class Runner:
             if watch is not None:
                 stack.enter_context(watch(module))
             try:
-                loss = loss_of(self.step(module, part))
+                result = self.step(module, part)
+                results = _named_results(result) if self.predicts else {}
+                loss = None if self.predicts else loss_of(result)
                 if loss is not None and self.training:
                     backward(loss)
                 elif loss is not None:
@@ -111,14 +118,24 @@ class Runner:
                 if not gradients.updates:
                     raise
             draws = generators.draws(self.device)
-            if not self.training:
-                logged.compute()
+            logged.compute()
         numbers = {"the loss" if i == 0 else f"loss {i + 1}": float(x) for i, x in enumerate(losses)}
         if not self.training:
             numbers |= {f"what is logged as {name}": value for name, value in logged.items()}
         if self.replica.has_gradients:
             gradients.add()
-        return Outcome(numbers, gradients.sums, draws, is_reduced=isinstance(self.replica, EngineModule))
+        after = _floating_buffers(module)
+        return Outcome(
+            numbers,
+            gradients.sums,
+            results,
+            {name: (value, name in logged.shared) for name, value in logged.items()} if self.training else {},
+            {name: x for name, x in after.items() if name not in before or not torch.equal(x, before[name])},
+            context.placement_of(context.length) if context.is_split and context.length is not None else None,
+            context.sequence_parallel_rank,
+            draws,
+            is_reduced=isinstance(self.replica, EngineModule),
+        )
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
@@ -207,6 +224,18 @@ def _dense(x: Tensor) -> Tensor:
 def _local(x: Tensor) -> Tensor:
     """Return what this rank holds of a tensor that FSDP2 has sharded, or the tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _floating_buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{BUFFER}{name}": _local(x.detach()).clone() for name, x in module.named_buffers() if x.is_floating_point()
+    }
+
+
+def _named_results(result: Any) -> dict[str, Tensor]:
+    """Return the tensors that a predict step returns, by names that say where."""
+    leaves = tree_leaves_with_path(result)
+    return {f"{RESULT}{keystr(path)}": x.detach() for path, x in leaves if isinstance(x, Tensor)}
 
 
 def loss_of(result: Any) -> Tensor | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from lightning_longnet.split_check.outcome import GRADIENT
+from lightning_longnet.split_check.outcome import BUFFER, GRADIENT, RESULT
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
     from lightning_longnet.split_check.locate import Place
 
 Kind = Literal["equal", "different", "inconclusive", "not checked"]
@@ -15,6 +19,8 @@ Kind = Literal["equal", "different", "inconclusive", "not checked"]
 _WITHOUT_A_PLACE = {
     "gradient": "\nAll modules compute the same, and so the backward pass differs.  Likely cause: a collective without "
     "a gradient, or a detached tensor.  Instead: use gather_sequence(x) or sum_parts(x) of sequence_context(self).",
+    "result": "\nAll modules compute the same, and so the step makes other results of it.  Instead: return the rows "
+    "of this rank's tokens, or what sum_parts(x) or gather_sequence(x) of sequence_context(self) makes of them.",
     "number": "\nAll modules compute the same, and so the step makes another loss of it.  Likely cause: a sum over the "
     "tokens of this rank, where engines average over ranks.  Instead: return "
     "sequence_context(self).token_mean(loss_sum, token_count).",
@@ -37,6 +43,7 @@ class Verdict:
         error: the largest relative difference of the loss or of a gradient; None where nothing was compared.
         place: where it begins, for "different".
         drops_directly: whether the step calls torch's dropout functions itself; see `DROPOUT`.
+        side_effects: for "equal", logged numbers and buffers that differ, and by how much; no gradient depends on them.
         refusal: for "not checked", why this package refuses parts in the step, where it does.
     """
 
@@ -46,6 +53,7 @@ class Verdict:
     place: Place | None = None
     drops_directly: bool = False
     refusal: str = ""
+    side_effects: Mapping[str, float] = field(default_factory=dict)
 
 
 def not_checked(reason: str, refusal: str = "") -> Verdict:
@@ -61,9 +69,8 @@ def equal(ranks: int, tokens: int | None, error: float) -> Verdict:
 
 def different(ranks: int, error: float, what: str, place: Place | None) -> Verdict:
     """Return the verdict that parts give something else than whole sequences."""
-    where = (
-        f"\n{place}" if place is not None else _WITHOUT_A_PLACE["gradient" if what.startswith(GRADIENT) else "number"]
-    )
+    kind = "gradient" if what.startswith(GRADIENT) else "result" if what.startswith(RESULT) else "number"
+    where = f"\n{place}" if place is not None else _WITHOUT_A_PLACE[kind]
     message = (
         f"the module computes something else on parts of sequences than on whole ones: "
         f"{shown(ranks, error, what)}.{where}\n{_PAGE}"
@@ -76,6 +83,21 @@ def inconclusive(reason: str, ranks: int, error: float, what: str, place: Place 
     where = "" if place is None else f"\n{place}"
     message = f"the split check is inconclusive, as {reason}: {shown(ranks, error, what)}.{where}"
     return Verdict("inconclusive", message, error, place)
+
+
+def side_effect(ranks: int, error: float, what: str, module: nn.Module) -> str:
+    """Return the warning that a logged number or a buffer differs, which changes no gradient."""
+    if what.startswith(BUFFER):
+        owner = what.removeprefix(BUFFER).rpartition(".")[0]
+        where = f"{what} of {owner or 'the module'} ({type(module.get_submodule(owner)).__name__})"
+        cause = "The step updates it with the tokens of a rank alone.  Instead: update it with "
+        advice = "sequence_context(self).sum_parts(...), or leave it if each rank is to have its own."
+    else:
+        where, cause = what, "It is of the tokens of a rank alone.  Instead: log "
+        advice = (
+            "sequence_context(self).token_mean(loss_sum, token_count), or a sum with reduce_fx='sum', sync_dist=True."
+        )
+    return f"{shown(ranks, error, where)}; the loss and the gradients are right.  {cause}{advice}"
 
 
 def parted(fault: str) -> Verdict:
