@@ -6,6 +6,7 @@ processes of other ranks end. So each rank reads reports in a thread, and rank 0
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ _PERIOD = 0.5  # seconds between two looks at the store
 class FailureReports:
     """The first failure of a run, as the ranks report it to each other.
 
+    It keeps the store, so that a program may destroy its process groups while the thread runs.
+
     Attributes:
         text: the failure that was reported first, as far as this rank has read it.
     """
@@ -29,35 +32,35 @@ class FailureReports:
     def __init__(self, run: int, rank: int, ranks: int) -> None:
         self.text = ""
         self._key, self._ranks = f"lightning_longnet/failure/{run}", ranks
+        self._store: Any = _get_default_store()
         self._lock = threading.Lock()  # this rank is one reader, whichever thread reads
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="failure-reports", daemon=True)
         if rank > 0:
+            atexit.register(self.end)  # an error in a callback's own `on_exception` or `teardown` skips the strategy's
             self._thread.start()
 
     def read(self) -> str:
         """Return the failure that was reported first, or an empty string where there is none."""
-        store = _store()
         with self._lock:
-            if not self.text and store.check([self._key]):
-                self._keep(store, store.get(self._key))
+            if not self.text and self._store.check([self._key]):
+                self._keep(self._store.get(self._key))
         return self.text
 
     def report(self, own: str) -> str:
         """Report a failure, and return the first one, which is this one where no other was reported before."""
-        store = _store()
         with self._lock:
             if not self.text:
-                self._keep(store, store.compare_set(self._key, "", own))
+                self._keep(self._store.compare_set(self._key, "", own))
         return self.text
 
     def await_readers(self) -> None:
         """Wait until all ranks have read the failure, for `PATIENCE` seconds at most."""
-        store = _store()
-        await_condition(lambda: store.add(self._readers, 0) >= self._ranks, PATIENCE)
+        await_condition(lambda: self._store.add(self._readers, 0) >= self._ranks, PATIENCE)
 
     def end(self) -> None:
         """End the thread: one that is in the store while the interpreter shuts down would abort the process."""
+        atexit.unregister(self.end)
         self._ends.set()
         if self._thread.is_alive():
             self._thread.join(PATIENCE)
@@ -66,9 +69,9 @@ class FailureReports:
     def _readers(self) -> str:
         return f"{self._key}/readers"
 
-    def _keep(self, store: Any, text: bytes) -> None:
+    def _keep(self, text: bytes) -> None:
         self.text = text.decode()
-        store.add(self._readers, 1)
+        self._store.add(self._readers, 1)
 
     def _listen(self) -> None:
         try:
@@ -84,7 +87,3 @@ def await_condition(condition: Callable[[], bool], seconds: float) -> bool:
     while not (holds := condition()) and time.monotonic() < limit:
         time.sleep(0.05)
     return holds
-
-
-def _store() -> Any:
-    return _get_default_store()

@@ -177,7 +177,7 @@ def usage() -> str:
 
 def _refuse(message: str) -> int:
     """Print an error, and return the exit status 2."""
-    print(f"longnet: error: {message}", file=sys.stderr)  # noqa: T201
+    sys.stderr.write(f"longnet: error: {message}\n")  # at once, as other ranks may write at the same time
     return 2
 
 

@@ -1,5 +1,6 @@
 """What ranks report of a failure: all read the first one, and rank 0 waits for them no longer than it must."""
 
+import threading
 import time
 from contextlib import contextmanager
 
@@ -69,3 +70,35 @@ def test_a_run_without_a_failure_ends_at_once():
         assert sum(seconds(each.end) for each in ranks) < 1
         assert [each.text for each in ranks] == [""] * 8
         assert not any(each._thread.is_alive() for each in ranks)
+
+
+def test_a_program_may_destroy_its_groups_while_reports_are_read(monkeypatch):
+    """After a run that could not be torn down, the thread still reads, and no error of it is printed."""
+    monkeypatch.undo()
+    raised = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        first, second = FailureReports(1, 0, 2), FailureReports(1, 1, 2)
+    finally:
+        dist.destroy_process_group()
+    time.sleep(1.5 * reports._PERIOD)
+    assert second._thread.is_alive()
+    first.report("rank 0")
+    assert seconds(first.await_readers) < PATIENCE
+    second.end()
+    assert (second.text, raised) == ("rank 0", [])
+
+
+def test_the_thread_ends_before_the_interpreter_shuts_down(monkeypatch):
+    """A thread in the store at that time aborts the process, and nothing else ends it where a teardown was skipped."""
+    registered = []
+    monkeypatch.setattr(reports.atexit, "register", registered.append)
+    monkeypatch.setattr(reports.atexit, "unregister", registered.remove)
+    first, second = FailureReports(1, 1, 2), FailureReports(2, 1, 2)
+    assert len(registered) == 2
+    first.end()
+    assert len(registered) == 1
+    registered[0]()
+    assert registered == []
+    assert not second._thread.is_alive()

@@ -1,8 +1,10 @@
 """Whatever becomes of a rank, wherever it is: all ranks end in time, the status says so, and the last line names it."""
 
 import re
+import socket
 import subprocess
 import sys
+import threading
 from functools import partial
 
 import forking  # noqa: F401  has the folder of `faults_of_ranks` in the path
@@ -101,23 +103,39 @@ def test_torchrun_restarts_the_ranks_and_they_go_on(tmp_path):
 
 
 def outputs(folder, world, **options):
-    """(exit statuses, the lines that each rank printed) of ranks that no launcher of Lightning's started."""
-    port, processes = str(free_port()), []
+    """(exit statuses, what each rank printed, by writes) of ranks that no launcher of Lightning's started."""
+    port, processes, printed, readers = str(free_port()), [], [[] for _ in range(world)], []
     for rank in range(world):
         names = {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
-        with (folder / f"output-{rank}.txt").open("w") as output:
+        reads, output = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # which keeps writes distinct
+        with output:
             processes.append(
                 subprocess.Popen(
                     command(folder, devices=world, timeout=60, **options), stdout=output, stderr=output, cwd=folder,
                     env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **names),
                 )
             )  # fmt: skip
+        readers.append(threading.Thread(target=read, args=(reads, printed[rank]), daemon=True))
+        readers[-1].start()
     try:
         statuses = [each.wait(200) for each in processes]
     finally:
         for each in processes:
             each.kill()
-    return statuses, [(folder / f"output-{rank}.txt").read_text().strip().splitlines() for rank in range(world)]
+    for each in readers:
+        each.join(30)
+    return statuses, printed
+
+
+def read(reads, writes):
+    """Append what each write to a socket sends, until it is closed."""
+    with reads:
+        while content := reads.recv(2**20):
+            writes.append(content.decode())
+
+
+def lines_of(printed):
+    return ["".join(writes).strip().splitlines() for writes in printed]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +147,8 @@ def outputs(folder, world, **options):
     ),
 )
 def test_each_rank_names_the_first_without_a_supervisor(tmp_path, fault, phase, kind):
-    statuses, printed = outputs(tmp_path, 2, fault=fault, rank=1, phase=phase, kind=kind)
+    statuses, writes = outputs(tmp_path, 2, fault=fault, rank=1, phase=phase, kind=kind)
+    printed = lines_of(writes)
     last = [lines[-1] for lines in printed]
     assert 0 not in statuses, last
     assert "because another rank failed first: rank 1 of 2" in last[0], last
@@ -138,6 +157,9 @@ def test_each_rank_names_the_first_without_a_supervisor(tmp_path, fault, phase, 
     if fault == "exception":
         assert frames[0] < 8, "a rank that lost its connection prints where the run was started, and no more"
         assert frames[1] > 15
+        for rank in range(2):  # the ranks' errors do not interleave where they print to one terminal or file
+            assert "Traceback" in writes[rank][-1], writes[rank]
+            assert last[rank] in writes[rank][-1], writes[rank]
 
 
 @pytest.mark.parametrize("ranks", [[0, 1], [2, 3]])
@@ -147,7 +169,7 @@ def test_an_error_of_one_group_ends_all_ranks_by_its_name(tmp_path, kind, ranks)
     options = {"fault": "exception", "ranks": ranks, "phase": "forward", "kind": kind, "size": 2}
     statuses, printed = outputs(tmp_path, 4, **options)
     assert statuses == [1] * 4
-    for rank, lines in enumerate(printed):
+    for rank, lines in enumerate(lines_of(printed)):
         assert "of step 3: OSError: the disk is gone" in lines[-1], lines[-1]
         if rank not in ranks:
             assert re.search(
