@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lightning_longnet import Pattern
@@ -22,6 +23,7 @@ from lightning_longnet.attention import op
 from lightning_longnet.attention.kernels import activated, cudnn, flash, sdpa
 from lightning_longnet.attention.kernels.sdpa import cuda
 from lightning_longnet.attention.kernels.sdpa import flash as torchs
+from lightning_longnet.attention.kernels.triton import launch
 from lightning_longnet.attention.spec import AttentionSpec
 from lightning_longnet.planning.ledger import Ledger
 
@@ -37,6 +39,17 @@ def package():
     return SimpleNamespace(_flash_attn_forward=forward, _flash_attn_backward=lambda *_, **__: None)
 
 
+def true_lists(parts, key, make=launch._make_launches):
+    """The phases of parts, made of true numbers, with lists that the ledger sees allocated on the device."""
+    with _disable_current_modes():
+        made = make(parts, key)
+    phases = []
+    for phase, lists in made:
+        held = {name: torch.empty(getattr(lists, name).shape, dtype=torch.int32) for name in ("items", "spans")}
+        phases.append(launch._Phase(phase, lists._replace(**held)))
+    return tuple(phases)
+
+
 def emulate():
     """Let the kernels take the tensors for those of a Hopper GPU."""
     torchs._capability = lambda device: (9, 0)
@@ -45,6 +58,8 @@ def emulate():
     cudnn._lse_dims = lambda device, dtype: 3
     activated.active = lambda implementation: nullcontext()
     flash._interface = package
+    launch._make_launches = true_lists
+    launch._launch = lambda *_: None
 
 
 def held(kernel, tokens, head_dim):

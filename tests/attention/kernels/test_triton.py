@@ -1,6 +1,6 @@
 """The kernel "triton" under Triton's interpreter: out, lse and gradients against the definition, pair by pair."""
 
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import product
 
@@ -172,3 +172,61 @@ def test_computes_pairs_once_for_any_number_of_threads():
     spec = AttentionSpec(Pattern.dilated((64, 128), (1, 2)), "triton")
     assert spec.weighted_segments("cuda", samples=1, threads=64) == 1
     assert spec.weighted_segments("cuda", samples=1, threads=64, per_branch=True) == 0
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the programs that are launched; nothing is computed."""
+    from lightning_longnet.attention.kernels.triton import launch
+
+    names = []
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(launch, "_launch", lambda program, *_: names.append(program.__name__))
+    return names
+
+
+FIVE = Pattern.dilated([16 * 2**i for i in range(5)], [2**i for i in range(5)], is_causal=True)
+DOCUMENTS = torch.arange(256)[None] // 200
+PADDING = torch.arange(256)[None] % 7 == 3
+LAUNCHES = {
+    "one branch": (Pattern.dense(is_causal=True), 4, {}, 1),
+    "window": (Pattern.window(20, is_causal=True), 4, {}, 1),
+    "five branches": (FIVE, 4, {}, 5),
+    "grouped heads": (FIVE, 1, {}, 5),
+    "padding": (FIVE, 4, {"key_padding_mask": PADDING}, 5),
+    "documents": (FIVE, 4, {"documents": DOCUMENTS}, 5),
+    "all of it": (FIVE, 2, {"documents": DOCUMENTS, "key_padding_mask": PADDING}, 5),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_branch_is_one_launch_forward_and_two_backward(launched, name):
+    """Whatever the number of heads, documents, segments and masks is."""
+    pattern, kv_heads, options, branches = LAUNCHES[name]
+    q, k, v = (torch.zeros(1, 256, heads, 16, requires_grad=True) for heads in (4, kv_heads, kv_heads))
+    out = attend(q, k, v, pattern, kernel="triton", **options)
+    assert launched == ["forward"] * branches
+    launched.clear()
+    out.sum().backward()
+    assert launched == ["query_gradient"] * branches + ["key_gradients"] * branches
+
+
+def test_programs_run_on_the_device_of_their_tensors(monkeypatch):
+    from lightning_longnet.attention.kernels.triton import launch
+    from lightning_longnet.attention.kernels.triton.arguments import Lists
+    from lightning_longnet.attention.kernels.triton.tiles import Tile
+
+    active = []
+
+    @contextmanager
+    def device_of(x):
+        active.append(x)
+        yield
+        active.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    items, found = torch.zeros(3, 5), []
+    lists = Lists(items, items, items, 1, 1, 2)
+    program = {(6,): lambda *_, **__: found.append(active[-1] is items)}
+    launch._launch(program, lists, (lists,), Tile(16, 16, 4, 2))
+    assert found == [True]

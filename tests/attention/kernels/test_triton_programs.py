@@ -12,8 +12,6 @@ import pytest
 from lightning_longnet.attention.kernels.triton.tiles import table, tile_of
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
-# Triton 3.6 belongs to the oldest torch that is supported; its compiler spills a few bytes of some programs
-SPILLED = {"installed": 0, "3.6.0": 64}
 PROGRAMS = ("forward", "query_gradient", "key_gradients")
 
 
@@ -25,6 +23,7 @@ def run(name, *arguments, cache, packages=()):
     return subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
 
 
+# Triton 3.6 belongs to the oldest torch that is supported
 @pytest.fixture(scope="module", params=["installed", pytest.param("3.6.0", marks=pytest.mark.full)])
 def triton(request):
     """The version of Triton that compiles."""
@@ -47,9 +46,9 @@ def compiled(triton, tmp_path_factory):
 
 
 @pytest.mark.long
-def test_no_program_of_the_table_spills_registers(compiled, triton):
+def test_no_program_of_the_table_spills_registers(compiled):
     assert {(row["kernel"], row["width"]) for row in compiled} == set(table())
-    assert [row for row in compiled if row["stack_bytes"] > SPILLED[triton]] == []
+    assert [row for row in compiled if row["stack_bytes"] > 0] == []
     assert max(row["shared_bytes"] for row in compiled) <= 227 * 1024
 
 

@@ -118,11 +118,15 @@ def _delta(grad: Tensor, out: Tensor) -> Tensor:
 
 
 def _launch(program: Any, lists: Lists, arguments: tuple[Any, ...], tile: Tile) -> None:
-    """Run a program for each item, and each of its samples and query heads."""
+    """Run a program for each item, and each of its samples and query heads.
+
+    Triton launches on the current device, which need not be that of the tensors.
+    """
     programs = next(x.programs for x in arguments if isinstance(x, Lists))
-    program[(len(lists.items) * programs,)](
-        *arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True
-    )
+    with torch.cuda.device_of(lists.items):
+        program[(len(lists.items) * programs,)](
+            *arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True
+        )
 
 
 def _cached_launches(parts: Parts, q: Tensor, tensors: KeyTensors, tile: Tile, is_by_key: bool) -> tuple[_Phase, ...]:
