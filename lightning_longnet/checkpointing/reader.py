@@ -73,6 +73,7 @@ class _Metadata(pickle.Unpickler):
             return self._KNOWN[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if module == "pathlib" and name in ("Path", "PosixPath", "WindowsPath"):
-            return Path  # of where it was written
+        # Python 3.13 has moved the classes, and a file may be read by another version than the one that wrote it
+        if module in ("pathlib", "pathlib._local") and name in ("Path", "PosixPath", "WindowsPath"):
+            return Path
         raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not an allowed global")

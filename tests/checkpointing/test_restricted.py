@@ -1,14 +1,18 @@
 """torch.load reads only known classes in a restricted block, and a checkpoint names only known classes."""
 
 import os
+import pickle
+import re
 import sys
 
 import pytest
 import torch
+from torch.distributed.checkpoint import metadata as dcp
 
 from lightning_longnet import LongNetModule, load_model
 from lightning_longnet.checkpointing.checkpoints import read_checkpoint
 from lightning_longnet.checkpointing.exports import config_of
+from lightning_longnet.checkpointing.reader import read_metadata
 from lightning_longnet.checkpointing.restricted import restricted
 from lightning_longnet.trust import check_class, confined, is_trusted
 
@@ -94,3 +98,14 @@ def test_what_leads_out_of_a_folder_is_refused(folders, path):
     with pytest.raises(ValueError, match="path must stay in the folder"):
         confined("path", folders / path, folders / "in")
     assert confined("path", folders / path, folders / "in", trust=True) == folders / path
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_metadata_is_read_by_other_versions_of_python(module, tmp_path):
+    """Python 3.13 pickles paths by another module than earlier versions do."""
+    storage = dcp.StorageMeta(checkpoint_id=tmp_path)
+    content = pickle.dumps(dcp.Metadata({}, storage_meta=storage), protocol=2)
+    content, count = re.subn(rb"cpathlib(\._local)?\nPosixPath", f"c{module}\nPosixPath".encode(), content)
+    assert count == 1
+    (tmp_path / ".metadata").write_bytes(content)
+    assert read_metadata(tmp_path / ".metadata").storage_meta.checkpoint_id == tmp_path
