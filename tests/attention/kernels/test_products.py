@@ -6,7 +6,9 @@ from threading import Barrier
 import pytest
 import torch
 
+from lightning_longnet import Pattern, attend
 from lightning_longnet.attention.kernels import products
+from lightning_longnet.attention.kernels.sdpa import cpu
 
 
 @pytest.fixture
@@ -96,3 +98,24 @@ def on_threads(count, task):
     with ThreadPoolExecutor(count) as threads:
         for future in [threads.submit(task) for _ in range(count)]:
             future.result()
+
+
+@pytest.mark.usefixtures("slow_mkl")
+def test_only_large_products_are_routed(monkeypatch):
+    """A call of oneDNN costs more than that of MKL, many times as much for a few tokens."""
+    monkeypatch.setattr(products, "_is_exact", lambda: True)
+    chosen = []
+
+    def record(kernel):
+        def recording(*args, **options):
+            chosen.append(torch.backends.mkldnn.matmul.fp32_precision)
+            return kernel(*args, **options)
+
+        return recording
+
+    monkeypatch.setattr(cpu, "_forward", record(cpu._forward))
+    monkeypatch.setattr(cpu, "_backward", record(cpu._backward))
+    for tokens in (128, 300, 512):
+        q, k, v = (torch.randn(1, tokens, 1, 64, requires_grad=True) for _ in range(3))
+        attend(q, k, v, Pattern.dense()).sum().backward()
+    assert chosen == ["none", "none", "bf16", "none", "bf16", "bf16"]
