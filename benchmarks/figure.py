@@ -1,4 +1,4 @@
-"""Plots of the results of attention.py, exchange.py and recall.py, drawn from their JSON files."""
+"""Plots of the results of attention.py, exchange.py, recall.py and inference.py, drawn from their JSON files."""
 
 from __future__ import annotations
 
@@ -179,3 +179,28 @@ def draw_recall(result: dict[str, Any], path: Path) -> None:
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=9, loc="center right")
     figure.savefig(path, dpi=120)
+
+
+def draw_inference(result: dict[str, Any], path: Path) -> None:
+    """Draw a result of inference.py: the time of a token and the memory of the cache against the length of the text."""
+    from matplotlib.figure import Figure
+
+    colours = {"DilatedCache": OURS, "full cache, SDPA": PEER, "Llama of transformers": "#8a9a74", "no cache": NEUTRAL}
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    rows = [row for row in result["rows"] if "ms" in row]
+    contexts = sorted({row["context"] for row in rows})
+    for axis, key, label in zip(
+        figure.subplots(1, 2), ("ms", "mib"), ("milliseconds a token", "MiB of the cache"), strict=True
+    ):
+        for name, colour in colours.items():
+            points = [(row["context"], row[key]) for row in rows if row["participant"] == name]
+            if points and not (key == "mib" and name == "no cache"):
+                axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        axis.set_xlabel("tokens of the text")
+        axis.set_title(label)
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)

@@ -2,6 +2,8 @@
 
     python benchmarks/inference.py
     python benchmarks/inference.py --contexts 1024 8192 --rounds 1 --tokens 8 --out other.json
+    python benchmarks/inference.py --table            # the committed result, as the pages show it
+    python benchmarks/inference.py --plot-only        # draws the committed result again
 
 The participants take turns within a round, in one process, and the median over the rounds counts.  Caches are filled
 with random keys and values, since the time of a token does not depend on what they are; memory is that of a cache's
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from figure import draw_inference
 from machine import allocated, described
 
 from lightning_longnet import DilatedCache, LongNet, LongNetConfig, Pattern
@@ -184,6 +187,21 @@ def prefilled(model: LongNet, rounds: int) -> dict[str, Any]:
     return {"tokens": PREFILL} | {name: round(PREFILL / statistics.median(times)) for name, times in seconds.items()}
 
 
+def table(result: dict[str, Any]) -> str:
+    """Return the times and the memory of the caches as a table of Markdown."""
+    names = list(dict.fromkeys(row["participant"] for row in result["rows"] if "ms" in row))
+    lines = ["| tokens of the text | " + " | ".join(names) + " |", "|---:|" + "---:|" * len(names)]
+    for context in dict.fromkeys(row["context"] for row in result["rows"]):
+        rows = {row["participant"]: row for row in result["rows"] if row["context"] == context and "ms" in row}
+        cells = [_cell(rows.get(name)) for name in names]
+        lines.append(f"| {context:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    return "not run" if row is None else f"{row['ms']:,.2f} ms, {row['mib']:,.0f} MiB"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
@@ -191,7 +209,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a participant in a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--table", action="store_true", help="print the committed result")
+    parser.add_argument("--plot-only", action="store_true", help="draw the committed result again, measure nothing")
     options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.out.read_text())))
+        return
+    if not options.plot_only:
+        measure(options)
+    draw_inference(json.loads(options.out.read_text()), options.out.with_suffix(".png"))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure all contexts and the prompt, and write the result."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     model = LongNet(LongNetConfig(PATTERN, dim=DIM, layers=LAYERS, heads=HEADS)).eval()

@@ -2,7 +2,7 @@
 
     python benchmarks/ratios.py                    # writes benchmarks/results/ratios-cpu.json
     python benchmarks/ratios.py --clock wall       # on a quiet machine; by default the time of the CPU
-    python benchmarks/ratios.py --show             # the committed result
+    python benchmarks/ratios.py --table            # the committed result
 
 The limit of dilated attention is a kernel that computes each distinct pair once, at the rate of torch's own operator
 for a full rectangle in the same run, with the faster library for products.  Threads that wait count as time of the
@@ -159,9 +159,9 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="the time of the CPU, or that of a clock")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULT, help="where to write the JSON")
-    parser.add_argument("--show", action="store_true", help="print the result at --out, measure nothing")
+    parser.add_argument("--table", action="store_true", help="print the result at --out, measure nothing")
     options = parser.parse_args()
-    if options.show:
+    if options.table:
         print(table(json.loads(options.out.read_text())) if options.out.exists() else "not measured")
         return
     result: dict[str, Any] = {"machine": described("cpu") | {"heads": HEADS, "head_dim": HEAD_DIM}}

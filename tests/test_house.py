@@ -350,7 +350,10 @@ def _is_program_with_a_table(text):
 
 def test_pages_show_the_committed_measurements():
     folder = ROOT / "benchmarks"
-    pages = [(ROOT / page).read_text() for page in ("README.md", "docs/measurements.md", "docs/restarting.md")]
+    pages = [
+        (ROOT / page).read_text()
+        for page in ("README.md", "docs/measurements.md", "docs/restarting.md", "docs/generating.md")
+    ]
     commands = [[path, "--table"] for path in sorted(folder.glob("*.py")) if _is_program_with_a_table(path.read_text())]
     assert len(commands) >= 7
     commands.append([folder / "attention.py", "--table", "--out", folder / "results/conditions-cpu.json"])

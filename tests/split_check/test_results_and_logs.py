@@ -81,7 +81,7 @@ RESULTS = {
 
 
 def predicted(rank, world, size, placement):
-    context, found = connected(rank, world, size), {}
+    context, result = connected(rank, world, size), {}
     context.placement = context._splitter.placement = placement
     for kind in RESULTS:
         torch.manual_seed(rank)
@@ -89,7 +89,7 @@ def predicted(rank, world, size, placement):
         attach_context(module, context)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found[kind] = check_split(
+            result[kind] = check_split(
                 module,
                 lambda copy, part: copy.step(part),
                 batch_of(context.data_parallel_rank),
@@ -98,7 +98,7 @@ def predicted(rank, world, size, placement):
                 training=False,
                 predicts=True,
             )
-    return {kind.__name__: (verdict.kind, verdict.message) for kind, verdict in found.items()}
+    return {kind.__name__: (verdict.kind, verdict.message) for kind, verdict in result.items()}
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def predicted(rank, world, size, placement):
 )
 def test_results_of_predict_steps_are_those_of_one_process(trainers, world, size, placement):
     every = trainers.run(world, predicted, size, placement)
-    assert all(found == every[0] for found in every)
+    assert all(result == every[0] for result in every)
     assert {name: kind for name, (kind, _) in every[0].items()} == {
         kind.__name__: outcome for kind, outcome in RESULTS.items()
     }
@@ -167,7 +167,7 @@ ODD = {**LOGS, LogsMeanOfPart: "logged as plain"}  # of equal parts the mean of 
 
 
 def followed(rank, world, size, length):
-    context, found = connected(rank, world, size), {}
+    context, result = connected(rank, world, size), {}
     for kind in LOGS:
         torch.manual_seed(rank)
         module = kind()
@@ -181,9 +181,9 @@ def followed(rank, world, size, length):
                 context,
             )
         assert verdict.kind == "equal", verdict
-        found[kind.__name__] = [str(each.message) for each in raised if "of one process" in str(each.message)]
+        result[kind.__name__] = [str(each.message) for each in raised if "of one process" in str(each.message)]
 
-    return found
+    return result
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def followed(rank, world, size, length):
 )
 def test_logged_numbers_and_buffers_of_a_rank_are_warned_of(trainers, world, size, length):
     first, *others = trainers.run(world, followed, size, length)
-    assert not any(lines for found in others for lines in found.values()), "rank 0 alone warns"
+    assert not any(lines for result in others for lines in result.values()), "rank 0 alone warns"
     for kind, start in (ODD if length % size else LOGS).items():
         lines = first[kind.__name__]
         assert len(lines) == bool(start), (kind, lines)

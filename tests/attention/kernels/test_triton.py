@@ -225,8 +225,8 @@ def test_programs_run_on_the_device_of_their_tensors(monkeypatch):
         active.pop()
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    items, found = torch.zeros(3, 5), []
+    items, result = torch.zeros(3, 5), []
     lists = Lists(items, items, items, 1, 1, 2)
-    program = {(6,): lambda *_, **__: found.append(active[-1] is items)}
+    program = {(6,): lambda *_, **__: result.append(active[-1] is items)}
     launch._launch(program, lists, (lists,), Tile(16, 16, 4, 2))
-    assert found == [True]
+    assert result == [True]
