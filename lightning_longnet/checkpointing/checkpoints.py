@@ -19,6 +19,8 @@ from lightning_longnet.checkpointing.restricted import check_folder, deepspeed_c
 from lightning_longnet.trust import confined
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lightning_longnet.models.longnet import LongNet
     from lightning_longnet.models.longvit import LongViT
 
@@ -70,6 +72,12 @@ def read_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
         f"path must be a checkpoint: a file, or a folder as FSDP2 or DeepSpeed write them, got {path}, a folder "
         f"without .metadata and without {_DEEPSPEED_TAG}/*model_states.pt{question}"
     )
+
+
+def is_decoder(hyper_parameters: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint with these hyper-parameters is of a model of transformers."""
+    config = hyper_parameters.get("config")
+    return (isinstance(config, dict) and "model_type" in config) or "lora" in hyper_parameters
 
 
 def write_checkpoint(model: LongNet | LongViT, path: str | Path) -> None:
@@ -150,7 +158,10 @@ def _read_exported(folder: Path) -> Checkpoint:
     contents = values if isinstance(values, dict) else {}
     config = next((contents[name] for name in ("longnet", "longvit") if isinstance(contents.get(name), dict)), None)
     if config is None:
-        raise ValueError(f"path must be an exported folder, got {folder}, whose {CONFIG} has no longnet or longvit")
+        hint = "; it is a folder of transformers: load it with AutoModelForCausalLM" if "model_type" in contents else ""
+        raise ValueError(
+            f"path must be an exported folder, got {folder}, whose {CONFIG} has no longnet or longvit{hint}"
+        )
     if not (folder / WEIGHTS).is_file():
         raise ValueError(f"path must be an exported folder, got {folder}, which has no {WEIGHTS}")
     try:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_longnet.checkpointing.checkpoints import CONFIG, WEIGHTS, Checkpoint, need_safetensors, read_checkpoint
+from lightning_longnet.checkpointing.checkpoints import (
+    CONFIG,
+    WEIGHTS,
+    Checkpoint,
+    is_decoder,
+    need_safetensors,
+    read_checkpoint,
+)
 from lightning_longnet.inference.cache import refusal
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
 from lightning_longnet.models.longvit import LongViT, LongViTConfig
@@ -126,6 +133,11 @@ def model_of(checkpoint: Checkpoint, trust: bool = False) -> LongNet | LongViT:
 
     The parameters are the tensors of the checkpoint, not copies.  With `trust` it may be of any class.
     """
+    if is_decoder(checkpoint.hyper_parameters):
+        raise ValueError(
+            "the checkpoint is of a CausalLMModule, which only `longnet export` reads: longnet export CHECKPOINT "
+            "FOLDER --format huggingface, then AutoModelForCausalLM.from_pretrained(FOLDER).generate"
+        )
     config = config_of(checkpoint.hyper_parameters, trust)
     weights = {name.removeprefix(_PREFIX): x for name, x in checkpoint.state_dict.items() if name.startswith(_PREFIX)}
     is_tied = isinstance(config, LongNetConfig) and config.tied_embeddings
@@ -175,9 +187,10 @@ def config_of(hyper_parameters: dict[str, Any], trust: bool = False) -> LongNetC
         held = ", ".join(map(str, hyper_parameters)) or "nothing"
         raise ValueError(
             f"hyper_parameters must hold the config of a LongNet or a LongViT, got {held}: only checkpoints of "
-            f"LongNetModule, LongViTModule, CausalLMModule and their subclasses are read without their class; for "
-            f"another LightningModule call its load_from_checkpoint, and save its state_dict(), or give a LongNet that "
-            f"it holds to export_model"
+            f"LongNetModule, LongViTModule and their subclasses are read without their class. For another "
+            f"LightningModule: saved = lightning_longnet.read_checkpoint(path); module = "
+            f"MyModule(**saved.hyper_parameters); module.load_state_dict(saved.state_dict). export_model takes a "
+            f"LongNet that it holds"
         )
     kind = LongViTConfig if "patch_size" in value else LongNetConfig
     try:

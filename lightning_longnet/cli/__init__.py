@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if command not in TRAINER_COMMANDS and command not in COMMANDS:
         names = [*TRAINER_COMMANDS, *COMMANDS]
-        return _refuse(f"no command {command!r}{nearest(command, names, 0.75, ',')}; there are {', '.join(names)}")
+        return _refuse(f"no command {command!r}{nearest(command, names, mark=',')}; there are {', '.join(names)}")
     if command in TRAINER_COMMANDS and (len(given) == 1 or {"-h", "--help"} & set(given)):
         from lightning_longnet.cli.brief import brief_help, missing_arguments
 

@@ -39,11 +39,10 @@ def run(arguments: Namespace) -> None:
     """Export the model, and print its size and tokenizer."""
     from pathlib import Path
 
-    from lightning_longnet.checkpointing.checkpoints import read_checkpoint
+    from lightning_longnet.checkpointing.checkpoints import is_decoder, read_checkpoint
     from lightning_longnet.checkpointing.exports import export_model, model_of
     from lightning_longnet.cli.progress import written
     from lightning_longnet.data.tokenizers import tokenizer_of
-    from lightning_longnet.huggingface.saving import is_decoder
 
     saved = read_checkpoint(arguments.checkpoint)
     if is_decoder(saved.hyper_parameters):

@@ -79,9 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     prompt = arguments.prompt if arguments.prompt_file is None else _text_of(arguments.prompt_file)
     ids = _ids(tokenizer, prompt, model)
-    print(prompt, end="", flush=True)  # noqa: T201
     begin = perf_counter()
-    count, seconds, _ = _answer(model, tokenizer, cache, ids, arguments)
+    count, seconds, _ = _answer(model, tokenizer, cache, ids, arguments, prompt)
     print(flush=True)  # noqa: T201
     before = perf_counter() - begin - seconds
     rate = f"{(count - 1) / seconds:,.0f} tokens/s" if count > 1 and seconds else "-"
@@ -97,10 +96,6 @@ def _read(arguments: argparse.Namespace) -> tuple[LongNet, Tokenizer]:
 
     saved = read_checkpoint(arguments.checkpoint)
     hyper_parameters: dict[str, Any] = saved.hyper_parameters
-    if "config" not in hyper_parameters:
-        raise ValueError(
-            f"checkpoint must be of a LongNetModule, got hyperparameters {', '.join(hyper_parameters) or 'of nothing'}"
-        )
     model = model_of(saved).float()
     if not isinstance(model, LongNet):
         raise ValueError(f"checkpoint must be of a model that predicts tokens, got a {type(model).__name__}")
@@ -134,9 +129,14 @@ def _ids(tokenizer: Tokenizer, text: str, model: LongNet) -> list[int]:
 
 
 def _answer(
-    model: LongNet, tokenizer: Tokenizer, cache: DilatedCache | None, ids: list[int], arguments: argparse.Namespace
+    model: LongNet,
+    tokenizer: Tokenizer,
+    cache: DilatedCache | None,
+    ids: list[int],
+    arguments: argparse.Namespace,
+    prompt: str = "",
 ) -> tuple[int, float, list[int]]:
-    """Print the text of further tokens as they come.
+    """Print the prompt, once the options are checked, and then the text of further tokens as they come.
 
     Returns:
         the number of tokens, the seconds from the first to the last, and the tokens.
@@ -148,10 +148,12 @@ def _answer(
 
     shown = TextStream(tokenizer.decode, arguments.stop)
     options: dict[str, Any] = {name: getattr(arguments, name) for name in _SAMPLING}
+    further = model.stream(torch.tensor([ids]), arguments.tokens, cache=cache, **options)  # checks the options
+    print(prompt, end="", flush=True)  # noqa: T201
     found: list[int] = []
     first = last = 0.0
     with bar(arguments.tokens, "generating", "token", disable=sys.stdout.isatty()) as progress:
-        for token in model.stream(torch.tensor([ids]), arguments.tokens, cache=cache, **options):
+        for token in further:
             last = perf_counter()
             first = first or last
             found.append(int(token))

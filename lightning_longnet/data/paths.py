@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,10 @@ def found_files(
         if path.is_dir():
             inside = set(_in_folder(path, pattern, without))
             if not inside:
-                raise ValueError(f"{name} must hold files like {pattern!r}, found none in the folder {path}")
+                raise ValueError(
+                    f"{name} must hold files like {pattern!r}, found none in the folder {path.resolve()}"
+                    f"{_most_frequent(path, without)}"
+                )
             collected += sorted(inside)
         else:
             collected.append(path)
@@ -53,3 +57,12 @@ def _in_folder(folder: Path, pattern: str, without: Sequence[str]) -> list[Path]
         folders[:] = [each for each in folders if each not in without and not each.startswith(".")]
         matches += [Path(directory) / each for each in names if fnmatch(each, pattern) and not each.startswith(".")]
     return [path for path in matches if path.is_file()]
+
+
+def _most_frequent(folder: Path, without: Sequence[str]) -> str:
+    """Return the pattern that fits most files of a folder, as the end of an error message."""
+    suffixes = Counter(path.suffix for path in _in_folder(folder, "*.*", without) if path.suffix)
+    if not suffixes:
+        return ""
+    suffix, count = suffixes.most_common(1)[0]
+    return f"; it has {count} {'file' if count == 1 else 'files'} *{suffix}: pattern='*{suffix}'"

@@ -125,12 +125,6 @@ def _wrote(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def is_decoder(hyper_parameters: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint with these hyper-parameters is of a model of transformers."""
-    config = hyper_parameters.get("config")
-    return (isinstance(config, dict) and "model_type" in config) or "lora" in hyper_parameters
-
-
 def saved_decoder(state: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any]) -> PreTrainedModel:
     """Return the model of a checkpoint of `CausalLMModule`, with adapters merged into the weights that they are for."""
     weights = {name.removeprefix("model."): x for name, x in state.items()}

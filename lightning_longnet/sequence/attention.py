@@ -99,15 +99,29 @@ class ContextAttention(ContextDropout):
         `documents` and `key_padding_mask` are those of the tokens that q, k and v have on this rank, out of the batch
         that it was given; without them there are none.
 
-        `layer` is the number of this attention in the model.  It is required where `dropout` is positive: in a step
-        that was begun, calls with equal numbers drop the same pairs.  See `begin_step` for calls outside of steps.
+        As in `torch.nn.functional.scaled_dot_product_attention`, a positive `dropout` drops in evaluation too: in a
+        module write `attend(q, k, v, pattern, dropout=p if self.training else 0.0, layer=i)`.  `layer` is the number of
+        this attention in the model.  It is required where `dropout` is positive: in a step that was begun, calls with
+        equal numbers drop the same pairs.  See `begin_step` for calls outside of steps.
         """
+        if self._splitter.is_split:
+            self._check_layout(q)
         options = self.attend_options(
             q.shape[1], documents, key_padding_mask, dropout=dropout, layer=layer, exchange=exchange
         )
         options |= {"scale": scale, "sinks": sinks, "softcap": softcap}
         options |= {"mix": mix, "kernel": kernel, "ordering": ordering}
         return attend(q, k, v, pattern, **options)
+
+    @not_compiled
+    def _check_layout(self, q: Tensor) -> None:
+        """Raise a ValueError where the heads of q come before its tokens, as torch's attention has them."""
+        here, shape = self._splitter.local_length, tuple(q.shape)
+        if len(shape) == 4 and shape[1] != here and shape[2] == here:
+            raise ValueError(
+                f"q must be (batch, tokens, heads, head_dim), got {shape}, whose tokens are in dimension 2: leave out "
+                f"transpose(1, 2)"
+            )
 
     def attend_options(
         self,
@@ -128,8 +142,9 @@ class ContextAttention(ContextDropout):
         if dropout > 0:
             if layer is None:
                 raise ValueError(
-                    "layer must be the number of this attention in the model where dropout is positive, such as "
-                    "layer=0, layer=1, ...: in a step, calls with equal numbers drop the same pairs. Got None"
+                    "layer must be the number of this attention in the model where dropout is positive, as in "
+                    "attend(..., dropout=p if self.training else 0.0, layer=i): in a step, calls with equal numbers "
+                    "drop the same pairs. Got None"
                 )
             options["dropout_seed"] = self._seeds.of_layer(layer)
             options["dropout_samples"] = self.data_parallel_rank, self.data_parallel_size

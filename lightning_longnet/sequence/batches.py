@@ -109,10 +109,7 @@ def dim_of(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:
         return None
     is_known, dim = _find_dim(path, x, dims)
     if not is_known:
-        raise ValueError(
-            f"{_dotted(path)} of shape {tuple(x.shape)} is a tensor that nothing is known of: say in the module which "
-            f"of its dimensions is the sequence, sequence_dims = {{{path[-1]!r}: 1}}, or None where it has none"
-        )
+        raise ValueError(_of_unknown([(path, x)]))
     if dim is None:
         return None
     if not -x.dim() <= dim < x.dim():
@@ -121,6 +118,28 @@ def dim_of(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:
             f"which one is the sequence, sequence_dims = {{{path[-1]!r}: ...}}, or None where it has none"
         )
     return dim % x.dim()
+
+
+def _check_known(batch: Any, dims: Mapping[str, int | None]) -> None:
+    """Raise a ValueError that names all tensors of a batch whose dimension is neither declared nor known."""
+    unknown = [(path, x) for path, x in named_tensors(batch) if x.dim() > 0 and not _find_dim(path, x, dims)[0]]
+    if unknown:
+        raise ValueError(_of_unknown(unknown))
+
+
+def _of_unknown(unknown: list[tuple[Path, Tensor]]) -> str:
+    """Return the message of an error about tensors whose dimension is neither declared nor known."""
+    shown = ", ".join(f"{_dotted(path)} of shape {tuple(x.shape)}" for path, x in unknown)
+    kind, whose, they = (
+        ("is a tensor", "its dimensions", "it has")
+        if len(unknown) == 1
+        else ("are tensors", "their dimensions", "they have")
+    )
+    declared = {path[-1]: 1 if x.dim() > 1 else None for path, x in unknown}
+    return (
+        f"{shown} {kind} that nothing is known of: say in the module which of {whose} is the sequence, "
+        f"sequence_dims = {declared}, or None where {they} none"
+    )
 
 
 def known_dim(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:
@@ -146,6 +165,7 @@ def _find_dim(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> tuple[bo
 
 def length_of(batch: Any, dims: Mapping[str, int | None]) -> int:
     """Return the number of tokens of a batch's sequences, which must be the same in all of them."""
+    _check_known(batch, dims)
     lengths = {}
     for path, x in named_tensors(batch):
         dim = dim_of(path, x, dims)
@@ -191,6 +211,7 @@ def _is_guessed(path: Path, dims: Mapping[str, int | None]) -> bool:
 
 def is_whole(batch: Any, dims: Mapping[str, int | None]) -> bool:
     """Whether every tensor of a batch, and at least one, is declared to have no sequence."""
+    _check_known(batch, dims)
     declared = [dim_of(path, x, dims) for path, x in named_tensors(batch) if x.dim() > 0]
     return bool(declared) and not any(dim is not None for dim in declared)
 

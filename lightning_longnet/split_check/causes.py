@@ -31,8 +31,8 @@ ADVICE = {
     ),
     ATTENTION: (
         "attention among the tokens of this rank alone",
-        "call sequence_context(self).attend(q, k, v, pattern), or use DilatedSelfAttention or "
-        "MultiheadDilatedAttention; Pattern.dense() is full attention",
+        "call sequence_context(self).attend(q, k, v, pattern), each (batch, tokens, heads, head_dim), or use "
+        "DilatedSelfAttention or MultiheadDilatedAttention; Pattern.dense() is full attention",
     ),
     STATE: (
         "a recurrence that begins anew on each rank",

@@ -113,5 +113,8 @@ def parted(fault: str) -> Verdict:
 
 def shown(ranks: int, error: float, what: str) -> str:
     """Return what differs, and by how much."""
-    size = f"{error:.1%}" if error >= 0.001 else f"a share of {error:.0e}"
+    if error >= 1e-6:
+        size = f"{error:.1%}" if error >= 0.001 else f"{100 * error:.1g}%"
+    else:
+        size = f"a share of {error:.0e}"
     return f"{what} on {ranks} ranks differs by {size} from that of one process"

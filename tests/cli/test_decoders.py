@@ -75,9 +75,33 @@ def read_small():
     return yaml.safe_load((FOLDER / "small.yaml").read_text())["model"]["init_args"]["config"]
 
 
+def saved(module, path):
+    """Save a module as a Trainer does."""
+    import lightning as L
+
+    trainer = L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, barebones=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path, weights_only=True)
+
+
+def test_commands_of_longnets_name_what_reads_a_model_of_transformers(tmp_path, capsys):
+    saved(CausalLMModule(config=TINY), tmp_path / "some.ckpt")
+    assert main(["export", str(tmp_path / "some.ckpt"), str(tmp_path / "out"), "--format", "huggingface"]) == 0
+    (tmp_path / "a.txt").write_text("some text")
+    texts = [str(tmp_path / "a.txt"), "--checkpoint"]
+    capsys.readouterr()
+    for words in (["generate"], ["score", *texts], ["embed", f"--out={tmp_path}/out.safetensors", *texts]):
+        assert main([*words, str(tmp_path / "some.ckpt")]) == 2
+        assert (
+            "is of a CausalLMModule, which only `longnet export` reads: longnet export CHECKPOINT FOLDER --format "
+            "huggingface, then AutoModelForCausalLM.from_pretrained(FOLDER).generate"
+        ) in capsys.readouterr().err
+        assert main([*words, str(tmp_path / "out")]) == 2
+        assert "; it is a folder of transformers: load it with AutoModelForCausalLM\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_checkpoint_is_exported_for_transformers(tmp_path, capsys, adapted):
-    import lightning as L
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)
@@ -85,9 +109,7 @@ def test_a_checkpoint_is_exported_for_transformers(tmp_path, capsys, adapted):
     if adapted:
         module.save_pretrained(tmp_path / "base")
         module = CausalLMModule(name=str(tmp_path / "base"), lora={"r": 2, "init_lora_weights": False})
-    trainer = L.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, barebones=False)
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint(tmp_path / "some.ckpt", weights_only=True)
+    saved(module, tmp_path / "some.ckpt")
     assert main(["export", str(tmp_path / "some.ckpt"), str(tmp_path / "out"), "--format", "huggingface"]) == 0
     assert "Qwen3ForCausalLM" in capsys.readouterr().out
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

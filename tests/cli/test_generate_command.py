@@ -95,13 +95,14 @@ def test_a_conversation_goes_on_with_what_was_said(generated, monkeypatch):
     [
         ("a", ["--chat"], "--chat needs a terminal"),
         ("a", ["--stop="], "stops must be texts of at least one character"),
+        ("a", ["--temperature=-1"], "temperature must be 0 or more, got -1.0"),
         ("a", ["--top-p=2"], "top_p must be more than 0 and at most 1, got 2.0"),
         ("encoder", [], "model must be causal in every layer"),
         ("curve", ["--cache=int8"], "--cache is of models that have a cache"),
     ],
 )
 def test_refusals(generated, name, words, message):
-    status, _, said = generated(*words, "--tokens=2", name=name)
-    assert status == 2
+    status, shown, said = generated("--prompt=abc", *words, "--tokens=2", name=name)
+    assert (status, shown) == (2, "")
     assert said.splitlines()[-1].startswith("longnet: error:")
     assert message in said

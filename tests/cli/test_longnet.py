@@ -72,6 +72,8 @@ MISTAKES = {
     "command": (["fitt"], r"no command 'fitt', did you mean fit\?; there are fit, validate"),
     "word of a command": (["generate"], r"longnet generate needs checkpoint: longnet generate last\.ckpt --prompt"),
     "number": (["generate", "a.ckpt", "--tokens=many"], "argument --tokens: must be a whole number, got 'many'"),
+    "swapped letters": (["fti"], r"no command 'fti', did you mean fit\?; there are fit, validate"),
+    "no such command": (["xyz"], "no command 'xyz'; there are fit, validate"),
     "option of a command": (["generate", "a.ckpt", "--promt=x"], r"no option --promt, did you mean --prompt\?"),
     "one word too many": (["report", "empty", "--no-images", "-x"], "no option -x"),
     "option of plan": (["plan", QUICKSTART, "--nods=3"], r"no option --nods, did you mean --nodes\?"),

@@ -1,6 +1,7 @@
 """Streams give any stretch of what their files hold, whatever borders it crosses."""
 
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -131,8 +132,17 @@ def test_what_is_not_found_is_reported_in_a_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"paths must be files or folders that are there, .*missing is not"):
         found_files("paths", [tmp_path / "missing"], "*.py")
     (folder := tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"paths must hold files like '\*.py', found none in the folder .*empty"):
+    with pytest.raises(ValueError, match=r"paths must hold files like '\*.py', found none in the folder .*empty$"):
         found_files("paths", [folder], "*.py")
+    (tmp_path / "texts/more").mkdir(parents=True)
+    for name in ("a.txt", "more/b.txt", "c.md", "more/.d.md", "e"):
+        (tmp_path / "texts" / name).write_text(name)
+    message = f"found none in the folder {tmp_path.resolve()}/texts; it has 2 files *.txt: pattern='*.txt'"
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        found_files("paths", [folder / "../texts"], "*.py")
+    (tmp_path / "texts/a.txt").unlink()
+    with pytest.raises(ValueError, match=r"; it has 1 file \*.md: pattern='\*.md'$"):
+        found_files("paths", [tmp_path / "texts"], "*.py", ["more"])
     (folder / "a.py").touch()
     with pytest.raises(ValueError, match="paths must hold some text, all 1 files are empty"):
         found_files("paths", [folder], "*.py")

@@ -74,6 +74,12 @@ def test_each_kind_of_batch(batch, dims, at):
         ({"positions": torch.ones(2, 6, 3)}, {}, "positions of shape .* nothing is known of"),
         ({"labels": {"kind": IDS}}, {}, r"labels.kind of shape \(2, 6\) is a tensor that nothing is known of"),
         ([IDS], {}, r"0 of shape \(2, 6\) is a tensor that nothing is known of.*\{'0': 1\}"),
+        (
+            (IDS, IDS, torch.ones(2)),
+            {"1": 1},
+            r"^0 of shape \(2, 6\), 2 of shape \(2,\) are tensors that nothing is known of: .* which of their "
+            r"dimensions is the sequence, sequence_dims = \{'0': 1, '2': None\}, or None where they have none$",
+        ),
         ({"input_ids": IDS, "labels": IDS[:, 1:]}, {}, "same number of tokens, got input_ids 6, labels 5"),
         ({"age": torch.ones(2)}, {"age": None}, "no tensor with a sequence"),
         ({"input_ids": IDS}, {"input_ids": 2}, "along dimension 2, and has shape"),

@@ -109,6 +109,25 @@ def attended_by_hand(group, documents):
     assert context.shard is None
 
 
+def attended_with_heads_first(group):
+    """Errors of q whose heads come before its tokens, and of another length; none where both numbers are equal."""
+    context = made(group)
+    q = context.split({"q": drawn(5, 2, 24, 4, 8)}, {"q": 1})["q"]
+    message = (
+        r"q must be .* head_dim\), got \(2, 4, 12, 8\), whose tokens are in dimension 2: leave out transpose\(1, 2\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        context.attend(*[q.transpose(1, 2)] * 3, PATTERN)
+    with pytest.raises(ValueError, match="this rank holds 12 tokens of each sequence of 24, got 11"):
+        context.attend(*[q[:, 1:]] * 3, PATTERN)
+    square = context.split({"q": drawn(6, 2, 8, 4, 8)}, {"q": 1})["q"]
+    return context.attend(square, square, square, PATTERN).shape
+
+
+def test_heads_before_tokens_are_refused(pool):
+    assert pool.run(2, attended_with_heads_first) == [(2, 4, 4, 8)] * 2
+
+
 @pytest.mark.parametrize("rows", [slice(None), 0])
 def test_a_batchs_shard_knows_documents_and_padding(pool, rows):
     pool.run(3, attended_by_hand, DOCUMENTS[rows])

@@ -59,7 +59,8 @@ def test_attention_that_drops_has_a_number_in_the_model(step):
     q, context = drawn(0, 1, 20, 4, 8), SequenceContext(seed=3)
     context.begin_step(step)
     with pytest.raises(
-        ValueError, match=r"layer must be the number of this attention .* drop the same pairs. Got None"
+        ValueError,
+        match=r"layer must be the number of this attention .*dropout=p if self.training else 0.0, layer=i.*Got None",
     ):
         dropped(context, q, layer=None)
     assert torch.equal(dropped(context, q, dropout=0.0, layer=None), dropped(context, q, dropout=0.0, layer=1))

@@ -10,6 +10,7 @@ from test_split_check import LENGTH, batch_of, connected
 from torch import nn
 
 from lightning_longnet import attach_context, check_split, sequence_context
+from lightning_longnet.split_check.verdict import shown
 
 
 class Predicting(OurAttention):
@@ -199,3 +200,11 @@ def test_logged_numbers_and_buffers_of_a_rank_are_warned_of(trainers, world, siz
         assert all(start in line and "Instead: " in line for line in lines), lines
     tracked = first["TracksPart"][0]
     assert "the buffer tracker.mean of tracker (Module) on 2 ranks differs by" in tracked
+
+
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [(1.062, "106.2%"), (0.001, "0.1%"), (4e-4, "0.04%"), (1e-6, "0.0001%"), (4e-7, "a share of 4e-07")],
+)
+def test_differences_are_shown_in_percent(error, size):
+    assert shown(2, error, "the loss") == f"the loss on 2 ranks differs by {size} from that of one process"
