@@ -118,7 +118,8 @@ class Runner:
                 if not gradients.updates:
                     raise
             draws = generators.draws(self.device)
-            logged.compute()
+            if not self.training:  # metrics share their states by themselves
+                logged.compute()
         numbers = {"the loss" if i == 0 else f"loss {i + 1}": float(x) for i, x in enumerate(losses)}
         if not self.training:
             numbers |= {f"what is logged as {name}": value for name, value in logged.items()}

@@ -8,6 +8,7 @@ import torch
 from faults import Base, Cumulative, OurAttention
 from test_split_check import LENGTH, batch_of, connected
 from torch import nn
+from torchmetrics import Metric
 
 from lightning_longnet import attach_context, check_split, sequence_context
 from lightning_longnet.split_check.verdict import shown
@@ -120,6 +121,16 @@ def test_results_of_predict_steps_are_those_of_one_process(trainers, world, size
     assert "what predict_step returns on 2 ranks differs" in every[0]["PooledOfPart"][1]
 
 
+class LateMetric(Metric):
+    """A metric that has no value yet."""
+
+    def update(self):
+        pass
+
+    def compute(self):
+        raise ValueError("no batch of this metric is complete")
+
+
 class Logging(L.LightningModule):
     """A module whose loss is right."""
 
@@ -129,6 +140,7 @@ class Logging(L.LightningModule):
         self.norm = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))  # whose buffers move alike
         self.tracker = nn.Module()
         self.tracker.register_buffer("mean", torch.zeros(()))
+        self.metric = LateMetric()
 
     def training_step(self, batch, batch_idx=0):
         self.norm(torch.ones(4, dtype=self.norm.weight.dtype))
@@ -145,6 +157,7 @@ class Logging(L.LightningModule):
         self.log("tokens", float(logits.shape[1]), reduce_fx="sum", sync_dist=True)
         self.log("noise", torch.rand(()))
         self.log("largest", logits.detach().max(), reduce_fx="max", sync_dist=True)
+        self.log("metric", self.metric)
         self.tracker.mean.lerp_(square.to(self.tracker.mean), 0.1)
 
 
