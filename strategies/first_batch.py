@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lightning_longnet.strategies.split_steps import SplitSteps
 
 _FIT = {"training", "validation"}
+_PACKAGE = "lightning_longnet."
 
 
 class FirstBatchCheck:
@@ -66,8 +67,18 @@ class FirstBatchCheck:
         """Whether the batch that a loop was given is the first of training, validation, test or prediction."""
         stage, size = _stage(trainer), strategy.sequence_context.sequence_parallel_size
         if stage == "predict" and _is_own_predict_step(trainer.lightning_module):
+            self._skip_prediction(type(trainer.lightning_module))
             return False
         return bool(stage) and stage not in self._checked and self.action != "off" and size > 1
+
+    def _skip_prediction(self, kind: type[LightningModule]) -> None:
+        """Log once that a user's subclass is not checked; this package's own modules are right."""
+        if "predict" not in self._checked and not kind.__module__.startswith(_PACKAGE):
+            rank_zero_info(
+                f"split check of predict: not made, as {kind.__name__} has the predict step of this package, which may "
+                f"continue texts by thousands of tokens"
+            )
+        self._checked.add("predict")
 
     def check(self, strategy: SplitSteps, module: LightningModule, batch: Any, dims: Any) -> None:
         """Check a first batch, which `is_due`."""
@@ -145,7 +156,7 @@ def _stage(trainer: Trainer) -> str:
 
 def _is_own_predict_step(module: LightningModule) -> bool:
     """Whether the predict step is one of this package, which are right: generating texts would take long."""
-    return str(type(module).predict_step.__module__).startswith("lightning_longnet.")
+    return str(type(module).predict_step.__module__).startswith(_PACKAGE)
 
 
 def _inside(strategy: SplitSteps, module: LightningModule, stage: str) -> EngineModule:
