@@ -82,7 +82,7 @@ PROOFS = {
     "`--ckpt_path` names": COMMANDS,
     "A model of transformers is given": f"{DECODERS}::test_a_batch_that_trains_something_else_is_refused",
     "A batch for a model": f"{DECODERS}::test_a_batch_that_trains_something_else_is_refused",
-    "No `position_ids`": f"{DECODERS}::test_transformers_names_are_read",
+    "No `position_ids`": f"{DECODERS}::test_positions_that_are_left_out_are_those_of_each_document",
     "`use_cache=True`": f"{DECODERS}::test_a_cache_is_off_in_training_and_on_in_the_export",
     "An encoder, or": f"{DECODERS}::test_another_model_is_refused",
     "The tokenizer of the data": f"{DECODERS}::test_another_vocabulary_is_refused",

@@ -81,6 +81,28 @@ def test_transformers_names_are_read():
     assert result.loss_sum != net._losses(SHIFTED).loss_sum
 
 
+def losses_without_positions(rank, world):
+    """Return the loss of the whole batch without positions, and that with them, on these ranks."""
+    documents, losses = torch.arange(19).expand(4, -1) // 7, []
+    for positions in ({}, {"positions": torch.arange(19).expand(4, -1) % 7}):
+        strategy = "auto" if world == 1 else RingSequenceParallelStrategy(world, "ddp")
+        torch.manual_seed(0)
+        with quiet():
+            trainer = trainer_of(strategy, world, max_steps=1, precision="64-true")
+            batch = {**SHIFTED, "documents": documents, **positions}
+            trainer.fit(module("float64", attention="ring"), DataLoader(One(batch), batch_size=None))
+        losses.append(float(trainer.callback_metrics["train/loss"]))
+    return losses
+
+
+def test_positions_that_are_left_out_are_those_of_each_document(trainers):
+    alone = losses_without_positions(0, 1)
+    assert alone[0] == pytest.approx(alone[1], rel=1e-12)
+    for without, given in trainers.run(2, losses_without_positions):
+        assert without == pytest.approx(given, rel=1e-12)
+        assert without == pytest.approx(alone[0], rel=1e-9)
+
+
 def test_a_cache_is_off_in_training_and_on_in_the_export(tmp_path):
     from transformers import AutoModelForCausalLM
 
