@@ -202,7 +202,7 @@ def planned(group):
 
 def test_a_call_does_what_the_plan_says(pool):
     """Once for all calls of a shard; weights, which go by the threads of all ranks, have no part in it."""
-    planned = sequence_plan(LONGNET, (64,) * 3, 4, head_dim=16)
+    whole_plan = sequence_plan(LONGNET, (64,) * 3, 4, head_dim=16)
     for threads, asked in pool.run(3, planned):
         assert threads == 3
-        assert asked == [(planned.layout, "auto", Sizes(1, 16, 16, 4, 4))]
+        assert asked == [(whole_plan.layout, "auto", Sizes(1, 16, 16, 4, 4))]

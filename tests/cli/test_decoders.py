@@ -114,5 +114,6 @@ def test_a_checkpoint_is_exported_for_transformers(tmp_path, capsys, adapted):
     assert "Qwen3ForCausalLM" in capsys.readouterr().out
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.arange(20)[None] % 29
-    torch.testing.assert_close(exported(ids).logits, module.eval()(ids), rtol=1e-5, atol=1e-6)
+    # in float64, where only the rounding of merged weights is left
+    torch.testing.assert_close(exported.double()(ids).logits, module.double().eval()(ids), rtol=1e-5, atol=1e-6)
     assert main(["export", str(tmp_path / "some.ckpt"), str(tmp_path / "plain")]) != 0

@@ -14,8 +14,6 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor
-
 
 # Multiply-adds of a head's products in a forward and in a backward, from which on oneDNN is the faster library.  A call
 # of oneDNN costs more: on an EPYC it took 20 times as long at 16 tokens, and half as long at 1,024
@@ -40,11 +38,6 @@ def routed_products(size: float = float("inf"), least: int = LEAST_FORWARD) -> I
         return
     with _setting.routed():
         yield
-
-
-def product_size(q: Tensor, k: Tensor) -> int:
-    """Return the multiply-adds of the product of a head's queries (..., rows, D) and its keys (..., keys, D)."""
-    return q.shape[-2] * k.shape[-2] * q.shape[-1]
 
 
 class _Setting:

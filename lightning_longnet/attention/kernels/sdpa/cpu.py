@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_longnet.attention.kernels.call import band, head_weights, weights
-from lightning_longnet.attention.kernels.products import LEAST_BACKWARD, product_size, routed_products
+from lightning_longnet.attention.kernels.products import LEAST_BACKWARD, routed_products
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
     q, k, v = (_operand(x) for x in (q, k, v))
     is_causal, mask = _mask(q, k, call)
-    with routed_products(product_size(q, k)):
+    with routed_products(q.shape[2] * k.shape[2] * q.shape[3]):
         out, lse = _forward(q, k, v, 0.0, is_causal, attn_mask=mask, scale=call.scale)
     empty = call.empty_rows(q.shape[2], q.shape[1])
     return out, lse if empty is None else lse.masked_fill(empty, -torch.inf)
@@ -52,7 +52,7 @@ def backward(
     grad, q, k, v = (_operand(x) for x in (grad, q, k, v))
     out = out.to(q.dtype)  # the result of a single branch is in the type of the accumulators
     is_causal, mask = _mask(q, k, call)
-    with routed_products(product_size(q, k), LEAST_BACKWARD):
+    with routed_products(q.shape[2] * k.shape[2] * q.shape[3], LEAST_BACKWARD):
         dq, dk, dv = _backward(grad, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=call.scale)
     return dq, dk, dv
 
