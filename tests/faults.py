@@ -49,6 +49,15 @@ class PlainMean(Base):
         return F.cross_entropy(self.logits(batch).flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
 
 
+class PlainMeanAtPlaces(PlainMean):
+    """A plain mean in a step that takes the right positions itself."""
+
+    def logits(self, batch):
+        x = self.first(self.embedding(batch["input_ids"]))
+        places = sequence_context(self).positions_of(x)
+        return self.head(x + torch.sin(places.to(x))[..., None])
+
+
 class OwnAttention(Base):
     def build(self):
         self.attention = Mixer()
@@ -235,6 +244,7 @@ FAULTS = [
     (HiddenByAGate, "attention", "attention"),
     (DetachedSum, "the step itself", "reduction"),
     (SummedLoss, None, None),
+    (PlainMeanAtPlaces, "the step itself", "mean"),
 ]
 
 

@@ -50,7 +50,7 @@ def verdicts(rank, world, size, kinds, length=LENGTH, action="warn", **settings)
 @pytest.mark.parametrize(
     ("world", "size", "faults"),
     [
-        (2, 2, FAULTS[::4]),
+        (2, 2, [*FAULTS[::4], FAULTS[-1]]),
         pytest.param(2, 2, FAULTS, marks=pytest.mark.full),
         pytest.param(4, 2, FAULTS, marks=pytest.mark.long),
     ],
