@@ -72,9 +72,9 @@ def figure_of(chart: Chart) -> Figure:
     if chart.labels:
         axes.set_xticks(range(len(chart.labels)), chart.labels)
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if chart.from_zero:
-        axes.set_ylim(0, None)
+        axes.set_ylim(0, max(1.08 * axes.dataLim.ymax, 1.0 if chart.is_percent else 0.0) or None)
     if chart.is_percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set(title=chart.title, xlabel=chart.x_label, ylabel="" if chart.is_percent else chart.unit)
