@@ -82,6 +82,7 @@ def test_no_right_module_is_accused(trainers, world, size, kinds):
         for name, verdict in rank.items():
             assert verdict.kind == "equal", (name, verdict)
             assert verdict.error < 1e-6, (name, verdict)
+            assert not verdict.side_effects, (name, verdict)
             assert verdict.drops_directly == (name == "Dropped"), "torch's function is called by the step itself"
 
 

@@ -76,6 +76,7 @@ def test_no_right_module_is_accused(trainers, world, size, kinds, placement):
             assert verdict.kind in (kind, "equal" if kind == "inconclusive" else kind), (name, verdict)
             if verdict.kind == "equal":
                 assert verdict.error < 1e-5, (name, verdict)
+            assert not verdict.side_effects, (name, verdict)
 
 
 @pytest.mark.parametrize(
