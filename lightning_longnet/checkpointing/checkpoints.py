@@ -77,7 +77,9 @@ def read_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
 def is_decoder(hyper_parameters: Mapping[str, Any]) -> bool:
     """Return whether a checkpoint with these hyper-parameters is of a model of transformers."""
     config = hyper_parameters.get("config")
-    return (isinstance(config, dict) and "model_type" in config) or "lora" in hyper_parameters
+    if config is None:
+        return "lora" in hyper_parameters  # adapters, whose checkpoint names the model that they are for
+    return isinstance(config, dict) and "model_type" in config
 
 
 def write_checkpoint(model: LongNet | LongViT, path: str | Path) -> None:

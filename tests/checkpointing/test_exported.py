@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from lightning_longnet import Branch, LongNet, LongNetConfig, LongViT, LongViTConfig, Pattern, magneto_gain
-from lightning_longnet.checkpointing.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from lightning_longnet.checkpointing.checkpoints import Checkpoint, is_decoder, read_checkpoint, write_checkpoint
 from lightning_longnet.checkpointing.exports import config_of, export_model, load_model, model_of
 from lightning_longnet.data.tokenizers import tokenizer_of
 
@@ -214,6 +214,16 @@ def test_hyper_parameters_without_a_model_are_reported():
             match=r"must hold the config of a LongNet .* saved = lightning_longnet\.read_checkpoint\(path\); module = ",
         ):
             config_of(options)
+
+
+def test_models_of_transformers_are_known_by_their_configuration():
+    own = {"config": longnet().config.to_dict(), "lora": {"r": 4}}  # a LongNet, in a module with adapters of its own
+    assert [is_decoder(each) for each in ({"config": {"model_type": "qwen3"}}, {"name": "a", "lora": {}}, own, {})] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_patterns_in_files_are_read_wherever_branches_lived(tmp_path, monkeypatch):

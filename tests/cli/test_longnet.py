@@ -119,7 +119,7 @@ MISTAKES = {
     "pattern": (["fit", "--data=lightning_longnet.ByteData"],
                 "--model.config.pattern must be given: which keys .*--model.config.pattern='{branches: "),
     "data": (["fit", QUICKSTART, *SMALL, "--data.paths=nowhere"], "paths must be files or folders that are there, now"),
-    "empty": (["fit", QUICKSTART, *SMALL, "--data.paths=empty"], r"\*.py.*/empty"),
+    "empty": (["fit", QUICKSTART, *SMALL, "--data.paths=empty"], r"\*.py.*/empty$"),
     "length": (["fit", QUICKSTART, *SMALL, "--data.tokens=10000000"], "tokens must be .* got 10,000,000"),
     "length with a suffix": (["fit", QUICKSTART, *SMALL, "--data.tokens", "16M"], "tokens must be .* got 16,777,216"),
     "vocabulary": (["fit", QUICKSTART, *SMALL, "--model.config.vocab_size=200"], "at least that of the data, 256, got"),
