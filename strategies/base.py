@@ -58,7 +58,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, SplitSteps):
             "tokens" weights them by their tokens, so that the gradient is that of one large batch.
         timeout: seconds after which a rank that waits for another one raises an error: outside of steps, in the first
             step, and in the step after a validation or a save.
-        engine: further options of Lightning's strategy for the engine.
+        engine: further keyword arguments of the Lightning strategy that `sharding` selects.
         preemption: adds the callback `Preemption` when fitting, unless the Trainer has one: SIGTERM to any rank then
             saves one checkpoint of all ranks and ends the run.  False leaves signals to Lightning.
         split_check: what happens if the module computes something else on parts of sequences than on whole ones, which

@@ -18,13 +18,14 @@ from lightning_longnet.supervision.ports import free_port
 
 GRACE = 5.0  # seconds in which an error may show, and callbacks may save
 _PARENT = "LIGHTNING_LONGNET_LAUNCHER"
-_PARENTS: list[int] = []  # the process that has started this one
+_PARENTS: list[int] = []  # at most one entry: the process id of the launcher of this rank
 
 
 class WatchedLauncher(_SubprocessScriptLauncher):
-    """Starts the other ranks of a node, which end when it ends, and ends them where it fails."""
+    """Starts the other ranks of a node: they end when this process ends, and `end_children` kills those that do not."""
 
     def _call_children_scripts(self) -> None:
+        """Start the other ranks with this process's id in their environment, on a single node at a free port."""
         os.environ[_PARENT] = str(os.getpid())
         if self.num_nodes == 1 and not {"MASTER_PORT", "STANDALONE_PORT"} & os.environ.keys():
             os.environ["MASTER_PORT"] = str(free_port())

@@ -136,6 +136,7 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         super().pre_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
+        """After the last micro-batch of a step, scale the gradients so that micro-batches count by their tokens."""
         super().post_backward(closure_loss)
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer

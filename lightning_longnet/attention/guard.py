@@ -239,7 +239,7 @@ class Guard:
 
 
 def _advice(error: RuntimeError, is_lost: bool) -> str:
-    """Return what may help against an error of a step, or an empty text."""
+    """Return the advice for an error of a step, or an empty text if there is none."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return f"Memory is short: {_LESS_MEMORY}."
     is_of_attention = _is_of_attention(error)

@@ -1,4 +1,4 @@
-"""`SequenceContext`: what layers, modules and callbacks know of the ranks, and of the batch that is worked on."""
+"""`SequenceContext`: what layers, modules and callbacks know about the ranks and the current batch."""
 
 from __future__ import annotations
 

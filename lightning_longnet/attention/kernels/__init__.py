@@ -55,7 +55,7 @@ _REASONS = {
 
 
 class Kernel(Protocol):
-    """A module that computes attention, as `judge` asks it whether it can compute a call."""
+    """The interface that `judge` uses to ask a kernel module whether it can compute a call."""
 
     @property
     def name(self) -> str:

@@ -114,7 +114,7 @@ class ActivatedFlash:
 
 @contextmanager
 def active(implementation: str) -> Iterator[None]:
-    """Put an implementation behind torch's flash operators, and afterwards what was there before."""
+    """Activate an implementation of torch's flash operators inside the block, and restore the previous one after it."""
     with _LOCK:
         before = attention.current_flash_attention_impl()
         if before == implementation:

@@ -40,7 +40,7 @@ class OrderMask(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a kernel besides q, k and v, which are (batch, heads, rows, D) and hold the block's rows."""
+    """The arguments of a kernel besides q, k and v.  These are (batch, heads, rows, D), the rows of the block."""
 
     block: Block
     scale: float

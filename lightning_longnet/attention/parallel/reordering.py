@@ -1,4 +1,4 @@
-"""Attention along another line than the sequence: rows travel into its order before a call, and back after it."""
+"""Attention over tokens in another order, a `Line`: rows are brought into it before a call, and back after it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RowOrder(Protocol):
 
     @property
     def saves_rows(self) -> bool:
-        """Whether the backward needs the reordered tensors of the forward, since to reorder them again is costly."""
+        """Whether the forward saves its reordered tensors for the backward, as reordering them again is costly."""
 
     def reorder(self, *tensors: Tensor) -> list[Tensor]:
         """Return the tensors in the order."""

@@ -94,7 +94,7 @@ class Branch:
         return kv_head // -(-kv_heads // self.dilation_rate)
 
     def connects(self, length: int) -> bool:
-        """Return whether a query sees any other key than its own."""
+        """Return whether any query may see a key of another token."""
         return min(self.border(length), self.window or length) > self.dilation_rate
 
     def border(self, length: int) -> int:

@@ -139,7 +139,7 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
 def _curve(sizes: _Sizes, cache: dict[_Sizes, Tensor]) -> Tensor:
     """Return the coordinates of the cells of a box in the order of its curve, (3, cells).
 
-    The curve begins at the corner (0, 0, 0) and ends at the far end of axis 0.  `cache` holds the curves of boxes by
+    The curve begins at (0, 0, 0) and ends at (sizes[0] - 1, 0, 0).  `cache` holds the curves of boxes by
     size: the pieces of a large box have few different sizes.
     """
     if sizes not in cache:

@@ -1,4 +1,4 @@
-"""`CopiedLattice`: rows at unequal distances, which are read as copies and never as a view."""
+"""`CopiedLattice`: a lattice whose rows are always read as a copy, never as a strided view."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
     grad, q, k, v = (_operand(x) for x in (grad, q, k, v))
-    out = out.to(q.dtype)  # the result of a single branch is in the type of the accumulators
+    out = out.to(q.dtype)  # which a single branch leaves in the type of its accumulators
     is_causal, mask = _mask(q, k, call)
     with routed_products(q.shape[2] * k.shape[2] * q.shape[3], LEAST_BACKWARD):
         dq, dk, dv = _backward(grad, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=call.scale)

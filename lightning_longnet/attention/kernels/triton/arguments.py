@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """A tensor (B, N, H, D) or (B, N, H) and the distances of its samples, rows and heads; D is contiguous."""
+    """A tensor (B, N, H, D) or (B, N, H) and its strides over samples, rows and heads; D is contiguous."""
 
     data: Tensor
     batch: int
