@@ -205,16 +205,19 @@ def _has_positions(batch: Any) -> bool:
     return any(path[-1] in ("position_ids", "positions") for path, _ in named_tensors(batch))
 
 
+def _verdict_at(comparison: Comparison, batch: Any) -> Verdict | None:
+    """Return the verdict at the length of a comparison, with unequal numbers of labels if the step allows it."""
+    verdict, fault = comparison.verdict(batch, fewer_labels=True)
+    return comparison.verdict(batch)[0] if fault else verdict
+
+
 def _confirmed(verdict: Verdict, comparison: Comparison, batch: Any, tokens: int | None) -> Verdict:
     """Return a verdict of "different" where parts differ at a length like the real one, too.
 
     There ranks hold equally many tokens, as a convolution with a stride, blocks or a plain mean may need.  They hold
     unequal numbers of labels, as any batch may.
     """
-    for fewer_labels in (True, False):
-        other, fault = comparison.verdict(batch, fewer_labels)
-        if not fault:
-            break
+    other = _verdict_at(comparison, batch)
     if other is None or other.kind != "equal":
         return verdict
     assert verdict.error is not None
@@ -228,10 +231,7 @@ def _confirmed(verdict: Verdict, comparison: Comparison, batch: Any, tokens: int
 
 def _with_lasting_effects(verdict: Verdict, comparison: Comparison, batch: Any) -> Verdict:
     """Return a verdict whose side effects are those that are also there at a length like the real one."""
-    for fewer_labels in (True, False):
-        other, fault = comparison.verdict(batch, fewer_labels)
-        if not fault:
-            break
+    other = _verdict_at(comparison, batch)
     if other is None or other.kind != "equal":
         return verdict
     return replace(verdict, side_effects={x: n for x, n in verdict.side_effects.items() if x in other.side_effects})
