@@ -37,7 +37,7 @@ StateSaveLocation={folder}/state
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
 SlurmctldTimeout=30
-SlurmdTimeout=60
+SlurmdTimeout={daemon_timeout}
 InactiveLimit=0
 KillWait=20
 MinJobAge=300
@@ -54,26 +54,30 @@ JobRequeue=1
 
 
 class Cluster:
-    """`run` calls a command of SLURM's; `close` ends the daemons by their pids."""
+    """`run` calls a command of SLURM's; `close` ends the daemons by their pids.
+
+    A node counts as failed when its daemon has not answered for `daemon_timeout` seconds.
+    """
 
     patience = 300  # seconds for a job to reach a state or a step; other tests may run beside it
 
-    def __init__(self, folder, nodes=2, processors=2):
+    def __init__(self, folder, nodes=2, processors=2, daemon_timeout=60):
         self.folder, self.nodes = Path(folder), nodes
         missing = [name for name in PROGRAMS if shutil.which(name) is None]
         assert not missing, f"{missing} are not there: apt-get install -y --no-install-recommends {PACKAGES}"
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
         for name in ("munge", "state", *(f"spool.n{node}" for node in range(nodes))):
             (self.folder / name).mkdir(mode=0o755)
-        self._configure(processors)
+        self._configure(processors, daemon_timeout)
         try:
             self._start()
         except BaseException:
             self.close()
             raise
 
-    def _configure(self, processors):
+    def _configure(self, processors, daemon_timeout):
         values = {"port": free_port(), "user": getpass.getuser(), "folder": self.folder}
+        values["daemon_timeout"] = daemon_timeout
         lines = [CONFIGURATION.format(**values)]
         for node in range(self.nodes):
             place = f"NodeHostname=localhost NodeAddr=127.0.0.1 Port={free_port()}"
@@ -90,8 +94,15 @@ class Cluster:
         self.run("munged", "--force", *(f"--{option}={munge / name}" for option, name in places.items()))
         self.run("slurmctld", "-c", "-f", str(self.folder / "slurm.conf"))
         for node in range(self.nodes):
-            self.run("slurmd", "-N", f"n{node}", "-f", str(self.folder / "slurm.conf"))
+            self.start_daemon(node)
         self.await_(lambda: f"idle {self.nodes}" in self.run("sinfo", "-h", "-o", "%T %D"), STARTING, "no idle nodes")
+
+    def start_daemon(self, node):
+        self.run("slurmd", "-N", f"n{node}", "-f", str(self.folder / "slurm.conf"))
+
+    def kill_daemon(self, node):
+        """End the daemon of a node with SIGKILL; the processes of its jobs go on."""
+        os.kill(int((self.folder / f"slurmd.n{node}.pid").read_text()), signal.SIGKILL)
 
     def run(self, *command, **environment):
         values = {**self.environment, **environment}

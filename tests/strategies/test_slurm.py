@@ -134,8 +134,32 @@ def test_a_rank_that_is_killed_has_the_job_queued_again(cluster, alone, tmp_path
     assert len(dict(result)) == STEPS
 
 
+@pytest.mark.full  # SLURM takes its time to miss a node
+def test_a_node_whose_daemon_is_killed_has_the_job_queued_again(alone, tmp_path_factory, tmp_path):
+    from slurm.cluster import Cluster
+
+    cluster = Cluster(tmp_path_factory.mktemp("failing"), daemon_timeout=10)
+    try:
+        job = Job(cluster, tmp_path, f"--steps={STEPS}", "--pause=4", "--save-every=1")
+        job.await_step(1)
+        former = rank_of(job, 2)
+        cluster.kill_daemon(1)
+        cluster.await_state(job.number, "PENDING")  # SLURM queues it by itself
+        cluster.await_(lambda: not Path("/proc", former).exists(), 60, "rank 2 goes on without its job")
+        cluster.start_daemon(1)
+        job.start_again()
+        assert job.ended() == ("COMPLETED", 0), job.text()
+        assert cluster.about(job.number)["Restarts"] == "1"
+    finally:
+        cluster.close()
+    result = losses(job.text())
+    same(sorted(dict(result).items()), alone)
+    assert len(dict(result)) == STEPS
+    assert len(result) < STEPS + 3  # it resumed from a checkpoint
+
+
 def rank_of(job, number):
-    """The pid of a rank, not of its supervisor."""
+    """Return the pid of a rank, not of its supervisor."""
     expected = {f"SLURM_JOB_ID={job.number}", f"SLURM_PROCID={number}"}
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
