@@ -27,10 +27,18 @@ from lightning_longnet.attention.kernels.triton.tiles import Tile, table
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# LongNet's rates, of which its finest branch has four later ones; and other properties that a program is compiled for
+# LongNet's rates in one launch, which writes gradients in the type of their tensors; and other properties that programs
+# are compiled for
 FORMS: dict[str, dict[str, Any]] = {
-    "weighted": {"every": (2, 4, 8, 16)},
-    "plain, first": {"accumulates": False},
+    "weighted, all branches": {"every": (2, 4, 8, 16), "is_joined": True, "accumulates": False},
+    "all branches, padded, grouped": {
+        "every": (2, 4, 8, 16),
+        "is_joined": True,
+        "is_padded": True,
+        "group": 4,
+        "accumulates": False,
+    },
+    "plain": {},
     "received, padded, grouped": {"every": (2, 4, 8, 16), "is_received": True, "is_padded": True, "group": 4},
 }
 
@@ -87,23 +95,25 @@ def resources(program: str, width: int, tile: Tile, form: dict[str, Any], dtype:
         return Rows.of(torch.empty((1, 16, 8, last), dtype=like))
 
     numbers = torch.empty(16, dtype=torch.int32)
-    lists = Lists(numbers, numbers, numbers, 2, 2, 8)
+    lists = Lists(numbers, numbers, numbers, 8)
     padding = Rows(torch.empty((1, 16), dtype=torch.uint8), 16, 1, 0)
     inputs = [rows(dtype, width) for _ in range(3)]
     wide, statistic = rows(torch.float32, width), rows(torch.float32, 1)
     properties = {
         "group": 1,
         "every": (),
+        "is_joined": False,
         "is_signed": False,
         "is_received": False,
         "is_padded": False,
         "accumulates": True,
     }
     compiled_for = Form(tile.rows, tile.others, width, width, width, width, **{**properties, **form})
+    gradient = wide if compiled_for.accumulates else inputs[0]
     results: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "forward": (forward, (wide, statistic)),
-        "query_gradient": (query_gradient, (inputs[0], (statistic, statistic), wide)),
-        "key_gradients": (key_gradients, (inputs[0], (statistic, statistic), (wide, wide))),
+        "query_gradient": (query_gradient, (inputs[0], (statistic, statistic), gradient)),
+        "key_gradients": (key_gradients, (inputs[0], (statistic, statistic), (gradient, gradient))),
     }
     function, own = results[program]
     compiled = function.warmup(

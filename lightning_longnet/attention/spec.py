@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_longnet.attention.kernels import BLOCK_KERNELS
 from lightning_longnet.attention.pattern.pattern import Pattern
+from lightning_longnet.attention.plan.blocks import UNCUT
 
 if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.schedule import Exchange
@@ -85,13 +86,14 @@ class AttentionSpec:
 
         0 means that every branch computes its own pairs: where the caller needs each branch's result (`per_branch`),
         where dropout drops the copies of a pair one by one, and where the kernel takes no weights.  Otherwise a call
-        that computes pairs once serves one head, and must keep all threads busy with its segments and samples.
+        that computes pairs once serves one head, and must keep all threads busy with its segments and samples; a kernel
+        that runs the segments of all heads in one launch takes any number, `UNCUT`.
         """
         kernel = BLOCK_KERNELS.get(self.kernel)  # the reference runs no blocks
         if per_branch or self.dropout > 0 or kernel is None or not kernel.takes_weights(device):
             return 0
-        if hasattr(kernel, "forward_parts"):  # the segments of all heads are in one launch
-            return 1
+        if hasattr(kernel, "forward_parts"):
+            return UNCUT
         return -(-threads // samples)
 
 

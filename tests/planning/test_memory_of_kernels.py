@@ -11,11 +11,13 @@ from lightning_longnet.attention.kernels import kernel_names
 PROGRAM = Path(__file__).parent / "held.py"
 # The goal: of the bytes of q, k, v, out, their gradients and lse
 GOAL = 1.15
-# Kernels that compute block by block, or branch by branch, hold a partial and gradients in float32, which are then
+# Kernels that compute block by block hold a partial and gradients in float32, which are then
 # rounded.  In units of q, the peak of the backward is q, k, v, out and grad (5), three gradients in float32 (6) and the
 # first one rounded (1), of 8 in all
 BLOCKS = (0.89, 1.51)
-LIMITS = dict.fromkeys(("flash", "sdpa", "cudnn", "flash3", "flash4", "triton"), BLOCKS)
+LIMITS = dict.fromkeys(("flash", "sdpa", "cudnn", "flash3", "flash4"), BLOCKS)
+# One launch for all branches writes gradients in the type of their tensors: beside them there are delta and tile lists
+LIMITS["triton"] = (0.89, 1.02)
 # The reference holds all scores; eager runs a tile of scores at a time, which takes minutes on fake tensors, and held
 # 0.89 and 1.50 at 65,536 tokens
 REST = ("eager", "reference")

@@ -22,21 +22,36 @@ class Accumulator:
         like: the tensor of which this is the gradient.
         is_written: whether the blocks of the first branch have every row once.  Then their gradients are written, not
             added, and the memory needs no initial value.  That of a single block becomes the accumulator itself.
+        is_whole: whether the gradients of one call of `backward_blocks` are all that it holds.
     """
 
-    def __init__(self, like: Tensor, is_written: bool) -> None:
+    def __init__(self, like: Tensor, is_written: bool, is_whole: bool = False) -> None:
         self.dtype = torch.promote_types(like.dtype, torch.float32)
-        self._like = like
+        self._like, self._is_written, self._is_whole = like, is_written, is_whole
         self._total: Tensor | None = None
-        if not is_written:
-            self._total = torch.zeros_like(like, dtype=self.dtype, memory_format=torch.contiguous_format)
+        if not is_written and not is_whole:
+            self._total = self._allocated()
 
     @property
     def total(self) -> Tensor:
         """The sum of what was added."""
         if self._total is None:
-            self._total = torch.empty_like(self._like, dtype=self.dtype, memory_format=torch.contiguous_format)
+            self._total = self._allocated()
         return self._total
+
+    def written(self) -> Tensor:
+        """Return the memory for a gradient that a kernel adds at once: that of `total`, or of the type of `like`.
+
+        The narrower type is for a gradient to which nothing is added later, so that it is rounded once.
+        """
+        if self._is_whole and self._total is None:
+            self.dtype = self._like.dtype
+        return self.total
+
+    def _allocated(self) -> Tensor:
+        """Return memory for the sum: zeros, or uninitialized where blocks are written."""
+        make = torch.empty_like if self._is_written else torch.zeros_like
+        return make(self._like, dtype=self.dtype, memory_format=torch.contiguous_format)
 
     def add(self, rows: Lattice, gradient: Tensor, weight: int, stores: bool) -> None:
         """Add `weight` times a block's gradient (B * segments, heads, rows, D) to its rows, or write it (`stores`)."""

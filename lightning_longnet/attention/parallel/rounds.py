@@ -134,24 +134,34 @@ class RoundsCall(NamedTuple):
 
         The operator `lightning_longnet::attend_backward` calls it, once for each call of `forward`.
         """
-        gradients = self.gradients(grad, q, k, v, out, lse, saved)
+        gradients = self.gradients(grad, q, k, v, out, lse, saved, is_whole=True)
         # each accumulator is freed as soon as it is rounded
         dq, dk, dv = (gradients.pop(0).take(q.dtype) for _ in range(3))
         return dq, dk, dv
 
     def gradients(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        saved: Sequence[Tensor],
+        is_whole: bool = False,
     ) -> list[Accumulator]:
         """Return dq, dk and dv of this rank's tokens as they were accumulated, in float32 or float64.
 
-        Gradients of received keys travel back to their ranks.  `out` and `lse` are those of the whole softmax.
+        Gradients of received keys travel back to their ranks.  `out` and `lse` are those of the whole softmax.  Without
+        rounds, a kernel may give a gradient that `is_whole`, to which nothing is added later, in the type of q.
         """
         rounds, wide = self.route.rounds, torch.promote_types(q.dtype, torch.float32)
         stores, stores_keys = (
             writes and self.options.key_padding_mask is None
             for writes in (self.route.writes_queries, self.route.writes_keys)
         )
-        dq, dk, dv = Accumulator(q, stores), Accumulator(k, stores_keys), Accumulator(v, stores_keys)
+        is_whole = is_whole and not rounds and not (self.branch_outs and not self._saved_outs)
+        dq, dk, dv = (Accumulator(x, s, is_whole) for x, s in ((q, stores), (k, stores_keys), (v, stores_keys)))
         saved_rounds = sum(
             step.saves_rows for step in rounds
         )  # the rows that the forward saved come before its partials

@@ -37,6 +37,8 @@ COPIED_ROWS = 512
 # Pairs are computed once, with a mask of weights, if their number falls to this share; the mask costs 5 to 12 % of the
 # time of a call
 WEIGHTS_PAY = 0.85
+# In place of a number of segments, for a kernel without tables of weights: it takes any number, and blocks stay whole
+UNCUT = -1
 # The largest share of the pairs that may be in calls of fewer segments than there are threads, if pairs have weights
 NARROW_SHARE = 0.1
 
@@ -103,12 +105,13 @@ def make_plan(
         weighted_segments: 0 computes a pair in every branch that shows it.  Any other number computes such a pair once,
             with a weight, where that saves work.  Such a plan has no result for each branch, which `mix="detached"`
             needs.  Each head has its own weights and so its own calls, which run in parallel over segments only: they
-            must have at least this many segments, the number that keeps all threads busy.
+            must have at least this many segments, the number that keeps all threads busy.  They are cut into tiles that
+            share a table of weights, unless the number is `UNCUT`.
         copied_rows: as `COPIED_ROWS`.
     """
     branches = pattern.ordered()
     counts_once = pattern.multiplicity == "set"
-    rows = _PackedRow(heads, kv_heads, cuts, copied_rows)
+    rows = _PackedRow(heads, kv_heads, cuts, copied_rows, weighted_segments != UNCUT)
     repeated = _plan(branches, rows, earlier_excluded=counts_once, repeats=False)
     # the pairs in calls of fewer segments than threads: with weights these calls would leave threads idle
     narrow = sum(block.pairs for block in repeated.branches[0] if len(block.queries.starts) < weighted_segments)
@@ -133,12 +136,19 @@ def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], wei
 
 
 class _PackedRow(NamedTuple):
-    """The heads and the documents of a row, and the most rows of a run that is copied beside others."""
+    """The heads and the documents of a row, and the properties of the kernel that computes it.
+
+    Attributes:
+        heads, kv_heads, cuts: see `make_plan`.
+        copied_rows: the most rows of a run that is copied beside others.
+        has_tables: whether blocks with weights are cut into tiles that share a table.
+    """
 
     heads: int
     kv_heads: int
     cuts: tuple[int, ...]
     copied_rows: int
+    has_tables: bool
 
 
 def _plan(branches: Sequence[Branch], row: _PackedRow, earlier_excluded: bool, repeats: bool) -> Plan:
@@ -148,7 +158,7 @@ def _plan(branches: Sequence[Branch], row: _PackedRow, earlier_excluded: bool, r
         earlier_excluded: whether each branch is without the pairs that an earlier one shows.
         repeats: whether a pair counts once more for each later branch that shows it, too.
     """
-    heads, kv_heads, cuts, copied_rows = row
+    heads, kv_heads, cuts = row[:3]
     # the first tokens of the documents of each length: equal documents have equal runs
     documents: dict[int, list[int]] = defaultdict(list)
     for begin, end in pairwise(cuts):
@@ -165,7 +175,7 @@ def _plan(branches: Sequence[Branch], row: _PackedRow, earlier_excluded: bool, r
         # keys of different lattices cannot be merged into one call, so each such head gets separate lattices.
         is_shared = not any(b.sparsity and b.sparsity.varies_over_heads for b in (*earlier, branch))
         for members in _equal_heads((*earlier, branch, *later), kv_heads):
-            for shape, starts in _head_runs(branch, earlier, later, members[0], kv_heads, documents, copied_rows):
+            for shape, starts in _head_runs(branch, earlier, later, members[0], row, documents):
                 owner = 0 if is_shared or shape.stack is None else members[0]  # separates the lattices of heads
                 heads_by_shape[shape, spacing(starts), owner] += [(head, starts) for head in members]
         blocks = [
@@ -205,9 +215,8 @@ def _head_runs(
     earlier: Sequence[Branch],
     later: Sequence[Branch],
     kv_head: int,
-    kv_heads: int,
+    row: _PackedRow,
     documents: dict[int, list[int]],
-    copied_rows: int,
 ) -> Iterator[tuple[Shape, Starts]]:
     """Yield each shape of the runs that a branch shows to a head, with their first rows in all documents.
 
@@ -215,8 +224,8 @@ def _head_runs(
 
     Args:
         documents: for each length of a document the first tokens of the documents of that length.
-        copied_rows: as `COPIED_ROWS`.
     """
+    kv_heads = row.kv_heads
     starts_by_shape: dict[Shape, list[Starts]] = defaultdict(list)
     for length, begins in documents.items():
         if earlier:
@@ -224,7 +233,7 @@ def _head_runs(
         else:
             runs = own_runs(branch, kv_head, kv_heads, length)
         if later:
-            runs = with_repeats(runs, later, kv_head, kv_heads)
+            runs = with_repeats(runs, later, kv_head, kv_heads, row.has_tables)
         for shape, starts in runs:
             # runs are counted from the beginning of a document: move them to each document of this length
             starts_by_shape[shape].append(
@@ -240,7 +249,7 @@ def _head_runs(
         scattered: list[int] = []
         for even in _progressions(sorted(chain.from_iterable(parts))):
             # a view where that is worth a separate call; the rest is copied together
-            if len(even) > 3 or shape.queries > copied_rows:
+            if len(even) > 3 or shape.queries > row.copied_rows:
                 yield shape, even
             else:
                 scattered += even

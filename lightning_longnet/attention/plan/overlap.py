@@ -104,15 +104,19 @@ def repeats_align(branches: Sequence[Branch], kv_heads: int) -> bool:
     )
 
 
-def with_repeats(runs: Iterator[Runs], later: Sequence[Branch], kv_head: int, kv_heads: int) -> Iterator[Runs]:
-    """Yield the same pairs, cut into tiles, each with the rules by which the `later` branches show its pairs again.
+def with_repeats(
+    runs: Iterator[Runs], later: Sequence[Branch], kv_head: int, kv_heads: int, has_tables: bool
+) -> Iterator[Runs]:
+    """Yield the same pairs, each run with the rules by which the `later` branches show its pairs again.
 
-    The tables of weights of all tiles are parts of one table of about `REPEAT_TILE` rows and columns.
+    With `has_tables` runs are cut into tiles, whose tables of weights are parts of one table of about `REPEAT_TILE`
+    rows and columns.
     """
     for shape, starts in runs:
-        for q in range(0, shape.queries, REPEAT_TILE):
+        tile = REPEAT_TILE if has_tables else max(shape.queries, shape.keys)
+        for q in range(0, shape.queries, tile):
             # under a causal mask no query of the tile sees the tiles of keys behind it
-            for k in range(0, shape.keys if shape.low is None else q + 1, REPEAT_TILE):
+            for k in range(0, shape.keys if shape.low is None else q + 1, tile):
                 first_query = starts.start + q * shape.step
                 first_key = starts.start + shape.shift + k * shape.step
                 repeats = []
@@ -121,14 +125,14 @@ def with_repeats(runs: Iterator[Runs], later: Sequence[Branch], kv_head: int, kv
                     # row `first + a * step` has the later branch's residue iff a is this place modulo `every`
                     places = [(offset - first) // shape.step % every for first in (first_query, first_key)]
                     repeats.append(Repeat(every, *places))
-                tile = shape._replace(
-                    queries=min(REPEAT_TILE, shape.queries - q),
-                    keys=min(REPEAT_TILE, shape.keys - k),
+                cut = shape._replace(
+                    queries=min(tile, shape.queries - q),
+                    keys=min(tile, shape.keys - k),
                     shift=first_key - first_query,
                     low=shape.low if k == q else None,
                     repeats=tuple(repeats),
                 )
-                yield Runs(tile, shifted(starts, q * shape.step))
+                yield Runs(cut, shifted(starts, q * shape.step))
 
 
 def _outside(branch: Branch, inner: Branch, offset: int, length: int) -> Iterator[Runs]:

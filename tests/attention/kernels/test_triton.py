@@ -17,6 +17,9 @@ from tiers import tiered
 
 from lightning_longnet import Pattern, attend, explain
 from lightning_longnet.attention.kernels import candidates
+from lightning_longnet.attention.kernels.triton import joined
+from lightning_longnet.attention.kernels.triton.arguments import Rows
+from lightning_longnet.attention.plan.blocks import UNCUT, plan
 from lightning_longnet.attention.spec import AttentionSpec
 
 TOLERANCE = 2e-6  # of the largest true value, in float32
@@ -34,7 +37,9 @@ def ranks():
         yield result
 
 
-def compared(group, case, dtype, tolerance):
+def compared(group, case, dtype, tolerance, joins):
+    """Compare a case in one launch for all branches wherever there can be one (`joins`), or in one for each."""
+    joined.MOST_POSITIONS = 1e9 if joins else 0
     compare_attention(case, "triton", dtype, tolerance)
 
 
@@ -61,15 +66,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", tiered(CASES, quick=["nested", "set"]))
-def test_equals_the_definition(interpreted, name):
-    interpreted.run(1, compared, CASES[name], torch.float32, TOLERANCE)
+@pytest.mark.parametrize(
+    ("name", "joins"), tiered(product(CASES, (False, True)), quick=[("nested", True), ("set", False)])
+)
+def test_equals_the_definition(interpreted, name, joins):
+    interpreted.run(1, compared, CASES[name], torch.float32, TOLERANCE, joins)
 
 
 @pytest.mark.long
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(case=drawn.cases())
-def test_equals_brute_force(interpreted, case):
+@given(case=drawn.cases(), joins=st.booleans())
+def test_equals_brute_force(interpreted, case, joins):
     batch, length, heads, kv_heads, dim = case["shape"]
     group = heads // kv_heads
     kv_heads = min(kv_heads, 2)  # a head more takes the interpreter longer, and shows nothing new
@@ -78,12 +85,12 @@ def test_equals_brute_force(interpreted, case):
         case["hidden"] = case["hidden"][:2]
     if case["ids"] and isinstance(case["ids"][0], list):
         case["ids"] = case["ids"][:2]
-    interpreted.run(1, compared, case, torch.float32, 1e-5)
+    interpreted.run(1, compared, case, torch.float32, 1e-5, joins)
 
 
 @pytest.mark.long
 def test_float16_is_as_exact_as_its_numbers(interpreted):
-    interpreted.run(1, compared, CASES["nested"], torch.float16, 4 * torch.finfo(torch.float16).eps)
+    interpreted.run(1, compared, CASES["nested"], torch.float16, 4 * torch.finfo(torch.float16).eps, True)
 
 
 def attended(group, inputs, options, repeats=1):
@@ -170,19 +177,24 @@ def test_auto_and_guards_leave_it_out_unless_it_is_named():
 
 def test_computes_pairs_once_for_any_number_of_threads():
     spec = AttentionSpec(Pattern.dilated((64, 128), (1, 2)), "triton")
-    assert spec.weighted_segments("cuda", samples=1, threads=64) == 1
+    assert spec.weighted_segments("cuda", samples=1, threads=64) == UNCUT
     assert spec.weighted_segments("cuda", samples=1, threads=64, per_branch=True) == 0
 
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The names of the programs that are launched; nothing is computed."""
+    """The names and arguments of the programs that are launched; nothing is computed."""
     from lightning_longnet.attention.kernels.triton import launch
 
-    names = []
+    programs = []
+    plan.cache_clear()  # the parts of a plan keep their launches
+
+    def record(program, lists, arguments, tile):
+        programs.append((program.__name__, arguments))
+
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(launch, "_launch", lambda program, *_: names.append(program.__name__))
-    return names
+    monkeypatch.setattr(launch, "_launch", record)
+    return programs
 
 
 FIVE = Pattern.dilated([16 * 2**i for i in range(5)], [2**i for i in range(5)], is_causal=True)
@@ -199,16 +211,45 @@ LAUNCHES = {
 }
 
 
+@pytest.mark.parametrize("joins", [False, True])
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_a_branch_is_one_launch_forward_and_two_backward(launched, name):
-    """Whatever the number of heads, documents, segments and masks is."""
+def test_one_launch_forward_and_two_backward(launched, monkeypatch, name, joins):
+    """For all branches or for each, whatever the number of heads, documents, segments and masks is."""
+    monkeypatch.setattr(joined, "MOST_POSITIONS", 1e9 if joins else 0)
     pattern, kv_heads, options, branches = LAUNCHES[name]
+    branches = 1 if joins else branches
     q, k, v = (torch.zeros(1, 256, heads, 16, requires_grad=True) for heads in (4, kv_heads, kv_heads))
+    if "documents" in options:
+        options = options | {"documents": options["documents"].clone()}  # plans are kept for the memory of documents
     out = attend(q, k, v, pattern, kernel="triton", **options)
-    assert launched == ["forward"] * branches
+    assert [name for name, _ in launched] == ["forward"] * branches
     launched.clear()
     out.sum().backward()
-    assert launched == ["query_gradient"] * branches + ["key_gradients"] * branches
+    assert [name for name, _ in launched] == ["query_gradient"] * branches + ["key_gradients"] * branches
+
+
+GRADIENTS = {
+    "one launch": (FIVE, True, {}, torch.float16),
+    "padded": (FIVE, True, {"key_padding_mask": PADDING}, torch.float16),
+    "rows in no branch": (Pattern.dilated((64,), (4,)), True, {}, torch.float16),
+    "a launch for each branch": (FIVE, False, {}, torch.float32),
+    "detached": (FIVE, True, {"mix": "detached"}, torch.float32),
+    "several lines": (FIVE, True, {"ordering": "hilbert"}, torch.float32),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_rounded_once(launched, monkeypatch, name):
+    """One launch writes them in the type of their tensors; what more is added to is held in float32."""
+    pattern, joins, options, dtype = GRADIENTS[name]
+    monkeypatch.setattr(joined, "MOST_POSITIONS", 1e9 if joins else 0)
+    q, k, v = (torch.zeros(1, 256, 4, 16, dtype=torch.float16, requires_grad=True) for _ in range(3))
+    out = attend(q, k, v, pattern, kernel="triton", **options)
+    launched.clear()
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert {x.dtype for x in gradients} == {torch.float16}
+    results = [(result,) if isinstance(result, Rows) else result for _, (*_, result, _, _, _, _) in launched]
+    assert {rows.data.dtype for each in results for rows in each} == {dtype}
 
 
 def test_programs_run_on_the_device_of_their_tensors(monkeypatch):
@@ -226,7 +267,7 @@ def test_programs_run_on_the_device_of_their_tensors(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     items, result = torch.zeros(3, 5), []
-    lists = Lists(items, items, items, 1, 1, 2)
+    lists = Lists(items, items, items, 2)
     program = {(6,): lambda *_, **__: result.append(active[-1] is items)}
     launch._launch(program, lists, (lists,), Tile(16, 16, 4, 2))
     assert result == [True]

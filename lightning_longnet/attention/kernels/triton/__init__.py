@@ -1,9 +1,10 @@
-"""The kernel "triton": the blocks of a branch in one launch, each distinct pair once, with rows read where they are.
+"""The kernel "triton": all branches in one launch, each distinct pair once, with rows read where they are.
 
-    rectangles.py, tile_list.py     which pairs a program computes: integers, made from the parts of a plan
-    forward.py, backward.py         the programs, which know no pattern but bands of rectangles
-    launch.py                       the launches of a call
-    tiles.json                      the sizes of tiles, which `benchmarks/tune_triton.py` measures
+    rectangles.py                         the parts of a plan as rectangles of pairs: integers
+    joined.py, pieces.py, tile_list.py    which pairs a program computes, of one branch or of several
+    forward.py, backward.py               the programs, which know no pattern but bands of rectangles
+    launch.py                             the launches of a call
+    tiles.json                            the sizes of tiles, which `benchmarks/tune_triton.py` measures
 
 Triton is imported when the kernel runs.
 """
@@ -38,7 +39,7 @@ WIDEST = 256
 
 def note(request: Request) -> str:
     """Return what this kernel runs for a call that it does not refuse."""
-    return "one launch a branch, rows read in place; only if named, since its speed has not been measured"
+    return "few launches, rows read in place; only if named, since its speed has not been measured"
 
 
 def refusals(request: Request) -> list[str]:

@@ -27,13 +27,11 @@ class Rows(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """The tile list of a launch, the distances of rows in memory, and the number of programs of an item."""
+    """The tile list of a launch, the rows of received keys, and the number of programs of an item."""
 
     items: Tensor
     spans: Tensor
     received: Tensor
-    step: int
-    key_step: int
     programs: int
 
     @classmethod
@@ -41,7 +39,7 @@ class Lists(NamedTuple):
         """Return the lists of a phase on a device; `programs` is that of one sample."""
         items, spans = (x.to(device) for x in tiles)
         received = items if phase.received is None else phase.received.to(device)
-        return cls(items, spans, received, phase.step, phase.key_step, 1)
+        return cls(items, spans, received, 1)
 
 
 class Form(NamedTuple):
@@ -53,6 +51,7 @@ class Form(NamedTuple):
         padded_width, padded_value_width: the powers of two that hold them.
         group: the number of query heads of a key head.
         every: see `Phase`.
+        is_joined: whether rectangles are of several branches: without, `multiple` and `unit` are 1 and `level` is 0.
         is_signed: whether rectangles have weights.
         is_received: whether keys stand in an index.
         is_padded: whether a padding mask excludes keys.
@@ -67,6 +66,7 @@ class Form(NamedTuple):
     padded_value_width: int
     group: int
     every: tuple[int, ...]
+    is_joined: bool
     is_signed: bool
     is_received: bool
     is_padded: bool

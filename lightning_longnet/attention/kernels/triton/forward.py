@@ -5,8 +5,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-ITEM = tl.constexpr(5)  # the numbers of an item, and of a span
-SPAN = tl.constexpr(9)
+ITEM = tl.constexpr(6)  # the numbers of an item, and of a span: see `TileList`
+SPAN = tl.constexpr(13)
 
 
 @triton.jit
@@ -21,8 +21,8 @@ def forward(q, k, v, out, lse, lists, padding, scale, form: tl.constexpr):
     key_head = tl.load(item).to(tl.int64)
     head = key_head * form.group + lane % form.group
     x = tl.arange(0, form.rows)
-    row = (tl.load(item + 1) + x * lists.step).to(tl.int64)
-    is_row = x < tl.load(item + 2)
+    row = (tl.load(item + 1) + x * tl.load(item + 2)).to(tl.int64)
+    is_row = x < tl.load(item + 3)
     d = tl.arange(0, form.padded_width)
     e = tl.arange(0, form.padded_value_width)
     queries = tl.load(
@@ -45,15 +45,19 @@ def forward(q, k, v, out, lse, lists, padding, scale, form: tl.constexpr):
         acc = tl.full((form.rows, form.padded_value_width), 0.0, tl.float32)
     peak = total  # the sum of weights before any are removed
 
-    for n in range(tl.load(item + 3), tl.load(item + 4)):
+    for n in range(tl.load(item + 4), tl.load(item + 5)):
         span = lists.spans + n * SPAN
-        start, keys = tl.load(span), tl.load(span + 1)
-        low, high = tl.load(span + 2), tl.load(span + 3)
-        full_first, full_last = tl.load(span + 4), tl.load(span + 5)
+        start, step, keys = tl.load(span), tl.load(span + 1), tl.load(span + 2)
+        low, high = tl.load(span + 4), tl.load(span + 5)
+        full_first, full_last = tl.load(span + 6), tl.load(span + 7)
+        if form.is_joined:
+            multiple, unit, least = tl.load(span + 3), tl.load(span + 10), 1.0 - tl.load(span + 11)
+        else:
+            multiple, unit, least = 1, 1, 1.0
         if len(form.every) > 0:
-            level = tl.full((form.rows,), 1.0, tl.float32)
+            level = tl.full((form.rows,), 0.0, tl.float32) + least
             for r in tl.static_range(len(form.every)):
-                level += ((x + tl.load(span + 6)) % form.every[r] == 0).to(tl.float32)
+                level += ((x * multiple * unit + tl.load(span + 8)) % form.every[r] == 0).to(tl.float32)
             log_level = tl.log2(level)
         for is_full in tl.static_range(2):
             if is_full:
@@ -69,7 +73,7 @@ def forward(q, k, v, out, lse, lists, padding, scale, form: tl.constexpr):
                 if form.is_received:
                     key_row = tl.load(lists.received + start + y, mask=y < keys, other=0).to(tl.int64)
                 else:
-                    key_row = (start + y * lists.key_step).to(tl.int64)
+                    key_row = (start + y * step).to(tl.int64)
                 at_k = of_k + key_row[:, None] * k.row + d[None, :]
                 at_v = of_v + key_row[:, None] * v.row + e[None, :]
                 if is_full and form.width == form.padded_width:
@@ -78,7 +82,7 @@ def forward(q, k, v, out, lse, lists, padding, scale, form: tl.constexpr):
                     k_tile = tl.load(at_k, mask=(y < keys)[:, None] & (d < form.width)[None, :], other=0.0)
                 score = tl.dot(queries, tl.trans(k_tile), input_precision="ieee") * (scale * LOG2E)
                 if not is_full:
-                    distance = x[:, None] - y[None, :]
+                    distance = (x * multiple)[:, None] - y[None, :]
                     is_seen = (distance >= low) & (distance <= high) & (y < keys)[None, :]
                     score = tl.where(is_seen, score, float("-inf"))
                 if form.is_padded:
@@ -88,9 +92,9 @@ def forward(q, k, v, out, lse, lists, padding, scale, form: tl.constexpr):
                 new_top = tl.maximum(top, tl.max(score, 1))
                 finite = tl.where(new_top > float("-inf"), new_top, 0.0)
                 if len(form.every) > 0:
-                    other_level = tl.full((form.others,), 1.0, tl.float32)
+                    other_level = tl.full((form.others,), 0.0, tl.float32) + least
                     for r in tl.static_range(len(form.every)):
-                        other_level += ((y + tl.load(span + 7)) % form.every[r] == 0).to(tl.float32)
+                        other_level += ((y * unit + tl.load(span + 9)) % form.every[r] == 0).to(tl.float32)
                     log_other = tl.log2(other_level)
                     # the log of the smaller level, less the maximum
                     moved = tl.minimum((log_level - finite)[:, None], log_other[None, :] - finite[:, None])
@@ -98,7 +102,7 @@ def forward(q, k, v, out, lse, lists, padding, scale, form: tl.constexpr):
                 else:
                     p = tl.exp2(score - finite[:, None])
                 if form.is_signed:
-                    p = p * tl.load(span + 8).to(tl.float32)
+                    p = p * tl.load(span + 12).to(tl.float32)
                 shrink = tl.exp2(top - finite)
                 total = total * shrink + tl.sum(p, 1)
                 if form.is_signed:

@@ -11,8 +11,8 @@ from lightning_longnet.attention.kernels.blocks import uninitialized_partial
 from lightning_longnet.attention.kernels.triton.arguments import Form, Lists, Rows
 from lightning_longnet.attention.kernels.triton.backward import key_gradients, query_gradient
 from lightning_longnet.attention.kernels.triton.forward import forward
+from lightning_longnet.attention.kernels.triton.joined import listed
 from lightning_longnet.attention.kernels.triton.rectangles import Phase, phases
-from lightning_longnet.attention.kernels.triton.tile_list import tile_list
 from lightning_longnet.attention.kernels.triton.tiles import Tile, tile_of
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class _ListsKey(NamedTuple):
     rows: int
     others: int
     is_by_key: bool
+    joins: bool
     device: torch.device
 
 
@@ -57,7 +58,8 @@ def forward_parts(
     tensors = keys.tensors()
     tile = _tile("forward", q, tensors)
     stores = [total is None for total in totals]
-    for phase, lists in _cached_launches(parts, q, tensors, tile, is_by_key=False):
+    launches = _cached_launches(parts, q, tensors, tile, is_by_key=False, joins=len(totals) == 1)
+    for phase, lists in launches:
         i = phase.branch if len(totals) > 1 else 0
         total = totals[i]
         if total is None:
@@ -82,20 +84,27 @@ def backward_parts(
     dq: Accumulator,
     stores: tuple[bool, bool] = (False, False),
 ) -> None:
-    """Add the gradients of all parts to dq and to those of `keys`; see `PartsKernel`."""
+    """Add the gradients of all parts to dq and to those of `keys`; see `PartsKernel`.
+
+    Where one launch holds all branches and nothing is added later, gradients are written in the type of their tensors.
+    """
     tensors = keys.tensors()
     assert tensors.gradients is not None
-    dk, dv = (x.total if isinstance(x, Accumulator) else x for x in tensors.gradients)
     deltas = [_delta(inputs.grad, out) for out in inputs.outs]
     common = [Rows.of(x) for x in (q, tensors.k, tensors.v, inputs.grad)]
-    for name, program, is_by_key in (
-        ("query_gradient", query_gradient, False),
-        ("key_gradients", key_gradients, True),
+    for name, program, is_by_key, gradients in (
+        ("query_gradient", query_gradient, False, (dq,)),
+        ("key_gradients", key_gradients, True, tensors.gradients),
     ):
         tile = _tile(name, q, tensors)
-        results: Any = (Rows.of(dk), Rows.of(dv)) if is_by_key else Rows.of(dq.total)
+        launches = _cached_launches(parts, q, tensors, tile, is_by_key, joins=len(deltas) == 1)
+        is_whole = len(launches) == 1
+        memory = [
+            Rows.of(x if not isinstance(x, Accumulator) else x.written() if is_whole else x.total) for x in gradients
+        ]
+        results: Any = tuple(memory) if is_by_key else memory[0]
         programs = q.shape[0] * (1 if is_by_key else q.shape[2] // tensors.k.shape[2])
-        for phase, lists in _cached_launches(parts, q, tensors, tile, is_by_key):
+        for phase, lists in launches:
             delta = deltas[phase.branch if len(deltas) > 1 else 0]
             accumulates = not (stores[is_by_key] and phase.branch == 0)
             arguments = (
@@ -129,12 +138,14 @@ def _launch(program: Any, lists: Lists, arguments: tuple[Any, ...], tile: Tile) 
         )
 
 
-def _cached_launches(parts: Parts, q: Tensor, tensors: KeyTensors, tile: Tile, is_by_key: bool) -> tuple[_Phase, ...]:
-    """Return the phases of parts with their tile lists, cached in `parts`."""
+def _cached_launches(
+    parts: Parts, q: Tensor, tensors: KeyTensors, tile: Tile, is_by_key: bool, joins: bool
+) -> tuple[_Phase, ...]:
+    """Return the phases of parts with their tile lists, cached in `parts`; see `listed`."""
     if not parts:
         return ()
     group = q.shape[2] // tensors.k.shape[2]
-    key = _ListsKey(group, tensors.sources, tile.rows, tile.others, is_by_key, q.device)
+    key = _ListsKey(group, tensors.sources, tile.rows, tile.others, is_by_key, joins, q.device)
     kept: dict[_ListsKey, tuple[_Phase, ...]] = vars(parts).setdefault("_tile_lists", {})
     if key not in kept:
         kept[key] = _make_launches(parts, key)
@@ -143,14 +154,8 @@ def _cached_launches(parts: Parts, q: Tensor, tensors: KeyTensors, tile: Tile, i
 
 def _make_launches(parts: Parts, key: _ListsKey) -> tuple[_Phase, ...]:
     """Return the phases of parts with their lists on a device."""
-    made = []
-    for phase in phases(parts, key.group, key.sources):
-        steps, rectangles = (phase.step, phase.key_step), phase.rectangles
-        if key.is_by_key:
-            steps, rectangles = steps[::-1], rectangles.transposed()
-        tiles = tile_list(rectangles, steps, key.rows, key.others, phase.every)
-        made.append(_Phase(phase, Lists.of(phase, tiles, key.device)))
-    return tuple(made)
+    launches = listed(phases(parts, key.group, key.sources), key.rows, key.others, key.is_by_key, key.joins)
+    return tuple(_Phase(phase, Lists.of(phase, tiles, key.device)) for phase, tiles in launches)
 
 
 def _tile(name: str, q: Tensor, tensors: KeyTensors) -> Tile:
@@ -169,6 +174,7 @@ def _form(phase: Phase, tile: Tile, q: Tensor, tensors: KeyTensors, accumulates:
         padded_value_width,
         q.shape[2] // tensors.k.shape[2],
         phase.every,
+        phase.is_joined,
         phase.is_signed,
         phase.received is not None,
         tensors.padding is not None,

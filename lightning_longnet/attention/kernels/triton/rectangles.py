@@ -5,7 +5,7 @@ A rectangle is some queries of one run against some keys of one run, under a ban
     block of 2 segments and 2 key heads     4 rectangles
     a page of kept keys                     a rectangle of its own
 
-The rectangles of a branch whose rows lie at one distance are a phase: one launch computes them.
+The rectangles of a branch whose rows lie at one distance are a phase.  One launch computes a phase, or several joined.
 """
 
 from __future__ import annotations
@@ -31,28 +31,41 @@ class Side(NamedTuple):
     """The queries or the keys of each rectangle; all fields are (R,).
 
     Attributes:
-        lane: a number for the head and residue: the rows of equal lanes lie on one grid of rows.
-        first: the place of the first row on this grid.
+        owner: a number for the head, and for received keys for their rank, too: rows of other owners are other rows.
+        position: the first row among the rows of its owner.
         row: where the first row is in memory: its row in the tensor, or its place in `Phase.received`.
+        stride: the distance of two rows in memory.
         length: the number of rows.
         place: the place of the first row modulo the rates of later branches; see `Phase.every`.
     """
 
-    lane: Tensor
-    first: Tensor
+    owner: Tensor
+    position: Tensor
     row: Tensor
+    stride: Tensor
     length: Tensor
     place: Tensor
 
 
 class Rectangles(NamedTuple):
-    """Rectangles of pairs: query x sees key y of its rectangle iff `low <= x - y <= high`; all fields are (R,)."""
+    """Rectangles of pairs: query x sees key y of its rectangle iff `low <= x - y <= high`; all fields are (R,).
+
+    Attributes:
+        head: the key head.
+        step: the distance of two queries, and of two keys, among the rows of their owner.
+        unit: this distance in the unit in which `Phase.every` counts.
+        level: the number of rates in `Phase.every` that divide the places of all rows, and do not count.
+        weight: how often each pair counts.
+    """
 
     head: Tensor
+    step: Tensor
     queries: Side
     keys: Side
     low: Tensor
     high: Tensor
+    unit: Tensor
+    level: Tensor
     weight: Tensor
 
     def transposed(self) -> Rectangles:
@@ -61,22 +74,20 @@ class Rectangles(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """The work of one launch: rectangles of one branch whose rows have a distance of `step` rows.
+    """The work of one launch: the rectangles of one branch, or of several.
 
     Attributes:
-        branch: the number of the branch.
-        step: the distance of two queries in memory.
-        key_step: the distance of two keys in memory, or 1 where `received` holds their rows.
-        every: the rates of later branches, as multiples of `step`: a pair counts once more for each rate that divides
-            the places of both its rows (`Block.repeats`).
+        branch: the number of the branch, the first one of several.
+        every: the rates of later branches: a pair counts once more for each rate that divides the places of both its
+            rows (`Block.repeats`), less the `level` of its rectangle.
+        is_joined: whether the rectangles are of several branches.
         is_signed: whether a rectangle counts other than once.
         received: the row of each received key; None for the keys of this process.
     """
 
     branch: int
-    step: int
-    key_step: int
     every: tuple[int, ...]
+    is_joined: bool
     is_signed: bool
     rectangles: Rectangles
     received: Tensor | None = None
@@ -147,28 +158,16 @@ def _joined_pages(branch: int, step: int, pages: list[_Page], sources: Sequence[
     source = torch.zeros_like(head)
     if sources:
         source = torch.bucketize(column(_kv_index(page)[..., 0] for page in pages), received, right=True)
-    heads = int(head.max()) + 1
-    queries = Side(
-        head * step + query_rows % step,
-        query_rows // step,
-        query_rows,
-        column(block.queries.rows for block in blocks),
-        query_place,
-    )
-    keys = Side(
-        (source * heads + head) * step + key_rows % step,
-        key_rows // step,
-        key_rows,
-        column(page.keys for page in pages),
-        key_place,
-    )
+    queries_of, keys_of = column(block.queries.rows for block in blocks), column(page.keys for page in pages)
+    steps, ones = torch.full_like(head, step), torch.ones_like(head)
+    queries = Side(head, query_rows, query_rows, steps, queries_of, query_place)
+    keys = Side(source * (int(head.max()) + 1) + head, key_rows, key_rows, steps, keys_of, key_place)
     weight = column(block.weight for block in blocks)
-    index, key_step = None, step
+    index = None
     if sources:
         keys, index = _indexed(keys, torch.cat([_kv_index(page).flatten() for page in pages]))
-        key_step = 1
-    rectangles = Rectangles(head, queries, keys, low, high, weight)
-    return Phase(branch, step, key_step, every.pop(), bool((weight != 1).any()), rectangles, index)
+    rectangles = Rectangles(head, steps, queries, keys, low, high, ones, torch.zeros_like(head), weight)
+    return Phase(branch, every.pop(), False, bool((weight != 1).any()), rectangles, index)
 
 
 def _kv_index(page: _Page) -> Tensor:
@@ -178,20 +177,21 @@ def _kv_index(page: _Page) -> Tensor:
 
 
 def _indexed(keys: Side, kv_index: Tensor) -> tuple[Side, Tensor]:
-    """Return keys that count by their places in an index of received rows, lane by lane, and this index.
+    """Return keys that count by their places in an index of received rows, and this index.
 
-    Received rows lie at no constant distance.  In the index a rectangle is consecutive, and rectangles of one lane that
-    have keys in common have the same places of the index in common.
+    Received rows lie at no constant distance.  In the index a rectangle is consecutive, and rectangles that have keys
+    in common have the same places of the index in common.
     """
-    _, lane = keys.lane.unique(return_inverse=True)
+    first = keys.position // keys.stride
+    _, lane = (keys.owner * keys.stride + keys.position % keys.stride).unique(return_inverse=True)
     count = int(lane.max()) + 1
-    begin = torch.full((count,), NO_BOUND).scatter_reduce(0, lane, keys.first, "amin")
-    end = torch.zeros(count, dtype=torch.long).scatter_reduce(0, lane, keys.first + keys.length, "amax")
+    begin = torch.full((count,), NO_BOUND).scatter_reduce(0, lane, first, "amin")
+    end = torch.zeros(count, dtype=torch.long).scatter_reduce(0, lane, first + keys.length, "amax")
     before = (end - begin).cumsum(0) - (end - begin)
-    row = (before - begin)[lane] + keys.first
+    row = (before - begin)[lane] + first
     index = torch.zeros(int((end - begin).sum()), dtype=torch.int32)
     index[row.repeat_interleave(keys.length) + places_within(keys.length)] = kv_index.to(torch.int32)
-    return keys._replace(row=row), index
+    return keys._replace(row=row, stride=torch.ones_like(row)), index
 
 
 def places_within(counts: Tensor) -> Tensor:
