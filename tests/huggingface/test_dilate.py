@@ -37,7 +37,7 @@ def test_the_pattern_comes_back_with_the_model(tmp_path):
     assert not torch.equal(result, dense)
     net.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="ring").double()
-    assert layer_patterns(again) == layer_patterns(net) == [Pattern.window(12, is_causal=True), PATTERN]
+    assert layer_patterns(again.config) == layer_patterns(net.config) == [Pattern.window(12, is_causal=True), PATTERN]
     torch.testing.assert_close(again(torch.arange(3, 43)[None]).logits, result, rtol=0, atol=1e-12)
 
 
