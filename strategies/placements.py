@@ -37,6 +37,9 @@ class RunPlacement:
         self._layers: tuple[tuple[LayerAttention, int], ...] | None = None
         self._logged: set[Kind] = set()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunPlacement, ()  # in another process there is no such module
+
     def begin(self, module: LightningModule | None) -> None:
         """Begin a run of a module, whose layers may be made later."""
         self._module, self._layers = module, None

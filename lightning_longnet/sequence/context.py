@@ -181,6 +181,10 @@ class SequenceContext(ContextAttention):
         """Return the placement of sequences of `length` tokens: as even as can be."""
         return self._splitter.placement_of(length)
 
+    def kind_of(self, length: int) -> Kind:
+        """Return the kind of that placement, "contiguous" or "zigzag"."""
+        return self._splitter.kind_of(length)
+
     # Losses and metrics
 
     def token_mean(self, loss_sum: Tensor, token_count: Tensor | float) -> Tensor:

@@ -84,13 +84,11 @@ def test_the_placement_serves_all_layers_and_says_why():
     net = model("Llama", "ring")
     placement, reason = choose_placement(net, 4096, 4)
     assert placement == "zigzag"
-    assert "of 2 layers, 0 are dilated" in reason
-    assert "the pairs decide" in reason
+    assert reason.endswith("0 of 2 layers are dilated")
     dilate(net, Pattern.dilated((64, 256), (1, 2), is_causal=True))
     placement, reason = choose_placement(net, 4096, 4)
     assert placement == "contiguous"
-    assert "of 2 layers, 2 are dilated" in reason
-    assert "the bytes decide" in reason
+    assert reason.endswith("2 of 2 layers are dilated")
     mixed = model("Llama", "ring")
     dilate(mixed, Pattern.dilated((64, 256), (1, 2), is_causal=True), [0])
     assert choose_placement(mixed, 4096, 4).placement == "zigzag"  # a dense layer computes most of the pairs

@@ -65,9 +65,8 @@ def placement_choice(layers: tuple[tuple[LayerAttention, int], ...], length: int
     kind: Kind = "zigzag" if contiguous > WORTH * zigzag else "contiguous"
     return PlacementChoice(
         kind,
-        f"{kind}: {dilated} of {total} layers are dilated; of {ranks} ranks that share {length:,} tokens, the busiest "
-        f"computes {zigzag:.3g} pairs a head under zigzag, and {contiguous / max(zigzag, 1):.2f} times as many under "
-        f"contiguous; zigzag is chosen above {WORTH} times",
+        f"{kind}: at {length:,} tokens the busiest of {ranks} ranks has {contiguous / max(zigzag, 1):.2f} times the "
+        f"pairs under contiguous (limit {WORTH}); {dilated} of {total} layers are dilated",
     )
 
 
