@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_longnet.attention.parallel.placement_choice import LayerAttention, PlacementChoice, placement_choice
 from lightning_longnet.attention.pattern.pattern import Pattern
-from lightning_longnet.huggingface.dilation import FIELD
 from lightning_longnet.layers.attending import AttentionLayer
-from lightning_longnet.registration import ATTENTION
+from lightning_longnet.registration import ATTENTION, FIELD
 
 if TYPE_CHECKING:
     from torch import nn
