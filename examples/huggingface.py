@@ -17,7 +17,6 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from lightning_longnet import ByteData, CausalLMModule
-from lightning_longnet.strategies import RingSequenceParallelStrategy
 
 
 def main() -> None:
@@ -46,8 +45,7 @@ def main() -> None:
     module = CausalLMModule(model, learning_rate=3e-3, warmup_steps=5)
     data = ByteData(tokens=options.tokens, batch_size=1, megabytes=1.0, packed=True)
     trainer = L.Trainer(
-        # line 2: "ring_sequence_parallel" does as well; zigzag balances dense causal attention
-        strategy=RingSequenceParallelStrategy(sharding="fsdp2", placement="zigzag"),
+        strategy="ring_sequence_parallel",  # line 2
         accelerator="cpu",
         devices=options.devices,
         max_steps=options.steps,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from functools import wraps
 from importlib.abc import Loader, MetaPathFinder
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ LIGHTNING = "lightning.pytorch.strategies"
 TRANSFORMERS = "transformers.modeling_utils"
 TRANSFORMERS_MASKS = "transformers.masking_utils"
 ATTENTION = "ring"
+FIELD = "dilated_attention"  # of the configuration of a model of transformers with dilated layers: their patterns
+_REFUSES = "_refuses_dilated_layers"
 DEFAULT = "ring_sequence_parallel"
 NAMES = {
     DEFAULT: "fsdp2",
@@ -38,7 +41,7 @@ def register() -> None:
     registrations: dict[str, Callable[[Any], None]] = {
         LIGHTNING: lambda module: register_in(module.StrategyRegistry),
         TRANSFORMERS: lambda module: module.AttentionInterface.register(ATTENTION, attention_forward),
-        TRANSFORMERS_MASKS: lambda module: module.AttentionMaskInterface.register(ATTENTION, attention_mask),
+        TRANSFORMERS_MASKS: lambda module: _register_masks(module.AttentionMaskInterface),
     }
     watched = {finder.name for finder in sys.meta_path if isinstance(finder, _Watch)}
     for name, registration in registrations.items():
@@ -60,6 +63,34 @@ def attention_mask(*arguments: Any, **options: Any) -> Any:
     from lightning_longnet.huggingface.masks import ring_mask
 
     return ring_mask(*arguments, **options)
+
+
+def _register_masks(interface: Any) -> None:
+    """Register the mask of `ATTENTION`, and let the masks of all others refuse models with dilated layers.
+
+    `from_pretrained(folder, attn_implementation="sdpa")` of such a model would compute dense layers: the mask is the
+    first call in its forward that goes through transformers' registries.
+    """
+    for name, mask in list(interface._global_mapping.items()):
+        if name != ATTENTION and not hasattr(mask, _REFUSES):
+            interface.register(name, _refusing_dilated(mask))
+    interface.register(ATTENTION, attention_mask)
+
+
+def _refusing_dilated(mask: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of masks that refuses configurations with dilated layers."""
+
+    @wraps(mask)
+    def refusing(*arguments: Any, **options: Any) -> Any:
+        config = options.get("config")
+        if getattr(config, FIELD, None):
+            from lightning_longnet.huggingface.dilation import check_dilated
+
+            check_dilated(config, config._attn_implementation)
+        return mask(*arguments, **options)
+
+    setattr(refusing, _REFUSES, True)
+    return refusing
 
 
 def callbacks() -> list[Any]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
 
 def averages(trainer: Trainer) -> Iterator[nn.Module]:
@@ -28,6 +31,24 @@ def averages(trainer: Trainer) -> Iterator[nn.Module]:
 def has_averages(trainer: Trainer) -> bool:
     """Return whether a callback averages weights."""
     return any(True for _ in averages(trainer))
+
+
+def check_averages(trainer: Trainer, module: LightningModule) -> None:
+    """Raise a ValueError where a callback is to copy weights that are read after the module is sharded.
+
+    The callback copies them when it is set up, before the strategy shards the module.
+    """
+    is_read_later = hasattr(module, "_load_sharded_weights") or not is_overridden("configure_model", module)
+    is_copied = trainer.state.fn == TrainerFn.FITTING and any(parameter.is_meta for parameter in module.parameters())
+    if not is_read_later or not is_copied:
+        return
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            raise ValueError(
+                f"{type(callback).__name__} must have weights to copy at set-up, got parameters on the meta device, "
+                f"which are read after the model is sharded: set load_sharded=False, or make the parameters in "
+                f"__init__, or leave out the callback"
+            )
 
 
 def whole_state(state: dict[str, Any], device: torch.device) -> dict[str, Any]:

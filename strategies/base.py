@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: TC002
 
-from lightning_longnet.attention.parallel.placement import Kind  # noqa: TC001  the command line evaluates annotations
-from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001
+from lightning_longnet.attention.parallel.schedule import Exchange  # noqa: TC001  the command line reads annotations
 from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.split_check.check import Action  # noqa: TC001
 from lightning_longnet.strategies.changes import ChangeWatch
@@ -17,6 +16,7 @@ from lightning_longnet.strategies.finite import LossWatch
 from lightning_longnet.strategies.first_batch import FirstBatchCheck
 from lightning_longnet.strategies.memory import MemoryAction, MemoryCheck
 from lightning_longnet.strategies.phases import Progress
+from lightning_longnet.strategies.placements import RunPlacement, StrategyPlacement, check_placement
 from lightning_longnet.strategies.samplers import RepeatWarning
 from lightning_longnet.strategies.split_steps import SplitSteps
 from lightning_longnet.strategies.timeouts import Timeouts
@@ -53,7 +53,8 @@ class RingSequenceParallelStrategy(_ClassBySharding, SplitSteps):
             not at all; "fsdp2_offload" and "deepspeed_stage_3_offload" keep them in the host's memory.
         exchange: how keys reach the queries of other ranks: "auto", "gather", "ring", "swap" or "local".  It is
             the default of layers without an `exchange` of their own.
-        placement: "contiguous", or "zigzag", which balances dense causal attention.
+        placement: "contiguous"; "zigzag", which balances dense causal attention; or "auto", which chooses one of them
+            by the layers of the model and the length of sequences, and logs it with the reason; see `choose_placement`.
         accumulate: how accumulated micro-batches are weighted: "batches" gives them equal weights, as Lightning does;
             "tokens" weights them by their tokens, so that the gradient is that of one large batch.
         timeout: seconds after which a rank that waits for another one raises an error: outside of steps, in the first
@@ -86,7 +87,7 @@ class RingSequenceParallelStrategy(_ClassBySharding, SplitSteps):
         sequence_parallel_size: int | None = None,
         sharding: Sharding = "fsdp2",
         exchange: Exchange = "auto",
-        placement: Kind = "contiguous",
+        placement: StrategyPlacement = "auto",
         accumulate: Accumulate = "batches",
         timeout: float = 1800.0,
         engine: dict[str, Any] | None = None,
@@ -106,12 +107,14 @@ class RingSequenceParallelStrategy(_ClassBySharding, SplitSteps):
         check_options(accumulate, timeout, preemption, split_check)
         check_seconds("step_timeout", step_timeout)
         check_background_saves(background_saves, checkpoint_io)
-        SequenceContext(placement=placement, exchange=exchange)  # raises an error where they are wrong
+        check_placement(placement)
+        SequenceContext(exchange=exchange)  # raises an error where it is wrong
         self.sharding, self.accumulate, self.timeout = sharding, accumulate, float(timeout)
         self.preemption, self.background_saves = preemption, background_saves
         self.progress, self.timeouts = Progress(), Timeouts(float(step_timeout))
         self._sequence_parallel_size = sequence_parallel_size
-        self._placement, self._exchange = placement, exchange
+        self._placement = RunPlacement() if placement == "auto" else placement
+        self._exchange = exchange
         self.sequence_context = SequenceContext()
         self._first_batches = FirstBatchCheck(split_check)
         self._memory, self._losses = MemoryCheck(memory_check), LossWatch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +22,8 @@ from lightning_longnet.strategies.engines import gathers_parameters
 from lightning_longnet.strategies.universal import convert, saved_ranks
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lightning.pytorch import Trainer
     from torch import Tensor
     from torch.optim import Optimizer
@@ -104,6 +107,17 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         if getattr(self.lightning_module, "excludes_frozen_parameters", False):
             self.exclude_frozen_parameters = True
         super().setup(trainer)
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Let `configure_model` make whole parameters, which DeepSpeed splits when the run is set up.
+
+        Lightning's own context splits each parameter when its module has made it.  Code that initializes or loads it
+        later, as layers of this package and models of transformers do, then finds an empty tensor, and some of it
+        raises no error.
+        """
+        self._init_config_if_needed()
+        yield
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from lightning_longnet.strategies.averages import averages, has_averages, sharded_state, whole_state
+from lightning_longnet.strategies.averages import averages, check_averages, has_averages, sharded_state, whole_state
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 from lightning_longnet.strategies.full_checkpoint import load_folder, load_full_checkpoint
 from lightning_longnet.strategies.shards import copy_shards, write_shards
@@ -57,10 +57,11 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         ModelParallelStrategy.__init__(self, data_parallel_size=1, tensor_parallel_size=1, **options, **engine)
 
     def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        check_averages(self.lightning_module.trainer, self.lightning_module)
         ParallelStrategy.setup_environment(self)  # without the mesh of data and tensor parallelism
         self._setup_distributed()
         self._make_context()
-        assert self.lightning_module is not None
         self._device_mesh = self.lightning_module._device_mesh = self.sequence_context.mesh
 
     def setup(self, trainer: Trainer) -> None:

@@ -93,6 +93,7 @@ def _job_of(strategy: SplitSteps, module: LightningModule, batch: Any, optimizer
     ids = tensors.get("input_ids") if isinstance(tensors, Mapping) else None
     if not isinstance(model, LongNet) or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         return None
+    placement = strategy.sequence_context.placement
     try:
         return Job(
             model.config,
@@ -103,7 +104,7 @@ def _job_of(strategy: SplitSteps, module: LightningModule, batch: Any, optimizer
             sequence_parallel_size=strategy.sequence_context.sequence_parallel_size,
             sharding=strategy.sharding,
             exchange=strategy.sequence_context.exchange,
-            placement=strategy.sequence_context.placement,
+            placement="auto" if callable(placement) else placement,
             precision=str(trainer.precision),
             accumulate=trainer.accumulate_grad_batches,
             optimizer_copies=min(map(_states_per_parameter, optimizers), default=0.0),

@@ -17,6 +17,7 @@ from lightning_longnet.strategies.engines import gathers_parameters
 from lightning_longnet.strategies.exits import await_gloo_at_exit, print_stacks_at_crash
 from lightning_longnet.strategies.launcher import WatchedLauncher, watch_parent
 from lightning_longnet.strategies.loaders import LoaderWatch
+from lightning_longnet.strategies.placements import RunPlacement
 from lightning_longnet.strategies.seeds import dropout_seed
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class SequenceRanks(ParallelStrategy):
     progress: Progress
     timeouts: Timeouts
     _sequence_parallel_size: int | None
-    _placement: Kind
+    _placement: Kind | RunPlacement
     _exchange: Exchange
     _loaders: LoaderWatch | None = None  # made when the ranks are connected
 
@@ -69,6 +70,8 @@ class SequenceRanks(ParallelStrategy):
 
     def _make_context(self) -> None:
         """Make the context when the ranks are connected, once for all runs of a Trainer."""
+        if isinstance(self._placement, RunPlacement):
+            self._placement.begin(self.lightning_module)
         if self.sequence_context.mesh is not None:
             return
         if dist.is_initialized():

@@ -22,6 +22,7 @@ from lightning_longnet.strategies.failures import NamedFailures
 from lightning_longnet.strategies.finite import check_anomaly
 from lightning_longnet.strategies.launcher import WatchedLauncher
 from lightning_longnet.strategies.loops import WatchedLoops
+from lightning_longnet.strategies.placements import RunPlacement
 from lightning_longnet.strategies.restart import keep_folders
 from lightning_longnet.strategies.resume import skip_finished_batches
 from lightning_longnet.strategies.samplers import keep_order, restore_order
@@ -64,6 +65,8 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
             _add_preemption(trainer)
         self.sequence_context.window.close(1)  # an interrupted run may have left it open
         attach_context(self.lightning_module, self.sequence_context)
+        if isinstance(self._placement, RunPlacement):
+            self._placement.begin(self.lightning_module)  # `configure_model` may have made its layers
         keep_order(trainer)
         self._begin_split_check()
         super().setup(trainer)

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_longnet.attention.pattern.pattern import Pattern
-from lightning_longnet.registration import ATTENTION
+from lightning_longnet.registration import ATTENTION, FIELD
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import nn
 
-FIELD = "dilated_attention"
 _GUARDED = "_refuses_other_attention"
 
 
@@ -82,7 +81,7 @@ def check_dilated(config: Any, attention: str) -> None:
         raise ValueError(
             f"attn_implementation must be {ATTENTION!r} for a model with dilated layers, got {attention!r}, which "
             f"would compute them as dense ones: model.set_attn_implementation({ATTENTION!r}), or for dense layers, "
-            f"remove {FIELD} from the config"
+            f"from_pretrained(..., {FIELD}=None)"
         )
 
 

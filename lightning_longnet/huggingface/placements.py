@@ -1,39 +1,26 @@
-"""The placement of sequences for all layers of a model of transformers, of which some may be dilated."""
+"""The attention of all layers of a module, of this package or of transformers, and the placement that serves them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.sequence_plan import sequence_plan
+from lightning_longnet.attention.parallel.placement_choice import LayerAttention, PlacementChoice, placement_choice
 from lightning_longnet.attention.pattern.pattern import Pattern
-from lightning_longnet.huggingface.dilation import FIELD
+from lightning_longnet.layers.attending import AttentionLayer
+from lightning_longnet.registration import ATTENTION, FIELD
 
 if TYPE_CHECKING:
-    from lightning_longnet.attention.parallel.placement import Kind
-
-# a placement whose busiest rank computes more pairs by less than this share is as good: messages then decide
-_AS_GOOD = 0.05
+    from torch import nn
 
 
-class PlacementChoice(NamedTuple):
-    """The placement for a model, and why: one batch has one placement, which serves all layers."""
+def layer_patterns(config: Any) -> list[Pattern]:
+    """Return the pattern of each layer of a causal model: that of `dilate`, or the layer's own window, chunk or all.
 
-    placement: Kind
-    reason: str
-
-
-class _Cost(NamedTuple):
-    """The pairs of the busiest rank and the most bytes of keys that a rank receives, summed over layers."""
-
-    pairs: int
-    received: int
-
-
-def layer_patterns(model: Any) -> list[Pattern]:
-    """Return the pattern of each layer of a causal model: that of `dilate`, or the layer's own window, chunk or all."""
-    config = model.config.get_text_config()
+    Args:
+        config: the configuration of the model.
+    """
+    config = config.get_text_config()
     dilated = getattr(config, FIELD, None) or {}
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     default = "sliding_attention" if window else "full_attention"
@@ -52,38 +39,59 @@ def layer_patterns(model: Any) -> list[Pattern]:
     return patterns
 
 
-def choose_placement(model: Any, length: int, ranks: int) -> PlacementChoice:
+def attention_layers(module: nn.Module) -> tuple[tuple[LayerAttention, int], ...]:
+    """Return the attention of a module's layers, each with the number of layers that have it.
+
+    These are the layers of this package, other modules with a `pattern` and `num_heads`, and those of models of
+    transformers with `attn_implementation="ring"`.
+    """
+    counts, counted = Counter[LayerAttention](), tuple[str, ...]()
+    for name, child in module.named_modules():
+        if any(name == outer or name.startswith(outer) for outer in counted):
+            continue
+        if _is_ring(child):
+            counted = (*counted, f"{name}." if name else "")
+            counts.update(_layers_of_config(child.config))
+        elif (layer := _layer_of(child)) is not None:
+            counts[layer] += 1
+    return tuple(counts.items())
+
+
+def choose_placement(model: nn.Module, length: int, ranks: int) -> PlacementChoice:
     """Return the placement with which all layers of a model together are fastest over some ranks, and why.
 
-    Dense layers are faster with "zigzag", with which ranks compute equally many pairs; dilated ones with "contiguous",
-    which keeps their segments on one rank.  The choice minimises the pairs of the busiest rank.  If these are about
-    equal, it minimises the bytes that ranks receive.
+    Dense causal layers are faster with "zigzag", with which ranks compute equally many pairs; dilated ones with
+    "contiguous", which keeps their segments on one rank.  "zigzag" is chosen where the busiest rank would compute much
+    more without it, summed over all layers.
+
+    Args:
+        model: a model of transformers with `attn_implementation="ring"`, or any module of layers with patterns.
+        length: the number of tokens of a sequence.
+        ranks: the number of ranks that share it.
     """
-    config = model.config.get_text_config()
-    counts = Counter(layer_patterns(model))
-    zigzag, contiguous = (_cost(counts, config, length, ranks, kind) for kind in ("zigzag", "contiguous"))
-    layers = f"of {sum(counts.values())} layers, {sum(n for p, n in counts.items() if _is_dilated(p))} are dilated"
-    numbers = (
-        f"the busiest rank computes {zigzag.pairs:.3g} pairs a head under zigzag and {contiguous.pairs:.3g} under "
-        f"contiguous, and receives {zigzag.received / 2**20:,.1f} and {contiguous.received / 2**20:,.1f} MiB of keys"
-    )
-    if max(zigzag.pairs, contiguous.pairs) > (1 + _AS_GOOD) * min(zigzag.pairs, contiguous.pairs):
-        kind: Kind = "zigzag" if zigzag.pairs < contiguous.pairs else "contiguous"
-        return PlacementChoice(kind, f"{kind}: {layers}; {numbers}: the pairs decide")
-    kind = "zigzag" if zigzag.received < contiguous.received else "contiguous"
-    return PlacementChoice(kind, f"{kind}: {layers}; {numbers}: the pairs are about equal, and the bytes decide")
+    return placement_choice(attention_layers(model), length, ranks)
 
 
-def _cost(counts: Counter[Pattern], config: Any, length: int, ranks: int, kind: Kind) -> _Cost:
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    pairs = received = 0
-    for pattern, layers in counts.items():
-        plan = sequence_plan(pattern, Placement.even(length, ranks, kind).lengths, heads, kv_heads, placement=kind)
-        pairs += layers * max(plan.pairs)
-        received += layers * max(map(sum, plan.received))
-    return _Cost(pairs // heads, received)
+def _is_ring(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers that attends by `attn_implementation="ring"`."""
+    config: Any = getattr(module, "config", None)
+    return getattr(config, "_attn_implementation", None) == ATTENTION and hasattr(module, "get_input_embeddings")
 
 
-def _is_dilated(pattern: Pattern) -> bool:
-    return any(branch.dilation_rate > 1 for branch in pattern.branches)
+def _layers_of_config(config: Any) -> list[LayerAttention]:
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    return [LayerAttention(pattern, heads, kv_heads) for pattern in layer_patterns(config)]
+
+
+def _layer_of(module: nn.Module) -> LayerAttention | None:
+    """Return the attention of a layer that has a pattern, or None."""
+    pattern: Any = getattr(module, "pattern", None)
+    heads: Any = getattr(module, "num_heads", None)
+    if not isinstance(pattern, Pattern) or not (isinstance(module, AttentionLayer) or isinstance(heads, int)):
+        return None
+    if heads is None:  # the layer is given heads: as many as there are residues, which all count then
+        heads = max(branch.dilation_rate for branch in pattern.branches)
+    is_ordered = getattr(module, "ordering", "raster") == "raster"
+    return LayerAttention(pattern, heads, getattr(module, "num_kv_heads", None) or heads, is_ordered)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_longnet.attention.pattern.pattern import Pattern
 from lightning_longnet.huggingface.models import created
+from lightning_longnet.huggingface.placements import layer_patterns
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def planned_config(config: PretrainedConfig, options: Mapping[str, Any]) -> Long
             f"width of {width}"
         )
     planned = LongNetConfig(
-        _patterns(config),
+        layer_patterns(config),
         dim=width,
         layers=config.num_hidden_layers,
         heads=heads,
@@ -72,17 +72,3 @@ def _empty(config: PretrainedConfig) -> Any:
 
 def _is_gated(config: PretrainedConfig) -> bool:
     return any("gate" in name for name, _ in _empty(config).named_parameters())
-
-
-def _patterns(config: PretrainedConfig) -> Pattern | list[Pattern]:
-    """Return the pattern of each layer: dense, or the layer's window."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return Pattern.dense(is_causal=True) if window is None else Pattern.window(window, is_causal=True)
-    patterns = {"full_attention": Pattern.dense(is_causal=True)}
-    if window is not None:
-        patterns["sliding_attention"] = Pattern.window(window, is_causal=True)
-    if strange := [each for each in kinds if each not in patterns]:
-        raise ValueError(f"a plan knows layers of dense or windowed attention, got one of the kind {strange[0]!r}")
-    return [patterns[each] for each in kinds]

@@ -67,7 +67,7 @@ class PlannedContext(SequenceContext):
 
     def __init__(self, job: Job, rank: int, footprints: Mapping[str, Footprint]) -> None:
         position = MeshPosition(job.shared_by, rank, job.groups)
-        super().__init__(placement=job.placement, exchange=job.exchange, position=position)
+        super().__init__(placement=job.placement_choice.placement, exchange=job.exchange, position=position)
         self.planned = PlannedShard(job.placed(), rank, footprints)
         self.begin(job.tokens)
         self.begin_step(0)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from lightning_longnet.attention.parallel.exchange import Sizes
 from lightning_longnet.attention.parallel.placement import Placement
+from lightning_longnet.attention.parallel.placement_choice import LayerAttention, PlacementChoice, placement_choice
 from lightning_longnet.attention.parallel.rank_blocks import Layout
 from lightning_longnet.attention.pattern.pattern import check_heads
 from lightning_longnet.planning.devices import compute_dtype
@@ -34,7 +36,7 @@ class Job:
         sequence_parallel_size: how many ranks share a sequence; all of them by default.
         sharding: the engine; see `RingSequenceParallelStrategy`.
         exchange: the exchange of layers that name none.
-        placement: "contiguous" or "zigzag".
+        placement: "contiguous" or "zigzag", or "auto", which chooses one of them; see `placement_choice`.
         precision: the `precision` of a Trainer.
         accumulate: the number of micro-batches of a step.
         optimizer_copies: the size of the optimizer's states, as a multiple of the parameters.
@@ -51,7 +53,7 @@ class Job:
     sequence_parallel_size: int | None = None
     sharding: str = "fsdp2"
     exchange: Exchange = "auto"
-    placement: Kind = "contiguous"
+    placement: Kind | Literal["auto"] = "auto"
     precision: str = "32-true"
     accumulate: int = 1
     optimizer_copies: float = 2.0
@@ -107,9 +109,20 @@ class Job:
         """The dtype of parameters: "mixed" casts them for products only."""
         return torch.float32 if "mixed" in self.precision else self.dtype
 
+    @property
+    def placement_choice(self) -> PlacementChoice:
+        """The placement of a sequence over the ranks of a group, and why."""
+        if self.placement != "auto":
+            return PlacementChoice(self.placement, f"{self.placement}: asked for")
+        if self.shared_by == 1:
+            return PlacementChoice("contiguous", "contiguous: ranks share no sequences")
+        heads, kv_heads = self.config.heads, check_heads(self.config.heads, self.config.kv_heads)
+        counts = Counter(LayerAttention(pattern, heads, kv_heads) for pattern in self.config.patterns)
+        return placement_choice(tuple(counts.items()), self.tokens, self.shared_by)
+
     def placed(self) -> Placement:
         """Return the placement of a sequence over the ranks of a group."""
-        return Placement.even(self.tokens, self.shared_by, self.placement)
+        return Placement.even(self.tokens, self.shared_by, self.placement_choice.placement)
 
     @property
     def most_tokens(self) -> int:

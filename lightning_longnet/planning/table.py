@@ -31,6 +31,7 @@ def table(plan: RunPlan) -> str:
         f"group{'s' * (job.groups > 1)} of {job.shared_by:,}; {job.sharding}, {job.precision}, batch {job.batch}"
         + f", {job.accumulate} micro-batches"
         * (job.accumulate > 1),
+        *([f"placement {job.placement_choice.reason}"] if job.shared_by > 1 else []),
         "",
         *_memory_lines(plan),
         "",
@@ -125,6 +126,8 @@ def values(plan: RunPlan) -> dict[str, Any]:
         "tokens_of_ranks": [min(job.placed().lengths), max(job.placed().lengths)],
         "ranks": job.ranks,
         "sequence_parallel_size": job.shared_by,
+        "placement": job.placement_choice.placement,
+        "placement_why": job.placement_choice.reason,
         "sharding": job.sharding,
         "precision": job.precision,
         "device": plan.device.name,

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
+    from lightning_longnet.sequence.splitter import PlacementRule
+
 
 class SequenceContext(ContextAttention):
     """The position of a rank among the others, the current batch, and the operations over ranks.
@@ -31,7 +33,8 @@ class SequenceContext(ContextAttention):
 
     Args:
         mesh: a mesh with the axes "data_parallel" and "sequence_parallel"; see `sequence_mesh`.
-        placement: "contiguous" or "zigzag": which tokens each rank gets.
+        placement: "contiguous" or "zigzag": which tokens each rank gets.  Or a function that returns one of them for a
+            number of tokens and a number of ranks, the same on all ranks; see `choose_placement`.
         exchange: how keys reach the queries of other ranks, for layers that name no exchange; see `attend`.
         seed: the seed of dropout in steps, the same on all ranks; what attention drops depends on it, on the step and
             on the layer; see `begin_step`.
@@ -47,14 +50,14 @@ class SequenceContext(ContextAttention):
         self,
         mesh: DeviceMesh | None = None,
         *,
-        placement: Kind = "contiguous",
+        placement: Kind | PlacementRule = "contiguous",
         exchange: Exchange = "auto",
         seed: int = 0,
         position: MeshPosition | None = None,
     ) -> None:
         for name, value, kinds in (("placement", placement, Kind), ("exchange", exchange, Exchange)):
             allowed = get_args(kinds)
-            if value not in allowed:
+            if value not in allowed and not (name == "placement" and callable(value)):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
         self.mesh, self.placement, self.exchange, self.seed = mesh, placement, exchange, seed
         self.position = MeshPosition.of(mesh) if position is None else position
@@ -177,6 +180,10 @@ class SequenceContext(ContextAttention):
     def placement_of(self, length: int) -> Placement:
         """Return the placement of sequences of `length` tokens: as even as can be."""
         return self._splitter.placement_of(length)
+
+    def kind_of(self, length: int) -> Kind:
+        """Return the kind of that placement, "contiguous" or "zigzag"."""
+        return self._splitter.kind_of(length)
 
     # Losses and metrics
 

@@ -146,8 +146,10 @@ class ShardCache:
         """Make a shard of the current batch, as all ranks do together."""
         splitter = self._splitter
         assert splitter.position.sequence_group is not None
+        assert splitter.current.length is not None
+        kind = splitter.kind_of(splitter.current.length)
         shard = SequenceShard(
-            splitter.position.sequence_group, splitter.local_length, splitter.placement, documents, key_padding_mask
+            splitter.position.sequence_group, splitter.local_length, kind, documents, key_padding_mask
         )
         # all ranks make a shard together: the time that they waited for each other counts, too
         self._traffic.waited_seconds += shard.comm.traffic.waited_seconds

@@ -27,12 +27,14 @@ from lightning_longnet.sequence.parts import SequencePart, part_of
 from lightning_longnet.sequence.shards import BatchShards
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
     from lightning_longnet.attention.parallel.shard import SequenceShard
     from lightning_longnet.sequence.position import MeshPosition
+
+    PlacementRule = Callable[[int, int], Kind]  # of the number of tokens and the number of ranks
 
 
 @dataclass
@@ -63,7 +65,7 @@ class BatchSplitter:
 
     Args:
         position: the position of this rank.
-        placement: "contiguous" or "zigzag"; see `Placement`.
+        placement: "contiguous" or "zigzag"; see `Placement`.  Or the function that chooses one of them.
 
     Attributes:
         current: the sequences that layers work on now.
@@ -72,7 +74,7 @@ class BatchSplitter:
         repeated: how many of its last samples another rank has as well, and is to count.
     """
 
-    def __init__(self, position: MeshPosition, placement: Kind) -> None:
+    def __init__(self, position: MeshPosition, placement: Kind | PlacementRule) -> None:
         self.position, self.placement = position, placement
         self.current = CurrentBatch(is_begun=False)
         self.number = 0
@@ -209,7 +211,14 @@ class BatchSplitter:
 
     def placement_of(self, length: int) -> Placement:
         """Return the even placement of sequences of `length` tokens."""
-        return Placement.even(length, self.position.sequence_parallel_size, self.placement)
+        return Placement.even(length, self.position.sequence_parallel_size, self.kind_of(length))
+
+    def kind_of(self, length: int) -> Kind:
+        """Return "contiguous" or "zigzag" for sequences of `length` tokens."""
+        ranks, given = self.position.sequence_parallel_size, self.placement
+        if not callable(given):
+            return given
+        return given(length, ranks) if ranks > 1 else "contiguous"
 
     @property
     def local_length(self) -> int:

@@ -175,7 +175,7 @@ def _verdict(
     for tokens in lengths:
         for dtype in dtypes:
             values = replica.values_of(module, dtype, runner.device)
-            with closing(Comparison(runner, values, dtype, context, tokens)) as comparison:
+            with closing(Comparison(runner, values, dtype, context, tokens, length)) as comparison:
                 # labels that the batch lacks may make up for the tokens by which parts differ, and hide a plain mean
                 verdict, fault = comparison.verdict(batch, fewer_labels=True)
                 if fault and length is not None:
@@ -184,11 +184,11 @@ def _verdict(
                 aligned = None if length is None else aligned_length(length, ranks)
                 has_error = verdict.error is not None and isfinite(verdict.error)
                 if verdict.side_effects and aligned not in (None, tokens):
-                    with closing(Comparison(runner, values, dtype, context, aligned)) as comparison:
+                    with closing(Comparison(runner, values, dtype, context, aligned, length)) as comparison:
                         verdict = _with_lasting_effects(verdict, comparison, batch)
                 if verdict.kind != "different" or not has_error or aligned in (None, tokens):
                     return replace(verdict, drops_directly=runner.drops_directly)
-                with closing(Comparison(runner, values, dtype, context, aligned)) as comparison:
+                with closing(Comparison(runner, values, dtype, context, aligned, length)) as comparison:
                     return _confirmed(verdict, comparison, batch, tokens)
             refusal = comparison.refusal
             if tokens != length and refusal.is_of_positions and _has_positions(batch):

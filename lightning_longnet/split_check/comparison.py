@@ -41,6 +41,7 @@ class Comparison:
         dtype: their dtype; None where it is the module's own.
         context: the context of the run.
         tokens: the length to which batches are cut; None for batches without sequences.
+        length: the length of whole batches, whose placement the shorter ones get.
 
     Attributes:
         tokens: as given.
@@ -56,11 +57,13 @@ class Comparison:
         dtype: torch.dtype | None,
         context: SequenceContext,
         tokens: int | None,
+        length: int | None,
     ) -> None:
         self.tokens, self.ranks, self.ran_whole = tokens, context.sequence_parallel_size, False
         self.refusal = Refusal()
         self._runner, self._given, self._dtype, self._context = runner, values, dtype, context
         self._values, self._batch = values, None  # type: tuple[Values, Any]
+        self._placement = context.placement if length is None else context.kind_of(length)
         self._groups = Groups(context.position)
         self._refusal = Refusal()  # of the last attempt
 
@@ -185,7 +188,7 @@ class Comparison:
         """Return a context like the run's own, so that this one keeps its batch."""
         run = self._context
         return SequenceContext(
-            placement=run.placement, exchange=run.exchange, seed=run.seed, position=self._groups.parts
+            placement=self._placement, exchange=run.exchange, seed=run.seed, position=self._groups.parts
         )
 
     def _attempt(self, run: Callable[[], Outcome]) -> tuple[Outcome | None, str]:

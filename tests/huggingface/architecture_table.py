@@ -78,7 +78,7 @@ def page():
     for name, (config_name, _, _) in ARCHITECTURES.items():
         net = model(name, "ring")
         assert not split_refusals(net), name
-        keys = ", ".join(dict.fromkeys(map(shown_keys, layer_patterns(net))))
+        keys = ", ".join(dict.fromkeys(map(shown_keys, layer_patterns(net.config))))
         names = [each for each, _ in net.named_parameters()]
         extras = [
             text

@@ -24,7 +24,7 @@ from lightning_longnet.strategies import RingSequenceParallelStrategy
         ({"sharding": "fsdp"}, 2, "sharding must be one of 'fsdp2', .*'ddp'.*, got 'fsdp'"),
         ({"sharding": ["ddp"]}, 2, "sharding must be one of"),
         ({"exchange": "rings"}, 2, "exchange must be one of 'auto', .*, got 'rings'"),
-        ({"placement": "zig"}, 2, "placement must be one of 'contiguous', 'zigzag', got 'zig'"),
+        ({"placement": "zig"}, 2, "placement must be one of 'auto', 'contiguous', 'zigzag', got 'zig'"),
         ({"accumulate": "samples"}, 2, "accumulate must be one of 'batches', 'tokens', got 'samples'"),
         ({"timeout": 0}, 2, "timeout must be a number of seconds, more than 0, got 0"),
         ({"split_check": "maybe"}, 2, "split_check must be one of 'error', 'warn', 'off', got 'maybe'"),

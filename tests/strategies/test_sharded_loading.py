@@ -1,5 +1,7 @@
 """Weights of which each rank reads its parts: the same run as with ordinary loading, from less memory."""
 
+import re
+
 import pytest
 import torch
 from decoder_runs import fit, module, rows
@@ -89,6 +91,38 @@ def test_a_module_that_shards_itself_gets_its_weights(trainers, folder):
         assert parameters.keys() == expected.keys()
         for name, x in parameters.items():
             assert torch.equal(x, expected[name]), name
+
+
+def averaged(rank, world, folder, sharding, load_sharded):
+    """Return the parameters, and their average, of a run with a callback that averages weights."""
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+    with quiet():
+        net = CausalLMModule(name=folder, load_sharded=load_sharded, learning_rate=0.1, warmup_steps=0)
+        averaging = EMAWeightAveraging(decay=0.5)
+        trainer = trainer_of(RingSequenceParallelStrategy(world, sharding), world, callbacks=[averaging], max_steps=2)
+        trainer.fit(net, DataLoader(rows(4), 2, collate_fn=collated))
+        return [x.detach() for model in (net, averaging._average_model.module) for x in model.parameters()]
+
+
+def test_averages_of_weights_that_are_not_read_yet_are_refused(trainers, folder):
+    for is_result, outcome in trainers.outcomes(2, averaged, folder, "fsdp2", True):
+        assert not is_result
+        assert re.search(
+            r"EMAWeightAveraging must have weights to copy at set-up, got parameters on the meta device.*: set "
+            r"load_sharded=False",
+            outcome[1],
+        )
+
+
+@pytest.mark.long
+def test_averages_of_weights_that_are_not_sharded_are_right(trainers, folder):
+    sharded, whole = (trainers.run(2, averaged, folder, "ddp", each) for each in (True, False))
+    for result, expected in zip(sharded, whole, strict=True):
+        assert len(result) == len(expected) > 40
+        assert all(map(torch.equal, result, expected))
 
 
 def load(rank, world, folder, load_sharded):

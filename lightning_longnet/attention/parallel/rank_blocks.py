@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lightning_longnet.attention.parallel.placement import Chunk
 from lightning_longnet.attention.parallel.shares import shares
 from lightning_longnet.attention.plan.block import Part
 from lightning_longnet.attention.plan.blocks import make_plan
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.parallel.placement import Chunk, Placement
+    from lightning_longnet.attention.parallel.placement import Placement
     from lightning_longnet.attention.pattern.branch import Branch
     from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.attention.plan.lattice import Lattice
@@ -195,6 +196,18 @@ class RankBlocks:
             ranges = [self._visible_range(chunk, branch) for branch in self.layout.pattern.branches]
             ranks |= self.layout.placement.holders(min(begin for begin, _ in ranges), max(end for _, end in ranges))
         return sorted(ranks - {rank})
+
+    def visible_pairs(self, rank: int) -> int:
+        """Return the pairs that a rank's queries see, on all ranks, a repeated pair as often as branches show it."""
+        placement = self.layout.placement
+        everywhere = Chunk(0, placement.length, 0)
+        parts = (
+            part
+            for documents in self._common_documents(rank, rank)
+            for queries in placement.chunks(rank)
+            for part in documents.shares(queries, everywhere)
+        )
+        return sum(part.block.pairs * part.block.weight for part in parts)
 
     def traffic(self, rank: int) -> tuple[float, float]:
         """Return an estimate of (received, sent) token rows of a rank, from how far its segments and documents span."""
