@@ -152,20 +152,18 @@ def _append(
             whole = ranks.joined(rows, count)
             ranks.first(lambda: _of(output).file.append(whole))
 
-        row, tokens = _embedded(source, texts[0], pooling, append, advance)
-        ranks.first(lambda: _of(output).add(row, tokens))
-        return
-    own = texts[ranks.rank : ranks.rank + 1]
-    parts: list[Tensor] = []
+        found = [_embedded(source, texts[0], pooling, append, advance)]
+    else:
+        own = texts[ranks.rank : ranks.rank + 1]
+        parts: list[Tensor] = []
 
-    def embedded(text: Text) -> tuple[Tensor, int]:
-        row, tokens = _embedded(source.alone, text, pooling, lambda rows, _: parts.append(rows), advance)
-        return (torch.cat(parts) if row is None else row).cpu(), tokens
+        def embedded(text: Text) -> tuple[Tensor | None, int]:
+            row, tokens = _embedded(source.alone, text, pooling, lambda rows, _: parts.append(rows), advance)
+            return (torch.cat(parts) if row is None else row).cpu(), tokens
 
-    found = [each for some in ranks.each(lambda: [embedded(text) for text in own]) for each in some]
-    advance(sum(text.size for text in texts) - sum(text.size for text in own))
-    for rows, tokens in found:
-        ranks.first(lambda rows=rows, tokens=tokens: _of(output).add(rows, tokens))
+        found = [each for some in ranks.each(lambda: [embedded(text) for text in own]) for each in some]
+        advance(sum(text.size for text in texts) - sum(text.size for text in own))
+    ranks.first(lambda: [_of(output).add(row, tokens) for row, tokens in found])
 
 
 def _embedded(

@@ -136,6 +136,10 @@ def _check(
         allowed = ", ".join(Sampling.__dataclass_fields__)
         raise ValueError(f"no option {min(unknown)}; sampling has {allowed}")
     Sampling(**sampling)
+    if prompts.end is not None and not 0 <= prompts.end < model.config.vocab_size:
+        raise ValueError(
+            f"end must be a token of the model, from 0 to {model.config.vocab_size - 1}, got {prompts.end}"
+        )
     if not model.config.is_causal:
         raise ValueError("model must be causal in every layer to go on with a sequence")
     if (cache is not None or attention_mask is not None) and not caches(model, context):
