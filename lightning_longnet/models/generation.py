@@ -201,7 +201,7 @@ class _Cached:
     def _logits(self, further: Tensor) -> Tensor:
         mask, self.attention_mask = self.attention_mask, None
         if mask is None:
-            for part in further.split(LONG_STEP, 1):  # the states of a long prompt are not kept
+            for part in further.split(LONG_STEP * self.cache.ranks.size, 1):  # the states of a long prompt are not kept
                 hidden = self.model.encode(self.model.embed(part), cache=self.cache)
             last = hidden[:, -1]
         else:
