@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lightning_longnet.cli.nearest import nearest
+from lightning_longnet.cli.ranks import is_first
 from lightning_longnet.trust import HELP as TRUST_HELP
 from lightning_longnet.trust import trust_files
 
@@ -158,7 +159,8 @@ class _Parser(argparse.ArgumentParser):
         absent = message.removeprefix("the following arguments are required: ")
         if absent != message:
             message = f"{self.prog} needs {absent}: {self.example}"
-        self.exit(2, f"longnet: error: {message}; {self.prog} --help tells more\n")
+        # the ranks of a launcher have the same arguments
+        self.exit(2, f"longnet: error: {message}; {self.prog} --help tells more\n" if is_first() else None)
 
 
 def usage() -> str:

@@ -16,7 +16,8 @@ Write an embedding of each text file to one file, computed with a LongNet: an en
 
 An embedding is the mean of the states of all tokens before the head, or the state of the last token.  With
 `--pooling tokens` the file has the states of all tokens of each text, by its path.  A run that was killed goes on
-where it stopped if it is started again with the same arguments; the file has its name when it is whole.
+where it stopped if it is started again with the same arguments; the file has its name when it is whole.  Under torchrun
+or srun the ranks share the files, and the tokens of long ones.
 """
 
 EXAMPLE = "longnet embed books --checkpoint last.ckpt --out books.safetensors"
@@ -58,17 +59,21 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the embeddings with a progress bar, and print the result."""
     from lightning_longnet.cli.counts import counted
     from lightning_longnet.cli.progress import bar
+    from lightning_longnet.cli.ranks import launched
     from lightning_longnet.data.paths import found_files
     from lightning_longnet.data.texts import texts_of
     from lightning_longnet.evaluation.embedding import EmbeddingOptions, embed_files
     from lightning_longnet.evaluation.loading import loaded
 
-    files = found_files("FILE", arguments.paths, arguments.pattern, is_sorted=False)
-    source = loaded(arguments.checkpoint, arguments.tokenizer, arguments.dtype, arguments.device)
-    texts = texts_of(files, source.tokenizer, 1)
     options = EmbeddingOptions(arguments.pooling, arguments.format)
-    total = sum(text.size for text in texts)
-    with bar(total, counted(len(texts), "file"), "B", unit_scale=True, leave=True, delay=0) as shown:
-        tokens = embed_files(source, texts, Path(arguments.out), options, shown.update)
-    found = f"{counted(len(texts), 'text')} of {counted(tokens, 'token')}"
-    print(f"{arguments.out}: {found}, {source.model.config.dim} values a row")  # noqa: T201
+    with launched(arguments.device) as (ranks, device):
+        files = ranks.first(lambda: found_files("FILE", arguments.paths, arguments.pattern, is_sorted=False))
+        source = loaded(arguments.checkpoint, arguments.tokenizer, arguments.dtype, device, ranks=ranks)
+        texts = ranks.first(lambda: texts_of(files, source.tokenizer, 1))
+        total, is_off = sum(text.size for text in texts), not ranks.is_first
+        name = counted(len(texts), "file")
+        with bar(total, name, "B", unit_scale=True, leave=True, delay=0, disable=is_off) as shown:
+            tokens = embed_files(source, texts, Path(arguments.out), options, shown.update)
+        if ranks.is_first:
+            found = f"{counted(len(texts), 'text')} of {counted(tokens, 'token')}"
+            print(f"{arguments.out}: {found}, {source.model.config.dim} values a row")  # noqa: T201

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_longnet.cli.counts import token_count
 
@@ -12,14 +12,17 @@ if TYPE_CHECKING:
     import argparse
 
     from lightning_longnet.data.tokenizers import Tokenizer
+    from lightning_longnet.evaluation.ranks import Ranks
     from lightning_longnet.inference.cache import DilatedCache
     from lightning_longnet.models.longnet import LongNet
 
-DESCRIPTION = """Continue a text with a trained model, in one process.  The text appears as it is generated.
+DESCRIPTION = """Continue a text with a trained model.  The text appears as it is generated.
 
   longnet generate last.ckpt --prompt "Once upon"
   longnet generate last.ckpt --prompt-file - < story.txt   the prompt from the standard input
   longnet generate last.ckpt --chat                        a conversation on a terminal
+
+Under torchrun or srun the ranks share the keys and values that are kept.
 """
 EXAMPLE = 'longnet generate last.ckpt --prompt "Once upon"'
 
@@ -60,31 +63,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Generate tokens, and print the whole text as they come, and the speed to stderr."""
+    from lightning_longnet.cli.ranks import launched
+
+    with launched("cpu") as (ranks, _):
+        if arguments.chat and ranks.size > 1:
+            raise ValueError(f"--chat needs one process with a terminal, got {ranks.size} ranks")
+        if arguments.chat and not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise ValueError("--chat needs a terminal; --prompt-file - reads the standard input")
+        source = _source(ranks.together(lambda: _read(arguments)), arguments, ranks)
+        if arguments.chat:
+            _chat(source, arguments)
+            return
+        prompt = arguments.prompt
+        if arguments.prompt_file is not None:
+            prompt = ranks.first(lambda: _text_of(arguments.prompt_file))
+        ids = _ids(source.tokenizer, prompt, source.model)
+        begin = perf_counter()
+        count, seconds, _ = _answer(source, ids, arguments, prompt)
+        source.say("\n")
+        before = perf_counter() - begin - seconds
+        rate = f"{(count - 1) / seconds:,.0f} tokens/s" if count > 1 and seconds else "-"
+        if ranks.is_first:
+            speed = f"longnet: {count} tokens, {rate}; {len(ids)} of the prompt in {before:.2f} s"
+            print(speed, file=sys.stderr)  # noqa: T201
+
+
+class _Source(NamedTuple):
+    """A model that continues texts.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        cache: the cache of the text, which the ranks share; None where the model has none.
+        ranks: the ranks.
+    """
+
+    model: LongNet
+    tokenizer: Tokenizer
+    cache: DilatedCache | None
+    ranks: Ranks
+
+    def say(self, text: str) -> None:
+        """Print a text, on the first rank."""
+        if self.ranks.is_first:
+            print(text, end="", flush=True)  # noqa: T201
+
+
+def _source(read: tuple[LongNet, Tokenizer], arguments: argparse.Namespace, ranks: Ranks) -> _Source:
+    """Return a model with its cache, for the threads and the ranks that there are."""
     import torch
 
     from lightning_longnet.models.generation import caches
 
-    if arguments.chat and not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise ValueError("--chat needs a terminal; --prompt-file - reads the standard input")
-    model, tokenizer = _read(arguments)
+    model, tokenizer = read
+    ranks.attach(model)
     if sum(parameter.numel() for parameter in model.parameters()) < _ONE_THREAD:
         torch.set_num_threads(1)
     cache = None
     if caches(model):
-        cache = model.new_cache(dtype=None if arguments.cache is None else getattr(torch, arguments.cache))
+        dtype = None if arguments.cache is None else getattr(torch, arguments.cache)
+        cache = model.new_cache(dtype=dtype, group=ranks.group)
     elif arguments.cache is not None:
         raise ValueError("--cache is of models that have a cache, and this one computes the whole prefix of each token")
-    if arguments.chat:
-        _chat(model, tokenizer, cache, arguments)
-        return
-    prompt = arguments.prompt if arguments.prompt_file is None else _text_of(arguments.prompt_file)
-    ids = _ids(tokenizer, prompt, model)
-    begin = perf_counter()
-    count, seconds, _ = _answer(model, tokenizer, cache, ids, arguments, prompt)
-    print(flush=True)  # noqa: T201
-    before = perf_counter() - begin - seconds
-    rate = f"{(count - 1) / seconds:,.0f} tokens/s" if count > 1 and seconds else "-"
-    print(f"longnet: {count} tokens, {rate}; {len(ids)} of the prompt in {before:.2f} s", file=sys.stderr)  # noqa: T201
+    return _Source(model, tokenizer, cache, ranks)
 
 
 def _read(arguments: argparse.Namespace) -> tuple[LongNet, Tokenizer]:
@@ -129,12 +170,7 @@ def _ids(tokenizer: Tokenizer, text: str, model: LongNet) -> list[int]:
 
 
 def _answer(
-    model: LongNet,
-    tokenizer: Tokenizer,
-    cache: DilatedCache | None,
-    ids: list[int],
-    arguments: argparse.Namespace,
-    prompt: str = "",
+    source: _Source, ids: list[int], arguments: argparse.Namespace, prompt: str = ""
 ) -> tuple[int, float, list[int]]:
     """Print the prompt, once the options are checked, and then the text of further tokens as they come.
 
@@ -146,26 +182,28 @@ def _answer(
     from lightning_longnet.cli.progress import bar
     from lightning_longnet.inference.text import TextStream
 
-    shown = TextStream(tokenizer.decode, arguments.stop)
+    shown = TextStream(source.tokenizer.decode, arguments.stop)
     options: dict[str, Any] = {name: getattr(arguments, name) for name in _SAMPLING}
-    further = model.stream(torch.tensor([ids]), arguments.tokens, cache=cache, **options)  # checks the options
-    print(prompt, end="", flush=True)  # noqa: T201
+    options |= {"cache": source.cache, "context": source.ranks.context}
+    further = source.model.stream(torch.tensor([ids]), arguments.tokens, **options)  # checks the options
+    source.say(prompt)
     found: list[int] = []
     first = last = 0.0
-    with bar(arguments.tokens, "generating", "token", disable=sys.stdout.isatty()) as progress:
+    is_off = sys.stdout.isatty() or not source.ranks.is_first
+    with bar(arguments.tokens, "generating", "token", disable=is_off) as progress:
         for token in further:
             last = perf_counter()
             first = first or last
             found.append(int(token))
-            print(shown.add(found[-1]), end="", flush=True)  # noqa: T201
+            source.say(shown.add(found[-1]))
             progress.update()
             if shown.is_stopped:
                 break
-    print(shown.end(), end="", flush=True)  # noqa: T201
+    source.say(shown.end())
     return len(found), last - first, found
 
 
-def _chat(model: LongNet, tokenizer: Tokenizer, cache: DilatedCache | None, arguments: argparse.Namespace) -> None:
+def _chat(source: _Source, arguments: argparse.Namespace) -> None:
     """Answer each line that is typed, until the end of the input: the text goes on with the line, and then the answer.
 
     An answer ends at a stop text, or after `--tokens`.
@@ -178,7 +216,7 @@ def _chat(model: LongNet, tokenizer: Tokenizer, cache: DilatedCache | None, argu
         except EOFError:
             print(file=sys.stderr)  # noqa: T201
             return
-        text += _ids(tokenizer, f"{line}\n", model)
-        _, _, found = _answer(model, tokenizer, cache, text, arguments)
+        text += _ids(source.tokenizer, f"{line}\n", source.model)
+        _, _, found = _answer(source, text, arguments)
         print(flush=True)  # noqa: T201
-        text = found[-1:] if cache is not None else text + found
+        text = found[-1:] if source.cache is not None else text + found

@@ -20,6 +20,7 @@ decoder.
 Each token is predicted from all tokens of its file before it, and the first is not predicted.  Texts are read and
 computed in blocks, so memory does not grow with their length where each branch of the pattern has a segment or a
 window.  With `--out`, a run that was killed goes on where it stopped if it is started again with the same arguments.
+Under torchrun or srun the ranks share the files.
 """
 
 EXAMPLE = "longnet score books --checkpoint last.ckpt"
@@ -41,23 +42,26 @@ def run(arguments: argparse.Namespace) -> None:
     """Score the files with a progress bar."""
     from lightning_longnet.cli.counts import counted
     from lightning_longnet.cli.progress import bar
+    from lightning_longnet.cli.ranks import launched
     from lightning_longnet.data.paths import found_files
     from lightning_longnet.data.texts import texts_of
     from lightning_longnet.evaluation.loading import loaded
     from lightning_longnet.evaluation.score_files import ScoreOptions, score_files
     from lightning_longnet.evaluation.scoring import check_scorable
 
-    files = found_files("FILE", arguments.paths, arguments.pattern, is_sorted=False)
-    source = loaded(arguments.checkpoint, arguments.tokenizer, arguments.dtype, arguments.device)
-    check_scorable(source.model)
-    texts = texts_of(files, source.tokenizer, 2)
     out, plot = (None if path is None else Path(path) for path in (arguments.out, arguments.plot))
     options = ScoreOptions(arguments.documents, out, plot)
-    total = sum(text.size for text in texts)
-    with bar(total, counted(len(texts), "file"), "B", unit_scale=True, leave=True, delay=0) as shown:
+    with launched(arguments.device) as (ranks, device):
+        files = ranks.first(lambda: found_files("FILE", arguments.paths, arguments.pattern, is_sorted=False))
+        source = loaded(arguments.checkpoint, arguments.tokenizer, arguments.dtype, device, ranks=ranks)
+        check_scorable(source.model)
+        texts = ranks.first(lambda: texts_of(files, source.tokenizer, 2))
+        total, is_off = sum(text.size for text in texts), not ranks.is_first
+        name = counted(len(texts), "file")
+        with bar(total, name, "B", unit_scale=True, leave=True, delay=0, disable=is_off) as shown:
 
-        def show(line: str) -> None:
-            shown.clear()
-            print(line, flush=True)  # noqa: T201
+            def show(line: str) -> None:
+                shown.clear()
+                print(line, flush=True)  # noqa: T201
 
-        score_files(source, texts, options, shown.update, show)
+            score_files(source, texts, options, shown.update, show)

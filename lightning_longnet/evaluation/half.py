@@ -14,6 +14,7 @@ from lightning_longnet.evaluation.stream import TextStates
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lightning_longnet.evaluation.ranks import Ranks
     from lightning_longnet.models.longnet import LongNet
 
 _SECONDS = 60.0  # between two saves
@@ -33,29 +34,37 @@ class HalfScored:
         self.path, self.text = path.with_name(f"{path.name}.half"), text
         self._saved = time.monotonic()
 
-    def load(self, model: LongNet) -> tuple[dict[str, Any], TextStates] | None:
+    def load(self, model: LongNet, ranks: Ranks) -> tuple[dict[str, Any], TextStates] | None:
         """Return the sums and the states with which the text goes on; None where none were saved."""
-        if not self.path.exists():
+        sums = ranks.first(lambda: json.loads(self.path.read_text()) if self.path.exists() else None)
+        if sums is None or sums["text"] != self.text:  # of a text that is finished
             return None
-        sums = json.loads(self.path.read_text())
-        if sums["text"] != self.text:  # of a text that is finished
-            return None
-        states = TextStates(model, sums["separator"], load_cache(self.path.with_name(sums["cache"]), model))
+        path = self.path.with_name(sums["cache"])
+        cache = ranks.together(lambda: load_cache(path, model, group=ranks.group))
+        states = TextStates(model, sums["separator"], cache, ranks)
         states.documents = sums["documents"]
         return sums, states
 
     def save(self, states: TextStates, sums: dict[str, Any]) -> None:
         """Save the state after a block, if a minute has passed since the last time."""
-        if states.cache is None or find_spec("safetensors") is None or time.monotonic() < self._saved + _SECONDS:
+        ranks = states.ranks
+        if states.cache is None or not ranks.first(self._is_due):
             return
         cache = self.path.with_name(f"{self.path.name}-{self.text}-{sums['blocks']}.safetensors")
         save_cache(states.cache, cache, states.model)
-        part = self.path.with_name(f"{self.path.name}.part")
         about = {"text": self.text, "cache": cache.name, "documents": states.documents, "separator": states.separator}
-        part.write_text(json.dumps(sums | about))
+        ranks.first(lambda: self._replace(sums | about, cache))
+        self._saved = time.monotonic()
+
+    def _is_due(self) -> bool:
+        return find_spec("safetensors") is not None and time.monotonic() >= self._saved + _SECONDS
+
+    def _replace(self, sums: dict[str, Any], cache: Path) -> None:
+        """Write the sums, which name the file of the cache, and remove the caches before it."""
+        part = self.path.with_name(f"{self.path.name}.part")
+        part.write_text(json.dumps(sums))
         os.replace(part, self.path)
         self._remove_caches(but=cache)
-        self._saved = time.monotonic()
 
     def remove(self) -> None:
         """Remove the state of a text that is finished."""

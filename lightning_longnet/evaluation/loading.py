@@ -10,6 +10,7 @@ import torch
 from lightning_longnet.checkpointing.checkpoints import read_checkpoint
 from lightning_longnet.checkpointing.exports import model_of
 from lightning_longnet.data.tokenizers import Tokenizer, tokenizer_of
+from lightning_longnet.evaluation.ranks import Ranks
 from lightning_longnet.layers.feed_forward import FeedForward
 from lightning_longnet.models.longnet import LongNet
 
@@ -25,12 +26,19 @@ class Loaded(NamedTuple):
         tokenizer: its tokenizer.
         trained_length: number of tokens of a row in training; None where the checkpoint does not name it.
         identity: what identifies the weights, for the journal of a run.
+        ranks: the ranks that share the work.
     """
 
     model: LongNet
     tokenizer: Tokenizer
     trained_length: int | None
     identity: list[str | int]
+    ranks: Ranks = Ranks()
+
+    @property
+    def alone(self) -> Loaded:
+        """The same for work that this process does alone."""
+        return self._replace(ranks=Ranks())
 
 
 def loaded(
@@ -40,6 +48,7 @@ def loaded(
     device: str | None = None,
     *,
     trust: bool = False,
+    ranks: Ranks | None = None,
 ) -> Loaded:
     """Return the model and the tokenizer of a checkpoint.
 
@@ -49,7 +58,15 @@ def loaded(
         dtype: the dtype of the weights: "float32", "bfloat16", "float16" or "float64".
         device: a device of torch; a CUDA device where there is one, by default.
         trust: as of `read_checkpoint`.
+        ranks: the ranks that share the work and call this together; this process alone by default.
     """
+    ranks = Ranks() if ranks is None else ranks
+    result = ranks.together(lambda: _loaded(checkpoint, tokenizer, dtype, device, trust))
+    ranks.attach(result.model)
+    return result._replace(ranks=ranks)
+
+
+def _loaded(checkpoint: str | Path, tokenizer: str | None, dtype: str, device: str | None, trust: bool) -> Loaded:
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     saved = read_checkpoint(checkpoint, trust=trust)
@@ -69,7 +86,7 @@ def loaded(
             layer.chunk_tokens = _CHUNK
     newest = max((each.stat().st_mtime_ns for each in _files(Path(checkpoint))), default=0)
     identity: list[str | int] = [str(Path(checkpoint).resolve()), newest, dtype]
-    return Loaded(model, tokenizer_of(name or "bytes"), saved.hyper_parameters.get("tokens"), identity)
+    return Loaded(model, tokenizer_of(name or "bytes"), saved.hyper_parameters.get("tokens"), identity, Ranks())
 
 
 def _files(path: Path) -> list[Path]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_longnet.evaluation.curve import LossCurve
 from lightning_longnet.evaluation.half import HalfScored
 from lightning_longnet.evaluation.journal import Journal
+from lightning_longnet.evaluation.ranks import SHORT
 from lightning_longnet.evaluation.scoring import check_scorable, score_text
 from lightning_longnet.report.charts import Chart, Line
 from lightning_longnet.report.plot import check_plot, write_plot
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from lightning_longnet.data.texts import Text
     from lightning_longnet.evaluation.loading import Loaded
+    from lightning_longnet.evaluation.ranks import Ranks
 
 _LINES = 12  # of a plot; more curves could not be distinguished
 
@@ -48,7 +51,7 @@ def score_files(
     """Score texts, and show a line of JSON of each as soon as it is known.
 
     A run with `options.out` that was killed goes on where it stopped, if it has the same texts, checkpoint and
-    options.
+    options.  Ranks share long texts, and each computes other short ones; the first rank shows and writes.
 
     Args:
         source: the model and the tokenizer.
@@ -60,21 +63,64 @@ def score_files(
     check_scorable(source.model)
     if options.plot is not None:
         check_plot(options.plot)
-    journal = None if options.out is None else Journal(options.out, _identity(source, texts, options))
-    entries: list[dict[str, Any]] = [] if journal is None else [*journal.entries]
+    ranks = source.ranks
+    journal = ranks.together(lambda: _journal(source, texts, options))
     with nullcontext() if journal is None else journal:
+        entries = ranks.first(lambda: [] if journal is None else [*journal.entries])
         for entry, text in zip(entries, texts, strict=False):
-            show(json.dumps(entry["figures"]))
+            _show(ranks, entry, show)
             advance(text.size)
-        for number, text in list(enumerate(texts))[len(entries) :]:
-            half = None if options.out is None else HalfScored(options.out, number)
-            score = score_text(source, text, advance, has_documents=options.has_documents, half=half)
-            entry = {"figures": score.figures(text), "curve": score.curve.state()}
-            if journal is not None and half is not None:
-                journal.add(entry)
-                half.remove()
-            entries.append(entry)
-            show(json.dumps(entry["figures"]))
+        numbers = range(len(entries), len(texts))
+        for some in ranks.rounds(numbers, lambda number: texts[number].size <= SHORT):
+            begin = len(entries)
+            entries += _scored(source, [texts[number] for number in some], some[0], options, advance)
+            ranks.first(partial(_add, journal, options.out, entries[begin:]))
+            for entry in entries[begin:]:
+                _show(ranks, entry, show)
+        ranks.first(lambda: _finish(journal, options, entries))
+
+
+def _journal(source: Loaded, texts: Sequence[Text], options: ScoreOptions) -> Journal | None:
+    """Return the journal of the run; None without a file, and on all ranks but the first."""
+    if options.out is None or not source.ranks.is_first:
+        return None
+    return Journal(options.out, _identity(source, texts, options))
+
+
+def _show(ranks: Ranks, entry: dict[str, Any], show: Callable[[str], object]) -> None:
+    if ranks.is_first:
+        show(json.dumps(entry["figures"]))
+
+
+def _scored(
+    source: Loaded, texts: Sequence[Text], number: int, options: ScoreOptions, advance: Callable[[float], object]
+) -> list[dict[str, Any]]:
+    """Return the entries of consecutive texts, the first of which has this number: one text, or one for each rank."""
+
+    def scored(by: Loaded, text: Text, half: HalfScored | None) -> dict[str, Any]:
+        score = score_text(by, text, advance, has_documents=options.has_documents, half=half)
+        return {"figures": score.figures(text), "curve": score.curve.state()}
+
+    ranks = source.ranks
+    if len(texts) == 1:
+        return [scored(source, texts[0], None if options.out is None else HalfScored(options.out, number))]
+    own = texts[ranks.rank : ranks.rank + 1]
+    entries = ranks.each(lambda: [scored(source.alone, text, None) for text in own])
+    advance(sum(text.size for text in texts) - sum(text.size for text in own))
+    return [entry for each in entries for entry in each]
+
+
+def _add(journal: Journal | None, out: Path | None, entries: Sequence[dict[str, Any]]) -> None:
+    """Add entries to the journal of a run, which then needs no state within their texts."""
+    if journal is None or out is None:
+        return
+    for entry in entries:
+        journal.add(entry)
+    HalfScored(out, len(journal.entries) - 1).remove()
+
+
+def _finish(journal: Journal | None, options: ScoreOptions, entries: Sequence[dict[str, Any]]) -> None:
+    """Write the plot and the lines."""
     if options.plot is not None:
         write_plot(_chart(entries), options.plot)
     if options.out is not None and journal is not None:

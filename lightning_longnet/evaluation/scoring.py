@@ -102,16 +102,14 @@ def score_text(
     """
     check_scorable(source.model)
     model = source.model
-    score, states = Score(), TextStates(model, source.tokenizer.end if has_documents else None)
+    ranks = source.ranks
+    score, states = Score(), TextStates(model, source.tokenizer.end if has_documents else None, ranks=ranks)
     begin, skipped, done = 0, 0, 0.0
-    if half is not None and (saved := half.load(model)) is not None:
+    if half is not None and (saved := half.load(model, ranks)) is not None:
         sums, states = saved
         score, begin, skipped = Score.of(sums["score"]), sums["begin"], sums["blocks"]
-    reader = TokenReader(text, source.tokenizer, model.config.vocab_size)
-    blocks = _with_following(regrouped(reader, block_tokens(model.config)))
     with one_text(model):
-        for number, (ids, following) in enumerate(blocks):
-            share = len(ids) * reader.bytes / reader.tokens
+        for number, (ids, following, share) in enumerate(ranks.shared(_blocks(source, text))):
             if number >= skipped:
                 begin = _add_block(score, states, ids, following, begin)
                 if half is not None:
@@ -140,7 +138,12 @@ def _add_block(score: Score, states: TextStates, ids: Tensor, following: Tensor,
     """
     documents = states.document_ids(torch.cat([ids, following]))
     targets = torch.cat([ids[1:], following])
-    losses = token_losses(states.model, states.encode(ids)[: len(targets)], targets)
+    share = states.ranks.share(len(ids))
+    own = targets[share]
+    losses = token_losses(states.model, states.encode(ids)[: len(own)], own)
+    if states.ranks.size > 1:
+        padded = torch.nn.functional.pad(losses, (0, share.stop - share.start - len(own)))
+        losses = states.ranks.joined(padded, len(ids))[: len(targets)]
     is_predicted = documents[1:] == documents[:-1]
     places = torch.arange(score.tokens + 1, score.tokens + 1 + len(targets))
     starts = torch.where(is_predicted, begin, places).cummax(0).values  # of the documents of the targets
@@ -156,7 +159,15 @@ def token_losses(model: LongNet, states: Tensor, targets: Tensor) -> Tensor:
         logits = model.head(rows).to(wide(rows.dtype))
         log_probs = logits.log_softmax(-1).gather(1, labels[:, None].to(rows.device))
         losses.append(-log_probs[:, 0].cpu())
-    return torch.cat(losses)
+    return torch.cat(losses) if losses else torch.zeros(0, dtype=wide(states.dtype))
+
+
+def _blocks(source: Loaded, text: Text) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Yield the tokens of each block of a text, the token (1,) after it, (0,) after the last, and its bytes."""
+    config = source.model.config
+    reader = TokenReader(text, source.tokenizer, config.vocab_size)
+    for ids, following in _with_following(regrouped(reader, block_tokens(config))):
+        yield ids, following, len(ids) * reader.bytes / reader.tokens
 
 
 def _with_following(blocks: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

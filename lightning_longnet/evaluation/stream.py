@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_longnet.evaluation.ranks import Ranks
 from lightning_longnet.inference.cache import DilatedCache, refusal
 
 if TYPE_CHECKING:
@@ -29,17 +30,24 @@ class TextStates:
         model: the model, in evaluation mode.
         separator: the token that ends a document; None where the text is one document.
         cache: a cache that holds the tokens before the first block; a new one by default.
+        ranks: the ranks that share the text; this process alone by default.
 
     Attributes:
         documents: the number of documents that have ended.
         cache: the cache; None where the model cannot use one.
     """
 
-    def __init__(self, model: LongNet, separator: int | None = None, cache: DilatedCache | None = None) -> None:
+    def __init__(
+        self,
+        model: LongNet,
+        separator: int | None = None,
+        cache: DilatedCache | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.model, self.separator, self.documents = model, separator, 0
-        self.cache = cache
+        self.cache, self.ranks = cache, Ranks() if ranks is None else ranks
         if cache is None and refusal(model.config) is None:
-            self.cache = model.new_cache()
+            self.cache = model.new_cache(group=self.ranks.group)
 
     def document_ids(self, ids: Tensor) -> Tensor:
         """Return the number (n,) of the document that each of the tokens ids (n,), which come next, is in."""
@@ -50,14 +58,20 @@ class TextStates:
 
     @torch.no_grad()
     def encode(self, ids: Tensor) -> Tensor:
-        """Return the states (n, dim) of the next tokens ids (n,), on the device of the model."""
-        placed = ids[None].to(self.model.head.weight.device)
+        """Return the states (n, dim) of the next tokens ids (n,), on the device of the model.
+
+        Of ranks that share the text, each gets those of `ranks.share(n)`.
+        """
+        placed, share = ids[None].to(self.model.head.weight.device), self.ranks.share(len(ids))
         documents = None if self.separator is None else self.document_ids(placed[0])[None]
-        x = self.model.embed(placed)
-        if self.cache is None:
-            states = self.model.encode(x, documents=documents)[0]
+        if self.cache is not None:
+            states = self.model.encode(self.model.embed(placed), documents=documents, cache=self.cache)[0, share]
+        elif self.ranks.size == 1:
+            states = self.model.encode(self.model.embed(placed), documents=documents)[0]
         else:
-            states = self.model.encode(x, documents=documents, cache=self.cache)[0]
+            with self.ranks.context.parts_of(len(ids)):
+                own = None if documents is None else documents[:, share]
+                states = self.model.encode(self.model.embed(placed[:, share]), documents=own)[0]
         if self.separator is not None:
             self.documents += int((ids == self.separator).sum())
         return states

@@ -28,9 +28,8 @@ def fault_of_batch(batch: Any) -> str:
     tensors: Any = batch.tensors if isinstance(batch, SequencePart) else batch
     if not isinstance(tensors, Mapping):
         return ""  # which the step refuses
-    for name in _PACKING:
-        if tensors.get(name) is not None:
-            return f"{name} is not read: give documents, (B, N), or position_ids that restart at 0 in each document"
+    if fault := fault_of_packing(tensors):
+        return fault
     ids, labels = tensors.get("input_ids"), tensors.get("labels")
     if "shift_labels" not in tensors and _are_unshifted(ids, labels):
         return (
@@ -47,6 +46,14 @@ def fault_of_batch(batch: Any) -> str:
             )
     elif isinstance(mask, Tensor) and mask.dim() != 2:
         return f"attention_mask must be (B, N), 0 where padding is, got shape {tuple(mask.shape)}"
+    return ""
+
+
+def fault_of_packing(batch: Any) -> str:
+    """Return why a batch that names packed documents as transformers' kernels do is refused, or an empty string."""
+    for name in _PACKING if isinstance(batch, Mapping) else ():
+        if batch.get(name) is not None:
+            return f"{name} is not read: give documents, (B, N), or position_ids that restart at 0 in each document"
     return ""
 
 

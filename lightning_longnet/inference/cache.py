@@ -11,9 +11,10 @@ import torch
 
 from lightning_longnet.inference.branch_rows import rows_of
 from lightning_longnet.inference.layer import BRANCH_TOKENS, LayerCache
-from lightning_longnet.inference.plan import NewTokens, StepPlan, is_plain
+from lightning_longnet.inference.plan import NewTokens, StepPlan, is_plain, sees_new_alone
 from lightning_longnet.inference.ranks import CacheRanks
 from lightning_longnet.inference.rows import DTYPES
+from lightning_longnet.inference.shares import SHARED_TOKENS, TokenShares
 from lightning_longnet.layers.options import positive_integer
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class DilatedCache:
         common = 0 if None in lengths else lcm(*(w for w in lengths if w is not None))
         begins = set(self._next)
         if begins == {0} or (common and not any(begin % common for begin in begins)):
-            count = min(tokens, LONG_STEP)
+            count = min(tokens, LONG_STEP * self.ranks.size)  # of which each rank computes its share
             # a step that ends where all segments do leaves none to be seen by the next
             return count // common * common if common and tokens > count >= common else count
         if len(begins) == 1 and all(is_plain(pattern) for pattern in patterns):
@@ -336,21 +337,33 @@ class Step:
 
     def __init__(self, cache: DilatedCache, tokens: NewTokens, documents: Tensor | None) -> None:
         self.cache, self.tokens, self.documents = cache, tokens, documents
+        self.shares = _shares(cache, tokens)
         self._plans: dict[tuple[Pattern, tuple[int, ...]], StepPlan] = {}
         self.rotations: dict[tuple[object, ...], Factors] = {}
 
     @property
     def positions(self) -> Tensor:
-        """The position (B, n) of each token in its document, and 0 of padding."""
+        """The position (B, n) of each token in its document, and 0 of padding; those of this rank's tokens."""
         positions, is_token = self.tokens.positions, self.tokens.is_token
+        if self.shares is not None:
+            return positions[:, self.shares.own]
         return positions if is_token is None else positions * is_token
+
+    def part(self, x: Tensor) -> Tensor:
+        """Return the x (B, n, ...) of the tokens that this rank computes, of those of the step."""
+        return x if self.shares is None else x[:, self.shares.own]
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return the x (B, n, ...) of all tokens of the step, of those that this rank has computed."""
+        return x if self.shares is None else self.shares.whole(x)
 
     def layer(self, number: int) -> LayerStep:
         """Return the step of one layer."""
         layer = self.cache.layers[number]
         key = (layer.pattern, layer.slots)
         if key not in self._plans:
-            self._plans[key] = StepPlan(layer.pattern, layer.kv_heads, self.tokens, layer.slots, self.cache.ranks)
+            options = (self.tokens, layer.slots, self.cache.ranks, self.shares)
+            self._plans[key] = StepPlan(layer.pattern, layer.kv_heads, *options)
         return LayerStep(self, layer, self._plans[key])
 
     def __enter__(self) -> Step:
@@ -381,6 +394,15 @@ class LayerStep(NamedTuple):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Return attention from the new tokens; see `LayerCache.attend`."""
         return self.cache.attend(q, k, v, self.plan, **options)
+
+
+def _shares(cache: DilatedCache, tokens: NewTokens) -> TokenShares | None:
+    """Return the tokens of each rank where the ranks of a cache share those of a step."""
+    if cache.ranks.size == 1 or tokens.is_token is not None or tokens.longest < SHARED_TOKENS * cache.ranks.size:
+        return None
+    if not all(sees_new_alone(pattern, tokens) for pattern in set(cache.patterns)):
+        return None
+    return TokenShares(cache.ranks, tokens)
 
 
 def refusal(config: BlocksConfig) -> str | None:

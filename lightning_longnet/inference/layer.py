@@ -84,7 +84,7 @@ class LayerCache:
 
         Args:
             q: queries (B, n, H, D).
-            k, v: keys and values (B, n, Hkv, D).
+            k, v: keys and values (B, n, Hkv, D).  All three are of this rank's tokens where ranks share the step.
             plan: the plan of the step for the pattern of this layer.
             scale: factor of the scores; 1 / sqrt(D) by default.
             kernel: the kernel of `attend`, which computes long steps.
@@ -103,7 +103,9 @@ class LayerCache:
                 self.stores[step.branch].grow(step.filled)
                 self.stores[step.branch].put(kv[:, :, step.heads, 0], step.heads, step.slot)
             return self._single(q, plan, scale, sinks)
-        if plan.tokens.longest >= WHOLE_TOKENS and plan.sees_new_alone:
+        if plan.shares is not None:
+            out = attend(q, k, v, self.pattern, shard=plan.shares.shard, scale=scale, kernel=kernel, sinks=sinks)
+        elif plan.tokens.longest >= WHOLE_TOKENS and plan.sees_new_alone:
             documents = plan.tokens.documents
             out = attend(q, k, v, self.pattern, documents=documents, scale=scale, kernel=kernel, sinks=sinks)
         elif plan.tokens.longest >= BRANCH_TOKENS and plan.is_plain:
@@ -115,8 +117,12 @@ class LayerCache:
             out = partial.out.to(q.dtype)
         else:
             out = self._masked(q, kv, plan, scale, sinks)
-        for store, (write, needed) in zip(self.stores, plan.writes(), strict=True):
+        for store, needed in zip(self.stores, plan.needed, strict=True):
             store.grow(needed)
+        if plan.shares is not None:
+            plan.shares.scatter(kv, self.stores, plan.routes)
+            return out
+        for store, write in zip(self.stores, plan.writes, strict=True):
             store.scatter(kv, write)
         return out
 

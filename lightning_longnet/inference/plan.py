@@ -6,6 +6,7 @@ All layers with one pattern share the plan of a step.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.inference.branch_rows import BranchRows
     from lightning_longnet.inference.ranks import CacheRanks
+    from lightning_longnet.inference.shares import TokenShares
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,10 @@ class Write(NamedTuple):
     slots: Tensor
     tokens: Tensor
 
+    def those(self, mask: Tensor) -> Write:
+        """Return the rows of which a mask (rows,) is True."""
+        return Write(*(x[mask] for x in self))
+
 
 class StepPlan:
     """What a step does in the layers of one pattern.
@@ -81,6 +87,7 @@ class StepPlan:
         tokens: the new tokens.
         slots: the number of slots that the cache has for each branch before the step, on all ranks.
         ranks: the ranks that share the cache.
+        shares: the tokens of each rank where they share those of the step, too; None where each computes all.
 
     Attributes:
         is_plain: whether all rows are at one position, and each branch counts its keys by itself.
@@ -88,9 +95,15 @@ class StepPlan:
     """
 
     def __init__(
-        self, pattern: Pattern, kv_heads: int, tokens: NewTokens, slots: tuple[int, ...], ranks: CacheRanks
+        self,
+        pattern: Pattern,
+        kv_heads: int,
+        tokens: NewTokens,
+        slots: tuple[int, ...],
+        ranks: CacheRanks,
+        shares: TokenShares | None = None,
     ) -> None:
-        self.pattern, self.kv_heads, self.tokens, self.ranks = pattern, kv_heads, tokens, ranks
+        self.pattern, self.kv_heads, self.tokens, self.ranks, self.shares = pattern, kv_heads, tokens, ranks, shares
         self.branches = rows_of(pattern, kv_heads)
         self.slots = slots
         self.is_plain = tokens.uniform is not None and is_plain(pattern)
@@ -99,31 +112,43 @@ class StepPlan:
             self.single = _single(self.branches, tokens.uniform)
         self.all_see_keys = True
         self._bias: Tensor | None = None
-        self._writes: list[tuple[Write, int]] | None = None
 
-    @property
+    @cached_property
     def sees_new_alone(self) -> bool:
         """Whether the new tokens see no row of the cache, since they begin a segment of each branch, or the text."""
-        lengths = [b.branch.segment_length for b in self.branches]
-        return all(begin == 0 or all(w is not None and begin % w == 0 for w in lengths) for begin in self.tokens.begins)
+        return sees_new_alone(self.pattern, self.tokens)
 
-    def writes(self) -> list[tuple[Write, int]]:
-        """Return which new rows each branch keeps and where, and how many slots all ranks then need for it."""
-        if self._writes is None:
-            positions = self.tokens.positions
-            ends = torch.tensor(self.tokens.ends, device=positions.device)
-            self._writes = []
-            for branch in self.branches:
-                slots, is_kept = branch.written(positions, ends)
-                if self.tokens.is_token is not None:
-                    is_kept &= self.tokens.is_token[:, None]
-                if self.tokens.documents is not None:
-                    is_kept &= (self.tokens.documents == self.tokens.documents[:, -1:])[:, None]
-                batch, heads, places = is_kept.nonzero().unbind(1)
-                write = Write(batch, heads, slots[batch, places], places)
-                needed = int(write.slots.max()) + 1 if len(write.slots) else 0
-                self._writes.append((self.ranks.own_rows(write), needed))
-        return self._writes
+    @cached_property
+    def needed(self) -> list[int]:
+        """How many slots all ranks need for each branch."""
+        return [int(write.slots.max()) + 1 if len(write.slots) else 0 for write in self._rows]
+
+    @cached_property
+    def writes(self) -> list[Write]:
+        """Which new rows of each branch this rank keeps, and where."""
+        return [self.ranks.own_rows(write) for write in self._rows]
+
+    @cached_property
+    def routes(self) -> list[list[tuple[Write, Write]]]:
+        """Which rows of each branch go to other ranks and come from them; see `TokenShares.routes`."""
+        assert self.shares is not None
+        return self.shares.routes(self._rows)
+
+    @cached_property
+    def _rows(self) -> list[Write]:
+        """Which new rows each branch keeps, and where among the slots of all ranks."""
+        positions = self.tokens.positions
+        ends = torch.tensor(self.tokens.ends, device=positions.device)
+        rows = []
+        for branch in self.branches:
+            slots, is_kept = branch.written(positions, ends)
+            if self.tokens.is_token is not None:
+                is_kept &= self.tokens.is_token[:, None]
+            if self.tokens.documents is not None:
+                is_kept &= (self.tokens.documents == self.tokens.documents[:, -1:])[:, None]
+            batch, heads, places = is_kept.nonzero().unbind(1)
+            rows.append(Write(batch, heads, slots[batch, places], places))
+        return rows
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """Return the logarithm of how often each query counts each key, (B, Hkv, n, keys).
@@ -160,6 +185,12 @@ class StepPlan:
             for earlier in self.branches[:number]:
                 shown = shown & ~earlier.shows(queries, keys)
         return shown
+
+
+def sees_new_alone(pattern: Pattern, tokens: NewTokens) -> bool:
+    """Return whether tokens see no row of a cache, since they begin a segment of each branch, or the text."""
+    lengths = [branch.segment_length for branch in pattern.branches]
+    return all(begin == 0 or all(w is not None and begin % w == 0 for w in lengths) for begin in tokens.begins)
 
 
 def is_plain(pattern: Pattern) -> bool:

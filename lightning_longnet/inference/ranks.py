@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.kernels.partial import Partial
+    from lightning_longnet.attention.parallel.comm import MessageContext
     from lightning_longnet.inference.plan import Write
 
 
@@ -64,9 +65,8 @@ class CacheRanks:
         """Return those of the rows to write whose slots are on this rank, with its own numbers of the slots."""
         if self.comm is None:
             return write
-        is_own = write.slots % self.size == self.rank
-        batch, heads, slots, tokens = (x[is_own] for x in write)
-        return write._replace(batch=batch, heads=heads, slots=slots // self.size, tokens=tokens)
+        own = write.those(write.slots % self.size == self.rank)
+        return own._replace(slots=own.slots // self.size)
 
     def merge_(self, partial: Partial) -> None:
         """Merge what each rank attended to, in place: one all_gather of out and lse.
@@ -77,19 +77,28 @@ class CacheRanks:
             return
         width = partial.out.shape[-1]
         own = torch.cat([partial.out, partial.lse], -1)
-        self._count(own)
-        outs, lses = self.comm.all_gather(own, "merges attention to a cache").split([width, 1], -1)
+        outs, lses = self.all_gather(own, "merges attention to a cache").split([width, 1], -1)
         lse = lses.logsumexp(0)
         shares = (lses - lse.masked_fill(lse.isneginf(), 0)).exp()  # 0 of ranks that hold no key
         partial.out.copy_((shares * outs).sum(0))
         partial.lse.copy_(lse)
 
+    def all_gather(self, own: Tensor, step: str) -> Tensor:
+        """Return the tensors of all ranks, (ranks, *own.shape), on the CPU; `step` describes the call in errors."""
+        assert self.comm is not None
+        self._count(own)
+        return self.comm.all_gather(own, step)
+
+    def exchange(self, send: dict[int, Tensor], receive: dict[int, Tensor], context: MessageContext) -> None:
+        """Send a tensor to each rank of `send`, and fill those of `receive` with what their ranks send."""
+        assert self.comm is not None
+        self.comm.exchange(send, receive, context, "keys and values").wait()
+
     def gather_slots(self, x: Tensor) -> Tensor:
         """Return the slots (2, B, Hkv, slots, D) of all ranks, in their order, out of those of each rank."""
         if self.comm is None:
             return x
-        self._count(x)
-        everywhere = self.comm.all_gather(x, "gathers the rows of a cache")
+        everywhere = self.all_gather(x, "gathers the rows of a cache")
         return everywhere.movedim(0, 4).flatten(3, 4)
 
     def check_same(self, fault: str, cache: int, tokens: int) -> None:
@@ -105,8 +114,7 @@ class CacheRanks:
                 raise ValueError(fault)
             return
         own = torch.tensor([bool(fault), cache, tokens], device=self._device)
-        self._count(own)
-        notes = self.comm.all_gather(own, "compares the tokens of a cache").cpu()
+        notes = self.all_gather(own, "compares the tokens of a cache")
         if fault:
             raise ValueError(fault)
         for ranks, message in (

@@ -116,9 +116,13 @@ class RowStore:
 
     def scatter(self, kv: Tensor, write: Write) -> None:
         """Write those of kv (2, B, Hkv, n, D) that `write` names, to slots of this rank."""
+        self.place(kv[:, write.batch, write.heads, write.tokens], write)
+
+    def place(self, kv: Tensor, write: Write) -> None:
+        """Write kv (2, rows, D) to the slots of this rank that `write` names."""
         if not len(write.slots):
             return
-        rows, scales = self._stored(kv[:, write.batch, write.heads, write.tokens])
+        rows, scales = self._stored(kv)
         self.data[:, write.batch, write.heads, write.slots] = rows
         if self.scales is not None and scales is not None:
             self.scales[:, write.batch, write.heads, write.slots] = scales

@@ -61,10 +61,10 @@ class TextStream:
     def _before_stop(self, further: str) -> str:
         """Return the text that is held and the further text, without what may belong to a stop text."""
         text, self._held = self._held + further, ""
-        places = [text.find(stop) for stop in self._stops]
-        if reached := [place for place in places if place >= 0]:
+        places = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if places:
             self.is_stopped = True
-            return text[: min(reached)]
+            return text[: min(places)[1]]  # of the one that is complete first, wherever the borders of tokens are
         longest = max(map(len, self._stops), default=1)
         for size in range(min(longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self._stops):

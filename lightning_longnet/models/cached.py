@@ -51,12 +51,12 @@ def encode_cached(
         counts = None if sizes is None else [min(max(size - at, 0), end - at) for size in sizes]
         ids = None if documents is None else documents[:, at:end]
         with cache.step(end - at, counts=counts, documents=ids) as step:
-            part = x[:, at:end]
+            part = step.part(x[:, at:end])
             if model.position_table is not None:
                 part = part + model.learned_positions(step.positions)
             own: list[Tensor] | None = None if states is None else []
-            parts.append(model.norm(model._run_cached_blocks(part, step, own)))
-            parts_of_states.append(own or [])
+            parts.append(step.whole(model.norm(model._run_cached_blocks(part, step, own))))
+            parts_of_states.append([step.whole(each) for each in own or []])
         at = end
     if states is not None:
         states += [rows.restore(torch.cat(each, 1)) for each in zip(*parts_of_states, strict=True)]

@@ -136,6 +136,10 @@ def _check(
         allowed = ", ".join(Sampling.__dataclass_fields__)
         raise ValueError(f"no option {min(unknown)}; sampling has {allowed}")
     Sampling(**sampling)
+    if prompts.end is not None and not 0 <= prompts.end < model.config.vocab_size:
+        raise ValueError(
+            f"end must be a token of the model, from 0 to {model.config.vocab_size - 1}, got {prompts.end}"
+        )
     if not model.config.is_causal:
         raise ValueError("model must be causal in every layer to go on with a sequence")
     if (cache is not None or attention_mask is not None) and not caches(model, context):
@@ -197,7 +201,7 @@ class _Cached:
     def _logits(self, further: Tensor) -> Tensor:
         mask, self.attention_mask = self.attention_mask, None
         if mask is None:
-            for part in further.split(LONG_STEP, 1):  # the states of a long prompt are not kept
+            for part in further.split(LONG_STEP * self.cache.ranks.size, 1):  # the states of a long prompt are not kept
                 hidden = self.model.encode(self.model.embed(part), cache=self.cache)
             last = hidden[:, -1]
         else:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer  # noqa: TC002
 
 from lightning_longnet.checkpointing.comparison import message_of
 from lightning_longnet.huggingface.adapters import adapter_state, add_adapters, base_digest
-from lightning_longnet.huggingface.batches import fault_of_batch, named_as_ours
+from lightning_longnet.huggingface.batches import fault_of_batch, fault_of_packing, named_as_ours
 from lightning_longnet.huggingface.documents import fault_of_documents, whole_documents
 from lightning_longnet.huggingface.head import OutputHead
 from lightning_longnet.huggingface.lineage import continued, first_run
@@ -251,8 +251,10 @@ class CausalLMModule(TokenModule):
         """Return the sequences of the batch continued by `generated_tokens` tokens, whole on every rank.
 
         The batch holds `input_ids` (B, N), and `attention_mask` where rows have padding, on either side.  A row is one
-        text: `documents` and `positions` are not read.
+        text: `documents` and `positions` that say otherwise are refused.
         """
+        if fault := fault_of_packing(batch):
+            raise ValueError(fault)
         whole, mask = whole_prompts(batch, sequence_context(self))
         return self.generate(whole, self.generated_tokens, attention_mask=mask, **self.sampling)
 

@@ -135,7 +135,7 @@ class LongNetModule(TokenModule):
         """Return the sequences of the batch continued by `generated_tokens` tokens, whole on every rank.
 
         The batch holds `input_ids` (B, N), and `attention_mask` where rows have padding, on either side.  A row is one
-        text: `documents` and `positions` are not read.
+        text: `documents` and `positions` that say otherwise are refused.
         """
         whole, mask = whole_prompts(batch, sequence_context(self))
         return self.generate(whole, self.generated_tokens, attention_mask=mask, **self.sampling)

@@ -97,6 +97,7 @@ def test_a_conversation_goes_on_with_what_was_said(generated, monkeypatch):
         ("a", ["--stop="], "stops must be texts of at least one character"),
         ("a", ["--temperature=-1"], "temperature must be 0 or more, got -1.0"),
         ("a", ["--top-p=2"], "top_p must be more than 0 and at most 1, got 2.0"),
+        ("a", ["--prompt="], "--prompt must hold at least one token, got an empty text"),
         ("encoder", [], "model must be causal in every layer"),
         ("curve", ["--cache=int8"], "--cache is of models that have a cache"),
     ],

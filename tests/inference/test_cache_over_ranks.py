@@ -10,9 +10,11 @@ from tiers import tiered
 
 from lightning_longnet import Pattern, load_cache, save_cache
 from lightning_longnet.inference import branch_attention, layer
+from lightning_longnet.inference import cache as cache_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(Nothing crosses|In the branch).*")
-SIZES = ([1] * 100, [50, *[3] * 16, 2], [64, 36], [7, 93])
+SIZES = ([1] * 100, [50, *[3] * 16, 2], [64, 36], [7, 93], [48, 21, 31])
+SHARING = (64, 48)  # the first sizes of those whose steps ranks share, if they begin where segments do
 NAMES = ["xpos", "a pattern for each layer", "block sparse", "grouped heads, blocked", "zero keys"]
 QUICK = [("xpos", 2), ("a pattern for each layer", 4)]
 
@@ -26,10 +28,13 @@ def by_steps_over_ranks(group, options, texts, every_size):
             patch.setattr(layer, "BRANCH_TOKENS", 16 if sizes[0] in (7, 64) else 128)
             patch.setattr(branch_attention, "SCORES", 40)
             patch.setattr(branch_attention, "KEYS", 3)
-            cache = model.new_cache(len(texts), group=group)
+            patch.setattr(cache_module, "SHARED_TOKENS", 4 if sizes[0] in SHARING else 64)
+            cache, computed = model.new_cache(len(texts), group=group), []
+            hook = model.blocks[0].register_forward_hook(lambda _, given, out: computed.append(out.shape[1]))  # noqa: B023
             logits = torch.cat([model(part, cache=cache) for part in texts.split(sizes, 1)], 1)
+            hook.remove()
             slots = [[store.data.shape[3] for store in each.stores] for each in cache.layers]
-            result.append((logits, cache.most_rows(), slots))
+            result.append((logits, cache.most_rows(), slots, computed))
     return result
 
 
@@ -40,8 +45,9 @@ def test_each_token_is_as_in_the_whole_text(pool, kind, world):
     with torch.no_grad():
         expected = made(**KINDS[kind])(texts)
     outcomes = pool.run(world, by_steps_over_ranks, KINDS[kind], texts, SIZES)
-    for result in outcomes:
-        for (logits, most, slots), (first, *_) in zip(result, outcomes[0], strict=True):
+    for rank, result in enumerate(outcomes):
+        assert [each[3][0] for each in result[2::2]] == [n * (rank + 1) // world - n * rank // world for n in SHARING]
+        for (logits, most, slots, _), (first, *_) in zip(result, outcomes[0], strict=True):
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
             assert torch.equal(logits, first)
             for bound, own in zip(most, slots, strict=True):
@@ -51,7 +57,7 @@ def test_each_token_is_as_in_the_whole_text(pool, kind, world):
 @st.composite
 def cases(draw):
     heads = draw(st.sampled_from([1, 2, 4]))
-    sizes = draw(st.lists(st.sampled_from([1, 1, 3, 20, 64]), min_size=2, max_size=6))
+    sizes = draw(st.lists(st.sampled_from([1, 1, 3, 20, 48, 64]), min_size=2, max_size=6))
     return draw(patterns()), {"kv_heads": heads, "layers": 2}, sizes, draw(st.sampled_from([2, 3, 4]))
 
 
@@ -65,6 +71,30 @@ def test_drawn_patterns_and_blocks(pool, case):
         expected = made(**options)(texts)
     for ((logits, *_),) in pool.run(world, by_steps_over_ranks, options, texts, [sizes]):
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def documents_over_ranks(group, text, documents):
+    """The logits and states of documents that begin within steps which ranks share."""
+    model, result, states = made(**KINDS["xpos"]), [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "SHARED_TOKENS", 4)
+        cache = model.new_cache(2, group=group)
+        for part, ids in zip(text.split([32, 16, 3, 9], 1), documents.split([32, 16, 3, 9], 1), strict=True):
+            own = []
+            hidden = model.encode(model.embed(part), documents=ids, cache=cache, states=own)
+            result.append(model.head(hidden))
+            states.append(torch.stack(own))
+    return torch.cat(result, 1), torch.cat(states, 2)
+
+
+def test_documents_begin_within_steps_that_ranks_share(pool):
+    text = torch.randint(19, (2, 60))
+    documents = torch.stack([torch.tensor([3] * 17 + [5] + [6] * 42), torch.tensor([0] * 40 + [2] * 20)])
+    (expected,) = pool.run(1, documents_over_ranks, text, documents)
+    for result in pool.run(3, documents_over_ranks, text, documents):
+        for own, right in zip(result, expected, strict=True):
+            torch.testing.assert_close(own, right, rtol=0, atol=1e-9)
 
 
 LENGTHS = (37, 1, 20)

@@ -59,6 +59,25 @@ def test_nothing_of_a_stop_text_appears(text, stops, expected):
         assert expected.startswith(shown)
 
 
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_text_ends_where_the_first_stop_text_is_complete(data):
+    """Wherever the borders of its tokens are."""
+    words = st.text("ab\N{EURO SIGN}", min_size=1, max_size=5)
+    pieces, stops = data.draw(st.lists(words, max_size=12)), data.draw(st.lists(words, min_size=1, max_size=3))
+    whole = "".join(pieces)
+    ends = [(i + len(stop), i) for stop in stops for i in range(len(whole)) if whole.startswith(stop, i)]
+    expected = whole[: min(ends)[1]] if ends else whole
+    stream = TextStream(lambda ids: "".join(pieces[i] for i in ids), stops)
+    shown, taken = "", 0
+    for i in range(len(pieces)):
+        shown += stream.add(i)
+        taken += len(pieces[i])
+        assert expected.startswith(shown)
+        assert stream.is_stopped == (bool(ends) and taken >= min(ends)[0])
+    assert shown + stream.end() == expected
+
+
 def test_an_empty_stop_text_is_refused():
     with pytest.raises(ValueError, match="stops must be texts of at least one character"):
         TextStream(TOKENIZER.decode, [""])

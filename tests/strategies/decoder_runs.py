@@ -138,6 +138,28 @@ def predict(rank, world, sharding, sequence_parallel_size, is_padded=False):
         return torch.cat(trainer_of(chosen, world).predict(net, loader))
 
 
+def predict_documents(rank, world, reads_parts):
+    """Return the error of rows whose halves, of two ranks, are a document each."""
+    from lightning_longnet.sequence.parts import SequencePart
+    from lightning_longnet.strategies import RingSequenceParallelStrategy
+
+    half = LENGTH // 2
+    given = [{"input_ids": row["input_ids"], "documents": (torch.arange(LENGTH) >= half).long()} for row in rows(2)]
+    if reads_parts:
+        mine = slice(half, LENGTH) if rank else slice(half)
+        given = [
+            SequencePart({name: x[mine] for name, x in row.items()}, LENGTH, ((mine.start or 0, mine.stop),), (str(i),))
+            for i, row in enumerate(given)
+        ]
+    with quiet():
+        trainer = trainer_of(RingSequenceParallelStrategy(2, "ddp"), world)
+        try:
+            trainer.predict(module("float64", generated_tokens=2), DataLoader(given, 2))
+        except ValueError as error:
+            return str(error)
+    return "no error"
+
+
 def padded_rows():
     """Rows that end with padding, and one without."""
     made = []

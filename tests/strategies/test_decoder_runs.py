@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from decoder_runs import CONFIG, LORA, fit, module, plain_loop, predict, rows, validate
+from decoder_runs import CONFIG, LORA, fit, module, plain_loop, predict, predict_documents, rows, validate
 from tiers import tiered
 from trained import collated
 
@@ -111,6 +111,16 @@ def test_predicted_texts_are_those_of_one_process(trainers, sharding, is_padded)
     assert alone.shape == (4, 41)
     for result in trainers.run(2, predict, sharding, 2, is_padded):
         assert result.tolist() == alone.tolist()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("reads_parts", [False, True])
+def test_rows_of_several_documents_are_refused_on_all_ranks(trainers, reads_parts):
+    """Also where each rank sees one document of them."""
+    for message in trainers.run(2, predict_documents, reads_parts):
+        assert message.startswith(
+            "documents must be the same in all tokens of a row that is to be continued, got 0 and 1"
+        )
 
 
 @pytest.mark.long

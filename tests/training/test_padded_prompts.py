@@ -112,3 +112,45 @@ def test_a_longnet_module_reads_the_mask_of_a_batch(side):
     result = net.predict_step({"input_ids": ids, "attention_mask": mask}, 0)
     for row, (prompt, is_token) in enumerate(zip(ids, mask, strict=True)):
         assert result[row, COLUMNS:].tolist() == net.generate(prompt[is_token == 1][None], TOKENS, 0)[0, -5:].tolist()
+
+
+ROWS = {"input_ids": torch.arange(12).view(2, 6) + 3}
+TWO = torch.tensor([[0] * 6, [4, 4, 4, 5, 5, 5]])
+ONE_PADDED = {"documents": torch.tensor([[0] * 6, [4, 4, 5, 5, 6, 6]]), "attention_mask": (TWO == 0) | (TWO == 5)}
+RESTARTED = torch.tensor([0, 1, 2, 0, 1, 2])
+MASKED = {"documents": TWO, "attention_mask": TWO != 4, "positions": RESTARTED}
+REFUSED = [
+    ({"documents": TWO}, "documents must be the same in all tokens of a row .*, got 4 and 5 in row 1: give rows"),
+    (MASKED, "positions must count .*, got 0 at token 3 of row 0"),
+    ({"positions": torch.arange(6) + 1}, "positions must count the tokens of .* from 0, .* got 1 at token 0 of row 0"),
+    ({"position_ids": RESTARTED[None]}, "position_ids must count .*, got 0 at token 3 of row 0: give rows that hold"),
+    ({"documents": TWO[:, 1:]}, r"documents must be \(B, N\), \(2, 6\) as input_ids, got shape \(2, 5\)"),
+    (ONE_PADDED, "documents must be the same in all tokens of a row .*, got 5 and 6 in row 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_rows_that_hold_several_texts_are_refused(options, message):
+    """They would be continued as one text, of which no token was trained to see the other documents."""
+    for net in (LongNetModule(CONFIG, generated_tokens=2), made("llama")):
+        with pytest.raises(ValueError, match=message):
+            net.predict_step({**ROWS, **options}, 0)
+
+
+def test_documents_and_positions_of_one_text_change_nothing():
+    net = LongNetModule(CONFIG, generated_tokens=4, temperature=0)
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    given = {**ROWS, "attention_mask": mask}
+    expected = net.predict_step(given, 0)
+    told = {"documents": torch.tensor([[0] * 6, [7, 7, 8, 8, 8, 8]]), "positions": (mask.cumsum(1) - 1).clamp(min=0)}
+    assert net.predict_step(given | told, 0).tolist() == expected.tolist()
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    loader = DataLoader([{"input_ids": i, "documents": d} for i, d in zip(ROWS["input_ids"], TWO, strict=True)], 2)
+    with pytest.raises(ValueError, match="documents must be the same in all tokens of a row"):
+        trainer.predict(net, loader)
+
+
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "seq_idx"])
+def test_names_of_packed_documents_that_are_not_read_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is not read: give documents"):
+        made("llama").predict_step({**ROWS, name: torch.tensor([0, 3, 6])}, 0)
