@@ -36,6 +36,7 @@ COMMANDS = {
     "doctor": "what this machine has, and whether ranks on it compute what one process does",
     "generate": "continue a text with a trained model",
     "score": "the perplexity and bits per byte of text files, with a trained model",
+    "needle": "how often a model recalls what is far back, by length and depth",
     "embed": "text files to embeddings, with a trained model",
     "lm_eval": "the tasks of lm-evaluation-harness, with a trained model",
     "tokenize": "text files to a stream of tokens that training reads without loading it",
@@ -48,6 +49,7 @@ COMMANDS = {
 _READERS = (
     "generate",
     "score",
+    "needle",
     "embed",
     "tokenize",
     "export",
