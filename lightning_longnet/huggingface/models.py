@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_longnet.huggingface.dilation import check_dilated, keep_ring
+from lightning_longnet.huggingface.rotations import replaced_rotations
 from lightning_longnet.huggingface.support import split_refusals
 from lightning_longnet.trust import is_trusted
 
@@ -104,11 +105,18 @@ def read_config(name: str, overrides: Mapping[str, Any] | None = None) -> Pretra
         raise _unreadable(name, error) from error
     check_causal(config)
     keep_ring(config)
-    for key, value in (overrides or {}).items():
+    values = {_FORMER.get(key, key): value for key, value in (overrides or {}).items()}
+    if values.get(_ROTATIONS) is not None:
+        values[_ROTATIONS] = replaced_rotations(config, values[_ROTATIONS])
+    for key, value in values.items():
         if not hasattr(config, key):
             raise ValueError(f"overrides has {key!r}, which a configuration of {config.model_type} has not")
         setattr(config, key, value)
     return config
+
+
+_ROTATIONS = "rope_parameters"
+_FORMER = {"rope_scaling": _ROTATIONS}  # names of transformers before version 5
 
 
 def _unreadable(name: str, error: Exception) -> ValueError:
