@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_trainer(["--help" if word == HELP_ALL else word for word in given])
         else:
             return run_command(command, given[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         user_error = _user_error(error)
         if user_error is None and command in COMMANDS and isinstance(error, OSError) and error.filename is not None:
             user_error = error  # about a file that the user named
