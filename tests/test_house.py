@@ -48,6 +48,7 @@ FOLDERS = {
     "callbacks": [*CORE, "sequence", "layers", "report", "planning", "__init__"],
     "evaluation": [
         *(*CORE, "sequence", "layers", "models", "inference", "checkpointing", "data", "report", "trust"),
+        *("huggingface", "registration"),
     ],
     "supervision": [],
     "cli": [

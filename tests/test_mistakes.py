@@ -86,6 +86,7 @@ PROOFS = {
     "`use_cache=True`": f"{DECODERS}::test_a_cache_is_off_in_training_and_on_in_the_export",
     "An encoder, or": f"{DECODERS}::test_another_model_is_refused",
     "The tokenizer of the data": f"{DECODERS}::test_another_vocabulary_is_refused",
+    "`attention`, or the `rope_type`": f"{DECODERS}::test_another_model_is_refused",
     "transformers or peft": f"{DECODERS}::test_a_package_that_is_missing_is_named",
     "`documents` are in the batch of a model": f"{DOCUMENTS}::test_a_module_of_a_user_separates_the_documents_of_its_batch",
     "`documents` are in the batch of a `Causal": f"{DOCUMENTS}::test_other_implementations_separate_documents_or_refuse_them",

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 ADVICE = "give the model the values that the checkpoint has, or leave ckpt_path out to begin anew"
 _SHOWN = 3  # hyper-parameters that a message names
+# of the configuration of a model of transformers: which class it is of, and where it was loaded from
+_KIND, _PLACE = ".model_type", "._name_or_path"
 
 
 def check_same_model(
@@ -55,6 +57,8 @@ def _differing(saved: Any, own: Any) -> list[str]:
     theirs, ours = dict(_flat(saved)), dict(_flat(own))
     names = [name for name in theirs if name in ours and theirs[name] != ours[name]]
     names = [name for name in names if "." in name] or names  # those of a configuration before learning rates
+    names = [name for name in names if not name.endswith(_PLACE)]
+    names.sort(key=lambda name: not name.endswith(_KIND))  # another kind of model explains all other differences
     return [f"the checkpoint's model has {name} {theirs[name]}, and this one {ours[name]}" for name in names[:_SHOWN]]
 
 

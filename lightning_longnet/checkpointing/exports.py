@@ -135,7 +135,7 @@ def model_of(checkpoint: Checkpoint, trust: bool = False) -> LongNet | LongViT:
     """
     if is_decoder(checkpoint.hyper_parameters):
         raise ValueError(
-            "the checkpoint is of a CausalLMModule, which only `longnet export` reads: longnet export CHECKPOINT "
+            "the checkpoint is of a CausalLMModule, which only `export` and `needle` read: longnet export CHECKPOINT "
             "FOLDER --format huggingface, then AutoModelForCausalLM.from_pretrained(FOLDER).generate"
         )
     config = config_of(checkpoint.hyper_parameters, trust)

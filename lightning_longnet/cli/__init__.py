@@ -37,6 +37,7 @@ COMMANDS = {
     "doctor": "what this machine has, and whether ranks on it compute what one process does",
     "generate": "continue a text with a trained model",
     "score": "the perplexity and bits per byte of text files, with a trained model",
+    "needle": "how often a model recalls what is far back, by length and depth",
     "embed": "text files to embeddings, with a trained model",
     "lm_eval": "the tasks of lm-evaluation-harness, with a trained model",
     "tokenize": "text files to a stream of tokens that training reads without loading it",
@@ -49,6 +50,7 @@ COMMANDS = {
 _READERS = (
     "generate",
     "score",
+    "needle",
     "embed",
     "tokenize",
     "export",
@@ -101,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_trainer(["--help" if word == HELP_ALL else word for word in given])
         else:
             return run_command(command, given[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         user_error = _user_error(error)
         if user_error is None and command in COMMANDS and isinstance(error, OSError) and error.filename is not None:
             user_error = error  # about a file that the user named

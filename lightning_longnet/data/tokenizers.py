@@ -129,6 +129,15 @@ class HubTokenizer:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
+    @cached_property
+    def begin(self) -> list[int]:
+        """The special tokens that this tokenizer puts before a text, such as `<bos>`."""
+        text = "a"
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        own = self.encode(text)
+        starts = [i for i in range(len(ids)) if ids[i : i + len(own)] == own]
+        return ids[: starts[0]] if starts else []
+
     def encode_chat(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
         """Return the tokens of a chat by the chat template, and whether a model is trained to predict each.
 

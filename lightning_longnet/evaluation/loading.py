@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from lightning_longnet.checkpointing.checkpoints import read_checkpoint
 from lightning_longnet.checkpointing.exports import model_of
@@ -15,7 +16,7 @@ from lightning_longnet.layers.feed_forward import FeedForward
 from lightning_longnet.models.longnet import LongNet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_CHUNK = 8192  # tokens of which a feed-forward holds the hidden values
+CHUNK = 8192  # tokens of which a feed-forward holds the hidden values
 
 
 class Loaded(NamedTuple):
@@ -67,8 +68,7 @@ def loaded(
 
 
 def _loaded(checkpoint: str | Path, tokenizer: str | None, dtype: str, device: str | None, trust: bool) -> Loaded:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_dtype(dtype)
     saved = read_checkpoint(checkpoint, trust=trust)
     model = model_of(saved, trust)
     if not isinstance(model, LongNet):
@@ -76,18 +76,39 @@ def _loaded(checkpoint: str | Path, tokenizer: str | None, dtype: str, device: s
     name = tokenizer or saved.hyper_parameters.get("tokenizer")
     if name is None and model.config.vocab_size != 256:
         raise ValueError(f"tokenizer must be named: the checkpoint names none for {model.config.vocab_size} tokens")
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = model.to(place, DTYPES[dtype])
-    except (RuntimeError, AssertionError) as error:  # which torch raises for a device that is not there
-        raise ValueError(f"device must be one that torch finds here, got {place!r}: {error}") from None
-    for layer in model.modules():
-        if isinstance(layer, FeedForward) and (layer.chunk_tokens or _CHUNK) >= _CHUNK:
-            layer.chunk_tokens = _CHUNK
-    newest = max((each.stat().st_mtime_ns for each in _files(Path(checkpoint))), default=0)
-    identity: list[str | int] = [str(Path(checkpoint).resolve()), newest, dtype]
+    model = placed(model, dtype, device)
+    chunk_own_feed_forwards(model)
+    identity = identity_of(checkpoint, dtype)
     return Loaded(model, tokenizer_of(name or "bytes"), saved.hyper_parameters.get("tokens"), identity, Ranks())
 
 
+def check_dtype(dtype: str) -> None:
+    """Raise a ValueError where a dtype is none of those in which weights can be computed."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def placed(model: Any, dtype: str, device: str | None) -> Any:
+    """Return a model on a device and in a dtype; a device that is not there raises a ValueError."""
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(place, DTYPES[dtype])
+    except (RuntimeError, AssertionError) as error:  # which torch raises for a device that is not there
+        raise ValueError(f"device must be one that torch finds here, got {place!r}: {error}") from None
+
+
+def chunk_own_feed_forwards(model: nn.Module) -> None:
+    """Have the feed-forwards of a LongNet hold the hidden values of a bounded number of tokens."""
+    for layer in model.modules():
+        if isinstance(layer, FeedForward) and (layer.chunk_tokens or CHUNK) >= CHUNK:
+            layer.chunk_tokens = CHUNK
+
+
+def identity_of(checkpoint: str | Path, dtype: str) -> list[str | int]:
+    """Return what identifies the weights of a checkpoint, for the journal of a run."""
+    newest = max((each.stat().st_mtime_ns for each in _files(Path(checkpoint))), default=0)
+    return [str(Path(checkpoint).resolve()), newest, dtype]
+
+
 def _files(path: Path) -> list[Path]:
-    return [each for each in path.rglob("*") if each.is_file()] if path.is_dir() else [path]
+    return [each for each in (path.rglob("*") if path.is_dir() else [path]) if each.is_file()]

@@ -7,7 +7,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_longnet.huggingface.dilation import check_dilated, keep_ring
+from lightning_longnet.huggingface.rotations import replaced_rotations
 from lightning_longnet.huggingface.support import split_refusals
+from lightning_longnet.registration import ATTENTION
 from lightning_longnet.trust import is_trusted
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 def need_transformers() -> None:
     """Raise a ModuleNotFoundError where transformers is not installed."""
     if find_spec("transformers") is None:
-        raise ModuleNotFoundError("CausalLMModule needs transformers: pip install 'lightning-longnet[hf]'")
+        raise ModuleNotFoundError("a Hugging Face model needs transformers: pip install 'lightning-longnet[hf]'")
 
 
 class Source(NamedTuple):
@@ -69,6 +71,20 @@ def model_of(source: Source, attention: str, dtype: str | None) -> PreTrainedMod
     return found
 
 
+def check_attention(attention: str) -> None:
+    """Raise a ValueError where transformers knows no implementation of attention of this name."""
+    from transformers import AttentionInterface
+
+    known = sorted({ATTENTION, "eager", *AttentionInterface().valid_keys()} - {"paged|eager"})
+    is_of_hub = "/" in attention  # as in "kernels-community/flash-attn"
+    if attention not in known and not is_of_hub:
+        near = get_close_matches(attention, known, 1)
+        question = f"; did you mean {near[0]!r}?" if near else f"; others are {', '.join(known)}"
+        raise ValueError(
+            f"attention must be {ATTENTION!r} or an implementation of transformers, got {attention!r}{question}"
+        )
+
+
 def loaded(
     name: str, attention: str, dtype: str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> PreTrainedModel:
@@ -83,6 +99,7 @@ def loaded(
     need_transformers()
     from transformers import AutoModelForCausalLM
 
+    check_attention(attention)
     config = read_config(name, overrides)
     options: dict[str, Any] = {"attn_implementation": attention, "dtype": dtype or "float32"}
     try:
@@ -104,11 +121,18 @@ def read_config(name: str, overrides: Mapping[str, Any] | None = None) -> Pretra
         raise _unreadable(name, error) from error
     check_causal(config)
     keep_ring(config)
-    for key, value in (overrides or {}).items():
+    values = {_FORMER.get(key, key): value for key, value in (overrides or {}).items()}
+    if values.get(_ROTATIONS) is not None:
+        values[_ROTATIONS] = replaced_rotations(config, values[_ROTATIONS])
+    for key, value in values.items():
         if not hasattr(config, key):
             raise ValueError(f"overrides has {key!r}, which a configuration of {config.model_type} has not")
         setattr(config, key, value)
     return config
+
+
+_ROTATIONS = "rope_parameters"
+_FORMER = {"rope_scaling": _ROTATIONS}  # names of transformers before version 5
 
 
 def _unreadable(name: str, error: Exception) -> ValueError:
@@ -128,6 +152,7 @@ def created(config: PretrainedConfig | dict[str, Any], attention: str, dtype: st
     import torch
     from transformers import AutoModelForCausalLM
 
+    check_attention(attention)
     known = config_of(config)
     check_causal(known)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -140,6 +165,7 @@ def config_of(config: PretrainedConfig | dict[str, Any]) -> PretrainedConfig:
     """Return a copy of a configuration, or the one that values with a `model_type` describe."""
     from copy import deepcopy
 
+    need_transformers()
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if not isinstance(config, dict):
@@ -245,6 +271,7 @@ def check_splits(model: PreTrainedModel) -> None:
 
 def with_attention(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     """Return the model after setting its implementation of attention, where it has another."""
+    check_attention(attention)
     check_dilated(model.config, attention)
     if model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)

@@ -78,24 +78,29 @@ def chunk_feed_forwards(model: Any, chunk_tokens: int) -> None:
         model: a model of transformers.
         chunk_tokens: number of tokens of a sequence that are computed at a time.
     """
+    if fault := fault_of_chunks(model):
+        raise ValueError(f"mlp_chunk_tokens must be None with a {type(model).__name__}{fault}")
+    for _, module in _feed_forwards(model):
+        if isinstance(module, FeedForward):
+            module.chunk_tokens = chunk_tokens
+        else:
+            setattr(module, _CHUNK, chunk_tokens)
+            module.forward = MethodType(_forward_in_chunks, module)
+
+
+def fault_of_chunks(model: Any) -> str:
+    """Return why the feed-forwards of a model of transformers cannot be computed in chunks, or an empty string."""
     modules = dict(_feed_forwards(model))
     if not modules:
-        raise ValueError(
-            f"mlp_chunk_tokens must be None with a {type(model).__name__}, whose layers have no module for it"
-        )
+        return ", whose layers have no module for it"
     width = model.config.get_text_config().hidden_size
     checked = set()
     for name, module in modules.items():
         reason = _refusal(module) or ("" if type(module) in checked else _mixes_tokens(module, width))
         checked.add(type(module))
         if reason:
-            raise ValueError(f"mlp_chunk_tokens must be None with a {type(model).__name__}: {name} {reason}")
-    for module in modules.values():
-        if isinstance(module, FeedForward):
-            module.chunk_tokens = chunk_tokens
-        else:
-            setattr(module, _CHUNK, chunk_tokens)
-            module.forward = MethodType(_forward_in_chunks, module)
+            return f": {name} {reason}"
+    return ""
 
 
 def _forward_in_chunks(module: Any, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_longnet.huggingface.adapters import add_adapters, merge_adapters
-from lightning_longnet.huggingface.dilation import has_dilated_layers
+from lightning_longnet.huggingface.dilation import check_dilated, has_dilated_layers
 from lightning_longnet.huggingface.models import config_of, created, loaded
 from lightning_longnet.registration import ATTENTION
 
@@ -140,6 +140,24 @@ def saved_decoder(state: Mapping[str, Tensor], hyper_parameters: Mapping[str, An
     add_adapters(base, lora)
     whole = {key: x.detach() for key, x in base.named_parameters()} | weights
     return model_with(config, whole, lora)
+
+
+def trained_decoder(
+    state: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any], attention: str
+) -> PreTrainedModel:
+    """Return the same model ready to compute: `saved_decoder` has no values that are not in files, as of rotations.
+
+    Args:
+        state: the weights.
+        hyper_parameters: the arguments of the module.
+        attention: the implementation of attention.
+    """
+    saved = saved_decoder(state, hyper_parameters)
+    check_dilated(saved.config, attention)
+    model: PreTrainedModel = type(saved).from_pretrained(
+        None, config=saved.config, state_dict=saved.state_dict(), attn_implementation=attention, dtype=saved.dtype
+    )
+    return model
 
 
 def check_folder(folder: str | Path, run: Lineage | None = None) -> None:

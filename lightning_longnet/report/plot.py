@@ -12,15 +12,23 @@ if TYPE_CHECKING:
 
     from lightning_longnet.report.charts import Chart
 
-_IMAGES = (".png", ".svg", ".pdf")
+IMAGES = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path) -> None:
     """Raise a ValueError where a chart cannot be written to this path."""
-    if path.suffix not in (".html", *_IMAGES):
-        raise ValueError(f"--plot must be a file .html, {', '.join(_IMAGES)}, got {path}")
-    if path.suffix in _IMAGES and find_spec("matplotlib") is None:
+    if path.suffix not in (".html", *IMAGES):
+        raise ValueError(f"--plot must be a file .html, {', '.join(IMAGES)}, got {path}")
+    if path.suffix in IMAGES and find_spec("matplotlib") is None:
         raise ValueError(f"{path} needs matplotlib: pip install 'lightning-longnet[plots]', or take a file .html")
+
+
+def check_image(path: Path) -> None:
+    """Raise a ValueError where matplotlib cannot write a picture to this path."""
+    if path.suffix not in IMAGES:
+        raise ValueError(f"--plot must be a file {', '.join(IMAGES)}, got {path}")
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"{path} needs matplotlib: pip install 'lightning-longnet[plots]'")
 
 
 def write_plot(chart: Chart, path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from lightning_longnet import CausalLMModule
+from lightning_longnet.checkpointing.comparison import check_same_model
 from lightning_longnet.cli import main
 from lightning_longnet.cli.configured import read_job
 
@@ -93,11 +94,42 @@ def test_commands_of_longnets_name_what_reads_a_model_of_transformers(tmp_path, 
     for words in (["generate"], ["score", *texts], ["embed", f"--out={tmp_path}/out.safetensors", *texts]):
         assert main([*words, str(tmp_path / "some.ckpt")]) == 2
         assert (
-            "is of a CausalLMModule, which only `longnet export` reads: longnet export CHECKPOINT FOLDER --format "
+            "is of a CausalLMModule, which only `export` and `needle` read: longnet export CHECKPOINT FOLDER --format "
             "huggingface, then AutoModelForCausalLM.from_pretrained(FOLDER).generate"
         ) in capsys.readouterr().err
         assert main([*words, str(tmp_path / "out")]) == 2
         assert "; it is a folder of transformers: load it with AutoModelForCausalLM\n" in capsys.readouterr().err
+
+
+def test_each_command_names_the_package_that_it_lacks(tmp_path, monkeypatch, capsys):
+    module = CausalLMModule(config=TINY)
+    saved(module, tmp_path / "some.ckpt")
+    module.save_pretrained(tmp_path / "folder")
+    models = sys.modules["lightning_longnet.huggingface.models"]
+    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "transformers" else True)
+    for words in (
+        ["needle", str(tmp_path / "folder")],
+        ["needle", str(tmp_path / "some.ckpt")],
+        ["export", str(tmp_path / "some.ckpt"), str(tmp_path / "out"), "--format", "huggingface"],
+        ["plan", SMALL],
+    ):
+        capsys.readouterr()
+        assert main(words) == 2
+        message = "a Hugging Face model needs transformers: pip install 'lightning-longnet[hf]'"
+        assert capsys.readouterr().err == f"longnet: error: {message}\n"
+
+
+def test_a_checkpoint_of_another_architecture_is_named_by_that_first():
+    from transformers import AutoConfig
+
+    values = {name: value for name, value in TINY.items() if name != "model_type"}
+    kinds = [AutoConfig.for_model(kind, **values, _name_or_path=kind).to_dict() for kind in ("qwen3", "llama")]
+    configs = tuple({"config": each, "learning_rate": 0.1} for each in kinds)
+    with pytest.raises(ValueError, match=r"some\.ckpt: the checkpoint's model has config\.model_type qwen3"):
+        check_same_model("some.ckpt", {"a": (1,)}, {"a": (2,)}, configs)
+    same_kind = {"config": {**kinds[0], "head_dim": 4, "_name_or_path": "other"}}
+    with pytest.raises(ValueError, match=r"has config\.head_dim 8, and this one 4; a is \(1,\) in the checkpoint"):
+        check_same_model("some.ckpt", {"a": (1,)}, {"a": (2,)}, (configs[0], same_kind))
 
 
 @pytest.mark.parametrize("adapted", [False, True])

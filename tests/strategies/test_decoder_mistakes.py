@@ -129,6 +129,7 @@ def test_a_cache_is_off_in_training_and_on_in_the_export(tmp_path):
         ({"config": CONFIG, "lora": {"rank": 3}}, "lora must hold arguments of peft.LoraConfig"),
         ({"config": CONFIG, "lora": {"target_modules": ["lm_head"]}}, "must not name the output head"),
         ({"config": CONFIG, "overrides": {"a": 1}}, "overrides are of the configuration of a name"),
+        ({"config": CONFIG, "attention": "rign"}, "attention must be 'ring' or .*, got 'rign'; did you mean 'ring'"),
     ],
 )
 def test_another_model_is_refused(options, message, monkeypatch):
