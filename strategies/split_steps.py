@@ -62,7 +62,7 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         check_accumulation(self.accumulate, self.lightning_module)
         if self.preemption and trainer.state.fn == TrainerFn.FITTING:
             _add_preemption(trainer)
-        self.sequence_context.window.close(1)  # an interrupted run may have left it open
+        self.sequence_context.token_window.close(1)  # an interrupted run may have left it open
         attach_context(self.lightning_module, self.sequence_context)
         keep_order(trainer)
         self._begin_split_check()
@@ -122,13 +122,13 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         self._changes.compare(args[0] if args else None)
         self._losses.look()
         if self.accumulate == "tokens":
-            context.window.open()
-        means = context.window.means
+            context.token_window.open()
+        means = context.token_window.means
         output = super().training_step(*args, **kwargs)
         check_is_split(context)
         self._losses.take(self.lightning_module.trainer, output)
         if self.accumulate == "tokens":
-            check_one_token_mean(context.window.means - means)
+            check_one_token_mean(context.token_window.means - means)
         return output
 
     def pre_backward(self, closure_loss: Tensor) -> None:
@@ -141,7 +141,7 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         if self.accumulate == "tokens" and not trainer.fit_loop._should_accumulate():
-            factor = self.sequence_context.window.close(trainer.accumulate_grad_batches)
+            factor = self.sequence_context.token_window.close(trainer.accumulate_grad_batches)
             for parameter in self.lightning_module.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)

@@ -25,12 +25,12 @@ class Reductions:
 
     Args:
         splitter: says whether sequences are split now, and how.
-        window: the window that means are taken in.
+        token_window: the window that means are taken in.
         traffic: counts the time of the means.
     """
 
-    def __init__(self, splitter: BatchSplitter, window: TokenWindow, traffic: Traffic) -> None:
-        self._splitter, self._window, self._traffic = splitter, window, traffic
+    def __init__(self, splitter: BatchSplitter, token_window: TokenWindow, traffic: Traffic) -> None:
+        self._splitter, self._token_window, self._traffic = splitter, token_window, traffic
 
     def token_mean(self, loss_sum: Tensor, token_count: Tensor | float) -> Tensor:
         """Return the mean over the tokens of all ranks."""
@@ -39,7 +39,7 @@ class Reductions:
         totals = _totals(loss_sum, token_count, group)
         self._traffic.loss_seconds += perf_counter() - begin
         ranks = 1 if group is None else dist.get_world_size()
-        divisor = self._window.divisor(totals[1]) if loss_sum.requires_grad else totals[1]
+        divisor = self._token_window.divisor(totals[1]) if loss_sum.requires_grad else totals[1]
         mean: Tensor = TokenMean.apply(loss_sum, totals, divisor, ranks)  # type: ignore[no-untyped-call]
         return mean
 

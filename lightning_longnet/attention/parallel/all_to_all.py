@@ -146,12 +146,12 @@ class AllToAllCall(NamedTuple):
         local_q = q
         q, k, v = self._to_heads((q, k, v), "queries, keys and values")
         out, lse, saved = self.inner.forward(q, k, v)
-        (own_out,) = self._to_rows((out,), "out")
-        own_lse = lse.new_empty((len(local_q), local_q.shape[2], local_q.shape[1]))
+        (local_out,) = self._to_rows((out,), "out")
+        local_lse = lse.new_empty((len(local_q), local_q.shape[2], local_q.shape[1]))
         if self.returns_lse:
             (lse_rows,) = self._to_rows((lse.transpose(1, 2).unsqueeze(-1),), "lse")
-            own_lse.copy_(lse_rows.squeeze(-1).transpose(1, 2))
-        return own_out, own_lse, [q, k, v, lse, *(saved or [out])]
+            local_lse.copy_(lse_rows.squeeze(-1).transpose(1, 2))
+        return local_out, local_lse, [q, k, v, lse, *(saved or [out])]
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]

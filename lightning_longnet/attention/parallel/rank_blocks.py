@@ -186,9 +186,9 @@ class RankBlocks:
     def is_local(self) -> bool:
         """Return whether the keys of each query are on the rank of the query."""
         ranks = range(self.layout.placement.ranks)
-        return not any(self.blocks(rank, source).parts for rank in ranks for source in self.neighbours(rank))
+        return not any(self.blocks(rank, source).parts for rank in ranks for source in self.possible_peers(rank))
 
-    def neighbours(self, rank: int) -> list[int]:
+    def possible_peers(self, rank: int) -> list[int]:
         """Return the ranks that a document, a segment or a window may span to: a few of thousands."""
         ranks: set[int] = set()
         for chunk in self.layout.placement.chunks(rank):

@@ -158,14 +158,14 @@ class ReorderedCall(NamedTuple):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         rows = self.order.reorder(q, k, v)
         out, lse, saved = self.inner.forward(*rows)
-        (own_out,) = self.order.restore(out)
+        (sequence_out,) = self.order.restore(out)
         # an order that saves its rows saves the reordered lse, too: the backward needs no other
         if self.returns_lse or not self.order.saves_rows:
             (lse_rows,) = self.order.restore(lse.transpose(1, 2).unsqueeze(-1))
-            own_lse = lse_rows.squeeze(-1).transpose(1, 2).contiguous()
+            sequence_lse = lse_rows.squeeze(-1).transpose(1, 2).contiguous()
         else:
-            own_lse = torch.empty_like(lse)
-        return own_out, own_lse, [*rows, out, lse, *saved] if self.order.saves_rows else saved
+            sequence_lse = torch.empty_like(lse)
+        return sequence_out, sequence_lse, [*rows, out, lse, *saved] if self.order.saves_rows else saved
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]

@@ -134,7 +134,7 @@ def rounds_volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, s
     pair = sizes.batch * (sizes.head_dim + sizes.value_dim)
     totals = [[0, 0, 0, 0] for _ in ways]
     between = rank_blocks(layout)
-    for peer in between.neighbours(rank):
+    for peer in between.possible_peers(rank):
         received, sent = (_kv_row_counts(between.blocks(*ends), branches) for ends in ((rank, peer), (peer, rank)))
         for total, group in zip(totals, groups, strict=True):
             for members, fetches in zip(group, (1, 2), strict=True):

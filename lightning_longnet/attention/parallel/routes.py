@@ -127,7 +127,7 @@ def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
     gathers, rings = (tuple(i for i, kind in enumerate(exchanges) if kind == name) for name in ("gather", "ring"))
     assert len(gathers) + len(rings) == len(exchanges) == len(layout.pattern.branches)
     between, ranks = rank_blocks(layout), layout.placement.ranks
-    peers = between.neighbours(rank)
+    peers = between.possible_peers(rank)
     rounds = [_round(between, rank, peers, peers, gathers)] if gathers else []
     # only the steps in which this rank receives from or sends to a rank that a segment, document or window spans to
     for step in sorted({(rank - r) % ranks for r in peers} | {(r - rank) % ranks for r in peers}) if rings else ():

@@ -95,17 +95,25 @@ class Branch:
 
     def connects(self, length: int) -> bool:
         """Return whether any query may see a key of another token."""
-        return min(self.border(length), self.window or length) > self.dilation_rate
+        return min(self.border_spacing(length), self.window or length) > self.dilation_rate
 
-    def border(self, length: int) -> int:
-        """Return the distance between two borders that no pair of this branch crosses: a segment, or one kept block."""
+    def border_spacing(self, length: int) -> int:
+        """Return the distance in tokens between two borders that no pair of this branch crosses.
+
+        It is the segment length, or the tokens of a block where a sparsity keeps for each block only the block itself.
+        `Pattern.reach` calls it for a sequence of `length` tokens.
+        """
         width = min(self.segment_length or length, length)
         if self.sparsity is not None:
-            own = self.sparsity.block_size * self.dilation_rate
+            block_tokens = self.sparsity.block_size * self.dilation_rate
             kept = self.sparsity.kept(-(-width // self.dilation_rate), 0, self.is_causal)
-            if width % own == 0 and all(len(row) == 1 for row in kept):
-                return own  # every block sees itself alone
+            if width % block_tokens == 0 and all(len(row) == 1 for row in kept):
+                return block_tokens
         return width
+
+    def border(self, length: int) -> int:
+        """Return `border_spacing(length)`, under its former name."""
+        return self.border_spacing(length)
 
     def visible(self, tokens: Tensor, kv_heads: int) -> Tensor:
         """Return which pairs the branch shows, by its definition: a boolean (Hkv, N, N).

@@ -223,7 +223,7 @@ class Pattern:
     def reach(self, length: int, heads: int, kv_heads: int | None = None) -> Reach:
         """Return how far information travels in a sequence of `length` tokens at any depth; see `Reach`."""
         kv_heads = check_heads(heads, kv_heads)
-        lengths = [b.border(length) for b in self.branches if b.connects(length)]
+        lengths = [b.border_spacing(length) for b in self.branches if b.connects(length)]
         span = min(lcm(*lengths), length)  # a border of every branch is one that no layer crosses
         unserved = []
         for branch in self.branches:

@@ -32,9 +32,11 @@ def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: t
         other=0.0,
     )
     # a row without keys has an lse of +inf, and so has a row that is none
-    own_lse = tl.load(lse.data + batch * lse.batch + head * lse.head + row * lse.row, mask=is_row, other=float("inf"))
-    own_lse *= LOG2E
-    own_delta = tl.load(delta.data + batch * delta.batch + head * delta.head + row * delta.row, mask=is_row, other=0.0)
+    query_lse = tl.load(lse.data + batch * lse.batch + head * lse.head + row * lse.row, mask=is_row, other=float("inf"))
+    query_lse *= LOG2E
+    query_delta = tl.load(
+        delta.data + batch * delta.batch + head * delta.head + row * delta.row, mask=is_row, other=0.0
+    )
     of_k = k.data + batch * k.batch + key_head * k.head
     of_v = v.data + batch * v.batch + key_head * v.head
     acc = tl.full((form.rows, form.padded_width), 0.0, tl.float32)
@@ -81,10 +83,10 @@ def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: t
                     for r in tl.static_range(len(form.every)):
                         other_level += ((y + tl.load(span + 7)) % form.every[r] == 0).to(tl.float32)
                     log_other = tl.log2(other_level)
-                    moved = tl.minimum((log_level - own_lse)[:, None], log_other[None, :] - own_lse[:, None])
+                    moved = tl.minimum((log_level - query_lse)[:, None], log_other[None, :] - query_lse[:, None])
                     p = tl.exp2(score + moved)
                 else:
-                    p = tl.exp2(score - own_lse[:, None])
+                    p = tl.exp2(score - query_lse[:, None])
                 if not is_full:
                     distance = x[:, None] - y[None, :]
                     is_seen = (distance >= low) & (distance <= high) & (y < keys)[None, :]
@@ -95,7 +97,7 @@ def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: t
                     p = tl.where((masked == 0)[None, :], p, 0.0)
                 if form.is_signed:
                     p = p * tl.load(span + 8).to(tl.float32)
-                ds = p * (dp - own_delta[:, None])
+                ds = p * (dp - query_delta[:, None])
                 acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
     at_dq = dq.data + batch * dq.batch + head * dq.head + row[:, None] * dq.row + d[None, :]
