@@ -80,12 +80,22 @@ class FirstBatchCheck:
             )
         self._checked.add("predict")
 
-    def check(self, strategy: SplitSteps, module: LightningModule, batch: Any, dims: Any) -> None:
-        """Check a first batch, which `is_due`."""
+    def check(self, strategy: SplitSteps, module: LightningModule, batch: Any, sequence_dims: Any) -> None:
+        """Compare the step of a loop's first batch on parts of sequences with the same step on whole ones.
+
+        If the results differ, `check_split` raises an error or warns, by `action`.  Otherwise the log says that they
+        are equal, or why they were not compared.  `SplitSteps.batch_to_device` calls it on all ranks where `is_due`.
+
+        Args:
+            strategy, module: those of the run.
+            batch: the whole batch, the same on all ranks that share sequences.
+            sequence_dims: which dimensions of the batch's tensors are sequences, as the module declares them.
+        """
         trainer = module.trainer
         stage, context = _stage(trainer), strategy.sequence_context
         self._checked.add(stage)
-        if not gathers_parameters(strategy.sharding):  # hooks of the run may have changed the module since
+        # `check_split` copies the module itself, with what hooks changed since `begin`, where its parameters are whole
+        if not gathers_parameters(strategy.sharding):
             self._replica = None
 
         def attach(copy: nn.Module, its_context: SequenceContext) -> None:
@@ -99,7 +109,7 @@ class FirstBatchCheck:
                     partial(_call_step, name=f"{stage}_step"),
                     batch,
                     context,
-                    sequence_dims=dims,
+                    sequence_dims=sequence_dims,
                     action=self.action,
                     training=stage == "training",
                     predicts=stage == "predict",
@@ -108,7 +118,7 @@ class FirstBatchCheck:
                     inside=_inside(strategy, module, stage),
                 )
         finally:
-            strategy.sequence_context = context
+            strategy.sequence_context = context  # that of the run again
         if self._checked >= _FIT:
             self._replica = None  # the replica may hold tensors that are plain attributes
         if verdict.kind == "not checked":

@@ -54,6 +54,7 @@ class _WatchedIterator(_DataFetcherWrapper):
     """The iterator of a `training_step(dataloader_iter)`, which takes its batches itself."""
 
     def __next__(self) -> Any:
+        """Return the next batch, and note in the fetcher's `LoopPass` that it is not compared yet."""
         fetcher: Any = self.data_fetcher
         try:
             item = super().__next__()
@@ -130,7 +131,8 @@ class LoaderWatch:
     def send(self, module: LightningModule, batch: Any, dataloader_idx: int) -> int:
         """Send the note of a loop's batch; return how many of its last samples are repeats that do not count.
 
-        `receive` waits for the notes of the others.  Batches from elsewhere, as from a callback, are not compared.
+        `SplitSteps.batch_to_device` calls it with the whole batch, and the step then calls `receive`, which waits for
+        the notes of the others.  Batches from elsewhere, as from a callback, are not compared.
         """
         trainer = module.trainer
         current = self._pass_of(trainer)
@@ -159,6 +161,7 @@ class LoaderWatch:
         self._comparison.send(
             Note(FAULT, 0, 0) if self._fault else Note.of(batch, when, _state(trainer), _rates(trainer))
         )
+        # a wrong batch gets no step that would wait, and a step that takes batches itself has begun already
         if self._fault or batch is None or isinstance(_fetcher(trainer), _DataLoaderIterDataFetcher):
             self.receive()
 
@@ -225,7 +228,7 @@ def _validates(trainer: Trainer) -> bool:
 
 
 def _is_last(trainer: Trainer) -> bool:
-    """Return whether the loop's batch is its last."""
+    """Return whether the loop ends after its batch: the loader is at its end, or training has all its steps."""
     fetcher = _fetcher(trainer)
     if fetcher is None or fetcher.done or not trainer.training:
         return fetcher is not None and fetcher.done

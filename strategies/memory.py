@@ -52,8 +52,8 @@ class MemoryCheck:
     def check(self, strategy: SplitSteps, module: LightningModule, batch: Any) -> None:
         """Raise a ValueError on all ranks if the run cannot fit on one of them.
 
-        With `action` "warn", or if too little memory is free, the first rank concerned warns instead.  All ranks
-        call this with batches of the same shapes.
+        With `action` "warn", or if too little memory is free, the first rank concerned warns instead.
+        `SplitSteps.batch_to_device` calls it on all ranks, with whole batches of the same shapes.
         """
         self._is_done = True
         room = room_of(strategy.root_device, len(strategy.parallel_devices or (0,)))
