@@ -218,7 +218,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Keep gradients on this rank inside the block; Lightning enters it for all micro-batches of a step but the last."""
+        """Keep gradients on this rank inside the block, which Lightning enters for micro-batches that end no step."""
         model: Any = self.model
         if not isinstance(model, FSDPModule):
             yield

@@ -44,6 +44,7 @@ class AllToAllPlan(ExchangePlan):
         return False
 
     def volume(self, rank: int, sizes: Sizes) -> Volume:
+        """Return what a rank sends: its tokens of other ranks' heads, and other ranks' tokens of its own heads."""
         placement = self.layout.placement
         lengths, ranks = placement.lengths, placement.ranks
         to_heads, to_rows = lengths[rank] * (ranks - 1), placement.length - lengths[rank]
@@ -66,6 +67,7 @@ class AllToAllPlan(ExchangePlan):
         return AllToAllFootprint(self.layout.placement.ranks, self.layout.placement.length)
 
     def call(self, call: RankCall) -> AllToAllCall:
+        """Return the object that computes a forward or backward on this rank, with the branches of all lines."""
         first, *others = call.by_line()
         own = self._heads_call(first)
         inner: RoundsCall | LinesCall = own
@@ -102,6 +104,7 @@ class AllToAllFootprint(NamedTuple):
         return True
 
     def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
+        """Return uninitialized tensors like those that the forward saves: q, k, v, lse and outs of a rank's heads."""
         wide = torch.promote_types(q.dtype, torch.float32)
         saved = [x.new_empty((x.shape[0], self.length, x.shape[2] // self.ranks, x.shape[3])) for x in (q, k, v)]
         rows = q.shape[0], self.length, q.shape[2] // self.ranks
@@ -156,6 +159,7 @@ class AllToAllCall(NamedTuple):
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv of this rank's tokens, from what the forward saved; of q, k and v none is read."""
         q, k, v, lse, *outs = saved
         (grad,) = self._to_heads((grad,), "the gradient of out")
         # the inner call saves the outs of branches for "detached"; otherwise the out of all branches is saved
@@ -163,7 +167,7 @@ class AllToAllCall(NamedTuple):
         return gradients[0], gradients[1], gradients[2]
 
     def _to_heads(self, tensors: Sequence[Tensor], content: str) -> list[Tensor]:
-        """Return (B, N, H / P, D) of each (B, L, H, D)."""
+        """Return (B, N, H / P, D) of each (B, L, H, D): all tokens of this rank's heads for its tokens of all heads."""
         comm, placement = self.comm, self.placement
         shapes = [(len(x), x.shape[2] // comm.ranks, x.shape[3]) for x in tensors]
         wholes = [x.new_empty((placement.length, *shape)) for x, shape in zip(tensors, shapes, strict=True)]
@@ -180,7 +184,7 @@ class AllToAllCall(NamedTuple):
         return [whole.transpose(0, 1) for whole in wholes]
 
     def _to_rows(self, tensors: Sequence[Tensor], content: str) -> list[Tensor]:
-        """Return (B, L, H, D) of each (B, N, H / P, D), the inverse of `_to_heads`."""
+        """Return (B, L, H, D) of each (B, N, H / P, D): this rank's tokens of all heads, the inverse of `_to_heads`."""
         comm, placement = self.comm, self.placement
         shapes = [(len(x), x.shape[2], x.shape[3]) for x in tensors]
         here = placement.lengths[comm.rank]
@@ -208,9 +212,17 @@ class AllToAllCall(NamedTuple):
         put: Callable[[int, Sequence[Tensor]], None],
         content: str,
     ) -> None:
-        """Send each rank its pieces, (rows, *shape), in one message, and `put` those that come, `rows[peer]` of each.
+        """Send each rank its pieces in one message, and store the pieces that come from each.
 
-        This rank's own pieces are put while the others are on their way.
+        This rank's own pieces are stored while the others are on their way.
+
+        Args:
+            like: a tensor of the type and device of the pieces.
+            shapes: the shape of each piece after its rows.
+            rows: the rows that come from each rank.
+            pieces_of: returns the pieces for a rank, each (rows, *shape).
+            put: stores the pieces that came from a rank.
+            content: what is sent, for errors and message tags.
         """
         comm = self.comm
         widths = [prod(shape) for shape in shapes]

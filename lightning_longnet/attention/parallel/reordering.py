@@ -156,6 +156,7 @@ class ReorderedCall(NamedTuple):
         return self.inner.saved_count + 5 * self.order.saves_rows  # q, k, v, out and lse in the order
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return out and lse in the order of the sequence, and the tensors that the backward needs besides."""
         rows = self.order.reorder(q, k, v)
         out, lse, saved = self.inner.forward(*rows)
         (sequence_out,) = self.order.restore(out)
@@ -170,6 +171,7 @@ class ReorderedCall(NamedTuple):
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv in the order of the sequence."""
         if self.order.saves_rows:
             q, k, v, out, lse, *saved = saved  # the forward saved them in the order of the inner call
         else:

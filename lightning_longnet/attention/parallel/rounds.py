@@ -94,7 +94,7 @@ class RoundsCall(NamedTuple):
         return sum(step.saves_rows for step in self.route.rounds) + self._saved_outs
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Compute the attention of this rank's queries.
+        """Return out and lse of this rank's queries, and the tensors that the backward needs besides.
 
         The operator `lightning_longnet::attend` calls it once for each group of samples with equal documents.
         """
@@ -152,13 +152,12 @@ class RoundsCall(NamedTuple):
             for writes in (self.route.writes_queries, self.route.writes_keys)
         )
         dq, dk, dv = Accumulator(q, stores), Accumulator(k, stores_keys), Accumulator(v, stores_keys)
-        saved_rounds = sum(
-            step.saves_rows for step in rounds
-        )  # the rows that the forward saved come before its partials
+        saved_rounds = sum(step.saves_rows for step in rounds)  # their rows come before the outs of branches in `saved`
         outs, lse = list(saved[saved_rounds:]) or [out], backward_lse(lse)
         pending_gradients: list[Callable[[], None]] = []
 
         def backward_round(i: int, indices: RoundIndices, kv_rows: Tensor) -> None:
+            """Add what a round's keys give to dq, and begin to send their own gradients home."""
             dkv_rows = torch.zeros_like(kv_rows, dtype=wide)
             keys = self._received_keys(indices, kv_rows, k.shape[3], dkv_rows)
             inputs = BackwardInputs(grad, outs, lse)
@@ -198,7 +197,10 @@ class RoundsCall(NamedTuple):
     def _own_parts(
         self, q: Tensor, keys: OwnKeys, v: Tensor, outs: list[Tensor]
     ) -> Iterator[tuple[list[Tensor], Parts]]:
-        """Yield the own parts with the outs that their gradients need, which "detached" computes again here."""
+        """Yield (outs, parts) of the blocks on this rank's keys; the gradients of the parts need these outs.
+
+        In one process "detached" computes the out of each branch again here, as the forward kept only the merged one.
+        """
         if not self.branch_outs or self._saved_outs:
             yield outs, self.route.own
             return

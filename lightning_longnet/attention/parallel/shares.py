@@ -37,7 +37,14 @@ class _Clip(NamedTuple):
 
 
 def shares(block: Block, queries: Chunk, keys: Chunk) -> Iterator[Block]:
-    """Yield the parts of a block with queries in one chunk and keys in another, in the local rows of their ranks."""
+    """Yield the parts of a block with queries in one chunk and keys in another, in the local rows of their ranks.
+
+    `RankBlocks` calls it for each chunk of a rank's queries and each chunk of another rank's keys.
+
+    Args:
+        block: a block of the plan of whole documents.
+        queries, keys: consecutive tokens of one rank each.
+    """
     count = len(block.queries.starts)
     begin, end = _touching(block.queries, queries)
     first, last = _touching(block.keys, keys)
