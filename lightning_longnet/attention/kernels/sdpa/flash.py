@@ -96,12 +96,12 @@ class _Operator:
             v,
             out,
             lse,
-            None,
+            None,  # the documents of packed queries and of packed keys, which a block has not
             None,
             q.shape[1],
             k.shape[1],
-            0.0,
-            (left, right) == (-1, 0),
+            0.0,  # the probability of dropout
+            (left, right) == (-1, 0),  # whether the mask is causal
             *_no_random_state(q),
             scale=scale,
             window_size_left=left,

@@ -47,11 +47,12 @@ def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: t
         low, high = tl.load(span + 2), tl.load(span + 3)
         full_first, full_last = tl.load(span + 4), tl.load(span + 5)
         if len(form.every) > 0:
+            # how many branches show a row: a pair counts as often as the smaller of the levels of its two rows
             level = tl.full((form.rows,), 1.0, tl.float32)
             for r in tl.static_range(len(form.every)):
                 level += ((x + tl.load(span + 6)) % form.every[r] == 0).to(tl.float32)
             log_level = tl.log2(level)
-        for is_full in tl.static_range(2):
+        for is_full in tl.static_range(2):  # first the tiles of keys that the mask cuts, then those without a mask
             if is_full:
                 tiles = full_last - full_first
             else:
