@@ -237,7 +237,7 @@ def backward_lse(lse: Tensor) -> Tensor:
 def _kernel_calls(
     kernel: BlockKernel, parts: Parts, q: Tensor, keys: Keys, options: PairOptions
 ) -> Iterator[tuple[Part, Call]]:
-    """Yield each kernel call of the parts: a block of bounded size, with the masks of padding, dropout and later keys."""
+    """Yield the kernel calls of parts: blocks of bounded size, with the masks of padding, dropout and later keys."""
     branch, words = -1, None
     wide = torch.promote_types(q.dtype, torch.float32)
     limit = q.shape[1] * q.shape[2]

@@ -59,6 +59,7 @@ class Branch:
     ragged: Ragged = "exact"
 
     def __post_init__(self) -> None:
+        """Check the arguments, and make a `Sparsity` of the keywords that YAML gives for one."""
         for name in ("segment_length", "dilation_rate", "window"):
             value = getattr(self, name)
             if value is not None or name == "dilation_rate":
@@ -116,23 +117,25 @@ class Branch:
         return self.border_spacing(length)
 
     def visible(self, tokens: Tensor, kv_heads: int) -> Tensor:
-        """Return which pairs the branch shows, by its definition: a boolean (Hkv, N, N).
+        """Return which (query, key) pairs the branch shows to each key/value head, by its definition: (Hkv, N, N).
 
-        `tokens`, (N,), are the places of the tokens in their documents: 0, 1, ... for each whole document.
+        `Pattern.visible` calls it, for pictures and for the kernel "reference".  `tokens`, (N,), are the places of the
+        tokens in their documents: 0, 1, ... for each whole document.  Pairs of two documents have no meaning; the
+        caller masks them.
         """
         segment, place = tokens * 0, tokens
         if self.segment_length is not None:
             segment, place = tokens // self.segment_length, tokens % self.segment_length
         offsets = torch.tensor([self.offset(g, kv_heads) for g in range(kv_heads)], device=tokens.device)
-        member = place % self.dilation_rate == offsets[:, None]
-        visible = member[:, :, None] & member[:, None, :] & (segment[:, None] == segment)
+        is_served = place % self.dilation_rate == offsets[:, None]  # (Hkv, N): the tokens of a head's residue
+        visible = is_served[:, :, None] & is_served[:, None, :] & (segment[:, None] == segment)
         distance = tokens[:, None] - tokens
         if self.is_causal:
             visible &= distance >= 0
         if self.window is not None:
             visible &= distance.abs() < self.window
         if self.sparsity is not None:
-            document = (tokens == 0).cumsum(0)
+            document = (tokens == 0).cumsum(0)  # its number: place 0 begins another one
             lengths = document.bincount()[document]
             visible &= torch.stack([self.keeps(tokens, lengths, g, kv_heads) for g in range(kv_heads)])
         return visible

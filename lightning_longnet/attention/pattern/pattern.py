@@ -190,6 +190,8 @@ class Pattern:
     def visible(self, tokens: Tensor, kv_heads: int) -> list[Tensor]:
         """Return which pairs each branch shows, by the definition: booleans (Hkv, N, N), in the order of `ordered()`.
 
+        The other kernels are compared with this definition; `mask` and the kernel "reference" compute with it.
+
         `tokens`, (N,), are the places of the tokens in their documents: 0, 1, ... for each whole document.
         """
         shown = [branch.visible(tokens, kv_heads) for branch in self.ordered()]
