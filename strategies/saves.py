@@ -268,7 +268,11 @@ class CheckpointSaves(ParallelStrategy):
         return self._load_from(path, weights_only)
 
     def _good_checkpoint(self, asked: Path) -> Path:
-        """Return on all ranks a checkpoint if it is good, else, to go on training, the newest good one beside it."""
+        """Return on all ranks the checkpoint to load: the one that was asked for, if it is good.
+
+        Otherwise `fit` loads the newest good one of the run or beside it, with a warning; other loops raise a
+        ValueError.
+        """
         from lightning_longnet.strategies.restart import places_beside  # that module imports this one
 
         assert self.lightning_module is not None
@@ -287,14 +291,16 @@ class CheckpointSaves(ParallelStrategy):
             rank_zero_warn(f"{fault}; loading {other}, the newest other one", category=RuntimeWarning)
             path = other
         if path != asked:
-            trainer._checkpoint_connector._ckpt_path = (
-                path  # the log names this path, and ModelCheckpoint does not remove it
-            )
+            # the log names this path, and ModelCheckpoint does not remove it
+            trainer._checkpoint_connector._ckpt_path = path
         return path
 
     def _fault(self, path: Path) -> str:
-        """Return what is wrong with a checkpoint, of which each rank reads its share; "" if it is good."""
-        fault, note = "", ""
+        """Return on all ranks what is wrong with a checkpoint, or an empty string.
+
+        Rank 0 reads the manifest and the sizes of files, and then each rank compares the sums of its share of them.
+        """
+        fault, note = "", ""  # `note`: why nothing can be compared, as there is no manifest
         if self.is_global_zero:
             try:
                 note = "" if check_checkpoint(path, share=None) is not None else unverified(path)

@@ -187,20 +187,22 @@ class AllToAllCall(NamedTuple):
         """Return (B, L, H, D) of each (B, N, H / P, D): this rank's tokens of all heads, the inverse of `_to_heads`."""
         comm, placement = self.comm, self.placement
         shapes = [(len(x), x.shape[2], x.shape[3]) for x in tensors]
-        here = placement.lengths[comm.rank]
-        parts = [x.new_empty((batch, here, comm.ranks, *r)) for x, (batch, *r) in zip(tensors, shapes, strict=True)]
+        length = placement.lengths[comm.rank]
+        # (B, L, P, H / P, D): the heads of each rank
+        parts = [x.new_empty((batch, length, comm.ranks, *r)) for x, (batch, *r) in zip(tensors, shapes, strict=True)]
 
         def pieces_of(peer: int) -> list[Tensor]:
             chunks = placement.chunks(peer)
             if len(chunks) == 1:
                 return [x[:, chunks[0].begin : chunks[0].end].transpose(0, 1) for x in tensors]
+            # with an empty piece first, for a rank without a chunk
             return [torch.cat([x[:, :0], *(x[:, s.begin : s.end] for s in chunks)], 1).transpose(0, 1) for x in tensors]
 
         def put(peer: int, pieces: Sequence[Tensor]) -> None:
             for part, piece in zip(parts, pieces, strict=True):
                 part[:, :, peer] = piece.transpose(0, 1)
 
-        self._all_to_all(tensors[0], shapes, [here] * comm.ranks, pieces_of, put, f"swap of {content} to rows")
+        self._all_to_all(tensors[0], shapes, [length] * comm.ranks, pieces_of, put, f"swap of {content} to rows")
         return [part.flatten(2, 3) for part in parts]
 
     def _all_to_all(

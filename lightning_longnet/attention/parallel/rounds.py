@@ -236,9 +236,15 @@ class RoundsCall(NamedTuple):
     def _send_gradients(
         self, step: Round, indices: RoundIndices, dkv_rows: Tensor, dk: Accumulator, dv: Accumulator
     ) -> Callable[[], None]:
-        """Send dK and dV of a round's keys to the ranks that own them, against the direction of the forward.
+        """Start to send dK and dV of a round's received keys home, to the ranks that hold these keys.
 
-        Returns a function that waits for the dK and dV of this rank's own keys and adds them to dk and dv.
+        At the same time this rank receives gradients of its own keys, from the ranks to which it sent these.  Returns a
+        function that waits for these gradients and adds them to dk and dv.
+
+        Args:
+            step, indices: the round, and its rows.
+            dkv_rows: (R, B, D + Dv) the gradients of the received rows.
+            dk, dv: the accumulators of this rank's own keys.
         """
         assert self.remote is not None
         send = dict(zip(indices.receive, dkv_rows.split([len(c) for c in indices.receive.values()]), strict=True))

@@ -94,7 +94,10 @@ def make_plan(
     weighted_segments: int = 0,
     copied_rows: int = COPIED_ROWS,
 ) -> Plan:
-    """Return the plan of a packed row; document i has the tokens `cuts[i]` to `cuts[i + 1]`, so (0, N) is one sequence.
+    """Return the blocks that compute attention to a packed row, branch by branch.
+
+    Document i has the tokens `cuts[i]` to `cuts[i + 1]`, so (0, N) is one sequence.  Callers keep the plan, as it takes
+    long beside a call: see `plan`, `PackedRows.plan` and `RankBlocks`.
 
     Args:
         pattern: which keys a query sees.

@@ -58,7 +58,7 @@ class _Operator:
     """torch's operators with the signatures of `fused.Operator`."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse of one `Window`, whose bounds are `left` and `right`."""
+        """Return out and lse of one `Window`, whose bounds are `left` and `right`, for `fused.forward`."""
         out, lse, _, _, _ = _forward(
             q,
             k,
@@ -88,7 +88,7 @@ class _Operator:
         left: int,
         right: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv of one `Window`, whose bounds are `left` and `right`."""
+        """Return dq, dk and dv of one `Window`, whose bounds are `left` and `right`, for `fused.backward`."""
         dq, dk, dv = _backward(
             grad,
             q,
