@@ -43,6 +43,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
     forms = ("deepspeed",)
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+        """Check that DeepSpeed can do what the options ask for, and initialise Lightning's strategy for it."""
         if find_spec("deepspeed") is None:
             raise ModuleNotFoundError(
                 f"sharding {self.sharding!r} needs deepspeed: pip install 'lightning-longnet[deepspeed]', or take "

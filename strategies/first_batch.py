@@ -170,7 +170,14 @@ def _is_own_predict_step(module: LightningModule) -> bool:
 
 
 def _inside(strategy: SplitSteps, module: LightningModule, stage: str) -> EngineModule:
-    """Return a module in its engine, whose step runs as Lightning runs it."""
+    """Return the module of a run for `check_split`, with a function that runs its step as Lightning and its engine do.
+
+    The check takes it instead of copies where there can be no copies of the whole module.
+
+    Args:
+        strategy, module: those of the run.
+        stage: "training", "validation", "test" or "predict".
+    """
     precision, name = strategy.precision_plugin, f"{stage}_step"
 
     def step(module: Any, batch: Any) -> Any:
@@ -188,6 +195,7 @@ def _inside(strategy: SplitSteps, module: LightningModule, stage: str) -> Engine
 
 
 def _call_step(copy: Any, batch: Any, name: str) -> Any:
+    """Return what the step `name` of a copy of the module returns for a batch, which is called as Lightning does."""
     step = getattr(copy, name)
     return step(*_arguments(copy, step, batch))
 

@@ -147,7 +147,10 @@ class LoaderWatch:
         return repeated_in(loaders.flattened[dataloader_idx], current.index)
 
     def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int, current: LoopPass) -> None:
-        """Send the note of a batch; without a comparison, check only the first batch of a pass."""
+        """Send the note of a batch to all ranks, or what is wrong with it.
+
+        Where there is no `BatchComparison`, as no ranks share sequences, only the first batch of a pass is checked.
+        """
         trainer = module.trainer
         if self._comparison is None:
             if current.batches == 1:

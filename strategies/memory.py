@@ -87,7 +87,10 @@ def _memory_finding(strategy: SplitSteps, module: LightningModule, batch: Any, r
 
 
 def _job_of(strategy: SplitSteps, module: LightningModule, batch: Any, optimizers: Iterable[Optimizer]) -> Job | None:
-    """Return the job of a module whose attribute `model` is a LongNet; None for others, and where none is planned."""
+    """Return a run as the planner takes it, to predict its memory; None if the planner does not know such a run.
+
+    It knows modules whose attribute `model` is a LongNet; `tokens` and `batch` are those of the first batch.
+    """
     model, trainer = getattr(module, "model", None), module.trainer
     tensors = batch.tensors if isinstance(batch, SequencePart) else batch
     ids = tensors.get("input_ids") if isinstance(tensors, Mapping) else None

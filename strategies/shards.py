@@ -41,7 +41,7 @@ def write_shards(checkpoint: dict[str, Any], folder: Path, *, is_first: bool) ->
 
 
 def copy_shards(checkpoint: dict[str, Any], folder: Path, *, is_first: bool) -> dict[str, MemoryFile]:
-    """Do the same in memory, and return the files by their names; the folder is made."""
+    """Write the files of `write_shards` to memory, and return this rank's by their names; the folder is made."""
     files = _MemoryFiles()
     _write(checkpoint, folder, files)
     if is_first:

@@ -71,7 +71,14 @@ class PreparedCall(NamedTuple):
 def prepared_call(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Mapping[str, Any], return_lse: bool = False
 ) -> PreparedCall:
-    """Check the arguments of `attend`, choose the kernel, and draw a seed where dropout was given none."""
+    """Return the call as the operator takes it: with checked arguments, a chosen kernel, and a seed if one is needed.
+
+    `attend` calls it, and a `Guard` before.  A wrong argument raises a ValueError.
+
+    Args:
+        q, k, v, pattern, return_lse: the arguments of `attend`.
+        options: the other arguments of `attend`, by their names.
+    """
     get = options.get
     shard, mix, exchange, ordering = (
         get("shard"),

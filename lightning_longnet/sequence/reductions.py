@@ -108,6 +108,7 @@ class GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, placement: Placement, rank: int, group: dist.ProcessGroup, dim: int) -> Tensor:
+        """Return whole sequences out of the parts x of the ranks of `group`; dimension `dim` is the sequence."""
         ctx.where = placement, rank, group, dim
         longest = max(placement.lengths)  # all_gather takes tensors of one shape: shorter parts are padded
         local = x.movedim(dim, 0)
@@ -123,6 +124,7 @@ class GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """Return this rank's part of the sum of all ranks' gradients."""
         placement, rank, group, dim = ctx.where
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=group)

@@ -86,7 +86,10 @@ def _cut(block: Block, s: int, queries: Chunk, keys: Chunk) -> Iterator[Block]:
 
 
 def _clipped(block: Block, s: int, heads: range, clip: _Clip, queries: Chunk, keys: Chunk) -> Block:
-    """Return the rows of segment `s` that a share keeps, of some key heads and of the query heads that they serve."""
+    """Return the share of segment `s` with the rows that `_clip` found, of some key heads and their query heads.
+
+    `queries` and `keys` are the chunks that hold these rows, whose local rows the share counts.
+    """
     group = block.queries.heads // block.keys.heads
     query_rows, key_rows = range(clip.first_query, clip.last_query), range(clip.first_key, clip.last_key)
     # a and b count from the first rows that stay, so the bounds of a - b move by their difference

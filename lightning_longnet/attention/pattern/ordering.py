@@ -117,14 +117,18 @@ def causal_order(order: Tensor, pattern: Pattern) -> Tensor:
 
 
 def sorted_sets(order: Tensor, segment_length: int | None, rate: int) -> Tensor:
-    """Return an order with the same segments and residues, each with its tokens in ascending order."""
+    """Return an order in which each set of tokens has the same places as in `order`, and ascends.
+
+    A set is the tokens of one segment and residue of `order`.  `causal_order` calls it, and the lines of a causal
+    pattern along a curve, on which a mask by places then masks the tokens that come later in the sequence.
+    """
     places = torch.arange(len(order), device=order.device)
     length = len(order) if segment_length is None else segment_length
-    group = places // length * rate + places % length % rate  # the set of each place
+    set_of_place = places // length * rate + places % length % rate  # the number of the set
     by_token = order.argsort()
     # Stable sorts by set: on the left the places of each set in order, on the right its tokens in ascending order.
     result = torch.empty_like(order)
-    result[group.argsort(stable=True)] = order[by_token][group[by_token].argsort(stable=True)]
+    result[set_of_place.argsort(stable=True)] = order[by_token][set_of_place[by_token].argsort(stable=True)]
     return result
 
 

@@ -79,6 +79,7 @@ class Pattern:
     multiplicity: Multiplicity = "multiset"
 
     def __post_init__(self) -> None:
+        """Check the arguments, and make branches of the keywords that YAML gives for them."""
         if isinstance(self.branches, Branch) or not hasattr(self.branches, "__iter__"):
             raise ValueError(f"branches must be a sequence of Branch, got {self.branches!r}")
         branches = tuple(b if isinstance(b, Branch) else from_keywords(Branch, "branches", b) for b in self.branches)

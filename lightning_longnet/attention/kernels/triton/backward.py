@@ -10,7 +10,11 @@ SPAN = tl.constexpr(9)
 
 @triton.jit
 def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: tl.constexpr):
-    """Compute dq of one item of queries; `statistics` are the lse of the whole softmax and delta, grad . out."""
+    """Compute dq of one item of queries from all spans of keys that they see: dS = P (grad . v - delta), dq = dS k.
+
+    `statistics` are the lse of the whole softmax and delta, grad . out, of each query; see `Lists` and `Form` for the
+    tile list and the constants.  `launch.backward_parts` launches it.
+    """
     lse, delta = statistics
     item = lists.items + tl.program_id(0) // lists.programs * ITEM
     lane = tl.program_id(0) % lists.programs
@@ -110,7 +114,10 @@ def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: t
 
 @triton.jit
 def key_gradients(q, k, v, grad, statistics, gradients, lists, padding, scale, form: tl.constexpr):
-    """Compute dk and dv of one item of keys: the query heads of its group, and their rows, one after the other."""
+    """Compute dk and dv of one item of keys from all spans of queries that see them: dv = P grad, dk = dS q.
+
+    The query heads of a group are taken one after the other, so that their sum needs no atomic addition.
+    """
     lse, delta = statistics
     dk, dv = gradients
     item = lists.items + tl.program_id(0) // lists.programs * ITEM

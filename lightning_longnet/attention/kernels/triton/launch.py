@@ -130,7 +130,7 @@ def _launch(program: Any, lists: Lists, arguments: tuple[Any, ...], tile: Tile) 
 
 
 def _cached_launches(parts: Parts, q: Tensor, tensors: KeyTensors, tile: Tile, is_by_key: bool) -> tuple[_Phase, ...]:
-    """Return the phases of parts with their tile lists, cached in `parts`."""
+    """Return the launches of parts, each a phase with its tile list on the device of q; they are cached in `parts`."""
     if not parts:
         return ()
     group = q.shape[2] // tensors.k.shape[2]
