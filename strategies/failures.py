@@ -102,7 +102,10 @@ class NamedFailures(MarkedPhases):
         raise NotImplementedError
 
     def _reported_failure(self, own: str, is_lost: bool) -> str:
-        """Return the failure that another rank reported before this one's, or an empty string."""
+        """Return the failure that another rank reported first, or an empty string.
+
+        If none has, the failure of this rank, `own`, is reported to the others, unless it is a lost connection.
+        """
         reports = self._reports
         if reports is None:
             return ""

@@ -235,9 +235,9 @@ def _is_last(trainer: Trainer) -> bool:
     fetcher = _fetcher(trainer)
     if fetcher is None or fetcher.done or not trainer.training:
         return fetcher is not None and fetcher.done
-    loop, many = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
+    loop, per_step = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
     ready = loop.batch_progress.current.ready + 1
     if ready >= trainer.num_training_batches:
         return True
-    is_step = trainer.lightning_module.automatic_optimization and ready % many == 0
+    is_step = trainer.lightning_module.automatic_optimization and ready % per_step == 0
     return is_step and 0 <= trainer.fit_loop.max_steps <= trainer.global_step + 1

@@ -155,7 +155,7 @@ class RankBlocks:
             for documents in self._common_documents(rank, source) if pairs else ():
                 for queries, keys in pairs:
                     parts += documents.shares(queries, keys)
-            # by branch, and without blocks of negative weight before others of their branch
+            # by branch, and in each branch the blocks of negative weight last
             parts.sort(key=lambda part: (part.branch, -part.block.weight))
             self._parts[rank, source] = tuple(parts)
         parts_of_branches = self._parts[rank, source]

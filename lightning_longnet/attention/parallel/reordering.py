@@ -112,11 +112,13 @@ class RankOrder(NamedTuple):
 
 
 def row_exchange(order: Tensor, shard: SequenceShard) -> RowExchange:
-    """Return the rows that this rank sends and receives to have the tokens `order[i]` at its indices i of the sequence.
+    """Return the rows that this rank sends and receives to bring tensors into the order of a line.
+
+    Before, the rank of token i of the sequence holds the row of token i; afterwards it holds that of token `order[i]`.
 
     Args:
         order: (N,) the token at each place of the line.
-        shard: places and tokens are on the same ranks.
+        shard: which rank holds which token.
     """
     order = order.cpu()
     # of each token: the rank that holds it, and its local index there

@@ -119,7 +119,7 @@ def _joined_heads(blocks: list[Block]) -> Iterator[Block]:
 
 
 def _similar_runs(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Yield blocks, runs that see themselves joined with others of about their length."""
+    """Yield the blocks, of which those whose runs see only themselves are joined with others of about their length."""
     groups: dict[Block, list[Block]] = defaultdict(list)
     for block in blocks:
         if _sees_itself(block):
