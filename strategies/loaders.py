@@ -72,7 +72,10 @@ def _watch_iterator(fetcher: _DataFetcher) -> None:
 
 @cache
 def _watched(kind: type[_DataFetcher]) -> type[_DataFetcher]:
-    """Return a subclass of a class of fetchers that keeps a `LoopPass`."""
+    """Return a subclass of a class of fetchers that keeps a `LoopPass`, and calls `sequence_end` with it at its end.
+
+    `watch_fetcher` gives a fetcher this class, as Lightning has no hook for the end of a loader.
+    """
 
     class Watched(kind):  # type: ignore[misc, valid-type]
         def __iter__(self) -> Any:

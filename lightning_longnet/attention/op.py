@@ -194,6 +194,7 @@ backward.register_autograd(_refuse_second_derivative)
 
 @forward.register_fake
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return uninitialized results of `forward` for fake tensors, as torch.compile and `longnet plan` pass them."""
     *_, spec, shard = others
     out, lse, saved = _empty_results(q, v)
     if shard is not None:

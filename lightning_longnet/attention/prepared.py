@@ -130,7 +130,7 @@ def prepared_call(
 
 
 def request_of(q: Tensor, v: Tensor, pattern: Pattern, is_padded: bool, has_dropout: bool) -> Request:
-    """Return what kernels judge a call by."""
+    """Return the properties of a call by which kernels judge whether they can compute it; see `judge`."""
     return Request(
         q.device.type,
         q.dtype,

@@ -164,7 +164,11 @@ def rounds_volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, s
 
 
 def _kv_row_counts(blocks: PeerBlocks, groups: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
-    """Return how many KV rows each group of branches needs together; the groups come in the order of their size."""
+    """Return how many KV rows the branches of each group need together.
+
+    `groups` are tuples of branches in the order of their size, so that the mask of most is that of an earlier group and
+    one more branch.
+    """
     if not blocks.parts:
         return dict.fromkeys(groups, 0)
     if blocks.is_sparse:
