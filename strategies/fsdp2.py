@@ -57,7 +57,6 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         ModelParallelStrategy.__init__(self, data_parallel_size=1, tensor_parallel_size=1, **options, **engine)
 
     def setup_environment(self) -> None:
-        """Connect the ranks, and make their context; Lightning calls it in each process before `setup`."""
         ParallelStrategy.setup_environment(self)  # without the mesh of data and tensor parallelism
         self._setup_distributed()
         self._make_context()

@@ -71,10 +71,7 @@ class SequenceRanks(ParallelStrategy):
         return self.parallel_devices[self.local_rank]
 
     def _make_context(self) -> None:
-        """Make the context and the watch over the loaders when the ranks are connected, once for all runs of a Trainer.
-
-        The engines call it at the end of `setup_environment`.
-        """
+        """Make the context when the ranks are connected, once for all runs of a Trainer."""
         if self.sequence_context.mesh is not None:
             return
         if dist.is_initialized():

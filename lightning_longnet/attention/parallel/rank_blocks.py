@@ -202,7 +202,7 @@ class RankBlocks:
             ranks |= self.layout.placement.holders(min(begin for begin, _ in ranges), max(end for _, end in ranges))
         return sorted(ranks - {rank})
 
-    def estimated_traffic(self, rank: int) -> tuple[float, float]:
+    def traffic(self, rank: int) -> tuple[float, float]:
         """Return an estimate of (received, sent) token rows of a rank, from how far its segments and documents span."""
         before = after = 0.0
         for chunk in self.layout.placement.chunks(rank):

@@ -152,7 +152,9 @@ class RoundsCall(NamedTuple):
             for writes in (self.route.writes_queries, self.route.writes_keys)
         )
         dq, dk, dv = Accumulator(q, stores), Accumulator(k, stores_keys), Accumulator(v, stores_keys)
-        saved_rounds = sum(step.saves_rows for step in rounds)  # their rows come before the outs of branches in `saved`
+        saved_rounds = sum(
+            step.saves_rows for step in rounds
+        )  # the rows that the forward saved come before its partials
         outs, lse = list(saved[saved_rounds:]) or [out], backward_lse(lse)
         pending_gradients: list[Callable[[], None]] = []
 

@@ -11,10 +11,9 @@ SPAN = tl.constexpr(9)
 
 @triton.jit
 def forward(q, k, v, out, lse, lists, padding, scale, form: tl.constexpr):
-    """Compute out and lse of one item: its queries against all spans of keys that they see.
+    """Compute one item: its rows against all spans of keys.
 
-    Scores are in units of log 2.  The running maximum `top` is that of scores without the weights of pairs, which are
-    small numbers: nothing overflows.
+    Scores are in units of log 2.  The running maximum leaves weights out, which are few: nothing overflows.
     """
     item = lists.items + tl.program_id(0) // lists.programs * ITEM
     lane = tl.program_id(0) % lists.programs
@@ -52,12 +51,11 @@ def forward(q, k, v, out, lse, lists, padding, scale, form: tl.constexpr):
         low, high = tl.load(span + 2), tl.load(span + 3)
         full_first, full_last = tl.load(span + 4), tl.load(span + 5)
         if len(form.every) > 0:
-            # how many branches show a row: a pair counts as often as the smaller of the levels of its two rows
             level = tl.full((form.rows,), 1.0, tl.float32)
             for r in tl.static_range(len(form.every)):
                 level += ((x + tl.load(span + 6)) % form.every[r] == 0).to(tl.float32)
             log_level = tl.log2(level)
-        for is_full in tl.static_range(2):  # first the tiles of keys that the mask cuts, then those without a mask
+        for is_full in tl.static_range(2):
             if is_full:
                 tiles = full_last - full_first
             else:

@@ -130,7 +130,7 @@ def _launch(program: Any, lists: Lists, arguments: tuple[Any, ...], tile: Tile) 
 
 
 def _cached_launches(parts: Parts, q: Tensor, tensors: KeyTensors, tile: Tile, is_by_key: bool) -> tuple[_Phase, ...]:
-    """Return the launches of parts, each a phase with its tile list on the device of q; they are cached in `parts`."""
+    """Return the phases of parts with their tile lists, cached in `parts`."""
     if not parts:
         return ()
     group = q.shape[2] // tensors.k.shape[2]
@@ -158,7 +158,6 @@ def _tile(name: str, q: Tensor, tensors: KeyTensors) -> Tile:
 
 
 def _form(phase: Phase, tile: Tile, q: Tensor, tensors: KeyTensors, accumulates: bool) -> Form:
-    """Return the constants that a program is compiled for; `accumulates` adds to results instead of writing them."""
     width, value_width = q.shape[3], tensors.v.shape[3]
     padded_width, padded_value_width = (max(16, 1 << (n - 1).bit_length()) for n in (width, value_width))
     return Form(

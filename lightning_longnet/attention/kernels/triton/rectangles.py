@@ -125,17 +125,10 @@ def _pages(part: Part, group: int) -> Iterator[_Page]:
 
 
 def _joined_pages(branch: int, step: int, pages: list[_Page], sources: Sequence[int]) -> Phase:
-    """Return the phase of pages whose rows have a distance of `step` rows: the rectangles of all pages in one table.
-
-    Args:
-        branch: the number of their branch.
-        step: the distance of two queries, and of two keys of this process.
-        pages: the rectangles of each part, or of each page of its keys.
-        sources: as for `phases`.
-    """
+    """Return one launch for the pages of a branch: the rectangles of all pages in one table; see `Side` and `Phase`."""
     every = {tuple(repeat.every for repeat in page.part.block.repeats) for page in pages}
     assert len(every) == 1, "the later branches of a branch are the same for all its blocks"
-    ends = torch.tensor(sources).cumsum(0)  # of the received KV rows of each rank
+    received = torch.tensor(sources).cumsum(0)
 
     def column(values: Iterator[Tensor | int]) -> Tensor:
         """Return (R,) of what each page has: a table (segments, heads), a row of it or one number."""
@@ -145,35 +138,33 @@ def _joined_pages(branch: int, step: int, pages: list[_Page], sources: Sequence[
 
     blocks = [page.part.block for page in pages]
     head = column(block.keys.head + torch.arange(block.keys.heads) * block.keys.head_step for block in blocks)
-    # a page counts its keys from its own first one, so the bounds of query - key move by the keys that it skips
     low = column(-NO_BOUND if page.part.block.low is None else page.part.block.low + page.skipped for page in pages)
     high = column(NO_BOUND if page.part.block.high is None else page.part.block.high + page.skipped for page in pages)
     # the rates divide one another, so the place modulo the last of them says those modulo the others
     query_place = column(-b.repeats[-1].queries % b.repeats[-1].every if b.repeats else 0 for b in blocks)
     key_place = column(-b.repeats[-1].keys % b.repeats[-1].every if b.repeats else 0 for b in blocks)
     query_rows, key_rows = column(page.query_rows for page in pages), column(page.key_rows for page in pages)
-    source = torch.zeros_like(head)  # the rank that the keys of a rectangle came from
+    source = torch.zeros_like(head)
     if sources:
-        source = torch.bucketize(column(_kv_index(page)[..., 0] for page in pages), ends, right=True)
+        source = torch.bucketize(column(_kv_index(page)[..., 0] for page in pages), received, right=True)
     heads = int(head.max()) + 1
-    # rows of one head, residue and source are on one lane, on which they lie one beside the other
     queries = Side(
-        lane=head * step + query_rows % step,
-        first=query_rows // step,
-        row=query_rows,
-        length=column(block.queries.rows for block in blocks),
-        place=query_place,
+        head * step + query_rows % step,
+        query_rows // step,
+        query_rows,
+        column(block.queries.rows for block in blocks),
+        query_place,
     )
     keys = Side(
-        lane=(source * heads + head) * step + key_rows % step,
-        first=key_rows // step,
-        row=key_rows,
-        length=column(page.keys for page in pages),
-        place=key_place,
+        (source * heads + head) * step + key_rows % step,
+        key_rows // step,
+        key_rows,
+        column(page.keys for page in pages),
+        key_place,
     )
     weight = column(block.weight for block in blocks)
     index, key_step = None, step
-    if sources:  # received rows are read through an index, in which those of a rectangle are consecutive
+    if sources:
         keys, index = _indexed(keys, torch.cat([_kv_index(page).flatten() for page in pages]))
         key_step = 1
     rectangles = Rectangles(head, queries, keys, low, high, weight)

@@ -64,7 +64,7 @@ def tile_list(
     piece = piece.repeat_interleave(tiles)
     start = cuts[piece] + tile * rows
     count = (cuts[piece + 1] - start).clamp(max=rows)
-    # the item's first row, counted from the first row of the rectangle; its rows see the keys `from_key` to `to_key`
+    # of the rows counted from the beginning of the rectangle
     moved = start - begin[rectangle]
     low, high = rectangles.low[rectangle], rectangles.high[rectangle]
     from_key = (moved - high).clamp(min=0)
