@@ -168,17 +168,17 @@ class _Tile(NamedTuple):
         return scores if call.softcap is None else scores.div_(call.softcap).tanh_().mul_(call.softcap)
 
     def mask(self, scores: Tensor, call: Call) -> Tensor:
-        """Set the scores of masked pairs to -inf, in place: by the block's bounds, by padding, and of later keys."""
+        """Set the scores of the pairs that are masked to -inf, in place."""
         per_head = scores.unflatten(1, (self.chunk.group, -1))
         (low, high), (first, last) = (call.block.low, call.block.high), (self.keys.start, self.keys.stop)
-        first_query, rows = self.queries.start, per_head.shape[-2]
+        top, rows = self.queries.start, per_head.shape[-2]
         if low is not None:  # every query of the tile sees the keys before `edge`: only the rest needs a mask
-            edge = min(max(first_query - low + 1, first), last)
-            bound = _mask_bound(rows, last - edge, low - first_query + edge, None, scores.dtype, scores.device)
+            edge = min(max(top - low + 1, first), last)
+            bound = _mask_bound(rows, last - edge, low - top + edge, None, scores.dtype, scores.device)
             _mask_in_place(per_head[..., edge - first :], bound)
         if high is not None:  # no query of the tile is too far from the keys behind `edge`
             edge = min(max(self.queries.stop - 1 - high, first), last)
-            bound = _mask_bound(rows, edge - first, None, high - first_query + first, scores.dtype, scores.device)
+            bound = _mask_bound(rows, edge - first, None, high - top + first, scores.dtype, scores.device)
             _mask_in_place(per_head[..., : edge - first], bound)
         if call.key_padding_mask is not None:
             heads = self.chunk.key_heads if call.key_padding_mask.shape[1] > 1 else slice(None)
