@@ -52,7 +52,10 @@ def check_averages(trainer: Trainer, module: LightningModule) -> None:
 
 
 def whole_state(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a state with whole tensors on the CPU, which all ranks gather together."""
+    """Return a state with whole tensors on the CPU in place of sharded ones, which all ranks gather together.
+
+    FSDP2 saves averages in one file with it.
+    """
 
     def whole(value: Any) -> Any:
         if not isinstance(value, DTensor):
@@ -64,7 +67,10 @@ def whole_state(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def sharded_state(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Return a state with the tensors that are sharded in a module sharded likewise; each rank has whole ones."""
+    """Return a state whose tensors are sharded as those of the same names in a module; each rank gives whole ones.
+
+    FSDP2 loads averages of a checkpoint in one file with it, for a callback that copies parts.
+    """
     held = module.state_dict()
 
     def sharded(name: str, value: Any) -> Any:

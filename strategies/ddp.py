@@ -22,6 +22,7 @@ class DDPSequenceParallelStrategy(RingSequenceParallelStrategy, DDPStrategy):
         DDPStrategy.__init__(self, process_group_backend=process_group_backend, timeout=timeout, **engine)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint without running code that it may hold, unless the user trusts it."""
         trust = is_trusted(weights_only is False)
         with restricted(trust=trust):
             return super().load_checkpoint(checkpoint_path, not trust)

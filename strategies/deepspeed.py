@@ -46,6 +46,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
     forms = ("deepspeed",)
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+        """Check that DeepSpeed can do what the options ask for, and initialise Lightning's strategy for it."""
         if find_spec("deepspeed") is None:
             raise ModuleNotFoundError(
                 f"sharding {self.sharding!r} needs deepspeed: pip install 'lightning-longnet[deepspeed]', or take "
@@ -71,6 +72,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed needs an index
 
     def setup_environment(self) -> None:
+        """Connect the ranks, and make their context; Lightning calls it in each process before `setup`."""
         if self.root_device.type == "cuda":
             super().setup_environment()
         else:
@@ -90,7 +92,8 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
 
     @staticmethod
     def _whole_parameter(parameter: Tensor) -> Tensor:
-        if not hasattr(parameter, "ds_id"):
+        """Return the whole of a parameter, which stage 3 gathers from all ranks for the split check."""
+        if not hasattr(parameter, "ds_id"):  # DeepSpeed marks with it what stage 3 has sharded
             return parameter
         import deepspeed
 
@@ -98,6 +101,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
             return parameter.detach().clone()
 
     def setup(self, trainer: Trainer) -> None:
+        """Refuse averages that stage 3 cannot keep, and let checkpoints leave out parameters that LoRA froze."""
         if gathers_parameters(self.sharding) and has_averages(trainer):
             raise ValueError(
                 f"sharding {self.sharding!r} takes no callback that averages weights, such as EMAWeightAveraging: "
@@ -120,14 +124,16 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         yield
 
     def on_train_start(self) -> None:
+        """Raise a ValueError if an epoch would end with micro-batches that do not fill a step."""
         super().on_train_start()
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
-        batches, many = trainer.num_training_batches, trainer.accumulate_grad_batches
-        if batches != float("inf") and batches % many:
+        batches, per_step = trainer.num_training_batches, trainer.accumulate_grad_batches
+        if batches != float("inf") and batches % per_step:
+            used = int(batches // per_step * per_step)
             raise ValueError(
-                f"with deepspeed the batches of an epoch must be a multiple of accumulate_grad_batches, {many}, got "
-                f"{batches}: what is left over would be lost; set limit_train_batches to {int(batches // many * many)}"
+                f"with deepspeed the batches of an epoch must be a multiple of accumulate_grad_batches, {per_step}, "
+                f"got {batches}: what is left over would be lost; set limit_train_batches to {used}"
             )
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -159,12 +165,16 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
             return self._load(path, weights_only)
 
     def _load(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
-        if saved_ranks(path) in (0, self.world_size):
+        """Load a checkpoint that `_load_from` has checked; that of another number of ranks in DeepSpeed's own format.
+
+        This format, the universal one, is that which `convert` writes into the folder, on rank 0.
+        """
+        if saved_ranks(path) in (0, self.world_size):  # 0 where there are no optimizer states to convert
             return super()._load_from(path, weights_only)
         if fault := fault_of_rank_zero(self, lambda: convert(path, weights_only is False)):
             raise RuntimeError(f"the checkpoint {path} cannot be made to fit {self.world_size} ranks: {fault}")
         config = self.deepspeed_engine._config
-        config.load_universal_checkpoint = True
+        config.load_universal_checkpoint = True  # for this checkpoint alone
         options = [[_options_of(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
         try:
             checkpoint: dict[str, Any] = super()._load_from(path, weights_only)

@@ -34,7 +34,10 @@ def write_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str
 
 
 def copy_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str, MemoryFile]:
-    """Do the same in memory, and return the files by their names; the folder and its small files are made."""
+    """Let DeepSpeed save a checkpoint into memory, and return this rank's files by their names.
+
+    The folder and its small files are made; the arguments are those of `write_files`.
+    """
     files: dict[str, MemoryFile] = {}
     if not _writes_as_torch(engine):
         raise ValueError("with background_saves=True, config['checkpoint'] must choose no writer: leave it out")
@@ -67,9 +70,14 @@ def _written_by(engine: Any) -> Callable[[Any, Path], FileSum]:
 
 
 def _save_with(engine: Any, store: Callable[[Any, Path], None], save: Callable[[], None]) -> None:
-    """Let DeepSpeed save, with a function of ours that stores each file.
+    """Let DeepSpeed save a checkpoint, with `store` in place of its own writing of each file.
 
     An error of storing is raised after the ranks have met for the last time: DeepSpeed would leave them in a barrier.
+
+    Args:
+        engine: DeepSpeed's engine.
+        store: takes the content and the path of each file that this rank is to write.
+        save: makes the engine save.
     """
     files = engine.checkpoint_engine
     if files.is_decoupled():

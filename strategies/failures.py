@@ -59,6 +59,10 @@ class NamedFailures(MarkedPhases):
         super().teardown()
 
     def on_exception(self, exception: BaseException) -> None:
+        """Add to an error which rank raised it, where, and which rank failed first; Lightning calls it at any error.
+
+        The error is also reported to the other ranks, and written as the outcome of the run.
+        """
         super().on_exception(exception)
         if isinstance(exception, Requeued) or self.progress.phase == OUTSIDE:
             self._end_run(str(exception), ENDED)
@@ -70,6 +74,7 @@ class NamedFailures(MarkedPhases):
         is_lost = is_lost_connection(exception)
         advice = self._advise(exception, f"{where}: {text}", is_lost)
         reported = self._reported_failure(f"{where}: {text}" + f". {advice}" * bool(advice), is_lost)
+        # the failure of another rank: what it reported, or what its process shows
         first = reported or (self._evidence() if is_lost else "")
         cause = f"lost its connection, {first}" if first and is_lost else text
         self._end_run(cause, DISCONNECTED if is_lost else FAILED)
@@ -97,7 +102,10 @@ class NamedFailures(MarkedPhases):
         raise NotImplementedError
 
     def _reported_failure(self, own: str, is_lost: bool) -> str:
-        """Return the failure that another rank reported before this one's, or an empty string."""
+        """Return the failure that another rank reported first, or an empty string.
+
+        If none has, the failure of this rank, `own`, is reported to the others, unless it is a lost connection.
+        """
         reports = self._reports
         if reports is None:
             return ""
@@ -147,6 +155,7 @@ def _exchange(reports: FailureReports, own: str, is_lost: bool, holds_store: boo
 
 
 def _text(exception: BaseException) -> str:
+    """Return an error as one line: its type and its message, or what ended the process."""
     if isinstance(exception, SIGTERMException):  # the callback Preemption knows which rank received it
         return ", ".join(("ended by SIGTERM", *getattr(exception, "__notes__", ())))
     if isinstance(exception, SystemExit):

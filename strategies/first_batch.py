@@ -80,12 +80,22 @@ class FirstBatchCheck:
             )
         self._checked.add("predict")
 
-    def check(self, strategy: SplitSteps, module: LightningModule, batch: Any, dims: Any) -> None:
-        """Check a first batch, which `is_due`."""
+    def check(self, strategy: SplitSteps, module: LightningModule, batch: Any, sequence_dims: Any) -> None:
+        """Compare the step of a loop's first batch on parts of sequences with the same step on whole ones.
+
+        If the results differ, `check_split` raises an error or warns, by `action`.  Otherwise the log says that they
+        are equal, or why they were not compared.  `SplitSteps.batch_to_device` calls it on all ranks where `is_due`.
+
+        Args:
+            strategy, module: those of the run.
+            batch: the whole batch, the same on all ranks that share sequences.
+            sequence_dims: which dimensions of the batch's tensors are sequences, as the module declares them.
+        """
         trainer = module.trainer
         stage, context = _stage(trainer), strategy.sequence_context
         self._checked.add(stage)
-        if not gathers_parameters(strategy.sharding):  # hooks of the run may have changed the module since
+        # `check_split` copies the module itself, with what hooks changed since `begin`, where its parameters are whole
+        if not gathers_parameters(strategy.sharding):
             self._replica = None
 
         def attach(copy: nn.Module, its_context: SequenceContext) -> None:
@@ -99,7 +109,7 @@ class FirstBatchCheck:
                     partial(_call_step, name=f"{stage}_step"),
                     batch,
                     context,
-                    sequence_dims=dims,
+                    sequence_dims=sequence_dims,
                     action=self.action,
                     training=stage == "training",
                     predicts=stage == "predict",
@@ -108,7 +118,7 @@ class FirstBatchCheck:
                     inside=_inside(strategy, module, stage),
                 )
         finally:
-            strategy.sequence_context = context
+            strategy.sequence_context = context  # that of the run again
         if self._checked >= _FIT:
             self._replica = None  # the replica may hold tensors that are plain attributes
         if verdict.kind == "not checked":
@@ -160,7 +170,14 @@ def _is_own_predict_step(module: LightningModule) -> bool:
 
 
 def _inside(strategy: SplitSteps, module: LightningModule, stage: str) -> EngineModule:
-    """Return a module in its engine, whose step runs as Lightning runs it."""
+    """Return the module of a run for `check_split`, with a function that runs its step as Lightning and its engine do.
+
+    The check takes it instead of copies where there can be no copies of the whole module.
+
+    Args:
+        strategy, module: those of the run.
+        stage: "training", "validation", "test" or "predict".
+    """
     precision, name = strategy.precision_plugin, f"{stage}_step"
 
     def step(module: Any, batch: Any) -> Any:
@@ -178,6 +195,7 @@ def _inside(strategy: SplitSteps, module: LightningModule, stage: str) -> Engine
 
 
 def _call_step(copy: Any, batch: Any, name: str) -> Any:
+    """Return what the step `name` of a copy of the module returns for a batch, which is called as Lightning does."""
     step = getattr(copy, name)
     return step(*_arguments(copy, step, batch))
 

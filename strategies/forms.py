@@ -15,7 +15,13 @@ _NAMES = {"file": "one file", "fsdp2": "a folder of FSDP2", "deepspeed": "a fold
 
 
 def fault_of_form(path: Path, forms: Collection[str], sharding: str) -> str:
-    """Return why an engine cannot go on from a checkpoint, and which one can; "" if it can."""
+    """Return why an engine cannot go on from a checkpoint, and which engine can, for an error; "" if it can.
+
+    Args:
+        path: the checkpoint.
+        forms: the forms of checkpoints that the engine reads: "file", "fsdp2" or "deepspeed".
+        sharding: the engine.
+    """
     form = form_of(path)
     name, readers = _NAMES.get(form, ""), _READERS.get(form, "")
     if form == "deepspeed":

@@ -65,19 +65,22 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         self._device_mesh = self.lightning_module._device_mesh = self.sequence_context.mesh
 
     def setup(self, trainer: Trainer) -> None:
+        """Shard the module and its averages, if the user has not; the Trainer calls it before optimizers are made."""
         module = self.lightning_module
         assert module is not None
         self._begin_split_check()
         roots = (module, *averages(trainer))
         if any(isinstance(child, FSDPModule) for child in module.modules()):
-            _check_sharding(module)
+            _check_sharding(module)  # sharded by the user, in `configure_model`
         else:
             for root in roots:
                 self._shard(root)
         if isinstance(module, FSDPModule) and not module.automatic_optimization:
+            # a step by hand may go on with a forward after its backward has freed these parameters
             for each in _outside_of_blocks(module):
                 each.register_forward_pre_hook(self._gather_after_backward, prepend=True)
         for root in roots:
+            # a module that loads weights into the parts of each rank, so that no rank ever holds all of them
             if (load := getattr(root, "_load_sharded_weights", None)) is not None:
                 load(torch.device("cpu") if self.sharding == "fsdp2_offload" else self.root_device)
         if has_averages(trainer) and self._save_distributed_checkpoint:
@@ -90,7 +93,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         super().setup(trainer)
 
     def _shard(self, module: nn.Module) -> None:
-        """Shard the parameters of a module with `fully_shard`, block by block, from the values of rank 0."""
+        """Shard the parameters of a module over the ranks, block by block, with the values that they have on rank 0."""
         for tensor in (*module.parameters(), *module.buffers()):
             if not tensor.is_meta:
                 values = tensor.data.to(self.root_device)  # NCCL takes nothing else
@@ -107,8 +110,9 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
                 register_fsdp_forward_method(module, name)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Save a checkpoint, with whole tensors in place of the parts that a callback of averaged weights put in it."""
         assert self.lightning_module is not None
-        if has_averages(self.lightning_module.trainer):  # the callback has put parts of parameters in it
+        if has_averages(self.lightning_module.trainer):
             for name in ("state_dict", "averaging_state"):
                 if name in checkpoint:
                     checkpoint[name] = whole_state(checkpoint[name], self.root_device)
@@ -124,13 +128,14 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         return copy_shards(checkpoint, folder, is_first=self.is_global_zero)
 
     def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
+        """Load a file of any engine or a folder of FSDP2 into the sharded module; return the rest of the checkpoint."""
         path, module = Path(path), self.lightning_module
         assert self.model is not None
         assert module is not None
         loading = load_full_checkpoint if path.is_file() else load_folder
         trust = weights_only is False
         checkpoint = loading(path, self.model, self.optimizers, module.strict_loading, trust)
-        if has_averages(module.trainer):  # the callback loads its average, and the weights again
+        if has_averages(module.trainer):  # the callback loads its average, and the weights again, from parts
             checkpoint["state_dict"] = module.state_dict()
             if "current_model_state" in checkpoint:
                 checkpoint["current_model_state"] = sharded_state(checkpoint["current_model_state"], module)
@@ -139,12 +144,14 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     # Manual optimisation: the backward runs inside of the step, which is the model's forward to FSDP
 
     def pre_backward(self, closure_loss: Tensor) -> None:
+        """Let FSDP gather parameters for a backward that a step calls by hand."""
         super().pre_backward(closure_loss)
         if self._is_manual():
             # FSDP registers its hooks on what the forward returns, but the backward begins at the loss
             self._root()._get_fsdp_state()._register_pre_backward_hook(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
+        """Free the parameters that FSDP gathered for a backward that a step called by hand."""
         super().post_backward(closure_loss)
         if self._is_manual():
             # gradients are of the parts of parameters, and the step may clip those of `self.parameters()`
@@ -168,6 +175,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step; what it gathered by hand is freed at its end, for callbacks that average weights."""
         self._is_freed = False
         output = super().training_step(*args, **kwargs)
         self._is_freed = False
@@ -210,6 +218,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
+        """Keep gradients on this rank inside the block, which Lightning enters for micro-batches that end no step."""
         model: Any = self.model
         if not isinstance(model, FSDPModule):
             yield

@@ -38,7 +38,16 @@ _STATE = "state_dict."  # prefix of the names of the weights in folders
 def load_full_checkpoint(
     path: Path, module: nn.Module, optimizers: Iterable[Optimizer], strict: bool, trust: bool = False
 ) -> dict[str, Any]:
-    """Load the weights and the optimizers' states, and return the rest of the checkpoint."""
+    """Load the weights and the optimizers' states of a checkpoint in one file, and return the rest of it.
+
+    All ranks call this together, and each keeps its parts.
+
+    Args:
+        path: the file, as DDP, FSDP2 or Lightning's own strategies save it.
+        module, optimizers: what gets the weights and the states; the module is sharded already.
+        strict: whether the module and the checkpoint must have the same names.
+        trust: runs the code that the file may hold.
+    """
     checkpoint: dict[str, Any] = read_file(path, trust=trust)
     saved = {name: tuple(x.shape) for name, x in checkpoint["state_dict"].items() if isinstance(x, Tensor)}
     _check_model(path, saved, module, checkpoint, strict)
@@ -54,7 +63,8 @@ def load_folder(
 ) -> dict[str, Any]:
     """Load the weights and the optimizers' states of a folder that FSDP2 wrote, and return the rest of the checkpoint.
 
-    Lightning would have torch unpickle whatever the folder's `.metadata` holds.
+    All ranks call this together, with the arguments of `load_full_checkpoint`; each reads its parts alone.  Lightning
+    would have torch unpickle whatever the folder's `.metadata` holds.
     """
     rest: dict[str, Any] = read_file(confined("a checkpoint's meta.pt", path / OTHERS, path, trust), trust=trust)
     reader = Reader(path, trust)

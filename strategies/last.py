@@ -74,6 +74,7 @@ _stock = _CheckpointConnector._parse_ckpt_path
 
 
 def _parse(self: _CheckpointConnector, state_fn: Any, ckpt_path: Any, *arguments: Any, **options: Any) -> Any:
+    """Return the path for a `ckpt_path`, in place of Lightning's method: for "last" that of `last_checkpoint`."""
     if ckpt_path == "last" and isinstance(self.trainer.strategy, CheckpointSaves):
         path = last_checkpoint(self.trainer, resumable=state_fn == TrainerFn.FITTING)
         if path is not None:
@@ -85,6 +86,7 @@ _stock_start = _CheckpointConnector.resume_start
 
 
 def _start(self: _CheckpointConnector, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+    """Load a checkpoint, in place of Lightning's method, on all ranks that which the first one has chosen."""
     strategy = self.trainer.strategy
     if isinstance(strategy, CheckpointSaves):
         checkpoint_path = strategy.agreed_checkpoint(checkpoint_path)

@@ -54,6 +54,7 @@ class _WatchedIterator(_DataFetcherWrapper):
     """The iterator of a `training_step(dataloader_iter)`, which takes its batches itself."""
 
     def __next__(self) -> Any:
+        """Return the next batch, and note in the fetcher's `LoopPass` that it is not compared yet."""
         fetcher: Any = self.data_fetcher
         try:
             item = super().__next__()
@@ -71,7 +72,10 @@ def _watch_iterator(fetcher: _DataFetcher) -> None:
 
 @cache
 def _watched(kind: type[_DataFetcher]) -> type[_DataFetcher]:
-    """Return a subclass of a class of fetchers that keeps a `LoopPass`."""
+    """Return a subclass of a class of fetchers that keeps a `LoopPass`, and calls `sequence_end` with it at its end.
+
+    `watch_fetcher` gives a fetcher this class, as Lightning has no hook for the end of a loader.
+    """
 
     class Watched(kind):  # type: ignore[misc, valid-type]
         def __iter__(self) -> Any:
@@ -130,7 +134,8 @@ class LoaderWatch:
     def send(self, module: LightningModule, batch: Any, dataloader_idx: int) -> int:
         """Send the note of a loop's batch; return how many of its last samples are repeats that do not count.
 
-        `receive` waits for the notes of the others.  Batches from elsewhere, as from a callback, are not compared.
+        `SplitSteps.batch_to_device` calls it with the whole batch, and the step then calls `receive`, which waits for
+        the notes of the others.  Batches from elsewhere, as from a callback, are not compared.
         """
         trainer = module.trainer
         current = self._pass_of(trainer)
@@ -145,7 +150,10 @@ class LoaderWatch:
         return repeated_in(loaders.flattened[dataloader_idx], current.index)
 
     def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int, current: LoopPass) -> None:
-        """Send the note of a batch; without a comparison, check only the first batch of a pass."""
+        """Send the note of a batch to all ranks, or what is wrong with it.
+
+        Where there is no `BatchComparison`, as no ranks share sequences, only the first batch of a pass is checked.
+        """
         trainer = module.trainer
         if self._comparison is None:
             if current.batches == 1:
@@ -159,6 +167,7 @@ class LoaderWatch:
         self._comparison.send(
             Note(FAULT, 0, 0) if self._fault else Note.of(batch, when, _state(trainer), _rates(trainer))
         )
+        # a wrong batch gets no step that would wait, and a step that takes batches itself has begun already
         if self._fault or batch is None or isinstance(_fetcher(trainer), _DataLoaderIterDataFetcher):
             self.receive()
 
@@ -225,13 +234,13 @@ def _validates(trainer: Trainer) -> bool:
 
 
 def _is_last(trainer: Trainer) -> bool:
-    """Return whether the loop's batch is its last."""
+    """Return whether the loop ends after its batch: the loader is at its end, or training has all its steps."""
     fetcher = _fetcher(trainer)
     if fetcher is None or fetcher.done or not trainer.training:
         return fetcher is not None and fetcher.done
-    loop, many = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
+    loop, per_step = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
     ready = loop.batch_progress.current.ready + 1
     if ready >= trainer.num_training_batches:
         return True
-    is_step = trainer.lightning_module.automatic_optimization and ready % many == 0
+    is_step = trainer.lightning_module.automatic_optimization and ready % per_step == 0
     return is_step and 0 <= trainer.fit_loop.max_steps <= trainer.global_step + 1

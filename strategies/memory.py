@@ -52,8 +52,8 @@ class MemoryCheck:
     def check(self, strategy: SplitSteps, module: LightningModule, batch: Any) -> None:
         """Raise a ValueError on all ranks if the run cannot fit on one of them.
 
-        With `action` "warn", or if too little memory is free, the first rank concerned warns instead.  All ranks
-        call this with batches of the same shapes.
+        With `action` "warn", or if too little memory is free, the first rank concerned warns instead.
+        `SplitSteps.batch_to_device` calls it on all ranks, with whole batches of the same shapes.
         """
         self._is_done = True
         room = room_of(strategy.root_device, len(strategy.parallel_devices or (0,)))
@@ -87,7 +87,10 @@ def _memory_finding(strategy: SplitSteps, module: LightningModule, batch: Any, r
 
 
 def _job_of(strategy: SplitSteps, module: LightningModule, batch: Any, optimizers: Iterable[Optimizer]) -> Job | None:
-    """Return the job of a module whose attribute `model` is a LongNet; None for others, and where none is planned."""
+    """Return a run as the planner takes it, to predict its memory; None if the planner does not know such a run.
+
+    It knows modules whose attribute `model` is a LongNet; `tokens` and `batch` are those of the first batch.
+    """
     model, trainer = getattr(module, "model", None), module.trainer
     tensors = batch.tensors if isinstance(batch, SequencePart) else batch
     ids = tensors.get("input_ids") if isinstance(tensors, Mapping) else None

@@ -211,9 +211,10 @@ class MarkedPhases(ParallelStrategy):
 
 
 def _marked(method: Callable[..., Any], begins: str, ends: str) -> Callable[..., Any]:
-    """Return a method that marks the phases which begin and end with it.
+    """Return a method that does the same, and marks the phase that begins with it and the one that follows it.
 
-    What a program saves or loads after a run is not a part of it; connecting begins the next run.
+    `MarkedPhases.__init_subclass__` puts it in place of methods that the engines override.  What a program saves or
+    loads after a run is not a part of it; connecting begins the next run.
     """
 
     @wraps(method)

@@ -74,6 +74,7 @@ class FailureReports:
         self._store.add(self._readers, 1)
 
     def _listen(self) -> None:
+        """Read until there is a failure or the run ends: the loop of the thread of each rank but the first."""
         try:
             while not self._ends.wait(_PERIOD) and not self.read():
                 pass

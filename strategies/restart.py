@@ -55,7 +55,7 @@ class Places(NamedTuple):
 
 
 def places(trainer: Trainer) -> Places:
-    """Return where the checkpoints of a run are that its supervisor has started again."""
+    """Return where the earlier attempts of a run saved checkpoints; only where a supervisor has started it again."""
     since = os.environ[RESUME]
     folders, root = [*_kept_folders(), *checkpoint_folders(trainer)], Path(trainer.default_root_dir)
     # of the files in the root folder, which may be of other runs, only those that signals save there
@@ -95,6 +95,7 @@ _select = _CheckpointConnector._select_ckpt_path
 
 
 def _select_of_restart(self: _CheckpointConnector, state_fn: Any, *arguments: Any, **options: Any) -> Any:
+    """Return the checkpoint that `fit` loads, in place of Lightning's method: after a restart that of the run."""
     trainer = self.trainer
     if state_fn == TrainerFn.FITTING and isinstance(trainer.strategy, MarkedPhases):
         _FITS[0] += 1

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 def skip_finished_batches(trainer: Trainer) -> None:
     """Skip the batches that were trained on before the checkpoint, as Lightning begins the epoch's data anew.
 
+    `SplitSteps.on_train_start` calls it; without a checkpoint it does nothing.
+
     A sampler with `skip_samples`, as our data modules have, skips them without reading.  Batches of other samplers are
     read again and thrown away.  The order of an epoch must not depend on earlier random numbers, so `set_epoch` is
     called on samplers that have it, as those that Lightning inserts.  Loaders that keep their own state are left alone,
@@ -34,6 +36,7 @@ def skip_finished_batches(trainer: Trainer) -> None:
         for dataloader in loader.flattened:
             _set_sampler_epoch(dataloader, epoch)
         iter(fetcher)
+    # a checkpoint that is saved at the end of a batch does not count this batch as completed yet
     finished = loop.batch_progress.current.completed + int(loop.restarted_on_train_batch_end)
     if not loop.restarting or finished >= trainer.num_training_batches:
         return  # a new epoch begins

@@ -68,6 +68,7 @@ class CheckpointSaves(ParallelStrategy):
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
+        """The plugin that writes files: the user's, or one that writes a manifest beside each checkpoint."""
         if self._checkpoint_io is None:
             self._checkpoint_io = ManifestCheckpointIO(self.background_saves)
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
@@ -94,6 +95,10 @@ class CheckpointSaves(ParallelStrategy):
         raise NotImplementedError
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Save a checkpoint as a file or a folder, by what the engine writes; all ranks call it together.
+
+        With `background_saves` it returns, in training, when the content is in memory; `settle_saves` does the rest.
+        """
         path = self.broadcast(filepath)
         self.settle_saves()
         if not self._writes_folder():
@@ -110,6 +115,7 @@ class CheckpointSaves(ParallelStrategy):
             self.settle_saves()
 
     def _save_folder(self, checkpoint: dict[str, Any], final: Path) -> None:
+        """Let each rank write its files into a folder under another name, which then gets its manifest and its name."""
         content = facts_of(checkpoint)
         (unfinished, *_) = self._together(final, lambda: unfinished_path(final) if self.is_global_zero else None)
         if self.background_saves:
@@ -165,6 +171,7 @@ class CheckpointSaves(ParallelStrategy):
         super().on_train_end()
 
     def teardown(self) -> None:
+        """End a save in the background that no `settle_saves` has finished, because the run failed."""
         pending, self._pending = self._pending, None
         if pending is not None and pending.unfinished is not None:  # the run failed: the folder gets no name
             io: Any = self.checkpoint_io
@@ -178,6 +185,13 @@ class CheckpointSaves(ParallelStrategy):
     def _finish_folder(
         self, unfinished: Path, final: Path, checkpoint: dict[str, Any], parts: list[dict[str, FileSum]]
     ) -> None:
+        """Write the manifest of a folder on rank 0, and give the folder its final name.
+
+        Args:
+            unfinished, final: the folder as it is, and as it is to be named.
+            checkpoint: the facts of its content that a manifest names.
+            parts: the sums of the files of each rank.
+        """
         if not self.is_global_zero:
             return
         sums = {name: each for part in parts for name, each in part.items()}
@@ -245,6 +259,7 @@ class CheckpointSaves(ParallelStrategy):
         return super().load_checkpoint(path, weights_only)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint, after checking that it is as it was saved; `fit` takes another one if it is damaged."""
         path = self.broadcast(checkpoint_path)
         if _is_local_file_protocol(path):
             path = self._good_checkpoint(Path(path))
@@ -253,7 +268,11 @@ class CheckpointSaves(ParallelStrategy):
         return self._load_from(path, weights_only)
 
     def _good_checkpoint(self, asked: Path) -> Path:
-        """Return on all ranks a checkpoint if it is good, else, to go on training, the newest good one beside it."""
+        """Return on all ranks the checkpoint to load: the one that was asked for, if it is good.
+
+        Otherwise `fit` loads the newest good one of the run or beside it, with a warning; other loops raise a
+        ValueError.
+        """
         from lightning_longnet.strategies.restart import places_beside  # that module imports this one
 
         assert self.lightning_module is not None
@@ -272,14 +291,16 @@ class CheckpointSaves(ParallelStrategy):
             rank_zero_warn(f"{fault}; loading {other}, the newest other one", category=RuntimeWarning)
             path = other
         if path != asked:
-            trainer._checkpoint_connector._ckpt_path = (
-                path  # the log names this path, and ModelCheckpoint does not remove it
-            )
+            # the log names this path, and ModelCheckpoint does not remove it
+            trainer._checkpoint_connector._ckpt_path = path
         return path
 
     def _fault(self, path: Path) -> str:
-        """Return what is wrong with a checkpoint, of which each rank reads its share; "" if it is good."""
-        fault, note = "", ""
+        """Return on all ranks what is wrong with a checkpoint, or an empty string.
+
+        Rank 0 reads the manifest and the sizes of files, and then each rank compares the sums of its share of them.
+        """
+        fault, note = "", ""  # `note`: why nothing can be compared, as there is no manifest
         if self.is_global_zero:
             try:
                 note = "" if check_checkpoint(path, share=None) is not None else unverified(path)

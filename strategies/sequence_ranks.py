@@ -53,7 +53,10 @@ class SequenceRanks(ParallelStrategy):
         return nodes * len(self.parallel_devices or ())
 
     def _configure_launcher(self) -> None:
-        # here the number of ranks is known for the first time, before processes are started and data is read
+        """Check the number of ranks, and choose the launcher that starts them and watches over them.
+
+        Lightning calls it when a Trainer is made: the number of ranks is known then, and no process is started yet.
+        """
         checked_sequence_size(self._ranks(), self._sequence_parallel_size)
         check_processes(self.parallel_devices or ())
         super()._configure_launcher()
@@ -95,15 +98,16 @@ class SequenceRanks(ParallelStrategy):
         self.model.to(self.root_device)
 
     def barrier(self, name: str | None = None) -> None:
+        """Wait for all ranks of the run, not only for those that share a sequence."""
         if not _distributed_is_initialized():
             return
         is_nccl = dist.get_backend() == "nccl"
         dist.barrier(device_ids=[self.root_device.index] if is_nccl else None)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if (
-            not _distributed_is_initialized() or dist.get_backend() == "fake"
-        ):  # the backend "fake" would hang, or return None
+        """Return on all ranks of the run the object that rank `src` has."""
+        # the backend "fake" would hang, or return None
+        if not _distributed_is_initialized() or dist.get_backend() == "fake":
             return obj
         values = [obj]
         dist.broadcast_object_list(values, src, group=dist.group.WORLD)

@@ -41,7 +41,7 @@ def write_shards(checkpoint: dict[str, Any], folder: Path, *, is_first: bool) ->
 
 
 def copy_shards(checkpoint: dict[str, Any], folder: Path, *, is_first: bool) -> dict[str, MemoryFile]:
-    """Do the same in memory, and return the files by their names; the folder is made."""
+    """Write the files of `write_shards` to memory, and return this rank's by their names; the folder is made."""
     files = _MemoryFiles()
     _write(checkpoint, folder, files)
     if is_first:
@@ -50,6 +50,12 @@ def copy_shards(checkpoint: dict[str, Any], folder: Path, *, is_first: bool) -> 
 
 
 def _write(checkpoint: dict[str, Any], folder: Path, files: FileSystem) -> None:
+    """Let torch write this rank's shards of the weights and of the optimizers' states, which leave the checkpoint.
+
+    Args:
+        checkpoint, folder: those of `write_shards`.
+        files: makes the files that torch's writer asks for.
+    """
     state = {"state_dict": checkpoint.pop("state_dict")}
     for number, each in enumerate(checkpoint.pop("optimizer_states", ())):
         state[f"optimizer_{number}"] = each
@@ -68,6 +74,7 @@ class _SummedFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        """Open a file of torch's writer, and keep the sum of what was written when it is closed."""
         assert mode == "wb"
         where = cast("Path", self.init_path(path))
         with SummedFile(where) as file:

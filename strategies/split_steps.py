@@ -59,11 +59,12 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         super()._make_context()
 
     def setup(self, trainer: Trainer) -> None:
+        """Attach the context to the module before the engine takes it; the Trainer calls it once in a run."""
         assert self.lightning_module is not None
         check_accumulation(self.accumulate, self.lightning_module)
         if self.preemption and trainer.state.fn == TrainerFn.FITTING:
             _add_preemption(trainer)
-        self.sequence_context.window.close(1)  # an interrupted run may have left it open
+        self.sequence_context.token_window.close(1)  # an interrupted run may have left it open
         attach_context(self.lightning_module, self.sequence_context)
         if isinstance(self._placement, RunPlacement):
             self._placement.begin(self.lightning_module)  # `configure_model` may have made its layers
@@ -97,7 +98,7 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         return batch
 
     def _begin_split_check(self) -> None:
-        """Let the split check take the structure of the module, while it is whole."""
+        """Let the split check copy the structure of the module while it is whole; `setup` calls it before sharding."""
         assert self.lightning_module is not None
         self._first_batches.begin(self.lightning_module, self._whole_parameter)
 
@@ -107,6 +108,7 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         return whole_tensor(parameter)
 
     def on_train_start(self) -> None:
+        """Skip the batches that a resumed epoch has had, and begin to look at the losses."""
         assert self.lightning_module is not None
         skip_finished_batches(self.lightning_module.trainer)
         self._losses.begin(self.lightning_module.trainer)
@@ -118,20 +120,24 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         super().on_train_end()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's step on this rank's part of the batch, with checks of what users get wrong before and after.
+
+        Lightning calls it with the batch of `batch_to_device`.
+        """
         assert self.lightning_module is not None
         self.settle_saves(is_awaited=False)  # before the limits of a step hold
         context, loop = self.sequence_context, self.lightning_module.trainer.fit_loop.epoch_loop
-        context.begin_step(loop.total_batch_idx)
-        self._changes.compare(args[0] if args else None)
-        self._losses.look()
+        context.begin_step(loop.total_batch_idx)  # gives attention dropout its seed
+        self._changes.compare(args[0] if args else None)  # what a hook changed since the batch was split
+        self._losses.look()  # at the loss of the step before, which the Trainer has read by now where it logs it
         if self.accumulate == "tokens":
-            context.window.open()
-        means = context.window.means
+            context.token_window.open()
+        means = context.token_window.means
         output = super().training_step(*args, **kwargs)
         check_is_split(context)
         self._losses.take(self.lightning_module.trainer, output)
         if self.accumulate == "tokens":
-            check_one_token_mean(context.window.means - means)
+            check_one_token_mean(context.token_window.means - means)
         return output
 
     def pre_backward(self, closure_loss: Tensor) -> None:
@@ -139,17 +145,18 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         super().pre_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """After the last micro-batch of a step, scale the gradients so that micro-batches count by their tokens."""
+        """Scale the gradients after the last micro-batch of a step, so that micro-batches count by their tokens."""
         super().post_backward(closure_loss)
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
         if self.accumulate == "tokens" and not trainer.fit_loop._should_accumulate():
-            factor = self.sequence_context.window.close(trainer.accumulate_grad_batches)
+            factor = self.sequence_context.token_window.close(trainer.accumulate_grad_batches)
             for parameter in self.lightning_module.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
 
     def on_predict_start(self) -> None:
+        """Check that all groups predict equally many batches, if each forward gathers parameters from all ranks."""
         super().on_predict_start()
         assert self.lightning_module is not None
         if gathers_parameters(self.sharding):
@@ -157,6 +164,7 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
             check_predicted_batches(self.sequence_context, self.sharding, batches)
 
     def teardown(self) -> None:
+        """Detach the context, and end the run; after Ctrl-C also the ranks that this process started."""
         self._end_batches()
         if self.lightning_module is not None:
             attach_context(self.lightning_module, None)

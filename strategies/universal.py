@@ -47,6 +47,7 @@ def convert(checkpoint: Path, trust: bool = False) -> str:
 
 
 def _convert(checkpoint: Path, trust: bool) -> str:
+    """Run DeepSpeed's conversion in another process, and write a manifest of its files; return as `convert` does."""
     if _is_converted(checkpoint):
         return ""
     for name in (_WRITTEN_LAST, _SUMS, _FORMAT):  # files of a conversion that was killed, or is damaged
@@ -56,7 +57,7 @@ def _convert(checkpoint: Path, trust: bool) -> str:
     options += ["--num_extract_workers", workers, "--num_merge_workers", workers, "--inject_missing_state"]
     command = [sys.executable, "-c", f"from {__name__} import main; main()", *options]
     environment = os.environ | ({VARIABLE: "1"} if trust else {})
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)  # runs `main` below
     if result.returncode:
         return f"{' '.join(command)}\n{result.stderr.strip()}"
     folder = checkpoint / _FORMAT

@@ -101,12 +101,12 @@ def compare(pool, world, exchange, case, placement, dtype=torch.float64, toleran
     out, lse = brute.attention(*wide, tables, settings["scale"], case["mix"], kept)
     truth = (out, *torch.autograd.grad(out, wide, tensors[3].to(dtype).double()))
     empty = lse == -torch.inf
-    for rank, (own_out, own_lse, *grads, _, _) in enumerate(result):
+    for rank, (rank_out, rank_lse, *grads, _, _) in enumerate(result):
         at = held(placement, rank)
-        assert torch.equal(own_lse == -torch.inf, empty[..., at])
-        assert (own_out.transpose(1, 2)[empty[..., at]] == 0).all()
+        assert torch.equal(rank_lse == -torch.inf, empty[..., at])
+        assert (rank_out.transpose(1, 2)[empty[..., at]] == 0).all()
         pairs = zip(
-            (own_out, *grads, own_lse.masked_fill(empty[..., at], 0)),
+            (rank_out, *grads, rank_lse.masked_fill(empty[..., at], 0)),
             (*(x[:, at] for x in truth), lse.masked_fill(empty, 0)[..., at]),
             strict=True,
         )

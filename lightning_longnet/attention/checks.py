@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 def checked_tensors(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, documents: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the tensors in one type and the documents as (B, N), or raise a ValueError that names the wrong one."""
+    """Return q, k and v, cast by autocast where it is enabled, and the documents as (B, N), for `attend`.
+
+    If one of them does not fit the others, a ValueError names it.
+    """
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern must be a Pattern, got {type(pattern).__name__}: see Pattern.dilated, dense, window")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -136,7 +139,7 @@ def checked_exclusions(names: Collection[str]) -> frozenset[str]:
 
 
 def seed_tensor(dropout: float, seed: int | Tensor | None) -> Tensor | None:
-    """Return the seed as a tensor, or None where nothing is dropped."""
+    """Return the seed as a tensor, drawn from torch's CPU generator if it is None; None where nothing is dropped."""
     checked_probability(dropout)
     if isinstance(seed, Tensor):
         if seed.dtype.is_floating_point or seed.dtype.is_complex or seed.numel() != 1 or seed.device.type != "cpu":

@@ -161,7 +161,11 @@ class Guard:
     def _try_kernels(
         self, kind: _CallKey, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: dict[str, Any]
     ) -> dict[str, str]:
-        """Return {name: reason} of the kernels that fail; all ranks of the shard return the same names."""
+        """Return {name: reason} of the kernels that fail or are wrong on a few tokens, on any rank of the shard.
+
+        All ranks of the shard call it together, and return the same names.  If the results of the call need more memory
+        than is free on one of them, all raise a ValueError.
+        """
         shard: SequenceShard | None = options.get("shard")
         names = kind.kernels
         # Inference mode, autocast and the hooks of a checkpoint belong to a thread: a new one has none of them
@@ -170,6 +174,7 @@ class Guard:
             broken = {name: fault for name, fault in zip(names, faults, strict=True) if fault}
         needed, free = needed_bytes(q, k, v, kind.dtype), free_bytes(q.device)
         is_short = free is not None and needed > free
+        # for each rank: 1 for each kernel that fails there, and then 1 if memory is short
         everywhere = [[int(name in broken) for name in names] + [int(is_short)]]
         own = 0
         if shard is not None:

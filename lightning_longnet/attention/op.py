@@ -37,7 +37,11 @@ def forward(
     spec: str,
     shard: int | None,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return out (B, N, H, Dv), lse (B, H, N), and the tensors that the backward needs besides."""
+    """Return out (B, N, H, Dv), lse (B, H, N), and the tensors that the backward needs besides.
+
+    `attend` calls it with the fields of a `PreparedCall`; `spec` is the text of `AttentionSpec.dumps`, and `shard` the
+    number of a `SequenceShard` in `SHARDS`, as an operator takes no objects.
+    """
     loaded = AttentionSpec.loads(spec)
     with _exact_products(q):
         if shard is None:
@@ -80,7 +84,10 @@ def backward(
     spec: str,
     shard: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv and dsinks for the gradient of out; dsinks is empty where there are no sinks."""
+    """Return dq, dk, dv and dsinks for the gradient of out; dsinks is empty where there are no sinks.
+
+    Autograd calls it with the arguments and results of `forward`.
+    """
     loaded = AttentionSpec.loads(spec)
     with _exact_products(q):
         dsinks = q.new_empty(0) if sinks is None else _gradient_of_sinks(grad, out, lse, sinks)
@@ -187,6 +194,7 @@ backward.register_autograd(_refuse_second_derivative)
 
 @forward.register_fake
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return uninitialized results of `forward` for fake tensors, as torch.compile and `longnet plan` pass them."""
     *_, spec, shard = others
     out, lse, saved = _empty_results(q, v)
     if shard is not None:

@@ -71,7 +71,14 @@ class PreparedCall(NamedTuple):
 def prepared_call(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, options: Mapping[str, Any], return_lse: bool = False
 ) -> PreparedCall:
-    """Check the arguments of `attend`, choose the kernel, and draw a seed where dropout was given none."""
+    """Return the call as the operator takes it: with checked arguments, a chosen kernel, and a seed if one is needed.
+
+    `attend` calls it, and a `Guard` before.  A wrong argument raises a ValueError.
+
+    Args:
+        q, k, v, pattern, return_lse: the arguments of `attend`.
+        options: the other arguments of `attend`, by their names.
+    """
     get = options.get
     shard, mix, exchange, ordering = (
         get("shard"),
@@ -123,7 +130,7 @@ def prepared_call(
 
 
 def request_of(q: Tensor, v: Tensor, pattern: Pattern, is_padded: bool, has_dropout: bool) -> Request:
-    """Return what kernels judge a call by."""
+    """Return the properties of a call by which kernels judge whether they can compute it; see `judge`."""
     return Request(
         q.device.type,
         q.dtype,

@@ -164,7 +164,14 @@ def _find_dim(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> tuple[bo
 
 
 def length_of(batch: Any, dims: Mapping[str, int | None]) -> int:
-    """Return the number of tokens of a batch's sequences, which must be the same in all of them."""
+    """Return the number of tokens of a batch's sequences, or raise a ValueError if they differ in it or there are none.
+
+    `BatchSplitter.split` calls it on a whole batch, and the check of a `SequencePart` on the part.
+
+    Args:
+        batch: tensors in dictionaries, lists, tuples and dataclasses.
+        dims: the `sequence_dims` of the module: for a name the dimension that is the sequence, or None.
+    """
     _check_known(batch, dims)
     lengths = {}
     for path, x in named_tensors(batch):

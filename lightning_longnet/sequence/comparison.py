@@ -90,7 +90,9 @@ class BatchComparison:
         return notes
 
     def check(self, notes: Tensor, fault: str, batches: int, *, is_alike: bool) -> bool:
-        """Raise a ValueError on all ranks where the notes do not fit; return whether no rank goes on.
+        """Raise a ValueError on all ranks where the notes do not fit together; return whether no batch follows on any.
+
+        `LoaderWatch.receive` calls it before each step, with what `receive` returned.
 
         Args:
             notes: those of all ranks.
@@ -147,22 +149,30 @@ class BatchComparison:
             )
 
     def _check_ends(self, ends: Tensor, states: Tensor, contents: Tensor, batches: int, *, is_alike: bool) -> None:
-        """Raise a ValueError where some ranks have no further batch, and others that need them do."""
-        rows = ends.flatten()[None] if is_alike else ends
-        mixed = rows.any(1) & ~rows.all(1)
-        if not bool(mixed.any()):
+        """Raise a ValueError where the batches of some ranks end before those of ranks that must have as many.
+
+        Args:
+            ends: (groups, ranks that share sequences), True where no batch follows on a rank.
+            states, contents: those fields of the `Note` of each rank, in the same shape.
+            batches: how many batches this rank was given.
+            is_alike: whether all groups must have equally many batches, or only the ranks of a group.
+        """
+        # each row of `ends` and `ranks` now has the ranks that must end together
+        ends, ranks = (x.flatten()[None] if is_alike else x for x in (ends, self.ranks))
+        differs = ends.any(1) & ~ends.all(1)
+        if not bool(differs.any()):
             return
-        row = int(mixed.nonzero()[0])
-        ranks = (self.ranks.flatten()[None] if is_alike else self.ranks)[row]
-        ended, others = ranks[rows[row]].tolist(), ranks[~rows[row]].tolist()
-        first = (self.ranks == ended[0]).nonzero()[0].tolist()
-        is_ended = bool(states[first[0], first[1]] & ENDED)
-        many = int(contents[first[0], first[1]]) if is_ended else batches
-        both = "all ranks" if is_alike else "ranks that share sequences"
+        row = int(differs.nonzero()[0])  # the message is about the first of them
+        ended, others = ranks[row][ends[row]].tolist(), ranks[row][~ends[row]].tolist()
+        group, member = (self.ranks == ended[0]).nonzero()[0].tolist()
+        # a rank without a batch sends how many it was given; one with its last batch was given as many as this rank
+        is_ended = bool(states[group, member] & ENDED)
+        count = int(contents[group, member]) if is_ended else batches
+        subject = "all ranks" if is_alike else "ranks that share sequences"
         raise ValueError(
-            f"{both} must be given equally many batches, and those of {_rank_list(ended)} end after {many}, while "
+            f"{subject} must be given equally many batches, and those of {_rank_list(ended)} end after {count}, while "
             f"{_rank_list(others)} are given more: make the number of samples and the length of an iterable dataset "
-            f"the same for each data_parallel_rank (there are {len(self.ranks)}), or limit the batches to {many}"
+            f"the same for each data_parallel_rank (there are {len(self.ranks)}), or limit the batches to {count}"
         )
 
 

@@ -42,7 +42,7 @@ class SequenceContext(ContextAttention):
 
     Attributes:
         mesh, placement, exchange, seed, position: as given.
-        window: a `TokenWindow`, open where micro-batches are to count by their tokens.
+        token_window: a `TokenWindow`, open where micro-batches are to count by their tokens.
         traffic: what this rank has sent for attention, and how long it waited for others; see `Traffic`.
     """
 
@@ -61,11 +61,16 @@ class SequenceContext(ContextAttention):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
         self.mesh, self.placement, self.exchange, self.seed = mesh, placement, exchange, seed
         self.position = MeshPosition.of(mesh) if position is None else position
-        self.window, self.traffic = TokenWindow(), Traffic()
+        self.token_window, self.traffic = TokenWindow(), Traffic()
         self._splitter = BatchSplitter(self.position, placement)
         self._shards = ShardCache(self._splitter, self.traffic)
-        self._reductions = Reductions(self._splitter, self.window, self.traffic)
+        self._reductions = Reductions(self._splitter, self.token_window, self.traffic)
         self._seeds = DropoutSeeds()
+
+    @property
+    def window(self) -> TokenWindow:
+        """The `token_window`, under its former name."""
+        return self.token_window
 
     def __deepcopy__(self, _: Any) -> SequenceContext:
         return self

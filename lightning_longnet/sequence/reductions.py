@@ -25,12 +25,12 @@ class Reductions:
 
     Args:
         splitter: says whether sequences are split now, and how.
-        window: the window that means are taken in.
+        token_window: the window that means are taken in.
         traffic: counts the time of the means.
     """
 
-    def __init__(self, splitter: BatchSplitter, window: TokenWindow, traffic: Traffic) -> None:
-        self._splitter, self._window, self._traffic = splitter, window, traffic
+    def __init__(self, splitter: BatchSplitter, token_window: TokenWindow, traffic: Traffic) -> None:
+        self._splitter, self._token_window, self._traffic = splitter, token_window, traffic
 
     def token_mean(self, loss_sum: Tensor, token_count: Tensor | float) -> Tensor:
         """Return the mean over the tokens of all ranks."""
@@ -39,7 +39,7 @@ class Reductions:
         totals = _totals(loss_sum, token_count, group)
         self._traffic.loss_seconds += perf_counter() - begin
         ranks = 1 if group is None else dist.get_world_size()
-        divisor = self._window.divisor(totals[1]) if loss_sum.requires_grad else totals[1]
+        divisor = self._token_window.divisor(totals[1]) if loss_sum.requires_grad else totals[1]
         mean: Tensor = TokenMean.apply(loss_sum, totals, divisor, ranks)  # type: ignore[no-untyped-call]
         return mean
 
@@ -108,6 +108,7 @@ class GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, placement: Placement, rank: int, group: dist.ProcessGroup, dim: int) -> Tensor:
+        """Return whole sequences out of the parts x of the ranks of `group`; dimension `dim` is the sequence."""
         ctx.where = placement, rank, group, dim
         longest = max(placement.lengths)  # all_gather takes tensors of one shape: shorter parts are padded
         local = x.movedim(dim, 0)
@@ -123,6 +124,7 @@ class GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """Return this rank's part of the sum of all ranks' gradients."""
         placement, rank, group, dim = ctx.where
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=group)

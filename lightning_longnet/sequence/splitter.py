@@ -87,7 +87,10 @@ class BatchSplitter:
         return self.current.length is not None and self.position.sequence_parallel_size > 1
 
     def split(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> Any:
-        """Return this rank's part of a batch, and begin the batch."""
+        """Return this rank's part of a batch that all ranks of the sequence group hold whole, and begin the batch.
+
+        `SequenceContext.split` calls it, and describes the arguments.  Layers then work on parts of its length.
+        """
         dims = checked_dims(sequence_dims or {})
         self.samples, self.repeated = (), 0
         self.number += 1

@@ -233,8 +233,8 @@ def compare_ranks(pool, lengths, exchange, mix, placement="contiguous", ordering
     for ours, true in zip(side_by_side(results), truth, strict=True):
         torch.testing.assert_close(ours, true, rtol=0, atol=1e-11)
     _, lse = attend(*tensors[:3], pattern, return_lse=True, **one)
-    for rank, (_, own_lse, *_) in enumerate(results):
-        torch.testing.assert_close(own_lse, lse[..., held(where, rank)], rtol=0, atol=1e-11)
+    for rank, (_, rank_lse, *_) in enumerate(results):
+        torch.testing.assert_close(rank_lse, lse[..., held(where, rank)], rtol=0, atol=1e-11)
     # no byte and no message more than without them
     assert all(each[5:7] == each[7] for each in results)
 

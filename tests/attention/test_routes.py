@@ -212,7 +212,7 @@ def test_many_documents_on_many_ranks_are_planned_at_once():
         cuts.append(min(2**20, cuts[-1] + rng.randint(1, 4000)))
     layout = Layout(Pattern.dense(True), 8, 8, tuple(cuts), Placement((2048,) * 512))
     between = rank_blocks(layout)
-    assert max(len(between.neighbours(rank)) for rank in range(512)) < 8
+    assert max(len(between.possible_peers(rank)) for rank in range(512)) < 8
     asked = []
     with patch.object(blocks_of_ranks, "shares", lambda *a: (asked.append(a), shares(*a))[1]):
         route(layout, 256, ("gather",))

@@ -56,7 +56,7 @@ def emulate():
     sdpa._serving = lambda q: cuda
     sdpa.takes_weights = lambda device: False
     cudnn._lse_dims = lambda device, dtype: 3
-    activated.active = lambda implementation: nullcontext()
+    activated.activated_implementation = lambda implementation: nullcontext()
     flash._interface = package
     launch._make_launches = true_lists
     launch._launch = lambda *_: None

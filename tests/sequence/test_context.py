@@ -9,6 +9,7 @@ from contexts import made
 from torch import nn
 
 from lightning_longnet import (
+    Branch,
     DilatedSelfAttention,
     Pattern,
     SequenceContext,
@@ -221,6 +222,9 @@ def test_layers_and_all_other_modules_are_given_it():
 def test_former_names_still_work():
     assert hand_down is attach_context
     assert torch.equal(SequenceContext().begin_made(3), torch.arange(3))
+    context = SequenceContext()
+    assert context.window is context.token_window
+    assert Branch(4, 1).border(10) == Branch(4, 1).border_spacing(10) == 4
     assert Placement((2, 4), "zigzag").stretches(1) == Placement((2, 4), "zigzag").chunks(1)
 
 
@@ -245,16 +249,16 @@ def test_whole_gives_back_what_it_took():
 def windows(group):
     """Counts of a window weigh its gradients; what has no gradient is no part of it."""
     context, rank = SequenceContext(), torch.distributed.get_rank()
-    context.window.open()
+    context.token_window.open()
     result = []
     for count in (3, 5):
         loss = torch.tensor(2.0 * count, requires_grad=True)
         context.token_mean(loss.detach(), count)
         context.token_mean(loss, count).backward()
         result.append(loss.grad.item())
-    assert context.window.means == 2
-    factor = context.window.close(2)
-    assert (context.window.means, rank >= 0) == (0, True)
+    assert context.token_window.means == 2
+    factor = context.token_window.close(2)
+    assert (context.token_window.means, rank >= 0) == (0, True)
     return [grad / 2 * factor for grad in result]
 
 

@@ -345,7 +345,7 @@ def described(rank, world, size, sharding, **options):
             "timeout": strategy._timeout.total_seconds(),
             "mean": strategy.reduce(torch.tensor(float(rank))).item(),
             "layers": [block.attention.sequence_context for block in module.model.blocks],
-            "window": context.window.means,
+            "window": context.token_window.means,
         }
         weight = module.model.head.weight
         if isinstance(module, FSDPModule):

@@ -95,7 +95,7 @@ class ActivatedFlash:
         """Return out (batch, heads, rows, D) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
         if not self._serves(call):
             return cuda.forward(q, k, v, call)
-        with active(self.implementation):
+        with activated_implementation(self.implementation):
             return torchs.forward(q, k, v, call)
 
     def backward(
@@ -104,7 +104,7 @@ class ActivatedFlash:
         """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
         if not self._serves(call):
             return cuda.backward(grad, q, k, v, out, lse, call)
-        with active(self.implementation):
+        with activated_implementation(self.implementation):
             return torchs.backward(grad, q, k, v, out, lse, call)
 
     def _serves(self, call: Call) -> bool:
@@ -113,7 +113,7 @@ class ActivatedFlash:
 
 
 @contextmanager
-def active(implementation: str) -> Iterator[None]:
+def activated_implementation(implementation: str) -> Iterator[None]:
     """Activate an implementation of torch's flash operators inside the block, and restore the previous one after it."""
     with _LOCK:
         before = attention.current_flash_attention_impl()

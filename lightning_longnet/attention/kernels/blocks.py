@@ -99,6 +99,8 @@ def forward_blocks(
 ) -> None:
     """Merge the result of each block into the partial of its branch, or into the only one.
 
+    `RoundsCall` calls it for the blocks on this rank's keys, and for those on the keys of each round.
+
     A total that is None has no memory yet: the first branch shows every row once, so that its results are written.  If
     they are those of one block, they become the total.
     """
@@ -235,7 +237,7 @@ def backward_lse(lse: Tensor) -> Tensor:
 def _kernel_calls(
     kernel: BlockKernel, parts: Parts, q: Tensor, keys: Keys, options: PairOptions
 ) -> Iterator[tuple[Part, Call]]:
-    """Yield blocks of bounded size, each with the padding, the dropout and the order of its rows."""
+    """Yield the kernel calls of parts: blocks of bounded size, with the masks of padding, dropout and later keys."""
     branch, words = -1, None
     wide = torch.promote_types(q.dtype, torch.float32)
     limit = q.shape[1] * q.shape[2]

@@ -82,7 +82,7 @@ class _Package:
     """The operators of the flash-attn package, with the signatures of `fused.Operator`."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse of one `Window`, whose bounds are `left` and `right`."""
+        """Return out and lse of one `Window`, whose bounds are `left` and `right`, for `fused.forward`."""
         out, lse, _, _ = _interface()._flash_attn_forward(
             q,
             k,
@@ -110,7 +110,7 @@ class _Package:
         left: int,
         right: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv of one `Window`, whose bounds are `left` and `right`."""
+        """Return dq, dk and dv of one `Window`, whose bounds are `left` and `right`, for `fused.backward`."""
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         _interface()._flash_attn_backward(
             grad,

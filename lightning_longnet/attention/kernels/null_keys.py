@@ -43,7 +43,10 @@ class NullKeys(NamedTuple):
     own_heads: slice = slice(None)
 
     def add_to(self, partial: Partial, branch: int | None) -> None:
-        """Merge them into a partial of one branch, by its number in `Pattern.ordered()`; None merges those of all."""
+        """Merge the null keys of a branch into its partial, in place; where `branch` is None, those of all branches.
+
+        `branch` is its number in `Pattern.ordered()`.
+        """
         ordered = self.pattern.ordered()
         branches = [b for b in (ordered if branch is None else ordered[branch : branch + 1]) if b.has_null_keys]
         if not branches:
@@ -51,9 +54,9 @@ class NullKeys(NamedTuple):
         tokens = self.tokens.to(partial.lse.device)
         cuts = _cuts_on(tokens.device, self.cuts)
         document = torch.searchsorted(cuts, tokens, right=True) - 1
-        lengths, places = cuts.diff()[document], tokens - cuts[document]
-        counts = branches[0].null_keys(places, lengths, self.kv_heads)
+        lengths, positions = cuts.diff()[document], tokens - cuts[document]  # in their documents
+        counts = branches[0].null_keys(positions, lengths, self.kv_heads)
         for other in branches[1:]:
-            counts = counts + other.null_keys(places, lengths, self.kv_heads)
+            counts = counts + other.null_keys(positions, lengths, self.kv_heads)
         per_query = counts.repeat_interleave(self.heads // self.kv_heads, 0)[self.own_heads]
         partial.add_logits_(per_query.T[..., None].to(partial.lse.dtype).log())

@@ -110,22 +110,22 @@ def _attend_sample(
     # set to 0 here, and its weights and its lse to those of no key afterwards.
     outs, lses = [], []
     for i, (branch, mask) in enumerate(zip(spec.pattern.ordered(), masks, strict=True)):
-        own, has_keys = scores.masked_fill(~mask, -inf), mask.any(-1, keepdim=True)
+        visible, has_keys = scores.masked_fill(~mask, -inf), mask.any(-1, keepdim=True)
         if branch.has_null_keys:  # one more column, which has no value
             counts = branch.null_keys(index, lengths[document], kv_heads).repeat_interleave(heads // kv_heads, dim=0)
-            own = torch.cat((own, counts.to(wide).log()[..., None]), -1)
+            visible = torch.cat((visible, counts.to(wide).log()[..., None]), -1)
             has_keys = has_keys | (counts > 0)[..., None]
-        own = own.masked_fill(~has_keys, 0)
-        weights = own.softmax(-1)[..., : len(index)].masked_fill(~mask, 0)
+        visible = visible.masked_fill(~has_keys, 0)
+        weights = visible.softmax(-1)[..., : len(index)].masked_fill(~mask, 0)
         if factors:
             weights = weights * factors[i]
         outs.append(torch.einsum("hij,jhd->ihd", weights, v))
-        lses.append(own.logsumexp(-1).masked_fill(~has_keys.squeeze(-1), -inf))
+        lses.append(visible.logsumexp(-1).masked_fill(~has_keys.squeeze(-1), -inf))
     logits = lses if sinks is None else [*lses, sinks.to(wide)[:, None].expand_as(lses[0])]
     lse = torch.stack(logits).logsumexp(0)
     finite = lse.masked_fill(lse == -inf, 0)  # -inf - -inf is NaN
     shares = [(branch_lse - finite).exp() for branch_lse in lses]
     if spec.mix == "detached":
         shares = [share.detach() for share in shares]
-    out = torch.stack([share.T[..., None] * own for share, own in zip(shares, outs, strict=True)]).sum(0)
+    out = torch.stack([share.T[..., None] * x for share, x in zip(shares, outs, strict=True)]).sum(0)
     return out, lse

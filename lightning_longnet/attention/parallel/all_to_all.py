@@ -44,6 +44,7 @@ class AllToAllPlan(ExchangePlan):
         return False
 
     def volume(self, rank: int, sizes: Sizes) -> Volume:
+        """Return what a rank sends: its tokens of other ranks' heads, and other ranks' tokens of its own heads."""
         placement = self.layout.placement
         lengths, ranks = placement.lengths, placement.ranks
         to_heads, to_rows = lengths[rank] * (ranks - 1), placement.length - lengths[rank]
@@ -66,6 +67,7 @@ class AllToAllPlan(ExchangePlan):
         return AllToAllFootprint(self.layout.placement.ranks, self.layout.placement.length)
 
     def call(self, call: RankCall) -> AllToAllCall:
+        """Return the object that computes a forward or backward on this rank, with the branches of all lines."""
         first, *others = call.by_line()
         own = self._heads_call(first)
         inner: RoundsCall | LinesCall = own
@@ -102,6 +104,7 @@ class AllToAllFootprint(NamedTuple):
         return True
 
     def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
+        """Return uninitialized tensors like those that the forward saves: q, k, v, lse and outs of a rank's heads."""
         wide = torch.promote_types(q.dtype, torch.float32)
         saved = [x.new_empty((x.shape[0], self.length, x.shape[2] // self.ranks, x.shape[3])) for x in (q, k, v)]
         rows = q.shape[0], self.length, q.shape[2] // self.ranks
@@ -146,16 +149,17 @@ class AllToAllCall(NamedTuple):
         local_q = q
         q, k, v = self._to_heads((q, k, v), "queries, keys and values")
         out, lse, saved = self.inner.forward(q, k, v)
-        (own_out,) = self._to_rows((out,), "out")
-        own_lse = lse.new_empty((len(local_q), local_q.shape[2], local_q.shape[1]))
+        (local_out,) = self._to_rows((out,), "out")
+        local_lse = lse.new_empty((len(local_q), local_q.shape[2], local_q.shape[1]))
         if self.returns_lse:
             (lse_rows,) = self._to_rows((lse.transpose(1, 2).unsqueeze(-1),), "lse")
-            own_lse.copy_(lse_rows.squeeze(-1).transpose(1, 2))
-        return own_out, own_lse, [q, k, v, lse, *(saved or [out])]
+            local_lse.copy_(lse_rows.squeeze(-1).transpose(1, 2))
+        return local_out, local_lse, [q, k, v, lse, *(saved or [out])]
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv of this rank's tokens, from what the forward saved; of q, k and v none is read."""
         q, k, v, lse, *outs = saved
         (grad,) = self._to_heads((grad,), "the gradient of out")
         # the inner call saves the outs of branches for "detached"; otherwise the out of all branches is saved
@@ -163,7 +167,7 @@ class AllToAllCall(NamedTuple):
         return gradients[0], gradients[1], gradients[2]
 
     def _to_heads(self, tensors: Sequence[Tensor], content: str) -> list[Tensor]:
-        """Return (B, N, H / P, D) of each (B, L, H, D)."""
+        """Return (B, N, H / P, D) of each (B, L, H, D): all tokens of this rank's heads for its tokens of all heads."""
         comm, placement = self.comm, self.placement
         shapes = [(len(x), x.shape[2] // comm.ranks, x.shape[3]) for x in tensors]
         wholes = [x.new_empty((placement.length, *shape)) for x, shape in zip(tensors, shapes, strict=True)]
@@ -180,23 +184,25 @@ class AllToAllCall(NamedTuple):
         return [whole.transpose(0, 1) for whole in wholes]
 
     def _to_rows(self, tensors: Sequence[Tensor], content: str) -> list[Tensor]:
-        """Return (B, L, H, D) of each (B, N, H / P, D), the inverse of `_to_heads`."""
+        """Return (B, L, H, D) of each (B, N, H / P, D): this rank's tokens of all heads, the inverse of `_to_heads`."""
         comm, placement = self.comm, self.placement
         shapes = [(len(x), x.shape[2], x.shape[3]) for x in tensors]
-        here = placement.lengths[comm.rank]
-        parts = [x.new_empty((batch, here, comm.ranks, *r)) for x, (batch, *r) in zip(tensors, shapes, strict=True)]
+        length = placement.lengths[comm.rank]
+        # (B, L, P, H / P, D): the heads of each rank
+        parts = [x.new_empty((batch, length, comm.ranks, *r)) for x, (batch, *r) in zip(tensors, shapes, strict=True)]
 
         def pieces_of(peer: int) -> list[Tensor]:
             chunks = placement.chunks(peer)
             if len(chunks) == 1:
                 return [x[:, chunks[0].begin : chunks[0].end].transpose(0, 1) for x in tensors]
+            # with an empty piece first, for a rank without a chunk
             return [torch.cat([x[:, :0], *(x[:, s.begin : s.end] for s in chunks)], 1).transpose(0, 1) for x in tensors]
 
         def put(peer: int, pieces: Sequence[Tensor]) -> None:
             for part, piece in zip(parts, pieces, strict=True):
                 part[:, :, peer] = piece.transpose(0, 1)
 
-        self._all_to_all(tensors[0], shapes, [here] * comm.ranks, pieces_of, put, f"swap of {content} to rows")
+        self._all_to_all(tensors[0], shapes, [length] * comm.ranks, pieces_of, put, f"swap of {content} to rows")
         return [part.flatten(2, 3) for part in parts]
 
     def _all_to_all(
@@ -208,9 +214,17 @@ class AllToAllCall(NamedTuple):
         put: Callable[[int, Sequence[Tensor]], None],
         content: str,
     ) -> None:
-        """Send each rank its pieces, (rows, *shape), in one message, and `put` those that come, `rows[peer]` of each.
+        """Send each rank its pieces in one message, and store the pieces that come from each.
 
-        This rank's own pieces are put while the others are on their way.
+        This rank's own pieces are stored while the others are on their way.
+
+        Args:
+            like: a tensor of the type and device of the pieces.
+            shapes: the shape of each piece after its rows.
+            rows: the rows that come from each rank.
+            pieces_of: returns the pieces for a rank, each (rows, *shape).
+            put: stores the pieces that came from a rank.
+            content: what is sent, for errors and message tags.
         """
         comm = self.comm
         widths = [prod(shape) for shape in shapes]

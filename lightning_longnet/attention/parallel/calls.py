@@ -39,9 +39,10 @@ if TYPE_CHECKING:
 def local_call(
     options: PassOptions, q: Tensor, k: Tensor, documents: Tensor | None, padding: Tensor | None
 ) -> ExchangeCall:
-    """Return the call for whole sequences on this process.
+    """Return the object that computes one forward or backward of whole sequences on this process, without messages.
 
-    Rows with the same documents are the samples of a batch, other rows are one long row.
+    Rows with the same documents are the samples of a batch, other rows are joined to one long row.  The operators of
+    op.py call it where `attend` was given no shard.
 
     Args:
         q, k: (B, N, H, D) and (B, N, Hkv, D).
@@ -87,19 +88,24 @@ class _Rows(NamedTuple):
     device: torch.device
 
     def places(self) -> Tensor:
-        """Return the places of the long row, or of each row, (N,)."""
+        """Return the numbers 0, 1, ... of the tokens of the long row, or of each row, (N,)."""
         return torch.arange(self.length * self.joined, device=self.device)
 
 
 def _line_call(options: PassOptions, line: Line, rows: _Rows, batch: int, padding: Tensor | None) -> RoundsCall:
-    """Return the call of the branches of one line for whole sequences."""
+    """Return the object that computes the branches of one line on whole sequences: it plans their blocks.
+
+    `local_call` calls it for each line of the pattern, with the padding of the rows as the sequence has them.
+    """
     spec, tokens, samples = options.spec, line.tokens, None
     if options.dropout is not None:
+        # dropout chooses pairs by the sample and the token of each row, which a long row has of several samples
         tokens = rows.places() if tokens is None else tokens
         samples = torch.arange(batch, device=rows.device) if rows.joined == 1 else tokens // rows.length
     if tokens is not None and rows.joined > 1:
-        tokens = tokens % rows.length
-    # the backward of "detached" needs the result of each branch, which the forward merges at once
+        tokens = tokens % rows.length  # counted in each sample again
+    # the backward of "detached" needs the result of each branch, which the forward merges at once; a plan in which
+    # pairs of several branches are computed once, with a weight, has no such results
     per_branch = spec.mix == "detached" and options.direction == "backward"
     segments = spec.weighted_segments(
         rows.device.type, batch // rows.joined, torch.get_num_threads(), per_branch=per_branch
@@ -134,6 +140,9 @@ def distributed_calls(
     options: PassOptions, q: Tensor, k: Tensor, v: Tensor, shard: SequenceShard, number: int
 ) -> Iterator[tuple[slice, ExchangeCall]]:
     """Yield (samples, call) for this rank's part of each sequence; the samples of a call have the same documents.
+
+    A call computes one forward or backward of these samples and exchanges keys with the other ranks.  The operators of
+    op.py call it where `attend` was given a shard; every rank makes the same calls in the same order.
 
     Args:
         q, k, v: (B, L, H, D), (B, L, Hkv, D) and (B, L, Hkv, Dv).

@@ -165,6 +165,8 @@ class Comm:
     ) -> Pending:
         """Start one message to each rank of `send` and from each of `receive`; no tensor may be empty.
 
+        Received tensors are valid, and sent ones may be changed, when the caller has called `wait` of the result.
+
         Messages match by a tag of the shard, the context, the content, their type and their shape: where ranks do
         different things, gloo waits for a message that never comes, and ends with the timeout.  NCCL ignores tags:
         there messages match by their order alone.

@@ -180,14 +180,20 @@ class RankCall(NamedTuple):
         return calls
 
     def tokens_at(self, places: Tensor) -> Tensor:
-        """Return the index in the whole sequence of the tokens at some places of the line, on the device of these."""
+        """Return the index in the whole sequence of the token at each place of the line, on the device of `places`."""
         if self.line.tokens is None:
             return places
         key = "line", *self.key, self.line.branches, places.device
         return self.shard.cached(key, partial(self.line.tokens.to, places.device))[places]
 
     def pair_options(self, layout: Layout, places: Tensor, heads: slice = slice(None)) -> PairOptions:
-        """Return the options of all pairs of the call, with the keys at some places and some of the query heads."""
+        """Return the options that hold for every pair of the call, whichever block computes it.
+
+        Args:
+            layout: who holds what, and what sees what.
+            places: (N,) the place on the line of each key that is not received in a round.
+            heads: the query heads that this rank computes.
+        """
         spec, sinks = self.options.spec, self.options.sinks
         tokens, null_keys = self.tokens_at(places), None
         if layout.pattern.has_null_keys:

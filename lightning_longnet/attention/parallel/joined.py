@@ -29,6 +29,7 @@ class JoinedCall(NamedTuple):
         return self.inner.saved_count
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return out (B, N, H, Dv), lse (B, H, N), and the tensors that the backward of the long row needs besides."""
         out, lse, saved = self.inner.forward(_joined(q), _joined(k), _joined(v))
         rows = lse[0].unflatten(1, q.shape[:2]).transpose(0, 1).contiguous()
         return out[0].unflatten(0, q.shape[:2]), rows, saved
@@ -36,6 +37,7 @@ class JoinedCall(NamedTuple):
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv, each (B, N, heads, D), from those of the long row."""
         long_lse = lse.transpose(0, 1).flatten(1)[None]
         long_grad, long_q, long_k, long_v, long_out = (_joined(x) for x in (grad, q, k, v, out))
         gradients = self.inner.backward(long_grad, long_q, long_k, long_v, long_out, long_lse, saved)

@@ -39,11 +39,11 @@ class LinesCall(NamedTuple):
         """Return out, lse and the saved tensors of all lines; q, k and v are in the order of the first line."""
         total, saved = self.first.partial(q, k, v)
         for order, call in self.others:
-            own_q, own_k, own_v = order.reorder(q, k, v)
-            partial, own_saved = call.partial(own_q, own_k, own_v)
+            line_q, line_k, line_v = order.reorder(q, k, v)
+            partial, line_saved = call.partial(line_q, line_k, line_v)
             out, lse = order.restore(*partial)
             total.add_(out, lse)
-            saved += own_saved
+            saved += line_saved
         return *finalized(total, q, self.first.options.sinks), saved
 
     def backward(
@@ -53,12 +53,14 @@ class LinesCall(NamedTuple):
         done = self.first.saved_count  # `saved` holds the tensors of the lines one after the other
         totals = [x.total for x in self.first.gradients(grad, q, k, v, out, lse, saved[:done])]
         for order, call in self.others:
-            own_grad, own_q, own_k, own_v, own_out = order.reorder(grad, q, k, v, out)
-            (own_lse,) = order.reorder(lse.transpose(1, 2))
-            own_saved = saved[done : done + call.saved_count]
-            gradients = call.gradients(own_grad, own_q, own_k, own_v, own_out, own_lse.transpose(1, 2), own_saved)
+            line_grad, line_q, line_k, line_v, line_out = order.reorder(grad, q, k, v, out)
+            (line_lse,) = order.reorder(lse.transpose(1, 2))
+            line_saved = saved[done : done + call.saved_count]
+            gradients = call.gradients(
+                line_grad, line_q, line_k, line_v, line_out, line_lse.transpose(1, 2), line_saved
+            )
             done += call.saved_count
-            for total, own in zip(totals, order.restore(*(x.total for x in gradients)), strict=True):
-                total.add_(own)
+            for total, line_total in zip(totals, order.restore(*(x.total for x in gradients)), strict=True):
+                total.add_(line_total)
         dq, dk, dv = (totals.pop(0).to(q.dtype) for _ in range(3))
         return dq, dk, dv

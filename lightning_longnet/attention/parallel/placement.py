@@ -57,7 +57,8 @@ class Placement:
     def of_chunks(cls, ranges: Sequence[Sequence[tuple[int, int]]]) -> Placement:
         """Return the placement in which each rank holds the tokens of its ranges (begin, end), in ascending order.
 
-        Adjacent ranges of a rank are merged into one chunk, and empty ranges are dropped.
+        Adjacent ranges of a rank are merged into one chunk, and empty ranges are dropped.  `balanced_placement` makes
+        its placements with it.
         """
         listed = []
         for of_rank in ranges:
@@ -71,8 +72,8 @@ class Placement:
             listed.append(tuple(chunks))
         lengths = tuple(sum(c.end - c.begin for c in chunks) for chunks in listed)
         placement = cls(lengths, "documents", tuple(listed))
-        borders = sorted(chain.from_iterable(listed))
-        if [c.begin for c in borders] != [0, *(c.end for c in borders)][:-1]:
+        in_order = sorted(chain.from_iterable(listed))
+        if [c.begin for c in in_order] != [0, *(c.end for c in in_order)][:-1]:  # a gap, or a token on two ranks
             raise ValueError("the ranges of all ranks must hold each token of the sequence once")
         return placement
 

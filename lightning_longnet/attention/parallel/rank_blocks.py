@@ -147,13 +147,16 @@ class RankBlocks:
         self._parts: dict[tuple[int, int], tuple[Part, ...]] = {}
 
     def blocks(self, rank: int, source: int, branches: Collection[int] | None = None) -> PeerBlocks:
-        """Return the blocks of a rank's queries against the keys of `source`."""
+        """Return the blocks of a rank's queries against the keys of the rank `source`, of some branches or of all.
+
+        Both ranks call it, and so agree on the KV rows that travel from `source` to `rank`.
+        """
         if (rank, source) not in self._parts:
             pairs, parts = self._chunk_pairs(rank, source), list[Part]()
             for documents in self._common_documents(rank, source) if pairs else ():
                 for queries, keys in pairs:
                     parts += documents.shares(queries, keys)
-            # by branch, and without blocks of negative weight before others of their branch
+            # by branch, and in each branch the blocks of negative weight last
             parts.sort(key=lambda part: (part.branch, -part.block.weight))
             self._parts[rank, source] = tuple(parts)
         parts_of_branches = self._parts[rank, source]
@@ -187,10 +190,13 @@ class RankBlocks:
     def is_local(self) -> bool:
         """Return whether the keys of each query are on the rank of the query."""
         ranks = range(self.layout.placement.ranks)
-        return not any(self.blocks(rank, source).parts for rank in ranks for source in self.neighbours(rank))
+        return not any(self.blocks(rank, source).parts for rank in ranks for source in self.possible_peers(rank))
 
-    def neighbours(self, rank: int) -> list[int]:
-        """Return the ranks that a document, a segment or a window may span to: a few of thousands."""
+    def possible_peers(self, rank: int) -> list[int]:
+        """Return the other ranks that a document, a segment or a window of this rank's tokens may span to.
+
+        Of thousands of ranks these are a few, so only their blocks are planned.
+        """
         ranks: set[int] = set()
         for chunk in self.layout.placement.chunks(rank):
             ranges = [self._visible_range(chunk, branch) for branch in self.layout.pattern.branches]
@@ -249,10 +255,9 @@ def kv_rows_of(mask: Tensor, count: int | None = None) -> Tensor:
     if count is None:
         return mask.nonzero().flatten().int()
     rows = torch.arange(len(mask), dtype=torch.int32, device=mask.device)
-    places = torch.where(
-        mask, mask.cumsum(0) - 1, count
-    )  # all rows that are not needed go to one place behind the last
-    return rows.new_empty(count + 1).scatter_(0, places, rows)[:count]
+    # where each row goes: those that are not needed all go behind the last, and are cut off
+    target = torch.where(mask, mask.cumsum(0) - 1, count)
+    return rows.new_empty(count + 1).scatter_(0, target, rows)[:count]
 
 
 def _consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:

@@ -112,11 +112,13 @@ class RankOrder(NamedTuple):
 
 
 def row_exchange(order: Tensor, shard: SequenceShard) -> RowExchange:
-    """Return the rows that this rank sends and receives to have the tokens `order[i]` at its indices i of the sequence.
+    """Return the rows that this rank sends and receives to bring tensors into the order of a line.
+
+    Before, the rank of token i of the sequence holds the row of token i; afterwards it holds that of token `order[i]`.
 
     Args:
         order: (N,) the token at each place of the line.
-        shard: places and tokens are on the same ranks.
+        shard: which rank holds which token.
     """
     order = order.cpu()
     # of each token: the rank that holds it, and its local index there
@@ -156,20 +158,22 @@ class ReorderedCall(NamedTuple):
         return self.inner.saved_count + 5 * self.order.saves_rows  # q, k, v, out and lse in the order
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return out and lse in the order of the sequence, and the tensors that the backward needs besides."""
         rows = self.order.reorder(q, k, v)
         out, lse, saved = self.inner.forward(*rows)
-        (own_out,) = self.order.restore(out)
+        (sequence_out,) = self.order.restore(out)
         # an order that saves its rows saves the reordered lse, too: the backward needs no other
         if self.returns_lse or not self.order.saves_rows:
             (lse_rows,) = self.order.restore(lse.transpose(1, 2).unsqueeze(-1))
-            own_lse = lse_rows.squeeze(-1).transpose(1, 2).contiguous()
+            sequence_lse = lse_rows.squeeze(-1).transpose(1, 2).contiguous()
         else:
-            own_lse = torch.empty_like(lse)
-        return own_out, own_lse, [*rows, out, lse, *saved] if self.order.saves_rows else saved
+            sequence_lse = torch.empty_like(lse)
+        return sequence_out, sequence_lse, [*rows, out, lse, *saved] if self.order.saves_rows else saved
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv in the order of the sequence."""
         if self.order.saves_rows:
             q, k, v, out, lse, *saved = saved  # the forward saved them in the order of the inner call
         else:

@@ -94,7 +94,7 @@ class RoundsCall(NamedTuple):
         return sum(step.saves_rows for step in self.route.rounds) + self._saved_outs
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Compute the attention of this rank's queries.
+        """Return out and lse of this rank's queries, and the tensors that the backward needs besides.
 
         The operator `lightning_longnet::attend` calls it once for each group of samples with equal documents.
         """
@@ -169,6 +169,7 @@ class RoundsCall(NamedTuple):
         pending_gradients: list[Callable[[], None]] = []
 
         def backward_round(i: int, indices: RoundIndices, kv_rows: Tensor) -> None:
+            """Add what a round's keys give to dq, and begin to send their own gradients home."""
             dkv_rows = torch.zeros_like(kv_rows, dtype=wide)
             keys = self._received_keys(indices, kv_rows, k.shape[3], dkv_rows)
             inputs = BackwardInputs(grad, outs, lse)
@@ -208,7 +209,10 @@ class RoundsCall(NamedTuple):
     def _own_parts(
         self, q: Tensor, keys: OwnKeys, v: Tensor, outs: list[Tensor]
     ) -> Iterator[tuple[list[Tensor], Parts]]:
-        """Yield the own parts with the outs that their gradients need, which "detached" computes again here."""
+        """Yield (outs, parts) of the blocks on this rank's keys; the gradients of the parts need these outs.
+
+        In one process "detached" computes the out of each branch again here, as the forward kept only the merged one.
+        """
         if not self.branch_outs or self._saved_outs:
             yield outs, self.route.own
             return
@@ -244,9 +248,15 @@ class RoundsCall(NamedTuple):
     def _send_gradients(
         self, step: Round, indices: RoundIndices, dkv_rows: Tensor, dk: Accumulator, dv: Accumulator
     ) -> Callable[[], None]:
-        """Send dK and dV of a round's keys to the ranks that own them, against the direction of the forward.
+        """Start to send dK and dV of a round's received keys home, to the ranks that hold these keys.
 
-        Returns a function that waits for the dK and dV of this rank's own keys and adds them to dk and dv.
+        At the same time this rank receives gradients of its own keys, from the ranks to which it sent these.  Returns a
+        function that waits for these gradients and adds them to dk and dv.
+
+        Args:
+            step, indices: the round, and its rows.
+            dkv_rows: (R, B, D + Dv) the gradients of the received rows.
+            dk, dv: the accumulators of this rank's own keys.
         """
         assert self.remote is not None
         send = dict(zip(indices.receive, dkv_rows.split([len(c) for c in indices.receive.values()]), strict=True))

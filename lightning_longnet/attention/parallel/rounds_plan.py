@@ -39,6 +39,7 @@ class RoundsPlan(ExchangePlan):
         return rounds_volumes(self.layout, [self.exchanges], rank, sizes)[0]
 
     def branch_volumes(self, rank: int, sizes: Sizes) -> tuple[Volume, ...]:
+        """Return what each branch adds to the branches that are finer, as rows that several need travel once."""
         # a branch adds what the branches up to it exchange beyond those before it
         count = len(self.exchanges)
         prefixes = [(*self.exchanges[:i], *("none",) * (count - i)) for i in range(count + 1)]
@@ -46,6 +47,7 @@ class RoundsPlan(ExchangePlan):
         return tuple(Volume(*(b - a for a, b in zip(*pair, strict=True))) for pair in pairwise(totals))
 
     def work(self, rank: int, weighted_segments: int = 0) -> RankWork:
+        """Return the blocks that a rank computes on its own keys, and what it receives and computes in each round."""
         own_route = route(self.layout._replace(weighted_segments=weighted_segments), rank, self.exchanges)
         rounds = (
             RoundWork(
@@ -63,6 +65,7 @@ class RoundsPlan(ExchangePlan):
         return RoundsFootprint(saved, max((rows for rows, is_saved in rounds if not is_saved), default=0))
 
     def call(self, call: RankCall) -> RoundsCall | LinesCall:
+        """Return the object that computes a forward or backward on this rank, with the branches of all lines."""
         first, *others = call.by_line()
         own = self._line_call(first)
         if not others:
@@ -76,7 +79,7 @@ class RoundsPlan(ExchangePlan):
         return LinesCall(own, tuple(lines))
 
     def _line_call(self, call: RankCall) -> RoundsCall:
-        """Return the call of the branches of one line."""
+        """Return the object that computes the branches of one line on this rank's rows."""
         shard = call.shard
         layout = self.layout._replace(pattern=call.line.pattern, weighted_segments=call.weighted_segments)
         exchanges = tuple(self.exchanges[i] for i in call.line.branches)
@@ -107,6 +110,7 @@ class RoundsFootprint(NamedTuple):
         return False
 
     def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
+        """Return uninitialized tensors like those that the forward saves: received rows, and the outs of branches."""
         wide = torch.promote_types(q.dtype, torch.float32)
         saved = []
         if self.saved_rows:
@@ -126,28 +130,45 @@ class RoundsFootprint(NamedTuple):
 
 
 def rounds_volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, sizes: Sizes) -> list[Volume]:
-    """Return a rank's volume under each of several choices of exchanges, counting each branch's rows once for all."""
+    """Return what a rank sends and keeps under each of several choices of exchanges.
+
+    `schedule` compares choices by it.  The blocks between two ranks are the same for all choices, and are planned once.
+
+    Args:
+        layout: who holds what, and what sees what.
+        ways: the choices: for each branch "gather", "ring" or "none".
+        rank: the rank.
+        sizes: the sizes of the tensors.
+    """
+    # for each choice the branches that are gathered, and those that go round a ring
     groups = [
         tuple(tuple(i for i, kind in enumerate(way) if kind == name) for name in ("gather", "ring")) for way in ways
     ]
     branches = sorted({members for group in groups for members in group}, key=len)
-    pair = sizes.batch * (sizes.head_dim + sizes.value_dim)
-    totals = [[0, 0, 0, 0] for _ in ways]
+    row_elements = sizes.batch * (sizes.head_dim + sizes.value_dim)  # of one KV row
+    totals = [Volume(0, 0, 0, 0) for _ in ways]
     between = rank_blocks(layout)
-    for peer in between.neighbours(rank):
+    for peer in between.possible_peers(rank):
         received, sent = (_kv_row_counts(between.blocks(*ends), branches) for ends in ((rank, peer), (peer, rank)))
-        for total, group in zip(totals, groups, strict=True):
+        for n, group in enumerate(groups):
+            sent_bytes, messages, kept_bytes, forward_bytes = totals[n]
+            # rows that are gathered are sent once; those of a ring again in the backward.  Both return gradients
             for members, fetches in zip(group, (1, 2), strict=True):
                 gradients = received[members] * sizes.wide_itemsize
-                total[0] += pair * (fetches * sent[members] * sizes.itemsize + gradients)
-                total[3] += pair * sent[members] * sizes.itemsize
-                total[1] += fetches * (sent[members] > 0) + (received[members] > 0)
-            total[2] += pair * received[group[0]] * sizes.itemsize
-    return [Volume(*total) for total in totals]
+                sent_bytes += row_elements * (fetches * sent[members] * sizes.itemsize + gradients)
+                messages += fetches * (sent[members] > 0) + (received[members] > 0)
+                forward_bytes += row_elements * sent[members] * sizes.itemsize
+            kept_bytes += row_elements * received[group[0]] * sizes.itemsize
+            totals[n] = Volume(sent_bytes, messages, kept_bytes, forward_bytes)
+    return totals
 
 
 def _kv_row_counts(blocks: PeerBlocks, groups: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
-    """Return how many KV rows each group of branches needs together; the groups come in the order of their size."""
+    """Return how many KV rows the branches of each group need together.
+
+    `groups` are tuples of branches in the order of their size, so that the mask of most is that of an earlier group and
+    one more branch.
+    """
     if not blocks.parts:
         return dict.fromkeys(groups, 0)
     if blocks.is_sparse:

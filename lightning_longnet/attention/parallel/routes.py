@@ -93,9 +93,9 @@ class Round:
             mask = blocks.mask(device=device)
             receive[rank] = kv_rows_of(mask, received.get(rank))
             # the index of each needed KV row among all that this round receives, (1, tokens, kv_heads, 1)
-            places = (mask.cumsum(0, dtype=torch.int32) + (offset - 1)).view(1, blocks.tokens, blocks.kv_heads, 1)
+            kv_index = (mask.cumsum(0, dtype=torch.int32) + (offset - 1)).view(1, blocks.tokens, blocks.kv_heads, 1)
             for part in self._parts[rank]:
-                parts.append(part._replace(kv_index=part.block.keys.read(places)[0, ..., 0].clone()))
+                parts.append(part._replace(kv_index=part.block.keys.read(kv_index)[0, ..., 0].clone()))
             offset += len(receive[rank])
         parts.sort(key=lambda part: part.branch)  # dropout computes its words once for each run of one branch
         send = {rank: kv_rows_of(blocks.mask(device=device), sent.get(rank)) for rank, blocks in self.sends.items()}
@@ -123,11 +123,19 @@ class RoundIndices(NamedTuple):
 
 
 def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
-    """Return a rank's route.  "gather" has one round with all ranks, "ring" one for each step."""
+    """Return a rank's route: what it computes, sends and receives in a call of attention by gather and ring.
+
+    All branches that are gathered share one round with all ranks; those of a ring share a round for each step.
+
+    Args:
+        layout: who holds what, and what sees what.
+        rank: the rank.
+        exchanges: "gather" or "ring" for each branch.
+    """
     gathers, rings = (tuple(i for i, kind in enumerate(exchanges) if kind == name) for name in ("gather", "ring"))
     assert len(gathers) + len(rings) == len(exchanges) == len(layout.pattern.branches)
     between, ranks = rank_blocks(layout), layout.placement.ranks
-    peers = between.neighbours(rank)
+    peers = between.possible_peers(rank)
     rounds = [_round(between, rank, peers, peers, gathers)] if gathers else []
     # only the steps in which this rank receives from or sends to a rank that a segment, document or window spans to
     for step in sorted({(rank - r) % ranks for r in peers} | {(r - rank) % ranks for r in peers}) if rings else ():
@@ -147,7 +155,10 @@ def _round(
 
 
 def head_parts(layout: Layout, kv_heads: range) -> Parts:
-    """Return the blocks over the whole sequence of some key heads and of the query heads that they serve."""
+    """Return the blocks over the whole sequence of some key heads and of the query heads that they serve.
+
+    The exchange "swap" takes them, with which a rank has all tokens of these heads; heads are counted from its first.
+    """
     whole = plan(layout.pattern, layout.heads, layout.kv_heads, layout.cuts, layout.weighted_segments)
     group, parts = layout.heads // layout.kv_heads, []
     for branch, blocks in enumerate(whole.branches):

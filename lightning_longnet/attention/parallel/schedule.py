@@ -57,7 +57,15 @@ def refusal_of(exchange: str, ranks: int, kv_heads: int) -> str:
 
 
 def schedule(layout: Layout, exchange: str, sizes: Sizes) -> Schedule:
-    """Return the exchange of each branch, or raise a ValueError with the reason where one cannot serve."""
+    """Return the exchange of each branch, or raise a ValueError with the reason where one cannot serve.
+
+    "auto" takes the choice that costs the busiest rank least, of those that keep few rows of other ranks.
+
+    Args:
+        layout: who holds what, and what sees what.
+        exchange: the argument of `attend`.
+        sizes: the sizes of the tensors.
+    """
     branches, ranks = len(layout.pattern.branches), layout.placement.ranks
     if exchange not in get_args(Exchange):
         raise ValueError(f"exchange must be one of {', '.join(map(repr, get_args(Exchange)))}, got {exchange!r}")

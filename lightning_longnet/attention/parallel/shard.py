@@ -72,6 +72,7 @@ class SequenceShard:
     ) -> None:
         self.comm = self._make_comm(group)
         self.rank = self.comm.rank
+        # a rank with a wrong argument still exchanges headers, so that all ranks raise an error
         fault = placement_fault(self.comm, length, placement)
         fault = fault or argument_fault(self.rank, length, placement, documents, key_padding_mask, check)
         runs = [None if x is None or fault else run_lengths_of(x) for x in (documents, key_padding_mask)]

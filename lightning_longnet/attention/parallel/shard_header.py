@@ -69,9 +69,13 @@ class ShardHeader(NamedTuple):
 
 
 def check_headers(headers: Sequence[ShardHeader], fault: str) -> None:
-    """Raise the error of this rank, or one for arguments that differ between ranks, on every rank."""
+    """Raise a ValueError for this rank's own `fault`, or where ranks gave different values for one argument.
+
+    `SequenceShard` calls it with the headers of all ranks when it is made, so that all of them raise the error.
+    """
     if fault:
         raise ValueError(fault)
+    # the arguments that must be equal, with the words for their numbers; other arguments have numbers of rows
     names: tuple[tuple[str, Sequence[Any]], ...] = (
         ("placement", (*_KINDS, "a Placement")),
         ("rows of documents", ()),
@@ -81,10 +85,11 @@ def check_headers(headers: Sequence[ShardHeader], fault: str) -> None:
     for i, (name, labels) in enumerate(names, 1):  # the order of the fields of `ShardHeader`
         values = [h[i] for h in headers]
         if len(set(values)) > 1:
-            shown = [labels[min(v, len(labels) - 1)] if labels else "none" if v < 0 else v for v in values]
+            # placements of `balanced_placement` have larger numbers than the last word
+            words = [labels[min(v, len(labels) - 1)] if labels else "none" if v < 0 else v for v in values]
             other = next(r for r, value in enumerate(values) if value != values[0])
             raise ValueError(
-                f"{name} must be equal on all ranks, got {shown[0]} on rank 0 and {shown[other]} on rank {other}"
+                f"{name} must be equal on all ranks, got {words[0]} on rank 0 and {words[other]} on rank {other}"
             )
 
 
@@ -108,7 +113,10 @@ def placement_fault(comm: Comm, length: Any, placement: Any) -> str:
 
 
 def argument_fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any, check: Any) -> str:
-    """Return what is wrong with this rank's own arguments, or an empty text."""
+    """Return what is wrong with the arguments that this rank gave to `SequenceShard`, or an empty text.
+
+    The ranks exchange headers before one of them raises the error, so that no rank waits for it.
+    """
     if not isinstance(length, int) or isinstance(length, bool) or length < 0:
         return f"length must be a number of tokens, at least 0, got {length!r} on rank {rank}"
     for name, value, allowed in (("placement", placement, _KINDS), ("check", check, get_args(Check))):

@@ -37,7 +37,14 @@ class _Clip(NamedTuple):
 
 
 def shares(block: Block, queries: Chunk, keys: Chunk) -> Iterator[Block]:
-    """Yield the parts of a block with queries in one chunk and keys in another, in the local rows of their ranks."""
+    """Yield the parts of a block with queries in one chunk and keys in another, in the local rows of their ranks.
+
+    `RankBlocks` calls it for each chunk of a rank's queries and each chunk of another rank's keys.
+
+    Args:
+        block: a block of the plan of whole documents.
+        queries, keys: consecutive tokens of one rank each.
+    """
     count = len(block.queries.starts)
     begin, end = _touching(block.queries, queries)
     first, last = _touching(block.keys, keys)
@@ -79,7 +86,10 @@ def _cut(block: Block, s: int, queries: Chunk, keys: Chunk) -> Iterator[Block]:
 
 
 def _clipped(block: Block, s: int, heads: range, clip: _Clip, queries: Chunk, keys: Chunk) -> Block:
-    """Return the rows of segment `s` that a share keeps, of some key heads and of the query heads that they serve."""
+    """Return the share of segment `s` with the rows that `_clip` found, of some key heads and their query heads.
+
+    `queries` and `keys` are the chunks that hold these rows, whose local rows the share counts.
+    """
     group = block.queries.heads // block.keys.heads
     query_rows, key_rows = range(clip.first_query, clip.last_query), range(clip.first_key, clip.last_key)
     # a and b count from the first rows that stay, so the bounds of a - b move by their difference

@@ -59,6 +59,7 @@ class Branch:
     ragged: Ragged = "exact"
 
     def __post_init__(self) -> None:
+        """Check the arguments, and make a `Sparsity` of the keywords that YAML gives for one."""
         for name in ("segment_length", "dilation_rate", "window"):
             value = getattr(self, name)
             if value is not None or name == "dilation_rate":
@@ -95,36 +96,46 @@ class Branch:
 
     def connects(self, length: int) -> bool:
         """Return whether any query may see a key of another token."""
-        return min(self.border(length), self.window or length) > self.dilation_rate
+        return min(self.border_spacing(length), self.window or length) > self.dilation_rate
 
-    def border(self, length: int) -> int:
-        """Return the distance between two borders that no pair of this branch crosses: a segment, or one kept block."""
+    def border_spacing(self, length: int) -> int:
+        """Return the distance in tokens between two borders that no pair of this branch crosses.
+
+        It is the segment length, or the tokens of a block where a sparsity keeps for each block only the block itself.
+        `Pattern.reach` calls it for a sequence of `length` tokens.
+        """
         width = min(self.segment_length or length, length)
         if self.sparsity is not None:
-            own = self.sparsity.block_size * self.dilation_rate
+            block_tokens = self.sparsity.block_size * self.dilation_rate
             kept = self.sparsity.kept(-(-width // self.dilation_rate), 0, self.is_causal)
-            if width % own == 0 and all(len(row) == 1 for row in kept):
-                return own  # every block sees itself alone
+            if width % block_tokens == 0 and all(len(row) == 1 for row in kept):
+                return block_tokens
         return width
 
-    def visible(self, tokens: Tensor, kv_heads: int) -> Tensor:
-        """Return which pairs the branch shows, by its definition: a boolean (Hkv, N, N).
+    def border(self, length: int) -> int:
+        """Return `border_spacing(length)`, under its former name."""
+        return self.border_spacing(length)
 
-        `tokens`, (N,), are the places of the tokens in their documents: 0, 1, ... for each whole document.
+    def visible(self, tokens: Tensor, kv_heads: int) -> Tensor:
+        """Return which (query, key) pairs the branch shows to each key/value head, by its definition: (Hkv, N, N).
+
+        `Pattern.visible` calls it, for pictures and for the kernel "reference".  `tokens`, (N,), are the places of the
+        tokens in their documents: 0, 1, ... for each whole document.  Pairs of two documents have no meaning; the
+        caller masks them.
         """
         segment, place = tokens * 0, tokens
         if self.segment_length is not None:
             segment, place = tokens // self.segment_length, tokens % self.segment_length
         offsets = torch.tensor([self.offset(g, kv_heads) for g in range(kv_heads)], device=tokens.device)
-        member = place % self.dilation_rate == offsets[:, None]
-        visible = member[:, :, None] & member[:, None, :] & (segment[:, None] == segment)
+        is_served = place % self.dilation_rate == offsets[:, None]  # (Hkv, N): the tokens of a head's residue
+        visible = is_served[:, :, None] & is_served[:, None, :] & (segment[:, None] == segment)
         distance = tokens[:, None] - tokens
         if self.is_causal:
             visible &= distance >= 0
         if self.window is not None:
             visible &= distance.abs() < self.window
         if self.sparsity is not None:
-            document = (tokens == 0).cumsum(0)
+            document = (tokens == 0).cumsum(0)  # its number: place 0 begins another one
             lengths = document.bincount()[document]
             visible &= torch.stack([self.keeps(tokens, lengths, g, kv_heads) for g in range(kv_heads)])
         return visible

@@ -123,7 +123,7 @@ def _branches_by_line(pattern: Pattern) -> dict[_LineKey, tuple[int, ...]]:
 
 @lru_cache(64)
 @torch.inference_mode(False)
-def _curve(length: int) -> Tensor:
+def _document_curve(length: int) -> Tensor:
     return sequence_hilbert_order(length)
 
 
@@ -132,7 +132,7 @@ def _curve(length: int) -> Tensor:
 def _curve_lines(cuts: tuple[int, ...], pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
     """Return the lines of a pattern along a Hilbert curve through each document."""
     ordered, lines = pattern.ordered(), []
-    documents = [(begin, _curve(end - begin)) for begin, end in pairwise(cuts) if begin < end]
+    documents = [(begin, _document_curve(end - begin)) for begin, end in pairwise(cuts) if begin < end]
     for (sets, masks_later), members in _branches_by_line(pattern).items():
         branches = tuple(ordered[i] for i in members)
         if masks_later:  # the mask is by tokens, as the places of this line do not say which key is later

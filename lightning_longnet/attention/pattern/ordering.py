@@ -51,10 +51,10 @@ def hilbert_order(shape: Sequence[int]) -> Tensor:
     cache: dict[_Sizes, Tensor] = {}
     rows, columns = sizes[-2:]
     whole = (sizes[0] if len(sizes) == 3 else 1, rows, columns)
-    places = torch.zeros(3, prod(sizes), dtype=torch.int32)
-    _write_pieces(_first_pieces(whole), places, cache)
+    coordinates = torch.zeros(3, prod(sizes), dtype=torch.int32)
+    _write_pieces(_first_pieces(whole), coordinates, cache)
     order = torch.zeros(prod(sizes), dtype=torch.long)
-    for size, along in zip(sizes, places[-len(sizes) :], strict=True):
+    for size, along in zip(sizes, coordinates[-len(sizes) :], strict=True):
         order.mul_(size).add_(along)
     return order
 
@@ -117,14 +117,18 @@ def causal_order(order: Tensor, pattern: Pattern) -> Tensor:
 
 
 def sorted_sets(order: Tensor, segment_length: int | None, rate: int) -> Tensor:
-    """Return an order with the same segments and residues, each with its tokens in ascending order."""
+    """Return an order in which each set of tokens has the same places as in `order`, and ascends.
+
+    A set is the tokens of one segment and residue of `order`.  `causal_order` calls it, and the lines of a causal
+    pattern along a curve, on which a mask by places then masks the tokens that come later in the sequence.
+    """
     places = torch.arange(len(order), device=order.device)
     length = len(order) if segment_length is None else segment_length
-    group = places // length * rate + places % length % rate  # the set of each place
+    set_of_place = places // length * rate + places % length % rate  # the number of the set
     by_token = order.argsort()
     # Stable sorts by set: on the left the places of each set in order, on the right its tokens in ascending order.
     result = torch.empty_like(order)
-    result[group.argsort(stable=True)] = order[by_token][group[by_token].argsort(stable=True)]
+    result[set_of_place.argsort(stable=True)] = order[by_token][set_of_place[by_token].argsort(stable=True)]
     return result
 
 
@@ -136,29 +140,29 @@ def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
-def _curve(sizes: _Sizes, cache: dict[_Sizes, Tensor]) -> Tensor:
+def _box_curve(sizes: _Sizes, cache: dict[_Sizes, Tensor]) -> Tensor:
     """Return the coordinates of the cells of a box in the order of its curve, (3, cells).
 
     The curve begins at (0, 0, 0) and ends at (sizes[0] - 1, 0, 0).  `cache` holds the curves of boxes by
     size: the pieces of a large box have few different sizes.
     """
     if sizes not in cache:
-        places = torch.zeros(3, prod(sizes), dtype=torch.int32)
+        coordinates = torch.zeros(3, prod(sizes), dtype=torch.int32)
         if sizes[1] == sizes[2] == 1:
-            torch.arange(sizes[0], out=places[0])
+            torch.arange(sizes[0], out=coordinates[0])
         else:
-            _write_pieces(_pieces(sizes), places, cache)
-        cache[sizes] = places
+            _write_pieces(_pieces(sizes), coordinates, cache)
+        cache[sizes] = coordinates
     return cache[sizes]
 
 
-def _write_pieces(pieces: list[_Piece], places: Tensor, cache: dict[_Sizes, Tensor]) -> None:
-    """Write the coordinates of the cells along pieces that follow one another, (3, cells), to `places`."""
+def _write_pieces(pieces: list[_Piece], coordinates: Tensor, cache: dict[_Sizes, Tensor]) -> None:
+    """Write the coordinates of the cells along pieces that follow one another, (3, cells), to `coordinates`."""
     done = 0
     for piece in pieces:
         first, second, third = (abs(end - begin) for _, begin, end in piece)
-        inner = _curve((first, second, third), cache)
-        target = places[:, done : done + inner.shape[1]]
+        inner = _box_curve((first, second, third), cache)
+        target = coordinates[:, done : done + inner.shape[1]]
         for (axis, begin, end), along in zip(piece, inner, strict=True):
             if (begin, end) == (0, 1):
                 continue  # zeros already: the pages of a dimension that a grid lacks are then never allocated
@@ -167,7 +171,7 @@ def _write_pieces(pieces: list[_Piece], places: Tensor, cache: dict[_Sizes, Tens
             else:
                 torch.sub(torch.tensor(begin - 1, dtype=along.dtype), along, out=target[axis])
         done += inner.shape[1]
-    assert done == places.shape[1]
+    assert done == coordinates.shape[1]
 
 
 def _pieces(sizes: _Sizes) -> list[_Piece]:

@@ -79,6 +79,7 @@ class Pattern:
     multiplicity: Multiplicity = "multiset"
 
     def __post_init__(self) -> None:
+        """Check the arguments, and make branches of the keywords that YAML gives for them."""
         if isinstance(self.branches, Branch) or not hasattr(self.branches, "__iter__"):
             raise ValueError(f"branches must be a sequence of Branch, got {self.branches!r}")
         branches = tuple(b if isinstance(b, Branch) else from_keywords(Branch, "branches", b) for b in self.branches)
@@ -190,6 +191,8 @@ class Pattern:
     def visible(self, tokens: Tensor, kv_heads: int) -> list[Tensor]:
         """Return which pairs each branch shows, by the definition: booleans (Hkv, N, N), in the order of `ordered()`.
 
+        The other kernels are compared with this definition; `mask` and the kernel "reference" compute with it.
+
         `tokens`, (N,), are the places of the tokens in their documents: 0, 1, ... for each whole document.
         """
         shown = [branch.visible(tokens, kv_heads) for branch in self.ordered()]
@@ -223,7 +226,7 @@ class Pattern:
     def reach(self, length: int, heads: int, kv_heads: int | None = None) -> Reach:
         """Return how far information travels in a sequence of `length` tokens at any depth; see `Reach`."""
         kv_heads = check_heads(heads, kv_heads)
-        lengths = [b.border(length) for b in self.branches if b.connects(length)]
+        lengths = [b.border_spacing(length) for b in self.branches if b.connects(length)]
         span = min(lcm(*lengths), length)  # a border of every branch is one that no layer crosses
         unserved = []
         for branch in self.branches:

@@ -53,6 +53,7 @@ class Sparsity:
     varies_over_heads: bool = False
 
     def __post_init__(self) -> None:
+        """Check the arguments, and set the default of `global_tokens`, which depends on the kind."""
         if self.kind not in get_args(BlockKind):
             raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(BlockKind)))}, got {self.kind!r}")
         object.__setattr__(self, "block_size", _checked_count("block_size", self.block_size, 1))
@@ -122,13 +123,18 @@ class Sparsity:
         return self.blocks(self.global_tokens)
 
     def preferred(self, block: int, visible: int, phase: int) -> Iterator[int]:
-        """Yield the first `visible` blocks of keys in the order in which a block of queries prefers them.
+        """Yield blocks of keys in the order in which a block of queries prefers them; some come more than once.
 
-        Some come more than once.
+        `_kept` takes from it as many different ones as `row_counts` says.
+
+        Args:
+            block: the number of the block of queries.
+            visible: how many blocks of keys, from the first one on, the mask leaves.
+            phase: the `phase` of the head.
         """
 
         def near(blocks: Iterable[int]) -> list[int]:
-            """Return other blocks by their distance."""
+            """Return the blocks but `block` itself, the nearest first, and of two equally near the earlier."""
             return sorted((j for j in blocks if j != block), key=lambda j: (abs(j - block), j))
 
         yield block

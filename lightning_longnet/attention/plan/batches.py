@@ -35,7 +35,10 @@ HEAD_WEIGHTS = 2**19
 
 
 def batched(blocks: Iterable[Block]) -> list[Block]:
-    """Return blocks of one branch with the same pairs, in fewer calls; those of negative weight come last."""
+    """Return blocks of one branch with the same pairs, in fewer calls; those of negative weight come last.
+
+    `Parts.joined` calls it on a CPU just before blocks run.
+    """
     joined = list(_similar_runs(_all_heads(blocks)))
     return sorted(joined, key=lambda block: -block.weight)
 
@@ -43,7 +46,7 @@ def batched(blocks: Iterable[Block]) -> list[Block]:
 # Heads
 
 
-class _HeadPlace(NamedTuple):
+class _HeadPair(NamedTuple):
     """A query head and its key head, with the weights of their pairs."""
 
     query: int
@@ -52,7 +55,7 @@ class _HeadPlace(NamedTuple):
 
 
 def _all_heads(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Yield blocks, those with weights joined over the heads."""
+    """Yield the blocks, of which those with weights that differ in their heads alone are joined to fewer."""
     groups: dict[Block, list[Block]] = defaultdict(list)
     for block in map(_of_one_head, blocks):
         is_small = block.queries.rows * block.keys.rows <= HEAD_WEIGHTS
@@ -67,7 +70,10 @@ def _all_heads(blocks: Iterable[Block]) -> Iterator[Block]:
 
 
 def _of_one_head(block: Block) -> Block:
-    """Return a small block of which the "heads" are segments of one head, at other distances, as segments."""
+    """Return a small block whose lattices have one head several times, `head_step` 0, with each time as segments.
+
+    Such lattices hold runs of one head that no range of segments holds.  Other blocks are returned as they are.
+    """
     queries, keys = block.queries, block.keys
     if queries.heads == 1 or queries.head_step or keys.head_step or queries.size > CALL_ROWS:
         return block
@@ -80,26 +86,29 @@ def _of_one_head(block: Block) -> Block:
 
 
 def _joined_heads(blocks: list[Block]) -> Iterator[Block]:
-    """Yield blocks of the same rows as few of all their heads, or as they are if their heads are not neighbours."""
-    places = []
+    """Yield few blocks, each of several heads, for blocks that differ in their heads and weights alone.
+
+    They come back as they are unless their heads are all those from the first to the last, as a lattice needs.
+    """
+    head_pairs = []  # every query head with its key head
     for block in blocks:
         group = block.queries.heads // block.keys.heads
         for a in range(block.queries.heads):
             query = block.queries.head + a * block.queries.head_step
             key = block.keys.head + a // group * block.keys.head_step
-            places.append(_HeadPlace(query, key, block.repeats))
-    places.sort()
-    repeats = {place.key: place.repeats for place in places}
-    heads, group = list(repeats), len(places) // len(repeats)
-    if [(place.query, place.key) for place in places] != [
+            head_pairs.append(_HeadPair(query, key, block.repeats))
+    head_pairs.sort()
+    repeats = {pair.key: pair.repeats for pair in head_pairs}
+    heads, group = list(repeats), len(head_pairs) // len(repeats)
+    if [(pair.query, pair.key) for pair in head_pairs] != [
         (query, query // group) for query in range(heads[0] * group, (heads[-1] + 1) * group)
     ]:
         yield from blocks
         return
     one = blocks[0]
-    each = max(1, HEAD_WEIGHTS // (one.queries.rows * one.keys.rows))
-    for first in range(0, len(heads), each):
-        keys = heads[first : first + each]
+    heads_per_call = max(1, HEAD_WEIGHTS // (one.queries.rows * one.keys.rows))
+    for first in range(0, len(heads), heads_per_call):
+        keys = heads[first : first + heads_per_call]
         yield replace(
             one,
             queries=replace(one.queries, head=keys[0] * group, heads=len(keys) * group, head_step=1),
@@ -113,7 +122,7 @@ def _joined_heads(blocks: list[Block]) -> Iterator[Block]:
 
 
 def _similar_runs(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Yield blocks, runs that see themselves joined with others of about their length."""
+    """Yield the blocks, of which those whose runs see only themselves are joined with others of about their length."""
     groups: dict[Block, list[Block]] = defaultdict(list)
     for block in blocks:
         if _sees_itself(block):
@@ -177,5 +186,6 @@ def _joining_cost(block: Block, batch: list[Block]) -> float:
 
 
 def _padded_block(blocks: list[Block]) -> Block:
+    """Return one block of all segments of several, each padded to the longest of them."""
     queries, keys = padded([block.queries for block in blocks]), padded([block.keys for block in blocks])
     return replace(blocks[0], queries=queries, keys=queries if queries == keys else keys)

@@ -96,7 +96,10 @@ def make_plan(
     weighted_segments: int = 0,
     copied_rows: int = COPIED_ROWS,
 ) -> Plan:
-    """Return the plan of a packed row; document i has the tokens `cuts[i]` to `cuts[i + 1]`, so (0, N) is one sequence.
+    """Return the blocks that compute attention to a packed row, branch by branch.
+
+    Document i has the tokens `cuts[i]` to `cuts[i + 1]`, so (0, N) is one sequence.  Callers keep the plan, as it takes
+    long beside a call: see `plan`, `PackedRows.plan` and `RankBlocks`.
 
     Args:
         pattern: which keys a query sees.
@@ -152,11 +155,16 @@ class _PackedRow(NamedTuple):
 
 
 def _plan(branches: Sequence[Branch], row: _PackedRow, earlier_excluded: bool, repeats: bool) -> Plan:
-    """Return the plan of branches in their order.
+    """Return the blocks of each branch: the runs of all heads and documents, collected into as few calls as possible.
+
+    `make_plan` calls it for the plan in which every branch computes all its pairs and, where that may save work, for
+    the one in which each pair is computed once.
 
     Args:
-        earlier_excluded: whether each branch is without the pairs that an earlier one shows.
-        repeats: whether a pair counts once more for each later branch that shows it, too.
+        branches: from the finest to the coarsest.
+        row: the heads and documents.
+        earlier_excluded: leaves out of each branch the pairs that an earlier one shows.
+        repeats: gives each pair a weight: it counts once more for each later branch that shows it, too.
     """
     heads, kv_heads, cuts = row[:3]
     # the first tokens of the documents of each length: equal documents have equal runs
@@ -218,11 +226,13 @@ def _head_runs(
     row: _PackedRow,
     documents: dict[int, list[int]],
 ) -> Iterator[tuple[Shape, Starts]]:
-    """Yield each shape of the runs that a branch shows to a head, with their first rows in all documents.
+    """Yield (shape, first rows) of all runs that a branch shows to one key/value head, in all documents.
 
     A shape comes several times if its first rows are not evenly spaced: as several ranges, and a tuple for the rest.
 
     Args:
+        earlier: branches whose pairs are left out.
+        later: branches that show some of the pairs again, for which these count more than once.
         documents: for each length of a document the first tokens of the documents of that length.
     """
     kv_heads = row.kv_heads

@@ -99,7 +99,10 @@ class Lattice:
         return t.as_strided((batch * segments, *sizes), (stride, *strides), t.storage_offset() + offset)
 
     def _view(self, t: Tensor) -> _View:
-        """Return the view of `read`, which is kept for tensors of one shape and one memory layout."""
+        """Return the sizes, strides and offset with which `read` and `folded` view the rows of t (B, N, H, D).
+
+        They depend only on the shape and the strides of t, and are computed once for each of these.
+        """
         views: dict[tuple[Any, Any], _View] = self.__dict__.setdefault("_views", {})
         key = t.shape, t.stride()
         view = views.get(key)
@@ -116,6 +119,7 @@ class Lattice:
                 self.step * row,
                 dim,
             )
+            # samples and segments are one dimension where the next sample begins a segment after the last one
             is_foldable = 1 in sizes[:2] or strides[0] == sizes[1] * strides[1]
             view = views[key] = _View(sizes, strides, is_foldable, self.starts.start * row + self.head * head)
         return view

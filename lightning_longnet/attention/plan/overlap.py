@@ -57,10 +57,12 @@ def exclusive_runs(
 ) -> Iterator[Runs]:
     """Yield runs over the pairs of `branch` that none of the `earlier` branches shows.
 
-    The weights of the runs add up to 1 for such a pair, and to 0 for a pair that an earlier branch shows.
+    The weights of the runs add up to 1 for such a pair, and to 0 for a pair that an earlier branch shows.  The plan
+    takes them instead of `own_runs` where a pair is to be computed in one branch only.
     """
     chain = (*earlier, branch)
     if all(nests(a, b, kv_heads) for a, b in pairwise(chain)):
+        # an earlier branch shows a pair of this branch iff it lies within one segment of the last of them
         yield from _outside(branch, earlier[-1], branch.offset(kv_head, kv_heads), length)
         return
     # The product branch * (1 - first) * (1 - second) * ... of indicators of pairs, multiplied out: each summand is the

@@ -49,7 +49,7 @@ class PackedRows:
         return {}
 
     def plan(self, pattern: Pattern, heads: int, kv_heads: int, weighted_segments: int, is_on_cpu: bool) -> Plan:
-        """Return the plan of `cuts`, made once."""
+        """Return the plan of the documents, `make_plan` of `cuts`, made once for the same arguments."""
         copied_rows = CALL_ROWS // heads if is_on_cpu else COPIED_ROWS
         key = pattern, heads, kv_heads, weighted_segments, copied_rows
         if key not in self._plans:

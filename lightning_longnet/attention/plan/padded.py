@@ -91,7 +91,7 @@ class PaddedLattice(CopiedLattice):
                     yield start + a * self.row_shift + i * self.step, self.head + a * self.head_step
 
     def _own_places(self, device: torch.device) -> Tensor:
-        """Return the places in (segments * rows,) that are no padding."""
+        """Return the indices in (segments * rows,) of what is no padding, ascending."""
         return self._made_once("places", device, lambda: (~self.padding(device)).flatten().nonzero().flatten())
 
     def _own_rows(self, device: torch.device) -> Tensor:
@@ -100,7 +100,10 @@ class PaddedLattice(CopiedLattice):
 
 
 def padded(rows: list[Lattice]) -> Lattice:
-    """Return lattices of the same heads and steps as one, its segments from the longest to the shortest."""
+    """Return one lattice of the segments of several, from the longest to the shortest, for one call; see `batched`.
+
+    The lattices have the same heads and steps.
+    """
     longest, *_ = rows = sorted(rows, key=lambda lattice: -lattice.rows)
     starts = tuple(start for lattice in rows for start in lattice.starts)
     if longest.rows == rows[-1].rows:

@@ -119,9 +119,9 @@ class _CallShape(NamedTuple):
 
 
 def merge_stacks(blocks: Iterable[Block]) -> tuple[Block, ...]:
-    """Return blocks with the same pairs of one branch, those of a stack merged into fewer calls.
+    """Return blocks with the same pairs of one branch, those of kept blocks merged into fewer calls with paged keys.
 
-    Blocks of negative weight come last.
+    `Plan.calls` and the routes of ranks call it just before blocks run.  Blocks of negative weight come last.
     """
     result: list[Block] = []
     # for each group of heads and each first row of queries, the pages that these queries see

@@ -93,7 +93,10 @@ def row_count(width: int, offset: int, rate: int) -> int:
 
 
 def own_runs(branch: Branch, kv_head: int, kv_heads: int, length: int) -> Iterator[Runs]:
-    """Yield all runs that a branch shows to a key/value head in a document of `length` rows."""
+    """Yield all runs that a branch shows to a key/value head in a document of `length` rows.
+
+    These are the segments' rows of the head's residue, cut into tiles by a window and into kept blocks by a sparsity.
+    """
     offset = branch.offset(kv_head, kv_heads)
     for starts, width in segments(branch, offset, length):
         rows = row_count(width, offset, branch.dilation_rate)
@@ -178,18 +181,25 @@ def kept_block_runs(
 def windowed_block_runs(
     queries: range, keys: range, is_causal: bool, window: int, weight: int, layer: tuple[int, int]
 ) -> Iterator[Runs]:
-    """Yield the run of a block of queries against a block of keys, cut to the rows that see each other in a window.
+    """Yield one run or none: the rows of a block of queries and a block of keys that see each other in a window.
 
-    The cut queries of two blocks may overlap without being equal, so these runs have no stack.
+    `exclusive_runs` takes it for pairs that both a branch with a window and one with kept blocks show.  The cut queries
+    of two blocks may overlap without being equal, so these runs have no stack.
+
+    Args:
+        queries, keys: the rows of the blocks in a document, of one residue.
+        is_causal, window: the mask.
+        weight, layer: see `Shape`.
     """
+    # query a sees key b iff low <= a - b <= high, with both counted in their blocks
     distance, most = _steps_between(queries, keys), (window - 1) // queries.step
     low, high = distance if is_causal else distance - most, distance + most
-    # every query that stays sees a key that stays, and every key is seen
+    # rows are cut off at both ends until every query sees a key and every key is seen
     first_query, last_key = max(0, low), min(len(keys), len(queries) - low)
     first_key, last_query = max(0, first_query - high), min(len(queries), last_key + high)
     if first_query >= last_query or first_key >= last_key:
         return
-    moved = first_query - first_key
+    moved = first_query - first_key  # the rows that are left are counted from their new first ones
     queries, keys = queries[first_query:last_query], keys[first_key:last_key]
     shape = Shape(
         queries=len(queries),

@@ -145,16 +145,16 @@ def test_threads_do_not_switch_under_each_other(registry):
 
     def other():
         entered.wait()
-        with activated.active("FA3"):
+        with activated.activated_implementation("FA3"):
             seen.append(registry.active)
 
     thread = threading.Thread(target=other)
     thread.start()
-    with activated.active("FA4"):
+    with activated.activated_implementation("FA4"):
         entered.set()
         thread.join(0.1)
         assert not seen
-        with activated.active("FA4"):
+        with activated.activated_implementation("FA4"):
             assert registry.active == "FA4"
         assert registry.active == "FA4"
     thread.join()
@@ -231,7 +231,7 @@ def test_torchs_own_registry(monkeypatch, implementation):
 
     before = registered()
     assert implementation in torch.nn.attention.list_flash_attention_impls()
-    with activated.active(implementation):
+    with activated.activated_implementation(implementation):
         assert torch.nn.attention.current_flash_attention_impl() == implementation
         assert registered() == {True}
     assert torch.nn.attention.current_flash_attention_impl() is None

@@ -125,8 +125,8 @@ def _limit(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> int:
 def _bias(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> Tensor | None:
     """Return the bias that the operator adds to the scores, (batch, heads, queries, keys); None if there is none.
 
-    It holds the weights or the mask of the block, and `padding`, which is a bias too.  Its stride is 0 along batches or
-    heads that have the same bias.
+    `forward` and `backward` call it for the samples of each call of the operator.  It holds the weights or the mask of
+    the block, and `padding`, which is a bias too.  Its stride is 0 along batches or heads that have the same bias.
     """
     assert call.dropout_mask is None, "refused before"
     block, bias = call.block, padding

@@ -58,7 +58,7 @@ class _Operator:
     """torch's operators with the signatures of `fused.Operator`."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse of one `Window`, whose bounds are `left` and `right`."""
+        """Return out and lse of one `Window`, whose bounds are `left` and `right`, for `fused.forward`."""
         out, lse, _, _, _ = _forward(
             q,
             k,
@@ -88,7 +88,7 @@ class _Operator:
         left: int,
         right: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv of one `Window`, whose bounds are `left` and `right`."""
+        """Return dq, dk and dv of one `Window`, whose bounds are `left` and `right`, for `fused.backward`."""
         dq, dk, dv = _backward(
             grad,
             q,
@@ -96,12 +96,12 @@ class _Operator:
             v,
             out,
             lse,
-            None,
+            None,  # the documents of packed queries and of packed keys, which a block has not
             None,
             q.shape[1],
             k.shape[1],
-            0.0,
-            (left, right) == (-1, 0),
+            0.0,  # the probability of dropout
+            (left, right) == (-1, 0),  # whether the mask is causal
             *_no_random_state(q),
             scale=scale,
             window_size_left=left,
