@@ -1,8 +1,8 @@
 """Measure training steps of a small Llama: attn_implementation="ring" beside "sdpa", and two ranks beside one.
 
-    python benchmarks/huggingface.py                 # about a minute on two quiet cores
-    python benchmarks/huggingface.py --rounds 2 --out other.json
-    python benchmarks/huggingface.py --table         # the committed result, as a page would show it
+    python benchmarks/decoder.py                 # about a minute on two quiet cores
+    python benchmarks/decoder.py --rounds 2 --out other.json
+    python benchmarks/decoder.py --table         # the committed result, as a page would show it
 
 A step is the forward, the backward and the update of AdamW, on one thread.  The participants take turns within a round,
 and the median over the rounds counts; ratios are medians over the ratios of the rounds.  In the second part rank 0
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 VOCABULARY = 256
 WHOLE_TOKENS, SPLIT_TOKENS = 2048, 16384
 MOST, LEAST = 1.05, 1.8  # the goals: the ratio of both implementations, and of one rank over two
-RESULT = Path(__file__).parent / "results" / "huggingface-cpu.json"
+RESULT = Path(__file__).parent / "results" / "decoder-cpu.json"
 
 
 def llama(attention: str, layers: int, width: int) -> nn.Module:
