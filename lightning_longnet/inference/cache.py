@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-    from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.layers.positions import Factors, RotaryPositions
     from lightning_longnet.models.blocks import BlocksConfig
 
@@ -83,6 +82,7 @@ class DilatedCache:
             LayerCache(pattern, self.kv_heads, self.head_dim, batch, dtype, self.device, self.ranks)
             for pattern in self.patterns
         ]
+        self.kinds = [self.patterns.index(pattern) for pattern in self.patterns]  # equal where the patterns are
         self._branches = tuple(dict.fromkeys(b for pattern in self.patterns for b in rows_of(pattern, self.kv_heads)))
         self._kind = f"{self.patterns} {self.kv_heads} {self.head_dim} {batch} {dtype}"
         self._selected: tuple[int, ...] = ()  # the number of what `select` was given, in all calls
@@ -126,6 +126,8 @@ class DilatedCache:
 
     def next_count(self, tokens: int) -> int:
         """Return how many of that many further tokens the next step takes, so that its memory is bounded."""
+        if tokens == 1:
+            return 1
         patterns = set(self.patterns)
         lengths = [b.segment_length for pattern in patterns for b in pattern.branches]
         common = 0 if None in lengths else lcm(*(w for w in lengths if w is not None))
@@ -281,6 +283,10 @@ class DilatedCache:
 
     def _new_tokens(self, tokens: int, counts: list[int] | None, documents: Tensor | None) -> NewTokens:
         """Return the positions of further tokens."""
+        begin = self._next[0]
+        if tokens == 1 and counts is None and documents is None and self._next.count(begin) == self.batch:
+            positions = torch.full((self.batch, 1), begin, device=self.device)
+            return NewTokens(positions, self._next, (begin + 1,) * self.batch, uniform=begin)
         places = torch.arange(tokens, device=self.device)
         begins = torch.tensor(self._next, device=self.device)
         positions = begins[:, None] + places
@@ -338,7 +344,7 @@ class Step:
     def __init__(self, cache: DilatedCache, tokens: NewTokens, documents: Tensor | None) -> None:
         self.cache, self.tokens, self.documents = cache, tokens, documents
         self.shares = _shares(cache, tokens)
-        self._plans: dict[tuple[Pattern, tuple[int, ...]], StepPlan] = {}
+        self._plans: dict[int, StepPlan] = {}
         self.rotations: dict[tuple[object, ...], Factors] = {}
 
     @property
@@ -359,12 +365,13 @@ class Step:
 
     def layer(self, number: int) -> LayerStep:
         """Return the step of one layer."""
-        layer = self.cache.layers[number]
-        key = (layer.pattern, layer.slots)
-        if key not in self._plans:
+        layer, kind = self.cache.layers[number], self.cache.kinds[number]
+        plan = self._plans.get(kind)
+        # a plan of one token does not read the slots
+        if plan is None or (plan.single is None and plan.slots != layer.slots):
             options = (self.tokens, layer.slots, self.cache.ranks, self.shares)
-            self._plans[key] = StepPlan(layer.pattern, layer.kv_heads, *options)
-        return LayerStep(self, layer, self._plans[key])
+            plan = self._plans[kind] = StepPlan(layer.pattern, layer.kv_heads, *options)
+        return LayerStep(self, layer, plan)
 
     def __enter__(self) -> Step:
         self.cache._is_whole = False

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.pattern.pattern import Pattern
-    from lightning_longnet.inference.plan import StepPlan
+    from lightning_longnet.inference.plan import BranchStep, StepPlan
     from lightning_longnet.inference.ranks import CacheRanks
 
 # `attend` computes at least so many tokens that see no row of the cache; its plan takes longer than fewer products
@@ -99,10 +99,12 @@ class LayerCache:
         scale = q.shape[3] ** -0.5 if scale is None else scale
         kv = torch.stack((k, v)).transpose(2, 3)  # (2, B, Hkv, n, D)
         if plan.single is not None:
+            rows = kv[:, :, :, 0]
             for step in plan.single:
-                self.stores[step.branch].grow(step.filled)
-                self.stores[step.branch].put(kv[:, :, step.heads, 0], step.heads, step.slot)
-            return self._single(q, plan, scale, sinks)
+                store = self.stores[step.branch]
+                store.grow(step.filled)
+                store.put(rows if step.has_all else rows[:, :, step.heads], step.heads, step.slot)
+            return self._single(q, plan.single, scale, sinks)
         if plan.shares is not None:
             out = attend(q, k, v, self.pattern, shard=plan.shares.shard, scale=scale, kernel=kernel, sinks=sinks)
         elif plan.tokens.longest >= WHOLE_TOKENS and plan.sees_new_alone:
@@ -126,30 +128,43 @@ class LayerCache:
             store.scatter(kv, write)
         return out
 
-    def _single(self, q: Tensor, plan: StepPlan, scale: float, sinks: Tensor | None) -> Tensor:
+    def _single(self, q: Tensor, steps: list[BranchStep], scale: float, sinks: Tensor | None) -> Tensor:
         """Return the output of one token in each row, which sees all filled slots of its branches."""
-        assert plan.single is not None
         compute = torch.promote_types(q.dtype, torch.float32)
-        grouped = self._grouped(q, compute, scale).squeeze(3)  # (B, Hkv, G, D)
-        read = [self.stores[step.branch].read(step.heads, step.filled, compute) for step in plan.single]
-        if len(read) == 1 and read[0][0].shape[1] == self.kv_heads and sinks is None and self.ranks.size == 1:
-            k, v = read[0]
-            return ((grouped @ k.transpose(-1, -2)).softmax(-1) @ v).reshape(q.shape).to(q.dtype)
-        counts = [k.shape[2] for k, _ in read]
+        grouped = (q if q.dtype == compute else q.to(compute)).reshape(len(q), self.kv_heads, -1, q.shape[3]) * scale
+        read = [self.stores[step.branch].read(step.heads, step.filled, compute) for step in steps]
         has_sinks = sinks is not None and self.ranks.rank == 0  # a sink is one more key, of the first rank
-        total = sum(counts) + has_sinks
-        scores, at = grouped.new_full((*grouped.shape[:3], total), -inf), 0
-        for step, count, (k, _) in zip(plan.single, counts, read, strict=True):
-            scores[:, step.heads, :, at : at + count] = grouped[:, step.heads] @ k.transpose(-1, -2)
-            at += count
+        # what each branch shows, and the scores of heads that are not in it
+        parts: list[Tensor] = []
+        for step, (k, _) in zip(steps, read, strict=True):
+            if step.has_all:
+                parts.append(grouped @ k.mT)
+                continue
+            part = grouped.new_full((*grouped.shape[:3], k.shape[2]), -inf)
+            part[:, step.heads] = grouped[:, step.heads] @ k.mT
+            parts.append(part)
         if has_sinks and sinks is not None:
-            scores[..., -1] = sinks.to(compute).view(self.kv_heads, -1)
+            logits = sinks.to(compute).view(1, self.kv_heads, -1, 1)
+            parts.append(logits.expand(*grouped.shape[:3], 1))
+        if not parts:
+            parts.append(grouped.new_empty((*grouped.shape[:3], 0)))
+        scores = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         # the weights of a head that is in no branch are NaN, and are not read
-        weights, out, at = scores.softmax(-1), torch.zeros_like(grouped), 0
-        for step, count, (_, v) in zip(plan.single, counts, read, strict=True):
-            if count:
-                out[:, step.heads] += weights[:, step.heads, :, at : at + count] @ v
+        weights = scores.softmax(-1)
+        out, at = None, 0
+        for step, (k, v) in zip(steps, read, strict=True):
+            count = k.shape[2]
+            own = weights[..., at : at + count] if len(parts) > 1 else weights
             at += count
+            if step.has_all and out is None:
+                out = own @ v
+                continue
+            if out is None:
+                out = torch.zeros_like(grouped)
+            if count:
+                out[:, step.heads] += own[:, step.heads] @ v
+        if out is None:
+            out = torch.zeros_like(grouped)
         self._merge(out, scores)
         return out.reshape(q.shape).to(q.dtype)
 

@@ -55,12 +55,14 @@ class BranchStep(NamedTuple):
     Attributes:
         branch: the number of the branch.
         heads: the key/value heads that have the token in this branch.
+        has_all: whether these are all heads.
         slot: where the token's row is written.
         filled: the number of slots that are then filled, all of which the token sees.
     """
 
     branch: int
     heads: slice
+    has_all: bool
     slot: int
     filled: int
 
@@ -205,5 +207,6 @@ def _single(branches: tuple[BranchRows, ...], position: int) -> list[BranchStep]
         heads, row = branch.heads_at(position), branch.row(position)
         if heads is not None:
             around = branch.capacity or inf
-            steps.append(BranchStep(number, heads, int(row % around), int(min(row + 1, around))))
+            has_all = len(range(branch.kv_heads)[heads]) == branch.kv_heads
+            steps.append(BranchStep(number, heads, has_all, int(row % around), int(min(row + 1, around))))
     return steps

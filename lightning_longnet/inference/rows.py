@@ -133,7 +133,9 @@ class RowStore:
         They are those of the slots among the first `count` that this rank holds.
         """
         count = self.ranks.own(count)
-        rows = self.data[:, :, heads, :count].to(dtype)
+        rows = self.data[:, :, heads, :count]
+        if self.data.dtype != dtype:
+            rows = rows.to(dtype)
         if self.scales is not None:
             rows = rows * self.scales[:, :, heads, :count].to(dtype)
         k, v = rows.unbind(0)
@@ -142,7 +144,7 @@ class RowStore:
     def _stored(self, kv: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return rows (..., D) in the dtype of the store, and their scales (..., 1)."""
         if self.scales is None:
-            return kv.to(self.data.dtype), None
+            return kv if kv.dtype == self.data.dtype else kv.to(self.data.dtype), None
         kv = kv.float()
         scales = kv.abs().amax(-1, keepdim=True) / 127
         return (kv / scales.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8), scales

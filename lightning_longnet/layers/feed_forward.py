@@ -106,10 +106,11 @@ class FeedForward(nn.Module):
             hidden = F.silu(gate) * value
         else:
             hidden = getattr(F, self.activation)(hidden)
-        if self.sequence_context is None:
-            hidden = F.dropout(hidden, self.dropout, self.training)
-        else:
-            hidden = self.sequence_context.dropout(hidden, self.dropout, self.training, is_part=is_part)
+        context = self.sequence_context
+        if context is not None:
+            hidden = context.dropout(hidden, self.dropout, self.training, is_part=is_part)
+        elif self.training:
+            hidden = F.dropout(hidden, self.dropout)
         if self.sub_norm is not None:
             hidden = self.sub_norm(hidden)
         out: Tensor = self.second(hidden)

@@ -90,7 +90,7 @@ class RotaryPositions(nn.Module):
     def turned(self, q: Tensor, k: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
         """Return q and k, rotated by what `factors` returned for tokens at the same positions."""
         if self.kind == "rope" and q.shape[1] == 1:  # of one token, two tensors take twice the time of one
-            both = _rotate(torch.cat((q, k), 2), *factors[0])
+            both = _turned(torch.cat((q, k), 2), factors[0])
             turned_q, turned_k = both.split((q.shape[2], k.shape[2]), 2)
             return turned_q, turned_k
         return _rotate(q, *factors[0]), _rotate(k, *factors[1])
@@ -188,6 +188,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the adjacent pairs of x (B, N, heads, head_dim); cos and sin end in (N, 1, head_dim / 2)."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+def _turned(x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
+    """Return what `_rotate` does, in fewer operators where torch has complex numbers of the dtype."""
+    if x.dtype not in (torch.float32, torch.float64) or x.requires_grad:
+        return _rotate(x, *factors)
+    pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * torch.complex(*factors)).view(x.shape)
 
 
 def _score_dtype(q: Tensor) -> torch.dtype:

@@ -224,9 +224,17 @@ class LongNetBlock(nn.Module):
             "key_padding_mask": key_padding_mask,
         }
         if cached is not None:  # a custom class of attention has no such argument
-            options = {"cached": cached}
+            return self._continued(x, cached)
         x = x + self.dropout(self.attention(self.attention_norm(x), **options))
         out: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return out
+
+    def _continued(self, x: Tensor, cached: LayerStep) -> Tensor:
+        """Map further tokens of texts; a call of dropout that does nothing would cost a token as much as its norm."""
+        attended, drops = self.attention(self.attention_norm(x), cached=cached), self.dropout.training
+        x = x + (self.dropout(attended) if drops else attended)
+        mapped = self.feed_forward(self.feed_forward_norm(x))
+        out: Tensor = x + (self.dropout(mapped) if drops else mapped)
         return out
 
 

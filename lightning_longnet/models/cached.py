@@ -33,7 +33,10 @@ def encode_cached(
 ) -> Tensor:
     """Map further tokens x (B, N, dim) to the input of the head, in steps of bounded memory; see `LongNet.encode`."""
     fault = fault_of(lambda: _check(model, x, cache, given))
-    cache.ranks.check_same(fault, cache.number, 0 if fault or cache.ranks.size == 1 else _number_of(x, given))
+    if cache.ranks.size == 1:
+        cache.ranks.check_same(fault, 0, 0)
+    else:
+        cache.ranks.check_same(fault, cache.number, 0 if fault else _number_of(x, given))
     begin = max(cache.positions)
     if x.shape[1] > 1 or begin % _REACH_TOKENS == 0:
         model._warn_of_reach(begin + x.shape[1])
