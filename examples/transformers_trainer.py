@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArg
 
 from lightning_longnet import SequenceContext, attach_context, sequence_mesh
 
+PER_TOKEN = ("input_ids", "labels", "attention_mask", "position_ids")  # what a batch has for each token
+
 
 class RingTrainer(Trainer):
     """A Trainer whose ranks share rows.
@@ -54,16 +56,22 @@ class RingTrainer(Trainer):
         )
         return DataLoader(rows, batch_size, sampler=sampler, collate_fn=self.data_collator, drop_last=is_training)
 
+    def part_of(self, inputs: Any) -> dict[str, Tensor]:
+        """Return the tokens of this rank, with labels that are shifted before the rows are split."""
+        rows = {name: x for name, x in inputs.items() if name in PER_TOKEN}  # collators that pack add lengths
+        if not self.is_checked:
+            self.context.check_same(rows)  # an error on all ranks where those that share rows hold different ones
+            self.is_checked = True
+        labels = F.pad(rows["labels"][:, 1:], (0, 1), value=-100)
+        index = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+        part: dict[str, Tensor] = self.context.split({"position_ids": index, **rows, "labels": labels})
+        self.context.begin_step(self.state.global_step)
+        return part
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
     ) -> Any:
-        if not self.is_checked:
-            self.context.check_same(inputs)  # an error on all ranks where those that share rows hold different ones
-            self.is_checked = True
-        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)  # shifted before the row is split
-        index = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-        part = self.context.split({"position_ids": index, **inputs, "labels": labels})
-        self.context.begin_step(self.state.global_step)
+        part = self.part_of(inputs)
         targets = part.pop("labels")
         logits = model(**part, use_cache=False).logits
         loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")

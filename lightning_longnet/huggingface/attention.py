@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _WITHOUT_EFFECT = {
     *("position_embeddings", "position_ids", "past_key_values", "use_cache", "cache_position", "is_first_iteration"),
     *("output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "num_items_in_batch"),
-    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "shift_labels"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "shift_labels"),
 }
 
 

@@ -62,13 +62,22 @@ def loop(folder, sequence_parallel_size=2, count=2 * STEPS):
     return losses, gradients(net)
 
 
-def ring_trainer(folder):
+def ring_trainer(folder, **collator):
     from transformers_trainer import RingTrainer
 
-    trainer = RingTrainer(decoder("ring"), options(folder), train_dataset=trainer_rows(), eval_dataset=trainer_rows(4))
+    rows = {"train_dataset": trainer_rows(), "eval_dataset": trainer_rows(4)}
+    trainer = RingTrainer(decoder("ring"), options(folder), **rows, **collator)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return losses, trainer.evaluate()["eval_loss"], trainer.model.state_dict()
+
+
+def ring_trainer_of_packed_rows(folder):
+    """Return the same of rows that a collator joins to one, with the lengths that flash attention takes."""
+    from transformers import DataCollatorWithFlattening
+
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, return_tensors="pt")
+    return ring_trainer(folder, data_collator=collator)
 
 
 def ring_trainer_with_rows_of_accelerate(folder):
@@ -115,6 +124,7 @@ CASES = {
     "first step": lambda folder: loop(folder, count=2),
     "loop, other rows on each rank": lambda folder: loop(folder, sequence_parallel_size=1, count=4 * STEPS),
     "trainer": ring_trainer,
+    "trainer, packed rows": ring_trainer_of_packed_rows,
     "rows of accelerate": ring_trainer_with_rows_of_accelerate,
     "no subclass": plain_trainer,
     "counts of each rank": refused({"average_tokens_across_devices": False}),

@@ -84,7 +84,8 @@ def shifted(rows):
     return {**batch, "labels": F.pad(batch["labels"][:, 1:], (0, 1), value=-100)}
 
 
-def test_the_trainer_of_transformers_trains_and_evaluates_as_one_process(ranks, tmp_path):
+@pytest.mark.parametrize("case", ["trainer", "trainer, packed rows"])
+def test_the_trainer_of_transformers_trains_and_evaluates_as_one_process(ranks, tmp_path, case):
     """Two accumulated batches have other numbers of labels, and count by them."""
     seed, rows = options(tmp_path).seed, trainer_rows()
     sampler, chosen = DistributedSampler(rows, 1, 0, seed=seed), []
@@ -99,7 +100,7 @@ def test_the_trainer_of_transformers_trains_and_evaluates_as_one_process(ranks, 
     with torch.no_grad():
         evaluated = F.cross_entropy(net(**batch).logits.flatten(0, 1), reference.flatten()).item()
     for outcomes in ranks:
-        losses, loss, weights = outcomes["trainer"]
+        losses, loss, weights = outcomes[case]
         assert losses == pytest.approx(expected, rel=1e-6)  # the Trainer logs float32
         assert loss == pytest.approx(evaluated, rel=1e-6)
         for name, x in net.state_dict().items():

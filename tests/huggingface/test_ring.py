@@ -5,7 +5,18 @@ from itertools import product
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, ROUNDED, batch, largest_differences, relative, split_step, whole_step
+from architectures import (
+    ARCHITECTURES,
+    LENGTH,
+    ROUNDED,
+    batch,
+    document_lengths,
+    largest_differences,
+    model,
+    relative,
+    split_step,
+    whole_step,
+)
 from tiers import tiered
 
 KINDS = ("plain", "packed", "padded")
@@ -85,3 +96,17 @@ def test_documents_of_the_batch_serve_without_positions_that_restart(pool):
     parts = pool.run(2, split_step, "Llama", "packed", "zigzag", "ring", {"documents": ids, "position_ids": positions})
     # rotations depend on distances alone, up to their rounding in float32
     assert_equal("Llama", "packed", parts, 1e-4)
+
+
+def test_lengths_and_numbers_of_documents_change_nothing():
+    """Which collators that pack rows give besides position_ids that restart, for kernels of CUDA and convolutions."""
+    tensors = batch("packed")
+    lengths = torch.tensor(document_lengths(LENGTH))
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    given = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 33, "max_length_k": 33}
+    given["seq_idx"] = torch.arange(3).repeat_interleave(lengths)[None].int()
+    for name in ("Llama", "Mistral"):
+        inputs = {each: tensors[each] for each in ("input_ids", "position_ids")}
+        with torch.no_grad():
+            logits = model(name, "ring")(**inputs, **given, use_cache=False).logits
+        assert relative(logits, expected(name, "packed")[0]) < EXACT
