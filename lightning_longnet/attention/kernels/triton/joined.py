@@ -13,8 +13,6 @@ from lightning_longnet.attention.kernels.triton.tile_list import TileList, tile_
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
 # One launch writes each row of results once, where launches of one branch read and write it again and again.  For that
 # it may multiply this many times as many pairs: its items of distant rows meet more keys that a causal mask hides
 MOST_POSITIONS = 1.3
@@ -74,12 +72,14 @@ def joined(phases: Sequence[Phase]) -> Phase:
                 level=torch.full_like(rectangles.head, level),
             )
         )
-    together = Rectangles(*(_column(column) for column in zip(*members, strict=True)))
+    queries, keys = (
+        Side(*(torch.cat(fields) for fields in zip(*sides, strict=True)))
+        for sides in ([x.queries for x in members], [x.keys for x in members])
+    )
+    columns = {
+        name: torch.cat([getattr(x, name) for x in members])
+        for name in Rectangles._fields
+        if name not in ("queries", "keys")
+    }
+    together = Rectangles(queries=queries, keys=keys, **columns)
     return Phase(min(p.branch for p in phases), finest.every, True, any(p.is_signed for p in phases), together)
-
-
-def _column(parts: tuple[Tensor | Side, ...]) -> Tensor | Side:
-    """Return one column of a table for those of several tables, or one `Side` for several."""
-    if isinstance(parts[0], Side):
-        return Side(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
-    return torch.cat(parts)
