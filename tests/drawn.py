@@ -9,6 +9,8 @@ from brute import Shown
 from hypothesis import strategies as st
 
 from lightning_longnet import Branch, Pattern
+from lightning_longnet.attention.kernels import eager
+from lightning_longnet.attention.kernels.sdpa import cpu
 from lightning_longnet.attention.pattern.sparsity import Sparsity
 from lightning_longnet.attention.plan import blocks as plan
 from lightning_longnet.attention.plan import overlap, runs
@@ -110,20 +112,28 @@ def cases(draw):
         "dropout": draw(st.sampled_from([0.0, 0.0, 0.0, 0.1, 0.6])),
         "mix": draw(st.sampled_from(["exact", "detached"])),
         "layout": draw(st.sampled_from(["contiguous", "heads first", "fused", "last dim strided"])),
-        "planned": (draw(st.booleans()), draw(st.sampled_from([1024, 3]))),
+        "planned": (draw(st.booleans()), draw(st.sampled_from([1024, 3])), draw(st.booleans())),
         "seed": draw(st.integers(0, 2**31)),
     }
 
 
 @contextmanager
-def planned(counts_once, tile):
-    """Have plans compute pairs once wherever branches allow it (`counts_once`), or never; in tiles of this size."""
+def planned(counts_once, tile, is_tiled=False):
+    """Have plans compute pairs once wherever branches allow it (`counts_once`), or never; in tiles of this size.
+
+    With `is_tiled` plain products compute every block on a CPU for which the kernel "sdpa" has them, in small tiles.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "WEIGHTS_PAY", 1e9 if counts_once else -1)
         patch.setattr(overlap, "REPEAT_TILE", tile)
         patch.setattr(runs, "BAND_ROWS", (1, tile))
         patch.setattr(runs, "BAND_SPLIT", 4 if counts_once else 512)
         patch.setattr(torch, "get_num_threads", lambda: 1)
+        if is_tiled:
+            patch.setattr(cpu, "LEAST_TILED", 0)
+            patch.setattr(cpu, "_tiles_are_fast", lambda: True)
+            patch.setattr(eager, "_ROWS", 2)
+            patch.setitem(eager._TILE, "cpu", 8)
         plan.plan.cache_clear()
         yield
     plan.plan.cache_clear()

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_longnet import Pattern, attend
+from lightning_longnet.attention.kernels.call import Call
 from lightning_longnet.attention.kernels.sdpa import cpu
 from lightning_longnet.attention.parallel import rank_blocks as blocks_of_ranks
 from lightning_longnet.attention.parallel.placement import Placement
@@ -19,15 +20,17 @@ from lightning_longnet.attention.parallel.rank_blocks import Layout, rank_blocks
 from lightning_longnet.attention.parallel.routes import route
 from lightning_longnet.attention.parallel.shares import shares
 from lightning_longnet.attention.plan import blocks, documents, lattice, packed, parts
+from lightning_longnet.attention.plan.block import Block
 
 DENSE = Pattern.dense(is_causal=True)
+SOME = lattice.Lattice(range(1), rows=1, step=1, head=0, heads=1)  # a kernel is given its rows, and does not look
 LONGNET = Pattern.dilated((2048, 4096, 8192), (1, 2, 4), is_causal=True)
 
 
 @contextmanager
 def counted_kernels():
-    """Count the calls of the CPU's operators, forward and backward."""
-    counts, forward, backward = Counter(), cpu._forward, cpu._backward
+    """Count the blocks that the CPU's kernel computes, forward and backward."""
+    counts, forward, backward = Counter(), cpu.forward, cpu.backward
 
     def counting(name, real):
         def call(*arguments, **options):
@@ -37,8 +40,8 @@ def counted_kernels():
         return call
 
     with ExitStack() as patches:
-        patches.enter_context(patch.object(cpu, "_forward", counting("forward", forward)))
-        patches.enter_context(patch.object(cpu, "_backward", counting("backward", backward)))
+        patches.enter_context(patch.object(cpu, "forward", counting("forward", forward)))
+        patches.enter_context(patch.object(cpu, "backward", counting("backward", backward)))
         yield counts
 
 
@@ -129,6 +132,20 @@ def test_the_result_of_one_call_is_not_copied():
     # the lse is brought from the order of the operator into that of the result
     assert [forward.counts[name] for name in copies] == [0, 1, 0, 0, 0, 0, 0]
     assert [backward.counts[name] for name in copies] == [0] * 7
+
+
+@pytest.mark.parametrize(("length", "tiles"), [(128, 0), (512, 2), (2048, 0)])
+def test_a_causal_block_of_some_hundred_rows_is_few_tiles(length, tiles):
+    """Beyond its products a tile takes no operator that holds its scores again."""
+    tensors = [x.detach().transpose(1, 2) for x in inputs(1, length)]
+    call = Call(Block(SOME, SOME, low=0), 0.25)
+    with Operators() as forward:
+        out, lse = cpu.forward(*tensors, call)
+    with Operators() as backward:
+        cpu.backward(out, *tensors, out, lse, call)
+    names = "bmm", "baddbmm_", "exp2_", "amax"
+    assert [forward.counts[name] for name in names] == [2 * tiles, 0, tiles, tiles]
+    assert [backward.counts[name] for name in names] == [3 * tiles, 2 * tiles, tiles, 0]
 
 
 # Packed rows

@@ -1,8 +1,11 @@
 """The pitfalls of torch's CPU operator: that they are there, and that the kernel stays clear of them."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
+from lightning_longnet.attention.kernels import eager
 from lightning_longnet.attention.kernels.call import Call
 from lightning_longnet.attention.kernels.sdpa import cpu as sdpa
 from lightning_longnet.attention.plan.block import Block
@@ -41,24 +44,55 @@ def test_the_faster_of_two_types_is_measured():
     assert sdpa._half_is_faster.cache_info().currsize > 0
 
 
+@pytest.mark.parametrize("is_tiled", [False, True])
+@pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize("low", [None, 0])
-def test_pairs_that_count_more_than_once_get_the_log_as_a_bias(low):
-    q, k, v, grad = blocks()
+def test_pairs_that_count_more_than_once_get_the_log_as_a_bias(low, is_shared, is_tiled, monkeypatch):
+    """Tiles of four queries hold whole periods of the weights, the rest of a block does not."""
+    if is_tiled:
+        monkeypatch.setattr(sdpa, "LEAST_TILED", 0)
+        monkeypatch.setattr(sdpa, "_tiles_are_fast", lambda: True)
+        monkeypatch.setattr(eager, "_ROWS", 4)
+        monkeypatch.setitem(eager._TILE, "cpu", 1)
+    q, k, v, grad = blocks(queries=10, keys=14 if low is None else 10)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    repeats = (Repeat(2, 1, 0), Repeat(4, 3, 2))
-    a = torch.arange(6)
-    counts = torch.ones(6, 6, dtype=torch.float64)
-    for every, query, key in repeats:
-        counts += (a % every == query)[:, None] & (a % every == key)
+    own = (Repeat(2, 1, 0), Repeat(4, 3, 2))
+    repeats = own, own if is_shared else (Repeat(2, 0, 0), Repeat(4, 2, 0))
+    a, b = torch.arange(10)[:, None], torch.arange(k.shape[2])
+    counts = torch.ones(2, 10, k.shape[2], dtype=torch.float64)
+    for count, of_head in zip(counts, repeats, strict=True):
+        for every, query, key in of_head:
+            count += (a % every == query) & (b % every == key)
     if low == 0:
         counts = counts.tril()
+    counts = counts.repeat_interleave(2, 0)
     weights = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.4).exp() * counts
     truth = weights / weights.sum(-1, keepdim=True) @ v.repeat_interleave(2, 1)
-    call = Call(Block(SOME, SOME, low, repeats=repeats), 0.4)
-    out, lse = sdpa.forward(q.detach(), k.detach(), v.detach(), call)
+    block = Block(SOME, SOME, low, repeats=own) if is_shared else Block(SOME, SOME, low, head_repeats=repeats)
+    with patch.object(eager, "forward", wraps=eager.forward) as tiles:
+        out, lse = sdpa.forward(q.detach(), k.detach(), v.detach(), Call(block, 0.4))
+    assert tiles.called == is_tiled
     torch.testing.assert_close((out, lse), (truth, weights.sum(-1).log()))
-    result = sdpa.backward(grad, q.detach(), k.detach(), v.detach(), out, lse, call)
+    result = sdpa.backward(grad, q.detach(), k.detach(), v.detach(), out, lse, Call(block, 0.4))
     torch.testing.assert_close(result, torch.autograd.grad(truth, (q, k, v), grad))
+
+
+@pytest.mark.parametrize("are_fast", [False, True])
+def test_tiles_compute_short_causal_blocks_and_those_with_weights(are_fast, monkeypatch):
+    monkeypatch.setattr(sdpa, "_tiles_are_fast", lambda: are_fast)
+    repeats = (Repeat(2, 0, 0),)
+
+    def is_tiled(rows, block, dtype=torch.float32):
+        x = torch.empty(1, 1, dtype=dtype).expand(1, 8, rows, 16)
+        return sdpa._is_tiled(x, x, Call(block, 1.0))
+
+    assert [is_tiled(rows, CAUSAL) for rows in (128, 256, 767, 768, 4096)] == [False, True, True, False, False]
+    assert not is_tiled(512, FULL)
+    assert not is_tiled(512, CAUSAL, torch.bfloat16)
+    assert not is_tiled(512, Block(SOME, SOME, low=0, high=9))
+    assert is_tiled(2048, Block(SOME, SOME, low=0, repeats=repeats))
+    assert is_tiled(2048, Block(SOME, SOME, repeats=repeats)) == are_fast
+    assert is_tiled(512, Block(SOME, SOME, head_repeats=(repeats,) * 8)) == are_fast
 
 
 def test_an_empty_block_is_stopped_before_it_kills_the_process():
