@@ -15,17 +15,17 @@ from lightning_longnet.attention.kernels.sdpa import cpu
 def slow_mkl(monkeypatch):
     """A CPU of another maker, whatever this one is."""
     monkeypatch.setattr(products, "_cpu_vendor", lambda: "AuthenticAMD")
-    products._is_routed.cache_clear()
+    products.uses_onednn.cache_clear()
     yield
-    products._is_routed.cache_clear()
+    products.uses_onednn.cache_clear()
 
 
 @pytest.mark.usefixtures("slow_mkl")
 def test_products_are_left_to_mkl_on_its_makers_cpus(monkeypatch):
-    assert products._is_routed() == products._is_exact()
-    products._is_routed.cache_clear()
+    assert products.uses_onednn() == products._is_exact()
+    products.uses_onednn.cache_clear()
     monkeypatch.setattr(products, "_cpu_vendor", lambda: "GenuineIntel")
-    assert not products._is_routed()
+    assert not products.uses_onednn()
 
 
 @pytest.mark.usefixtures("slow_mkl")
@@ -62,7 +62,7 @@ def test_routing_is_undone_to_what_the_user_chose():
 @pytest.mark.usefixtures("slow_mkl")
 def test_routing_stays_off_where_it_would_round(monkeypatch):
     monkeypatch.setattr(products, "_is_exact", lambda: False)
-    products._is_routed.cache_clear()
+    products.uses_onednn.cache_clear()
     with products.routed_products():
         assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
