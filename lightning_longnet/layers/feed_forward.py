@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_longnet.layers.checkpointing import in_chunks
 from lightning_longnet.layers.initialization import xavier_parts
+from lightning_longnet.layers.linear import projected
 from lightning_longnet.layers.options import positive_integer, positive_number, probability
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class FeedForward(nn.Module):
         return in_chunks(self._compute, x, self.chunk_tokens, is_part)
 
     def _compute(self, x: Tensor, is_part: bool | None = None) -> Tensor:
-        hidden = self.first(x)
+        hidden = projected(self.first, x)
         if self.activation == "swiglu":
             gate, value = hidden.chunk(2, -1)
             hidden = F.silu(gate) * value
@@ -113,8 +114,7 @@ class FeedForward(nn.Module):
             hidden = F.dropout(hidden, self.dropout)
         if self.sub_norm is not None:
             hidden = self.sub_norm(hidden)
-        out: Tensor = self.second(hidden)
-        return out
+        return projected(self.second, hidden)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, dropout={self.dropout}, gain={self.gain:.4g}"

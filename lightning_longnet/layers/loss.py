@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from lightning_longnet.attention.kernels.products import routed_products
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 CHUNK_TOKENS = 768
 IGNORED = -100
@@ -66,6 +72,13 @@ def chunked_cross_entropy(
     return TokenLoss(loss_sum, (targets != ignore_index).sum())
 
 
+def _products(hidden: Tensor, weight: Tensor, options: _Options) -> AbstractContextManager[Any]:
+    """Return the context of the products of a chunk, which may choose the library that computes them."""
+    if not hidden.is_cpu or options.dtype != torch.float32 or torch.compiler.is_compiling():
+        return nullcontext()
+    return routed_products(min(len(hidden), options.chunk_tokens) * weight.numel())
+
+
 def chunk_starts(tokens: int, chunk_tokens: int) -> range:
     """Return where the chunks begin."""
     return range(0, tokens, chunk_tokens)
@@ -106,7 +119,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         ignore_index, chunk_tokens, dtype = options.ignore_index, options.chunk_tokens, options.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False), _products(hidden, weight, options):
             needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
             factor = weight.to(dtype)
             loss = torch.zeros((), dtype=torch.float64 if hidden.device.type != "mps" else wide, device=hidden.device)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_longnet.attention.guard import Guard  # noqa: TC001
@@ -16,6 +15,7 @@ from lightning_longnet.attention.pattern.ordering import Ordering  # noqa: TC001
 from lightning_longnet.attention.pattern.pattern import Pattern
 from lightning_longnet.attention.spec import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.layers.attending import AttentionLayer
+from lightning_longnet.layers.linear import product, projected
 from lightning_longnet.layers.masks import ignored_keys, masked_causally
 from lightning_longnet.layers.options import (
     pattern_of,
@@ -240,11 +240,11 @@ class MultiheadDilatedAttention(AttentionLayer):
         """Return the projections q, k and v, each (..., num_heads, head_dim) with the leading dimensions of `query`."""
         heads = (self.num_heads, self.head_dim)
         if self.in_proj_weight is not None and query is key and key is value:
-            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, *heads)).unbind(-3)
+            q, k, v = product(query, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, *heads)).unbind(-3)
             return q, k, v
         biases = (None, None, None) if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, heads)
+            product(x, weight, bias).unflatten(-1, heads)
             for x, weight, bias in zip((query, key, value), self._weights(), biases, strict=True)
         )
         return q, k, v
@@ -256,8 +256,7 @@ class MultiheadDilatedAttention(AttentionLayer):
         out = self._attended(q, k, v, pattern, documents, hidden).flatten(2)
         if self.sub_norm is not None:
             out = self.sub_norm(out)
-        projected: Tensor = self.out_proj(out)
-        return projected
+        return projected(self.out_proj, out)
 
     def _forward_nested(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import ceil, lcm, log
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.pattern.pattern import Pattern
 
 Kind = Literal["rope", "xpos"]
-# Cosine and sine of the angles, for q and for k
-Factors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Cosine and sine of the angles of each pair, (N or B x N, 1, head_dim / 2, 2), for q and for k
+Factors = tuple[Tensor, Tensor]
+# Numbers up to which the factors of the tokens 0 to N - 1 are kept between calls, and how many such tables are
+LARGEST_TABLE, TABLES = 2**21, 4
 
 # xPos scales the first pair of a head by ZETA ** (position / scale_base); other pairs by factors closer to 1
 ZETA = 0.4 / 1.4
@@ -90,10 +93,10 @@ class RotaryPositions(nn.Module):
     def turned(self, q: Tensor, k: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
         """Return q and k, rotated by what `factors` returned for tokens at the same positions."""
         if self.kind == "rope" and q.shape[1] == 1:  # of one token, two tensors take twice the time of one
-            both = _turned(torch.cat((q, k), 2), factors[0])
+            both = _rotate(torch.cat((q, k), 2), factors[0])
             turned_q, turned_k = both.split((q.shape[2], k.shape[2]), 2)
             return turned_q, turned_k
-        return _rotate(q, *factors[0]), _rotate(k, *factors[1])
+        return _rotate(q, factors[0]), _rotate(k, factors[1])
 
     def factors(self, q: Tensor, k: Tensor, positions: Tensor | None = None, *, index: Tensor | None = None) -> Factors:
         """Return the factors of the rotation of q, and those of k; see `forward` for the arguments."""
@@ -102,20 +105,21 @@ class RotaryPositions(nn.Module):
                 raise ValueError(f"{name} must be (batch, tokens, heads, {self.head_dim}), got shape {tuple(x.shape)}")
         if self.kind == "xpos":
             self._check_reach(q, positions is None)
-        places = _tokens(q) if positions is None else checked_positions(positions, q)
         compute_dtype = torch.promote_types(q.dtype, torch.float32)
-        pairs = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=q.device) / self.head_dim
-        angles = places.double()[..., None, None] * self.base**-pairs  # (N or B x N, 1, head_dim / 2)
-        cos, sin = angles.cos().to(compute_dtype), angles.sin().to(compute_dtype)
+        if positions is None and self.kind == "rope" and _is_kept(q):
+            turns = _table(q.shape[1], self.head_dim, self.base, compute_dtype)
+            return turns, turns
+        places = _tokens(q) if positions is None else checked_positions(positions, q)
+        turns = _turns(places, self.head_dim, self.base, compute_dtype)
         if self.kind == "rope":
-            return (cos, sin), (cos, sin)
+            return turns, turns
         distance = places - self._middle(places if index is None else checked_positions(index, q, "index"))
         if index is not None or (positions is not None and self.segment_length is None):
             self._check_distance(q, distance)
-        scale = torch.exp(distance.double()[..., None, None] / self.scale_base * ((pairs + 0.4) / 1.4).log()).to(
-            compute_dtype
-        )
-        return (cos * scale, sin * scale), (cos / scale, sin / scale)
+        zeta = (_pairs(self.head_dim, q.device) + 0.4) / 1.4
+        powers = distance.double()[..., None, None] / self.scale_base * zeta.log()
+        scale = powers.exp().to(compute_dtype).unsqueeze(-1)
+        return turns * scale, turns / scale
 
     def reach(self, dtype: torch.dtype = torch.float32) -> int:
         """Return the largest distance in tokens from the origin of the exponent of xPos at which `dtype` is safe."""
@@ -184,18 +188,48 @@ def _tokens(x: Tensor) -> Tensor:
     return torch.arange(x.shape[1], device=x.device)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the adjacent pairs of x (B, N, heads, head_dim); cos and sin end in (N, 1, head_dim / 2)."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+def _pairs(head_dim: int, device: torch.device) -> Tensor:
+    """Return 2 i / head_dim for each pair i."""
+    return torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
 
 
-def _turned(x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
-    """Return what `_rotate` does, in fewer operators where torch has complex numbers of the dtype."""
-    if x.dtype not in (torch.float32, torch.float64) or x.requires_grad:
-        return _rotate(x, *factors)
-    pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * torch.complex(*factors)).view(x.shape)
+def _turns(places: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
+    """Return cosine and sine of the angles at places (N,) or (B, N), (N or B x N, 1, head_dim / 2, 2)."""
+    angles = places.double()[..., None, None] * base ** -_pairs(head_dim, places.device)
+    return torch.stack((angles.cos(), angles.sin()), -1).to(dtype)
+
+
+def _is_kept(q: Tensor) -> bool:
+    """Return whether the factors of the tokens of q are kept: plain tensors on a CPU, of sequences that are not long.
+
+    A compiler records how they are computed instead, and a captured graph of CUDA would keep their memory.
+    """
+    is_plain = q.is_cpu and type(q) is Tensor and not torch.compiler.is_compiling()
+    return is_plain and q.shape[1] * q.shape[3] <= LARGEST_TABLE
+
+
+@lru_cache(TABLES)
+def _table(tokens: int, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
+    """Return what `_turns` returns for the tokens 0 to N - 1, which all layers and steps share."""
+    with torch.inference_mode(False), torch.no_grad():  # a later call may train
+        return _turns(torch.arange(tokens), head_dim, base, dtype)
+
+
+def _rotate(x: Tensor, factors: Tensor) -> Tensor:
+    """Rotate the adjacent pairs of x (B, N, heads, head_dim) by factors that end in (N, 1, head_dim / 2, 2)."""
+    pairs = x.unflatten(-1, (-1, 2)).to(factors.dtype)
+    if torch.compiler.is_compiling():  # no compiler fuses complex products
+        (even, odd), (cos, sin) = pairs.unbind(-1), factors.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
+    else:  # one product, where the above takes seven passes over memory
+        turned = torch.view_as_real(_as_complex(pairs) * torch.view_as_complex(factors))
+    return turned.flatten(-2).to(x.dtype)
+
+
+def _as_complex(pairs: Tensor) -> Tensor:
+    """Return a complex view of pairs (..., 2), of a copy where some stride is odd."""
+    is_even = pairs.stride(-1) == 1 and not any(n % 2 for n in (*pairs.stride()[:-1], pairs.storage_offset()))
+    return torch.view_as_complex(pairs if is_even else pairs.contiguous())
 
 
 def _score_dtype(q: Tensor) -> torch.dtype:

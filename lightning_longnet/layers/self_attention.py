@@ -16,6 +16,7 @@ from lightning_longnet.attention.pattern.pattern import Pattern, check_heads
 from lightning_longnet.attention.spec import Mix  # noqa: TC001  for typing.get_type_hints
 from lightning_longnet.layers.attending import AttentionLayer, places_of
 from lightning_longnet.layers.initialization import xavier_parts
+from lightning_longnet.layers.linear import projected
 from lightning_longnet.layers.options import (
     pattern_of,
     positive_integer,
@@ -163,7 +164,7 @@ class DilatedSelfAttention(AttentionLayer):
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise ValueError(f"x must be (batch, tokens, {self.embed_dim}), got shape {tuple(x.shape)}")
         q, k, v = (
-            self.qkv_proj(x)
+            projected(self.qkv_proj, x)
             .unflatten(-1, (-1, self.head_dim))
             .split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=2)
         )
@@ -186,8 +187,7 @@ class DilatedSelfAttention(AttentionLayer):
         out = out.flatten(2)
         if self.sub_norm is not None:
             out = self.sub_norm(out)
-        projected: Tensor = self.out_proj(out)
-        return projected
+        return projected(self.out_proj, out)
 
     def _rotate(self, q: Tensor, k: Tensor, positions: Tensor | None, documents: Tensor | None) -> Any:
         """Rotate q (B, N, H, D) and k (B, N, Hkv, D), by their index in the document where `positions` is None."""

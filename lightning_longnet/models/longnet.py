@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_longnet.layers.attending import places_of
+from lightning_longnet.layers.linear import projected
 from lightning_longnet.layers.loss import CHUNK_TOKENS, TokenLoss, chunked_cross_entropy
 from lightning_longnet.layers.options import positive_integer, positive_number, require
 from lightning_longnet.layers.positions import checked_positions
@@ -145,8 +146,7 @@ class LongNet(Blocks):
             self.embed(input_ids), positions=positions, documents=documents, attention_mask=attention_mask, cache=cache
         )
         if labels is None:
-            logits: Tensor = self.head(hidden)
-            return logits
+            return projected(self.head, hidden)
         return chunked_cross_entropy(hidden, self.head.weight, labels, chunk_tokens=self.config.loss_chunk)
 
     def new_cache(

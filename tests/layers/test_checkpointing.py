@@ -102,7 +102,7 @@ def test_no_more_is_kept_than_the_input_and_what_attention_gave():
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_compiled_block_has_no_graph_break_and_gives_equal_results(dropout):
     torch.manual_seed(0)
-    block, x = Block(dropout), torch.randn(2, 70, 32)
+    block, x = Block(dropout).double(), torch.randn(2, 70, 32, dtype=torch.float64)
     settings = {"key_padding_mask": torch.arange(70).expand(2, 70) >= torch.tensor([[70], [50]])}
     assert torch._dynamo.explain(block)(x, **settings).graph_break_count == 0
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)

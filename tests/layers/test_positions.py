@@ -1,14 +1,17 @@
 """RotaryPositions against its definition: complex numbers of modulus zeta^p, in float64."""
 
 import cmath
+from collections import Counter
 
 import drawn
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_longnet import Pattern, RotaryPositions
+from lightning_longnet.layers import positions
 from lightning_longnet.layers.positions import document_index
 
 XPOS = Pattern.dilated((16, 32), (1, 2), is_causal=True)
@@ -246,3 +249,51 @@ REFUSALS = {
 def test_refusals_name_the_value(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", ["rope", "xpos"])
+def test_rows_at_odd_addresses_are_rotated_like_others(kind):
+    """A view of pairs as complex numbers needs even strides and an even address."""
+    rotary = RotaryPositions(4, kind=kind, pattern=XPOS)
+    whole = torch.randn(2, 7, 3, 5)
+    truth = rotary(whole[..., 1:].contiguous(), whole[..., :4].contiguous())
+    for found, expected in zip(rotary(whole[..., 1:], whole[..., :4]), truth, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_factors_of_a_length_are_made_once_and_serve_training_after_inference():
+    rotary, q = RotaryPositions(8), torch.randn(1, 29, 2, 8)
+    with torch.inference_mode():
+        first = rotary.factors(q, q)[0]
+    assert RotaryPositions(8).factors(q, q)[0] is first
+    assert RotaryPositions(8, base=500.0).factors(q, q)[0] is not first
+    assert rotary.factors(q.double(), q.double())[0].dtype == torch.float64
+    given = q.clone().requires_grad_()
+    rotary(given, q)[0].square().sum().backward()
+    torch.testing.assert_close(given.grad, 2 * q)  # a rotation keeps the sum of squares
+
+
+def test_factors_of_a_long_sequence_are_not_kept(monkeypatch):
+    monkeypatch.setattr(positions, "LARGEST_TABLE", 100)
+    rotary, q = RotaryPositions(8), torch.randn(1, 13, 2, 8)
+    first, second = rotary.factors(q, q)[0], rotary.factors(q, q)[0]
+    assert first is not second
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, rotary.factors(q, q, torch.arange(13))[0], rtol=0, atol=0)
+
+
+def test_a_rotation_is_one_product_in_each_direction():
+    rotary, q = RotaryPositions(8), torch.randn(1, 31, 2, 8, requires_grad=True)
+    counts = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            counts[operator.overloadpacket] += not operator.is_view
+            return operator(*args, **(kwargs or {}))
+
+    rotary(q, q)
+    with Count():
+        turned, _ = rotary(q, q)
+        turned.sum().backward()
+    assert counts[torch.ops.aten.mul] == 3  # of q and of k, and the gradient of q
+    assert not {torch.ops.aten.add, torch.ops.aten.sub, torch.ops.aten.stack, torch.ops.aten.cat} & counts.keys()

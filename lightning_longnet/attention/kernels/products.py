@@ -33,7 +33,7 @@ def routed_products(size: float = float("inf"), least: int = LEAST_FORWARD) -> I
         size: the multiply-adds of a head's products, rows times keys times width.
         least: the size from which on products are sent to oneDNN.
     """
-    if size < least or not products_are_routed():
+    if size < least or not uses_onednn():
         yield
         return
     with _setting.routed():
@@ -71,7 +71,7 @@ _setting = _Setting()
 
 
 @lru_cache(1)
-def products_are_routed() -> bool:
+def uses_onednn() -> bool:
     """Return whether float32 products are sent to oneDNN: on a CPU not made by Intel, if oneDNN keeps float32 there.
 
     The vendor decides, and not a measurement of speed, so that all runs on one machine round alike.

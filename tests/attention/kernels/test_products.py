@@ -15,21 +15,21 @@ from lightning_longnet.attention.kernels.sdpa import cpu
 def slow_mkl(monkeypatch):
     """A CPU of another maker, whatever this one is."""
     monkeypatch.setattr(products, "_cpu_vendor", lambda: "AuthenticAMD")
-    products.products_are_routed.cache_clear()
+    products.uses_onednn.cache_clear()
     yield
-    products.products_are_routed.cache_clear()
+    products.uses_onednn.cache_clear()
 
 
 @pytest.mark.usefixtures("slow_mkl")
 def test_products_are_left_to_mkl_on_its_makers_cpus(monkeypatch):
-    assert products.products_are_routed() == products._is_exact()
-    products.products_are_routed.cache_clear()
+    assert products.uses_onednn() == products._is_exact()
+    products.uses_onednn.cache_clear()
     monkeypatch.setattr(products, "_cpu_vendor", lambda: "GenuineIntel")
-    assert not products.products_are_routed()
+    assert not products.uses_onednn()
 
 
 @pytest.mark.usefixtures("slow_mkl")
-def test_products_are_routed_only_where_that_rounds_nothing():
+def test_uses_onednn_only_where_that_rounds_nothing():
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(300, 300, generator=generator) for _ in range(2))
     truth = a.double() @ b.double()
@@ -62,7 +62,7 @@ def test_routing_is_undone_to_what_the_user_chose():
 @pytest.mark.usefixtures("slow_mkl")
 def test_routing_stays_off_where_it_would_round(monkeypatch):
     monkeypatch.setattr(products, "_is_exact", lambda: False)
-    products.products_are_routed.cache_clear()
+    products.uses_onednn.cache_clear()
     with products.routed_products():
         assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
@@ -101,7 +101,7 @@ def on_threads(count, task):
 
 
 @pytest.mark.usefixtures("slow_mkl")
-def test_only_large_products_are_routed(monkeypatch):
+def test_only_large_uses_onednn(monkeypatch):
     """A call of oneDNN costs more than that of MKL, many times as much for a few tokens."""
     monkeypatch.setattr(products, "_is_exact", lambda: True)
     chosen = []

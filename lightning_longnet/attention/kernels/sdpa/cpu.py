@@ -16,7 +16,7 @@ import torch
 
 from lightning_longnet.attention.kernels import eager
 from lightning_longnet.attention.kernels.call import band, head_weights, weights
-from lightning_longnet.attention.kernels.products import LEAST_BACKWARD, products_are_routed, routed_products
+from lightning_longnet.attention.kernels.products import LEAST_BACKWARD, routed_products, uses_onednn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +89,7 @@ def _tiles_are_fast() -> bool:
     They are so with the vectors of AVX-512 and oneDNN's products; with AVX2 or with MKL's products the operator is
     faster by 5 to 15 %.
     """
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and products_are_routed()
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and uses_onednn()
 
 
 def _operand(x: Tensor) -> Tensor:
