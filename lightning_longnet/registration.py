@@ -83,7 +83,7 @@ def _refusing_dilated(mask: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(mask)
     def refusing(*arguments: Any, **options: Any) -> Any:
         config = options.get("config")
-        if getattr(config, FIELD, None):
+        if config is not None and getattr(config, FIELD, None):
             from lightning_longnet.huggingface.dilation import check_dilated
 
             check_dilated(config, config._attn_implementation)

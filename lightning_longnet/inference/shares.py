@@ -90,7 +90,7 @@ class TokenShares:
             if count := sum(len(w.slots) for _, w in pairs):
                 receive[rank] = kv.new_empty((2, count, kv.shape[4]))
         self.ranks.exchange(send, receive, _ROWS)
-        for rank, rows in receive.items():
-            parts = rows.split([len(w.slots) for _, w in routes[rank]], 1)
+        for rank, received in receive.items():
+            parts = received.split([len(w.slots) for _, w in routes[rank]], 1)
             for store, part, (_, write) in zip(stores, parts, routes[rank], strict=True):
                 store.place(part, write)

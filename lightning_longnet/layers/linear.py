@@ -30,8 +30,8 @@ def projected(linear: nn.Module, x: Tensor) -> Tensor:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `F.linear(x, weight, bias)`, with large float32 products in oneDNN on a CPU where MKL is slow."""
     if _is_large(x, weight) and uses_onednn():
-        found: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return found
+        result: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return result
     return F.linear(x, weight, bias)
 
 
@@ -41,7 +41,7 @@ def _is_large(x: Tensor, weight: Tensor) -> bool:
         return False
     if not x.is_cpu or not x.dtype == weight.dtype == torch.float32 or x.numel() * len(weight) < LEAST:
         return False
-    return x.dim() > 1 and weight.is_cpu and not torch.is_autocast_enabled("cpu") and not torch.jit.is_tracing()
+    return x.dim() > 1 and weight.is_cpu and not torch.is_autocast_enabled("cpu") and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 class _Product(torch.autograd.Function):
@@ -77,5 +77,5 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         with routed_products():
             parts = (None if dx is None else dx @ weight.T, None if dweight is None else x @ dweight.T, dbias)
-            found: Tensor = sum(part for part in parts if part is not None)  # type: ignore[assignment]
-        return found
+            result: Tensor = sum(part for part in parts if part is not None)  # type: ignore[assignment]
+        return result

@@ -6,50 +6,35 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer  # noqa: TC002
 
-from lightning_longnet.checkpointing.comparison import message_of
-from lightning_longnet.huggingface.adapters import adapter_state, add_adapters, base_digest
+from lightning_longnet.huggingface.adapters import add_adapters, base_digest
 from lightning_longnet.huggingface.batches import fault_of_batch, fault_of_packing, named_as_ours
 from lightning_longnet.huggingface.documents import fault_of_documents, whole_documents
+from lightning_longnet.huggingface.generation import generated
 from lightning_longnet.huggingface.head import OutputHead
-from lightning_longnet.huggingface.lineage import continued, first_run
+from lightning_longnet.huggingface.lineage import first_run
 from lightning_longnet.huggingface.models import Source, body_of, check_splits, model_of, need_transformers
-from lightning_longnet.huggingface.prompts import left_padded, padding_refusal
+from lightning_longnet.huggingface.prompts import padding_refusal
 from lightning_longnet.huggingface.recomputation import chunk_feed_forwards, recompute_layers
-from lightning_longnet.huggingface.saving import check_folder, save_weights
 from lightning_longnet.huggingface.vocabulary import check_vocabulary
 from lightning_longnet.huggingface.weight_files import WeightFiles, empty_model
-from lightning_longnet.inference.prompts import fault_of_mask, fault_of_prompts, whole_prompts
+from lightning_longnet.inference.prompts import fault_of_prompts, whole_prompts
 from lightning_longnet.layers.attending import places_of
 from lightning_longnet.layers.loss import CHUNK_TOKENS
 from lightning_longnet.layers.options import positive_integer
 from lightning_longnet.models.blocks import Recompute  # noqa: TC001  the command line evaluates annotations
 from lightning_longnet.registration import ATTENTION
 from lightning_longnet.sequence import SequenceContext, sequence_context
-from lightning_longnet.sequence.agreement import fault_of, fault_of_rank_zero
-from lightning_longnet.training.token_module import TokenModule
+from lightning_longnet.training.causal_lm_checkpoints import CausalLMCheckpoints
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
     from lightning_longnet.layers.loss import TokenLoss
 
-# The values of a configuration that a checkpoint must agree on.  With some of them different the weights would still
-# fit in shape, but the model would compute something else
-_OF_THE_WEIGHTS = (
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_theta", "rope_parameters"),
-    *("layer_types", "sliding_window", "tie_word_embeddings", "num_experts", "num_local_experts"),
-)
-_RUN = "export_run"  # the entry of a checkpoint that names the run, which may replace its own exports
-_ADAPTED = "lora_base"  # the entry of a checkpoint that names the frozen weights, which it does not hold
 
-
-class CausalLMModule(TokenModule):
+class CausalLMModule(CausalLMCheckpoints):
     """A causal language model of transformers with its loss, metrics and optimiser, for any Lightning strategy.
 
     Under `ring_sequence_parallel` each rank holds its part of every sequence, and by `attn_implementation="ring"` the
@@ -258,7 +243,6 @@ class CausalLMModule(TokenModule):
         whole, mask = whole_prompts(batch, sequence_context(self))
         return self.generate(whole, self.generated_tokens, attention_mask=mask, **self.sampling)
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
@@ -281,109 +265,14 @@ class CausalLMModule(TokenModule):
             attention_mask: (B, N), 0 where a row has padding, on either side; the new tokens follow the N columns.
                 The most likely tokens are those of each row alone.
         """
-        given = input_ids
-        if attention_mask is not None:
-            if fault := fault_of_mask(input_ids, attention_mask):
-                raise ValueError(fault)
-            given, attention_mask = left_padded(input_ids, attention_mask)
-            if not attention_mask.all() and (refusal := padding_refusal(self.model)):
-                raise ValueError(refusal)
-        options: dict[str, Any] = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": temperature > 0}
-        if temperature > 0:
-            options |= {"temperature": temperature, "top_k": top_k}
-        is_training = self.model.training
-        self.model.eval()
-        devices = [input_ids.device] if input_ids.device.type == "cuda" else []
-        try:
-            with sequence_context(self).whole(), torch.random.fork_rng(devices):
-                torch.manual_seed(seed)
-                model: Any = self.model
-                mask = torch.ones_like(given) if attention_mask is None else attention_mask
-                found: Tensor = model.generate(given, attention_mask=mask, use_cache=self.used_cache, **options)
-        finally:
-            self.model.train(is_training)
-        return torch.cat([input_ids, found[:, given.shape[1] :]], 1)
-
-    # Checkpoints
-
-    @property
-    def excludes_frozen_parameters(self) -> bool:
-        """Whether checkpoints hold trained parameters alone, which the strategy of DeepSpeed asks."""
-        return self.lora is not None
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the weights; with LoRA those of the adapters alone."""
-        state = super().state_dict(*args, **kwargs)
-        if self.lora is None:
-            return state
-        prefix = kwargs.get("prefix", "")
-        trained = {f"{prefix}{name}" for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return adapter_state(state, trained)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the weights; with LoRA those of the adapters, which must all be there."""
-        if self.lora is None:
-            return super().load_state_dict(state_dict, strict, assign)
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if strict and set(state_dict) != trained:
-            name = min(trained ^ set(state_dict))
-            raise ValueError(f"the checkpoint must hold the adapters of lora {self.lora}, and these differ in {name}")
-        return super().load_state_dict(state_dict, False, assign)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the run, and the frozen weights, which a checkpoint of adapters does not hold."""
-        checkpoint[_RUN] = [*self._lineage]
-        if self.lora is not None:
-            checkpoint[_ADAPTED] = self._base
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, or of adapters for other weights; go on with its run."""
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            self._lineage = continued(checkpoint.get(_RUN, self._lineage))
-        saved = checkpoint.get("hyper_parameters", {})
-        if (saved.get("lora") is None) != (self.lora is None):
-            raise ValueError(f"the checkpoint's model has lora {saved.get('lora')}, and this one {self.lora}")
-        base = checkpoint.get(_ADAPTED)
-        if self.lora is not None and base is not None and base != self._base:
-            raise ValueError("the checkpoint's adapters were trained with other weights than those of this model")
-        known, own = saved.get("config"), self.model.config.to_dict()
-        if known is None:
-            return
-        for name in _OF_THE_WEIGHTS:
-            if name in known and known[name] != own.get(name):
-                difference = f"the checkpoint's model has {name} {known[name]}, and this one has {own.get(name)}"
-                path = getattr(self._trainer, "ckpt_path", None)
-                raise ValueError(difference if path is None else message_of(path, difference))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model as a folder that transformers reads without this package, adapters merged.
-
-        All ranks call it together, in a callback such as `on_train_end`, or after a run; the first one writes.  The
-        folder must be new or empty, or written by this run, also before it was resumed: it is then replaced at once,
-        and what others have added to it or changed in its `generation_config.json` is kept.  Runs that went on from one
-        checkpoint do not replace each other's folders.
-        """
-        trainer = self._trainer
-        whole = getattr(getattr(trainer, "strategy", None), "_whole_parameter", None) or torch.Tensor.detach
-        run = None if trainer is None else self._lineage
-        if trainer is None:
-            check_folder(folder)
-        elif fault := fault_of_rank_zero(trainer.strategy, lambda: fault_of(lambda: check_folder(folder, run))):
-            raise ValueError(fault)
-        is_first = trainer is None or trainer.is_global_zero
-        weights = {}
-        for name, parameter in self.model.named_parameters():
-            value = whole(parameter).detach()
-            if is_first:
-                weights[name] = value.to("cpu", copy=True)
-        persistent = self.model.state_dict().keys() - weights.keys()
-        weights |= {name: x.detach().cpu() for name, x in self.model.named_buffers() if name in persistent}
-        if is_first:
-            self.model.config.use_cache = self.used_cache
-            try:
-                generation = getattr(self.model, "generation_config", None)
-                save_weights(folder, self.model.config, weights, self.lora, generation, run)
-            finally:
-                self.model.config.use_cache = False
-        if trainer is not None:
-            trainer.strategy.barrier()
+        with sequence_context(self).whole():
+            return generated(
+                self.model,
+                input_ids,
+                tokens,
+                attention_mask=attention_mask,
+                temperature=temperature,
+                top_k=top_k,
+                seed=seed,
+                use_cache=self.used_cache,
+            )
