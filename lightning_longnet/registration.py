@@ -82,7 +82,7 @@ def _refusing_dilated(mask: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(mask)
     def refusing(*arguments: Any, **options: Any) -> Any:
-        config = options.get("config")
+        config: Any = options.get("config")
         if getattr(config, FIELD, None):
             from lightning_longnet.huggingface.dilation import check_dilated
 
