@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
@@ -191,7 +192,10 @@ def main() -> None:
             "machine": described("cpu"),
         }
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(json.loads(options.out.read_text())))
+    if options.out.exists():
+        print(table(json.loads(options.out.read_text())))
+    else:
+        print(f"{options.out} is not there yet: leave out --table to measure it", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ def _refusing_dilated(mask: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(mask)
     def refusing(*arguments: Any, **options: Any) -> Any:
-        config = options.get("config")
-        if config is not None and getattr(config, FIELD, None):
+        config: Any = options.get("config")
+        if getattr(config, FIELD, None):
             from lightning_longnet.huggingface.dilation import check_dilated
 
             check_dilated(config, config._attn_implementation)

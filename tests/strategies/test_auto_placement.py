@@ -19,15 +19,16 @@ from lightning_longnet.planning.job import Job
 
 LENGTH = 96
 DILATED = Pattern.dilated((8, 16), (1, 2), is_causal=True)
-KINDS = {"dense": "zigzag", "dilated": "contiguous", "mixed": "zigzag", "own": "contiguous", "made later": "zigzag"}
+KINDS = {"dense": "zigzag", "dilated": "contiguous", "mixed": "zigzag", "own": "contiguous"}
+KINDS |= {"made later": "zigzag", "asked early": "zigzag"}
 
 
 class Own(L.LightningModule):
     """A module with a layer of this package, made at once or in `configure_model`."""
 
-    def __init__(self, pattern, is_late=False):
+    def __init__(self, pattern, is_late=False, asks=False):
         super().__init__()
-        self.pattern, self.is_late, self.attention = pattern, is_late, None
+        self.pattern, self.is_late, self.asks, self.attention = pattern, is_late, asks, None
         self.embedding, self.head = nn.Embedding(61, 16), nn.Linear(16, 61)
         if not is_late:
             self.configure_model()
@@ -36,6 +37,10 @@ class Own(L.LightningModule):
         if self.attention is None and (not self.is_late or self._trainer is not None):
             torch.manual_seed(2)
             self.attention = DilatedSelfAttention(16, 4, self.pattern).to(self.head.weight.dtype)
+
+    def setup(self, stage):
+        if self.asks:  # before the layer is made
+            sequence_context(self).placement_of(LENGTH)
 
     def training_step(self, batch):
         x = self.embedding(batch["input_ids"])
@@ -48,8 +53,10 @@ class Own(L.LightningModule):
 
 def made(kind):
     torch.manual_seed(3)
-    if kind in ("own", "made later"):
-        return Own(DILATED if kind == "own" else Pattern.dense(is_causal=True), kind == "made later").double()
+    if kind == "own":
+        return Own(DILATED).double()
+    if kind in ("made later", "asked early"):
+        return Own(Pattern.dense(is_causal=True), is_late=True, asks=kind == "asked early").double()
     net = module("float64", config={**CONFIG, "num_hidden_layers": 3}, learning_rate=0.3)
     if kind != "dense":
         dilate(net.model, DILATED, [0, 2] if kind == "mixed" else None)
@@ -91,7 +98,8 @@ def test_the_layers_choose_and_the_losses_are_those_of_one_process(trainers, kin
     for losses, placed, _ in results:
         assert placed == KINDS[kind]
         assert losses == pytest.approx(expected, rel=1e-10)
-    (line,) = results[0][2]
+    *others, line = results[0][2]
+    assert len(others) == (kind == "asked early")
     assert line.startswith(f"RingSequenceParallelStrategy: placement {KINDS[kind]}: ")
     assert f"at {LENGTH} tokens the busiest of 2 ranks" in line
 
@@ -116,6 +124,16 @@ def test_a_plan_chooses_what_the_run_does():
     assert job.placed().kind == expected.placement == "zigzag"
     assert Job(config, tokens=LENGTH, per_node=2, placement="contiguous").placed().kind == "contiguous"
     assert Job(config, tokens=LENGTH).placement_choice.placement == "contiguous"
+
+
+def test_a_plan_of_a_decoder_has_the_patterns_of_its_dilated_layers():
+    from lightning_longnet.huggingface.planned import planned_config
+
+    net = CausalLMModule(config={**CONFIG, "num_hidden_layers": 3})
+    dilate(net.model, DILATED, [0, 2])
+    planned = planned_config(net.model.config, net.hparams)
+    assert list(planned.patterns) == [DILATED, Pattern.dense(is_causal=True), DILATED]
+    assert Job(planned, tokens=LENGTH, per_node=2).placement_choice.reason.endswith("2 of 3 layers are dilated")
 
 
 def test_the_layers_of_both_packages_are_counted():
