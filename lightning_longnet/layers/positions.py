@@ -191,8 +191,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _turned(x: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
-    """Return what `_rotate` does, in fewer operators where torch has complex numbers of the dtype."""
-    if x.dtype not in (torch.float32, torch.float64) or x.requires_grad:
+    """Return what `_rotate` does, in fewer operators where torch has complex numbers and does not compile them."""
+    has_complex = x.dtype in (torch.float32, torch.float64) and x.device.type in ("cpu", "cuda")
+    if not has_complex or x.requires_grad or torch.compiler.is_compiling():
         return _rotate(x, *factors)
     pairs = torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * torch.complex(*factors)).view(x.shape)
