@@ -79,7 +79,8 @@ class TokenShares:
 
     def scatter(self, kv: Tensor, stores: Sequence[RowStore], routes: list[list[tuple[Write, Write]]]) -> None:
         """Write the rows of kv (2, B, Hkv, n, D), of each rank's tokens, to the slots of the ranks that keep them."""
-        send, receive = {}, {}
+        send: dict[int, Tensor] = {}
+        receive: dict[int, Tensor] = {}
         for rank, pairs in enumerate(routes):
             if rank == self.ranks.rank:
                 for store, (write, _) in zip(stores, pairs, strict=True):
@@ -90,7 +91,7 @@ class TokenShares:
             if count := sum(len(w.slots) for _, w in pairs):
                 receive[rank] = kv.new_empty((2, count, kv.shape[4]))
         self.ranks.exchange(send, receive, _ROWS)
-        for rank, rows in receive.items():
-            parts = rows.split([len(w.slots) for _, w in routes[rank]], 1)
+        for rank, got in receive.items():
+            parts = got.split([len(w.slots) for _, w in routes[rank]], 1)
             for store, part, (_, write) in zip(stores, parts, routes[rank], strict=True):
                 store.place(part, write)
