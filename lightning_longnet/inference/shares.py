@@ -79,7 +79,8 @@ class TokenShares:
 
     def scatter(self, kv: Tensor, stores: Sequence[RowStore], routes: list[list[tuple[Write, Write]]]) -> None:
         """Write the rows of kv (2, B, Hkv, n, D), of each rank's tokens, to the slots of the ranks that keep them."""
-        send, receive = {}, {}
+        send: dict[int, Tensor] = {}
+        receive: dict[int, Tensor] = {}
         for rank, pairs in enumerate(routes):
             if rank == self.ranks.rank:
                 for store, (write, _) in zip(stores, pairs, strict=True):

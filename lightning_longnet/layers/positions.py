@@ -218,7 +218,8 @@ def _table(tokens: int, head_dim: int, base: float, dtype: torch.dtype) -> Tenso
 def _rotate(x: Tensor, factors: Tensor) -> Tensor:
     """Rotate the adjacent pairs of x (B, N, heads, head_dim) by factors that end in (N, 1, head_dim / 2, 2)."""
     pairs = x.unflatten(-1, (-1, 2)).to(factors.dtype)
-    if torch.compiler.is_compiling():  # no compiler fuses complex products
+    has_complex = x.device.type in ("cpu", "cuda", "meta")
+    if torch.compiler.is_compiling() or not has_complex:  # no compiler fuses complex products
         (even, odd), (cos, sin) = pairs.unbind(-1), factors.unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
     else:  # one product, where the above takes seven passes over memory

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lightning_longnet
+from lightning_longnet import LongNet, LongNetConfig, Pattern
+from lightning_longnet.checkpointing.checkpoints import write_checkpoint
 from lightning_longnet.cli import main
 from lightning_longnet.diagnosis.exactness import Finding
 from lightning_longnet.diagnosis.ranks import Answers
@@ -113,6 +116,21 @@ def cluster(tmp_path_factory):
     result = Cluster(tmp_path_factory.mktemp("cluster"))
     yield result
     result.close()
+
+
+@pytest.mark.long
+def test_ranks_of_slurm_generate_a_text(cluster, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = LongNet(LongNetConfig(Pattern.dilated((8, 64), (1, 2), is_causal=True), dim=16, layers=1, heads=4))
+    torch.nn.init.normal_(model.embedding.weight)
+    write_checkpoint(model, tmp_path / "a.ckpt")
+    words = ["generate", str(tmp_path / "a.ckpt"), "--prompt=abc", "--tokens=20", "--temperature=0"]
+    assert main(words) == 0
+    places = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lightning_longnet", *words]
+    shown = cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", *command, **places)
+    assert shown.startswith(capsys.readouterr().out), shown
+    assert shown.count("abc") == 1
 
 
 @pytest.mark.long
