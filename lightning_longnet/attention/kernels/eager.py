@@ -155,7 +155,8 @@ class _Chunk(NamedTuple):
         """
         heads = slice(self.key_heads.start * self.group, self.key_heads.stop * self.group)
         wide = torch.promote_types(x.dtype, torch.float32)
-        return x[_slice(self.samples), heads].to(wide).unflatten(1, (-1, self.group)).flatten(0, 1)
+        rows: Tensor = x[_slice(self.samples), heads].to(wide).unflatten(1, (-1, self.group))
+        return rows.flatten(0, 1)
 
     def tiles(self, block: Block) -> Iterator[_Tile]:
         """Yield the tiles of this chunk, each with the keys that at least one of its queries may see.
