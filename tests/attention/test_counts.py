@@ -135,8 +135,9 @@ def test_the_result_of_one_call_is_not_copied():
 
 
 @pytest.mark.parametrize(("length", "tiles"), [(128, 0), (512, 2), (2048, 0)])
-def test_a_causal_block_of_some_hundred_rows_is_few_tiles(length, tiles):
-    """Beyond its products a tile takes no operator that holds its scores again."""
+def test_a_causal_block_of_some_hundred_rows_is_few_tiles(length, tiles, monkeypatch):
+    """With one thread it is, and each tile computes its products and exponentials once."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     tensors = [x.detach().transpose(1, 2) for x in inputs(1, length)]
     call = Call(Block(SOME, SOME, low=0), 0.25)
     with Operators() as forward:

@@ -50,6 +50,7 @@ def test_the_faster_of_two_types_is_measured():
 def test_pairs_that_count_more_than_once_get_the_log_as_a_bias(low, is_shared, is_tiled, monkeypatch):
     """Tiles of four queries hold whole periods of the weights, the rest of a block does not."""
     if is_tiled:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         monkeypatch.setattr(sdpa, "LEAST_TILED", 0)
         monkeypatch.setattr(sdpa, "_tiles_are_fast", lambda: True)
         monkeypatch.setattr(eager, "_ROWS", 4)
@@ -80,6 +81,7 @@ def test_pairs_that_count_more_than_once_get_the_log_as_a_bias(low, is_shared, i
 @pytest.mark.parametrize("are_fast", [False, True])
 def test_tiles_compute_short_causal_blocks_and_those_with_weights(are_fast, monkeypatch):
     monkeypatch.setattr(sdpa, "_tiles_are_fast", lambda: are_fast)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     repeats = (Repeat(2, 0, 0),)
 
     def is_tiled(rows, block, dtype=torch.float32):
@@ -93,6 +95,8 @@ def test_tiles_compute_short_causal_blocks_and_those_with_weights(are_fast, monk
     assert is_tiled(2048, Block(SOME, SOME, low=0, repeats=repeats))
     assert is_tiled(2048, Block(SOME, SOME, repeats=repeats)) == are_fast
     assert is_tiled(512, Block(SOME, SOME, head_repeats=(repeats,) * 8)) == are_fast
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert not is_tiled(512, CAUSAL)
 
 
 def test_an_empty_block_is_stopped_before_it_kills_the_process():

@@ -72,8 +72,12 @@ def _is_tiled(q: Tensor, k: Tensor, call: Call) -> bool:
     """Return whether tiles of plain products compute a block faster than the operator does.
 
     Under a causal mask the operator computes squares of 512 rows as a whole, and its products are small for fewer rows
-    than `OPERATOR_ROWS`.  A mask of weights costs it two more passes over the scores.
+    than `OPERATOR_ROWS`.  A mask of weights costs it two more passes over the scores.  But the threads of the operator
+    meet once in a call, and those of tiles in each of their operators, where they wait for a thread whose core is busy
+    with another process: several threads leave all blocks to the operator.
     """
+    if torch.get_num_threads() > 1:
+        return False
     block, pairs = call.block, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if q.dtype not in (torch.float32, torch.float64) or block.high is not None or pairs < LEAST_TILED:
         return False
