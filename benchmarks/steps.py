@@ -8,6 +8,7 @@ norms.  Both train with AdamW on the same tokens.
 from __future__ import annotations
 
 import statistics
+from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -91,18 +92,21 @@ def plain_step(tokens: int) -> Callable[[], None]:
 def longnet_step(pattern: Pattern, tokens: int, context: SequenceContext | None = None) -> Callable[[], None]:
     """Return a function that trains a LongNet for a step, on the ranks of a context where there is one."""
     torch.manual_seed(0)  # all ranks begin with the same parameters
-    model, context = longnet(pattern), context or SequenceContext()
+    model = longnet(pattern)
     attach_context(model, context)
     optimizer, text = torch.optim.AdamW(model.parameters(), 1e-4), _text(tokens)
-    batch, steps = {"input_ids": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}, iter(range(10**9))
+    batch, numbers = {"input_ids": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous()}, count()
 
     def step() -> None:
         optimizer.zero_grad()
-        part = context.split(dict(batch))
-        context.begin_step(next(steps))
-        loss_sum, count = model(part["input_ids"], part["labels"])
-        context.token_mean(loss_sum, count).backward()
-        if context.mesh is not None:
+        part = batch
+        if context is not None:
+            part = context.split(dict(batch))
+            context.begin_step(next(numbers))
+        loss_sum, many = model(part["input_ids"], part["labels"])
+        loss = loss_sum / many if context is None else context.token_mean(loss_sum, many)
+        loss.backward()
+        if context is not None:
             for parameter in model.parameters():
                 assert parameter.grad is not None
                 dist.all_reduce(parameter.grad)
