@@ -70,7 +70,7 @@ class Operator(Generic[_P, _T]):
         """Register the function that returns the gradients, and the one that saves what it reads."""
         torch.library.register_autograd(self.name, backward, setup_context=setup_context)
 
-    def register_fake(self, function: Callable[_P, _T]) -> Callable[_P, _T]:
+    def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Register a function that returns results without data."""
         torch.library.register_fake(self.name, function)
         return function
