@@ -6,22 +6,28 @@
 
 The limit of dilated attention is a kernel that computes each distinct pair once, at the rate of torch's own operator
 for a full rectangle in the same run, with the faster library for products.  Threads that wait count as time of the
-CPU, so there is one unless the clock is that on the wall.
+CPU, so there is one unless the clock is that on the wall.  The rows of ranks and of a busy core are always those of
+the clock on the wall.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
 import peers
+import scheme
+import steps
 import torch
 from machine import described
+from ranks import on_ranks
 
 from lightning_longnet import Pattern, attend
 from lightning_longnet.attention.kernels.products import routed_products
@@ -44,6 +50,9 @@ CLOCKS = {"cpu": process_time, "wall": perf_counter}
 # the greatest ratio that each kind of row is to reach
 GOALS = {"attend over SDPA, 128": 1.5, "attend over SDPA, 512": 1.1, "attend over SDPA, 2,048": 1.02}
 LIMIT_GOAL, PACKED_GOAL, PLAN_SECONDS = 1.15, 1.1, 0.3
+DENSE_STEP_GOAL, STEP_GOALS = 1.05, {512: 1.0, 2048: 1 / 1.3, 8192: 1 / 3.5}
+RANKS_GOAL, BUSY_GOAL = 1 / 1.9, 1 / 0.9
+RANKED_TOKENS, BUSY_TOKENS = 16384, 8192
 
 
 def tensors(batch: int, length: int) -> tuple[list[Tensor], Tensor]:
@@ -132,6 +141,58 @@ def packed(batch: int, length: int, documents: int, options: argparse.Namespace)
     return {"name": name, "ratio": round(found, 3), "goal": PACKED_GOAL}
 
 
+def over_nanogpt(length: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of a training step with a dense pattern, and with five branches, beside a plain GPT's.
+
+    Their rounds are fewer where a step takes seconds.
+    """
+    times, rows = max(1, 2048 // length), []
+    options = argparse.Namespace(clock=options.clock, rounds=min(options.rounds, 2 if length > 2048 else 5))
+    cases = {"dense": (Pattern.dense(is_causal=True), DENSE_STEP_GOAL)} if length <= 2048 else {}
+    cases |= {"five branches": (Pattern.dilated(*FIVE, is_causal=True), STEP_GOALS[length])}
+    plain = steps.plain_step(length)
+    for name, (pattern, goal) in cases.items():
+        own = steps.longnet_step(pattern, length)
+        found, _ = ratio(repeated(own, times), repeated(plain, times), options)
+        title = f"a step over nanoGPT, {name}, {length:,}"
+        rows.append({"name": title, "ratio": round(found, 3), "goal": round(goal, 3)})
+    return rows
+
+
+def over_one_rank() -> dict[str, Any]:
+    """Return the row of a step on two ranks of one thread beside that on one."""
+    found = on_ranks(2, steps.over_one_rank, Pattern.dilated(*FIVE, is_causal=True), RANKED_TOKENS, 2)
+    name = f"a step on two ranks over one, wall, {RANKED_TOKENS:,}"
+    return {"name": name, "ratio": round(found, 3), "goal": round(RANKS_GOAL, 3)}
+
+
+def beside_a_busy_core(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the row of five branches over torchscale's scheme beside a process that computes, over that without it."""
+    inputs, grad = tensors(1, BUSY_TOKENS)
+    pattern = Pattern.dilated(*FIVE, is_causal=True)
+    own = partial(step, partial(attend, pattern=pattern), inputs, grad)
+    other = partial(step, scheme.torchscale("sdpa", *FIVE), inputs, grad)
+    options = argparse.Namespace(clock="wall", rounds=options.rounds)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    quiet, _ = ratio(own, other, options)
+    spinning = get_context("spawn").Process(target=_spin, daemon=True)
+    spinning.start()
+    try:
+        busy, _ = ratio(own, other, options)
+    finally:
+        spinning.terminate()
+        spinning.join()
+        torch.set_num_threads(threads)
+    name = f"five branches over torchscale's scheme, beside a busy core over quiet, wall, {BUSY_TOKENS:,}"
+    return {"name": name, "ratio": round(busy / quiet, 3), "goal": round(BUSY_GOAL, 3)}
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
 def planned(documents: int, placement: str) -> dict[str, Any]:
     """Return the row of the seconds of the CPU in which a rank plans a layout."""
     tokens, ranks = 2**20, 1024
@@ -170,6 +231,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [over_sdpa(length, options) for length in (128, 512, 2048)]
     rows += [packed(batch, 4096, many, options) for batch, many in ((1, 10), (1, 100), (8, 10), (8, 100), (8, 1000))]
+    rows += [row for length in STEP_GOALS for row in over_nanogpt(length, options)]
+    rows += [over_one_rank(), beside_a_busy_core(options)]
     torch.set_num_threads(threads if options.clock == "wall" else 1)
     rows += [over_limit(length, options) for length in (8192, 32768)]
     rows += [planned(many, placement) for many in (1, 1000) for placement in ("contiguous", "zigzag")]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_longnet.attention.kernels.compiling import operator
 from lightning_longnet.attention.kernels.dropout import Dropout
 from lightning_longnet.attention.parallel.calls import distributed_calls, local_call
 from lightning_longnet.attention.parallel.exchange import PassOptions
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.comm import Direction
 
 
-@torch.library.custom_op("lightning_longnet::attend", mutates_args=())
+@operator("lightning_longnet::attend")
 def forward(
     q: Tensor,
     k: Tensor,
@@ -68,7 +69,7 @@ def forward(
     return out, lse, [number, *(tensor for *_, saved in results for tensor in saved)]
 
 
-@torch.library.custom_op("lightning_longnet::attend_backward", mutates_args=())
+@operator("lightning_longnet::attend_backward")
 def backward(
     grad: Tensor,
     q: Tensor,

@@ -41,7 +41,9 @@ def _is_large(x: Tensor, weight: Tensor) -> bool:
         return False
     if not x.is_cpu or not x.dtype == weight.dtype == torch.float32 or x.numel() * len(weight) < LEAST:
         return False
-    return x.dim() > 1 and weight.is_cpu and not torch.is_autocast_enabled("cpu") and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return (
+        x.dim() > 1 and weight.is_cpu and not torch.is_autocast_enabled("cpu") and torch._C._get_tracing_state() is None
+    )
 
 
 class _Product(torch.autograd.Function):

@@ -107,8 +107,8 @@ def without_kernels():
 def run(tensors, spec, documents, number):
     q, k, v = tensors
     masks = None, documents, None, None
-    out, lse, saved = op.forward._init_fn(q, k, v, *masks, spec, number)
-    op.backward._init_fn(torch.empty_like(out), q, k, v, out, lse, saved, *masks, spec, number)
+    out, lse, saved = op.forward.body(q, k, v, *masks, spec, number)
+    op.backward.body(torch.empty_like(out), q, k, v, out, lse, saved, *masks, spec, number)
 
 
 def steady_step(length, exchange="auto", shard=None, documents=None):

@@ -74,9 +74,9 @@ def held(kernel, tokens, head_dim):
         q, k, v, grad = given
         with ledger:
             ledger.phase = "forward"
-            out, lse, _ = op.forward._init_fn(q, k, v, None, None, None, None, spec, None)
+            out, lse, _ = op.forward.body(q, k, v, None, None, None, None, spec, None)
             ledger.phase = "backward"
-            result = op.backward._init_fn(grad, q, k, v, out, lse, [], None, None, None, None, spec, None)
+            result = op.backward.body(grad, q, k, v, out, lse, [], None, None, None, None, spec, None)
     whole = [*given, out, lse, *result[:3]]
     sizes = [prod(x.shape) * x.element_size() for x in whole]
     at, most = sum(sizes[:4]), {"forward": 0, "backward": 0}

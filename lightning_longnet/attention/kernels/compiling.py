@@ -1,9 +1,12 @@
-"""Marks of functions for `torch.compile`, which do not import the compiler where nothing is compiled."""
+"""Marks of functions for `torch.compile`, and operators, which do not import the compiler where nothing is compiled."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+import sys
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
+import torch
 from torch._compile import _disable_dynamo
 
 if TYPE_CHECKING:
@@ -13,15 +16,6 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def not_compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Return a function that a compiled graph breaks at, as with `torch.compiler.disable`, which imports the compiler.
-
-    torch's own modules mark their functions in this way: the compiler is imported at the first call.
-    """
-    marked: Callable[_P, _T] = _disable_dynamo(function)
-    return marked
-
-
 def constant_result(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Return a function whose result a compiled graph takes as a constant, as `torch.compiler.assume_constant_result`.
 
@@ -29,3 +23,59 @@ def constant_result(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_result
+def _is_compiler_loaded() -> bool:
+    return "torch._dynamo" in sys.modules
+
+
+def not_compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Return a function that a compiled graph breaks at, as with `torch.compiler.disable`, which imports the compiler.
+
+    Before something else has imported the compiler, nothing is compiled, and the function is called as it is.
+    """
+    marked: Callable[_P, _T] = _disable_dynamo(function)  # as torch's own modules mark theirs
+
+    @wraps(function)
+    def uncompiled(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return marked(*args, **kwargs) if _is_compiler_loaded() else function(*args, **kwargs)
+
+    return uncompiled
+
+
+class Operator(Generic[_P, _T]):
+    """An operator of torch, as `torch.library.custom_op` makes one that mutates no argument.
+
+    The first call of one of those imports the compiler, which takes as long as torch itself.
+
+    Args:
+        name: the name, "namespace::operator".
+        body: the function that computes it on all devices; its annotations give the schema.
+    """
+
+    def __init__(self, name: str, body: Callable[_P, _T]) -> None:
+        self.name, self.body = name, body
+        schema = torch.library.infer_schema(body, mutates_args=())
+        torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, "default", not_compiled(body))
+        namespace, _, operator = name.partition("::")
+        self._call = getattr(getattr(torch.ops, namespace), operator).default
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        result: _T = self._call(*args, **kwargs)
+        return result
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
+        """Register the function that returns the gradients, and the one that saves what it reads."""
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+
+    def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Register a function that returns results without data."""
+        torch.library.register_fake(self.name, function)
+        return function
+
+
+def operator(name: str) -> Callable[[Callable[_P, _T]], Operator[_P, _T]]:
+    """Return a decorator that makes a function the body of an operator."""
+    return lambda body: Operator(name, body)

@@ -12,9 +12,25 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_the_package_imports_no_compiler():
-    """It takes longer to import than all of the package; torch imports it at the first call of an operator."""
+    """It takes longer to import than all of the package."""
     code = (
         "import sys, lightning_longnet.attention, lightning_longnet.sequence, lightning_longnet.models.longvit\n"
+        "print({'torch._dynamo', 'sympy', 'lightning', 'torchmetrics'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert result.stdout == "set()\n", result.stderr
+
+
+def test_calls_forward_and_backward_import_no_compiler():
+    """Optimizers of torch and its `checkpoint` do."""
+    code = (
+        "import sys, torch\n"
+        "from lightning_longnet import LongNet, LongNetConfig, Pattern\n"
+        "pattern = Pattern.dilated((16, 32), (1, 2), is_causal=True)\n"
+        "model = LongNet(LongNetConfig(pattern, dim=16, layers=1, heads=2))\n"
+        "tokens = torch.randint(256, (2, 41))\n"
+        "model(tokens[:, :-1], tokens[:, 1:]).loss_sum.backward()\n"
+        "model.generate(tokens, 2)\n"
         "print({'torch._dynamo', 'sympy', 'lightning', 'torchmetrics'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
