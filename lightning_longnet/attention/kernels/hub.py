@@ -63,7 +63,11 @@ def _missing_reasons() -> tuple[str, ...]:
 
     torch.compile traces the choice of a kernel and cannot follow imports, so it takes this result for a constant.
     """
-    if find_spec("kernels") is None:
+    try:
+        is_there = find_spec("kernels.utils") is not None
+    except ImportError:
+        is_there = False
+    if not is_there:  # a folder of this name may be there, which Python takes for a package
         return ("the package kernels is not installed: pip install kernels",)
     if not _snapshots():
         return (f"{REPOSITORY} is not in the cache of the Hub: {_DOWNLOAD} downloads it",)

@@ -41,7 +41,7 @@ def package(cache, interface=emulated, error=None):
         return SimpleNamespace(flash_attn_interface=interface)
 
     kernels, utils = ModuleType("kernels"), ModuleType("kernels.utils")
-    kernels.__spec__ = ModuleSpec("kernels", None)
+    kernels.__spec__, utils.__spec__ = ModuleSpec("kernels", None), ModuleSpec("kernels.utils", None)
     kernels.get_local_kernel, utils.CACHE_DIR = get_local_kernel, str(cache)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "kernels", kernels)
@@ -118,6 +118,14 @@ def test_where_it_is_not_installed_one_line_says_so(monkeypatch, tmp_path):
         assert loaded == []
     monkeypatch.setitem(sys.modules, "kernels", None)
     assert refusals() == ["the package kernels is not installed: pip install kernels"]
+
+
+def test_a_folder_of_that_name_is_no_package(monkeypatch, tmp_path):
+    (tmp_path / "kernels").mkdir()
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert refusals() == ["the package kernels is not installed: pip install kernels"]
+    monkeypatch.delitem(sys.modules, "kernels")
 
 
 @pytest.mark.parametrize("error", [ImportError("undefined symbol"), FileNotFoundError("no variant")])
