@@ -73,6 +73,7 @@ class Resources(NamedTuple):
     wgmma: int  # the number of Hopper's matrix instructions, each for 64 rows or more
     mma: int  # of those for 16 rows
     wide_copies: int  # copies of 16 bytes from global to shared memory that nothing waits for
+    narrow_offsets: int  # offsets of rows, heads and samples in a tensor that have 32 bits
 
 
 @contextmanager
@@ -138,7 +139,14 @@ def resources(program: str, width: int, tile: Tile, form: dict[str, Any], dtype:
         code.count("wgmma.mma_async"),
         code.count("mma.sync"),
         len(re.findall(r"cp\.async\.cg\.shared\.global [^\n]*0x10", code)),
+        len([x for x in re.findall(r"tt\.addptr .* : (.*?)(?: loc|$)", compiled.asm["ttir"], re.M) if _is_narrow(x)]),
     )
+
+
+def _is_narrow(types: str) -> bool:
+    """Return whether a pointer to numbers and its offset, by their types, are 32 bits and not the column of a tile."""
+    is_list, is_column = "!tt.ptr<i32>" in types, re.search(r"tensor<\d+x(?!1x)\d+xi32>$", types.strip())
+    return types.strip().endswith(("i32", "i32>")) and not is_list and is_column is None
 
 
 def _cuobjdump() -> str:

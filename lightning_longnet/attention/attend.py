@@ -165,6 +165,7 @@ def explain(
     cudnn      refuses      serves CUDA tensors, these are on cpu
     flash3     refuses      serves CUDA tensors, these are on cpu
     flash4     refuses      serves CUDA tensors, these are on cpu
+    hub        refuses      serves CUDA tensors, these are on cpu
     eager      runs         plain products in float32 or float64, a tile of scores at a time
     reference  could serve  holds all N x N scores; differentiable any number of times
     triton     refuses      serves CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, these are on cpu

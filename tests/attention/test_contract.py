@@ -389,7 +389,7 @@ def test_explain_says_who_runs_and_why_others_do_not():
     assert head == "cpu, float32, accumulates in float32"
     assert [line.split()[0] for line in lines] == list(kernel_names())
     shown = {line.split()[0]: line.split(maxsplit=2)[1:] for line in lines}
-    for kernel in ("flash", "cudnn", "flash3", "flash4"):
+    for kernel in ("flash", "cudnn", "flash3", "flash4", "hub"):
         assert shown[kernel] == ["refuses", "serves CUDA tensors, these are on cpu"]
     assert shown["sdpa"] == ["refuses", "needs v as wide as q and k, got 6 and 4"]
     assert [shown[kernel][0] for kernel in ("eager", "reference")] == ["runs", "could"]

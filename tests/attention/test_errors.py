@@ -111,7 +111,7 @@ CALLS = {
     "mix": (lambda: attend(x(), x(), x(), DENSE, mix="sum"), "mix must be one of 'exact', 'detached', got 'sum'"),
     "kernel": (
         lambda: attend(x(), x(), x(), DENSE, kernel="fast"),
-        "kernel must be one of 'auto', 'flash', 'sdpa', 'cudnn', 'flash3', 'flash4', 'eager', 'reference', 'triton', got 'fast'",
+        "kernel must be one of 'auto', 'flash', 'sdpa', 'cudnn', 'flash3', 'flash4', 'hub', 'eager', 'reference', 'triton', got 'fast'",
     ),
     "kernel in explain": (lambda: explain(x(), x(), x(), DENSE, kernel="fast"), "kernel must be one of"),
     "decreasing documents": (

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lightning_longnet import Pattern
 from lightning_longnet.attention import op
-from lightning_longnet.attention.kernels import activated, cudnn, flash, sdpa
+from lightning_longnet.attention.kernels import activated, cudnn, flash, hub, sdpa
 from lightning_longnet.attention.kernels.sdpa import cuda
 from lightning_longnet.attention.kernels.sdpa import flash as torchs
 from lightning_longnet.attention.kernels.triton import launch
@@ -57,7 +57,7 @@ def emulate():
     sdpa.takes_weights = lambda device: False
     cudnn._lse_dims = lambda device, dtype: 3
     activated.activated_implementation = lambda implementation: nullcontext()
-    flash._interface = package
+    flash._interface = hub._interface = package
     launch._make_launches = true_lists
     launch._launch = lambda *_: None
 

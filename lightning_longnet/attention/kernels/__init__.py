@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from lightning_longnet.attention.kernels import cudnn, eager, flash, reference, sdpa, triton
+from lightning_longnet.attention.kernels import cudnn, eager, flash, hub, reference, sdpa, triton
 from lightning_longnet.attention.kernels.activated import FLASH3, FLASH4
 
 if TYPE_CHECKING:
@@ -133,13 +133,15 @@ BLOCK_KERNELS: dict[str, BlockKernel | PartsKernel] = {
     "cudnn": cudnn,
     "flash3": FLASH3,
     "flash4": FLASH4,
+    "hub": hub,
     "eager": eager,
     "triton": triton,
 }
-_KERNELS: tuple[Kernel, ...] = (flash, sdpa, cudnn, FLASH3, FLASH4, eager, reference, triton)  # in order of preference
+# in order of preference
+_KERNELS: tuple[Kernel, ...] = (flash, sdpa, cudnn, FLASH3, FLASH4, hub, eager, reference, triton)
 # "auto" does not choose these: no GPU has measured them, and flash3 and flash4 switch what torch's flash attention runs
 # in for the whole process
-_NAMED_ONLY = (FLASH3.name, FLASH4.name, triton.name)
+_NAMED_ONLY = (FLASH3.name, FLASH4.name, hub.name, triton.name)
 # On a CPU flash attention takes longer than plain products for calls of fewer keys (benchmarks/block_sparse.py)
 FEW_KEYS = 512
 

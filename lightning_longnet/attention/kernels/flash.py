@@ -43,14 +43,14 @@ def takes_weights(device: str) -> bool:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
-    return fused.forward(_package, q, k, v, call)
+    return fused.forward(Package(_interface()), q, k, v, call)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
-    return fused.backward(_package, grad, q, k, v, out, lse, call)
+    return fused.backward(Package(_interface()), grad, q, k, v, out, lse, call)
 
 
 @constant_result
@@ -78,12 +78,19 @@ def _interface() -> Any:
     return import_module("flash_attn.flash_attn_interface")
 
 
-class _Package:
-    """The operators of the flash-attn package, with the signatures of `fused.Operator`."""
+class Package:
+    """The operators of the flash-attn package, with the signatures of `fused.Operator`.
+
+    Args:
+        interface: the module that holds them.
+    """
+
+    def __init__(self, interface: Any) -> None:
+        self._interface = interface
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
         """Return out and lse of one `Window`, whose bounds are `left` and `right`, for `fused.forward`."""
-        out, lse, _, _ = _interface()._flash_attn_forward(
+        out, lse, _, _ = self._interface._flash_attn_forward(
             q,
             k,
             v,
@@ -112,7 +119,7 @@ class _Package:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk and dv of one `Window`, whose bounds are `left` and `right`, for `fused.backward`."""
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        _interface()._flash_attn_backward(
+        self._interface._flash_attn_backward(
             grad,
             q,
             k,
@@ -132,6 +139,3 @@ class _Package:
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return dq, dk, dv
-
-
-_package = _Package()

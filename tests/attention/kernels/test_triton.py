@@ -129,6 +129,37 @@ def test_the_same_bits_every_time(interpreted):
     assert all(map(torch.equal, first, second))
 
 
+def attended_far(group, path, axis):
+    """Attend to rows, heads or samples at such distances that offsets exceed 32 bits; return ours and the truth."""
+    distance, count = 2**27, 18  # in numbers; the last begins behind 2**31 of them
+    shape = [1, 3, 1, 16]
+    shape[axis] = count
+    stride = [0, 64, 0, 1]
+    stride[axis] = distance
+    # a file without data, whose pages take memory only where they are written
+    storage = torch.UntypedStorage.from_file(str(path), True, 4 * (distance * count))
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for offset in (0, 16, 32, 48):
+        x = torch.empty(0).set_(storage, offset, shape, stride)
+        inputs.append(x.copy_(torch.randn(shape, generator=generator)))
+    assert inputs[0].stride() == tuple(stride)
+    assert (count - 1) * distance > 2**31
+    pattern, results = Pattern.dilated((8, 16), (1, 2), is_causal=True), []
+    for kernel, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs[:3]]
+        out, lse = attend(*leaves, pattern, kernel=kernel, return_lse=True)
+        results.append([x.detach() for x in (out, lse, *torch.autograd.grad(out, leaves, inputs[3].to(dtype)))])
+    return results
+
+
+@pytest.mark.parametrize("axis", tiered((0, 1, 2), quick=[1]))
+def test_offsets_of_64_bits(interpreted, tmp_path, axis):
+    ours, truth = interpreted.run(1, attended_far, tmp_path / "numbers", axis)[0]
+    for one, true in zip(ours, truth, strict=True):
+        close(one, true, TOLERANCE)
+
+
 @pytest.mark.parametrize(("world", "exchange"), tiered(product((2, 3), ("gather", "ring", "swap")), quick=[], covers=1))
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

@@ -61,6 +61,11 @@ def test_products_run_on_the_matrix_units_of_a_hopper_gpu(compiled):
 
 
 @pytest.mark.long
+def test_offsets_have_64_bits(compiled):
+    assert [row for row in compiled if row["narrow_offsets"] > 0] == []
+
+
+@pytest.mark.long
 def test_rows_are_copied_in_pieces_of_16_bytes_while_others_are_computed(compiled):
     assert [row for row in compiled if not row["wide_copies"]] == []
 
