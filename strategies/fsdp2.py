@@ -57,6 +57,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         ModelParallelStrategy.__init__(self, data_parallel_size=1, tensor_parallel_size=1, **options, **engine)
 
     def setup_environment(self) -> None:
+        """Connect the ranks, and make their context; Lightning calls it in each process before `setup`."""
         assert self.lightning_module is not None
         check_averages(self.lightning_module.trainer, self.lightning_module)
         ParallelStrategy.setup_environment(self)  # without the mesh of data and tensor parallelism

@@ -72,7 +72,10 @@ class SequenceRanks(ParallelStrategy):
         return self.parallel_devices[self.local_rank]
 
     def _make_context(self) -> None:
-        """Make the context when the ranks are connected, once for all runs of a Trainer."""
+        """Make the context and the watch over the loaders when the ranks are connected, once for all runs of a Trainer.
+
+        The engines call it at the end of `setup_environment`.
+        """
         if isinstance(self._placement, RunPlacement):
             self._placement.begin(self.lightning_module)
         if self.sequence_context.mesh is not None:

@@ -99,7 +99,7 @@ def _shown(layout: Layout, ranks: list[int]) -> list[int]:
     """Return the ranks to show; of many the first, the middle, the last, and two of the busiest."""
     if len(ranks) <= WHOLE or layout.placement.ranks <= WHOLE:
         return ranks
-    busiest = sorted(ranks, key=lambda rank: sum(rank_blocks(layout).traffic(rank)))[-2:]
+    busiest = sorted(ranks, key=lambda rank: sum(rank_blocks(layout).estimated_traffic(rank)))[-2:]
     return sorted({ranks[0], layout.placement.ranks // 2, ranks[-1], *busiest})
 
 

@@ -225,16 +225,16 @@ class _Tile(NamedTuple):
         """Set the scores of the pairs that are masked to -inf, and add the weights of pairs, in place."""
         per_head = scores.unflatten(1, (self.chunk.group, -1))
         (low, high), (first, last) = (call.block.low, call.block.high), (self.keys.start, self.keys.stop)
-        top, rows = self.queries.start, per_head.shape[-2]
+        first_query, rows = self.queries.start, per_head.shape[-2]
         if call.block.repeats or call.block.head_repeats:
             self._add_weights(scores, call.block)
         if low is not None:  # every query of the tile sees the keys before `edge`: only the rest needs a mask
-            edge = min(max(top - low + 1, first), last)
-            bound = _mask_bound(rows, last - edge, low - top + edge, None, scores.dtype, scores.device)
+            edge = min(max(first_query - low + 1, first), last)
+            bound = _mask_bound(rows, last - edge, low - first_query + edge, None, scores.dtype, scores.device)
             _mask_in_place(per_head[..., edge - first :], bound)
         if high is not None:  # no query of the tile is too far from the keys behind `edge`
             edge = min(max(self.queries.stop - 1 - high, first), last)
-            bound = _mask_bound(rows, edge - first, None, high - top + first, scores.dtype, scores.device)
+            bound = _mask_bound(rows, edge - first, None, high - first_query + first, scores.dtype, scores.device)
             _mask_in_place(per_head[..., : edge - first], bound)
         if call.key_padding_mask is not None:
             heads = _slice(self.key_heads) if call.key_padding_mask.shape[1] > 1 else slice(None)

@@ -215,7 +215,7 @@ class RankBlocks:
         )
         return sum(part.block.pairs * part.block.weight for part in parts)
 
-    def traffic(self, rank: int) -> tuple[float, float]:
+    def estimated_traffic(self, rank: int) -> tuple[float, float]:
         """Return an estimate of (received, sent) token rows of a rank, from how far its segments and documents span."""
         before = after = 0.0
         for chunk in self.layout.placement.chunks(rank):

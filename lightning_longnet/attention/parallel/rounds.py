@@ -162,9 +162,7 @@ class RoundsCall(NamedTuple):
         )
         is_whole = is_whole and not rounds and not (self.branch_outs and not self._saved_outs)
         dq, dk, dv = (Accumulator(x, s, is_whole) for x, s in ((q, stores), (k, stores_keys), (v, stores_keys)))
-        saved_rounds = sum(
-            step.saves_rows for step in rounds
-        )  # the rows that the forward saved come before its partials
+        saved_rounds = sum(step.saves_rows for step in rounds)  # their rows come before the outs of branches in `saved`
         outs, lse = list(saved[saved_rounds:]) or [out], backward_lse(lse)
         pending_gradients: list[Callable[[], None]] = []
 

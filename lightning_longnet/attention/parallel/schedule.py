@@ -44,7 +44,7 @@ def busiest_ranks(layout: Layout) -> list[int]:
     lengths, ranks = layout.placement.lengths, range(layout.placement.ranks)
     if len(ranks) <= 2 * SAMPLED_RANKS:
         return list(ranks)
-    traffic = [rank_blocks(layout).traffic(rank) for rank in ranks]
+    traffic = [rank_blocks(layout).estimated_traffic(rank) for rank in ranks]
     keys: list[Callable[[int], float]] = [lambda r: lengths[r], lambda r: traffic[r][0], lambda r: traffic[r][1]]
     return sorted(
         {r for key in keys for r in nlargest(SAMPLED_RANKS // 2, ranks, key)} | {0, len(ranks) // 2, len(ranks) - 1}

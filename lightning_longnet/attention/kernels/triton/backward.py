@@ -10,7 +10,11 @@ SPAN = tl.constexpr(13)
 
 @triton.jit
 def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: tl.constexpr):
-    """Compute dq of one item of queries; `statistics` are the lse of the whole softmax and delta, grad . out."""
+    """Compute dq of one item of queries from all spans of keys that they see: dS = P (grad . v - delta), dq = dS k.
+
+    `statistics` are the lse of the whole softmax and delta, grad . out, of each query; see `Lists` and `Form` for the
+    tile list and the constants.  `launch.backward_parts` launches it.
+    """
     lse, delta = statistics
     item = lists.items + tl.program_id(0) // lists.programs * ITEM
     lane = tl.program_id(0) % lists.programs
@@ -32,9 +36,11 @@ def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: t
         other=0.0,
     )
     # a row without keys has an lse of +inf, and so has a row that is none
-    own_lse = tl.load(lse.data + batch * lse.batch + head * lse.head + row * lse.row, mask=is_row, other=float("inf"))
-    own_lse *= LOG2E
-    own_delta = tl.load(delta.data + batch * delta.batch + head * delta.head + row * delta.row, mask=is_row, other=0.0)
+    query_lse = tl.load(lse.data + batch * lse.batch + head * lse.head + row * lse.row, mask=is_row, other=float("inf"))
+    query_lse *= LOG2E
+    query_delta = tl.load(
+        delta.data + batch * delta.batch + head * delta.head + row * delta.row, mask=is_row, other=0.0
+    )
     of_k = k.data + batch * k.batch + key_head * k.head
     of_v = v.data + batch * v.batch + key_head * v.head
     acc = tl.full((form.rows, form.padded_width), 0.0, tl.float32)
@@ -90,10 +96,10 @@ def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: t
                     log_other = tl.log2(other_level)
                     if form.is_padded:
                         log_other = tl.where(is_token, log_other, float("-inf"))
-                    moved = tl.minimum((log_level - own_lse)[:, None], log_other[None, :] - own_lse[:, None])
+                    moved = tl.minimum((log_level - query_lse)[:, None], log_other[None, :] - query_lse[:, None])
                     p = tl.exp2(score + moved)
                 else:
-                    p = tl.exp2(score - own_lse[:, None])
+                    p = tl.exp2(score - query_lse[:, None])
                 if not is_full:
                     distance = (x * multiple)[:, None] - y[None, :]
                     is_seen = (distance >= low) & (distance <= high) & (y < keys)[None, :]
@@ -102,7 +108,7 @@ def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: t
                     p = tl.where(is_token[None, :], p, 0.0)
                 if form.is_signed:
                     p = p * tl.load(span + 12).to(tl.float32)
-                ds = p * (dp - own_delta[:, None])
+                ds = p * (dp - query_delta[:, None])
                 acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
     at_dq = dq.data + batch * dq.batch + head * dq.head + row[:, None] * dq.row + d[None, :]
@@ -114,7 +120,10 @@ def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: t
 
 @triton.jit
 def key_gradients(q, k, v, grad, statistics, gradients, lists, padding, scale, form: tl.constexpr):
-    """Compute dk and dv of one item of keys: the query heads of its group, and their rows, one after the other."""
+    """Compute dk and dv of one item of keys from all spans of queries that see them: dv = P grad, dk = dS q.
+
+    The query heads of a group are taken one after the other, so that their sum needs no atomic addition.
+    """
     lse, delta = statistics
     dk, dv = gradients
     item = lists.items + tl.program_id(0) // lists.programs * ITEM

@@ -11,9 +11,10 @@ SPAN = tl.constexpr(13)
 
 @triton.jit
 def forward(q, k, v, out, lse, lists, padding, scale, form: tl.constexpr):
-    """Compute one item: its rows against all spans of keys.
+    """Compute out and lse of one item: its queries against all spans of keys that they see.
 
-    Scores are in units of log 2.  The running maximum leaves weights out, which are few: nothing overflows.
+    Scores are in units of log 2.  The running maximum `top` is that of scores without the weights of pairs, which are
+    small numbers: nothing overflows.
     """
     item = lists.items + tl.program_id(0) // lists.programs * ITEM
     lane = tl.program_id(0) % lists.programs

@@ -163,6 +163,7 @@ def _tile(name: str, q: Tensor, tensors: KeyTensors) -> Tile:
 
 
 def _form(phase: Phase, tile: Tile, q: Tensor, tensors: KeyTensors, accumulates: bool) -> Form:
+    """Return the constants that a program is compiled for; `accumulates` adds to results instead of writing them."""
     width, value_width = q.shape[3], tensors.v.shape[3]
     padded_width, padded_value_width = (max(16, 1 << (n - 1).bit_length()) for n in (width, value_width))
     return Form(

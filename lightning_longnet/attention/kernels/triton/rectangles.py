@@ -136,7 +136,10 @@ def _pages(part: Part, group: int) -> Iterator[_Page]:
 
 
 def _joined_pages(branch: int, step: int, pages: list[_Page], sources: Sequence[int]) -> Phase:
-    """Return one launch for the pages of a branch: the rectangles of all pages in one table; see `Side` and `Phase`."""
+    """Return the phase of pages whose rows have a distance of `step` rows: the rectangles of all pages in one table.
+
+    `sources` are those of `phases`; see `Side` and `Phase` for the columns of the table.
+    """
     every = {tuple(repeat.every for repeat in page.part.block.repeats) for page in pages}
     assert len(every) == 1, "the later branches of a branch are the same for all its blocks"
     received = torch.tensor(sources).cumsum(0)
