@@ -113,11 +113,11 @@ def test_a_ring_needs_no_more_memory_on_more_ranks(pool, is_causal):
 
 def test_a_dilated_ring_needs_as_much_memory_on_any_number_of_ranks(pool):
     """Within a tenth, though the longest segment spans all eight."""
-    pattern = Pattern.dilated((512, 2048, 8192), (1, 4, 16), is_causal=True)
-    peaks = {world: max(pool.run(world, peak, "ring", 1024, pattern)) for world in (2, 3, 5, 8)}
+    pattern = Pattern.dilated((1024, 4096, 16384), (1, 4, 16), is_causal=True)
+    peaks = {world: max(pool.run(world, peak, "ring", 2048, pattern)) for world in (2, 3, 5, 8)}
     assert max(peaks.values()) <= 1.1 * min(peaks.values()), peaks
-    few, many = (max(pool.run(world, peak, "gather", 1024, pattern)) for world in (2, 8))
-    assert many > 1.1 * few  # what keeps all keys would not pass
+    few, many = (max(pool.run(world, peak, "gather", 2048, Pattern.dense(is_causal=True))) for world in (2, 8))
+    assert many > 1.5 * few  # what keeps all keys would not pass
 
 
 def checkpointed(group, way):
