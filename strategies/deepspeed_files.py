@@ -1,4 +1,4 @@
-"""Writing the files of DeepSpeed's checkpoints, with a sum of each, or copying them to memory."""
+"""Writing the files of DeepSpeed's checkpoints, with a checksum of each, or copying them to memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 
 
 def write_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str, FileSum]:
-    """Let DeepSpeed save a checkpoint into a folder, and return the sums of this rank's files, which the disk holds.
+    """Let DeepSpeed save a checkpoint into a folder, and return the checksums of this rank's files, by their names.
+
+    The files are on the disk when it returns.
 
     Args:
         engine: DeepSpeed's engine.
-        folder: a folder that is not there yet.
+        folder: the path of the folder, which DeepSpeed makes.
         save: makes the engine save.
     """
     sums: dict[str, FileSum] = {}
@@ -72,7 +74,8 @@ def _written_by(engine: Any) -> Callable[[Any, Path], FileSum]:
 def _save_with(engine: Any, store: Callable[[Any, Path], None], save: Callable[[], None]) -> None:
     """Let DeepSpeed save a checkpoint, with `store` in place of its own writing of each file.
 
-    An error of storing is raised after the ranks have met for the last time: DeepSpeed would leave them in a barrier.
+    An error of storing is raised when DeepSpeed's save has ended: raised at once, it would leave the other ranks in a
+    barrier of DeepSpeed's.
 
     Args:
         engine: DeepSpeed's engine.

@@ -201,8 +201,9 @@ class SequenceContext(ContextAttention):
         return self._reductions.token_mean(loss_sum, token_count)
 
     def gather_sequence(self, x: Tensor, dim: int = 1) -> Tensor:
-        """Return whole sequences, in their order, out of the parts that the ranks hold; differentiable.
+        """Return whole sequences, their tokens in order, out of the parts that the ranks hold; differentiable.
 
+        Dimension `dim` of x is this rank's tokens.  Models call it for what needs all tokens, such as a pooled output.
         Where every rank then computes the same loss, gradients averaged over all ranks are right.
         """
         return self._reductions.gather_sequence(x, dim)

@@ -44,7 +44,10 @@ class Reductions:
         return mean
 
     def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
-        """Return whole sequences, in their order, out of the parts of the ranks that share them."""
+        """Return whole sequences, their tokens in order, out of parts x whose dimension `dim` is this rank's tokens.
+
+        Sequences that are not split are returned as they are.
+        """
         splitter = self._splitter
         if not splitter.is_split:
             return x
@@ -65,7 +68,7 @@ class Reductions:
         return total
 
     def gather_samples(self, x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
-        """Return the x of each rank that works on other samples; `group` is asked where there is no mesh."""
+        """Return the x of each rank that works on other samples; without a mesh these are `group`, or all."""
         if self._splitter.position.data_parallel_group is not None:
             group = self._splitter.position.data_parallel_group
         elif group is None:

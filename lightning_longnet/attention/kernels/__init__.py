@@ -36,9 +36,9 @@ class Request(NamedTuple):
     has_dropout: bool = False
     capability: tuple[int, int] | None = None  # that of a CUDA device
     has_few_keys: bool = False
-    masks_later: bool = False  # see `OrderMask`
+    masks_later: bool = False  # whether calls have an `OrderMask` (call.py)
     has_softcap: bool = False
-    excluded: frozenset[str] = frozenset()  # the names of kernels that must not run
+    excluded: frozenset[str] = frozenset()  # the option `excluded_kernels` of `attend`
 
     def lacks(self, *features: str) -> list[str]:
         """Return the reasons of a kernel that lacks these features, which are fields of the request, to refuse it."""
@@ -155,7 +155,7 @@ class Verdict(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """The kernel that runs a call, or None if all refuse it, and the verdict of each kernel."""
+    """The kernel that runs a call, or None if none that may run can, and the verdict of each kernel."""
 
     chosen: str | None
     verdicts: tuple[Verdict, ...]
@@ -199,8 +199,10 @@ def has_few_keys(pattern: Pattern) -> bool:
 def judge(kernel: str, request: Request) -> Explanation:
     """Return the verdicts of all kernels, and the choice: `kernel`, or for "auto" the first that does not refuse.
 
-    A kernel that the request excludes is replaced as if it were "auto".  The choice is None if the kernel refuses the
-    request, or for "auto" if all do.
+    "auto" leaves out the kernels of `_NAMED_ONLY`, and on a CPU takes "eager" first if the request `has_few_keys`.  If
+    the request excludes `kernel`, the choice is that of "auto".  It is None where no kernel that may run can.
+
+    `select` asks once for each call of `attend`; `explain`, the guard's preflight and `longnet plan` ask directly.
     """
     verdicts = []
     for candidate in _KERNELS:

@@ -20,8 +20,9 @@ class Accumulator:
 
     Args:
         like: the tensor of which this is the gradient.
-        is_written: whether the blocks of the first branch have every row once.  Then their gradients are written, not
-            added, and the memory needs no initial value.  That of a single block becomes the accumulator itself.
+        is_written: whether each row is in exactly one block of the first branch.  Then the gradients of these blocks
+            are written, not added, and the memory needs no initial value.  If one block has all rows, its gradient
+            becomes the accumulator.
         is_whole: whether the gradients of one call of `backward_blocks` are all that it holds.
     """
 
@@ -40,9 +41,9 @@ class Accumulator:
         return self._total
 
     def written(self) -> Tensor:
-        """Return the memory for a gradient that a kernel adds at once: that of `total`, or of the type of `like`.
+        """Return `total` for a kernel that computes the whole gradient of its parts in one launch.
 
-        The narrower type is for a gradient to which nothing is added later, so that it is rounded once.
+        It has the type of `like` where it `is_whole`: nothing is added later, so that the gradient is rounded once.
         """
         if self._is_whole and self._total is None:
             self.dtype = self._like.dtype
@@ -54,7 +55,11 @@ class Accumulator:
         return make(self._like, dtype=self.dtype, memory_format=torch.contiguous_format)
 
     def add(self, rows: Lattice, gradient: Tensor, weight: int, stores: bool) -> None:
-        """Add `weight` times a block's gradient (B * segments, heads, rows, D) to its rows, or write it (`stores`)."""
+        """Add `weight` times a block's gradient (B * segments, heads, rows, D) to its rows.
+
+        With `stores` it is written over them, without the weight: for the first branch where the accumulator
+        `is_written`.
+        """
         gradient = unfold_rows(rows, gradient, self._like.shape[0])
         if stores:
             if self._total is None and (adopted := adoptable(rows, gradient, self._like, self.dtype)) is not None:

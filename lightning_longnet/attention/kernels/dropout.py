@@ -57,10 +57,11 @@ class Dropout:
         return _word(self._role(_KEYS, tokens) + tokens)
 
     def keep_bits(self, query_words: Tensor, key_words: Tensor) -> Tensor:
-        """Return -1 (all bits set) for each pair that stays and 0 for each that is dropped, one for each pair.
+        """Return an int32 for each pair: -1 (all bits set) if the pair stays, and 0 if it is dropped.
 
-        The caller masks the bits of its floats with it: comparisons and boolean masks cost ten times as much on a CPU
-        as integer arithmetic.
+        The words broadcast, as (..., queries, 1) and (..., 1, keys).  The eager kernel takes `&` of the result and the
+        bits of its floats, which leaves a float or makes it 0: comparisons and boolean masks cost ten times as much on
+        a CPU as integer arithmetic.
         """
         # mixing steps of a 32-bit integer hash, on wrapping integers
         pairs = query_words * key_words
@@ -68,7 +69,8 @@ class Dropout:
         pairs *= 0x2C1B3C6D
         pairs >>= 1
         pairs &= 0x7FFFFFFF
-        # pairs is now uniform in 0 ... 2^31 - 1: `threshold - 1 - pairs` is negative, and stays, iff pairs >= threshold
+        # pairs is now uniform in 0 ... 2^31 - 1, and stays iff it is at least t = round(probability * 2^31): then
+        # t - 1 - pairs is negative
         return (pairs.neg_() + (round(self.probability * 2**31) - 1)) >> 31
 
     def _role(self, role: int, like: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class Traffic:
     """The messages and bytes that one rank sent since its count began, and the time that they took.
 
     Attributes:
-        messages, sent_bytes: what attention sent.
+        messages, sent_bytes: what `Comm.exchange` sent.  `Comm.all_gather` counts its wait alone; inference, which
+            sends much by it, adds its messages here.
         waited_seconds: how long the rank waited for messages without computing.
         flight_seconds: the time from the start of messages until their arrival was known; the rank may have computed
             meanwhile.
@@ -126,7 +127,7 @@ class Comm:
 
     @property
     def name(self) -> str | None:
-        """The name of the group; None for a process that is its own."""
+        """The name of the group; None for the one process of a `LocalComm`."""
         return self.group.group_name
 
     @property
@@ -197,7 +198,8 @@ class Comm:
     def all_gather(self, own: Tensor, step: str) -> Tensor:
         """Gather `own` from all ranks; return a tensor (ranks, *own.shape) on the CPU.
 
-        All ranks pass the same shape and dtype.  `step` describes the call in errors.
+        Shards compare arguments and share documents and padding by it, and inference gathers outs and cached keys.  All
+        ranks pass the same shape and dtype.  `step` describes the call in errors.
         """
         self._check_failure()
         own = own.to("cuda" if dist.get_backend(self.group) == "nccl" else "cpu").contiguous()

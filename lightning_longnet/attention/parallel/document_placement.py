@@ -19,19 +19,20 @@ from lightning_longnet.attention.parallel.placement import Placement
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# The most causal pairs of a rank over the mean of all ranks, at which no more documents are cut
+# Documents are cut, the longest first, until no rank has more causal pairs than this multiple of the ranks' mean
 BALANCE = 1.05
-# A document of fewer tokens for each rank is not cut
+# A document with fewer tokens per rank than this is not cut
 _TOKENS = 2
 
 
 def balanced_placement(documents: Sequence[int], ranks: int) -> Placement:
     """Return a placement of packed documents that balances causal attention.
 
-    A document that is cut has keys on all ranks, so only the longest ones are cut, and as few as balance allows.
+    Users pass it to `SequenceShard` or `sequence_plan` as `placement`; strategies split evenly and do not call it.  The
+    keys of a document that is cut travel between all ranks, so only the longest are cut, and as few as balance allows.
 
     Args:
-        documents: the lengths of the documents of a row.
+        documents: the lengths of the documents of a row, not their ids as `attend` takes them.
         ranks: the number of ranks.
 
     >>> balanced_placement((8, 2, 2), 2).chunks(0)

@@ -274,9 +274,15 @@ class RoundsCall(NamedTuple):
         return finish
 
     def _received_keys(
-        self, indices: RoundIndices, kv_rows: Tensor, width: int, gradients: Tensor | None = None
+        self, indices: RoundIndices, kv_rows: Tensor, head_dim: int, gradients: Tensor | None = None
     ) -> ReceivedKeys:
-        """Return the received KV rows (R, B, D + Dv) with their padding, dropout words and tokens; D is `width`."""
+        """Return the keys of a round as kernels read them: the received rows with their padding, words and tokens.
+
+        Args:
+            indices: the ranks that the rows came from, and their indices there, token * kv_heads + head.
+            kv_rows: (R, B, D + Dv) the R received rows; D is `head_dim`.
+            gradients: of the same shape: the backward adds dK and dV of the rows to it.
+        """
         assert self.remote is not None
         padding = words = tokens = None
         dropout, masks_later = self.options.dropout, self.options.masks_later
@@ -288,7 +294,7 @@ class RoundsCall(NamedTuple):
             words = None if dropout is None else dropout.key_words(tokens)
         sources = tuple(len(peer_rows) for peer_rows in indices.receive.values())
         later = tokens if masks_later else None
-        return ReceivedKeys(kv_rows, width, padding, words, later, gradients, sources, self.route.kv_heads)
+        return ReceivedKeys(kv_rows, head_dim, padding, words, later, gradients, sources, self.route.kv_heads)
 
 
 def _step_text(step: Round) -> str:

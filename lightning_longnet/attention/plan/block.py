@@ -22,9 +22,9 @@ class Block:
     Both lattices have the same number of segments, and each key head serves `queries.heads / keys.heads` query heads.
 
     Attributes:
-        low, high: a query sees the keys with low <= query row - key row <= high; None is no limit, and low=0 alone is
-            causal.
-        repeats, stack: see `Shape`.
+        low, high: the a-th query of a segment sees its b-th key iff low <= a - b <= high, at any step of the lattices;
+            None is no limit, and low=0 alone is causal.
+        repeats, stack: see `Shape` (runs.py).
         head_repeats: the repeats of each key head, where they differ; `repeats` is empty then.
         weight: how often each pair counts.  A block of negative weight removes pairs that two branches both show.
     """
@@ -40,7 +40,10 @@ class Block:
 
     @property
     def pairs(self) -> int:
-        """The number of visible (query, key) pairs, over all segments and query heads."""
+        """The number of visible (query, key) pairs, over all segments and query heads; each is one, at any `weight`.
+
+        `make_plan` and the choice of a placement compare it, and `longnet plan` reports it; no kernel reads it.
+        """
         if isinstance(self.queries, PaddedLattice):  # the keys are the same rows
             lengths = Counter(self.queries.lengths)
             return self.queries.heads * sum(many * self._segment_pairs(n, n) for n, many in lengths.items())
@@ -50,7 +53,7 @@ class Block:
         """Return the number of visible pairs of a segment of so many queries and keys."""
 
         def at_least(bound: int) -> int:
-            """Return how many (a, b) have a - b >= bound: the sum over a of the keys up to a - bound."""
+            """Return for how many pairs, of the a-th query and the b-th key, a - b >= bound."""
             return keys_up_to(queries - bound) - keys_up_to(-bound)
 
         def keys_up_to(x: int) -> int:
