@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_words(words: Sequence[str]) -> None:
     """Run the command line of the harness with these words."""
+    from lightning_longnet.cli.ranks import check_alone
+
+    check_alone("lm_eval")
     if find_spec("lm_eval") is None:
         raise ValueError("lm_eval is not installed: pip install 'lightning-longnet[eval]'")
     from lm_eval.__main__ import cli_evaluate

@@ -69,10 +69,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Compute the cells with a progress bar, and print the table."""
     from lightning_longnet.cli.counts import counted
     from lightning_longnet.cli.progress import bar
+    from lightning_longnet.cli.ranks import check_alone
     from lightning_longnet.evaluation.decoders import loaded_decoder
     from lightning_longnet.evaluation.needle_files import NeedleOptions, needle_files
     from lightning_longnet.report.plot import check_image
 
+    check_alone("needle")
     out, plot = (None if path is None else Path(path) for path in (arguments.out, arguments.plot))
     if plot is not None:
         check_image(plot)

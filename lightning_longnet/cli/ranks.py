@@ -32,6 +32,15 @@ def is_first() -> bool:
     return "TORCHELASTIC_RUN_ID" not in environ or environ.get("RANK", "0") == "0"
 
 
+def check_alone(command: str) -> None:
+    """Raise a ValueError where a launcher has started several processes of a command that would each do all of it."""
+    from lightning_longnet.diagnosis.ranks import launched_world
+
+    world = launched_world()
+    if world is not None and world.ranks > 1:
+        raise ValueError(f"longnet {command} runs in one process: start it without {world.launcher}")
+
+
 @contextmanager
 def launched(device: str | None = None) -> Iterator[Place]:
     """Connect this process to the other ranks of its launcher, and yield its place among them.

@@ -131,3 +131,12 @@ def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, capsys, words, mes
     (line,) = [line for line in shown.splitlines() if line.startswith("longnet: error:")]
     assert message in line
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("words", [("needle", "none.ckpt"), ("lm_eval", "--tasks", "none")])
+def test_commands_of_one_process_are_refused_under_torchrun(words, monkeypatch, capsys):
+    places = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**places, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([*words]) == 2
+    assert f"longnet {words[0]} runs in one process: start it without torchrun" in capsys.readouterr().err
