@@ -4,33 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
-from math import lcm
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lightning_longnet.inference.branch_rows import rows_of
 from lightning_longnet.inference.layer import BRANCH_TOKENS, LayerCache
-from lightning_longnet.inference.plan import NewTokens, StepPlan, is_plain, sees_new_alone
 from lightning_longnet.inference.ranks import CacheRanks
 from lightning_longnet.inference.rows import DTYPES
-from lightning_longnet.inference.shares import SHARED_TOKENS, TokenShares
+from lightning_longnet.inference.step import Step, new_tokens
+from lightning_longnet.inference.step_sizes import StepSizes
 from lightning_longnet.layers.options import positive_integer
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from torch import Tensor
     from torch.distributed import ProcessGroup
 
-    from lightning_longnet.layers.positions import Factors, RotaryPositions
     from lightning_longnet.models.blocks import BlocksConfig
-
-# The largest number of tokens of a step that sees no row of the cache, and of one that does
-LONG_STEP = 16384
-SHORT_STEP = 2048
-# The largest number of scores, of all heads and rows of a batch, of a step that is computed with a mask over all rows
-SCORES = 2**23
 
 
 class DilatedCache:
@@ -128,22 +118,9 @@ class DilatedCache:
         """Return how many of that many further tokens the next step takes, so that its memory is bounded."""
         if tokens == 1:
             return 1
-        patterns = set(self.patterns)
-        lengths = [b.segment_length for pattern in patterns for b in pattern.branches]
-        common = 0 if None in lengths else lcm(*(w for w in lengths if w is not None))
-        begins = set(self._next)
-        if begins == {0} or (common and not any(begin % common for begin in begins)):
-            count = min(tokens, LONG_STEP * self.ranks.size)  # of which each rank computes its share
-            # a step that ends where all segments do leaves none to be seen by the next
-            return count // common * common if common and tokens > count >= common else count
-        if len(begins) == 1 and all(is_plain(pattern) for pattern in patterns):
-            count = min(tokens, SHORT_STEP)
-        else:
-            slots = max(sum(layer.slots) for layer in self.layers) // self.ranks.size
-            count = max(1, min(tokens, BRANCH_TOKENS, SCORES // (self.batch * self.kv_heads * (slots + BRANCH_TOKENS))))
-        if common and len(begins) == 1:
-            count = min(count, common - next(iter(begins)) % common)
-        return count
+        slots = max(sum(layer.slots) for layer in self.layers) // self.ranks.size
+        sizes = StepSizes(self.ranks.size, scores=self.batch * self.kv_heads * (slots + BRANCH_TOKENS))
+        return sizes.next_count(tokens, set(self.patterns), set(self._next))
 
     def check(self, config: BlocksConfig, batch: int, device: torch.device) -> None:
         """Raise a ValueError if this cache is not of a model of this configuration, batch and device."""
@@ -279,38 +256,7 @@ class DilatedCache:
             own = documents.gather(1, torch.arange(tokens, device=documents.device).minimum(last.clamp(min=0)))
             before = own if self._documents is None else self._documents[:, None]
             documents = torch.where(last < 0, before, own)
-        return Step(self, self._new_tokens(tokens, counts, documents), documents)
-
-    def _new_tokens(self, tokens: int, counts: list[int] | None, documents: Tensor | None) -> NewTokens:
-        """Return the positions of further tokens."""
-        begin = self._next[0]
-        if tokens == 1 and counts is None and documents is None and self._next.count(begin) == self.batch:
-            positions = torch.full((self.batch, 1), begin, device=self.device)
-            return NewTokens(positions, self._next, (begin + 1,) * self.batch, uniform=begin)
-        places = torch.arange(tokens, device=self.device)
-        begins = torch.tensor(self._next, device=self.device)
-        positions = begins[:, None] + places
-        changes = self._changes(documents)
-        number = None
-        if changes is not None:
-            number = changes.cumsum(1)
-            last = torch.where(changes, places, 0).cummax(1).values
-            positions = torch.where(number > 0, places - last, positions)
-        is_token = None
-        if counts is not None and min(counts) < tokens:
-            sizes = torch.tensor(counts, device=self.device)[:, None]
-            is_token = places < sizes
-        if is_token is None and number is None:
-            ends = tuple(begin + tokens for begin in self._next)
-        else:
-            last_places = [tokens - 1] * self.batch if counts is None else [count - 1 for count in counts]
-            rows = positions.tolist()
-            ends = tuple(
-                rows[row][place] + 1 if place >= 0 else begin
-                for row, (place, begin) in enumerate(zip(last_places, self._next, strict=True))
-            )
-        is_uniform = is_token is None and number is None and len(set(self._next)) == 1
-        return NewTokens(positions, self._next, ends, is_token, number, self._next[0] if is_uniform else None)
+        return Step(self, new_tokens(self._next, tokens, counts, self._changes(documents), self.device), documents)
 
     def _changes(self, documents: Tensor | None) -> Tensor | None:
         """Return where a document begins that is not the last token's, (B, tokens); None where none does."""
@@ -336,80 +282,6 @@ class CacheState(NamedTuple):
 
     tensors: dict[str, Tensor]
     about: dict[str, Any]
-
-
-class Step:
-    """A step of a cache: `with cache.step(n) as step: ... step.layer(0).attend(q, k, v)`."""
-
-    def __init__(self, cache: DilatedCache, tokens: NewTokens, documents: Tensor | None) -> None:
-        self.cache, self.tokens, self.documents = cache, tokens, documents
-        self.shares = _shares(cache, tokens)
-        self._plans: dict[int, StepPlan] = {}
-        self.rotations: dict[tuple[object, ...], Factors] = {}
-
-    @property
-    def positions(self) -> Tensor:
-        """The position (B, n) of each token in its document, and 0 of padding; those of this rank's tokens."""
-        positions, is_token = self.tokens.positions, self.tokens.is_token
-        if self.shares is not None:
-            return positions[:, self.shares.own]
-        return positions if is_token is None else positions * is_token
-
-    def part(self, x: Tensor) -> Tensor:
-        """Return the x (B, n, ...) of the tokens that this rank computes, of those of the step."""
-        return x if self.shares is None else x[:, self.shares.own]
-
-    def whole(self, x: Tensor) -> Tensor:
-        """Return the x (B, n, ...) of all tokens of the step, of those that this rank has computed."""
-        return x if self.shares is None else self.shares.whole(x)
-
-    def layer(self, number: int) -> LayerStep:
-        """Return the step of one layer."""
-        layer, kind = self.cache.layers[number], self.cache.kinds[number]
-        plan = self._plans.get(kind)
-        # a plan of one token does not read the slots
-        if plan is None or (plan.single is None and plan.slots != layer.slots):
-            options = (self.tokens, layer.slots, self.cache.ranks, self.shares)
-            plan = self._plans[kind] = StepPlan(layer.pattern, layer.kv_heads, *options)
-        return LayerStep(self, layer, plan)
-
-    def __enter__(self) -> Step:
-        self.cache._is_whole = False
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.cache._commit(self)
-
-
-class LayerStep(NamedTuple):
-    """The step of one layer: what an attention layer is called with instead of positions and documents."""
-
-    step: Step
-    cache: LayerCache
-    plan: StepPlan
-
-    def rotated(self, rotary: RotaryPositions, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return q and k, rotated by the positions of the tokens; layers of one kind share the cosines and sines."""
-        key = (rotary.kind, rotary.base, rotary.head_dim, rotary.scale_base, rotary.segment_length, q.dtype)
-        if key not in self.step.rotations:
-            self.step.rotations[key] = rotary.factors(q, k, self.step.positions)
-        return rotary.turned(q, k, self.step.rotations[key])
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """Return attention from the new tokens; see `LayerCache.attend`."""
-        return self.cache.attend(q, k, v, self.plan, **options)
-
-
-def _shares(cache: DilatedCache, tokens: NewTokens) -> TokenShares | None:
-    """Return the tokens of each rank where the ranks of a cache share those of a step."""
-    if cache.ranks.size == 1 or tokens.is_token is not None or tokens.longest < SHARED_TOKENS * cache.ranks.size:
-        return None
-    if not all(sees_new_alone(pattern, tokens) for pattern in set(cache.patterns)):
-        return None
-    return TokenShares(cache.ranks, tokens)
 
 
 def refusal(config: BlocksConfig) -> str | None:

@@ -26,7 +26,7 @@ from lightning_longnet.layers.options import (
 from lightning_longnet.layers.positions import Kind, RotaryPositions
 
 if TYPE_CHECKING:
-    from lightning_longnet.inference.cache import LayerStep
+    from lightning_longnet.inference.step import LayerStep
 
 
 class HeadNorm(nn.RMSNorm):

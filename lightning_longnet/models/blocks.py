@@ -35,7 +35,7 @@ from lightning_longnet.layers.positions import Kind  # noqa: TC001
 from lightning_longnet.layers.presets import Preset, preset_of
 
 if TYPE_CHECKING:
-    from lightning_longnet.inference.cache import LayerStep, Step
+    from lightning_longnet.inference.step import LayerStep, Step
     from lightning_longnet.sequence.context import SequenceContext
 
 Recompute = Literal["nothing", "all but attention", "everything"]

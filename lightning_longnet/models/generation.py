@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.inference.cache import LONG_STEP, refusal
+from lightning_longnet.inference.cache import refusal
 from lightning_longnet.inference.prompts import fault_of_mask
 from lightning_longnet.inference.ranks import CacheRanks
 from lightning_longnet.inference.sampling import Sampler, Sampling
+from lightning_longnet.inference.step_sizes import LONG_STEP
 from lightning_longnet.layers.options import positive_integer
 from lightning_longnet.sequence.agreement import fault_of
 from lightning_longnet.sequence.comparison import checksum

@@ -10,7 +10,7 @@ from tiers import tiered
 
 from lightning_longnet import Pattern, load_cache, save_cache
 from lightning_longnet.inference import branch_attention, layer
-from lightning_longnet.inference import cache as cache_module
+from lightning_longnet.inference import step as step_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(Nothing crosses|In the branch).*")
 SIZES = ([1] * 100, [50, *[3] * 16, 2], [64, 36], [7, 93], [48, 21, 31])
@@ -28,7 +28,7 @@ def by_steps_over_ranks(group, options, texts, every_size):
             patch.setattr(layer, "BRANCH_TOKENS", 16 if sizes[0] in (7, 64) else 128)
             patch.setattr(branch_attention, "SCORES", 40)
             patch.setattr(branch_attention, "KEYS", 3)
-            patch.setattr(cache_module, "SHARED_TOKENS", 4 if sizes[0] in SHARING else 64)
+            patch.setattr(step_module, "SHARED_TOKENS", 4 if sizes[0] in SHARING else 64)
             cache, computed = model.new_cache(len(texts), group=group), []
             hook = model.blocks[0].register_forward_hook(lambda _, given, out: computed.append(out.shape[1]))  # noqa: B023
             logits = torch.cat([model(part, cache=cache) for part in texts.split(sizes, 1)], 1)
@@ -78,7 +78,7 @@ def documents_over_ranks(group, text, documents):
     """The logits and states of documents that begin within steps which ranks share."""
     model, result, states = made(**KINDS["xpos"]), [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_module, "SHARED_TOKENS", 4)
+        patch.setattr(step_module, "SHARED_TOKENS", 4)
         cache = model.new_cache(2, group=group)
         for part, ids in zip(text.split([32, 16, 3, 9], 1), documents.split([32, 16, 3, 9], 1), strict=True):
             own = []

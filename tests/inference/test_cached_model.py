@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from lightning_longnet import Branch, LongNet, LongNetConfig, Pattern, Sparsity
-from lightning_longnet.inference import cache as cache_module
-from lightning_longnet.inference import layer
+from lightning_longnet.inference import layer, step_sizes
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(Nothing crosses|In the branch).*")
 
@@ -60,8 +59,8 @@ def test_each_token_is_as_in_the_whole_text(kind):
 
 
 def test_long_texts_are_computed_in_steps_of_bounded_memory(monkeypatch):
-    monkeypatch.setattr(cache_module, "LONG_STEP", 40)
-    monkeypatch.setattr(cache_module, "SHORT_STEP", 7)
+    monkeypatch.setattr(step_sizes, "LONG_STEP", 40)
+    monkeypatch.setattr(step_sizes, "SHORT_STEP", 7)
     monkeypatch.setattr(layer, "BRANCH_TOKENS", 4)
     for kind in ("rope", "a pattern for each layer", "xpos without segments"):
         model, tokens = made(**KINDS[kind]), torch.randint(19, (2, 150))
