@@ -76,6 +76,12 @@ def in_chunks(compute: Callable[..., Tensor], x: Tensor, chunk_tokens: int, *arg
     values are in memory.
     """
     chunks = x.split(chunk_tokens, dim=-2)
+    if not torch.is_grad_enabled():  # one result, and no list of chunks beside it
+        first = compute(chunks[0], *arguments)
+        out = first.new_empty(*x.shape[:-1], first.shape[-1])
+        for some, chunk in zip(out.split(chunk_tokens, dim=-2), chunks, strict=True):
+            some.copy_(first if chunk is chunks[0] else compute(chunk, *arguments))
+        return out
     return torch.cat([checkpoint(compute, chunk, *arguments, use_reentrant=False) for chunk in chunks], dim=-2)
 
 

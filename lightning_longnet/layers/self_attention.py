@@ -28,6 +28,9 @@ from lightning_longnet.layers.positions import Kind, RotaryPositions
 if TYPE_CHECKING:
     from lightning_longnet.inference.step import LayerStep
 
+# Where no gradients are needed, q and k of more tokens are rotated in place, so many at a time
+ROTATED_TOKENS = 2**14
+
 
 class HeadNorm(nn.RMSNorm):
     """RMSNorm over each head that returns the dtype of its input.
@@ -163,6 +166,17 @@ class DilatedSelfAttention(AttentionLayer):
         """
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             raise ValueError(f"x must be (batch, tokens, {self.embed_dim}), got shape {tuple(x.shape)}")
+        return self._projected(self._attention(x, positions, documents, key_padding_mask, cached))
+
+    def _attention(
+        self,
+        x: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        key_padding_mask: Tensor | None,
+        cached: LayerStep | None,
+    ) -> Tensor:
+        """Return the output of attention (B, N, H, D); q, k and v are not held any more when it is projected."""
         q, k, v = (
             projected(self.qkv_proj, x)
             .unflatten(-1, (-1, self.head_dim))
@@ -173,14 +187,14 @@ class DilatedSelfAttention(AttentionLayer):
         if cached is not None:
             if self.rotary is not None:
                 q, k = cached.rotated(self.rotary, q, k)
-            return self._projected(cached.attend(q, k, v, kernel=self.kernel))
+            return cached.attend(q, k, v, kernel=self.kernel)
         if self.rotary is not None:
             q, k = self._rotate(q, k, positions, documents)
-            if self.q_norm is None:
+            if self.q_norm is None and torch.is_grad_enabled():
                 v = v.contiguous()  # a view would keep the unrotated q and k in memory for the backward
         elif positions is not None:
             raise ValueError("positions must be None where rotary is None: nothing would read them")
-        return self._projected(self._attended(q, k, v, self.pattern, documents, key_padding_mask))
+        return self._attended(q, k, v, self.pattern, documents, key_padding_mask)
 
     def _projected(self, out: Tensor) -> Tensor:
         """Concatenate the heads of the output of attention (B, N, H, D), and project them."""
@@ -192,10 +206,23 @@ class DilatedSelfAttention(AttentionLayer):
     def _rotate(self, q: Tensor, k: Tensor, positions: Tensor | None, documents: Tensor | None) -> Any:
         """Rotate q (B, N, H, D) and k (B, N, Hkv, D), by their index in the document where `positions` is None."""
         assert self.rotary is not None
-        if positions is None and documents is None and not self.is_split:
+        tokens = q.shape[1]
+        is_long = tokens > ROTATED_TOKENS and not torch.is_grad_enabled() and not self._is_hooked()
+        if positions is None and documents is None and not self.is_split and not is_long:
             return self.rotary(q, k)
         index = places_of(q, documents, self.sequence_context)
-        return self.rotary(q, k, index) if positions is None else self.rotary(q, k, positions, index=index)
+        if not is_long:
+            return self.rotary(q, k, index) if positions is None else self.rotary(q, k, positions, index=index)
+        for begin in range(0, tokens, ROTATED_TOKENS):  # in place: no backward reads them before the rotation
+            some = slice(begin, begin + ROTATED_TOKENS)
+            own = None if positions is None else positions[..., some]
+            options = {"positions": index[..., some]} if own is None else {"positions": own, "index": index[..., some]}
+            q[:, some], k[:, some] = self.rotary(q[:, some], k[:, some], **options)
+        return q, k
+
+    def _is_hooked(self) -> bool:
+        """Return whether someone may have kept q and k as a hook saw them."""
+        return any(each is not None and each._forward_hooks for each in (self.qkv_proj, self.q_norm, self.k_norm))
 
     def extra_repr(self) -> str:
         return (

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_longnet import DilatedSelfAttention, Pattern
-from lightning_longnet.layers import attending
+from lightning_longnet.layers import attending, self_attention
 
 CAUSAL = Pattern.dilated((4, 16), (1, 2), is_causal=True)
 
@@ -240,3 +240,29 @@ def test_refusals_name_the_value(call, message):
 def test_shows_what_it_is():
     text = repr(layer(8, 2, CAUSAL + Pattern.window(3)))
     assert "8, 2, 4/1 causal + 16/2 causal + all/1 window 3, num_kv_heads=2, head_dim=4" in text
+
+
+@pytest.mark.parametrize("rotary", ["rope", "xpos"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rotations_in_place_without_gradients_change_nothing(monkeypatch, rotary, qk_norm, dtype):
+    monkeypatch.setattr(self_attention, "ROTATED_TOKENS", 7)
+    torch.manual_seed(0)
+    layer = DilatedSelfAttention(24, 4, CAUSAL, num_kv_heads=2, head_dim=6, rotary=rotary, qk_norm=qk_norm, dtype=dtype)
+    x = torch.randn(2, 45, 24, dtype=dtype)
+    documents = torch.tensor([[0] * 20 + [1] * 25, [0] * 3 + [1] * 42])
+    places = torch.stack([torch.cat([torch.arange((row == i).sum()) for i in (0, 1)]) for row in documents])
+    for options in ({}, {"documents": documents}, {"documents": documents, "positions": places}):
+        expected = layer(x, **options)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x, **options), expected.detach(), rtol=0, atol=0)
+
+
+def test_hooks_keep_what_they_saw_of_long_sequences(monkeypatch):
+    monkeypatch.setattr(self_attention, "ROTATED_TOKENS", 7)
+    layer, seen = DilatedSelfAttention(16, 2, CAUSAL), []
+    layer.qkv_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = torch.randn(1, 20, 16)
+    with torch.no_grad():
+        layer(x)
+        assert seen[0].equal(torch.nn.functional.linear(x, layer.qkv_proj.weight))
