@@ -14,7 +14,14 @@ HEAD_DIMS, LENGTHS = (64, 128), (2**16, 2**18, 2**20, 2**22)
 # tokens a second that the ancestor of this package publishes: of its best class, and of its ring
 ANCESTOR = {4096: (565_618, 61_261), 8192: (382_531, 80_491)}
 ABSENT = "not measured"
-_NAMES = {"sdpa": "torch's flash op", "cudnn": "cuDNN", "flash": "flash-attn 2", "flash3": "FA3", "flash4": "FA4"}
+_NAMES = {
+    "sdpa": "torch's flash op",
+    "cudnn": "cuDNN",
+    "flash": "flash-attn 2",
+    "hub": "flash-attn 2 of the kernels hub",
+    "flash3": "FA3",
+    "flash4": "FA4",
+}
 
 
 def figures(folder: Path) -> str:

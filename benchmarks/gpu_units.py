@@ -14,7 +14,8 @@ FOLDER = Path(__file__).resolve().parent
 LENGTHS = (2**16, 2**18, 2**20, 2**22)
 DENSE_LENGTHS = (2**14, 2**16)
 HEAD_DIMS = (64, 128)
-DENSE_OPS = ("sdpa", "cudnn", "flash", "flash3", "flash4")  # kernels that are one operator of dense attention, too
+# kernels that are one operator of dense attention, too
+DENSE_OPS = ("sdpa", "cudnn", "flash", "hub", "flash3", "flash4")
 SCHEME_OPS = ("sdpa", "cudnn", "flash3", "flash4")  # those that torchscale's scheme is measured on
 TRAINED = (2**16, 2**17, 2**18, 2**19, 2**20)
 ANCESTOR_LENGTHS = (4096, 8192)
