@@ -5,12 +5,15 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import sys
+import threading
 import time
 from functools import cache
+from pathlib import Path
 
-# A thread that waits for the interpreter's lock gets it as soon as the main thread sleeps. Torch does not say when its
-# threads are done, so a process that gets no CPU time for longer than this can still end with SIGABRT.
-SECONDS = 0.1
+# A thread that waits for the interpreter's lock gets it as soon as the main thread sleeps.  Torch does not say when its
+# threads are done: the process waits for this time, and on Linux until no other thread is running, at most `LONGEST`
+SECONDS, LONGEST = 0.1, 5.0
+_LOOKS, _PAUSE = 3, 0.02
 
 
 @cache
@@ -21,7 +24,28 @@ def await_gloo_at_exit() -> None:
     shuts down ends the process with SIGABRT ("terminate called without an active exception"), after a run that went
     well. torch does not wait for these threads: see its pull request 179291 and its issue 190489.
     """
-    atexit.register(time.sleep, SECONDS)
+    atexit.register(_await_threads)
+
+
+def _await_threads() -> None:
+    time.sleep(SECONDS)
+    end, idle = time.monotonic() + LONGEST, 0
+    while idle < _LOOKS and time.monotonic() < end:
+        idle = 0 if _other_threads_run() else idle + 1
+        time.sleep(_PAUSE)
+
+
+def _other_threads_run() -> bool:
+    """Return whether another thread of this process runs or waits for a core; False where the system does not tell."""
+    own = str(threading.get_native_id())
+    for task in Path("/proc/self/task").glob("*"):
+        try:
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:  # it has ended
+            continue
+        if state == "R" and task.name != own:
+            return True
+    return False
 
 
 def print_stacks_at_crash() -> None:

@@ -83,6 +83,7 @@ class _Output(NamedTuple):
     def add(self, rows: Tensor | None, tokens: int) -> None:
         """Append the row of a text, or None where it has all, and name the text in the journal."""
         if rows is not None:
+            assert len(rows) == 1 or not self.file.is_pooled
             self.file.append(rows)
         self.file.sync()
         self.journal.add({"tokens": tokens})
@@ -192,7 +193,8 @@ def _embedded(
         return ranks.summed(total) / count, count
     if last is not None:
         is_last = ranks.rank == ranks.size - 1
-        return ranks.summed((last if is_last else torch.zeros_like(states[:1])).to(wide(states.dtype))), count
+        # a rank may have no token of a short last block
+        return ranks.summed((last if is_last else states.new_zeros(1, states.shape[1])).to(wide(states.dtype))), count
     return None, count
 
 

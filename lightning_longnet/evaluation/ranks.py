@@ -23,7 +23,8 @@ SHORT = 2**16  # bytes of a text up to which one rank computes it
 class Ranks:
     """The processes that share the work of a command; by default this process alone.
 
-    The ranks call each method together.  A ValueError or OSError of one rank becomes a ValueError on all of them.
+    The ranks call each method together.  A ValueError, OSError or ModuleNotFoundError of one rank becomes a
+    ValueError on all of them.
 
     Args:
         context: the context of ranks that share sequences.
@@ -134,10 +135,10 @@ class Ranks:
 
 
 def _attempt(work: Callable[[], T]) -> tuple[str | None, Any]:
-    """Return the message of the ValueError or OSError that a function raises, or None, and what it returns."""
+    """Return the message of the error of a user that a function raises, or None, and what it returns."""
     try:
         return None, work()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         return str(error), None
 
 

@@ -56,6 +56,8 @@ class StateFile:
     def rewind(self, rows: int) -> None:
         """Drop what follows the first `rows` rows."""
         end = self._begin + rows * self.width * self.dtype.itemsize
+        if rows and self.path.stat().st_size < end:  # truncate would fill it up with zeros
+            raise ValueError(f"{self.path} is shorter than its journal says: remove both, and compute the texts again")
         self._file.truncate(end)
         self._file.seek(end)
 

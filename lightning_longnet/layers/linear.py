@@ -14,12 +14,13 @@ from lightning_longnet.attention.kernels.products import routed_products, uses_o
 # Multiply-adds from which on a linear map is computed here.  Below, a function of Python in the graph of gradients
 # costs as much as the faster library saves
 LEAST = 2**22
+_FORWARD = nn.Linear.forward  # which a program may replace for all linear layers
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def projected(linear: nn.Module, x: Tensor) -> Tensor:
     """Return `linear(x)`, as `product` computes it where `linear` is an `nn.Linear` without hooks, and nothing more."""
-    if type(linear) is nn.Linear and not _has_any_global_hook():
+    if type(linear) is nn.Linear and nn.Linear.forward is _FORWARD and not _has_any_global_hook():
         own = vars(linear)
         if "forward" not in own and not any(own[name] for name in _HOOKS):
             return product(x, linear.weight, linear.bias)
@@ -30,8 +31,10 @@ def projected(linear: nn.Module, x: Tensor) -> Tensor:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `F.linear(x, weight, bias)`, with large float32 products in oneDNN on a CPU where MKL is slow."""
     if _is_large(x, weight) and uses_onednn():
-        result: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return result
+        # of more dimensions F.linear returns a view, which could not be changed in place behind a function
+        rows = x if x.dim() == 2 else x.flatten(0, -2)
+        result: Tensor = _Product.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+        return result if x.dim() == 2 else result.unflatten(0, x.shape[:-1])
     return F.linear(x, weight, bias)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_longnet.layers.options import pattern_of, positive_integer, positive_number, require
 
@@ -211,8 +212,9 @@ def _is_kept(q: Tensor) -> bool:
 @lru_cache(TABLES)
 def _table(tokens: int, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
     """Return what `_turns` returns for the tokens 0 to N - 1, which all layers and steps share."""
-    with torch.inference_mode(False), torch.no_grad():  # a later call may train
-        return _turns(torch.arange(tokens), head_dim, base, dtype)
+    # a later call may train, and need not be under the modes and transforms of this one
+    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.no_grad():
+        return _turns(torch.arange(tokens, device="cpu"), head_dim, base, dtype)
 
 
 def _rotate(x: Tensor, factors: Tensor) -> Tensor:
@@ -230,7 +232,7 @@ def _rotate(x: Tensor, factors: Tensor) -> Tensor:
 def _as_complex(pairs: Tensor) -> Tensor:
     """Return a complex view of pairs (..., 2), of a copy where some stride is odd."""
     is_even = pairs.stride(-1) == 1 and not any(n % 2 for n in (*pairs.stride()[:-1], pairs.storage_offset()))
-    return torch.view_as_complex(pairs if is_even else pairs.contiguous())
+    return torch.view_as_complex(pairs if is_even else pairs.clone(memory_format=torch.contiguous_format))
 
 
 def _score_dtype(q: Tensor) -> torch.dtype:

@@ -138,3 +138,23 @@ def test_a_feed_forward_and_a_loss_are_routed_forward_and_backward(routed, monke
         chunked_cross_entropy(hidden, weight, torch.zeros(600, dtype=torch.long)).loss_sum.backward()
     assert list(chosen) == ["bf16"]
     assert len(chosen["bf16"]) == 5 + 3  # the input has no gradient
+
+
+@pytest.mark.usefixtures("routed")
+@pytest.mark.parametrize("shape", [(2, 300, 128), (600, 128)])
+def test_results_may_be_changed_in_place(shape):
+    x, biased = torch.randn(shape), nn.Linear(128, 512)
+    once, twice = projected(biased, x), projected(biased, x)
+    twice += once
+    torch.testing.assert_close(twice, 2 * once)
+    parameters = [biased.weight, biased.bias]
+    truth = torch.autograd.grad(2 * F.linear(x, *parameters).mean(), parameters)
+    torch.testing.assert_close(torch.autograd.grad(twice.mean(), parameters), truth)
+
+
+@pytest.mark.usefixtures("routed")
+def test_a_forward_that_replaces_that_of_all_linear_layers_is_called(monkeypatch):
+    seen = []
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: seen.append(self) or F.linear(x, self.weight, self.bias))
+    projected(nn.Linear(512, 512), torch.randn(64, 512))
+    assert len(seen) == 1

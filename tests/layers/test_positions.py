@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_longnet import Pattern, RotaryPositions
@@ -297,3 +298,33 @@ def test_a_rotation_is_one_product_in_each_direction():
         turned.sum().backward()
     assert counts[torch.ops.aten.mul] == 3  # of q and of k, and the gradient of q
     assert not {torch.ops.aten.add, torch.ops.aten.sub, torch.ops.aten.stack, torch.ops.aten.cat} & counts.keys()
+
+
+def test_a_contiguous_tensor_at_an_odd_address():
+    q = torch.randn(2 * 5 * 3 * 8 + 1)[1:].view(2, 5, 3, 8)
+    rotary = RotaryPositions(8)
+    torch.testing.assert_close(rotary(q, q)[0], rotary(q.clone(), q)[0], rtol=0, atol=0)
+
+
+def _on_another_device(rotary, q):
+    with torch.device("meta"):
+        rotary(q, q)
+
+
+def _under_fake_tensors(rotary, q):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rotary(q, q)
+
+
+def _in_a_transform(rotary, q):
+    torch.func.grad(lambda x: rotary(x, x)[0].square().sum())(q)
+
+
+@pytest.mark.parametrize("first", [_on_another_device, _under_fake_tensors, _in_a_transform])
+def test_factors_that_are_kept_are_plain_whatever_the_first_call_was(first):
+    positions._table.cache_clear()
+    rotary, q = RotaryPositions(8), torch.randn(1, 11, 2, 8)
+    expected = rotary(q, q, torch.arange(11))[0]
+    first(rotary, q)
+    torch.testing.assert_close(rotary(q, q)[0], expected, rtol=0, atol=0)
+    assert positions._table(11, 8, 10000.0, torch.float32).numpy().shape == (11, 1, 4, 2)

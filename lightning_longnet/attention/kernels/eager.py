@@ -69,7 +69,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         for chunk in _chunks(q, k):
             keys, values = chunk.keys_of(k), chunk.keys_of(v)
             queries, result, logs = (chunk.queries_of(x) for x in (q, out, lse))
-            buffer = out.new_empty(chunk.scores)
+            buffer = out.new_empty(chunk.most_scores)
             for tile in chunk.tiles(call.block):
                 scores = tile.products(buffer, tile.read(queries) * _scale(call), tile.read_keys(keys))
                 scores = tile.mask(_capped(scores, call), call)
@@ -96,7 +96,7 @@ def backward(
             keys, values, dkeys, dvalues = (chunk.keys_of(x) for x in (k, v, dk, dv))
             queries, douts, outs, dqueries = (chunk.queries_of(x) for x in (q, grad, out, dq))
             logs = chunk.queries_of(lse.unsqueeze(-1)) / LOG2
-            buffers = dq.new_empty(2, chunk.scores)
+            buffers = dq.new_empty(2, chunk.most_scores)
             for tile in chunk.tiles(call.block):
                 some_keys, dout = tile.read_keys(keys), tile.read(douts)
                 some_queries = tile.read(queries) * _scale(call)
@@ -139,6 +139,12 @@ class _Chunk(NamedTuple):
     keys: int
     rows: int
     scores: int
+
+    @property
+    def most_scores(self) -> int:
+        """The scores of the largest tile."""
+        pairs = len(self.samples) * len(self.key_heads) * self.group * self.rows * self.keys
+        return min(self.scores, pairs)
 
     def keys_of(self, x: Tensor) -> Tensor:
         """Return the rows of k, v or their gradients, (samples * key heads, keys, D).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from contextlib import contextmanager
 from functools import lru_cache
@@ -63,11 +64,20 @@ class _Setting:
         finally:
             with self._lock:
                 self._inside -= 1
-                if self._inside == 0:
+                # what another thread has set in the meantime stays
+                if self._inside == 0 and products.fp32_precision == "bf16":
                     products.fp32_precision = self._before
+
+    def reset_in_child(self) -> None:
+        """Leave the context in a forked process, which has no other threads of its parent."""
+        if self._inside:
+            torch.backends.mkldnn.matmul.fp32_precision = self._before  # type: ignore[attr-defined]
+        self._lock, self._inside = Lock(), 0
 
 
 _setting = _Setting()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_setting.reset_in_child)
 
 
 @lru_cache(1)

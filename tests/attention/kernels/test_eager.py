@@ -32,3 +32,8 @@ def test_half_types_are_summed_in_float32(dtype):
         assert ours.dtype == dtype
         # one rounding of the result, and one of out, which the gradient reads
         assert (ours.double() - true).norm() <= 1.5 * torch.finfo(dtype).eps * true.norm()
+
+
+def test_a_short_call_takes_the_memory_of_its_pairs():
+    q, k, v, grad = drawn.tensors((1, 8, 2, 2, 8), dtype=torch.float32)
+    assert peak_bytes(lambda: attend(q, k, v, Pattern.dense(), kernel="eager").backward(grad)) < 2**15

@@ -1,5 +1,8 @@
 """Routing a CPU's products: only where it rounds nothing, and undone after."""
 
+import os
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -119,3 +122,33 @@ def test_only_large_uses_onednn(monkeypatch):
         q, k, v = (torch.randn(1, tokens, 1, 64, requires_grad=True) for _ in range(3))
         attend(q, k, v, Pattern.dense()).sum().backward()
     assert chosen == ["none", "none", "bf16", "none", "bf16", "bf16"]
+
+
+@pytest.mark.usefixtures("slow_mkl")
+def test_what_another_thread_has_set_meanwhile_stays():
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        with products._setting.routed():
+            matmul.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_a_process_that_is_forked_within_a_product_computes_further_ones():
+    with products._setting.routed(), products._setting._lock:
+        child = os.fork()
+        if child == 0:
+            with products._setting.routed():
+                inside = torch.backends.mkldnn.matmul.fp32_precision
+            os._exit(not (inside == "bf16" and torch.backends.mkldnn.matmul.fp32_precision != "bf16"))
+        end = time.monotonic() + 10
+        status = (0, 0)
+        while status[0] == 0 and time.monotonic() < end:
+            status = os.waitpid(child, os.WNOHANG)
+            time.sleep(0.01)
+        if status[0] == 0:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    assert status == (child, 0)
