@@ -126,6 +126,16 @@ NESTED = [Shown(8), Shown(16, 2), Shown(32, 4)]
     data=st.data(),
 )
 @example((NESTED, "multiset"), 2, 2, [37, 5], (4, 2), 1, False, None)
+@example(
+    ([Shown(3, 4, sparsity=("local_window", 1, 0.05, 0, False)), Shown(None)], "multiset"),
+    1,
+    1,
+    [9],
+    (1, 1),
+    0,
+    False,
+    None,
+)
 @example((NESTED, "multiset"), 2, 2, [37, 5], (4, 2), UNCUT, True, None)
 @example(([replace(b, causal=True) for b in NESTED], "multiset"), 4, 1, [64], (4, 2), UNCUT, True, None)
 @example(([Shown(12), Shown(36, 3)], "multiset"), 3, 1, [70, 36], (4, 2), UNCUT, True, None)
