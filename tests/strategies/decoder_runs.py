@@ -130,7 +130,7 @@ def predict(rank, world, sharding, sequence_parallel_size, is_padded=False):
     with quiet():
         chosen = RingSequenceParallelStrategy(sequence_parallel_size, sharding) if world > 1 else "auto"
         net = module("float64", generated_tokens=4, temperature=0)
-        given = rows(4)
+        given = [{"input_ids": row["input_ids"]} for row in rows(4)]
         for i, row in enumerate(given if is_padded else ()):
             places = torch.arange(LENGTH)
             row["attention_mask"] = ((places >= 7 * i) if i % 2 else (places < LENGTH - 5 * i)).long()
@@ -152,7 +152,7 @@ def predict_documents(rank, world, reads_parts):
             for i, row in enumerate(given)
         ]
     with quiet():
-        trainer = trainer_of(RingSequenceParallelStrategy(2, "ddp"), world)
+        trainer = trainer_of(RingSequenceParallelStrategy(2, "ddp", placement="contiguous"), world)
         try:
             trainer.predict(module("float64", generated_tokens=2), DataLoader(given, 2))
         except ValueError as error:

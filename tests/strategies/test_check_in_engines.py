@@ -43,9 +43,12 @@ class Sharded(Module):
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         if isinstance(self.model, nn.Identity):
-            if not isinstance(self.trainer.strategy, ModelParallelStrategy):  # of deepspeed, which shards what it makes
+            if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+                import deepspeed
+
                 torch.manual_seed(1)
-                self.model = self.kind()
+                with deepspeed.zero.Init(config_dict_or_path=self.trainer.strategy.config):
+                    self.model = self.kind()
                 return
             with torch.device("meta"):
                 self.model = self.kind()
