@@ -142,8 +142,8 @@ def test_documents_and_positions_of_one_text_change_nothing():
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     given = {**ROWS, "attention_mask": mask}
     expected = net.predict_step(given, 0)
-    told = {"documents": torch.tensor([[0] * 6, [7, 7, 8, 8, 8, 8]]), "positions": (mask.cumsum(1) - 1).clamp(min=0)}
-    assert net.predict_step(given | told, 0).tolist() == expected.tolist()
+    options = {"documents": torch.tensor([[0] * 6, [7, 7, 8, 8, 8, 8]]), "positions": (mask.cumsum(1) - 1).clamp(min=0)}
+    assert net.predict_step(given | options, 0).tolist() == expected.tolist()
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     loader = DataLoader([{"input_ids": i, "documents": d} for i, d in zip(ROWS["input_ids"], TWO, strict=True)], 2)
     with pytest.raises(ValueError, match="documents must be the same in all tokens of a row"):

@@ -13,6 +13,8 @@ from lightning_longnet.attention.kernels import fused
 from lightning_longnet.attention.kernels.compiling import constant_result
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from lightning_longnet.attention.kernels import Request
@@ -29,9 +31,19 @@ def note(request: Request) -> str:
 
 def refusals(request: Request) -> list[str]:
     """Return the reasons why the package cannot compute a call."""
+    return package_refusals(request, _missing_reasons)
+
+
+def package_refusals(request: Request, missing_reasons: Callable[[], tuple[str, ...]]) -> list[str]:
+    """Return the reasons why operators of flash-attn, from wherever they come, cannot compute a call.
+
+    Args:
+        request: the call.
+        missing_reasons: returns why they are not there; called for CUDA tensors alone.
+    """
     if request.device != "cuda":
         return [f"serves CUDA tensors, these are on {request.device}"]
-    reasons = [*_missing_reasons(), *fused.refusals(request)]
+    reasons = [*missing_reasons(), *fused.refusals(request)]
     reasons += request.lacks("is_padded", "has_dropout", "masks_later", "has_softcap")
     return reasons
 

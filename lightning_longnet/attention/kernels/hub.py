@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_longnet.attention.kernels import fused
 from lightning_longnet.attention.kernels.compiling import constant_result
-from lightning_longnet.attention.kernels.flash import Package
+from lightning_longnet.attention.kernels.flash import Package, package_refusals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,11 +33,7 @@ def note(request: Request) -> str:
 
 def refusals(request: Request) -> list[str]:
     """Return the reasons why the build cannot compute a call."""
-    if request.device != "cuda":
-        return [f"serves CUDA tensors, these are on {request.device}"]
-    reasons = [*_missing_reasons(), *fused.refusals(request)]
-    reasons += request.lacks("is_padded", "has_dropout", "masks_later", "has_softcap")
-    return reasons
+    return package_refusals(request, _missing_reasons)
 
 
 def takes_weights(device: str) -> bool:
