@@ -25,7 +25,10 @@ def _positive(name: str, value: Any) -> int:
 
 
 def check_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise a ValueError if the value of an argument is not one of those allowed."""
+    """Raise a ValueError if the value of an argument is not one of those allowed.
+
+    `Branch`, `Pattern` and `from_torchscale` call it for arguments that have a few allowed values.
+    """
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
@@ -86,16 +89,20 @@ class Branch:
             )
 
     def offset(self, kv_head: int, kv_heads: int) -> int:
-        """Return the residue that a head attends to.
+        """Return the residue modulo `r` of the tokens that a key/value head attends to, counted in their segment.
 
-        It depends on the key/value head, so that the query heads of a GQA group see the same rows.
+        It depends on the key/value head, so that the query heads of a GQA group see the same rows.  It is less than
+        `r`; plans and caches of inference ask for it.
         """
         if self.head_offsets == "interleaved":
             return kv_head % self.dilation_rate
         return kv_head // -(-kv_heads // self.dilation_rate)
 
     def connects(self, length: int) -> bool:
-        """Return whether any query may see a key of another token."""
+        """Return whether any query may see a key of another token, in a sequence of `length` tokens.
+
+        `Pattern.reach` leaves out the branches for which this is False.
+        """
         return min(self.border_spacing(length), self.window or length) > self.dilation_rate
 
     def border_spacing(self, length: int) -> int:
@@ -142,14 +149,18 @@ class Branch:
 
     @property
     def has_null_keys(self) -> bool:
-        """Whether a query may attend to null keys; a causal mask excludes them, as they follow all tokens."""
+        """Whether a query may attend to null keys; a causal mask excludes them, as they follow all tokens.
+
+        The kernel "reference" and `NullKeys.add_to` ask before they count null keys.
+        """
         return self.ragged == "zero_keys" and not self.is_causal
 
     def null_keys(self, tokens: Tensor, lengths: Tensor, kv_heads: int) -> Tensor:
         """Return how many null keys, of score 0 and value 0, each query counts: integers (Hkv, N).
 
         They fill the rows of a segment and residue up to those of a whole segment that `r` divides.  `tokens` are the
-        places of tokens in their documents, and `lengths` the lengths of these documents, both (N,).
+        places of tokens in their documents, and `lengths` the lengths of these documents, both (N,).  The kernel
+        "reference" and `NullKeys.add_to` call it; `Pattern.null_keys` shows the counts.
         """
         if not self.has_null_keys:
             return torch.zeros_like(tokens).expand(kv_heads, -1)
@@ -167,7 +178,7 @@ class Branch:
 
         Only pairs of one segment and residue have a meaning; `visible` masks the others.  `tokens`, (N,), are the
         places of the tokens in their documents, and `lengths`, (N,), the lengths of these documents, since the last
-        segment of a document may be shorter.
+        segment of a document may be shorter.  `visible` calls it, and the report of a run for its pictures.
         """
         assert self.sparsity is not None
         kept_pairs = torch.zeros(len(tokens), len(tokens), dtype=torch.bool, device=tokens.device)
@@ -190,7 +201,10 @@ class Branch:
 
 
 def from_keywords(cls: type[T], name: str, keywords: Any) -> T:
-    """Return an instance of a dataclass from its keywords, as YAML gives them, or raise a ValueError."""
+    """Return an instance of a dataclass from its keywords, as YAML gives them, or raise a ValueError.
+
+    `Branch` calls it for its sparsity, and `Pattern` for its branches.
+    """
     allowed = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     if not isinstance(keywords, dict) or not set(keywords) <= set(allowed):
         what = "Branches or dictionaries" if name == "branches" else f"a {cls.__name__} or a dictionary"

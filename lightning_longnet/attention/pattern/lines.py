@@ -48,7 +48,11 @@ class Line(NamedTuple):
     masks_later: bool = False
 
     def order_from(self, other: Line) -> tuple[Tensor, Tensor]:
-        """Return the order that brings rows of another line into this one, and its inverse, each (N,)."""
+        """Return the order that brings rows of another line into this one, `rows[order]`, and its inverse, each (N,).
+
+        Both lines are along a curve.  `LocalOrder.between` calls it for whole sequences, `RoundsPlan` for those that
+        are split.
+        """
         assert self.tokens is not None
         assert self.places is not None
         assert other.tokens is not None
@@ -71,7 +75,8 @@ class _LineKey(NamedTuple):
 def lines_of(ordering: Ordering, cuts: tuple[int, ...], pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
     """Return the lines of a pattern over a sequence; the first one has the finest branch.
 
-    `cuts` are where documents begin, and where the last one ends: each document has a separate curve.
+    `cuts` are where documents begin, and where the last one ends: each document has a separate curve.  Each forward and
+    backward of `attend` asks for them; those along a curve are cached.
     """
     if ordering == "raster":
         return (Line(pattern, tuple(range(len(pattern.branches)))),)
@@ -79,12 +84,18 @@ def lines_of(ordering: Ordering, cuts: tuple[int, ...], pattern: Pattern, device
 
 
 def has_masked_line(ordering: Ordering, pattern: Pattern) -> bool:
-    """Return whether keys of some line are masked one by one."""
+    """Return whether keys of some line are masked one by one, by the tokens of queries and keys.
+
+    `prepared_call` asks, because only some kernels can do that; see `Request.masks_later`.
+    """
     return ordering != "raster" and any(line_key.masks_later for line_key in _branches_by_line(pattern))
 
 
 def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
-    """Raise a ValueError if a pattern cannot be drawn along a curve."""
+    """Raise a ValueError if a pattern cannot be drawn along a curve.
+
+    `attend` calls it for an ordering other than "raster"; layers and models call it when they are made.
+    """
     if ordering == "raster" or pattern.multiplicity == "multiset" or not any(b.is_causal for b in pattern.branches):
         return
     if not pattern.is_causal:
@@ -111,7 +122,10 @@ def _line_key(branch: Branch) -> _LineKey:
 
 
 def _branches_by_line(pattern: Pattern) -> dict[_LineKey, tuple[int, ...]]:
-    """Return the lines that a pattern needs along a curve, with the branches of each."""
+    """Return the lines that a pattern needs along a curve, and the branches of each.
+
+    Branches are given by their indices in `pattern.ordered()`.
+    """
     line_keys: dict[_LineKey, tuple[int, ...]] = {}
     for i, branch in enumerate(pattern.ordered()):
         line_keys[_line_key(branch)] = (*line_keys.get(_line_key(branch), ()), i)
@@ -124,13 +138,14 @@ def _branches_by_line(pattern: Pattern) -> dict[_LineKey, tuple[int, ...]]:
 @lru_cache(64)
 @torch.inference_mode(False)
 def _document_curve(length: int) -> Tensor:
+    """Return the Hilbert curve through a document of `length` tokens, made once for each length."""
     return sequence_hilbert_order(length)
 
 
 @lru_cache(32)
 @torch.inference_mode(False)  # a cached tensor made in inference mode could not be used in training
 def _curve_lines(cuts: tuple[int, ...], pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
-    """Return the lines of a pattern along a Hilbert curve through each document."""
+    """Return the lines of a pattern along a Hilbert curve through each document, made once for the same arguments."""
     ordered, lines = pattern.ordered(), []
     documents = [(begin, _document_curve(end - begin)) for begin, end in pairwise(cuts) if begin < end]
     for (sets, masks_later), members in _branches_by_line(pattern).items():

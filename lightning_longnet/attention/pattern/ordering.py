@@ -65,7 +65,8 @@ def sequence_hilbert_order(length: int) -> Tensor:
     A segment of s tokens then has about sqrt(s) stretches of sqrt(s) tokens each, at a distance of about sqrt(length)
     from one another.  This helps if tokens at such a distance belong together, as in an image or a table with rows of
     about that length; if that length is known, `hilbert_order` of that grid is better.  In text they do not: a segment
-    loses near tokens, and gains far ones without a meaning for it.
+    loses near tokens, and gains far ones without a meaning for it.  `attend` draws patterns along it where its ordering
+    is "hilbert".
 
     Neighbours in this order are 1 or a row from each other in the sequence, except where the last row is not full.
     """
@@ -77,7 +78,10 @@ def sequence_hilbert_order(length: int) -> Tensor:
 
 
 def inverse_order(order: Tensor) -> Tensor:
-    """Return the place of each token, (tokens,): `x[order][inverse_order(order)]` is x."""
+    """Return the place of each token, (tokens,): `x[order][inverse_order(order)]` is x.
+
+    A ValueError is raised if `order` does not name each token once.
+    """
     if order.dim() != 1 or order.dtype.is_floating_point or order.dtype == torch.bool:
         raise ValueError(f"order must be integers (tokens,), got {order.dtype} {tuple(order.shape)}")
     inverse = torch.full_like(order, -1)
@@ -88,7 +92,10 @@ def inverse_order(order: Tensor) -> Tensor:
 
 
 def order_of(ordering: Ordering, shape: Sequence[int]) -> Tensor:
-    """Return the order of a grid by its name."""
+    """Return the order of a grid by its name: `hilbert_order(shape)` or `raster_order(shape)`.
+
+    The model LongViT brings the patches of an image into it.
+    """
     return hilbert_order(shape) if ordering == "hilbert" else raster_order(shape)
 
 

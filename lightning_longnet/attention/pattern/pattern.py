@@ -42,10 +42,11 @@ class Reach(NamedTuple):
 
     @property
     def has_gaps(self) -> bool:
-        """Whether there is a border or a residue without a head."""
+        """Whether there is a border or a residue without a head: models then warn, and `longnet plan` notes it."""
         return self.span < self.length or bool(self.unserved)
 
     def __str__(self) -> str:
+        """Return in words what does not travel, and which options would change that."""
         lines = []
         if self.span < self.length:
             lines.append(
@@ -96,6 +97,7 @@ class Pattern:
         object.__setattr__(self, "_text", json.dumps(self.to_dict(), separators=(",", ":")))
 
     def __hash__(self) -> int:
+        """Return the hash of the pattern's JSON."""
         text: str = self._text  # type: ignore[attr-defined]
         return hash(text)  # a text keeps its hash: hashing all branches would cost at every look into a cache
 
@@ -182,7 +184,11 @@ class Pattern:
         return Pattern(self.branches + other.branches, self.multiplicity)
 
     def ordered(self) -> tuple[Branch, ...]:
-        """Return the branches from the finest to the coarsest.  In a "set" the first that shows a pair has it."""
+        """Return the branches from the finest to the coarsest: by dilation rate, then segment length, then window.
+
+        The index of a branch in plans, kernels and exchanges is its place here.  In a "set" the first that shows a pair
+        has it.
+        """
         whole = float("inf")
         return tuple(
             sorted(self.branches, key=lambda b: (b.dilation_rate, b.segment_length or whole, b.window or whole))
@@ -224,7 +230,10 @@ class Pattern:
         return counts.repeat_interleave(heads // kv_heads, dim=0)
 
     def reach(self, length: int, heads: int, kv_heads: int | None = None) -> Reach:
-        """Return how far information travels in a sequence of `length` tokens at any depth; see `Reach`."""
+        """Return how far information travels in a sequence of `length` tokens at any depth; see `Reach`.
+
+        Models call it once, to warn, and `longnet plan` for its notes.
+        """
         kv_heads = check_heads(heads, kv_heads)
         lengths = [b.border_spacing(length) for b in self.branches if b.connects(length)]
         span = min(lcm(*lengths), length)  # a border of every branch is one that no layer crosses
@@ -250,7 +259,7 @@ class Pattern:
         return {"branches": [asdict(branch) for branch in self.branches], "multiplicity": self.multiplicity}
 
     def dumps(self) -> str:
-        """Return one line of JSON, the form in which an operator takes a pattern as an argument."""
+        """Return one line of JSON, as an operator takes a pattern as an argument and as ranks compare it."""
         text: str = self._text  # type: ignore[attr-defined]
         return text
 
@@ -262,11 +271,16 @@ class Pattern:
 
 @lru_cache(1024)
 def _loads(text: str) -> Pattern:
+    """Return the pattern of a line of `Pattern.dumps`; equal lines give the same object."""
     return Pattern(**json.loads(text))
 
 
 def check_heads(heads: int, kv_heads: int | None) -> int:
-    """Return the number of key/value heads, or raise a ValueError if it does not divide the number of query heads."""
+    """Return the number of key/value heads, or raise a ValueError if it does not divide the number of query heads.
+
+    None stands for as many key/value heads as query heads.  Patterns, plans, layers and models call it for their
+    arguments.
+    """
     kv_heads = heads if kv_heads is None else kv_heads
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"heads must be a multiple of kv_heads, both at least 1, got {heads} and {kv_heads}")

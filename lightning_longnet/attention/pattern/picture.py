@@ -13,7 +13,11 @@ PANELS = 4
 
 
 def draw_pattern(pattern: Pattern, length: int | None, heads: int | None, kv_heads: int | None) -> Figure:
-    """Return a figure of how often each query counts each key, a panel for each of the first kinds of head."""
+    """Return a figure of how often each query counts each key, a panel for each of the first kinds of head.
+
+    `Pattern.plot` calls it.  By default `length` is two of the longest segments, 64 at most, and there are as many
+    heads as the largest dilation rate.
+    """
     try:
         from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
         from matplotlib.figure import Figure
@@ -80,6 +84,8 @@ def draw_ranks(
     received: tuple[tuple[int, ...], ...], pairs: tuple[int, ...], placement: str, exchanges: tuple[str, ...]
 ) -> Figure:
     """Return a figure of the keys and values sent between ranks, and of the pairs of each rank beside their mean.
+
+    `SequencePlan.plot` calls it.
 
     Args:
         received: the bytes that rank a receives from rank b, `received[a][b]`.

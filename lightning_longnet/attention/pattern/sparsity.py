@@ -76,15 +76,20 @@ class Sparsity:
             )
 
     def __str__(self) -> str:
+        """Return the rule in a few words, for tables and titles."""
         return f"{self.sparsity_ratio:g} of {self.kind} blocks of {self.block_size}"
 
     @property
     def stride(self) -> int:
-        """The distance between two blocks that "dilated_sparse" or "strided" prefers."""
+        """The distance in blocks between two that "dilated_sparse" or "strided" prefers: d or s of the class."""
         return floor((2 if self.kind == "strided" else 1) / self.sparsity_ratio + 0.5)
 
     def phase(self, kv_head: int) -> int:
-        """Return by how many blocks the preferred blocks of a head are moved."""
+        """Return by how many blocks the preferred blocks of a key/value head are moved.
+
+        It is 0 where all heads keep the same blocks.  `kept` calls it, and the plan, which computes such heads
+        together.
+        """
         return kv_head % self.stride if self.varies_over_heads else 0
 
     def blocks(self, rows: int) -> int:
@@ -94,12 +99,17 @@ class Sparsity:
     def kept(self, rows: int, kv_head: int, is_causal: bool) -> tuple[tuple[int, ...], ...]:
         """Return for each block of queries, in a set of `rows` rows, the blocks of keys that it keeps, ascending.
 
-        In a causal branch they do not depend on how many rows follow.
+        In a causal branch they do not depend on how many rows follow.  The plan cuts runs into these blocks
+        (`kept_blocks`), and `Branch.keeps` masks pairs by them.
         """
         return _kept(self, self.blocks(rows), self.phase(kv_head), is_causal)
 
     def row_counts(self, blocks: int, is_causal: bool) -> list[int]:
-        """Return how many blocks of keys each block of queries keeps: at least 1, and the ratio of all in sum."""
+        """Return how many blocks of keys each block of queries keeps: at least 1, and the ratio of all in sum.
+
+        The word "row" is that of a table of `blocks` x `blocks`: a row for each block of queries, a column for each
+        block of keys.
+        """
         if is_causal:
             # each row brings the sum up to the share of all blocks so far, so no count depends on later rows
             counts, visible = [], 0
@@ -166,7 +176,10 @@ def _other_blocks(block: int, visible: int) -> Iterator[int]:
 
 @lru_cache(256)
 def _kept(sparsity: Sparsity, blocks: int, phase: int, is_causal: bool) -> tuple[tuple[int, ...], ...]:
-    """Compute what `Sparsity.kept` returns, once for the same arguments."""
+    """Compute what `Sparsity.kept` returns, once for the same arguments.
+
+    Each block of queries takes its preferred blocks until it has as many different ones as `row_counts` says.
+    """
     rows = []
     for block, count in enumerate(sparsity.row_counts(blocks, is_causal)):
         chosen: set[int] = set()
