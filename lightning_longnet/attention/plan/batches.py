@@ -70,9 +70,10 @@ def _all_heads(blocks: Iterable[Block]) -> Iterator[Block]:
 
 
 def _of_one_head(block: Block) -> Block:
-    """Return a small block whose lattices have one head several times, `head_step` 0, with each time as segments.
+    """Return a small block that reads one head several times as a block of one head with more segments.
 
-    Such lattices hold runs of one head that no range of segments holds.  Other blocks are returned as they are.
+    The lattices of such a block have `head_step` 0 and a `row_shift`, for runs of one head that no range of segments
+    holds.  Other blocks are returned as they are.
     """
     queries, keys = block.queries, block.keys
     if queries.heads == 1 or queries.head_step or keys.head_step or queries.size > CALL_ROWS:

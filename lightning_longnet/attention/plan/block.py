@@ -50,7 +50,7 @@ class Block:
         return self.queries.heads * len(self.queries.starts) * self._segment_pairs(self.queries.rows, self.keys.rows)
 
     def _segment_pairs(self, queries: int, keys: int) -> int:
-        """Return the number of visible pairs of a segment of so many queries and keys."""
+        """Return the number of visible pairs of one segment with this number of queries and keys."""
 
         def at_least(bound: int) -> int:
             """Return for how many pairs, of the a-th query and the b-th key, a - b >= bound."""

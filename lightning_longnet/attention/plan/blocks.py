@@ -64,7 +64,8 @@ class Plan:
     def queries_once(self) -> bool:
         """Whether each query is in exactly one call of the first branch, so that results are written and not added.
 
-        That holds for paged keys too, though a key is in several of their calls.
+        That holds for paged keys too, though a key is in several of their calls.  `_line_call` asks, for calls on whole
+        sequences.
         """
         return self.is_partitioned or (
             all(call.queries.step == 1 and call.weight == 1 for call in self.calls[0])
@@ -74,17 +75,23 @@ class Plan:
 
     @cached_property
     def calls(self) -> tuple[tuple[Block, ...], ...]:
-        """The blocks of each branch as one process runs them, those of a sparsity merged into fewer calls."""
+        """The blocks of each branch as one process runs them, those of a sparsity merged into fewer calls.
+
+        Ranks cut `branches` into their shares instead, and merge these.
+        """
         return tuple(merge_stacks(blocks) for blocks in self.branches)
 
     @cached_property
     def parts(self) -> Parts:
-        """The blocks of `calls` in the order in which they run: branch by branch."""
+        """The blocks of `calls` in the order in which they run, branch by branch.
+
+        A `RoundsCall` on whole sequences computes them.
+        """
         return Parts(Part(branch, block) for branch, blocks in enumerate(self.calls) for block in blocks)
 
     @property
     def pairs(self) -> int:
-        """The number of (query, key) pairs that are computed, over all branches."""
+        """The number of (query, key) pairs that are computed, over all branches; `make_plan` compares plans by it."""
         return sum(block.pairs for blocks in self.branches for block in blocks)
 
 
@@ -134,7 +141,10 @@ def make_plan(
 
 @lru_cache(32)
 def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], weighted_segments: int = 0) -> Plan:
-    """Return `make_plan` of the same arguments, made once for the last layouts that were asked for."""
+    """Return `make_plan` of the same arguments, made once for the last layouts that were asked for.
+
+    The calls on rows of one document and the exchange "swap" take it; `longnet plan` counts its pairs.
+    """
     return make_plan(pattern, heads, kv_heads, cuts, weighted_segments)
 
 

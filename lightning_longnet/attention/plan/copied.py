@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 
 class CopiedLattice(Lattice):
-    """A lattice whose rows are copied, even where its segments are evenly spaced."""
+    """A lattice whose rows are copied, even where its segments are evenly spaced.
+
+    It is the base of `PaddedLattice` and `PagedKeys`.
+    """
 
     @property
     def is_view(self) -> bool:
@@ -19,6 +22,7 @@ class CopiedLattice(Lattice):
         return False
 
     def covers(self, t: Tensor) -> bool:
+        """Return False: no tensor of all rows can be a view of these."""
         return False
 
     def read(self, t: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def document_cuts(documents: Tensor | None, batch: int, length: int) -> list[tuple[int, ...]]:
     """Return the cuts of each row: the first token of each document, and the end of the last one.
 
-    `documents` are ids (B, N), which must not decrease along a row; None is one document.
+    `documents` are ids (B, N), which must not decrease along a row; None is one document.  It serves whole sequences:
+    the kernel "reference", `packed_rows` and the callback `TokenThroughput` call it.  Of sequences that are split over
+    ranks `cuts_of` returns the same.
     """
     if documents is None:
         return [(0, length)] * batch
@@ -41,7 +43,10 @@ def document_cuts(documents: Tensor | None, batch: int, length: int) -> list[tup
 
 
 def run_lengths_of(x: Tensor) -> list[Tensor]:
-    """Return the runs of each row of x, (B, N) or (N,), as tensors (runs, 2) of (value, count)."""
+    """Return the runs of each row of x, (B, N) or (N,), as tensors (runs, 2) of (value, count).
+
+    `SequenceShard` calls it for the ids and the padding of this rank's tokens, which the ranks then exchange.
+    """
     rows = x if x.dim() == 2 else x[None]
     counts = [torch.unique_consecutive(row.cpu().long(), return_counts=True) for row in rows]
     return [torch.stack(values_and_counts, 1) for values_and_counts in counts]
@@ -69,7 +74,10 @@ def runs_on_rank(runs: Sequence[Sequence[int]], placement: Placement, rank: int)
 
 
 def cuts_of(runs: Sequence[tuple[int, int]], length: int) -> tuple[int, ...]:
-    """Return the cuts of a row of `length` tokens from the runs of its document ids."""
+    """Return the cuts of a row of `length` tokens, (0, ..., length), from the runs of its document ids.
+
+    `SequenceShard` calls it with the runs of all ranks.  Ids that decrease raise a ValueError.
+    """
     cuts, at = [0], 0
     for (before, times), (after, _) in pairwise(runs):
         at += times
@@ -81,7 +89,10 @@ def cuts_of(runs: Sequence[tuple[int, int]], length: int) -> tuple[int, ...]:
 
 
 def change_points(runs: Sequence[tuple[int, int]]) -> Tensor:
-    """Return the tokens at which the value of a padding mask changes; the first is a change from 0."""
+    """Return the tokens at which the value of a padding mask changes, ascending; the first is a change from 0.
+
+    `SequenceShard` keeps them for each row: a token with an odd number of changes up to it is padding.
+    """
     tokens, at, before = [], 0, 0
     for value, times in runs:
         if value != before:

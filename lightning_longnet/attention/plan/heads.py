@@ -18,7 +18,10 @@ Starts = range | tuple[int, ...]
 
 
 def spacing(starts: Starts) -> tuple[int, ...]:
-    """Return the distances between starts, which must be equal for two heads to share a lattice."""
+    """Return what two heads must have in common to share a lattice: the distances between their starts.
+
+    Of a range these are (number of starts, step), of a tuple the distance of each start from the first.
+    """
     if isinstance(starts, range):
         return len(starts), starts.step if len(starts) > 1 else 0
     return tuple(start - starts[0] for start in starts)

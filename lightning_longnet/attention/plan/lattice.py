@@ -35,9 +35,10 @@ class _View(NamedTuple):
 
 @dataclass(frozen=True)
 class Lattice:
-    """A set of rows and heads: element (s, a, i) is row `starts[s] + a * row_shift + i * step` of head
-    `head + a * head_step`.
+    """A set of rows and heads at constant distances.
 
+    Element (s, a, i) is row `starts[s] + a * row_shift + i * step` of head `head + a * head_step`.  A block of a plan
+    has one lattice for its queries and one for its keys, by which rows of q, k and v are read and results are written.
     The shift allows heads with different offsets in one view, along a diagonal:
 
         rows    0 1 2 3 4 5 6 7        dilation_rate 2, one segment of 8: starts range(0, 1), rows 4, step 2,
@@ -67,7 +68,10 @@ class Lattice:
         return len(self.starts) * self.heads * self.rows
 
     def covers(self, t: Tensor) -> bool:
-        """Return whether these are all rows and heads of t (B, N, H, D), segment by segment, in their order."""
+        """Return whether these are all rows and heads of t (B, N, H, D), segment by segment, in their order.
+
+        `adoptable` asks: the result of such a block can become the accumulator without a copy.
+        """
         if not isinstance(self.starts, range):
             return False
         is_evenly_cut = self.starts.start == 0 and (len(self.starts) == 1 or self.starts.step == self.rows)
@@ -166,6 +170,7 @@ class Lattice:
         return self._kept_on(device, self.starts)
 
     def _kept_on(self, device: torch.device, values: Sequence[Any]) -> Tensor:
+        """Return values as a tensor on a device, which each device is sent once."""
         return self._made_once("first rows", device, lambda: torch.tensor(values, device=device))
 
     def _made_once(self, name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
@@ -185,7 +190,10 @@ class Lattice:
         return rows, self.head + a * self.head_step
 
     def mark(self, flags: bytearray, heads: int) -> None:
-        """Set the flag of every element, `row * heads + head`, to 1."""
+        """Set the flag of every element, `row * heads + head`, to 1.
+
+        `PeerBlocks.mask` calls it, to mark the KV rows that a rank needs of another.
+        """
         step, ones = self.step * heads, b"\1" * self.rows
         for start in self.starts:
             for a in range(self.heads):
@@ -193,20 +201,26 @@ class Lattice:
                 flags[first : first + (self.rows - 1) * step + 1 : step] = ones
 
     def segments(self, first: int, last: int) -> Lattice:
-        """Return the segments `first` to `last`."""
+        """Return the lattice of the segments from `first` up to, but not including, `last`, or the end."""
         if first == 0 and last >= len(self.starts):
             return self
         return replace(self, starts=self.starts[first:last])
 
     def diagonal(self, first: int, last: int) -> Lattice:
-        """Return the heads `first` to `last` of this lattice, each with its own rows."""
+        """Return the lattice of the heads from `first` up to, but not including, `last`, each with its own rows.
+
+        `bounded_part` cuts a call by it, and `head_parts` takes the heads of one rank.
+        """
         if (first, last) == (0, self.heads):
             return self
         moved = self.shifted(first * self.row_shift)
         return replace(moved, head=self.head + first * self.head_step, heads=last - first)
 
     def shifted(self, by: int) -> Lattice:
-        """Return the same elements, `by` rows further on."""
+        """Return the same elements, `by` rows further on.
+
+        `shares` moves lattices by it from the rows of the sequence to those of a rank.
+        """
         if not by:
             return self
         if isinstance(self.starts, range):
@@ -224,13 +238,17 @@ class Lattice:
 def fold_rows(at: Lattice, t: Tensor) -> Tensor:
     """Return the rows of a lattice in t (B, N, H, D) as kernels take them, (B * segments, heads, rows, D).
 
-    The result is a view unless rows are copied, or samples and segments have no common stride.
+    The result is a view unless rows are copied, or samples and segments have no common stride.  `forward_blocks` and
+    `backward_blocks` read queries by it, and `OwnKeys` reads keys and values.
     """
     return at.folded(t)
 
 
 def unfold_rows(at: Lattice, t: Tensor, batch: int) -> Tensor:
-    """Return the rows of a lattice as `write` takes them, (B, segments, heads, rows, D): the inverse of `fold_rows`."""
+    """Return the rows of a lattice as `write` takes them, (B, segments, heads, rows, D): the inverse of `fold_rows`.
+
+    `forward_blocks` and `Accumulator.add` call it for what a kernel returns.
+    """
     rows: Tensor = t.unflatten(0, (batch, len(at.starts)))
     return rows
 
@@ -238,7 +256,8 @@ def unfold_rows(at: Lattice, t: Tensor, batch: int) -> Tensor:
 def as_readable(x: Tensor) -> Tensor:
     """Return x itself if kernels can read it, else a contiguous copy.
 
-    The last dimension must have stride 1 (that of a gradient of sum() has 0), and no two vectors may overlap.
+    The last dimension must have stride 1 (that of a gradient of sum() has 0), and no two vectors may overlap.  The
+    operators of op.py call it for q, k, v, out and the gradient of out.
     """
     if x.is_contiguous():
         return x
@@ -252,5 +271,8 @@ def whole_rows(x: Tensor) -> Tensor:
 
 
 def concat_batches(results: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Return the results of several calls as those of one batch: each tensor concatenated along dim 0."""
+    """Return the results of several calls as those of one batch: each tensor concatenated along dim 0.
+
+    The operators of op.py call it where samples have different documents, and so different calls.
+    """
     return results[0] if len(results) == 1 else tuple(torch.cat(parts) for parts in zip(*results, strict=True))

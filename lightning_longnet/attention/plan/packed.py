@@ -32,7 +32,7 @@ class PackedRows:
 
     @cached_property
     def are_equal(self) -> bool:
-        """Whether all rows have the same documents, so that they are samples of one call."""
+        """Whether all rows have the same documents: then they are samples of one call, else `local_call` joins them."""
         return len(set(self.rows)) == 1
 
     @cached_property
@@ -46,10 +46,14 @@ class PackedRows:
 
     @cached_property
     def _plans(self) -> dict[Any, Plan]:
+        """The plans that were made, by the arguments of `plan`."""
         return {}
 
     def plan(self, pattern: Pattern, heads: int, kv_heads: int, weighted_segments: int, is_on_cpu: bool) -> Plan:
-        """Return the plan of the documents, `make_plan` of `cuts`, made once for the same arguments."""
+        """Return the plan of the documents, `make_plan` of `cuts`, made once for the same arguments.
+
+        `_line_call` asks for it in each forward and backward.
+        """
         copied_rows = CALL_ROWS // heads if is_on_cpu else COPIED_ROWS
         key = pattern, heads, kv_heads, weighted_segments, copied_rows
         if key not in self._plans:
@@ -68,6 +72,7 @@ class _View(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> _View:
+        """Return the view that a tensor is now."""
         return cls(int(x.storage_offset()), x.shape, x.stride(), x.dtype, x._version)
 
 
@@ -86,7 +91,8 @@ def packed_rows(documents: Tensor) -> PackedRows:
     """Return where the documents of ids (B, N) begin, cached for as long as the storage of the ids lives.
 
     An entry is reused while the view and its version counter are unchanged.  On a CPU the ids are compared too, so that
-    writes that torch does not count are noticed.  On other devices this would wait for the device.
+    writes that torch does not count are noticed.  On other devices this would wait for the device.  `local_call` asks
+    for them in each forward and backward.
     """
     batch, length = documents.shape
     if documents.is_inference():  # torch does not count its changes

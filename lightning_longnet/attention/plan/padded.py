@@ -48,23 +48,34 @@ class PaddedLattice(CopiedLattice):
         t[:, rows[:, None] + a * self.row_shift, self.head + a * self.head_step] = flat
 
     def padding(self, device: torch.device) -> Tensor:
-        """Return (segments, rows), True for the padding."""
+        """Return (segments, rows), True for the padding.
+
+        `_kernel_calls` masks these rows as keys.
+        """
 
         def made() -> Tensor:
+            """Return the mask on the device."""
             return torch.arange(self.rows, device=device) >= torch.tensor(self.lengths, device=device)[:, None]
 
         return self._made_once("padding", device, made)
 
     def without_weight(self, lse: Tensor) -> Tensor:
-        """Return lse (batch * segments, heads, rows) with +inf for the padding, which then has no gradient."""
+        """Return lse (batch * segments, heads, rows) with +inf for the padding, which then has no gradient.
+
+        `backward_blocks` calls it.
+        """
         padding = self.padding(lse.device)[:, None]
         hidden: Tensor = lse.unflatten(0, (-1, len(self.starts))).masked_fill(padding, inf).flatten(0, 1)
         return hidden
 
     def _row_indices(self, device: torch.device) -> Tensor:
-        """Return the rows of all segments of the first head, (segments * rows,)."""
+        """Return the rows of all segments of the first head, (segments * rows,).
+
+        The padding has the last row of its segment.
+        """
 
         def made() -> Tensor:
+            """Return the rows on the device."""
             last = torch.tensor(self.lengths, device=device)[:, None] - 1
             steps = torch.arange(self.rows, device=device).minimum(last) * self.step
             return (self._first_rows(device)[:, None] + steps).flatten()

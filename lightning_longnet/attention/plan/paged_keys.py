@@ -49,13 +49,18 @@ class PagedKeys(CopiedLattice):
 
     @property
     def _has_whole_rows(self) -> bool:
+        """False: the rows of pages are read by their indices."""
         return False
 
     def _first_rows(self, device: torch.device) -> Tensor:
+        """Return the first row of each page, (segments, pages)."""
         return self._kept_on(device, self.page_starts)
 
     def add(self, t: Tensor, values: Tensor, weight: int) -> None:
-        """Add `weight` times values (B, segments, heads, rows, D) to the rows of t, which must be contiguous."""
+        """Add `weight` times values (B, segments, heads, rows, D) to the rows of t, which must be contiguous.
+
+        `Accumulator.add` calls it, for dk and dv.
+        """
         rows, heads = self.indices(t.device)
         flat = (rows * t.shape[2] + heads).flatten()
         t.view(t.shape[0], -1, t.shape[3]).index_add_(1, flat, values.flatten(1, 3).to(t.dtype), alpha=weight)
@@ -68,7 +73,7 @@ class PagedKeys(CopiedLattice):
         return rows + a * self.row_shift, self.head + a * self.head_step
 
     def segments(self, first: int, last: int) -> Lattice:
-        """Return the segments `first` to `last`."""
+        """Return the lattice of the segments from `first` up to, but not including, `last`, or the end."""
         if first == 0 and last >= len(self.starts):
             return self
         return replace(self, starts=self.starts[first:last], page_starts=self.page_starts[first:last])

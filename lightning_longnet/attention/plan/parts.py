@@ -24,9 +24,10 @@ class Parts(tuple[Part, ...]):
     """
 
     def bounded(self, limit: int, threads: int, joins: bool = False) -> tuple[Part, ...]:
-        """Return the parts cut into calls of at most `limit` rows, or of more where a cut would leave threads idle.
+        """Return the parts cut into calls of at most `limit` query rows, or of more if threads would be idle.
 
-        With `joins`, small parts are first joined by `joined`.
+        A row of each head counts.  With `joins`, small parts are first joined by `joined`.  `_kernel_calls` calls it in
+        each forward and backward.
         """
         cuts: dict[tuple[int, int, bool], tuple[Part, ...]] = self.__dict__.setdefault("_cuts", {})
         key = limit, threads, joins
@@ -44,7 +45,10 @@ class Parts(tuple[Part, ...]):
         return Parts(joined)
 
     def by_branch(self) -> tuple[Parts, ...]:
-        """Return the parts of each branch."""
+        """Return the parts of each branch.
+
+        "detached" computes the results of branches again by them, one branch at a time.
+        """
         if "_branches" not in self.__dict__:
             groups = groupby(self, key=lambda part: part.branch)
             self.__dict__["_branches"] = tuple(Parts(group) for _, group in groups)
@@ -53,7 +57,7 @@ class Parts(tuple[Part, ...]):
 
 
 def bounded_part(part: Part, limit: int, threads: int) -> Iterator[Part]:
-    """Cut a part to at most `limit` rows: by segments, and a large segment by heads."""
+    """Yield a part cut into pieces of at most `limit` query rows: by segments, and a large segment by heads."""
     queries, keys = part.block.queries, part.block.keys
     count, group = len(queries.starts), queries.heads // keys.heads
     rows = queries.rows * queries.heads

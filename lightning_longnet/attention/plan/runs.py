@@ -88,7 +88,10 @@ def segments(branch: Branch, offset: int, length: int) -> Iterator[tuple[range, 
 
 
 def row_count(width: int, offset: int, rate: int) -> int:
-    """Return how many of the first `width` rows of a segment have this offset modulo the rate."""
+    """Return how many of the first `width` rows of a segment have this offset modulo the rate.
+
+    It is 0 if the offset lies behind the segment's end.
+    """
     return max(0, -(-(width - offset) // rate))
 
 
