@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 class Request(NamedTuple):
-    """The properties of a call on which the choice of a kernel depends."""
+    """The properties of a call on which the choice of a kernel depends.
+
+    `request_of` makes it for `attend` and `explain`; `longnet plan` makes one for a run that it only plans.
+    """
 
     device: str
     dtype: torch.dtype
@@ -41,7 +44,10 @@ class Request(NamedTuple):
     excluded: frozenset[str] = frozenset()  # the option `excluded_kernels` of `attend`
 
     def lacks(self, *features: str) -> list[str]:
-        """Return the reasons of a kernel that lacks these features, which are fields of the request, to refuse it."""
+        """Return why a kernel that lacks some features must refuse the request: a reason for each that the request has.
+
+        `features` are fields of the request with a reason in `_REASONS`.
+        """
         return [_REASONS[feature] for feature in features if getattr(self, feature)]
 
 
@@ -62,7 +68,7 @@ class Kernel(Protocol):
         """The value of the option `kernel` that selects this one."""
 
     def note(self, request: Request) -> str:
-        """Return what this kernel would run for a call that it does not refuse."""
+        """Return what this kernel would run for a call that it does not refuse; `explain` shows it."""
 
     def refusals(self, request: Request) -> list[str]:
         """Return the reasons why this kernel cannot compute a call; an empty list if it can."""
@@ -71,13 +77,18 @@ class Kernel(Protocol):
 class BlockKernel(Protocol):
     """A kernel that computes one block of a larger softmax.
 
+    `forward_blocks` and `backward_blocks` call it for each block of a plan and merge the results.
+
     Shapes: q is (batch, heads, queries, D), k (batch, key heads, keys, D) and v (batch, key heads, keys, Dv), where
     batch counts the samples times the segments of the block, and each key head serves heads / key heads query heads.
     The lse is the log-sum-exp of the scores, (batch, heads, queries).
     """
 
     def takes_weights(self, device: str) -> bool:
-        """Return whether the kernel can count a pair several times in one block (`Block.repeats`)."""
+        """Return whether the kernel can count a pair several times in one block (`Block.repeats`) on such a device.
+
+        `AttentionSpec.weighted_segments` asks before a plan is made: if it can, a plan may compute such a pair once.
+        """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Return out, (batch, heads, queries, Dv), and lse of the block alone.
@@ -102,7 +113,10 @@ class PartsKernel(Protocol):
     """
 
     def takes_weights(self, device: str) -> bool:
-        """Return whether the kernel can count a pair several times in one block, for any number of segments."""
+        """Return whether the kernel can count a pair several times in one block, for any number of segments.
+
+        `AttentionSpec.weighted_segments` asks before a plan is made.
+        """
 
     def forward_parts(
         self,
@@ -112,7 +126,10 @@ class PartsKernel(Protocol):
         options: PairOptions,
         totals: list[Partial | None],
     ) -> None:
-        """Merge the result of each part into the partial of its branch, or into the only one."""
+        """Merge the result of each part into the partial of its branch, or into the only one.
+
+        `forward_blocks` calls it once for all parts that it was given.  A total that is None must be allocated.
+        """
 
     def backward_parts(
         self,
@@ -124,7 +141,10 @@ class PartsKernel(Protocol):
         dq: Accumulator,
         stores: tuple[bool, bool] = (False, False),
     ) -> None:
-        """Add what the parts add to dq and to the gradients of `keys`."""
+        """Add the gradients of all parts to dq, and to the gradients of `keys`.
+
+        `backward_blocks` calls it once for all parts that it was given.
+        """
 
 
 BLOCK_KERNELS: dict[str, BlockKernel | PartsKernel] = {
@@ -162,6 +182,7 @@ class Explanation(NamedTuple):
     request: Request
 
     def __str__(self) -> str:
+        """Return a table with a line for each kernel, in the order of preference, below a line about the tensors."""
         device, dtype, capability = self.request.device, self.request.dtype, self.request.capability
         where = device if capability is None else "{} of compute capability {}.{}".format(device, *capability)
         wide = "float64" if dtype.itemsize > 4 else "float32"
@@ -173,19 +194,26 @@ class Explanation(NamedTuple):
 
 
 def kernel_names() -> tuple[str, ...]:
-    """Return the names of all kernels, in the order of preference."""
+    """Return the names of all kernels, in the order of preference.
+
+    `attend` and the layers check the names that they are given by it.
+    """
     return tuple(kernel.name for kernel in _KERNELS)
 
 
 def candidates(kernel: str) -> tuple[str, ...]:
-    """Return the names of the kernels that may run where the option is `kernel`, in the order of preference."""
+    """Return the names of the kernels that may run where the option is `kernel`, in the order of preference.
+
+    `judge` chooses one of them, and a `Guard` tries each of them in its preflight.
+    """
     return tuple(name for name in kernel_names() if name not in _NAMED_ONLY or name == kernel)
 
 
 def has_few_keys(pattern: Pattern) -> bool:
     """Return whether the kept blocks of a query hold at most `FEW_KEYS` keys in every branch, and nothing else is seen.
 
-    The answer depends on the pattern alone, not on the length, so that it is the same on all ranks.
+    The answer depends on the pattern alone, not on the length, so that it is the same on all ranks.  `request_of` asks;
+    `judge` prefers "eager" for such a pattern on a CPU.
     """
     for branch in pattern.branches:
         if branch.sparsity is None or branch.segment_length is None:
@@ -223,7 +251,7 @@ def judge(kernel: str, request: Request) -> Explanation:
 def select(kernel: str, request: Request) -> str:
     """Return the name of the kernel that runs a request, or raise a ValueError with the reasons of those that refuse.
 
-    `kernel` is a name, or "auto".
+    `kernel` is a name, or "auto".  `prepared_call` calls it for each call of `attend`.
     """
     explanation = judge(kernel, request)
     if explanation.chosen is None:

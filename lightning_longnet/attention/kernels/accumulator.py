@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class Accumulator:
     """A gradient (B, N, H, D) in float32, or in float64 for such tensors.
 
+    `RoundsCall` makes one each for dq, dk and dv in every backward.
+
     Args:
         like: the tensor of which this is the gradient.
         is_written: whether each row is in exactly one block of the first branch.  Then the gradients of these blocks
@@ -35,7 +37,7 @@ class Accumulator:
 
     @property
     def total(self) -> Tensor:
-        """The sum of what was added."""
+        """The sum of what was added, (B, N, H, D); its memory is allocated when it is first needed."""
         if self._total is None:
             self._total = self._allocated()
         return self._total
@@ -44,6 +46,7 @@ class Accumulator:
         """Return `total` for a kernel that computes the whole gradient of its parts in one launch.
 
         It has the type of `like` where it `is_whole`: nothing is added later, so that the gradient is rounded once.
+        The kernel "triton" calls it.
         """
         if self._is_whole and self._total is None:
             self.dtype = self._like.dtype
@@ -58,7 +61,7 @@ class Accumulator:
         """Add `weight` times a block's gradient (B * segments, heads, rows, D) to its rows.
 
         With `stores` it is written over them, without the weight: for the first branch where the accumulator
-        `is_written`.
+        `is_written`.  `backward_blocks` calls it for dq, and `OwnKeys.add` for dk and dv.
         """
         gradient = unfold_rows(rows, gradient, self._like.shape[0])
         if stores:
@@ -74,13 +77,20 @@ class Accumulator:
             rows.write(self.total, rows.read(self.total).add_(gradient, alpha=weight))
 
     def take(self, dtype: torch.dtype) -> Tensor:
-        """Return the sum in this type, and free the memory of the accumulator."""
+        """Return the sum in this type, and free the memory of the accumulator.
+
+        `RoundsCall.backward` calls it after the last block.
+        """
         total, self._total = self.total, None
         return total.to(dtype)
 
 
 def adoptable(rows: Lattice, values: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return values (B, segments, heads, rows, D) as an accumulator (B, N, H, D), None where that needs a copy."""
+    """Return values (B, segments, heads, rows, D) as an accumulator (B, N, H, D), None where that needs a copy.
+
+    It is the case where one block has all rows of the tensor `like`; `Accumulator.add` asks for a gradient,
+    `forward_blocks` for out and lse.
+    """
     if values.dtype != dtype or not rows.covers(like):
         return None
     whole = values.transpose(2, 3)

@@ -39,7 +39,7 @@ _LOCK = RLock()  # of two threads that activate, each would restore what the oth
 
 
 class ActivatedFlash:
-    """A kernel whose blocks run in an implementation that is put behind torch's flash operators.
+    """A kernel whose blocks run in an implementation that is put behind torch's flash operators: a `BlockKernel`.
 
     Args:
         name: the value of the option `kernel` that selects it.
@@ -65,7 +65,10 @@ class ActivatedFlash:
         self.majors, self.widest, self.has_windows, self.deterministic = majors, widest, has_windows, deterministic
 
     def note(self, request: Request) -> str:
-        """Return what this kernel would run for a call that it does not refuse."""
+        """Return what this kernel would run for a call that it does not refuse.
+
+        `explain` shows it in its table of kernels.
+        """
         rest = "" if self.has_windows else "; blocks with windows go where sdpa sends them"
         return (
             f"{self.implementation} behind torch's flash operators, active in the whole process while a block is called"
@@ -73,7 +76,10 @@ class ActivatedFlash:
         )
 
     def refusals(self, request: Request) -> list[str]:
-        """Return the reasons why the implementation cannot compute a call."""
+        """Return the reasons why the implementation cannot compute a call.
+
+        `judge` asks for each call of `attend`, and `explain` shows the reasons.
+        """
         if request.device != "cuda":
             return [f"serves CUDA tensors, these are on {request.device}"]
         reasons = [*_missing_reasons(self.implementation, self.module), *fused.refusals(request)]
@@ -88,11 +94,17 @@ class ActivatedFlash:
         return reasons
 
     def takes_weights(self, device: str) -> bool:
-        """Return False: the kernel cannot count a pair several times in one block."""
+        """Return False: the kernel cannot count a pair several times in one block.
+
+        A plan for it computes a pair in each branch that shows it; `AttentionSpec.weighted_segments` asks.
+        """
         return False
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """Return out (batch, heads, rows, D) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
+        """Return out (batch, heads, rows, D) and lse (batch, heads, rows) of one block; see `BlockKernel`.
+
+        `forward_blocks` calls it for each block of a plan.
+        """
         if not self._serves(call):
             return cuda.forward(q, k, v, call)
         with activated_implementation(self.implementation):
@@ -101,7 +113,10 @@ class ActivatedFlash:
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
+        """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
+
+        `backward_blocks` calls it for each block of a plan.
+        """
         if not self._serves(call):
             return cuda.backward(grad, q, k, v, out, lse, call)
         with activated_implementation(self.implementation):
@@ -146,11 +161,13 @@ def _missing_reasons(implementation: str, module: str) -> tuple[str, ...]:
 
 
 def _implementations() -> list[str]:
+    """Return the names of the implementations that this torch knows."""
     return attention.list_flash_attention_impls()
 
 
 @constant_result
 def _is_deterministic() -> bool:
+    """Return whether the user asks torch for deterministic algorithms, as a constant of a compiled graph."""
     return torch.are_deterministic_algorithms_enabled()
 
 

@@ -37,6 +37,8 @@ WHOLE_BYTES = 8 * 2**20
 class PairOptions(NamedTuple):
     """The options that hold for every pair of a call, whichever block computes it.
 
+    `_line_call` makes them for whole sequences, `RankCall.pair_options` for a rank's part.
+
     Attributes:
         scale: the factor of the scores.
         key_padding_mask: (B, N) of the keys on this rank, True where padding masks one.
@@ -67,18 +69,27 @@ class PairOptions(NamedTuple):
     softcap: float | None = None
 
     def key_words(self) -> Tensor | None:
-        """Return dropout's word for each key on this rank, (N,)."""
+        """Return dropout's word for each key on this rank, (N,); None without dropout.
+
+        `RoundsCall` gives them to `OwnKeys`.
+        """
         if self.dropout is None:
             return None
         assert self.tokens is not None
         return self.dropout.key_words(self.tokens)
 
     def key_tokens(self) -> Tensor | None:
-        """Return the index in the whole sequence of each key on this rank, (N,), where later keys are masked."""
+        """Return the index in the whole sequence of each key on this rank, (N,); None unless later keys are masked.
+
+        `RoundsCall` gives them to `OwnKeys`.
+        """
         return self.tokens if self.masks_later else None
 
     def query_words(self, q: Tensor, branch: int) -> Tensor:
-        """Return dropout's word for each query, (B, N, H, 1)."""
+        """Return dropout's word for each query of q (B, N, H, D) in a branch, (B, N, H, 1).
+
+        `branch` is an index in `branches`, if there are any.  `_kernel_calls` calls it for each branch.
+        """
         assert self.dropout is not None
         assert self.samples is not None
         assert self.tokens is not None
@@ -153,6 +164,8 @@ def backward_blocks(
 ) -> None:
     """Run each block's backward with the lse of the whole softmax, and add its gradients to dq and to those of `keys`.
 
+    `RoundsCall` calls it for the blocks on this rank's keys, and for those on the keys of each round.
+
     With `P = exp(S - lse)` the exact gradient of the scores is `P (g.v - g.out)`.  "detached" stops it at the branches'
     weights, which leaves `P (g.v - g.out_b)`, where out_b is the branch's own.  `stores` says for queries and for keys
     that the first branch shows every row once: its gradients are written over uninitialized memory.
@@ -187,7 +200,10 @@ def _adopted(part: Part, q: Tensor, result: Partial) -> Partial | None:
 
 
 def no_key_partial(q: Tensor, v: Tensor) -> Partial:
-    """Return the partial of no key: out is 0 and lse is -inf."""
+    """Return the partial of no key: out (B, N, H, Dv) is 0 and lse (B, N, H, 1) is -inf.
+
+    `RoundsCall` merges the results of blocks into it where not every row is written by the first branch.
+    """
     partial = uninitialized_partial(q, v)
     partial.out.zero_()
     partial.lse.fill_(-inf)
@@ -195,7 +211,7 @@ def no_key_partial(q: Tensor, v: Tensor) -> Partial:
 
 
 def uninitialized_partial(q: Tensor, v: Tensor) -> Partial:
-    """Return uninitialized accumulators in float32, or in float64 for such tensors."""
+    """Return uninitialized out (B, N, H, Dv) and lse (B, N, H, 1) in float32, or in float64 for such tensors."""
     wide = torch.promote_types(q.dtype, torch.float32)
     return Partial(q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide), q.new_empty((*q.shape[:3], 1), dtype=wide))
 
@@ -213,8 +229,9 @@ def sum_partials(partials: Sequence[Partial], is_saved: bool = False) -> Partial
 def merge_branches(partials: Sequence[Partial], options: PairOptions, is_saved: bool = False) -> Partial:
     """Return the sum of the branches' partials, with the null keys in it.
 
-    Null keys are merged into `partials` in place: "detached" needs the result of each branch with its null keys.  With
-    `is_saved` the backward reads `partials` later, so that the sum must be other memory than the only partial.
+    `RoundsCall.partial` calls it at the end of a forward.  Null keys are merged into `partials` in place: "detached"
+    needs the result of each branch with its null keys.  With `is_saved` the backward reads `partials` later, so that
+    the sum must be other memory than the only partial.
     """
     if options.null_keys is not None:
         for branch, partial in enumerate(partials):
@@ -223,14 +240,20 @@ def merge_branches(partials: Sequence[Partial], options: PairOptions, is_saved: 
 
 
 def finalized(total: Partial, like: Tensor, sinks: Tensor | None = None) -> Partial:
-    """Return out in the type of q, and lse as (B, H, N), both with the sinks in the softmax."""
+    """Return out in the type of q, and lse as (B, H, N), both with the sinks in the softmax.
+
+    `RoundsCall` and `LinesCall` call it last in a forward, when all keys have been merged.
+    """
     if sinks is not None:
         total.add_logits_(sinks.to(total.lse.dtype)[:, None])
     return Partial(total.out.to(like.dtype), total.lse.squeeze(-1).transpose(1, 2).contiguous())
 
 
 def backward_lse(lse: Tensor) -> Tensor:
-    """Return lse as (B, N, H, 1), +inf for a query without keys: its P = exp(S - lse) must be 0."""
+    """Return lse (B, H, N) as (B, N, H, 1), +inf for a query without keys: its P = exp(S - lse) must be 0.
+
+    `RoundsCall.gradients` calls it before the first block of a backward.
+    """
     return lse.nan_to_num(nan=nan, posinf=inf, neginf=inf).transpose(1, 2).unsqueeze(-1)
 
 
@@ -264,7 +287,10 @@ def _kernel_calls(
 
 
 def _split_by_padding(part: Part, padding: Tensor | None, batch: int) -> Iterator[tuple[Part, Tensor | None]]:
-    """Yield a part's segments with their masks: without those that padding masks wholly, and without needless masks."""
+    """Yield a part's segments with their masks: without those that padding masks wholly, and without needless masks.
+
+    On a GPU the part is yielded as it is, with its whole mask.
+    """
     if padding is None or padding.device.type != "cpu":  # reading a mask on a GPU would wait for the device
         yield part, padding
         return

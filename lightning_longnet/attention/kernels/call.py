@@ -40,7 +40,10 @@ class OrderMask(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a kernel besides q, k and v.  These are (batch, heads, rows, D), the rows of the block."""
+    """The arguments of a kernel besides q, k and v.  These are (batch, heads, rows, D), the rows of the block.
+
+    `_kernel_calls` makes one for each block that it runs.
+    """
 
     block: Block
     scale: float
@@ -50,7 +53,10 @@ class Call:
     softcap: float | None = None  # the bound of the scores
 
     def padding_bias(self, heads: int, dtype: torch.dtype) -> Tensor | None:
-        """Return a bias of -inf where padding masks a key, (batch, 1 or heads, 1, keys)."""
+        """Return a bias of -inf where padding masks a key, (batch, 1 or heads, 1, keys).
+
+        torch's operator for CPU and memory-efficient attention take it.
+        """
         if self.key_padding_mask is None:
             return None
         bias = torch.zeros_like(self.key_padding_mask, dtype=dtype).masked_fill_(self.key_padding_mask, -inf)
@@ -59,7 +65,8 @@ class Call:
     def empty_rows(self, queries: int, heads: int) -> Tensor | None:
         """Return (batch, 1 or heads, queries), True where padding masks every key of a query; None without padding.
 
-        The keys are counted, since an operator's log-sum-exp may be 0 for no key as well as for one.
+        The forward of torch's operator for CPU and of memory-efficient attention asks, to give such rows the lse of no
+        key.  The keys are counted, since an operator's log-sum-exp may be 0 for no key as well as for one.
         """
         if self.key_padding_mask is None:
             return None
@@ -81,7 +88,10 @@ class Call:
 def band(
     queries: int, keys: int, low: int | None, high: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return a bias (queries, keys) of -inf wherever `low <= query - key <= high` does not hold."""
+    """Return a bias (queries, keys) of -inf wherever `low <= query - key <= high` does not hold.
+
+    The kernel eager, torch's operator for CPU and memory-efficient attention mask blocks by it.
+    """
     distance = torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)
     masked = torch.zeros_like(distance, dtype=torch.bool)
     if low is not None:
@@ -92,9 +102,10 @@ def band(
 
 
 def weights(queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the log of how often each pair counts, (queries, keys).
+    """Return the log of how often each pair counts, (queries, keys), to add to the scores.
 
-    Each rate divides the next, so heads with other offsets read one shared table at another place.
+    `repeats` are those of a `Block`, and not empty.  Each rate divides the next, so heads with other offsets read one
+    shared table at another place.  The kernel eager, torch's operator for CPU and memory-efficient attention call it.
     """
     every, query, key = repeats[-1]
     assert all(query % r.every == r.queries and key % r.every == r.keys for r in repeats)
@@ -109,7 +120,7 @@ def weights(queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.d
 def head_weights(
     queries: int, keys: int, head_repeats: tuple[tuple[Repeat, ...], ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return the weights of each key head, (heads, queries, keys)."""
+    """Return the weights of each key head, (heads, queries, keys), for torch's operator for CPU."""
     with torch.inference_mode(False):
         return torch.stack([weights(queries, keys, repeats, dtype, device) for repeats in head_repeats])
 

@@ -19,7 +19,8 @@ _T = TypeVar("_T")
 def constant_result(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Return a function whose result a compiled graph takes as a constant, as `torch.compiler.assume_constant_result`.
 
-    That sets this attribute alone, but imports the compiler, which takes longer than all of this package.
+    That sets this attribute alone, but imports the compiler, which takes longer than all of this package.  Kernels mark
+    with it what they ask of the machine, such as whether a package is installed.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -27,18 +28,21 @@ def constant_result(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 @constant_result
 def _is_compiler_loaded() -> bool:
+    """Return whether something has imported torch's compiler."""
     return "torch._dynamo" in sys.modules
 
 
 def not_compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Return a function that a compiled graph breaks at, as with `torch.compiler.disable`, which imports the compiler.
 
-    Before something else has imported the compiler, nothing is compiled, and the function is called as it is.
+    Before something else has imported the compiler, nothing is compiled, and the function is called as it is.  Calls
+    over ranks, the preflight of a `Guard` and the bodies of operators are marked so.
     """
     marked: Callable[_P, _T] = _disable_dynamo(function)  # as torch's own modules mark theirs
 
     @wraps(function)
     def uncompiled(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call the function, outside of a graph if something may be compiled."""
         return marked(*args, **kwargs) if _is_compiler_loaded() else function(*args, **kwargs)
 
     return uncompiled
@@ -47,7 +51,8 @@ def not_compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
 class Operator(Generic[_P, _T]):
     """An operator of torch, as `torch.library.custom_op` makes one that mutates no argument.
 
-    The first call of one of those imports the compiler, which takes as long as torch itself.
+    The first call of one of those imports the compiler, which takes as long as torch itself.  The decorator `operator`
+    makes one.
 
     Args:
         name: the name, "namespace::operator".
@@ -63,6 +68,7 @@ class Operator(Generic[_P, _T]):
         self._call = getattr(getattr(torch.ops, namespace), operator).default
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call the operator through torch's dispatcher."""
         result: _T = self._call(*args, **kwargs)
         return result
 
@@ -71,11 +77,14 @@ class Operator(Generic[_P, _T]):
         torch.library.register_autograd(self.name, backward, setup_context=setup_context)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Register a function that returns results without data."""
+        """Register a function that returns results without data, for fake tensors, and return it."""
         torch.library.register_fake(self.name, function)
         return function
 
 
 def operator(name: str) -> Callable[[Callable[_P, _T]], Operator[_P, _T]]:
-    """Return a decorator that makes a function the body of an operator."""
+    """Return a decorator that makes a function the body of an operator.
+
+    `attend` and `attend_backward` of op.py are made so.
+    """
     return lambda body: Operator(name, body)

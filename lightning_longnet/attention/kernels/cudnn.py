@@ -29,13 +29,19 @@ _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 
 
 def note(request: Request) -> str:
-    """Return what this kernel runs for a call that it does not refuse."""
+    """Return what this kernel runs for a call that it does not refuse.
+
+    `explain` shows it in its table of kernels.
+    """
     rest = "; all of this call's are padded, and go where sdpa sends them" if request.is_padded else ""
     return f"cuDNN's attention for blocks without windows{rest}; its speed has not been measured"
 
 
 def refusals(request: Request) -> list[str]:
-    """Return the reasons why cuDNN cannot compute a call."""
+    """Return the reasons why cuDNN cannot compute a call.
+
+    `judge` asks for each call of `attend`, and `explain` shows the reasons.
+    """
     if request.device != "cuda":
         return [f"serves CUDA tensors, these are on {request.device}"]
     reasons = fused.refusals(request)
@@ -61,7 +67,10 @@ def _missing_reasons() -> tuple[str, ...]:
 
 
 def takes_weights(device: str) -> bool:
-    """Return False: the kernel cannot count a pair several times in one block."""
+    """Return False: the kernel cannot count a pair several times in one block.
+
+    A plan for it computes a pair in each branch that shows it; `AttentionSpec.weighted_segments` asks.
+    """
     return False
 
 
@@ -69,7 +78,8 @@ def serves(q: Tensor, k: Tensor, call: Call) -> bool:
     """Return whether cuDNN can compute a block: one without padding that is unmasked, or causal and square.
 
     cuDNN's causal mask is unambiguous only for a square block, where the top left and the bottom right alignment are
-    the same.  Some releases of cuDNN refuse a single row.
+    the same.  Some releases of cuDNN refuse a single row.  `forward` and `backward` leave other blocks to the CUDA
+    operators of "sdpa".
     """
     queries, keys, block = q.shape[2], k.shape[2], call.block
     is_plain = call.key_padding_mask is None and block.high is None and min(queries, keys) > 1
@@ -77,11 +87,15 @@ def serves(q: Tensor, k: Tensor, call: Call) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return out (batch, heads, queries, Dv) and lse (batch, heads, queries) of one block; see `BlockKernel`."""
+    """Return out (batch, heads, queries, Dv) and lse (batch, heads, queries) of one block; see `BlockKernel`.
+
+    `forward_blocks` calls it for each block of a plan.
+    """
     if not serves(q, k, call):
         return cuda.forward(q, k, v, call)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return out and lse of some batches."""
         # the positions are those of attn_bias, compute_log_sumexp, dropout_p, is_causal and return_debug_mask
         out, lse, *_ = _forward(q, k, v, None, True, 0.0, call.block.low == 0, False, scale=call.scale)
         return out, lse.reshape(q.shape[:3])  # some releases return (batch, heads, rows, 1)
@@ -93,7 +107,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
+
+    `backward_blocks` calls it for each block of a plan.
+    """
     if not serves(q, k, call):
         return cuda.backward(grad, q, k, v, out, lse, call)
     heads, key_heads = q.shape[1], k.shape[1]
@@ -104,6 +121,7 @@ def backward(
     lse = lse.unsqueeze(-1) if _lse_dims(q.device, q.dtype) == 4 else lse
 
     def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv of some batches."""
         # without dropout the state of the random generator is not read
         seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)
         lengths = None, None, q.shape[2], k.shape[2]

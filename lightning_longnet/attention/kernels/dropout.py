@@ -23,8 +23,8 @@ _KEYS = 0  # the role that is hashed into the words of keys; the queries of bran
 class Dropout:
     """A rule that drops each pair with `probability`; the weights that stay are scaled by 1 / (1 - probability).
 
-    Row b of the batch is sample `first_sample + sample_step * b`, so that ranks with different samples of one batch
-    drop different pairs.
+    A forward and its backward make it from one seed and drop the same pairs.  Row b of the batch is sample
+    `first_sample + sample_step * b`, so that ranks with different samples of one batch drop different pairs.
     """
 
     probability: float
@@ -34,6 +34,9 @@ class Dropout:
 
     def query_words(self, rows: Tensor, tokens: Tensor, heads: Tensor, branch: int) -> Tensor:
         """Return the words of queries, (rows, tokens, heads), of type int32.
+
+        `PairOptions` calls it for the block kernels, which compute the masks of their blocks from them, and the kernel
+        "reference" for all pairs.
 
         Args:
             rows: indices in the batch.
@@ -47,13 +50,19 @@ class Dropout:
         return _word(words[:, None] + tokens[:, None])
 
     def token_words(self, rows: Tensor, tokens: Tensor, heads: Tensor, branch: int) -> Tensor:
-        """Return the words of queries, (tokens, heads), each token with the index of its own row in the batch."""
+        """Return the words of queries, (tokens, heads), each token with the index of its own row in the batch.
+
+        `PairOptions` calls it where `local_call` has joined the rows of a batch to one long row.
+        """
         samples = self.first_sample + self.sample_step * rows
         words = splitmix64(splitmix64(self._role(1 + branch, heads) + samples)[:, None] + heads)
         return _word(words + tokens[:, None])
 
     def key_words(self, tokens: Tensor) -> Tensor:
-        """Return the words of keys, of the shape of `tokens`: one a token, the same for all samples and heads."""
+        """Return the words of keys, of the shape of `tokens`: one a token, the same for all samples and heads.
+
+        The keys of this rank and those that a round received get them before blocks run.
+        """
         return _word(self._role(_KEYS, tokens) + tokens)
 
     def keep_bits(self, query_words: Tensor, key_words: Tensor) -> Tensor:
@@ -79,7 +88,10 @@ class Dropout:
 
 
 def splitmix64(x: Tensor) -> Tensor:
-    """Return the splitmix64 hash of each integer, computed on wrapping signed integers."""
+    """Return the splitmix64 hash of each integer, computed on wrapping signed integers.
+
+    The seeds of a step and of its layers are made of it, too.
+    """
     # >> copies the sign bit; the masks clear the copies, as an unsigned shift would
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ (x >> 30 & 2**34 - 1)) * _signed(0xBF58476D1CE4E5B9)

@@ -44,24 +44,36 @@ LOG2 = log(2)
 
 
 def refusals(request: Request) -> list[str]:
-    """Return the reasons why this kernel cannot compute a call."""
+    """Return the reasons why this kernel cannot compute a call.
+
+    `judge` asks for each call of `attend`, and `explain` shows the reasons.
+    """
     if request.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return [f"serves float64, float32, bfloat16 and float16, q is {request.dtype}"]
     return []
 
 
 def note(request: Request) -> str:
-    """Return what this kernel runs for a call that it does not refuse."""
+    """Return what this kernel runs for a call that it does not refuse.
+
+    `explain` shows it in its table of kernels.
+    """
     return "plain products in float32 or float64, a tile of scores at a time"
 
 
 def takes_weights(device: str) -> bool:
-    """Return False: a plan for this kernel counts no pair several times in one block, as dropout could not drop it."""
+    """Return False: a plan for this kernel counts no pair several times in one block, as dropout could not drop it.
+
+    `AttentionSpec.weighted_segments` asks before a plan is made.
+    """
     return False
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
+
+    `forward_blocks` calls it for each block of a plan.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide)
     lse = q.new_empty((*q.shape[:3], 1), dtype=wide)
@@ -87,7 +99,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
+
+    `backward_blocks` calls it for each block of a plan.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = q.new_empty(q.shape, dtype=wide)
     dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (k, v))
@@ -320,6 +335,7 @@ def _split(samples: range, key_heads: range, most: int) -> Iterator[tuple[range,
 
 
 def _slice(run: range) -> slice:
+    """Return a range as a slice."""
     return slice(run.start, run.stop)
 
 

@@ -25,17 +25,25 @@ RELEASE = (2, 8)
 
 
 def note(request: Request) -> str:
-    """Return what this kernel runs for a call that it does not refuse."""
+    """Return what this kernel runs for a call that it does not refuse.
+
+    `explain` shows it in its table of kernels.
+    """
     return "the flash-attn package: every block as it is, windows among them"
 
 
 def refusals(request: Request) -> list[str]:
-    """Return the reasons why the package cannot compute a call."""
+    """Return the reasons why the package cannot compute a call.
+
+    `judge` asks for each call of `attend`, and `explain` shows the reasons.
+    """
     return package_refusals(request, _missing_reasons)
 
 
 def package_refusals(request: Request, missing_reasons: Callable[[], tuple[str, ...]]) -> list[str]:
     """Return the reasons why operators of flash-attn, from wherever they come, cannot compute a call.
+
+    The kernels "flash" and "hub" ask.
 
     Args:
         request: the call.
@@ -49,19 +57,28 @@ def package_refusals(request: Request, missing_reasons: Callable[[], tuple[str, 
 
 
 def takes_weights(device: str) -> bool:
-    """Return False: the kernel cannot count a pair several times in one block."""
+    """Return False: the kernel cannot count a pair several times in one block.
+
+    A plan for it computes a pair in each branch that shows it; `AttentionSpec.weighted_segments` asks.
+    """
     return False
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
+
+    `forward_blocks` calls it for each block of a plan.
+    """
     return fused.forward(Package(_interface()), q, k, v, call)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
+
+    `backward_blocks` calls it for each block of a plan.
+    """
     return fused.backward(Package(_interface()), grad, q, k, v, out, lse, call)
 
 
@@ -92,6 +109,8 @@ def _interface() -> Any:
 
 class Package:
     """The operators of the flash-attn package, with the signatures of `fused.Operator`.
+
+    The kernels "flash" and "hub" give it to `fused.forward` and `fused.backward`.
 
     Args:
         interface: the module that holds them.

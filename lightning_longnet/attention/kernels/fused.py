@@ -23,11 +23,12 @@ WIDEST = 256
 class Operator(Protocol):
     """Flash attention with a window, of tensors (batch, rows, heads, D); k and v may have fewer heads.
 
-    The lse is (batch, heads, rows) in float32.  `left` and `right` are those of `Window`.
+    `Package` is one, of the package flash-attn, and sdpa/flash.py has torch's own.  The lse is (batch, heads, rows) in
+    float32.  `left` and `right` are those of `Window`.
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse."""
+        """Return out and lse of one window."""
 
     def backward(
         self,
@@ -41,11 +42,14 @@ class Operator(Protocol):
         left: int,
         right: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv."""
+        """Return dq, dk and dv of one window, from the out and lse of the whole softmax."""
 
 
 def refusals(request: Request) -> list[str]:
-    """Return the reasons why no build of flash attention can compute a call."""
+    """Return the reasons why no build of flash attention can compute a call.
+
+    The kernels flash, hub, flash3, flash4 and cudnn add their own reasons, and so does torch's operator for CUDA.
+    """
     reasons = []
     if request.dtype not in HALF:
         reasons.append(f"serves bfloat16 and float16, q is {request.dtype}")
@@ -59,10 +63,15 @@ def refusals(request: Request) -> list[str]:
 
 
 def forward(operator: Operator, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return out (batch, heads, rows, D) and lse (batch, heads, rows) of one block, computed by `operator`."""
+    """Return out (batch, heads, rows, D) and lse (batch, heads, rows) of one block, computed by `operator`.
+
+    The kernels of flash attention call it with their operator: flash, hub and torch's own.  A block is one window or a
+    few, and their results together are those of the block.
+    """
     q, k, v = (as_aligned(x.transpose(1, 2)) for x in (q, k, v))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return out and lse of some batches."""
         parts = _windows(q, k, call)
         if _has_all_rows(parts, q):
             window = parts[0]
@@ -88,6 +97,7 @@ def backward(
     grad, q, k, v, out = (as_aligned(x.to(q.dtype).transpose(1, 2)) for x in (grad, q, k, v, out))
 
     def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv of some batches."""
         parts = _windows(q, k, call)
         if _has_all_rows(parts, q) and parts[0].keys == slice(0, k.shape[1]):
             _, _, left, right = parts[0]

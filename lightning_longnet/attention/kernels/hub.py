@@ -27,29 +27,44 @@ _DOWNLOAD = f"kernels.get_kernel({REPOSITORY!r}, version=2)"
 
 
 def note(request: Request) -> str:
-    """Return what this kernel runs for a call that it does not refuse."""
+    """Return what this kernel runs for a call that it does not refuse.
+
+    `explain` shows it in its table of kernels.
+    """
     return f"{REPOSITORY} of the kernels hub: every block as it is; its speed has not been measured"
 
 
 def refusals(request: Request) -> list[str]:
-    """Return the reasons why the build cannot compute a call."""
+    """Return the reasons why the build cannot compute a call.
+
+    `judge` asks for each call of `attend`, and `explain` shows the reasons.
+    """
     return package_refusals(request, _missing_reasons)
 
 
 def takes_weights(device: str) -> bool:
-    """Return False: the kernel cannot count a pair several times in one block."""
+    """Return False: the kernel cannot count a pair several times in one block.
+
+    A plan for it computes a pair in each branch that shows it; `AttentionSpec.weighted_segments` asks.
+    """
     return False
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
+
+    `forward_blocks` calls it for each block of a plan.
+    """
     return fused.forward(Package(_interface()), q, k, v, call)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
+
+    `backward_blocks` calls it for each block of a plan.
+    """
     return fused.backward(Package(_interface()), grad, q, k, v, out, lse, call)
 
 

@@ -33,10 +33,17 @@ class KeyTensors(NamedTuple):
 
 
 class Keys(Protocol):
-    """The keys and values of blocks, as a kernel reads them: (batch * segments, heads, rows, D)."""
+    """The keys and values of blocks, as a kernel reads them: (batch * segments, heads, rows, D).
+
+    `OwnKeys` are those of this rank, `ReceivedKeys` those that came in a round; `forward_blocks` and `backward_blocks`
+    take either.
+    """
 
     def tensors(self) -> KeyTensors:
-        """Return all keys and values, their padding and their gradients."""
+        """Return all keys and values, their padding and their gradients.
+
+        A `PartsKernel` calls it, which reads rows where they are.
+        """
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a part."""
@@ -45,13 +52,16 @@ class Keys(Protocol):
         """Return (batch * segments, 1 or heads, rows), True where padding masks a key; None without padding."""
 
     def words(self, part: Part) -> Tensor:
-        """Return dropout's words, (batch * segments, heads, rows)."""
+        """Return dropout's words of the keys of a part, (batch * segments, heads, rows)."""
 
     def tokens(self, part: Part) -> Tensor:
-        """Return the index of each key in the whole sequence, (batch * segments, heads, rows)."""
+        """Return the index of each key of a part in the whole sequence, (batch * segments, heads, rows)."""
 
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
-        """Add the gradients of a part; with `stores` write them, as no other part has these keys."""
+        """Add the gradients of a part, each (batch * segments, heads, rows, D), to those of all keys.
+
+        `backward_blocks` calls it for each block.  With `stores` they are written, as no other part has these keys.
+        """
 
 
 class OwnKeys:
@@ -81,26 +91,32 @@ class OwnKeys:
         )
 
     def tensors(self) -> KeyTensors:
+        """Return the tensors as they were given."""
         return KeyTensors(self._k, self._v, self._mask, (), self._gradients)
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a part: views where its rows are evenly spaced."""
         return fold_rows(part.block.keys, self._k), fold_rows(part.block.keys, self._v)
 
     def key_padding_mask(self, part: Part) -> Tensor | None:
+        """Return (batch * segments, 1 or heads, rows), True where padding masks a key; None without padding."""
         if self._padding is None:
             return None
         rows = fold_rows(part.block.keys, self._padding).squeeze(-1)
         return rows[:, :1] if part.block.keys.row_shift == 0 else rows  # without a shift all heads have the same rows
 
     def words(self, part: Part) -> Tensor:
+        """Return dropout's words of the keys of a part, (batch * segments, heads, rows)."""
         assert self._words is not None
         return fold_rows(part.block.keys, self._words).squeeze(-1)
 
     def tokens(self, part: Part) -> Tensor:
+        """Return the index of each key of a part in the whole sequence, (batch * segments, heads, rows)."""
         assert self._tokens is not None
         return fold_rows(part.block.keys, self._tokens).squeeze(-1)
 
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
+        """Add the gradients of a part to dk and dv, or write them with `stores`."""
         assert self._gradients is not None
         for total, gradient in zip(self._gradients, (dk, dv), strict=True):
             total.add(part.block.keys, gradient, part.block.weight, stores)
@@ -108,6 +124,8 @@ class OwnKeys:
 
 class ReceivedKeys:
     """Rows of key heads that came from other ranks: keys and values side by side, (R, B, D + Dv).
+
+    `RoundsCall` makes it for each round.
 
     Args:
         padding: (B, R), True where padding masks a key.
@@ -134,6 +152,7 @@ class ReceivedKeys:
         self._words, self._tokens, self._gradients = words, tokens, gradients
 
     def tensors(self) -> KeyTensors:
+        """Return all received rows, as views."""
         k, v = self._of_heads(self._kv_rows)
         gradients = None if self._gradients is None else self._of_heads(self._gradients)
         return KeyTensors(k, v, self._padding, self._sources, gradients)
@@ -144,6 +163,7 @@ class ReceivedKeys:
         return views[..., : self._head_dim], views[..., self._head_dim :]
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a part, (batch * segments, heads, rows, D), copied from its `kv_index`."""
         assert part.kv_index is not None
         # (segments, heads, rows, B, D + Dv), then (B * segments, heads, rows, D + Dv) as kernels take it
         rows = self._kv_rows.index_select(0, part.kv_index.flatten()).unflatten(0, part.kv_index.shape)
@@ -151,15 +171,18 @@ class ReceivedKeys:
         return rows[..., : self._head_dim], rows[..., self._head_dim :]
 
     def key_padding_mask(self, part: Part) -> Tensor | None:
+        """Return (batch * segments, heads, rows), True where padding masks a key; None without padding."""
         if self._padding is None:
             return None
         assert part.kv_index is not None
         return self._padding[:, part.kv_index].flatten(0, 1)
 
     def words(self, part: Part) -> Tensor:
+        """Return dropout's words of the keys of a part, (batch * segments, heads, rows)."""
         return self._of_rows(part, self._words)
 
     def tokens(self, part: Part) -> Tensor:
+        """Return the index of each key of a part in the whole sequence, (batch * segments, heads, rows)."""
         return self._of_rows(part, self._tokens)
 
     def _of_rows(self, part: Part, x: Tensor | None) -> Tensor:
@@ -169,6 +192,7 @@ class ReceivedKeys:
         return x[part.kv_index].expand(self._kv_rows.shape[1], *part.kv_index.shape).flatten(0, 1)
 
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
+        """Add the gradients of a part to those of the received rows, which then travel back to their ranks."""
         assert part.kv_index is not None
         assert self._gradients is not None
         assert not stores, "a received row may stand in several blocks"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @lru_cache(32)
 @torch.inference_mode(False)  # a cached tensor made in inference mode could not be used in training
 def _cuts_on(device: torch.device, cuts: tuple[int, ...]) -> Tensor:
+    """Return the cuts as a tensor on a device."""
     return torch.tensor(cuts, device=device)
 
 
@@ -45,7 +46,8 @@ class NullKeys(NamedTuple):
     def add_to(self, partial: Partial, branch: int | None) -> None:
         """Merge the null keys of a branch into its partial, in place; where `branch` is None, those of all branches.
 
-        `branch` is its number in `Pattern.ordered()`.
+        `branch` is its number in `Pattern.ordered()`.  `merge_branches` calls it at the end of a forward; the backward
+        calls it where "detached" computes the result of a branch again.
         """
         ordered = self.pattern.ordered()
         branches = [b for b in (ordered if branch is None else ordered[branch : branch + 1]) if b.has_null_keys]

@@ -22,7 +22,8 @@ class Partial(NamedTuple):
     def add_(self, out: Tensor, lse: Tensor, weight: int = 1) -> None:
         """Merge the keys of another partial into this one, in place, each counted `weight` times.
 
-        A negative weight removes keys that were merged before.
+        A negative weight removes keys that were merged before.  The results of blocks, of branches and of lines are
+        merged by it.
         """
         lse = lse + log(abs(weight)) if abs(weight) != 1 else lse
         if weight > 0:
@@ -42,7 +43,10 @@ class Partial(NamedTuple):
         self.lse.copy_(total)
 
     def add_logits_(self, logits: Tensor) -> None:
-        """Merge keys without a value, whose log-sum-exp is `logits`, in place; -inf is no key."""
+        """Merge keys without a value, whose log-sum-exp is `logits`, in place; -inf is no key.
+
+        `logits` broadcasts to the shape of lse.  Sinks and null keys are merged by it.
+        """
         total = torch.logaddexp(self.lse, logits)
         # a row without keys has an lse of -inf; with logits of -inf, too, the difference would be NaN
         self.out.mul_(torch.exp(self.lse - total).masked_fill_(self.lse == -inf, 0))

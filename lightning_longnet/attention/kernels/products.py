@@ -28,7 +28,8 @@ def routed_products(size: float = float("inf"), least: int = LEAST_FORWARD) -> I
     MKL runs at half speed or less on some CPUs that Intel has not made; on Intel's own it is the faster library.
     Setting the precision of products to "bf16" sends them to oneDNN, which rounds to bf16 only on a CPU with
     instructions for it; on such a CPU the setting is left alone.  While it is set, torch raises in other threads that
-    read its float32 precision.
+    read its float32 precision.  The kernel eager and torch's operator for CPU use it, linear layers, and the loss over
+    a vocabulary.
 
     Args:
         size: the multiply-adds of a head's products, rows times keys times width.
@@ -69,7 +70,10 @@ class _Setting:
                     products.fp32_precision = self._before
 
     def reset_in_child(self) -> None:
-        """Leave the context in a forked process, which has no other threads of its parent."""
+        """Leave the context in a forked process, which has no other threads of its parent.
+
+        Python calls it in each child of a fork.
+        """
         if self._inside:
             torch.backends.mkldnn.matmul.fp32_precision = self._before  # type: ignore[attr-defined]
         self._lock, self._inside = Lock(), 0
@@ -84,7 +88,8 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 def uses_onednn() -> bool:
     """Return whether float32 products are sent to oneDNN: on a CPU not made by Intel, if oneDNN keeps float32 there.
 
-    The vendor decides, and not a measurement of speed, so that all runs on one machine round alike.
+    It is found out once, by the first product that asks.  The vendor decides, and not a measurement of speed, so that
+    all runs on one machine round alike.
     """
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return has_both and _cpu_vendor() != "GenuineIntel" and _is_exact()

@@ -28,12 +28,18 @@ SCORES_GIB = 16
 
 
 def note(request: Request) -> str:
-    """Return what this kernel runs for a call that it does not refuse."""
+    """Return what this kernel runs for a call that it does not refuse.
+
+    `explain` shows it in its table of kernels.
+    """
     return "holds all N x N scores; differentiable any number of times"
 
 
 def refusals(request: Request) -> list[str]:
-    """Return the reasons why this kernel cannot compute a call."""
+    """Return the reasons why this kernel cannot compute a call.
+
+    `judge` asks for each call of `attend`, and `explain` shows the reasons.
+    """
     reasons = []
     if request.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         reasons.append(f"serves float64, float32, bfloat16 and float16, q is {request.dtype}")
@@ -46,7 +52,8 @@ def refusals(request: Request) -> list[str]:
 def attend(call: PreparedCall, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
     """Return out (B, N, H, D) and lse (B, H, N), differentiable by autograd.
 
-    `mix="detached"` stops the gradient at the weights of the branches.
+    `mix="detached"` stops the gradient at the weights of the branches.  `attend` of the package calls it for this
+    kernel, outside of the operators; without dropout `dropout` is None.
     """
     q, k, v, spec = call.q, call.k, call.v, call.spec
     factors = _dropout_factors(dropout, spec.pattern, q)

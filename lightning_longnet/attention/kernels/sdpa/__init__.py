@@ -16,12 +16,18 @@ name = "sdpa"
 
 
 def note(request: Request) -> str:
-    """Return what this kernel runs for a call that it does not refuse."""
+    """Return what this kernel runs for a call that it does not refuse.
+
+    `explain` shows it in its table of kernels.
+    """
     return cuda.note(request) if request.device == "cuda" else cpu.note
 
 
 def refusals(request: Request) -> list[str]:
-    """Return the reasons why torch's operators cannot compute a call."""
+    """Return the reasons why torch's operators cannot compute a call.
+
+    `judge` asks for each call of `attend`, and `explain` shows the reasons.
+    """
     reasons = []
     if request.device not in ("cpu", "cuda"):
         reasons.append(f"serves CPU and CUDA tensors, these are on {request.device}")
@@ -33,21 +39,30 @@ def refusals(request: Request) -> list[str]:
 
 
 def takes_weights(device: str) -> bool:
-    """Return whether the kernel can count a pair several times in one block: on CPU alone."""
+    """Return whether the kernel can count a pair several times in one block: on CPU alone.
+
+    `AttentionSpec.weighted_segments` asks before a plan is made, since such a plan has fewer pairs.
+    """
     # On CUDA a block with a bias cannot run in flash attention, its bias is rounded to the type of q, and heads with
     # different biases need a call each
     return device == "cpu"
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
+
+    `forward_blocks` calls it for each block of a plan.
+    """
     return _serving(q).forward(q, k, v, call)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
+
+    `backward_blocks` calls it for each block of a plan.
+    """
     return _serving(q).backward(grad, q, k, v, out, lse, call)
 
 

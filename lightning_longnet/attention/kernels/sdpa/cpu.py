@@ -36,14 +36,17 @@ LEAST_TILED = 2**19
 
 
 def refusals(request: Request) -> list[str]:
-    """Return the reasons why the operator cannot compute a call."""
+    """Return the reasons why the operator cannot compute a call; `refusals` of the kernel "sdpa" adds its own."""
     if request.dtype not in _DTYPES:
         return [f"serves float64, float32, bfloat16 and float16, q is {request.dtype}"]
     return []
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
+
+    The kernel "sdpa" calls it for tensors on a CPU.
+    """
     q, k, v = map(_operand, (q, k, v))
     if _is_tiled(q, k, call):
         return eager.forward(q, k, v, call)
@@ -57,7 +60,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
+
+    The kernel "sdpa" calls it for tensors on a CPU.
+    """
     grad, q, k, v = map(_operand, (grad, q, k, v))
     out = out.to(q.dtype)  # which a single branch leaves in the type of its accumulators
     if _is_tiled(q, k, call):

@@ -41,27 +41,33 @@ _OPERATORS: tuple[_Operator, ...] = (flash, efficient)  # in the order of prefer
 
 
 def note(request: Request) -> str:
-    """Return what this kernel runs for a call that it does not refuse."""
+    """Return what the kernel "sdpa" runs on CUDA for a call that it does not refuse."""
     names = [operator.name for operator in _OPERATORS if not operator.refusals(request)]
     return f"torch's attention for CUDA: {', else '.join(names)}"
 
 
 def refusals(request: Request) -> list[str]:
-    """Return the reasons why torch's operators for CUDA cannot compute a call."""
+    """Return the reasons why torch's operators for CUDA cannot compute a call; the kernel "sdpa" adds its own."""
     if torch.version.hip is not None:
         return ["serves NVIDIA's CUDA, this torch is built for ROCm"]
     return _OPERATORS[-1].refusals(request)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
+
+    The kernel "sdpa" calls it on CUDA, and "cudnn", "flash3" and "flash4" for blocks that they do not serve.
+    """
     return _serving(q, call).forward(q, k, v, call)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
+
+    The kernel "sdpa" calls it on CUDA, and "cudnn", "flash3" and "flash4" for blocks that they do not serve.
+    """
     return _serving(q, call).backward(grad, q, k, v, out, lse, call)
 
 

@@ -28,7 +28,7 @@ _BIAS = 2**26  # the most elements of a bias that differs between the batches
 
 
 def refusals(request: Request) -> list[str]:
-    """Return the reasons why the operator cannot compute a call."""
+    """Return the reasons why the operator cannot compute a call; `cuda.refusals` returns these."""
     if request.dtype not in _DTYPES:
         return [f"serves float32, bfloat16 and float16, q is {request.dtype}"]
     width = VECTOR // request.dtype.itemsize
@@ -43,12 +43,16 @@ def serves(q: Tensor, call: Call) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
+
+    `cuda.forward` calls it for blocks that torch's flash attention does not serve.
+    """
     heads, rows = q.shape[1:3]
     k, v = (_visible_keys(x, q, call) for x in (k, v))
     q, k, v = (as_aligned(repeat_heads(x, heads)) for x in (q, k, v))
 
     def run(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return out and lse of some batches."""
         bias = _bias(q, k, padding, call)
         out, lse, _, _ = _forward(q, k, v, bias, True, 0.0, _is_causal(call), scale=call.scale)
         return out, lse[..., :rows]
@@ -67,6 +71,7 @@ def backward(
     """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
 
     The operator itself pads its lse with +inf, as `BlockKernel` gives it for a query without keys: exp(S - lse) is 0.
+    `cuda.backward` calls it for blocks that torch's flash attention does not serve.
     """
     heads, rows, key_heads, keys = *q.shape[1:3], *k.shape[1:3]
     k, v = (_visible_keys(x, q, call) for x in (k, v))
@@ -79,6 +84,7 @@ def backward(
     def batch_gradients(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, padding: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv of some batches."""
         bias = _bias(q, k, padding, call)
         seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)
         needs_gradients = [True, True, True, False]  # of q, k, v and the bias

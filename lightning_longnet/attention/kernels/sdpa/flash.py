@@ -22,12 +22,12 @@ _backward = torch.ops.aten._flash_attention_backward.default
 
 
 def refusals(request: Request) -> list[str]:
-    """Return the reasons why the operator cannot compute a call."""
+    """Return the reasons why the operator cannot compute any block of a call; `cuda.note` then leaves it out."""
     return fused.refusals(request) + (["takes no padding masks"] if request.is_padded else [])
 
 
 def serves(q: Tensor, call: Call) -> bool:
-    """Return whether the operator can compute a block."""
+    """Return whether the operator can compute a block; `cuda.forward` and `cuda.backward` ask."""
     return (
         q.dtype in fused.HALF
         and q.shape[-1] % 8 == 0
@@ -39,18 +39,25 @@ def serves(q: Tensor, call: Call) -> bool:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
+
+    `cuda.forward` calls it for the blocks that it serves; "flash3" and "flash4" call it while they are active.
+    """
     return fused.forward(_operator, q, k, v, call)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
+
+    `cuda.backward` calls it for the blocks that it serves; "flash3" and "flash4" call it while they are active.
+    """
     return fused.backward(_operator, grad, q, k, v, out, lse, call)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a CUDA device, (major, minor)."""
     return torch.cuda.get_device_capability(device)
 
 

@@ -38,12 +38,18 @@ WIDEST = 256
 
 
 def note(request: Request) -> str:
-    """Return what this kernel runs for a call that it does not refuse."""
+    """Return what this kernel runs for a call that it does not refuse.
+
+    `explain` shows it in its table of kernels.
+    """
     return "few launches, rows read in place; only if named, since its speed has not been measured"
 
 
 def refusals(request: Request) -> list[str]:
-    """Return the reasons why this kernel cannot compute a call."""
+    """Return the reasons why this kernel cannot compute a call.
+
+    `judge` asks for each call of `attend`, and `explain` shows the reasons.
+    """
     if request.device != "cuda" and not (request.device == "cpu" and _is_interpreted()):
         return [f"serves CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, these are on {request.device}"]
     reasons = []
@@ -64,7 +70,10 @@ def refusals(request: Request) -> list[str]:
 
 
 def takes_weights(device: str) -> bool:
-    """Return True: the kernel can count a pair several times in one block."""
+    """Return True: the kernel can count a pair several times in one block.
+
+    `AttentionSpec.weighted_segments` asks before a plan is made, since such a plan has fewer pairs.
+    """
     return True
 
 
@@ -75,7 +84,10 @@ def forward_parts(
     options: PairOptions,
     totals: list[Partial | None],
 ) -> None:
-    """Merge the results of all parts into the partials of their branches; see `PartsKernel`."""
+    """Merge the results of all parts into the partials of their branches; see `PartsKernel`.
+
+    `forward_blocks` calls it once for all parts that it was given.
+    """
     from lightning_longnet.attention.kernels.triton import launch
 
     launch.forward_parts(parts, q, keys, options, totals)
@@ -90,7 +102,10 @@ def backward_parts(
     dq: Accumulator,
     stores: tuple[bool, bool] = (False, False),
 ) -> None:
-    """Add the gradients of all parts to dq and to those of `keys`; see `PartsKernel`."""
+    """Add the gradients of all parts to dq and to those of `keys`; see `PartsKernel`.
+
+    `backward_blocks` calls it once for all parts that it was given.
+    """
     from lightning_longnet.attention.kernels.triton import launch
 
     launch.backward_parts(parts, q, keys, inputs, options, dq, stores)
