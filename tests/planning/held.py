@@ -46,7 +46,7 @@ def true_lists(parts, key, make=launch._make_launches):
     phases = []
     for phase, lists in made:
         held = {name: torch.empty(getattr(lists, name).shape, dtype=torch.int32) for name in ("items", "spans")}
-        phases.append(launch._Phase(phase, lists._replace(**held)))
+        phases.append(launch._PhaseLaunch(phase, lists._replace(**held)))
     return tuple(phases)
 
 

@@ -18,7 +18,7 @@ from torch.nn import attention
 from lightning_longnet.attention.kernels import fused
 from lightning_longnet.attention.kernels.compiling import constant_result
 from lightning_longnet.attention.kernels.sdpa import cuda
-from lightning_longnet.attention.kernels.sdpa import flash as torchs
+from lightning_longnet.attention.kernels.sdpa import flash as torch_flash
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,7 +108,7 @@ class ActivatedFlash:
         if not self._serves(call):
             return cuda.forward(q, k, v, call)
         with activated_implementation(self.implementation):
-            return torchs.forward(q, k, v, call)
+            return torch_flash.forward(q, k, v, call)
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
@@ -120,7 +120,7 @@ class ActivatedFlash:
         if not self._serves(call):
             return cuda.backward(grad, q, k, v, out, lse, call)
         with activated_implementation(self.implementation):
-            return torchs.backward(grad, q, k, v, out, lse, call)
+            return torch_flash.backward(grad, q, k, v, out, lse, call)
 
     def _serves(self, call: Call) -> bool:
         """Return whether a block has no window, or may have one: without `high` it is unmasked and causal windows."""

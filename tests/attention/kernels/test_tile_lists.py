@@ -80,7 +80,7 @@ def joining(joins):
 def counted(parts, group, tile, transposed, like, hidden=None, sources=()):
     """Return how often the launches of parts count each pair, as a table like `like`."""
     counts = torch.zeros_like(like, dtype=torch.float64)
-    for launch in joined.listed(phases(parts, group, sources), *tile, transposed, joins=True):
+    for launch in joined.tiled_phases(phases(parts, group, sources), *tile, transposed, joins=True):
         add_pairs(counts, launch, tile, transposed, hidden)
     return counts
 
@@ -236,11 +236,11 @@ LONGNET = Pattern.dilated((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 8, 16), is
 def test_longnet_computes_few_positions_beside_its_pairs(joins, launches, share):
     """Of the positions that are multiplied, in tiles of 128 queries and 64 keys, most are pairs of the pattern."""
     result = plan(LONGNET, 16, 16, (0, 65536), UNCUT)
-    listed = joined.listed(phases(result.parts, 1), 128, 64, False, joins)
-    for _, (items, _) in listed:
+    launched = joined.tiled_phases(phases(result.parts, 1), 128, 64, False, joins)
+    for _, (items, _) in launched:
         assert (items[:, 3] == 128).all()
-    assert len(listed) == launches
-    assert result.pairs / sum(tiles.positions(128, 64) for _, tiles in listed) > share
+    assert len(launched) == launches
+    assert result.pairs / sum(tiles.positions(128, 64) for _, tiles in launched) > share
 
 
 def test_branches_are_joined_where_that_costs_few_positions():
@@ -253,7 +253,7 @@ def test_branches_are_joined_where_that_costs_few_positions():
     ):
         for by_key in (False, True):
             parts = plan(Pattern.dilated(segments, rates), 4, 4, (0, 16384), UNCUT).parts
-            assert len(joined.listed(phases(parts, 1), 128, 64, by_key, joins=True)) == launches
+            assert len(joined.tiled_phases(phases(parts, 1), 128, 64, by_key, joins=True)) == launches
 
 
 @pytest.mark.long
@@ -262,7 +262,7 @@ def test_the_lists_of_a_million_tokens_are_made_in_seconds():
     begin = process_time()
     size = 0
     for by_key in (False, True):
-        ((_, lists),) = joined.listed(phases(result.parts, 1), 128, 64, by_key, joins=True)
+        ((_, lists),) = joined.tiled_phases(phases(result.parts, 1), 128, 64, by_key, joins=True)
         size += sum(x.numel() * x.element_size() for x in lists)
     assert process_time() - begin < 10
     assert size < 0.02 * 16 * (1 << 20) * 64 * 2 * 3  # beside q, k and v of 64 numbers a head in bfloat16

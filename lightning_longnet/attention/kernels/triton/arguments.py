@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """A tensor (B, N, H, D) or (B, N, H) and its strides over samples, rows and heads; D is contiguous."""
+    """A tensor (B, N, H, D) or (B, N, H) and its strides over samples, rows and heads; D is contiguous.
+
+    The programs read q, k, v, out, lse and the gradients through it.
+    """
 
     data: Tensor
     batch: int
@@ -22,12 +25,18 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> Rows:
-        """Return a tensor with its distances."""
+        """Return a tensor with its strides."""
         return cls(x, x.stride(0), x.stride(1), x.stride(2))
 
 
 class Lists(NamedTuple):
-    """The tile list of a launch, the rows of received keys, and the number of programs of an item."""
+    """The tile list of a launch, the rows of received keys, and the number of programs of an item.
+
+    Attributes:
+        items, spans: those of a `TileList`, on the device of the tensors.
+        received: the row of each received key; `items`, which is not read, where keys are those of this process.
+        programs: one for each sample and, in programs of queries, for each query head of the item's key head.
+    """
 
     items: Tensor
     spans: Tensor
@@ -36,19 +45,19 @@ class Lists(NamedTuple):
 
     @classmethod
     def of(cls, phase: Phase, tiles: TileList, device: torch.device) -> Lists:
-        """Return the lists of a phase on a device; `programs` is that of one sample."""
+        """Return the lists of a phase on a device; `programs` is 1 until a launch replaces it."""
         items, spans = (x.to(device) for x in tiles)
         received = items if phase.received is None else phase.received.to(device)
         return cls(items, spans, received, 1)
 
 
 class Form(NamedTuple):
-    """The values for which a program is compiled.
+    """The values for which a program is compiled: Triton's constants.
 
     Attributes:
         rows, others: the sizes of a tile; see `TileList`.
         width, value_width: of q and k, and of v.
-        padded_width, padded_value_width: the powers of two that hold them.
+        padded_width, padded_value_width: the powers of two that hold them, 16 at least.
         group: the number of query heads of a key head.
         every: see `Phase`.
         is_joined: whether rectangles are of several branches: without, `multiple` and `unit` are 1 and `level` is 0.

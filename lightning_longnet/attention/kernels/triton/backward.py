@@ -123,6 +123,7 @@ def key_gradients(q, k, v, grad, statistics, gradients, lists, padding, scale, f
     """Compute dk and dv of one item of keys from all spans of queries that see them: dv = P grad, dk = dS q.
 
     The query heads of a group are taken one after the other, so that their sum needs no atomic addition.
+    `launch.backward_parts` launches it, after `query_gradient`.  `statistics` are as there, `gradients` are dk and dv.
     """
     lse, delta = statistics
     dk, dv = gradients

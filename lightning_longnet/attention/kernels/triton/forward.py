@@ -14,7 +14,7 @@ def forward(q, k, v, out, lse, lists, padding, scale, form: tl.constexpr):
     """Compute out and lse of one item: its queries against all spans of keys that they see.
 
     Scores are in units of log 2.  The running maximum `top` is that of scores without the weights of pairs, which are
-    small numbers: nothing overflows.
+    small numbers: nothing overflows.  `launch.forward_parts` launches it.
     """
     item = lists.items + tl.program_id(0) // lists.programs * ITEM
     lane = tl.program_id(0) % lists.programs

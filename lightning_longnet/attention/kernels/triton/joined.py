@@ -20,40 +20,46 @@ MOST_POSITIONS = 1.3
 LONGEST_PERIOD = 64
 
 
-class Listed(NamedTuple):
-    """A phase and its tile list."""
+class TiledPhase(NamedTuple):
+    """A phase and its tile list: one launch, but for the device."""
 
     phase: Phase
     tiles: TileList
 
 
-def listed(phases: Sequence[Phase], rows: int, others: int, is_by_key: bool, joins: bool) -> list[Listed]:
+def tiled_phases(phases: Sequence[Phase], rows: int, others: int, is_by_key: bool, joins: bool) -> list[TiledPhase]:
     """Return the launches of phases with their tile lists: one for all if that pays, else one for each.
 
+    `launch.py` calls it for each of the three programs, when it meets new parts.
+
     Args:
-        phases: see `phases`.
+        phases: those of the function `phases`.
         rows, others: the sizes of a tile.
         is_by_key: whether an item is rows of keys.
         joins: whether one launch may hold several branches.
     """
 
-    def of(phase: Phase) -> Listed:
+    def tiled(phase: Phase) -> TiledPhase:
+        """Return a phase with its tile list, by its queries or by its keys."""
         rectangles = phase.rectangles.transposed() if is_by_key else phase.rectangles
-        return Listed(phase, tile_list(rectangles, rows, others, phase.every))
+        return TiledPhase(phase, tile_list(rectangles, rows, others, phase.every))
 
-    separate = [of(phase) for phase in phases]
+    separate = [tiled(phase) for phase in phases]
     if not joins or len(phases) < 2 or any(phase.received is not None for phase in phases):
         return separate
     whole = joined(phases)
     if period(whole.rectangles) > LONGEST_PERIOD * int(whole.rectangles.step.min()):
         return separate
-    one = of(whole)
+    one = tiled(whole)
     most = MOST_POSITIONS * sum(each.tiles.positions(rows, others) for each in separate)
     return [one] if one.tiles.positions(rows, others) <= most else separate
 
 
 def joined(phases: Sequence[Phase]) -> Phase:
-    """Return one phase with the rectangles of all, whose places are counted in the rows of the finest branch."""
+    """Return one phase with the rectangles of all, whose places are counted in the rows of the finest branch.
+
+    `tiled_phases` calls it, and keeps the result if that multiplies few more pairs.
+    """
     finest = max(phases, key=lambda phase: len(phase.every))
     unit = int(finest.rectangles.step[0])
     members = []

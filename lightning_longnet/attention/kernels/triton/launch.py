@@ -11,7 +11,7 @@ from lightning_longnet.attention.kernels.blocks import uninitialized_partial
 from lightning_longnet.attention.kernels.triton.arguments import Form, Lists, Rows
 from lightning_longnet.attention.kernels.triton.backward import key_gradients, query_gradient
 from lightning_longnet.attention.kernels.triton.forward import forward
-from lightning_longnet.attention.kernels.triton.joined import listed
+from lightning_longnet.attention.kernels.triton.joined import tiled_phases
 from lightning_longnet.attention.kernels.triton.rectangles import Phase, phases
 from lightning_longnet.attention.kernels.triton.tiles import Tile, tile_of
 
@@ -36,8 +36,8 @@ class _ListsKey(NamedTuple):
     device: torch.device
 
 
-class _Phase(NamedTuple):
-    """A phase with its tile list on a device."""
+class _PhaseLaunch(NamedTuple):
+    """A phase with its tile list on a device: what one launch computes."""
 
     phase: Phase
     lists: Lists
@@ -52,8 +52,8 @@ def forward_parts(
 ) -> None:
     """Merge the results of all parts into the partials of their branches; see `PartsKernel`.
 
-    A total that is None is allocated here, uninitialized.  The first branch then stores its results instead of merging
-    them, as it shows every row once.
+    `forward_parts` of the kernel calls it.  A total that is None is allocated here, uninitialized.  The first branch
+    then stores its results instead of merging them, as it shows every row once.
     """
     tensors = keys.tensors()
     tile = _tile("forward", q, tensors)
@@ -86,7 +86,8 @@ def backward_parts(
 ) -> None:
     """Add the gradients of all parts to dq and to those of `keys`; see `PartsKernel`.
 
-    Where one launch holds all branches and nothing is added later, gradients are written in the type of their tensors.
+    `backward_parts` of the kernel calls it.  Where one launch holds all branches and nothing is added later, gradients
+    are written in the type of their tensors.
     """
     tensors = keys.tensors()
     assert tensors.gradients is not None
@@ -140,25 +141,29 @@ def _launch(program: Any, lists: Lists, arguments: tuple[Any, ...], tile: Tile) 
 
 def _cached_launches(
     parts: Parts, q: Tensor, tensors: KeyTensors, tile: Tile, is_by_key: bool, joins: bool
-) -> tuple[_Phase, ...]:
-    """Return the phases of parts with their tile lists, cached in `parts`; see `listed`."""
+) -> tuple[_PhaseLaunch, ...]:
+    """Return the phases of parts with their tile lists, cached in `parts`; see `tiled_phases`.
+
+    They are made when the parts first run with these options.
+    """
     if not parts:
         return ()
     group = q.shape[2] // tensors.k.shape[2]
     key = _ListsKey(group, tensors.sources, tile.rows, tile.others, is_by_key, joins, q.device)
-    kept: dict[_ListsKey, tuple[_Phase, ...]] = vars(parts).setdefault("_tile_lists", {})
+    kept: dict[_ListsKey, tuple[_PhaseLaunch, ...]] = vars(parts).setdefault("_tile_lists", {})
     if key not in kept:
         kept[key] = _make_launches(parts, key)
     return kept[key]
 
 
-def _make_launches(parts: Parts, key: _ListsKey) -> tuple[_Phase, ...]:
+def _make_launches(parts: Parts, key: _ListsKey) -> tuple[_PhaseLaunch, ...]:
     """Return the phases of parts with their lists on a device."""
-    launches = listed(phases(parts, key.group, key.sources), key.rows, key.others, key.is_by_key, key.joins)
-    return tuple(_Phase(phase, Lists.of(phase, tiles, key.device)) for phase, tiles in launches)
+    launches = tiled_phases(phases(parts, key.group, key.sources), key.rows, key.others, key.is_by_key, key.joins)
+    return tuple(_PhaseLaunch(phase, Lists.of(phase, tiles, key.device)) for phase, tiles in launches)
 
 
 def _tile(name: str, q: Tensor, tensors: KeyTensors) -> Tile:
+    """Return the tile of a program for the width and the type of the heads."""
     return tile_of(name, max(q.shape[3], tensors.v.shape[3]), q.element_size())
 
 

@@ -58,12 +58,19 @@ class _Group(NamedTuple):
 
 
 def period(rectangles: Rectangles) -> int:
-    """Return the distance at which the rows of all rectangles repeat."""
+    """Return the number of rows after which the rows of all rectangles repeat.
+
+    It is the least common multiple of their steps.  `pieces` cuts rows into residues modulo it, and `tiled_phases`
+    joins no phases where it is long.
+    """
     return lcm(*rectangles.step.unique().tolist())
 
 
 def pieces(rectangles: Rectangles) -> Pieces:
-    """Return the pieces of the queries of rectangles, as large as possible: rows that rectangles end in are cut."""
+    """Return the pieces of the queries of rectangles, as large as possible: rows that rectangles end in are cut.
+
+    `tile_list` calls it and cuts each piece into items.
+    """
     own, widest = rectangles.queries, period(rectangles)
     # the rows of each residue modulo the largest distance are a lane, of which each rectangle has consecutive rows
     residues = widest // rectangles.step

@@ -45,12 +45,17 @@ class TileList(NamedTuple):
     spans: Tensor
 
     def positions(self, rows: int, others: int) -> int:
-        """Return the number of pairs in all tiles that the programs multiply."""
+        """Return the number of pairs in all tiles, which the programs multiply whether a mask hides them or not.
+
+        `tiled_phases` compares one launch with several by it.
+        """
         return int(((self.spans[:, 2].long() + others - 1) // others).sum()) * rows * others
 
 
 def tile_list(rectangles: Rectangles, rows: int, others: int, every: tuple[int, ...] = ()) -> TileList:
     """Return the tile list of rectangles by their queries; that by keys is the list of `rectangles.transposed()`.
+
+    `tiled_phases` calls it for each launch.
 
     Args:
         rectangles: the pairs.
