@@ -23,7 +23,10 @@ Step = Literal[
 
 
 class OtherRankError(ValueError):
-    """Another rank of the group has refused its arguments, and raises the error that has the reason."""
+    """Another rank of the group has refused its arguments, and raises the error that has the reason.
+
+    `split_check` reports the reason of that rank and not this error.
+    """
 
     def __init__(self, rank: int) -> None:
         super().__init__(
@@ -34,8 +37,10 @@ class OtherRankError(ValueError):
 def all_gather_integers(comm: Comm, values: list[int], step: Step, fault: str = "") -> list[list[int]]:
     """Return the integers of each rank, padded with zeros to equal lengths.
 
-    The message names the step, so that ranks in different steps raise an error instead of reading each other's values.
-    A rank with a `fault` raises its own error afterwards; the others raise one that names the rank.
+    `SequenceShard` calls it when it is made and where it compares calls and values; all ranks of the group call it
+    together, with at most 22 values.  The message names the step, so that ranks in different steps raise an error
+    instead of reading each other's values.  A rank with a `fault` raises its own error afterwards; the others raise one
+    that names the rank.
     """
     steps = get_args(Step)
     padded = [steps.index(step), int(bool(fault)), *values] + [0] * (_WORDS - 2 - len(values))
@@ -51,7 +56,10 @@ def all_gather_integers(comm: Comm, values: list[int], step: Step, fault: str = 
 
 
 def all_gather_text(comm: Comm, text: str, step: Step) -> list[str]:
-    """Return a text of each rank, each cut to the same length."""
+    """Return a text of each rank, each cut to the same number of bytes.
+
+    `SequenceShard.check` calls it on all ranks when their calls differ, for the error that all of them raise.
+    """
     own = text.encode()[:_LETTERS].ljust(_LETTERS)
     rows = comm.all_gather(torch.tensor(list(own), dtype=torch.uint8), step)
     return [bytes(row.tolist()).decode(errors="ignore").rstrip() for row in rows]

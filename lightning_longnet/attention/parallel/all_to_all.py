@@ -30,21 +30,29 @@ if TYPE_CHECKING:
 
 
 def refusal(ranks: int, kv_heads: int) -> str:
-    """Return why an all_to_all cannot serve, or an empty text."""
+    """Return why an all_to_all over heads cannot serve, or an empty text.
+
+    `schedule` asks before it plans "swap", and the planner before it proposes it.
+    """
     if kv_heads % ranks:
         return f"swap needs key heads that {ranks} ranks divide, got {kv_heads}"
     return ""
 
 
 class AllToAllPlan(ExchangePlan):
-    """A plan in which a rank computes all branches on whole sequences of some of the heads."""
+    """A plan in which a rank computes all branches on whole sequences of some of the heads: the exchange "swap"."""
 
     @property
     def overlaps(self) -> bool:
+        """False: no block can be computed before all tokens of its heads are there."""
         return False
 
     def volume(self, rank: int, sizes: Sizes) -> Volume:
-        """Return what a rank sends: its tokens of other ranks' heads, and other ranks' tokens of its own heads."""
+        """Return what a rank sends: its tokens of other ranks' heads, and other ranks' tokens of its own heads.
+
+        The forward sends q, k and v to the ranks of their heads and out back to those of its tokens; the backward sends
+        the gradient of out and those of q, k and v.  See `ExchangePlan.volume`.
+        """
         placement = self.layout.placement
         lengths, ranks = placement.lengths, placement.ranks
         to_heads, to_rows = lengths[rank] * (ranks - 1), placement.length - lengths[rank]
@@ -57,17 +65,23 @@ class AllToAllPlan(ExchangePlan):
         return Volume((to_heads + to_rows) * per_token, 2 * messages, placement.length * per_token, forward)
 
     def branch_volumes(self, rank: int, sizes: Sizes) -> tuple[Volume, ...]:
+        """Return nothing: a message holds the heads of all branches."""
         return ()
 
     def work(self, rank: int, weighted_segments: int = 0) -> RankWork:
+        """Return the blocks of this rank's heads over the whole sequence; there are no rounds."""
         layout = self.layout._replace(weighted_segments=weighted_segments)
         return RankWork(head_parts(layout, self._kv_heads_of(rank)))
 
     def footprint(self, rank: int) -> AllToAllFootprint:
+        """Return the memory of whole sequences of a rank's heads; it is the same for all ranks."""
         return AllToAllFootprint(self.layout.placement.ranks, self.layout.placement.length)
 
     def call(self, call: RankCall) -> AllToAllCall:
-        """Return the object that computes a forward or backward on this rank, with the branches of all lines."""
+        """Return the object that computes a forward or backward on this rank, with the branches of all lines.
+
+        `distributed_calls` calls it for each forward and backward.
+        """
         first, *others = call.by_line()
         own = self._heads_call(first)
         inner: RoundsCall | LinesCall = own
@@ -89,18 +103,20 @@ class AllToAllPlan(ExchangePlan):
         return RoundsCall(call.kernel, route, options, call.branch_outs, saves_outs=True)
 
     def _kv_heads_of(self, rank: int) -> range:
+        """Return the key/value heads of a rank."""
         heads = self.layout.kv_heads // self.layout.placement.ranks
         return range(rank * heads, (rank + 1) * heads)
 
 
 class AllToAllFootprint(NamedTuple):
-    """The memory of a call that holds whole sequences of `length` tokens for one in `ranks` heads."""
+    """The memory of a call that holds whole sequences of `length` tokens for one in `ranks` heads: a `Footprint`."""
 
     ranks: int
     length: int
 
     @property
     def saves_inputs(self) -> bool:
+        """True, as of `AllToAllCall`."""
         return True
 
     def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
@@ -113,9 +129,14 @@ class AllToAllFootprint(NamedTuple):
         return saved + [q.new_empty((*rows, v.shape[3]), dtype=dtype) for _ in range(spec.partials)]
 
     def kv_rows(self, layers: int) -> int:
+        """Return 0: an all_to_all holds as many KV rows as the rank gives away."""
         return 0  # an all_to_all holds as many rows as the rank gives away
 
     def in_flight_bytes(self, q: Tensor, k: Tensor, v: Tensor, *, is_backward: bool) -> int:
+        """Return the bytes of a rank's heads that are sent and received at once.
+
+        In the backward those of their gradients in the type of accumulators come to it.
+        """
         # what is sent and what is received, and the wide gradients of this rank's heads
         wide = torch.promote_types(q.dtype, torch.float32).itemsize
         rows = self.length * q.shape[0] // self.ranks
@@ -124,7 +145,10 @@ class AllToAllFootprint(NamedTuple):
 
 
 class AllToAllCall(NamedTuple):
-    """One forward or backward; `inner` is that of this rank's heads over the whole sequence."""
+    """One forward or backward by all_to_all, an `ExchangeCall`.
+
+    `inner` is that of this rank's heads over the whole sequence.
+    """
 
     comm: Comm
     message: MessageContext
@@ -134,10 +158,12 @@ class AllToAllCall(NamedTuple):
 
     @property
     def saves_inputs(self) -> bool:
+        """True: the forward saves q, k, v and lse of this rank's heads, which the backward need not exchange again."""
         return True
 
     @property
     def saved_count(self) -> int:
+        """The number of tensors that the forward saves: q, k, v, lse, and the outs of the branches or that of all."""
         return 4 + (self.inner.saved_count or 1)  # q, k, v, lse, and the outs of the branches or that of all
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -159,7 +185,10 @@ class AllToAllCall(NamedTuple):
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv of this rank's tokens, from what the forward saved; of q, k and v none is read."""
+        """Return dq, dk and dv of this rank's tokens, from what the forward saved; of q, k and v none is read.
+
+        The operator `lightning_longnet::attend_backward` calls it, once for each call of `forward`.
+        """
         q, k, v, lse, *outs = saved
         (grad,) = self._to_heads((grad,), "the gradient of out")
         # the inner call saves the outs of branches for "detached"; otherwise the out of all branches is saved
@@ -173,9 +202,11 @@ class AllToAllCall(NamedTuple):
         wholes = [x.new_empty((placement.length, *shape)) for x, shape in zip(tensors, shapes, strict=True)]
 
         def pieces_of(peer: int) -> list[Tensor]:
+            """Return what another rank gets of each tensor, (L, B, H / P, D): this rank's tokens of its heads."""
             return [x.unflatten(2, (comm.ranks, -1))[:, :, peer].transpose(0, 1) for x in tensors]
 
         def put(peer: int, pieces: Sequence[Tensor]) -> None:
+            """Write the tokens of another rank to their places in the whole sequence."""
             for whole, piece in zip(wholes, pieces, strict=True):
                 for begin, end, local in placement.chunks(peer):
                     whole[begin:end] = piece[local : local + end - begin]
@@ -192,6 +223,7 @@ class AllToAllCall(NamedTuple):
         parts = [x.new_empty((batch, length, comm.ranks, *r)) for x, (batch, *r) in zip(tensors, shapes, strict=True)]
 
         def pieces_of(peer: int) -> list[Tensor]:
+            """Return what another rank gets of each tensor, (its L, B, H / P, D): its tokens of this rank's heads."""
             chunks = placement.chunks(peer)
             if len(chunks) == 1:
                 return [x[:, chunks[0].begin : chunks[0].end].transpose(0, 1) for x in tensors]
@@ -199,6 +231,7 @@ class AllToAllCall(NamedTuple):
             return [torch.cat([x[:, :0], *(x[:, s.begin : s.end] for s in chunks)], 1).transpose(0, 1) for x in tensors]
 
         def put(peer: int, pieces: Sequence[Tensor]) -> None:
+            """Write another rank's heads of this rank's tokens."""
             for part, piece in zip(parts, pieces, strict=True):
                 part[:, :, peer] = piece.transpose(0, 1)
 
@@ -230,6 +263,7 @@ class AllToAllCall(NamedTuple):
         widths = [prod(shape) for shape in shapes]
 
         def split(packed: Tensor) -> list[Tensor]:
+            """Return the pieces that a message holds side by side, (rows, sum of widths), as views (rows, *shape)."""
             return [part.unflatten(1, shape) for part, shape in zip(packed.split(widths, 1), shapes, strict=True)]
 
         send, receive = {}, {}

@@ -178,15 +178,20 @@ def distributed_calls(
 
 
 def _row_exchange(order: Tensor, shard: SequenceShard, device: torch.device) -> RowExchange:
+    """Return the rows that this rank sends and receives to bring sequences into an order, with indices on a device."""
     return row_exchange(order, shard).on(device)
 
 
 def _exchange_plan(layout: Layout, exchange: str, sizes: Sizes) -> ExchangePlan:
+    """Return the plan of the exchange that `schedule` chooses for a layout."""
     return schedule(layout, exchange, sizes).plan(layout)
 
 
 def call_kind(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, has_sinks: bool) -> dict[str, Any]:
-    """Return what must be equal on all ranks of a call; the number of a rank's tokens need not be."""
+    """Return what must be equal on all ranks of a call; the number of a rank's tokens need not be.
+
+    `attend` compares it between ranks before a call, and the tags of messages hold it.
+    """
     return {
         "batch": q.shape[0],
         "heads of q": q.shape[2],

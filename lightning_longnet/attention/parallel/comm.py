@@ -48,20 +48,23 @@ class Traffic:
     calls: list[tuple[Direction, ExchangePlan, Sizes]] | None = None
 
     def add_wait(self, begin: float, started: float) -> None:
-        """Count a wait that began at `begin` and ends now, for messages that were sent at `started`."""
+        """Count a wait that began at `begin` and ends now, for messages that were sent at `started`.
+
+        Both are values of `perf_counter`, in seconds.
+        """
         end = perf_counter()
         self.waited_seconds += end - begin
         self.flight_seconds += end - started
 
     def add_call(self, direction: Direction, plan: ExchangePlan, sizes: Sizes) -> None:
-        """Record a call if `calls` is a list."""
+        """Record a call if `calls` is a list; `distributed_calls` calls it for each, and callbacks read the list."""
         if self.calls is not None:
             self.calls.append((direction, plan, sizes))
 
 
 @dataclass
 class Pending:
-    """Messages on their way, each with a description for errors.
+    """Messages on their way, each with a description for errors: what `Comm.exchange` returns.
 
     It references the tensors, since the network still reads and writes them.
     """
@@ -72,7 +75,7 @@ class Pending:
     started: float = field(default_factory=perf_counter)
 
     def wait(self) -> None:
-        """Wait for all messages."""
+        """Wait for all messages, or raise a RuntimeError that says which one failed; a second call does nothing."""
         if not self.works:
             return
         begin, limit = perf_counter(), wait_arguments(self.comm.group)
@@ -86,7 +89,10 @@ class Pending:
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """Return the timeout that a group of gloo or NCCL has now."""
+    """Return the timeout that a group of gloo or NCCL has now.
+
+    The strategies ask, too, which shorten the timeout of a group once its first step is done.
+    """
     device = "cpu" if dist.get_backend(group) == "gloo" else "cuda"
     limit: timedelta = group._get_backend(torch.device(device)).options._timeout
     return limit
@@ -101,7 +107,10 @@ def wait_arguments(group: dist.ProcessGroup) -> tuple[timedelta, ...]:
 
 
 class MessageContext(NamedTuple):
-    """The call that messages belong to: a description for errors, and the text of what both sides must agree on."""
+    """The call that messages belong to: a description for errors, and the text of what both sides must agree on.
+
+    The tag of a message is a hash of both and of more, see `Comm.exchange`.
+    """
 
     description: str
     kind: str
@@ -109,6 +118,8 @@ class MessageContext(NamedTuple):
 
 class Comm:
     """Messages of one rank to and from the others of a group.
+
+    Each `SequenceShard` has one, and so have the caches of inference over ranks.
 
     Attributes:
         shard: the number by which all ranks know the shard that messages belong to.
@@ -127,26 +138,30 @@ class Comm:
 
     @property
     def name(self) -> str | None:
-        """The name of the group; None for the one process of a `LocalComm`."""
+        """The name of the group; None for the one process of a `LocalComm`.  A `Guard` tells groups apart by it."""
         return self.group.group_name
 
     @property
     def messages(self) -> int:
+        """The messages that this rank has sent; see `Traffic`."""
         return self.traffic.messages
 
     @property
     def sent_bytes(self) -> int:
+        """The bytes that this rank has sent; see `Traffic`."""
         return self.traffic.sent_bytes
 
     @property
     def waited_seconds(self) -> float:
+        """How long this rank has waited for messages; see `Traffic`."""
         return self.traffic.waited_seconds
 
     @contextmanager
     def whole_call(self, call: str) -> Iterator[None]:
         """Mark the communication as failed unless the call runs to its end.
 
-        After an error other ranks still wait, and no rank knows what the others have received.
+        The operators of op.py run a forward or backward over ranks inside of it; `call` names that in errors.  After an
+        error other ranks still wait, and no rank knows what the others have received.
         """
         self._check_failure()
         before, done = self.exchanges, False
@@ -166,7 +181,8 @@ class Comm:
     ) -> Pending:
         """Start one message to each rank of `send` and from each of `receive`; no tensor may be empty.
 
-        Received tensors are valid, and sent ones may be changed, when the caller has called `wait` of the result.
+        `RoundsCall`, `AllToAllCall` and `RankOrder` call it, and inference over ranks.  Received tensors are valid, and
+        sent ones may be changed, when the caller has called `wait` of the result.
 
         Messages match by a tag of the shard, the context, the content, their type and their shape: where ranks do
         different things, gloo waits for a message that never comes, and ends with the timeout.  NCCL ignores tags:
@@ -220,5 +236,6 @@ class Comm:
             )
 
     def _tag(self, context: MessageContext, content: str, tensor: Tensor) -> int:
+        """Return the tag of a message, an integer of 31 bits, which both sides compute alike."""
         text = f"{self.shard} {context} {content} {tensor.dtype} {tuple(tensor.shape)}"
         return int.from_bytes(sha256(text.encode()).digest()[:4], "big") >> 1  # a tag has 31 bits

@@ -32,7 +32,10 @@ MESSAGE_BYTES = 200_000
 
 
 class Sizes(NamedTuple):
-    """The sizes of a call's tensors: samples, widths, and the bytes of an element and of an accumulator's."""
+    """The sizes of a call's tensors: samples, widths, and the bytes of an element and of an accumulator's.
+
+    A plan reckons bytes with them.
+    """
 
     batch: int
     head_dim: int
@@ -42,7 +45,13 @@ class Sizes(NamedTuple):
 
 
 class Volume(NamedTuple):
-    """The bytes and messages that one rank sends, the bytes that it keeps, and those that the forward sends."""
+    """The bytes and messages that one rank sends in a forward and its backward, and what it keeps between them.
+
+    Attributes:
+        sent_bytes, messages: of the forward and the backward together.
+        kept_bytes: the keys and values of other ranks, or whole heads, that are saved for the backward.
+        forward_bytes: the bytes that the forward sends.
+    """
 
     sent_bytes: int
     messages: int
@@ -51,6 +60,7 @@ class Volume(NamedTuple):
 
     @property
     def cost(self) -> int:
+        """The bytes that are sent, and for each message `MESSAGE_BYTES` more: what `schedule` compares."""
         return self.sent_bytes + self.messages * MESSAGE_BYTES
 
 
@@ -63,37 +73,56 @@ class RoundWork(NamedTuple):
 
 
 class RankWork(NamedTuple):
-    """The blocks that a rank computes without waiting for others, and its rounds."""
+    """The blocks that a rank computes without waiting for others, and its rounds: what `ExchangePlan.work` returns."""
 
     own: tuple[Part, ...]
     rounds: tuple[RoundWork, ...] = ()
 
     @property
     def visible_pairs(self) -> int:
-        """The pairs that the rank's queries see, a repeated pair as often as branches show it."""
+        """The pairs that the rank's queries see, a repeated pair as often as branches show it.
+
+        `sequence_plan` puts them into its table.
+        """
         parts = (*self.own, *(part for round_ in self.rounds for part in round_.parts))
         return sum(part.block.pairs * part.block.weight for part in parts)
 
 
 class Footprint(Protocol):
-    """The memory that an exchange takes on a rank beside its own q, k, v and results."""
+    """The memory that an exchange takes on a rank beside its own q, k, v and results.
+
+    `longnet plan` counts with it, and attention on fake tensors allocates what it says.
+    """
 
     @property
     def saves_inputs(self) -> bool:
         """The same as `ExchangeCall.saves_inputs`."""
 
     def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
-        """Return uninitialized tensors like those that the forward saves for the backward."""
+        """Return uninitialized tensors like those that the forward saves for the backward.
+
+        The forward of op.py on fake tensors calls it.
+        """
 
     def kv_rows(self, layers: int) -> int:
-        """Return the number of KV rows of other ranks that `layers` layers hold at once, for a comparison of ranks."""
+        """Return the number of KV rows of other ranks that `layers` layers hold at once.
+
+        `longnet plan` compares ranks by it, to find the one with the fullest memory.
+        """
 
     def in_flight_bytes(self, q: Tensor, k: Tensor, v: Tensor, *, is_backward: bool) -> int:
-        """Return the bytes of messages in both directions while a call runs."""
+        """Return the bytes of messages in both directions while a call runs.
+
+        `longnet plan` adds them to the memory of the call.
+        """
 
 
 class ExchangeCall(Protocol):
-    """One forward or one backward of attention on this rank, for samples with the same documents."""
+    """One forward or one backward of attention on this rank, for samples with the same documents.
+
+    The operators of op.py get it from `local_call` or `distributed_calls`, and call `forward` or `backward` once.  The
+    backward has an object of its own, to which `saved` brings what the forward saved.
+    """
 
     @property
     def saves_inputs(self) -> bool:
@@ -113,7 +142,7 @@ class ExchangeCall(Protocol):
 
 
 class PassOptions(NamedTuple):
-    """The options of one forward or backward of attention.
+    """The options of one forward or backward of attention; the operators of op.py make them.
 
     Attributes:
         spec: the options of the call of `attend`.
@@ -170,7 +199,7 @@ class RankCall(NamedTuple):
         return len(self.line.branches) if self.options.spec.partials > 1 else 0
 
     def by_line(self) -> list[RankCall]:
-        """Return the call of each line's branches alone."""
+        """Return the calls of the branches of each line alone; `ExchangePlan.call` splits a call so."""
         calls = []
         for line in self.lines:
             context = self.message
@@ -180,7 +209,10 @@ class RankCall(NamedTuple):
         return calls
 
     def tokens_at(self, places: Tensor) -> Tensor:
-        """Return the index in the whole sequence of the token at each place of the line, on the device of `places`."""
+        """Return the index in the whole sequence of the token at each place of the line, on the device of `places`.
+
+        Without a curve that is the place itself.
+        """
         if self.line.tokens is None:
             return places
         key = "line", *self.key, self.line.branches, places.device
@@ -229,24 +261,36 @@ class ExchangePlan(ABC):
     @property
     @abstractmethod
     def overlaps(self) -> bool:
-        """Whether blocks are computed while messages are on their way."""
+        """Whether blocks are computed while messages are on their way.
+
+        The planner asks: it then counts only the time for which a rank waits.
+        """
 
     @abstractmethod
     def volume(self, rank: int, sizes: Sizes) -> Volume:
-        """Return what a rank sends, forward and backward, and keeps."""
+        """Return what a rank sends, forward and backward, and keeps.
+
+        `schedule` compares exchanges by it; plans and callbacks report it.
+        """
 
     @abstractmethod
     def branch_volumes(self, rank: int, sizes: Sizes) -> tuple[Volume, ...]:
-        """Return what each branch adds to those finer than it; nothing where messages are of no branch."""
+        """Return what each branch adds to those finer than it; nothing where messages are of no branch.
+
+        The planner and the callback `CommunicationMonitor` report it.
+        """
 
     @abstractmethod
     def work(self, rank: int, weighted_segments: int = 0) -> RankWork:
-        """Return what a rank computes and receives."""
+        """Return what a rank computes and receives, for `sequence_plan` and the planner.
+
+        `weighted_segments` is that of `make_plan`: 0 counts a repeated pair in each branch that shows it.
+        """
 
     @abstractmethod
     def footprint(self, rank: int) -> Footprint:
-        """Return what the exchange holds in a rank's memory."""
+        """Return what the exchange holds in a rank's memory; the planner asks."""
 
     @abstractmethod
     def call(self, call: RankCall) -> ExchangeCall:
-        """Return one call of attention on this rank."""
+        """Return the object that computes one forward or backward on this rank; `distributed_calls` asks for it."""

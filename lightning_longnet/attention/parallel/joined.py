@@ -15,17 +15,20 @@ if TYPE_CHECKING:
 class JoinedCall(NamedTuple):
     """A call of attention on the rows of a batch, one behind the other; its results are those of the rows.
 
-    `inner` is the call on the long row (1, B * N, H, D), of which every row is some documents.
+    `local_call` makes it where rows have different documents.  `inner` is the call on the long row (1, B * N, H, D), of
+    which every row is some documents.
     """
 
     inner: ExchangeCall
 
     @property
     def saves_inputs(self) -> bool:
+        """The same as that of the call on the long row."""
         return self.inner.saves_inputs
 
     @property
     def saved_count(self) -> int:
+        """The same as that of the call on the long row."""
         return self.inner.saved_count
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -29,10 +29,12 @@ class LinesCall(NamedTuple):
 
     @property
     def saves_inputs(self) -> bool:
+        """False: the backward reads q, k, v and out."""
         return False
 
     @property
     def saved_count(self) -> int:
+        """The number of tensors that the forwards of all lines save."""
         return self.first.saved_count + sum(call.saved_count for _, call in self.others)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

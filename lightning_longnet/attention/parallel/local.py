@@ -21,15 +21,20 @@ class LocalComm(Comm):
 
     @property
     def name(self) -> None:
+        """None: there is no group."""
         return None
 
     def all_gather(self, own: Tensor, step: str) -> Tensor:
+        """Return this process's own tensor as that of the only rank, (1, *own.shape)."""
         self._check_failure()
         return own[None]
 
 
 def local_shard(documents: Tensor | None, key_padding_mask: Tensor | None) -> LocalShard:
-    """Return the shard with these documents and this padding, of which at least one is given."""
+    """Return the shard with these documents and this padding, of which at least one is given.
+
+    A model attends with it where a context gives documents or padding and does not split sequences.
+    """
     mask = documents if key_padding_mask is None else key_padding_mask
     assert mask is not None
     return LocalShard(mask.shape[-1], documents, key_padding_mask)
@@ -48,4 +53,5 @@ class LocalShard(SequenceShard):
 
     @staticmethod
     def _make_comm(group: dist.ProcessGroup | None) -> Comm:
+        """Return messages without a group; `group` is None."""
         return LocalComm()

@@ -41,6 +41,7 @@ class Placement:
     listed: tuple[tuple[Chunk, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        """Check the arguments."""
         if (self.kind == "documents") != bool(self.listed) or self.kind not in (*get_args(Kind), "documents"):
             raise ValueError(f"placement must be one of {', '.join(map(repr, get_args(Kind)))}, got {self.kind!r}")
         if not self.lengths or min(self.lengths) < 0:
@@ -49,7 +50,10 @@ class Placement:
     @classmethod
     @lru_cache(256)
     def even(cls, length: int, ranks: int, kind: Kind = "contiguous") -> Placement:
-        """Return the placement of `length` tokens over `ranks` ranks, whose numbers of tokens differ by one at most."""
+        """Return the placement of `length` tokens over `ranks` ranks, whose numbers of tokens differ by one at most.
+
+        Batches are split by it; the planner and `placement_choice` plan with it.
+        """
         cuts = [length * rank // ranks for rank in range(ranks + 1)]
         return cls(tuple(end - begin for begin, end in pairwise(cuts)), kind)
 
@@ -78,10 +82,12 @@ class Placement:
         return placement
 
     def __hash__(self) -> int:
+        """Return the hash of all fields, computed once."""
         return self._hash  # hashing thousands of lengths would cost at every look into a cache
 
     @cached_property
     def _hash(self) -> int:
+        """The hash of all fields."""
         return hash((self.lengths, self.kind, self.listed))
 
     def __getstate__(self) -> dict[str, object]:
@@ -90,10 +96,12 @@ class Placement:
 
     @property
     def ranks(self) -> int:
+        """The number of ranks."""
         return len(self.lengths)
 
     @cached_property
     def length(self) -> int:
+        """The number of tokens of the whole sequence."""
         return sum(self.lengths)
 
     def chunks(self, rank: int) -> tuple[Chunk, ...]:
@@ -117,7 +125,11 @@ class Placement:
         return self.chunks(rank)
 
     def holders(self, begin: int, end: int) -> set[int]:
-        """Return the ranks that hold some of the tokens `begin` to `end`."""
+        """Return the ranks that hold some of the tokens from `begin` up to, but not including, `end`.
+
+        Tokens outside of the sequence are left out.  `RankBlocks.possible_peers` asks with the tokens that a branch may
+        show.
+        """
         begin, end = max(begin, 0), min(end, self.length)
         if self.listed:
             if begin >= end:
@@ -140,14 +152,17 @@ class Placement:
 
     @cached_property
     def _seconds(self) -> tuple[int, ...]:
+        """For each rank r, the number of tokens in the second halves of the ranks before it; then that of all ranks."""
         return tuple(accumulate((length // 2 for length in self.lengths), initial=0))
 
     @cached_property
     def _begins(self) -> tuple[int, ...]:
+        """For each rank r, the number of tokens of the ranks before it; then that of all ranks."""
         return tuple(accumulate(self.lengths, initial=0))
 
     @cached_property
     def _firsts(self) -> tuple[int, ...]:
+        """For each rank r, the number of tokens in the first halves of the ranks before it; then that of all ranks."""
         return tuple(accumulate((-(-length // 2) for length in self.lengths), initial=0))
 
 

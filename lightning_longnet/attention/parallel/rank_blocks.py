@@ -39,6 +39,8 @@ FEW_RUNS = 10
 class Layout(NamedTuple):
     """The inputs that decide what each rank computes and sends; equal on all ranks.
 
+    `distributed_calls` makes one for samples with equal documents, and the planner for a run that it plans.
+
     Attributes:
         pattern: which keys a query sees.
         heads, kv_heads: of the whole layer.
@@ -57,7 +59,10 @@ class Layout(NamedTuple):
 
 @lru_cache(8)
 def rank_blocks(layout: Layout) -> RankBlocks:
-    """Return the blocks between any two ranks of a layout."""
+    """Return the blocks between any two ranks of a layout, one object for the last layouts that were asked for.
+
+    `route`, the choice of an exchange and the planner ask.
+    """
     return RankBlocks(layout)
 
 
@@ -69,7 +74,10 @@ class PeerBlocks(NamedTuple):
     kv_heads: int
 
     def mask(self, branches: Collection[int] | None = None, device: torch.device = CPU) -> Tensor:
-        """Return a mask of the needed KV rows, (tokens * kv_heads,), for some branches or for all."""
+        """Return a mask of the needed KV rows, (tokens * kv_heads,), for some branches or for all.
+
+        `Round` finds the rows to send and to receive by it, and plans count them.
+        """
         keys = [part.block.keys for part in self.parts if branches is None or part.branch in branches]
         if device == CPU and keys and sum(len(side.starts) * side.heads for side in keys) <= FEW_RUNS * len(keys):
             flags = bytearray(self.tokens * self.kv_heads)
@@ -83,7 +91,10 @@ class PeerBlocks(NamedTuple):
         return needed.flatten()
 
     def kv_rows(self) -> Tensor:
-        """Return the indices of the needed KV rows, (R,), ascending, int32."""
+        """Return the indices of the needed KV rows, (R,), ascending, int32.
+
+        Tests call it; `Round` reads the mask itself.
+        """
         return kv_rows_of(self.mask())
 
     @property
@@ -92,7 +103,10 @@ class PeerBlocks(NamedTuple):
         return SPARSE * sum(part.block.keys.size for part in self.parts) < self.tokens * self.kv_heads
 
     def kv_rows_without_mask(self, branches: Collection[int] | None = None) -> Tensor:
-        """Return the same indices as int64 without a mask of all KV rows; `branches` selects some branches."""
+        """Return the same indices as int64 without a mask of all KV rows; `branches` selects some branches.
+
+        The counts of rows take it where few rows are needed.
+        """
         indices = [torch.empty(0, dtype=torch.long)]
         for part in self.parts:
             if branches is None or part.branch in branches:
@@ -102,7 +116,10 @@ class PeerBlocks(NamedTuple):
         return unique
 
     def kv_row_count(self) -> int:
-        """Return the number of needed KV rows."""
+        """Return the number of needed KV rows, over all branches.
+
+        Each is sent once, though several blocks may need it.
+        """
         return len(self.kv_rows_without_mask()) if self.is_sparse else int(self.mask().sum())
 
 
@@ -188,7 +205,10 @@ class RankBlocks:
         return numbers
 
     def is_local(self) -> bool:
-        """Return whether the keys of each query are on the rank of the query."""
+        """Return whether the keys of each query are on the rank of the query.
+
+        Only then does the exchange "local" serve.
+        """
         ranks = range(self.layout.placement.ranks)
         return not any(self.blocks(rank, source).parts for rank in ranks for source in self.possible_peers(rank))
 
@@ -216,7 +236,10 @@ class RankBlocks:
         return sum(part.block.pairs * part.block.weight for part in parts)
 
     def estimated_traffic(self, rank: int) -> tuple[float, float]:
-        """Return an estimate of (received, sent) token rows of a rank, from how far its segments and documents span."""
+        """Return an estimate of (received, sent) token rows of a rank, from how far its segments and documents span.
+
+        `busiest_ranks` and the planner choose by it which of many ranks they plan.
+        """
         before = after = 0.0
         for chunk in self.layout.placement.chunks(rank):
             for branch in self.layout.pattern.branches:
@@ -242,15 +265,15 @@ class RankBlocks:
 
 
 def is_local(layout: Layout) -> bool:
-    """Return whether the keys of each query are on the rank of the query."""
+    """Return whether the keys of each query are on the rank of the query: `schedule` and the planner ask."""
     return rank_blocks(layout).is_local()
 
 
 def kv_rows_of(mask: Tensor, count: int | None = None) -> Tensor:
     """Return the indices of the KV rows in a mask, ascending.
 
-    They are int32, half the size of int64: they lie in memory beside the rows of a round.  With their `count` it waits
-    for no device, as nonzero() would.
+    `Round` calls it for each peer.  They are int32, half the size of int64: they lie in memory beside the rows of a
+    round.  With their `count` it waits for no device, as nonzero() would.
     """
     if count is None:
         return mask.nonzero().flatten().int()

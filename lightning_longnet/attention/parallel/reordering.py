@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class RowOrder(Protocol):
-    """Brings tensors (B, L, ...) into an order of rows and back."""
+    """Brings tensors (B, L, ...) into an order of rows and back; `ReorderedCall` and `LinesCall` call it."""
 
     @property
     def saves_rows(self) -> bool:
@@ -32,7 +32,7 @@ class RowOrder(Protocol):
 
 
 class LocalOrder(NamedTuple):
-    """The order of whole sequences, with its inverse."""
+    """The order of whole sequences, with its inverse: a `RowOrder` on one process."""
 
     order: Tensor
     inverse: Tensor
@@ -40,14 +40,19 @@ class LocalOrder(NamedTuple):
 
     @classmethod
     def between(cls, source: Line, target: Line, device: torch.device) -> LocalOrder:
-        """Return the order that brings rows of one line into another."""
+        """Return the order that brings rows of one line into another.
+
+        `local_call` and the exchange "swap" make one for each line but the first.
+        """
         order, inverse = target.order_from(source)
         return cls(order.to(device), inverse.to(device))
 
     def reorder(self, *tensors: Tensor) -> list[Tensor]:
+        """Return the tensors with their rows, dim 1, in the order."""
         return [x.index_select(1, self.order) for x in tensors]
 
     def restore(self, *tensors: Tensor) -> list[Tensor]:
+        """Return tensors that are in the order with their rows, dim 1, as they were."""
         return [x.index_select(1, self.inverse) for x in tensors]
 
 
@@ -63,13 +68,19 @@ class RowExchange(NamedTuple):
     received: dict[int, Tensor]
 
     def on(self, device: torch.device) -> RowExchange:
-        """Return the same rows with their indices on a device."""
+        """Return the same rows with their indices on a device.
+
+        The exchange is planned on the CPU.
+        """
         sent, received = ({rank: x.to(device) for rank, x in side.items()} for side in self)
         return RowExchange(sent, received)
 
 
 class RankOrder(NamedTuple):
-    """The order of sequences that are split: each row travels to the rank that holds its place on the line."""
+    """The order of sequences that are split: each row travels to the rank that holds its place on the line.
+
+    `distributed_calls` makes one for the first line along a curve, and `RoundsPlan.call` one for each other line.
+    """
 
     comm: Comm
     message: MessageContext
@@ -77,9 +88,11 @@ class RankOrder(NamedTuple):
     saves_rows: bool = True
 
     def reorder(self, *tensors: Tensor) -> list[Tensor]:
+        """Return the tensors in the order: all ranks exchange rows, so that all must call it together."""
         return self._exchange_rows(tensors, self.rows.sent, self.rows.received, "rows into the order")
 
     def restore(self, *tensors: Tensor) -> list[Tensor]:
+        """Return tensors that are in the order as the sequence has them; all ranks call it together."""
         return self._exchange_rows(tensors, self.rows.received, self.rows.sent, "rows out of the order")
 
     def _exchange_rows(
@@ -114,6 +127,7 @@ class RankOrder(NamedTuple):
 def row_exchange(order: Tensor, shard: SequenceShard) -> RowExchange:
     """Return the rows that this rank sends and receives to bring tensors into the order of a line.
 
+    It sends no message: each rank plans it alone, for the first line of a pattern and for each of its other lines.
     Before, the rank of token i of the sequence holds the row of token i; afterwards it holds that of token `order[i]`.
 
     Args:
@@ -139,6 +153,8 @@ def row_exchange(order: Tensor, shard: SequenceShard) -> RowExchange:
 class ReorderedCall(NamedTuple):
     """A call of attention on rows in another order; its results are in the order of the sequence.
 
+    `local_call` and `distributed_calls` make it where the pattern is drawn along a curve.
+
     Attributes:
         inner: the call on the reordered rows.
         order: the order of its rows.
@@ -151,10 +167,12 @@ class ReorderedCall(NamedTuple):
 
     @property
     def saves_inputs(self) -> bool:
+        """Whether the forward saves q, k, v, out and lse in the order: where sequences are split, to save messages."""
         return self.order.saves_rows
 
     @property
     def saved_count(self) -> int:
+        """The number of tensors that the forward saves, with q, k, v, out and lse if the order saves its rows."""
         return self.inner.saved_count + 5 * self.order.saves_rows  # q, k, v, out and lse in the order
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

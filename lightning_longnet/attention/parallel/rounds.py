@@ -62,7 +62,7 @@ class RemoteRows(NamedTuple):
 
 
 class RoundsCall(NamedTuple):
-    """One forward or backward of attention on this rank.
+    """One forward or backward of attention on this rank, by gather or ring or on whole sequences.
 
     Attributes:
         kernel: computes the blocks.
@@ -83,14 +83,17 @@ class RoundsCall(NamedTuple):
 
     @property
     def saves_inputs(self) -> bool:
+        """False: the backward reads q, k, v and out."""
         return False
 
     @property
     def _saved_outs(self) -> int:
+        """The number of outs of branches that the forward saves."""
         return self.branch_outs if self.saves_outs else 0
 
     @property
     def saved_count(self) -> int:
+        """The number of tensors that the forward saves: the received rows of gathers, and outs of branches."""
         return sum(step.saves_rows for step in self.route.rounds) + self._saved_outs
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -105,7 +108,7 @@ class RoundsCall(NamedTuple):
         """Merge the blocks of this rank's queries by their lse; return the result and what the backward needs besides.
 
         The blocks on this rank's own keys are computed while the first round is in flight, those of each round when it
-        has arrived.
+        has arrived.  `forward` calls it, and `LinesCall` for each of its lines.
         """
         # with padding, `forward_blocks` skips segments without a key, and nothing would write their rows
         stores = self.route.writes_queries and self.options.key_padding_mask is None
@@ -154,6 +157,7 @@ class RoundsCall(NamedTuple):
 
         Gradients of received keys travel back to their ranks.  `out` and `lse` are those of the whole softmax.  Without
         rounds, a kernel may give a gradient that `is_whole`, to which nothing is added later, in the type of q.
+        `backward` calls it, and `LinesCall` for each of its lines.
         """
         rounds, wide = self.route.rounds, torch.promote_types(q.dtype, torch.float32)
         stores, stores_keys = (
@@ -201,6 +205,10 @@ class RoundsCall(NamedTuple):
         return [dq, dk, dv]
 
     def _own_keys(self, k: Tensor, v: Tensor, gradients: tuple[Accumulator, Accumulator] | None = None) -> OwnKeys:
+        """Return the keys on this rank as kernels read them.
+
+        `gradients` are the accumulators of dk and dv in a backward.
+        """
         options = self.options
         return OwnKeys(k, v, options.key_padding_mask, options.key_words(), options.key_tokens(), gradients)
 
@@ -264,6 +272,7 @@ class RoundsCall(NamedTuple):
         pending = self.remote.comm.exchange(send, back, self.remote.message, f"gradients{_step_text(step)}")
 
         def finish() -> None:
+            """Wait for the gradients of this rank's keys, and add them to dk and dv."""
             pending.wait()
             for peer, gradients in back.items():
                 totals = dk.total, dv.total

@@ -33,9 +33,11 @@ class RoundsPlan(ExchangePlan):
 
     @property
     def overlaps(self) -> bool:
+        """True: the blocks on a rank's own keys are computed while the first round is in flight."""
         return True
 
     def volume(self, rank: int, sizes: Sizes) -> Volume:
+        """Return what a rank sends, forward and backward, and keeps."""
         return rounds_volumes(self.layout, [self.exchanges], rank, sizes)[0]
 
     def branch_volumes(self, rank: int, sizes: Sizes) -> tuple[Volume, ...]:
@@ -60,12 +62,16 @@ class RoundsPlan(ExchangePlan):
         return RankWork(own_route.own, tuple(rounds))
 
     def footprint(self, rank: int) -> RoundsFootprint:
+        """Return the KV rows that a rank holds: those of gathers until the backward, those of a ring for one round."""
         rounds = [(sum(r.received.values()), r.saves_rows) for r in self.work(rank).rounds]
         saved = sum(rows for rows, is_saved in rounds if is_saved)
         return RoundsFootprint(saved, max((rows for rows, is_saved in rounds if not is_saved), default=0))
 
     def call(self, call: RankCall) -> RoundsCall | LinesCall:
-        """Return the object that computes a forward or backward on this rank, with the branches of all lines."""
+        """Return the object that computes a forward or backward on this rank, with the branches of all lines.
+
+        `distributed_calls` calls it for each forward and backward.
+        """
         first, *others = call.by_line()
         own = self._line_call(first)
         if not others:
@@ -86,6 +92,7 @@ class RoundsPlan(ExchangePlan):
         own_route = shard.cached(("route", *call.key, exchanges), partial(route, layout, shard.rank, exchanges))
 
         def tokens_of(peer: int) -> Tensor:
+            """Return the index in the whole sequence of each token on a rank, in the order of the line."""
             return call.tokens_at(shard.tokens(peer, call.device))
 
         options = call.pair_options(layout, shard.tokens(device=call.device))
@@ -95,18 +102,20 @@ class RoundsPlan(ExchangePlan):
 
 
 def _line_exchange(source: Line, target: Line, shard: SequenceShard, device: torch.device) -> RowExchange:
+    """Return the rows that this rank sends and receives to bring rows of one line into another."""
     order, _ = target.order_from(source)
     return row_exchange(order, shard).on(device)
 
 
 class RoundsFootprint(NamedTuple):
-    """The KV rows that are saved until the backward, and those of the largest round that is not."""
+    """The KV rows that are saved until the backward, and those of the largest round that is not: a `Footprint`."""
 
     saved_rows: int
     round_rows: int
 
     @property
     def saves_inputs(self) -> bool:
+        """False, as of `RoundsCall`."""
         return False
 
     def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
@@ -120,9 +129,11 @@ class RoundsFootprint(NamedTuple):
         return saved
 
     def kv_rows(self, layers: int) -> int:
+        """Return the rows of the gathers of all layers, and those of one round of a ring."""
         return layers * self.saved_rows + self.round_rows
 
     def in_flight_bytes(self, q: Tensor, k: Tensor, v: Tensor, *, is_backward: bool) -> int:
+        """Return the bytes of messages while a call runs: two rounds of a ring, the rows of a gather, and gradients."""
         wide = torch.promote_types(q.dtype, torch.float32).itemsize
         row_elements = q.shape[0] * (k.shape[3] + v.shape[3])
         narrow = (2 * self.round_rows + (0 if is_backward else self.saved_rows)) * q.element_size()

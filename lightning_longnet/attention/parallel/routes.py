@@ -60,6 +60,7 @@ class Round:
 
         They are cached if the round saves the rows that it receives (a gather), or if they take at most `kept_bytes`.
         Others are computed in each call: those of all rounds of a dense ring are as many as the tokens of the sequence.
+        `RoundsCall` asks for them when it starts the round.
         """
         if device not in self._cache:
             indices = self._compute_indices(device)
@@ -70,6 +71,7 @@ class Round:
 
     @cached_property
     def _cache(self) -> dict[torch.device, RoundIndices]:
+        """The indices on each device that are kept."""
         return {}
 
     @cached_property
@@ -117,7 +119,7 @@ class RoundIndices(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all indices."""
+        """The bytes of all indices, which decide whether a ring keeps them."""
         of_parts = (part.kv_index for part in self.parts if part.kv_index is not None)
         return sum(x.nbytes for x in (*self.send.values(), *self.receive.values(), *of_parts))
 
@@ -126,6 +128,7 @@ def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
     """Return a rank's route: what it computes, sends and receives in a call of attention by gather and ring.
 
     All branches that are gathered share one round with all ranks; those of a ring share a round for each step.
+    `RoundsPlan` asks for it: for its calls, which a shard keeps, and for the tables of plans.
 
     Args:
         layout: who holds what, and what sees what.

@@ -23,7 +23,7 @@ SAMPLED_RANKS = 8
 
 
 class Schedule(NamedTuple):
-    """The exchange of each branch, from the finest to the coarsest, and the reason for it."""
+    """The exchange of each branch, from the finest to the coarsest, and the reason for it: what `schedule` returns."""
 
     exchanges: tuple[str, ...]
     why: str
@@ -40,7 +40,10 @@ def exchange_plan(layout: Layout, exchanges: tuple[str, ...]) -> ExchangePlan:
 
 
 def busiest_ranks(layout: Layout) -> list[int]:
-    """Return all ranks, or of many those that may have most to do, by how far their segments and documents span."""
+    """Return all ranks, or of many those that may have most to do, by how far their segments and documents span.
+
+    `schedule` compares exchanges on these ranks, and the planner plans them.
+    """
     lengths, ranks = layout.placement.lengths, range(layout.placement.ranks)
     if len(ranks) <= 2 * SAMPLED_RANKS:
         return list(ranks)
@@ -52,14 +55,15 @@ def busiest_ranks(layout: Layout) -> list[int]:
 
 
 def refusal_of(exchange: str, ranks: int, kv_heads: int) -> str:
-    """Return why an exchange cannot serve so many ranks, or an empty text."""
+    """Return why an exchange cannot serve so many ranks, or an empty text; the advice of `longnet plan` asks."""
     return refusal(ranks, kv_heads) if exchange == "swap" else ""
 
 
 def schedule(layout: Layout, exchange: str, sizes: Sizes) -> Schedule:
     """Return the exchange of each branch, or raise a ValueError with the reason where one cannot serve.
 
-    "auto" takes the choice that costs the busiest rank least, of those that keep few rows of other ranks.
+    `distributed_calls` asks once for each layout of a shard; `sequence_plan` and `longnet plan` ask without a process
+    group.  "auto" takes the choice that costs the busiest rank least, of those that keep few rows of other ranks.
 
     Args:
         layout: who holds what, and what sees what.
@@ -114,4 +118,5 @@ def schedule(layout: Layout, exchange: str, sizes: Sizes) -> Schedule:
 
 
 def _ways_text(way: tuple[str, ...]) -> str:
+    """Return a choice as text: one word if all branches have the same exchange, else "gather + ring"."""
     return way[0] if len(set(way)) == 1 else " + ".join(way)

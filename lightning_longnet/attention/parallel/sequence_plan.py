@@ -38,6 +38,7 @@ class SequencePlan:
     received: tuple[tuple[int, ...], ...]
 
     def __str__(self) -> str:
+        """Return the table: the exchange of each branch with the reason, then a line for each rank."""
         pattern, placement = self.layout.pattern, self.layout.placement
         lines = [
             f"{placement.length:,} tokens on {placement.ranks} ranks, {placement.kind}",

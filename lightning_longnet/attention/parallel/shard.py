@@ -116,19 +116,28 @@ class SequenceShard:
 
     @staticmethod
     def call_of(calls: int) -> str:
-        """Return the name of a call on all ranks, from the value of `calls` after it had begun."""
+        """Return the name of a call on all ranks, from the value of `calls` after it had begun.
+
+        The operators of op.py name a forward and its backward so in errors and message tags.
+        """
         batch, number = divmod(calls - 1, _CALLS)
         return f"call {number} of batch {batch}" if batch else f"call {number}"
 
     def tokens(self, rank: int | None = None, device: torch.device | None = None) -> Tensor:
-        """Return the index in the whole sequence of each token of a rank, by default of this one and on the CPU."""
+        """Return the index in the whole sequence of each token of a rank, (L,).
+
+        By default the rank is this one, and the indices are on the CPU.
+        """
         chunks = self.placement.chunks(self.rank if rank is None else rank)
         parts = [torch.arange(chunk.begin, chunk.end, device=device) for chunk in chunks]
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=device)
 
     @cached_property
     def places(self) -> Tensor:
-        """The index of each token on this rank in its document: (L,), or (B, L) where rows have their own documents."""
+        """The index of each token on this rank in its document: (L,), or (B, L) where rows have their own documents.
+
+        Rotary positions are counted so.
+        """
         tokens = self.tokens()
         begins = [torch.tensor(cuts[:-1]) for cuts in self.cuts]
         rows = [tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1] for starts in begins]
@@ -150,14 +159,20 @@ class SequenceShard:
         return torch.stack(masks)
 
     def cached(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
-        """Return the value of a key, made at its first use; it lives as long as the shard."""
+        """Return the value of a key, made at its first use; it lives as long as the shard.
+
+        Calls keep their routes, exchanges and indices here, so that later steps with the same shard plan nothing.
+        """
         if key not in self._cache:
             self._cache[key] = make()
         value: Made = self._cache[key]
         return value
 
     def saves_inputs(self, spec: str) -> bool:
-        """Return whether calls with this spec save other inputs than q, k and v, which autograd then need not save."""
+        """Return whether calls with this spec save other inputs than q, k and v, which autograd then need not save.
+
+        `spec` is the text of `AttentionSpec.dumps`.  `_setup_context` of op.py asks after the forward.
+        """
         return self.saves_inputs_of.get(spec, False)
 
     def footprint(self, spec: AttentionSpec) -> Footprint:
@@ -195,14 +210,16 @@ class SequenceShard:
         """Number the next calls as those of batch `number`, if one shard serves many batches.
 
         A rank may abandon a batch between two calls and continue with the next one.  The other ranks then wait until
-        the timeout, instead of taking its next call for the one that they wait for.
+        the timeout, instead of taking its next call for the one that they wait for.  `ShardCache` calls it for each
+        batch.
         """
         self.calls = max(self.calls, number * _CALLS)
 
     def exchange_verdicts(self, verdicts: Sequence[int], fault: str = "") -> list[list[int]]:
         """Return the verdicts of all ranks on their kernels; all ranks call it together.
 
-        A rank with a `fault` raises an error itself; the others then raise one that names the rank.
+        A rank with a `fault` raises an error itself; the others then raise one that names the rank.  A `Guard` calls it
+        in its preflight.
         """
         everywhere = all_gather_integers(self.comm, list(verdicts), "agrees on kernels", fault)
         return [theirs[: len(verdicts)] for theirs in everywhere]
@@ -210,7 +227,8 @@ class SequenceShard:
     def exchange_value(self, value: int, step: Step, fault: str = "") -> list[int]:
         """Return the 64-bit integer of each rank; all ranks call it together, for the same step.
 
-        A rank with a `fault` raises an error itself; the others then raise one that names the rank.
+        A rank with a `fault` raises an error itself; the others then raise one that names the rank.  `step` is what
+        they agree on, such as the seed of dropout.
         """
         return [theirs[0] for theirs in all_gather_integers(self.comm, [value], step, fault)]
 
@@ -237,7 +255,10 @@ class SequenceShard:
 
 
 def register_shard(shard: SequenceShard) -> int:
-    """Register a shard in `SHARDS` and return its number, which an operator takes in its place."""
+    """Register a shard in `SHARDS` and return its number, which an operator takes in its place.
+
+    A `SequenceShard` registers itself when it is made.
+    """
     number = next(_numbers)
     SHARDS[number] = shard
     return number
@@ -245,7 +266,10 @@ def register_shard(shard: SequenceShard) -> int:
 
 @contextmanager
 def report_errors(shard: SequenceShard | None) -> Iterator[None]:
-    """Report an error of this rank to the ranks that wait for it where calls are compared, and raise it here."""
+    """Report an error of this rank to the ranks that wait for it where calls are compared, and raise it here.
+
+    `attend` checks its arguments inside of it, and a `Guard` looks for another kernel.
+    """
     try:
         yield
     except (ValueError, RuntimeError, MemoryError) as error:

@@ -102,7 +102,10 @@ def _number_of(placement: Kind | Placement) -> int:
 
 
 def placement_fault(comm: Comm, length: Any, placement: Any) -> str:
-    """Return why a placement of a batch does not fit this rank, or an empty text."""
+    """Return why a placement of a batch does not fit this rank, or an empty text.
+
+    Only a `Placement` object can fail here; its name is checked by `argument_fault`.
+    """
     if not isinstance(placement, Placement):
         return ""
     if placement.ranks != comm.ranks:
