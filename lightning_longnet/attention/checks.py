@@ -1,6 +1,7 @@
 """Checks of single arguments of `attend`: each returns the argument, or raises a ValueError that names it.
 
 Tensors are as `attend` takes them here: q (batch, tokens, heads, D), not (batch, heads, rows, D) as in kernels.
+`prepared_call` calls these functions for each call of `attend`, and `explain` some of them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def checked_tensors(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return q, k and v, cast by autocast where it is enabled, and the documents as (B, N), for `attend`.
 
-    If one of them does not fit the others, a ValueError names it.
+    If one of them does not fit the others, a ValueError names it.  It comes first, since the other checks compare their
+    argument with q.
     """
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern must be a Pattern, got {type(pattern).__name__}: see Pattern.dilated, dense, window")
@@ -80,7 +82,7 @@ def _checked_documents(documents: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 def check_shard(shard: SequenceShard, q: Tensor, documents: Tensor | None, padding: Tensor | None, kernel: str) -> None:
-    """Raise a ValueError where a shard does not fit the other arguments of a call."""
+    """Raise a ValueError where a shard does not fit the other arguments of a call: its tokens, its batch, its masks."""
     if not isinstance(shard, SequenceShard):
         raise ValueError(f"shard must be a SequenceShard, got {type(shard).__name__}")
     if kernel == reference.name:
@@ -139,7 +141,10 @@ def checked_exclusions(names: Collection[str]) -> frozenset[str]:
 
 
 def seed_tensor(dropout: float, seed: int | Tensor | None) -> Tensor | None:
-    """Return the seed as a tensor, drawn from torch's CPU generator if it is None; None where nothing is dropped."""
+    """Return the seed of dropout as a CPU tensor, (); None where nothing is dropped.
+
+    If it is None, torch's CPU generator draws it, so that each call advances this generator.
+    """
     checked_probability(dropout)
     if isinstance(seed, Tensor):
         if seed.dtype.is_floating_point or seed.dtype.is_complex or seed.numel() != 1 or seed.device.type != "cpu":
@@ -167,7 +172,7 @@ def _reference_refusal(where: str) -> str:
 
 
 def check_reordering(ordering: Ordering, pattern: Pattern, kernel: str) -> None:
-    """Raise a ValueError where rows cannot be reordered."""
+    """Raise a ValueError where rows cannot be reordered; `prepared_call` asks where ordering is not "raster"."""
     if kernel == reference.name:
         raise ValueError(_reference_refusal(f"where ordering is {ordering!r}"))
     check_ordering(ordering, pattern)

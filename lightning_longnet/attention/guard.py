@@ -39,8 +39,8 @@ _LESS_MEMORY = (
 class _CallKey(NamedTuple):
     """The properties that calls of one preflight have in common, on all ranks that share sequences.
 
-    `group` names the ranks that agreed on the verdict; None is a verdict of one rank for its whole sequences.
-    `kernels` are those that may run.
+    A `Guard` keeps the verdict on kernels by it.  `group` names the ranks that agreed on the verdict; None is a verdict
+    of one rank for its whole sequences.  `kernels` are those that may run.
     """
 
     device: str
@@ -53,6 +53,7 @@ class _CallKey(NamedTuple):
     kernels: tuple[str, ...]
 
     def __str__(self) -> str:
+        """Return the properties in words, for lines of the log."""
         dtype = str(self.dtype).removeprefix("torch.")
         extras = ", dropout" * self.has_dropout + ", softcap" * self.has_softcap
         return f"{self.device}, {dtype}, heads of {self.head_dim}{extras}"
@@ -86,7 +87,10 @@ class Guard:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, is_placed: bool = False, **options: Any
     ) -> Tensor:
-        """Call `attend` after the `preflight` of the call, with advice for an error of the forward."""
+        """Call `attend` after the `preflight` of the call, with advice for an error of the forward.
+
+        It is for loops without the layers of this package, which call `preflight` themselves.
+        """
         options["excluded_kernels"] = self.preflight(q, k, v, pattern, is_placed=is_placed, **options)
         with self.advised_errors():
             out: Tensor = attend(q, k, v, pattern, **options)
@@ -100,7 +104,8 @@ class Guard:
     ) -> frozenset[str]:
         """Return the kernels that calls of this kind must exclude; the first call of a kind tries the kernels.
 
-        All ranks of a shard call it together.  All get the same kernels, or all raise an error.
+        A layer calls it before its first call of each kind.  All ranks of a shard call it together.  All get the same
+        kernels, or all raise an error.
 
         Args:
             q, k, v, pattern: those of the first call.
@@ -198,6 +203,7 @@ class Guard:
         return broken
 
     def _log_preflight(self, kind: _CallKey, shard: SequenceShard | None, working: list[str]) -> None:
+        """Log which kernels work, and the memory that the results of a call need and that is free."""
         needed, free = self._memory
         shown = "an unknown number" if free is None else f"{free / 2**20:,.0f} MiB"
         message = "%s: preflight on %s: kernels that work: %s; results need %.1f MiB of %s free"
@@ -228,7 +234,8 @@ class Guard:
     def advise(self, error: BaseException, description: str, *, is_lost: bool = False) -> str:
         """Add advice to an error of a step, log it and count it; return the advice, empty where there is none.
 
-        Errors get advice that came out of attention, in the forward or the backward, and those of memory.
+        Errors get advice that came out of attention, in the forward or the backward, and those of memory.  The strategy
+        calls it when a step has failed, before all ranks end.
 
         Args:
             error: the error, with its traceback.

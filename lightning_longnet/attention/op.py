@@ -118,7 +118,7 @@ def backward(
 
 
 def _exact_products(q: Tensor) -> AbstractContextManager[Any]:
-    """Return a context without autocast, which would round the products."""
+    """Return a context without autocast, which would round the products; it does nothing where autocast is off."""
     device = q.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -136,7 +136,7 @@ def _pass_options(
 
 
 def _gradient_of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """Return -sum exp(s - lse) (g . out) for each head: a sink takes weight from all values and gives none."""
+    """Return -sum exp(s - lse) (g . out) for each head, (H,): a sink takes weight from all values and gives none."""
     share = torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(lse == -torch.inf, 0)
     slope = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
     return -(share * slope).sum((0, 2)).to(sinks.dtype)
@@ -150,6 +150,7 @@ def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return uninitialized dq, dk and dv, contiguous."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
 
@@ -158,7 +159,10 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
-    """Save what the backward takes; autograd calls it after the forward."""
+    """Save what the backward takes; autograd calls it after the forward.
+
+    Where calls over ranks save other inputs than q, k and v, only the shapes of these three are kept.
+    """
     *tensors, spec, shard = inputs
     out, lse, saved = output
     q, k, v, *others = tensors
@@ -183,6 +187,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | Non
 
 
 def _refuse_second_derivative(ctx: Any, *_: Any) -> Any:
+    """Raise a RuntimeError: autograd calls it for the gradient of a gradient."""
     raise RuntimeError("attend has no second derivative; kernel='reference' has")
 
 
@@ -209,4 +214,5 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor
 def _fake_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Any, sinks: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return uninitialized gradients for fake tensors, as torch.compile and `longnet plan` pass them."""
     return *_empty_gradients(q, k, v), q.new_empty(0) if sinks is None else torch.empty_like(sinks)

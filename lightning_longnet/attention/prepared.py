@@ -36,7 +36,10 @@ _MIXES, _EXCHANGES, _ORDERINGS = get_args(Mix), get_args(Exchange), get_args(Ord
 
 
 class AttendOptions(TypedDict, total=False):
-    """The keyword arguments of `attend` but return_lse, which decides what it returns."""
+    """The keyword arguments of `attend` but return_lse, which decides what it returns.
+
+    Layers and contexts pass them on by their names.
+    """
 
     documents: Tensor | None
     key_padding_mask: Tensor | None
@@ -55,7 +58,11 @@ class AttendOptions(TypedDict, total=False):
 
 
 class PreparedCall(NamedTuple):
-    """A call as the operator takes it: its tensors, its spec, and what kernels judged it by."""
+    """A call as the operator takes it: its tensors, its spec, and what kernels judged it by.
+
+    The first seven fields are those of `op.forward`, in its order.  With a shard, documents and padding are None: the
+    shard holds them.
+    """
 
     q: Tensor
     k: Tensor
@@ -73,7 +80,7 @@ def prepared_call(
 ) -> PreparedCall:
     """Return the call as the operator takes it: with checked arguments, a chosen kernel, and a seed if one is needed.
 
-    `attend` calls it, and a `Guard` before.  A wrong argument raises a ValueError.
+    `attend` calls it for each call, and a `Guard` in its preflight.  A wrong argument raises a ValueError.
 
     Args:
         q, k, v, pattern, return_lse: the arguments of `attend`.
@@ -130,7 +137,10 @@ def prepared_call(
 
 
 def request_of(q: Tensor, v: Tensor, pattern: Pattern, is_padded: bool, has_dropout: bool) -> Request:
-    """Return the properties of a call by which kernels judge whether they can compute it; see `judge`."""
+    """Return the properties of a call by which kernels judge whether they can compute it; see `judge`.
+
+    `prepared_call` and `explain` call it, and fill in the fields that it leaves at their defaults.
+    """
     return Request(
         q.device.type,
         q.dtype,
@@ -147,4 +157,5 @@ def request_of(q: Tensor, v: Tensor, pattern: Pattern, is_padded: bool, has_drop
 
 @constant_result
 def _capability(index: int) -> tuple[int, int]:
+    """Return the compute capability of a CUDA device, (major, minor), as a constant of a compiled graph."""
     return torch.cuda.get_device_capability(index)

@@ -22,6 +22,8 @@ Mix = Literal["exact", "detached"]
 class AttentionSpec:
     """The options of a call, checked: frozen, hashable, and equal on all ranks that share sequences.
 
+    `prepared_call` makes it.  As text (`dumps`) it is an argument of the operators of op.py.
+
     Args:
         pattern: which keys a query sees.
         kernel: the name of the kernel that runs; never "auto".
@@ -69,7 +71,10 @@ class AttentionSpec:
 
     @property
     def counts_once(self) -> bool:
-        """Whether a pair is one and the same in whichever branch it is computed."""
+        """Whether a pair is one and the same in whichever branch it is computed.
+
+        Then dropout decides about it independently of the branch.
+        """
         return self.pattern.multiplicity == "set"
 
     @property
@@ -78,7 +83,7 @@ class AttentionSpec:
         return len(self.pattern.branches) if self.mix == "detached" else 1
 
     def scale_of(self, head_dim: int) -> float:
-        """Return the factor of the scores."""
+        """Return the factor of the scores: `scale`, or 1 / sqrt(head_dim)."""
         return head_dim**-0.5 if self.scale is None else self.scale
 
     def weighted_segments(self, device: str, samples: int, threads: int, *, per_branch: bool = False) -> int:
@@ -87,7 +92,8 @@ class AttentionSpec:
         0 means that every branch computes its own pairs: where the caller needs each branch's result (`per_branch`),
         where dropout drops the copies of a pair one by one, and where the kernel takes no weights.  Otherwise a call
         that computes pairs once serves one head, and must keep all threads busy with its segments and samples; a kernel
-        that runs the segments of all heads in one launch takes any number, `UNCUT`.
+        that runs the segments of all heads in one launch takes any number, `UNCUT`.  `local_call` and
+        `distributed_calls` ask before they plan.
         """
         kernel = BLOCK_KERNELS.get(self.kernel)  # the reference runs no blocks
         if per_branch or self.dropout > 0 or kernel is None or not kernel.takes_weights(device):
@@ -99,6 +105,7 @@ class AttentionSpec:
 
 @lru_cache(1024)
 def _loads(text: str) -> AttentionSpec:
+    """Return the spec of a line of `AttentionSpec.dumps`; equal lines give the same object."""
     values: dict[str, Any] = json.loads(text)
     pattern = Pattern.loads(json.dumps(values.pop("pattern"), separators=(",", ":")))
     return AttentionSpec(pattern, **{**values, "returns_lse": bool(values["returns_lse"])})

@@ -24,7 +24,7 @@ def kernel_fault(
 ) -> str:
     """Return why a kernel fails, or an empty text: it runs 8 tokens forward and backward, against the reference.
 
-    `Guard` calls it before the first call of a kind.
+    `Guard` calls it before the first call of a kind, and `longnet doctor` for each kernel that could serve.
     """
     small = Pattern.dilated((4, 8), (1, 2), is_causal=pattern.is_causal)
     widths = ((q.shape[2], q.shape[3]), (k.shape[2], q.shape[3]), (k.shape[2], v.shape[3]))
@@ -65,7 +65,10 @@ def _values(tokens: int, heads: int, width: int, place: int) -> Tensor:
 
 
 def needed_bytes(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> int:
-    """Return the least memory that a call allocates: for out and lse, and for dq, dk and dv if it needs gradients."""
+    """Return the least memory that a call allocates: for out and lse, and for dq, dk and dv if it needs gradients.
+
+    A `Guard` compares it with `free_bytes` in its preflight.
+    """
     out = q.shape[:3].numel() * v.shape[3]
     needed = out * dtype.itemsize + q.shape[:3].numel() * max(dtype.itemsize, 4)  # lse is at least float32
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -74,7 +77,10 @@ def needed_bytes(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of a device; None where the platform does not report it."""
+    """Return the free memory of a device; None where the platform does not report it.
+
+    On CUDA the memory that torch has reserved and not given out counts as free.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -135,7 +135,7 @@ class AllToAllFootprint(NamedTuple):
     def in_flight_bytes(self, q: Tensor, k: Tensor, v: Tensor, *, is_backward: bool) -> int:
         """Return the bytes of a rank's heads that are sent and received at once.
 
-        In the backward those of their gradients in the type of accumulators come to it.
+        In the backward their gradients, in the type of accumulators, are in memory besides.
         """
         # what is sent and what is received, and the wide gradients of this rank's heads
         wide = torch.promote_types(q.dtype, torch.float32).itemsize
