@@ -157,6 +157,8 @@ def explain(
 ) -> Explanation:
     """Return which kernel `attend` would run on these tensors, which others could serve, and why the rest cannot.
 
+    Users call it, the trial of a `Guard`, and `longnet doctor`; it computes nothing.
+
     >>> q = torch.zeros(1, 8, 2, 4)
     >>> print(explain(q, q, torch.zeros(1, 8, 2, 6), Pattern.dense()))
     cpu, float32, accumulates in float32

@@ -29,8 +29,8 @@ def checked_tensors(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return q, k and v, cast by autocast where it is enabled, and the documents as (B, N), for `attend`.
 
-    If one of them does not fit the others, a ValueError names it.  It comes first, since the other checks compare their
-    argument with q.
+    `prepared_call` calls it first, as other checks compare with q; `explain` calls it, too.  If a tensor does not fit
+    the others, a ValueError names it.
     """
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern must be a Pattern, got {type(pattern).__name__}: see Pattern.dilated, dense, window")
@@ -179,7 +179,7 @@ def check_reordering(ordering: Ordering, pattern: Pattern, kernel: str) -> None:
 
 
 def checked_sinks(sinks: Tensor | None, q: Tensor, mix: Mix) -> Tensor | None:
-    """Return the sinks, or raise a ValueError if they are not one logit for each query head, (H,)."""
+    """Return the sinks, or raise a ValueError if they are not one logit for each query head, (H,); None is no sinks."""
     if sinks is None:
         return None
     if not isinstance(sinks, Tensor) or not sinks.dtype.is_floating_point or sinks.shape != q.shape[2:3]:

@@ -38,7 +38,7 @@ _MIXES, _EXCHANGES, _ORDERINGS = get_args(Mix), get_args(Exchange), get_args(Ord
 class AttendOptions(TypedDict, total=False):
     """The keyword arguments of `attend` but return_lse, which decides what it returns.
 
-    Layers and contexts pass them on by their names.
+    Layers, contexts and `attend` itself make such a dictionary and pass it on.
     """
 
     documents: Tensor | None

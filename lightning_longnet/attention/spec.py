@@ -66,7 +66,10 @@ class AttentionSpec:
 
     @staticmethod
     def loads(text: str) -> AttentionSpec:
-        """Return the spec that `dumps` wrote; equal texts give the same object."""
+        """Return the spec that `dumps` wrote; equal texts give the same object.
+
+        The operators of op.py call it in each forward and backward.
+        """
         return _loads(text)
 
     @property
@@ -79,11 +82,17 @@ class AttentionSpec:
 
     @property
     def partials(self) -> int:
-        """The number of partial results that the backward needs: one of each branch for "detached", else one of all."""
+        """The number of partial results that the backward needs: one of each branch for "detached", else one of all.
+
+        The calls of exchanges ask whether to keep results of branches, and plans count their memory.
+        """
         return len(self.pattern.branches) if self.mix == "detached" else 1
 
     def scale_of(self, head_dim: int) -> float:
-        """Return the factor of the scores: `scale`, or 1 / sqrt(head_dim)."""
+        """Return the factor of the scores: `scale`, or 1 / sqrt(head_dim).
+
+        It is asked for each call that runs blocks, and by the kernel "reference".
+        """
         return head_dim**-0.5 if self.scale is None else self.scale
 
     def weighted_segments(self, device: str, samples: int, threads: int, *, per_branch: bool = False) -> int:

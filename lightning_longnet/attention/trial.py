@@ -79,7 +79,8 @@ def needed_bytes(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Return the free memory of a device; None where the platform does not report it.
 
-    On CUDA the memory that torch has reserved and not given out counts as free.
+    A `Guard` calls it in its preflight, and `longnet doctor`.  On CUDA the memory that torch has reserved and not given
+    out counts as free.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

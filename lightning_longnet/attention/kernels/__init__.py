@@ -93,7 +93,8 @@ class BlockKernel(Protocol):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Return out, (batch, heads, queries, Dv), and lse of the block alone.
 
-        A query that sees no key of the block has out = 0 and lse = -inf.
+        A query that sees no key of the block has out = 0 and lse = -inf.  `forward_blocks` calls it for each block of a
+        plan.
         """
 
     def backward(
@@ -102,7 +103,8 @@ class BlockKernel(Protocol):
         """Return what the block adds to dq, dk and dv.
 
         `out` and `lse` are those of the whole softmax over all blocks, for the queries of this block.  A query that
-        sees no key in the whole softmax has lse = +inf, so that its weights exp(S - lse) are 0.
+        sees no key in the whole softmax has lse = +inf, so that its weights exp(S - lse) are 0.  `backward_blocks`
+        calls it for each block of a plan.
         """
 
 

@@ -71,7 +71,7 @@ class PairOptions(NamedTuple):
     def key_words(self) -> Tensor | None:
         """Return dropout's word for each key on this rank, (N,); None without dropout.
 
-        `RoundsCall` gives them to `OwnKeys`.
+        `RoundsCall` calls it once in a forward or backward, and gives them to `OwnKeys`.
         """
         if self.dropout is None:
             return None
@@ -81,7 +81,7 @@ class PairOptions(NamedTuple):
     def key_tokens(self) -> Tensor | None:
         """Return the index in the whole sequence of each key on this rank, (N,); None unless later keys are masked.
 
-        `RoundsCall` gives them to `OwnKeys`.
+        `RoundsCall` calls it once in a forward or backward, and gives them to `OwnKeys`.
         """
         return self.tokens if self.masks_later else None
 
@@ -202,7 +202,7 @@ def _adopted(part: Part, q: Tensor, result: Partial) -> Partial | None:
 def no_key_partial(q: Tensor, v: Tensor) -> Partial:
     """Return the partial of no key: out (B, N, H, Dv) is 0 and lse (B, N, H, 1) is -inf.
 
-    `RoundsCall` merges the results of blocks into it where not every row is written by the first branch.
+    `RoundsCall` calls it before the first block, unless the first branch writes every row.
     """
     partial = uninitialized_partial(q, v)
     partial.out.zero_()

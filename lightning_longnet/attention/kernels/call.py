@@ -90,7 +90,7 @@ def band(
 ) -> Tensor:
     """Return a bias (queries, keys) of -inf wherever `low <= query - key <= high` does not hold.
 
-    The kernel eager, torch's operator for CPU and memory-efficient attention mask blocks by it.
+    The kernel eager, torch's operator for CPU and memory-efficient attention call it, to mask a block.
     """
     distance = torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)
     masked = torch.zeros_like(distance, dtype=torch.bool)
@@ -120,7 +120,10 @@ def weights(queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.d
 def head_weights(
     queries: int, keys: int, head_repeats: tuple[tuple[Repeat, ...], ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return the weights of each key head, (heads, queries, keys), for torch's operator for CPU."""
+    """Return the weights of each key head, (heads, queries, keys), for blocks whose heads have other repeats.
+
+    The kernel "sdpa" calls it on a CPU.
+    """
     with torch.inference_mode(False):
         return torch.stack([weights(queries, keys, repeats, dtype, device) for repeats in head_repeats])
 

@@ -73,11 +73,11 @@ class Operator(Generic[_P, _T]):
         return result
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
-        """Register the function that returns the gradients, and the one that saves what it reads."""
+        """Register the function that returns the gradients, and the one that saves what it reads; op.py calls it."""
         torch.library.register_autograd(self.name, backward, setup_context=setup_context)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Register a function that returns results without data, for fake tensors, and return it."""
+        """Register a function that returns results without data, for fake tensors, and return it; op.py calls it."""
         torch.library.register_fake(self.name, function)
         return function
 

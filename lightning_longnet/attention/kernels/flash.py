@@ -120,7 +120,7 @@ class Package:
         self._interface = interface
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse of one `Window`, whose bounds are `left` and `right`, for `fused.forward`."""
+        """Return out and lse of one `Window`, whose bounds are `left` and `right`; `fused.forward` calls it."""
         out, lse, _, _ = self._interface._flash_attn_forward(
             q,
             k,
@@ -148,7 +148,7 @@ class Package:
         left: int,
         right: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv of one `Window`, whose bounds are `left` and `right`, for `fused.backward`."""
+        """Return dq, dk and dv of one `Window`, whose bounds are `left` and `right`; `fused.backward` calls it."""
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         self._interface._flash_attn_backward(
             grad,

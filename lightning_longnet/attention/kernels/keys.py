@@ -46,10 +46,13 @@ class Keys(Protocol):
         """
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of a part."""
+        """Return the keys and values of a part; `forward_blocks` and `backward_blocks` call it for each block."""
 
     def key_padding_mask(self, part: Part) -> Tensor | None:
-        """Return (batch * segments, 1 or heads, rows), True where padding masks a key; None without padding."""
+        """Return (batch * segments, 1 or heads, rows), True where padding masks a key; None without padding.
+
+        `_kernel_calls` calls it for each block.
+        """
 
     def words(self, part: Part) -> Tensor:
         """Return dropout's words of the keys of a part, (batch * segments, heads, rows)."""
@@ -65,7 +68,7 @@ class Keys(Protocol):
 
 
 class OwnKeys:
-    """Keys and values (B, N, Hkv, D) on this rank.
+    """Keys and values (B, N, Hkv, D) on this rank: `RoundsCall` makes it in each forward and backward.
 
     Args:
         padding: (B, N), True where padding masks a key.

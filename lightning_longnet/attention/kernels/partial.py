@@ -12,8 +12,9 @@ from torch import Tensor
 class Partial(NamedTuple):
     """The softmax over some of the keys: out (..., D), the weighted mean of their values, and lse (..., 1).
 
-    The lse is the log-sum-exp of the scores of these keys.  Partials over disjoint keys can be merged in any order; the
-    partial of no key (`lse == -inf`, `out == 0`) changes nothing.
+    Each block that a kernel computes gives one, and so do branches, ring steps and caches of inference.  The lse is the
+    log-sum-exp of the scores of these keys.  Partials over disjoint keys can be merged in any order; the partial of no
+    key (`lse == -inf`, `out == 0`) changes nothing.
     """
 
     out: Tensor
@@ -22,8 +23,8 @@ class Partial(NamedTuple):
     def add_(self, out: Tensor, lse: Tensor, weight: int = 1) -> None:
         """Merge the keys of another partial into this one, in place, each counted `weight` times.
 
-        A negative weight removes keys that were merged before.  The results of blocks, of branches and of lines are
-        merged by it.
+        A negative weight removes keys that were merged before.  `forward_blocks` calls it for the result of each block,
+        and branches, lines and the caches of inference are merged by it.
         """
         lse = lse + log(abs(weight)) if abs(weight) != 1 else lse
         if weight > 0:
@@ -45,7 +46,7 @@ class Partial(NamedTuple):
     def add_logits_(self, logits: Tensor) -> None:
         """Merge keys without a value, whose log-sum-exp is `logits`, in place; -inf is no key.
 
-        `logits` broadcasts to the shape of lse.  Sinks and null keys are merged by it.
+        `logits` broadcasts to the shape of lse.  `finalized` calls it for sinks, and `NullKeys` for null keys.
         """
         total = torch.logaddexp(self.lse, logits)
         # a row without keys has an lse of -inf; with logits of -inf, too, the difference would be NaN

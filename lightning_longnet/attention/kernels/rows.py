@@ -46,11 +46,14 @@ def over_batches(
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """Return k or v with each head repeated for its query heads, (batch, heads, rows, D).
 
-    An operator without grouped queries needs it; x is (batch, key heads, rows, D).
+    cuDNN and memory-efficient attention need it, operators without grouped queries; x is (batch, key heads, rows, D).
     """
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def sum_groups(x: Tensor, key_heads: int) -> Tensor:
-    """Return the gradient of `repeat_heads`, (batch, key heads, rows, D): the sum over each group, in float32."""
+    """Return the gradient of `repeat_heads`, (batch, key heads, rows, D): the sum over each group, in float32.
+
+    The backward of cuDNN and of memory-efficient attention calls it for dk and dv.
+    """
     return x if x.shape[1] == key_heads else x.unflatten(1, (key_heads, -1)).sum(2, dtype=torch.float32)

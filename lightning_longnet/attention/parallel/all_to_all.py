@@ -40,7 +40,10 @@ def refusal(ranks: int, kv_heads: int) -> str:
 
 
 class AllToAllPlan(ExchangePlan):
-    """A plan in which a rank computes all branches on whole sequences of some of the heads: the exchange "swap"."""
+    """A plan in which a rank computes all branches on whole sequences of some of the heads: the exchange "swap".
+
+    `schedule` and `distributed_calls` make it.  For who calls each method see `ExchangePlan`.
+    """
 
     @property
     def overlaps(self) -> bool:
@@ -109,7 +112,10 @@ class AllToAllPlan(ExchangePlan):
 
 
 class AllToAllFootprint(NamedTuple):
-    """The memory of a call that holds whole sequences of `length` tokens for one in `ranks` heads: a `Footprint`."""
+    """The memory of a call that holds whole sequences of `length` tokens for one in `ranks` heads.
+
+    `longnet plan` counts with it; it is a `Footprint`.
+    """
 
     ranks: int
     length: int
@@ -145,7 +151,7 @@ class AllToAllFootprint(NamedTuple):
 
 
 class AllToAllCall(NamedTuple):
-    """One forward or backward by all_to_all, an `ExchangeCall`.
+    """One forward or backward by all_to_all, an `ExchangeCall`: the operators of op.py call it.
 
     `inner` is that of this rank's heads over the whole sequence.
     """

@@ -96,7 +96,7 @@ class Footprint(Protocol):
 
     @property
     def saves_inputs(self) -> bool:
-        """The same as `ExchangeCall.saves_inputs`."""
+        """The same as `ExchangeCall.saves_inputs`: autograd on fake tensors then keeps no q, k and v."""
 
     def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
         """Return uninitialized tensors like those that the forward saves for the backward.
@@ -126,11 +126,17 @@ class ExchangeCall(Protocol):
 
     @property
     def saves_inputs(self) -> bool:
-        """Whether `saved` holds all inputs of the backward, which then reads only the shapes of q, k and v."""
+        """Whether `saved` holds all inputs of the backward, which then reads only the shapes of q, k and v.
+
+        The operators of op.py ask, so that autograd does not save them as well.
+        """
 
     @property
     def saved_count(self) -> int:
-        """The number of tensors that the forward saves for the backward."""
+        """The number of tensors that the forward saves for the backward.
+
+        The operator of the backward gives each call its own of the tensors that all calls have saved.
+        """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return out (B, L, H, Dv), lse (B, H, L), and the tensors that the backward needs besides."""
@@ -195,7 +201,10 @@ class RankCall(NamedTuple):
 
     @property
     def branch_outs(self) -> int:
-        """The number of branches of this line whose own results the backward takes; see `RoundsCall`."""
+        """The number of branches of this line whose own results the backward takes; see `RoundsCall`.
+
+        The plans of exchanges give it to their `RoundsCall`s.
+        """
         return len(self.line.branches) if self.options.spec.partials > 1 else 0
 
     def by_line(self) -> list[RankCall]:
@@ -222,7 +231,7 @@ class RankCall(NamedTuple):
         """Return the options that hold for every pair of the call, whichever block computes it.
 
         Args:
-            layout: who holds what, and what sees what.
+            layout: the pattern, the heads, the documents and the placement.
             places: (N,) the place on the line of each key that is not received in a round.
             heads: the query heads that this rank computes.
         """
@@ -250,8 +259,10 @@ class RankCall(NamedTuple):
 class ExchangePlan(ABC):
     """An exchange of keys between ranks: a pure function of the layout, equal on all ranks.
 
+    `exchange_plan` makes it of the choice of `schedule`: `RoundsPlan` is gather and ring, `AllToAllPlan` is swap.
+
     Args:
-        layout: who holds what, and what sees what.
+        layout: the pattern, the heads, the documents and the placement.
         exchanges: the exchange of each branch, from the finest to the coarsest.
     """
 

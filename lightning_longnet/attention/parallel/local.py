@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class LocalComm(Comm):
-    """The messages of a process to itself: none is ever sent."""
+    """The messages of a process to itself: none is ever sent.  A `LocalShard` has one."""
 
     def __init__(self) -> None:
         self.rank, self.ranks, self.shard = 0, 1, 0
@@ -25,7 +25,10 @@ class LocalComm(Comm):
         return None
 
     def all_gather(self, own: Tensor, step: str) -> Tensor:
-        """Return this process's own tensor as that of the only rank, (1, *own.shape)."""
+        """Return this process's own tensor as that of the only rank, (1, *own.shape).
+
+        The shard shares its arguments by it, as ranks do.
+        """
         self._check_failure()
         return own[None]
 
@@ -33,7 +36,7 @@ class LocalComm(Comm):
 def local_shard(documents: Tensor | None, key_padding_mask: Tensor | None) -> LocalShard:
     """Return the shard with these documents and this padding, of which at least one is given.
 
-    A model attends with it where a context gives documents or padding and does not split sequences.
+    The property `ContextAttention.shard` calls it for a batch with documents or padding that is not split.
     """
     mask = documents if key_padding_mask is None else key_padding_mask
     assert mask is not None
@@ -53,5 +56,5 @@ class LocalShard(SequenceShard):
 
     @staticmethod
     def _make_comm(group: dist.ProcessGroup | None) -> Comm:
-        """Return messages without a group; `group` is None."""
+        """Return messages without a group; `SequenceShard` calls it with `group` None."""
         return LocalComm()

@@ -118,7 +118,8 @@ class PeerBlocks(NamedTuple):
     def kv_row_count(self) -> int:
         """Return the number of needed KV rows, over all branches.
 
-        Each is sent once, though several blocks may need it.
+        `Round` asks where it computes indices on a GPU, and plans ask.  Each row is sent once, though several blocks
+        may need it.
         """
         return len(self.kv_rows_without_mask()) if self.is_sparse else int(self.mask().sum())
 
@@ -207,7 +208,7 @@ class RankBlocks:
     def is_local(self) -> bool:
         """Return whether the keys of each query are on the rank of the query.
 
-        Only then does the exchange "local" serve.
+        Only then does the exchange "local" serve.  `schedule` asks through the function `is_local`.
         """
         ranks = range(self.layout.placement.ranks)
         return not any(self.blocks(rank, source).parts for rank in ranks for source in self.possible_peers(rank))

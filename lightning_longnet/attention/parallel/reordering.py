@@ -68,10 +68,7 @@ class RowExchange(NamedTuple):
     received: dict[int, Tensor]
 
     def on(self, device: torch.device) -> RowExchange:
-        """Return the same rows with their indices on a device.
-
-        The exchange is planned on the CPU.
-        """
+        """Return the same rows with their indices on a device: the callers of `row_exchange` plan on the CPU."""
         sent, received = ({rank: x.to(device) for rank, x in side.items()} for side in self)
         return RowExchange(sent, received)
 
@@ -127,7 +124,7 @@ class RankOrder(NamedTuple):
 def row_exchange(order: Tensor, shard: SequenceShard) -> RowExchange:
     """Return the rows that this rank sends and receives to bring tensors into the order of a line.
 
-    It sends no message: each rank plans it alone, for the first line of a pattern and for each of its other lines.
+    It sends no message: each rank calls it alone, for the first line of a pattern and for each of its other lines.
     Before, the rank of token i of the sequence holds the row of token i; afterwards it holds that of token `order[i]`.
 
     Args:
@@ -153,7 +150,8 @@ def row_exchange(order: Tensor, shard: SequenceShard) -> RowExchange:
 class ReorderedCall(NamedTuple):
     """A call of attention on rows in another order; its results are in the order of the sequence.
 
-    `local_call` and `distributed_calls` make it where the pattern is drawn along a curve.
+    `local_call` and `distributed_calls` make it where the pattern is drawn along a curve; the operators of op.py call
+    it.
 
     Attributes:
         inner: the call on the reordered rows.

@@ -83,7 +83,7 @@ class RoundsCall(NamedTuple):
 
     @property
     def saves_inputs(self) -> bool:
-        """False: the backward reads q, k, v and out."""
+        """False: the backward reads q, k, v and out, which autograd saves."""
         return False
 
     @property
@@ -93,7 +93,10 @@ class RoundsCall(NamedTuple):
 
     @property
     def saved_count(self) -> int:
-        """The number of tensors that the forward saves: the received rows of gathers, and outs of branches."""
+        """The number of tensors that the forward saves: the received rows of gathers, and outs of branches.
+
+        The operator of the backward asks, and calls that have others inside.
+        """
         return sum(step.saves_rows for step in self.route.rounds) + self._saved_outs
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class RoundsPlan(ExchangePlan):
-    """A plan in which the keys of each branch are gathered, or passed round a ring."""
+    """A plan in which the keys of each branch are gathered, or passed round a ring.
+
+    `schedule` and `distributed_calls` make it.  For who calls each method see `ExchangePlan`.
+    """
 
     @property
     def overlaps(self) -> bool:
@@ -108,7 +111,10 @@ def _line_exchange(source: Line, target: Line, shard: SequenceShard, device: tor
 
 
 class RoundsFootprint(NamedTuple):
-    """The KV rows that are saved until the backward, and those of the largest round that is not: a `Footprint`."""
+    """The KV rows that are saved until the backward, and those of the largest round that is not.
+
+    `longnet plan` counts memory with it; it is a `Footprint`.
+    """
 
     saved_rows: int
     round_rows: int
@@ -146,7 +152,7 @@ def rounds_volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, s
     `schedule` compares choices by it.  The blocks between two ranks are the same for all choices, and are planned once.
 
     Args:
-        layout: who holds what, and what sees what.
+        layout: the pattern, the heads, the documents and the placement.
         ways: the choices: for each branch "gather", "ring" or "none".
         rank: the rank.
         sizes: the sizes of the tensors.

@@ -131,7 +131,7 @@ def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
     `RoundsPlan` asks for it: for its calls, which a shard keeps, and for the tables of plans.
 
     Args:
-        layout: who holds what, and what sees what.
+        layout: the pattern, the heads, the documents and the placement.
         rank: the rank.
         exchanges: "gather" or "ring" for each branch.
     """

@@ -29,7 +29,10 @@ class Schedule(NamedTuple):
     why: str
 
     def plan(self, layout: Layout) -> ExchangePlan:
-        """Return the exchange of a layout that this is the schedule of."""
+        """Return the plan of a layout, which must be the one that this is the schedule of.
+
+        `distributed_calls`, `sequence_plan` and `longnet plan` call it.
+        """
         return exchange_plan(layout, self.exchanges)
 
 
@@ -66,7 +69,7 @@ def schedule(layout: Layout, exchange: str, sizes: Sizes) -> Schedule:
     group.  "auto" takes the choice that costs the busiest rank least, of those that keep few rows of other ranks.
 
     Args:
-        layout: who holds what, and what sees what.
+        layout: the pattern, the heads, the documents and the placement.
         exchange: the argument of `attend`.
         sizes: the sizes of the tensors.
     """

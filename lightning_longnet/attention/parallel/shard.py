@@ -136,7 +136,7 @@ class SequenceShard:
     def places(self) -> Tensor:
         """The index of each token on this rank in its document: (L,), or (B, L) where rows have their own documents.
 
-        Rotary positions are counted so.
+        Models take it for the positions of tokens, such as rotary ones.
         """
         tokens = self.tokens()
         begins = [torch.tensor(cuts[:-1]) for cuts in self.cuts]
@@ -147,6 +147,8 @@ class SequenceShard:
 
     def padding_of(self, tokens: Tensor, samples: slice) -> Tensor | None:
         """Return (B, tokens), True where padding masks a token, whichever rank holds it; None without padding.
+
+        The calls of exchanges ask for their own keys and for received ones.
 
         Args:
             tokens: indices in the whole sequence.

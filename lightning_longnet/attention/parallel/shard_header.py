@@ -118,7 +118,8 @@ def placement_fault(comm: Comm, length: Any, placement: Any) -> str:
 def argument_fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any, check: Any) -> str:
     """Return what is wrong with the arguments that this rank gave to `SequenceShard`, or an empty text.
 
-    The ranks exchange headers before one of them raises the error, so that no rank waits for it.
+    `SequenceShard` calls it first when it is made.  The ranks exchange headers before one of them raises the error, so
+    that no rank waits for it.
     """
     if not isinstance(length, int) or isinstance(length, bool) or length < 0:
         return f"length must be a number of tokens, at least 0, got {length!r} on rank {rank}"

@@ -80,7 +80,8 @@ def sequence_hilbert_order(length: int) -> Tensor:
 def inverse_order(order: Tensor) -> Tensor:
     """Return the place of each token, (tokens,): `x[order][inverse_order(order)]` is x.
 
-    A ValueError is raised if `order` does not name each token once.
+    Users call it to undo an order, and each `Line` along a curve has both.  A ValueError is raised if `order` does not
+    name each token once.
     """
     if order.dim() != 1 or order.dtype.is_floating_point or order.dtype == torch.bool:
         raise ValueError(f"order must be integers (tokens,), got {order.dtype} {tuple(order.shape)}")
@@ -94,7 +95,7 @@ def inverse_order(order: Tensor) -> Tensor:
 def order_of(ordering: Ordering, shape: Sequence[int]) -> Tensor:
     """Return the order of a grid by its name: `hilbert_order(shape)` or `raster_order(shape)`.
 
-    The model LongViT brings the patches of an image into it.
+    The model LongViT calls it for the patches of an image.
     """
     return hilbert_order(shape) if ordering == "hilbert" else raster_order(shape)
 

@@ -208,7 +208,10 @@ class Pattern:
         return shown
 
     def mask(self, length: int, heads: int, kv_heads: int | None = None) -> Tensor:
-        """Return how often query `i` of head `h` counts key `j`, an integer (H, N, N), for people and for tests."""
+        """Return how often query `i` of head `h` counts key `j`, an integer (H, N, N), for people and for tests.
+
+        Pictures are drawn of it; kernels do not call it.
+        """
         kv_heads = check_heads(heads, kv_heads)
         if length < 0:
             raise ValueError(f"length must not be negative, got {length}")

@@ -22,7 +22,7 @@ class CopiedLattice(Lattice):
         return False
 
     def covers(self, t: Tensor) -> bool:
-        """Return False: no tensor of all rows can be a view of these."""
+        """Return False: `adoptable` asks, and no tensor of all rows can be a view of these."""
         return False
 
     def read(self, t: Tensor) -> Tensor:

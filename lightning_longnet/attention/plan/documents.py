@@ -55,7 +55,7 @@ def run_lengths_of(x: Tensor) -> list[Tensor]:
 def runs_on_rank(runs: Sequence[Sequence[int]], placement: Placement, rank: int) -> list[tuple[int, int, int]]:
     """Map the runs (value, count) of a rank's own tokens to the whole sequence.
 
-    Each `SequenceShard`, when it is made, maps the runs of all ranks so: a value is a document's id, or that of a
+    Each `SequenceShard`, when it is made, calls it for the runs of all ranks: a value is a document's id, or that of a
     padding mask.  Returns (first token in the whole sequence, value, count) for each run.  A run that spans several
     chunks of the rank is cut where they end.  What follows the rank's last token is not read: ranks have unequal
     numbers of runs, and fill up with (0, 0).
@@ -91,7 +91,7 @@ def cuts_of(runs: Sequence[tuple[int, int]], length: int) -> tuple[int, ...]:
 def change_points(runs: Sequence[tuple[int, int]]) -> Tensor:
     """Return the tokens at which the value of a padding mask changes, ascending; the first is a change from 0.
 
-    `SequenceShard` keeps them for each row: a token with an odd number of changes up to it is padding.
+    `SequenceShard` calls it for each row of the batch: a token with an odd number of changes up to it is padding.
     """
     tokens, at, before = [], 0, 0
     for value, times in runs:

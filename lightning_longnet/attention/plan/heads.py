@@ -20,7 +20,8 @@ Starts = range | tuple[int, ...]
 def spacing(starts: Starts) -> tuple[int, ...]:
     """Return what two heads must have in common to share a lattice: the distances between their starts.
 
-    Of a range these are (number of starts, step), of a tuple the distance of each start from the first.
+    `_plan` of blocks.py groups heads by it.  Of a range these are (number of starts, step), of a tuple the distance of
+    each start from the first.
     """
     if isinstance(starts, range):
         return len(starts), starts.step if len(starts) > 1 else 0

@@ -145,7 +145,10 @@ class Lattice:
         return copy
 
     def write(self, t: Tensor, values: Tensor) -> None:
-        """Write values (B, segments, heads, rows, D) to the rows of t that `read` would read."""
+        """Write values (B, segments, heads, rows, D) to the rows of t that `read` would read.
+
+        Results of kernels are written by it, and added gradients of rows that are no view.
+        """
         if self.is_view:
             self.read(t).copy_(values)
         elif self._has_whole_rows:
@@ -266,7 +269,10 @@ def as_readable(x: Tensor) -> Tensor:
 
 
 def whole_rows(x: Tensor) -> Tensor:
-    """Return the view (B, N, H, D) of x (B, segments, heads, rows, D), of a lattice that `covers` such a tensor."""
+    """Return the view (B, N, H, D) of x (B, segments, heads, rows, D), of a lattice that `covers` such a tensor.
+
+    `adoptable` calls it.
+    """
     return x.transpose(2, 3).flatten(1, 2)
 
 

@@ -98,7 +98,7 @@ def repeats_align(branches: Sequence[Branch], kv_heads: int) -> bool:
     """Return whether all branches nest, and each segment begins at the same residue of every later rate.
 
     Then the pairs of a multiset can be computed once each: how often a pair counts depends only on the places of its
-    query and key in the segment, modulo the rates.
+    query and key in the segment, modulo the rates.  `make_plan` asks before it plans weights.
     """
     return all(nests(a, b, kv_heads) for a, b in pairwise(branches)) and all(
         inner.segment_length is None or inner.segment_length % outer.dilation_rate == 0

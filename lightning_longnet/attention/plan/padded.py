@@ -33,7 +33,7 @@ class PaddedLattice(CopiedLattice):
 
     @property
     def size(self) -> int:
-        """The number of elements without the padding."""
+        """The number of elements without the padding.  Only the rows of `lengths` count."""
         return sum(self.lengths) * self.heads
 
     def write(self, t: Tensor, values: Tensor) -> None:
@@ -89,7 +89,7 @@ class PaddedLattice(CopiedLattice):
         return rows + a * self.row_shift, self.head + a * self.head_step
 
     def segments(self, first: int, last: int) -> Lattice:
-        """Return the segments `first` to `last`."""
+        """Return the lattice of the segments from `first` up to, but not including, `last`, or the end."""
         if first == 0 and last >= len(self.starts):
             return self
         return replace(self, starts=self.starts[first:last], lengths=self.lengths[first:last])

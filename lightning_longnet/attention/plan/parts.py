@@ -47,7 +47,7 @@ class Parts(tuple[Part, ...]):
     def by_branch(self) -> tuple[Parts, ...]:
         """Return the parts of each branch.
 
-        "detached" computes the results of branches again by them, one branch at a time.
+        `RoundsCall` calls it in the backward of "detached", to compute the result of one branch after the other again.
         """
         if "_branches" not in self.__dict__:
             groups = groupby(self, key=lambda part: part.branch)

@@ -218,7 +218,11 @@ def windowed_block_runs(
 
 
 def rectangle_runs(starts: range, queries: range, keys: range) -> Iterator[Runs]:
-    """Yield runs of queries that see all of other keys; both ranges are rows, counted from each of `starts`."""
+    """Yield runs of queries that see all of other keys, one or none.
+
+    Both ranges are rows, counted from each of `starts`.  `exclusive_runs` calls it for pairs of different inner
+    segments.
+    """
     if queries and keys:
         shape = Shape(len(queries), len(keys), keys.start - queries.start, queries.step)
         yield Runs(shape, shifted(starts, queries.start))

@@ -38,7 +38,7 @@ def refusals(request: Request) -> list[str]:
 
 
 def serves(q: Tensor, call: Call) -> bool:
-    """Return whether the operator can compute a block: it can compute every one."""
+    """Return whether the operator can compute a block: it can compute every one.  `cuda.forward` asks it last."""
     return True
 
 

@@ -65,7 +65,7 @@ class _Operator:
     """torch's operators with the signatures of `fused.Operator`."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse of one `Window`, whose bounds are `left` and `right`, for `fused.forward`."""
+        """Return out and lse of one `Window`, whose bounds are `left` and `right`; `fused.forward` calls it."""
         out, lse, _, _, _ = _forward(
             q,
             k,
@@ -95,7 +95,7 @@ class _Operator:
         left: int,
         right: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv of one `Window`, whose bounds are `left` and `right`, for `fused.backward`."""
+        """Return dq, dk and dv of one `Window`, whose bounds are `left` and `right`; `fused.backward` calls it."""
         dq, dk, dv = _backward(
             grad,
             q,

@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> Rows:
-        """Return a tensor with its strides."""
+        """Return a tensor with its strides; `launch.py` calls it for each argument."""
         return cls(x, x.stride(0), x.stride(1), x.stride(2))
 
 
@@ -45,7 +45,10 @@ class Lists(NamedTuple):
 
     @classmethod
     def of(cls, phase: Phase, tiles: TileList, device: torch.device) -> Lists:
-        """Return the lists of a phase on a device; `programs` is 1 until a launch replaces it."""
+        """Return the lists of a phase on a device, with 1 for `programs`.
+
+        `launch.py` calls it once for parts that it has not met, and replaces `programs` in each call.
+        """
         items, spans = (x.to(device) for x in tiles)
         received = items if phase.received is None else phase.received.to(device)
         return cls(items, spans, received, 1)

@@ -12,8 +12,9 @@ SPAN = tl.constexpr(13)
 def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: tl.constexpr):
     """Compute dq of one item of queries from all spans of keys that they see: dS = P (grad . v - delta), dq = dS k.
 
-    `statistics` are the lse of the whole softmax and delta, grad . out, of each query; see `Lists` and `Form` for the
-    tile list and the constants.  `launch.backward_parts` launches it.
+    `launch.backward_parts` launches it, a program for each item, sample and query head.  `statistics` are the lse of
+    the whole softmax and delta, grad . out, of each query; see `Lists` and `Form` for the tile list and the constants.
+    Levels are the weights of pairs, as in the forward.
     """
     lse, delta = statistics
     item = lists.items + tl.program_id(0) // lists.programs * ITEM
@@ -122,8 +123,9 @@ def query_gradient(q, k, v, grad, statistics, dq, lists, padding, scale, form: t
 def key_gradients(q, k, v, grad, statistics, gradients, lists, padding, scale, form: tl.constexpr):
     """Compute dk and dv of one item of keys from all spans of queries that see them: dv = P grad, dk = dS q.
 
-    The query heads of a group are taken one after the other, so that their sum needs no atomic addition.
-    `launch.backward_parts` launches it, after `query_gradient`.  `statistics` are as there, `gradients` are dk and dv.
+    `launch.backward_parts` launches it after `query_gradient`, a program for each item and sample.  `statistics` are as
+    there, and `gradients` are dk and dv.  The query heads of a group are taken one after the other, so that their sum
+    needs no atomic addition.
     """
     lse, delta = statistics
     dk, dv = gradients

@@ -13,8 +13,13 @@ SPAN = tl.constexpr(13)
 def forward(q, k, v, out, lse, lists, padding, scale, form: tl.constexpr):
     """Compute out and lse of one item: its queries against all spans of keys that they see.
 
-    Scores are in units of log 2.  The running maximum `top` is that of scores without the weights of pairs, which are
-    small numbers: nothing overflows.  `launch.forward_parts` launches it.
+    `launch.forward_parts` launches it, a program for each item, sample and query head.  Scores are in units of log 2.
+    The running maximum `top` is that of scores without the weights of pairs, which are small numbers: nothing
+    overflows.
+
+    The weight of a pair is the smaller of two levels, of its query and of its key.  A level is 1 and 1 more for each
+    rate of `Form.every` that divides the row's place; the rates divide one another, so those that divide both places
+    are those of the smaller level.
     """
     item = lists.items + tl.program_id(0) // lists.programs * ITEM
     lane = tl.program_id(0) % lists.programs
