@@ -85,9 +85,10 @@ class BlockKernel(Protocol):
     """
 
     def takes_weights(self, device: str) -> bool:
-        """Return whether the kernel can count a pair several times in one block (`Block.repeats`) on such a device.
+        """Return whether the kernel takes weights of pairs (`Block.repeats`) on such a device: how often each counts.
 
-        `AttentionSpec.weighted_segments` asks before a plan is made: if it can, a plan may compute such a pair once.
+        `AttentionSpec.weighted_segments` asks before a plan is made: only then may a plan compute a pair once that
+        several branches show.
         """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -115,7 +116,7 @@ class PartsKernel(Protocol):
     """
 
     def takes_weights(self, device: str) -> bool:
-        """Return whether the kernel can count a pair several times in one block, for any number of segments.
+        """Return whether the kernel takes weights of pairs (`Block.repeats`), in a launch of any number of segments.
 
         `AttentionSpec.weighted_segments` asks before a plan is made.
         """

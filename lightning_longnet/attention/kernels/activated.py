@@ -94,9 +94,10 @@ class ActivatedFlash:
         return reasons
 
     def takes_weights(self, device: str) -> bool:
-        """Return False: the kernel cannot count a pair several times in one block.
+        """Return False: the kernel takes no weights of pairs (`Block.repeats`).
 
-        A plan for it computes a pair in each branch that shows it; `AttentionSpec.weighted_segments` asks.
+        So a plan computes a pair in each branch that shows it; `AttentionSpec.weighted_segments` asks before it is
+        made.
         """
         return False
 

@@ -69,9 +69,9 @@ class PairOptions(NamedTuple):
     softcap: float | None = None
 
     def key_words(self) -> Tensor | None:
-        """Return dropout's word for each key on this rank, (N,); None without dropout.
+        """Return dropout's word, a hash, for each key on this rank, (N,); None without dropout.
 
-        `RoundsCall` calls it once in a forward or backward, and gives them to `OwnKeys`.
+        `RoundsCall` calls it once in a forward or backward, and gives the words to `OwnKeys`.
         """
         if self.dropout is None:
             return None
@@ -86,7 +86,7 @@ class PairOptions(NamedTuple):
         return self.tokens if self.masks_later else None
 
     def query_words(self, q: Tensor, branch: int) -> Tensor:
-        """Return dropout's word for each query of q (B, N, H, D) in a branch, (B, N, H, 1).
+        """Return dropout's word, a hash, for each query of q (B, N, H, D) in a branch: (B, N, H, 1).
 
         `branch` is an index in `branches`, if there are any.  `_kernel_calls` calls it for each branch.
         """

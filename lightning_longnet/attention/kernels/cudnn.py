@@ -67,9 +67,9 @@ def _missing_reasons() -> tuple[str, ...]:
 
 
 def takes_weights(device: str) -> bool:
-    """Return False: the kernel cannot count a pair several times in one block.
+    """Return False: the kernel takes no weights of pairs (`Block.repeats`).
 
-    A plan for it computes a pair in each branch that shows it; `AttentionSpec.weighted_segments` asks.
+    So a plan computes a pair in each branch that shows it; `AttentionSpec.weighted_segments` asks before it is made.
     """
     return False
 
@@ -95,7 +95,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         return cuda.forward(q, k, v, call)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return out and lse of some batches."""
+        """Return out and lse of as many batches as one launch takes; `over_batches` calls it."""
         # the positions are those of attn_bias, compute_log_sumexp, dropout_p, is_causal and return_debug_mask
         out, lse, *_ = _forward(q, k, v, None, True, 0.0, call.block.low == 0, False, scale=call.scale)
         return out, lse.reshape(q.shape[:3])  # some releases return (batch, heads, rows, 1)
@@ -121,7 +121,7 @@ def backward(
     lse = lse.unsqueeze(-1) if _lse_dims(q.device, q.dtype) == 4 else lse
 
     def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv of some batches."""
+        """Return dq, dk and dv of as many batches as one launch takes; `over_batches` calls it."""
         # without dropout the state of the random generator is not read
         seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)
         lengths = None, None, q.shape[2], k.shape[2]

@@ -300,13 +300,19 @@ class _Tile(NamedTuple):
         return pairs.mul_(1 / (1 - dropout.probability))
 
     def _queries_of(self, x: Tensor) -> Tensor:
-        """Return a number of each query, (samples * key heads, group * queries, 1), of x (batch, heads, queries)."""
+        """Return the part of x (batch, heads, queries), a number for each query, that is of the queries of this tile.
+
+        The shape is (samples * key heads, group * queries, 1).
+        """
         heads = slice(self.key_heads.start * self.chunk.group, self.key_heads.stop * self.chunk.group)
         rows = x[_slice(self.samples), heads, self.queries]
         return rows.reshape(-1, self.chunk.group * rows.shape[2], 1)
 
     def _keys_of(self, x: Tensor) -> Tensor:
-        """Return a number of each key, (samples * key heads, 1, keys), of x (batch, key heads, keys)."""
+        """Return the part of x (batch, key heads, keys), a number for each key, that is of the keys of this tile.
+
+        The shape is (samples * key heads, 1, keys).
+        """
         rows = x[_slice(self.samples), _slice(self.key_heads), self.keys]
         return rows.reshape(-1, 1, rows.shape[2])
 

@@ -57,9 +57,9 @@ def package_refusals(request: Request, missing_reasons: Callable[[], tuple[str, 
 
 
 def takes_weights(device: str) -> bool:
-    """Return False: the kernel cannot count a pair several times in one block.
+    """Return False: the kernel takes no weights of pairs (`Block.repeats`).
 
-    A plan for it computes a pair in each branch that shows it; `AttentionSpec.weighted_segments` asks.
+    So a plan computes a pair in each branch that shows it; `AttentionSpec.weighted_segments` asks before it is made.
     """
     return False
 

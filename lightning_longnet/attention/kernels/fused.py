@@ -71,7 +71,7 @@ def forward(operator: Operator, q: Tensor, k: Tensor, v: Tensor, call: Call) -> 
     q, k, v = (as_aligned(x.transpose(1, 2)) for x in (q, k, v))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return out and lse of some batches."""
+        """Return out and lse of as many batches as one launch takes; `over_batches` calls it."""
         parts = _windows(q, k, call)
         if _has_all_rows(parts, q):
             window = parts[0]
@@ -97,7 +97,7 @@ def backward(
     grad, q, k, v, out = (as_aligned(x.to(q.dtype).transpose(1, 2)) for x in (grad, q, k, v, out))
 
     def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv of some batches."""
+        """Return dq, dk and dv of as many batches as one launch takes; `over_batches` calls it."""
         parts = _windows(q, k, call)
         if _has_all_rows(parts, q) and parts[0].keys == slice(0, k.shape[1]):
             _, _, left, right = parts[0]

@@ -191,7 +191,7 @@ class RankCall(NamedTuple):
 
     @property
     def kernel(self) -> BlockKernel | PartsKernel:
-        """The kernel that computes blocks."""
+        """The kernel that computes blocks, by the name in the spec; never "reference"."""
         return BLOCK_KERNELS[self.options.spec.kernel]
 
     @property

@@ -22,13 +22,16 @@ class RowOrder(Protocol):
 
     @property
     def saves_rows(self) -> bool:
-        """Whether the forward saves its reordered tensors for the backward, as reordering them again is costly."""
+        """Whether the forward saves its reordered tensors for the backward, as reordering them again is costly.
+
+        `ReorderedCall` asks.
+        """
 
     def reorder(self, *tensors: Tensor) -> list[Tensor]:
-        """Return the tensors in the order."""
+        """Return tensors (B, L, ...), whose rows the sequence orders, with their rows in this order."""
 
     def restore(self, *tensors: Tensor) -> list[Tensor]:
-        """Return tensors that are in the order as the sequence has them."""
+        """Return tensors (B, L, ...), whose rows are in this order, as the sequence has them."""
 
 
 class LocalOrder(NamedTuple):

@@ -221,6 +221,8 @@ class Pattern:
     def null_keys(self, length: int, heads: int, kv_heads: int | None = None) -> Tensor:
         """Return how many null keys, of score 0 and value 0, each query counts beside the keys of `mask`: (H, N).
 
+        It is for people and for tests; kernels ask `Branch.null_keys`.
+
         >>> Pattern.dilated((4,), (1,), ragged="zero_keys").null_keys(6, heads=1).tolist()
         [[0, 0, 0, 0, 2, 2]]
         """

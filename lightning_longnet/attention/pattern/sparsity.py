@@ -128,7 +128,7 @@ class Sparsity:
 
     @property
     def global_blocks(self) -> int:
-        """The number of global blocks."""
+        """The number of global blocks: those that hold the first `global_tokens` rows of the set."""
         assert self.global_tokens is not None
         return self.blocks(self.global_tokens)
 

@@ -53,7 +53,7 @@ class Block:
         """Return the number of visible pairs of one segment with this number of queries and keys."""
 
         def at_least(bound: int) -> int:
-            """Return for how many pairs, of the a-th query and the b-th key, a - b >= bound."""
+            """Return how many pairs of the a-th query and the b-th key have `a - b >= bound`."""
             return keys_up_to(queries - bound) - keys_up_to(-bound)
 
         def keys_up_to(x: int) -> int:

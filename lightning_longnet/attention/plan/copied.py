@@ -22,7 +22,7 @@ class CopiedLattice(Lattice):
         return False
 
     def covers(self, t: Tensor) -> bool:
-        """Return False: `adoptable` asks, and no tensor of all rows can be a view of these."""
+        """Return False, as no tensor of all rows can be a view of these; `adoptable` asks."""
         return False
 
     def read(self, t: Tensor) -> Tensor:

@@ -39,9 +39,9 @@ def refusals(request: Request) -> list[str]:
 
 
 def takes_weights(device: str) -> bool:
-    """Return whether the kernel can count a pair several times in one block: on CPU alone.
+    """Return whether the kernel takes weights of pairs (`Block.repeats`), how often each counts: on CPU alone.
 
-    `AttentionSpec.weighted_segments` asks before a plan is made, since such a plan has fewer pairs.
+    `AttentionSpec.weighted_segments` asks before a plan is made, since a plan with weights has fewer pairs.
     """
     # On CUDA a block with a bias cannot run in flash attention, its bias is rounded to the type of q, and heads with
     # different biases need a call each

@@ -52,7 +52,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     q, k, v = (as_aligned(repeat_heads(x, heads)) for x in (q, k, v))
 
     def run(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return out and lse of some batches."""
+        """Return out and lse of as many batches as one launch takes; `over_batches` calls it."""
         bias = _bias(q, k, padding, call)
         out, lse, _, _ = _forward(q, k, v, bias, True, 0.0, _is_causal(call), scale=call.scale)
         return out, lse[..., :rows]
@@ -84,7 +84,7 @@ def backward(
     def batch_gradients(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, padding: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv of some batches."""
+        """Return dq, dk and dv of as many batches as one launch takes; `over_batches` calls it."""
         bias = _bias(q, k, padding, call)
         seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)
         needs_gradients = [True, True, True, False]  # of q, k, v and the bias

@@ -70,9 +70,9 @@ def refusals(request: Request) -> list[str]:
 
 
 def takes_weights(device: str) -> bool:
-    """Return True: the kernel can count a pair several times in one block.
+    """Return True: the kernel takes weights of pairs (`Block.repeats`), by which each counts several times.
 
-    `AttentionSpec.weighted_segments` asks before a plan is made, since such a plan has fewer pairs.
+    `AttentionSpec.weighted_segments` asks before a plan is made, since a plan with weights has fewer pairs.
     """
     return True
 
