@@ -112,7 +112,7 @@ class BlockKernel(Protocol):
 class PartsKernel(Protocol):
     """A kernel that computes the blocks of many parts in few launches, which merge their results.
 
-    Its arguments are those of `forward_blocks` and `backward_blocks`.
+    Its arguments are those of `forward_blocks` and `backward_blocks`.  The kernel "triton" is one.
     """
 
     def takes_weights(self, device: str) -> bool:

@@ -145,6 +145,7 @@ class BackwardInputs(NamedTuple):
     """The inputs of every block's backward: the gradient of out (B, N, H, D), and the results of the forward.
 
     `outs` holds the out of the whole softmax, or that of each branch; `lse` (B, N, H, 1) is that of the whole.
+    `RoundsCall.gradients` makes it.
     """
 
     grad: Tensor

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class DropoutMask(NamedTuple):
     """The dropout mask of a call, as a rule and one word for each row, so that no tensor of all pairs is held.
 
-    `query_words` are (batch, heads, queries), `key_words` (batch, key heads, keys).
+    `_kernel_calls` makes it for each block where pairs are dropped.  `query_words` are (batch, heads, queries),
+    `key_words` (batch, key heads, keys).
     """
 
     dropout: Dropout
@@ -31,7 +32,8 @@ class DropoutMask(NamedTuple):
 class OrderMask(NamedTuple):
     """The tokens of the rows of a call: keys that come later in the sequence than the query are masked.
 
-    `query_tokens` are (batch, heads, queries), `key_tokens` (batch, key heads, keys).
+    `_kernel_calls` makes it for each block of a line that needs such a mask; see lines.py in `pattern`.  `query_tokens`
+    are (batch, heads, queries), `key_tokens` (batch, key heads, keys).
     """
 
     query_tokens: Tensor

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class KeyTensors(NamedTuple):
     """All keys of this rank, or all that one round received, for a kernel that reads rows where they are.
 
+    `Keys.tensors` returns it.
+
     Attributes:
         k, v: (B, rows, Hkv, D); a received row belongs to one head, and all heads have the same view of it.
         padding: (B, rows), True where padding masks a key; None without padding.

@@ -28,6 +28,8 @@ def _cuts_on(device: torch.device, cuts: tuple[int, ...]) -> Tensor:
 class NullKeys(NamedTuple):
     """The null keys of the queries of one call.
 
+    `_line_call` makes it for whole sequences, `RankCall.pair_options` for a rank's part.
+
     Attributes:
         pattern: which of its branches have them.
         cuts: where the documents begin, and where the last one ends.

@@ -65,7 +65,10 @@ class Volume(NamedTuple):
 
 
 class RoundWork(NamedTuple):
-    """The number of KV rows that a rank receives in one round, by source, and the blocks that it computes with them."""
+    """The number of KV rows that a rank receives in one round, by source, and the blocks that it computes with them.
+
+    A `RankWork` has one for each round in which the rank receives.
+    """
 
     received: dict[int, int]
     parts: tuple[Part, ...]
@@ -167,6 +170,8 @@ class PassOptions(NamedTuple):
 
 class RankCall(NamedTuple):
     """The arguments of a call on this rank besides its tensors; `ExchangePlan.call` takes it.
+
+    `distributed_calls` makes it for each group of samples with equal documents.
 
     Attributes:
         shard: the tokens on this rank.

@@ -46,6 +46,8 @@ def local_shard(documents: Tensor | None, key_padding_mask: Tensor | None) -> Lo
 class LocalShard(SequenceShard):
     """All tokens of each sequence, with their documents and padding, as `attend` takes the parts of ranks.
 
+    `local_shard` makes it.
+
     Args:
         length: tokens of each sequence.
         documents, key_padding_mask: as of `SequenceShard`.

@@ -20,6 +20,9 @@ WORTH = 1.25
 class LayerAttention(NamedTuple):
     """The attention of a layer, as far as the placement depends on it.
 
+    A strategy gets one for each attention layer of its model (`attention_layers` of huggingface), and the planner makes
+    those of the model that it plans.
+
     Attributes:
         pattern: which keys a query sees.
         heads, kv_heads: the numbers of its heads.

@@ -67,7 +67,10 @@ def rank_blocks(layout: Layout) -> RankBlocks:
 
 
 class PeerBlocks(NamedTuple):
-    """The blocks of one rank's queries against the keys of another rank, which holds `tokens` tokens."""
+    """The blocks of one rank's queries against the keys of another rank, which holds `tokens` tokens.
+
+    `RankBlocks.blocks` returns it.  Its methods say which KV rows the first rank needs of the other.
+    """
 
     parts: tuple[Part, ...]
     tokens: int

@@ -62,6 +62,8 @@ class LocalOrder(NamedTuple):
 class RowExchange(NamedTuple):
     """The rows that a rank sends and receives to bring tensors (B, L, ...) into another order.
 
+    `row_exchange` returns it.
+
     Attributes:
         sent: for each rank the local indices of the rows that are sent to it.
         received: for each rank the local indices at which the rows from it are written.

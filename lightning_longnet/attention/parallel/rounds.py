@@ -48,6 +48,8 @@ INDEX_SHARE = 0.25
 class RemoteRows(NamedTuple):
     """The messages of a call, and the tokens and the padding of KV rows on other ranks.
 
+    `RoundsPlan` makes it for each of its calls.
+
     Attributes:
         comm: sends and receives.
         message: the description of the call in errors and message tags.

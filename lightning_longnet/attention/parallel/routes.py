@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 class Route:
     """A rank's work in one call of attention: the blocks on its own keys, and the rounds in their order.
 
-    `writes_queries` and `writes_keys` say that the first branch of `own` shows every row once, as a query and as a key:
-    its results are written, not added, and the accumulators need no initial value.
+    A `RoundsCall` computes it.  `route` makes it for gather and ring; whole sequences and the heads of "swap" have one
+    without rounds.  `writes_queries` and `writes_keys` say that the first branch of `own` shows every row once, as a
+    query and as a key: its results are written, not added, and the accumulators need no initial value.
     """
 
     own: Parts

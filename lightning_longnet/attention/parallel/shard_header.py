@@ -21,7 +21,10 @@ _KINDS: tuple[Kind, ...] = ("contiguous", "zigzag")
 
 
 class ShardHeader(NamedTuple):
-    """The integers that ranks compare or exchange when they make a shard; -1 stands for no rows and for a fault."""
+    """The integers that ranks compare or exchange when they make a shard; -1 stands for no rows and for a fault.
+
+    `SequenceShard` makes that of its rank and gathers those of all.
+    """
 
     length: int
     placement: int

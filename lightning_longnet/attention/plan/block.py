@@ -68,7 +68,7 @@ class Block:
 
 
 class Part(NamedTuple):
-    """A block and the index of its branch.
+    """A block and the index of its branch: what a kernel is called for.
 
     If its keys came from other ranks, `kv_index` is the index of each among the received KV rows, (segments, heads,
     rows).

@@ -45,7 +45,7 @@ NARROW_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Plan:
-    """The blocks of each branch, from the finest to the coarsest.
+    """The blocks of each branch, from the finest to the coarsest; `make_plan` returns it.
 
     Attributes:
         branches: the blocks of each branch, those of positive weight first.

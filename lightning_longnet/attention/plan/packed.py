@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class PackedRows:
     """The documents of the rows of a batch, with the plans that were made for them.
 
+    `local_call` gets it from `packed_rows`, or makes it for rows of one document.
+
     Args:
         rows: for each row where its documents begin, and where the last one ends.
     """

@@ -18,7 +18,7 @@ PAGED_ROWS = 4
 
 
 class Parts(tuple[Part, ...]):
-    """The parts of a plan in the order in which they run.
+    """The parts of a plan in the order in which they run: what `forward_blocks` and `backward_blocks` compute.
 
     The calls that they are cut into are kept here, so that the steps after the first one make none.
     """

@@ -69,7 +69,7 @@ class Shape(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """Runs of one shape; `starts` are their first query rows."""
+    """Runs of one shape; `starts` are their first query rows, counted from the beginning of the document."""
 
     shape: Shape
     starts: range
