@@ -224,7 +224,10 @@ class Guard:
 
     @contextmanager
     def advised_errors(self) -> Iterator[None]:
-        """Add advice to an error of the steps inside the block: `with guard.advised_errors(): loss.backward()`."""
+        """Add advice to an error of a step: `with guard.advised_errors(): loss.backward()`.
+
+        A loop without the strategy uses it; `attend` of the guard does for the forward.
+        """
         try:
             yield
         except RuntimeError as error:

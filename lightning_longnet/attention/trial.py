@@ -60,7 +60,10 @@ def _results(
 
 
 def _values(tokens: int, heads: int, width: int, place: int) -> Tensor:
-    """Return values of one sample, (1, tokens, heads, width), without advancing a generator."""
+    """Return values of one sample, (1, tokens, heads, width), the same in each process; no generator draws them.
+
+    `place` makes those of q, k, v and the gradient different.
+    """
     return torch.arange(tokens * heads * width).mul(0.7 + place).sin().view(1, tokens, heads, width)
 
 

@@ -238,7 +238,10 @@ class _Tile(NamedTuple):
         return rows[self.items, self.keys].contiguous()
 
     def products(self, buffer: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return the products of each row of a with each row of b, (samples * key heads, rows of a, rows of b)."""
+        """Return the products of each row of a with each row of b, (samples * key heads, rows of a, rows of b).
+
+        They are written to `buffer`, which has `_Chunk.most_scores` elements.
+        """
         shape = len(a), a.shape[1], b.shape[1]
         return torch.bmm(a, b.mT, out=buffer[: shape[0] * shape[1] * shape[2]].view(shape))
 

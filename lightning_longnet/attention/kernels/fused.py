@@ -91,8 +91,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
 
-    A query that sees no key in the whole softmax has lse = +inf, as the operators write it themselves: their
-    `exp2(S log2(e) - lse log2(e))` is then 0 for every score S, also for -inf.
+    A query that sees no key in the whole softmax has lse = +inf, as the operators write it themselves: their `exp2(S
+    log2(e) - lse log2(e))` is then 0 for every score S, also for -inf.  The kernels of flash attention call it with
+    their operator, as `forward`.
     """
     grad, q, k, v, out = (as_aligned(x.to(q.dtype).transpose(1, 2)) for x in (grad, q, k, v, out))
 

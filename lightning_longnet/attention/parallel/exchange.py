@@ -147,7 +147,10 @@ class ExchangeCall(Protocol):
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv of the tokens on this rank."""
+        """Return dq, dk and dv of the tokens on this rank, of the shapes of q, k and v.
+
+        `out` and `lse` are those of the forward, and `saved` what it returned besides.
+        """
 
 
 class PassOptions(NamedTuple):

@@ -218,10 +218,10 @@ class SequenceShard:
         self.calls = max(self.calls, number * _CALLS)
 
     def exchange_verdicts(self, verdicts: Sequence[int], fault: str = "") -> list[list[int]]:
-        """Return the verdicts of all ranks on their kernels; all ranks call it together.
+        """Return the verdicts of all ranks, by rank; all ranks call it together.
 
-        A rank with a `fault` raises an error itself; the others then raise one that names the rank.  A `Guard` calls it
-        in its preflight.
+        A `Guard` calls it in its preflight: a verdict is 1 for each kernel that fails on the rank, and then 1 if its
+        memory is short.  A rank with a `fault` raises an error itself; the others then raise one that names the rank.
         """
         everywhere = all_gather_integers(self.comm, list(verdicts), "agrees on kernels", fault)
         return [theirs[: len(verdicts)] for theirs in everywhere]

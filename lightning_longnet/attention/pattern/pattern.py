@@ -170,7 +170,10 @@ class Pattern:
 
     @property
     def has_null_keys(self) -> bool:
-        """Whether a query may attend to null keys; see `null_keys`."""
+        """Whether a query may attend to null keys; see `null_keys`.
+
+        Calls ask before they make `NullKeys`.
+        """
         return any(branch.has_null_keys for branch in self.branches)
 
     def __add__(self, other: Pattern) -> Pattern:
@@ -270,7 +273,10 @@ class Pattern:
 
     @staticmethod
     def loads(text: str) -> Pattern:
-        """Return the pattern of a line of `dumps`; the results are cached."""
+        """Return the pattern of a line of `dumps`; the results are cached.
+
+        `AttentionSpec.loads` calls it, for the operators.
+        """
         return _loads(text)
 
 

@@ -57,7 +57,10 @@ class Block:
             return keys_up_to(queries - bound) - keys_up_to(-bound)
 
         def keys_up_to(x: int) -> int:
-            """Return min(1, keys) + min(2, keys) + ... + min(x, keys)."""
+            """Return min(1, keys) + min(2, keys) + ... + min(x, keys).
+
+            That is how many pairs a triangle of x rows has, cut off at `keys` columns.
+            """
             full = min(max(x, 0), keys)
             return full * (full + 1) // 2 + max(x - keys, 0) * keys
 

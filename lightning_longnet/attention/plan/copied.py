@@ -30,5 +30,5 @@ class CopiedLattice(Lattice):
         return self.copied(t)
 
     def folded(self, t: Tensor) -> Tensor:
-        """Return a copy of the rows as kernels take them, (B * segments, heads, rows, D)."""
+        """Return a copy of the rows as kernels take them, (B * segments, heads, rows, D); `fold_rows` calls it."""
         return self.copied(t).flatten(0, 1)

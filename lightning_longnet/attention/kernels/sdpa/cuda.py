@@ -26,7 +26,7 @@ class _Operator(Protocol):
         """Return the reasons why the operator cannot compute any block of a call."""
 
     def serves(self, q: Tensor, call: Call) -> bool:
-        """Return whether the operator can compute a block."""
+        """Return whether the operator can compute a block; the first one that can does."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Return out and lse of one block."""
