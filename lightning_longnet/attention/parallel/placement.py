@@ -121,7 +121,7 @@ class Placement:
         return tuple(chunk for chunk in chunks if chunk.begin < chunk.end)
 
     def stretches(self, rank: int) -> tuple[Chunk, ...]:
-        """Return `chunks(rank)`, under its former name."""
+        """Return `chunks(rank)`, under its former name, for users of earlier releases."""
         return self.chunks(rank)
 
     def holders(self, begin: int, end: int) -> set[int]:

@@ -170,7 +170,8 @@ class RankBlocks:
     def blocks(self, rank: int, source: int, branches: Collection[int] | None = None) -> PeerBlocks:
         """Return the blocks of a rank's queries against the keys of the rank `source`, of some branches or of all.
 
-        Both ranks call it, and so agree on the KV rows that travel from `source` to `rank`.
+        `route` calls it on both ranks, which so agree on the KV rows that travel from `source` to `rank`; the choice of
+        an exchange counts these rows.
         """
         if (rank, source) not in self._parts:
             pairs, parts = self._chunk_pairs(rank, source), list[Part]()

@@ -120,7 +120,7 @@ class Branch:
         return width
 
     def border(self, length: int) -> int:
-        """Return `border_spacing(length)`, under its former name."""
+        """Return `border_spacing(length)`, under its former name, for users of earlier releases."""
         return self.border_spacing(length)
 
     def visible(self, tokens: Tensor, kv_heads: int) -> Tensor:

@@ -39,7 +39,10 @@ class PackedRows:
 
     @cached_property
     def cuts(self) -> tuple[int, ...]:
-        """The cuts of one row if all are equal, else those of one long row: all rows one behind the other."""
+        """The cuts of one row if all are equal, else those of one long row: all rows one behind the other.
+
+        `local_call` plans blocks by them.
+        """
         if self.are_equal:
             return self.rows[0]
         length = self.rows[0][-1]
