@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.sequence.batches import dim_of, is_whole, length_of, map_tensors, named_tensors
+from lightning_longnet.sequence.batches import dim_of, has_no_sequence, length_of, map_tensors, named_tensors
 from lightning_longnet.sequence.parts import SequencePart
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def whole_batch(batch: Any, dims: Mapping[str, int | None], context: SequenceCon
 
 def batch_length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
     """Return the number of tokens of a batch's sequences; None where the model makes sequences."""
-    return None if is_whole(batch, dims) else length_of(batch, dims)
+    return None if has_no_sequence(batch, dims) else length_of(batch, dims)
 
 
 def sample(batch: Any, dims: Mapping[str, int | None], tokens: int | None) -> Any:
