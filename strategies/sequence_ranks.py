@@ -1,4 +1,4 @@
-"""The ranks of a run, the groups that share sequences, and the views of their context that the strategy offers."""
+"""The part of the strategy that starts and connects the ranks, and makes the context when they are connected."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class SequenceRanks(ParallelStrategy):
     _loaders: LoaderWatch | None = None  # made when the ranks are connected
 
     def _ranks(self) -> int:
-        """Return the number of ranks, before any is started."""
+        """Return the number of ranks of the run; it is known before any is started."""
         nodes: int = self.num_nodes  # type: ignore[attr-defined]  # the engines have it
         return nodes * len(self.parallel_devices or ())
 
@@ -68,6 +68,7 @@ class SequenceRanks(ParallelStrategy):
 
     @property
     def root_device(self) -> torch.device:
+        """The device of this rank."""
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
 
@@ -93,10 +94,12 @@ class SequenceRanks(ParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The arguments of the distributed sampler that Lightning inserts: ranks that share sequences get the same."""
         context = self.sequence_context
         return {"num_replicas": context.data_parallel_size, "rank": context.data_parallel_rank}
 
     def model_to_device(self) -> None:
+        """Move the model to the device of this rank; Lightning's `setup` calls it."""
         assert self.model is not None
         self.model.to(self.root_device)
 
@@ -117,9 +120,10 @@ class SequenceRanks(ParallelStrategy):
         return values[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Return the mean or sum of a tensor over all ranks, as for `self.log(..., sync_dist=True)`; others as is."""
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if torch.is_tensor(tensor) else tensor
 
-    # The same as of `sequence_context(module)`
+    # Attributes and methods of `sequence_context`, for modules that read `self.trainer.strategy`
 
     @property
     def mesh(self) -> DeviceMesh | None:
