@@ -93,7 +93,10 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
 
     @staticmethod
     def _whole_parameter(parameter: Tensor) -> Tensor:
-        """Return the full tensor of a parameter, for the split check; all ranks call it, as stage 3 must gather it."""
+        """Return the full tensor of a parameter; all ranks call it together, as stage 3 must gather it.
+
+        The split check and `CausalLMModule.save_pretrained` use it.
+        """
         if not hasattr(parameter, "ds_id"):  # DeepSpeed marks with it what stage 3 has sharded
             return parameter
         import deepspeed

@@ -68,7 +68,7 @@ class SequenceRanks(ParallelStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """The device of this rank."""
+        """The device of this rank, to which Lightning moves models and batches."""
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
 
@@ -104,14 +104,14 @@ class SequenceRanks(ParallelStrategy):
         self.model.to(self.root_device)
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait for all ranks of the run, not only for those that share a sequence."""
+        """Wait until all ranks of the run, not only those that share a sequence, have called it."""
         if not _distributed_is_initialized():
             return
         is_nccl = dist.get_backend() == "nccl"
         dist.barrier(device_ids=[self.root_device.index] if is_nccl else None)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return on all ranks of the run the object that rank `src` has."""
+        """Return on all ranks of the run, which call it together, the object that rank `src` has."""
         # the backend "fake" would hang, or return None
         if not _distributed_is_initialized() or dist.get_backend() == "fake":
             return obj

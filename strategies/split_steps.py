@@ -109,7 +109,10 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
 
     @staticmethod
     def _whole_parameter(parameter: Tensor) -> Tensor:
-        """Return the full tensor of a parameter that may be sharded; the split check calls it on all ranks together."""
+        """Return the full tensor of a parameter that may be sharded; all ranks call it together.
+
+        The split check and `CausalLMModule.save_pretrained` use it.
+        """
         return whole_tensor(parameter)
 
     def on_train_start(self) -> None:

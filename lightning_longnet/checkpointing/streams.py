@@ -59,7 +59,7 @@ class SummedFile:
         return written
 
     def _is_synced(self) -> bool:
-        """Return whether the disk holds the bytes of the last sync; its error is raised, as the system tells it once."""
+        """Return whether the last sync has ended; its error is raised here, as the system reports it only once."""
         if self._sync is None or not self._sync.done():
             return self._sync is None
         self._sync.result()

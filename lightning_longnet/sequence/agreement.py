@@ -79,6 +79,9 @@ def check_same_batch(
 def batch_difference(others: list[int], data_position: tuple[int, int], detail: str = "") -> str:
     """Return the error message for a sequence group in which some ranks hold another batch than the first rank.
 
+    The ranks of that group raise it, in `check_same_batch` and in `BatchComparison.check`; those of other groups raise
+    `other_group_fault`.
+
     Args:
         others: the numbers of these ranks in their sequence group.
         data_position: (data_parallel_rank, data_parallel_size) of this rank.
