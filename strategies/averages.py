@@ -32,7 +32,10 @@ def averages(trainer: Trainer) -> Iterator[nn.Module]:
 
 
 def has_averages(trainer: Trainer) -> bool:
-    """Return whether a callback of a Trainer has made a copy of the model to average weights in."""
+    """Return whether a callback of a Trainer has made a copy of the model to average weights in.
+
+    FSDP2 then saves one file, and frees gathered parameters between hooks; DeepSpeed's stage 3 raises an error.
+    """
     return any(True for _ in averages(trainer))
 
 

@@ -122,7 +122,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
                 register_fsdp_forward_method(module, name)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Save a checkpoint; all ranks call it together.
+        """Save a checkpoint; the Trainer calls it on all ranks together.
 
         If a callback averages weights, the checkpoint gets full tensors in place of sharded ones, for one file.
         """

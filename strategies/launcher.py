@@ -52,7 +52,10 @@ class WatchedLauncher(_SubprocessScriptLauncher):
 
 
 def launcher_has_ended() -> bool:
-    """Return whether the process that started this one as a rank has ended; False if none did."""
+    """Return whether the process that started this one as a rank has ended; False if no rank started it.
+
+    `NamedFailures` asks it to explain a lost connection.
+    """
     return bool(_PARENTS) and os.getppid() != _PARENTS[0]
 
 

@@ -78,7 +78,7 @@ def _memory_finding(strategy: SplitSteps, module: LightningModule, batch: Any, r
     """Return the error or warning for a run that may not fit into this rank's memory; an empty `Finding` if it fits.
 
     The memory is predicted by the planner, if it knows the model.  Otherwise only parameters, gradients and optimizer
-    states are counted, which is too little, but not with DeepSpeed, which holds them in its own tensors.
+    states are counted, which is less than the run needs; with DeepSpeed not even these.
     """
     optimizers: list[Optimizer] = strategy.optimizers
     job = _job_of(strategy, module, batch, optimizers)

@@ -130,7 +130,9 @@ class Progress:
 class MarkedPhases(ParallelStrategy):
     """The part of the strategy that marks the phases of a run, and sets the timeouts that fit each phase.
 
-    Lightning calls its methods on all ranks.  Each begins a phase before or after it does what Lightning's does.
+    Lightning calls its methods on all ranks: `on_*_start` and `on_*_end` at the start and the end of a loop, `*_step`
+    for each batch, and `pre_backward` and `post_backward` around each backward.  Each begins a phase before or after it
+    does what Lightning's method does.
     """
 
     progress: Progress

@@ -35,7 +35,7 @@ def keep_order(trainer: Trainer) -> None:
 
 
 def restore_order(trainer: Trainer) -> None:
-    """Undo `keep_order`, at the end of a run, as the Trainer may go on with another strategy's rules."""
+    """Undo `keep_order`; `SplitSteps.teardown` calls it at the end of a run."""
     trainer._data_connector.__dict__.pop("_resolve_sampler", None)
 
 

@@ -75,7 +75,7 @@ class CheckpointSaves(ParallelStrategy):
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
-        """The plugin that writes files: the user's, or one that writes a manifest beside each checkpoint."""
+        """The plugin by which Lightning saves and loads files: the user's, or a `ManifestCheckpointIO`."""
         if self._checkpoint_io is None:
             self._checkpoint_io = ManifestCheckpointIO(self.background_saves)
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
@@ -84,6 +84,7 @@ class CheckpointSaves(ParallelStrategy):
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
+        """Take the plugin of the user, which the Trainer sets; a ValueError is raised with `background_saves`."""
         check_background_saves(self.background_saves, io)
         self._checkpoint_io = io
 

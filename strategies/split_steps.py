@@ -55,7 +55,10 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
     _changes: ChangeWatch
 
     def _make_context(self) -> None:
-        """Begin to read what other ranks report, and make the context; called when the ranks are connected."""
+        """Begin to read what other ranks report, and make the context.
+
+        `setup_environment` of each subclass calls it when the ranks are connected.
+        """
         self._begin_reports()
         super()._make_context()
 

@@ -75,7 +75,7 @@ class NonFiniteGuard(Callback):
         self._current = batch_idx, batch, sequence_context(pl_module).samples
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Keep the loss, and make its gradient NaN if it is not finite, as an infinite loss may have a finite one."""
+        """Keep the loss, and make its gradient NaN if it is not finite, so that the gradients of all ranks show it."""
         known = loss.detach()
         self._seen.append(_Seen(*self._current, known))
         if loss.requires_grad:

@@ -62,7 +62,7 @@ def read_metadata(file: Path, trust: bool = False) -> dcp.Metadata:
 
 
 class _Metadata(pickle.Unpickler):
-    """An unpickler that knows only the classes that torch writes into `.metadata`."""
+    """An unpickler that knows only the classes that torch writes into `.metadata`, and no attribute of them."""
 
     _CLASSES = (
         *(dcp.Metadata, dcp.MetadataIndex, dcp.StorageMeta, dcp.TensorProperties, dcp._MEM_FORMAT_ENCODING),

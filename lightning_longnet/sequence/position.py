@@ -88,5 +88,5 @@ class Positioned:
 
 
 def world_group() -> dist.ProcessGroup | None:
-    """Return the default process group, of all ranks, or None if torch.distributed is not initialized."""
+    """Return the default process group, which has all ranks, or None if torch.distributed is not initialized."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None

@@ -186,7 +186,7 @@ class Comparison:
     def _run(self, values: Values, batch: Any, context: SequenceContext, seed: int = 0, watch: Any = None) -> Outcome:
         """Return `Runner.run` of these arguments; the step sees as its world only the ranks that the run has.
 
-        FSDP2 and DeepSpeed may use the group of all ranks, so that it stays in a sharded module.
+        A sharded module keeps the world of the run, as FSDP2 and DeepSpeed may use the group of all ranks.
         """
         is_inside = isinstance(self._runner.replica, EngineModule)
         with nullcontext() if is_inside else self._groups.world(context.position):
