@@ -67,7 +67,7 @@ def check_processes(devices: Sequence[torch.device]) -> None:
 
 
 def check_accumulation(accumulate: str, module: LightningModule) -> None:
-    """Raise a ValueError for `accumulate="tokens"` with a module that optimizes by hand; called at set-up."""
+    """Raise a ValueError for `accumulate="tokens"` with manual optimisation; `SplitSteps.setup` calls it."""
     if accumulate == "tokens" and not module.automatic_optimization:
         raise ValueError("accumulate must be 'batches' with manual optimisation, which weights its losses itself")
 

@@ -102,7 +102,7 @@ def _check_model(
         strict: whether the names must be the same.
     """
     own = {name: tuple(x.shape) for name, x in get_model_state_dict(module).items() if isinstance(x, Tensor)}
-    # parts that torch.compile wraps have a prefix in the checkpoints of some engines
+    # modules that torch.compile wraps have a prefix in the checkpoints of some strategies
     saved = {name.replace("_orig_mod.", ""): shape for name, shape in saved.items()}
     values = rest.get("hyper_parameters"), getattr(module, "hparams", None)
     check_same_model(path, saved, own, values, strict)

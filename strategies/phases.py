@@ -137,7 +137,7 @@ class MarkedPhases(ParallelStrategy):
 
     progress: Progress
     timeouts: Timeouts
-    resumed: str | None = None  # the checkpoint that a restart by a supervisor goes on from
+    resumed: str | None = None  # the checkpoint from which a run resumes that a supervisor has restarted
 
     def __init_subclass__(cls, **options: Any) -> None:
         """Have the methods in `_METHODS` of the subclass for a sharding mark their phases."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def skip_finished_batches(trainer: Trainer) -> None:
-    """Skip the batches of the epoch that were trained on before the checkpoint, as Lightning begins its data anew.
+    """Skip the batches of the epoch that were trained on before the checkpoint, as Lightning starts its data over.
 
     `SplitSteps.on_train_start` calls it on each rank, before the first step; without a checkpoint it does nothing.
 

@@ -118,7 +118,7 @@ class CheckpointSaves(ParallelStrategy):
         self.settle_saves()
         if not self._writes_folder():
             self._describe(self.checkpoint_io)
-            # the engine's own method is not called, as FSDP2's removes a folder of this name before the file is written
+            # not super(): Lightning's method for FSDP2 removes a folder of this name before the file is written
             self._together(path, lambda: Strategy.save_checkpoint(self, checkpoint, path, storage_options))
             if self.background_saves:
                 self._pending = Pending(path)
@@ -220,7 +220,7 @@ class CheckpointSaves(ParallelStrategy):
             return
         sums = {name: each for part in parts for name, each in part.items()}
         for name in files_of(unfinished):
-            if name not in sums:  # a small file that the engine writes itself
+            if name not in sums:  # a small file that torch or DeepSpeed writes by itself
                 sums[name] = sum_of(unfinished / name)
                 sync(unfinished / name)
         writer = ManifestCheckpointIO()

@@ -49,7 +49,7 @@ class SequenceRanks(ParallelStrategy):
 
     def _ranks(self) -> int:
         """Return the number of ranks of the run; it is known before any is started."""
-        nodes: int = self.num_nodes  # type: ignore[attr-defined]  # the engines have it
+        nodes: int = self.num_nodes  # type: ignore[attr-defined]  # the subclasses have it
         return nodes * len(self.parallel_devices or ())
 
     def _configure_launcher(self) -> None:
@@ -73,9 +73,9 @@ class SequenceRanks(ParallelStrategy):
         return self.parallel_devices[self.local_rank]
 
     def _make_context(self) -> None:
-        """Make the context and the watch over the loaders when the ranks are connected, once for all runs of a Trainer.
+        """Make the context and the `LoaderWatch` when the ranks are connected, once for all runs of a Trainer.
 
-        The engines call it at the end of `setup_environment`.
+        The subclasses for DDP, FSDP2 and DeepSpeed call it at the end of `setup_environment`, on all ranks together.
         """
         if isinstance(self._placement, RunPlacement):
             self._placement.begin(self.lightning_module)
