@@ -1,4 +1,4 @@
-"""Averages of weights, as Lightning's callbacks keep them in copies of the model."""
+"""Averaged weights, as Lightning's `WeightAveraging` and `StochasticWeightAveraging` keep them in model copies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def averages(trainer: Trainer) -> Iterator[nn.Module]:
-    """Yield the copies of the model in which callbacks average weights, made before the model is sharded."""
+    """Yield the copy of the model that each callback of a Trainer averages weights in.
+
+    The callbacks make the copies in their `setup`, before FSDP2 shards the model, and so it shards the copies too.
+    """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average = getattr(callback, "_average_model", None)
         if isinstance(average, AveragedModel):
@@ -29,14 +32,18 @@ def averages(trainer: Trainer) -> Iterator[nn.Module]:
 
 
 def has_averages(trainer: Trainer) -> bool:
-    """Return whether a callback averages weights."""
+    """Return whether a callback of a Trainer has made a copy of the model to average weights in.
+
+    FSDP2 then saves one file, and frees gathered parameters between hooks; DeepSpeed's stage 3 raises an error.
+    """
     return any(True for _ in averages(trainer))
 
 
 def check_averages(trainer: Trainer, module: LightningModule) -> None:
-    """Raise a ValueError where a callback is to copy weights that are read after the module is sharded.
+    """Raise a ValueError if a callback would copy parameters on the meta device, which have no values yet.
 
-    The callback copies them when it is set up, before the strategy shards the module.
+    `WeightAveraging` copies the module in its `setup`, before the strategy shards the module and loads its weights.
+    FSDP2 calls this check when the ranks are connected, which is before that.
     """
     is_read_later = hasattr(module, "_load_sharded_weights") or not is_overridden("configure_model", module)
     is_copied = trainer.state.fn == TrainerFn.FITTING and any(parameter.is_meta for parameter in module.parameters())
@@ -52,9 +59,14 @@ def check_averages(trainer: Trainer, module: LightningModule) -> None:
 
 
 def whole_state(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a state with whole tensors on the CPU in place of sharded ones, which all ranks gather together.
+    """Return a state dict with full tensors on the CPU in place of each DTensor.
 
-    FSDP2 saves averages in one file with it.
+    All ranks call it together, as they gather each tensor.  FSDP2 calls it when it saves a checkpoint with averaged
+    weights, which is one file.
+
+    Args:
+        state: the state dict.
+        device: the device on which to gather; shards that are offloaded are copied to it first.
     """
 
     def whole(value: Any) -> Any:
@@ -67,9 +79,10 @@ def whole_state(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def sharded_state(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Return a state whose tensors are sharded as those of the same names in a module; each rank gives whole ones.
+    """Return a state dict of full tensors with each sharded as the module's tensor of the same name.
 
-    FSDP2 loads averages of a checkpoint in one file with it, for a callback that copies parts.
+    It is the inverse of `whole_state`: FSDP2 calls it when it loads a checkpoint with averaged weights, as the callback
+    copies them into sharded parameters.  Each rank gives the full tensors, and keeps its shards without messages.
     """
     held = module.state_dict()
 

@@ -1,4 +1,4 @@
-"""`RingSequenceParallelStrategy`: its options, and the choice of the class for an engine."""
+"""`RingSequenceParallelStrategy`: its options, and the choice of the subclass for a sharding."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 
 
 class _ClassBySharding:
-    """A base class whose `__new__` makes an instance of the subclass for the sharding.
+    """A base class whose `__new__` makes an instance of the subclass for the argument `sharding`.
 
     A `__new__` of the strategy itself would hide the arguments of `__init__` from the command line, which reads
     signatures.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return an instance of the subclass for `sharding`, or of `cls` itself if that is such a subclass."""
         if cls is RingSequenceParallelStrategy:
             cls = strategy_class(kwargs.get("sharding", args[1] if len(args) > 1 else "fsdp2"))
         return super().__new__(cls)
@@ -125,5 +126,10 @@ class RingSequenceParallelStrategy(_ClassBySharding, SplitSteps):
         self.precision_plugin = precision_plugin
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
-        """Call the initialiser of `lightning_class` with its options, the argument `engine`."""
+        """Call `__init__` of `lightning_class`; each subclass does it with the options that its sharding needs.
+
+        Args:
+            engine: a copy of the argument `engine` of the strategy, with names that were checked.
+            process_group_backend: the argument of the strategy.
+        """
         raise NotImplementedError

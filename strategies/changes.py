@@ -1,4 +1,4 @@
-"""Batches that a hook changes after they were split."""
+"""A warning for hooks that change a batch after it was split."""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ class ChangeWatch:
         self._batch, self._tensors = 0, {}  # type: int, dict[str, tuple[int, int]]
         self._is_over = False
 
-    def take(self, batch: Any) -> None:
-        """Take a batch as the split gave it."""
+    def record(self, batch: Any) -> None:
+        """Record which tensors this rank's part of a training batch has, when it was moved to the device.
+
+        `SplitSteps.batch_to_device` calls it, before Lightning calls hooks such as `on_train_batch_start`.
+        """
         if not self._is_over:
             self._batch, self._tensors = id(batch), dict(_tensors(batch))
 
     def compare(self, batch: Any) -> None:
-        """Compare the batch of a step with the one that was taken; a batch from elsewhere is not compared."""
+        """Warn if the batch of a training step has other tensors than when it was recorded, or changed ones.
+
+        `SplitSteps.training_step` calls it.  Another object than the recorded batch is not compared.
+        """
         if self._is_over or id(batch) != self._batch:
             return
         tensors = dict(_tensors(batch))
@@ -45,6 +51,9 @@ class ChangeWatch:
 
 
 def _tensors(batch: Any) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield the name of each tensor, with numbers that change when it is replaced or written to."""
+    """Yield (name, (id, version)) for each tensor: they change if it is replaced or written to in place.
+
+    Torch counts no versions of inference tensors; theirs is -1.
+    """
     for path, x in named_tensors(batch):
         yield ".".join(path[1:]) or path[0], (id(x), -1 if x.is_inference() else x._version)

@@ -23,7 +23,7 @@ _PROCESSES_PER_CORE = 16  # on a CPU they are of use for tests alone
 
 
 def check_options(accumulate: Any, timeout: Any, preemption: Any, split_check: Any) -> None:
-    """Raise a ValueError where an option of the strategy has a wrong value."""
+    """Raise a ValueError if one of these arguments of the strategy's `__init__`, which calls it, has a wrong value."""
     if accumulate not in get_args(Accumulate):
         allowed = ", ".join(map(repr, get_args(Accumulate)))
         raise ValueError(f"accumulate must be one of {allowed}, got {accumulate!r}")
@@ -34,7 +34,10 @@ def check_options(accumulate: Any, timeout: Any, preemption: Any, split_check: A
 
 
 def check_background_saves(background_saves: Any, checkpoint_io: Any) -> None:
-    """Raise a ValueError where checkpoints cannot be saved in the background."""
+    """Raise a ValueError if `background_saves` is no boolean, or True together with a `checkpoint_io` of the user.
+
+    The strategy calls it when it is made, and when a Trainer sets a `checkpoint_io` later.
+    """
     if not isinstance(background_saves, bool):
         raise ValueError(f"background_saves must be True or False, got {background_saves!r}")
     if background_saves and checkpoint_io is not None:
@@ -42,15 +45,18 @@ def check_background_saves(background_saves: Any, checkpoint_io: Any) -> None:
 
 
 def check_seconds(name: str, seconds: Any) -> None:
-    """Raise a ValueError where an option of the strategy is no number of seconds."""
+    """Raise a ValueError unless an argument of the strategy, `name`, is a positive number of seconds."""
     if not isinstance(seconds, (int, float)) or seconds <= 0:
         raise ValueError(f"{name} must be a number of seconds, more than 0, got {seconds!r}")
 
 
 def check_processes(devices: Sequence[torch.device]) -> None:
-    """Raise a ValueError where a node is to run many more processes than its CPU has cores.
+    """Raise a ValueError if a node is to run far more CPU processes than it has cores, before any is started.
 
     A thousand of them, by a slip in the number of devices, would take minutes to start and all of the memory.
+
+    Args:
+        devices: the devices of this node, one for each process.
     """
     most = _PROCESSES_PER_CORE * (os.cpu_count() or 1)
     if len(devices) > most and all(device.type == "cpu" for device in devices):
@@ -61,15 +67,16 @@ def check_processes(devices: Sequence[torch.device]) -> None:
 
 
 def check_accumulation(accumulate: str, module: LightningModule) -> None:
-    """Raise a ValueError where the strategy would weight losses that the module weights itself."""
+    """Raise a ValueError for `accumulate="tokens"` with manual optimisation; `SplitSteps.setup` calls it."""
     if accumulate == "tokens" and not module.automatic_optimization:
         raise ValueError("accumulate must be 'batches' with manual optimisation, which weights its losses itself")
 
 
 def check_is_split(context: SequenceContext) -> None:
-    """Raise a ValueError if a step ran on an unsplit batch, so that ranks that share sequences repeated the same work.
+    """Raise a ValueError if a step ran on a batch without sequences, so that ranks repeated each other's work.
 
-    A batch may stay whole if the model makes the sequences itself; it then calls `SequenceContext.begin_sequences`.
+    `SplitSteps.training_step` calls it after the step.  A batch may stay whole if the model makes the sequences itself,
+    and calls `SequenceContext.begin_sequences` in the step.
     """
     size = context.sequence_parallel_size
     if size > 1 and context.length is None:
@@ -80,7 +87,13 @@ def check_is_split(context: SequenceContext) -> None:
 
 
 def check_one_token_mean(means: int) -> None:
-    """Raise a ValueError unless a step called `token_mean` with a gradient exactly once."""
+    """Raise a ValueError unless a training step called `token_mean` with a gradient exactly once.
+
+    `accumulate="tokens"` needs that, as the gradient of one loss is scaled.
+
+    Args:
+        means: the number of these calls.
+    """
     if means != 1:
         raise ValueError(
             f"accumulate='tokens' needs one token_mean with a gradient in each training_step, got {means}: detach "
@@ -89,9 +102,15 @@ def check_one_token_mean(means: int) -> None:
 
 
 def check_predicted_batches(context: SequenceContext, sharding: str, batches: Sequence[int | float]) -> None:
-    """Raise a ValueError on all ranks where groups predict unequal numbers of batches: one would wait for the others.
+    """Raise a ValueError on all ranks if data-parallel groups are to predict unequal numbers of batches.
 
-    Lightning repeats no samples for prediction.
+    All ranks call it together before prediction, with a sharding whose ranks gather parameters in each forward: a group
+    with more batches would wait for the others.  The numbers can differ, as Lightning repeats no samples in prediction.
+
+    Args:
+        context: the context of the strategy.
+        sharding: the argument of the strategy, for the message.
+        batches: the number of batches of each loader; infinity if it is not known.
     """
     if context.data_parallel_group is None:
         return

@@ -18,15 +18,20 @@ class DDPSequenceParallelStrategy(RingSequenceParallelStrategy, DDPStrategy):
     lightning_class = DDPStrategy
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+        """Call `__init__` of `DDPStrategy` with the options of the user."""
         timeout = timedelta(seconds=self.timeout)
         DDPStrategy.__init__(self, process_group_backend=process_group_backend, timeout=timeout, **engine)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint without running code that it may hold, unless the user trusts it."""
+        """Return the content of a checkpoint; Lightning calls it on each rank of a run that is given a `ckpt_path`.
+
+        Code that the file may hold does not run, unless `weights_only` is False or the user trusts all files.
+        """
         trust = is_trusted(weights_only is False)
         with restricted(trust=trust):
             return super().load_checkpoint(checkpoint_path, not trust)
 
     def setup_environment(self) -> None:
+        """Connect the ranks, and make their context; Lightning calls it in each process before `setup`."""
         super().setup_environment()
         self._make_context()

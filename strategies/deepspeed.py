@@ -46,7 +46,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
     forms = ("deepspeed",)
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
-        """Check that DeepSpeed can do what the options ask for, and initialise Lightning's strategy for it."""
+        """Check that DeepSpeed is installed and serves the options, and call `__init__` of `DeepSpeedStrategy`."""
         if find_spec("deepspeed") is None:
             raise ModuleNotFoundError(
                 f"sharding {self.sharding!r} needs deepspeed: pip install 'lightning-longnet[deepspeed]', or take "
@@ -68,8 +68,9 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
 
     @property
     def root_device(self) -> torch.device:
+        """The device of this rank; on a CPU with the index 0, which DeepSpeed needs."""
         device = super().root_device
-        return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed needs an index
+        return torch.device("cpu", 0) if device.type == "cpu" else device
 
     def setup_environment(self) -> None:
         """Connect the ranks, and make their context; Lightning calls it in each process before `setup`."""
@@ -81,7 +82,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         self._make_context()
 
     def _connect_on_cpu(self) -> None:
-        """Connect the ranks as DeepSpeed does, on CPUs."""
+        """Connect the ranks on CPUs, with the parts of Lightning's `setup_environment` that need no GPU."""
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it at its first use
         import deepspeed
 
@@ -92,7 +93,10 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
 
     @staticmethod
     def _whole_parameter(parameter: Tensor) -> Tensor:
-        """Return the whole of a parameter, which stage 3 gathers from all ranks for the split check."""
+        """Return the full tensor of a parameter; all ranks call it together, as stage 3 must gather it.
+
+        The split check and `CausalLMModule.save_pretrained` use it.
+        """
         if not hasattr(parameter, "ds_id"):  # DeepSpeed marks with it what stage 3 has sharded
             return parameter
         import deepspeed
@@ -101,7 +105,11 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
             return parameter.detach().clone()
 
     def setup(self, trainer: Trainer) -> None:
-        """Refuse averages that stage 3 cannot keep, and let checkpoints leave out parameters that LoRA froze."""
+        """Set the run up; the Trainer calls it when the model is made, and before it restores a checkpoint.
+
+        A ValueError is raised for callbacks that average weights with stage 3.  Checkpoints of a module that excludes
+        frozen parameters, as one with LoRA, are to leave them out.
+        """
         if gathers_parameters(self.sharding) and has_averages(trainer):
             raise ValueError(
                 f"sharding {self.sharding!r} takes no callback that averages weights, such as EMAWeightAveraging: "
@@ -114,17 +122,20 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Let `configure_model` make whole parameters, which DeepSpeed splits when the run is set up.
+        """Let `configure_model`, around which Lightning enters this block, make full parameters.
 
-        Lightning's own context splits each parameter when its module has made it.  Code that initializes or loads it
-        later, as layers of this package and models of transformers do, then finds an empty tensor, and some of it
-        raises no error.
+        DeepSpeed shards them when the run is set up.  Lightning's own context shards each parameter when its module has
+        made it.  Code that initializes or loads it later, as layers of this package and models of transformers do, then
+        finds an empty tensor, and some of it raises no error.
         """
         self._init_config_if_needed()
         yield
 
     def on_train_start(self) -> None:
-        """Raise a ValueError if an epoch would end with micro-batches that do not fill a step."""
+        """Raise a ValueError if an epoch would end with fewer micro-batches than an optimizer step takes.
+
+        Lightning calls it before the first step of `fit`.
+        """
         super().on_train_start()
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
@@ -137,8 +148,10 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
             )
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        # Lightning has divided by the micro-batches already
+        """Run the backward; DeepSpeed is not to divide the loss by the micro-batches, as Lightning has done so."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    # `CheckpointSaves.save_checkpoint` calls the next three
 
     def _writes_folder(self) -> bool:
         return True
@@ -150,13 +163,15 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         return copy_files(self.deepspeed_engine, folder, lambda: self._save_engine(checkpoint, folder))
 
     def _save_engine(self, checkpoint: dict[str, Any], folder: Path) -> None:
+        """Save as Lightning's strategy does, while `write_files` or `copy_files` stand in for DeepSpeed's writer."""
         DeepSpeedStrategy.save_checkpoint(self, checkpoint, folder)
 
     def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
-        """Load a checkpoint of any number of ranks, and convert it first where that is not the number of now.
+        """Load a checkpoint that DeepSpeed saved with any number of ranks into the engine, and return the rest of it.
 
-        DeepSpeed unpickles whatever its files hold, so they are read before, and when it reads them, with the few
-        classes alone that it puts there, unless `weights_only` is False.
+        `CheckpointSaves.load_checkpoint` calls it on all ranks.  DeepSpeed unpickles whatever its files hold.  Unless
+        `weights_only` is False, only the classes that DeepSpeed itself writes are allowed: rank 0 checks the files
+        first, and the restriction holds while DeepSpeed reads them.
         """
         path, trust = Path(path), weights_only is False
         if fault := fault_of_rank_zero(self, lambda: fault_of(lambda: check_folder(path, trust))):
@@ -165,9 +180,10 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
             return self._load(path, weights_only)
 
     def _load(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
-        """Load a checkpoint that `_load_from` has checked; that of another number of ranks in DeepSpeed's own format.
+        """Load a checkpoint that `_load_from` has checked.
 
-        This format, the universal one, is that which `convert` writes into the folder, on rank 0.
+        If another number of ranks saved it, rank 0 converts it to DeepSpeed's universal format first, once, in files
+        inside the checkpoint's folder.
         """
         if saved_ranks(path) in (0, self.world_size):  # 0 where there are no optimizer states to convert
             return super()._load_from(path, weights_only)
@@ -184,13 +200,14 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
         return checkpoint
 
     def _restore_groups(self, options: list[list[dict[str, Any]]], checkpoint: dict[str, Any]) -> None:
-        """Give each group of parameters its own options and counts of steps again.
+        """Give each parameter group its options again, and each parameter its own count of steps.
 
-        DeepSpeed's universal format holds those of one group, and lets all parameters share one tensor that counts.
+        After loading the universal format, which holds the options of one group, all groups have these, and all
+        parameters share one tensor as their count.
 
         Args:
-            options: for each optimizer those of its groups before the checkpoint was loaded.
-            checkpoint: the states of the schedules, which know the learning rates of now.
+            options: for each optimizer the options of its groups before the checkpoint was loaded.
+            checkpoint: the checkpoint, whose states of learning rate schedulers hold the current learning rates.
         """
         schedules = checkpoint.get("lr_schedulers") or [{}] * len(self.optimizers)
         for optimizer, groups, schedule in zip(self.optimizers, options, schedules, strict=False):
@@ -204,5 +221,5 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
 
 
 def _options_of(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a group of parameters, without the parameters."""
+    """Return the options of an optimizer's parameter group, such as "lr" and "weight_decay", without the parameters."""
     return {name: value for name, value in group.items() if name != "params"}

@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
 
 def write_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str, FileSum]:
-    """Let DeepSpeed save a checkpoint into a folder, and return the checksums of this rank's files, by their names.
+    """Let DeepSpeed save a checkpoint into a folder, and return the checksum of each file that this rank writes.
 
-    The files are on the disk when it returns.
+    All ranks call it together: `DeepSpeedSequenceParallelStrategy` does for a save that is not in the background.  The
+    keys are paths relative to the folder.  The files are on the disk when it returns.
 
     Args:
-        engine: DeepSpeed's engine.
+        engine: the `DeepSpeedEngine` that holds the model.
         folder: the path of the folder, which DeepSpeed makes.
-        save: makes the engine save.
+        save: calls the engine's `save_checkpoint`.
     """
     sums: dict[str, FileSum] = {}
     write = save_summed if _writes_as_torch(engine) else _written_by(engine)
@@ -36,9 +37,10 @@ def write_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str
 
 
 def copy_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str, MemoryFile]:
-    """Let DeepSpeed save a checkpoint into memory, and return this rank's files by their names.
+    """Let DeepSpeed save a checkpoint into memory, for a save in the background, and return the files of this rank.
 
-    The folder and its small files are made; the arguments are those of `write_files`.
+    The keys and the arguments are those of `write_files`.  DeepSpeed makes the folder, and small files in it, such as
+    `latest`.  A ValueError is raised if its configuration chooses another writer than torch.
     """
     files: dict[str, MemoryFile] = {}
     if not _writes_as_torch(engine):
@@ -52,7 +54,7 @@ def copy_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str,
 
 
 def _writes_as_torch(engine: Any) -> bool:
-    """Whether DeepSpeed would write each file by `torch.save` in its current format, as this package does."""
+    """Return whether DeepSpeed would write each file by `torch.save` as a zip file, as `save_summed` does."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
     files = engine.checkpoint_engine
@@ -60,7 +62,7 @@ def _writes_as_torch(engine: Any) -> bool:
 
 
 def _written_by(engine: Any) -> Callable[[Any, Path], FileSum]:
-    """Return a function that has a writer of DeepSpeed's write a file, and reads the file again for its sum."""
+    """Return a function that writes a file with the writer of the engine, and reads it again for its checksum."""
     write = engine.checkpoint_engine.save
 
     def written(content: Any, path: Path) -> FileSum:
@@ -72,15 +74,14 @@ def _written_by(engine: Any) -> Callable[[Any, Path], FileSum]:
 
 
 def _save_with(engine: Any, store: Callable[[Any, Path], None], save: Callable[[], None]) -> None:
-    """Let DeepSpeed save a checkpoint, with `store` in place of its own writing of each file.
+    """Call `save` with `store` in place of the engine's own writing of each file.
 
-    An error of storing is raised when DeepSpeed's save has ended: raised at once, it would leave the other ranks in a
-    barrier of DeepSpeed's.
+    An error of `store` is raised when `save` has returned: raised at once, it would leave the other ranks waiting in a
+    barrier of DeepSpeed.
 
     Args:
-        engine: DeepSpeed's engine.
+        engine, save: those of `write_files`.
         store: takes the content and the path of each file that this rank is to write.
-        save: makes the engine save.
     """
     files = engine.checkpoint_engine
     if files.is_decoupled():

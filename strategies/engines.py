@@ -1,4 +1,4 @@
-"""The engines, Lightning's strategies on which ours is built: the sharding of each, its class and its options."""
+"""The engines, the strategies of Lightning that ours is built on: which one each value of `sharding` selects."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ _OURS |= {"process_group_backend", "data_parallel_size", "tensor_parallel_size",
 
 
 def strategy_class(sharding: str) -> type[RingSequenceParallelStrategy]:
-    """Return the class of a sharding, whose module is imported now: DeepSpeed need not be installed for the others."""
+    """Return the subclass of `RingSequenceParallelStrategy` for a value of `sharding`.
+
+    Its module is imported here, when a strategy is made, so that DeepSpeed need not be installed for the others.  A
+    ValueError names the values that are allowed.
+    """
     if sharding not in get_args(Sharding):
         allowed = ", ".join(map(repr, get_args(Sharding)))
         raise ValueError(f"sharding must be one of {allowed}, got {sharding!r}")
@@ -48,7 +52,12 @@ def strategy_class(sharding: str) -> type[RingSequenceParallelStrategy]:
 
 
 def checked_engine_options(lightning_class: type[ParallelStrategy], options: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of the options of Lightning's strategy for an engine, after checking their names."""
+    """Return a copy of the argument `engine` of the strategy, after checking its names.
+
+    Args:
+        lightning_class: Lightning's strategy, which gets the options as keyword arguments.
+        options: the options by name.  Arguments that this package sets itself, such as `timeout`, are not allowed.
+    """
     valid = set(signature(lightning_class).parameters) - _OURS
     if "kwargs" in valid:  # Lightning passes these on to DistributedDataParallel
         valid = valid - {"kwargs"} | (set(signature(DistributedDataParallel).parameters) - {"module", "device_ids"})
@@ -59,5 +68,8 @@ def checked_engine_options(lightning_class: type[ParallelStrategy], options: dic
 
 
 def gathers_parameters(sharding: str) -> bool:
-    """Whether ranks gather parameters in each forward, so that all of them must call the model equally often."""
+    """Return whether a sharding splits the parameters, so that all ranks gather them in each forward.
+
+    All ranks must then call the model equally often.
+    """
     return sharding not in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2")

@@ -18,7 +18,9 @@ _LOOKS, _PAUSE = 3, 0.02
 
 @cache
 def await_gloo_at_exit() -> None:
-    """Let gloo's threads release the tensors of their last messages before the interpreter shuts down.
+    """Have the process wait at its exit until gloo's threads have released the tensors of their last messages.
+
+    The strategy calls it once, when the ranks are connected.
 
     A thread of gloo needs the interpreter's lock to release a tensor. One that asks for it while the interpreter
     shuts down ends the process with SIGABRT ("terminate called without an active exception"), after a run that went
@@ -28,6 +30,7 @@ def await_gloo_at_exit() -> None:
 
 
 def _await_threads() -> None:
+    """Wait until no other thread has run in `_LOOKS` consecutive looks, for `LONGEST` seconds at most."""
     time.sleep(SECONDS)
     end, idle = time.monotonic() + LONGEST, 0
     while idle < _LOOKS and time.monotonic() < end:
@@ -49,9 +52,10 @@ def _other_threads_run() -> bool:
 
 
 def print_stacks_at_crash() -> None:
-    """Print the Python stack of each thread to stderr if SIGSEGV, SIGABRT or a similar signal ends the process.
+    """Have the Python stack of each thread printed to stderr if SIGSEGV, SIGABRT or a similar signal ends the process.
 
-    The other ranks name only the signal.  A handler that the program or the supervisor has installed stays.
+    The strategy calls it when the ranks are connected, as the errors of the other ranks name only the signal.  If the
+    program or the supervisor has enabled faulthandler, this does nothing.
     """
     if sys.__stderr__ is not None and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)

@@ -1,6 +1,7 @@
-"""The name of the rank that failed first, in the error of each: a lost connection alone says nothing of its cause.
+"""The part of the strategy that adds to each rank's error which rank failed first, and with what error.
 
-Where the layers of the module have a `Guard`, its advice is added to the error of each rank.
+If one rank fails, the others see a lost connection, which says nothing of the cause.  Where the layers of the module
+have a `Guard`, its advice is added to the error too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 _RUNS = [0]  # how many runs this process has set up, as all ranks have: each run has its own failures
-_LOST = (
+_LOST = (  # messages of gloo, NCCL and torch's store where another rank has ended or does not answer
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL"),
     *("Application timeout caused pair closure", "wait timeout", "Timed out after", "failed to recv", "recvValue"),
     *("Connect timeout", "connectFullMesh", "Connection refused", "Socket closed"),
@@ -39,29 +40,36 @@ class NamedFailures(MarkedPhases):
     _reports: FailureReports | None = None  # while the ranks of a run are connected
 
     def setup(self, trainer: Trainer) -> None:
-        self._end_run("", RUNS)  # clears the outcome of an earlier run of this process
+        """Clear the outcome of an earlier run of this process, for a supervisor, and set the run up."""
+        self._end_run("", RUNS)
         super().setup(trainer)
 
     def _begin_reports(self) -> None:
-        """Begin to read what other ranks report; all ranks call this when they are connected."""
+        """Begin to read what other ranks report; `SplitSteps._make_context` calls it when the ranks are connected.
+
+        It does nothing in a run of one rank.
+        """
         _RUNS[0] += 1
         self._end_reports()
         if dist.is_initialized() and self._ranks() > 1 and dist.get_backend() != "fake":
             self._reports = FailureReports(_RUNS[0], self.global_rank, self._ranks())
 
     def _end_reports(self) -> None:
+        """End the thread that reads what other ranks report, where there is one."""
         reports, self._reports = self._reports, None
         if reports is not None:
             reports.end()
 
     def teardown(self) -> None:
+        """Stop reading what other ranks report; the Trainer calls it when a run has ended, also with an error."""
         self._end_reports()
         super().teardown()
 
     def on_exception(self, exception: BaseException) -> None:
-        """Add to an error which rank raised it, where, and which rank failed first; Lightning calls it at any error.
+        """Add to an error which rank raised it, in which phase and step, and which rank failed first.
 
-        The error is also reported to the other ranks, and written as the outcome of the run.
+        Lightning calls it on the rank that raised the error, for each error and for Ctrl-C, before `teardown`.  The
+        error is also reported to the other ranks, and written as the outcome of the run for a supervisor.
         """
         super().on_exception(exception)
         if isinstance(exception, Requeued) or self.progress.phase == OUTSIDE:
@@ -94,17 +102,28 @@ class NamedFailures(MarkedPhases):
             exception.add_note(line)
 
     def _advise(self, exception: BaseException, description: str, is_lost: bool) -> str:
-        """Add the advice of the module's `Guard` to an error, and return it; empty where there is none."""
+        """Add the advice of the module's `Guard` to an error as a note, and return it; "" if there is none.
+
+        Args:
+            exception: the error.
+            description: the rank, the phase and the message, for the log of the guard.
+            is_lost: whether the error is a lost connection.
+        """
         guards = [] if self.lightning_module is None else guards_of(self.lightning_module)
         return guards[0].advise(exception, description, is_lost=is_lost) if guards else ""
 
     def _ranks(self) -> int:
+        """Return the number of ranks; `SequenceRanks` does."""
         raise NotImplementedError
 
     def _reported_failure(self, own: str, is_lost: bool) -> str:
-        """Return the failure that another rank reported first, or an empty string.
+        """Return the failure that another rank reported first; "" if none did within a few seconds.
 
-        If none has, the failure of this rank, `own`, is reported to the others, unless it is a lost connection.
+        Unless this rank's error is a lost connection, it is reported to the others, who read it if it is the first.
+
+        Args:
+            own: the failure of this rank, as text.
+            is_lost: whether it is a lost connection.
         """
         reports = self._reports
         if reports is None:
@@ -117,7 +136,11 @@ class NamedFailures(MarkedPhases):
         return reports.text if reports.text != own else ""
 
     def _evidence(self) -> str:
-        """Return what this rank sees of ranks that reported no error: their processes, where it has started them."""
+        """Return what this rank sees of a rank that failed without a report, for the error of a lost connection.
+
+        A rank that has started the others knows how their processes ended, or that one stands still; the others know
+        whether the process that started them has ended.
+        """
         launcher = self.launcher
         if isinstance(launcher, WatchedLauncher) and launcher.procs:
             await_condition(lambda: any(each.poll() for each in launcher.procs), 1.0)
@@ -135,14 +158,23 @@ class NamedFailures(MarkedPhases):
 
 
 def is_lost_connection(exception: BaseException) -> bool:
-    """Whether an error says only that another rank did not answer."""
+    """Return whether an error says only that another rank has ended or did not answer in time."""
     if isinstance(exception, dist.DistError):
         return True
     return isinstance(exception, RuntimeError) and any(each in str(exception) for each in _LOST)
 
 
 def _exchange(reports: FailureReports, own: str, is_lost: bool, holds_store: bool) -> None:
-    """Report this rank's own failure, or read that of another; the rank that holds the store waits for the readers."""
+    """Report this rank's failure to the others, or wait for a report of another rank; the target of a thread.
+
+    The rank that holds the store then waits until all have read the report, as the store ends with its process.
+
+    Args:
+        reports: the reports of the run; its `text` is the first failure afterwards.
+        own: the failure of this rank.
+        is_lost: whether it is a lost connection, which is not reported.
+        holds_store: whether this is rank 0.
+    """
     try:
         if not is_lost:
             reports.report(own)
@@ -155,7 +187,7 @@ def _exchange(reports: FailureReports, own: str, is_lost: bool, holds_store: boo
 
 
 def _text(exception: BaseException) -> str:
-    """Return an error as one line: its type and its message, or what ended the process."""
+    """Return an error as one line of at most 1000 characters: its type and its message, or what ended the process."""
     if isinstance(exception, SIGTERMException):  # the callback Preemption knows which rank received it
         return ", ".join(("ended by SIGTERM", *getattr(exception, "__notes__", ())))
     if isinstance(exception, SystemExit):

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 
 class LossWatch:
-    """Warns once on each rank where the loss of a step that the Trainer logs, or of the last step, is not finite.
+    """Warns once on each rank if a training loss is NaN or infinite.
 
-    A loss is looked at when the next step begins: the Trainer has read what it logs by then, so that this waits for no
-    device.  NaN on one rank reaches the parameters of all ranks, and so the losses of all in the following step.
-    `NonFiniteGuard` does more, and with it nothing is looked at.
+    Only losses of steps at which the Trainer logs, and of the last step, are read.  A loss is read when the next step
+    begins: the Trainer has read what it logs by then, so that this waits for no device.  NaN on one rank reaches the
+    parameters of all ranks, and so the losses of all in the following step.  With the callback `NonFiniteGuard`, which
+    checks every step, this does nothing.
     """
 
     def __init__(self) -> None:
@@ -31,18 +32,25 @@ class LossWatch:
         self._step, self._is_logged, self._is_over = 0, False, False
 
     def begin(self, trainer: Trainer) -> None:
-        """Begin the losses of a run."""
+        """Forget the losses of an earlier run; `SplitSteps.on_train_start` calls it."""
         self._loss, self._is_over = None, any(isinstance(each, NonFiniteGuard) for each in _callbacks(trainer))
 
-    def take(self, trainer: Trainer, output: Any) -> None:
-        """Take what a training step returned."""
+    def record(self, trainer: Trainer, output: Any) -> None:
+        """Keep the loss that a training step returned, alone or as "loss" of a dictionary, without reading its value.
+
+        `SplitSteps.training_step` calls it after the step of the module.  A step that returns no loss is left out.
+        """
         loss = output.get("loss") if isinstance(output, dict) else output
         if not self._is_over and isinstance(loss, torch.Tensor) and loss.numel() == 1:
             self._loss, self._step = loss.detach(), trainer.global_step + 1
             self._is_logged = is_logging_step(trainer)
 
-    def look(self, *, is_last: bool = False) -> None:
-        """Warn if the latest loss is not finite; a loss is checked only if its step was logged or `is_last`."""
+    def check(self, *, is_last: bool = False) -> None:
+        """Read the recorded loss, and warn if it is not finite; a loss of a step that is not logged is not read.
+
+        `SplitSteps` calls it when the next step begins, and at the end of training, with `is_last`, which reads the
+        loss in any case.
+        """
         if self._loss is None or self._is_over or not (self._is_logged or is_last):
             return
         value, self._loss = float(self._loss), None
@@ -59,9 +67,10 @@ class LossWatch:
 
 
 def check_anomaly(loss: Tensor) -> None:
-    """Raise a FloatingPointError on all ranks where anomalies are detected and the loss of one is not finite.
+    """Raise a FloatingPointError on all ranks if the loss of one is not finite, with `detect_anomaly=True` alone.
 
-    torch raises an error in the backward of that rank alone, for which the others would wait.
+    `SplitSteps.pre_backward` calls it on all ranks before each backward.  With anomaly detection torch raises an error
+    in the backward of the rank with the bad loss alone, and the others would wait for it.
     """
     if not torch.is_anomaly_enabled() or not dist.is_initialized():
         return
@@ -72,5 +81,6 @@ def check_anomaly(loss: Tensor) -> None:
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:
+    """Return the callbacks of a Trainer, whose attribute has no type."""
     attached: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return attached

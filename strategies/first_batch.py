@@ -1,4 +1,4 @@
-"""The split check of a run: it compares the first batch of each kind of step on parts with the same on one rank."""
+"""The split check of a run: the first batch of each loop is computed on split sequences and on whole ones."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ _PACKAGE = "lightning_longnet."
 
 
 class FirstBatchCheck:
-    """Checks the first batches of a run, each on all ranks together.
+    """Runs `check_split` on the first batch of training, validation, test and prediction of a run.
 
     Args:
-        action: what happens where parts differ from whole sequences; see `check_split`.
+        action: what happens if the results differ: "error", "warn" or "off"; see `check_split`.
     """
 
     def __init__(self, action: Action) -> None:
@@ -49,22 +49,26 @@ class FirstBatchCheck:
         self._checked: set[str] = set()
 
     def begin(self, module: LightningModule, whole: Callable[[Tensor], Tensor]) -> None:
-        """Copy the structure of a module before the engine shards it; once in a run.
+        """Copy the structure of a module at set-up, before FSDP2 or DeepSpeed shards it; once in a run.
 
         Args:
             module: the module.
-            whole: gathers the full tensor of a parameter that the engine has sharded since.
+            whole: returns the full tensor of a parameter that has been sharded since; all ranks call it together.
         """
         if self._replica is None and self.action != "off":
             self._replica = replica_of(module, whole)
 
     def end(self) -> None:
-        """Forget the module."""
+        """Forget the module and the loops that were checked; `SplitSteps.teardown` calls it."""
         self._replica = None
         self._checked.clear()
 
     def is_due(self, strategy: SplitSteps, trainer: Trainer) -> bool:
-        """Whether the batch that a loop was given is the first of training, validation, test or prediction."""
+        """Return whether to call `check` with the next batch: the first of its loop, where ranks share sequences.
+
+        It is False if `action` is "off", and for the predict step of this package's modules, which may continue texts
+        by thousands of tokens.
+        """
         stage, size = _stage(trainer), strategy.sequence_context.sequence_parallel_size
         if stage == "predict" and _is_own_predict_step(trainer.lightning_module):
             self._skip_prediction(type(trainer.lightning_module))
@@ -72,7 +76,7 @@ class FirstBatchCheck:
         return bool(stage) and stage not in self._checked and self.action != "off" and size > 1
 
     def _skip_prediction(self, kind: type[LightningModule]) -> None:
-        """Log once that a user's subclass is not checked; this package's own modules are right."""
+        """Note that prediction is not checked, and log it once if the module is a user's subclass of this package's."""
         if "predict" not in self._checked and not kind.__module__.startswith(_PACKAGE):
             rank_zero_info(
                 f"split check of predict: not made, as {kind.__name__} has the predict step of this package, which may "
@@ -81,7 +85,7 @@ class FirstBatchCheck:
         self._checked.add("predict")
 
     def check(self, strategy: SplitSteps, module: LightningModule, batch: Any, sequence_dims: Any) -> None:
-        """Compare the step of a loop's first batch on parts of sequences with the same step on whole ones.
+        """Compute the step of a loop's first batch on split sequences and on whole ones, and compare the results.
 
         If the results differ, `check_split` raises an error or warns, by `action`.  Otherwise the log says that they
         are equal, or why they were not compared.  `SplitSteps.batch_to_device` calls it on all ranks where `is_due`.
@@ -115,7 +119,7 @@ class FirstBatchCheck:
                     predicts=stage == "predict",
                     replica=self._replica,
                     attach=attach,
-                    inside=_inside(strategy, module, stage),
+                    inside=_engine_module(strategy, module, stage),
                 )
         finally:
             strategy.sequence_context = context  # that of the run again
@@ -129,7 +133,10 @@ class FirstBatchCheck:
 
 @contextmanager
 def _trainer_restored(trainer: Trainer) -> Iterator[None]:
-    """Restore the attributes of a Trainer after the block; inside it nothing is logged, saved or optimized."""
+    """Restore the attributes of a Trainer after the block; inside it nothing is logged, saved or optimized.
+
+    An optimizer that a step of the module calls itself raises `StopStep`, which ends the step for the check.
+    """
     attributes = dict(trainer.__dict__)
 
     def end(optimizer: Optimizer, *_: Any) -> None:
@@ -154,7 +161,10 @@ def _do_nothing(*_: Any, **__: Any) -> None:
 
 
 def _stage(trainer: Trainer) -> str:
-    """Return "training", "validation", "test" or "predict", the loop that runs; an empty string for other loops."""
+    """Return the loop that runs now: "training", "validation", "test" or "predict"; "" if none does.
+
+    The sanity check of a fit counts as validation.
+    """
     if trainer.training:
         return "training"
     if trainer.testing:
@@ -165,14 +175,15 @@ def _stage(trainer: Trainer) -> str:
 
 
 def _is_own_predict_step(module: LightningModule) -> bool:
-    """Whether the predict step is one of this package, which are right: generating texts would take long."""
+    """Return whether a module's predict step is one of this package, and not the user's own."""
     return str(type(module).predict_step.__module__).startswith(_PACKAGE)
 
 
-def _inside(strategy: SplitSteps, module: LightningModule, stage: str) -> EngineModule:
-    """Return the module of a run for `check_split`, with a function that runs its step as Lightning and its engine do.
+def _engine_module(strategy: SplitSteps, module: LightningModule, stage: str) -> EngineModule:
+    """Return the module of a run, as FSDP2 or DeepSpeed has sharded it, for `check_split`.
 
-    The check takes it instead of copies where there can be no copies of the whole module.
+    The check runs the step in it if the module cannot be copied whole: the precision plugin and the sharding are then
+    the same as in the run.
 
     Args:
         strategy, module: those of the run.
@@ -195,13 +206,16 @@ def _inside(strategy: SplitSteps, module: LightningModule, stage: str) -> Engine
 
 
 def _call_step(copy: Any, batch: Any, name: str) -> Any:
-    """Return what the step `name` of a copy of the module returns for a batch, which is called as Lightning does."""
+    """Call the step `name` of a copy of the module with a batch, as Lightning does, and return its result."""
     step = getattr(copy, name)
     return step(*_arguments(copy, step, batch))
 
 
 def _arguments(copy: Any, step: Callable[..., Any], batch: Any) -> list[Any]:
-    """Return the arguments that a step of a module declares, after the hook for batches, as Lightning calls them."""
+    """Return the arguments with which Lightning would call a step of a module for the first batch.
+
+    These are the batch, after the hook `on_after_batch_transfer`, and the indices 0 that the step declares.
+    """
     hooks = copy.trainer._data_connector._datahook_selector.get_instance("on_after_batch_transfer")
     owner: Any = hooks if hooks is getattr(copy.trainer, "datamodule", None) else copy
     batch = owner.on_after_batch_transfer(batch, 0)

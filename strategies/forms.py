@@ -1,4 +1,4 @@
-"""The checkpoints that an engine reads, and the error for those of another."""
+"""The formats of checkpoints that each sharding can load, and the error message for those of another."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ _NAMES = {"file": "one file", "fsdp2": "a folder of FSDP2", "deepspeed": "a fold
 
 
 def fault_of_form(path: Path, forms: Collection[str], sharding: str) -> str:
-    """Return why an engine cannot go on from a checkpoint, and which engine can, for an error; "" if it can.
+    """Return the error message for a checkpoint that a sharding cannot resume from, with the shardings that can.
+
+    It is "" if the sharding can, or if the path holds no known checkpoint.  `CheckpointSaves.load_checkpoint` calls it
+    on rank 0.
 
     Args:
-        path: the checkpoint.
-        forms: the forms of checkpoints that the engine reads: "file", "fsdp2" or "deepspeed".
-        sharding: the engine.
+        path: the file or folder of the checkpoint.
+        forms: the formats that the strategy loads: "file", "fsdp2" or "deepspeed".
+        sharding: the argument of the strategy.
     """
     form = form_of(path)
     name, readers = _NAMES.get(form, ""), _READERS.get(form, "")

@@ -46,10 +46,11 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
     lightning_class = ModelParallelStrategy
     forms = ("file", "fsdp2")
-    _is_freed = False  # whether a backward of a step by hand has freed parameters that the step may need again
+    _is_freed = False  # whether a backward that a step called itself has freed parameters that it may need again
     shards_before_loading = True  # calls `_load_sharded_weights` of the module, where it has one, after sharding it
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
+        """Call `__init__` of `ModelParallelStrategy`; its own mesh is not used."""
         options: dict[str, Any] = {
             "process_group_backend": process_group_backend,
             "timeout": timedelta(seconds=self.timeout),
@@ -57,7 +58,10 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         ModelParallelStrategy.__init__(self, data_parallel_size=1, tensor_parallel_size=1, **options, **engine)
 
     def setup_environment(self) -> None:
-        """Connect the ranks, and make their context; Lightning calls it in each process before `setup`."""
+        """Connect the ranks, and make their context; Lightning calls it in each process before `configure_model`.
+
+        The module's `device_mesh`, which `configure_model` may read, is that of the context.
+        """
         assert self.lightning_module is not None
         check_averages(self.lightning_module.trainer, self.lightning_module)
         ParallelStrategy.setup_environment(self)  # without the mesh of data and tensor parallelism
@@ -66,7 +70,11 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         self._device_mesh = self.lightning_module._device_mesh = self.sequence_context.mesh
 
     def setup(self, trainer: Trainer) -> None:
-        """Shard the module and its averages, if the user has not; the Trainer calls it before optimizers are made."""
+        """Shard the module and its averaged copies; the Trainer calls it after `configure_model`.
+
+        A module in which the user has called `fully_shard` stays as it is.  Lightning then makes the optimizers of the
+        sharded parameters, and a checkpoint is restored.
+        """
         module = self.lightning_module
         assert module is not None
         self._begin_split_check()
@@ -77,9 +85,9 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
             for root in roots:
                 self._shard(root)
         if isinstance(module, FSDPModule) and not module.automatic_optimization:
-            # a step by hand may go on with a forward after its backward has freed these parameters
+            # a step that calls its backward itself may go on with a forward, for which these parameters were freed
             for each in _outside_of_blocks(module):
-                each.register_forward_pre_hook(self._gather_after_backward, prepend=True)
+                each.register_forward_pre_hook(self._unshard_after_backward, prepend=True)
         for root in roots:
             # a module that loads weights into the parts of each rank, so that no rank ever holds all of them
             if (load := getattr(root, "_load_sharded_weights", None)) is not None:
@@ -94,7 +102,10 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         super().setup(trainer)
 
     def _shard(self, module: nn.Module) -> None:
-        """Shard the parameters of a module over the ranks, block by block, with the values that they have on rank 0."""
+        """Shard the parameters of a module over the ranks, block by block, with the values that they have on rank 0.
+
+        Parameters on the meta device have no values yet, and are sharded without.  All ranks call it together.
+        """
         for tensor in (*module.parameters(), *module.buffers()):
             if not tensor.is_meta:
                 values = tensor.data.to(self.root_device)  # NCCL takes nothing else
@@ -111,13 +122,18 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
                 register_fsdp_forward_method(module, name)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Save a checkpoint, with whole tensors in place of the parts that a callback of averaged weights put in it."""
+        """Save a checkpoint; the Trainer calls it on all ranks together.
+
+        If a callback averages weights, the checkpoint gets full tensors in place of sharded ones, for one file.
+        """
         assert self.lightning_module is not None
         if has_averages(self.lightning_module.trainer):
             for name in ("state_dict", "averaging_state"):
                 if name in checkpoint:
                     checkpoint[name] = whole_state(checkpoint[name], self.root_device)
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    # `CheckpointSaves` calls the next four when a checkpoint is saved or loaded
 
     def _writes_folder(self) -> bool:
         return self._save_distributed_checkpoint
@@ -129,14 +145,17 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         return copy_shards(checkpoint, folder, is_first=self.is_global_zero)
 
     def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
-        """Load a file of any engine or a folder of FSDP2 into the sharded module; return the rest of the checkpoint."""
+        """Load a checkpoint into the sharded module and the optimizers, and return the rest of it.
+
+        It is one file, as any sharding but DeepSpeed saves it, or a folder of FSDP2.  All ranks call it together.
+        """
         path, module = Path(path), self.lightning_module
         assert self.model is not None
         assert module is not None
         loading = load_full_checkpoint if path.is_file() else load_folder
         trust = weights_only is False
         checkpoint = loading(path, self.model, self.optimizers, module.strict_loading, trust)
-        if has_averages(module.trainer):  # the callback loads its average, and the weights again, from parts
+        if has_averages(module.trainer):  # the callback copies its average, and the weights again, shard by shard
             checkpoint["state_dict"] = module.state_dict()
             if "current_model_state" in checkpoint:
                 checkpoint["current_model_state"] = sharded_state(checkpoint["current_model_state"], module)
@@ -145,70 +164,78 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     # Manual optimisation: the backward runs inside of the step, which is the model's forward to FSDP
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """Let FSDP gather parameters for a backward that a step calls by hand."""
+        """Prepare FSDP for a backward that a step calls itself; Lightning calls it before each backward."""
         super().pre_backward(closure_loss)
         if self._is_manual():
-            # FSDP registers its hooks on what the forward returns, but the backward begins at the loss
+            # FSDP gathers parameters in hooks on what the forward returns, and the step has returned nothing yet
             self._root()._get_fsdp_state()._register_pre_backward_hook(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Free the parameters that FSDP gathered for a backward that a step called by hand."""
+        """Free the parameters that FSDP gathered for a backward that a step called itself."""
         super().post_backward(closure_loss)
         if self._is_manual():
-            # gradients are of the parts of parameters, and the step may clip those of `self.parameters()`
+            # the gradients are sharded, and the step may clip those of `self.parameters()`
             self._root().reshard()
             self._is_freed = True
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Step the optimizer; with manual optimisation the parameters are gathered for the rest of the step."""
         result = super().optimizer_step(*args, **kwargs)
-        self._gather_again()
+        self._unshard_after_optimizer()
         return result
 
-    # Averaged weights, which callbacks copy from and to the parts of parameters that this rank holds
+    # Averaged weights: callbacks copy them between hooks of Lightning, from and to the shards that this rank holds
 
     def on_validation_start(self) -> None:
+        """Free gathered parameters before a callback swaps in its averaged weights for the validation."""
         super().on_validation_start()
-        self._shard_again()
+        self._reshard_for_averages()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step, and free gathered parameters for callbacks that average weights."""
         output = super().validation_step(*args, **kwargs)
-        self._shard_again()
+        self._reshard_for_averages()
         return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the step; what it gathered by hand is freed at its end, for callbacks that average weights."""
+        """Run the step; with manual optimisation free gathered parameters for callbacks that average weights."""
         self._is_freed = False
         output = super().training_step(*args, **kwargs)
         self._is_freed = False
         if self._is_manual():
-            self._shard_again()
+            self._reshard_for_averages()
         return output
 
-    def _shard_again(self) -> None:
-        """Free gathered parameters, which FSDP keeps after a forward, where a callback averages weights."""
+    def _reshard_for_averages(self) -> None:
+        """Free gathered parameters, which FSDP keeps after a forward, if a callback averages weights."""
         assert self.lightning_module is not None
         if has_averages(self.lightning_module.trainer) and isinstance(self._root(), FSDPModule):
             self._root().reshard()
 
-    def _gather_again(self) -> None:
-        """Gather parameters again, which the optimizer changed: the step may go on with them."""
+    def _unshard_after_optimizer(self) -> None:
+        """Gather the parameters that an optimizer changed, as a step that called it itself may go on with them."""
         if self._is_manual():
             self._root().reshard()
             self._root().unshard()
             self._is_freed = False
 
-    def _gather_after_backward(self, *_: Any) -> None:
-        """Gather the parameters that are in no block, if the step goes on with a forward after its backward."""
+    def _unshard_after_backward(self, *_: Any) -> None:
+        """Gather the parameters that are in no block, if a backward of the same step has freed them.
+
+        torch calls it before the forward of each module outside of blocks, as `setup` registers it with manual
+        optimisation.  The blocks gather their parameters themselves.
+        """
         if self._is_freed:  # not outside of a step, where a forward of one rank alone would wait for the others
             self._root().unshard()
             self._is_freed = False
 
     def _is_manual(self) -> bool:
+        """Return whether FSDP shards the module as a whole, and the module calls backward and optimizers itself."""
         assert self.lightning_module is not None
         return isinstance(self._root(), FSDPModule) and not self.lightning_module.automatic_optimization
 
     def _root(self) -> Any:
-        """Return the module that FSDP shards as a whole."""
+        """Return the module that Lightning trains, without a type, as FSDP adds methods to it."""
         return self.model
 
     def _shard_mesh(self) -> DeviceMesh:
@@ -219,7 +246,10 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Keep gradients on this rank inside the block, which Lightning enters for micro-batches that end no step."""
+        """Keep gradients on this rank inside the block, without a reduction over ranks.
+
+        Lightning enters it for the micro-batches before the last one of an optimizer step.
+        """
         model: Any = self.model
         if not isinstance(model, FSDPModule):
             yield
@@ -232,7 +262,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
 
 def _check_sharding(module: nn.Module) -> None:
-    """Raise a ValueError where the user sharded over some ranks only, as gradients would be averaged over those."""
+    """Raise a ValueError if the user sharded over some ranks only, as gradients would be averaged over those alone."""
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor) and parameter.device_mesh.size() != dist.get_world_size():
             raise ValueError(
@@ -243,7 +273,11 @@ def _check_sharding(module: nn.Module) -> None:
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
-    """Return the outermost entries of lists that have a forward and children, and share no parameter with others."""
+    """Return the modules to shard as units: the outermost entries of an `nn.ModuleList` or `nn.Sequential`.
+
+    Entries without a forward, without children, or with a parameter that modules outside of the entry share are left
+    out: their parameters are sharded with the whole module.
+    """
     owned = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
     def is_unit(entry: nn.Module) -> bool:
@@ -255,7 +289,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def _outside_of_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules inside of a sharded one that are in none of its units."""
+    """Yield the modules inside of a sharded one that are not in a unit, which FSDP gathers with the whole module."""
     for child in module.children():
         if not isinstance(child, FSDPModule):
             yield child
@@ -263,7 +297,7 @@ def _outside_of_blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _entries(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the entries of the outermost lists inside a module."""
+    """Yield the entries of the outermost `nn.ModuleList` or `nn.Sequential` on each path inside a module."""
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
             for entry in child:

@@ -1,4 +1,4 @@
-"""Loading a checkpoint, a file of any engine or a folder of FSDP2, into a module whose parameters are sharded."""
+"""Loading a checkpoint, in one file or in a folder of FSDP2, into a module that FSDP2 has sharded."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def load_full_checkpoint(
 ) -> dict[str, Any]:
     """Load the weights and the optimizers' states of a checkpoint in one file, and return the rest of it.
 
-    All ranks call this together, and each keeps its parts.
+    FSDP2's `_load_from` calls it on all ranks together.  Each rank reads the file, and keeps its shards.
 
     Args:
         path: the file, as DDP, FSDP2 or Lightning's own strategies save it.
         module, optimizers: what gets the weights and the states; the module is sharded already.
         strict: whether the module and the checkpoint must have the same names.
-        trust: runs the code that the file may hold.
+        trust: runs the code that the file may hold; otherwise such a file raises a ValueError.
     """
     checkpoint: dict[str, Any] = read_file(path, trust=trust)
     saved = {name: tuple(x.shape) for name, x in checkpoint["state_dict"].items() if isinstance(x, Tensor)}
@@ -63,8 +63,9 @@ def load_folder(
 ) -> dict[str, Any]:
     """Load the weights and the optimizers' states of a folder that FSDP2 wrote, and return the rest of the checkpoint.
 
-    All ranks call this together, with the arguments of `load_full_checkpoint`; each reads its parts alone.  Lightning
-    would have torch unpickle whatever the folder's `.metadata` holds.
+    FSDP2's `_load_from` calls it on all ranks together, with the arguments of `load_full_checkpoint`; each rank reads
+    its shards alone.  Lightning's own loading is not used, as it has torch unpickle whatever the folder's `.metadata`
+    holds.
     """
     rest: dict[str, Any] = read_file(confined("a checkpoint's meta.pt", path / OTHERS, path, trust), trust=trust)
     reader = Reader(path, trust)
@@ -91,9 +92,17 @@ def load_folder(
 def _check_model(
     path: Path, saved: dict[str, tuple[int, ...]], module: nn.Module, rest: dict[str, Any], strict: bool
 ) -> None:
-    """Raise a ValueError, the same on all ranks, where a checkpoint is of another model than the module."""
+    """Raise a ValueError, the same on all ranks, if a checkpoint is of another model than the module.
+
+    Args:
+        path: the checkpoint.
+        saved: the shapes of its weights by name.
+        module: the sharded module that is to load them.
+        rest: the rest of the checkpoint, with the "hyper_parameters" of the module that was saved.
+        strict: whether the names must be the same.
+    """
     own = {name: tuple(x.shape) for name, x in get_model_state_dict(module).items() if isinstance(x, Tensor)}
-    # parts that torch.compile wraps have a prefix in the checkpoints of some engines
+    # modules that torch.compile wraps have a prefix in the checkpoints of some strategies
     saved = {name.replace("_orig_mod.", ""): shape for name, shape in saved.items()}
     values = rest.get("hyper_parameters"), getattr(module, "hparams", None)
     check_same_model(path, saved, own, values, strict)
@@ -101,7 +110,10 @@ def _check_model(
 
 @contextmanager
 def _refusals_as_value_errors(path: Path) -> Iterator[None]:
-    """Raise a ValueError on all ranks, not torch's error, where one refused an object that could run code."""
+    """Turn torch's error about an object that could run code when it is unpickled into a ValueError.
+
+    torch raises its `CheckpointException` on all ranks if one of them fails.
+    """
     try:
         yield
     except CheckpointException as error:
@@ -112,10 +124,11 @@ def _refusals_as_value_errors(path: Path) -> Iterator[None]:
 
 
 def _by_names(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
-    """Return an optimizer's state with names in the place of numbers, as DDP's states number their parameters.
+    """Return an optimizer's state with parameter names as keys, in place of the numbers that DDP saves.
 
-    The numbers are in the order of the optimizer's groups.  Lightning takes it for the module's order, so that groups
-    which reorder parameters, as those of weight decay do, would get the moments of others.
+    The numbers are in the order of the optimizer's groups.  Lightning takes them for the module's order: if the groups
+    reorder parameters, as those for weight decay do, parameters would get the moments of others.  A state that has
+    names already, as FSDP2 saves it, is returned as it is.
     """
     saved = list(chain.from_iterable(group["params"] for group in state["param_groups"]))
     if not all(isinstance(key, int) for key in saved):

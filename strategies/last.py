@@ -1,4 +1,4 @@
-"""`ckpt_path="last"`: the newest good checkpoint of a run, whatever its name is."""
+"""`ckpt_path="last"`: the newest undamaged checkpoint of a run, whatever its name is."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """Return the folders that a Trainer saves checkpoints in by itself."""
+    """Return the local folders in which callbacks of a Trainer save checkpoints, and folders inside that they make."""
     savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     folders: list[Any] = [each._ModelCheckpoint__resolve_ckpt_dir(trainer) for each in savers]  # type: ignore[attr-defined]
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -39,7 +39,11 @@ def checkpoint_folders(trainer: Trainer) -> list[Path]:
 
 
 def _folders_inside(folder: Any, depth: int) -> list[Path]:
-    """Return the folders that a "/" in the names of checkpoints makes, as that of a metric "val/loss"."""
+    """Return the folders inside of a checkpoint folder, down to `depth` levels, that are no checkpoints themselves.
+
+    A "/" in the name of a checkpoint makes such a folder, as in that of a metric "val/loss".  A folder on a remote file
+    system gives an empty list.
+    """
     if not depth or not _is_local_file_protocol(folder):
         return []
     inside = [path for path in sorted(Path(folder).glob("[!.]*/")) if path.suffix != ".ckpt" and not form_of(path)]
@@ -47,12 +51,15 @@ def _folders_inside(folder: Any, depth: int) -> list[Path]:
 
 
 def last_checkpoint(trainer: Trainer, resumable: bool = True) -> Path | None:
-    """Return the newest checkpoint that a Trainer's engine reads, or None where nothing has been saved yet.
+    """Return the newest undamaged checkpoint of a Trainer that its strategy can load; None if nothing was saved yet.
 
-    With `resumable` those of weights alone are left out.
+    Each rank calls it on its own, before the ranks are connected.  A ValueError is raised on rank 0 if there are
+    checkpoints and none of them can be loaded, as the run would begin anew.  The other ranks return None then; all
+    take the checkpoint that rank 0 finds.
 
-    A ValueError is raised where there are checkpoints, and none of them is good: the run would begin anew.  The first
-    rank alone raises it, as the others do what it does.
+    Args:
+        trainer: the Trainer, with a strategy of this package.
+        resumable: leaves out checkpoints without the states of optimizers, as `fit` cannot resume from them.
     """
     strategy = trainer.strategy
     assert isinstance(strategy, CheckpointSaves)
@@ -74,7 +81,11 @@ _stock = _CheckpointConnector._parse_ckpt_path
 
 
 def _parse(self: _CheckpointConnector, state_fn: Any, ckpt_path: Any, *arguments: Any, **options: Any) -> Any:
-    """Return the path for a `ckpt_path`, in place of Lightning's method: for "last" that of `last_checkpoint`."""
+    """Return the path for an argument `ckpt_path` of `fit`, `validate`, `test` or `predict`.
+
+    It stands in for Lightning's method `_parse_ckpt_path`, which it calls for any value but "last", for other
+    strategies, and if there is no checkpoint.
+    """
     if ckpt_path == "last" and isinstance(self.trainer.strategy, CheckpointSaves):
         path = last_checkpoint(self.trainer, resumable=state_fn == TrainerFn.FITTING)
         if path is not None:
@@ -86,7 +97,10 @@ _stock_start = _CheckpointConnector.resume_start
 
 
 def _start(self: _CheckpointConnector, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
-    """Load a checkpoint, in place of Lightning's method, on all ranks that which the first one has chosen."""
+    """Load the checkpoint that rank 0 has chosen, on all ranks, or begin without one if it has chosen none.
+
+    It stands in for Lightning's method `resume_start`, which the Trainer calls when the ranks are connected.
+    """
     strategy = self.trainer.strategy
     if isinstance(strategy, CheckpointSaves):
         checkpoint_path = strategy.agreed_checkpoint(checkpoint_path)
@@ -94,9 +108,11 @@ def _start(self: _CheckpointConnector, checkpoint_path: Any = None, weights_only
 
 
 def install() -> None:
-    """Let "last" mean `last_checkpoint` for our strategies, which Lightning does not ask; others stay as they are.
+    """Replace two methods of Lightning, so that `ckpt_path="last"` means `last_checkpoint` with our strategies.
 
-    Each rank looks for it before the ranks are connected.  When they are, all take the checkpoint of the first one.
+    The import of `lightning_longnet.strategies` calls it, as Lightning asks no strategy for the checkpoint.  Nothing
+    changes with other strategies.  Each rank looks for the checkpoint before the ranks are connected.  When they are,
+    all take that of rank 0.
     """
     setattr(_CheckpointConnector, "_parse_ckpt_path", _parse)  # noqa: B010
     setattr(_CheckpointConnector, "resume_start", _start)  # noqa: B010

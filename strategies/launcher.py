@@ -16,7 +16,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from lightning_longnet.supervision.ports import free_port
 
-GRACE = 5.0  # seconds in which an error may show, and callbacks may save
+GRACE = 5.0  # seconds in which a rank may print its error, and its callbacks may save
 _PARENT = "LIGHTNING_LONGNET_LAUNCHER"
 _PARENTS: list[int] = []  # at most one entry: the process id of the launcher of this rank
 
@@ -25,7 +25,11 @@ class WatchedLauncher(_SubprocessScriptLauncher):
     """Starts the other ranks of a node: they end when this process ends, and `end_children` kills those that do not."""
 
     def _call_children_scripts(self) -> None:
-        """Start the other ranks with this process's id in their environment, on a single node at a free port."""
+        """Start the other ranks of this node as processes; Lightning calls it when `fit` begins.
+
+        The environment of each has the id of this process, for `watch_parent`.  On a single node the ranks connect at a
+        free port, unless the environment names one.
+        """
         os.environ[_PARENT] = str(os.getpid())
         if self.num_nodes == 1 and not {"MASTER_PORT", "STANDALONE_PORT"} & os.environ.keys():
             os.environ["MASTER_PORT"] = str(free_port())
@@ -35,7 +39,10 @@ class WatchedLauncher(_SubprocessScriptLauncher):
             del os.environ[_PARENT]  # other processes that this one starts must not watch it
 
     def end_children(self) -> None:
-        """Kill the ranks that have not ended after `GRACE` seconds."""
+        """Kill the processes that this one started and that have not ended after `GRACE` seconds.
+
+        `SplitSteps.teardown` calls it after an error or Ctrl-C.
+        """
         end = time.monotonic() + GRACE
         for process in self.procs:
             try:
@@ -45,12 +52,18 @@ class WatchedLauncher(_SubprocessScriptLauncher):
 
 
 def launcher_has_ended() -> bool:
-    """Whether the process that started this one as a rank is gone."""
+    """Return whether the process that started this one as a rank has ended; False if no rank started it.
+
+    `NamedFailures` asks it to explain a lost connection.
+    """
     return bool(_PARENTS) and os.getppid() != _PARENTS[0]
 
 
 def watch_parent() -> None:
-    """Start the watch in a process that a `WatchedLauncher` has started; do nothing in others."""
+    """Start a thread that kills this process if the one that started it ends; do nothing if no rank started it.
+
+    The strategy calls it when a Trainer is made.
+    """
     parent = os.environ.pop(_PARENT, None)
     if parent is not None:
         _PARENTS[:] = [int(parent)]
@@ -58,7 +71,7 @@ def watch_parent() -> None:
 
 
 def _watch(parent: int) -> None:
-    """Kill this process once its parent has ended; the loop of the watch's thread."""
+    """Kill this process `GRACE` seconds after its parent has ended; the target of the watch's thread."""
     while os.getppid() == parent:
         time.sleep(1.0)
     time.sleep(GRACE)

@@ -1,4 +1,4 @@
-"""The loaders of a run: which batch of a loop is worked on, and the comparison of each over ranks."""
+"""The comparison over ranks of the batches that Lightning's loops take from their loaders."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoopPass:
-    """One pass of a loop over its batches.
+    """One pass of a Lightning loop over its loaders, such as an epoch of training.
 
     Attributes:
-        batches: the number of batches that were compared.
-        is_over: whether the ranks have agreed that none of them continues.
-        is_given: whether the loop has a batch that was not compared yet.
+        batches: the number of batches of which this rank has sent a note.
+        is_over: whether the notes have said that no rank has another batch.
+        is_given: whether the loop has taken a batch of which no note was sent yet.
         index: the index of that batch in its loader.
     """
 
@@ -40,7 +40,11 @@ class LoopPass:
 
 
 def watch_fetcher(fetcher: _DataFetcher, end: Callable[[LoopPass], None]) -> LoopPass:
-    """Return the pass of a loop's fetcher, after making the fetcher call `end(pass)` when it has no further batch."""
+    """Return the current pass of a fetcher, the iterator from which a Lightning loop takes its batches.
+
+    At the first call the fetcher's class is replaced by that of `_watched`, so that it calls `end` with the pass
+    whenever it has no further batch.
+    """
     watched: Any = fetcher
     if not hasattr(fetcher, "sequence_pass"):
         fetcher.__class__ = _watched(type(fetcher))
@@ -66,15 +70,17 @@ class _WatchedIterator(_DataFetcherWrapper):
 
 
 def _watch_iterator(fetcher: _DataFetcher) -> None:
+    """Watch the iterator that a fetcher gives to a `training_step(dataloader_iter)`, if its step takes one."""
     if isinstance(fetcher, _DataLoaderIterDataFetcher):
         fetcher.iterator_wrapper.__class__ = _WatchedIterator
 
 
 @cache
 def _watched(kind: type[_DataFetcher]) -> type[_DataFetcher]:
-    """Return a subclass of a class of fetchers that keeps a `LoopPass`, and calls `sequence_end` with it at its end.
+    """Return a subclass of a class of fetchers, which `watch_fetcher` gives to a fetcher as its class.
 
-    `watch_fetcher` gives a fetcher this class, as Lightning has no hook for the end of a loader.
+    It begins a new `LoopPass` with each iteration, notes each batch in it, and calls the attribute `sequence_end` with
+    it at the end: Lightning has no hook for the end of a loader.
     """
 
     class Watched(kind):  # type: ignore[misc, valid-type]
@@ -106,8 +112,9 @@ class LoaderWatch:
 
     Args:
         context: the context of the strategy.
-        timeout: seconds after which a rank that waits for another gives up.
-        gathers: whether ranks gather parameters in each forward, so that all groups need equally many batches.
+        timeout: seconds after which a rank that waits for another raises an error.
+        gathers: whether ranks gather parameters in each forward, so that all ranks need equally many batches, not only
+            those that share sequences.
     """
 
     def __init__(self, context: SequenceContext, timeout: float, *, gathers: bool) -> None:
@@ -124,18 +131,19 @@ class LoaderWatch:
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
-        """The groups whose messages are of the time between steps."""
+        """The process groups of the notes; they keep the long timeout, as ranks wait in them between steps."""
         return [] if self._comparison is None else [self._comparison.group]
 
     def begin(self, trainer: Trainer) -> None:
-        """Watch the fetcher of the loop that runs now."""
+        """Watch the fetcher of the loop that runs now; `WatchedLoops` calls it when a loop starts."""
         self._pass_of(trainer)
 
     def send(self, module: LightningModule, batch: Any, dataloader_idx: int) -> int:
-        """Send the note of a loop's batch; return how many of its last samples are repeats that do not count.
+        """Send the note of a loop's batch to all ranks; return how many of its last samples are repeats.
 
         `SplitSteps.batch_to_device` calls it with the whole batch, and the step then calls `receive`, which waits for
-        the notes of the others.  Batches from elsewhere, as from a callback, are not compared.
+        the notes of the others.  Batches from elsewhere, as from a callback, are not compared.  The number of repeats
+        is 0 in training, and otherwise that of `repeated_in`.
         """
         trainer = module.trainer
         current = self._pass_of(trainer)
@@ -150,9 +158,10 @@ class LoaderWatch:
         return repeated_in(loaders.flattened[dataloader_idx], current.index)
 
     def _compare(self, module: LightningModule, batch: Any, dataloader_idx: int, current: LoopPass) -> None:
-        """Send the note of a batch to all ranks, or what is wrong with it.
+        """Start the exchange of notes about a batch; the note of a wrong batch says no more than that.
 
-        Where there is no `BatchComparison`, as no ranks share sequences, only the first batch of a pass is checked.
+        If no ranks share sequences, there are no notes, and `SequenceContext.check_same` compares the first batch of a
+        pass alone.
         """
         trainer = module.trainer
         if self._comparison is None:
@@ -172,7 +181,11 @@ class LoaderWatch:
             self.receive()
 
     def receive(self) -> None:
-        """Wait for the notes of all ranks, and raise a ValueError on all of them where they do not fit."""
+        """Wait for the notes of all ranks, and raise a ValueError on all of them if the notes differ.
+
+        `WatchedLoops` calls it before each step, and `SplitSteps` before a check that all ranks make together.  If no
+        note was sent since the last call, it does nothing.
+        """
         if self._comparison is not None and self._comparison.is_pending:
             notes = self._comparison.receive()
             self._current.is_over = self._comparison.check(
@@ -180,9 +193,10 @@ class LoaderWatch:
             )
 
     def send_end(self, current: LoopPass) -> None:
-        """Tell the other ranks that this rank has no further batch, once for each of their steps, until all have ended.
+        """Send notes of the end, one for each step of the other ranks, until all ranks have ended.
 
-        A watched fetcher calls it at its end.  `receive` raises a ValueError if ranks need equally many batches.
+        A watched fetcher calls it when it has no further batch.  Other data-parallel groups may go on in evaluation.
+        Where ranks need equally many batches, `receive` raises a ValueError on all ranks instead.
         """
         self.receive()
         while self._comparison is not None and not current.is_over:
@@ -191,29 +205,33 @@ class LoaderWatch:
             self.receive()
 
     def _pass_of(self, trainer: Trainer) -> LoopPass | None:
+        """Return the pass of the loop that runs now; None outside of loops."""
         fetcher = _fetcher(trainer)
         return None if fetcher is None else watch_fetcher(fetcher, self.send_end)
 
 
 def _fault_by(module: LightningModule, batch: Any) -> str:
-    """Return what a module with a method `batch_fault` finds wrong in a batch, or an empty string."""
+    """Return the error message of a module's method `batch_fault` for a batch; "" if it has none or finds nothing."""
     find = getattr(module, "batch_fault", None)
     return "" if find is None else str(find(batch))
 
 
 def _fetcher(trainer: Trainer) -> _DataFetcher | None:
-    """Return the fetcher of the loop that runs now."""
+    """Return the fetcher of the loop that runs now; None outside of loops."""
     fetcher: _DataFetcher | None = getattr(trainer._active_loop, "_data_fetcher", None)
     return fetcher
 
 
 def _state(trainer: Trainer) -> int:
-    """Return what follows the batch that a loop was given, as the state of a `Note`."""
+    """Return the `state` of the note of a batch: LAST if no batch follows, plus VALIDATES if a validation follows."""
     return LAST * _is_last(trainer) + VALIDATES * (trainer.training and _validates(trainer))
 
 
 def _rates(trainer: Trainer) -> list[float]:
-    """Return the learning rates of the training step that follows; those that a device holds are left out."""
+    """Return the learning rates of all parameter groups to seven digits; none outside of training.
+
+    Tensors on a GPU are left out, as reading them would wait for it.
+    """
     if not trainer.training:
         return []
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -224,7 +242,7 @@ def _rates(trainer: Trainer) -> list[float]:
 
 
 def _validates(trainer: Trainer) -> bool:
-    """Return whether Lightning validates after this training batch, as far as the numbers of batches decide it."""
+    """Return whether Lightning validates after this training batch, by `val_check_interval` and the batches so far."""
     loop, every = trainer.fit_loop.epoch_loop, trainer.val_check_batch
     if every is None or every == float("inf") or not loop._should_check_val_epoch():
         return False
@@ -234,7 +252,10 @@ def _validates(trainer: Trainer) -> bool:
 
 
 def _is_last(trainer: Trainer) -> bool:
-    """Return whether the loop ends after its batch: the loader is at its end, or training has all its steps."""
+    """Return whether the loop ends after its batch.
+
+    It does at the end of the loader, at a limit of batches, and in training at `max_steps`.
+    """
     fetcher = _fetcher(trainer)
     if fetcher is None or fetcher.done or not trainer.training:
         return fetcher is not None and fetcher.done

@@ -1,4 +1,4 @@
-"""The part of the strategy that stands between loaders and steps, in all loops."""
+"""The part of the strategy that compares batches over ranks before each step, in all loops of Lightning."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ _EVALUATED_BATCHES = 2**32  # more batches than an evaluation has
 
 
 class WatchedLoops(ParallelStrategy):
-    """A strategy that begins no step before the batches of all ranks are compared, and warns of repeated samples.
+    """A strategy that begins no step before the batches of all ranks are compared.
 
-    It also begins the steps of evaluation, and ends the last batch of each loop.
+    It also warns if a sampler repeats samples, begins the context's steps in evaluation, and ends the last batch of
+    each loop.  Lightning calls `on_*_start` and `on_*_end` on all ranks at the start and the end of a loop, and
+    `*_step` for each batch.
     """
 
     sequence_context: SequenceContext
@@ -26,16 +28,18 @@ class WatchedLoops(ParallelStrategy):
     _evaluated = 0  # batches of the evaluation that runs
 
     def process_dataloader(self, dataloader: object) -> object:
+        """Warn if a loader repeats samples, and return it; Lightning calls it for each loader of a loop."""
         self._repeats.check(dataloader)
         return super().process_dataloader(dataloader)
 
     def _watch_loop(self) -> None:
-        """Watch the loop that begins now."""
+        """Have the `LoaderWatch` watch the loop that starts now."""
         if self._loaders is not None:
             assert self.lightning_module is not None
             self._loaders.begin(self.lightning_module.trainer)
 
     def _await_others(self) -> None:
+        """Wait until all ranks have sent the note of their batch; raise a ValueError on all if the notes differ."""
         if self._loaders is not None:
             self._loaders.receive()
 
@@ -72,10 +76,11 @@ class WatchedLoops(ParallelStrategy):
         return super().predict_step(*args, **kwargs)
 
     def _begin_evaluation(self) -> None:
-        """Begin a step for a batch of evaluation, for models that drop there too.
+        """Begin a step of the context for a batch of evaluation, and wait for the notes of all ranks about the batch.
 
-        Its number is negative, so that what is dropped is that of no training step, and depends on the training so far
-        and on the batches of this evaluation: a run that is resumed repeats it.
+        The number of the step is a seed for models that drop in evaluation too.  It is negative, so that it differs
+        from those of training steps.  It depends on the number of training batches so far and on that of the batch in
+        this evaluation, so that a run that is resumed repeats it.
         """
         assert self.lightning_module is not None
         trained = self.lightning_module.trainer.fit_loop.epoch_loop.total_batch_idx + 1
@@ -84,7 +89,7 @@ class WatchedLoops(ParallelStrategy):
         self._await_others()
 
     def _end_batches(self) -> None:
-        """End the last batch of a loop, and its step."""
+        """End the last batch of a loop and its step in the context, so that layers take whole sequences again."""
         self._evaluated = 0
         self.sequence_context.begin(None)
         self.sequence_context.begin_step(None)

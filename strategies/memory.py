@@ -1,4 +1,4 @@
-"""The comparison of a run's memory with the memory that there is, before the first training step."""
+"""The comparison of the memory that a run is predicted to need with that of each rank, before the first step."""
 
 from __future__ import annotations
 
@@ -46,14 +46,18 @@ class MemoryCheck:
         self._is_done = False
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Whether a batch is the first that is trained on."""
+        """Return whether to call `check` with the next batch: the first of training, unless `action` is "off"."""
         return self.action != "off" and not self._is_done and trainer.state.stage == RunningStage.TRAINING
 
     def check(self, strategy: SplitSteps, module: LightningModule, batch: Any) -> None:
-        """Raise a ValueError on all ranks if the run cannot fit on one of them.
+        """Raise a ValueError on all ranks if one of them has too little memory for the run.
 
-        With `action` "warn", or if too little memory is free, the first rank concerned warns instead.
-        `SplitSteps.batch_to_device` calls it on all ranks, with whole batches of the same shapes.
+        With `action` "warn", or if only less memory is free than planned, the first rank concerned warns instead.
+        `SplitSteps.batch_to_device` calls it on all ranks together, with the first training batch.
+
+        Args:
+            strategy, module: those of the run.
+            batch: the whole batch or a `SequencePart`, of the same shapes on all ranks.
         """
         self._is_done = True
         room = room_of(strategy.root_device, len(strategy.parallel_devices or (0,)))
@@ -71,7 +75,11 @@ class MemoryCheck:
 
 
 def _memory_finding(strategy: SplitSteps, module: LightningModule, batch: Any, room: Room) -> Finding:
-    """Return whether a run fits this rank: by its plan or, without one, by parameters, gradients and states alone."""
+    """Return the error or warning for a run that may not fit into this rank's memory; an empty `Finding` if it fits.
+
+    The memory is predicted by the planner, if it knows the model.  Otherwise only parameters, gradients and optimizer
+    states are counted, which is less than the run needs; with DeepSpeed not even these.
+    """
     optimizers: list[Optimizer] = strategy.optimizers
     job = _job_of(strategy, module, batch, optimizers)
     if job is not None:
@@ -87,9 +95,9 @@ def _memory_finding(strategy: SplitSteps, module: LightningModule, batch: Any, r
 
 
 def _job_of(strategy: SplitSteps, module: LightningModule, batch: Any, optimizers: Iterable[Optimizer]) -> Job | None:
-    """Return a run as the planner takes it, to predict its memory; None if the planner does not know such a run.
+    """Return the `Job` of a run, for which the planner predicts the memory; None if it cannot.
 
-    It knows modules whose attribute `model` is a LongNet; `tokens` and `batch` are those of the first batch.
+    It can if the module's attribute `model` is a LongNet, and the batch has `input_ids`, (B, N).
     """
     model, trainer = getattr(module, "model", None), module.trainer
     tensors = batch.tensors if isinstance(batch, SequencePart) else batch
@@ -118,14 +126,14 @@ def _job_of(strategy: SplitSteps, module: LightningModule, batch: Any, optimizer
 
 
 def _states_per_parameter(optimizer: Optimizer) -> float:
-    """Return how many numbers an optimizer keeps at least for each parameter."""
+    """Return how many numbers an optimizer keeps for each element of a parameter, at least: 2 for Adam."""
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         return 2.0
     return float(isinstance(optimizer, torch.optim.SGD) and bool(optimizer.defaults.get("momentum")))
 
 
 def _least_bytes(module: LightningModule, optimizers: Iterable[Optimizer], device: torch.device) -> float:
-    """Return the bytes that this rank needs at least, on its device: parameters, gradients and optimizer states."""
+    """Return the bytes that this rank needs at least, on its device: its shards of parameters, gradients and states."""
 
     def size(parameter: torch.Tensor) -> int:
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter

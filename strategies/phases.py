@@ -1,4 +1,4 @@
-"""The phase that a rank is at: for errors, for the timeouts of its groups, and for a supervisor that watches it."""
+"""The phase of the run that a rank is in: for errors, for the timeouts of its groups, and for a supervisor."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 _STACKS: list[Any] = []  # the open file of this process's stacks
 
 
-# Methods of engines with the phases that begin and end with them; states are restored after a checkpoint is read
+# (method of the strategy, the phase that begins with its call, the phase after it).  The phase LOAD goes on after a
+# checkpoint is read, as Lightning then restores the states
 _METHODS = (
     ("setup_environment", CONNECT, SET_UP),
     ("load_checkpoint", LOAD, LOAD),
@@ -51,11 +52,14 @@ _METHODS = (
 
 
 class Progress:
-    """The phase and the step of this rank; they are written to the record of a supervisor, where there is one.
+    """The phase and the step of this rank; they are written to the record of a supervisor, if one watches the run.
+
+    The phases are the constants of `lightning_longnet.supervision.record`.
 
     Attributes:
         phase, step: the phase, and the number of optimizer steps that are complete.
-        steps: how many steps of training this run has begun after the first.
+        steps: how often this run has called `training_step`.
+        record: the file that a supervisor reads; None without one.
     """
 
     def __init__(self) -> None:
@@ -65,7 +69,10 @@ class Progress:
         self._watches_compiler = False
 
     def connect(self, rank: int, ranks: int) -> None:
-        """Open the record, where a supervisor has made a folder for it."""
+        """Open the record of this rank, if a supervisor has made a folder for it; the strategy calls it at its start.
+
+        A signal of the supervisor then has faulthandler write the stacks of all threads to a file in the folder.
+        """
         folder = os.environ.get(FOLDER)
         if folder is None or not Path(folder).is_dir():
             return
@@ -77,7 +84,7 @@ class Progress:
         self.record.print_stacks_at_signal()
 
     def mark(self, phase: str, step: int | None = None) -> None:
-        """Begin a phase."""
+        """Begin a phase, and set the number of complete optimizer steps if `step` is given."""
         self.phase = phase
         if step is not None:
             self.step = step
@@ -85,7 +92,10 @@ class Progress:
             self.record.mark(phase, self.step)
 
     def mark_step(self, step: int) -> None:
-        """Mark the forward of a step of training, and record how long the step before it took."""
+        """Begin the phase FORWARD of a training step, and record for a supervisor how long the step before it took.
+
+        A time that a validation, a save or a compilation interrupted is not recorded.
+        """
         if self.record is not None:
             self._watch_compiler()
             now = monotonic()
@@ -96,12 +106,12 @@ class Progress:
         self.mark(FORWARD, step)
 
     def interrupt(self, phase: str, step: int | None = None) -> None:
-        """Begin a phase that is no part of a step."""
+        """Begin a phase that is no part of a training step, such as a validation: the step is not timed."""
         self._forward = None
         self.mark(phase, step)
 
     def _watch_compiler(self) -> None:
-        """Mark the times in which torch compiles."""
+        """Have torch.compile begin the phase COMPILATION when it compiles, and the phase before it afterwards."""
         if self._watches_compiler or "torch._dynamo" not in sys.modules:
             return
         from torch._dynamo.callback import callback_handler
@@ -118,30 +128,38 @@ class Progress:
 
 
 class MarkedPhases(ParallelStrategy):
-    """Marks the phases of a run, and sets the timeouts of the groups that fit them."""
+    """The part of the strategy that marks the phases of a run, and sets the timeouts that fit each phase.
+
+    Lightning calls its methods on all ranks: `on_*_start` and `on_*_end` at the start and the end of a loop, `*_step`
+    for each batch, and `pre_backward` and `post_backward` around each backward.  Each begins a phase before or after it
+    does what Lightning's method does.
+    """
 
     progress: Progress
     timeouts: Timeouts
-    resumed: str | None = None  # the checkpoint that a restart by a supervisor goes on from
+    resumed: str | None = None  # the checkpoint from which a run resumes that a supervisor has restarted
 
     def __init_subclass__(cls, **options: Any) -> None:
+        """Have the methods in `_METHODS` of the subclass for a sharding mark their phases."""
         super().__init_subclass__(**options)
-        if "lightning_class" in cls.__dict__:  # the class of an engine, which overrides these methods
+        if "lightning_class" in cls.__dict__:  # the class for a sharding, which overrides these methods
             for name, begins, ends in _METHODS:
                 setattr(cls, name, _marked(getattr(cls, name), begins, ends))
 
     def _step(self) -> int:
+        """Return the number of complete optimizer steps; 0 before a Trainer has the module."""
         trainer: Trainer | None = getattr(self.lightning_module, "_trainer", None)
         return 0 if trainer is None else trainer.global_step
 
     def _interrupt(self, phase: str) -> None:
-        """Begin a phase in which ranks may wait long for each other."""
+        """Begin a phase between training steps, in which ranks may wait long for each other: timeouts are long."""
         self.timeouts.interrupt()
         self.progress.interrupt(phase, self._step())
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the weights; a Trainer calls it when it saves a checkpoint, so that the phase SAVE begins."""
         if self.progress.steps > 0 and self.progress.phase in (BETWEEN, OPTIMIZER, VALIDATION):
-            self._interrupt(SAVE)  # it ends with the next phase; a Trainer calls this method when it saves
+            self._interrupt(SAVE)  # it ends with the next phase
         return super().lightning_module_state_dict()
 
     def on_train_start(self) -> None:
@@ -149,6 +167,7 @@ class MarkedPhases(ParallelStrategy):
         super().on_train_start()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step in the phase FORWARD, with short timeouts."""
         self.timeouts.shorten()
         self.progress.mark_step(self._step())
         return super().training_step(*args, **kwargs)
@@ -162,6 +181,7 @@ class MarkedPhases(ParallelStrategy):
         self.progress.mark(OPTIMIZER)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Step the optimizer; with Lightning's optimisation the step of the module runs inside of it."""
         result = super().optimizer_step(*args, **kwargs)
         self.timeouts.restore()
         self.progress.mark(BETWEEN)
@@ -200,21 +220,31 @@ class MarkedPhases(ParallelStrategy):
         self._interrupt(BETWEEN)
 
     def _leave_run(self) -> None:
-        """Mark that what the process does from now on is no part of the run."""
+        """Mark that what the process does from now on is no part of the run; `SplitSteps.teardown` calls it."""
         self.progress.steps = 0
         self.progress.interrupt(OUTSIDE)
 
     def _end_run(self, text: str, outcome: int) -> None:
-        """Write for the supervisor how this rank ended."""
+        """Write for a supervisor how the run of this rank ended, or with RUNS that it has begun.
+
+        Args:
+            text: the error, or "".
+            outcome: RUNS, ENDED, FAILED or DISCONNECTED of `lightning_longnet.supervision.record`.
+        """
         if self.progress.record is not None:
             self.progress.record.end(outcome, text)
 
 
 def _marked(method: Callable[..., Any], begins: str, ends: str) -> Callable[..., Any]:
-    """Return a method that does the same, and marks the phase that begins with it and the one that follows it.
+    """Return a method of a strategy that does what `method` does between two changes of the phase.
 
-    `MarkedPhases.__init_subclass__` puts it in place of methods that the engines override.  What a program saves or
-    loads after a run is not a part of it; connecting begins the next run.
+    `MarkedPhases.__init_subclass__` puts it in place of the methods in `_METHODS`.  After a run, when a program saves
+    or loads, the phase stays OUTSIDE; only CONNECT begins the next run.
+
+    Args:
+        method: the method of the class for a sharding.
+        begins: the phase that begins with the call.
+        ends: the phase that follows it; after an error the phase stays.
     """
 
     @wraps(method)

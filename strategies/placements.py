@@ -1,4 +1,4 @@
-"""The placement of a run's sequences, chosen by the layers of its model."""
+"""The choice of "contiguous" or "zigzag" for `placement="auto"`, by the attention layers of the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ StrategyPlacement = Literal["auto", "contiguous", "zigzag"]
 
 
 def check_placement(placement: Any) -> None:
-    """Raise a ValueError where the option of the strategy has a wrong value."""
+    """Raise a ValueError if the argument `placement` of the strategy is not "auto", "contiguous" or "zigzag"."""
     if placement not in get_args(StrategyPlacement):
         allowed = ", ".join(map(repr, get_args(StrategyPlacement)))
         raise ValueError(f"placement must be one of {allowed}, got {placement!r}")
@@ -38,14 +38,21 @@ class RunPlacement:
         self._logged: set[Kind] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RunPlacement, ()  # in another process there is no such module
+        """Pickle it without its module, which another process does not have."""
+        return RunPlacement, ()
 
     def begin(self, module: LightningModule | None) -> None:
-        """Begin a run of a module, whose layers may be made later."""
+        """Forget the layers that were read, and take those of `module` at the next call.
+
+        The strategy calls it when the ranks are connected, and at set-up, after `configure_model` has made layers.
+        """
         self._module, self._layers = module, None
 
     def __call__(self, length: int, ranks: int) -> Kind:
-        """Return the placement of sequences, and log it with the reason at its first use."""
+        """Return the placement of sequences of `length` tokens over `ranks` ranks, and log each placement once.
+
+        The context calls it, as its argument `placement`, whenever it needs the placement of a length.
+        """
         if self._layers is None:
             assert self._module is not None
             self._layers = attention_layers(self._module)

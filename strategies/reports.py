@@ -1,4 +1,4 @@
-"""The failure that a rank reports to the others, in the store that rank 0 holds.
+"""The error that a rank reports to the others, in torch's key-value store, which the process of rank 0 holds.
 
 The store ends with the process of rank 0, and a rank that waits in a collective learns of an error only when the
 processes of other ranks end. So each rank reads reports in a thread, and rank 0 does not end before all have read.
@@ -21,12 +21,17 @@ _PERIOD = 0.5  # seconds between two looks at the store
 
 
 class FailureReports:
-    """The first failure of a run, as the ranks report it to each other.
+    """The first error of a run, as the ranks report it to each other.
 
-    It keeps the store, so that a program may destroy its process groups while the thread runs.
+    `NamedFailures` makes one on each rank when the ranks are connected.  It keeps the store, so that a program may
+    destroy its process groups while the thread runs.
+
+    Args:
+        run: the number of the run in this process, the same on all ranks, as each run has a key of its own.
+        rank, ranks: the number of this rank, and how many there are.
 
     Attributes:
-        text: the failure that was reported first, as far as this rank has read it.
+        text: the error that was reported first; "" until this rank has read one.
     """
 
     def __init__(self, run: int, rank: int, ranks: int) -> None:
@@ -41,25 +46,28 @@ class FailureReports:
             self._thread.start()
 
     def read(self) -> str:
-        """Return the failure that was reported first, or an empty string where there is none."""
+        """Return the error that was reported first; "" if there is none yet.  It does not wait for one."""
         with self._lock:
             if not self.text and self._store.check([self._key]):
                 self._keep(self._store.get(self._key))
         return self.text
 
     def report(self, own: str) -> str:
-        """Report a failure, and return the first one, which is this one where no other was reported before."""
+        """Report the error of this rank, unless one was reported before, and return the first."""
         with self._lock:
             if not self.text:
                 self._keep(self._store.compare_set(self._key, "", own))
         return self.text
 
     def await_readers(self) -> None:
-        """Wait until all ranks have read the failure, for `PATIENCE` seconds at most."""
+        """Wait until all ranks have read the error, for `PATIENCE` seconds at most; rank 0 calls it before it ends."""
         await_condition(lambda: self._store.add(self._readers, 0) >= self._ranks, PATIENCE)
 
     def end(self) -> None:
-        """End the thread: one that is in the store while the interpreter shuts down would abort the process."""
+        """End the thread, at the end of a run or of the process.
+
+        A thread that is in the store while the interpreter shuts down would abort the process.
+        """
         atexit.unregister(self.end)
         self._ends.set()
         if self._thread.is_alive():
@@ -67,14 +75,16 @@ class FailureReports:
 
     @property
     def _readers(self) -> str:
+        """The key under which the store counts the ranks that have read the error."""
         return f"{self._key}/readers"
 
     def _keep(self, text: bytes) -> None:
+        """Keep the first error, and count this rank as a reader."""
         self.text = text.decode()
         self._store.add(self._readers, 1)
 
     def _listen(self) -> None:
-        """Read until there is a failure or the run ends: the loop of the thread of each rank but the first."""
+        """Read until there is an error or the run ends; the target of the thread, which each rank but rank 0 has."""
         try:
             while not self._ends.wait(_PERIOD) and not self.read():
                 pass
@@ -83,7 +93,7 @@ class FailureReports:
 
 
 def await_condition(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait until a condition holds, and return whether it does after so many seconds."""
+    """Wait until a condition holds, for `seconds` at most, and return whether it does."""
     limit = time.monotonic() + seconds
     while not (holds := condition()) and time.monotonic() < limit:
         time.sleep(0.05)

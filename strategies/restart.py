@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from when its supervisor has started it again."""
+"""The checkpoint that a run resumes from after its supervisor, `lightning_longnet.supervise`, has started it again."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ _SKEW = 60.0  # seconds by which the clock of a file system may differ
 
 
 def keep_folders(trainer: Trainer) -> None:
-    """Write down the folders of this attempt's checkpoints: loggers may give the next attempt another one.
+    """Write the folders of this attempt's checkpoints to a file in the supervisor's folder, for the next attempt.
 
-    Each rank does so, as all must find the same checkpoint, and those of other nodes have a supervisor of their own.
+    Loggers may give the next attempt another folder.  `SplitSteps.on_train_start` calls it on each rank, as all must
+    find the same checkpoint, and those of other nodes have a supervisor of their own.  Without a supervisor it does
+    nothing.
     """
     folder = os.environ.get(FOLDER)
     if folder is None or not Path(folder).is_dir():
@@ -40,53 +42,62 @@ def keep_folders(trainer: Trainer) -> None:
 
 
 def _kept_folders() -> list[Path]:
-    """Return the folders that earlier attempts wrote down at this `fit` of the program."""
+    """Return the folders that `keep_folders` has written in earlier attempts, for the same `fit` of the program."""
     path = Path(os.environ.get(FOLDER, "")) / _FOLDERS
     lines = path.read_text().splitlines() if path.exists() else []
     return [Path(folder) for number, _, folder in (each.partition(" ") for each in lines) if number == str(_FITS[0])]
 
 
-class Places(NamedTuple):
-    """The places of a run's checkpoints: folders, what is not its own there, and the time since which it has saved."""
+class CheckpointSearch(NamedTuple):
+    """Where to look for the checkpoints of a run, as arguments of `newest_checkpoint`.
+
+    Attributes:
+        folders: the folders that may have some.
+        skip: checkpoints in them that are of other runs.
+        since: the time before which checkpoints are of other runs, in seconds since the epoch; 0 for all.
+    """
 
     folders: list[Path]
-    others: list[Path]
+    skip: list[Path]
     since: float
 
 
-def places(trainer: Trainer) -> Places:
-    """Return where the earlier attempts of a run saved checkpoints; only where a supervisor has started it again."""
+def search_of_restart(trainer: Trainer) -> CheckpointSearch:
+    """Return where the earlier attempts of a run saved checkpoints, if a supervisor has started it again."""
     since = os.environ[RESUME]
     folders, root = [*_kept_folders(), *checkpoint_folders(trainer)], Path(trainer.default_root_dir)
     # of the files in the root folder, which may be of other runs, only those that signals save there
-    others = [] if root in folders else [path for path in root.glob("*.ckpt") if not path.name.startswith(_SIGNALS)]
-    return Places(list(dict.fromkeys([*folders, root])), others, 0.0 if since == "last" else float(since) - _SKEW)
+    skip = [] if root in folders else [path for path in root.glob("*.ckpt") if not path.name.startswith(_SIGNALS)]
+    earliest = 0.0 if since == "last" else float(since) - _SKEW
+    return CheckpointSearch(list(dict.fromkeys([*folders, root])), skip, earliest)
 
 
-def places_beside(trainer: Trainer, asked: Path) -> Places:
-    """Return where to look for another checkpoint than the one that a Trainer is to load.
+def search_beside(trainer: Trainer, asked: Path) -> CheckpointSearch:
+    """Return where to look for another checkpoint if the one that a Trainer is to load, `asked`, is damaged.
 
-    If a restart chose that one, the other is of the same run.  If the program did, it may be older.
+    If `checkpoint_to_resume` chose that one, the other must be of the same run.  If the program named it, the other may
+    be older, and is beside it or in the folders of this run.
     """
     if getattr(trainer.strategy, "resumed", None) == str(asked):
-        return places(trainer)
-    return Places(list(dict.fromkeys([asked.parent, *checkpoint_folders(trainer)])), [], 0.0)
+        return search_of_restart(trainer)
+    return CheckpointSearch(list(dict.fromkeys([asked.parent, *checkpoint_folders(trainer)])), [], 0.0)
 
 
 def checkpoint_to_resume(trainer: Trainer) -> str | None:
-    """Return the newest checkpoint of this run where its supervisor has started it again; None in a first attempt.
+    """Return the newest checkpoint of this run after its supervisor has started it again; None in a first attempt.
 
-    Where no attempt has saved one, the run begins as its own `ckpt_path` says.
+    It is None too if no attempt has saved one: the run then begins as its own `ckpt_path` says.  Each rank calls it on
+    its own, before the ranks are connected.
     """
     if os.environ.get(RESUME) is None:
         return None
     strategy = trainer.strategy
     assert isinstance(strategy, CheckpointSaves)
-    folders, others, since = places(trainer)
+    folders, skip, since = search_of_restart(trainer)
     with warnings.catch_warnings():
         if getattr(rank_zero_only, "rank", 0):
             warnings.simplefilter("ignore")  # each rank looks, before the ranks are connected
-        newest = newest_checkpoint(*folders, forms=strategy.forms, skip=others, since=since)
+        newest = newest_checkpoint(*folders, forms=strategy.forms, skip=skip, since=since)
     rank_zero_info(f"Restarted by the supervisor, from {newest or 'the beginning: no checkpoint was saved'}")
     return None if newest is None else str(newest)
 
@@ -95,7 +106,11 @@ _select = _CheckpointConnector._select_ckpt_path
 
 
 def _select_of_restart(self: _CheckpointConnector, state_fn: Any, *arguments: Any, **options: Any) -> Any:
-    """Return the checkpoint that `fit` loads, in place of Lightning's method: after a restart that of the run."""
+    """Return the checkpoint that `fit`, `validate`, `test` or `predict` loads, or None.
+
+    It stands in for Lightning's method `_select_ckpt_path`.  For `fit` with a strategy of this package after a restart
+    it returns `checkpoint_to_resume`, and in all other cases what Lightning's method returns.
+    """
     trainer = self.trainer
     if state_fn == TrainerFn.FITTING and isinstance(trainer.strategy, MarkedPhases):
         _FITS[0] += 1
@@ -106,5 +121,8 @@ def _select_of_restart(self: _CheckpointConnector, state_fn: Any, *arguments: An
 
 
 def install() -> None:
-    """Let `Trainer.fit` with our strategies begin where a restarted run is to; Lightning asks no strategy for that."""
+    """Replace a method of Lightning, so that `Trainer.fit` with our strategies resumes after a restart by a supervisor.
+
+    The import of `lightning_longnet.strategies` calls it, as Lightning asks no strategy for the checkpoint.
+    """
     setattr(_CheckpointConnector, "_select_ckpt_path", _select_of_restart)  # noqa: B010

@@ -1,4 +1,4 @@
-"""Resuming in the middle of an epoch with the batch that follows."""
+"""Resuming in the middle of an epoch with the batch after the last one that was trained on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def skip_finished_batches(trainer: Trainer) -> None:
-    """Skip the batches that were trained on before the checkpoint, as Lightning begins the epoch's data anew.
+    """Skip the batches of the epoch that were trained on before the checkpoint, as Lightning starts its data over.
 
-    `SplitSteps.on_train_start` calls it; without a checkpoint it does nothing.
+    `SplitSteps.on_train_start` calls it on each rank, before the first step; without a checkpoint it does nothing.
 
     A sampler with `skip_samples`, as our data modules have, skips them without reading.  Batches of other samplers are
     read again and thrown away.  The order of an epoch must not depend on earlier random numbers, so `set_epoch` is

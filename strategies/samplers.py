@@ -1,4 +1,4 @@
-"""The samplers of loaders: the order of training data, and samples that are repeated to give groups equally many."""
+"""The distributed samplers of loaders: the order of training data, and samples that they repeat."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def keep_order(trainer: Trainer) -> None:
     """Make the distributed sampler that a Trainer inserts shuffle training data only if the loader itself shuffles.
 
-    Lightning always shuffles training data, also if the loader has `shuffle=False` or a sampler with another order.
+    Lightning's shuffles training data even if the loader has `shuffle=False` or a sampler with another order.
+    `SplitSteps.setup` calls it, before the Trainer asks for loaders.
     """
     connector = trainer._data_connector
     choose = type(connector)._resolve_sampler
@@ -34,17 +35,17 @@ def keep_order(trainer: Trainer) -> None:
 
 
 def restore_order(trainer: Trainer) -> None:
-    """Undo `keep_order`."""
+    """Undo `keep_order`; `SplitSteps.teardown` calls it at the end of a run."""
     trainer._data_connector.__dict__.pop("_resolve_sampler", None)
 
 
 class Repeats(NamedTuple):
-    """The samples of a loader that repeats some, so that all data-parallel groups have equally many.
+    """The numbers of samples of a loader whose sampler repeats some, so that all data-parallel groups get equally many.
 
     Attributes:
         samples: the number of samples of the dataset.
         groups: the number of data-parallel groups.
-        own: the number of samples of this rank, its repeat not counted.
+        own: the number of samples of this rank, without a repeat.
     """
 
     samples: int
@@ -53,7 +54,10 @@ class Repeats(NamedTuple):
 
 
 def repeats(loader: Any) -> Repeats | None:
-    """Return the repeats of a loader; None if it has none."""
+    """Return the numbers of samples of a loader whose sampler repeats some; None if it does not.
+
+    Known are the samplers that Lightning inserts, `DistributedSampler` and `GlobalOrder` of this package.
+    """
     sampler: Any = getattr(loader, "sampler", None)
     is_plain = type(sampler) in (DistributedSampler, DistributedSamplerWrapper) and not sampler.drop_last
     if not is_plain and getattr(sampler, "end", None) != "repeat":  # "repeat" is an option of `GlobalOrder`
@@ -63,7 +67,12 @@ def repeats(loader: Any) -> Repeats | None:
 
 
 def repeated_in(loader: Any, batch_idx: int) -> int:
-    """Return how many of the last samples of a batch are repeats, that another rank has as well."""
+    """Return how many of the last samples of a batch are repeats, which another data-parallel group counts.
+
+    Args:
+        loader: the loader of the batch; one with another sampler than `repeats` knows gives 0.
+        batch_idx: the index of the batch in this rank's loader.
+    """
     counts = repeats(loader)
     if counts is None or type(loader.batch_sampler) is not BatchSampler:
         return 0
@@ -73,13 +82,13 @@ def repeated_in(loader: Any, batch_idx: int) -> int:
 
 
 class RepeatWarning:
-    """Warns once of each number of samples that does not divide over the groups."""
+    """Warns of loaders whose number of samples does not divide over the data-parallel groups, once of each number."""
 
     def __init__(self) -> None:
         self._known: set[tuple[int, int]] = set()
 
     def check(self, loader: Any) -> None:
-        """Warn on rank 0 if a loader repeats samples."""
+        """Warn on rank 0 if a loader repeats samples; `WatchedLoops.process_dataloader` calls it for each loader."""
         counts = repeats(loader)
         if counts is None or (counts.samples, counts.groups) in self._known:
             return

@@ -1,4 +1,4 @@
-"""Checkpoints of any engine that are whole or absent, and the choice of a good one by all ranks together."""
+"""The part of the strategy that saves checkpoints, complete or not at all, and loads those that are not damaged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ FAULTS = (OSError, RuntimeError, ValueError, TypeError, AttributeError, pickle.P
 
 
 class Pending(NamedTuple):
-    """A save in the background: the checkpoint's path, and of a folder where it is written, and what it holds."""
+    """A save that goes on in the background.
+
+    Attributes:
+        final: the path of the checkpoint.
+        unfinished: the folder in which it is written until then; None for a checkpoint in one file.
+        content: what the manifest of a folder is to say of the checkpoint; see `facts_of`.
+    """
 
     final: Path
     unfinished: Path | None = None
@@ -47,14 +53,15 @@ class Pending(NamedTuple):
 
 
 class CheckpointSaves(ParallelStrategy):
-    """Saves checkpoints that are whole or absent, and loads those alone that are what was saved.
+    """Saves checkpoints that are complete or absent, and loads only those that are as they were saved.
 
-    Engines that write one file do so through the `checkpoint_io`, on rank 0.  The others write a folder, each rank its
-    own files, and rank 0 adds the manifest and gives the folder its name.  An error of one rank is raised on all.
+    A sharding that saves one file does so through the `checkpoint_io`, on rank 0.  The others save a folder, into which
+    each rank writes its files.  Rank 0 adds the manifest, with the checksums of all files, and renames the folder.  An
+    error of one rank is raised on all.
     """
 
     saves_whole = True  # `Preemption` saves under the final name
-    forms: tuple[str, ...] = ("file",)  # the checkpoints that the engine reads
+    forms: tuple[str, ...] = ("file",)  # the formats of checkpoints that it loads: "file", "fsdp2", "deepspeed"
     sharding: str
     sequence_context: SequenceContext
     background_saves = False
@@ -63,12 +70,12 @@ class CheckpointSaves(ParallelStrategy):
     progress: Progress
 
     def _interrupt(self, phase: str) -> None:
-        """Begin a phase in which ranks may wait long for each other."""
+        """Begin a phase in which ranks may wait long for each other; `MarkedPhases` does it."""
         raise NotImplementedError
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
-        """The plugin that writes files: the user's, or one that writes a manifest beside each checkpoint."""
+        """The plugin by which Lightning saves and loads files: the user's, or a `ManifestCheckpointIO`."""
         if self._checkpoint_io is None:
             self._checkpoint_io = ManifestCheckpointIO(self.background_saves)
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
@@ -77,33 +84,41 @@ class CheckpointSaves(ParallelStrategy):
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
+        """Take the plugin of the user, which the Trainer sets; a ValueError is raised with `background_saves`."""
         check_background_saves(self.background_saves, io)
         self._checkpoint_io = io
 
     # Saving
 
     def _writes_folder(self) -> bool:
-        """Whether each rank writes its own files."""
+        """Return whether a checkpoint is a folder into which each rank writes its files, and not one file of rank 0."""
         return False
 
     def _write_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, FileSum]:
-        """Write this rank's files into a folder, and return the sums of those that are on the disk."""
+        """Write this rank's files into a folder; return the checksum of each by its path in the folder.
+
+        All ranks call it together.  The subclasses for FSDP2 and DeepSpeed define it.
+        """
         raise NotImplementedError
 
     def _copy_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, MemoryFile]:
-        """Make a folder, and return what this rank is to write into it."""
+        """Make a folder; return the files, in memory, that this rank is to write into it, by their paths there.
+
+        All ranks call it together, for a save in the background.  The subclasses for FSDP2 and DeepSpeed define it.
+        """
         raise NotImplementedError
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Save a checkpoint as a file or a folder, by what the engine writes; all ranks call it together.
+        """Save a checkpoint as a file or a folder; the Trainer calls it on all ranks together.
 
-        With `background_saves` it returns, in training, when the content is in memory; `settle_saves` does the rest.
+        With `background_saves` it returns, in training, when the content is in memory; `settle_saves` finishes the save
+        later.
         """
         path = self.broadcast(filepath)
         self.settle_saves()
         if not self._writes_folder():
             self._describe(self.checkpoint_io)
-            # the engine's own method is not called, as FSDP2's removes a folder of this name before the file is written
+            # not super(): Lightning's method for FSDP2 removes a folder of this name before the file is written
             self._together(path, lambda: Strategy.save_checkpoint(self, checkpoint, path, storage_options))
             if self.background_saves:
                 self._pending = Pending(path)
@@ -115,7 +130,10 @@ class CheckpointSaves(ParallelStrategy):
             self.settle_saves()
 
     def _save_folder(self, checkpoint: dict[str, Any], final: Path) -> None:
-        """Let each rank write its files into a folder under another name, which then gets its manifest and its name."""
+        """Save a checkpoint as the folder `final`, or begin to, with `background_saves`.
+
+        Each rank writes its files into a folder under another name, which then gets its manifest and its name.
+        """
         content = facts_of(checkpoint)
         (unfinished, *_) = self._together(final, lambda: unfinished_path(final) if self.is_global_zero else None)
         if self.background_saves:
@@ -130,7 +148,7 @@ class CheckpointSaves(ParallelStrategy):
                 discard(unfinished)  # the folder is there after an error
 
     def _begin_folder(self, checkpoint: dict[str, Any], unfinished: Path) -> None:
-        """Copy this rank's files to memory, and begin to write them."""
+        """Copy this rank's files to memory, and start to write them in a thread."""
         files = self._copy_folder(checkpoint, unfinished)
         io: Any = self.checkpoint_io
         io.writer.begin(lambda: {name: file.store(unfinished / name) for name, file in files.items()})
@@ -138,8 +156,12 @@ class CheckpointSaves(ParallelStrategy):
     def settle_saves(self, is_awaited: bool = True) -> None:
         """Finish the save in the background, if there is one; all ranks call this together.
 
+        It is called before each training step, before the next save, and at the end of training.  An error of writing
+        is raised here on all ranks.
+
         Args:
-            is_awaited: waits for it.  Without it a save that some rank still writes goes on.
+            is_awaited: waits until all ranks have written their files.  With False, as before a step, it returns
+                without an effect if some rank has not.
         """
         pending = self._pending
         if pending is None:
@@ -162,10 +184,12 @@ class CheckpointSaves(ParallelStrategy):
                 discard(pending.unfinished)  # the folder is there after an error
 
     def on_train_start(self) -> None:
+        """Allow saves in the background from now on."""
         self._is_training = True
         super().on_train_start()
 
     def on_train_end(self) -> None:
+        """Finish the save in the background; later saves return when they are written."""
         self._is_training = False
         self.settle_saves()
         super().on_train_end()
@@ -189,14 +213,14 @@ class CheckpointSaves(ParallelStrategy):
 
         Args:
             unfinished, final: the folder as it is, and as it is to be named.
-            checkpoint: the facts of its content that a manifest names.
-            parts: the sums of the files of each rank.
+            checkpoint: what the manifest says of the checkpoint; see `facts_of`.
+            parts: the checksums of the files of each rank, by their names.
         """
         if not self.is_global_zero:
             return
         sums = {name: each for part in parts for name, each in part.items()}
         for name in files_of(unfinished):
-            if name not in sums:  # a small file that the engine writes itself
+            if name not in sums:  # a small file that torch or DeepSpeed writes by itself
                 sums[name] = sum_of(unfinished / name)
                 sync(unfinished / name)
         writer = ManifestCheckpointIO()
@@ -206,7 +230,7 @@ class CheckpointSaves(ParallelStrategy):
         commit(unfinished, final, manifest)
 
     def _describe(self, writer: CheckpointIO) -> None:
-        """Let a writer name this engine and mesh in manifests."""
+        """Have a writer name this sharding and mesh in the manifests that it writes."""
         if isinstance(writer, _WrappingCheckpointIO):
             assert writer.checkpoint_io is not None
             writer = writer.checkpoint_io
@@ -217,7 +241,12 @@ class CheckpointSaves(ParallelStrategy):
             writer.mesh = dict(zip(("data_parallel", "sequence_parallel"), sizes, strict=True))
 
     def _together(self, path: Any, attempt: Callable[[], Any]) -> list[Any]:
-        """Return what an attempt returns on each rank; an error of one rank is raised on all."""
+        """Call `attempt` on all ranks, and return what it returned on each; an error of one rank is raised on all.
+
+        Args:
+            path: the checkpoint that is saved, for the message.
+            attempt: does a part of the save.
+        """
         result, error = None, None
         try:
             result = attempt()
@@ -230,7 +259,7 @@ class CheckpointSaves(ParallelStrategy):
         return [each for each, _ in results]
 
     def _gathered(self, value: Any) -> list[Any]:
-        """Return the values of all ranks."""
+        """Return the values of all ranks, which call it together."""
         if not _distributed_is_initialized() or dist.get_backend() == "fake":
             return [value]
         values = [None] * dist.get_world_size()
@@ -240,9 +269,13 @@ class CheckpointSaves(ParallelStrategy):
     # Loading
 
     def agreed_checkpoint(self, chosen: Any) -> Any:
-        """Return on all ranks the checkpoint that the first one goes on from, or None; all ranks call this together.
+        """Return on all ranks the checkpoint that rank 0 resumes from, or None; all ranks call this together.
 
-        Ranks choose before they are connected, and a file system may show them different files.
+        Ranks choose before they are connected, and a file system may show them different files.  The methods that
+        `lightning_longnet.strategies.last` puts into Lightning call it when a checkpoint is to be loaded.
+
+        Args:
+            chosen: the path that this rank has chosen, or None.
         """
         choices = self._gathered(None if chosen is None else str(chosen))
         for rank, choice in enumerate(choices):
@@ -253,13 +286,17 @@ class CheckpointSaves(ParallelStrategy):
         return chosen if chosen is not None and str(chosen) == choices[0] else choices[0]
 
     def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
-        """Load the checkpoint that was chosen."""
+        """Load an undamaged checkpoint by the `checkpoint_io`; the subclasses for FSDP2 and DeepSpeed override it."""
         if isinstance(self.checkpoint_io, ManifestCheckpointIO):
             self.checkpoint_io.accept(Path(path))
         return super().load_checkpoint(path, weights_only)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint, after checking that it is as it was saved; `fit` takes another one if it is damaged."""
+        """Return the content of a checkpoint, after checking that it is as it was saved.
+
+        Lightning calls it on all ranks of a run that is given a `ckpt_path`.  If the checkpoint is damaged, `fit` loads
+        the newest other one, with a warning.
+        """
         path = self.broadcast(checkpoint_path)
         if _is_local_file_protocol(path):
             path = self._good_checkpoint(Path(path))
@@ -268,12 +305,12 @@ class CheckpointSaves(ParallelStrategy):
         return self._load_from(path, weights_only)
 
     def _good_checkpoint(self, asked: Path) -> Path:
-        """Return on all ranks the checkpoint to load: the one that was asked for, if it is good.
+        """Return on all ranks the checkpoint to load: `asked`, if it is not damaged.
 
-        Otherwise `fit` loads the newest good one of the run or beside it, with a warning; other loops raise a
+        Otherwise it is in `fit` the newest undamaged one of the run or beside it, with a warning; other loops raise a
         ValueError.
         """
-        from lightning_longnet.strategies.restart import places_beside  # that module imports this one
+        from lightning_longnet.strategies.restart import search_beside  # that module imports this one
 
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
@@ -282,8 +319,8 @@ class CheckpointSaves(ParallelStrategy):
             bad.add(path)
             other = None
             if self.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
-                folders, others, since = places_beside(trainer, asked)
-                other = newest_checkpoint(*folders, forms=self.forms, skip={*bad, *others}, since=since)
+                folders, skip, since = search_beside(trainer, asked)
+                other = newest_checkpoint(*folders, forms=self.forms, skip={*bad, *skip}, since=since)
             other = self.broadcast(other)
             if other is None:
                 rest = "there is no other good checkpoint" if trainer.state.fn == TrainerFn.FITTING else "give another"
@@ -296,9 +333,10 @@ class CheckpointSaves(ParallelStrategy):
         return path
 
     def _fault(self, path: Path) -> str:
-        """Return on all ranks what is wrong with a checkpoint, or an empty string.
+        """Return on all ranks how a checkpoint is damaged, or ""; all ranks call it together.
 
-        Rank 0 reads the manifest and the sizes of files, and then each rank compares the sums of its share of them.
+        Rank 0 reads the manifest and the sizes of files, and then each rank compares the checksums of its share of the
+        files.  A checkpoint without a manifest cannot be checked: rank 0 warns of it.
         """
         fault, note = "", ""  # `note`: why nothing can be compared, as there is no manifest
         if self.is_global_zero:

@@ -1,4 +1,4 @@
-"""The ranks of a run, the groups that share sequences, and the views of their context that the strategy offers."""
+"""The part of the strategy that starts and connects the ranks, and makes the context when they are connected."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class SequenceRanks(ParallelStrategy):
     _loaders: LoaderWatch | None = None  # made when the ranks are connected
 
     def _ranks(self) -> int:
-        """Return the number of ranks, before any is started."""
-        nodes: int = self.num_nodes  # type: ignore[attr-defined]  # the engines have it
+        """Return the number of ranks of the run; it is known before any is started."""
+        nodes: int = self.num_nodes  # type: ignore[attr-defined]  # the subclasses have it
         return nodes * len(self.parallel_devices or ())
 
     def _configure_launcher(self) -> None:
@@ -68,13 +68,14 @@ class SequenceRanks(ParallelStrategy):
 
     @property
     def root_device(self) -> torch.device:
+        """The device of this rank, to which Lightning moves models and batches."""
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
 
     def _make_context(self) -> None:
-        """Make the context and the watch over the loaders when the ranks are connected, once for all runs of a Trainer.
+        """Make the context and the `LoaderWatch` when the ranks are connected, once for all runs of a Trainer.
 
-        The engines call it at the end of `setup_environment`.
+        The subclasses for DDP, FSDP2 and DeepSpeed call it at the end of `setup_environment`, on all ranks together.
         """
         if isinstance(self._placement, RunPlacement):
             self._placement.begin(self.lightning_module)
@@ -93,22 +94,24 @@ class SequenceRanks(ParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The arguments of the distributed sampler that Lightning inserts: ranks that share sequences get the same."""
         context = self.sequence_context
         return {"num_replicas": context.data_parallel_size, "rank": context.data_parallel_rank}
 
     def model_to_device(self) -> None:
+        """Move the model to the device of this rank; Lightning's `setup` calls it."""
         assert self.model is not None
         self.model.to(self.root_device)
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait for all ranks of the run, not only for those that share a sequence."""
+        """Wait until all ranks of the run, not only those that share a sequence, have called it."""
         if not _distributed_is_initialized():
             return
         is_nccl = dist.get_backend() == "nccl"
         dist.barrier(device_ids=[self.root_device.index] if is_nccl else None)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return on all ranks of the run the object that rank `src` has."""
+        """Return on all ranks of the run, which call it together, the object that rank `src` has."""
         # the backend "fake" would hang, or return None
         if not _distributed_is_initialized() or dist.get_backend() == "fake":
             return obj
@@ -117,9 +120,10 @@ class SequenceRanks(ParallelStrategy):
         return values[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Return the mean or sum of a tensor over all ranks, as for `self.log(..., sync_dist=True)`; others as is."""
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if torch.is_tensor(tensor) else tensor
 
-    # The same as of `sequence_context(module)`
+    # Attributes and methods of `sequence_context`, for modules that read `self.trainer.strategy`
 
     @property
     def mesh(self) -> DeviceMesh | None:

@@ -1,4 +1,4 @@
-"""Writing the shards of parameters that the ranks of FSDP2 hold, with a sum of each file."""
+"""Writing the shards of parameters that the ranks of FSDP2 hold, with a checksum of each file."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _OTHERS = "meta.pt"  # the name that Lightning gives to everything that is not s
 
 
 def write_shards(checkpoint: dict[str, Any], folder: Path, *, is_first: bool) -> dict[str, FileSum]:
-    """Write a checkpoint into a folder as Lightning does for FSDP2, and return the sums of this rank's files.
+    """Write a checkpoint into a folder as Lightning does for FSDP2; return the checksums of this rank's files by name.
 
-    All ranks call this together.
+    FSDP2's `_write_folder` calls it on all ranks together.
 
     Args:
         checkpoint: what the Trainer saves; the weights and the optimizers' states are taken out of it.
         folder: a folder that is not there yet.
-        is_first: whether this rank writes what all ranks have.
+        is_first: True on rank 0, which also writes what is not sharded, into one more file.
     """
     files = _SummedFiles()
     _write(checkpoint, folder, files)
@@ -41,7 +41,10 @@ def write_shards(checkpoint: dict[str, Any], folder: Path, *, is_first: bool) ->
 
 
 def copy_shards(checkpoint: dict[str, Any], folder: Path, *, is_first: bool) -> dict[str, MemoryFile]:
-    """Write the files of `write_shards` to memory, and return this rank's by their names; the folder is made."""
+    """Make the folder, and return the files that `write_shards` would write there, in memory, by name.
+
+    FSDP2's `_copy_folder` calls it on all ranks together, for a save in the background, with the same arguments.
+    """
     files = _MemoryFiles()
     _write(checkpoint, folder, files)
     if is_first:
@@ -50,11 +53,11 @@ def copy_shards(checkpoint: dict[str, Any], folder: Path, *, is_first: bool) -> 
 
 
 def _write(checkpoint: dict[str, Any], folder: Path, files: FileSystem) -> None:
-    """Let torch write this rank's shards of the weights and of the optimizers' states, which leave the checkpoint.
+    """Have torch write this rank's shards of the weights and of the optimizers' states, and remove both from the dict.
 
     Args:
         checkpoint, folder: those of `write_shards`.
-        files: makes the files that torch's writer asks for.
+        files: opens the files that torch's writer asks for.
     """
     state = {"state_dict": checkpoint.pop("state_dict")}
     for number, each in enumerate(checkpoint.pop("optimizer_states", ())):
@@ -67,14 +70,14 @@ def _write(checkpoint: dict[str, Any], folder: Path, files: FileSystem) -> None:
 
 
 class _SummedFiles(FileSystem):
-    """The files that a writer makes, with their sums under the names that they have in the end."""
+    """A file system for torch's `FileSystemWriter` that keeps a checksum of each file under its final name."""
 
     def __init__(self) -> None:
         self.sums: dict[str, FileSum] = {}
 
     @contextmanager
     def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        """Open a file of torch's writer, and keep the sum of what was written when it is closed."""
+        """Open a file, and keep the checksum of what was written when it is closed; torch's writer calls it."""
         assert mode == "wb"
         where = cast("Path", self.init_path(path))
         with SummedFile(where) as file:
@@ -82,23 +85,26 @@ class _SummedFiles(FileSystem):
         self.sums[where.name] = file.sum
 
     def rename(self, path: str | PathLike[str], new_path: str | PathLike[str]) -> None:
+        """Rename a file and its checksum; torch's writer calls it for `.metadata`, which it writes last."""
         super().rename(path, new_path)
         former, name = cast("Path", self.init_path(path)).name, cast("Path", self.init_path(new_path)).name
         self.sums[name] = self.sums.pop(former)
 
 
 class _MemoryFiles(FileSystem):
-    """The files that a writer makes, in memory, under the names that they have in the end."""
+    """A file system for torch's `FileSystemWriter` that keeps each file in memory under its final name."""
 
     def __init__(self) -> None:
         self.made: dict[str, MemoryFile] = {}
 
     @contextmanager
     def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        """Open a file in memory; torch's writer calls it."""
         assert mode == "wb"
         file = self.made[cast("Path", self.init_path(path)).name] = MemoryFile()
         yield cast("io.IOBase", file)
 
     def rename(self, path: str | PathLike[str], new_path: str | PathLike[str]) -> None:
+        """Rename a file in memory."""
         former, name = cast("Path", self.init_path(path)).name, cast("Path", self.init_path(new_path)).name
         self.made[name] = self.made.pop(former)

@@ -55,11 +55,18 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
     _changes: ChangeWatch
 
     def _make_context(self) -> None:
+        """Begin to read what other ranks report, and make the context.
+
+        `setup_environment` of each subclass calls it when the ranks are connected.
+        """
         self._begin_reports()
         super()._make_context()
 
     def setup(self, trainer: Trainer) -> None:
-        """Attach the context to the module before the engine takes it; the Trainer calls it once in a run."""
+        """Attach the context to the module, and have Lightning's strategy set the module up.
+
+        The Trainer calls it once in a run, after `configure_model` and before the first loop.
+        """
         assert self.lightning_module is not None
         check_accumulation(self.accumulate, self.lightning_module)
         if self.preemption and trainer.state.fn == TrainerFn.FITTING:
@@ -73,10 +80,11 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         super().setup(trainer)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Run the checks that are due on a batch, split it over the ranks, and move the part of this rank to a device.
+        """Split a batch over the ranks, and return the part of this rank on its device.
 
-        `_loaders.send` starts the comparison of the batch with those of other ranks.  The step waits for the result;
-        a check that is due waits for it here.
+        Lightning calls it for each batch of a loop, after `on_before_batch_transfer`.  `_loaders.send` starts the
+        comparison of the batch with those of other ranks.  The step waits for the result; a check that is due for the
+        first batch of a loop waits for it here.
         """
         module = self.lightning_module
         if module is not None:
@@ -94,21 +102,24 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
             self.sequence_context.repeated_samples = repeated
         batch = super().batch_to_device(batch, device, dataloader_idx)
         if module is not None and module.trainer.training:
-            self._changes.take(batch)  # `training_step` compares its batch with this one
+            self._changes.record(batch)  # `training_step` compares its batch with this one
         return batch
 
     def _begin_split_check(self) -> None:
-        """Let the split check copy the structure of the module while it is whole; `setup` calls it before sharding."""
+        """Have the split check copy the structure of the module; `setup` calls it before the module is sharded."""
         assert self.lightning_module is not None
         self._first_batches.begin(self.lightning_module, self._whole_parameter)
 
     @staticmethod
     def _whole_parameter(parameter: Tensor) -> Tensor:
-        """Return the whole of a parameter that the engine has sharded; all ranks call this together."""
+        """Return the full tensor of a parameter that may be sharded; all ranks call it together.
+
+        The split check and `CausalLMModule.save_pretrained` use it.
+        """
         return whole_tensor(parameter)
 
     def on_train_start(self) -> None:
-        """Skip the batches that a resumed epoch has had, and begin to look at the losses."""
+        """Skip the batches that a resumed epoch has had; Lightning calls it on all ranks before the first step."""
         assert self.lightning_module is not None
         skip_finished_batches(self.lightning_module.trainer)
         self._losses.begin(self.lightning_module.trainer)
@@ -116,7 +127,8 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         super().on_train_start()
 
     def on_train_end(self) -> None:
-        self._losses.look(is_last=True)
+        """Warn if the last loss is not finite."""
+        self._losses.check(is_last=True)
         super().on_train_end()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,23 +141,27 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         context, loop = self.sequence_context, self.lightning_module.trainer.fit_loop.epoch_loop
         context.begin_step(loop.total_batch_idx)  # gives attention dropout its seed
         self._changes.compare(args[0] if args else None)  # what a hook changed since the batch was split
-        self._losses.look()  # at the loss of the step before, which the Trainer has read by now where it logs it
+        self._losses.check()  # at the loss of the step before, which the Trainer has read by now where it logs it
         if self.accumulate == "tokens":
             context.token_window.open()
         means = context.token_window.means
         output = super().training_step(*args, **kwargs)
         check_is_split(context)
-        self._losses.take(self.lightning_module.trainer, output)
+        self._losses.record(self.lightning_module.trainer, output)
         if self.accumulate == "tokens":
             check_one_token_mean(context.token_window.means - means)
         return output
 
     def pre_backward(self, closure_loss: Tensor) -> None:
+        """Raise an error on all ranks if one has a loss that is not finite and anomalies are detected."""
         check_anomaly(closure_loss)
         super().pre_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Scale the gradients after the last micro-batch of a step, so that micro-batches count by their tokens."""
+        """Scale the gradients after the last micro-batch of a step, so that micro-batches count by their tokens.
+
+        Lightning calls it after each backward.  Only `accumulate="tokens"` needs it.
+        """
         super().post_backward(closure_loss)
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
@@ -164,7 +180,10 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
             check_predicted_batches(self.sequence_context, self.sharding, batches)
 
     def teardown(self) -> None:
-        """Detach the context, and end the run; after Ctrl-C also the ranks that this process started."""
+        """Detach the context, and end the run; the Trainer calls it at the end of a run, also after an error.
+
+        After an error or Ctrl-C it also ends the ranks that this process has started.
+        """
         self._end_batches()
         if self.lightning_module is not None:
             attach_context(self.lightning_module, None)
@@ -178,12 +197,13 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
             self._launcher.end_children()
 
     def _is_interrupted(self) -> bool:
+        """Return whether an error or Ctrl-C ended the run."""
         trainer = getattr(self.lightning_module, "_trainer", None)
         return trainer is not None and bool(trainer.interrupted)
 
 
 def _add_preemption(trainer: Trainer) -> None:
-    """Add the callback `Preemption` to a Trainer that has none."""
+    """Add the callback `Preemption` to a Trainer that has none, and log it."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, Preemption) for callback in callbacks):
         return

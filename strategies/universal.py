@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints for another number of ranks: conversion to its universal format."""
+"""Conversion of DeepSpeed's checkpoints to its universal format, which any number of ranks can load."""
 
 from __future__ import annotations
 
@@ -29,16 +29,19 @@ _SUMS = "checkpoint_universal.json"  # the manifest of the format, beside it
 
 
 def saved_ranks(checkpoint: Path) -> int:
-    """Return the number of ranks that wrote a checkpoint, or 0 where it holds no optimizer."""
+    """Return the number of ranks that saved a checkpoint of DeepSpeed, or 0 if it holds no optimizer states."""
     return len(list((checkpoint / "checkpoint").glob("*zero_pp_rank_*_optim_states.pt")))
 
 
 def convert(checkpoint: Path, trust: bool = False) -> str:
-    """Write the universal format beside a checkpoint, once; return what went wrong, or an empty string.
+    """Write the universal format of a checkpoint into its folder, if it is not there; return the error message, or "".
+
+    DeepSpeed's strategy calls it on rank 0 while the other ranks wait, when another number of ranks saved the
+    checkpoint.
 
     Args:
-        checkpoint: a folder of DeepSpeed.
-        trust: runs the code that its files hold.
+        checkpoint: a folder that DeepSpeed saved.
+        trust: runs the code that its files may hold.
     """
     try:
         return _convert(checkpoint, trust)
@@ -47,7 +50,7 @@ def convert(checkpoint: Path, trust: bool = False) -> str:
 
 
 def _convert(checkpoint: Path, trust: bool) -> str:
-    """Run DeepSpeed's conversion in another process, and write a manifest of its files; return as `convert` does."""
+    """Run DeepSpeed's conversion in another process, and write a manifest of its files; return the message, or ""."""
     if _is_converted(checkpoint):
         return ""
     for name in (_WRITTEN_LAST, _SUMS, _FORMAT):  # files of a conversion that was killed, or is damaged
@@ -68,7 +71,7 @@ def _convert(checkpoint: Path, trust: bool) -> str:
 
 
 def _is_converted(checkpoint: Path) -> bool:
-    """Whether the universal format is there, as it was written."""
+    """Return whether the folder of a checkpoint holds its universal format, complete and undamaged."""
     if not (checkpoint / _WRITTEN_LAST).is_file() or not (checkpoint / _SUMS).is_file():
         return False
     try:
@@ -81,7 +84,10 @@ def _is_converted(checkpoint: Path) -> bool:
 
 
 def main() -> None:
-    """Run DeepSpeed's own conversion with the options of the command line, which reads as the process that began it."""
+    """Run DeepSpeed's own conversion with the options of the command line, in the process that `_convert` starts.
+
+    As in the process that started it, files may hold no other classes than DeepSpeed's, unless the user trusts them.
+    """
     from deepspeed.checkpoint import ds_to_universal
 
     from lightning_longnet.checkpointing.restricted import deepspeed_classes, restricted

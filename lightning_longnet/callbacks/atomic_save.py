@@ -1,4 +1,4 @@
-"""Saving a checkpoint atomically: a kill in the middle of saving leaves nothing under its name."""
+"""Saving a checkpoint atomically: if the process is killed while it saves, nothing has the checkpoint's name."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def atomic_save(trainer: Trainer, path: str) -> None:
-    """Save a checkpoint of all ranks to a path that all of them see; the path exists only when it is complete.
+    """Save a checkpoint of a Trainer to a path that all ranks see; the path exists only when it is complete.
 
-    A strategy that saves checkpoints whole itself is left to do so.  Paths of other protocols are written directly: an
-    object store cannot rename, and shows complete objects only.
+    `Preemption` calls it on all ranks together.  Strategies of this package save atomically by themselves.  Paths of
+    other protocols are written directly: an object store cannot rename, and shows complete objects only.
     """
     if getattr(trainer.strategy, "saves_whole", False) or not _is_local_file_protocol(path):
         trainer.save_checkpoint(path)
@@ -39,6 +39,7 @@ def atomic_save(trainer: Trainer, path: str) -> None:
 
 
 def _await_writing(trainer: Trainer) -> None:
+    """Wait until the checkpoint is written, where the strategy or its plugin writes in the background."""
     settle = getattr(trainer.strategy, "settle_saves", None)
     if settle is not None:
         settle()

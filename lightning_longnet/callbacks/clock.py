@@ -1,4 +1,4 @@
-"""Timing steps without waiting for a GPU, whose events are read when figures are logged."""
+"""Timing of steps without waiting for a GPU: its events are read when figures are logged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import torch
 
 
 class StepClock:
-    """Marks the ends of steps, and the pauses between them that do not count."""
+    """Measures the seconds of each optimizer step, without pauses such as a validation; `TokenThroughput` has one.
+
+    Args:
+        device: the device of this rank; on CUDA the times are those of its events.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -24,15 +28,15 @@ class StepClock:
         self._marks.append(("step", self._now()))
 
     def pause(self) -> None:
-        """Mark the begin of what does not count."""
+        """Mark the begin of a pause, which does not count."""
         self._marks.append(("pause", self._now()))
 
     def resume(self) -> None:
-        """Mark the end of what does not count."""
+        """Mark the end of a pause."""
         self._marks.append(("resume", self._now()))
 
     def seconds(self) -> list[float]:
-        """Return the seconds of each step since the last call; only this call waits for the GPU."""
+        """Return the seconds of each step since the last call; this method alone waits for the GPU."""
         marks, steps = self._marks, []
         if not marks:
             return []
@@ -53,6 +57,7 @@ class StepClock:
         return steps
 
     def _now(self) -> Any:
+        """Return a time stamp: seconds, or a recorded event of the GPU."""
         if not self._on_gpu:
             return perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -60,4 +65,5 @@ class StepClock:
         return event
 
     def _between(self, begin: Any, end: Any) -> float:
+        """Return the seconds between two time stamps."""
         return float(begin.elapsed_time(end)) / 1e3 if self._on_gpu else end - begin

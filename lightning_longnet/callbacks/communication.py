@@ -25,8 +25,8 @@ class CommunicationMonitor(Monitor):
     """Logs `exchange/...`; see `lightning_longnet.callbacks.monitor` for the keys.
 
     Bytes and messages are exact counts of the logged step; times are means over the steps since the last logging step.
-    They do not include the gradients and parameters that engines send.  If no sequence is split, nothing is logged.
-    Over NCCL no times are logged, because the host does not wait for messages.
+    They do not include the gradients and parameters that DDP, FSDP or DeepSpeed send.  If no sequence is split, nothing
+    is logged.  Over NCCL no times are logged, because the host does not wait for messages.
 
     A row travels once for all branches, so the bytes of a branch are those that the plan adds to the finer branches for
     it.  If layers have several patterns, they are those of the first layer.
@@ -41,6 +41,7 @@ class CommunicationMonitor(Monitor):
         self._forget()
 
     def _forget(self) -> None:
+        """Begin to count anew, after a logging step."""
         self._step = dict.fromkeys(_COUNTED, 0.0)  # of the current step
         self._seconds = dict.fromkeys(_SECONDS, 0.0)  # since the last logging step
         self._steps = 0
@@ -75,6 +76,7 @@ class CommunicationMonitor(Monitor):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def own_numbers(self, trainer: Trainer, module: LightningModule, batch: Any) -> list[float]:
+        """Return what this rank counted, and what the plan predicts for the logged step, in the order of `names`."""
         rank, predicted = sequence_context(module).sequence_parallel_rank, 0
         by_branch = [0.0] * _BRANCHES
         for plan, sizes, forwards, backwards in _alike(self._calls):
@@ -91,6 +93,7 @@ class CommunicationMonitor(Monitor):
         return own
 
     def figures_of(self, gathered: dict[str, Tensor]) -> dict[str, float]:
+        """Return `exchange/...` of all ranks; nothing if attention has sent nothing."""
         steps = max(float(gathered["steps"].max()), 1.0)
         sent = gathered["sent_bytes"]
         if not float(gathered["predicted_bytes"].sum()) and not float(sent.sum()):
@@ -119,11 +122,12 @@ class CommunicationMonitor(Monitor):
 
 
 def _counts(traffic: Traffic) -> dict[str, float]:
+    """Return the counts of a rank's traffic by name."""
     return {name: getattr(traffic, name) for name in _COUNTED}
 
 
 def _alike(calls: list[Any]) -> list[tuple[ExchangePlan, Sizes, int, int]]:
-    """Return each kind of call with the numbers of its forward and backward passes."""
+    """Return (plan, sizes, forwards, backwards) for each kind of the calls of attention that `Traffic.calls` lists."""
     counts: dict[Any, list[int]] = {}
     for direction, *kind in calls:
         counts.setdefault(tuple(kind), [0, 0])[direction == "backward"] += 1
@@ -131,15 +135,17 @@ def _alike(calls: list[Any]) -> list[tuple[ExchangePlan, Sizes, int, int]]:
 
 
 def _sent(volume: Volume, forwards: int, backwards: int) -> int:
-    """Return the bytes of calls; there are more forwards than backwards where a checkpoint computes them again."""
+    """Return the bytes that calls send; with activation checkpointing there are more forwards than backwards."""
     return backwards * volume.sent_bytes + (forwards - backwards) * volume.forward_bytes
 
 
 @lru_cache(64)
 def _volume(plan: ExchangePlan, rank: int, sizes: Sizes) -> Volume:
+    """Return what a rank sends in one call by a plan, cached."""
     return plan.volume(rank, sizes)
 
 
 @lru_cache(64)
 def _branch_volumes(plan: ExchangePlan, rank: int, sizes: Sizes) -> tuple[Volume, ...]:
+    """Return what a rank sends in one call for each branch of a plan's pattern, cached."""
     return plan.branch_volumes(rank, sizes)

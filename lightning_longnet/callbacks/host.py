@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def host_group(trainer: Trainer) -> dist.ProcessGroup | None:
-    """Return a group of all ranks, over gloo where it is available, or None where there is one rank.
+    """Return a process group of all ranks whose collectives run on the host, by gloo; None without torch.distributed.
 
-    All ranks make it together.
+    Callbacks call it on all ranks together, at the start of training.  If torch has no gloo, it is the default group.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_backend() == "fake":
         return None
@@ -29,6 +29,13 @@ def host_group(trainer: Trainer) -> dist.ProcessGroup | None:
 
 
 def everywhere(own: list[float], group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Return (ranks, numbers) in float64, of lists that are as long on all ranks."""
+    """Return the numbers of each rank, (ranks, len(own)) in float64 on the CPU.
+
+    All ranks of the group call it together, with equally many numbers.
+
+    Args:
+        own: the numbers of this rank.
+        group: what `host_group` returned.
+    """
     numbers = torch.tensor(own, dtype=torch.float64)
     return numbers[None] if group is None else all_gather(numbers, group)

@@ -49,6 +49,7 @@ class MemoryMonitor(Monitor):
         sequence_context(pl_module).traffic.calls = []
 
     def own_numbers(self, trainer: Trainer, module: LightningModule, batch: Any) -> list[float]:
+        """Return the bytes of this rank at the peak and now, and of each kind, in the order of `names`."""
         device = trainer.strategy.root_device
         if device.type == "cuda":
             peak, current = map(float, (torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)))
@@ -60,6 +61,7 @@ class MemoryMonitor(Monitor):
         return [float(peak), float(current), *(held[name] for name in _KINDS)]
 
     def _held(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        """Return the bytes of parameters with buffers, gradients and optimizer states on this rank's device."""
         device = trainer.strategy.root_device.type
         parameters = list(module.parameters())
         states = (
@@ -76,6 +78,7 @@ class MemoryMonitor(Monitor):
         }
 
     def figures_of(self, gathered: dict[str, Tensor]) -> dict[str, float]:
+        """Return `memory/...` in GiB: over all ranks, and by kind on the rank with the highest peak."""
         figures = {}
         for name in ("peak", "current"):
             numbers = gathered[name] / GIB
@@ -89,7 +92,10 @@ class MemoryMonitor(Monitor):
 
 
 def _bytes(tensors: Iterable[Tensor], device: str) -> float:
-    """Return the bytes of the tensors on a kind of device, each place in memory once."""
+    """Return the bytes of the tensors, or of this rank's shards of them, on devices of a type.
+
+    Tensors that share memory count once.
+    """
     sizes: dict[tuple[int, int], int] = {}
     for x in tensors:
         part = getattr(x, "ds_tensor", None)  # of a parameter that DeepSpeed has split
@@ -100,7 +106,10 @@ def _bytes(tensors: Iterable[Tensor], device: str) -> float:
 
 
 def _kept(module: LightningModule) -> int:
-    """Return the bytes of remote keys that are kept for the backward: of one layer where layers are recomputed."""
+    """Return the bytes of keys and values of other ranks that are kept for the backward, as the plan predicts them.
+
+    If layers are recomputed, which their number of forwards shows, one layer keeps them at a time.
+    """
     context = sequence_context(module)
     calls = context.traffic.calls or []
     kept = [
@@ -114,7 +123,7 @@ def _kept(module: LightningModule) -> int:
 
 
 def _of_process() -> tuple[float, float]:
-    """Return the peak and the current bytes of this process's memory."""
+    """Return (peak, current) bytes of this process's resident memory; the peak twice on systems other than Linux."""
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)

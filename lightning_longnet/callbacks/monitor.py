@@ -1,4 +1,4 @@
-"""`Monitor`: callbacks that count on each rank, and gather at logging steps, all of them in one message.
+"""`Monitor`: callbacks that count on each rank, and gather at logging steps, all of them in one collective.
 
 Every key that a callback logs, the same for CSVLogger, TensorBoard and W&B; a step is one of the optimiser:
 
@@ -48,17 +48,17 @@ if TYPE_CHECKING:
 
 
 class Monitor(Callback):
-    """A callback that logs figures of all ranks at the Trainer's logging steps.
+    """The base of callbacks that log figures of all ranks at the Trainer's logging steps.
 
-    The last of a Trainer's monitors gathers for all of them, on the host.  Ranks do not communicate between logging
-    steps, and do not wait for a GPU.
+    A subclass defines `names`, `own_numbers` and `figures_of`.  The last of a Trainer's monitors gathers the numbers of
+    all of them, on the host.  Ranks do not communicate between logging steps, and do not wait for a GPU.
 
     Attributes:
+        names: the names of the numbers of each rank, in the order of `own_numbers`.
         figures: the figures that were logged last, by key.
         by_rank: the numbers of each rank that they were computed of, by name.
     """
 
-    # of the numbers of each rank, in the order of `own_numbers`
     names: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -68,14 +68,22 @@ class Monitor(Callback):
         self._group: dist.ProcessGroup | None = None
 
     def own_numbers(self, trainer: Trainer, module: LightningModule, batch: Any) -> list[float]:
-        """Return the numbers of this rank since the last call; called at logging steps."""
+        """Return the numbers of this rank since the last call, in the order of `names`.
+
+        `on_train_batch_end` calls it on all ranks at logging steps, with the batch of that step.
+        """
         raise NotImplementedError
 
     def figures_of(self, gathered: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Return the figures to log, computed of the numbers of all ranks by name."""
+        """Return the figures to log by key; called on all ranks at logging steps, after `own_numbers`.
+
+        Args:
+            gathered: the numbers of all ranks by name, each (ranks,) in float64.
+        """
         raise NotImplementedError
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the group of the host, in the monitor that gathers for all."""
         self._group = host_group(trainer) if _monitors(trainer)[-1] is self else None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,6 +95,7 @@ class Monitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """At a logging step gather the numbers of all ranks, and log the figures, in the last of the monitors."""
         if not is_logging_step(trainer):
             return
         self._own = self.own_numbers(trainer, pl_module, batch)
@@ -111,11 +120,15 @@ class Monitor(Callback):
 
 
 def _monitors(trainer: Trainer) -> list[Monitor]:
+    """Return the monitors of a Trainer, in the order in which it calls them."""
     return [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
 
 
 def is_logging_step(trainer: Trainer) -> bool:
-    """Whether a step of the optimizer ends here that the Trainer logs; the same on all ranks."""
+    """Return whether an optimizer step ends with this batch that the Trainer logs; the same on all ranks.
+
+    Callbacks call it in `on_train_batch_end`, and the strategy in the step.  It goes by `log_every_n_steps`.
+    """
     if trainer.fit_loop._should_accumulate():
         return False
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]

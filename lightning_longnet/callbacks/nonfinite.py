@@ -1,4 +1,4 @@
-"""`NonFiniteGuard`: a step whose loss or gradient is not finite is skipped, or ends the run, on all ranks."""
+"""`NonFiniteGuard`: a callback that skips steps with NaN in the loss or the gradient on all ranks, or ends the run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class NonFiniteGuard(Callback):
     A loss that is not finite makes its gradient NaN, and after averaging that of every rank; before the optimizer's
     step all ranks compare their parts of the gradient.  Then either all skip the step, or all raise a
     FloatingPointError.  Schedules of learning rates go on.  The warning or error names the batches of the step: their
-    numbers, and for each data-parallel group the names of samples or a digest.
+    numbers, and for each data-parallel group the names of samples or a hash.
 
     With DeepSpeed its own check is switched on and used.  A GradScaler of 16-bit floats skips steps by itself, as it
     must to find its scale: these are not counted.
@@ -64,6 +64,7 @@ class NonFiniteGuard(Callback):
         self._current: tuple[int, Any, tuple[str, ...]] = 0, None, ()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make a group on the host, and switch DeepSpeed's own check on."""
         self._group = host_group(trainer)
         self._seen = []
         engine = _engine(trainer)
@@ -74,12 +75,14 @@ class NonFiniteGuard(Callback):
         self._current = batch_idx, batch, sequence_context(pl_module).samples
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Keep the loss, and make its gradient NaN if it is not finite, so that the gradients of all ranks show it."""
         known = loss.detach()
         self._seen.append(_Seen(*self._current, known))
         if loss.requires_grad:
             loss.register_hook(lambda grad: torch.where(known.isfinite(), grad, torch.nan))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Compare the gradients of all ranks; if one is not finite, remove all of them, and warn or end the run."""
         if _engine(trainer) is not None or getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -96,6 +99,7 @@ class NonFiniteGuard(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Take the result of DeepSpeed's check, if it makes it, and log how many steps were skipped."""
         if trainer.fit_loop._should_accumulate():
             return
         engine = _engine(trainer)
@@ -109,6 +113,7 @@ class NonFiniteGuard(Callback):
             pl_module.log("guard/skipped_steps", float(self.skipped_steps), on_step=True, on_epoch=False, batch_size=1)
 
     def _react(self, trainer: Trainer, module: LightningModule) -> None:
+        """Count a bad step and warn of it, or raise a FloatingPointError, on all ranks together."""
         self.skipped_steps += 1
         self._in_a_row += 1
         story = self._story(trainer, module)
@@ -154,7 +159,7 @@ class NonFiniteGuard(Callback):
 
 
 def _engine(trainer: Trainer) -> Any:
-    """Return DeepSpeed's engine where its optimizer checks for numbers that are not finite, else None."""
+    """Return the `DeepSpeedEngine` of a Trainer whose optimizer checks gradients for NaN and infinity, else None."""
     strategy = trainer.strategy
     if not isinstance(strategy, DeepSpeedStrategy) or not hasattr(strategy.deepspeed_engine.optimizer, "overflow"):
         return None
@@ -162,7 +167,7 @@ def _engine(trainer: Trainer) -> Any:
 
 
 def _identity(seen: _Seen) -> str:
-    """Return the names of a batch's samples, or a digest of this rank's part where it has none."""
+    """Return the names of a batch's first eight samples, or a hash of this rank's part if it has no names."""
     if seen.samples:
         return " ".join(seen.samples[:8]) + (" ..." if len(seen.samples) > 8 else "")
     return f"{digest(seen.batch):014x}"
@@ -170,7 +175,10 @@ def _identity(seen: _Seen) -> str:
 
 @torch.no_grad()  # with gradients, to_local would be recorded
 def _is_bad(parameters: list[Any]) -> Tensor:
-    """Return 1 where a local gradient is not finite, else 0, without waiting for a GPU."""
+    """Return 1 if a gradient of this rank, or its shard, is not finite, else 0, as a tensor on its device.
+
+    It does not wait for a GPU.
+    """
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
     grads = [grad for grad in grads if grad.numel()]
     if not grads:
@@ -180,4 +188,5 @@ def _is_bad(parameters: list[Any]) -> Tensor:
 
 
 def _listed(numbers: list[int]) -> str:
+    """Return "1, 3" for a message; "-" for none."""
     return ", ".join(map(str, numbers)) or "-"

@@ -1,4 +1,4 @@
-"""`PredictedTexts`: the texts that `predict` has continued, as lines of JSON."""
+"""`PredictedTexts`: a callback that writes the texts that `predict` has continued, as lines of JSON."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ class PredictedTexts(BasePredictionWriter):
         self._path: Path | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the file of this rank's group, and remove that of an earlier run."""
         folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         context = sequence_context(pl_module)
         self._path = folder / f"predictions-{context.data_parallel_rank}.jsonl"
         if context.sequence_parallel_rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            self._path.unlink(missing_ok=True)  # of an earlier run
+            self._path.unlink(missing_ok=True)
 
     def write_on_batch_end(
         self,
@@ -48,6 +49,7 @@ class PredictedTexts(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
+        """Append the rows of a prediction to the file, on the first rank of each group; Lightning calls it."""
         data: Any = getattr(trainer, "datamodule", None)
         is_text = isinstance(prediction, Tensor) and prediction.dim() == 2 and not prediction.is_floating_point()
         is_writer = sequence_context(pl_module).sequence_parallel_rank == 0

@@ -1,4 +1,7 @@
-"""`Preemption`: at a signal all ranks save one checkpoint, and the run ends; on SLURM it can be queued again."""
+"""`Preemption`: a callback with which all ranks save one checkpoint at a signal, and the run ends.
+
+On SLURM the job can be queued again.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import LightningModule, Trainer
 
-# The signals that a rank may have received; the largest of all ranks is obeyed
+# Notes of the signals that a rank may have received; the largest of all ranks is obeyed
 NOTHING, REQUEUE, TERMINATE = 0, 1, 2
 TERMINATED = 128 + signal.SIGTERM  # the exit status that shells give to a process that SIGTERM ended
 PATIENCE = 60  # seconds for scontrol
@@ -77,6 +80,7 @@ class Preemption(Callback):
     # Signals
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Install the signal handlers, in place of Lightning's."""
         # last, so that what other callbacks do at the end of a step is in the checkpoint
         trainer.callbacks = [*(each for each in trainer.callbacks if each is not self), self]  # type: ignore[attr-defined]
         self._received, self._steps, self._is_ending = NOTHING, 0, False
@@ -93,12 +97,15 @@ class Preemption(Callback):
                 self._replace(requeue, REQUEUE)
 
     def _replace(self, signum: int, note: int) -> None:
+        """Install a handler of a signal that records `note`, REQUEUE or TERMINATE, and keep the former handler."""
+
         def take_note(_: int, __: FrameType | None) -> None:
             self._received = max(self._received, note)
 
         self._replaced[signum] = signal.signal(signum, take_note)
 
     def _restore(self, trainer: Trainer) -> None:
+        """Install the former handlers again, at the end of fitting or after an error."""
         self._group = None
         if not self._replaced:
             return
@@ -116,7 +123,7 @@ class Preemption(Callback):
         if not self._is_ending:  # a second signal must find a handler until the process ends
             self._restore(trainer)
 
-    # Where all ranks are in step
+    # The hooks in which all ranks are at the same place of the program
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.fit_loop._should_accumulate():
@@ -134,6 +141,10 @@ class Preemption(Callback):
         self._compare_notes(trainer)
 
     def _compare_notes(self, trainer: Trainer) -> None:
+        """If any rank has received a signal, save one checkpoint and raise `SIGTERMException` or `Requeued` on all.
+
+        All ranks call it together.
+        """
         note = torch.tensor(self._received * _RANKS + trainer.global_rank if self._received else NOTHING)
         if self._group is not None:
             note = note.to(device_of(self._group))
@@ -154,7 +165,7 @@ class Preemption(Callback):
         raise Requeued(0)
 
     def _path(self, trainer: Trainer) -> str:
-        """Return the path of the checkpoint, for which rank 0 chooses a free name."""
+        """Return the path of the checkpoint on all ranks, which call it together; rank 0 chooses a free name."""
         path = ""
         if trainer.is_global_zero:
             if _requeueing(trainer) is not None:
@@ -175,7 +186,7 @@ class Preemption(Callback):
 
 
 def _requeueing(trainer: Trainer) -> SLURMEnvironment | None:
-    """Return the SLURM environment of a Trainer that queues its job again, or None."""
+    """Return the `SLURMEnvironment` of a Trainer if it has one with `auto_requeue`, else None."""
     environment = trainer._accelerator_connector.cluster_environment
     return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
 
@@ -188,7 +199,12 @@ def _dismiss_observer() -> None:
 
 
 def _requeue(trainer: Trainer, path: str) -> None:
-    """Have rank 0 queue the job again; raise a RuntimeError on all ranks where SLURM refuses."""
+    """Have rank 0 queue the SLURM job again; raise a RuntimeError on all ranks if SLURM refuses.
+
+    Args:
+        trainer: the Trainer.
+        path: the checkpoint, for the message.
+    """
     if problem := fault_of_rank_zero(trainer.strategy, _ask_slurm):
         raise RuntimeError(
             f"SLURM was asked to queue the job again, and {problem}; submit it anew: it goes on from {path}"
@@ -196,7 +212,7 @@ def _requeue(trainer: Trainer, path: str) -> None:
 
 
 def _ask_slurm() -> str:
-    """Return what went wrong, or an empty string."""
+    """Run `scontrol requeue` for this job; return the error message, or ""."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     assert re.fullmatch("[0-9_]+", job)

@@ -1,4 +1,4 @@
-"""`TrainingProgress`: the progress and the figures of a run, as one line on a terminal, or lines in a file."""
+"""`TrainingProgress`: a progress bar with the figures of a run, as one line on a terminal, or lines in a file."""
 
 from __future__ import annotations
 
@@ -53,12 +53,14 @@ class TrainingProgress(ProgressBar):
         self._text = ""
 
     def disable(self) -> None:
+        """Show nothing; Lightning calls it on all ranks but the first."""
         self._is_enabled = False
 
     def enable(self) -> None:
         self._is_enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the bar; `LightningModule.print` calls it."""
         line = self._train or self._other
         if self._is_enabled and line is not None:
             line.print(*args)
@@ -101,16 +103,19 @@ class TrainingProgress(ProgressBar):
     # Validation, test and prediction
 
     def _begin(self, name: str, batches: list[int | float]) -> None:
+        """Open the bar of a loop other than training; `batches` are the numbers of batches of its loaders."""
         total = sum(batches)
         self._other = self._line(name, None if total == float("inf") else int(total))
         self._done = 0
 
     def _advance(self) -> None:
+        """Count a batch in that bar."""
         if self._other is not None:
             self._done += 1
             self._other.update(self._done, "")
 
     def _finish(self) -> None:
+        """Close that bar."""
         if self._other is not None:
             self._other.close()
         self._other = None
@@ -147,6 +152,7 @@ class TrainingProgress(ProgressBar):
         self._finish()
 
     def _line(self, name: str, total: int | None) -> _Line:
+        """Return a bar that fits the output, of `total` steps or batches; None if their number is not known."""
         if not self._is_enabled:
             return _Nothing()
         if not sys.stdout.isatty():
@@ -160,7 +166,7 @@ class TrainingProgress(ProgressBar):
 
 
 def described(trainer: Trainer) -> str:
-    """Return the latest figures as a line."""
+    """Return the latest figures of a Trainer and its monitors as a line, "train 1.234 bits/byte, 56k tokens/s"."""
     figures = dict(trainer.callback_metrics)
     for each in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(each, Monitor):
@@ -175,6 +181,7 @@ def described(trainer: Trainer) -> str:
 
 
 def _short(value: float) -> str:
+    """Return a number in three digits with k, M or G; "9,999" below ten thousand."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= size:
             unit = 1e3 if letter == "k" else size
@@ -183,7 +190,10 @@ def _short(value: float) -> str:
 
 
 class _Line(Protocol):
-    """A line that shows how much is done."""
+    """What shows the progress of a loop.
+
+    `update` shows how many steps or batches are done, with a text; `is_logged` is True at the Trainer's logging steps.
+    """
 
     def update(self, done: int, text: str, is_logged: bool = False) -> None: ...
 

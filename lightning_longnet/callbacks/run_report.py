@@ -1,4 +1,4 @@
-"""`RunReport`: the record of a run for `longnet report`, a small JSON, and the page that is made of it."""
+"""`RunReport`: a callback that writes the record of a run for `longnet report`, in JSON, and the page made of it."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ class RunReport(Callback):
             self._write(trainer, pl_module, f"ended by {type(exception).__name__}")
 
     def _write(self, trainer: Trainer, module: LightningModule, status: str) -> None:
+        """Write the record and the page on rank 0, once in a fit; `status` says how it ended."""
         if not trainer.is_global_zero or self._folder is None:
             return
         folder, self._folder = self._folder, None
@@ -80,6 +81,7 @@ class RunReport(Callback):
             rank_zero_info(f"RunReport: {path}")
 
     def _record(self, trainer: Trainer, module: LightningModule, status: str) -> dict[str, Any]:
+        """Return the content of `run.json`."""
         context = sequence_context(module)
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         monitors = [each for each in trainer.callbacks if isinstance(each, Monitor)]  # type: ignore[attr-defined]
@@ -112,7 +114,12 @@ class RunReport(Callback):
         }
 
     def _attention(self, module: LightningModule, dtype: torch.dtype) -> list[dict[str, Any]]:
-        """Return each kind of attention layer, with its number of layers and, where sequences are split, its plan."""
+        """Return a record of each kind of attention layer: how many there are, and, if sequences are split, the plan.
+
+        Args:
+            module: the module.
+            dtype: the dtype in which layers compute, for the bytes that the plan sends.
+        """
         context = sequence_context(module)
         kinds = Counter(
             (
@@ -155,4 +162,5 @@ class RunReport(Callback):
 
 
 def _layers(module: LightningModule) -> list[Any]:
+    """Return the attention layers of this package inside a module."""
     return [each for each in module.modules() if isinstance(each, AttentionLayer)]

@@ -1,4 +1,4 @@
-"""`GenerateSamples`: texts that the model generates while it is trained, kept beside the run."""
+"""`GenerateSamples`: a callback that has the model generate texts during training, and writes them to a file."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ class GenerateSamples(Callback):
         self.last: list[str] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise a ValueError if the module or the data module lacks a method, or a prompt has no token."""
         data: Any = getattr(trainer, "datamodule", None)
         for name, owner, what in (
             ("generate", pl_module, "the module"),
@@ -78,6 +79,7 @@ class GenerateSamples(Callback):
             self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, module: Any) -> None:
+        """Generate the texts in evaluation mode, on all ranks together, and publish them."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         training, self.last = module.training, []
         module.eval()
@@ -92,6 +94,7 @@ class GenerateSamples(Callback):
         self._publish(trainer)
 
     def _publish(self, trainer: Trainer) -> None:
+        """Write the texts to the file, to loggers that take texts, and to the screen, on rank 0."""
         folder = trainer.log_dir or trainer.default_root_dir  # all ranks must read log_dir, which rank 0 broadcasts
         if not trainer.is_global_zero:
             return

@@ -1,4 +1,4 @@
-"""`FitSummary`: the results of a run and what to do next, as its last lines on the screen."""
+"""`FitSummary`: a callback that prints the results of a run and what to do next, when fitting ends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FitSummary(Callback):
             print("\n" + "\n".join(self.lines(trainer, run)), flush=True)  # noqa: T201
 
     def lines(self, trainer: Trainer, run: str) -> list[str]:
-        """Return the lines for a run in a folder."""
+        """Return the lines to print; `run` is the folder of the run."""
         figures = {name: x.item() for name, x in trainer.callback_metrics.items()}
         data: Any = getattr(trainer, "datamodule", None)
         results = []

@@ -1,4 +1,4 @@
-"""`TokenThroughput`: tokens a second of all ranks together, the time of steps, and the utilization of devices."""
+"""`TokenThroughput`: a callback that logs tokens a second of all ranks, the time of steps, and FLOPs utilization."""
 
 from __future__ import annotations
 
@@ -123,6 +123,7 @@ class TokenThroughput(Monitor):
         self._ended = perf_counter()
 
     def own_numbers(self, trainer: Trainer, module: LightningModule, batch: Any) -> list[float]:
+        """Return what this rank counted since the last logging step, in the order of `names`."""
         seconds = self._clock.seconds()
         self._steps.extend(seconds)
         assert self._model is not None
@@ -149,7 +150,10 @@ class TokenThroughput(Monitor):
         return own
 
     def _attention(self, module: LightningModule, batch: Any) -> tuple[Flops, list[float]]:
-        """Return the operations and the (required, computed) pairs of whole sequences, on the first rank of a group."""
+        """Return the operations of attention, and its [required, computed] pairs, since the last logging step.
+
+        The first rank of each sequence group counts those of whole sequences; the others have none.
+        """
         assert self._model is not None
         flops, pairs = Flops(0, 0), [0.0, 0.0]
         for cuts, factor in self._rows(module, batch):
@@ -159,7 +163,10 @@ class TokenThroughput(Monitor):
         return flops, pairs
 
     def _rows(self, module: LightningModule, batch: Any) -> list[tuple[list[tuple[int, ...]], float]]:
-        """Return the rows since the last logging step: the cuts between their documents, and how often each counts."""
+        """Return (cuts between documents, how often they count) for the rows since the last logging step.
+
+        Without documents the cuts of a row are [(0, N)].  With documents the rows of the logged step stand for all.
+        """
         context, documents = sequence_context(module), _named(batch, "documents")
         if documents is None:
             return [([(0, length)], float(rows)) for length, rows in self._whole_rows.items() if length]
@@ -175,6 +182,7 @@ class TokenThroughput(Monitor):
         return [(cuts, tokens / max(samples * length, 1))]
 
     def figures_of(self, gathered: dict[str, Tensor]) -> dict[str, float]:
+        """Return `throughput/...` of all ranks."""
         total = {name: float(numbers.sum()) for name, numbers in gathered.items()}
         seconds, steps = float(gathered["seconds"].max()), float(gathered["steps"].max())
         self.tokens += int(total["tokens"])
@@ -198,10 +206,15 @@ class TokenThroughput(Monitor):
 
 
 def size_of(batch: Any, module: LightningModule, tokens_per_sample: int | None = None) -> tuple[int, int, int]:
-    """Return (samples, tokens of each on this rank, tokens of each whole one) of the current batch.
+    """Return (samples B, tokens L of each on this rank, tokens N of each whole sequence) of the current batch.
 
     They are those of the first tensor whose samples are its first dimension, or else of the first whose tokens are; or
     of the sequences that the model made.  A tensor without a sequence has its samples first.
+
+    Args:
+        batch: this rank's part of the batch.
+        module: the module, for its context and its `sequence_dims`.
+        tokens_per_sample: the tokens of a sample in batches without a sequence, if the caller knows them.
     """
     context, dims = sequence_context(module), checked_dims(getattr(module, "sequence_dims", {}))
     whole, first = context.length, None
@@ -234,9 +247,11 @@ def _samples_beside(of_tokens: list[Tensor]) -> int:
 
 
 def _named(batch: Any, name: str) -> Tensor | None:
+    """Return the first tensor of a batch with a name, or None."""
     return next((x for path, x in named_tensors(batch) if path[-1] == name), None)
 
 
 def _padding_of(batch: Any) -> tuple[float, float]:
+    """Return (tokens that are padding, all tokens) of a batch on this rank; zeros without an attention_mask."""
     mask = _named(batch, "attention_mask")
     return (0.0, 0.0) if mask is None else (float((mask == 0).sum()), float(mask.numel()))

@@ -1,4 +1,4 @@
-"""Writing in a thread what has been copied to the memory of the host."""
+"""Saving checkpoints in the background: copies in the memory of the host, and a thread that writes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class MemoryFile:
-    """A file in memory that is written once: a copy of all tensors that `torch.save` writes, which may then change."""
+    """A file in memory to which `torch.save` writes a copy of its content, so that the tensors may change afterwards.
+
+    `write`, `flush`, `close` and `tell` are those of a file, which torch calls.
+    """
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -39,28 +42,28 @@ class MemoryFile:
         return self._bytes
 
     def write_to(self, file: SummedFile) -> None:
-        """Write the content to a file."""
+        """Write the content to a file, in the thread of the background."""
         for piece in self._pieces:
             file.write(piece)
 
     def store(self, path: Path) -> FileSum:
-        """Make a file of it, which the disk holds, and return its sum."""
+        """Write the content to a new file, wait until the disk holds it, and return its checksum."""
         with SummedFile(path, in_threads=False) as file:
             self.write_to(file)
         return file.sum
 
 
 def in_memory(content: Any) -> MemoryFile:
-    """Return what `torch.save` writes, in memory."""
+    """Return a file in memory with what `torch.save` writes for `content`."""
     file = MemoryFile()
     torch.save(content, file)  # type: ignore[arg-type]
     return file
 
 
 class BackgroundWriter:
-    """Does one piece of work at a time in a thread, and keeps its result or its error until it is taken.
+    """Runs one function at a time in a thread, and keeps its result or its error until it is taken.
 
-    The thread ends its work before the process exits.
+    `ManifestCheckpointIO` has one, which writes checkpoints.  The process does not exit before the function has ended.
     """
 
     def __init__(self) -> None:
@@ -68,7 +71,7 @@ class BackgroundWriter:
         self._work: Future[Any] | None = None
 
     def begin(self, work: Callable[[], Any]) -> None:
-        """Begin a piece of work; the result of the one before must have been taken."""
+        """Start to run `work` in the thread; the result of the function before it must have been taken."""
         assert self._work is None
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "checkpoint-writer")
@@ -76,16 +79,16 @@ class BackgroundWriter:
 
     @property
     def is_done(self) -> bool:
-        """Whether no work is going on."""
+        """Whether no function is running."""
         return self._work is None or self._work.done()
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is no work whose result has not been taken."""
+        """Whether no function is running, and no result is waiting to be taken."""
         return self._work is None
 
     def take(self) -> Any:
-        """Wait for the work, and return its result or raise its error; None where there was none."""
+        """Wait for the function that was started, and return its result or raise its error; None if there was none."""
         if self._work is None:
             return None
         work, self._work = self._work, None

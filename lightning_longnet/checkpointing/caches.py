@@ -1,4 +1,4 @@
-"""Caches of texts in files, to go on with a text in another process."""
+"""Key/value caches of texts in files, to continue a text in another process."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def save_cache(cache: DilatedCache, path: str | Path, model: LongNet) -> None:
 def load_cache(path: str | Path, model: LongNet, *, group: ProcessGroup | None = None) -> DilatedCache:
     """Return the cache that `save_cache` wrote, on the device of the model.
 
-    A file that is broken, that holds something else, or that is of another model is refused.
+    A ValueError is raised for a file that is damaged, that holds something else, or that is of another model.
 
     Args:
         path: the file.
@@ -99,7 +99,7 @@ def load_cache(path: str | Path, model: LongNet, *, group: ProcessGroup | None =
 
 
 def _digest(model: LongNet) -> str:
-    """Return a digest of a model's configuration and parameters, of which it reads some values each."""
+    """Return a hash of a model's configuration and of `_SAMPLES` values of each parameter, as hexadecimal text."""
     config = {each.name: getattr(model.config, each.name) for each in fields(model.config)}
     hasher = hashlib.sha256(repr([(name, x) for name, x in config.items() if name not in _SAME_KEYS]).encode())
     for name, parameter in model.named_parameters():

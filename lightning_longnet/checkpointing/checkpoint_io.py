@@ -1,4 +1,4 @@
-"""`ManifestCheckpointIO`: checkpoints in one file, whole or absent, for any run of Lightning."""
+"""`ManifestCheckpointIO`: a plugin of Lightning that saves checkpoints in one file, complete or not at all."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ class ManifestCheckpointIO(TorchCheckpointIO):
         self._removals: list[_PATH] = []
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+        """Save a checkpoint, or begin to in the background; the strategy calls it on rank 0."""
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)  # which takes no options
             return
@@ -72,6 +73,13 @@ class ManifestCheckpointIO(TorchCheckpointIO):
             self._save(lambda file: torch.save(checkpoint, file), checkpoint, final)  # type: ignore[arg-type]
 
     def _save(self, write: Callable[[SummedFile], None], checkpoint: Mapping[str, Any], final: Path) -> None:
+        """Write a checkpoint with its manifest under a temporary name, and rename it to `final`.
+
+        Args:
+            write: writes the content to a file.
+            checkpoint: the content, or `facts_of` it, for the manifest.
+            final: the absolute path.
+        """
         unfinished = unfinished_path(final)
         try:
             manifest = save_whole(
@@ -85,27 +93,34 @@ class ManifestCheckpointIO(TorchCheckpointIO):
             discard(unfinished)  # which is there after an error
 
     def teardown(self) -> None:
+        """Wait for a save in the background; the strategy calls it at the end of a run."""
         self.wait()
         super().teardown()
 
     def wait(self) -> None:
-        """Wait for a save in the background, raise its error, or remove what was to be removed after it."""
+        """Wait for a save in the background, and remove the checkpoints that were to be removed after it.
+
+        If the save failed, its error is raised, and nothing is removed.
+        """
         removals, self._removals = self._removals, []
         self.writer.take()
         for path in removals:
             self._remove(path)
 
     def forget_removals(self) -> None:
-        """Keep what was to be removed after a save in the background that has failed."""
+        """Keep the checkpoints that were to be removed after a save in the background, which has failed.
+
+        The strategy calls it on all ranks, as the error may have been on another rank.
+        """
         self._removals.clear()
 
     def describe(self, final: Path, checkpoint: Mapping[str, Any], sums: FileSum | dict[str, FileSum]) -> Manifest:
-        """Return the manifest of a checkpoint.
+        """Return the manifest of a checkpoint that is being saved, for a file or a folder.
 
         Args:
             final: the path that the checkpoint will have.
-            checkpoint: its content, as the Trainer gives it.
-            sums: the sum of the file, or the sums of the files of a folder.
+            checkpoint: its content, as the Trainer gives it, or `facts_of` it.
+            sums: the checksum of the file, or those of the files of a folder by their paths in it.
         """
         saved, series = next_place(final.parent)
         is_file = isinstance(sums, FileSum)
@@ -125,6 +140,10 @@ class ManifestCheckpointIO(TorchCheckpointIO):
         )
 
     def load_checkpoint(self, path: _PATH, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Return the content of a checkpoint, or of the newest good one in its folder if it is damaged.
+
+        Lightning's strategies call it on each rank.
+        """
         self.wait()
         if _is_local_file_protocol(path) and Path(path) != self._checked:
             path = good_checkpoint(Path(path))
@@ -133,16 +152,18 @@ class ManifestCheckpointIO(TorchCheckpointIO):
         return content
 
     def accept(self, path: Path) -> None:
-        """Let the next load of a path take it as checked."""
+        """Have the next load of `path` skip the check, as the strategy of this package has made it on all ranks."""
         self._checked = path
 
     def remove_checkpoint(self, path: _PATH) -> None:
+        """Remove a checkpoint, as `ModelCheckpoint` asks after a newer save, or after that save in the background."""
         if not self.writer.is_idle:
-            self._removals.append(path)  # what replaces it may fail yet
+            self._removals.append(path)  # the save that replaces it may still fail
         else:
             self._remove(path)
 
     def _remove(self, path: _PATH) -> None:
+        """Remove a checkpoint, unless it is the only undamaged one of its folder."""
         if not _is_local_file_protocol(path):
             super().remove_checkpoint(path)
         elif is_only_good(Path(path).absolute()):
@@ -152,9 +173,9 @@ class ManifestCheckpointIO(TorchCheckpointIO):
 
 
 def good_checkpoint(path: Path) -> Path:
-    """Return a checkpoint if it is good, else the newest good one in its folder, with a warning that says so.
+    """Return `path` if that checkpoint is not damaged, else the newest undamaged one in its folder, with a warning.
 
-    A ValueError is raised where there is none.
+    A ValueError is raised if there is none.  A checkpoint without a manifest is returned with a warning.
     """
     try:
         if check_checkpoint(path) is None:
@@ -169,12 +190,16 @@ def good_checkpoint(path: Path) -> Path:
 
 
 def facts_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a manifest says of the content of a checkpoint, without the content."""
+    """Return the entries of a checkpoint from which `ManifestCheckpointIO.describe` makes a manifest.
+
+    They are small, so that the weights need not be kept for it: the step, the epoch, and whether there are "callbacks".
+    """
     return {name: None if name == "callbacks" else checkpoint[name] for name in _FACTS if name in checkpoint}
 
 
 @cache
 def _versions() -> dict[str, str]:
+    """Return the versions of the installed packages that write checkpoints, by name."""
     versions = {}
     for name in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Reading of checkpoints that a Trainer saved with any engine, without a Trainer and on the CPU."""
+"""Reading of checkpoints that a Trainer saved with any strategy, without a Trainer and on the CPU."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Checkpoint(NamedTuple):
 def read_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
     """Return the weights and hyper-parameters of a checkpoint, on the CPU.
 
-    No code in files and folders runs: what holds other objects than tensors, plain values and the few classes of the
-    engines is refused.
+    No code in files and folders runs: a ValueError is raised for other objects than tensors, plain values and the few
+    classes that FSDP2 and DeepSpeed write.
 
     Args:
         path: a file of DDP, a folder of FSDP2 or DeepSpeed, or a folder that `export_model` wrote.  A folder of
@@ -75,7 +75,7 @@ def read_checkpoint(path: str | Path, *, trust: bool = False) -> Checkpoint:
 
 
 def is_decoder(hyper_parameters: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint with these hyper-parameters is of a model of transformers."""
+    """Return whether a checkpoint with these hyper-parameters is of a `CausalLMModule`, a model of transformers."""
     config = hyper_parameters.get("config")
     if config is None:
         return "lora" in hyper_parameters  # adapters, whose checkpoint names the model that they are for
@@ -107,7 +107,7 @@ def _checkpoint_of(path: Path, content: Any) -> Checkpoint:
 
 
 def _read_distributed(path: Path, trust: bool) -> Checkpoint:
-    """Read a folder of torch.distributed.checkpoint, which FSDP2 writes."""
+    """Return the content of a folder of torch.distributed.checkpoint, which FSDP2 writes."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -132,7 +132,7 @@ def _read_distributed(path: Path, trust: bool) -> Checkpoint:
 
 
 def _read_deepspeed(path: Path, trust: bool) -> Checkpoint:
-    """Read a folder of DeepSpeed: merge the shards of the float32 weights, and read the rest from the first rank."""
+    """Return the content of a folder of DeepSpeed: float32 weights merged from shards, the rest from the first rank."""
     if find_spec("deepspeed") is None:
         raise ValueError(f"path {path} was written by DeepSpeed, which is not installed: lightning-longnet[deepspeed]")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -148,7 +148,7 @@ def _read_deepspeed(path: Path, trust: bool) -> Checkpoint:
 
 
 def _read_exported(folder: Path) -> Checkpoint:
-    """Read a folder that `export_model` wrote."""
+    """Return the content of a folder that `export_model` wrote."""
     need_safetensors()
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -176,6 +176,6 @@ def _read_exported(folder: Path) -> Checkpoint:
 
 
 def need_safetensors() -> None:
-    """Raise a ValueError where safetensors is not installed."""
+    """Raise a ValueError if the package safetensors is not installed; functions that import it call this first."""
     if find_spec("safetensors") is None:
         raise ValueError("safetensors is not installed: lightning-longnet[hf]")

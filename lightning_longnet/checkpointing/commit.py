@@ -1,4 +1,4 @@
-"""Putting a checkpoint under its name when all of it is on the disk, and removing one at once.
+"""Renaming a checkpoint to its final name when all of it is on the disk, and removing one at once.
 
 A checkpoint is written under a temporary name, `.unfinished-HOST-PID-NUMBER-NAME.part`, in the folder where it will
 stand.  A folder that it replaces is renamed to `.replaced-...` first and removed last.  A process that was killed
@@ -31,13 +31,17 @@ _written: dict[Path, str] = {}  # the checkpoints of this process, and the check
 
 
 def unfinished_path(final: Path) -> Path:
-    """Return a free path beside `final` to write its content to, after removing what killed processes left there."""
+    """Return a free temporary path beside `final`, to which a save writes first.
+
+    The folder is made if it is not there, and cleaned of what killed processes left.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
     _sweep(final.parent)
     return _beside(final, _UNFINISHED)
 
 
 def _beside(final: Path, kind: str) -> Path:
+    """Return a free temporary path beside `final`; `kind` is one of the three prefixes."""
     # Lightning reads a number from any name with "ckpt_" in it, and would resume from a file that does not exist
     name = final.name.replace("%", "%25").replace("_", "%5F")
     host = socket.gethostname().replace("-", "")
@@ -45,7 +49,10 @@ def _beside(final: Path, kind: str) -> Path:
 
 
 def replaced(folder: Path) -> dict[str, Path]:
-    """Return the checkpoints that were replaced and not removed, by their former names that are not there."""
+    """Return the checkpoints of a folder that a save was replacing when it was killed, by the names that they had.
+
+    It was killed after it had renamed the former checkpoint, and before the new one had the name.
+    """
     placed = {}
     for path in folder.glob(f"{_REPLACED}-*{_SUFFIX}"):
         name = path.name.removesuffix(_SUFFIX).split("-", 4)[4].replace("%5F", "_").replace("%25", "%")
@@ -55,7 +62,10 @@ def replaced(folder: Path) -> dict[str, Path]:
 
 
 def seal(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest into the folder of a checkpoint, last, and wait until the disk holds it and all names."""
+    """Write the manifest into the folder of a checkpoint, and wait until the disk holds it and all names in the folder.
+
+    A save calls it when all other files are written, so that a folder with a manifest is complete.
+    """
     with (folder / MANIFEST).open("w") as file:
         file.write(manifest.text())
         file.flush()
@@ -65,7 +75,13 @@ def seal(folder: Path, manifest: Manifest) -> None:
 
 
 def commit(unfinished: Path, final: Path, manifest: Manifest) -> None:
-    """Give a checkpoint, all of which is on the disk, its name, then move the pointer of its folder to it."""
+    """Rename a checkpoint, all of which is on the disk, to its final name, and record it in the index of its folder.
+
+    Args:
+        unfinished: the file or folder under its temporary name.
+        final: the final path; a checkpoint that has it is replaced.
+        manifest: the manifest of the new checkpoint.
+    """
     former = None
     if os.path.lexists(final) and (unfinished.is_dir() or final.is_dir()):  # which one rename cannot replace
         former = _beside(final, _REPLACED)
@@ -79,7 +95,7 @@ def commit(unfinished: Path, final: Path, manifest: Manifest) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint: its name first and at once, so that no part of it is left under it."""
+    """Remove a checkpoint, if it is there: it is renamed first, so that no part of it is ever left under its name."""
     if not os.path.lexists(path):
         return
     _written.pop(path, None)
@@ -90,12 +106,12 @@ def remove(path: Path) -> None:
 
 
 def written() -> list[Path]:
-    """Return the paths of the checkpoints that this process wrote."""
+    """Return the paths of the checkpoints that this process has written and not removed."""
     return list(_written)
 
 
 def was_written(path: Path, manifest: Manifest) -> bool:
-    """Whether this process wrote a checkpoint, so that its bytes need not be read to know that they were written."""
+    """Return whether this process wrote the checkpoint with this manifest, so that its bytes need not be read again."""
     return _written.get(path) == manifest.checksum
 
 
@@ -108,7 +124,10 @@ def discard(path: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes of this machine that do not run any more left in a folder, and all that is a day old."""
+    """Remove temporary files that ended processes of this machine left in a folder, and any that are a day old.
+
+    A checkpoint that was being replaced gets its name again.
+    """
     for name, path in replaced(folder).items():
         if _is_left(path):
             path.rename(folder / name)  # it was killed between the two renames
@@ -119,6 +138,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _is_left(path: Path) -> bool:
+    """Return whether nobody writes to a temporary path any more, by the process in its name or its age."""
     _, host, process, *_ = path.name.split("-")
     if host == socket.gethostname().replace("-", "") and process.isdecimal():
         try:

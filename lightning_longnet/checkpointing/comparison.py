@@ -18,13 +18,13 @@ _KIND, _PLACE = ".model_type", "._name_or_path"
 def check_same_model(
     path: str | Path, saved: Mapping[str, Shape], own: Mapping[str, Shape], values: tuple[Any, Any], strict: bool = True
 ) -> None:
-    """Raise a ValueError where the weights of a checkpoint are not those of the model that is to load them.
+    """Raise a ValueError if the names or shapes of a checkpoint's weights are not those of the model that loads them.
 
     Args:
         path: the checkpoint.
         saved: the shapes of its weights, by their names.
-        own: the shapes of the model's weights.
-        values: the hyper-parameters of the checkpoint and of the model, which the message explains the difference by.
+        own: the shapes of the model's weights, by their names.
+        values: (hyper-parameters of the checkpoint, of the model), from which the message explains the difference.
         strict: whether both must have the same names.
     """
     difference = _difference(saved, own, strict)
@@ -33,12 +33,12 @@ def check_same_model(
 
 
 def message_of(path: str | Path, difference: str) -> str:
-    """Return the message for a checkpoint of another model, on one line."""
+    """Return the error message for a checkpoint of another model, on one line; `difference` says how it differs."""
     return f"ckpt_path must be a checkpoint of this model, got {path}: {difference}; {ADVICE}"
 
 
 def _difference(saved: Mapping[str, Shape], own: Mapping[str, Shape], strict: bool) -> str:
-    """Return the first difference between the weights, or an empty string."""
+    """Return the first difference between the names and shapes of weights, for the message; "" if there is none."""
     for name, shape in own.items():
         if name in saved and tuple(saved[name]) != tuple(shape):
             return f"{name} is {tuple(saved[name])} in the checkpoint and {tuple(shape)} in the model"
@@ -53,7 +53,7 @@ def _difference(saved: Mapping[str, Shape], own: Mapping[str, Shape], strict: bo
 
 
 def _differing(saved: Any, own: Any) -> list[str]:
-    """Return the hyper-parameters of the model's configuration that differ, as text; at most `_SHOWN`."""
+    """Return clauses about the hyper-parameters that differ, at most `_SHOWN`, those of a configuration first."""
     theirs, ours = dict(_flat(saved)), dict(_flat(own))
     names = [name for name in theirs if name in ours and theirs[name] != ours[name]]
     names = [name for name in names if "." in name] or names  # those of a configuration before learning rates
@@ -63,7 +63,7 @@ def _differing(saved: Any, own: Any) -> list[str]:
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the plain values of nested dictionaries by keys such as config.dim."""
+    """Yield (key, value) for the plain values of nested dictionaries, with keys such as "config.dim"."""
     if not hasattr(values, "items"):
         return
     for key, value in values.items():

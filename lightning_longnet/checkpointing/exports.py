@@ -93,7 +93,7 @@ def export_model(
 
 
 def _check_export(model: LongNet | LongViT, folder: Path, format: Format, tokenizer: Tokenizer | None) -> None:
-    """Refuse what cannot be exported, before anything is written."""
+    """Raise a ValueError for what cannot be exported, before anything is written; see `export_model`."""
     if format not in get_args(Format):
         raise ValueError(f"format must be one of {', '.join(map(repr, get_args(Format)))}, got {format!r}")
     if format == "huggingface" and not (isinstance(model, LongNet) and model.config.is_causal):
@@ -115,6 +115,7 @@ def _check_export(model: LongNet | LongViT, folder: Path, format: Format, tokeni
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write values to a file as JSON."""
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -159,7 +160,10 @@ def model_of(checkpoint: Checkpoint, trust: bool = False) -> LongNet | LongViT:
 
 
 class _WithoutValues(TorchFunctionMode):
-    """A mode in which new parameters get no values: on the meta device, torch imports its compiler to compute them."""
+    """A mode of torch in which initialisation leaves parameters as they are.
+
+    On the meta device torch would import its compiler for it.
+    """
 
     _FILLS = (nn.init.normal_, Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
 
@@ -200,7 +204,7 @@ def config_of(hyper_parameters: dict[str, Any], trust: bool = False) -> LongNetC
 
 
 def _check_weights(model: LongNet | LongViT, weights: dict[str, Tensor]) -> None:
-    """Refuse weights whose names or shapes are not those of the model."""
+    """Raise a ValueError if the names or shapes of weights are not those of the model."""
     expected = model.state_dict()
     if isinstance(model, LongNet) and _EMBEDDING in weights and len(weights[_EMBEDDING]) != model.config.vocab_size:
         raise ValueError(

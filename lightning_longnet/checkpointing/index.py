@@ -1,4 +1,4 @@
-"""The index of a folder: the pointer to its newest checkpoint, and which checkpoint was saved under each name.
+"""The index of a folder, `.checkpoints.json`: its newest checkpoint, and which one was saved under each name.
 
 It is written after a checkpoint has its name.  Where the two differ, the checkpoint's own manifest shows whether the
 checkpoint is newer than the index, as after a kill in between, or is another one in its place.
@@ -26,21 +26,31 @@ _FORMAT = 1
 
 
 class Entry(NamedTuple):
-    """The time at which a checkpoint was saved, and the checksum of its manifest."""
+    """What the index says of a checkpoint.
+
+    Attributes:
+        saved: when it was saved, in nanoseconds since 1970.
+        manifest: the checksum of its manifest.
+    """
 
     saved: int
     manifest: str
 
 
 class Index(NamedTuple):
-    """The content of the index of a folder: its series, and the entries by the names of checkpoints."""
+    """The content of the index of a folder.
+
+    Attributes:
+        series: a random text that the manifests of all checkpoints saved in this folder have; see `Manifest`.
+        entries: the entries by the names of the checkpoints.
+    """
 
     series: str
     entries: dict[str, Entry]
 
 
 def read_index(folder: Path) -> Index:
-    """Return the index of a folder, which is empty where there is none; a damaged one is ignored with a warning."""
+    """Return the index of a folder, an empty one if there is none; a damaged one is ignored with a warning."""
     try:
         text = (folder / INDEX).read_text()
     except (FileNotFoundError, NotADirectoryError):
@@ -62,9 +72,15 @@ def read_index(folder: Path) -> Index:
 
 
 def record(folder: Path, name: str, manifest: Manifest | None) -> None:
-    """Let the index name a checkpoint as the newest of its folder, or forget one.
+    """Add a checkpoint to the index of its folder, or remove one; `commit` and `remove` call it.
 
-    Its content is on the disk before it has its name; the name itself need not be, as an older index is right, too.
+    The content of the index is on the disk before the file has its name.  The name need not be, as an older index is
+    right, too.
+
+    Args:
+        folder: the folder.
+        name: the name of the checkpoint.
+        manifest: its manifest; None removes the checkpoint from the index.
     """
     index = read_index(folder)
     entries = {each: entry for each, entry in index.entries.items() if os.path.lexists(folder / each)}
@@ -90,11 +106,17 @@ def record(folder: Path, name: str, manifest: Manifest | None) -> None:
 
 
 def _checksum(index: Index) -> str:
+    """Return the CRC-32 of the content of an index, in eight hexadecimal digits."""
     return f"{zlib.crc32(json.dumps([index.series, sorted(index.entries.items())]).encode()):08x}"
 
 
 def check_entry(path: Path, manifest: Manifest | None) -> None:
-    """Raise `DamageError` where the index knows another checkpoint under this name, and this is no newer save."""
+    """Raise `DamageError` if the index has another checkpoint under the name of this one, and this is no newer save.
+
+    Args:
+        path: the checkpoint.
+        manifest: its manifest; None if it has none.
+    """
     index = read_index(path.parent)
     entry = index.entries.get(path.name)
     if entry is None:
@@ -109,19 +131,22 @@ def check_entry(path: Path, manifest: Manifest | None) -> None:
 
 
 def next_place(folder: Path) -> tuple[int, str]:
-    """Return the time of a save, which is later than that of every earlier one in the folder, and its series."""
+    """Return (time, series) for the manifest of a new checkpoint in a folder.
+
+    The time is that of now in nanoseconds since 1970, or a later one, so that it is later than all in the index.
+    """
     index = read_index(folder)
     return max([time.time_ns(), *(entry.saved + 1 for entry in index.entries.values())]), index.series or uuid4().hex
 
 
 def missing(folder: Path) -> dict[Path, int]:
-    """Return the checkpoints that the index names and that are not there, and when they were saved."""
+    """Return the times at which the checkpoints were saved that the index has and that are not there, by path."""
     entries = read_index(folder).entries
     return {folder / name: entry.saved for name, entry in entries.items() if not os.path.lexists(folder / name)}
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk holds the bytes of a file that is closed, or the names in a folder."""
+    """Wait until the disk holds the content of a closed file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

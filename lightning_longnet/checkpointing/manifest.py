@@ -37,7 +37,7 @@ _DATA = (".pt", ".distcp")  # files that engines look for by their names
 
 
 class DamageError(ValueError):
-    """A checkpoint is not what was saved; the message is one line that names the file."""
+    """The error for a checkpoint that is not what was saved; the message is one line that names the file."""
 
 
 class FileSum(NamedTuple):
@@ -54,16 +54,16 @@ class Manifest:
     Attributes:
         name: the name that the checkpoint was saved under.
         saved: when it was saved, in nanoseconds since 1970, and later than every earlier checkpoint of its folder.
-        series: what the checkpoints that are saved in one folder have in common, and those of other folders have not.
+        series: a random text, the same for all checkpoints that were saved in one folder.
         step: the steps of the optimizer before it.
         epoch: the epochs before it.
         is_resumable: whether it holds optimizers and callbacks beside the weights.
-        form: "file", "fsdp2" or "deepspeed": how it can be read.
-        engine: the sharding that wrote it, or the class of Lightning's strategy.
+        form: its format, "file", "fsdp2" or "deepspeed"; see `form_of`.
+        engine: the sharding that wrote it, or "".
         world: the number of ranks that wrote it.
-        mesh: the sizes of their mesh.
-        versions: the versions of the packages that wrote it.
-        files: the sums of its files, by their paths in the folder.
+        mesh: the sizes of their mesh by axis.
+        versions: the versions of the packages that wrote it, by name.
+        files: the checksums of its files by their paths in the folder; by `WHOLE` for a checkpoint in one file.
     """
 
     name: str
@@ -81,19 +81,20 @@ class Manifest:
 
     @cached_property
     def checksum(self) -> str:
-        """The CRC-32 of all that the manifest says."""
+        """The CRC-32 of the manifest itself, in eight hexadecimal digits."""
         return f"{zlib.crc32(json.dumps(self._values(), sort_keys=True).encode()):08x}"
 
     def _values(self) -> dict[str, Any]:
+        """Return the manifest as plain values, without its checksum."""
         values = asdict(self)
         return values | {"format": _FORMAT, "files": {name: each._asdict() for name, each in self.files.items()}}
 
     def text(self) -> str:
-        """Return the manifest as JSON."""
+        """Return the manifest as JSON, for `manifest.json`."""
         return json.dumps(self._values() | {"checksum": self.checksum}, indent=1)
 
     def comment(self) -> bytes:
-        """Return the manifest as the comment of a zip archive."""
+        """Return the manifest as the comment of a zip archive, for a checkpoint in one file."""
         comment = _MARK + json.dumps(self._values() | {"checksum": self.checksum}).encode()
         assert len(comment) <= _LONGEST_COMMENT
         return comment
@@ -101,7 +102,7 @@ class Manifest:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise `DamageError` where the system cannot read a checkpoint: all ranks then take another, or raise together."""
+    """Turn an OSError inside the block into a `DamageError`, for which callers take another checkpoint."""
     try:
         yield
     except OSError as error:
@@ -109,7 +110,12 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def parse(text: str | bytes, where: str) -> Manifest:
-    """Return the manifest that a text holds; raise `DamageError` where it is not as it was written."""
+    """Return the manifest that a text holds; raise `DamageError` if it is not as it was written.
+
+    Args:
+        text: the JSON of `Manifest.text` or of `Manifest.comment`.
+        where: the name of the file, for the message.
+    """
     try:
         values = json.loads(text)
         checksum, form = values.pop("checksum"), values.pop("format")
@@ -125,7 +131,11 @@ def parse(text: str | bytes, where: str) -> Manifest:
 
 
 def form_of(path: Path) -> str:
-    """Return "file", "fsdp2" or "deepspeed", by what a checkpoint holds, or "" where it is no checkpoint."""
+    """Return the format of a checkpoint, or "" if the path holds none.
+
+    It is "file" for any file, "fsdp2" for a folder of torch.distributed.checkpoint, and "deepspeed" for one of
+    DeepSpeed.
+    """
     if path.is_file():
         return "file"
     if (path / ".metadata").is_file():
@@ -134,12 +144,13 @@ def form_of(path: Path) -> str:
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """Return the manifest of a checkpoint, or None where it has none; raise `DamageError` where it cannot be read."""
+    """Return the manifest of a checkpoint, or None if it has none; raise `DamageError` if it cannot be read."""
     with reading(path):
         return _read_manifest(path)
 
 
 def _read_manifest(path: Path) -> Manifest | None:
+    """Do what `read_manifest` does, but raise an OSError as it is."""
     if not path.exists():
         raise DamageError(f"{path} does not exist")
     if path.is_dir():
@@ -162,7 +173,7 @@ def _read_manifest(path: Path) -> Manifest | None:
 
 
 def _comment_of(tail: bytes) -> bytes | None:
-    """Return the comment of the zip archive that ends with these bytes, or None where the end is none of an archive."""
+    """Return the comment of the zip archive that ends with these bytes, or None if they are no end of an archive."""
     start = tail.rfind(ZIP_END)
     if start < 0 or len(tail) < start + ZIP_END_BYTES:
         return None
@@ -171,12 +182,13 @@ def _comment_of(tail: bytes) -> bytes | None:
 
 
 def check_file_sizes(path: Path, manifest: Manifest) -> None:
-    """Raise `DamageError` where a file is missing, has another size, or is one that the manifest does not name."""
+    """Raise `DamageError` if a file of a checkpoint is missing or has another size, or one is not in the manifest."""
     with reading(path):
         _check_file_sizes(path, manifest)
 
 
 def _check_file_sizes(path: Path, manifest: Manifest) -> None:
+    """Do what `check_file_sizes` does, but raise an OSError as it is."""
     for name, expected in manifest.files.items():
         file = path / name
         if not file.is_file():
@@ -191,12 +203,12 @@ def _check_file_sizes(path: Path, manifest: Manifest) -> None:
 
 
 def check_sums(path: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) -> None:
-    """Raise `DamageError` where a file holds other bytes than those that were saved.
+    """Raise `DamageError` if the checksum of a file is not that of the manifest.
 
     Args:
         path: the checkpoint.
         manifest: its manifest.
-        share: (rank, ranks): each rank reads its share of the files.
+        share: (rank, ranks): each rank reads its share of the files; by default all of them.
     """
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))
     for name in by_size[share[0] :: share[1]]:
@@ -209,7 +221,14 @@ def check_sums(path: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) 
 
 
 def sum_of(path: Path, size: int | None = None, *, is_whole: bool = False) -> FileSum:
-    """Return the sum of a file, or of its first `size` bytes; `is_whole` leaves out the length of a zip's comment."""
+    """Return the size and the checksum of a file.
+
+    Args:
+        path: the file.
+        size: how many bytes to read from its beginning; all by default.
+        is_whole: the bytes are a zip archive to which a comment was added: its length, in the last two bytes, is read
+            as 0, as it was before.
+    """
     left = path.stat().st_size if size is None else size
     length, crc = left, 0
     with path.open("rb", buffering=0) as file:
@@ -230,7 +249,7 @@ def files_of(folder: Path) -> Iterator[str]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise `DamageError` where a manifest names a file outside of its folder."""
+    """Raise `DamageError` if a name of a file in a manifest leads outside of the checkpoint's folder."""
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DamageError(f"{MANIFEST} names {name!r}, which is outside of the checkpoint")

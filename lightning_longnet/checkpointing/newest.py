@@ -40,7 +40,7 @@ def newest_checkpoint(
     Args:
         folders: folders with checkpoints, whose names end with ".ckpt" and do not begin with a dot.  If names of
             checkpoints contain a "/", pass the folders inside, too.
-        forms: which checkpoints can be read: "file", "fsdp2" and "deepspeed"; all by default.
+        forms: the formats of checkpoints that can be read: "file", "fsdp2" and "deepspeed"; all by default.
         skip: checkpoints that are ignored.
         reads_all: reads all bytes and compares their checksums; without it names, sizes and manifests are compared.
         since: leaves out checkpoints that were saved before this time, in seconds since the epoch.
@@ -83,7 +83,9 @@ def newest_checkpoint(
 
 
 def check_checkpoint(path: Path, share: tuple[int, int] | None = (0, 1)) -> Manifest | None:
-    """Return the manifest of a checkpoint, or None where it has none; raise `DamageError` where they differ.
+    """Return the manifest of a checkpoint, or None if it has none; raise `DamageError` if it is damaged.
+
+    A path without a checkpoint raises `DamageError`, too.
 
     Args:
         path: the checkpoint.
@@ -97,7 +99,7 @@ def check_checkpoint(path: Path, share: tuple[int, int] | None = (0, 1)) -> Mani
 
 
 def check_saved(path: Path, share: tuple[int, int] | None = (0, 1)) -> Manifest | None:
-    """Do the same for a path that may be something else than a checkpoint, which then has no manifest."""
+    """Do what `check_checkpoint` does, for a path that may be something else than a checkpoint: that returns None."""
     manifest = _known_manifest(path)
     if manifest is not None:
         check_names(manifest.files)
@@ -108,7 +110,7 @@ def check_saved(path: Path, share: tuple[int, int] | None = (0, 1)) -> Manifest 
 
 
 def _known_manifest(path: Path) -> Manifest | None:
-    """Return the manifest of a checkpoint, which is the one that the index of its folder knows, or None."""
+    """Return the manifest of a checkpoint, or None if it has none, after comparing it with the index of its folder."""
     manifest = read_manifest(path)
     if not path.name.endswith(".part"):  # one that was replaced is in no index
         check_entry(path, manifest)
@@ -116,15 +118,15 @@ def _known_manifest(path: Path) -> Manifest | None:
 
 
 def is_kept(path: Path) -> bool:
-    """Whether a checkpoint is none that Lightning's tuner saves for a while, under a name that begins with a dot."""
+    """Return whether a checkpoint is meant to stay: Lightning's tuner saves others, whose names begin with a dot."""
     return not path.name.startswith(".")
 
 
 def is_only_good(path: Path) -> bool:
-    """Whether no checkpoint of a folder is good but this one, which is good as far as sizes say.
+    """Return whether a checkpoint is the only undamaged one of its folder, so that it must not be removed.
 
-    The bytes of those that this process wrote itself are not read again.  Such ones count in other folders of
-    the run, too: the name "{epoch}-{val/loss}" puts each checkpoint in another folder.
+    The bytes of the checkpoint itself, and of those that this process wrote, are not read again.  The latter count in
+    other folders of the run, too: the name "{epoch}-{val/loss}" puts each checkpoint in another folder.
     """
     if not is_kept(path):
         return False
@@ -151,6 +153,7 @@ def _folder_of_run(path: Path) -> Path:
 
 
 def _is_written(path: Path) -> bool:
+    """Return whether this process wrote a checkpoint that a run can resume from and whose sizes are right."""
     try:
         manifest = check_checkpoint(path, share=None)
     except DamageError:
@@ -159,9 +162,10 @@ def _is_written(path: Path) -> bool:
 
 
 def unverified(path: Path) -> str:
-    """Return the line about a checkpoint that has no manifest."""
+    """Return the warning about a checkpoint without a manifest."""
     return f"{path} has no {MANIFEST}, as an earlier version or another program saved it: it cannot be verified"
 
 
 def _warn(damage: DamageError) -> None:
+    """Warn that a damaged checkpoint is skipped."""
     warnings.warn(f"{damage}; it is passed over", RuntimeWarning, stacklevel=3)

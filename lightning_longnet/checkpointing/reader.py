@@ -28,6 +28,7 @@ class Reader(FileSystemReader):
         self.trust = is_trusted(trust)
 
     def read_metadata(self, *args: Any, **options: Any) -> dcp.Metadata:
+        """Return the `.metadata` of the folder; torch calls it when it loads."""
         metadata = read_metadata(Path(self._get_metadata_path(options.get("rank"))), self.trust)
         assert metadata.storage_meta is not None
         metadata.storage_meta.load_id = self.load_id
@@ -35,9 +36,13 @@ class Reader(FileSystemReader):
 
 
 def read_metadata(file: Path, trust: bool = False) -> dcp.Metadata:
-    """Return the `.metadata` of a folder of torch.distributed.checkpoint, which names no file outside of the folder.
+    """Return the `.metadata` of a folder of torch.distributed.checkpoint without running code.
 
-    Where it is trusted, it may hold objects of any class and name any file.
+    A ValueError is raised if it holds objects of other classes than torch's own, or names a file outside of its folder.
+
+    Args:
+        file: the path of `.metadata`.
+        trust: allows any class and any file.
     """
     confined("a checkpoint's .metadata", file, file.parent, trust)
     unpickler = pickle.Unpickler if is_trusted(trust) else _Metadata
@@ -57,7 +62,7 @@ def read_metadata(file: Path, trust: bool = False) -> dcp.Metadata:
 
 
 class _Metadata(pickle.Unpickler):
-    """An unpickler that knows the classes of `.metadata` alone, and none by a dotted name."""
+    """An unpickler that knows only the classes that torch writes into `.metadata`, and no attribute of them."""
 
     _CLASSES = (
         *(dcp.Metadata, dcp.MetadataIndex, dcp.StorageMeta, dcp.TensorProperties, dcp._MEM_FORMAT_ENCODING),
@@ -69,6 +74,7 @@ class _Metadata(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return an allowed class, or raise an UnpicklingError; pickle calls it for each class in the file."""
         if (module, name) in self._KNOWN:
             return self._KNOWN[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

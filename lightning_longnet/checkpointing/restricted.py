@@ -53,6 +53,7 @@ def read_file(path: Path, allowed: tuple[Any, ...] = (), trust: bool = False) ->
     """Return the content of a file that `torch.save` wrote, on the CPU and memory-mapped where that is possible.
 
     The file may hold tensors, plain values, configurations and patterns of this package, and the classes in `allowed`.
+    For others, and for files that are no checkpoints, a ValueError is raised; `trust` allows any class.
     """
     is_plain = not is_trusted(trust)
     try:
@@ -63,9 +64,13 @@ def read_file(path: Path, allowed: tuple[Any, ...] = (), trust: bool = False) ->
 
 
 def refusal(path: str | Path, error: Exception) -> str:
-    """Return what a checkpoint is, and what the file at `path` is or holds instead, by the error of reading it.
+    """Return the end of an error message, "a checkpoint of ..., got PATH, which ...", for a file that cannot be read.
 
-    The message of torch would advise to load objects nevertheless, which runs whatever code they hold.
+    torch's own message would advise to load objects nevertheless, which runs whatever code they hold.
+
+    Args:
+        path: the file.
+        error: the error of reading it, which says why.
     """
     others = re.search(
         r"(?:GLOBAL|class|function) `?([\w.]+)`? was not an allowed global"
@@ -87,9 +92,13 @@ def refusal(path: str | Path, error: Exception) -> str:
 
 @contextmanager
 def restricted(*allowed: Any, trust: bool = False) -> Iterator[None]:
-    """Let each call of torch.load in this process read only tensors, plain values and the given classes.
+    """Restrict each call of torch.load inside the block to tensors, plain values and the given classes.
 
     Libraries that read checkpoints, as torch.distributed.checkpoint and DeepSpeed, call it with weights_only=False.
+
+    Args:
+        allowed: classes beside those of this package, as for `torch.serialization.safe_globals`.
+        trust: restricts nothing.
     """
     if is_trusted(trust):
         yield
@@ -105,7 +114,7 @@ def restricted(*allowed: Any, trust: bool = False) -> Iterator[None]:
 
 
 def deepspeed_classes() -> list[Any]:
-    """Return the classes that DeepSpeed's checkpoints contain; none where it is not installed."""
+    """Return the classes that DeepSpeed's checkpoints contain, for `restricted`; none if it is not installed."""
     if find_spec("deepspeed") is None:
         return []
     split = [path.rpartition(".") for path in _DEEPSPEED]
@@ -113,9 +122,10 @@ def deepspeed_classes() -> list[Any]:
 
 
 def check_folder(path: Path, trust: bool = False) -> None:
-    """Raise a ValueError where a folder of FSDP2 or DeepSpeed holds objects that could run code when they are loaded.
+    """Raise a ValueError if a folder of FSDP2 or DeepSpeed holds objects that could run code when they are loaded.
 
-    Without it a rank would fail alone, at one of its files, while the others wait for it.
+    Rank 0 calls it before all ranks load: without it a rank would fail alone, at one of its files, while the others
+    wait for it.
     """
     if is_trusted(trust) or not path.is_dir():
         return
@@ -134,7 +144,7 @@ def check_folder(path: Path, trust: bool = False) -> None:
 
 
 def _parameters(content: Any) -> Iterator[str]:
-    """Yield the names of parameters in a file of DeepSpeed."""
+    """Yield the names of parameters in the content of a file of DeepSpeed."""
     if not isinstance(content, dict):
         return
     states = content.get("optimizer_state_dict")

@@ -25,7 +25,9 @@ _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
 class SummedFile:
-    """A file that is written once from its beginning to its end.
+    """A file for `torch.save`, written once from its beginning to its end, whose checksum is computed on the way.
+
+    `close`, or the end of a `with` block, waits until the disk holds the file.
 
     Args:
         path: the file, which must not be there yet.
@@ -41,6 +43,7 @@ class SummedFile:
         self._sync: Future[None] | None = None
 
     def write(self, content: Any) -> int:
+        """Write bytes, and return their number; torch calls it for each tensor and each record of the zip archive."""
         if self._threads is None or len(content) < _SHORT:
             written = self._file.write(content)
             self._crc = zlib.crc32(content, self._crc)
@@ -56,7 +59,7 @@ class SummedFile:
         return written
 
     def _is_synced(self) -> bool:
-        """Whether the disk is done with what it was given; its error is raised, as the system reports it once."""
+        """Return whether the last sync has ended; its error is raised here, as the system reports it only once."""
         if self._sync is None or not self._sync.done():
             return self._sync is None
         self._sync.result()
@@ -70,7 +73,7 @@ class SummedFile:
 
     @property
     def sum(self) -> FileSum:
-        """The sum of what has been written."""
+        """The size and the checksum of what has been written, without a comment."""
         return FileSum(self._bytes, f"{self._crc:08x}")
 
     @property
@@ -78,7 +81,7 @@ class SummedFile:
         return self._file.closed
 
     def add_comment(self, comment: bytes) -> None:
-        """Append a comment to a zip archive that has been written without one; the sum stays that of the archive."""
+        """Append a comment to the zip archive that has been written; `sum` stays that of the archive without it."""
         self._file.flush()
         self._file.seek(self._bytes - 2)
         self._file.write(struct.pack("<H", len(comment)) + comment)
@@ -96,6 +99,7 @@ class SummedFile:
             self._end()
 
     def _end(self) -> None:
+        """End the threads, and close the file without waiting for the disk."""
         if self._threads is not None:
             self._threads.shutdown()
         self._file.close()
@@ -111,7 +115,7 @@ class SummedFile:
 
 
 def save_summed(content: Any, path: Path) -> FileSum:
-    """Write a file as `torch.save` does, and return its sum."""
+    """Write a file as `torch.save` does, wait until the disk holds it, and return its checksum."""
     with SummedFile(path) as file:
         torch.save(content, file)  # type: ignore[arg-type]  # it calls write and flush alone
     return file.sum
@@ -129,7 +133,7 @@ def save_whole(
     Args:
         write: writes what `torch.save` writes.
         path: the file, which must not be there yet.
-        describe: takes the sum of the file, and returns the manifest.
+        describe: takes the checksum of the file, and returns the manifest.
         in_threads: as for `SummedFile`.
     """
     with SummedFile(path, in_threads=in_threads) as file:

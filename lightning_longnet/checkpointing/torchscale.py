@@ -164,7 +164,7 @@ class _Weights:
         return {f"{ours}.{part}": self.take(f"{name}.{part}") for part in ("weight", "bias")}
 
     def finish(self) -> None:
-        """Refuse weights that were not taken."""
+        """Raise a ValueError if a weight was not taken, as this package has nothing that it belongs to."""
         # the version of fairseq's decoders and the buffer of xPos, which head_dim determines, carry no information
         rest = [name for name in self.left if name != "version" and not name.endswith("xpos.scale")]
         if rest:
@@ -172,7 +172,7 @@ class _Weights:
 
 
 def _longnet(weights: _Weights, arguments: Mapping[str, Any], mix: Mix, ragged: Ragged) -> LongNet:
-    """Convert an encoder or a decoder."""
+    """Return the LongNet of an encoder or a decoder; the arguments are those of `from_torchscale`."""
     kind = _kind(weights.prefix, arguments)
     embedding = weights.take("embed_tokens.weight")
     converted = {"embedding.weight": embedding}
@@ -207,7 +207,7 @@ def _longnet(weights: _Weights, arguments: Mapping[str, Any], mix: Mix, ragged: 
 def _longvit(
     weights: _Weights, state: Mapping[str, Tensor], arguments: Mapping[str, Any], mix: Mix, ragged: Ragged
 ) -> LongViT:
-    """Convert a LongViT; `weights` are those of the backbone, and `state` also has the classifier around it."""
+    """Return the LongViT of the weights of its backbone, and of `state`, which also has the classifier around it."""
     patches = weights.take("patch_embed.proj.weight")
     if patches.dim() != 4:
         raise ValueError(

@@ -26,7 +26,15 @@ _DENSE = 2**24  # scores of all heads up to which the reference holds them at on
 
 
 class Finding(NamedTuple):
-    """The result of one exchange on a rank: its largest error, relative to the largest value, and the seconds."""
+    """The result of checking one exchange on a rank.
+
+    Attributes:
+        exchange: its name.
+        patterns: how many patterns were computed with it.
+        error: the largest error of outputs and gradients, relative to the largest value, or to 1 if that is less.
+        allowed: the largest error that is taken for rounding.
+        seconds: the time of this rank.
+    """
 
     exchange: str
     patterns: int
@@ -36,17 +44,20 @@ class Finding(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
+        """Whether the error is within rounding."""
         return self.error <= self.allowed  # NaN is no smaller than anything
 
 
 def check_exchanges(
     group: dist.ProcessGroup, device: torch.device, begin: Callable[[str], object]
 ) -> Iterator[Finding]:
-    """Yield what each exchange computes on this rank beside one process; all ranks of the group call it together.
+    """Yield the finding of each exchange: its results on this rank, compared with those of one process.
+
+    All ranks of the group call it together, as the processes of `lightning_longnet.diagnosis.rank` do.
 
     Args:
         group: the ranks.
-        device: where this rank computes, in float64 where the device has it.
+        device: the device on which this rank computes, in float64 unless it is MPS, which has no float64.
         begin: called with the name of each exchange before it runs.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -65,6 +76,8 @@ def check_exchanges(
 
 
 class _Case(NamedTuple):
+    """A call of `attend` over ranks; `lengths` are the numbers of tokens that the ranks hold."""
+
     pattern: Pattern
     lengths: tuple[int, ...]
     heads: int
@@ -73,7 +86,10 @@ class _Case(NamedTuple):
 
 
 def _cases(exchange: Exchange, ranks: int) -> list[_Case]:
-    """Return patterns for an exchange, on ranks that hold sequences of different lengths."""
+    """Return the calls that are checked for an exchange; none for "swap" on too many ranks.
+
+    The ranks hold different numbers of tokens, and the patterns have keys on other ranks, except for "local".
+    """
     if exchange == "local":  # segments that end where ranks do
         lengths = tuple(16 + 16 * (rank % 2) for rank in range(ranks))
         patterns = [
@@ -97,7 +113,7 @@ def _cases(exchange: Exchange, ranks: int) -> list[_Case]:
 def _compare(
     group: dist.ProcessGroup, exchange: Exchange, case: _Case, device: torch.device, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """Return the largest error of out and the gradients of this rank's tokens, and the seconds that ranks took."""
+    """Return (largest relative error of out, dq, dk and dv of this rank's tokens, seconds of the call over ranks)."""
     pattern, lengths, heads, kv_heads, has_documents = case
     rank, whole = dist.get_rank(group), sum(lengths)
     generator = torch.Generator().manual_seed(whole)  # on the CPU: all ranks draw the same
@@ -127,7 +143,14 @@ def _compare(
 
 
 def _one_process(drawn: list[Tensor], grad: Tensor, pattern: Pattern, documents: Tensor | None) -> list[Tensor]:
-    """Return out, dq, dk and dv of whole sequences by plain products on the CPU, in float64."""
+    """Return out, dq, dk and dv of whole sequences by plain products on the CPU, in float64.
+
+    Args:
+        drawn: q (1, N, H, D), k and v (1, N, Hkv, D).
+        grad: the gradient of out, in its shape.
+        pattern: the pattern.
+        documents: (N,), or None.
+    """
     q, k, v = (x.clone().requires_grad_() for x in drawn)
     kernel = "reference" if q.shape[2] * q.shape[1] ** 2 <= _DENSE else "eager"
     out = attend(q, k, v, pattern, documents=documents, kernel=kernel)

@@ -41,7 +41,7 @@ class Section(NamedTuple):
 
 
 def examine() -> list[Section]:
-    """Return what this machine has, as sections of lines."""
+    """Return the versions, devices, kernels and backends of this machine, as sections; `longnet doctor` prints them."""
     return [
         Section("versions", _versions()),
         Section("devices", [(str(device), _device(device)) for device in devices()]),
@@ -57,6 +57,7 @@ def devices() -> list[torch.device]:
 
 
 def _versions() -> list[tuple[str, str]]:
+    """Return (package, version) of this package, Python and the packages that it may use."""
     rows = [
         ("lightning-longnet", lightning_longnet.__version__),
         ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
@@ -70,6 +71,7 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _device(device: torch.device) -> str:
+    """Return a description of a device with its memory."""
     free = free_bytes(device)
     room = "" if free is None else f", {free / _GIB:.1f} GiB free"
     if device.type == "cuda":
@@ -83,6 +85,7 @@ def _device(device: torch.device) -> str:
 
 
 def _processor() -> str:
+    """Return the name of the CPU."""
     table = Path("/proc/cpuinfo")
     lines = table.read_text().splitlines() if table.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -90,7 +93,7 @@ def _processor() -> str:
 
 
 def _kinds() -> dict[str, torch.device]:
-    """Return a device of each kind, by a name of the kind."""
+    """Return one device of each kind, by the name of the kind: "cpu", "mps", or the model of a GPU."""
     names = {
         torch.cuda.get_device_name(each) if each.type == "cuda" else each.type: each for each in reversed(devices())
     }
@@ -98,7 +101,7 @@ def _kinds() -> dict[str, torch.device]:
 
 
 def _kernels(device: torch.device) -> list[tuple[str, str]]:
-    """Return for each kernel which types it serves, tried on a few tokens, or why it serves none."""
+    """Return (kernel, text) for each kernel: which dtypes it serves on a device, tried on a few tokens, or why not."""
     pattern = Pattern.dilated((16, 32), (1, 2), is_causal=True)
     rows: dict[str, dict[str, list[str]]] = {}  # of each kernel: the types of which the same is to be said
     for dtype in _DTYPES:
@@ -118,6 +121,7 @@ def _kernels(device: torch.device) -> list[tuple[str, str]]:
 
 
 def _backends() -> list[tuple[str, str]]:
+    """Return (backend, text) for gloo and NCCL: whether ranks can use it here, or why not."""
     if not dist.is_available():
         return [("none", "this torch is built without torch.distributed: ranks cannot share sequences")]
     nccl = "available"

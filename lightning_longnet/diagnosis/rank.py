@@ -1,4 +1,7 @@
-"""A rank of a diagnosis, `python -m lightning_longnet.diagnosis.rank`: it writes what it finds to a store."""
+"""The program of a rank of `longnet doctor`: it checks the exchanges, and writes its findings to torch's store.
+
+`lightning_longnet.diagnosis.ranks` starts it as `python -m lightning_longnet.diagnosis.rank`.
+"""
 
 from __future__ import annotations
 
@@ -72,13 +75,16 @@ def main(text: str) -> None:
 
 
 def connected(host: str, port: int, timeout: float) -> Any:
-    """Return the store of a diagnosis, as a client."""
+    """Return a client of the key-value store in which the ranks of a diagnosis write their findings."""
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))  # type: ignore[attr-defined]
     return dist.PrefixStore("doctor", store)  # type: ignore[attr-defined]
 
 
 def _end(parent: int, deadline: float) -> None:
-    """End this process when nobody waits for it any more, whatever it does: a collective handles no signal."""
+    """End this process when its parent has ended or at the deadline; the target of a thread.
+
+    A thread ends the process also in a collective, which handles no signal.
+    """
     while os.getppid() == parent and time.monotonic() < deadline:
         time.sleep(0.2)
     os._exit(3)

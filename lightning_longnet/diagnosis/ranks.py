@@ -1,4 +1,4 @@
-"""Ranks that check the exchanges: their start, a wait that ends, and what each of them answered."""
+"""The ranks of `longnet doctor`: starting them, waiting for their findings with a timeout, and collecting these."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ class World(NamedTuple):
 
     Attributes:
         ranks: how many there are.
-        own: those that this process starts, by their rank; their local rank is their place in it, or `local_rank`.
-        local_rank: of the only one that this process starts, where a launcher has started a process for each.
-        local_ranks: how many there are on this machine.
-        host, port: where the store is, 0 for any free port.
+        own: the ranks that this process starts.
+        local_rank: the number on this machine of the only rank in `own`, if a launcher has started a process for each.
+            If `own` has several ranks, their local ranks are their indices in it.
+        local_ranks: how many ranks there are on this machine.
+        host, port: the address of the store; port 0 takes any free one.
         hosts_store: whether this process opens the store.
-        launcher: the name of what started the ranks, or an empty text.
+        launcher: "torchrun" or "srun", which started this process; "" if neither did.
     """
 
     ranks: int
@@ -57,7 +58,7 @@ class World(NamedTuple):
 
 
 class Started(NamedTuple):
-    """The process of a rank, and the file of what it prints."""
+    """The process of a rank, and the file that it prints to."""
 
     process: subprocess.Popen[bytes]
     output: Path
@@ -71,16 +72,17 @@ class Answers(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
+        """Whether no rank failed and all findings are within rounding."""
         return not self.failures and all(each.is_exact for ranks in self.findings for each in ranks)
 
 
 def local_world(ranks: int) -> World:
-    """Return ranks that are all on this machine, and started by this process."""
+    """Return the world of `ranks` ranks that this process starts on this machine."""
     return World(ranks, tuple(range(ranks)), 0, ranks, "127.0.0.1", 0, hosts_store=True)
 
 
 def launched_world() -> World | None:
-    """Return the ranks that torchrun or srun has started, of which this process is one; None where it is alone."""
+    """Return the world of the ranks that torchrun or srun has started, of which this process is one; else None."""
     given = os.environ
     if "TORCHELASTIC_RUN_ID" in given:
         rank, ranks = int(given["RANK"]), int(given["WORLD_SIZE"])
@@ -103,7 +105,7 @@ def launched_world() -> World | None:
 
 
 def backend_of(world: World) -> str:
-    """Return "nccl" where each rank of this machine has a GPU, else "gloo"."""
+    """Return "nccl" if each rank of this machine has a GPU and torch has NCCL, else "gloo"."""
     has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= world.local_ranks
     return "nccl" if has_gpus and dist.is_nccl_available() else "gloo"
 
@@ -115,10 +117,10 @@ def ask(
     program: Sequence[str] = PROGRAM,
     report: Callable[[int, int], None] | None = None,
 ) -> Answers:
-    """Start this process's ranks, and return what all ranks answer within `timeout` seconds.
+    """Start this process's ranks, and return what all ranks answer within `timeout` seconds; `longnet doctor` calls it.
 
-    Only the process that has rank 0 returns findings; the others return no failure if all of it was right.  No process
-    is left behind.
+    Only the process that starts rank 0 returns findings.  The others return no failure if those were exact.  All
+    processes that were started have ended when it returns.
 
     Args:
         world: the ranks.
@@ -154,7 +156,7 @@ def ask(
 def _started(
     world: World, port: int, backend: str, timeout: float, program: Sequence[str]
 ) -> Iterator[dict[int, Started]]:
-    """Start the ranks, yield the process of each and the file of its messages, and end those that are left."""
+    """Start the ranks in `world.own`, yield their processes by rank, and kill those that are left after the block."""
     processes: dict[int, Started] = {}
     # a rank imports the package from where this process imported it
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))}
@@ -185,7 +187,10 @@ def _collected(
     deadline: float,
     report: Callable[[int, int], None] | None,
 ) -> Answers:
-    """Return the answers of all ranks, as far as they come until the deadline."""
+    """Return the answers of all ranks that come until the deadline, in the process that started rank 0.
+
+    After a rank has failed, the others have `GRACE` seconds.  A rank without an answer counts as failed.
+    """
     waiting = set(range(world.ranks))
     answers: dict[int, list[Finding]] = {}
     failures: dict[int, str] = {}
@@ -220,7 +225,10 @@ def _verdict(
     processes: dict[int, Started],
     deadline: float,
 ) -> Answers:
-    """Return the verdict of rank 0's process on all ranks, without the findings."""
+    """Wait for the verdict of the process that started rank 0, and return it as answers without findings.
+
+    If the rank of this process ends without an answer, its last line is written to the store, for that process.
+    """
     (rank,) = world.own
     process, output = processes[rank]
     try:
@@ -239,6 +247,7 @@ def _verdict(
 
 
 def _step(store: Any, rank: int) -> str:
+    """Return where a rank is, by what it wrote to the store, for an error message: "in ring", say."""
     if not store.check([f"at/{rank}"]):
         return "before it had started"
     return f"while {step}" if not (step := store.get(f"at/{rank}").decode()).startswith("in ") else step
@@ -251,11 +260,13 @@ def _checked(store: Any, rank: int) -> int:
 
 
 def _last_line(output: Path) -> str:
+    """Return ": " and the last line that a rank printed; "" if it printed none."""
     lines = output.read_text(errors="replace").strip().splitlines()
     return f": {lines[-1][:_FOUND]}" if lines else ""
 
 
 def _wait(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait until a condition holds, for `seconds` at most."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not condition():
         time.sleep(_PAUSE)

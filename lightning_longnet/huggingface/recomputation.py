@@ -14,7 +14,7 @@ from lightning_longnet.layers.feed_forward import FeedForward
 from lightning_longnet.layers.offloading import input_on_host
 from lightning_longnet.models.blocks import Recompute
 from lightning_longnet.sequence.attach import attached_context
-from lightning_longnet.sequence.dropout_hooks import drops_parts
+from lightning_longnet.sequence.dropout_hooks import inputs_as_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,7 +123,7 @@ def _in_chunks(module: Any, x: Tensor, context: SequenceContext | None) -> Tenso
         chunk = chunk.contiguous()  # where there are several rows it is not, and the Conv1D of GPT-2 needs that
         if is_part is None:
             return compute(chunk)  # type: ignore[no-any-return]
-        with drops_parts(module, is_part):  # the shape of a chunk does not show it
+        with inputs_as_parts(module, is_part):  # the shape of a chunk does not show it
             return compute(chunk)  # type: ignore[no-any-return]
 
     return in_chunks(compute_chunk, x, chunk_tokens)

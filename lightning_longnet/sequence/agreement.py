@@ -1,4 +1,4 @@
-"""Agreement of ranks: a fault of one rank becomes an error on all of them, so that none waits for the others."""
+"""Agreement of ranks: an error on one rank is raised on all of them, so that no rank waits in a collective for it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class Strategy(Protocol):
 
 
 def fault_of(check: Callable[[], Any]) -> str:
-    """Return the message of the ValueError or OSError that a check raises, or an empty string.
+    """Call `check`, and return the message of the ValueError or OSError that it raises, or "" if it raises none.
 
-    A rank that raised at once would leave the others waiting for it; with the message it can agree first.
+    A rank that raised the error at once would leave the others waiting in their next collective.  Callers therefore
+    send the message to the other ranks first, as by `fault_of_rank_zero` or `check_same_batch`, and then all raise it.
     """
     try:
         check()
@@ -36,7 +37,10 @@ def fault_of(check: Callable[[], Any]) -> str:
 
 
 def fault_of_rank_zero(strategy: Strategy, attempt: Callable[[], str]) -> str:
-    """Return on all ranks the fault that an attempt of rank 0 returns, or an empty string."""
+    """Call `attempt` on rank 0 alone, and return on all ranks the message that it returns there.
+
+    All ranks call this together.  The message says what failed, and is "" if nothing did: the caller raises it.
+    """
     fault: str = strategy.broadcast(attempt() if strategy.is_global_zero else "")
     return fault
 
@@ -48,13 +52,15 @@ def check_same_batch(
     data_group: dist.ProcessGroup,
     data_position: tuple[int, int],
 ) -> None:
-    """Raise a ValueError on all ranks where one has a fault, or where ranks that share sequences differ in `digest`.
+    """Raise a ValueError on all ranks if one rank has a wrong batch, or ranks that share sequences have unequal ones.
+
+    All ranks call this together: `SequenceContext.check_same` does.
 
     Args:
-        digest: the digest of this rank's batch.
-        fault: the message of what is wrong with it; "" where nothing is.
-        sequence_group: the ranks that must have the same digest.
-        data_group: the ranks that raise for faults in other sequence groups.
+        digest: the hash of this rank's batch, by `lightning_longnet.sequence.batches.digest`.
+        fault: the message of what is wrong with the batch of this rank; "" if nothing is.
+        sequence_group: the ranks that share sequences with this one, and must have the same hash.
+        data_group: one rank of each sequence group, so that an error in one of these groups is raised in all.
         data_position: (data_parallel_rank, data_parallel_size) of this rank.
     """
     digests, faults = all_gather(torch.tensor([digest, bool(fault)]), sequence_group).T.tolist()
@@ -71,7 +77,16 @@ def check_same_batch(
 
 
 def batch_difference(others: list[int], data_position: tuple[int, int], detail: str = "") -> str:
-    """Return the message for a sequence group whose ranks `others` hold other batches than its first rank."""
+    """Return the error message for a sequence group in which some ranks hold another batch than the first rank.
+
+    The ranks of that group raise it, in `check_same_batch` and in `BatchComparison.check`; those of other groups raise
+    `other_group_fault`.
+
+    Args:
+        others: the numbers of these ranks in their sequence group.
+        data_position: (data_parallel_rank, data_parallel_size) of this rank.
+        detail: words about the difference, which the message has after "rank 0".
+    """
     return (
         f"ranks that share sequences must be given the same batches, and ranks {', '.join(map(str, others))} of "
         f"the sequence group hold others than rank 0{detail}: a sampler or an iterable dataset must go by "
@@ -80,12 +95,16 @@ def batch_difference(others: list[int], data_position: tuple[int, int], detail: 
 
 
 def other_group_fault(group: int) -> str:
-    """Return the message for a rank without a fault, where the ranks of data-parallel group `group` have one."""
+    """Return the error message for a rank whose batch is right, where that of data_parallel_rank `group` is wrong."""
     return f"the ranks of data_parallel_rank {group} were given a batch that does not fit: their own messages say why"
 
 
 def warn_of_same_batch(digests: list[int]) -> None:
-    """Warn on rank 0 if there are several data-parallel groups and the digests of their batches are all equal."""
+    """Warn on rank 0 if there are several data-parallel groups and all of them were given the same batch.
+
+    Args:
+        digests: the hash of the batch of each data-parallel group.
+    """
     if len(digests) > 1 and len(set(digests)) == 1 and dist.get_rank() == 0:
         warnings.warn(
             f"all {len(digests)} data-parallel groups were given the same batch: a custom sampler or iterable dataset "
@@ -95,7 +114,10 @@ def warn_of_same_batch(digests: list[int]) -> None:
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the x of each rank of a group, (ranks, *x.shape), on the CPU; its shape must be equal on all ranks."""
+    """Return the x of each rank of a group, (ranks, *x.shape), on the CPU.
+
+    All ranks of the group call it together, with an x of the same shape and dtype on any device.
+    """
     x = x.to(device_of(group))
     parts = x.new_empty((dist.get_world_size(group), *x.shape))
     dist.all_gather(list(parts.unbind()), x, group=group)
@@ -103,5 +125,5 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
-    """Return the device of the tensors that a group takes."""
+    """Return the device on which the collectives of a group need their tensors: CUDA for NCCL, else the CPU."""
     return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")

@@ -1,4 +1,4 @@
-"""Attaching a context to modules, and finding it there."""
+"""Attaching a `SequenceContext` to modules, and finding it there."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 def attach_context(module: nn.Module, context: SequenceContext | None) -> None:
     """Attach a context to a module and all modules inside it; None detaches it.
 
-    Layers split their work by it, and `sequence_context` returns it for any of them.  Dropout modules of torch get
-    hooks, with which each rank drops other elements of its part of a sequence; see `SequenceContext.dropout`.
+    `RingSequenceParallelStrategy` calls it when a run is set up and when it ends.  A training loop without the strategy
+    calls it once, when the ranks are connected.  Attention layers of this package then take parts of sequences, and
+    `sequence_context` returns the context for any module inside.  Dropout modules of torch get hooks, with which each
+    rank drops other elements of its part of a sequence; see `SequenceContext.dropout`.  Attention layers are numbered
+    in the order of `module.modules()`: the seed of their dropout depends on the number.
     """
     layers = 0
     for child in module.modules():
@@ -35,14 +38,18 @@ hand_down = attach_context  # the former name
 
 
 def sequence_context(module: nn.Module) -> SequenceContext:
-    """Return the context that a strategy or `attach_context` attached to a module; else one for whole sequences."""
+    """Return the context that `attach_context` attached to a module, or that the strategy of its Trainer has.
+
+    Modules, datasets and callbacks call it to find out which tokens this rank holds.  Where there is no context, as
+    under another strategy, it returns a new one, in which sequences are whole.
+    """
     strategy = getattr(getattr(module, "_trainer", None), "strategy", None)
     context = attached_context(module) or getattr(strategy, "sequence_context", None)
     return context if isinstance(context, SequenceContext) else SequenceContext()
 
 
 def attached_context(module: nn.Module) -> SequenceContext | None:
-    """Return the context that is attached to a module itself, or None."""
+    """Return the context that `attach_context` gave to this very module, or None; a Trainer's is not looked up."""
     for context in (getattr(module, "sequence_context", None), module.__dict__.get(ATTACHED)):
         if isinstance(context, SequenceContext):
             return context

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ContextAttention(ContextDropout):
-    """The attention of a `SequenceContext`.
+    """The part of `SequenceContext`, its only subclass, that computes attention over the current batch.
 
     Attributes:
         exchange: how keys reach the queries of other ranks, in calls that name no exchange.
@@ -36,14 +36,14 @@ class ContextAttention(ContextDropout):
 
     @property
     def shard(self) -> SequenceShard | None:
-        """The `shard` for calls of `attend` on the batch's tokens, with the batch's documents and attention_mask.
+        """The argument `shard` for calls of the function `attend` on this rank's tokens of the current batch.
 
-        All ranks of the sequence group make it together, at the first use in a batch.  It has the masks that the batch
-        had when it was split, on one process too; it is None where sequences are whole and the batch has no masks.
+        It holds the documents and the attention_mask that the batch had when `split` was called, also in a single
+        process.  It is None if sequences are whole and the batch has neither.  All ranks of the sequence group read
+        this attribute together: at the first time in a batch they exchange messages to make the shard.
 
-        Only the context of a batch that was split knows its masks.  Under Lightning's own strategies, and wherever no
-        batch was begun, this raises a ValueError.  `attend` of the context, which is given the masks, is right
-        everywhere.
+        A ValueError is raised where no batch was begun, as under Lightning's own strategies, because its masks are not
+        known.  The method `attend`, whose caller gives the masks, can be called everywhere.
         """
         current = self._splitter.current
         documents, padding = current.documents, current.key_padding_mask
@@ -62,16 +62,29 @@ class ContextAttention(ContextDropout):
         return current.shard
 
     def shard_of(self, documents: Tensor | None = None, key_padding_mask: Tensor | None = None) -> SequenceShard:
-        """Return the shard with these documents and this padding of this rank's tokens, in a split batch.
+        """Return the `SequenceShard` of a split batch for these documents and this padding of this rank's tokens.
 
-        One shard serves all calls with the same tensors, until one is changed in place on some rank.  All ranks of the
-        sequence group call it together: with masks they compare the indices of their shards.
+        All ranks of the sequence group call it together.  Calls with the same tensors get the same shard until one of
+        the tensors is changed in place on some rank; a new shard takes messages between the ranks.
+
+        Args:
+            documents: (L,) or (B, L), the document ids of this rank's L tokens; None if each row is one document.
+            key_padding_mask: (B, L), True where a token is padding; None if none is.
         """
         return self._shards.get(documents, key_padding_mask)
 
     @not_compiled
     def once(self, mask: Tensor, into: str, convert: Callable[[], Tensor]) -> Tensor:
-        """Return `convert()` of a mask, computed once in a batch, so that layers which convert it share a shard."""
+        """Return `convert()`, which converts a mask; the result is cached for the rest of the batch.
+
+        A layer calls it that takes masks in another form than `attend`, as `MultiheadAttention` does.  All layers then
+        give one tensor to `shard_of`, and so share one shard; a new tensor for each would need a new shard.
+
+        Args:
+            mask: the mask as the layer was given it.
+            into: the name of the conversion, for masks that are converted in several ways.
+            convert: computes the converted mask.
+        """
         return self._splitter.current.shards.once(mask, into, convert)
 
     def attend(
@@ -93,11 +106,13 @@ class ContextAttention(ContextDropout):
         exchange: Exchange | None = None,
         ordering: Ordering = "raster",
     ) -> Tensor:
-        """Call `attend` on whole sequences or on parts, as they are in the current batch.
+        """Return the attention of q to k and v, as the function `attend` does, in whole or in split sequences.
 
-        This is the way to call `attend` that is the same under our strategy, under any other and without one.
-        `documents` and `key_padding_mask` are those of the tokens that q, k and v have on this rank, out of the batch
-        that it was given; without them there are none.
+        A user's module calls it in its forward: the call is the same under this package's strategy, under any other
+        and without one.  All ranks that share sequences call it together.  q is (B, L, H, D), where L is the number of
+        tokens of this rank: all N of them where sequences are whole.  `documents`, (L,) or (B, L), and
+        `key_padding_mask`, (B, L), are those of the same tokens; None means that there are none, even if the batch
+        has some.
 
         As in `torch.nn.functional.scaled_dot_product_attention`, a positive `dropout` drops in evaluation too: in a
         module write `attend(q, k, v, pattern, dropout=p if self.training else 0.0, layer=i)`.  `layer` is the number of
@@ -115,7 +130,7 @@ class ContextAttention(ContextDropout):
 
     @not_compiled
     def _check_layout(self, q: Tensor) -> None:
-        """Raise a ValueError where the heads of q come before its tokens, as torch's attention has them."""
+        """Raise a ValueError if q is (B, H, L, D), as torch's attention takes it, instead of (B, L, H, D)."""
         here, shape = self._splitter.local_length, tuple(q.shape)
         if len(shape) == 4 and shape[1] != here and shape[2] == here:
             raise ValueError(
@@ -133,10 +148,15 @@ class ContextAttention(ContextDropout):
         layer: int | None = None,
         exchange: Exchange | None = None,
     ) -> AttendOptions:
-        """Return the arguments of `attend` that depend on the ranks, on the current batch and on the step.
+        """Return the keyword arguments of the function `attend` that depend on the ranks, the batch and the step.
 
-        All ranks that share sequences call it together.  `tokens` is the number of tokens of q on this rank; the other
-        arguments are those of the method `attend`.
+        These are the masks or the shard that holds them, the exchange, and the dropout with its seed.  The method
+        `attend` and the attention layers of this package call it before each call of the function.  All ranks that
+        share sequences call it together, as it may make a shard.
+
+        Args:
+            tokens: the number of tokens of q on this rank.
+            documents, key_padding_mask, dropout, layer, exchange: those of the method `attend`.
         """
         options: AttendOptions = {"dropout": dropout}
         if dropout > 0:
@@ -157,22 +177,35 @@ class ContextAttention(ContextDropout):
 
     @not_compiled
     def _shard_for(self, tokens: int, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
-        """Return the shard of a call whose q has `tokens` tokens on this rank.
+        """Return the shard for a call of `attend`, after checking that q has as many tokens as this rank holds.
 
-        A compiled graph breaks here, as ranks send messages to make a shard.
+        `torch.compile` breaks the graph here, as ranks send messages to make a shard.
         """
         self._splitter.check_tokens(tokens)
         return self.shard_of(documents, key_padding_mask)
 
     @not_compiled
     def places_of(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Return the positions of the tokens of x (B, L, ...) in their documents, (L,) or (B, L), in a split batch."""
+        """Return the index of each token of x in its document, counted from 0 at the first token of the document.
+
+        Layers with rotary or learned positions call it, on all ranks of the sequence group together, in a split batch.
+
+        Args:
+            x: (B, L, ...), with the L tokens of this rank in dimension 1.
+            documents: (L,) or (B, L), their document ids; None if each row is one document.
+
+        Returns:
+            Integers on the device of x, (L,), or (B, L) if the rows have different documents.
+        """
         self._splitter.check_tokens(x.shape[1])
         return self.shard_of(documents).places.to(x.device)
 
 
 @not_compiled
 def _shared_seed(shard: SequenceShard) -> Tensor:
-    """Return the seed that the first rank of a shard draws; all ranks draw one, so that generators stay in step."""
+    """Return the seed that the first rank of a shard draws, as a 0-dimensional int64 tensor on the CPU.
+
+    Each rank draws a number, and those of the others are not used: so the generators of all ranks stay equal.
+    """
     own = int(torch.randint(-(2**63), 2**63 - 1, (), device="cpu"))
     return torch.tensor(shard.exchange_value(own, "agrees on a seed")[0], device="cpu")

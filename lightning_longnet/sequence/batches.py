@@ -30,7 +30,12 @@ Path = tuple[str, ...]
 
 
 class _Container(NamedTuple):
-    """The values of a container by their names, and a function that makes the same container of other values."""
+    """A dictionary, list, tuple or dataclass inside a batch.
+
+    Attributes:
+        values: its values by their keys, indices or field names as text.
+        remake: makes a container of the same type and keys of other values.
+    """
 
     values: dict[str, Any]
     remake: Callable[[dict[str, Any]], Any]
@@ -39,11 +44,17 @@ class _Container(NamedTuple):
 def map_tensors(batch: Any, function: Callable[[Path, Tensor], Any], path: Path = (ROOT,)) -> Any:
     """Return a copy of a batch with `function(path, tensor)` in the place of each tensor.
 
-    What is neither a tensor nor a container stays the same object.
+    `BatchSplitter.split` cuts a batch with it.  What is neither a tensor nor a container stays the same object; an
+    object of another class that has tensors as attributes raises a ValueError.
+
+    Args:
+        batch: a tensor, or tensors in dictionaries, lists, tuples and dataclasses, nested in any way.
+        function: is called with the path and the tensor.
+        path: the path of `batch` itself, in recursive calls: ("batch", "a", "0") is `batch["a"][0]`.
     """
     if isinstance(batch, Tensor):
         return function(path, batch)
-    _refuse_inside(path, batch)
+    _check_not_nested(path, batch)
     container = _as_container(batch)
     if container is not None:
         parts = {name: map_tensors(value, function, (*path, name)) for name, value in container.values.items()}
@@ -57,23 +68,27 @@ def map_tensors(batch: Any, function: Callable[[Path, Tensor], Any], path: Path 
 
 
 def named_tensors(batch: Any, path: Path = (ROOT,)) -> Iterator[tuple[Path, Tensor]]:
-    """Yield the tensors of a batch with their paths, in the order in which `map_tensors` replaces them."""
+    """Yield (path, tensor) for each tensor of a batch, with the paths and in the order of `map_tensors`."""
     if isinstance(batch, Tensor):
         yield path, batch
         return
-    _refuse_inside(path, batch)
+    _check_not_nested(path, batch)
     container = _as_container(batch)
     for name, value in container.values.items() if container is not None else ():
         yield from named_tensors(value, (*path, name))
 
 
-def _refuse_inside(path: Path, batch: Any) -> None:
+def _check_not_nested(path: Path, batch: Any) -> None:
+    """Raise a ValueError if a `SequencePart` is inside a batch: it can only be the whole batch."""
     if isinstance(batch, SequencePart) and len(path) > 1:
         raise ValueError(f"{_dotted(path)} is a SequencePart, which must be the whole batch, got it inside of another")
 
 
 def _as_container(batch: Any) -> _Container | None:
-    """Return a batch as a container, or None where it is none: the only place that knows the kinds of containers."""
+    """Return the values of a dictionary, list, tuple or dataclass, and how to make it again; None for other objects.
+
+    A `SequencePart` is a dataclass, whose `tensors` are one of its values.
+    """
     if isinstance(batch, Mapping):
         return _Container({str(key): value for key, value in batch.items()}, lambda parts: _with_items(batch, parts))
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -87,6 +102,7 @@ def _as_container(batch: Any) -> _Container | None:
 
 
 def _with_items(batch: Any, parts: dict[str, Any]) -> Any:
+    """Return a copy of a mapping with other values; the copy keeps its class, as transformers' `BatchEncoding`."""
     result = copy.copy(batch)
     for key in batch:
         result[key] = parts[str(key)]
@@ -94,6 +110,7 @@ def _with_items(batch: Any, parts: dict[str, Any]) -> Any:
 
 
 def _with_fields(batch: Any, parts: dict[str, Any]) -> Any:
+    """Return a copy of a dataclass with other values of its fields, without calling its `__init__`."""
     result = copy.copy(batch)
     for name, value in parts.items():
         object.__setattr__(result, name, value)  # a frozen dataclass refuses setattr
@@ -101,9 +118,14 @@ def _with_fields(batch: Any, parts: dict[str, Any]) -> Any:
 
 
 def dim_of(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:
-    """Return the dimension of a tensor that is the sequence, or None where it has none.
+    """Return the dimension of a tensor that is the sequence, counted from 0, or None if it has none.
 
-    A tensor whose dimension is neither declared in `dims` nor known raises a ValueError.
+    A ValueError is raised if neither `dims` nor `KNOWN_DIMS` has the tensor, or if it has fewer dimensions than that.
+
+    Args:
+        path: the path of the tensor in its batch, as `named_tensors` yields it.
+        x: the tensor; one without dimensions has no sequence.
+        dims: the module's `sequence_dims`, which override `KNOWN_DIMS`; see `_find_dim`.
     """
     if x.dim() == 0:
         return None
@@ -143,16 +165,20 @@ def _of_unknown(unknown: list[tuple[Path, Tensor]]) -> str:
 
 
 def known_dim(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:
-    """Return the same as `dim_of`, but None where that raises an error."""
+    """Return the same as `dim_of`, but None where that raises a ValueError.
+
+    It is for whole sequences, which need not be split, so that a batch of any tensors is allowed.
+    """
     _, dim = _find_dim(path, x, dims)
     return dim % x.dim() if dim is not None and -x.dim() <= dim < x.dim() else None
 
 
 def _find_dim(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> tuple[bool, int | None]:
-    """Return whether the sequence dimension of a tensor is declared in `dims` or in `KNOWN_DIMS`, and its value.
+    """Return (is it declared, value) for the sequence dimension of a tensor, as `dims` or `KNOWN_DIMS` declare it.
 
-    `dims` has precedence.  It is searched for the whole path, as in "a.b.c", and then for each name on the path, the
-    last one first.  `KNOWN_DIMS` is searched for the last name, or the name of the list that holds the tensor.
+    The value may be negative, or None for a tensor without a sequence.  `dims` has precedence.  It is searched for the
+    whole path, as in "a.b.c", and then for each name on the path, the last one first.  `KNOWN_DIMS` is searched for the
+    last name, or the name of the list that holds the tensor.
     """
     for name in (".".join(path[1:]), *reversed(path)):
         if name in dims:
@@ -164,9 +190,10 @@ def _find_dim(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> tuple[bo
 
 
 def length_of(batch: Any, dims: Mapping[str, int | None]) -> int:
-    """Return the number of tokens of a batch's sequences, or raise a ValueError if they differ in it or there are none.
+    """Return the number of tokens N that all sequences of a batch have.
 
-    `BatchSplitter.split` calls it on a whole batch, and the check of a `SequencePart` on the part.
+    A ValueError is raised if they have different numbers, if no tensor is a sequence, or if one is not known.
+    `BatchSplitter.split` calls it on a whole batch, and on the tensors of a `SequencePart`.
 
     Args:
         batch: tensors in dictionaries, lists, tuples and dataclasses.
@@ -190,10 +217,11 @@ def length_of(batch: Any, dims: Mapping[str, int | None]) -> int:
 
 
 def check_labels(batch: Any, dims: Mapping[str, int | None]) -> None:
-    """Raise a ValueError where labels are taken for a sequence by their name, and may as well be those of samples.
+    """Raise a ValueError if "labels" may be labels of samples, (B, C), although their name has them split as (B, N).
 
-    They are of tokens beside `input_ids` whose samples come first, or where no module declares other sequences.  Labels
-    that are no whole numbers may be those of C classes for each sample, (B, C), with as many classes as tokens.
+    `BatchSplitter` calls it before it splits a batch.  Labels that the module declares in `dims` raise nothing.  Others
+    are taken for labels of tokens if the batch has `input_ids`, (B, N), or if the module declares no other sequence.
+    Even then (B, N) of floats or booleans are refused: they may be those of C classes, where C happens to be N.
     """
     leaves = list(named_tensors(batch))
     beside_ids = any(_leaf_name(path) == "input_ids" and known_dim(path, x, dims) == 1 for path, x in leaves)
@@ -212,26 +240,37 @@ def check_labels(batch: Any, dims: Mapping[str, int | None]) -> None:
 
 
 def _is_guessed(path: Path, dims: Mapping[str, int | None]) -> bool:
-    """Whether a module does not declare the dimension of a tensor."""
+    """Return whether `dims` has no entry for a tensor, so that its dimension comes from `KNOWN_DIMS` if at all."""
     return not any(name in dims for name in (".".join(path[1:]), *path))
 
 
-def is_whole(batch: Any, dims: Mapping[str, int | None]) -> bool:
-    """Whether every tensor of a batch, and at least one, is declared to have no sequence."""
+def has_no_sequence(batch: Any, dims: Mapping[str, int | None]) -> bool:
+    """Return whether all tensors of a batch are declared to have no sequence, so that it is not split.
+
+    A model makes the sequences itself of such a batch, as of images.  A batch without tensors gives False, so that
+    `length_of` raises an error for it.
+    """
     _check_known(batch, dims)
     declared = [dim_of(path, x, dims) for path, x in named_tensors(batch) if x.dim() > 0]
     return bool(declared) and not any(dim is not None for dim in declared)
 
 
 def known_length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
-    """Return the same as `length_of`, but None where nothing is declared or known, or lengths differ."""
+    """Return the number of tokens of a batch's sequences, or None if no tensor is known to be one or they differ.
+
+    It is for whole sequences, where `length_of` would raise errors for batches that are allowed.
+    """
     known = [(x, known_dim(path, x, dims)) for path, x in named_tensors(batch)]
     lengths = {x.shape[dim] for x, dim in known if dim is not None}
     return lengths.pop() if len(lengths) == 1 else None
 
 
 def digest(batch: Any) -> int:
-    """Return a number that two batches share where they hold equal tensors, or parts of the same samples."""
+    """Return a 56-bit hash of the paths, shapes, dtypes and values of a batch's tensors.
+
+    Ranks that share sequences compare it, and `NonFiniteGuard` names batches by it.  Of a `SequencePart` it is a hash
+    of the samples' names, as the values on each rank are those of other tokens.  It copies the tensors to the CPU.
+    """
     if isinstance(batch, SequencePart):
         return batch.digest()
     content = sha256()
@@ -242,7 +281,10 @@ def digest(batch: Any) -> int:
 
 
 def checked_dims(dims: Any) -> dict[str, int | None]:
-    """Return the `sequence_dims` of a module with names as text; a ValueError says what they must be."""
+    """Return a copy of a module's `sequence_dims` with text as keys, for the other functions of this file.
+
+    Indices of lists may be integers there.  A ValueError is raised if it is no mapping to dimensions or None.
+    """
     if not isinstance(dims, Mapping) or not all(
         isinstance(name, (str, int)) and (dim is None or (isinstance(dim, int) and not isinstance(dim, bool)))
         for name, dim in dims.items()
@@ -252,9 +294,10 @@ def checked_dims(dims: Any) -> dict[str, int | None]:
 
 
 def _leaf_name(path: Path) -> str:
-    """Return the name of a tensor, or that of the list that holds it."""
+    """Return the last name on a path that is no index of a list: ("batch", "labels", "0") gives "labels"."""
     return next((word for word in reversed(path) if not word.isdigit()), ROOT)
 
 
 def _dotted(path: Path) -> str:
+    """Return a path as error messages show it: "labels.0", or "batch" for a batch that is one tensor."""
     return ".".join(path[1:]) or ROOT

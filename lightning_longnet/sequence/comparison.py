@@ -1,4 +1,4 @@
-"""Comparison of the batches of a step over ranks, by one small message of each rank."""
+"""Comparison of the batches that ranks are given for a step, by one `all_gather` of four integers of each rank."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _BLOCK = 2**15  # 64-bit words of a batch that are summed at a time, with the sa
 
 
 class Note(NamedTuple):
-    """The message of a rank to the others about its batch, or about the end of its batches.
+    """The message of a rank to the others about the batch that it was given, or about the end of its batches.
 
     Attributes:
-        state: a sum of FAULT (the batch does not fit), LAST (no batch follows), ENDED (there is none) and VALIDATES
-            (validation follows, and then more batches may).
-        kind: a number of the names, shapes and types of its tensors.
-        content: a number of their values; of a rank that ended, how many batches it was given.
-        rates: a number of the learning rates, where the step is of training.
+        state: a sum of FAULT (the batch is wrong), LAST (it is the last one of the loop), ENDED (the loop has had all
+            its batches, and this message is of none) and VALIDATES (validation follows, and then more batches may).
+        kind: a hash of the loop and of the names, shapes and dtypes of the tensors.
+        content: a hash of their values; with ENDED, how many batches the rank was given.
+        rates: a hash of the learning rates in training, else 0.
     """
 
     state: int
@@ -40,7 +40,16 @@ class Note(NamedTuple):
 
     @classmethod
     def of(cls, batch: Any, when: str, state: int, rates: Sequence[float] = ()) -> Note:
-        """Return the note of a batch that fits, and that a loop named `when` is given, and of the learning rates."""
+        """Return the note of a batch in which the rank has found nothing wrong.
+
+        `LoaderWatch` makes one of each batch that a loop is given, and compares it with those of the other ranks.
+
+        Args:
+            batch: the whole batch, or a `SequencePart`, of which the names of samples are compared.
+            when: the name of the loop and the index of its loader.
+            state: LAST, VALIDATES, their sum, or 0.
+            rates: the learning rates of all groups of parameters; none outside of training.
+        """
         rate_number = _number(str(rates)) if rates else 0
         if isinstance(batch, SequencePart):
             return cls(state, _number(when), batch.digest(), rate_number)
@@ -53,12 +62,12 @@ class Note(NamedTuple):
 
 
 class BatchComparison:
-    """Compares what all ranks are given in a step.
+    """Exchanges the notes of all ranks about a step's batch, and raises errors where they differ.
 
     Args:
-        ranks: the numbers of the ranks, (groups, ranks that share sequences).
-        group: a group of all ranks that serves nothing else, so that no message of a rank which is elsewhere in the
-            program is taken for one of these.
+        ranks: the ranks as a table, (data_parallel_size, sequence_parallel_size): those of a row share sequences.
+        group: a process group of all ranks that is used for nothing else.  In another group a rank that is elsewhere
+            in the program could answer with a message of another collective.
     """
 
     def __init__(self, ranks: Tensor, group: dist.ProcessGroup) -> None:
@@ -72,17 +81,17 @@ class BatchComparison:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a note was sent, and not compared with those of the others."""
+        """Whether `send` was called, and `receive` has not been since."""
         return self._work is not None
 
     def send(self, note: Note) -> None:
-        """Begin to exchange notes; each rank sends one."""
+        """Start the `all_gather` of one note of each rank, without waiting; `receive` waits for it."""
         assert self._work is None
         self._own.copy_(torch.tensor(note))
         self._work = dist.all_gather(self._notes, self._own, group=self.group, async_op=True)
 
     def receive(self) -> Tensor:
-        """Wait for the notes of all ranks, and return them: (groups, ranks that share sequences, fields)."""
+        """Wait for the notes of all ranks, and return them: int64, (*ranks.shape, fields of `Note`), on the CPU."""
         assert self._work is not None
         work, self._work = self._work, None
         work.wait()
@@ -90,15 +99,19 @@ class BatchComparison:
         return notes
 
     def check(self, notes: Tensor, fault: str, batches: int, *, is_alike: bool) -> bool:
-        """Raise a ValueError on all ranks where the notes do not fit together; return whether no batch follows on any.
+        """Raise a ValueError on all ranks if a batch is wrong, batches or learning rates differ, or some ranks end.
 
-        `LoaderWatch.receive` calls it before each step, with what `receive` returned.
+        `LoaderWatch.receive` calls it on all ranks before each step.  Each rank gets the same notes, so that either all
+        raise an error or none.
 
         Args:
-            notes: those of all ranks.
-            fault: what is wrong with the batch of this rank.
-            batches: how many batches this rank was given.
-            is_alike: whether all groups must have equally many batches, or only the ranks of a group.
+            notes: what `receive` returned.
+            fault: the message of what is wrong with the batch of this rank, or "".
+            batches: how many batches this rank was given in this pass of the loop, this one included.
+            is_alike: True if all ranks must have equally many batches; False if only those that share sequences must.
+
+        Returns:
+            Whether no rank has another batch.
         """
         states, kinds, contents, rates = notes.unbind(-1)
         first = int(states[0, 0])
@@ -138,7 +151,12 @@ class BatchComparison:
         return bool(ends.all())
 
     def _check_rates(self, rates: Tensor, has_batch: Tensor) -> None:
-        """Raise a ValueError where ranks have different learning rates."""
+        """Raise a ValueError if ranks have different learning rates.
+
+        Args:
+            rates: the field of each rank's `Note`, (*ranks.shape).
+            has_batch: in the same shape, False for ranks that have ended, which send no learning rates.
+        """
         differs = has_batch & (rates != rates[has_batch].view(-1, 1)[:1]) if bool(has_batch.any()) else has_batch
         if bool(differs.any()):
             raise ValueError(
@@ -152,10 +170,9 @@ class BatchComparison:
         """Raise a ValueError where the batches of some ranks end before those of ranks that must have as many.
 
         Args:
-            ends: (groups, ranks that share sequences), True where no batch follows on a rank.
+            ends: (data_parallel_size, sequence_parallel_size), True where no batch follows on a rank.
             states, contents: those fields of the `Note` of each rank, in the same shape.
-            batches: how many batches this rank was given.
-            is_alike: whether all groups must have equally many batches, or only the ranks of a group.
+            batches, is_alike: those of `check`.
         """
         # each row of `ends` and `ranks` now has the ranks that must end together
         ends, ranks = (x.flatten()[None] if is_alike else x for x in (ends, self.ranks))
@@ -177,7 +194,11 @@ class BatchComparison:
 
 
 def checksum(x: Tensor) -> int:
-    """Return a number of the bytes of a tensor, which depends on the place of each: a sum with odd weights."""
+    """Return a hash of the bytes of a tensor, below 2**61, that is much faster to compute than SHA-256.
+
+    The bytes are read as 64-bit words, and summed with odd weights that depend on the index of each word.  Shape and
+    dtype are not part of it.
+    """
     flat = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     words, rest = divmod(flat.numel(), 8)
     total = 0
@@ -193,12 +214,15 @@ def checksum(x: Tensor) -> int:
 
 @lru_cache(1)
 def _weights() -> Tensor:
+    """Return the weights of the words of a block: odd int64, (_BLOCK,)."""
     return (torch.arange(1, _BLOCK + 1) * -7_046_029_254_386_353_131) | 1
 
 
 def _number(text: str) -> int:
+    """Return a 56-bit hash of a text, the same in all processes, as that of Python's `hash` is not."""
     return int.from_bytes(sha256(text.encode()).digest()[:7], "big")
 
 
 def _rank_list(ranks: list[int]) -> str:
+    """Return "rank 3" or "ranks 1, 3" for an error message."""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 class SequenceContext(ContextAttention):
     """The position of a rank among the others, the current batch, and the operations over ranks.
 
-    Without arguments, it is the context of one process, or of ranks that share no sequences: sequences are whole, and
-    every method works.  A copy is the same object, because groups cannot be copied.
+    `RingSequenceParallelStrategy` makes one when the ranks are connected, attaches it to the module and begins the
+    batches and steps.  A training loop without the strategy does this itself, with `attach_context`, `split` and
+    `begin_step`.  Without arguments, it is the context of one process, or of ranks that share no sequences: sequences
+    are whole, and every method works.  A copy is the same object, because process groups cannot be copied.
 
     Args:
         mesh: a mesh with the axes "data_parallel" and "sequence_parallel"; see `sequence_mesh`.
@@ -38,7 +40,7 @@ class SequenceContext(ContextAttention):
         exchange: how keys reach the queries of other ranks, for layers that name no exchange; see `attend`.
         seed: the seed of dropout in steps, the same on all ranks; what attention drops depends on it, on the step and
             on the layer; see `begin_step`.
-        position: the position of this rank where there is no mesh to read it from, as in a plan.
+        position: the position of this rank where there is no mesh to read it from, as when memory is planned.
 
     Attributes:
         mesh, placement, exchange, seed, position: as given.
@@ -83,7 +85,8 @@ class SequenceContext(ContextAttention):
     def split(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> Any:
         """Return this rank's part of a batch that all ranks of the sequence group hold whole, and begin the batch.
 
-        A `SequencePart` is such a part already, and becomes a dictionary.
+        The strategy calls it for each batch that Lightning moves to the device.  Layers then work on parts of these
+        sequences, until the next batch.  A `SequencePart` is a part already, and becomes a dictionary.
 
         Args:
             batch: tensors in dictionaries, lists, tuples and dataclasses; or a `SequencePart`.
@@ -95,57 +98,78 @@ class SequenceContext(ContextAttention):
         return self._splitter.split(batch, sequence_dims)
 
     def begin(self, length: int | None) -> None:
-        """Give layers their part of sequences of `length` tokens from now on; whole sequences where it is None."""
+        """Begin a batch of sequences of `length` tokens that the caller has split itself, without its masks.
+
+        Layers expect this rank's tokens of them from now on; None lets them take whole sequences of any length.
+        """
         self._splitter.begin(length)
 
     def begin_sequences(self, length: int) -> Tensor:
-        """Begin a batch whose sequences the model makes itself from inputs that all ranks of a group hold, as images.
+        """Begin a batch whose sequences the model itself makes, and return the positions of this rank's tokens.
 
-        Returns the positions of the tokens that this rank is to make: all of them inside `whole()`.
+        A model calls it in its forward where all ranks of a sequence group have the same inputs, such as images, and
+        each makes its own tokens, such as patches.  The positions are (L,), in the order in which the rank holds its
+        tokens; inside `whole()` they are those of all `length` tokens.
         """
         return self._splitter.begin_sequences(length)
 
     def begin_made(self, length: int) -> Tensor:
-        """Call `begin_sequences`, of which this is the former name."""
+        """Return `begin_sequences(length)`, of which this is the former name."""
         return self.begin_sequences(length)
 
     def whole(self) -> AbstractContextManager[None]:
-        """Give layers whole sequences inside the block, each rank its own: to generate text in a callback, say."""
+        """Return a context manager in which layers take whole sequences, and each rank computes on its own.
+
+        It is for inputs that are not split, as when a callback or a model generates text.
+        """
         return self.parts_of(None)
 
     def parts_of(self, length: int | None) -> AbstractContextManager[None]:
-        """Give layers their part of sequences of `length` tokens inside the block, and restore the batch after it."""
+        """Return a context manager in which layers take parts of sequences of `length` tokens, or whole ones for None.
+
+        At its end the batch is the one before.  Generation and evaluation use it for sequences beside the batch; the
+        caller takes this rank's tokens of them, those at `positions`.
+        """
         return self._splitter.parts_of(length)
 
     def with_documents(self, documents: Tensor | None) -> AbstractContextManager[None]:
-        """Give the attention of transformers' models these documents of whole sequences inside the block.
+        """Return a context manager in which the attention of transformers' models separates these documents.
 
-        It is for steps whose batch nobody splits: `split` keeps the documents of its batch, and then this changes
-        nothing.
+        These models have no argument for documents.  It is for steps whose batch is not split, as under another
+        strategy; in a split batch it changes nothing, as `split` has kept the documents of the batch.
 
         Args:
-            documents: (N,) or (B, N), the id of each token's document; None where each row is one document.
+            documents: (N,) or (B, N), the id of each token's document; None if each row is one document.
         """
         return self._splitter.with_documents(documents)
 
     def check_same(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> None:
-        """Raise a ValueError on all ranks where those that share sequences hold different batches, or unfit ones."""
+        """Raise a ValueError on all ranks if ranks that share sequences hold unequal batches, or one cannot be split.
+
+        All ranks call it together before `split`, in a training loop without the strategy, say.  It reads all values
+        of the batch.  In one process it does nothing.
+        """
         self._splitter.check_same(batch, sequence_dims)
 
     def fault_of(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> str:
-        """Return why a batch cannot be split, or an empty string."""
+        """Return the error message for a batch that cannot be split over the ranks; "" if it can be split.
+
+        It sends nothing to other ranks: the strategy does, so that all of them raise the error.
+        """
         return self._splitter.fault_of(batch, sequence_dims)
 
     @property
     def samples(self) -> tuple[str, ...]:
-        """The names of the batch's samples, where the data gives them."""
+        """The names of the batch's samples, where it was a `SequencePart`; else an empty tuple."""
         return self._splitter.samples
 
     @property
     def repeated_samples(self) -> int:
-        """How many samples at the end of a validation or test batch are repeats, which count on another rank.
+        """How many samples at the end of a validation or test batch are repeats, which metrics are to leave out.
 
-        A sampler repeats samples whose number does not divide over the groups, as all need equally many batches.
+        A distributed sampler repeats samples if their number does not divide over the data-parallel groups, as all
+        groups need equally many batches.  Another group has the same samples, and counts them.  The strategy sets the
+        number for each batch.
         """
         return self._splitter.repeated
 
@@ -160,34 +184,40 @@ class SequenceContext(ContextAttention):
 
     @property
     def length(self) -> int | None:
-        """The number of tokens of the batch's whole sequences, where it is known."""
+        """The number N of tokens of the batch's whole sequences; None if no batch was begun or it is not known."""
         return self._splitter.current.length
 
     @property
     def positions(self) -> Tensor | None:
-        """The positions of this rank's tokens in the whole sequence; None where the length is unknown."""
+        """The positions of this rank's tokens in the whole sequence, (L,) on the CPU; None if `length` is None."""
         return self._splitter.positions
 
     @property
     def documents(self) -> Tensor | None:
-        """The document ids of this rank's tokens, where the current batch has documents."""
+        """The document ids of this rank's tokens, (L,) or (B, L); None if the current batch has no documents."""
         return self._splitter.current.documents
 
     @property
     def key_padding_mask(self) -> Tensor | None:
-        """A mask, True where a token of this rank is padding; None if the current batch has no attention_mask."""
+        """(B, L), True where a token of this rank is padding; None if the current batch has no attention_mask."""
         return self._splitter.current.key_padding_mask
 
     def positions_of(self, x: Tensor, dim: int = 1) -> Tensor:
-        """Return `positions` on the device of x, whose dimension `dim` is the sequence; never None."""
+        """Return the positions in the whole sequence of the tokens along dimension `dim` of x, (L,), on its device.
+
+        Models call it in place of `torch.arange`.  For whole sequences of any length it returns that.
+        """
         return self._splitter.positions_of(x, dim)
 
     def placement_of(self, length: int) -> Placement:
-        """Return the placement of sequences of `length` tokens: as even as can be."""
+        """Return which tokens of a sequence of `length` tokens each rank of the sequence group holds.
+
+        The ranks hold equally many tokens, or some of them one more.  Datasets that make a `SequencePart` call it.
+        """
         return self._splitter.placement_of(length)
 
     def kind_of(self, length: int) -> Kind:
-        """Return the kind of that placement, "contiguous" or "zigzag"."""
+        """Return whether `placement_of(length)` is "contiguous" or "zigzag"."""
         return self._splitter.kind_of(length)
 
     # Losses and metrics
@@ -195,30 +225,38 @@ class SequenceContext(ContextAttention):
     def token_mean(self, loss_sum: Tensor, token_count: Tensor | float) -> Tensor:
         """Return the mean loss over the tokens of all ranks: the sum of all `loss_sum` over that of all `token_count`.
 
-        All ranks call it together and get the same number; it is 0 if no rank has a token.  Its gradient is right if
-        gradients are averaged over all ranks, as DDP, FSDP and DeepSpeed do.
+        A training or validation step returns it as the loss.  All ranks call it together and get the same number; it is
+        0 if no rank has a token.  Its gradient is right if gradients are averaged over all ranks, as DDP, FSDP and
+        DeepSpeed do.
+
+        Args:
+            loss_sum: the sum of the losses of this rank's tokens, without dimensions.
+            token_count: the number of these tokens.
         """
         return self._reductions.token_mean(loss_sum, token_count)
 
     def gather_sequence(self, x: Tensor, dim: int = 1) -> Tensor:
-        """Return whole sequences, their tokens in order, out of the parts that the ranks hold; differentiable.
+        """Return whole sequences with all N tokens in order, of which dimension `dim` of x has this rank's tokens.
 
-        Dimension `dim` of x is this rank's tokens.  Models call it for what needs all tokens, such as a pooled output.
-        Where every rank then computes the same loss, gradients averaged over all ranks are right.
+        It is differentiable.  Models call it, on all ranks of the sequence group together, for what needs all tokens,
+        such as a pooled output.  If every rank then computes the same loss, gradients averaged over all ranks are
+        right.  Whole sequences are returned as they are.
         """
         return self._reductions.gather_sequence(x, dim)
 
     def sum_parts(self, x: Tensor) -> Tensor:
-        """Return the sum of x over the ranks that share sequences; differentiable.
+        """Return the sum of x over the ranks that share sequences, which call it together; differentiable.
 
-        As with `gather_sequence`, every rank then computes the same loss.
+        Models call it for sums over tokens, such as those of a pooled output.  As after `gather_sequence`, every rank
+        must then compute the same loss.  If sequences are whole, x is returned.
         """
         return self._reductions.sum_parts(x)
 
     def per_sample(self, metric: Any) -> Any:
         """Make a torchmetrics Metric or MetricCollection count each sample once, and return it.
 
-        Ranks that share a sequence all see its samples; without this each of them counts.
+        A module calls it when it makes the metric for values of samples.  All ranks that share a sequence update the
+        metric with the same samples, and torchmetrics by itself would add up the states of all of them.
         """
         metrics = [child for child in metric.modules() if hasattr(child, "dist_sync_fn")]
         if not metrics:
@@ -228,5 +266,13 @@ class SequenceContext(ContextAttention):
         return metric
 
     def gather_samples(self, x: Tensor, group: Any = None) -> list[Tensor]:
-        """Return the x of each rank that works on other samples, of any lengths: a `dist_sync_fn` for torchmetrics."""
+        """Return the x of one rank of each data-parallel group, as a list; their sizes may differ.
+
+        `per_sample` gives it to metrics as their `dist_sync_fn`, which torchmetrics calls on all ranks together to
+        gather the states.
+
+        Args:
+            x: the state of this rank.
+            group: the group of torchmetrics, which is used only if the context has no mesh.
+        """
         return self._reductions.gather_samples(x, group)

@@ -1,4 +1,4 @@
-"""The seeds of dropout in a context, and plain dropout of which each rank that shares a sequence draws its own part."""
+"""The seeds of dropout in a context, and dropout of activations where each rank drops other elements of its tokens."""
 
 from __future__ import annotations
 
@@ -20,34 +20,41 @@ if TYPE_CHECKING:
 
     from lightning_longnet.sequence.splitter import BatchSplitter
 
-_CALLS = -1  # plain dropout adds it to the seed of a step, in the place of a layer's number
+_CALLS = -1  # `of_activations` adds it to the seed of a step, in the place of a layer's number
 
 
 class DropoutSeeds:
     """The seeds of dropout: functions of the step where one was begun, otherwise drawn from torch's CPU generator."""
 
     def __init__(self) -> None:
-        self._step: Tensor | None = None
-        self._generator: torch.Generator | None = None  # the generator of plain dropout in the step
-        self._calls: dict[int, Tensor] = {}
+        self._step: Tensor | None = None  # the seed of the step
+        self._generator: torch.Generator | None = None  # the generator of `of_activations` in the step
+        self._calls: dict[int, Tensor] = {}  # the seeds of all ranks for each call of `of_activations` in the step
 
     def begin(self, seed: int, number: int | None) -> None:
-        """Begin the step of this number, or end the one that was begun where it is None."""
+        """Begin the step of this number, or end the one that was begun where it is None.
+
+        `ContextDropout.begin_step` calls it with the `seed` of the context.
+        """
         self._calls.clear()
         self._step = None if number is None else splitmix64(splitmix64(torch.tensor(seed)) + number)
         self._generator = None
 
     def of_layer(self, layer: int) -> Tensor | None:
-        """Return the seed of a layer's attention in the current step; None where no step was begun."""
+        """Return the seed of attention dropout for the layer of this number in the current step, equal on all ranks.
+
+        It is a 0-dimensional int64 tensor on the CPU; None where no step was begun, so that the caller draws a seed.
+        """
         return None if self._step is None else splitmix64(self._step + layer)
 
-    def of_plain_dropout(self, rank: int, ranks: int) -> int:
-        """Return the seed of a call of plain dropout on one of `ranks` ranks; each rank gets a different one.
+    def of_activations(self, rank: int, ranks: int) -> int:
+        """Return the seed for one call of dropout of activations on rank `rank` of `ranks`, other than on other ranks.
 
-        Every call draws `ranks` numbers from torch's CPU generator, so that it stays equal on all ranks.  Outside of a
-        step these are the seeds.  In a step the seeds come from a generator of the step, so that a resumed run repeats
-        them.  Activation checkpointing restores torch's generator before it recomputes, so the recomputation draws the
-        same numbers again: the first of them is the key under which the seeds of the call are cached.
+        All ranks call it together.  Every call draws `ranks` numbers from torch's CPU generator, so that it stays equal
+        on all ranks.  Outside of a step these are the seeds.  In a step the seeds come from a generator of the step, so
+        that a resumed run repeats them.  Activation checkpointing restores torch's generator before it recomputes, so
+        the recomputation draws the same numbers again: the first of them is the key under which the seeds of the call
+        are cached.
         """
         drawn = torch.randint(2**62, (ranks,), device="cpu")
         if self._step is not None:
@@ -61,8 +68,11 @@ class DropoutSeeds:
 
     @contextmanager
     def one_call(self) -> Iterator[None]:
-        """Let the calls inside the block count as one call of plain dropout, however many there are on a rank."""
-        seed, outer = self.of_plain_dropout(0, 1), self._generator
+        """Keep the generators equal on all ranks where some call `of_activations` more often inside the block.
+
+        After the block they are as after one call.  `ContextDropout.chunks_as_one` uses it.
+        """
+        seed, outer = self.of_activations(0, 1), self._generator
         self._generator = None if self._step is None else torch.Generator().manual_seed(seed)
         try:
             with seeded(torch.device("cpu"), seed):
@@ -72,7 +82,7 @@ class DropoutSeeds:
 
 
 class ContextDropout(Positioned):
-    """The dropout of a `SequenceContext`.
+    """The part of `SequenceContext` that begins steps, and drops activations and pairs of attention.
 
     Attributes:
         seed: the seed of dropout in steps.
@@ -85,10 +95,11 @@ class ContextDropout(Positioned):
     def begin_step(self, number: int | None) -> None:
         """Begin the step of a micro-batch; None ends the step.
 
-        In a step, what attention drops, and what dropout drops of a batch that is split, is a function of `seed` and
-        the number, so that a run that is resumed repeats it.  Outside of steps every call draws a seed from torch's CPU
-        generator; ranks that share a sequence use the seed of the first of them.  `torch.manual_seed` repeats it, and
-        so does the recomputation of activations.
+        The strategy calls it before each step of the module, and a training loop without it does so before each
+        forward.  In a step, what attention drops, and what dropout drops of a batch that is split, is a function of
+        `seed` and the number, so that a run that is resumed repeats it.  Outside of steps every call draws a seed from
+        torch's CPU generator; ranks that share a sequence use the seed of the first of them.  `torch.manual_seed`
+        repeats it, and so does the recomputation of activations.
 
         Args:
             number: any integer.  The strategy takes the number of the micro-batch since training began, and negative
@@ -99,9 +110,10 @@ class ContextDropout(Positioned):
     def dropout(self, x: Tensor, p: float = 0.5, training: bool = True, *, is_part: bool | None = None) -> Tensor:
         """Return `torch.nn.functional.dropout(x, p, training)`, where each rank drops other elements of its tokens.
 
-        Ranks that share a sequence have equal random states, so that a layer that is left out at random is left out on
-        all of them.  The function of torch therefore drops the same elements of each part.  Modules of torch, such as
-        `nn.Dropout`, do as this method does if the context was attached to them.
+        A user's module calls it in place of torch's function, on all ranks together.  Ranks that share a sequence have
+        equal random states, so that a layer that is left out at random is left out on all of them.  The function of
+        torch therefore drops the same elements of each part.  Modules of torch, such as `nn.Dropout`, do as this method
+        does if the context was attached to them.
 
         Args:
             x: a tensor of any shape.
@@ -115,43 +127,46 @@ class ContextDropout(Positioned):
         return dropped
 
     def holds_part(self, x: Tensor) -> bool:
-        """Return whether x holds this rank's tokens in a split batch, and not what all ranks hold alike.
+        """Return whether x, (..., features), holds this rank's tokens in a split batch, and not what all ranks share.
 
-        Its shape decides: a dimension before the last is as long as this rank's part, and none is as long as the
-        sequences.
+        Its shape decides: a dimension before the last has the size L of this rank's part, and none has the size N of
+        whole sequences.  Dropout needs to know it: of what all ranks share they must drop the same elements.
         """
         return self.holds_part_of(x.shape[:-1])
 
     def holds_part_of(self, dims: Sequence[int]) -> bool:
-        """Return the same for a tensor whose dimensions, but for that of features, have these sizes."""
+        """Return what `holds_part` returns, for a tensor whose dimensions without that of features have these sizes."""
         splitter = self._splitter
         return splitter.is_split and splitter.local_length in dims and splitter.current.length not in dims
 
     @not_compiled
     def _dropped_part(self, x: Tensor, p: float, is_part: bool | None) -> Tensor:
+        """Return the dropout of x with the generator of `random_part`; `torch.compile` breaks the graph here."""
         with self.random_part(x.device, self.holds_part(x) if is_part is None else is_part):
             return F.dropout(x, p)
 
     def chunks_as_one(self) -> AbstractContextManager[None]:
-        """Let random states stay equal on all ranks where these compute different numbers of chunks in the block.
+        """Return a context manager for a layer that computes its tokens in chunks and drops elements of each chunk.
 
-        A rank whose part is one chunk calls it, too.
+        Ranks with more tokens may have more chunks, and so draw more random numbers: after the block the random states
+        of all ranks are equal again.  All ranks of the sequence group enter it, also those with a single chunk.
         """
         return self._seeds.one_call() if self._splitter.is_split else nullcontext()
 
     def random_part(self, device: torch.device, is_part: bool) -> AbstractContextManager[None]:
-        """Let torch's generator of a device draw inside the block for this rank's part of a sequence alone.
+        """Return a context manager in which torch's generator of a device draws other numbers on each rank.
 
-        All ranks call it together.  Where `is_part` is False it draws the same on all ranks that share a sequence.
+        After the block the generator continues as if unused.  All ranks call it together, around each dropout.  With
+        `is_part=False` ranks that share a sequence draw the same numbers.
         """
         size = self.sequence_parallel_size
         rank = self.data_parallel_rank * size + (self.sequence_parallel_rank if is_part else 0)
-        return seeded(device, self._seeds.of_plain_dropout(rank, self.data_parallel_size * size))
+        return seeded(device, self._seeds.of_activations(rank, self.data_parallel_size * size))
 
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Let torch's generator of a device begin at a seed inside the block, and continue after it as if unused."""
+    """Seed torch's default generator of a device inside the block, and restore its state at the end."""
     generator = _generator_of(device)
     state = generator.get_state()
     generator.manual_seed(seed)

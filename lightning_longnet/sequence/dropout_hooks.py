@@ -24,7 +24,10 @@ _FEATURE_DROPOUTS = {nn.Dropout1d: 3, nn.Dropout2d: 4, nn.Dropout3d: 5, nn.Featu
 
 
 def set_hooks(module: nn.Module, context: SequenceContext | None) -> None:
-    """Register the hooks on a module that drops, where a context splits sequences, and remove them where none does."""
+    """Register the hooks on a dropout module of torch if ranks share sequences in `context`, else remove them.
+
+    `attach_context` calls it for each module.  Other modules stay as they are, and so do those that have the hooks.
+    """
     needs_hooks = context is not None and context.sequence_parallel_size > 1
     if not isinstance(module, _DropoutNd) or needs_hooks == (_HANDLES in module.__dict__):
         return
@@ -37,10 +40,11 @@ def set_hooks(module: nn.Module, context: SequenceContext | None) -> None:
 
 
 @contextmanager
-def drops_parts(module: nn.Module, is_part: bool) -> Iterator[None]:
-    """Let the dropout modules inside a module take their inputs for this rank's tokens, or not, whatever their shapes.
+def inputs_as_parts(module: nn.Module, is_part: bool) -> Iterator[None]:
+    """Say inside the block whether the inputs of the dropout modules in a module are this rank's tokens.
 
-    Inside the block a chunk of this rank's part, whose length is another one, is dropped as the part is.
+    By themselves the hooks decide it by the shape of the input.  That fails where a feed-forward layer of transformers
+    is computed in chunks of tokens, which `lightning_longnet.huggingface.recomputation` does.
     """
     modules = [each for each in module.modules() if _HANDLES in each.__dict__]
     for each in modules:
@@ -52,26 +56,26 @@ def drops_parts(module: nn.Module, is_part: bool) -> Iterator[None]:
             each.__dict__.pop(_IS_PART, None)
 
 
-# The hooks are functions of this module, so that modules with them can be pickled and copied.  torch.compile traces
+# The hooks are functions of this file, so that modules with them can be pickled and copied.  torch.compile traces
 # their condition, and breaks the graph in split batches alone
 
 
-def _draws_parts(module: nn.Module) -> bool:
-    """Return whether a dropout module drops now, in a batch that is split."""
+def _drops_in_split_batch(module: nn.Module) -> bool:
+    """Return whether the batch is split and a dropout module is in training mode with p > 0."""
     context: SequenceContext | None = module.__dict__.get(ATTACHED)
     assert isinstance(module, _DropoutNd)
     return context is not None and context.is_split and module.training and module.p > 0
 
 
 def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Seed the generator for this rank's part; the hook that torch calls before the forward."""
-    if _draws_parts(module):
+    """Seed the generator for this rank's part; torch calls this hook before the forward of a dropout module."""
+    if _drops_in_split_batch(module):
         _seed_part(module, args[0] if args else kwargs["input"])
 
 
 def _after_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Restore the generator; the hook that torch calls after the forward, also after an error."""
-    if _draws_parts(module):
+    """Restore the generator; torch calls this hook after the forward of a dropout module, also after an error."""
+    if _drops_in_split_batch(module):
         _restore_generator(module)
 
 
@@ -95,7 +99,11 @@ def _restore_generator(module: nn.Module) -> None:
 
 
 def _independent_sizes(module: nn.Module, x: Tensor) -> Sequence[int]:
-    """Return the sizes of the dimensions of x, without that of features, along which a module draws independently."""
+    """Return the sizes of the dimensions of x that can be the batch or the tokens for a dropout module.
+
+    These are all but the last.  A module that drops whole features, such as `nn.Dropout1d` of (N, C, L), has the batch
+    and the features in the first two dimensions, or the features alone in the first one.
+    """
     for kind, dims in _FEATURE_DROPOUTS.items():
         if isinstance(module, kind):
             return x.shape[: 2 if x.dim() >= dims else 1]

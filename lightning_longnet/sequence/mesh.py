@@ -1,4 +1,4 @@
-"""The mesh of ranks: sequences are split along one axis, batches along the other."""
+"""The device mesh of all ranks: sequences are split along one axis, batches along the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ DATA, SEQUENCE = "data_parallel", "sequence_parallel"
 
 
 def checked_sequence_size(ranks: int, sequence_parallel_size: int | None) -> int:
-    """Return how many ranks share a sequence, all of them by default; a ValueError names the sizes that are allowed."""
+    """Return `sequence_parallel_size`, or `ranks` if it is None, after checking that it divides the number of ranks.
+
+    A ValueError names the sizes that are allowed.  The strategy calls it before it starts processes.
+    """
     size = ranks if sequence_parallel_size is None else sequence_parallel_size
     valid = [n for n in range(1, ranks + 1) if ranks % n == 0]
     if not isinstance(size, int) or isinstance(size, bool) or size not in valid:
@@ -25,15 +28,16 @@ def checked_sequence_size(ranks: int, sequence_parallel_size: int | None) -> int
 def sequence_mesh(
     sequence_parallel_size: int | None = None, device_type: str = "cpu", timeout: float = 1800.0
 ) -> DeviceMesh:
-    """Make a mesh of all ranks with the axes "data_parallel" and "sequence_parallel"; all ranks call it together.
+    """Make a mesh of all ranks with the axes "data_parallel" and "sequence_parallel", for a `SequenceContext`.
 
-    Consecutive ranks share a sequence.  Each axis has separate groups, whose messages never mix with those of the
-    group of all ranks.
+    All ranks call it together, after `torch.distributed.init_process_group`; the strategy does it by itself.
+    Consecutive ranks share a sequence.  Each axis has new process groups, so that the messages of attention never mix
+    with those of other collectives.
 
     Args:
         sequence_parallel_size: how many ranks share a sequence; all of them by default.
         device_type: "cpu" or "cuda".
-        timeout: seconds after which a rank that waits for another gives up.
+        timeout: seconds after which a rank that waits for another raises an error.
     """
     world = dist.get_world_size()
     size = checked_sequence_size(world, sequence_parallel_size)
@@ -43,7 +47,10 @@ def sequence_mesh(
 
 
 def _group_of(rows: list[list[int]], timeout: float) -> dist.ProcessGroup:
-    """Make a group of each row of ranks, as all ranks must, and return the one that holds this rank."""
+    """Make a process group of each row of ranks, and return the one that this rank is in.
+
+    All ranks make all groups: torch requires it of `new_group`.
+    """
     own = None
     for row in rows:
         group = dist.new_group(row, timeout=timedelta(seconds=timeout))

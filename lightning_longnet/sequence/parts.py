@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class SequencePart:
-    """The part of sequences that a rank holds, cut when it was read; `SequenceContext.split` does not cut it again.
+    """The tokens of sequences that one rank holds, for datasets that read no more than these.
 
-    A dataset makes one of each sample: `sequence_context(module).placement_of(length).chunks(rank)` are the tokens
-    to read.  It is a dataclass and no dictionary, so that length, stretches and samples stay with the tensors when a
+    A dataset makes one of each sample: `sequence_context(module).placement_of(length).chunks(rank)` are the tokens to
+    read.  A DataLoader collates them into one of the batch by `collate_parts`, and `SequenceContext.split` takes it as
+    it is.  It is a dataclass and no dictionary, so that length, stretches and samples stay with the tensors when a
     loader collates and pins them, or a plugin maps them.
 
     Args:
         tensors: the tensors by name, with this rank's tokens in the order in which it holds them.
-        length: the number of tokens of the whole sequences.
-        stretches: the begin and end of each stretch of tokens that this rank holds, in the whole sequences.
+        length: the number N of tokens of the whole sequences.
+        stretches: (begin, end) of each stretch of consecutive tokens that this rank holds, in the whole sequences.
         samples: a unique name of each sample.  Ranks that share sequences compare these, as their values differ.
     """
 
@@ -44,11 +45,11 @@ class SequencePart:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of each sequence on this rank."""
+        """The number of tokens of each sequence on this rank, by the stretches."""
         return sum(end - begin for begin, end in self.stretches)
 
     def check(self, placement: Placement, rank: int) -> None:
-        """Raise a ValueError where this is not the part that a placement gives to a rank."""
+        """Raise a ValueError if these are not the tokens that a placement gives to a rank; `split` calls it."""
         expected = tuple((begin, end) for begin, end, _ in placement.chunks(rank))
         if self.stretches != expected:
             raise ValueError(
@@ -58,17 +59,25 @@ class SequencePart:
             )
 
     def digest(self) -> int:
-        """Return a number that parts of the same samples share, whichever tokens they hold."""
+        """Return a 56-bit hash of the samples' names, the length, and the names and dtypes of the tensors.
+
+        It is equal on all ranks that share sequences, as the values and shapes on each are those of other tokens.
+        """
         kinds = [(name, str(value.dtype)) for name, value in sorted(self.tensors.items())]
         content = sha256(repr((self.length, self.samples, kinds)).encode())
         return int.from_bytes(content.digest()[:7], "big")
 
     def to(self, device: torch.device | str, **settings: Any) -> SequencePart:
-        """Return the part with its tensors on a device."""
+        """Return the part with its tensors on a device; Lightning calls it, as of a tensor, to move a batch.
+
+        Args:
+            device: the device.
+            settings: keyword arguments of `Tensor.to`, such as `non_blocking`.
+        """
         return self._mapped(lambda x: x.to(device, **settings))
 
     def pin_memory(self) -> SequencePart:
-        """Return the part with its tensors in pinned memory."""
+        """Return the part with its tensors in pinned memory; a DataLoader with `pin_memory=True` calls it."""
         return self._mapped(lambda x: x.pin_memory())
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> SequencePart:
@@ -76,7 +85,11 @@ class SequencePart:
 
 
 def collate_parts(parts: Sequence[SequencePart], **_: Any) -> SequencePart:
-    """Collate the parts of several samples into that of a batch; all must have the same length and stretches."""
+    """Return the part of a batch, with the tensors of several samples stacked along a new first dimension.
+
+    torch's `default_collate` calls it in any DataLoader, with keyword arguments that are not used here.  A ValueError
+    is raised unless all parts have the same length and stretches.
+    """
     first = parts[0]
     for part in parts:
         if (part.length, part.stretches) != (first.length, first.stretches):
@@ -93,10 +106,20 @@ default_collate_fn_map[SequencePart] = collate_parts
 
 
 def part_of(x: Tensor, placement: Placement, rank: int, dim: int) -> Tensor:
-    """Return the tokens of a rank, in the order in which it holds them; a copy, so that the whole can be freed."""
+    """Return the tokens of a rank out of whole sequences x, in the order in which the rank holds them.
+
+    It is a copy, so that the whole can be freed.
+
+    Args:
+        x: whole sequences, with all N tokens in dimension `dim`.
+        placement: which tokens each rank holds.
+        rank: the number of the rank in its sequence group.
+        dim: the dimension of the tokens.
+    """
     parts = [x.narrow(dim, begin, end - begin) for begin, end, _ in placement.chunks(rank)]
     return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0).clone()
 
 
 def _ranges_text(stretches: Sequence[tuple[int, int]]) -> str:
+    """Return "0 to 4 and 12 to 16" for an error message; "none" without stretches."""
     return " and ".join(f"{begin} to {end}" for begin, end in stretches) or "none"

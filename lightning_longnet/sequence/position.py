@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeshPosition:
-    """The position of this rank in a mesh; by default that of one process.
+    """The position of this rank in a device mesh as `sequence_mesh` makes one; by default that of one process.
 
     Attributes:
         sequence_parallel_size: how many ranks share a sequence.
@@ -35,7 +35,10 @@ class MeshPosition:
 
     @classmethod
     def of(cls, mesh: DeviceMesh | None) -> MeshPosition:
-        """Return the position of this rank in a mesh as `sequence_mesh` makes one."""
+        """Return the position of this rank in a mesh, or that of one process if it is None.
+
+        `SequenceContext` calls it once, as reading sizes and groups of a mesh takes time.
+        """
         if mesh is None:
             return cls()
         return cls(
@@ -49,7 +52,7 @@ class MeshPosition:
 
 
 class Positioned:
-    """An object with a `position`, whose sizes, ranks and groups are attributes of the object too."""
+    """A base class of `SequenceContext`, which gives the attributes of its `position` to the object itself."""
 
     position: MeshPosition
 
@@ -65,12 +68,12 @@ class Positioned:
 
     @property
     def data_parallel_size(self) -> int:
-        """The number of groups of ranks, which work on different sequences."""
+        """The number of groups of ranks, each of which works on other sequences."""
         return self.position.data_parallel_size
 
     @property
     def data_parallel_rank(self) -> int:
-        """The number of this rank's group among them."""
+        """The number of this rank's group among the `data_parallel_size` groups."""
         return self.position.data_parallel_rank
 
     @property
@@ -85,5 +88,5 @@ class Positioned:
 
 
 def world_group() -> dist.ProcessGroup | None:
-    """Return the group of all ranks, or None where torch.distributed is not initialized."""
+    """Return the default process group, which has all ranks, or None if torch.distributed is not initialized."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None

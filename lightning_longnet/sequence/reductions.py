@@ -1,4 +1,4 @@
-"""Reductions over ranks with their gradients: means over tokens, whole sequences out of parts, and sums of parts."""
+"""Collectives with gradients: means over tokens of all ranks, whole sequences out of parts, and sums of parts."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ if TYPE_CHECKING:
 
 
 class Reductions:
-    """The reductions of a rank over the others; `SequenceContext` has the same methods and says more of each.
+    """Computes what the methods of `SequenceContext` with the same names return; they call it and say when to use each.
 
     Args:
         splitter: says whether sequences are split now, and how.
-        token_window: the window that means are taken in.
-        traffic: counts the time of the means.
+        token_window: chooses the divisor of gradients when micro-batches are weighted by their tokens.
+        traffic: counts the time that `token_mean` waits for other ranks.
     """
 
     def __init__(self, splitter: BatchSplitter, token_window: TokenWindow, traffic: Traffic) -> None:
         self._splitter, self._token_window, self._traffic = splitter, token_window, traffic
 
     def token_mean(self, loss_sum: Tensor, token_count: Tensor | float) -> Tensor:
-        """Return the mean over the tokens of all ranks."""
+        """Return the sum of all ranks' `loss_sum` over the sum of their `token_count`, in the dtype of the loss.
+
+        All ranks call it together.  A loss without a gradient, as one that is logged, leaves the token window as it is.
+        """
         group = world_group()
         begin = perf_counter()
         totals = _totals(loss_sum, token_count, group)
@@ -44,9 +47,9 @@ class Reductions:
         return mean
 
     def gather_sequence(self, x: Tensor, dim: int) -> Tensor:
-        """Return whole sequences, their tokens in order, out of parts x whose dimension `dim` is this rank's tokens.
+        """Return whole sequences, with all N tokens in dimension `dim`, out of parts x with this rank's L tokens there.
 
-        Sequences that are not split are returned as they are.
+        All ranks of the sequence group call it together.  Sequences that are not split are returned as they are.
         """
         splitter = self._splitter
         if not splitter.is_split:
@@ -61,14 +64,17 @@ class Reductions:
         return whole
 
     def sum_parts(self, x: Tensor) -> Tensor:
-        """Return the sum of x over the ranks that share sequences."""
+        """Return the sum of x over the ranks of the sequence group, which call it together; x if nothing is split."""
         if not self._splitter.is_split:
             return x
         total: Tensor = SumParts.apply(x, self._splitter.position.sequence_group)  # type: ignore[no-untyped-call]
         return total
 
     def gather_samples(self, x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
-        """Return the x of each rank that works on other samples; without a mesh these are `group`, or all."""
+        """Return the x of each rank of the data-parallel group of this rank, as a list.
+
+        Without a mesh the ranks are those of `group`, or all ranks if that is None, or this one process.
+        """
         if self._splitter.position.data_parallel_group is not None:
             group = self._splitter.position.data_parallel_group
         elif group is None:
@@ -77,24 +83,34 @@ class Reductions:
 
 
 class TokenMean(torch.autograd.Function):
-    """The sum over all ranks / the count over all ranks, with a gradient for engines that average gradients over ranks.
+    """The sum of losses over all ranks, divided by the count of tokens over all ranks.
 
-    The gradient is that of the sum / `divisor`, which is the count except in a `TokenWindow`.
+    The gradient of `loss_sum` is `ranks / divisor`: DDP, FSDP and DeepSpeed average gradients over the ranks, and so
+    divide by `ranks` again.
     """
 
     @staticmethod
     def forward(ctx: Any, loss_sum: Tensor, totals: Tensor, divisor: Tensor, ranks: int) -> Tensor:
+        """Return the mean, without dimensions; 0 if no rank has a token.
+
+        Args:
+            loss_sum: the sum of this rank alone, which gets the gradient.
+            totals: (2,) in float64, what `_totals` returns.
+            divisor: what the gradient is divided by: the count of tokens except in a `TokenWindow`.
+            ranks: the number of ranks over which gradients are averaged.
+        """
         ctx.factor = torch.where(divisor > 0, ranks / divisor, 0.0)
         mean = torch.where(totals[1] > 0, totals[0] / totals[1], 0.0)
         return mean.to(loss_sum.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """Return the gradient of `loss_sum`; the others have none."""
         return (grad * ctx.factor).to(grad.dtype), None, None, None
 
 
 def _totals(loss_sum: Tensor, token_count: Tensor | float, group: dist.ProcessGroup | None) -> Tensor:
-    """Return (sum of losses, count of tokens) over the ranks, in float64."""
+    """Return (sum of losses, count of tokens) over the ranks of a group, (2,) in float64; they call it together."""
     if loss_sum.dim() != 0:
         raise ValueError(f"loss_sum must be a sum, a tensor of no dimension, got shape {tuple(loss_sum.shape)}")
     count = torch.as_tensor(token_count, dtype=torch.float64, device=loss_sum.device).detach()
@@ -107,11 +123,22 @@ def _totals(loss_sum: Tensor, token_count: Tensor | float, group: dist.ProcessGr
 
 
 class GatherSequence(torch.autograd.Function):
-    """The whole sequence on every rank; the gradient of a part is the sum of all ranks' gradients of it."""
+    """The whole sequence on every rank of a group, out of their parts.
+
+    The gradient of a part is the sum of the gradients that all ranks have of its tokens.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, placement: Placement, rank: int, group: dist.ProcessGroup, dim: int) -> Tensor:
-        """Return whole sequences out of the parts x of the ranks of `group`; dimension `dim` is the sequence."""
+        """Return whole sequences, with N tokens in dimension `dim`.
+
+        Args:
+            x: this rank's part, with its tokens in dimension `dim`.
+            placement: which tokens each rank holds.
+            rank: the number of this rank in `group`.
+            group: the ranks that share the sequences.
+            dim: the dimension of the tokens, not negative.
+        """
         ctx.where = placement, rank, group, dim
         longest = max(placement.lengths)  # all_gather takes tensors of one shape: shorter parts are padded
         local = x.movedim(dim, 0)
@@ -135,27 +162,29 @@ class GatherSequence(torch.autograd.Function):
 
 
 class SumParts(torch.autograd.Function):
-    """The sum over the ranks, on each of them; the gradient of each addend is the sum of all ranks' gradients."""
+    """The sum of x over the ranks of a group, on each of them; the gradient of x is the sum of all ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Return the sum, in the shape and dtype of x."""
         ctx.group = group
         return _total(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        """Return the sum of all ranks' gradients."""
         return _total(grad, ctx.group), None
 
 
 def _total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the sum of x over the ranks, added in float32 or wider."""
+    """Return the sum of x over the ranks of a group in the dtype of x, added in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
     dist.all_reduce(wide, group=group)
     return wide.to(x.dtype)
 
 
 def _all_gather_ragged(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Return the x of each rank of a group, whose shapes may differ but for their number of dimensions."""
+    """Return the x of each rank of a group, which must have the same number of dimensions, and may differ in sizes."""
     shape = torch.tensor(x.shape, device=x.device)
     shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shapes, shape, group=group)

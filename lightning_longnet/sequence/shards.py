@@ -1,4 +1,4 @@
-"""The shards of a batch: layers that are called with the same documents and padding share one."""
+"""Caches of `SequenceShard`: layers that are called with the same documents and padding share one."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ class _MaskVersion(NamedTuple):
 
     Torch counts the in-place changes of a tensor in `_version`, but not those of an inference tensor: its values are
     copied and compared.
+
+    Attributes:
+        tensor: the mask itself, which is kept alive, so that no other tensor gets its memory.
+        version: its `_version`; 0 if there is none.
+        values: a copy of an inference tensor; None for others.
     """
 
     tensor: Tensor | None
@@ -32,12 +37,13 @@ class _MaskVersion(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor | None) -> _MaskVersion:
+        """Return the version of a mask as it is now."""
         if x is None or not x.is_inference():
             return cls(x, 0 if x is None else x._version, None)
         return cls(x, 0, x.clone())
 
     def is_unchanged(self, x: Tensor | None) -> bool:
-        """Return whether x is the same tensor with the same values as then."""
+        """Return whether x is the tensor of this version, or a view of all of it, and has not been changed since."""
         if self.tensor is None or x is None:
             return self.tensor is x
         if x is not self.tensor and not (x.dtype == self.tensor.dtype and x.is_set_to(self.tensor)):
@@ -48,7 +54,7 @@ class _MaskVersion(NamedTuple):
 
 
 class _CachedShard(NamedTuple):
-    """A shard, and the documents and the padding that it was made with."""
+    """A shard, with the versions of the documents and of the padding that it was made with."""
 
     documents: _MaskVersion
     padding: _MaskVersion
@@ -56,7 +62,7 @@ class _CachedShard(NamedTuple):
 
 
 class _CachedConversion(NamedTuple):
-    """The result of a conversion of a mask; `into` names the conversion."""
+    """The result of a conversion of a mask, for `BatchShards.once`; `into` names the conversion."""
 
     mask: _MaskVersion
     into: str
@@ -64,7 +70,7 @@ class _CachedConversion(NamedTuple):
 
 
 class BatchShards:
-    """The shards of one batch, each made at its first use by all ranks together."""
+    """The shards of one batch that have documents or padding, each made by all ranks together at its first use."""
 
     def __init__(self) -> None:
         self._shards: list[_CachedShard] = []
@@ -72,15 +78,20 @@ class BatchShards:
 
     @property
     def count(self) -> int:
-        """The number of shards that were made."""
+        """The number of shards that were made, for tests."""
         return len(self._shards)
 
     def get(self, documents: Tensor | None, padding: Tensor | None, make: Callable[[], SequenceShard]) -> SequenceShard:
-        """Return the shard of these tensors as they are now, which `make` makes where there is none on some rank.
+        """Return the cached shard of these masks as they are now, or make one if some rank has none.
 
-        All ranks call it together.  Outside of inference mode a mask that the program changes has another version on
-        all of them.  In inference mode each rank looks at the values of its own part, which may have changed where
-        another's have not; so they compare the indices of their shards, and make one together unless these are equal.
+        All ranks of the sequence group call it together.  Outside of inference mode a mask that the program changes has
+        another version on all of them.  In inference mode each rank compares the values of its own tokens, which may
+        have changed where another's have not; so they exchange the indices of their shards, and make one together
+        unless these are equal.
+
+        Args:
+            documents, padding: the masks of this rank's tokens; at most one of them is None.
+            make: makes the shard, together with the other ranks.
         """
         index = self._index_of(documents, padding)
         compares = any(x is not None and x.is_inference() for x in (documents, padding))
@@ -95,7 +106,7 @@ class BatchShards:
         return shard
 
     def _index_of(self, documents: Tensor | None, padding: Tensor | None) -> int:
-        """Return the index of the shard of these tensors on this rank, the one made last; -1 where there is none."""
+        """Return the index of the latest shard of this rank for these masks; -1 if there is none."""
         for index in reversed(range(len(self._shards))):
             cached = self._shards[index]
             if cached.documents.is_unchanged(documents) and cached.padding.is_unchanged(padding):
@@ -103,9 +114,10 @@ class BatchShards:
         return -1
 
     def once(self, mask: Tensor, into: str, convert: Callable[[], Tensor]) -> Tensor:
-        """Return `convert()`, computed once per batch for this mask and this conversion (`into`).
+        """Return `convert()`, cached for this mask and the name of the conversion, `into`.
 
         Layers that convert one mask then hold one and the same tensor, and so share a shard.
+        `SequenceContext.once` calls it.
         """
         for cached in self._conversions:
             if cached.into == into and cached.mask.is_unchanged(mask):
@@ -116,10 +128,10 @@ class BatchShards:
 
 
 class ShardCache:
-    """Makes the shards of a rank, and counts what all of them send in one `Traffic`.
+    """Makes and caches the shards of a `SequenceContext`, and counts what all of them send in one `Traffic`.
 
-    A shard without documents and padding depends on the length alone, and serves all batches of that length; other
-    shards last as long as their batch.
+    A shard without documents and padding depends on the length alone, and serves all batches of that length.  Other
+    shards are cached in the `BatchShards` of their batch.
     """
 
     def __init__(self, splitter: BatchSplitter, traffic: Traffic) -> None:
@@ -127,7 +139,10 @@ class ShardCache:
         self._plain: dict[int, SequenceShard] = {}
 
     def get(self, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
-        """Return the shard of the current batch with these documents and this padding."""
+        """Return the shard of the current, split batch for these documents and this padding.
+
+        `SequenceContext.shard_of` calls it, on all ranks of the sequence group together.
+        """
         splitter, length = self._splitter, self._splitter.current.length
         assert length is not None
         if documents is not None or key_padding_mask is not None:
@@ -143,7 +158,10 @@ class ShardCache:
         return shard
 
     def make(self, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
-        """Make a shard of the current batch, as all ranks do together."""
+        """Make and return a shard of the current batch, without looking for one in the cache.
+
+        All ranks of the sequence group call it together.
+        """
         splitter = self._splitter
         assert splitter.position.sequence_group is not None
         assert splitter.current.length is not None

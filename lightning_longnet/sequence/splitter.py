@@ -16,7 +16,7 @@ from lightning_longnet.sequence.batches import (
     checked_dims,
     digest,
     dim_of,
-    is_whole,
+    has_no_sequence,
     known_dim,
     known_length,
     length_of,
@@ -42,13 +42,13 @@ class CurrentBatch:
     """The sequences that layers work on now.
 
     Attributes:
-        length: the number of tokens of each whole sequence; None where it is unknown, and layers get no parts.
-        is_whole: layers get whole sequences, even those that a model makes itself.
-        documents: the document ids of this rank's tokens, where the batch has them.
-        key_padding_mask: True where a token of this rank is padding, where the batch has an attention_mask.
+        length: the number N of tokens of each whole sequence; None if it is unknown, and layers get no parts.
+        is_whole: True inside `whole()`: layers get whole sequences, even those that a model makes itself.
+        documents: the document ids of this rank's tokens, (L,) or (B, L); None if the batch has none.
+        key_padding_mask: (B, L), True where a token of this rank is padding; None if the batch has no attention_mask.
         shard: the shard with these documents and this padding, once it was made.
         shards: the shards that were made for the masks that layers are given.
-        is_begun: whether anybody has begun a batch, or said that sequences are whole.
+        is_begun: False until the first batch is begun or split, as then nobody knows the masks of the batch.
     """
 
     length: int | None = None
@@ -61,7 +61,9 @@ class CurrentBatch:
 
 
 class BatchSplitter:
-    """Splits batches over the ranks that share sequences.
+    """Splits batches over the ranks that share sequences, and keeps what is known of the current batch.
+
+    `SequenceContext` has one, and its methods of the same names call it.
 
     Args:
         position: the position of this rank.
@@ -69,9 +71,9 @@ class BatchSplitter:
 
     Attributes:
         current: the sequences that layers work on now.
-        number: the number of batches that were split.
-        samples: the names of the current batch's samples, where the data gives them.
-        repeated: how many of its last samples another rank has as well, and is to count.
+        number: how many times `split` was called.
+        samples: the names of the samples of a `SequencePart`; empty for other batches.
+        repeated: how many of the batch's last samples another data-parallel group has as well, and counts.
     """
 
     def __init__(self, position: MeshPosition, placement: Kind | PlacementRule) -> None:
@@ -128,9 +130,12 @@ class BatchSplitter:
         return batch
 
     def _keep_masks(self, parts: Mapping[str, Tensor]) -> None:
-        """Keep the documents and the padding of this rank's tokens, which the batch's own shard is made with.
+        """Keep copies of "documents" and "attention_mask" of this rank's tokens, for `SequenceContext.shard`.
 
-        They are copies, so that a change of the batch's tensors in place does not change its shard.
+        A later change of the batch's tensors in place then does not change the shard.
+
+        Args:
+            parts: the tensors of this rank by the last name of their paths.
         """
         documents, mask = parts.get("documents"), parts.get("attention_mask")
         self.current.documents = None if documents is None else documents.clone()
@@ -141,7 +146,10 @@ class BatchSplitter:
         self.current = CurrentBatch(length, self.current.is_whole)
 
     def begin_sequences(self, length: int) -> Tensor:
-        """Begin a batch of sequences that the model makes itself, and return the positions of this rank's tokens."""
+        """Begin a batch of sequences that the model itself makes, and return the positions of this rank's tokens, (L,).
+
+        Inside `parts_of(None)`, which `SequenceContext.whole` enters, no batch begins, and all positions are returned.
+        """
         if self.current.is_whole:
             return torch.arange(length)
         self._check_length(length)
@@ -150,7 +158,10 @@ class BatchSplitter:
 
     @contextmanager
     def parts_of(self, length: int | None) -> Iterator[None]:
-        """Give layers parts of sequences of `length` tokens inside the block, and restore the batch after it."""
+        """Give layers parts of sequences of `length` tokens inside the block, and restore the batch after it.
+
+        None gives them whole sequences.
+        """
         before = self.current
         self.current = CurrentBatch(length, is_whole=length is None)
         try:
@@ -160,7 +171,7 @@ class BatchSplitter:
 
     @contextmanager
     def with_documents(self, documents: Tensor | None) -> Iterator[None]:
-        """Let the batch have these documents inside the block, where its sequences are whole."""
+        """Let the batch have these documents, (N,) or (B, N), inside the block; a split batch keeps its own."""
         before = self.current
         if not self.is_split:
             self.current = replace(before, documents=documents, shard=None, shards=BatchShards())
@@ -170,7 +181,7 @@ class BatchSplitter:
             self.current = before
 
     def check_same(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> None:
-        """Raise a ValueError on all ranks where those that share sequences hold different or unfit batches."""
+        """Raise a ValueError on all ranks if ranks that share sequences hold unequal batches or one cannot be split."""
         position = self.position
         if position.sequence_group is None or position.data_parallel_group is None:
             return
@@ -179,7 +190,7 @@ class BatchSplitter:
         check_same_batch(digest(batch), fault, position.sequence_group, position.data_parallel_group, data_position)
 
     def fault_of(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> str:
-        """Return why a batch cannot be split, or an empty string."""
+        """Return the error message for a batch that cannot be split; "" if it can be, or need not be."""
         dims = checked_dims(sequence_dims or {})
         if isinstance(batch, SequencePart):
             return fault_of(lambda: self._check_part(batch, dims))
@@ -188,15 +199,18 @@ class BatchSplitter:
         return ""
 
     def _check_part(self, part: SequencePart, dims: Mapping[str, int | None]) -> None:
-        """Raise a ValueError where a `SequencePart` is not the part of this rank."""
+        """Raise a ValueError if a `SequencePart` does not hold this rank's tokens, or its tensors have others."""
         self._check_length(part.length)
         part.check(self.placement_of(part.length), self.position.sequence_parallel_rank)
         if (tokens := length_of(part.tensors, dims)) != part.tokens:
             raise ValueError(f"a SequencePart of {part.tokens} tokens must have as many in its tensors, got {tokens}")
 
     def _length_of(self, batch: Any, dims: Mapping[str, int | None]) -> int | None:
-        """Return the number of tokens of a batch's sequences, after checking it; None if it has no sequence."""
-        if is_whole(batch, dims):
+        """Return the number N of tokens of a batch's sequences; None if it has none, and is not to be split.
+
+        A ValueError is raised if a tensor is not known, the tensors differ, or ranks would be without tokens.
+        """
+        if has_no_sequence(batch, dims):
             return None
         length = length_of(batch, dims)
         check_labels(batch, dims)
@@ -213,11 +227,11 @@ class BatchSplitter:
             )
 
     def placement_of(self, length: int) -> Placement:
-        """Return the even placement of sequences of `length` tokens."""
+        """Return the placement of sequences of `length` tokens that gives ranks equally many, or some one more."""
         return Placement.even(length, self.position.sequence_parallel_size, self.kind_of(length))
 
     def kind_of(self, length: int) -> Kind:
-        """Return "contiguous" or "zigzag" for sequences of `length` tokens."""
+        """Return "contiguous" or "zigzag" for sequences of `length` tokens, as given or as the function chooses."""
         ranks, given = self.position.sequence_parallel_size, self.placement
         if not callable(given):
             return given
@@ -225,19 +239,22 @@ class BatchSplitter:
 
     @property
     def local_length(self) -> int:
-        """The number of tokens of each sequence on this rank, while a batch is split."""
+        """The number L of tokens of each sequence on this rank; the length of the sequences must be known."""
         assert self.current.length is not None
         return self.placement_of(self.current.length).lengths[self.position.sequence_parallel_rank]
 
     @property
     def positions(self) -> Tensor | None:
-        """The positions of this rank's tokens in the whole sequence; None where the length is unknown."""
+        """The positions of this rank's tokens in the whole sequence, (L,); None if the length is unknown."""
         if self.current.length is None:
             return None
         return _positions(self.placement_of(self.current.length), self.position.sequence_parallel_rank)
 
     def positions_of(self, x: Tensor, dim: int) -> Tensor:
-        """Return the positions of the tokens along a dimension of x, on the device of x."""
+        """Return the positions in the whole sequence of the tokens along dimension `dim` of x, on the device of x.
+
+        A ValueError is raised if that dimension does not have this rank's tokens.
+        """
         if not self.is_split:
             return torch.arange(x.shape[dim], device=x.device)
         positions = self.positions
@@ -246,7 +263,7 @@ class BatchSplitter:
         return positions.to(x.device)
 
     def check_tokens(self, tokens: int) -> None:
-        """Raise a ValueError where layers are given another number of tokens than this rank holds."""
+        """Raise a ValueError if `tokens`, which a layer was given, is not the number that this rank holds."""
         here = self.local_length
         if tokens != here:
             raise ValueError(
@@ -258,5 +275,6 @@ class BatchSplitter:
 
 @lru_cache(16)
 def _positions(placement: Placement, rank: int) -> Tensor:
+    """Return the positions of a rank's tokens in the order in which it holds them, (L,); callers do not change it."""
     parts = [torch.arange(begin, end) for begin, end, _ in placement.chunks(rank)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)

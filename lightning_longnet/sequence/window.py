@@ -1,4 +1,4 @@
-"""Accumulation over micro-batches that count by their tokens."""
+"""Gradient accumulation in which each token, not each micro-batch, has the same weight."""
 
 from __future__ import annotations
 
@@ -11,33 +11,45 @@ if TYPE_CHECKING:
 
 
 class TokenWindow:
-    """Gives the means of accumulated micro-batches one divisor, and at the end a factor that corrects it to all tokens.
+    """The counts of tokens of the micro-batches that are accumulated into one optimizer step.
 
-    It is open from the first of the micro-batches to the last.
+    While it is open, `token_mean` divides the gradient of each micro-batch by the tokens of the first one, as the
+    number of all tokens is not known yet.  `close` returns the factor that makes it a division by all of them.  With
+    `accumulate="tokens"` the strategy opens it before each micro-batch, and closes it after the last backward of a
+    step.
     """
 
     def __init__(self) -> None:
-        self._counts: list[Tensor] | None = None
+        self._counts: list[Tensor] | None = None  # of each micro-batch, over all ranks; None while closed
 
     def open(self) -> None:
-        """Open the window where it is closed."""
+        """Open the window, or leave it as it is if a micro-batch before this one has opened it."""
         if self._counts is None:
             self._counts = []
 
     @property
     def means(self) -> int:
-        """The number of means that were taken in the window."""
+        """How many calls of `token_mean` with a gradient there were since the window was opened; 0 while closed."""
         return 0 if self._counts is None else len(self._counts)
 
     def divisor(self, count: Tensor) -> Tensor:
-        """Return the divisor of a sum over `count` tokens, for its gradient: in a window, the first count."""
+        """Return what the gradient of a mean over `count` tokens is divided by; `token_mean` calls it.
+
+        It is `count` while the window is closed, and otherwise the count of the first micro-batch, at least 1.
+        """
         if self._counts is None:
             return count
         self._counts.append(count)
         return self._counts[0].clamp(min=1)
 
     def close(self, micro_batches: int) -> float:
-        """Close the window, and return the factor of gradients whose losses were each divided by `micro_batches`."""
+        """Close the window, and return the factor by which to multiply the accumulated gradients.
+
+        It is 1 if the window was closed, or if there was no token.
+
+        Args:
+            micro_batches: the number by which Lightning has divided the loss of each micro-batch.
+        """
         counts, self._counts = self._counts, None
         if not counts:
             return 1.0

@@ -1,4 +1,4 @@
-"""The split check: proves on the first batch that a module computes on parts what it computes on whole sequences."""
+"""The split check: compares on the first batch what a module computes on split sequences and on whole ones."""
 
 from lightning_longnet.split_check.check import SplitMismatch, check_split
 from lightning_longnet.split_check.verdict import Verdict

@@ -1,4 +1,4 @@
-"""The causes of a wrong split: what modules and functions do across tokens, and what to write in their place."""
+"""The likely causes of a wrong split: what modules and functions compute across tokens, and what to write instead."""
 
 from __future__ import annotations
 
@@ -129,14 +129,22 @@ _MATRIX = ("matmul", "__matmul__", "__rmatmul__", "bmm", "einsum", "baddbmm", "m
 
 
 def cause_of_class(kind: type[nn.Module]) -> str | None:
-    """Return what a class of modules does across tokens, where it is known."""
+    """Return what a class of modules computes across tokens, a key of `ADVICE`; None if it is not known to."""
     if "Attention" in kind.__name__ and kind.__module__.startswith("transformers."):
         return TRANSFORMERS
     return next((cause for cause, kinds in _CLASSES.items() if issubclass(kind, kinds)), None)
 
 
 def cause_of_call(function: Any, args: Any, kwargs: Any, result: Any, tokens: int) -> str | None:
-    """Return what a call of a function does across tokens, where it does."""
+    """Return what a call of a torch function computes across tokens, a key of `ADVICE`; None if nothing.
+
+    The name of the function and the sizes of its tensors decide it.  `Watch` calls it for each function that a step
+    calls.
+
+    Args:
+        function, args, kwargs, result: the function, what it was called with, and what it returned.
+        tokens: the number of tokens of each sequence in this run.
+    """
     name = getattr(function, "__name__", "")
     if name.startswith("_") and not name.startswith("__"):
         name = name.lstrip("_")
@@ -159,7 +167,12 @@ def cause_of_call(function: Any, args: Any, kwargs: Any, result: Any, tokens: in
 
 
 def named_causes(kind: type[nn.Module] | None, causes: Iterable[str]) -> list[str]:
-    """Return the likely causes in a module, the likeliest first."""
+    """Return the likely causes of a wrong result of a module as keys of `ADVICE`, the likeliest first.
+
+    Args:
+        kind: the class of the module, which decides if its cause is known; None for the step itself.
+        causes: what functions that the module called compute across tokens.
+    """
     of_class = None if kind is None else cause_of_class(kind)
     if of_class is not None:
         return [of_class]
@@ -168,14 +181,15 @@ def named_causes(kind: type[nn.Module] | None, causes: Iterable[str]) -> list[st
 
 
 def _sizes(values: Any) -> set[int]:
+    """Return the sizes of all dimensions of the tensors in nested values."""
     return {size for x in tree_leaves(values) if isinstance(x, Tensor) for size in x.shape}
 
 
 def _holds(sizes: set[int], tokens: int) -> bool:
-    """Whether one of the sizes is the number of tokens, or that of several flattened sequences."""
+    """Return whether one of the sizes is the number of tokens, or that of several flattened sequences."""
     return any(size and size % tokens == 0 for size in sizes)
 
 
 def _twice(values: Any, tokens: int) -> bool:
-    """Whether a tensor has two dimensions of tokens, as scores of queries and keys have."""
+    """Return whether a tensor has two dimensions of tokens, as scores of queries and keys have."""
     return any(isinstance(x, Tensor) and list(x.shape).count(tokens) >= 2 for x in tree_leaves(values))

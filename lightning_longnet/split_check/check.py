@@ -38,7 +38,7 @@ _MEMORY_SHARE = 0.25
 
 
 class SplitMismatch(RuntimeError):  # noqa: N818  the name says what happened
-    """A step computes something else on parts of sequences than on whole ones."""
+    """The error that `check_split` raises on all ranks if a step computes something else on split sequences."""
 
 
 def check_split(
@@ -57,12 +57,13 @@ def check_split(
 ) -> Verdict:
     """Compare a step on parts of sequences with the same step on whole ones, in the loss and in every gradient.
 
-    All ranks call this together, before the first step.  The step runs on copies of the module, in float64 where it
-    can, on a short piece of the batch whose length is odd; dropout is off.  Module, batch and generators stay as they
-    are.  It takes about as long as a few steps on short sequences.
+    `RingSequenceParallelStrategy` calls it with the first batch of each loop; a training loop without the strategy may
+    call it before the first step.  All ranks call it together.  The step runs on copies of the module, in float64
+    where it can, on a short piece of the batch whose length is odd; dropout is off.  Module, batch and generators stay
+    as they are.  It takes about as long as a few steps on short sequences.
 
     Args:
-        module: the module, before an engine wraps or shards it.
+        module: the module, before DDP, FSDP or DeepSpeed wraps or shards it.
         step: called as `step(copy, batch)`; returns the loss, or a dictionary that holds "loss".
         batch: whole sequences, or a `SequencePart`.
         context: the context of this rank.
@@ -74,8 +75,8 @@ def check_split(
         replica: the structure of the module, taken before it was sharded, or why it cannot be; by default it is taken
             now.
         attach: gives a copy its context; `attach_context` by default.
-        inside: the module in its engine, in which the step runs where there can be no copies of the whole module; such
-            a check finds less.
+        inside: the module as FSDP2 or DeepSpeed has sharded it, in which the step runs if the module cannot be copied
+            whole; such a check finds less.
 
     Returns:
         The verdict, the same on all ranks.
@@ -109,14 +110,17 @@ def check_split(
 
 
 def check_action(action: Any) -> None:
-    """Raise a ValueError where an action of the split check is none of those that there are."""
+    """Raise a ValueError if an argument `action` of `check_split`, or `split_check` of the strategy, is wrong."""
     if action not in get_args(Action):
         raise ValueError(f"split_check must be one of {', '.join(map(repr, get_args(Action)))}, got {action!r}")
 
 
 @contextmanager
 def _gradients_kept(module: nn.Module) -> Iterator[None]:
-    """Keep the gradients of a module from a step that reaches its parameters after all, by an object that it shares."""
+    """Restore the gradients of a module's parameters after the block.
+
+    The step runs on a copy, but may reach the parameters of the module by an object that both share.
+    """
     kept = [(parameter, parameter.grad) for parameter in module.parameters()]
     for parameter, _ in kept:
         parameter.grad = None
@@ -128,7 +132,14 @@ def _gradients_kept(module: nn.Module) -> Iterator[None]:
 
 
 def replica_of(module: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Replica | str:
-    """Return the structure of a module, or why it cannot be taken."""
+    """Return the structure of a module, for copies that `check_split` fills with values, or why it cannot be copied.
+
+    The strategy calls it at set-up, before FSDP2 or DeepSpeed shards the module.
+
+    Args:
+        module: the module, whole on this rank.
+        whole: returns the full tensor of a parameter that is sharded later; see `Replica`.
+    """
     try:
         return Replica(module) if whole is None else Replica(module, whole)
     except Exception as error:  # noqa: BLE001  attributes of users' classes are copied by their own methods
@@ -144,7 +155,10 @@ def _copies(
     replica: Replica | str | None,
     attach: Attach,
 ) -> tuple[Runner, list[torch.dtype | None], str]:
-    """Return what runs a step on copies, the dtypes to try, and why there can be no copies, or an empty text."""
+    """Return (what runs a step on copies of the module, the dtypes to try, why there can be no copies, or "").
+
+    The arguments are those of `check_split`.
+    """
     device = _device(module, context)
     replica = replica_of(module) if replica is None else replica
     modes = {name: each.training for name, each in module.named_modules()}
@@ -157,7 +171,7 @@ def _copies(
 
 
 def _of_engine(verdict: Verdict, fault: str) -> Verdict:
-    """Return a verdict that says why the step ran in the engine, and that such a check finds less."""
+    """Return a verdict whose message also says that the step ran in the sharded module, and why: `fault`."""
     if verdict.kind == "not checked":
         return replace(verdict, message=f"{fault}, and inside of the engine {verdict.message}")
     weaker = f"This check ran inside of the engine, and finds less than one on copies, as {fault}."
@@ -167,6 +181,16 @@ def _of_engine(verdict: Verdict, fault: str) -> Verdict:
 def _verdict(
     runner: Runner, module: nn.Module, dtypes: list[torch.dtype | None], batch: Any, context: SequenceContext
 ) -> Verdict:
+    """Return the verdict at the first length and in the first dtype in which the step gives results.
+
+    A difference, or a side effect, at a short length is confirmed at an aligned one; see `aligned_length`.
+
+    Args:
+        runner: runs the step on copies, or in the sharded module.
+        module: the module, whose parameters have the values.
+        dtypes: the dtypes to try, in this order.
+        batch, context: those of `check_split`.
+    """
     replica, dims = runner.replica, runner.dims
     batch = whole_batch(batch, dims, context)
     length, fault, refusal = _length(batch, dims), "the batch is too short", Refusal()
@@ -206,16 +230,25 @@ def _has_positions(batch: Any) -> bool:
 
 
 def _verdict_at(comparison: Comparison, batch: Any) -> Verdict | None:
-    """Return the verdict at the length of a comparison, with unequal numbers of labels if the step allows it."""
+    """Return the verdict of a comparison, with unequal numbers of labels on the ranks if the step allows it.
+
+    It is None if the step raised an error.
+    """
     verdict, fault = comparison.verdict(batch, fewer_labels=True)
     return comparison.verdict(batch)[0] if fault else verdict
 
 
 def _confirmed(verdict: Verdict, comparison: Comparison, batch: Any, tokens: int | None) -> Verdict:
-    """Return a verdict of "different" where parts differ at a length like the real one, too.
+    """Return a verdict of "different", or one of "inconclusive" if parts do not differ at an aligned length.
 
-    There ranks hold equally many tokens, as a convolution with a stride, blocks or a plain mean may need.  They hold
-    unequal numbers of labels, as any batch may.
+    There all ranks hold equally many tokens, as in the real batch: a convolution with a stride, blocks or a plain mean
+    may need that.  They hold unequal numbers of labels, as any batch may.
+
+    Args:
+        verdict: the verdict at the short length, "different".
+        comparison: the comparison at the aligned length.
+        batch: whole sequences.
+        tokens: the short length.
     """
     other = _verdict_at(comparison, batch)
     if other is None or other.kind != "equal":
@@ -230,7 +263,7 @@ def _confirmed(verdict: Verdict, comparison: Comparison, batch: Any, tokens: int
 
 
 def _with_lasting_effects(verdict: Verdict, comparison: Comparison, batch: Any) -> Verdict:
-    """Return a verdict whose side effects are those that are also there at a length like the real one."""
+    """Return a verdict without the side effects that are not there in a comparison at an aligned length."""
     other = _verdict_at(comparison, batch)
     if other is None or other.kind != "equal":
         return verdict
@@ -238,14 +271,14 @@ def _with_lasting_effects(verdict: Verdict, comparison: Comparison, batch: Any) 
 
 
 def _device(module: nn.Module, context: SequenceContext) -> torch.device:
-    """Return the device of the ranks, which the parameters need not be on."""
+    """Return the device on which this rank computes; the parameters may be on another one still."""
     if context.mesh is not None and context.mesh.device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return next((x.device for x in module.parameters()), torch.device("cpu"))
 
 
 def _length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
-    """Return the shortest length of all ranks' batches; None for batches whose sequences the model makes."""
+    """Return the smallest number of tokens N of all ranks' batches; None if the model makes the sequences."""
     length = batch_length(batch, dims)
     if length is None:
         return None
@@ -256,7 +289,10 @@ def _length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
 
 
 def _dtypes(replica: Replica, device: torch.device) -> list[torch.dtype | None]:
-    """Return the dtypes to try, the most exact that fits into memory first; None stands for the module's own."""
+    """Return the dtypes to try, the most exact that fits into the memory of all ranks first.
+
+    None stands for the module's own dtypes; the list is empty if not even float32 fits.
+    """
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:

@@ -33,7 +33,10 @@ _RESOLUTION = 1e-3  # rounding that moves results by more would hide faults
 
 
 class Comparison:
-    """Compares outcomes; all ranks call each method together, and get the same.
+    """Compares the outcomes of a step on whole and on split sequences, at one length and in one dtype.
+
+    `check_split` makes one for each length and dtype that it tries.  All ranks call each method together, and get the
+    same.
 
     Args:
         runner: runs the step.
@@ -68,15 +71,16 @@ class Comparison:
         self._refusal = Refusal()  # of the last attempt
 
     def close(self) -> None:
-        """Destroy the groups of the comparison."""
+        """Destroy the process groups of the comparison."""
         self._groups.close()
 
     def verdict(self, batch: Any, fewer_labels: bool = False) -> tuple[Verdict | None, str]:
-        """Return the verdict on a batch, or None and the error that a rank raised.
+        """Return (verdict, ""), or (None, the error that a rank raised in the step).
 
         Args:
-            batch: whole sequences.
-            fewer_labels: whether the tokens of the first rank lose some of their labels.
+            batch: whole sequences, of which a piece of `tokens` tokens is taken.
+            fewer_labels: whether the tokens of the first rank lose some of their labels, so that a plain mean over the
+                labels of each rank is not the mean over all.
         """
         dims = self._runner.dims
         self._batch = to_device(sample(batch, dims, self.tokens), self._runner.device, self._dtype)
@@ -102,12 +106,12 @@ class Comparison:
         return self._compared(whole, part), ""
 
     def _whole_of(self, size: float) -> tuple[Outcome | None, str]:
-        """Return the outcome of whole sequences with parameters that are moved by `size`, or an error."""
+        """Return (outcome of whole sequences, ""), or (None, error), with parameters moved by `size` of themselves."""
         self._values = perturbed(self._given, size, seed=0, names=self._runner.replica.parameters)
         return self._attempt(self._whole)
 
     def _compared(self, whole: Outcome, part: Outcome) -> Verdict:
-        """Return the verdict on two outcomes."""
+        """Return the verdict on the outcomes of whole and of split sequences."""
         tolerance = _NOISE * max(self._noise(whole), self._runner.replica.noise)
         error, what = from_first(whole.difference(part))
         if error <= tolerance:
@@ -124,7 +128,7 @@ class Comparison:
         return different(self.ranks, error, what, place)
 
     def _noise(self, whole: Outcome) -> float:
-        """Return how much rounding moves the outcome: by how much it changes where all inputs change by an ulp."""
+        """Return by how much rounding moves the outcome of whole sequences: its change if all inputs move by an ulp."""
         dtypes = {x.dtype for x in self._values.values() if x.is_floating_point()} or {torch.float32}
         # a step may compute some of it in float32
         ulp = max(torch.finfo(dtype).eps for dtype in {*dtypes, torch.float32})
@@ -136,7 +140,10 @@ class Comparison:
         return ulp
 
     def _side_effects(self, whole: Outcome, part: Outcome, tolerance: float) -> dict[str, float]:
-        """Return by how much logged numbers and buffers differ, without those that another whole run changes."""
+        """Return by how much logged numbers and buffers of the two outcomes differ, by their names.
+
+        Those that another run on whole sequences changes as much, as times and random numbers, are left out.
+        """
         moved = whole.side_effects(part)
         moved = {name: size for name, size in moved.items() if size > tolerance}
         if not moved:
@@ -149,12 +156,12 @@ class Comparison:
         return {name: size for name, size in moved.items() if size > _NOISE * by_chance.get(name, 0.0)}
 
     def _is_random(self, whole: Outcome, tolerance: float) -> bool:
-        """Whether another seed gives another outcome of whole sequences."""
+        """Return whether another seed gives another outcome of whole sequences, or none."""
         other, _ = self._attempt(lambda: self._whole(seed=1))
         return other is None or from_first(whole.difference(other)[0]) > tolerance
 
     def _attempt_to_locate(self, tolerance: float) -> tuple[tuple[Place | None, bool], str]:
-        """Return where parts begin to differ, whether all draw random numbers alike, and the error of the search."""
+        """Return ((where parts begin to differ, or None; whether all runs draw random numbers alike), error or "")."""
         context, rank = self._part_context(), self._context.sequence_parallel_rank
         here = None if self.tokens is None else context.placement_of(self.tokens).lengths[rank]
         whole, part = Watch(self.tokens), Watch(here)
@@ -169,13 +176,18 @@ class Comparison:
         return (place, all(gathered_objects(whole.draws == part.draws))), ""
 
     def _whole(self, seed: int = 0, watch: Any = None) -> Outcome:
+        """Run the step on whole sequences, and return the outcome of this rank."""
         return self._run(self._values, self._batch, self._whole_context(), seed, watch)
 
     def _parts(self) -> Outcome:
+        """Run the step on this rank's parts of the sequences, and return the outcome of this rank."""
         return self._run(self._values, self._batch, self._part_context())
 
     def _run(self, values: Values, batch: Any, context: SequenceContext, seed: int = 0, watch: Any = None) -> Outcome:
-        # an engine may use the group of all ranks
+        """Return `Runner.run` of these arguments; the step sees as its world only the ranks that the run has.
+
+        A sharded module keeps the world of the run, as FSDP2 and DeepSpeed may use the group of all ranks.
+        """
         is_inside = isinstance(self._runner.replica, EngineModule)
         with nullcontext() if is_inside else self._groups.world(context.position):
             return self._runner.run(values, batch, context, seed, watch)
@@ -185,14 +197,14 @@ class Comparison:
         return SequenceContext(position=self._groups.whole, seed=self._context.seed)
 
     def _part_context(self) -> SequenceContext:
-        """Return a context like the run's own, so that this one keeps its batch."""
+        """Return a context in which this rank computes its part of sequences; that of the run keeps its batch."""
         run = self._context
         return SequenceContext(
             placement=self._placement, exchange=run.exchange, seed=run.seed, position=self._groups.parts
         )
 
     def _attempt(self, run: Callable[[], Outcome]) -> tuple[Outcome | None, str]:
-        """Return the averaged outcome of a run, or on all ranks the error that it raised on one of them."""
+        """Call `run`; return (outcome averaged over all ranks, ""), or on all ranks (None, the error of one rank)."""
         outcome, fault, refusal, self._refusal = None, "", Refusal(), Refusal()
         try:
             outcome = run()

@@ -1,4 +1,4 @@
-"""The module itself, inside of its engine, for the split check of a module that cannot be copied whole."""
+"""The module itself, as FSDP2 or DeepSpeed has sharded it, for a split check of a module that cannot be copied."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _ROUNDING = {True: 1e-5, False: 1e-6}  # by which float32 may move gradients, an
 
 
 class EngineModule:
-    """A module that an engine has wrapped or sharded; it stands in for a `Replica`, with less power.
+    """A module that FSDP2 or DeepSpeed has sharded; it stands in for a `Replica`, and finds less.
 
     It computes with the present values of its parameters and in its own dtype, so a gate that is zero hides what is
     behind it, and small differences are within rounding.
 
     Args:
         module: the module.
-        step: runs a step in the engine; called as `step(module, batch)`.
+        step: runs a step as the strategy does; called as `step(module, batch)`.
         dtypes: the dtypes that it may compute in, beside those of its parameters.
-        has_gradients: whether the engine leaves gradients, averaged over ranks, at the parameters; else a check has no
-            backward pass.
+        has_gradients: whether the backward leaves gradients, averaged over ranks, at the parameters; else a check has
+            no backward pass.
 
     Attributes:
         step: as given.
@@ -59,12 +59,18 @@ class EngineModule:
         self.sizes = {size for x in module.parameters() for size in getattr(x, "ds_shape", x.shape)}
 
     def values_of(self, *_: Any) -> Values:
-        """Return no values: the parameters have them."""
+        """Return no values, unlike `Replica.values_of`: the parameters have them."""
         return {}
 
     @contextmanager
     def lent(self, _values: Values, modes: Mapping[str, bool], _context: SequenceContext) -> Iterator[nn.Module]:
-        """Give the module, whose buffers and attributes are copies inside the block, and whose gradients are none."""
+        """Lend the module to a run: inside the block its buffers and attributes are copies, and it has no gradients.
+
+        After the block, also after an error in the step, it is as before.  `Runner.run` enters it.
+
+        Args:
+            modes: whether each module inside is in training mode, by its name.
+        """
         modules = [*self._module.modules()]
         for each in modules:
             if isinstance(each, FSDPModule):  # a forward without a backward, of validation, leaves the root gathered
@@ -97,20 +103,20 @@ class EngineModule:
 
 
 def _groups(module: FSDPModule) -> list[Any]:
-    """Return the groups of parameters that FSDP2 gathers together for a module; one without parameters has none."""
+    """Return the groups of parameters, of FSDP2's classes, that it gathers together for a module; it may have none."""
     state: Any = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # of torch 2.13, and before
     return [group for group in groups if group is not None]
 
 
 def _gathered_parameters(modules: Iterable[nn.Module]) -> list[Tensor]:
-    """Return the whole parameters that FSDP2 fills when it gathers, at which a backward leaves gradients first."""
+    """Return FSDP2's unsharded parameters, at which a backward leaves gradients before FSDP2 reduces them."""
     groups = [group for each in modules if isinstance(each, FSDPModule) for group in _groups(each)]
     return [x._unsharded_param for group in groups for x in group.fsdp_params if hasattr(x, "_unsharded_param")]
 
 
 def _reset(module: FSDPModule) -> None:
-    """End a step of FSDP2 that an error may have left in its middle, where later steps would leave no gradients."""
+    """Reset the state of FSDP2 after a step that an error may have ended, as later steps would leave no gradients."""
     state = module._get_fsdp_state()
     state._training_state = TrainingState.IDLE
     state._modules_to_run_forward.clear()
@@ -125,7 +131,13 @@ def _reset(module: FSDPModule) -> None:
 
 
 def _copied_value(name: str, value: Any, memo: dict[int, Any]) -> Any:
-    """Return a copy of an attribute of a module that a step may change; itself where there is none."""
+    """Return a copy of an attribute of a module that a step may change; the attribute itself if it is of another kind.
+
+    Args:
+        name: the name of the attribute; what FSDP2 and DeepSpeed work on is not copied.
+        value: the attribute.
+        memo: the copies by the ids of their originals, as of `copy.deepcopy`; new copies are added.
+    """
     if name.startswith(_SHARED):
         return value
     if id(value) in memo:  # another module has it as well

@@ -1,4 +1,4 @@
-"""Functions that a module keeps: in a copy of the module they must work on the copy."""
+"""Hooks and functions that a module keeps as attributes: in a copy of the module they must work on the copy."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 def rebind(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Let hooks and functions that a copied module keeps use the copies of what their originals enclose.
+    """Replace the hooks and functions that a copied module keeps by ones that use copies of what theirs enclose.
 
-    `copy.deepcopy` takes functions as they are, and so a hook that encloses a module would change the original.
+    `copy.deepcopy` does not copy functions, and so a hook that encloses a module would change the original.  `Replica`
+    calls it after it has copied a module.
 
     Args:
         module: the copy.
@@ -31,6 +32,7 @@ def rebind(module: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def _rebind_values(values: MutableMapping[Any, Any], memo: dict[int, Any], done: dict[int, Any]) -> None:
+    """Replace the functions and weak references among the values of a dictionary; see `_rebound`."""
     for name, value in values.items():
         if isinstance(value, FunctionType):
             values[name] = _rebound(value, memo, done)
@@ -39,7 +41,13 @@ def _rebind_values(values: MutableMapping[Any, Any], memo: dict[int, Any], done:
 
 
 def _rebound(function: FunctionType, memo: dict[int, Any], done: dict[int, Any]) -> Any:
-    """Return a function with copies in its closure, or itself where nothing in it was copied."""
+    """Return a function with copies in its closure, or itself if nothing in it was copied.
+
+    Args:
+        function: the function.
+        memo: the copies by the ids of their originals.
+        done: the functions that were replaced already, by the ids of their originals; the result is added.
+    """
     compiled = getattr(function, "_torchdynamo_orig_callable", None)
     if compiled is not None:  # of which the copy runs the original, without the compiler
         return _copy_of(compiled, memo, done)
@@ -58,6 +66,7 @@ def _rebound(function: FunctionType, memo: dict[int, Any], done: dict[int, Any])
 
 
 def _cell(cell: CellType, memo: dict[int, Any], done: dict[int, Any]) -> CellType:
+    """Return a cell of a closure with the copy of its content, or itself if that was not copied."""
     try:
         content = cell.cell_contents
     except ValueError:  # it is empty yet
@@ -67,6 +76,7 @@ def _cell(cell: CellType, memo: dict[int, Any], done: dict[int, Any]) -> CellTyp
 
 
 def _copy_of(value: Any, memo: dict[int, Any], done: dict[int, Any]) -> Any:
+    """Return what stands for an enclosed value in the copy of a module, or the value itself."""
     if isinstance(value, FunctionType):
         return _rebound(value, memo, done)
     if isinstance(value, MethodType) and id(value.__self__) in memo:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the generators of Python, NumPy and torch inside the block, and restore them after it."""
+    """Seed the generators of Python, NumPy and torch inside the block, and restore them after it.
+
+    NumPy's is left out if the program has not imported NumPy, and torch's of CUDA if `device` is the CPU.
+    """
     numpy: Any = sys.modules.get("numpy")
     states = random.getstate(), None if numpy is None else numpy.random.get_state()
     devices = [device] if device.type == "cuda" else []
@@ -36,13 +39,13 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 class OwnGenerators:
-    """The generators that modules keep as attributes."""
+    """The random generators of torch, Python and NumPy that a module and those inside it keep as attributes."""
 
     def __init__(self, module: nn.Module) -> None:
         self._generators = [value for each in module.modules() for value in each.__dict__.values() if _is_one(value)]
 
     def seed(self, seed: int) -> None:
-        """Seed them all where the seed is not 0, with which they stay as the module has them."""
+        """Seed them all; with seed 0 they stay as they are, as a copy of a module has the states of the module."""
         for generator in self._generators if seed else ():
             if isinstance(generator, torch.Generator):
                 generator.manual_seed(seed)
@@ -53,7 +56,10 @@ class OwnGenerators:
                 bits.state = type(bits)(seed).state
 
     def draws(self, device: torch.device) -> int:
-        """Return a number that changes with what was drawn from them or from the generators of the process."""
+        """Return a hash of the states of these generators and of those of the process.
+
+        Two runs with the same seed give the same hash if they drew equally many numbers.
+        """
         numpy: Any = sys.modules.get("numpy")
         states = [_state(generator) for generator in self._generators]
         states += [random.getstate(), torch.get_rng_state().tolist()]
@@ -66,6 +72,7 @@ class OwnGenerators:
 
 
 def _is_one(value: Any) -> bool:
+    """Return whether a value is a random generator."""
     numpy: Any = sys.modules.get("numpy")
     return isinstance(value, (torch.Generator, random.Random)) or (
         numpy is not None and isinstance(value, numpy.random.Generator)
@@ -73,6 +80,7 @@ def _is_one(value: Any) -> bool:
 
 
 def _state(generator: Any) -> Any:
+    """Return the state of a generator as values whose `repr` shows all of it."""
     if isinstance(generator, torch.Generator):
         return generator.get_state().tolist()
     return generator.getstate() if isinstance(generator, random.Random) else repr(generator.bit_generator.state)

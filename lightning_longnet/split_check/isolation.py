@@ -13,24 +13,31 @@ if TYPE_CHECKING:
 
 
 class StopStep(BaseException):
-    """Ends a step that has made enough updates."""
+    """The exception that ends a step with manual optimisation which has made enough updates for the check."""
 
 
 class Logged(dict[str, float]):
-    """The numbers that a step logs and that a mean or a sum over ranks makes one of.
+    """The numbers that a step logs, by name, if Lightning would reduce them over ranks by a mean or a sum.
 
     Args:
         ranks: how many ranks share a sequence.
+
+    Attributes:
+        shared: the names of the numbers that ranks reduce: those with `sync_dist=True`, and torchmetrics.
     """
 
     def __init__(self, ranks: int) -> None:
         super().__init__()
         self._ranks = ranks
-        self.shared: set[str] = set()  # that the ranks reduce
+        self.shared: set[str] = set()
         self._metrics: dict[str, Any] = {}
 
     def add(self, name: str, value: Any, *_: Any, reduce_fx: Any = "mean", **options: Any) -> None:
-        """Keep a number, or a metric, which has none before the ranks share its state."""
+        """Keep a number or a metric; a step calls it as `self.log`, with that method's arguments.
+
+        The number of a metric is kept by `compute`.  A sum is multiplied by the ranks, as all numbers are averaged over
+        ranks later.
+        """
         if hasattr(value, "dist_sync_fn") and not options.get("rank_zero_only"):
             self._metrics[name] = value
             self.shared.add(name)
@@ -39,29 +46,31 @@ class Logged(dict[str, float]):
             return
         if options.get("sync_dist"):
             self.shared.add(name)
-        factor = self._ranks if kind == "sum" else 1  # all numbers are averaged over ranks
+        factor = self._ranks if kind == "sum" else 1
         if isinstance(value, Tensor) and value.numel() == 1:
             self[name] = factor * float(value.detach())
         elif isinstance(value, (int, float)):
             self[name] = factor * float(value)
 
     def compute(self) -> None:
-        """Keep the numbers of the metrics; all ranks share their states."""
+        """Compute the metrics, and keep their numbers; all ranks call it together, as metrics gather their states."""
         for name, metric in self._metrics.items():
             self.add(name, metric.compute())
 
     def add_all(self, dictionary: Mapping[str, Any], *_: Any, **options: Any) -> None:
-        """Keep the numbers of a dictionary."""
+        """Keep the numbers of a dictionary; a step calls it as `self.log_dict`."""
         for name, value in dictionary.items():
             self.add(name, value, **options)
 
 
 def isolate(module: nn.Module, backward: Callable[..., None], update: Callable[[], None], ranks: int) -> Logged:
-    """Let calls of LightningModules' copies reach no Trainer, and return the numbers that they log.
+    """Replace the methods by which a LightningModule's step reaches its Trainer; return what the step will log.
+
+    `Runner` calls it before a step.  Modules that are no LightningModules stay as they are.
 
     Args:
         module: the copy, with other LightningModules in it or not.
-        backward: called with each loss of manual optimisation.
+        backward: called with each loss of manual optimisation, as `manual_backward`.
         update: called where an optimizer would update the parameters.
         ranks: how many ranks share a sequence.
     """
@@ -73,6 +82,7 @@ def isolate(module: nn.Module, backward: Callable[..., None], update: Callable[[
 
 
 def _methods(module: Any, logged: Logged, backward: Callable[..., None], update: Callable[[], None]) -> dict[str, Any]:
+    """Return what replaces methods of a LightningModule, by their names; the arguments are those of `isolate`."""
     optimizer, scheduler = _Optimizer(module, update), _Scheduler()
 
     def optimizers(*_: Any, **__: Any) -> Any:
@@ -101,7 +111,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 class _Optimizer:
-    """An optimizer that leaves the parameters as they are."""
+    """What `self.optimizers()` returns in a check: `step` calls `update`, and leaves the parameters as they are."""
 
     def __init__(self, module: nn.Module, update: Callable[[], None]) -> None:
         self._module, self._update = module, update
@@ -122,7 +132,7 @@ class _Optimizer:
 
 
 class _Scheduler:
-    """A scheduler of no learning rate."""
+    """What `self.lr_schedulers()` returns in a check; it does nothing."""
 
     def step(self, *_: Any, **__: Any) -> None:
         pass

@@ -1,4 +1,4 @@
-"""The place of a wrong split: the first module that gets what it should and returns something else."""
+"""The place of a wrong split: the first module that gets the same inputs on parts and returns something else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """A place where a step computes something else on parts.
+    """The module in which a step begins to compute something else on parts; its text is for the message.
 
     Attributes:
         name: the name of a module, or that of the step.
@@ -43,9 +43,10 @@ class Place:
 
 
 def place_of(whole: Watch, part: Watch, placement: Placement | None, rank: int, tolerance: float) -> Place | None:
-    """Return the first place where parts differ from whole sequences on some rank; None where modules all agree.
+    """Return the first module whose outputs differ on some rank although its inputs are the same; None if none does.
 
-    All ranks call this together, and get the same.
+    If no module does but the step itself calls a function across tokens, it is the step.  All ranks call this together,
+    and get the same.
 
     Args:
         whole: the record of a step on whole sequences.
@@ -75,7 +76,7 @@ def place_of(whole: Watch, part: Watch, placement: Placement | None, rank: int, 
 
 
 def _numbered(watch: Watch) -> dict[tuple[str, int], Call]:
-    """Return the calls by the name of their module and the number of earlier calls of it."""
+    """Return the calls of a record by (name of the module, number of its earlier calls)."""
     many: Counter[str] = Counter()
     calls = {}
     for call in watch.calls:
@@ -85,6 +86,7 @@ def _numbered(watch: Watch) -> dict[tuple[str, int], Call]:
 
 
 def _place(name: str, kind: type[nn.Module] | None, part: Watch, whole: Watch) -> Place:
+    """Return the place of a module, with the causes that both records have for it."""
     causes = [*part.causes.get(name, []), *whole.causes.get(name, [])]
     return Place(name, "" if kind is None else kind.__name__, tuple(named_causes(kind, causes)))
 
@@ -92,13 +94,21 @@ def _place(name: str, kind: type[nn.Module] | None, part: Watch, whole: Watch) -
 def _all_same(
     whole: list[Tensor], part: list[Tensor], placement: Placement | None, rank: int, tolerance: float
 ) -> bool:
+    """Return whether two lists have equally many tensors, and `same_tokens` holds for each pair."""
     return len(whole) == len(part) and all(
         same_tokens(a, b, placement, rank, tolerance) for a, b in zip(whole, part, strict=True)
     )
 
 
 def same_tokens(whole: Tensor, part: Tensor, placement: Placement | None, rank: int, tolerance: float) -> bool:
-    """Whether a tensor of a part is this rank's part of a whole one, or equal to it where it has no sequence."""
+    """Return whether `part` is this rank's tokens of `whole`, or equal to it if neither has a sequence.
+
+    Args:
+        whole: a tensor of the step on whole sequences.
+        part: the same tensor of the step on this rank's part.
+        placement, rank: which tokens the rank holds.
+        tolerance: the largest difference that is allowed, relative to the largest element; integers must be equal.
+    """
     expected = whole_like(whole, part, placement, rank)
     if expected is None or whole.dtype != part.dtype:
         return False

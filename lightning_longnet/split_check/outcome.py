@@ -23,7 +23,7 @@ RESULT = "what predict_step returns"
 
 @dataclass
 class Outcome:
-    """The results of a step.
+    """The results of one run of a step on this rank, which `Runner.run` returns.
 
     Attributes:
         numbers: the loss, and in validation the numbers that were logged.
@@ -34,7 +34,7 @@ class Outcome:
         placement: the placement of the sequences of which this rank has a part; None for whole sequences.
         rank: the rank among those that share a sequence.
         draws: a number that two runs share which drew equally many random numbers.
-        is_reduced: whether an engine has averaged the gradients, of which each rank may hold a part.
+        is_reduced: whether FSDP2 or DeepSpeed has averaged the gradients, of which each rank may hold a part.
     """
 
     numbers: dict[str, float] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Outcome:
     is_reduced: bool = False
 
     def averaged(self) -> Outcome:
-        """Return the outcome averaged over all ranks, as engines average gradients; all ranks call this together."""
+        """Return the outcome averaged over all ranks, as DDP averages gradients; all ranks call this together."""
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if ranks == 1:
             return self
@@ -70,7 +70,7 @@ class Outcome:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to compare; all ranks ask together, as they do for `is_finite`."""
+        """Whether there is nothing to compare; all ranks read it together, as `is_finite`."""
         norms = [self._norm(gradient) for gradient in self.gradients.values()]
         return not self.numbers and not any(norms) and not any(gathered_objects(bool(self.results)))
 
@@ -81,14 +81,14 @@ class Outcome:
         return all(map(isfinite, [*self.numbers.values(), *norms]))
 
     def drew_like(self, other: Outcome) -> bool:
-        """Whether on all ranks two runs drew equally many random numbers; all ranks call this together."""
+        """Return whether on all ranks two runs drew equally many random numbers; all ranks call this together."""
         same = torch.tensor(int(self.draws == other.draws), device=group_device())
         if dist.is_initialized():
             dist.all_reduce(same, dist.ReduceOp.MIN)
         return bool(same)
 
     def _norm(self, gradient: Tensor) -> float:
-        """Return the norm of a gradient, of which the ranks may hold a part each; then all call this together."""
+        """Return the norm of a gradient; all ranks call this together, as each may hold a shard of it."""
         if not self.is_reduced or not dist.is_initialized():
             return float(gradient.norm())
         square = gradient.to(group_device()).double().square().sum()
@@ -96,7 +96,11 @@ class Outcome:
         return sqrt(float(square))
 
     def difference(self, other: Outcome) -> tuple[float, str]:
-        """Return the largest relative difference of another outcome from this one, and what differs by that."""
+        """Return (largest relative difference, what differs by it) of the outcome of parts, `other`, from this one.
+
+        The loss and logged numbers, the gradients, and the results of a predict step are compared.  All ranks call this
+        together.
+        """
         worst = 0.0, "the loss"
         for name in {**self.numbers, **other.numbers}:
             a, b = self.numbers.get(name, 0.0), other.numbers.get(name, 0.0)
@@ -118,7 +122,7 @@ class Outcome:
         return worst
 
     def has_comparable_results(self, other: Outcome) -> bool:
-        """Whether on some rank another outcome has results to compare with these; all ranks call this together."""
+        """Return whether on some rank `other` has results of comparable shapes; all ranks call this together."""
         return any(gathered_objects(bool(self._moved(self.results, other.results, other))))
 
     def side_effects(self, other: Outcome) -> dict[str, float]:
@@ -137,7 +141,12 @@ class Outcome:
         }
 
     def _moved(self, whole: dict[str, Tensor], part: dict[str, Tensor], other: Outcome) -> dict[str, float]:
-        """Return the relative difference of each tensor on this rank that can be compared."""
+        """Return the relative difference of each tensor on this rank that both have in comparable shapes.
+
+        Args:
+            whole, part: tensors of this outcome and of the outcome of parts, by name.
+            other: the outcome of parts, with its placement and rank.
+        """
         sizes = {}
         for name in whole.keys() & part.keys():
             expected = whole_like(whole[name], part[name], other.placement, other.rank)
@@ -147,9 +156,10 @@ class Outcome:
 
 
 def whole_like(whole: Tensor, part: Tensor, placement: Placement | None, rank: int) -> Tensor | None:
-    """Return the rows of a whole tensor that the part of a rank holds; all where it has no sequence.
+    """Return what `part` must be equal to: this rank's tokens of `whole`, or all of it if the shapes are equal.
 
-    None where the shape of the part is neither.
+    None if the shape of `part` is neither.  The dimension of the tokens is found by its size; (B, N) may be flattened
+    into one dimension.
     """
     if whole.shape == part.shape:
         return whole
@@ -177,6 +187,7 @@ def _tensors_differ(whole: Tensor, part: Tensor) -> float:
 
 
 def _relative(difference: float, size: float) -> float:
+    """Return `difference / size`; 0 if both are 0, and infinity for NaN or if only the size is 0."""
     if difference == 0.0:
         return 0.0
     return difference / size if size > 0.0 and difference == difference else float("inf")

@@ -1,4 +1,4 @@
-"""The ranks of a split check: separate groups, a world for each run, and agreement on the outcomes of all ranks."""
+"""The ranks of a split check: process groups of its own, and agreement of all ranks on what they found."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from lightning_longnet.sequence.position import MeshPosition
 
 PATIENCE = 60.0  # seconds that a rank waits in a step for another, which may have ended it
-_LEFT = ("imed out", "imeout", "Connection closed", "Connection reset")  # what gloo says of a rank that does not come
+_LEFT = ("imed out", "imeout", "Connection closed", "Connection reset")  # in gloo's errors about a rank that is missing
 
 
 class Groups:
-    """Groups that last for one check, so that a rank which leaves a step cannot disturb the messages of the run.
+    """Process groups of one comparison, so that a rank which leaves a step cannot disturb the messages of the run.
 
-    Over gloo the parts have separate groups.  NCCL's would take memory of the device for each.
+    With NCCL the groups of the run are used for parts, as new ones would take memory of the device.
 
     Args:
         position: the position of this rank in the run.
@@ -54,7 +54,7 @@ class Groups:
         self.whole: Any = replace(self.parts, sequence_parallel_size=1, sequence_parallel_rank=0, sequence_group=own)
 
     def _new(self, group: dist.ProcessGroup | None) -> Any:
-        """Return a group of the same ranks; all ranks make all groups, in the same order."""
+        """Return a new group of the ranks of `group`; all ranks make the groups of all, in the same order."""
         timeout = timedelta(seconds=PATIENCE)
         own = None
         for ranks in dict.fromkeys(gathered_objects(tuple(dist.get_process_group_ranks(group)))):
@@ -66,9 +66,13 @@ class Groups:
 
     @contextmanager
     def world(self, position: MeshPosition) -> Iterator[None]:
-        """Let torch.distributed know no other ranks inside the block than those that a run has.
+        """Replace torch's default process group inside the block by one of the ranks that a run has.
 
-        A run on whole sequences is that of one process for each of them: a step which asks for its rank must hear that.
+        A step on whole sequences runs as in a job with one process for each data-parallel group, and must find that
+        number of ranks if it asks torch.distributed for it.
+
+        Args:
+            position: `parts` or `whole`.
         """
         world = position.data_parallel_group if position is self.whole else self._world
         if world is None:
@@ -82,19 +86,19 @@ class Groups:
             dist.group.WORLD = before
 
     def close(self) -> None:
-        """Destroy the groups."""
+        """Destroy the groups; the object cannot be used any more."""
         while self._made:
             dist.destroy_process_group(self._made.pop())
         self.parts = self.whole = self._world = None
 
     def leave(self) -> None:
-        """Destroy the groups now, so that ranks which still wait for this one get an error."""
+        """Destroy the groups at once after an error on this rank, so that ranks which wait for it get an error."""
         self.close()
         gc.collect()  # connections end with the last reference to them, and modules refer to themselves
 
 
 def gathered_objects(value: Any) -> list[Any]:
-    """Return the value of each rank."""
+    """Return the value of each rank in their order; all ranks call it together, with objects that can be pickled."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -103,18 +107,21 @@ def gathered_objects(value: Any) -> list[Any]:
 
 
 def first_fault(fault: str) -> str:
-    """Return on all ranks the fault of the first that has one, of which those that only waited for others are last."""
+    """Return on all ranks the error message of the first rank that has one; "" if none has.
+
+    Messages of ranks that only waited for others in vain come last.  All ranks call it together.
+    """
     faults = [each for each in gathered_objects(fault) if each]
     return next((each for each in faults if not is_of_waiting(each)), next(iter(faults), ""))
 
 
 def is_of_waiting(fault: str) -> bool:
-    """Whether a fault is that of a rank which waited for another in vain."""
+    """Return whether an error message is that of a rank which waited for another in vain."""
     return any(text in fault for text in _LEFT)
 
 
 def from_first(value: Any) -> Any:
-    """Return the value of rank 0 on all ranks: what is decided by it is decided alike."""
+    """Return the value of rank 0 on all ranks, which call it together, so that all decide the same by it."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -123,11 +130,11 @@ def from_first(value: Any) -> Any:
 
 
 def is_first() -> bool:
-    """Whether this rank is the first of all."""
+    """Return whether this is rank 0 of all ranks, or the only process."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def group_device() -> torch.device:
-    """Return the device of the tensors that the group of all ranks takes."""
+    """Return the device of the tensors that the default process group takes: CUDA for NCCL, else the CPU."""
     group = world_group()
     return torch.device("cpu") if group is None else device_of(group)

@@ -1,4 +1,4 @@
-"""Refusals: errors with which this package itself ends a step on parts."""
+"""Refusals: ValueErrors with which this package itself ends a step on split sequences."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _PACKAGE = __name__.partition(".")[0]
 
 @dataclass(frozen=True)
 class Refusal:
-    """The ValueError with which this package refused parts on some rank.
+    """The ValueError that this package raised on some rank in a step on split sequences.
 
     Attributes:
-        text: its message, or "" where no rank refused.
-        is_of_positions: whether it is of positions that begin at 0 on a rank, as they may where a document begins.
-        is_of_another: whether it says only that another rank refused.
+        text: its message; "" if there was none.
+        is_of_positions: whether it is about positions that begin at 0 on a rank, where a document may begin.
+        is_of_another: whether it says only that another rank raised one.
     """
 
     text: str = ""
@@ -27,7 +27,7 @@ class Refusal:
 
 
 def refusal_of(error: Exception) -> Refusal:
-    """Return the refusal that an error is: a ValueError of this package, and not of a user's module or a library."""
+    """Return the refusal that an error is; an empty one if it is no ValueError that code of this package raised."""
     traceback = error.__traceback__
     if not isinstance(error, ValueError) or traceback is None:
         return Refusal()
@@ -39,6 +39,9 @@ def refusal_of(error: Exception) -> Refusal:
 
 
 def first_refusal(refusal: Refusal) -> Refusal:
-    """Return on all ranks the refusal of the first that has one, of which those that speak of another rank are last."""
+    """Return on all ranks the refusal of the first rank that has one; an empty one if none has.
+
+    Refusals that only speak of another rank come last.  All ranks call it together.
+    """
     refusals = [each for each in gathered_objects(refusal) if each.text]
     return min(refusals, key=lambda each: each.is_of_another, default=Refusal())

@@ -1,4 +1,4 @@
-"""Copies of a module that a split check may run: nothing that they do reaches the module itself."""
+"""Copies of a module in which a split check runs steps, so that nothing that a step does reaches the module itself."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Values = Mapping[str, Tensor]
 
 
 def is_whole_module(module: nn.Module) -> bool:
-    """Whether a module's parameters and buffers are whole on this rank."""
+    """Return whether a module's parameters and buffers are whole on this rank: not sharded, and with values."""
     return not any(
         tensor.is_meta or isinstance(tensor, (DTensor, UninitializedTensorMixin)) or hasattr(tensor, "ds_id")
         for tensor in (*module.parameters(), *module.buffers())
@@ -37,7 +37,7 @@ def is_whole_module(module: nn.Module) -> bool:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that FSDP2 may have sharded."""
+    """Return the full tensor of a DTensor, which all ranks gather together, or the tensor itself if it is none."""
     if not isinstance(tensor, DTensor):
         return tensor
     # shards may be kept in the host's memory, which the ranks do not exchange
@@ -47,6 +47,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return a deep copy of a module, whose hooks use the copies; `memo` has what is not to be copied, by its id."""
     memo = _detached(module) | memo
     result = copy.deepcopy(module, memo)
     rebind(result, memo)
@@ -58,14 +59,14 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _detached(module: nn.Module) -> dict[int, Any]:
-    """Return copies of the tensors of a graph that modules keep, by their ids: torch does not copy those itself."""
+    """Return detached copies, by id, of the tensors with a `grad_fn` that modules keep: `deepcopy` refuses these."""
     kept = [tree_leaves(value) for each in module.modules() for value in each.__dict__.values()]
     tensors = [x for leaves in kept for x in leaves if isinstance(x, Tensor) and x.grad_fn is not None]
     return {id(x): x.detach().clone() for x in tensors}
 
 
 def shared_objects(module: nn.Module) -> dict[int, Any]:
-    """Return the objects that a copy of a module shares with it, by their ids: those of the run."""
+    """Return the objects that a copy of a module shares with it, by their ids: Trainer, process groups and meshes."""
     return {
         id(value): value
         for each in module.modules()
@@ -75,13 +76,18 @@ def shared_objects(module: nn.Module) -> dict[int, Any]:
 
 
 class Replica:
-    """The structure of a module without the values of its parameters and buffers, which are filled in for each run.
+    """A copy of a module with parameters and buffers on the meta device, from which copies for each run are made.
 
-    It is made before an engine shards the module, and needs next to no memory.
+    It is made before FSDP2 or DeepSpeed shards the module, and needs next to no memory.
 
     Args:
         module: the module, whole on this rank.
-        whole: returns the whole of a parameter that an engine shards after that; all ranks call it together.
+        whole: returns the full tensor of a parameter that is sharded after that; all ranks call it together.
+
+    Attributes:
+        parameters: the names of the parameters.
+        sizes: the sizes of their dimensions.
+        numbers: the number of their elements.
     """
 
     has_gradients, noise = True, 0.0  # as of an `EngineModule`
@@ -98,7 +104,9 @@ class Replica:
         self.numbers = sum(parameter.numel() for parameter in module.parameters())
 
     def values_of(self, module: nn.Module, dtype: torch.dtype | None, device: torch.device) -> Values:
-        """Return the present values of a module's parameters and buffers, those of rank 0 on all ranks.
+        """Return the present values of a module's parameters and buffers by name, those of rank 0 on all ranks.
+
+        All ranks call it together.
 
         Args:
             module: the module; it may have been sharded since the replica was made.
@@ -115,7 +123,7 @@ class Replica:
 
     @contextmanager
     def lent(self, values: Values, modes: Mapping[str, bool], context: SequenceContext) -> Iterator[nn.Module]:
-        """Give a copy, as `module_with` returns it."""
+        """Lend a new copy, `module_with` of these arguments, to a run inside the block; `Runner.run` enters it."""
         yield self.module_with(values, modes, context)
 
     def module_with(self, values: Values, modes: Mapping[str, bool], context: SequenceContext) -> nn.Module:
@@ -140,11 +148,12 @@ class Replica:
 
 
 def _placeholder(tensor: Tensor) -> Tensor:
+    """Return a tensor or parameter like `tensor` on the meta device, without memory."""
     return _like(tensor, torch.empty_like(tensor, device="meta"))
 
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:
-    """Return a value as a parameter, with the attributes that a user gave to it, or as a buffer."""
+    """Return `value` as a parameter with the attributes of `tensor`, if that is a parameter, else as it is."""
     if not isinstance(tensor, nn.Parameter):
         return value
     result = nn.Parameter(value, tensor.requires_grad)
@@ -160,9 +169,15 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def perturbed(values: Values, size: float, seed: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """Return values moved by about `size` of themselves, the same on all ranks; zeros move by `size` / 10.
+    """Return values with random noise of about `size` times each element, the same on all ranks, for floating dtypes.
 
-    Only those of `names` move, where they are given.
+    Elements that are 0 get noise of `size / 10`.
+
+    Args:
+        values: the values by name.
+        size: the relative size of the noise; 0 returns the values.
+        seed: the seed of the noise.
+        names: the names whose values get noise; by default all.
     """
     generator = torch.Generator().manual_seed(seed)
     moved = {}

@@ -1,4 +1,4 @@
-"""One run of a step on a replica: its loss and gradients, without dropout, and with every generator restored."""
+"""One run of a step on a copy of a module, without dropout, and with all random generators restored after it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Runner:
     """Runs a step on copies of a module.
 
     Args:
-        replica: the structure of the module, or the module inside of its engine.
+        replica: the structure of the module, or the module as FSDP2 or DeepSpeed has sharded it.
         step: called with a copy of the module and a batch; returns the loss.
         attach: gives a copy of the module its context.
         dims: the dimensions of the batch's tensors that are the sequence; see `SequenceContext.split`.
@@ -68,7 +68,9 @@ class Runner:
         seed: int = 0,
         watch: Callable[[nn.Module], Any] | None = None,
     ) -> Outcome:
-        """Return the outcome of the step on whole sequences, or on parts, as the context has it; of this rank alone.
+        """Run the step on whole or on split sequences, by the context, and return the outcome of this rank alone.
+
+        All ranks of the context call it together.
 
         Args:
             values: the values of parameters and buffers.
@@ -81,6 +83,7 @@ class Runner:
             return self._run(module, batch, context, seed, watch)
 
     def _run(self, module: nn.Module, batch: Any, context: SequenceContext, seed: int, watch: Any) -> Outcome:
+        """Do what `run` does, on a copy of the module or the module that was lent."""
         differentiates, losses = self.training and self.replica.has_gradients, []  # type: bool, list[Tensor]
 
         def backward(loss: Tensor, *arguments: Any, **options: Any) -> None:
@@ -140,7 +143,7 @@ class Runner:
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
-        """Let torch's dropout functions return their input inside the block.
+        """Replace torch's dropout functions inside the block by ones that return their input.
 
         `eval()` would do so, too, but it also changes what BatchNorm computes.
         """
@@ -182,10 +185,10 @@ class _Gradients:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Keep the gradients as the backward passes inside the block leave them, where a step updates by itself.
+        """Record gradients as the backward leaves them, inside the block, for a step with manual optimisation.
 
-        Before its update a step may clip them.  Here they are one rank's, which engines would have averaged first, and
-        the mean of clipped gradients is no clipped mean.
+        Before its update such a step may clip them.  Here they are one rank's, which DDP or FSDP would have averaged
+        first, and the mean of clipped gradients is not the clipped mean.
         """
 
         def keep(name: str, x: Tensor) -> None:
@@ -201,17 +204,20 @@ class _Gradients:
                 handle.remove()
 
     def add(self) -> None:
-        """Add the gradients that the parameters have now."""
+        """Add the gradients that the parameters have now, or the recorded ones, to `sums`, weighted by the update."""
         for name, x in self._parameters.items():
             if x.grad is None and name in self.sums:
                 continue
-            # a rank without a gradient counts as zeros, as in engines
+            # a rank without a gradient counts as zeros, as in DDP and FSDP
             gradient = torch.zeros_like(x) if x.grad is None else self._accumulated.get(name, x.grad)
             gradient = _local(0.7**self.updates * _dense(gradient))
             self.sums[name] = self.sums[name] + gradient if name in self.sums else gradient
 
     def update(self) -> None:
-        """Add the gradients of an update; a step that makes many ends there."""
+        """Add the gradients of an update; raise `StopStep` after `_UPDATES` of them.
+
+        It is called in place of the optimizer's step, where the module's step calls that itself.
+        """
         self.add()
         self.updates += 1
         if self.updates == _UPDATES:
@@ -219,34 +225,37 @@ class _Gradients:
 
 
 def _dense(x: Tensor) -> Tensor:
+    """Return a gradient, which may be sparse, as a dense tensor."""
     return x.detach().to_dense() if x.is_sparse else x.detach()
 
 
 def _local(x: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor that FSDP2 has sharded, or the tensor."""
+    """Return the local shard of a DTensor, or the tensor itself if it is none."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _floating_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the buffers of floating dtypes, by the names that messages show."""
     return {
         f"{BUFFER}{name}": _local(x.detach()).clone() for name, x in module.named_buffers() if x.is_floating_point()
     }
 
 
 def _named_results(result: Any) -> dict[str, Tensor]:
-    """Return the tensors that a predict step returns, by names that say where."""
+    """Return the tensors that a predict step returns, by names with their place in nested values."""
     leaves = tree_leaves_with_path(result)
     return {f"{RESULT}{keystr(path)}": x.detach() for path, x in leaves if isinstance(x, Tensor)}
 
 
 def loss_of(result: Any) -> Tensor | None:
-    """Return the loss in what a step returns."""
+    """Return the loss that a step returns, alone or as "loss" of a dictionary; None if it returns none."""
     if isinstance(result, dict):
         result = result.get("loss")
     return result if isinstance(result, Tensor) and result.numel() == 1 else None
 
 
 def _drop_nothing(module: nn.Module) -> None:
+    """Turn dropout off in the modules of torch inside a copy, without changing their training mode."""
     for each in module.modules():
         if isinstance(each, (nn.RNNBase, nn.MultiheadAttention)):
             each.dropout = 0.0
@@ -264,7 +273,10 @@ def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None) -> An
 
 
 def moved(batch: Any, size: float) -> Any:
-    """Return a batch whose floating tensors differ by `size` of themselves, the same on all ranks."""
+    """Return a batch with random noise of about `size` times each element of its floating tensors.
+
+    The noise is the same on all ranks.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def move(_: Any, x: Tensor) -> Tensor:

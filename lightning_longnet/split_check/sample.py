@@ -1,4 +1,4 @@
-"""The batch of a split check: a short piece of a real one, whose length no rank can mistake for another size."""
+"""The batch of a split check: a short piece of a real one, whose length differs from the sizes of the parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from lightning_longnet.sequence.batches import dim_of, is_whole, length_of, map_tensors, named_tensors
+from lightning_longnet.sequence.batches import dim_of, has_no_sequence, length_of, map_tensors, named_tensors
 from lightning_longnet.sequence.parts import SequencePart
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _WHOLE = 8192  # the longest sequence that every rank is asked to compute whole
 
 
 def sample_lengths(length: int, ranks: int, sizes: Collection[int]) -> list[int]:
-    """Return the lengths to try: a short odd one, and the whole length where one rank can be asked to compute that.
+    """Return the numbers of tokens to try: a short odd one, and the whole length if it is at most `_WHOLE`.
 
     The short one is uneven over the ranks, so that a mean of their means is not the mean, and neither it nor the number
     of tokens of a rank is a size of a parameter, so that no dimension is mistaken for the sequence.
@@ -40,10 +40,10 @@ def sample_lengths(length: int, ranks: int, sizes: Collection[int]) -> list[int]
 
 
 def aligned_length(length: int, ranks: int) -> int | None:
-    """Return a length that has what the real one may have on purpose: the same number of tokens on each rank.
+    """Return a length at which all ranks have equally many tokens, as they have of the real one; else None.
 
-    It is the length itself where one rank can compute that, and else one with the same powers of two in it.  None where
-    the ranks have unequal parts of the real length.
+    It is the length itself if that is at most `_WHOLE`, and else a shorter one in which the tokens of a rank have the
+    same power of two as a factor, as far as it fits.
     """
     if length % ranks:
         return None
@@ -57,7 +57,7 @@ def aligned_length(length: int, ranks: int) -> int | None:
 
 
 def with_fewer_labels(batch: Any, dims: Mapping[str, int | None], tokens: int) -> Any:
-    """Return a batch whose first `tokens` tokens have no label, so that the ranks have unequal numbers of labels."""
+    """Return a batch whose first `tokens` tokens have the label -100, so that ranks have unequal numbers of labels."""
 
     def unlabelled(path: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
         dim = dim_of(path, x, dims)
@@ -71,7 +71,11 @@ def with_fewer_labels(batch: Any, dims: Mapping[str, int | None], tokens: int) -
 
 
 def whole_batch(batch: Any, dims: Mapping[str, int | None], context: SequenceContext) -> Any:
-    """Return a batch of whole sequences: of a `SequencePart` a piece that the group's first rank holds."""
+    """Return a batch of whole sequences, the same on all ranks of the sequence group, which call it together.
+
+    Other batches than a `SequencePart` are whole already.  Of a `SequencePart` it is a piece of the first stretch of
+    the group's first rank, taken for whole sequences.
+    """
     if not isinstance(batch, SequencePart):
         return batch
     values: list[Any] = [None]
@@ -87,18 +91,20 @@ def whole_batch(batch: Any, dims: Mapping[str, int | None], context: SequenceCon
 
 
 def batch_length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
-    """Return the number of tokens of a batch's sequences; None where the model makes sequences."""
-    return None if is_whole(batch, dims) else length_of(batch, dims)
+    """Return the number N of tokens of a batch's sequences; None if the model makes the sequences itself."""
+    return None if has_no_sequence(batch, dims) else length_of(batch, dims)
 
 
 def sample(batch: Any, dims: Mapping[str, int | None], tokens: int | None) -> Any:
-    """Return a copy of a batch cut to the `tokens` neighbouring tokens with the most labels; whole where it is None."""
+    """Return a copy of a batch cut to the `tokens` consecutive tokens that have the most labels; None keeps all."""
     if tokens is None:
         return map_tensors(batch, lambda _, x: x.detach().clone())
     return _cut(batch, dims, _begin(batch, dims, tokens), tokens)
 
 
 def _cut(batch: Any, dims: Mapping[str, int | None], begin: int, tokens: int) -> Any:
+    """Return a copy of a batch with the tokens from `begin` to `begin + tokens` of each sequence."""
+
     def piece(path: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
         dim = dim_of(path, x, dims)
         return x.detach().clone() if dim is None else x.detach().narrow(dim, begin, tokens).clone()
@@ -107,7 +113,7 @@ def _cut(batch: Any, dims: Mapping[str, int | None], begin: int, tokens: int) ->
 
 
 def _begin(batch: Any, dims: Mapping[str, int | None], tokens: int) -> int:
-    """Return where the `tokens` neighbouring tokens begin of which the most have a label and are no padding."""
+    """Return the index at which the `tokens` consecutive tokens begin that have the most labels and least padding."""
     useful = torch.zeros(length_of(batch, dims))
     for path, x in named_tensors(batch):
         dim = dim_of(path, x, dims)

@@ -1,4 +1,4 @@
-"""The verdict of a split check, and what it says."""
+"""The verdict of a split check, and its messages."""
 
 from __future__ import annotations
 
@@ -57,18 +57,35 @@ class Verdict:
 
 
 def not_checked(reason: str, refusal: str = "") -> Verdict:
-    """Return the verdict where nothing was compared."""
+    """Return the verdict "not checked", for a reason that its message is.
+
+    Args:
+        reason: why nothing was compared.
+        refusal: the ValueError of this package in the step, if that was the reason.
+    """
     return Verdict("not checked", reason, refusal=refusal)
 
 
 def equal(ranks: int, tokens: int | None, error: float) -> Verdict:
-    """Return the verdict that parts give what whole sequences give."""
+    """Return the verdict "equal", with the largest relative error.
+
+    Args:
+        ranks: the number of ranks that share a sequence.
+        tokens: the number of tokens of the sequences; None if the model makes them.
+        error: the largest relative difference.
+    """
     size = "" if tokens is None else f" at {tokens} tokens"
     return Verdict("equal", f"checked{size}: {ranks} ranks equal one process, to {max(error, 1e-16):.0e}", error)
 
 
 def different(ranks: int, error: float, what: str, place: Place | None) -> Verdict:
-    """Return the verdict that parts give something else than whole sequences."""
+    """Return the verdict "different".
+
+    Args:
+        ranks, error: those of `equal`.
+        what: the name of what differs by the error.
+        place: the module in which it begins; None if no module differs.
+    """
     kind = "gradient" if what.startswith(GRADIENT) else "result" if what.startswith(RESULT) else "number"
     where = f"\n{place}" if place is not None else _WITHOUT_A_PLACE[kind]
     message = (
@@ -79,14 +96,19 @@ def different(ranks: int, error: float, what: str, place: Place | None) -> Verdi
 
 
 def inconclusive(reason: str, ranks: int, error: float, what: str, place: Place | None = None) -> Verdict:
-    """Return the verdict that parts differ, which may have a good reason."""
+    """Return the verdict "inconclusive": a difference that may have a good reason; see `different` for the others."""
     where = "" if place is None else f"\n{place}"
     message = f"the split check is inconclusive, as {reason}: {shown(ranks, error, what)}.{where}"
     return Verdict("inconclusive", message, error, place)
 
 
 def side_effect(ranks: int, error: float, what: str, module: nn.Module) -> str:
-    """Return the warning that a logged number or a buffer differs, which changes no gradient."""
+    """Return the warning about a logged number or a buffer that differs, on which no gradient depends.
+
+    Args:
+        ranks, error, what: those of `different`.
+        module: the module, for the class of the one that holds the buffer.
+    """
     if what.startswith(BUFFER):
         owner = what.removeprefix(BUFFER).rpartition(".")[0]
         where = f"{what} of {owner or 'the module'} ({type(module.get_submodule(owner)).__name__})"
@@ -101,7 +123,11 @@ def side_effect(ranks: int, error: float, what: str, module: nn.Module) -> str:
 
 
 def parted(fault: str) -> Verdict:
-    """Return the verdict that a rank waited for others which had left the step."""
+    """Return the verdict "different" for a step on parts in which a rank waited for others that had ended it.
+
+    Args:
+        fault: the error of the rank that waited.
+    """
     message = (
         f"the ranks part in the step: one waits for a message of others, which have ended their step without it "
         f"({fault}).  Likely cause: a rank skips what communicates, attention or token_mean for instance, as no token "
@@ -112,7 +138,7 @@ def parted(fault: str) -> Verdict:
 
 
 def shown(ranks: int, error: float, what: str) -> str:
-    """Return what differs, and by how much."""
+    """Return a clause for messages: what differs from one process, on how many ranks, and by how much."""
     if error >= 1e-6:
         size = f"{error:.1%}" if error >= 0.001 else f"{100 * error:.1g}%"
     else:

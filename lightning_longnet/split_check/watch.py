@@ -1,4 +1,4 @@
-"""A record of a step: what each module got and returned, and which of torch's functions it called itself."""
+"""A record of a step: the inputs and outputs of each module, and which functions across tokens it called itself."""
 
 from __future__ import annotations
 
@@ -39,14 +39,16 @@ class Call:
 
 
 class Watch(TorchFunctionMode):
-    """Records the calls of modules in the order in which they end, and the causes that each module's functions suggest.
+    """Records the modules that a step calls, and the functions across tokens that each of them calls itself.
+
+    `Comparison` runs the step with a record of whole sequences and one of parts, to find where they begin to differ.
 
     Args:
-        tokens: the number of tokens of each sequence in this run.
+        tokens: the number of tokens of each sequence in this run; None records no causes.
 
     Attributes:
-        calls: the calls that have ended.
-        causes: the causes in each module, by its name.
+        calls: the calls of modules, in the order in which they ended.
+        causes: keys of `ADVICE` for the functions that a module called, by its name.
         draws: the calls that draw random numbers, with the numbers that they are given.
     """
 
@@ -59,6 +61,7 @@ class Watch(TorchFunctionMode):
         self._open: list[Call] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch, and record what it computes across tokens; torch calls this for each of them."""
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "").rstrip("_") in _DRAWS:
             self.draws.append((func.__name__, [x for x in tree_leaves((args, kwargs)) if isinstance(x, (int, float))]))
@@ -72,7 +75,7 @@ class Watch(TorchFunctionMode):
 
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
-        """Record what the modules inside of `module` do inside the block."""
+        """Record what the modules inside of `module` do inside the block; `Runner` enters it around the step."""
         handles = []
         for name, each in module.named_modules():
             if name:
@@ -86,12 +89,16 @@ class Watch(TorchFunctionMode):
                 handle.remove()
 
     def _before(self, name: str) -> Any:
+        """Return a forward pre-hook that opens the record of a call of the module `name`."""
+
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._open.append(Call(name, type(module), _copies((args, kwargs))))
 
         return hook
 
     def _after(self, name: str) -> Any:
+        """Return a forward hook that ends the record of a call of the module `name`."""
+
         def hook(_module: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
             # checkpoints end the calls of a recomputation by an error, and those have no result
             while (call := self._open.pop()).name != name:
@@ -103,7 +110,7 @@ class Watch(TorchFunctionMode):
 
 
 def _is_called_by_package() -> bool:
-    """Whether this package called the function of torch, as `positions_of` does: that is no fault of the module.
+    """Return whether this package called the function of torch, as in `positions_of`: that is no error of the module.
 
     The split check itself calls attention in the name of the module, to leave out its dropout.
     """
@@ -112,4 +119,5 @@ def _is_called_by_package() -> bool:
 
 
 def _copies(values: Any) -> list[Tensor]:
+    """Return copies of the tensors in nested values."""
     return [x.detach().clone() for x in tree_leaves(values) if isinstance(x, Tensor)]

@@ -1,4 +1,4 @@
-"""`BatchDocuments`: documents of batches for models of transformers in any module, under Lightning's own strategies."""
+"""`BatchDocuments`: the documents of batches for models of transformers, under Lightning's own strategies."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ if TYPE_CHECKING:
 
 
 class BatchDocuments(Callback):
-    """Gives attention by `attn_implementation="ring"` the `documents` of each batch, where the strategy does not.
+    """A callback that gives models with `attn_implementation="ring"` the `documents` of each batch.
 
-    Each Trainer has one, by the entry point `lightning.pytorch.callbacks_factory` of this package.  Of several, as
-    Trainers that share a list of callbacks have, the first acts alone.  Where a user attached a context to the module
-    or to one inside it, none acts.
+    Under this package's strategy it does nothing, as the strategy does so.  Each Trainer has one, by the entry point
+    `lightning.pytorch.callbacks_factory` of this package.  Of several, as Trainers that share a list of callbacks have,
+    the first acts alone.  If a user attached a context to the module or to one inside it, none acts.
     """
 
     def __init__(self) -> None:
-        self._batch = ExitStack()
+        self._batch = ExitStack()  # holds the block of `whole_documents` during a batch
         self._module: LightningModule | None = None  # that has such a model, and no other context
         self._attached = self._warned = False
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
+        """Find out at the start of a loop whether this callback is to act on the module."""
         self._batch.close()
         is_ours = isinstance(getattr(trainer.strategy, "sequence_context", None), SequenceContext)
         is_first = self is next((each for each in trainer.callbacks if isinstance(each, BatchDocuments)), None)  # type: ignore[attr-defined]
         self._module = module if is_first and not is_ours and attends_by_ring(module) else None
 
     def _begin_batch(self, batch: Any, step: str) -> None:
+        """Let attention separate the documents of a batch, until its end; `step` is the name of the module's method."""
         self._batch.close()
         if self._module is None or has_context_of_user(self._module):
             return
@@ -102,6 +104,7 @@ class BatchDocuments(Callback):
         self._restore(pl_module)
 
     def _restore(self, module: LightningModule) -> None:
+        """Remove the context that `whole_documents` attached to the module."""
         self._batch.close()
         if self._attached and not has_context_of_user(module):
             attach_context(module, None)
@@ -109,7 +112,7 @@ class BatchDocuments(Callback):
 
 
 def documents_of(batch: Any) -> Tensor | None:
-    """Return the documents of a batch, by their name; a ValueError where it has several that differ."""
+    """Return the tensor "documents" of a batch, (N,) or (B, N), or None; a ValueError if it has several that differ."""
     found = [(path, x) for path, x in named_tensors(batch) if path[-1] == "documents"]
     for path, x in found[1:]:
         if not torch.equal(x, found[0][1]):

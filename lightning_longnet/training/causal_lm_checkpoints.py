@@ -1,4 +1,4 @@
-"""The checkpoints of `CausalLMModule`: what they hold, which are refused, and the folder that transformers reads."""
+"""The checkpoints of `CausalLMModule`: their content, checks before they are loaded, and exports for transformers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ADAPTED = "lora_base"  # the entry of a checkpoint that names the frozen weight
 
 
 class CausalLMCheckpoints(TokenModule):
-    """A `TokenModule` around a model of transformers, with its checkpoints.
+    """The base of `CausalLMModule`, with the methods that save, load and export a model of transformers.
 
     Attributes:
         model: the model.
@@ -46,11 +46,11 @@ class CausalLMCheckpoints(TokenModule):
 
     @property
     def excludes_frozen_parameters(self) -> bool:
-        """Whether checkpoints hold trained parameters alone, which the strategy of DeepSpeed asks."""
+        """Whether checkpoints hold only the trained parameters; DeepSpeed's strategy reads it at set-up."""
         return self.lora is not None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the weights; with LoRA those of the adapters alone."""
+        """Return the weights; with LoRA those of the adapters alone, so that checkpoints are small."""
         state = super().state_dict(*args, **kwargs)
         if self.lora is None:
             return state
@@ -59,7 +59,7 @@ class CausalLMCheckpoints(TokenModule):
         return adapter_state(state, trained)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the weights; with LoRA those of the adapters, which must all be there."""
+        """Load the weights; with LoRA those of the adapters, which must all be there if `strict`."""
         if self.lora is None:
             return super().load_state_dict(state_dict, strict, assign)
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -69,13 +69,17 @@ class CausalLMCheckpoints(TokenModule):
         return super().load_state_dict(state_dict, False, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the run, and the frozen weights, which a checkpoint of adapters does not hold."""
+        """Add the name of the run, and with LoRA a hash of the frozen weights; Lightning calls it at each save."""
         checkpoint[_RUN] = [*self._lineage]
         if self.lora is not None:
             checkpoint[_ADAPTED] = self._base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model, or of adapters for other weights; go on with its run."""
+        """Raise a ValueError for a checkpoint of another model, or of adapters for other weights.
+
+        Lightning calls it before it loads the weights.  `fit` also takes the name of the run from the checkpoint, so
+        that it may replace the run's exports.
+        """
         if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
             self._lineage = continued(checkpoint.get(_RUN, self._lineage))
         saved = checkpoint.get("hyper_parameters", {})

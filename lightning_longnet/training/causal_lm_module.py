@@ -142,7 +142,10 @@ class CausalLMModule(CausalLMCheckpoints):
         self._save_arguments(attention, dtype)
 
     def _save_arguments(self, attention: str, dtype: str | None) -> None:
-        """Save what makes the module again, as plain values, without the weights that a name stands for."""
+        """Save the arguments from which the module can be made again as hyperparameters, in plain values.
+
+        A model that was given as an object is saved as its configuration.
+        """
         source: dict[str, Any] = {"config": self.model.config.to_dict()}
         if self.lora is not None:  # whose checkpoints hold no other weights
             source = {"name": self.name, "overrides": self.overrides}
@@ -163,16 +166,21 @@ class CausalLMModule(CausalLMCheckpoints):
     # The batch
 
     def read_batch(self, batch: Any) -> Any:
-        """Return a batch with the names that this module reads; refuse one that would train something else.
+        """Return a batch with this package's names in place of those of transformers; each step calls it.
 
-        Where sequences are split, the strategy has asked for `batch_fault` before, and all ranks raise together.
+        A ValueError is raised if `batch_fault` finds something wrong.  If sequences are split, the strategy has called
+        that before, so that all ranks raise the error together.
         """
         if not sequence_context(self).is_split and (fault := self.batch_fault(batch)):
             raise ValueError(fault)
         return named_as_ours(batch)
 
     def batch_fault(self, batch: Any) -> str:
-        """Return why a batch would do something else than what its owner means, or an empty string."""
+        """Return the error message for a batch that would silently train or predict something wrong; else "".
+
+        The strategy calls it for each batch that a loop is given, if ranks share sequences, and `read_batch` otherwise.
+        It is about labels that are not shifted, say, or in prediction about padding that the model cannot leave out.
+        """
         if self._trainer is None or not self._trainer.predicting:
             return fault_of_batch(batch)
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -180,11 +188,11 @@ class CausalLMModule(CausalLMCheckpoints):
         return fault_of_prompts(batch) or (padding_refusal(self.model) if is_padded else "")
 
     def check_vocabulary(self, data: Any) -> None:
-        """Raise a ValueError where the tokens of a data module are not those of the model."""
+        """Raise a ValueError if a data module has another tokenizer or more tokens than the model; `setup` calls it."""
         check_vocabulary(self.model, self.name, data)
 
     def setup(self, stage: str) -> None:
-        """Check the vocabulary of the data module, and that ranks can share the sequences of the model."""
+        """Check the vocabulary of the data module, and that sequences of the model can be split if ranks share them."""
         super().setup(stage)
         strategy = getattr(self.trainer.strategy, "sequence_context", None)
         if isinstance(strategy, SequenceContext) and strategy.sequence_parallel_size > 1:
@@ -193,20 +201,34 @@ class CausalLMModule(CausalLMCheckpoints):
     # The model
 
     def configure_model(self) -> None:
-        """Read the weights of `load_sharded`, unless the strategy shards the model before, and reads them then."""
+        """Read the weights for `load_sharded`, unless FSDP2's strategy reads them after it has sharded the model.
+
+        Lightning calls it after `setup`.
+        """
         if self._files is None:  # Lightning calls this without a Trainer, too
             return
         if self._trainer is None or not getattr(self.trainer.strategy, "shards_before_loading", False):
             self._load_sharded_weights(torch.device("cpu"))
 
     def _load_sharded_weights(self, device: torch.device) -> None:
-        """Read the weights of `load_sharded`, or this rank's parts of them, once; all ranks call it."""
+        """Read the weights for `load_sharded` once, or this rank's shards of them; all ranks call it together.
+
+        FSDP2's strategy calls it when it has sharded the module.
+
+        Args:
+            device: the device of the parameters.
+        """
         if self._files is not None:
             self._files.load(device)
             self._files = None
 
     def hidden_states(self, input_ids: Tensor, **options: Tensor) -> Tensor:
-        """Return the input of the output head, (B, N, width); see the class for the options of a batch."""
+        """Return the last hidden states of this rank's tokens, (B, L, width), which the output head takes.
+
+        Args:
+            input_ids: (B, L).
+            options: `positions`, `documents` and `attention_mask` of the batch, where it has them; see the class.
+        """
         positions, documents = options.get("positions"), options.get("documents")
         if positions is None:
             positions = places_of(input_ids, documents, sequence_context(self))
@@ -222,11 +244,17 @@ class CausalLMModule(CausalLMCheckpoints):
         return hidden
 
     def forward(self, input_ids: Tensor, **options: Tensor) -> Tensor:
-        """Return the logits (B, N, vocabulary) of this rank's tokens; see the class for the options of a batch."""
+        """Return the logits (B, L, vocabulary) of this rank's tokens; see `hidden_states` for the arguments."""
         return self.head.logits(self.model.get_output_embeddings(), self.hidden_states(input_ids, **options))
 
     def token_loss(self, input_ids: Tensor, labels: Tensor, **options: Tensor) -> TokenLoss:
-        """Return the sum of the losses of this rank's tokens, and their number, without holding all logits."""
+        """Return (sum of the losses, number) of this rank's tokens with a label, without holding the logits of all.
+
+        Args:
+            input_ids: (B, L).
+            labels: (B, L), the token that each token is to predict, or -100.
+            options: those of `hidden_states`.
+        """
         hidden = self.hidden_states(input_ids, **options)
         return self.head.loss(self.model.get_output_embeddings(), hidden, labels, self.loss_chunk)
 

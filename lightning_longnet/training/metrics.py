@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class MeanLoss(Metric):
-    """The mean loss over all tokens of all ranks; each rank adds the tokens that it holds.
+    """A torchmetrics Metric of the mean loss over all tokens of all ranks; each rank adds the tokens that it holds.
 
     >>> metric = MeanLoss()
     >>> metric.update(torch.tensor(6.0), 3)
@@ -36,9 +36,10 @@ class MeanLoss(Metric):
         self.add_state("token_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
-        """Move the state to the device of `fn`, but keep its float64.
+        """Move the state to the device that `fn` moves tensors to, but keep its float64.
 
-        `fn` may convert to bfloat16, for example in `module.bfloat16()`; counting by ones in bfloat16 stops at 256.
+        torch calls it for `module.to(...)`.  `fn` may also convert to bfloat16, as in `module.bfloat16()`; counting by
+        ones in bfloat16 stops at 256.
         """
 
         def move(x: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ class MeanLoss(Metric):
         return super()._apply(move, exclude_state)
 
     def update(self, loss_sum: Tensor, token_count: Tensor | float) -> None:
-        """Add a sum of losses, in nats, and the number of tokens that it is over."""
+        """Add a sum of losses in nats, and the number of tokens in it."""
         self.loss_sum += loss_sum.detach()
         self.token_count += token_count
 
@@ -66,12 +67,12 @@ class Perplexity(MeanLoss):
     """
 
     def compute(self) -> Tensor:
-        """Return the perplexity."""
+        """Return the perplexity, e to the mean loss in nats."""
         return super().compute().exp()
 
 
 class BitsPerByte(MeanLoss):
-    """The mean loss in bits per byte of the text.
+    """The mean loss of all ranks' tokens in bits per byte of the text.
 
     Args:
         bytes_per_token: average number of bytes of the text per token; 1 where tokens are bytes.

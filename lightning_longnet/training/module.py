@@ -101,17 +101,17 @@ class LongNetModule(TokenModule):
             self.model.load_state_dict(model_of(saved).state_dict())
 
     def forward(self, input_ids: Tensor, **options: Tensor) -> Tensor:
-        """Return the logits (B, N, vocabulary); see `LongNet.forward` for the arguments."""
+        """Return the logits (B, L, vocabulary) of this rank's tokens; see `LongNet.forward` for the arguments."""
         logits: Tensor = self.model(input_ids, **options)
         return logits
 
     def token_loss(self, input_ids: Tensor, labels: Tensor, **options: Tensor) -> TokenLoss:
-        """Return the sum of the losses of this rank's tokens, and their number."""
+        """Return (sum of the losses, number) of this rank's tokens with a label; see `LongNet.forward`."""
         losses: TokenLoss = self.model(input_ids, labels, **options)
         return losses
 
     def check_vocabulary(self, data: Any) -> None:
-        """Raise a ValueError where the data module has more tokens than the model."""
+        """Raise a ValueError if the data module has a larger vocabulary than the model; `setup` calls it."""
         vocabulary = getattr(data, "vocab_size", None)
         if vocabulary is not None and vocabulary > self.config.vocab_size:
             raise ValueError(
@@ -119,9 +119,10 @@ class LongNetModule(TokenModule):
             )
 
     def batch_fault(self, batch: Any) -> str:
-        """Return why the rows of a batch to `predict` cannot be continued, or an empty string.
+        """Return the error message for a batch of `predict` whose rows cannot be continued; else "".
 
-        Where sequences are split, the strategy asks for it, and all ranks raise together.
+        The strategy calls it for each batch that a loop is given, if ranks share sequences, so that all of them raise
+        the error.
         """
         if self._trainer is None or not self._trainer.predicting:
             return ""
@@ -173,7 +174,11 @@ class LongNetModule(TokenModule):
         return embed(self.model, input_ids, pooling, attention_mask=attention_mask, context=context)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose model differs from this one in a field of `_FIELDS_OF_THE_WEIGHTS`."""
+        """Raise a ValueError for a checkpoint of another model; Lightning calls it before it loads the weights.
+
+        Models differ by the fields of their configuration in `_FIELDS_OF_THE_WEIGHTS`; others, such as the pattern, may
+        be changed.
+        """
         config = checkpoint.get("hyper_parameters", {}).get("config")
         if config is None:
             return

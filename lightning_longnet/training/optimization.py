@@ -49,12 +49,12 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
-    """Whether a parameter has several dimensions, unlike the weight of a norm that is no class of torch's."""
+    """Return whether a parameter has several dimensions, unlike the weight of a norm of another class than torch's."""
     return len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # DeepSpeed may hold a part, of one dimension
 
 
 def warmup_cosine(optimizer: Optimizer, steps: int, warmup_steps: int, final_share: float = 0.1) -> LambdaLR:
-    """Return a schedule that raises the learning rate linearly over `warmup_steps`, then lowers it as half a cosine.
+    """Return a scheduler that raises the learning rate linearly over `warmup_steps`, then lowers it as half a cosine.
 
     Step 0 has `1 / warmup_steps` of the highest rate, step `warmup_steps - 1` the highest rate, and step `steps - 1`
     and all later ones have `final_share` of it.

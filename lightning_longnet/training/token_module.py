@@ -1,4 +1,4 @@
-"""`TokenModule`: what the LightningModules of language models share: steps, metrics, optimiser and schedule."""
+"""`TokenModule`: the base of the LightningModules of language models, with steps, metrics, optimiser and schedule."""
 
 from __future__ import annotations
 
@@ -67,16 +67,28 @@ class TokenModule(L.LightningModule):
 
     @abstractmethod
     def token_loss(self, input_ids: Tensor, labels: Tensor, **options: Tensor) -> TokenLoss:
-        """Return the sum of the losses of this rank's tokens, and their number; see `training_step` for the names."""
+        """Return (sum of the losses, number) of this rank's tokens with a label; each step calls it.
+
+        Args:
+            input_ids, labels: (B, L), of this rank's tokens; a label of -100 does not count.
+            options: `positions`, `documents` and `attention_mask`, where the batch has them.
+        """
 
     @abstractmethod
     def check_vocabulary(self, data: Any) -> None:
-        """Raise a ValueError where the tokens of a data module are not those of the model."""
+        """Raise a ValueError if the tokens of a data module are not those of the model; `setup` calls it.
+
+        Args:
+            data: the data module of the Trainer, or None.
+        """
 
     # Data
 
     def setup(self, stage: str) -> None:
-        """Check the vocabulary of the data module, and read its `bytes_per_token`, `tokenizer_name` and `tokens`."""
+        """Check the vocabulary of the data module, and read its `bytes_per_token`, `tokenizer_name` and `tokens`.
+
+        Lightning calls it on each rank at the start of a run.
+        """
         data = getattr(self.trainer, "datamodule", None)
         self.check_vocabulary(data)
         self.bytes_per_token = getattr(data, "bytes_per_token", None)
@@ -87,6 +99,7 @@ class TokenModule(L.LightningModule):
 
     @staticmethod
     def _metrics(bytes_per_token: float | None) -> torch.nn.ModuleDict:
+        """Return new metrics for validation or test data, by the names under which they are logged."""
         metrics: dict[str, Any] = {"loss": MeanLoss(), "perplexity": Perplexity()}
         if bytes_per_token is not None:
             metrics["bits_per_byte"] = BitsPerByte(bytes_per_token)
@@ -95,11 +108,11 @@ class TokenModule(L.LightningModule):
     # Steps
 
     def read_batch(self, batch: Any) -> Any:
-        """Return a batch of the loader with the names that `training_step` reads."""
+        """Return a batch of the loader with the names that `training_step` reads; subclasses may rename tensors."""
         return batch
 
     def _losses(self, batch: dict[str, Tensor], repeated: int = 0) -> TokenLoss:
-        """Return the sum of the losses of this rank's tokens, and their number, without the last `repeated` samples."""
+        """Return `token_loss` of a batch, without the last `repeated` samples, which another rank counts."""
         batch = self.read_batch(batch)
         if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
             shown = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
@@ -114,7 +127,7 @@ class TokenModule(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss over the tokens of all ranks.
 
-        The batch holds `input_ids` and `labels`, (B, N), and optionally `attention_mask`, `documents` and `positions`.
+        The batch holds `input_ids` and `labels`, (B, L), and optionally `attention_mask`, `documents` and `positions`.
         """
         loss = sequence_context(self).token_mean(*self._losses(batch))
         self.log("train/loss", loss)
@@ -124,12 +137,15 @@ class TokenModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Update and log the metrics of validation data."""
         self._measure("val", self.val_metrics, batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Update and log the metrics of test data."""
         self._measure("test", self.test_metrics, batch)
 
     def _measure(self, stage: str, metrics: torch.nn.ModuleDict, batch: dict[str, Tensor]) -> None:
+        """Update metrics with the losses of a batch, without repeated samples, and log them for the epoch."""
         losses = self._losses(batch, sequence_context(self).repeated_samples)
         for name, metric in metrics.items():
             assert isinstance(metric, MeanLoss)
@@ -139,7 +155,10 @@ class TokenModule(L.LightningModule):
     # Training
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW, or `optimizer`, with decaying and other parameters in two groups, and the schedule per step."""
+        """Return ([optimizer], [scheduler]) for Lightning: AdamW or `optimizer`, with a learning rate for each step.
+
+        Parameters with and without weight decay are in two groups.
+        """
         groups = decay_groups(self, self.weight_decay)
         if self.optimizer is None:
             optimizer: Optimizer = AdamW(groups, self.learning_rate, self.betas, self.eps)

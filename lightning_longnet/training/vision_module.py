@@ -63,7 +63,7 @@ class LongViTModule(L.LightningModule):
         self.test_loss, self.test_accuracy = MeanLoss(), MulticlassAccuracy(config.classes, average="micro")
 
     def setup(self, stage: str) -> None:
-        """Refuse a data module that has more classes than the model."""
+        """Raise a ValueError if the data module has more classes than the model."""
         classes = getattr(getattr(self.trainer, "datamodule", None), "classes", ())
         if len(classes) > self.config.classes:
             raise ValueError(
@@ -71,9 +71,9 @@ class LongViTModule(L.LightningModule):
             )
 
     def ordering(self, rows: int, columns: int) -> Tensor | None:
-        """Return the order of the patches of a grid, or None for `config.ordering`; see `LongViT.forward`.
+        """Return the order of the patches of a grid, (rows * columns,), or None for `config.ordering`.
 
-        Subclasses may override this.
+        `forward` calls it; subclasses may override it.  See `LongViT.forward`.
         """
         return None
 
@@ -95,9 +95,11 @@ class LongViTModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Update and log the loss and the accuracy of validation data."""
         self._evaluate("val", batch)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Update and log the loss and the accuracy of test data."""
         self._evaluate("test", batch)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -106,6 +108,7 @@ class LongViTModule(L.LightningModule):
         return classes
 
     def _evaluate(self, stage: str, batch: dict[str, Tensor]) -> None:
+        """Update the metrics of a stage, "val" or "test", without repeated samples, and log them for the epoch."""
         logits, labels = self(batch["pixels"]), batch["label"]
         loss, accuracy = getattr(self, f"{stage}_loss"), getattr(self, f"{stage}_accuracy")
         counted = len(labels) - sequence_context(self).repeated_samples
@@ -123,7 +126,10 @@ class LongViTModule(L.LightningModule):
         self.log_dict({f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}, **options)
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW with decaying and other parameters in two groups, and the schedule per step."""
+        """Return AdamW and its scheduler for Lightning, with a learning rate for each step.
+
+        Parameters with and without weight decay are in two groups.
+        """
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("max_steps must be set where the data has no end: the learning rate falls until then")
