@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FAULT, LAST, ENDED, VALIDATES = 1, 2, 4, 8
 _BLOCK = 2**15  # 64-bit words of a batch that are summed at a time, with the same weights
+_FACTOR = -7_046_029_254_386_353_131  # odd, and 2**64 over the golden ratio as an int64: its bits look random
 
 
 class Note(NamedTuple):
@@ -197,7 +198,8 @@ def checksum(x: Tensor) -> int:
     """Return a hash of the bytes of a tensor, below 2**61, that is much faster to compute than SHA-256.
 
     The bytes are read as 64-bit words, and summed with odd weights that depend on the index of each word.  Shape and
-    dtype are not part of it.
+    dtype are not part of it.  A difference in the highest bit of two words would cancel in a sum modulo 2**64, as in
+    the signs of two floats: each word is first multiplied, and the high half of the product mixed into its low half.
     """
     flat = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     words, rest = divmod(flat.numel(), 8)
@@ -208,14 +210,22 @@ def checksum(x: Tensor) -> int:
     if body.storage_offset() % 8:
         body = body.clone()
     for block in body.view(torch.int64).split(_BLOCK) if words else ():
-        total = (total * 1_000_003 + int(torch.dot(block, _weights()[: block.numel()]))) % 2**61
+        # a prime, so that all 64 bits of the sum count
+        total = (total * 1_000_003 + int(torch.dot(_mixed(block), _weights()[: block.numel()]))) % (2**61 - 1)
     return total
 
 
 @lru_cache(1)
 def _weights() -> Tensor:
     """Return the weights of the words of a block: odd int64, (_BLOCK,)."""
-    return (torch.arange(1, _BLOCK + 1) * -7_046_029_254_386_353_131) | 1
+    # mixed twice: of weights in an arithmetic series, some sums cancel
+    return _mixed(_mixed(torch.arange(1, _BLOCK + 1))) | 1
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """Return int64 words in which each bit of the given ones changes many bits, the lower ones among them."""
+    product = words * _FACTOR
+    return (product >> 32).bitwise_and_(0xFFFFFFFF).bitwise_xor_(product)
 
 
 def _number(text: str) -> int:
