@@ -63,6 +63,9 @@ class Accumulator:
         With `stores` it is written over them, without the weight: for the first branch where the accumulator
         `is_written`.  `backward_blocks` calls it for dq, and `OwnKeys.add` for dk and dv.
         """
+        if not stores and rows.folds(self.total):
+            rows.folded(self.total).add_(gradient, alpha=weight)
+            return
         gradient = unfold_rows(rows, gradient, self._like.shape[0])
         if stores:
             if self._total is None and (adopted := adoptable(rows, gradient, self._like, self.dtype)) is not None:

@@ -122,14 +122,18 @@ def forward_blocks(
     for part, call in _kernel_calls(kernel, parts, q, keys, options):
         queries, i = part.block.queries, part.branch if len(totals) > 1 else 0
         out, lse = kernel.forward(fold_rows(queries, q), *keys.read(part), call)
-        result = Partial(unfold_rows(queries, out, q.shape[0]), unfold_rows(queries, lse.unsqueeze(-1), q.shape[0]))
-        total = totals[i]
+        lse, total, writes = lse.unsqueeze(-1), totals[i], stores[i] and part.branch == 0
+        if total is not None and not writes and queries.folds(total.out) and queries.folds(total.lse):
+            Partial(queries.folded(total.out), queries.folded(total.lse)).add_(out, lse, part.block.weight)
+            del out, lse  # frees them before the next call allocates its own
+            continue
+        result = Partial(unfold_rows(queries, out, q.shape[0]), unfold_rows(queries, lse, q.shape[0]))
         if total is None:
             total = totals[i] = _adopted(part, q, result)
             if total is not None:
                 continue
             total = totals[i] = uninitialized_partial(q, out)
-        if stores[i] and part.branch == 0:
+        if writes:
             queries.write(total.out, result.out)
             queries.write(total.lse, result.lse)
         else:

@@ -30,7 +30,8 @@ class Partial(NamedTuple):
         if weight > 0:
             # exp(lse) / (exp(lse) + exp(self.lse)); where both are -inf it is NaN, and 0 keeps out as it is
             share = torch.sigmoid(lse - self.lse).masked_fill_(lse == -inf, 0)
-            total = torch.logaddexp(self.lse, lse)
+            self.out.lerp_(out.to(self.out.dtype), share)
+            torch.logaddexp(self.lse, lse, out=self.lse)
         else:
             # the share of the weights that stays, 1 - exp(lse - self.lse), as accurate near 0 as near 1
             kept = -torch.expm1((lse - self.lse).masked_fill_(lse == -inf, -inf))
@@ -38,10 +39,8 @@ class Partial(NamedTuple):
             gone = kept <= 64 * torch.finfo(kept.dtype).eps * self.lse.abs().clamp_min_(1)
             kept.masked_fill_(gone, 1)
             share = (1 - 1 / kept).masked_fill_(gone, 0)
-            total = (self.lse + kept.log()).masked_fill_(gone, -inf)
-            self.out.masked_fill_(gone, 0)
-        self.out.lerp_(out.to(self.out.dtype), share)
-        self.lse.copy_(total)
+            self.out.masked_fill_(gone, 0).lerp_(out.to(self.out.dtype), share)
+            self.lse.add_(kept.log()).masked_fill_(gone, -inf)
 
     def add_logits_(self, logits: Tensor) -> None:
         """Merge keys without a value, whose log-sum-exp is `logits`, in place; -inf is no key.

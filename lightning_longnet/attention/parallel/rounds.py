@@ -245,11 +245,10 @@ class RoundsCall(NamedTuple):
         step = self.route.rounds[i]
         indices = step.indices(k.device, INDEX_SHARE * (k.nbytes + v.nbytes) / len(self.route.rounds))
         batch, _, _, width = k.shape
-        flat_k, flat_v = (x.flatten(1, 2) for x in (k, v))
-        send = {}
-        for peer, peer_rows in indices.send.items():
-            rows = (x.index_select(1, peer_rows) for x in (flat_k, flat_v))
-            send[peer] = torch.cat(tuple(rows), -1).transpose(0, 1).contiguous()
+        # one copy for all ranks, (R, B, D + Dv), of which each is sent its rows
+        sent = torch.cat([x.flatten(1, 2).index_select(1, indices.sent) for x in (k, v)], -1).transpose(0, 1)
+        peer_counts = [len(peer_rows) for peer_rows in indices.send.values()]
+        send = dict(zip(indices.send, sent.contiguous().split(peer_counts), strict=True))
         counts = [len(peer_rows) for peer_rows in indices.receive.values()]
         received = k.new_empty((sum(counts), batch, width + v.shape[3]))
         pieces = dict(zip(indices.receive, received.split(counts), strict=True))

@@ -98,7 +98,8 @@ class RoundsPlan(ExchangePlan):
             """Return the index in the whole sequence of each token on a rank, in the order of the line."""
             return call.tokens_at(shard.tokens(peer, call.device))
 
-        options = call.pair_options(layout, shard.tokens(device=call.device))
+        places = shard.cached(("places", call.device), partial(shard.tokens, device=call.device))
+        options = call.pair_options(layout, places)
         remote = RemoteRows(shard.comm, call.message, tokens_of, partial(shard.padding_of, samples=call.samples))
         # to compute the results of branches again in the backward would cost messages
         return RoundsCall(call.kernel, own_route, options, call.branch_outs, saves_outs=True, remote=remote)

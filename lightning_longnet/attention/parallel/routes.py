@@ -12,6 +12,7 @@ import torch
 from lightning_longnet.attention.parallel.rank_blocks import CPU, kv_rows_of, rank_blocks
 from lightning_longnet.attention.plan.block import Part
 from lightning_longnet.attention.plan.blocks import plan
+from lightning_longnet.attention.plan.merging import merge_neighbors
 from lightning_longnet.attention.plan.paged_keys import merge_stacks
 from lightning_longnet.attention.plan.parts import Parts
 
@@ -78,7 +79,7 @@ class Round:
     @cached_property
     def _parts(self) -> dict[int, Parts]:
         """The parts with the keys of each rank."""
-        return {rank: merge_parts(blocks.parts) for rank, blocks in self.receives.items()}
+        return {rank: merge_neighboring_parts(blocks.parts) for rank, blocks in self.receives.items()}
 
     @cached_property
     def _counts(self) -> tuple[dict[int, int], dict[int, int]]:
@@ -101,19 +102,23 @@ class Round:
                 parts.append(part._replace(kv_index=part.block.keys.read(kv_index)[0, ..., 0].clone()))
             offset += len(receive[rank])
         parts.sort(key=lambda part: part.branch)  # dropout computes its words once for each run of one branch
-        send = {rank: kv_rows_of(blocks.mask(device=device), sent.get(rank)) for rank, blocks in self.sends.items()}
-        return RoundIndices(send, receive, Parts(parts))
+        rows = [kv_rows_of(blocks.mask(device=device), sent.get(rank)) for rank, blocks in self.sends.items()]
+        all_rows = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32, device=device)
+        send = dict(zip(self.sends, all_rows.split([len(x) for x in rows]), strict=True))
+        return RoundIndices(all_rows, send, receive, Parts(parts))
 
 
 class RoundIndices(NamedTuple):
     """The indices of the KV rows of one round, and the parts that are computed with the received ones.
 
     Attributes:
-        send: for each other rank the indices of this rank's KV rows that it needs, (R,), ascending.
+        sent: the indices of this rank's KV rows that the other ranks need, those of one rank after the other.
+        send: for each other rank the view of `sent` with the rows that it needs, (R,), ascending.
         receive: for each other rank the indices, on that rank, of the KV rows that this rank needs, (R,), ascending.
         parts: the parts, with the index of each key among all received KV rows.
     """
 
+    sent: Tensor
     send: dict[int, Tensor]
     receive: dict[int, Tensor]
     parts: Parts
@@ -122,7 +127,7 @@ class RoundIndices(NamedTuple):
     def nbytes(self) -> int:
         """The bytes of all indices, which decide whether a ring keeps them."""
         of_parts = (part.kv_index for part in self.parts if part.kv_index is not None)
-        return sum(x.nbytes for x in (*self.send.values(), *self.receive.values(), *of_parts))
+        return sum(x.nbytes for x in (self.sent, *self.receive.values(), *of_parts))
 
 
 def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
@@ -145,7 +150,7 @@ def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
     for step in sorted({(rank - r) % ranks for r in peers} | {(r - rank) % ranks for r in peers}) if rings else ():
         before, after = (rank - step) % ranks, (rank + step) % ranks
         rounds.append(_round(between, rank, [before], [after], rings, step))
-    own = merge_parts(between.blocks(rank, rank).parts)
+    own = merge_neighboring_parts(between.blocks(rank, rank).parts)
     return Route(own, tuple(r for r in rounds if r.sends or r.receives), layout.kv_heads)
 
 
@@ -184,4 +189,13 @@ def merge_parts(parts: Iterable[Part]) -> Parts:
         Part(branch, block)
         for branch, group in groupby(parts, key=lambda part: part.branch)
         for block in merge_stacks(part.block for part in group)
+    )
+
+
+def merge_neighboring_parts(parts: Iterable[Part]) -> Parts:
+    """Return the parts of `merge_parts`, of which those of neighbouring rows on a rank are merged, too."""
+    return Parts(
+        Part(branch, block)
+        for branch, group in groupby(merge_parts(parts), key=lambda part: part.branch)
+        for block in merge_neighbors(part.block for part in group)
     )

@@ -102,6 +102,10 @@ class Lattice:
         stride = first if segments == 1 else second
         return t.as_strided((batch * segments, *sizes), (stride, *strides), t.storage_offset() + offset)
 
+    def folds(self, t: Tensor) -> bool:
+        """Return whether `folded` returns a view of t (B, N, H, D), so that writes to it reach t."""
+        return self.is_view and self._view(t).is_foldable
+
     def _view(self, t: Tensor) -> _View:
         """Return the sizes, strides and offset with which `read` and `folded` view the rows of t (B, N, H, D).
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_longnet.attention.plan.batches import batched
 from lightning_longnet.attention.plan.block import Part
+from lightning_longnet.attention.plan.merging import joined_keys
 from lightning_longnet.attention.plan.paged_keys import PagedKeys
 
 if TYPE_CHECKING:
@@ -26,14 +27,14 @@ class Parts(tuple[Part, ...]):
     def bounded(self, limit: int, threads: int, joins: bool = False) -> tuple[Part, ...]:
         """Return the parts cut into calls of at most `limit` query rows, or of more if threads would be idle.
 
-        A row of each head counts.  With `joins`, small parts are first joined by `joined`.  `_kernel_calls` calls it in
-        each forward and backward.
+        A row of each head counts.  Received keys of the same queries are first joined by `joined_keys` and, with
+        `joins`, small parts by `joined`.  `_kernel_calls` calls it in each forward and backward.
         """
         cuts: dict[tuple[int, int, bool], tuple[Part, ...]] = self.__dict__.setdefault("_cuts", {})
         key = limit, threads, joins
         if key not in cuts:
             parts = self.joined() if joins else self
-            cuts[key] = tuple(cut for part in parts for cut in bounded_part(part, limit, threads))
+            cuts[key] = tuple(cut for part in joined_keys(parts, limit) for cut in bounded_part(part, limit, threads))
         return cuts[key]
 
     def joined(self) -> Parts:
