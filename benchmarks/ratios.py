@@ -22,6 +22,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
+import host_time
 import peers
 import scheme
 import steps
@@ -236,6 +237,8 @@ def main() -> None:
     torch.set_num_threads(threads if options.clock == "wall" else 1)
     rows += [over_limit(length, options) for length in (8192, 32768)]
     rows += [planned(many, placement) for many in (1, 1000) for placement in ("contiguous", "zigzag")]
+    torch.set_num_threads(1)
+    rows += host_time.rows()
     result["rows"] = rows
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
