@@ -13,8 +13,12 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
+from torch.distributed.tensor.experimental._context_parallel import _attention as context_parallel_templates
 
 from lightning_longnet import Pattern, attend
 
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def ours(
@@ -129,3 +134,54 @@ def ring_attention_pytorch(ranks: int) -> Call:
         return out
 
     return call
+
+
+def has_ring_attention_pytorch() -> bool:
+    return find_spec("ring_attention_pytorch") is not None
+
+
+def torch_ring(group: dist.ProcessGroup) -> Call:
+    """Return a call of the causal ring attention of torch's context parallelism, with torch's operator for the CPU.
+
+    `context_parallel` passes only operators for CUDA to these templates, which take any.  Ranks hold the tokens that
+    the template expects by default: a chunk from the front and one from the back, as a zigzag places them.
+    """
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = _TorchRing.apply(*(x.transpose(1, 2) for x in (q, k, v)), group)  # type: ignore[no-untyped-call]
+        return out.transpose(1, 2)
+
+    return call
+
+
+class _TorchRing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ring = context_parallel_templates._templated_ring_attention
+        out, lse = ring(group, 2, _flash, q, k, v, is_causal=True, dropout_p=0.0)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.group = group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        ring = context_parallel_templates._templated_ring_attention_backward
+        tensors = dict(zip(("query", "key", "value", "out", "logsumexp"), ctx.saved_tensors, strict=True))
+        grads = ring(ctx.group, 2, _flash_backward, grad, "grad_out", **tensors, is_causal=True, dropout_p=0.0)
+        return *grads, None
+
+
+def context_parallel_refusal() -> str:
+    """Return the error with which torch's `context_parallel` fails on a CPU, or an empty text if it runs.
+
+    The default group must not exist yet; the call makes it.
+    """
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    q, k, v = torch.zeros(3, 1, 1, 8, 8).unbind()
+    try:
+        with context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2]):
+            F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    except NotImplementedError as error:
+        return str(error)
+    return ""

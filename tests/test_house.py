@@ -365,6 +365,20 @@ def test_pages_show_the_committed_measurements():
         assert any(shown in page for page in pages), words
 
 
+def test_context_parallel_of_torch_does_not_run_on_a_cpu():
+    """If it fails here one day, let `benchmarks/dense_ring.py` measure it, and change docs/measurements.md."""
+    program = "import peers; print(peers.context_parallel_refusal())"
+    ranks = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks")))
+    environment = os.environ | ranks | {"PYTHONPATH": paths}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert result.returncode == 0, result.stderr
+    refusal = result.stdout.strip()
+    assert refusal.startswith("Operator aten._scaled_dot_product_flash_attention_for_cpu.default does not have")
+    assert refusal.rstrip(".") in " ".join((ROOT / "docs/measurements.md").read_text().split())
+
+
 @pytest.mark.long
 def test_the_benchmark_runs_without_its_peers(tmp_path):
     shown = benchmark("--lengths", 1024, "--dtypes", "bfloat16", "--rounds", 1, "--out", tmp_path / "found.json")

@@ -14,14 +14,14 @@ from tiers import tiered
 
 from lightning_longnet import balanced_placement
 from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.shares import shares
+from lightning_longnet.attention.parallel.shares import segments_in, shares
 from lightning_longnet.attention.plan.blocks import plan
 
 
 def all_shares(block, placement, rank, source):
     for queries in placement.chunks(rank):
         for keys in placement.chunks(source):
-            yield from shares(block, queries, keys)
+            yield from shares(block, segments_in(block.queries, queries), segments_in(block.keys, keys))
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])

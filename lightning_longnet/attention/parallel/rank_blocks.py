@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from functools import lru_cache
-from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from lightning_longnet.attention.parallel.placement import Chunk
-from lightning_longnet.attention.parallel.shares import shares
+from lightning_longnet.attention.parallel.shares import ChunkSegments, segments_in, shares
 from lightning_longnet.attention.plan.block import Part
 from lightning_longnet.attention.plan.blocks import make_plan
 
@@ -136,23 +135,35 @@ class _DocumentBlocks:
         # for each block the first row and the end of its queries and of its keys, to find a rank's blocks quickly
         sides = [[_extent(side) for side in (block.queries, block.keys)] for _, block in self.blocks]
         self._extents = torch.tensor(sides, dtype=torch.long).view(len(sides), 2, 2)
-        self._numbers: dict[tuple[Chunk, int], set[int]] = {}
+        self._segments: dict[tuple[Chunk, int], dict[int, ChunkSegments | None]] = {}
 
     def shares(self, queries: Chunk, keys: Chunk) -> Iterator[Part]:
         """Yield the parts of the blocks with queries in one chunk and keys in another."""
-        # few blocks may have queries in one chunk and keys in the other: only these are cut into shares
-        for number in sorted(self._numbers_in(queries, 0) & self._numbers_in(keys, 1)):
+        # few blocks have segments with queries in one chunk and keys in the other: only these are cut into shares
+        of_queries, of_keys = self._segments_in(queries, 0), self._segments_in(keys, 1)
+        for number, in_queries in of_queries.items():
+            if number not in of_keys:
+                continue
             branch, block = self.blocks[number]
-            for share in shares(block, queries, keys):
-                yield Part(branch, share)
+            if in_queries is None:
+                in_queries = of_queries[number] = segments_in(block.queries, queries)
+            in_keys = of_keys[number]
+            if in_keys is None:
+                in_keys = of_keys[number] = segments_in(block.keys, keys)
+            if in_queries.begin < in_keys.end and in_keys.begin < in_queries.end:
+                for share in shares(block, in_queries, in_keys):
+                    yield Part(branch, share)
 
-    def _numbers_in(self, chunk: Chunk, side: int) -> set[int]:
-        """Return the numbers of the blocks that may have queries (side 0) or keys (side 1) in a chunk."""
-        if (chunk, side) not in self._numbers:
+    def _segments_in(self, chunk: Chunk, side: int) -> dict[int, ChunkSegments | None]:
+        """Return the numbers of the blocks that may have queries (side 0) or keys (side 1) in a chunk, ascending.
+
+        The segments that have some are added when they are asked for: most blocks have none in the other chunk.
+        """
+        if (chunk, side) not in self._segments:
             begins, ends = self._extents[:, side].unbind(1)
             numbers = ((begins < chunk.end) & (ends > chunk.begin)).nonzero().flatten().tolist()
-            self._numbers[chunk, side] = set(numbers)
-        return self._numbers[chunk, side]
+            self._segments[chunk, side] = dict.fromkeys(numbers)
+        return self._segments[chunk, side]
 
 
 class RankBlocks:
@@ -166,6 +177,7 @@ class RankBlocks:
         self.layout = layout
         self._documents: dict[tuple[int, int], _DocumentBlocks] = {}
         self._parts: dict[tuple[int, int], tuple[Part, ...]] = {}
+        self._ranges: dict[Chunk, tuple[int, int]] = {}
 
     def blocks(self, rank: int, source: int, branches: Collection[int] | None = None) -> PeerBlocks:
         """Return the blocks of a rank's queries against the keys of the rank `source`, of some branches or of all.
@@ -188,9 +200,14 @@ class RankBlocks:
 
     def _chunk_pairs(self, rank: int, source: int) -> list[tuple[Chunk, Chunk]]:
         """Return a rank's chunks of queries, each with those chunks of keys of `source` that it may see."""
-        chunks, is_causal = self.layout.placement.chunks, self.layout.pattern.is_causal
-        pairs = product(chunks(rank), chunks(source))
-        return [(queries, keys) for queries, keys in pairs if not is_causal or keys.begin < queries.end]
+        is_causal, pairs = self.layout.pattern.is_causal, list[tuple[Chunk, Chunk]]()
+        sources = self.layout.placement.chunks(source)
+        for queries in self.layout.placement.chunks(rank):
+            begin, end = self._visible_range(queries)
+            if is_causal:
+                end = min(end, queries.end)
+            pairs += [(queries, keys) for keys in sources if keys.begin < end and keys.end > begin]
+        return pairs
 
     def _common_documents(self, rank: int, source: int) -> list[_DocumentBlocks]:
         """Return the documents with tokens on both ranks, those that follow one another as one."""
@@ -224,8 +241,7 @@ class RankBlocks:
         """
         ranks: set[int] = set()
         for chunk in self.layout.placement.chunks(rank):
-            ranges = [self._visible_range(chunk, branch) for branch in self.layout.pattern.branches]
-            ranks |= self.layout.placement.holders(min(begin for begin, _ in ranges), max(end for _, end in ranges))
+            ranks |= self.layout.placement.holders(*self._visible_range(chunk))
         return sorted(ranks - {rank})
 
     def visible_pairs(self, rank: int) -> int:
@@ -248,13 +264,22 @@ class RankBlocks:
         before = after = 0.0
         for chunk in self.layout.placement.chunks(rank):
             for branch in self.layout.pattern.branches:
-                begin, end = self._visible_range(chunk, branch)
+                begin, end = self._branch_range(chunk, branch)
                 before += (chunk.begin - begin) / branch.dilation_rate
                 after += (end - chunk.end) / branch.dilation_rate
         # under a causal mask the keys of earlier tokens are received, and keys are sent to later tokens only
         return (before, after) if self.layout.pattern.is_causal else (before + after, before + after)
 
-    def _visible_range(self, chunk: Chunk, branch: Branch) -> tuple[int, int]:
+    def _visible_range(self, chunk: Chunk) -> tuple[int, int]:
+        """Return the tokens, from begin to end, that these tokens may see in some branch, or that may see them."""
+        if chunk not in self._ranges:
+            begins, ends = zip(
+                *(self._branch_range(chunk, branch) for branch in self.layout.pattern.branches), strict=True
+            )
+            self._ranges[chunk] = min(begins), max(ends)
+        return self._ranges[chunk]
+
+    def _branch_range(self, chunk: Chunk, branch: Branch) -> tuple[int, int]:
         """Return the tokens, from begin to end, that a branch may show to these tokens or these tokens to it."""
         cuts = self.layout.cuts
         first, last = (bisect_right(cuts, token) - 1 for token in (chunk.begin, chunk.end - 1))

@@ -184,20 +184,19 @@ def rounds_volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, s
 def _kv_row_counts(blocks: PeerBlocks, groups: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
     """Return how many KV rows the branches of each group need together.
 
-    `groups` are tuples of branches in the order of their size, so that the mask of most is that of an earlier group and
-    one more branch.
+    The mask of most groups is that of an earlier group and one more branch.
     """
-    if not blocks.parts:
-        return dict.fromkeys(groups, 0)
+    # of the branches of a group only those count that have parts between the two ranks: often one or two of them
+    branches = {part.branch for part in blocks.parts}
+    present = {group: tuple(branch for branch in group if branch in branches) for group in groups}
+    distinct = set(present.values())
     if blocks.is_sparse:
-        return {group: len(blocks.kv_rows_without_mask(group)) for group in groups}
-    none = torch.zeros((), dtype=torch.bool)
-    single = {branch: blocks.mask((branch,)) for branch in {part.branch for part in blocks.parts}}
-    masks: dict[tuple[int, ...], torch.Tensor] = {(): none}
-    for group in filter(None, groups):
-        smaller, other = (group[:-1], group[-1]) if group[:-1] in masks else (group[1:], group[0])
-        if smaller in masks:
-            masks[group] = masks[smaller] | single.get(other, none)
-        else:
-            masks[group] = blocks.mask(group)
-    return {group: int(masks[group].sum()) for group in groups}
+        counts = {group: len(blocks.kv_rows_without_mask(group)) for group in distinct}
+    else:
+        masks: dict[tuple[int, ...], Tensor] = {(branch,): blocks.mask((branch,)) for branch in branches}
+        for group in sorted(filter(None, distinct), key=len):
+            smaller, other = (group[:-1], group[-1]) if group[:-1] in masks else (group[1:], group[0])
+            if group not in masks:
+                masks[group] = masks[smaller] | masks[other,] if smaller in masks else blocks.mask(group)
+        counts = {group: int(masks[group].sum()) if group else 0 for group in distinct}
+    return {group: counts[members] for group, members in present.items()}

@@ -36,35 +36,61 @@ class _Clip(NamedTuple):
     last_key: int
 
 
-def shares(block: Block, queries: Chunk, keys: Chunk) -> Iterator[Block]:
+class ChunkSegments(NamedTuple):
+    """The segments of a lattice that may have rows in a chunk, `begin` to `end`.
+
+    Those from `first` to `last` have all their rows in it.
+    """
+
+    chunk: Chunk
+    begin: int
+    end: int
+    first: int
+    last: int
+
+
+def segments_in(lattice: Lattice, chunk: Chunk) -> ChunkSegments:
+    """Return the segments of a lattice that may have rows in a chunk."""
+    starts = lattice.starts
+    # from the first row of a segment to the last one of its last head
+    reach = (lattice.rows - 1) * lattice.step + (lattice.heads - 1) * lattice.row_shift
+    begin, end = _first_from(starts, chunk.begin - reach), _first_from(starts, chunk.end)
+    if reach >= chunk.end - chunk.begin:  # no segment is so short
+        return ChunkSegments(chunk, begin, end, end, end)
+    return ChunkSegments(chunk, begin, end, _first_from(starts, chunk.begin), _first_from(starts, chunk.end - reach))
+
+
+def _first_from(starts: range | tuple[int, ...], row: int) -> int:
+    """Return the number of the first segment that begins at a row or after it."""
+    if not isinstance(starts, range):
+        return bisect_left(starts, row)
+    number, count = -((starts.start - row) // starts.step), len(starts)
+    return 0 if number < 0 else number if number < count else count
+
+
+def shares(block: Block, queries: ChunkSegments, keys: ChunkSegments) -> Iterator[Block]:
     """Yield the parts of a block with queries in one chunk and keys in another, in the local rows of their ranks.
 
     `RankBlocks` calls it for each chunk of a rank's queries and each chunk of another rank's keys.
 
     Args:
         block: a block of the plan of whole documents.
-        queries, keys: consecutive tokens of one rank each.
+        queries, keys: the segments of the block's queries and keys in consecutive tokens of one rank each.
     """
-    count = len(block.queries.starts)
-    begin, end = _touching(block.queries, queries)
-    first, last = _touching(block.keys, keys)
-    begin, end = max(begin, first), min(end, last)
+    begin, end = max(queries.begin, keys.begin), min(queries.end, keys.end)
     if begin >= end:
         return
     # of the segments that may have rows in both chunks, begin ... end, those that lie in them as a whole
-    first_query, last_query = _inside(block.queries, queries)
-    first_key, last_key = _inside(block.keys, keys)
-    whole_begin = min(max(begin, first_query, first_key), end)
-    whole_end = max(min(end, last_query, last_key), whole_begin)
-    assert 0 <= begin <= whole_begin <= whole_end <= end <= count
+    whole_begin = min(max(begin, queries.first, keys.first), end)
+    whole_end = max(min(end, queries.last, keys.last), whole_begin)
+    assert 0 <= begin <= whole_begin <= whole_end <= end <= len(block.queries.starts)
+    chunks = queries.chunk, keys.chunk
     if whole_begin < whole_end:
-        yield replace(
-            block,
-            queries=block.queries.segments(whole_begin, whole_end).shifted(queries.local - queries.begin),
-            keys=block.keys.segments(whole_begin, whole_end).shifted(keys.local - keys.begin),
-        )
+        sides = zip((block.queries, block.keys), chunks, strict=True)
+        moved = [x.segments(whole_begin, whole_end).shifted(chunk.local - chunk.begin) for x, chunk in sides]
+        yield replace(block, queries=moved[0], keys=moved[1])
     for s in (*range(begin, whole_begin), *range(whole_end, end)):
-        yield from _cut(block, s, queries, keys)
+        yield from _cut(block, s, *chunks)
 
 
 def _cut(block: Block, s: int, queries: Chunk, keys: Chunk) -> Iterator[Block]:
@@ -74,7 +100,11 @@ def _cut(block: Block, s: int, queries: Chunk, keys: Chunk) -> Iterator[Block]:
     the same place are one share.
     """
     many = block.keys.heads
-    clips = [_clip(block, s, head, queries, keys) for head in range(many)]
+    rows = [_rows_in_chunks(block, s, head, queries, keys) for head in {0, many - 1}]
+    if rows[0] == rows[-1]:  # from head to head the rows of a diagonal move one way, so those between are the same
+        clips = [_clip(block, rows[0])] * many
+    else:
+        clips = [_clip(block, _rows_in_chunks(block, s, head, queries, keys)) for head in range(many)]
     first = 0
     for last in range(1, many + 1):
         if last < many and clips[last] == clips[first]:
@@ -115,14 +145,18 @@ def _clipped(block: Block, s: int, heads: range, clip: _Clip, queries: Chunk, ke
     )
 
 
-def _clip(block: Block, s: int, a: int, queries: Chunk, keys: Chunk) -> _Clip | None:
-    """Return the rows of segment `s` and key head `a` that a share keeps; None if no query sees a key.
-
-    Rows are dropped, too, that the mask excludes: queries behind a border that see no key before it, for example.
-    """
+def _rows_in_chunks(block: Block, s: int, a: int, queries: Chunk, keys: Chunk) -> _Clip:
+    """Return the rows of segment `s` and key head `a` that lie in the chunks."""
     group = block.queries.heads // block.keys.heads
-    first_query, last_query = _rows_inside(block.queries, s, a * group, queries)
-    first_key, last_key = _rows_inside(block.keys, s, a, keys)
+    return _Clip(*_rows_inside(block.queries, s, a * group, queries), *_rows_inside(block.keys, s, a, keys))
+
+
+def _clip(block: Block, rows: _Clip) -> _Clip | None:
+    """Return the rows that a share keeps of those that lie in the chunks; None if no query sees a key.
+
+    Rows are dropped that the mask excludes: queries behind a border that see no key before it, for example.
+    """
+    first_query, last_query, first_key, last_key = rows
     if first_query >= last_query or first_key >= last_key:
         return None
     # Keep the queries that see a key that is kept, and the keys that such a query sees.  One pass over each bound is
@@ -143,20 +177,8 @@ def _rows_inside(lattice: Lattice, s: int, a: int, chunk: Chunk) -> tuple[int, i
     row = lattice.starts[s] + a * lattice.row_shift
     first, last = -((row - chunk.begin) // lattice.step), -((row - chunk.end) // lattice.step)
     rows = lattice.rows
-    # not by min() and max(): a plan of many documents asks a hundred thousand times
+    # not by min() and max(): a plan of many ranks or documents asks a hundred thousand times
     return (0 if first < 0 else first if first < rows else rows), (0 if last < 0 else last if last < rows else rows)
-
-
-def _touching(lattice: Lattice, chunk: Chunk) -> tuple[int, int]:
-    """Return the segments that may have a row in a chunk, first and end."""
-    extent = lattice.rows * lattice.step + (lattice.heads - 1) * lattice.row_shift
-    return bisect_left(lattice.starts, chunk.begin - extent + 1), bisect_left(lattice.starts, chunk.end)
-
-
-def _inside(lattice: Lattice, chunk: Chunk) -> tuple[int, int]:
-    """Return the segments that have all rows in a chunk, first and end."""
-    last = (lattice.rows - 1) * lattice.step + (lattice.heads - 1) * lattice.row_shift
-    return bisect_left(lattice.starts, chunk.begin), bisect_left(lattice.starts, chunk.end - last)
 
 
 def _sublattice(lattice: Lattice, s: int, heads: range, rows: range, chunk: Chunk) -> Lattice:
