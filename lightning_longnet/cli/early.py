@@ -59,9 +59,7 @@ def _count(devices: Any) -> int:
 
 def _own_command() -> list[str] | None:
     """Return the command that started this process, as Lightning starts other ranks; None for other programs."""
-    import __main__
-
-    spec = getattr(__main__, "__spec__", None)
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None:
         is_own = spec.name == "lightning_longnet.__main__"
         return [sys.executable, "-m", spec.name, *sys.argv[1:]] if is_own else None
