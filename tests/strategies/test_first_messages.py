@@ -57,7 +57,8 @@ def counted(rank, world, sharding):
             for name in ("all_reduce", "broadcast"):
                 patches.setattr(dist, name, counting(name, getattr(dist, name)))
             module = Watched(kind)
-            trainer = trainer_of(RingSequenceParallelStrategy(2, sharding), world, max_steps=1, num_sanity_val_steps=1)
+            strategy = RingSequenceParallelStrategy(2, sharding, split_check="error")  # which `make test` turns off
+            trainer = trainer_of(strategy, world, max_steps=1, num_sanity_val_steps=1)
             trainer.fit(module, rows(), rows())
         found.append((dict(module.counts), dict(STEPS)))
     return found
