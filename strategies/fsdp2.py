@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from lightning_longnet.sequence.buckets import in_buckets
 from lightning_longnet.strategies.averages import averages, check_averages, has_averages, sharded_state, whole_state
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
 from lightning_longnet.strategies.full_checkpoint import load_folder, load_full_checkpoint
@@ -106,11 +108,9 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
         Parameters on the meta device have no values yet, and are sharded without.  All ranks call it together.
         """
-        for tensor in (*module.parameters(), *module.buffers()):
-            if not tensor.is_meta:
-                values = tensor.data.to(self.root_device)  # NCCL takes nothing else
-                dist.broadcast(values, src=0)  # each rank may have initialized its own
-                tensor.data.copy_(values)
+        tensors = [x.data for x in (*module.parameters(), *module.buffers()) if not x.is_meta]
+        # each rank may have initialized its own; NCCL takes no values of the host
+        in_buckets(partial(dist.broadcast, src=0), tensors, self.root_device)
         settings: dict[str, Any] = {"mesh": self._shard_mesh()}
         if self.sharding == "fsdp2_offload":
             settings["offload_policy"] = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda")

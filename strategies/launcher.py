@@ -11,10 +11,16 @@ import signal
 import subprocess
 import threading
 import time
+from typing import TYPE_CHECKING
 
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from lightning_longnet.supervision import standby
 from lightning_longnet.supervision.ports import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 GRACE = 5.0  # seconds in which a rank may print its error, and its callbacks may save
 _PARENT = "LIGHTNING_LONGNET_LAUNCHER"
@@ -33,10 +39,27 @@ class WatchedLauncher(_SubprocessScriptLauncher):
         os.environ[_PARENT] = str(os.getpid())
         if self.num_nodes == 1 and not {"MASTER_PORT", "STANDALONE_PORT"} & os.environ.keys():
             os.environ["MASTER_PORT"] = str(free_port())
+        # before the others start, which then have the same share of the cores: Lightning sets it in this process alone,
+        # and threads of the others that wait for a core would take it from those that compute
+        _set_num_threads_if_needed(self.num_processes)
         try:
-            super()._call_children_scripts()
+            if waiting := standby.take(self.num_processes - 1):
+                self._begin(waiting)
+            else:
+                super()._call_children_scripts()
         finally:
             del os.environ[_PARENT]  # other processes that this one starts must not watch it
+
+    def _begin(self, waiting: Sequence[standby.Standby]) -> None:
+        """Let processes that wait go on as the other ranks, with the environment that Lightning gives to these."""
+        self._check_can_spawn_children()
+        place = self.cluster_environment
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = place.main_address, str(place.main_port)
+        os.environ["NODE_RANK"], os.environ["LOCAL_RANK"] = str(place.node_rank()), str(place.local_rank())
+        os.environ["WORLD_SIZE"] = str(self.num_processes * self.num_nodes)
+        for rank, each in enumerate(waiting, 1):
+            each.begin({**os.environ, "LOCAL_RANK": str(rank)})
+            self.procs.append(each.process)
 
     def end_children(self) -> None:
         """Kill the processes that this one started and that have not ended after `GRACE` seconds.

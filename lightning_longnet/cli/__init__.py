@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lightning_longnet.cli.nearest import nearest
 from lightning_longnet.cli.ranks import is_first
+from lightning_longnet.supervision import standby
 from lightning_longnet.trust import HELP as TRUST_HELP
 from lightning_longnet.trust import trust_files
 
@@ -98,8 +99,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command in TRAINER_COMMANDS:
             if "LOCAL_RANK" not in environ:  # importing Lightning takes seconds; of several ranks one tells
                 print("longnet: loading torch and Lightning", file=sys.stderr, flush=True)  # noqa: T201
+            if not standby.prepare() and arguments is None:
+                from lightning_longnet.cli.early import start_ranks
+
+                start_ranks(given)
             from lightning_longnet.cli.trainer import run_trainer
 
+            standby.await_word()
             run_trainer(["--help" if word == HELP_ALL else word for word in given])
         else:
             return run_command(command, given[1:])
@@ -110,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if user_error is None:
             raise
         return _refuse(_with_notes(user_error))
+    finally:
+        standby.dismiss()
     return 0
 
 

@@ -58,10 +58,12 @@ def plain_counts(words: list[str]) -> list[str]:
 
 def plain_values(values: Any) -> Any:
     """Return the content of a configuration file with plain numbers in the place of those such as 64k, likewise."""
+    if not isinstance(values, dict):  # the parser reads each value of the command line by itself
+        return values
     for command in ("", *_COMMANDS):
         for option in _OPTIONS:
             *parents, name = f"{command}{option[2:]}".split(".")
-            holder = values
+            holder: Any = values
             for parent in parents:
                 holder = holder.get(parent) if isinstance(holder, dict) else None
             given = holder.get(name) if isinstance(holder, dict) else None

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningCLI
 
 import lightning_longnet
 from lightning_longnet.attention.parallel.schedule import Exchange
@@ -59,6 +60,9 @@ class Command(NamedTuple):
 
 class _Parsers(TrainerCLI):
     """Makes the parsers of the Trainer's commands, and parses nothing."""
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        return LightningCLI.subcommands()
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         self.config = Namespace(subcommand=None)  # type: ignore[no-untyped-call]

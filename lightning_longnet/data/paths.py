@@ -42,12 +42,22 @@ def found_files(
         else:
             collected.append(path)
     by_target: dict[Path, Path] = {}
+    folders: dict[Path, Path] = {}
     for path in sorted(collected) if is_sorted else collected:
-        by_target.setdefault(path.resolve(), path)
+        by_target.setdefault(_target(path, folders), path)
     files = list(by_target.values())
     if not any(path.stat().st_size for path in files):
         raise ValueError(f"{name} must hold some text, all {len(files)} files are empty")
     return files
+
+
+def _target(path: Path, folders: dict[Path, Path]) -> Path:
+    """Return the file that a path leads to; `folders` keeps what their folders lead to, as one holds many files."""
+    if path.is_symlink():
+        return path.resolve()
+    if path.parent not in folders:
+        folders[path.parent] = path.parent.resolve()
+    return folders[path.parent] / path.name
 
 
 def _in_folder(folder: Path, pattern: str, without: Sequence[str]) -> list[Path]:

@@ -112,8 +112,11 @@ class Comparison:
 
     def _compared(self, whole: Outcome, part: Outcome) -> Verdict:
         """Return the verdict on the outcomes of whole and of split sequences."""
-        tolerance = _NOISE * max(self._noise(whole), self._runner.replica.noise)
         error, what = from_first(whole.difference(part))
+        least = _NOISE * max(self._ulp(), self._runner.replica.noise)  # of the tolerance, however little rounding moves
+        if error <= min(least, _RESOLUTION) and max(whole.side_effects(part).values(), default=0.0) <= least:
+            return equal(self.ranks, self.tokens, error)
+        tolerance = max(least, _NOISE * self._noise(whole))
         if error <= tolerance:
             if error <= _RESOLUTION:
                 return replace(
@@ -127,11 +130,14 @@ class Comparison:
             return inconclusive("the step draws random numbers", self.ranks, error, what, place)
         return different(self.ranks, error, what, place)
 
+    def _ulp(self) -> float:
+        """Return the rounding of the values, or that of float32, in which a step may compute some of it."""
+        dtypes = {x.dtype for x in self._values.values() if x.is_floating_point()}
+        return max(torch.finfo(dtype).eps for dtype in {*dtypes, torch.float32})
+
     def _noise(self, whole: Outcome) -> float:
         """Return by how much rounding moves the outcome of whole sequences: its change if all inputs move by an ulp."""
-        dtypes = {x.dtype for x in self._values.values() if x.is_floating_point()} or {torch.float32}
-        # a step may compute some of it in float32
-        ulp = max(torch.finfo(dtype).eps for dtype in {*dtypes, torch.float32})
+        ulp = self._ulp()
         values = perturbed(self._values, ulp, seed=1)
         for batch in (moved(self._batch, ulp), self._batch):  # a label of 1 may have to stay one
             other, _ = self._attempt(lambda batch=batch: self._run(values, batch, self._whole_context()))  # type: ignore[misc]

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_longnet.sequence.buckets import in_buckets
 from lightning_longnet.sequence.parts import part_of
 from lightning_longnet.split_check.ranks import gathered_objects, group_device
 
@@ -52,11 +53,12 @@ class Outcome:
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if ranks == 1:
             return self
-        gradients = dict(self.gradients) if self.is_reduced else {}
-        for name, gradient in () if self.is_reduced else self.gradients.items():
-            total = gradient.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(total)
-            gradients[name] = total / ranks
+        gradients = self.gradients
+        if not self.is_reduced:
+            gradients = {name: x.clone(memory_format=torch.contiguous_format) for name, x in gradients.items()}
+            in_buckets(dist.all_reduce, gradients.values())
+            for total in gradients.values():
+                total /= ranks
         # a rank may have none of the numbers that others have
         each = gathered_objects(self.numbers)
         names = list(dict.fromkeys(name for numbers in each for name in numbers))

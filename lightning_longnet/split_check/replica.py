@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils._pytree import tree_leaves
 
+from lightning_longnet.sequence.buckets import in_buckets
 from lightning_longnet.sequence.context import SequenceContext
 from lightning_longnet.split_check.functions import rebind
 
@@ -113,13 +115,13 @@ class Replica:
             dtype: the dtype of values that are not integers; None keeps their own.
             device: the device of the values.
         """
-        values = {}
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            value = self._whole(tensor).detach().to(device, copy=True).contiguous()  # as messages must be
-            if dist.is_initialized():
-                dist.broadcast(value, src=0)
-            values[name] = value if dtype is None else in_dtype(value, dtype)
-        return values
+        values = {
+            name: self._whole(tensor).detach().to(device, copy=True).contiguous()  # as messages must be
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        }
+        if dist.is_initialized():
+            in_buckets(partial(dist.broadcast, src=0), values.values())
+        return values if dtype is None else {name: in_dtype(value, dtype) for name, value in values.items()}
 
     @contextmanager
     def lent(self, values: Values, modes: Mapping[str, bool], context: SequenceContext) -> Iterator[nn.Module]:

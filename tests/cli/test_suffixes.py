@@ -49,5 +49,11 @@ def test_other_values_of_files_stay_as_they_are():
     assert plain_values(dict(values)) == values
 
 
+def test_a_value_alone_is_not_searched(monkeypatch):
+    """The parser reads hundreds of them."""
+    monkeypatch.setattr("lightning_longnet.cli.counts._OPTIONS", None)
+    assert plain_values("64k") == "64k"
+
+
 def test_a_single_thing_is_no_plural():
     assert [counted(number, "file") for number in (1, 2, 2000)] == ["1 file", "2 files", "2,000 files"]

@@ -128,6 +128,18 @@ def test_a_file_of_several_names_is_read_once(tmp_path, monkeypatch):
     assert found_files("paths", ["linked", "texts"], "*.py") == [Path("linked/a.py")]
 
 
+def test_a_folder_is_followed_once_for_all_of_its_files(tmp_path, monkeypatch):
+    """The standard library has two thousand files, which the first batch of the quickstart waits for."""
+    for number in range(20):
+        (tmp_path / f"{number}.py").write_text("text")
+    (tmp_path / "link.py").symlink_to(tmp_path / "0.py")
+    followed = []
+    resolve = Path.resolve
+    monkeypatch.setattr(Path, "resolve", lambda path: followed.append(path) or resolve(path))
+    assert len(found_files("paths", [tmp_path], "*.py")) == 20
+    assert sorted(followed) == [tmp_path, tmp_path / "link.py"]
+
+
 def test_what_is_not_found_is_reported_in_a_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"paths must be files or folders that are there, .*missing is not"):
         found_files("paths", [tmp_path / "missing"], "*.py")
