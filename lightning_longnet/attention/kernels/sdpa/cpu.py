@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_longnet.attention.kernels import eager
+from lightning_longnet.attention.kernels import eager, squares
 from lightning_longnet.attention.kernels.call import band, head_weights, weights
 from lightning_longnet.attention.kernels.products import LEAST_BACKWARD, routed_products, uses_onednn
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_longnet.attention.kernels import Request
+    from lightning_longnet.attention.kernels import BlockKernel, Request
     from lightning_longnet.attention.kernels.call import Call
 
 note = "torch's flash attention for CPU, and plain products for weighted and short causal blocks"
@@ -46,7 +46,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
     q, k, v = map(_operand, (q, k, v))
     if _is_tiled(q, k, call):
-        return eager.forward(q, k, v, call)
+        return _tiles(q, k, call).forward(q, k, v, call)
     is_causal, mask = _mask(q, k, call)
     with routed_products(q.shape[2] * k.shape[2] * q.shape[3]):
         out, lse = _forward(q, k, v, 0.0, is_causal, attn_mask=mask, scale=call.scale)
@@ -61,7 +61,7 @@ def backward(
     grad, q, k, v = map(_operand, (grad, q, k, v))
     out = out.to(q.dtype)  # which a single branch leaves in the type of its accumulators
     if _is_tiled(q, k, call):
-        return eager.backward(grad, q, k, v, out, lse, call)
+        return _tiles(q, k, call).backward(grad, q, k, v, out, lse, call)
     is_causal, mask = _mask(q, k, call)
     with routed_products(q.shape[2] * k.shape[2] * q.shape[3], LEAST_BACKWARD):
         dq, dk, dv = _backward(grad, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=call.scale)
@@ -84,6 +84,11 @@ def _is_tiled(q: Tensor, k: Tensor, call: Call) -> bool:
     if block.repeats or block.head_repeats:
         return block.low == 0 or _tiles_are_fast()
     return block.low == 0 and q.shape[2] < OPERATOR_ROWS
+
+
+def _tiles(q: Tensor, k: Tensor, call: Call) -> BlockKernel:
+    """Return the module that computes a call by plain products: squares where no pair is masked but by causality."""
+    return squares if squares.serves(q, k, call) else eager
 
 
 @lru_cache(1)
