@@ -53,6 +53,7 @@ def test_pairs_that_count_more_than_once_get_the_log_as_a_bias(low, is_shared, t
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         monkeypatch.setattr(squares, "serves", lambda *_: tiles is squares)
         monkeypatch.setattr(sdpa, "LEAST_TILED", 0)
+        monkeypatch.setattr(sdpa, "LEAST_SQUARED", 0)
         monkeypatch.setattr(sdpa, "_tiles_are_fast", lambda: True)
         monkeypatch.setattr(eager, "_ROWS", 4)
         monkeypatch.setitem(eager._TILE, "cpu", 1)

@@ -33,6 +33,8 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPERATOR_ROWS = 768
 # A call of fewer pairs is the operator's: the tens of operators of a tile would take longer
 LEAST_TILED = 2**19
+# From so many pairs of a head and segment on, squares are faster than tiles of rows
+LEAST_SQUARED = 2**20
 
 
 def refusals(request: Request) -> list[str]:
@@ -87,8 +89,12 @@ def _is_tiled(q: Tensor, k: Tensor, call: Call) -> bool:
 
 
 def _tiles(q: Tensor, k: Tensor, call: Call) -> BlockKernel:
-    """Return the module that computes a call by plain products: squares where no pair is masked but by causality."""
-    return squares if squares.serves(q, k, call) else eager
+    """Return the module that computes a call by plain products.
+
+    Squares are computed one head after the other, which takes longer for short runs.
+    """
+    is_long = q.shape[2] * k.shape[2] >= LEAST_SQUARED
+    return squares if is_long and squares.serves(q, k, call) else eager
 
 
 @lru_cache(1)
