@@ -9,7 +9,7 @@ from brute import Shown
 from hypothesis import strategies as st
 
 from lightning_longnet import Branch, Pattern
-from lightning_longnet.attention.kernels import eager
+from lightning_longnet.attention.kernels import eager, squares
 from lightning_longnet.attention.kernels.sdpa import cpu
 from lightning_longnet.attention.pattern.sparsity import Sparsity
 from lightning_longnet.attention.plan import blocks as plan
@@ -131,12 +131,17 @@ def planned(counts_once, tile, is_tiled=False):
         patch.setattr(torch, "get_num_threads", lambda: 1)
         if is_tiled:
             patch.setattr(cpu, "LEAST_TILED", 0)
+            patch.setattr(cpu, "LEAST_SQUARED", 0)
             patch.setattr(cpu, "_tiles_are_fast", lambda: True)
             patch.setattr(eager, "_ROWS", 2)
             patch.setitem(eager._TILE, "cpu", 8)
-        plan.plan.cache_clear()
+            patch.setattr(squares, "SIDE", 2)
+            patch.setattr(squares, "MOST_SCORES", 8)
+        for kept in (plan.plan, squares._tiles):
+            kept.cache_clear()
         yield
-    plan.plan.cache_clear()
+    for kept in (plan.plan, squares._tiles):
+        kept.cache_clear()
 
 
 def tensors(shape, layout="contiguous", dtype=torch.float64, seed=0):

@@ -5,7 +5,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from lightning_longnet.attention.kernels import eager
+from lightning_longnet.attention.kernels import eager, squares
 from lightning_longnet.attention.kernels.call import Call
 from lightning_longnet.attention.kernels.sdpa import cpu as sdpa
 from lightning_longnet.attention.plan.block import Block
@@ -44,14 +44,16 @@ def test_the_faster_of_two_types_is_measured():
     assert sdpa._half_is_faster.cache_info().currsize > 0
 
 
-@pytest.mark.parametrize("is_tiled", [False, True])
+@pytest.mark.parametrize("tiles", [None, eager, squares])
 @pytest.mark.parametrize("is_shared", [False, True])
 @pytest.mark.parametrize("low", [None, 0])
-def test_pairs_that_count_more_than_once_get_the_log_as_a_bias(low, is_shared, is_tiled, monkeypatch):
+def test_pairs_that_count_more_than_once_get_the_log_as_a_bias(low, is_shared, tiles, monkeypatch):
     """Tiles of four queries hold whole periods of the weights, the rest of a block does not."""
-    if is_tiled:
+    if tiles:
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        monkeypatch.setattr(squares, "serves", lambda *_: tiles is squares)
         monkeypatch.setattr(sdpa, "LEAST_TILED", 0)
+        monkeypatch.setattr(sdpa, "LEAST_SQUARED", 0)
         monkeypatch.setattr(sdpa, "_tiles_are_fast", lambda: True)
         monkeypatch.setattr(eager, "_ROWS", 4)
         monkeypatch.setitem(eager._TILE, "cpu", 1)
@@ -70,9 +72,9 @@ def test_pairs_that_count_more_than_once_get_the_log_as_a_bias(low, is_shared, i
     weights = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.4).exp() * counts
     truth = weights / weights.sum(-1, keepdim=True) @ v.repeat_interleave(2, 1)
     block = Block(SOME, SOME, low, repeats=own) if is_shared else Block(SOME, SOME, low, head_repeats=repeats)
-    with patch.object(eager, "forward", wraps=eager.forward) as tiles:
+    with patch.object(tiles or eager, "forward", wraps=(tiles or eager).forward) as plain:
         out, lse = sdpa.forward(q.detach(), k.detach(), v.detach(), Call(block, 0.4))
-    assert tiles.called == is_tiled
+    assert plain.called == (tiles is not None)
     torch.testing.assert_close((out, lse), (truth, weights.sum(-1).log()))
     result = sdpa.backward(grad, q.detach(), k.detach(), v.detach(), out, lse, Call(block, 0.4))
     torch.testing.assert_close(result, torch.autograd.grad(truth, (q, k, v), grad))

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_longnet.attention.kernels import eager
+from lightning_longnet.attention.kernels import eager, squares
 from lightning_longnet.attention.kernels.call import band, head_weights, weights
 from lightning_longnet.attention.kernels.products import LEAST_BACKWARD, routed_products, uses_onednn
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_longnet.attention.kernels import Request
+    from lightning_longnet.attention.kernels import BlockKernel, Request
     from lightning_longnet.attention.kernels.call import Call
 
 note = "torch's flash attention for CPU, and plain products for weighted and short causal blocks"
@@ -33,6 +33,8 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPERATOR_ROWS = 768
 # A call of fewer pairs is the operator's: the tens of operators of a tile would take longer
 LEAST_TILED = 2**19
+# From so many pairs of a head and segment on, squares are faster than tiles of rows
+LEAST_SQUARED = 2**20
 
 
 def refusals(request: Request) -> list[str]:
@@ -49,7 +51,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     """
     q, k, v = map(_operand, (q, k, v))
     if _is_tiled(q, k, call):
-        return eager.forward(q, k, v, call)
+        return _tiles(q, k, call).forward(q, k, v, call)
     is_causal, mask = _mask(q, k, call)
     with routed_products(q.shape[2] * k.shape[2] * q.shape[3]):
         out, lse = _forward(q, k, v, 0.0, is_causal, attn_mask=mask, scale=call.scale)
@@ -67,7 +69,7 @@ def backward(
     grad, q, k, v = map(_operand, (grad, q, k, v))
     out = out.to(q.dtype)  # which a single branch leaves in the type of its accumulators
     if _is_tiled(q, k, call):
-        return eager.backward(grad, q, k, v, out, lse, call)
+        return _tiles(q, k, call).backward(grad, q, k, v, out, lse, call)
     is_causal, mask = _mask(q, k, call)
     with routed_products(q.shape[2] * k.shape[2] * q.shape[3], LEAST_BACKWARD):
         dq, dk, dv = _backward(grad, q, k, v, out, lse, 0.0, is_causal, attn_mask=mask, scale=call.scale)
@@ -90,6 +92,15 @@ def _is_tiled(q: Tensor, k: Tensor, call: Call) -> bool:
     if block.repeats or block.head_repeats:
         return block.low == 0 or _tiles_are_fast()
     return block.low == 0 and q.shape[2] < OPERATOR_ROWS
+
+
+def _tiles(q: Tensor, k: Tensor, call: Call) -> BlockKernel:
+    """Return the module that computes a call by plain products.
+
+    Squares are computed one head after the other, which takes longer for short runs.
+    """
+    is_long = q.shape[2] * k.shape[2] >= LEAST_SQUARED
+    return squares if is_long and squares.serves(q, k, call) else eager
 
 
 @lru_cache(1)
