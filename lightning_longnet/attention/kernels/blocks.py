@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lightning_longnet.attention.kernels import threads
 from lightning_longnet.attention.kernels.accumulator import adoptable
 from lightning_longnet.attention.kernels.call import Call, DropoutMask, OrderMask
 from lightning_longnet.attention.kernels.partial import Partial
@@ -16,7 +17,7 @@ from lightning_longnet.attention.plan.padded import PaddedLattice
 from lightning_longnet.attention.plan.parts import part_segments
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.kernels.keys import Keys
     from lightning_longnet.attention.kernels.null_keys import NullKeys
     from lightning_longnet.attention.plan.block import Part
-    from lightning_longnet.attention.plan.parts import Parts
+    from lightning_longnet.attention.plan.parts import Parts, Task
 
 # A call covers about this share of all rows: its result is held beside the accumulators until it is merged
 CALL_SHARE = 1 / 8
@@ -65,6 +66,12 @@ class PairOptions(NamedTuple):
     sinks: Tensor | None = None
     null_keys: NullKeys | None = None
     softcap: float | None = None
+
+    def of_samples(self, samples: slice) -> PairOptions:
+        """Return the options of some samples; rows that are joined to one long row are one sample."""
+        if self.samples is None or (samples.start == 0 and samples.stop >= len(self.samples)):
+            return self
+        return self._replace(samples=self.samples[samples])
 
     def key_words(self) -> Tensor | None:
         """Return dropout's word for each key on this rank, (N,)."""
@@ -108,26 +115,64 @@ def forward_blocks(
         kernel.forward_parts(parts, q, keys, options, totals)
         return
     stores = [total is None for total in totals]
-    for part, call in _kernel_calls(kernel, parts, q, keys, options):
-        queries, i = part.block.queries, part.branch if len(totals) > 1 else 0
+    count = threads.available(q.device)
+    tasks = parts.tasks(q.shape[0], count)
+    if not tasks:
+        for _ in _forward(kernel, _cut(kernel, parts, q), q, keys, options, totals, stores):
+            pass
+        return
+    width = keys.tensors().v.shape[3]
+    totals[:] = partials = [uninitialized_partial(q, width) if total is None else total for total in totals]
+
+    def forward_task(task: Task) -> Iterator[None]:
+        some = task.samples
+        views: list[Partial | None] = [partial.of_samples(some) for partial in partials]
+        cut = _cut(kernel, task.parts, q, count)
+        yield from _forward(kernel, cut, q[some], keys.of_samples(some), options.of_samples(some), views, stores)
+
+    threads.run(map(forward_task, tasks), count)
+
+
+def _forward(
+    kernel: BlockKernel,
+    parts: Iterable[Part],
+    q: Tensor,
+    keys: Keys,
+    options: PairOptions,
+    totals: list[Partial | None],
+    stores: list[bool],
+) -> Iterator[None]:
+    """Merge the result of each block into the partial of its branch, one kernel call at each step.
+
+    `stores` says for each partial that the first branch writes every row of it, over uninitialized memory.
+    """
+    for part, call in _kernel_calls(parts, q, keys, options):
+        queries = part.block.queries
         out, lse = kernel.forward(fold_rows(queries, q), *keys.read(part), call)
         result = Partial(unfold_rows(queries, out, q.shape[0]), unfold_rows(queries, lse.unsqueeze(-1), q.shape[0]))
-        total = totals[i]
-        if total is None:
-            total = totals[i] = _adopted(part, q, result)
-            if total is not None:
-                continue
-            total = totals[i] = uninitialized_partial(q, out)
-        if stores[i] and part.branch == 0:
-            queries.write(total.out, result.out)
-            queries.write(total.lse, result.lse)
-        else:
-            rows = Partial(queries.read(total.out), queries.read(total.lse))
-            rows.add_(*result, part.block.weight)
-            if not queries.is_view:
-                queries.write(total.out, rows.out)
-                queries.write(total.lse, rows.lse)
+        _merge(part, q, result, totals, stores)
         del out, lse, result  # frees them before the next call allocates its own
+        yield
+
+
+def _merge(part: Part, q: Tensor, result: Partial, totals: list[Partial | None], stores: list[bool]) -> None:
+    """Merge the result of a block into the partial of its branch, or into the only one."""
+    queries, i = part.block.queries, part.branch if len(totals) > 1 else 0
+    total = totals[i]
+    if total is None:
+        total = totals[i] = _adopted(part, q, result)
+        if total is not None:
+            return
+        total = totals[i] = uninitialized_partial(q, result.out.shape[-1])
+    if stores[i] and part.branch == 0:
+        queries.write(total.out, result.out)
+        queries.write(total.lse, result.lse)
+    else:
+        rows = Partial(queries.read(total.out), queries.read(total.lse))
+        rows.add_(*result, part.block.weight)
+        if not queries.is_view:
+            queries.write(total.out, rows.out)
+            queries.write(total.lse, rows.lse)
 
 
 class BackwardInputs(NamedTuple):
@@ -139,6 +184,10 @@ class BackwardInputs(NamedTuple):
     grad: Tensor
     outs: Sequence[Tensor]
     lse: Tensor
+
+    def of_samples(self, samples: slice) -> BackwardInputs:
+        """Return those of some samples."""
+        return BackwardInputs(self.grad[samples], [out[samples] for out in self.outs], self.lse[samples])
 
 
 def backward_blocks(
@@ -160,7 +209,36 @@ def backward_blocks(
     if hasattr(kernel, "backward_parts"):
         kernel.backward_parts(parts, q, keys, inputs, options, dq, stores)
         return
-    for part, call in _kernel_calls(kernel, parts, q, keys, options):
+    count = threads.available(q.device)
+    tasks = parts.tasks(q.shape[0], count)
+    if not tasks:
+        for _ in _backward(kernel, _cut(kernel, parts, q), q, keys, inputs, options, dq, stores):
+            pass
+        return
+    keys.allocate_gradients()
+    dq.allocate()
+
+    def backward_task(task: Task) -> Iterator[None]:
+        some = task.samples
+        cut, views = _cut(kernel, task.parts, q, count), inputs.of_samples(some)
+        of_some = keys.of_samples(some), views, options.of_samples(some), dq.of_samples(some)
+        yield from _backward(kernel, cut, q[some], *of_some, stores)
+
+    threads.run(map(backward_task, tasks), count)
+
+
+def _backward(
+    kernel: BlockKernel,
+    parts: Iterable[Part],
+    q: Tensor,
+    keys: Keys,
+    inputs: BackwardInputs,
+    options: PairOptions,
+    dq: Accumulator,
+    stores: tuple[bool, bool],
+) -> Iterator[None]:
+    """Add the gradients of each block to dq and to those of `keys`, one kernel call at each step."""
+    for part, call in _kernel_calls(parts, q, keys, options):
         queries = part.block.queries
         is_first = part.branch == 0
         lse = fold_rows(queries, inputs.lse).squeeze(-1)
@@ -177,6 +255,7 @@ def backward_blocks(
         dq.add(queries, gradients[0], part.block.weight, stores[0] and is_first)
         keys.add(part, *gradients[1:], stores[1] and is_first)
         del gradients, lse  # frees them before the next call allocates its own
+        yield
 
 
 def _adopted(part: Part, q: Tensor, result: Partial) -> Partial | None:
@@ -188,16 +267,16 @@ def _adopted(part: Part, q: Tensor, result: Partial) -> Partial | None:
 
 def no_key_partial(q: Tensor, v: Tensor) -> Partial:
     """Return the partial of no key: out is 0 and lse is -inf."""
-    partial = uninitialized_partial(q, v)
+    partial = uninitialized_partial(q, v.shape[3])
     partial.out.zero_()
     partial.lse.fill_(-inf)
     return partial
 
 
-def uninitialized_partial(q: Tensor, v: Tensor) -> Partial:
-    """Return uninitialized accumulators in float32, or in float64 for such tensors."""
+def uninitialized_partial(q: Tensor, width: int) -> Partial:
+    """Return uninitialized accumulators for values of this width, in float32, or in float64 for such tensors."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    return Partial(q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide), q.new_empty((*q.shape[:3], 1), dtype=wide))
+    return Partial(q.new_empty((*q.shape[:3], width), dtype=wide), q.new_empty((*q.shape[:3], 1), dtype=wide))
 
 
 def sum_partials(partials: Sequence[Partial], is_saved: bool = False) -> Partial:
@@ -234,17 +313,20 @@ def backward_lse(lse: Tensor) -> Tensor:
     return lse.nan_to_num(nan=nan, posinf=inf, neginf=inf).transpose(1, 2).unsqueeze(-1)
 
 
-def _kernel_calls(
-    kernel: BlockKernel, parts: Parts, q: Tensor, keys: Keys, options: PairOptions
-) -> Iterator[tuple[Part, Call]]:
-    """Yield the kernel calls of parts: blocks of bounded size, with the masks of padding, dropout and later keys."""
-    branch, words = -1, None
+def _cut(kernel: BlockKernel, parts: Parts, q: Tensor, count: int = 1) -> tuple[Part, ...]:
+    """Return parts cut into calls of bounded size, of which `count` threads compute one each at a time."""
     wide = torch.promote_types(q.dtype, torch.float32)
     limit = q.shape[1] * q.shape[2]
     if q.numel() * wide.itemsize > WHOLE_BYTES:
         limit = int(limit * CALL_SHARE)
     joins = q.device.type == "cpu" and kernel.takes_weights("cpu")  # joined blocks have masks, and weights by head
-    for whole in parts.bounded(limit, torch.get_num_threads(), joins=joins):
+    return parts.bounded(limit // count, torch.get_num_threads(), joins=joins)
+
+
+def _kernel_calls(parts: Iterable[Part], q: Tensor, keys: Keys, options: PairOptions) -> Iterator[tuple[Part, Call]]:
+    """Yield the kernel calls of parts, with the masks of padding, dropout and later keys."""
+    branch, words = -1, None
+    for whole in parts:
         for part, padding in _split_by_padding(whole, keys.key_padding_mask(whole), q.shape[0]):
             if isinstance(part.block.keys, PaddedLattice) and part.block.low is None:
                 # a causal mask hides the rows behind the last one from all before them
