@@ -115,22 +115,20 @@ def forward_blocks(
         kernel.forward_parts(parts, q, keys, options, totals)
         return
     stores = [total is None for total in totals]
-    count = threads.available(q.device)
-    tasks = parts.tasks(q.shape[0], count)
+    count = threads.available(q.device) if torch.get_num_threads() > 1 else 1
+    tasks = parts.tasks(len(q), count) if count > 1 else ()
     if not tasks:
-        for _ in _forward(kernel, _cut(kernel, parts, q), q, keys, options, totals, stores):
-            pass
+        _forward(kernel, _cut(kernel, parts, q), q, keys, options, totals, stores)
         return
     width = keys.tensors().v.shape[3]
     totals[:] = partials = [uninitialized_partial(q, width) if total is None else total for total in totals]
 
-    def forward_task(task: Task) -> Iterator[None]:
-        some = task.samples
+    def forward_task(task: Task, steps: threads.Steps) -> None:
+        some, cut = task.samples, steps(_cut(kernel, task.parts, q, count))
         views: list[Partial | None] = [partial.of_samples(some) for partial in partials]
-        cut = _cut(kernel, task.parts, q, count)
-        yield from _forward(kernel, cut, q[some], keys.of_samples(some), options.of_samples(some), views, stores)
+        _forward(kernel, cut, q[some], keys.of_samples(some), options.of_samples(some), views, stores)
 
-    threads.run(map(forward_task, tasks), count)
+    threads.run(forward_task, tasks, count)
 
 
 def _forward(
@@ -141,38 +139,31 @@ def _forward(
     options: PairOptions,
     totals: list[Partial | None],
     stores: list[bool],
-) -> Iterator[None]:
-    """Merge the result of each block into the partial of its branch, one kernel call at each step.
+) -> None:
+    """Merge the result of each block into the partial of its branch, or into the only one.
 
     `stores` says for each partial that the first branch writes every row of it, over uninitialized memory.
     """
     for part, call in _kernel_calls(parts, q, keys, options):
-        queries = part.block.queries
+        queries, i = part.block.queries, part.branch if len(totals) > 1 else 0
         out, lse = kernel.forward(fold_rows(queries, q), *keys.read(part), call)
         result = Partial(unfold_rows(queries, out, q.shape[0]), unfold_rows(queries, lse.unsqueeze(-1), q.shape[0]))
-        _merge(part, q, result, totals, stores)
+        total = totals[i]
+        if total is None:
+            total = totals[i] = _adopted(part, q, result)
+            if total is not None:
+                continue
+            total = totals[i] = uninitialized_partial(q, out.shape[3])
+        if stores[i] and part.branch == 0:
+            queries.write(total.out, result.out)
+            queries.write(total.lse, result.lse)
+        else:
+            rows = Partial(queries.read(total.out), queries.read(total.lse))
+            rows.add_(*result, part.block.weight)
+            if not queries.is_view:
+                queries.write(total.out, rows.out)
+                queries.write(total.lse, rows.lse)
         del out, lse, result  # frees them before the next call allocates its own
-        yield
-
-
-def _merge(part: Part, q: Tensor, result: Partial, totals: list[Partial | None], stores: list[bool]) -> None:
-    """Merge the result of a block into the partial of its branch, or into the only one."""
-    queries, i = part.block.queries, part.branch if len(totals) > 1 else 0
-    total = totals[i]
-    if total is None:
-        total = totals[i] = _adopted(part, q, result)
-        if total is not None:
-            return
-        total = totals[i] = uninitialized_partial(q, result.out.shape[-1])
-    if stores[i] and part.branch == 0:
-        queries.write(total.out, result.out)
-        queries.write(total.lse, result.lse)
-    else:
-        rows = Partial(queries.read(total.out), queries.read(total.lse))
-        rows.add_(*result, part.block.weight)
-        if not queries.is_view:
-            queries.write(total.out, rows.out)
-            queries.write(total.lse, rows.lse)
 
 
 class BackwardInputs(NamedTuple):
@@ -209,22 +200,20 @@ def backward_blocks(
     if hasattr(kernel, "backward_parts"):
         kernel.backward_parts(parts, q, keys, inputs, options, dq, stores)
         return
-    count = threads.available(q.device)
-    tasks = parts.tasks(q.shape[0], count)
+    count = threads.available(q.device) if torch.get_num_threads() > 1 else 1
+    tasks = parts.tasks(len(q), count) if count > 1 else ()
     if not tasks:
-        for _ in _backward(kernel, _cut(kernel, parts, q), q, keys, inputs, options, dq, stores):
-            pass
+        _backward(kernel, _cut(kernel, parts, q), q, keys, inputs, options, dq, stores)
         return
     keys.allocate_gradients()
     dq.allocate()
 
-    def backward_task(task: Task) -> Iterator[None]:
-        some = task.samples
-        cut, views = _cut(kernel, task.parts, q, count), inputs.of_samples(some)
-        of_some = keys.of_samples(some), views, options.of_samples(some), dq.of_samples(some)
-        yield from _backward(kernel, cut, q[some], *of_some, stores)
+    def backward_task(task: Task, steps: threads.Steps) -> None:
+        some, cut = task.samples, steps(_cut(kernel, task.parts, q, count))
+        of_some = keys.of_samples(some), inputs.of_samples(some), options.of_samples(some), dq.of_samples(some)
+        _backward(kernel, cut, q[some], *of_some, stores)
 
-    threads.run(map(backward_task, tasks), count)
+    threads.run(backward_task, tasks, count)
 
 
 def _backward(
@@ -236,8 +225,8 @@ def _backward(
     options: PairOptions,
     dq: Accumulator,
     stores: tuple[bool, bool],
-) -> Iterator[None]:
-    """Add the gradients of each block to dq and to those of `keys`, one kernel call at each step."""
+) -> None:
+    """Add the gradients of each block to dq and to those of `keys`."""
     for part, call in _kernel_calls(parts, q, keys, options):
         queries = part.block.queries
         is_first = part.branch == 0
@@ -255,7 +244,6 @@ def _backward(
         dq.add(queries, gradients[0], part.block.weight, stores[0] and is_first)
         keys.add(part, *gradients[1:], stores[1] and is_first)
         del gradients, lse  # frees them before the next call allocates its own
-        yield
 
 
 def _adopted(part: Part, q: Tensor, result: Partial) -> Partial | None:
@@ -327,27 +315,30 @@ def _kernel_calls(parts: Iterable[Part], q: Tensor, keys: Keys, options: PairOpt
     """Yield the kernel calls of parts, with the masks of padding, dropout and later keys."""
     branch, words = -1, None
     for whole in parts:
-        for part, padding in _split_by_padding(whole, keys.key_padding_mask(whole), q.shape[0]):
+        mask = keys.key_padding_mask(whole)
+        for part, padding in ((whole, None),) if mask is None else _split_by_padding(whole, mask, q.shape[0]):
             if isinstance(part.block.keys, PaddedLattice) and part.block.low is None:
                 # a causal mask hides the rows behind the last one from all before them
                 behind = part.block.keys.padding(q.device).repeat(q.shape[0], 1)[:, None]
                 padding = behind if padding is None else padding | behind
-            mask = None
+            dropped = None
             if options.dropout is not None:
                 if words is None or branch != part.branch:
                     branch, words = part.branch, options.query_words(q, part.branch)
-                mask = DropoutMask(options.dropout, fold_rows(part.block.queries, words).squeeze(-1), keys.words(part))
+                dropped = DropoutMask(
+                    options.dropout, fold_rows(part.block.queries, words).squeeze(-1), keys.words(part)
+                )
             order = None
             if options.masks_later:
                 assert options.tokens is not None
                 tokens = options.tokens[None, :, None, None].expand(*q.shape[:3], 1)
                 order = OrderMask(fold_rows(part.block.queries, tokens).squeeze(-1), keys.tokens(part))
-            yield part, Call(part.block, options.scale, padding, mask, order, options.softcap)
+            yield part, Call(part.block, options.scale, padding, dropped, order, options.softcap)
 
 
-def _split_by_padding(part: Part, padding: Tensor | None, batch: int) -> Iterator[tuple[Part, Tensor | None]]:
+def _split_by_padding(part: Part, padding: Tensor, batch: int) -> Iterator[tuple[Part, Tensor | None]]:
     """Yield a part's segments with their masks: without those that padding masks wholly, and without needless masks."""
-    if padding is None or padding.device.type != "cpu":  # reading a mask on a GPU would wait for the device
+    if padding.device.type != "cpu":  # reading a mask on a GPU would wait for the device
         yield part, padding
         return
     segments = padding.unflatten(0, (batch, -1))

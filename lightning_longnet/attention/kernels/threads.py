@@ -10,8 +10,8 @@ import os
 from collections import deque
 from functools import lru_cache
 from queue import SimpleQueue
-from threading import Lock, Thread
-from typing import TYPE_CHECKING
+from threading import Lock, Thread, local
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from lightning_longnet.attention.kernels.products import routed_products
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+_T = TypeVar("_T")
 
 
 def available(device: torch.device) -> int:
@@ -33,13 +35,33 @@ def available(device: torch.device) -> int:
     return threads
 
 
-def run(tasks: Iterable[Iterator[None]], threads: int) -> None:
-    """Run each task to its end, in this many threads; an error in one of them ends all and is raised here.
+class _Here(local):
+    """Whether this thread is one of the pool."""
 
-    A task is an iterator that makes one call of a kernel in each step.  Between two steps it ends if another task has
-    failed or if the caller is interrupted.
+    is_in_pool = False
+
+
+_here = _Here()
+
+
+def shares_caches() -> bool:
+    """Return whether this thread computes beside others of the pool, with which it shares the caches of the CPU."""
+    return _here.is_in_pool
+
+
+class Steps(Protocol):
+    """The steps of a task, which end early if another task has failed or the caller is interrupted."""
+
+    def __call__(self, items: Iterable[_T]) -> Iterator[_T]:
+        """Yield the items until the task is to end."""
+
+
+def run(function: Callable[[_T, Steps], None], tasks: Iterable[_T], threads: int) -> None:
+    """Call a function with each task, in this many threads; an error ends the other tasks, too, and is raised here.
+
+    The function also gets a `Steps`, through which it takes the parts of its task one by one.
     """
-    work = _Work(tasks)
+    work = _Work(function, tasks)
     # for all tasks alike, whether or not their calls overlap with those of another task that is large enough for it
     with routed_products():
         try:
@@ -54,8 +76,8 @@ def run(tasks: Iterable[Iterator[None]], threads: int) -> None:
 class _Work:
     """The tasks of one call that no thread has begun, and the outcomes of the threads."""
 
-    def __init__(self, tasks: Iterable[Iterator[None]]) -> None:
-        self._tasks, self._is_stopped = deque(tasks), False
+    def __init__(self, function: Callable[[Any, Steps], None], tasks: Iterable[Any]) -> None:
+        self._function, self._tasks, self._is_stopped = function, deque(tasks), False
         self._outcomes: SimpleQueue[BaseException | None] = SimpleQueue()
         self._running: list[None] = []  # an entry for each thread that computes
         self._is_inference = torch.is_inference_mode_enabled()
@@ -80,9 +102,13 @@ class _Work:
             task = self._tasks.popleft()
         except IndexError:  # another thread has taken the last one
             return
-        for _ in task:
+        self._function(task, self._steps)
+
+    def _steps(self, items: Iterable[_T]) -> Iterator[_T]:
+        for item in items:
             if self._is_stopped:
                 return
+            yield item
 
     def wait(self, threads: int) -> None:
         """Wait for the outcomes of the threads, and raise the first error among them."""
@@ -123,6 +149,7 @@ class _Pool:
             self._works.put(work)
 
     def _serve(self) -> None:
+        _here.is_in_pool = True
         with self._lock:
             _limit_to_one_thread()
         while True:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.reordering import RowExchange
     from lightning_longnet.attention.parallel.shard import SequenceShard
     from lightning_longnet.attention.pattern.lines import Line
-    from lightning_longnet.attention.plan.blocks import Plan
     from lightning_longnet.attention.spec import AttentionSpec
 
 
@@ -108,18 +107,15 @@ def _line_call(options: PassOptions, line: Line, rows: _Rows, batch: int, paddin
     # the backward of "detached" needs the result of each branch, which the forward merges at once; a plan in which
     # pairs of several branches are computed once, with a weight, has no such results
     per_branch = spec.mix == "detached" and options.direction == "backward"
-    is_on_cpu, count = rows.device.type == "cpu", torch.get_num_threads()
-    samples_in_call = batch // rows.joined
-
-    def planned(count: int) -> Plan:
+    is_on_cpu, samples_in_call = rows.device.type == "cpu", batch // rows.joined
+    for count in (torch.get_num_threads(), 1):
         segments = spec.weighted_segments(rows.device.type, samples_in_call, count, per_branch=per_branch)
         if len(rows.packed.cuts) > 2:
-            return rows.packed.plan(line.pattern, rows.heads, rows.kv_heads, segments, is_on_cpu)
-        return plan(line.pattern, rows.heads, rows.kv_heads, rows.packed.cuts, segments)
-
-    whole = planned(count)
-    if whole.parts.tasks(samples_in_call, threads.available(rows.device)):
-        whole = planned(1)  # each thread computes whole calls
+            whole = rows.packed.plan(line.pattern, rows.heads, rows.kv_heads, segments, is_on_cpu)
+        else:
+            whole = plan(line.pattern, rows.heads, rows.kv_heads, rows.packed.cuts, segments)
+        if count == 1 or not whole.parts.tasks(samples_in_call, threads.available(rows.device)):
+            break  # a task computes its calls with one thread
     null_keys = None
     if line.pattern.has_null_keys:
         null_keys = NullKeys(line.pattern, rows.packed.cuts, rows.places(), rows.heads, rows.kv_heads)

@@ -17,6 +17,7 @@ import torch
 from lightning_longnet.attention.kernels import eager
 from lightning_longnet.attention.kernels.call import band, head_weights, weights
 from lightning_longnet.attention.kernels.products import LEAST_BACKWARD, routed_products, uses_onednn
+from lightning_longnet.attention.kernels.threads import shares_caches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,12 +75,15 @@ def _is_tiled(q: Tensor, k: Tensor, call: Call) -> bool:
     Under a causal mask the operator computes squares of 512 rows as a whole, and its products are small for fewer rows
     than `OPERATOR_ROWS`.  A mask of weights costs it two more passes over the scores.  But the threads of the operator
     meet once in a call, and those of tiles in each of their operators, where they wait for a thread whose core is busy
-    with another process: several threads leave all blocks to the operator.
+    with another process; and threads that compute tasks side by side share the caches that a tile of each fills.  So
+    several threads leave all blocks to the operator.
     """
     if torch.get_num_threads() > 1:
         return False
     block, pairs = call.block, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if q.dtype not in (torch.float32, torch.float64) or block.high is not None or pairs < LEAST_TILED:
+        return False
+    if shares_caches():
         return False
     if block.repeats or block.head_repeats:
         return block.low == 0 or _tiles_are_fast()
