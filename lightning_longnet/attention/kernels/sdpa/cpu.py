@@ -9,6 +9,7 @@ than 1 is read wrongly without an error; boolean masks are refused; out and v mu
 from __future__ import annotations
 
 from functools import lru_cache
+from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPERATOR_ROWS = 768
 # A call of fewer pairs is the operator's: the tens of operators of a tile would take longer
 LEAST_TILED = 2**19
+_measuring = Lock()  # threads that ask at once which type is faster get one answer
 
 
 def refusals(request: Request) -> list[str]:
@@ -102,8 +104,11 @@ def _tiles_are_fast() -> bool:
 
 def _operand(x: Tensor) -> Tensor:
     """Return x in the type in which the operator computes: half types in float32, unless half is faster on this CPU."""
-    is_half = x.dtype in (torch.bfloat16, torch.float16)
-    return x.float() if is_half and not _half_is_faster(x.dtype) else x
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return x
+    with _measuring:
+        is_faster = _half_is_faster(x.dtype)
+    return x if is_faster else x.float()
 
 
 @lru_cache(2)
