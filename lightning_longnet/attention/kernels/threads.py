@@ -138,20 +138,22 @@ class _Pool:
     def __init__(self) -> None:
         self._lock, self._count = Lock(), 0
         self._works: SimpleQueue[_Work] = SimpleQueue()
+        self._ready: SimpleQueue[None] = SimpleQueue()
 
     def start(self, work: _Work, threads: int) -> None:
         """Have this many threads run the tasks of a call."""
         with self._lock:
-            for number in range(self._count, threads):
-                Thread(target=self._serve, name=f"attention-{number}", daemon=True).start()
+            while self._count < threads:
+                Thread(target=self._serve, name=f"attention-{self._count}", daemon=True).start()
+                self._ready.get()  # one at a time: each changes the number of threads for a moment
                 self._count += 1
         for _ in range(threads):
             self._works.put(work)
 
     def _serve(self) -> None:
         _here.is_in_pool = True
-        with self._lock:
-            _limit_to_one_thread()
+        _limit_to_one_thread()
+        self._ready.put(None)
         while True:
             self._works.get().run()
 

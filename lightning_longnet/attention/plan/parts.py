@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Paged keys are copies: a call may copy this many rows for each row that it may cover otherwise
 PAGED_ROWS = 4
 # A call of fewer pairs has no tasks: threads would take longer to start than to compute them
-LEAST_PAIRS = 2**22
+LEAST_PAIRS = 2**24
 # The calls of a task have at least so many pairs on average: threads wait for one another in the Python of shorter ones
 LEAST_CALL = 2**17
 # Tasks must keep threads busy for this share of the time
