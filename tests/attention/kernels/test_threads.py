@@ -51,6 +51,8 @@ def small_tasks(monkeypatch):
 
 def results(tensors, pattern, **options):
     *inputs, grad = tensors
+    if options.get("kernel") == "reference":
+        torch.set_num_threads(1)  # the threads of small operators wait for whatever else the machine does
     out = attend(*inputs, pattern, **options)
     return out, *torch.autograd.grad(out, inputs, grad)
 
@@ -207,7 +209,7 @@ def test_a_forked_process_has_threads_of_its_own():
     truth = results(tensors, LONGNET)
     child = os.fork()
     if child == 0:
-        signal.alarm(30)  # ends it by a signal where it hangs
+        signal.alarm(10)  # ends it by a signal where it hangs
         found = results(tensors, LONGNET)
         os._exit(not all(torch.equal(a, b) for a, b in zip(found, truth, strict=True)))
     assert os.waitpid(child, 0) == (child, 0)
