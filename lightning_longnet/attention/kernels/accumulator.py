@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,6 +42,16 @@ class Accumulator:
         if self._total is None:
             self._total = self._allocated()
         return self._total
+
+    def allocate(self) -> None:
+        """Allocate the memory of the sum, for threads that add to it."""
+        self._total = self.total
+
+    def of_samples(self, samples: slice) -> Accumulator:
+        """Return the accumulator of some samples, which adds to the memory of this one."""
+        part = copy(self)
+        part._like, part._total = self._like[samples], self.total[samples]
+        return part
 
     def written(self) -> Tensor:
         """Return `total` for a kernel that computes the whole gradient of its parts in one launch.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lightning_longnet.attention.kernels import threads
 from lightning_longnet.attention.kernels.accumulator import adoptable
 from lightning_longnet.attention.kernels.call import Call, DropoutMask, OrderMask
 from lightning_longnet.attention.kernels.partial import Partial
@@ -16,7 +17,7 @@ from lightning_longnet.attention.plan.padded import PaddedLattice
 from lightning_longnet.attention.plan.parts import part_segments
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.kernels.keys import Keys
     from lightning_longnet.attention.kernels.null_keys import NullKeys
     from lightning_longnet.attention.plan.block import Part
-    from lightning_longnet.attention.plan.parts import Parts
+    from lightning_longnet.attention.plan.parts import Parts, Task
 
 # A call covers about this share of all rows: its result is held beside the accumulators until it is merged
 CALL_SHARE = 1 / 8
@@ -67,6 +68,12 @@ class PairOptions(NamedTuple):
     sinks: Tensor | None = None
     null_keys: NullKeys | None = None
     softcap: float | None = None
+
+    def of_samples(self, samples: slice) -> PairOptions:
+        """Return the options of some samples; rows that are joined to one long row are one sample."""
+        if self.samples is None or (samples.start == 0 and samples.stop >= len(self.samples)):
+            return self
+        return self._replace(samples=self.samples[samples])
 
     def key_words(self) -> Tensor | None:
         """Return dropout's word, a hash, for each key on this rank, (N,); None without dropout.
@@ -119,7 +126,36 @@ def forward_blocks(
         kernel.forward_parts(parts, q, keys, options, totals)
         return
     stores = [total is None for total in totals]
-    for part, call in _kernel_calls(kernel, parts, q, keys, options):
+    count = threads.available(q.device) if torch.get_num_threads() > 1 else 1
+    tasks = parts.tasks(len(q), count) if count > 1 else ()
+    if not tasks:
+        _forward(kernel, _cut(kernel, parts, q), q, keys, options, totals, stores)
+        return
+    width = keys.tensors().v.shape[3]
+    totals[:] = partials = [uninitialized_partial(q, width) if total is None else total for total in totals]
+
+    def forward_task(task: Task, steps: threads.Steps) -> None:
+        some, cut = task.samples, steps(_cut(kernel, task.parts, q, count))
+        views: list[Partial | None] = [partial.of_samples(some) for partial in partials]
+        _forward(kernel, cut, q[some], keys.of_samples(some), options.of_samples(some), views, stores)
+
+    threads.run(forward_task, tasks, count)
+
+
+def _forward(
+    kernel: BlockKernel,
+    parts: Iterable[Part],
+    q: Tensor,
+    keys: Keys,
+    options: PairOptions,
+    totals: list[Partial | None],
+    stores: list[bool],
+) -> None:
+    """Merge the result of each block into the partial of its branch, or into the only one.
+
+    `stores` says for each partial that the first branch writes every row of it, over uninitialized memory.
+    """
+    for part, call in _kernel_calls(parts, q, keys, options):
         queries, i = part.block.queries, part.branch if len(totals) > 1 else 0
         out, lse = kernel.forward(fold_rows(queries, q), *keys.read(part), call)
         lse, total, writes = lse.unsqueeze(-1), totals[i], stores[i] and part.branch == 0
@@ -132,7 +168,7 @@ def forward_blocks(
             total = totals[i] = _adopted(part, q, result)
             if total is not None:
                 continue
-            total = totals[i] = uninitialized_partial(q, out)
+            total = totals[i] = uninitialized_partial(q, out.shape[3])
         if writes:
             queries.write(total.out, result.out)
             queries.write(total.lse, result.lse)
@@ -156,6 +192,10 @@ class BackwardInputs(NamedTuple):
     outs: Sequence[Tensor]
     lse: Tensor
 
+    def of_samples(self, samples: slice) -> BackwardInputs:
+        """Return those of some samples."""
+        return BackwardInputs(self.grad[samples], [out[samples] for out in self.outs], self.lse[samples])
+
 
 def backward_blocks(
     kernel: BlockKernel | PartsKernel,
@@ -178,7 +218,34 @@ def backward_blocks(
     if hasattr(kernel, "backward_parts"):
         kernel.backward_parts(parts, q, keys, inputs, options, dq, stores)
         return
-    for part, call in _kernel_calls(kernel, parts, q, keys, options):
+    count = threads.available(q.device) if torch.get_num_threads() > 1 else 1
+    tasks = parts.tasks(len(q), count) if count > 1 else ()
+    if not tasks:
+        _backward(kernel, _cut(kernel, parts, q), q, keys, inputs, options, dq, stores)
+        return
+    keys.allocate_gradients()
+    dq.allocate()
+
+    def backward_task(task: Task, steps: threads.Steps) -> None:
+        some, cut = task.samples, steps(_cut(kernel, task.parts, q, count))
+        of_some = keys.of_samples(some), inputs.of_samples(some), options.of_samples(some), dq.of_samples(some)
+        _backward(kernel, cut, q[some], *of_some, stores)
+
+    threads.run(backward_task, tasks, count)
+
+
+def _backward(
+    kernel: BlockKernel,
+    parts: Iterable[Part],
+    q: Tensor,
+    keys: Keys,
+    inputs: BackwardInputs,
+    options: PairOptions,
+    dq: Accumulator,
+    stores: tuple[bool, bool],
+) -> None:
+    """Add the gradients of each block to dq and to those of `keys`."""
+    for part, call in _kernel_calls(parts, q, keys, options):
         queries = part.block.queries
         is_first = part.branch == 0
         lse = fold_rows(queries, inputs.lse).squeeze(-1)
@@ -209,16 +276,16 @@ def no_key_partial(q: Tensor, v: Tensor) -> Partial:
 
     `RoundsCall` calls it before the first block, unless the first branch writes every row.
     """
-    partial = uninitialized_partial(q, v)
+    partial = uninitialized_partial(q, v.shape[3])
     partial.out.zero_()
     partial.lse.fill_(-inf)
     return partial
 
 
-def uninitialized_partial(q: Tensor, v: Tensor) -> Partial:
-    """Return uninitialized out (B, N, H, Dv) and lse (B, N, H, 1) in float32, or in float64 for such tensors."""
+def uninitialized_partial(q: Tensor, width: int) -> Partial:
+    """Return uninitialized out (B, N, H, width) and lse (B, N, H, 1) in float32, or in float64 for such tensors."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    return Partial(q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide), q.new_empty((*q.shape[:3], 1), dtype=wide))
+    return Partial(q.new_empty((*q.shape[:3], width), dtype=wide), q.new_empty((*q.shape[:3], 1), dtype=wide))
 
 
 def sum_partials(partials: Sequence[Partial], is_saved: bool = False) -> Partial:
@@ -262,41 +329,47 @@ def backward_lse(lse: Tensor) -> Tensor:
     return lse.nan_to_num(nan=nan, posinf=inf, neginf=inf).transpose(1, 2).unsqueeze(-1)
 
 
-def _kernel_calls(
-    kernel: BlockKernel, parts: Parts, q: Tensor, keys: Keys, options: PairOptions
-) -> Iterator[tuple[Part, Call]]:
-    """Yield the kernel calls of parts: blocks of bounded size, with the masks of padding, dropout and later keys."""
-    branch, words = -1, None
+def _cut(kernel: BlockKernel, parts: Parts, q: Tensor, count: int = 1) -> tuple[Part, ...]:
+    """Return parts cut into calls of bounded size, of which `count` threads compute one each at a time."""
     wide = torch.promote_types(q.dtype, torch.float32)
     limit = q.shape[1] * q.shape[2]
     if q.numel() * wide.itemsize > WHOLE_BYTES:
         limit = int(limit * CALL_SHARE)
     joins = q.device.type == "cpu" and kernel.takes_weights("cpu")  # joined blocks have masks, and weights by head
-    for whole in parts.bounded(limit, torch.get_num_threads(), joins=joins):
-        for part, padding in _split_by_padding(whole, keys.key_padding_mask(whole), q.shape[0]):
+    return parts.bounded(limit // count, torch.get_num_threads(), joins=joins)
+
+
+def _kernel_calls(parts: Iterable[Part], q: Tensor, keys: Keys, options: PairOptions) -> Iterator[tuple[Part, Call]]:
+    """Yield the kernel calls of parts, with the masks of padding, dropout and later keys."""
+    branch, words = -1, None
+    for whole in parts:
+        mask = keys.key_padding_mask(whole)
+        for part, padding in ((whole, None),) if mask is None else _split_by_padding(whole, mask, q.shape[0]):
             if isinstance(part.block.keys, PaddedLattice) and part.block.low is None:
                 # a causal mask hides the rows behind the last one from all before them
                 behind = part.block.keys.padding(q.device).repeat(q.shape[0], 1)[:, None]
                 padding = behind if padding is None else padding | behind
-            mask = None
+            dropped = None
             if options.dropout is not None:
                 if words is None or branch != part.branch:
                     branch, words = part.branch, options.query_words(q, part.branch)
-                mask = DropoutMask(options.dropout, fold_rows(part.block.queries, words).squeeze(-1), keys.words(part))
+                dropped = DropoutMask(
+                    options.dropout, fold_rows(part.block.queries, words).squeeze(-1), keys.words(part)
+                )
             order = None
             if options.masks_later:
                 assert options.tokens is not None
                 tokens = options.tokens[None, :, None, None].expand(*q.shape[:3], 1)
                 order = OrderMask(fold_rows(part.block.queries, tokens).squeeze(-1), keys.tokens(part))
-            yield part, Call(part.block, options.scale, padding, mask, order, options.softcap)
+            yield part, Call(part.block, options.scale, padding, dropped, order, options.softcap)
 
 
-def _split_by_padding(part: Part, padding: Tensor | None, batch: int) -> Iterator[tuple[Part, Tensor | None]]:
+def _split_by_padding(part: Part, padding: Tensor, batch: int) -> Iterator[tuple[Part, Tensor | None]]:
     """Yield a part's segments with their masks: without those that padding masks wholly, and without needless masks.
 
     On a GPU the part is yielded as it is, with its whole mask.
     """
-    if padding is None or padding.device.type != "cpu":  # reading a mask on a GPU would wait for the device
+    if padding.device.type != "cpu":  # reading a mask on a GPU would wait for the device
         yield part, padding
         return
     segments = padding.unflatten(0, (batch, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -46,6 +47,12 @@ class Keys(Protocol):
 
         A `PartsKernel` calls it, which reads rows where they are.
         """
+
+    def allocate_gradients(self) -> None:
+        """Allocate the memory of the gradients, for threads that add to it."""
+
+    def of_samples(self, samples: slice) -> Keys:
+        """Return those of some samples, whose gradients are added to the same memory."""
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a part; `forward_blocks` and `backward_blocks` call it for each block."""
@@ -98,6 +105,22 @@ class OwnKeys:
     def tensors(self) -> KeyTensors:
         """Return the tensors as they were given."""
         return KeyTensors(self._k, self._v, self._mask, (), self._gradients)
+
+    def allocate_gradients(self) -> None:
+        assert self._gradients is not None
+        for gradient in self._gradients:
+            gradient.allocate()
+
+    def of_samples(self, samples: slice) -> OwnKeys:
+        part = copy(self)
+        part._k, part._v = self._k[samples], self._v[samples]
+        part._mask, part._padding, part._words, part._tokens = (
+            None if x is None else x[samples] for x in (self._mask, self._padding, self._words, self._tokens)
+        )
+        if self._gradients is not None:
+            dk, dv = self._gradients
+            part._gradients = dk.of_samples(samples), dv.of_samples(samples)
+        return part
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a part: views where its rows are evenly spaced."""
@@ -161,6 +184,16 @@ class ReceivedKeys:
         k, v = self._of_heads(self._kv_rows)
         gradients = None if self._gradients is None else self._of_heads(self._gradients)
         return KeyTensors(k, v, self._padding, self._sources, gradients)
+
+    def allocate_gradients(self) -> None:
+        assert self._gradients is not None, "allocated by the caller"
+
+    def of_samples(self, samples: slice) -> ReceivedKeys:
+        part = copy(self)
+        part._kv_rows = self._kv_rows[:, samples]
+        part._padding = None if self._padding is None else self._padding[samples]
+        part._gradients = None if self._gradients is None else self._gradients[:, samples]
+        return part
 
     def _of_heads(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and the values in rows (R, B, D + Dv) as views (B, R, Hkv, D)."""

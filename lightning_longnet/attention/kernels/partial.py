@@ -20,6 +20,10 @@ class Partial(NamedTuple):
     out: Tensor
     lse: Tensor
 
+    def of_samples(self, samples: slice) -> Partial:
+        """Return views of some samples."""
+        return Partial(self.out[samples], self.lse[samples])
+
     def add_(self, out: Tensor, lse: Tensor, weight: int = 1) -> None:
         """Merge the keys of another partial into this one, in place, each counted `weight` times.
 

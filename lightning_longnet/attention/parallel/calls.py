@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.kernels import BLOCK_KERNELS
+from lightning_longnet.attention.kernels import BLOCK_KERNELS, threads
 from lightning_longnet.attention.kernels.blocks import PairOptions
 from lightning_longnet.attention.kernels.null_keys import NullKeys
 from lightning_longnet.attention.parallel.comm import MessageContext
@@ -107,14 +107,15 @@ def _line_call(options: PassOptions, line: Line, rows: _Rows, batch: int, paddin
     # the backward of "detached" needs the result of each branch, which the forward merges at once; a plan in which
     # pairs of several branches are computed once, with a weight, has no such results
     per_branch = spec.mix == "detached" and options.direction == "backward"
-    segments = spec.weighted_segments(
-        rows.device.type, batch // rows.joined, torch.get_num_threads(), per_branch=per_branch
-    )
-    if len(rows.packed.cuts) > 2:
-        is_on_cpu = rows.device.type == "cpu"
-        whole = rows.packed.plan(line.pattern, rows.heads, rows.kv_heads, segments, is_on_cpu)
-    else:
-        whole = plan(line.pattern, rows.heads, rows.kv_heads, rows.packed.cuts, segments)
+    is_on_cpu, samples_in_call = rows.device.type == "cpu", batch // rows.joined
+    for count in (torch.get_num_threads(), 1):
+        segments = spec.weighted_segments(rows.device.type, samples_in_call, count, per_branch=per_branch)
+        if len(rows.packed.cuts) > 2:
+            whole = rows.packed.plan(line.pattern, rows.heads, rows.kv_heads, segments, is_on_cpu)
+        else:
+            whole = plan(line.pattern, rows.heads, rows.kv_heads, rows.packed.cuts, segments)
+        if count == 1 or not whole.parts.tasks(samples_in_call, threads.available(rows.device)):
+            break  # a task computes its calls with one thread
     null_keys = None
     if line.pattern.has_null_keys:
         null_keys = NullKeys(line.pattern, rows.packed.cuts, rows.places(), rows.heads, rows.kv_heads)

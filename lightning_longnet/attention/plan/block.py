@@ -80,3 +80,9 @@ class Part(NamedTuple):
     branch: int
     block: Block
     kv_index: Tensor | None = None
+
+    @property
+    def key_heads(self) -> list[int]:
+        """The key head of each head of the lattice of keys."""
+        keys = self.block.keys
+        return [keys.head + a * keys.head_step for a in range(keys.heads)]

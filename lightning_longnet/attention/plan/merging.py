@@ -75,7 +75,9 @@ def _joined(parts: list[Part]) -> Part:
         return parts[0]
     kv_index, block = torch.cat([_index_of(part) for part in parts], 2), parts[0].block
     # received keys are read by their index: of the lattice only the sizes count
-    keys = Lattice(range(kv_index.shape[0]), kv_index.shape[2], 1, block.keys.head, block.keys.heads)
+    keys = Lattice(
+        range(kv_index.shape[0]), kv_index.shape[2], 1, block.keys.head, block.keys.heads, block.keys.head_step
+    )
     return Part(parts[0].branch, replace(block, keys=keys, stack=None), kv_index)
 
 

@@ -1,10 +1,11 @@
-"""`Parts`: the blocks that run one after the other, and the calls of bounded size that they are cut into."""
+"""`Parts`: the blocks that run one after the other, cut into calls of bounded size, and into tasks for threads."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_longnet.attention.plan.batches import batched
 from lightning_longnet.attention.plan.block import Part
@@ -16,6 +17,22 @@ if TYPE_CHECKING:
 
 # Paged keys are copies: a call may copy this many rows for each row that it may cover otherwise
 PAGED_ROWS = 4
+# A call of fewer pairs has no tasks: threads would take longer to start than to compute them
+LEAST_PAIRS = 2**24
+# The calls of a task have at least so many pairs on average: threads wait for one another in the Python of shorter ones
+LEAST_CALL = 2**17
+# Tasks must keep threads busy for this share of the time
+LEAST_BUSY = 0.8
+
+
+class Task(NamedTuple):
+    """A share of the parts that one thread computes: some samples and key heads, with the query heads that they serve.
+
+    The key heads and samples of different tasks differ, so that no two threads write the same rows.
+    """
+
+    samples: slice
+    parts: Parts
 
 
 class Parts(tuple[Part, ...]):
@@ -45,6 +62,44 @@ class Parts(tuple[Part, ...]):
             joined += (Part(branch, block) for block in batched(part.block for part in members)) if is_own else members
         return Parts(joined)
 
+    @cached_property
+    def pairs(self) -> int:
+        """The number of visible pairs of a sample."""
+        return sum(part.block.pairs for part in self)
+
+    def tasks(self, samples: int, threads: int) -> tuple[Task, ...]:
+        """Return the tasks that threads compute side by side; none where calls are short or threads would be idle.
+
+        They depend on the number of threads only in whether there are any, so that results do not.
+        """
+        if threads == 1 or self.pairs * samples < LEAST_PAIRS:
+            return ()
+        kept: dict[int, tuple[Task, ...]] = self.__dict__.setdefault("_tasks", {})
+        if samples not in kept:
+            kept[samples] = tuple(self._divided(samples))
+        rounds = -(-len(kept[samples]) // threads)
+        return kept[samples] if len(kept[samples]) >= LEAST_BUSY * rounds * threads else ()
+
+    def _divided(self, samples: int) -> Iterator[Task]:
+        """Yield the tasks: some heads of one sample each, or all heads of some samples where calls would be short."""
+        first, *_, last = heads = sorted({head for part in self for head in part.key_heads})
+        one = self.of_heads(first, first + 1)
+        items = max(1, -(-LEAST_CALL * len(one.joined()) // one.pairs))
+        each = min(items, len(heads))
+        many = max(1, items // len(heads))
+        divided = [self.of_heads(head, head + each) for head in range(first, last + 1, each)]
+        for sample in range(0, samples, many):
+            yield from (Task(slice(sample, sample + many), parts) for parts in divided if parts)
+
+    def of_heads(self, first: int, last: int) -> Parts:
+        """Return the blocks of the key heads from `first` up to, but not including, `last`."""
+        parts = []
+        for part in self:
+            members = [a for a, head in enumerate(part.key_heads) if first <= head < last]
+            if members:
+                parts.append(part_heads(part, members[0], members[-1] + 1))
+        return Parts(parts)
+
     def by_branch(self) -> tuple[Parts, ...]:
         """Return the parts of each branch.
 
@@ -73,15 +128,20 @@ def bounded_part(part: Part, limit: int, threads: int) -> Iterator[Part]:
         return
     for s in range(0, count, segments):
         for a in range(0, keys.heads, heads):
-            b = min(a + heads, keys.heads)
-            block = replace(
-                part.block,
-                queries=queries.diagonal(a * group, b * group),
-                keys=keys.diagonal(a, b),
-                head_repeats=part.block.head_repeats[a:b],
-            )
-            kv_index = None if part.kv_index is None else part.kv_index[:, a:b]
-            yield part_segments(part._replace(block=block, kv_index=kv_index), s, s + segments)
+            yield part_segments(part_heads(part, a, min(a + heads, keys.heads)), s, s + segments)
+
+
+def part_heads(part: Part, first: int, last: int) -> Part:
+    """Return a part with only the key heads of its lattice from `first` up to, but not including, `last`."""
+    queries, keys = part.block.queries, part.block.keys
+    group = queries.heads // keys.heads
+    block = replace(
+        part.block,
+        queries=queries.diagonal(first * group, last * group),
+        keys=keys.diagonal(first, last),
+        head_repeats=part.block.head_repeats[first:last],
+    )
+    return part._replace(block=block, kv_index=None if part.kv_index is None else part.kv_index[:, first:last])
 
 
 def part_segments(part: Part, first: int, last: int) -> Part:

@@ -9,6 +9,7 @@ than 1 is read wrongly without an error; boolean masks are refused; out and v mu
 from __future__ import annotations
 
 from functools import lru_cache
+from threading import Lock
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import torch
 from lightning_longnet.attention.kernels import eager, squares
 from lightning_longnet.attention.kernels.call import band, head_weights, weights
 from lightning_longnet.attention.kernels.products import LEAST_BACKWARD, routed_products, uses_onednn
+from lightning_longnet.attention.kernels.threads import shares_caches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +37,7 @@ OPERATOR_ROWS = 768
 LEAST_TILED = 2**19
 # From so many pairs of a head and segment on, squares are faster than tiles of rows
 LEAST_SQUARED = 2**20
+_measuring = Lock()  # threads that ask at once which type is faster get one answer
 
 
 def refusals(request: Request) -> list[str]:
@@ -82,12 +85,15 @@ def _is_tiled(q: Tensor, k: Tensor, call: Call) -> bool:
     Under a causal mask the operator computes squares of 512 rows as a whole, and its products are small for fewer rows
     than `OPERATOR_ROWS`.  A mask of weights costs it two more passes over the scores.  But the threads of the operator
     meet once in a call, and those of tiles in each of their operators, where they wait for a thread whose core is busy
-    with another process: several threads leave all blocks to the operator.
+    with another process; and threads that compute tasks side by side share the caches that a tile of each fills.  So
+    several threads leave all blocks to the operator.
     """
     if torch.get_num_threads() > 1:
         return False
     block, pairs = call.block, q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if q.dtype not in (torch.float32, torch.float64) or block.high is not None or pairs < LEAST_TILED:
+        return False
+    if shares_caches():
         return False
     if block.repeats or block.head_repeats:
         return block.low == 0 or _tiles_are_fast()
@@ -115,8 +121,11 @@ def _tiles_are_fast() -> bool:
 
 def _operand(x: Tensor) -> Tensor:
     """Return x in the type in which the operator computes: half types in float32, unless half is faster on this CPU."""
-    is_half = x.dtype in (torch.bfloat16, torch.float16)
-    return x.float() if is_half and not _half_is_faster(x.dtype) else x
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return x
+    with _measuring:
+        is_faster = _half_is_faster(x.dtype)
+    return x if is_faster else x.float()
 
 
 @lru_cache(2)

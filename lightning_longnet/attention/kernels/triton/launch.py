@@ -63,7 +63,7 @@ def forward_parts(
         i = phase.branch if len(totals) > 1 else 0
         total = totals[i]
         if total is None:
-            total = totals[i] = uninitialized_partial(q, tensors.v)
+            total = totals[i] = uninitialized_partial(q, tensors.v.shape[3])
         accumulates = not (stores[i] and phase.branch == 0)
         arguments = (
             *(Rows.of(x) for x in (q, tensors.k, tensors.v, total.out, total.lse)),
