@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_longnet.attention.plan.lattice import Lattice
 from lightning_longnet.attention.plan.padded import padded
@@ -124,11 +124,10 @@ def _joined_heads(blocks: list[Block]) -> Iterator[Block]:
 
 def _similar_runs(blocks: Iterable[Block]) -> Iterator[Block]:
     """Yield the blocks, of which those whose runs see only themselves are joined with others of about their length."""
-    groups: dict[Block, list[Block]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[Block]] = defaultdict(list)
     for block in blocks:
         if _sees_itself(block):
-            queries, keys = (replace(side, starts=range(1), rows=1) for side in (block.queries, block.keys))
-            groups[replace(block, queries=queries, keys=keys)].append(block)
+            groups[_all_but_rows(block)].append(block)
         else:
             yield block
     for members in groups.values():
@@ -150,6 +149,12 @@ def _sees_itself(block: Block) -> bool:
         and (queries.starts, queries.rows, queries.step) == (keys.starts, keys.rows, keys.step)
         and type(queries) is type(keys) is Lattice
     )
+
+
+def _all_but_rows(block: Block) -> tuple[Any, ...]:
+    """Return what distinguishes a block that `_sees_itself` from others, besides its segments and their lengths."""
+    sides = ((side.step, side.head, side.heads, side.head_step, side.row_shift) for side in (block.queries, block.keys))
+    return *sides, block.low, block.weight, block.repeats, block.head_repeats
 
 
 def _are_disjoint(blocks: list[Block]) -> bool:

@@ -91,7 +91,9 @@ def _with_query_heads(keys: Lattice, group: int) -> Iterator[tuple[Lattice, Latt
     The query heads of key head g are `g * group` to `(g + 1) * group`.  They are one lattice only if they are evenly
     spaced, so otherwise there is one for each key head, or one for each place in the group, whichever is fewer.
     """
-    if keys.heads == 1 or (keys.head_step == 1 and keys.row_shift == 0):
+    if group == 1 and keys.heads > 1:
+        yield keys, keys
+    elif keys.heads == 1 or (keys.head_step == 1 and keys.row_shift == 0):
         yield replace(keys, head=keys.head * group, heads=keys.heads * group, head_step=1, row_shift=0), keys
     elif keys.heads < group:
         for a in range(keys.heads):

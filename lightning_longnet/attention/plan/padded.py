@@ -39,13 +39,13 @@ class PaddedLattice(CopiedLattice):
     def write(self, t: Tensor, values: Tensor) -> None:
         """Write values (B, segments, heads, rows, D) without those of the padding."""
         values = values.expand(len(t), len(self.starts), self.heads, self.rows, t.shape[3])
-        flat = values.transpose(2, 3).flatten(1, 2).index_select(1, self._own_places(t.device)).to(t.dtype)
+        flat = values.transpose(2, 3).flatten(1, 2).index_select(1, self._own_places(t.device))
         rows = self._own_rows(t.device)
         if self._has_whole_rows:
-            t[:, :, self.head : self.head + self.heads].index_copy_(1, rows, flat)
+            self._write_rows(t, rows, flat)
             return
         a = torch.arange(self.heads, device=t.device)
-        t[:, rows[:, None] + a * self.row_shift, self.head + a * self.head_step] = flat
+        t[:, rows[:, None] + a * self.row_shift, self.head + a * self.head_step] = flat.to(t.dtype)
 
     def padding(self, device: torch.device) -> Tensor:
         """Return (segments, rows), True for the padding.
