@@ -131,6 +131,7 @@ def planned(counts_once, tile, is_tiled=False):
         patch.setattr(torch, "get_num_threads", lambda: 1)
         if is_tiled:
             patch.setattr(cpu, "LEAST_TILED", 0)
+            patch.setattr(cpu, "TILED_ROWS", 0)
             patch.setattr(cpu, "LEAST_SQUARED", 0)
             patch.setattr(cpu, "_tiles_are_fast", lambda: True)
             patch.setattr(eager, "_ROWS", 2)

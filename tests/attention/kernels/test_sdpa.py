@@ -53,6 +53,7 @@ def test_pairs_that_count_more_than_once_get_the_log_as_a_bias(low, is_shared, t
         monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         monkeypatch.setattr(squares, "serves", lambda *_: tiles is squares)
         monkeypatch.setattr(sdpa, "LEAST_TILED", 0)
+        monkeypatch.setattr(sdpa, "TILED_ROWS", 0)
         monkeypatch.setattr(sdpa, "LEAST_SQUARED", 0)
         monkeypatch.setattr(sdpa, "_tiles_are_fast", lambda: True)
         monkeypatch.setattr(eager, "_ROWS", 4)
@@ -90,11 +91,13 @@ def test_tiles_compute_short_causal_blocks_and_those_with_weights(are_fast, monk
         x = torch.empty(1, 1, dtype=dtype).expand(1, 8, rows, 16)
         return sdpa._is_tiled(x, x, Call(block, 1.0))
 
-    assert [is_tiled(rows, CAUSAL) for rows in (128, 256, 767, 768, 4096)] == [False, True, True, False, False]
+    assert all(is_tiled(rows, CAUSAL) for rows in (320, 767))
+    assert not any(is_tiled(rows, CAUSAL) for rows in (128, 319, 768, 4096))
     assert not is_tiled(512, FULL)
     assert not is_tiled(512, CAUSAL, torch.bfloat16)
     assert not is_tiled(512, Block(SOME, SOME, low=0, high=9))
     assert is_tiled(2048, Block(SOME, SOME, low=0, repeats=repeats))
+    assert not is_tiled(319, Block(SOME, SOME, low=0, repeats=repeats))
     assert is_tiled(2048, Block(SOME, SOME, repeats=repeats)) == are_fast
     assert is_tiled(512, Block(SOME, SOME, head_repeats=(repeats,) * 8)) == are_fast
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
