@@ -82,7 +82,10 @@ def _checked_documents(documents: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 def check_shard(shard: SequenceShard, q: Tensor, documents: Tensor | None, padding: Tensor | None, kernel: str) -> None:
-    """Raise a ValueError where a shard does not fit the other arguments of a call: its tokens, its batch, its masks."""
+    """Raise a ValueError where a shard does not fit the other arguments of a call: its tokens, its batch, its masks.
+
+    `prepared_call` calls it for each call with a shard.
+    """
     if not isinstance(shard, SequenceShard):
         raise ValueError(f"shard must be a SequenceShard, got {type(shard).__name__}")
     if kernel == reference.name:
@@ -101,7 +104,10 @@ def check_shard(shard: SequenceShard, q: Tensor, documents: Tensor | None, paddi
 
 
 def checked_padding(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """Return the mask, or raise a ValueError if it is not a mask of the keys of q, (B, N)."""
+    """Return the mask, or raise a ValueError if it is not a mask of the keys of q, (B, N).
+
+    `prepared_call` calls it for each call of `attend`, and `explain`.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -115,13 +121,19 @@ def checked_padding(mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 def checked_probability(dropout: float) -> None:
-    """Raise a ValueError if a probability of dropout is not in [0, 1)."""
+    """Raise a ValueError if a probability of dropout is not in [0, 1).
+
+    `seed_tensor` calls it, and `explain`.
+    """
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"dropout must be a probability, at least 0 and less than 1, got {dropout!r}")
 
 
 def checked_softcap(softcap: Any) -> float | None:
-    """Return the bound of the scores as a float, or raise a ValueError if it is no positive number."""
+    """Return the bound of the scores as a float, or raise a ValueError if it is no positive number.
+
+    `prepared_call` calls it for each call of `attend`, and `explain`.
+    """
     if softcap is None:
         return None
     if not isinstance(softcap, (int, float)) or isinstance(softcap, bool) or not 0 < softcap < inf:
@@ -130,7 +142,10 @@ def checked_softcap(softcap: Any) -> float | None:
 
 
 def checked_exclusions(names: Collection[str]) -> frozenset[str]:
-    """Return the names of excluded kernels as a set, or raise a ValueError if one is no kernel."""
+    """Return the names of excluded kernels as a set, or raise a ValueError if one is no kernel.
+
+    `prepared_call` calls it for each call of `attend`, and `explain`.
+    """
     if not names:
         return frozenset()
     known = kernel_names()
@@ -143,7 +158,8 @@ def checked_exclusions(names: Collection[str]) -> frozenset[str]:
 def seed_tensor(dropout: float, seed: int | Tensor | None) -> Tensor | None:
     """Return the seed of dropout as a CPU tensor, (); None where nothing is dropped.
 
-    If it is None, torch's CPU generator draws it, so that each call advances this generator.
+    If it is None, torch's CPU generator draws it, so that each call advances this generator.  `prepared_call` calls it
+    for each call of `attend`.
     """
     checked_probability(dropout)
     if isinstance(seed, Tensor):
@@ -179,7 +195,10 @@ def check_reordering(ordering: Ordering, pattern: Pattern, kernel: str) -> None:
 
 
 def checked_sinks(sinks: Tensor | None, q: Tensor, mix: Mix) -> Tensor | None:
-    """Return the sinks, or raise a ValueError if they are not one logit for each query head, (H,); None is no sinks."""
+    """Return the sinks, or raise a ValueError if they are not one logit for each query head, (H,); None is no sinks.
+
+    `prepared_call` calls it for each call of `attend`.
+    """
     if sinks is None:
         return None
     if not isinstance(sinks, Tensor) or not sinks.dtype.is_floating_point or sinks.shape != q.shape[2:3]:

@@ -68,8 +68,8 @@ class Guard:
     what the results of the call need at the least, and where that is too little on one rank, all of them end before the
     first step.  Later calls of the kind go to `attend` directly, without the kernels that are excluded.
 
-    An error in the middle of a step ends all ranks.  The strategy adds the advice of the guard to it; a loop without
-    the strategy does so with `advised_errors`.
+    An error in the middle of a step cannot be repaired, as other ranks wait for messages.  The strategy adds the advice
+    of the guard to it, and ends all ranks; a loop without the strategy adds the advice with `advised_errors`.
 
     Each event is a line of the logger "lightning_longnet.attention.guard".
 
@@ -104,8 +104,8 @@ class Guard:
     ) -> frozenset[str]:
         """Return the kernels that calls of this kind must exclude; the first call of a kind tries the kernels.
 
-        A layer calls it before its first call of each kind.  All ranks of a shard call it together.  All get the same
-        kernels, or all raise an error.
+        `AttentionLayer._attended` calls it before the layer's first call of each kind, and `Guard.attend` before each
+        call.  All ranks of a shard call it together.  All get the same kernels, or all raise an error.
 
         Args:
             q, k, v, pattern: those of the first call.
@@ -224,9 +224,10 @@ class Guard:
 
     @contextmanager
     def advised_errors(self) -> Iterator[None]:
-        """Add advice to an error of a step: `with guard.advised_errors(): loss.backward()`.
+        """Add advice to a RuntimeError of a step, and raise it again; other errors pass unchanged.
 
-        A loop without the strategy uses it; `attend` of the guard does for the forward.
+        Loops without the strategy use it: `with guard.advised_errors(): loss.backward()`.  `Guard.attend` does for the
+        forward; the strategy calls `advise` itself.
         """
         try:
             yield
@@ -237,8 +238,8 @@ class Guard:
     def advise(self, error: BaseException, description: str, *, is_lost: bool = False) -> str:
         """Add advice to an error of a step, log it and count it; return the advice, empty where there is none.
 
-        Errors get advice that came out of attention, in the forward or the backward, and those of memory.  The strategy
-        calls it when a step has failed, before all ranks end.
+        A RuntimeError gets advice if it came out of attention, in the forward or the backward, or if memory was short.
+        The strategy calls it when a step has failed, before all ranks end, and `advised_errors` in other loops.
 
         Args:
             error: the error, with its traceback.
@@ -264,8 +265,8 @@ def _advice(error: RuntimeError, is_lost: bool) -> str:
     if not is_of_attention:
         return ""
     return (
-        "The step cannot be finished, and all ranks end: the kernel 'eager' is the plainest; where memory may be the "
-        f"cause, {_LESS_MEMORY}."
+        "The step cannot be finished on this rank: the kernel 'eager' is the plainest; where memory may be the cause, "
+        f"{_LESS_MEMORY}."
     )
 
 

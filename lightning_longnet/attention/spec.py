@@ -91,7 +91,8 @@ class AttentionSpec:
     def scale_of(self, head_dim: int) -> float:
         """Return the factor of the scores: `scale`, or 1 / sqrt(head_dim).
 
-        It is asked for each call that runs blocks, and by the kernel "reference".
+        `_line_call` and `RankCall.pair_options` ask for a call that runs blocks, `call_kind` to compare it between
+        ranks, and the kernel "reference".
         """
         return head_dim**-0.5 if self.scale is None else self.scale
 

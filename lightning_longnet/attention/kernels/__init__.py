@@ -199,7 +199,8 @@ class Explanation(NamedTuple):
 def kernel_names() -> tuple[str, ...]:
     """Return the names of all kernels, in the order of preference.
 
-    `attend` and the layers check the names that they are given by it.
+    `checked_exclusions` checks the names that `attend` is given by it, `kernel_name` those that layers are given, and
+    `candidates` chooses among them.
     """
     return tuple(kernel.name for kernel in _KERNELS)
 

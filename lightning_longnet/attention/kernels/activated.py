@@ -76,9 +76,10 @@ class ActivatedFlash:
         )
 
     def refusals(self, request: Request) -> list[str]:
-        """Return the reasons why the implementation cannot compute a call.
+        """Return the reasons why the implementation cannot compute a call; an empty list if it can.
 
-        `judge` asks for each call of `attend`, and `explain` shows the reasons.
+        Only the device is named where the tensors are not on CUDA.  `judge` asks for each call of `attend`, whatever
+        kernel it names, and for `explain`, the guard's preflight and `longnet plan`.
         """
         if request.device != "cuda":
             return [f"serves CUDA tensors, these are on {request.device}"]

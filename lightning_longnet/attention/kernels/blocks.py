@@ -283,7 +283,11 @@ def no_key_partial(q: Tensor, v: Tensor) -> Partial:
 
 
 def uninitialized_partial(q: Tensor, width: int) -> Partial:
-    """Return uninitialized out (B, N, H, width) and lse (B, N, H, 1) in float32, or in float64 for such tensors."""
+    """Return uninitialized out (B, N, H, width) and lse (B, N, H, 1) in float32, or in float64 for such tensors.
+
+    `forward_blocks` writes the results of a first branch to it, and `forward_parts` of the kernel "triton" those of a
+    launch; `no_key_partial` fills it.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     return Partial(q.new_empty((*q.shape[:3], width), dtype=wide), q.new_empty((*q.shape[:3], 1), dtype=wide))
 

@@ -70,7 +70,8 @@ class Dropout:
 
         The words broadcast, as (..., queries, 1) and (..., 1, keys).  The eager kernel takes `&` of the result and the
         bits of its floats, which leaves a float or makes it 0: comparisons and boolean masks cost ten times as much on
-        a CPU as integer arithmetic.
+        a CPU as integer arithmetic.  `_Tile.apply_dropout` of the kernel "eager" calls it for each tile, and the kernel
+        "reference" for each sample.
         """
         # mixing steps of a 32-bit integer hash, on wrapping integers
         pairs = query_words * key_words
@@ -90,7 +91,7 @@ class Dropout:
 def splitmix64(x: Tensor) -> Tensor:
     """Return the splitmix64 hash of each integer, computed on wrapping signed integers.
 
-    The seeds of a step and of its layers are made of it, too.
+    `DropoutSeeds` makes the seeds of a step and of its layers with it, too.
     """
     # >> copies the sign bit; the masks clear the copies, as an unsigned shift would
     x = x + _signed(0x9E3779B97F4A7C15)

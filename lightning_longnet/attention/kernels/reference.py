@@ -36,9 +36,10 @@ def note(request: Request) -> str:
 
 
 def refusals(request: Request) -> list[str]:
-    """Return the reasons why this kernel cannot compute a call.
+    """Return the reasons why this kernel cannot compute a call; an empty list if it can.
 
-    `judge` asks for each call of `attend`, and `explain` shows the reasons.
+    `judge` asks for each call of `attend`, whatever kernel it names, and for `explain`, the guard's preflight and
+    `longnet plan`.
     """
     reasons = []
     if request.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):

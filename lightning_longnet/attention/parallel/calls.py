@@ -191,7 +191,8 @@ def _exchange_plan(layout: Layout, exchange: str, sizes: Sizes) -> ExchangePlan:
 def call_kind(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, has_sinks: bool) -> dict[str, Any]:
     """Return what must be equal on all ranks of a call; the number of a rank's tokens need not be.
 
-    `attend` compares it between ranks before a call, and the tags of messages hold it.
+    `_attend_part` of attend.py compares it between ranks before a call, and `distributed_calls` puts it into the tags
+    of messages.
     """
     return {
         "batch": q.shape[0],

@@ -91,7 +91,8 @@ class Pending:
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """Return the timeout that a group of gloo or NCCL has now.
 
-    The strategies ask, too, which shorten the timeout of a group once its first step is done.
+    `wait_arguments` asks for gloo, and `Timeouts.shorten` before it sets a shorter timeout for a training step;
+    `Timeouts.restore` then sets this one again.
     """
     device = "cpu" if dist.get_backend(group) == "gloo" else "cuda"
     limit: timedelta = group._get_backend(torch.device(device)).options._timeout

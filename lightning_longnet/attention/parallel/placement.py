@@ -105,7 +105,10 @@ class Placement:
         return sum(self.lengths)
 
     def chunks(self, rank: int) -> tuple[Chunk, ...]:
-        """Return the chunks of a rank, in local order: one, or two under "zigzag"; none is empty."""
+        """Return the chunks of a rank, in local order: one, or two under "zigzag"; none is empty.
+
+        Batches, plans, messages and datasets are cut by them.
+        """
         if self.listed:
             return self.listed[rank]
         begins, length = self._begins, self.lengths[rank]

@@ -52,8 +52,8 @@ def placement_choice(layers: tuple[tuple[LayerAttention, int], ...], length: int
     """Return the placement with which layers are fastest together, and why.
 
     It is "zigzag" where that makes the busiest rank compute much fewer pairs, as dense causal layers do; else
-    "contiguous", which keeps segments and windows on few ranks.  A strategy asks where its placement is "auto", and
-    `longnet plan`.
+    "contiguous", which keeps segments and windows on few ranks.  `RunPlacement` asks where the placement of a strategy
+    is "auto", `Job` of `longnet plan`, and `choose_placement` for a model of transformers.
 
     Args:
         layers: the attention of layers, each with the number of layers that have it.

@@ -167,7 +167,7 @@ class _DocumentBlocks:
 
 
 class RankBlocks:
-    """The parts of a plan's blocks that have their queries on one rank and their keys on another.
+    """The parts of a plan's blocks that have their queries on one rank and their keys on another, or on the same one.
 
     The documents that have tokens on both are planned alone.  Both ranks plan the same ones, however many others there
     are, and so agree on what travels between them.
@@ -210,7 +210,10 @@ class RankBlocks:
         return pairs
 
     def _common_documents(self, rank: int, source: int) -> list[_DocumentBlocks]:
-        """Return the documents with tokens on both ranks, those that follow one another as one."""
+        """Return the blocks of the documents with tokens on both ranks, which may be one rank.
+
+        There is one `_DocumentBlocks` for each run of documents that follow one another, planned once and kept.
+        """
         common = sorted(self._documents_on(rank) & self._documents_on(source))
         documents = []
         for first, last in _consecutive(common):
@@ -245,7 +248,11 @@ class RankBlocks:
         return sorted(ranks - {rank})
 
     def visible_pairs(self, rank: int) -> int:
-        """Return the pairs that a rank's queries see, on all ranks, a repeated pair as often as branches show it."""
+        """Return the number of pairs that a rank's queries see, on all ranks.
+
+        A repeated pair counts as often as branches show it.  The choice of a placement compares the busiest ranks by
+        it.
+        """
         placement = self.layout.placement
         everywhere = Chunk(0, placement.length, 0)
         parts = (

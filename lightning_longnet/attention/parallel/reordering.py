@@ -129,8 +129,9 @@ class RankOrder(NamedTuple):
 def row_exchange(order: Tensor, shard: SequenceShard) -> RowExchange:
     """Return the rows that this rank sends and receives to bring tensors into the order of a line.
 
-    It sends no message: each rank calls it alone, for the first line of a pattern and for each of its other lines.
-    Before, the rank of token i of the sequence holds the row of token i; afterwards it holds that of token `order[i]`.
+    It sends no message: each rank calls it alone, for the first line of a pattern (`_row_exchange`) and for each of its
+    other lines (`_line_exchange`).  Before, the rank of token i of the sequence holds the row of token i; afterwards it
+    holds that of token `order[i]`.
 
     Args:
         order: (N,) the token at each place of the line.

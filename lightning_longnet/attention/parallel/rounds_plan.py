@@ -159,24 +159,24 @@ def rounds_volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, s
         sizes: the sizes of the tensors.
     """
     # for each choice the branches that are gathered, and those that go round a ring
-    groups = [
+    gather_and_ring = [
         tuple(tuple(i for i, kind in enumerate(way) if kind == name) for name in ("gather", "ring")) for way in ways
     ]
-    branches = sorted({members for group in groups for members in group}, key=len)
+    branch_groups = sorted({group for both in gather_and_ring for group in both}, key=len)
     row_elements = sizes.batch * (sizes.head_dim + sizes.value_dim)  # of one KV row
     totals = [Volume(0, 0, 0, 0) for _ in ways]
     between = rank_blocks(layout)
     for peer in between.possible_peers(rank):
-        received, sent = (_kv_row_counts(between.blocks(*ends), branches) for ends in ((rank, peer), (peer, rank)))
-        for n, group in enumerate(groups):
+        received, sent = (_kv_row_counts(between.blocks(*ends), branch_groups) for ends in ((rank, peer), (peer, rank)))
+        for n, both in enumerate(gather_and_ring):
             sent_bytes, messages, kept_bytes, forward_bytes = totals[n]
             # rows that are gathered are sent once; those of a ring again in the backward.  Both return gradients
-            for members, fetches in zip(group, (1, 2), strict=True):
-                gradients = received[members] * sizes.wide_itemsize
-                sent_bytes += row_elements * (fetches * sent[members] * sizes.itemsize + gradients)
-                messages += fetches * (sent[members] > 0) + (received[members] > 0)
-                forward_bytes += row_elements * sent[members] * sizes.itemsize
-            kept_bytes += row_elements * received[group[0]] * sizes.itemsize
+            for group, fetches in zip(both, (1, 2), strict=True):
+                gradients = received[group] * sizes.wide_itemsize
+                sent_bytes += row_elements * (fetches * sent[group] * sizes.itemsize + gradients)
+                messages += fetches * (sent[group] > 0) + (received[group] > 0)
+                forward_bytes += row_elements * sent[group] * sizes.itemsize
+            kept_bytes += row_elements * received[both[0]] * sizes.itemsize
             totals[n] = Volume(sent_bytes, messages, kept_bytes, forward_bytes)
     return totals
 
@@ -184,7 +184,8 @@ def rounds_volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, s
 def _kv_row_counts(blocks: PeerBlocks, groups: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
     """Return how many KV rows the branches of each group need together.
 
-    The mask of most groups is that of an earlier group and one more branch.
+    `rounds_volumes` calls it for each pair of ranks, for what is received and for what is sent.  A KV row is one token
+    of one key head.  Most groups are a smaller group plus one branch, and their masks are made from that of it.
     """
     # of the branches of a group only those count that have parts between the two ranks: often one or two of them
     branches = {part.branch for part in blocks.parts}

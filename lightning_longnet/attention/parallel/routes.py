@@ -166,7 +166,8 @@ def _round(
 def head_parts(layout: Layout, kv_heads: range) -> Parts:
     """Return the blocks over the whole sequence of some key heads and of the query heads that they serve.
 
-    The exchange "swap" takes them, with which a rank has all tokens of these heads; heads are counted from its first.
+    `AllToAllPlan`, with which a rank has all tokens of these heads, calls it for its calls and for their work; heads
+    are counted from its first.
     """
     whole = plan(layout.pattern, layout.heads, layout.kv_heads, layout.cuts, layout.weighted_segments)
     group, parts = layout.heads // layout.kv_heads, []
@@ -193,7 +194,12 @@ def merge_parts(parts: Iterable[Part]) -> Parts:
 
 
 def merge_neighboring_parts(parts: Iterable[Part]) -> Parts:
-    """Return the parts of `merge_parts`, of which those of neighbouring rows on a rank are merged, too."""
+    """Return the parts of `merge_parts`, merged further by `merge_neighbors`.
+
+    Blocks of neighbouring rows become larger blocks, and equal blocks at evenly spaced rows become segments of one.
+    Parts of a branch must follow one another; no part has a `kv_index` yet.  `route` calls it for a rank's own keys,
+    and `Round` for those of each rank that it receives from.
+    """
     return Parts(
         Part(branch, block)
         for branch, group in groupby(merge_parts(parts), key=lambda part: part.branch)

@@ -45,7 +45,7 @@ def exchange_plan(layout: Layout, exchanges: tuple[str, ...]) -> ExchangePlan:
 def busiest_ranks(layout: Layout) -> list[int]:
     """Return all ranks, or of many those that may have most to do, by how far their segments and documents span.
 
-    `schedule` compares exchanges on these ranks, and the planner plans them.
+    `schedule` compares exchanges on these ranks, and `layer_kinds` of the planner plans them.
     """
     lengths, ranks = layout.placement.lengths, range(layout.placement.ranks)
     if len(ranks) <= 2 * SAMPLED_RANKS:

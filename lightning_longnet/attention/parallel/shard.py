@@ -118,7 +118,7 @@ class SequenceShard:
     def call_of(calls: int) -> str:
         """Return the name of a call on all ranks, from the value of `calls` after it had begun.
 
-        The operators of op.py name a forward and its backward so in errors and message tags.
+        `distributed_calls` names a forward and its backward so in errors and message tags.
         """
         batch, number = divmod(calls - 1, _CALLS)
         return f"call {number} of batch {batch}" if batch else f"call {number}"
@@ -148,7 +148,7 @@ class SequenceShard:
     def padding_of(self, tokens: Tensor, samples: slice) -> Tensor | None:
         """Return (B, tokens), True where padding masks a token, whichever rank holds it; None without padding.
 
-        The calls of exchanges ask for their own keys and for received ones.
+        `RankCall.pair_options` asks for the keys of a call, and the `RemoteRows` of a round for received ones.
 
         Args:
             tokens: indices in the whole sequence.
@@ -163,7 +163,8 @@ class SequenceShard:
     def cached(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
         """Return the value of a key, made at its first use; it lives as long as the shard.
 
-        Calls keep their routes, exchanges and indices here, so that later steps with the same shard plan nothing.
+        `distributed_calls`, `RankCall` and the plans of exchanges keep routes, exchanges and indices here, so that
+        later steps with the same shard plan nothing.
         """
         if key not in self._cache:
             self._cache[key] = make()
@@ -259,7 +260,7 @@ class SequenceShard:
 def register_shard(shard: SequenceShard) -> int:
     """Register a shard in `SHARDS` and return its number, which an operator takes in its place.
 
-    A `SequenceShard` registers itself when it is made.
+    A `SequenceShard` registers itself when it is made, and so does the `PlannedShard` of `longnet plan`.
     """
     number = next(_numbers)
     SHARDS[number] = shard

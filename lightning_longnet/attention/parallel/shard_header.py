@@ -107,7 +107,8 @@ def _number_of(placement: Kind | Placement) -> int:
 def placement_fault(comm: Comm, length: Any, placement: Any) -> str:
     """Return why a placement of a batch does not fit this rank, or an empty text.
 
-    Only a `Placement` object can fail here; its name is checked by `argument_fault`.
+    Only a `Placement` object can fail here; its name is checked by `argument_fault`.  `SequenceShard` asks when it is
+    made.
     """
     if not isinstance(placement, Placement):
         return ""

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.placement import Chunk
 
 
-class _Clip(NamedTuple):
-    """The rows of one segment and key head that a share keeps, by their places in the runs of queries and keys."""
+class _Rows(NamedTuple):
+    """Rows of one segment and key head, [first, last), by their places in the runs of queries and keys."""
 
     first_query: int
     last_query: int
@@ -71,12 +71,14 @@ def _first_from(starts: range | tuple[int, ...], row: int) -> int:
 def shares(block: Block, queries: ChunkSegments, keys: ChunkSegments) -> Iterator[Block]:
     """Yield the parts of a block with queries in one chunk and keys in another, in the local rows of their ranks.
 
-    `RankBlocks` calls it for each chunk of a rank's queries and each chunk of another rank's keys.
+    `_DocumentBlocks.shares` calls it for each chunk of a rank's queries and each chunk of keys, of another rank, of the
+    same one, or of all tokens.
 
     Args:
         block: a block of the plan of whole documents.
-        queries, keys: the segments of the block's queries and keys in consecutive tokens of one rank each.
+        queries, keys: the segments of the block's queries and keys in consecutive tokens.
     """
+    assert not block.head_repeats, "only `batched` sets them, in the calls of a rank just before they run"
     begin, end = max(queries.begin, keys.begin), min(queries.end, keys.end)
     if begin >= end:
         return
@@ -102,28 +104,28 @@ def _cut(block: Block, s: int, queries: Chunk, keys: Chunk) -> Iterator[Block]:
     many = block.keys.heads
     rows = [_rows_in_chunks(block, s, head, queries, keys) for head in {0, many - 1}]
     if rows[0] == rows[-1]:  # from head to head the rows of a diagonal move one way, so those between are the same
-        clips = [_clip(block, rows[0])] * many
+        rows_of_heads = [_kept_rows(block, rows[0])] * many
     else:
-        clips = [_clip(block, _rows_in_chunks(block, s, head, queries, keys)) for head in range(many)]
+        rows_of_heads = [_kept_rows(block, _rows_in_chunks(block, s, head, queries, keys)) for head in range(many)]
     first = 0
     for last in range(1, many + 1):
-        if last < many and clips[last] == clips[first]:
+        if last < many and rows_of_heads[last] == rows_of_heads[first]:
             continue
-        clip = clips[first]
-        if clip is not None:
-            yield _clipped(block, s, range(first, last), clip, queries, keys)
+        kept = rows_of_heads[first]
+        if kept is not None:
+            yield _share_of(block, s, range(first, last), kept, queries, keys)
         first = last
 
 
-def _clipped(block: Block, s: int, heads: range, clip: _Clip, queries: Chunk, keys: Chunk) -> Block:
-    """Return the share of segment `s` with the rows that `_clip` found, of some key heads and their query heads.
+def _share_of(block: Block, s: int, heads: range, kept: _Rows, queries: Chunk, keys: Chunk) -> Block:
+    """Return the share of segment `s` with the rows that `_kept_rows` found, of some key heads and their query heads.
 
-    `queries` and `keys` are the chunks that hold these rows, whose local rows the share counts.
+    `queries` and `keys` are the chunks that hold these rows, and the share names the rows by their places on the ranks.
     """
     group = block.queries.heads // block.keys.heads
-    query_rows, key_rows = range(clip.first_query, clip.last_query), range(clip.first_key, clip.last_key)
-    # a and b count from the first rows that stay, so the bounds of a - b move by their difference
-    moved = clip.first_query - clip.first_key
+    query_rows, key_rows = range(kept.first_query, kept.last_query), range(kept.first_key, kept.last_key)
+    # low <= a - b <= high for the a-th query and the b-th key: both now count from the first rows that stay
+    moved = kept.first_query - kept.first_key
     low = None if block.low is None else block.low - moved
     high = None if block.high is None else block.high - moved
     return Block(  # not by replace(), which takes twice as long: a plan of many documents has thousands of shares
@@ -135,23 +137,23 @@ def _clipped(block: Block, s: int, heads: range, clip: _Clip, queries: Chunk, ke
         block.weight,
         tuple(
             repeat._replace(
-                queries=(repeat.queries - clip.first_query) % repeat.every,
-                keys=(repeat.keys - clip.first_key) % repeat.every,
+                queries=(repeat.queries - kept.first_query) % repeat.every,
+                keys=(repeat.keys - kept.first_key) % repeat.every,
             )
             for repeat in block.repeats
         ),
         block.stack,
-        block.head_repeats,
     )
 
 
-def _rows_in_chunks(block: Block, s: int, a: int, queries: Chunk, keys: Chunk) -> _Clip:
-    """Return the rows of segment `s` and key head `a` that lie in the chunks."""
+def _rows_in_chunks(block: Block, s: int, key_head: int, queries: Chunk, keys: Chunk) -> _Rows:
+    """Return the rows of segment `s` and of a key head and its query heads that lie in the chunks."""
     group = block.queries.heads // block.keys.heads
-    return _Clip(*_rows_inside(block.queries, s, a * group, queries), *_rows_inside(block.keys, s, a, keys))
+    of_queries = _rows_inside(block.queries, s, key_head * group, queries)
+    return _Rows(*of_queries, *_rows_inside(block.keys, s, key_head, keys))
 
 
-def _clip(block: Block, rows: _Clip) -> _Clip | None:
+def _kept_rows(block: Block, rows: _Rows) -> _Rows | None:
     """Return the rows that a share keeps of those that lie in the chunks; None if no query sees a key.
 
     Rows are dropped that the mask excludes: queries behind a border that see no key before it, for example.
@@ -169,7 +171,7 @@ def _clip(block: Block, rows: _Clip) -> _Clip | None:
         last_query = min(last_query, last_key + block.high)
     if first_query >= last_query or first_key >= last_key:
         return None
-    return _Clip(first_query, last_query, first_key, last_key)
+    return _Rows(first_query, last_query, first_key, last_key)
 
 
 def _rows_inside(lattice: Lattice, s: int, a: int, chunk: Chunk) -> tuple[int, int]:

@@ -75,8 +75,8 @@ class _LineKey(NamedTuple):
 def lines_of(ordering: Ordering, cuts: tuple[int, ...], pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
     """Return the lines of a pattern over a sequence; the first one has the finest branch.
 
-    `cuts` are where documents begin, and where the last one ends: each document has a separate curve.  Each forward and
-    backward of `attend` asks for them; those along a curve are cached.
+    `cuts` are where documents begin, and where the last one ends: each document has a separate curve.  `local_call` and
+    `distributed_calls` ask for them in each forward and backward; those along a curve are cached.
     """
     if ordering == "raster":
         return (Line(pattern, tuple(range(len(pattern.branches)))),)
@@ -94,7 +94,8 @@ def has_masked_line(ordering: Ordering, pattern: Pattern) -> bool:
 def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
     """Raise a ValueError if a pattern cannot be drawn along a curve.
 
-    `attend` calls it for an ordering other than "raster"; layers and models call it when they are made.
+    `check_reordering` calls it for a call of `attend` with an ordering other than "raster"; layers and models call it
+    when they are made.
     """
     if ordering == "raster" or pattern.multiplicity == "multiset" or not any(b.is_causal for b in pattern.branches):
         return

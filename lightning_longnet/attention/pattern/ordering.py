@@ -95,7 +95,7 @@ def inverse_order(order: Tensor) -> Tensor:
 def order_of(ordering: Ordering, shape: Sequence[int]) -> Tensor:
     """Return the order of a grid by its name: `hilbert_order(shape)` or `raster_order(shape)`.
 
-    The model LongViT calls it for the patches of an image.
+    `_cached_order` of the model LongViT calls it for the patches of an image.
     """
     return hilbert_order(shape) if ordering == "hilbert" else raster_order(shape)
 
@@ -127,8 +127,8 @@ def causal_order(order: Tensor, pattern: Pattern) -> Tensor:
 def sorted_sets(order: Tensor, segment_length: int | None, rate: int) -> Tensor:
     """Return an order in which each set of tokens has the same places as in `order`, and ascends.
 
-    A set is the tokens of one segment and residue of `order`.  `causal_order` calls it, and the lines of a causal
-    pattern along a curve, on which a mask by places then masks the tokens that come later in the sequence.
+    A set is the tokens of one segment and residue of `order`.  `causal_order` calls it, and `_curve_lines` for a causal
+    pattern along a curve, on whose lines a mask by places then masks the tokens that come later in the sequence.
     """
     places = torch.arange(len(order), device=order.device)
     length = len(order) if segment_length is None else segment_length
@@ -200,6 +200,9 @@ def _pieces(sizes: _Sizes) -> list[_Piece]:
 def _three_pieces(a: int, b: int, c: int, y: int, z: int) -> list[_Piece]:
     """Return pieces up one side, across, and down the other: halves of the first axis x and of y.
 
+    `_pieces` takes them for the boxes that are not long and do not get five pieces.  a, b, c are the sizes along x
+    (axis 0), y and z; y and z are the numbers of those axes.
+
     The picture has x to the right and y upwards.  Each piece has all of z, and the curve runs from the lower left
     corner to the lower right one:
 
@@ -215,7 +218,10 @@ def _three_pieces(a: int, b: int, c: int, y: int, z: int) -> list[_Piece]:
 
 
 def _five_pieces(a: int, b: int, c: int, y: int, z: int) -> list[_Piece]:
-    """Return pieces up one side, back, across, forth, and down the other: halves of all axes, where z is even.
+    """Return pieces up one side, back, across, forth, and down the other: halves of all axes.
+
+    `_pieces` takes them for a box that is not long, and of which y and z are about equally long, one of them even.  a,
+    b, c are the sizes along x (axis 0), y and z; y and z are the numbers of those axes; c must be even.
 
     The picture has x to the right and y upwards.  The curve runs from the lower left corner in front to the lower right
     one in front:

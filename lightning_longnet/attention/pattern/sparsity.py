@@ -87,8 +87,8 @@ class Sparsity:
     def phase(self, kv_head: int) -> int:
         """Return by how many blocks the preferred blocks of a key/value head are moved.
 
-        It is 0 where all heads keep the same blocks.  `kept` calls it, and the plan, which computes such heads
-        together.
+        It is 0 where all heads keep the same blocks.  `kept` calls it, and `_equal_heads` of the plan, which computes
+        such heads together.
         """
         return kv_head % self.stride if self.varies_over_heads else 0
 

@@ -33,17 +33,18 @@ if TYPE_CHECKING:
 def merge_neighbors(blocks: Iterable[Block]) -> list[Block]:
     """Return blocks with the same pairs of one branch, in fewer calls; those of negative weight come last.
 
-    `route` calls it for the blocks on a rank's own keys, and `Round` for those on the keys of each other rank.
+    `merge_neighboring_parts` calls it for each branch: of a rank's blocks on its own keys, and of those on the keys of
+    each other rank.
     """
-    plain, others = dict[_Corner, Block](), list[Block]()
+    mergeable, others = dict[_Corner, Block](), list[Block]()
     for block in blocks:
-        if _can_be_merged(block) and _corner(block) not in plain:
-            plain[_corner(block)] = block
+        if _can_be_merged(block) and _corner(block) not in mergeable:
+            mergeable[_corner(block)] = block
         else:
             others.append(block)
-    _triangles(plain)
-    _rectangles(plain)
-    return sorted([*_segments(plain.values()), *others], key=lambda block: -block.weight)
+    _triangles(mergeable)
+    _rectangles(mergeable)
+    return sorted([*_segments(mergeable.values()), *others], key=lambda block: -block.weight)
 
 
 def joined_keys(parts: Iterable[Part], limit: int) -> Iterator[Part]:
@@ -111,7 +112,10 @@ def _can_be_merged(block: Block) -> bool:
 
 
 def _triangles(blocks: dict[_Corner, Block]) -> None:
-    """Replace a triangle, the square below it and the triangle beside that by one triangle."""
+    """Replace, in `blocks`, a triangle, the square below it and the triangle beside that by one triangle.
+
+    `merge_neighbors` calls it first.
+    """
     for corner in list(blocks):
         while corner in blocks:
             first, rows = blocks[corner], blocks[corner].queries.rows
@@ -145,7 +149,10 @@ def _is_triangle(block: Block) -> bool:
 
 
 def _rectangles(blocks: dict[_Corner, Block]) -> None:
-    """Replace rectangles of neighbouring queries with the same keys by one rectangle."""
+    """Replace, in `blocks`, rectangles of neighbouring queries with the same keys by one rectangle.
+
+    A rectangle is a block without a mask.  `merge_neighbors` calls it after `_triangles`.
+    """
     for corner in list(blocks):
         while corner in blocks:
             first, rows = blocks[corner], blocks[corner].queries.rows
@@ -182,8 +189,8 @@ def _segments(blocks: Iterable[Block]) -> Iterator[Block]:
     groups: dict[Block, list[Block]] = defaultdict(list)
     for block in blocks:
         shift = block.keys.starts[0] - block.queries.starts[0]
-        first, last = range(1), range(shift, shift + 1)
-        queries, keys = replace(block.queries, starts=first), replace(block.keys, starts=last)
+        query_starts, key_starts = range(1), range(shift, shift + 1)
+        queries, keys = replace(block.queries, starts=query_starts), replace(block.keys, starts=key_starts)
         groups[replace(block, queries=queries, keys=keys)].append(block)
     for members in groups.values():
         if len(members) == 1:

@@ -58,7 +58,7 @@ def exclusive_runs(
 ) -> Iterator[Runs]:
     """Yield runs over the pairs of `branch` that none of the `earlier` branches shows.
 
-    The weights of the runs add up to 1 for such a pair, and to 0 for a pair that an earlier branch shows.  The plan
+    The weights of the runs add up to 1 for such a pair, and to 0 for a pair that an earlier branch shows.  `_head_runs`
     takes them instead of `own_runs` where a pair is to be computed in one branch only.
     """
     chain = (*earlier, branch)
@@ -113,7 +113,7 @@ def with_repeats(
     """Yield the same pairs, each run with the rules by which the `later` branches show its pairs again.
 
     With `has_tables` runs are cut into tiles, whose tables of weights are parts of one table of about `REPEAT_TILE`
-    rows and columns.
+    rows and columns.  `_head_runs` calls it for a plan that computes each pair once, with a weight.
     """
     for shape, starts in runs:
         tile = REPEAT_TILE if has_tables else max(shape.queries, shape.keys)

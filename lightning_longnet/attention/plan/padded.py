@@ -113,7 +113,7 @@ class PaddedLattice(CopiedLattice):
 def padded(rows: list[Lattice]) -> Lattice:
     """Return one lattice of the segments of several, from the longest to the shortest, for one call; see `batched`.
 
-    The lattices have the same heads and steps.
+    The lattices have the same heads and steps.  `_padded_block` calls it.
     """
     longest, *_ = rows = sorted(rows, key=lambda lattice: -lattice.rows)
     starts = tuple(start for lattice in rows for start in lattice.starts)

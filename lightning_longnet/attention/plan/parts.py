@@ -145,7 +145,10 @@ def part_heads(part: Part, first: int, last: int) -> Part:
 
 
 def part_segments(part: Part, first: int, last: int) -> Part:
-    """Return a part with only its segments from `first` up to, but not including, `last`."""
+    """Return a part with only its segments from `first` up to, but not including, `last`.
+
+    `bounded_part` calls it, and `_split_by_padding` of the kernels for the segments that padding leaves.
+    """
     block, kv_index = part.block, part.kv_index
     return part._replace(
         block=replace(block, queries=block.queries.segments(first, last), keys=block.keys.segments(first, last)),

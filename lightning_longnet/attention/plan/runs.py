@@ -78,7 +78,8 @@ class Runs(NamedTuple):
 def segments(branch: Branch, offset: int, length: int) -> Iterator[tuple[range, int]]:
     """Yield (starts, width): where the runs of the whole segments of a document begin, and then that of a shorter tail.
 
-    Each start is the first row of a segment plus `offset`; `width` is the number of rows of a segment.
+    Each start is the first row of a segment plus `offset`; `width` is the number of rows of a segment.  `own_runs`
+    asks, and `_relation` and `_outside` of overlap.py.
     """
     width = min(branch.segment_length or length, length)
     whole = length // width
@@ -90,7 +91,7 @@ def segments(branch: Branch, offset: int, length: int) -> Iterator[tuple[range, 
 def row_count(width: int, offset: int, rate: int) -> int:
     """Return how many of the first `width` rows of a segment have this offset modulo the rate.
 
-    It is 0 if the offset lies behind the segment's end.
+    It is 0 if the offset lies behind the segment's end.  `own_runs` asks, and `_relation` and `_outside` of overlap.py.
     """
     return max(0, -(-(width - offset) // rate))
 
@@ -99,6 +100,7 @@ def own_runs(branch: Branch, kv_head: int, kv_heads: int, length: int) -> Iterat
     """Yield all runs that a branch shows to a key/value head in a document of `length` rows.
 
     These are the segments' rows of the head's residue, cut into tiles by a window and into kept blocks by a sparsity.
+    `_head_runs` takes them, unless a branch is to leave out pairs of earlier ones (`exclusive_runs`).
     """
     offset = branch.offset(kv_head, kv_heads)
     for starts, width in segments(branch, offset, length):
@@ -116,6 +118,8 @@ def band_runs(
     starts: range, rows: int, step: int, is_causal: bool, window: int | None, weight: int = 1, layer: int = 0
 ) -> Iterator[Runs]:
     """Yield runs of `rows` rows that see themselves, as a whole or, where a window masks far keys, as tiles.
+
+    `own_runs` takes them for a branch without a sparsity, and `exclusive_runs` for an intersection of such branches.
 
     A tile is some queries and the keys that they may see; a broad one is cut into three along its keys:
 
@@ -161,7 +165,10 @@ def band_runs(
 
 
 def kept_blocks(branch: Branch, kv_head: int, run: range) -> Iterator[tuple[range, tuple[range, ...]]]:
-    """Yield each block of queries of a run, as rows, with the blocks of keys that the sparsity keeps for it."""
+    """Yield each block of queries of a run, as rows, with the blocks of keys that the sparsity keeps for it.
+
+    `own_runs` takes them, and `_relation` of overlap.py.
+    """
     assert branch.sparsity is not None
     size = branch.sparsity.block_size
     for i, kept in enumerate(branch.sparsity.kept(len(run), kv_head, branch.is_causal)):
@@ -173,7 +180,8 @@ def kept_block_runs(
 ) -> Iterator[Runs]:
     """Yield runs of a block of queries against a block of keys of one residue, unless the causal mask excludes all.
 
-    Both ranges are rows, counted from each of `starts`.
+    Both ranges are rows, counted from each of `starts`.  `own_runs` takes them, and `exclusive_runs` for an
+    intersection with kept blocks.
     """
     low = _steps_between(queries, keys) if is_causal else None
     if low is None or low < len(queries):
@@ -220,7 +228,7 @@ def windowed_block_runs(
 def rectangle_runs(starts: range, queries: range, keys: range) -> Iterator[Runs]:
     """Yield runs of queries that see all of other keys, one or none.
 
-    Both ranges are rows, counted from each of `starts`.  `exclusive_runs` calls it for pairs of different inner
+    Both ranges are rows, counted from each of `starts`.  `_outside` of overlap.py calls it for pairs of different inner
     segments.
     """
     if queries and keys:

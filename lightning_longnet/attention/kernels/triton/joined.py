@@ -30,7 +30,7 @@ class TiledPhase(NamedTuple):
 def tiled_phases(phases: Sequence[Phase], rows: int, others: int, is_by_key: bool, joins: bool) -> list[TiledPhase]:
     """Return the launches of phases with their tile lists: one for all if that pays, else one for each.
 
-    `launch.py` calls it for each of the three programs, when it meets new parts.
+    `_make_launches` of launch.py calls it for each of the three programs, when it meets new parts.
 
     Args:
         phases: those of the function `phases`.

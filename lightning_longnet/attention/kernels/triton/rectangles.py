@@ -71,7 +71,7 @@ class Rectangles(NamedTuple):
     def transposed(self) -> Rectangles:
         """Return the same pairs with queries and keys exchanged.
 
-        The program that computes dk and dv takes their tile list.
+        `tiled_phases` makes their tile list, for the program that computes dk and dv.
         """
         return self._replace(queries=self.keys, keys=self.queries, low=-self.high, high=-self.low)
 
@@ -109,7 +109,7 @@ class _Page(NamedTuple):
 def phases(parts: Sequence[Part], group: int, sources: Sequence[int] = ()) -> list[Phase]:
     """Return the phases of parts in the order of their branches, positive weights first.
 
-    `launch.py` calls it once for parts that it has not met.
+    `_make_launches` of launch.py calls it once for parts that it has not met.
 
     Args:
         parts: the parts; those of received keys have a `kv_index`.
@@ -203,7 +203,10 @@ def _indexed(keys: Side, kv_index: Tensor) -> tuple[Side, Tensor]:
 
 
 def places_within(counts: Tensor) -> Tensor:
-    """Return 0, 1, ... up to, but not including, each count, one after the other, (sum of counts,)."""
+    """Return 0, 1, ... up to, but not including, each count, one after the other, (sum of counts,).
+
+    `tile_list` numbers the tiles of a rectangle by it, and `_indexed` the keys of a row.
+    """
     before = counts.cumsum(0) - counts
     return torch.arange(int(counts.sum())) - before.repeat_interleave(counts)
 
