@@ -39,7 +39,8 @@ def fault_of(check: Callable[[], Any]) -> str:
 def fault_of_rank_zero(strategy: Strategy, attempt: Callable[[], str]) -> str:
     """Call `attempt` on rank 0 alone, and return on all ranks the message that it returns there.
 
-    All ranks call this together.  The message says what failed, and is "" if nothing did: the caller raises it.
+    All ranks call this together: the strategies when they load a checkpoint, `CausalLMCheckpoints.save_pretrained`, and
+    `Preemption` when it requeues a job.  The message says what failed, and is "" if nothing did: the caller raises it.
     """
     fault: str = strategy.broadcast(attempt() if strategy.is_global_zero else "")
     return fault
@@ -95,12 +96,17 @@ def batch_difference(others: list[int], data_position: tuple[int, int], detail: 
 
 
 def other_group_fault(group: int) -> str:
-    """Return the error message for a rank whose batch is right, where that of data_parallel_rank `group` is wrong."""
+    """Return the error message for a rank whose batch is right, where that of data_parallel_rank `group` is wrong.
+
+    `BatchComparison.check` raises it before a step, and `check_same_batch`.
+    """
     return f"the ranks of data_parallel_rank {group} were given a batch that does not fit: their own messages say why"
 
 
 def warn_of_same_batch(digests: list[int]) -> None:
     """Warn on rank 0 if there are several data-parallel groups and all of them were given the same batch.
+
+    `BatchComparison.check` calls it for the first batch of a loop, and `check_same_batch`.
 
     Args:
         digests: the hash of the batch of each data-parallel group.
@@ -116,7 +122,9 @@ def warn_of_same_batch(digests: list[int]) -> None:
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the x of each rank of a group, (ranks, *x.shape), on the CPU.
 
-    All ranks of the group call it together, with an x of the same shape and dtype on any device.
+    All ranks of the group call it together, with an x of the same shape and dtype on any device: `check_same_batch`,
+    the strategy's `check_predicted_batches`, `check_anomaly` and `MemoryCheck.check`, and `everywhere` of the
+    callbacks.
     """
     x = x.to(device_of(group))
     parts = x.new_empty((dist.get_world_size(group), *x.shape))
@@ -125,5 +133,8 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
-    """Return the device on which the collectives of a group need their tensors: CUDA for NCCL, else the CPU."""
+    """Return the device on which the collectives of a group need their tensors: CUDA for NCCL, else the CPU.
+
+    `BatchComparison`, `Preemption`, the `Ranks` of an evaluation and the split check ask, and `all_gather`.
+    """
     return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")

@@ -49,7 +49,11 @@ def sequence_context(module: nn.Module) -> SequenceContext:
 
 
 def attached_context(module: nn.Module) -> SequenceContext | None:
-    """Return the context that `attach_context` gave to this very module, or None; a Trainer's is not looked up."""
+    """Return the context that `attach_context` gave to this very module, or None; a Trainer's is not looked up.
+
+    `sequence_context` asks first; `has_context_of_user` and `_forward_in_chunks` of models of transformers ask for this
+    module alone.
+    """
     for context in (getattr(module, "sequence_context", None), module.__dict__.get(ATTACHED)):
         if isinstance(context, SequenceContext):
             return context

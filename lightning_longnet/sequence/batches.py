@@ -121,6 +121,8 @@ def dim_of(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:
     """Return the dimension of a tensor that is the sequence, counted from 0, or None if it has none.
 
     A ValueError is raised if neither `dims` nor `KNOWN_DIMS` has the tensor, or if it has fewer dimensions than that.
+    `BatchSplitter.split` calls it for each tensor, the split check where it cuts a sample, and `length_of` and
+    `has_no_sequence`.
 
     Args:
         path: the path of the tensor in its batch, as `named_tensors` yields it.
@@ -248,7 +250,8 @@ def has_no_sequence(batch: Any, dims: Mapping[str, int | None]) -> bool:
     """Return whether all tensors of a batch are declared to have no sequence, so that it is not split.
 
     A model makes the sequences itself of such a batch, as of images.  A batch without tensors gives False, so that
-    `length_of` raises an error for it.
+    `length_of` raises an error for it.  `BatchSplitter._length_of` asks before a split, and `batch_length` of the split
+    check.
     """
     _check_known(batch, dims)
     declared = [dim_of(path, x, dims) for path, x in named_tensors(batch) if x.dim() > 0]
@@ -258,7 +261,8 @@ def has_no_sequence(batch: Any, dims: Mapping[str, int | None]) -> bool:
 def known_length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
     """Return the number of tokens of a batch's sequences, or None if no tensor is known to be one or they differ.
 
-    It is for whole sequences, where `length_of` would raise errors for batches that are allowed.
+    It is for whole sequences, where `length_of` would raise errors for batches that are allowed.  `BatchSplitter.split`
+    calls it where each rank has whole sequences.
     """
     known = [(x, known_dim(path, x, dims)) for path, x in named_tensors(batch)]
     lengths = {x.shape[dim] for x, dim in known if dim is not None}
@@ -268,8 +272,9 @@ def known_length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
 def digest(batch: Any) -> int:
     """Return a 56-bit hash of the paths, shapes, dtypes and values of a batch's tensors.
 
-    Ranks that share sequences compare it, and `NonFiniteGuard` names batches by it.  Of a `SequencePart` it is a hash
-    of the samples' names, as the values on each rank are those of other tokens.  It copies the tensors to the CPU.
+    `BatchSplitter.check_same` compares it between ranks that share sequences, and `NonFiniteGuard` names batches by it.
+    Of a `SequencePart` it is a hash of the samples' names, as the values on each rank are those of other tokens.  It
+    copies the tensors to the CPU.
     """
     if isinstance(batch, SequencePart):
         return batch.digest()
@@ -283,7 +288,9 @@ def digest(batch: Any) -> int:
 def checked_dims(dims: Any) -> dict[str, int | None]:
     """Return a copy of a module's `sequence_dims` with text as keys, for the other functions of this file.
 
-    Indices of lists may be integers there.  A ValueError is raised if it is no mapping to dimensions or None.
+    `BatchSplitter`, `SplitSteps.batch_to_device`, `LoaderWatch`, `check_split` and `size_of` of the callbacks call it
+    before they use them.  Indices of lists may be integers there.  A ValueError is raised if it is no mapping to
+    dimensions or None.
     """
     if not isinstance(dims, Mapping) or not all(
         isinstance(name, (str, int)) and (dim is None or (isinstance(dim, int) and not isinstance(dim, bool)))

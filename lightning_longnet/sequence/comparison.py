@@ -152,17 +152,23 @@ class BatchComparison:
         return bool(ends.all())
 
     def _check_rates(self, rates: Tensor, has_batch: Tensor) -> None:
-        """Raise a ValueError if ranks have different learning rates.
+        """Raise a ValueError, on all ranks, if one has other learning rates than the first rank that has a batch.
+
+        `check` calls it last.
 
         Args:
             rates: the field of each rank's `Note`, (*ranks.shape).
-            has_batch: in the same shape, False for ranks that have ended, which send no learning rates.
+            has_batch: in the same shape, False for ranks that have ended, which send no learning rates; if all have
+                ended, nothing is compared.
         """
-        differs = has_batch & (rates != rates[has_batch].view(-1, 1)[:1]) if bool(has_batch.any()) else has_batch
+        if not bool(has_batch.any()):
+            return
+        differs = has_batch & (rates != rates[has_batch][0])
         if bool(differs.any()):
+            first = int(self.ranks[has_batch][0])
             raise ValueError(
                 f"all ranks must have the same learning rates, and {_rank_list(self.ranks[differs].tolist())} have "
-                f"others than the first: a scheduler or a callback goes by a number of this rank alone, as a metric "
+                f"others than rank {first}: a scheduler or a callback goes by a number of this rank alone, as a metric "
                 f"that ReduceLROnPlateau monitors.  Log the same number on all ranks: a token_mean, or "
                 f"self.log(..., sync_dist=True)"
             )

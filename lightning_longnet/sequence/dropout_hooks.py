@@ -44,7 +44,8 @@ def inputs_as_parts(module: nn.Module, is_part: bool) -> Iterator[None]:
     """Say inside the block whether the inputs of the dropout modules in a module are this rank's tokens.
 
     By themselves the hooks decide it by the shape of the input.  That fails where a feed-forward layer of transformers
-    is computed in chunks of tokens, which `lightning_longnet.huggingface.recomputation` does.
+    is computed in chunks of tokens, which `lightning_longnet.huggingface.recomputation` does.  `_in_chunks` of that
+    module enters it.
     """
     modules = [each for each in module.modules() if _HANDLES in each.__dict__]
     for each in modules:

@@ -14,7 +14,8 @@ DATA, SEQUENCE = "data_parallel", "sequence_parallel"
 def checked_sequence_size(ranks: int, sequence_parallel_size: int | None) -> int:
     """Return `sequence_parallel_size`, or `ranks` if it is None, after checking that it divides the number of ranks.
 
-    A ValueError names the sizes that are allowed.  The strategy calls it before it starts processes.
+    A ValueError names the sizes that are allowed.  `SequenceRanks._configure_launcher` calls it before it starts
+    processes, `sequence_mesh`, and `Job` of `longnet plan`.
     """
     size = ranks if sequence_parallel_size is None else sequence_parallel_size
     valid = [n for n in range(1, ranks + 1) if ranks % n == 0]

@@ -23,9 +23,9 @@ class SequencePart:
     """The tokens of sequences that one rank holds, for datasets that read no more than these.
 
     A dataset makes one of each sample: `sequence_context(module).placement_of(length).chunks(rank)` are the tokens to
-    read.  A DataLoader collates them into one of the batch by `collate_parts`, and `SequenceContext.split` takes it as
-    it is.  It is a dataclass and no dictionary, so that length, stretches and samples stay with the tensors when a
-    loader collates and pins them, or a plugin maps them.
+    read.  A DataLoader collates them into one of the batch by `collate_parts`, and `SequenceContext.split` returns its
+    tensors as a dictionary, without cutting them.  It is a dataclass and no dictionary, so that length, stretches and
+    samples stay with the tensors when a loader collates and pins them, or a plugin maps them.
 
     Args:
         tensors: the tensors by name, with this rank's tokens in the order in which it holds them.
@@ -48,8 +48,12 @@ class SequencePart:
         """The number of tokens of each sequence on this rank, by the stretches."""
         return sum(end - begin for begin, end in self.stretches)
 
-    def check(self, placement: Placement, rank: int) -> None:
-        """Raise a ValueError if these are not the tokens that a placement gives to a rank; `split` calls it."""
+    def check_stretches(self, placement: Placement, rank: int) -> None:
+        """Raise a ValueError if `stretches` are not those that a placement gives to a rank.
+
+        The tensors are not looked at.  `BatchSplitter._check_part` calls it: before a step, where ranks compare their
+        batches and all raise the error, and in `split`.
+        """
         expected = tuple((begin, end) for begin, end, _ in placement.chunks(rank))
         if self.stretches != expected:
             raise ValueError(
@@ -108,7 +112,8 @@ default_collate_fn_map[SequencePart] = collate_parts
 def part_of(x: Tensor, placement: Placement, rank: int, dim: int) -> Tensor:
     """Return the tokens of a rank out of whole sequences x, in the order in which the rank holds them.
 
-    It is a copy, so that the whole can be freed.
+    It is a copy, so that the whole can be freed.  `BatchSplitter.split` calls it for each tensor of a batch, the
+    backward of `GatherSequence` for a gradient, and `whole_like` of the split check for a result.
 
     Args:
         x: whole sequences, with all N tokens in dimension `dim`.

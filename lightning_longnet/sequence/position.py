@@ -88,5 +88,8 @@ class Positioned:
 
 
 def world_group() -> dist.ProcessGroup | None:
-    """Return the default process group, which has all ranks, or None if torch.distributed is not initialized."""
+    """Return the default process group, which has all ranks, or None if torch.distributed is not initialized.
+
+    `Reductions` sums over it with `token_mean` and `gather_samples`, and the split check takes its device.
+    """
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None

@@ -201,7 +201,7 @@ class BatchSplitter:
     def _check_part(self, part: SequencePart, dims: Mapping[str, int | None]) -> None:
         """Raise a ValueError if a `SequencePart` does not hold this rank's tokens, or its tensors have others."""
         self._check_length(part.length)
-        part.check(self.placement_of(part.length), self.position.sequence_parallel_rank)
+        part.check_stretches(self.placement_of(part.length), self.position.sequence_parallel_rank)
         if (tokens := length_of(part.tensors, dims)) != part.tokens:
             raise ValueError(f"a SequencePart of {part.tokens} tokens must have as many in its tensors, got {tokens}")
 
