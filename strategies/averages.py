@@ -34,7 +34,8 @@ def averages(trainer: Trainer) -> Iterator[nn.Module]:
 def has_averages(trainer: Trainer) -> bool:
     """Return whether a callback of a Trainer has made a copy of the model to average weights in.
 
-    FSDP2 then saves one file, and frees gathered parameters between hooks; DeepSpeed's stage 3 raises an error.
+    FSDP2's `setup`, `save_checkpoint` and `_load_from` ask, as it then saves one file, and `_reshard_for_averages`,
+    which then frees gathered parameters between hooks; `setup` of DeepSpeed's stage 3 raises an error.
     """
     return any(True for _ in averages(trainer))
 
@@ -43,7 +44,7 @@ def check_averages(trainer: Trainer, module: LightningModule) -> None:
     """Raise a ValueError if a callback would copy parameters on the meta device, which have no values yet.
 
     `WeightAveraging` copies the module in its `setup`, before the strategy shards the module and loads its weights.
-    FSDP2 calls this check when the ranks are connected, which is before that.
+    FSDP2's `setup_environment` calls this check, which is before that.
     """
     is_read_later = hasattr(module, "_load_sharded_weights") or not is_overridden("configure_model", module)
     is_copied = trainer.state.fn == TrainerFn.FITTING and any(parameter.is_meta for parameter in module.parameters())
@@ -61,8 +62,8 @@ def check_averages(trainer: Trainer, module: LightningModule) -> None:
 def whole_state(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a state dict with full tensors on the CPU in place of each DTensor.
 
-    All ranks call it together, as they gather each tensor.  FSDP2 calls it when it saves a checkpoint with averaged
-    weights, which is one file.
+    All ranks call it together, as they gather each tensor.  FSDP2's `save_checkpoint` calls it for a checkpoint with
+    averaged weights, which is one file.
 
     Args:
         state: the state dict.
@@ -81,8 +82,9 @@ def whole_state(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def sharded_state(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """Return a state dict of full tensors with each sharded as the module's tensor of the same name.
 
-    It is the inverse of `whole_state`: FSDP2 calls it when it loads a checkpoint with averaged weights, as the callback
-    copies them into sharded parameters.  Each rank gives the full tensors, and keeps its shards without messages.
+    It is the inverse of `whole_state`: FSDP2's `_load_from` calls it when it loads a checkpoint with averaged weights,
+    as the callback copies them into sharded parameters.  Each rank gives the full tensors, and keeps its shards without
+    messages.
     """
     held = module.state_dict()
 

@@ -45,7 +45,10 @@ def check_background_saves(background_saves: Any, checkpoint_io: Any) -> None:
 
 
 def check_seconds(name: str, seconds: Any) -> None:
-    """Raise a ValueError unless an argument of the strategy, `name`, is a positive number of seconds."""
+    """Raise a ValueError unless an argument of the strategy, `name`, is a positive number of seconds.
+
+    `check_options` calls it for the argument `timeout`, and `RingSequenceParallelStrategy.__init__` for `step_timeout`.
+    """
     if not isinstance(seconds, (int, float)) or seconds <= 0:
         raise ValueError(f"{name} must be a number of seconds, more than 0, got {seconds!r}")
 
@@ -54,6 +57,7 @@ def check_processes(devices: Sequence[torch.device]) -> None:
     """Raise a ValueError if a node is to run far more CPU processes than it has cores, before any is started.
 
     A thousand of them, by a slip in the number of devices, would take minutes to start and all of the memory.
+    `SequenceRanks._configure_launcher` calls it when a Trainer is made.
 
     Args:
         devices: the devices of this node, one for each process.
@@ -89,7 +93,8 @@ def check_is_split(context: SequenceContext) -> None:
 def check_one_token_mean(means: int) -> None:
     """Raise a ValueError unless a training step called `token_mean` with a gradient exactly once.
 
-    `accumulate="tokens"` needs that, as the gradient of one loss is scaled.
+    `accumulate="tokens"` needs that, as the gradient of one loss is scaled.  `SplitSteps.training_step` calls it after
+    the module's step.
 
     Args:
         means: the number of these calls.
@@ -104,8 +109,9 @@ def check_one_token_mean(means: int) -> None:
 def check_predicted_batches(context: SequenceContext, sharding: str, batches: Sequence[int | float]) -> None:
     """Raise a ValueError on all ranks if data-parallel groups are to predict unequal numbers of batches.
 
-    All ranks call it together before prediction, with a sharding whose ranks gather parameters in each forward: a group
-    with more batches would wait for the others.  The numbers can differ, as Lightning repeats no samples in prediction.
+    `SplitSteps.on_predict_start` calls it on all ranks together, with a sharding whose ranks gather parameters in each
+    forward: a group with more batches would wait for the others.  The numbers can differ, as Lightning repeats no
+    samples in prediction.
 
     Args:
         context: the context of the strategy.

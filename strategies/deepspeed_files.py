@@ -39,8 +39,9 @@ def write_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str
 def copy_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str, MemoryFile]:
     """Let DeepSpeed save a checkpoint into memory, for a save in the background, and return the files of this rank.
 
-    The keys and the arguments are those of `write_files`.  DeepSpeed makes the folder, and small files in it, such as
-    `latest`.  A ValueError is raised if its configuration chooses another writer than torch.
+    DeepSpeed's `_copy_folder` calls it.  The keys and the arguments are those of `write_files`.  DeepSpeed makes the
+    folder, and small files in it, such as `latest`.  A ValueError is raised if its configuration chooses another writer
+    than torch.
     """
     files: dict[str, MemoryFile] = {}
     if not _writes_as_torch(engine):

@@ -41,7 +41,8 @@ def strategy_class(sharding: str) -> type[RingSequenceParallelStrategy]:
     """Return the subclass of `RingSequenceParallelStrategy` for a value of `sharding`.
 
     Its module is imported here, when a strategy is made, so that DeepSpeed need not be installed for the others.  A
-    ValueError names the values that are allowed.
+    ValueError names the values that are allowed.  `RingSequenceParallelStrategy(...)` calls it, through its metaclass
+    `_ClassBySharding`.
     """
     if sharding not in get_args(Sharding):
         allowed = ", ".join(map(repr, get_args(Sharding)))
@@ -53,6 +54,8 @@ def strategy_class(sharding: str) -> type[RingSequenceParallelStrategy]:
 
 def checked_engine_options(lightning_class: type[ParallelStrategy], options: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of the argument `engine` of the strategy, after checking its names.
+
+    `RingSequenceParallelStrategy.__init__` calls it.
 
     Args:
         lightning_class: Lightning's strategy, which gets the options as keyword arguments.
@@ -70,6 +73,8 @@ def checked_engine_options(lightning_class: type[ParallelStrategy], options: dic
 def gathers_parameters(sharding: str) -> bool:
     """Return whether a sharding splits the parameters, so that all ranks gather them in each forward.
 
-    All ranks must then call the model equally often.
+    `SequenceRanks._make_context` and `SplitSteps.on_predict_start` ask, as all ranks must then call the model equally
+    often, `FirstBatchCheck.check`, as `check_split` cannot copy such a module itself, and DeepSpeed's `setup`, which
+    then refuses averaged weights.
     """
     return sharding not in ("ddp", "deepspeed_stage_1", "deepspeed_stage_2")

@@ -20,7 +20,7 @@ _LOOKS, _PAUSE = 3, 0.02
 def await_gloo_at_exit() -> None:
     """Have the process wait at its exit until gloo's threads have released the tensors of their last messages.
 
-    The strategy calls it once, when the ranks are connected.
+    `SequenceRanks._make_context` calls it once, when the ranks are connected.
 
     A thread of gloo needs the interpreter's lock to release a tensor. One that asks for it while the interpreter
     shuts down ends the process with SIGABRT ("terminate called without an active exception"), after a run that went
@@ -54,8 +54,8 @@ def _other_threads_run() -> bool:
 def print_stacks_at_crash() -> None:
     """Have the Python stack of each thread printed to stderr if SIGSEGV, SIGABRT or a similar signal ends the process.
 
-    The strategy calls it when the ranks are connected, as the errors of the other ranks name only the signal.  If the
-    program or the supervisor has enabled faulthandler, this does nothing.
+    `SequenceRanks._make_context` calls it when the ranks are connected, as the errors of the other ranks name only the
+    signal.  If the program or the supervisor has enabled faulthandler, this does nothing.
     """
     if sys.__stderr__ is not None and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)

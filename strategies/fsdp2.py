@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lightning_longnet.checkpointing.background import MemoryFile
     from lightning_longnet.checkpointing.manifest import FileSum
 
-_ENTRIES = ("training_step", "validation_step", "test_step", "predict_step", "generate")
+_ENTRY_METHODS = ("training_step", "validation_step", "test_step", "predict_step", "generate")
 
 
 class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelStrategy):
@@ -117,7 +117,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         for block in _blocks(module):
             fully_shard(block, **settings)
         fully_shard(module, **settings)
-        for name in _ENTRIES:
+        for name in _ENTRY_METHODS:
             if hasattr(module, name):  # a method that calls parts of the module needs their whole parameters
                 register_fsdp_forward_method(module, name)
 
@@ -284,7 +284,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
         inside = Counter(id(parameter) for _, parameter in entry.named_parameters(remove_duplicate=False))
         return bool(inside) and all(owned[key] == times for key, times in inside.items())
 
-    entries = [entry for entry in _entries(module) if any(True for _ in entry.children())]
+    entries = [entry for entry in _container_entries(module) if any(True for _ in entry.children())]
     return [entry for entry in dict.fromkeys(entries) if is_unit(entry)]
 
 
@@ -296,14 +296,18 @@ def _outside_of_blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _outside_of_blocks(child)
 
 
-def _entries(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the entries of the outermost `nn.ModuleList` or `nn.Sequential` on each path inside a module."""
+def _container_entries(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the entries of the outermost `nn.ModuleList` or `nn.Sequential` on each path below a module.
+
+    The module itself is not looked at as one.  For an entry without `forward` the outermost modules inside it that have
+    one come instead.  A module may come twice.  `_blocks` calls it.
+    """
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
             for entry in child:
                 yield from _with_forward(entry)
         else:
-            yield from _entries(child)
+            yield from _container_entries(child)
 
 
 def _with_forward(module: nn.Module) -> Iterator[nn.Module]:

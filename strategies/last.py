@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """Return the local folders in which callbacks of a Trainer save checkpoints, and folders inside that they make."""
+    """Return the local folders in which callbacks of a Trainer save checkpoints, and folders inside that they make.
+
+    `last_checkpoint` looks in them, and after a restart or a damaged checkpoint `search_of_restart` and
+    `search_beside`; `keep_folders` writes them down for the next attempt of a run.
+    """
     savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     folders: list[Any] = [each._ModelCheckpoint__resolve_ckpt_dir(trainer) for each in savers]  # type: ignore[attr-defined]
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

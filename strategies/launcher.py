@@ -85,7 +85,7 @@ def launcher_has_ended() -> bool:
 def watch_parent() -> None:
     """Start a thread that kills this process if the one that started it ends; do nothing if no rank started it.
 
-    The strategy calls it when a Trainer is made.
+    `SequenceRanks._configure_launcher` calls it when a Trainer is made.
     """
     parent = os.environ.pop(_PARENT, None)
     if parent is not None:

@@ -144,7 +144,7 @@ class MarkedPhases(ParallelStrategy):
         super().__init_subclass__(**options)
         if "lightning_class" in cls.__dict__:  # the class for a sharding, which overrides these methods
             for name, begins, ends in _METHODS:
-                setattr(cls, name, _marked(getattr(cls, name), begins, ends))
+                setattr(cls, name, _with_phases(getattr(cls, name), begins, ends))
 
     def _step(self) -> int:
         """Return the number of complete optimizer steps; 0 before a Trainer has the module."""
@@ -235,16 +235,16 @@ class MarkedPhases(ParallelStrategy):
             self.progress.record.end(outcome, text)
 
 
-def _marked(method: Callable[..., Any], begins: str, ends: str) -> Callable[..., Any]:
-    """Return a method of a strategy that does what `method` does between two changes of the phase.
+def _with_phases(method: Callable[..., Any], begins: str, ends: str) -> Callable[..., Any]:
+    """Return a method of a strategy that calls `method` between two changes of the phase, with long timeouts.
 
     `MarkedPhases.__init_subclass__` puts it in place of the methods in `_METHODS`.  After a run, when a program saves
-    or loads, the phase stays OUTSIDE; only CONNECT begins the next run.
+    or loads, the phase is OUTSIDE again at the end of the call, also after an error; only CONNECT begins the next run.
 
     Args:
         method: the method of the class for a sharding.
         begins: the phase that begins with the call.
-        ends: the phase that follows it; after an error the phase stays.
+        ends: the phase that follows it; after an error in a run the phase `begins` stays.
     """
 
     @wraps(method)

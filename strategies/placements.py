@@ -19,7 +19,10 @@ StrategyPlacement = Literal["auto", "contiguous", "zigzag"]
 
 
 def check_placement(placement: Any) -> None:
-    """Raise a ValueError if the argument `placement` of the strategy is not "auto", "contiguous" or "zigzag"."""
+    """Raise a ValueError if the argument `placement` of the strategy is not "auto", "contiguous" or "zigzag".
+
+    `RingSequenceParallelStrategy.__init__` calls it.
+    """
     if placement not in get_args(StrategyPlacement):
         allowed = ", ".join(map(repr, get_args(StrategyPlacement)))
         raise ValueError(f"placement must be one of {allowed}, got {placement!r}")

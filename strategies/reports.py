@@ -53,14 +53,17 @@ class FailureReports:
         return self.text
 
     def report(self, own: str) -> str:
-        """Report the error of this rank, unless one was reported before, and return the first."""
+        """Report the error of this rank, unless one was reported before, and return the first.
+
+        `_exchange` of failures.py calls it when this rank's run has failed, unless by a lost connection.
+        """
         with self._lock:
             if not self.text:
                 self._keep(self._store.compare_set(self._key, "", own))
         return self.text
 
     def await_readers(self) -> None:
-        """Wait until all ranks have read the error, for `PATIENCE` seconds at most; rank 0 calls it before it ends."""
+        """Wait until all ranks have read the error, for `PATIENCE` seconds at most; `_exchange` calls it on rank 0."""
         await_condition(lambda: self._store.add(self._readers, 0) >= self._ranks, PATIENCE)
 
     def end(self) -> None:
@@ -93,7 +96,11 @@ class FailureReports:
 
 
 def await_condition(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait until a condition holds, for `seconds` at most, and return whether it does."""
+    """Wait until a condition holds, for `seconds` at most, and return whether it does.
+
+    `_exchange` of failures.py waits with it for the report of another rank, `FailureReports.await_readers` for all
+    readers, and `NamedFailures._evidence` for the end of a process.
+    """
     limit = time.monotonic() + seconds
     while not (holds := condition()) and time.monotonic() < limit:
         time.sleep(0.05)

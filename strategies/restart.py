@@ -76,7 +76,7 @@ def search_beside(trainer: Trainer, asked: Path) -> CheckpointSearch:
     """Return where to look for another checkpoint if the one that a Trainer is to load, `asked`, is damaged.
 
     If `checkpoint_to_resume` chose that one, the other must be of the same run.  If the program named it, the other may
-    be older, and is beside it or in the folders of this run.
+    be older, and is beside it or in the folders of this run.  `CheckpointSaves._good_checkpoint` calls it in `fit`.
     """
     if getattr(trainer.strategy, "resumed", None) == str(asked):
         return search_of_restart(trainer)

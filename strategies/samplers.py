@@ -69,6 +69,8 @@ def repeats(loader: Any) -> Repeats | None:
 def repeated_in(loader: Any, batch_idx: int) -> int:
     """Return how many of the last samples of a batch are repeats, which another data-parallel group counts.
 
+    `LoaderWatch.send` asks for each batch outside of training.
+
     Args:
         loader: the loader of the batch; one with another sampler than `repeats` knows gives 0.
         batch_idx: the index of the batch in this rank's loader.

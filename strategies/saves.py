@@ -156,12 +156,13 @@ class CheckpointSaves(ParallelStrategy):
     def settle_saves(self, is_awaited: bool = True) -> None:
         """Finish the save in the background, if there is one; all ranks call this together.
 
-        It is called before each training step, before the next save, and at the end of training.  An error of writing
-        is raised here on all ranks.
+        `SplitSteps.training_step` calls it before each step, `save_checkpoint` before each save and, outside of
+        training, after it, `on_train_end`, and `atomic_save` for `Preemption`.  Checkpoints that the new one replaces
+        are removed here.  An error of writing is raised here on all ranks, and then none is removed.
 
         Args:
-            is_awaited: waits until all ranks have written their files.  With False, as before a step, it returns
-                without an effect if some rank has not.
+            is_awaited: whether to wait until all ranks have written their files.  With False, as before a step, it
+                returns without an effect if some rank has not.
         """
         pending = self._pending
         if pending is None:
@@ -176,10 +177,11 @@ class CheckpointSaves(ParallelStrategy):
             if pending.unfinished is not None:
                 folder: tuple[Path, Path, dict[str, Any]] = (pending.unfinished, pending.final, pending.content)
                 self._together(pending.final, lambda: self._finish_folder(*folder, parts))
+            # removes the checkpoints that this one replaces; the result was taken above
             self._together(pending.final, io.wait)
             self.progress.mark(phase)
         finally:
-            io.forget_removals()  # they are there after an error
+            io.forget_removals()  # after an error the checkpoints that this one was to replace stay
             if self.is_global_zero and pending.unfinished is not None:
                 discard(pending.unfinished)  # the folder is there after an error
 

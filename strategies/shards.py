@@ -53,11 +53,13 @@ def copy_shards(checkpoint: dict[str, Any], folder: Path, *, is_first: bool) -> 
 
 
 def _write(checkpoint: dict[str, Any], folder: Path, files: FileSystem) -> None:
-    """Have torch write this rank's shards of the weights and of the optimizers' states, and remove both from the dict.
+    """Have torch write this rank's shards of weights and optimizers' states, and remove both from `checkpoint`.
+
+    `write_shards` and `copy_shards` call it on all ranks together.
 
     Args:
         checkpoint, folder: those of `write_shards`.
-        files: opens the files that torch's writer asks for.
+        files: where torch's writer puts its files: on the disk (`_SummedFiles`) or in memory (`_MemoryFiles`).
     """
     state = {"state_dict": checkpoint.pop("state_dict")}
     for number, each in enumerate(checkpoint.pop("optimizer_states", ())):

@@ -26,7 +26,10 @@ class Timeouts:
         self._own: dict[dist.ProcessGroup, timedelta] = {}  # the timeouts of groups that have the short one now
 
     def shorten(self) -> None:
-        """Set the short timeout, before a training step, unless it is the first since the last `interrupt`."""
+        """Set the short timeout, before a training step, unless it is the first since the last `interrupt`.
+
+        `MarkedPhases.training_step` calls it.
+        """
         self._steps += 1
         if self._steps > 1 and not self._own:
             for group in _groups():

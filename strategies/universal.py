@@ -29,15 +29,18 @@ _SUMS = "checkpoint_universal.json"  # the manifest of the format, beside it
 
 
 def saved_ranks(checkpoint: Path) -> int:
-    """Return the number of ranks that saved a checkpoint of DeepSpeed, or 0 if it holds no optimizer states."""
+    """Return the number of ranks that saved a checkpoint of DeepSpeed, or 0 if it holds no optimizer states.
+
+    `DeepSpeedSequenceParallelStrategy._load` asks, and converts a checkpoint of another number of ranks.
+    """
     return len(list((checkpoint / "checkpoint").glob("*zero_pp_rank_*_optim_states.pt")))
 
 
 def convert(checkpoint: Path, trust: bool = False) -> str:
     """Write the universal format of a checkpoint into its folder, if it is not there; return the error message, or "".
 
-    DeepSpeed's strategy calls it on rank 0 while the other ranks wait, when another number of ranks saved the
-    checkpoint.
+    `DeepSpeedSequenceParallelStrategy._load` calls it on rank 0 while the other ranks wait, when another number of
+    ranks saved the checkpoint.
 
     Args:
         checkpoint: a folder that DeepSpeed saved.

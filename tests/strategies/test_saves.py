@@ -317,13 +317,16 @@ def test_saves_in_the_background_are_refused_by_name():
 
 
 REFUSED = [
-    *(("fsdp2", "ddp", "'fsdp2' or 'hsdp'"), ("deepspeed_stage_2", "fsdp2", "'deepspeed_stage_1' or")),
-    *(("ddp", "deepspeed_stage_2", "'ddp', 'fsdp2' or"), ("fsdp2", "deepspeed_stage_3", "'fsdp2' or 'hsdp'")),
-    *(("deepspeed_stage_2", "deepspeed_stage_3", "1 or 2, which"), ("deepspeed_stage_3", "deepspeed_stage_1", "_3'")),
+    *(("fsdp2", "ddp", "'fsdp2_offload' or 'hsdp'"), ("deepspeed_stage_2", "fsdp2", "'deepspeed_stage_1' or")),
+    *(("ddp", "deepspeed_stage_2", "'ddp', 'fsdp2' or"), ("fsdp2", "deepspeed_stage_3", "'fsdp2_offload' or 'hsdp'")),
+    ("deepspeed_stage_2", "deepspeed_stage_3", "1 or 2, which"),
+    ("deepspeed_stage_3", "deepspeed_stage_1", "'deepspeed_stage_3' or 'deepspeed_stage_3_offload'"),
 ]
 
 
-@pytest.mark.parametrize(("engine", "other", "words"), tiered(REFUSED, quick=[("fsdp2", "ddp", "'fsdp2' or 'hsdp'")]))
+@pytest.mark.parametrize(
+    ("engine", "other", "words"), tiered(REFUSED, quick=[("fsdp2", "ddp", "'fsdp2_offload' or 'hsdp'")])
+)
 def test_a_checkpoint_of_an_engine_that_cannot_be_read_is_refused(
     trainers, deepspeed_trainers, saved, engine, other, words
 ):
