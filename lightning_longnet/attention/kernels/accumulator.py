@@ -71,14 +71,19 @@ class Accumulator:
     def add(self, rows: Lattice, gradient: Tensor, weight: int, stores: bool) -> None:
         """Add `weight` times a block's gradient (B * segments, heads, rows, D) to its rows.
 
-        With `stores` it is written over them, without the weight: for the first branch where the accumulator
-        `is_written`.  `backward_blocks` calls it for dq, and `OwnKeys.add` for dk and dv.
+        With `stores`, for the first branch where the accumulator `is_written`, it is written over them, or becomes the
+        accumulator (see `adoptable`).
+
+        With a `BlockKernel`, `backward_blocks` calls it for dq and `OwnKeys.add` for dk and dv.  A `PartsKernel` writes
+        to `written()` or `total` instead, and gradients that come back from other ranks are added to `total`.
         """
+        # added in the shape that the kernel returns, which saves views and copies
         if not stores and rows.folds(self.total):
             rows.folded(self.total).add_(gradient, alpha=weight)
             return
         gradient = unfold_rows(rows, gradient, self._like.shape[0])
         if stores:
+            assert weight == 1, "the blocks of a first branch remove no pairs"
             if self._total is None and (adopted := adoptable(rows, gradient, self._like, self.dtype)) is not None:
                 self._total = adopted
             else:

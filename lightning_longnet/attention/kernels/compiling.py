@@ -36,7 +36,8 @@ def not_compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Return a function that a compiled graph breaks at, as with `torch.compiler.disable`, which imports the compiler.
 
     Before something else has imported the compiler, nothing is compiled, and the function is called as it is.  Calls
-    over ranks, the preflight of a `Guard` and the bodies of operators are marked so.
+    over ranks, the preflight of a `Guard` and the bodies of operators are marked so.  So are methods of
+    `ContextAttention` and of the dropout of a `SequenceContext`.
     """
     marked: Callable[_P, _T] = _disable_dynamo(function)  # as torch's own modules mark theirs
 

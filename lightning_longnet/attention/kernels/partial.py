@@ -49,7 +49,8 @@ class Partial(NamedTuple):
     def add_logits_(self, logits: Tensor) -> None:
         """Merge keys without a value, whose log-sum-exp is `logits`, in place; -inf is no key.
 
-        `logits` broadcasts to the shape of lse.  `finalized` calls it for sinks, and `NullKeys` for null keys.
+        `logits` broadcasts to the shape of lse.  `finalized` and `LayerCache.attend` call it for sinks, and `NullKeys`
+        for null keys.
         """
         total = torch.logaddexp(self.lse, logits)
         # a row without keys has an lse of -inf; with logits of -inf, too, the difference would be NaN

@@ -89,7 +89,8 @@ def uses_onednn() -> bool:
     """Return whether float32 products are sent to oneDNN: on a CPU not made by Intel, if oneDNN keeps float32 there.
 
     It is found out once, by the first product that asks.  The vendor decides, and not a measurement of speed, so that
-    all runs on one machine round alike.
+    all runs on one machine round alike.  `routed_products` asks, `product` of the linear layers, and `_tiles_are_fast`
+    of the kernel "sdpa".
     """
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return has_both and _cpu_vendor() != "GenuineIntel" and _is_exact()

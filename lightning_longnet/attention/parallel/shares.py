@@ -50,7 +50,7 @@ class ChunkSegments(NamedTuple):
 
 
 def segments_in(lattice: Lattice, chunk: Chunk) -> ChunkSegments:
-    """Return the segments of a lattice that may have rows in a chunk."""
+    """Return the segments of a lattice that may have rows in a chunk; `_DocumentBlocks.shares` asks, and keeps them."""
     starts = lattice.starts
     # from the first row of a segment to the last one of its last head
     reach = (lattice.rows - 1) * lattice.step + (lattice.heads - 1) * lattice.row_shift
@@ -76,7 +76,7 @@ def shares(block: Block, queries: ChunkSegments, keys: ChunkSegments) -> Iterato
 
     Args:
         block: a block of the plan of whole documents.
-        queries, keys: the segments of the block's queries and keys in consecutive tokens.
+        queries, keys: the segments of the block's queries in one chunk, and those of its keys in the other.
     """
     assert not block.head_repeats, "only `batched` sets them, in the calls of a rank just before they run"
     begin, end = max(queries.begin, keys.begin), min(queries.end, keys.end)

@@ -37,7 +37,8 @@ HEAD_WEIGHTS = 2**19
 def batched(blocks: Iterable[Block]) -> list[Block]:
     """Return blocks of one branch with the same pairs, in fewer calls; those of negative weight come last.
 
-    `Parts.joined` calls it on a CPU just before blocks run.
+    `Parts.joined` calls it for blocks on a rank's own keys, before their first run on a CPU with a kernel that takes
+    weights; `Parts` keeps the calls.
     """
     joined = list(_similar_runs(_all_heads(blocks)))
     return sorted(joined, key=lambda block: -block.weight)
@@ -55,7 +56,10 @@ class _HeadPair(NamedTuple):
 
 
 def _all_heads(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Yield the blocks, of which those with weights that differ in their heads alone are joined to fewer."""
+    """Yield the blocks; small ones with weights that differ in their heads and weights alone are joined, and come last.
+
+    `batched` calls it.
+    """
     groups: dict[Block, list[Block]] = defaultdict(list)
     for block in map(_of_one_head, blocks):
         is_small = block.queries.rows * block.keys.rows <= HEAD_WEIGHTS

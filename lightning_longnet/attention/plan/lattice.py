@@ -263,9 +263,10 @@ def fold_rows(at: Lattice, t: Tensor) -> Tensor:
 
 
 def unfold_rows(at: Lattice, t: Tensor, batch: int) -> Tensor:
-    """Return the rows of a lattice as `write` takes them, (B, segments, heads, rows, D): the inverse of `fold_rows`.
+    """Return a kernel's result t (B * segments, heads, rows, D) as `write` takes it, (B, segments, heads, rows, D).
 
-    `forward_blocks` and `Accumulator.add` call it for what a kernel returns.
+    For an lse D is 1.  The result is a view, and of the lattice only the number of segments counts.  `forward_blocks`
+    and `Accumulator.add` call it for what a kernel returns, where they cannot add it through `folded`.
     """
     rows: Tensor = t.unflatten(0, (batch, len(at.starts)))
     return rows

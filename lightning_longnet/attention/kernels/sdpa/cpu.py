@@ -84,11 +84,14 @@ def backward(
 def _is_tiled(q: Tensor, k: Tensor, call: Call) -> bool:
     """Return whether tiles of plain products compute a block faster than the operator does.
 
-    Under a causal mask the operator computes squares of 512 rows as a whole, and its products are small for fewer rows
-    than `OPERATOR_ROWS`.  A mask of weights costs it two more passes over the scores.  But the threads of the operator
-    meet once in a call, and those of tiles in each of their operators, where they wait for a thread whose core is busy
-    with another process; and threads that compute tasks side by side share the caches that a tile of each fills.  So
-    several threads leave all blocks to the operator.
+    `forward` and `backward` ask for each block.  They are causal blocks of fewer rows than `OPERATOR_ROWS`, for which
+    the operator computes whole squares of 512 rows by small products, and blocks with weights of pairs, whose mask
+    costs it two more passes over the scores; without a causal mask such blocks are tiled on some CPUs only.
+
+    Half types, blocks with a bound `high` and calls of few pairs stay with the operator, and where several threads
+    compute, all blocks do.  The threads of the operator meet once in a call, but those of tiles in each of their
+    operators, where they wait for a thread whose core is busy with another process.  Threads that compute tasks side by
+    side share caches, which the tile of each would fill.
     """
     if torch.get_num_threads() > 1:
         return False
