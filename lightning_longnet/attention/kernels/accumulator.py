@@ -107,8 +107,8 @@ class Accumulator:
 def adoptable(rows: Lattice, values: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return values (B, segments, heads, rows, D) as an accumulator (B, N, H, D), None where that needs a copy.
 
-    It is the case where one block has all rows of the tensor `like`; `Accumulator.add` asks for a gradient,
-    `forward_blocks` for out and lse.
+    It is the case where one block has all rows of the tensor `like`; `Accumulator.add` asks for a gradient, `_adopted`
+    of blocks.py for out and lse.
     """
     if values.dtype != dtype or not rows.covers(like):
         return None

@@ -43,7 +43,10 @@ LOG2 = log(2)
 
 
 def serves(q: Tensor, k: Tensor, call: Call) -> bool:
-    """Return whether this module computes a call: one in which every query sees all keys, or all up to its own."""
+    """Return whether this module computes a call: one in which every query sees all keys, or all up to its own.
+
+    `_tiles` of sdpa/cpu.py asks for calls of long rows.
+    """
     block = call.block
     if call.key_padding_mask is not None or call.dropout_mask is not None or call.order_mask is not None:
         return False

@@ -27,7 +27,8 @@ _T = TypeVar("_T")
 def available(device: torch.device) -> int:
     """Return the number of threads that tasks on a device run in; 1 where the caller must compute them itself.
 
-    It does so on a GPU, and within a dispatch mode, which sees only the operators of its thread.
+    It does so on a GPU, and within a dispatch mode, which sees only the operators of its thread.  `forward_blocks` and
+    `backward_blocks` ask, and `_line_call`, whose plan depends on it.
     """
     threads = torch.get_num_threads()
     if threads == 1 or device.type != "cpu" or _get_current_dispatch_mode() is not None or not _has_own_limits():
@@ -45,7 +46,10 @@ _here = _Here()
 
 
 def shares_caches() -> bool:
-    """Return whether this thread computes beside others of the pool, with which it shares the caches of the CPU."""
+    """Return whether this thread computes beside others of the pool, with which it shares the caches of the CPU.
+
+    `_is_tiled` of the kernel "sdpa" asks.
+    """
     return _here.is_in_pool
 
 
@@ -59,7 +63,8 @@ class Steps(Protocol):
 def run(function: Callable[[_T, Steps], None], tasks: Iterable[_T], threads: int) -> None:
     """Call a function with each task, in this many threads; an error ends the other tasks, too, and is raised here.
 
-    The function also gets a `Steps`, through which it takes the parts of its task one by one.
+    The function also gets a `Steps`, through which it takes the parts of its task one by one.  `forward_blocks` and
+    `backward_blocks` call it.
     """
     work = _Work(function, tasks)
     # for all tasks alike, whether or not their calls overlap with those of another task that is large enough for it

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def refusal(ranks: int, kv_heads: int) -> str:
     """Return why an all_to_all over heads cannot serve, or an empty text.
 
-    `schedule` asks before it plans "swap", and the planner before it proposes it.
+    `schedule` asks before it plans "swap", and `refusal_of` for the planner, before it proposes it.
     """
     if kv_heads % ranks:
         return f"swap needs key heads that {ranks} ranks divide, got {kv_heads}"

@@ -60,7 +60,7 @@ class Layout(NamedTuple):
 def rank_blocks(layout: Layout) -> RankBlocks:
     """Return the blocks between any two ranks of a layout, one object for the last layouts that were asked for.
 
-    `route`, the choice of an exchange and the planner ask.
+    `route`, `rounds_volumes`, `busiest_ranks` and `is_local` ask, and the planner.
     """
     return RankBlocks(layout)
 

@@ -65,8 +65,9 @@ def refusal_of(exchange: str, ranks: int, kv_heads: int) -> str:
 def schedule(layout: Layout, exchange: str, sizes: Sizes) -> Schedule:
     """Return the exchange of each branch, or raise a ValueError with the reason where one cannot serve.
 
-    `distributed_calls` asks once for each layout of a shard; `sequence_plan` and `longnet plan` ask without a process
-    group.  "auto" takes the choice that costs the busiest rank least, of those that keep few rows of other ranks.
+    `_exchange_plan` asks for `distributed_calls`, once for each layout of a shard; `sequence_plan`, and `layer_kinds`
+    for `longnet plan`, ask without a process group.  "auto" takes the choice that costs the busiest rank least, of
+    those that keep few rows of other ranks.
 
     Args:
         layout: the pattern, the heads, the documents and the placement.

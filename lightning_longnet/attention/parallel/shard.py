@@ -231,7 +231,8 @@ class SequenceShard:
         """Return the 64-bit integer of each rank; all ranks call it together, for the same step.
 
         A rank with a `fault` raises an error itself; the others then raise one that names the rank.  `step` is what
-        they agree on, such as the seed of dropout.
+        they agree on: `_shared_seed` on the seed of dropout, `BatchShards.get` on a shard, and `_split_tokens` on the
+        positions that a model of transformers is given.
         """
         return [theirs[0] for theirs in all_gather_integers(self.comm, [value], step, fault)]
 

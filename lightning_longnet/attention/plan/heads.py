@@ -31,6 +31,8 @@ def spacing(starts: Starts) -> tuple[int, ...]:
 def lattice_blocks(shape: Shape, head_starts: list[tuple[int, Starts]], group: int) -> Iterator[Block]:
     """Yield the blocks of one shape over all heads, in as few lattices as one of two ways of grouping heads gives.
 
+    `_plan` of blocks.py calls it.
+
     `head_starts` holds (key head, first rows of its runs), and `group` is the number of query heads of a key head.
     Where 6 heads begin at rows 0, 1, 2, 0, 1, 2, each way gives lattices of evenly spaced heads:
 

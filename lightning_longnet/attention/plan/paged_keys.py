@@ -126,7 +126,8 @@ class _CallShape(NamedTuple):
 def merge_stacks(blocks: Iterable[Block]) -> tuple[Block, ...]:
     """Return blocks with the same pairs of one branch, those of kept blocks merged into fewer calls with paged keys.
 
-    `Plan.calls` and the routes of ranks call it just before blocks run.  Blocks of negative weight come last.
+    `Plan.calls`, and `merge_parts` for the routes of ranks, call it just before blocks run.  Blocks of negative weight
+    come last.
     """
     result: list[Block] = []
     # for each group of heads and each first row of queries, the pages that these queries see

@@ -45,7 +45,7 @@ class Parts(tuple[Part, ...]):
         """Return the parts cut into calls of at most `limit` query rows, or of more if threads would be idle.
 
         A row of each head counts.  Received keys of the same queries are first joined by `joined_keys` and, with
-        `joins`, small parts by `joined`.  `_kernel_calls` calls it in each forward and backward.
+        `joins`, small parts by `joined`.  `_cut` of the kernels calls it in each forward and backward.
         """
         cuts: dict[tuple[int, int, bool], tuple[Part, ...]] = self.__dict__.setdefault("_cuts", {})
         key = limit, threads, joins
@@ -70,7 +70,8 @@ class Parts(tuple[Part, ...]):
     def tasks(self, samples: int, threads: int) -> tuple[Task, ...]:
         """Return the tasks that threads compute side by side; none where calls are short or threads would be idle.
 
-        They depend on the number of threads only in whether there are any, so that results do not.
+        They depend on the number of threads only in whether there are any, so that results do not.  `forward_blocks`
+        and `backward_blocks` take them, and `_line_call` asks whether there are any.
         """
         if threads == 1 or self.pairs * samples < LEAST_PAIRS:
             return ()
