@@ -44,8 +44,8 @@ class _Container(NamedTuple):
 def map_tensors(batch: Any, function: Callable[[Path, Tensor], Any], path: Path = (ROOT,)) -> Any:
     """Return a copy of a batch with `function(path, tensor)` in the place of each tensor.
 
-    `BatchSplitter.split` cuts a batch with it.  What is neither a tensor nor a container stays the same object; an
-    object of another class that has tensors as attributes raises a ValueError.
+    `BatchSplitter.split` cuts a batch with it, and the split check its samples.  What is neither a tensor nor a
+    container stays the same object; an object of another class that has tensors as attributes raises a ValueError.
 
     Args:
         batch: a tensor, or tensors in dictionaries, lists, tuples and dataclasses, nested in any way.
@@ -68,7 +68,10 @@ def map_tensors(batch: Any, function: Callable[[Path, Tensor], Any], path: Path 
 
 
 def named_tensors(batch: Any, path: Path = (ROOT,)) -> Iterator[tuple[Path, Tensor]]:
-    """Yield (path, tensor) for each tensor of a batch, with the paths and in the order of `map_tensors`."""
+    """Yield (path, tensor) for each tensor of a batch, with the paths and in the order of `map_tensors`.
+
+    Splits, comparisons of batches and callbacks go through a batch with it.
+    """
     if isinstance(batch, Tensor):
         yield path, batch
         return
@@ -195,7 +198,8 @@ def length_of(batch: Any, dims: Mapping[str, int | None]) -> int:
     """Return the number of tokens N that all sequences of a batch have.
 
     A ValueError is raised if they have different numbers, if no tensor is a sequence, or if one is not known.
-    `BatchSplitter.split` calls it on a whole batch, and on the tensors of a `SequencePart`.
+    `BatchSplitter._length_of` calls it on a whole batch, `BatchSplitter._check_part` on the tensors of a
+    `SequencePart`, and the split check on its samples.
 
     Args:
         batch: tensors in dictionaries, lists, tuples and dataclasses.

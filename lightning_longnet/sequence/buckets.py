@@ -19,6 +19,9 @@ def in_buckets(
 ) -> None:
     """Run a collective that works in place and on each number alone, with one message for many small tensors.
 
+    FSDP2's `_shard` and the split check's `Replica` broadcast parameters with it, and `Outcome.averaged` adds
+    gradients.
+
     Args:
         collective: called with the numbers of several tensors, or with a tensor.
         tensors: of the same shapes and in the same order on all ranks.
