@@ -36,7 +36,8 @@ def check_options(accumulate: Any, timeout: Any, preemption: Any, split_check: A
 def check_background_saves(background_saves: Any, checkpoint_io: Any) -> None:
     """Raise a ValueError if `background_saves` is no boolean, or True together with a `checkpoint_io` of the user.
 
-    The strategy calls it when it is made, and when a Trainer sets a `checkpoint_io` later.
+    `RingSequenceParallelStrategy.__init__` calls it, and the setter of `checkpoint_io`, for a plugin that a Trainer
+    sets later.
     """
     if not isinstance(background_saves, bool):
         raise ValueError(f"background_saves must be True or False, got {background_saves!r}")
