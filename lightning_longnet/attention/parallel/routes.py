@@ -166,8 +166,8 @@ def _round(
 def head_parts(layout: Layout, kv_heads: range) -> Parts:
     """Return the blocks over the whole sequence of some key heads and of the query heads that they serve.
 
-    `AllToAllPlan`, with which a rank has all tokens of these heads, calls it for its calls and for their work; heads
-    are counted from its first.
+    `AllToAllPlan` runs and counts them on the rank that has all tokens of these heads; heads are counted from its
+    first.
     """
     whole = plan(layout.pattern, layout.heads, layout.kv_heads, layout.cuts, layout.weighted_segments)
     group, parts = layout.heads // layout.kv_heads, []

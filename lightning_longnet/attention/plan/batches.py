@@ -56,7 +56,7 @@ class _HeadPair(NamedTuple):
 
 
 def _all_heads(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Yield the blocks; small ones with weights that differ in their heads and weights alone are joined, and come last.
+    """Yield the blocks; small ones with weights are joined where they differ in heads and weights alone, and come last.
 
     `batched` calls it.
     """
