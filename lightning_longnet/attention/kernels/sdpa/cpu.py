@@ -88,10 +88,10 @@ def _is_tiled(q: Tensor, k: Tensor, call: Call) -> bool:
     the operator computes whole squares of 512 rows by small products, and blocks with weights of pairs, whose mask
     costs it two more passes over the scores; without a causal mask such blocks are tiled on some CPUs only.
 
-    Half types, blocks with a bound `high` and calls of few pairs stay with the operator, and where several threads
-    compute, all blocks do.  The threads of the operator meet once in a call, but those of tiles in each of their
-    operators, where they wait for a thread whose core is busy with another process.  Threads that compute tasks side by
-    side share caches, which the tile of each would fill.
+    Half types, blocks with a bound `high` and calls of few queries or pairs stay with the operator, and where several
+    threads compute, all blocks do.  The threads of the operator meet once in a call, but those of tiles in each of
+    their operators, where they wait for a thread whose core is busy with another process.  Threads that compute tasks
+    side by side share caches, which the tile of each would fill.
     """
     if torch.get_num_threads() > 1:
         return False
