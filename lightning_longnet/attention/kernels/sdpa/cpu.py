@@ -84,14 +84,15 @@ def backward(
 def _is_tiled(q: Tensor, k: Tensor, call: Call) -> bool:
     """Return whether tiles of plain products compute a block faster than the operator does.
 
-    `forward` and `backward` ask for each block.  They are causal blocks of fewer rows than `OPERATOR_ROWS`, for which
-    the operator computes whole squares of 512 rows by small products, and blocks with weights of pairs, whose mask
-    costs it two more passes over the scores; without a causal mask such blocks are tiled on some CPUs only.
+    `forward` and `backward` ask for each block.  Tiles are faster for causal blocks of fewer rows than `OPERATOR_ROWS`,
+    of which the operator computes whole squares of 512 rows by small products, and for blocks with weights of pairs,
+    whose mask costs it two more passes over the scores; for blocks with weights and no causal mask they are so on some
+    CPUs only (`_tiles_are_fast`).
 
-    Half types, blocks with a bound `high` and calls of few queries or pairs stay with the operator, and where several
-    threads compute, all blocks do.  The threads of the operator meet once in a call, but those of tiles in each of
-    their operators, where they wait for a thread whose core is busy with another process.  Threads that compute tasks
-    side by side share caches, which the tile of each would fill.
+    Half types, blocks with a bound `high` and calls of few queries (`TILED_ROWS`) or few pairs (`LEAST_TILED`) stay
+    with the operator, and where several threads compute, all blocks do.  The threads of the operator meet once in a
+    call, but those of tiles in each of their operators, where they wait for a thread whose core is busy with another
+    process.  Threads that compute tasks side by side share caches, which the tile of each would fill.
     """
     if torch.get_num_threads() > 1:
         return False
