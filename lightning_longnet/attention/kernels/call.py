@@ -57,7 +57,7 @@ class Call:
     def padding_bias(self, heads: int, dtype: torch.dtype) -> Tensor | None:
         """Return a bias of -inf where padding masks a key, (batch, 1 or heads, 1, keys).
 
-        torch's operator for CPU and memory-efficient attention take it.
+        torch's operator for CPU (`_mask`) and memory-efficient attention (`forward` and `backward`) take it.
         """
         if self.key_padding_mask is None:
             return None
@@ -92,7 +92,8 @@ def band(
 ) -> Tensor:
     """Return a bias (queries, keys) of -inf wherever `low <= query - key <= high` does not hold.
 
-    The kernel eager, torch's operator for CPU and memory-efficient attention call it, to mask a block.
+    The modules eager and squares (`_mask_bound`), torch's operator for CPU (`_mask`) and memory-efficient attention
+    (`_bias`) call it, to mask a block.
     """
     distance = torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)
     masked = torch.zeros_like(distance, dtype=torch.bool)
@@ -107,7 +108,8 @@ def weights(queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.d
     """Return the log of how often each pair counts, (queries, keys), to add to the scores.
 
     `repeats` are those of a `Block`, and not empty.  Each rate divides the next, so heads with other offsets read one
-    shared table at another place.  The kernel eager, torch's operator for CPU and memory-efficient attention call it.
+    shared table at another place.  The modules eager and squares (`_add_weights`), torch's operator for CPU (`_mask`)
+    and memory-efficient attention (`_bias`) call it.
     """
     every, query, key = repeats[-1]
     assert all(query % r.every == r.queries and key % r.every == r.keys for r in repeats)
