@@ -318,7 +318,10 @@ def test_saves_in_the_background_are_refused_by_name():
 
 REFUSED = [
     *(("fsdp2", "ddp", "'fsdp2_offload' or 'hsdp'"), ("deepspeed_stage_2", "fsdp2", "'deepspeed_stage_1' or")),
-    *(("ddp", "deepspeed_stage_2", "'ddp', 'fsdp2' or"), ("fsdp2", "deepspeed_stage_3", "'fsdp2_offload' or 'hsdp'")),
+    *(
+        ("ddp", "deepspeed_stage_2", "'ddp', 'fsdp2', 'fsdp2_offload' or"),
+        ("fsdp2", "deepspeed_stage_3", "'fsdp2_offload' or 'hsdp'"),
+    ),
     ("deepspeed_stage_2", "deepspeed_stage_3", "1 or 2, which"),
     ("deepspeed_stage_3", "deepspeed_stage_1", "'deepspeed_stage_3' or 'deepspeed_stage_3_offload'"),
 ]
