@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 def write_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str, FileSum]:
     """Let DeepSpeed save a checkpoint into a folder, and return the checksum of each file that this rank writes.
 
-    All ranks call it together: `DeepSpeedSequenceParallelStrategy` does for a save that is not in the background.  The
-    keys are paths relative to the folder.  The files are on the disk when it returns.
+    `DeepSpeedSequenceParallelStrategy` calls it on all ranks together, for a save that is not in the background.  The
+    keys are paths relative to the folder.  The files in the result are on the disk when it returns; `latest` and the
+    recovery script, which DeepSpeed writes itself, are not in it.  An error of a file is raised once DeepSpeed has
+    returned, and a ValueError if DeepSpeed's writer goes on after the save.
 
     Args:
         engine: the `DeepSpeedEngine` that holds the model.

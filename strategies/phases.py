@@ -183,7 +183,7 @@ class MarkedPhases(ParallelStrategy):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Step the optimizer; with Lightning's optimisation the step of the module runs inside of it."""
         result = super().optimizer_step(*args, **kwargs)
-        self.timeouts.restore()
+        self.timeouts.end_step()
         self.progress.mark(BETWEEN)
         return result
 

@@ -22,36 +22,45 @@ class Timeouts:
     def __init__(self, short: float) -> None:
         self.short = timedelta(seconds=short)
         self.kept: list[dist.ProcessGroup] = []  # groups with messages between steps, which keep the long timeout
-        self._steps = 0  # since ranks did something else
-        self._own: dict[dist.ProcessGroup, timedelta] = {}  # the timeouts of groups that have the short one now
+        self._has_stepped = False  # whether the optimizer has stepped since the last `interrupt`
+        self._shortened: dict[dist.ProcessGroup, timedelta] = {}  # groups with the short timeout now, with their own
 
     def shorten(self) -> None:
-        """Set the short timeout, before a training step, unless it is the first since the last `interrupt`.
+        """Set the short timeout, unless the optimizer has not stepped since the last `interrupt`.
 
-        `MarkedPhases.training_step` calls it.
+        `MarkedPhases.training_step` calls it for each micro-batch: of those of the first step, the last one may be the
+        first that reduces gradients.
         """
-        self._steps += 1
-        if self._steps > 1 and not self._own:
+        if self._has_stepped and not self._shortened:
             for group in _groups():
                 own = timeout_of(group)
                 if group not in self.kept and own > self.short:
-                    self._own[group] = own
+                    self._shortened[group] = own
                     _set_pg_timeout(self.short, group)
 
-    def restore(self) -> None:
-        """Set the timeouts that groups were made with again, after the optimizer's step, for the time between steps."""
-        for group, own in self._own.items():
-            if group in _world.pg_map:  # a group that is not there was destroyed
-                _set_pg_timeout(own, group)
-        self._own.clear()
+    def end_step(self) -> None:
+        """Set the timeouts that groups were made with again; the next step may have the short one.
+
+        `MarkedPhases.optimizer_step` calls it after the optimizer's step, for the time between steps.
+        """
+        self._has_stepped = True
+        self._restore()
 
     def interrupt(self) -> None:
-        """Set the timeouts that groups were made with again, before a validation or a save, say.
+        """Set the timeouts that groups were made with again, which the next training step keeps, too.
 
-        The next training step keeps them, too.
+        `MarkedPhases` calls it before set-up, a load, a save, a validation, a test or a prediction, and at the end of
+        training.
         """
-        self._steps = 0
-        self.restore()
+        self._has_stepped = False
+        self._restore()
+
+    def _restore(self) -> None:
+        """Set the timeouts again that `shorten` has changed."""
+        for group, own in self._shortened.items():
+            if group in _world.pg_map:  # a group that is not there was destroyed
+                _set_pg_timeout(own, group)
+        self._shortened.clear()
 
 
 def _groups() -> list[dist.ProcessGroup]:

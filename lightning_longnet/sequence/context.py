@@ -247,8 +247,9 @@ class SequenceContext(ContextAttention):
     def sum_parts(self, x: Tensor) -> Tensor:
         """Return the sum of x over the ranks that share sequences, which call it together; differentiable.
 
-        Models call it for sums over tokens, such as those of a pooled output.  As after `gather_sequence`, every rank
-        must then compute the same loss.  If sequences are whole, x is returned.
+        Models call it for sums over tokens, such as those of a pooled output.  The gradient is the sum of the ranks'
+        gradients, which is right if every rank computes the same loss and gradients are averaged over all ranks, as
+        after `gather_sequence`.  If sequences are whole, x is returned.
         """
         return self._reductions.sum_parts(x)
 

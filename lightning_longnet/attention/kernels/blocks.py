@@ -292,18 +292,8 @@ def uninitialized_partial(q: Tensor, width: int) -> Partial:
     return Partial(q.new_empty((*q.shape[:3], width), dtype=wide), q.new_empty((*q.shape[:3], 1), dtype=wide))
 
 
-def sum_partials(partials: Sequence[Partial], is_saved: bool = False) -> Partial:
-    """Return the sum of partials; a single one is returned without a copy unless it `is_saved` for the backward."""
-    if len(partials) == 1 and not is_saved:
-        return partials[0]
-    total = Partial(*(x.clone() for x in partials[0]))
-    for partial in partials[1:]:
-        total.add_(*partial)
-    return total
-
-
 def merge_branches(partials: Sequence[Partial], options: PairOptions, is_saved: bool = False) -> Partial:
-    """Return the sum of the branches' partials, with the null keys in it.
+    """Return the partials of the branches, merged by their lse, with the null keys in it.
 
     `RoundsCall.partial` calls it at the end of a forward.  Null keys are merged into `partials` in place: "detached"
     needs the result of each branch with its null keys.  With `is_saved` the backward reads `partials` later, so that
@@ -312,7 +302,12 @@ def merge_branches(partials: Sequence[Partial], options: PairOptions, is_saved: 
     if options.null_keys is not None:
         for branch, partial in enumerate(partials):
             options.null_keys.add_to(partial, branch if len(partials) > 1 else None)
-    return sum_partials(partials, is_saved)
+    if len(partials) == 1 and not is_saved:
+        return partials[0]
+    total = Partial(*(x.clone() for x in partials[0]))
+    for partial in partials[1:]:
+        total.add_(*partial)
+    return total
 
 
 def finalized(total: Partial, like: Tensor, sinks: Tensor | None = None) -> Partial:

@@ -92,7 +92,7 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """Return the timeout that a group of gloo or NCCL has now.
 
     `wait_arguments` asks for gloo, and `Timeouts.shorten` before it sets a shorter timeout for a training step;
-    `Timeouts.restore` then sets this one again.
+    `Timeouts.end_step` then sets this one again.
     """
     device = "cpu" if dist.get_backend(group) == "gloo" else "cuda"
     limit: timedelta = group._get_backend(torch.device(device)).options._timeout

@@ -83,7 +83,7 @@ class RankWork(NamedTuple):
 
     @property
     def visible_pairs(self) -> int:
-        """The pairs that the rank's queries see, a repeated pair as often as branches show it.
+        """The pairs that the rank's queries see, a repeated pair as often as branches show it (once in a "set").
 
         `sequence_plan` puts them into its table.
         """

@@ -248,10 +248,10 @@ class RankBlocks:
         return sorted(ranks - {rank})
 
     def visible_pairs(self, rank: int) -> int:
-        """Return the number of pairs that a rank's queries see, on all ranks.
+        """Return the number of (query, key) pairs of a rank's queries with the keys of all ranks, over all heads.
 
-        A repeated pair counts as often as branches show it.  The choice of a placement compares the busiest ranks by
-        it.
+        A repeated pair counts as often as branches show it, or once if the pattern's multiplicity is "set".
+        `_busiest` of placement_choice.py takes the maximum over the ranks.
         """
         placement = self.layout.placement
         everywhere = Chunk(0, placement.length, 0)

@@ -64,7 +64,9 @@ class RemoteRows(NamedTuple):
 
 
 class RoundsCall(NamedTuple):
-    """One forward or backward of attention on this rank, by gather or ring or on whole sequences.
+    """One forward or backward of attention on this rank, by gather or ring, or on whole sequences.
+
+    Whole sequences are those of one process, or those of this rank's heads after an all_to_all.
 
     Attributes:
         kernel: computes the blocks.
@@ -140,7 +142,9 @@ class RoundsCall(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute dq, dk and dv of this rank's tokens in the type of q.
 
-        The operator `lightning_longnet::attend_backward` calls it, once for each call of `forward`.
+        The operator `lightning_longnet::attend_backward` calls it once for each call of `forward`, directly or through
+        an `AllToAllCall`, a `ReorderedCall` or a `JoinedCall`; a `LinesCall` calls `gradients` instead.  `saved` holds
+        the received rows of gathers, and then the outs of branches.
         """
         gradients = self.gradients(grad, q, k, v, out, lse, saved, is_whole=True)
         # each accumulator is freed as soon as it is rounded

@@ -38,7 +38,7 @@ class PagedKeys(CopiedLattice):
     Row i of segment s is row `page_starts[s][i // page_rows] + i % page_rows * step` of the first head.
 
     Attributes:
-        page_starts: for each segment the first rows of its pages.
+        page_starts: for each segment the first row of each of its pages, in the first head.
         page_rows: the number of rows of a page; the last page of a segment may be shorter.
 
     A key may be in many segments, so the gradients of its row are summed.
@@ -66,7 +66,10 @@ class PagedKeys(CopiedLattice):
         t.view(t.shape[0], -1, t.shape[3]).index_add_(1, flat, values.flatten(1, 3).to(t.dtype), alpha=weight)
 
     def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the rows (segments, heads, rows) and the heads (heads, 1) of all elements."""
+        """Return the rows (segments, heads, rows) and the heads (heads, 1) of all elements, which broadcast.
+
+        `copied` calls it when a kernel reads the keys, `add` for their gradients, and `elements`.
+        """
         a = torch.arange(self.heads, device=device)[:, None]
         within = torch.arange(self.page_rows, device=device) * self.step
         rows = (self._first_rows(device)[..., None] + within).flatten(1)[:, None, : self.rows]

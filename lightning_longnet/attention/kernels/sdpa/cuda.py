@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class _Operator(Protocol):
-    """One of torch's operators: `refusals` concern a whole call, `serves` one block of a call that is not refused."""
+    """One of torch's operators.
+
+    `refusals` concern a whole call: `note` reads those of each operator, and a call is refused for those of the last
+    one.  `serves` concerns one block, of a call that the kernel did not refuse.
+    """
 
     @property
     def name(self) -> str:
@@ -56,7 +60,8 @@ def refusals(request: Request) -> list[str]:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
 
-    The kernel "sdpa" calls it on CUDA, and "cudnn", "flash3" and "flash4" for blocks that they do not serve.
+    The first operator that serves the block computes it.  The kernel "sdpa" calls it on CUDA, and "cudnn", "flash3"
+    and "flash4" for blocks that they do not serve.
     """
     return _serving(q, call).forward(q, k, v, call)
 

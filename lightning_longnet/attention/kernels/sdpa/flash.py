@@ -41,7 +41,8 @@ def serves(q: Tensor, call: Call) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
 
-    `cuda.forward` calls it for the blocks that it serves; "flash3" and "flash4" call it while they are active.
+    `cuda.forward` calls it for blocks that `serves` accepts.  "flash3" and "flash4" call it without asking `serves`,
+    while their implementation stands behind torch's flash operators.
     """
     return fused.forward(_operator, q, k, v, call)
 
@@ -51,7 +52,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
 
-    `cuda.backward` calls it for the blocks that it serves; "flash3" and "flash4" call it while they are active.
+    `cuda.backward` calls it for blocks that `serves` accepts.  "flash3" and "flash4" call it without asking `serves`,
+    while their implementation stands behind torch's flash operators.
     """
     return fused.backward(_operator, grad, q, k, v, out, lse, call)
 

@@ -105,7 +105,8 @@ def backward_parts(
 ) -> None:
     """Add the gradients of all parts to dq and to those of `keys`; see `PartsKernel`.
 
-    `backward_blocks` calls it once for all parts that it was given.
+    `backward_blocks` calls it once for all parts that it was given, in place of its loop over blocks; `stores` is its
+    own argument.
     """
     from lightning_longnet.attention.kernels.triton import launch
 
