@@ -46,7 +46,8 @@ def other_ranks(words: Sequence[str]) -> int:
     except (ValueError, OSError, yaml.YAMLError):  # the parser tells what is wrong
         return 0
     name = strategy.get("class_path") if isinstance(strategy, dict) else strategy
-    if name not in NAMES and not str(name).endswith("RingSequenceParallelStrategy"):
+    is_own = isinstance(name, str) and (name in NAMES or name.endswith("RingSequenceParallelStrategy"))
+    if not is_own:
         return 0
     return count - 1 if 1 < count <= (os.cpu_count() or 1) else 0
 

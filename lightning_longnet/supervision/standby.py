@@ -49,8 +49,11 @@ def start(command: Sequence[str], count: int) -> None:
     """Start a command as the local ranks 1 to `count`; it must call `await_word` before it does anything but import.
 
     Modules read the rank and the number of threads when they are imported, so the environment holds both from the
-    start.  The threads are those that Lightning gives to each rank.
+    start.  The threads are those that Lightning gives to each rank.  On Windows, where a process does not inherit pipes
+    by their numbers, none is started.
     """
+    if os.name != "posix":
+        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for rank in range(1, count + 1):
         reads, writes = os.pipe()

@@ -132,6 +132,8 @@ def test_the_command_line_begins_ranks_before_it_imports_torch():
         ("--config configs/quickstart.yaml --trainer.devices 5", 0),  # more than there are cores
         ("--config configs/quickstart.yaml --trainer.strategy ddp", 0),  # whose launcher starts its own
         ("--config configs/quickstart.yaml --print_config", 0),
+        ('--trainer {"devices":2,"strategy":["ring_sequence_parallel"]}', 0),  # the parser refuses it
+        ('--trainer {"devices":2,"strategy":{"class_path":{}}}', 0),
         ("--config pyproject.toml", 0),
         ("--trainer {", 0),
     ],

@@ -69,9 +69,12 @@ class PairOptions(NamedTuple):
     null_keys: NullKeys | None = None
     softcap: float | None = None
 
-    def of_samples(self, samples: slice) -> PairOptions:
-        """Return the options of some samples; rows that are joined to one long row are one sample."""
-        if self.samples is None or (samples.start == 0 and samples.stop >= len(self.samples)):
+    def of_samples(self, samples: slice, batch: int) -> PairOptions:
+        """Return the options of some of `batch` samples.
+
+        Rows that are joined to one long row are one sample, of which dropout has a number for each token.
+        """
+        if self.samples is None or len(self.samples) != batch:
             return self
         return self._replace(samples=self.samples[samples])
 
@@ -137,7 +140,7 @@ def forward_blocks(
     def forward_task(task: Task, steps: threads.Steps) -> None:
         some, cut = task.samples, steps(_cut(kernel, task.parts, q, count))
         views: list[Partial | None] = [partial.of_samples(some) for partial in partials]
-        _forward(kernel, cut, q[some], keys.of_samples(some), options.of_samples(some), views, stores)
+        _forward(kernel, cut, q[some], keys.of_samples(some), options.of_samples(some, len(q)), views, stores)
 
     threads.run(forward_task, tasks, count)
 
@@ -228,7 +231,8 @@ def backward_blocks(
 
     def backward_task(task: Task, steps: threads.Steps) -> None:
         some, cut = task.samples, steps(_cut(kernel, task.parts, q, count))
-        of_some = keys.of_samples(some), inputs.of_samples(some), options.of_samples(some), dq.of_samples(some)
+        own_options, own_inputs = options.of_samples(some, len(q)), inputs.of_samples(some)
+        of_some = keys.of_samples(some), own_inputs, own_options, dq.of_samples(some)
         _backward(kernel, cut, q[some], *of_some, stores)
 
     threads.run(backward_task, tasks, count)

@@ -38,7 +38,7 @@ SIDE, MOST_ROWS = 128, 1024
 MOST_SCORES, LEAST_SCORES = 2**19, 2**17
 # Scores up to this, as logarithms to the base 2, need no largest score of a row: no power and no sum of powers is
 # beyond the numbers of float32
-BOUND = 60.0
+BOUND = 30.0
 LOG2 = log(2)
 
 

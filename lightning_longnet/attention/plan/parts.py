@@ -83,7 +83,10 @@ class Parts(tuple[Part, ...]):
 
     def _divided(self, samples: int) -> Iterator[Task]:
         """Yield the tasks: some heads of one sample each, or all heads of some samples where calls would be short."""
-        first, *_, last = heads = sorted({head for part in self for head in part.key_heads})
+        heads = sorted({head for part in self for head in part.key_heads})
+        if not heads:
+            return
+        first, last = heads[0], heads[-1]
         one = self.of_heads(first, first + 1)
         items = max(1, -(-LEAST_CALL * len(one.joined()) // one.pairs))
         each = min(items, len(heads))

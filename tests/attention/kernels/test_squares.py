@@ -54,12 +54,8 @@ def test_results_are_those_of_tiles_of_rows(low, lengths, repeats, bound, monkey
     assert squares.serves(q, k, call) == (low is None or lengths[0] == lengths[1])
     if squares.serves(q, k, call):
         truth = both_ways(eager, q, k, v, grad, call)
-        torch.use_deterministic_algorithms(True)  # fills uninitialized memory with NaN
-        try:
-            result = both_ways(squares, q, k, v, grad, call)
-        finally:
-            torch.use_deterministic_algorithms(False)
-        torch.testing.assert_close(result, truth)
+        assert torch.are_deterministic_algorithms_enabled(), "which fills uninitialized memory with NaN"
+        torch.testing.assert_close(both_ways(squares, q, k, v, grad, call), truth)
 
 
 @pytest.mark.usefixtures("small")

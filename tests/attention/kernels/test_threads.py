@@ -27,11 +27,13 @@ PATTERNS = {
     "window": Pattern.window(9, True) + Pattern.dilated((12,), (3,), ragged="zero_keys"),
     "sparse": Pattern((Branch(32, 1, sparsity=Sparsity("dilated_sparse", 4, 0.4, 1, True)),)),
 }
+PACKED = torch.tensor([[0] * 30 + [1] * 40, [0] * 11 + [1] * 9 + [2] * 50])
 OPTIONS = {
     "plain": {},
-    "packed": {"documents": torch.tensor([[0] * 30 + [1] * 40, [0] * 11 + [1] * 9 + [2] * 50])},
+    "packed": {"documents": PACKED},
     "padded": {"key_padding_mask": torch.arange(70).expand(2, 70) % 9 > torch.tensor([[6], [8]])},
     "dropout": {"dropout": 0.3, "dropout_seed": 5},
+    "packed dropout": {"documents": PACKED, "dropout": 0.3, "dropout_seed": 5},
     "detached": {"mix": "detached"},
     "sinks": {"sinks": torch.linspace(-1, 1, 6, dtype=torch.float64)},
     "softcap": {"softcap": 2.0},
@@ -73,6 +75,23 @@ def test_tasks_are_exact(name, options, number):
     assert all(len(call.args[1]) >= 3 for call in run.call_args_list)
     truth = results(tensors, pattern, **OPTIONS[options], kernel="reference")
     torch.testing.assert_close(result, truth)
+
+
+@pytest.mark.usefixtures("small_tasks")
+@pytest.mark.parametrize("options", ["plain", "dropout"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_one_key_head_is_a_task_for_each_sample(samples, options):
+    tensors = drawn.tensors((samples, 70, 4, 1, 8))
+    torch.set_num_threads(2)
+    with patch.object(threads, "run", wraps=threads.run) as run:
+        result = results(tensors, LONGNET, **OPTIONS[options])
+    assert [len(call.args[1]) for call in run.call_args_list] == [samples, samples]
+    torch.testing.assert_close(result, results(tensors, LONGNET, **OPTIONS[options], kernel="reference"))
+
+
+def test_parts_without_blocks_have_no_tasks(monkeypatch):
+    monkeypatch.setattr(parts, "LEAST_PAIRS", 0)
+    assert parts.Parts(()).tasks(1, 2) == ()
 
 
 @pytest.mark.usefixtures("small_tasks")

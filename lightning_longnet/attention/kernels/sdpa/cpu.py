@@ -8,6 +8,7 @@ than 1 is read wrongly without an error; boolean masks are refused; out and v mu
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from threading import Lock
 from time import perf_counter
@@ -40,6 +41,16 @@ LEAST_TILED = 2**19
 # From so many pairs of a head and segment on, squares are faster than tiles of rows
 LEAST_SQUARED = 2**20
 _measuring = Lock()  # threads that ask at once which type is faster get one answer
+
+
+def _renew_lock() -> None:
+    """Replace the lock in a forked process, where nobody would release it."""
+    global _measuring
+    _measuring = Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def refusals(request: Request) -> list[str]:
