@@ -166,11 +166,11 @@ class BatchComparison:
         differs = has_batch & (rates != rates[has_batch][0])
         if bool(differs.any()):
             first = int(self.ranks[has_batch][0])
+            others = _rank_list(self.ranks[differs].tolist())
             raise ValueError(
-                f"all ranks must have the same learning rates, and {_rank_list(self.ranks[differs].tolist())} have "
-                f"others than rank {first}: a scheduler or a callback goes by a number of this rank alone, as a metric "
-                f"that ReduceLROnPlateau monitors.  Log the same number on all ranks: a token_mean, or "
-                f"self.log(..., sync_dist=True)"
+                f"all ranks must have the same learning rates, and those of {others} differ from those of rank {first}"
+                f": a scheduler or a callback goes by a number of this rank alone, as a metric that ReduceLROnPlateau "
+                f"monitors.  Log the same number on all ranks: a token_mean, or self.log(..., sync_dist=True)"
             )
 
     def _check_ends(self, ends: Tensor, states: Tensor, contents: Tensor, batches: int, *, is_alike: bool) -> None:

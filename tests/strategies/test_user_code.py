@@ -259,7 +259,7 @@ def refused(trainers, kind, sharding, stage="fit"):
 def test_learning_rates_of_one_rank_are_refused(trainers, sharding):
     for kind in (PlateauOfOneRank, RatesByOwnTokens):
         for message in refused(trainers, kind, sharding):
-            assert "all ranks must have the same learning rates, and rank 1 have others than rank 0: " in message
+            assert "the same learning rates, and those of rank 1 differ from those of rank 0: a scheduler" in message
 
 
 def test_a_batch_that_changes_after_the_split_is_reported_once(trainers):
