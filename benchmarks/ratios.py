@@ -28,6 +28,7 @@ import scheme
 import steps
 import torch
 from machine import described
+from packed import HEAD_DIM, HEADS, packed_calls, step, tensors
 from ranks import on_ranks
 
 from lightning_longnet import Pattern, attend
@@ -42,9 +43,7 @@ from lightning_longnet.attention.plan.blocks import plan
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
-
-HEADS, HEAD_DIM, RECTANGLE = 8, 64, 2048
+RECTANGLE = 2048
 FIVE = [2048, 4096, 8192, 16384, 32768], [1, 2, 4, 8, 16]
 RESULT = Path(__file__).parent / "results" / "ratios-cpu.json"
 CLOCKS = {"cpu": process_time, "wall": perf_counter}
@@ -54,19 +53,6 @@ LIMIT_GOAL, PACKED_GOAL, PLAN_SECONDS = 1.15, 1.1, 0.3
 DENSE_STEP_GOAL, STEP_GOALS = 1.05, {512: 1.0, 2048: 1 / 1.3, 8192: 1 / 3.5}
 RANKS_GOAL, BUSY_GOAL = 1 / 1.9, 1 / 0.9
 RANKED_TOKENS, BUSY_TOKENS = 16384, 8192
-
-
-def tensors(batch: int, length: int) -> tuple[list[Tensor], Tensor]:
-    """Return q, k and v as leaves, and a gradient."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = torch.randn(4, batch, length, HEADS, HEAD_DIM, generator=generator).unbind()
-    return [x.clone().requires_grad_() for x in (q, k, v)], grad
-
-
-def step(call: peers.Call, inputs: list[Tensor], grad: Tensor) -> None:
-    for x in inputs:
-        x.grad = None
-    call(*inputs).backward(grad)
 
 
 def ratio(own: Callable[[], None], other: Callable[[], None], options: argparse.Namespace) -> tuple[float, float]:
@@ -121,23 +107,8 @@ def over_limit(length: int, options: argparse.Namespace) -> dict[str, Any]:
 
 def packed(batch: int, length: int, documents: int, options: argparse.Namespace) -> dict[str, Any]:
     """Return the row of packed rows, each with other documents, beside the same documents one after the other."""
-    inputs, grad = tensors(batch, length)
-    ids = torch.zeros(batch, length, dtype=torch.long)
-    for row in ids:
-        row[torch.randperm(length - 1)[: documents - 1] + 1] = 1
-    ids = ids.cumsum(1)
-    spans = [(b, n, run) for b in range(batch) for n, run in enumerate(ids[b].bincount().tolist())]
-
-    def alone() -> None:
-        at: dict[int, int] = {}
-        for b, _, many in spans:
-            begin = at.get(b, 0)
-            at[b] = begin + many
-            rows = [x[b : b + 1, begin : begin + many].detach().requires_grad_() for x in inputs]
-            step(peers.dense(True), rows, grad[b : b + 1, begin : begin + many])
-
-    own = partial(step, partial(attend, pattern=Pattern.dense(is_causal=True), documents=ids), inputs, grad)
-    found, _ = ratio(own, alone, options)
+    calls = packed_calls(batch, length, documents)
+    found, _ = ratio(calls.own, calls.alone, options)
     name = f"packed over SDPA of each document, {batch} x {length:,}, {documents:,} documents a row"
     return {"name": name, "ratio": round(found, 3), "goal": PACKED_GOAL}
 
