@@ -56,7 +56,7 @@ def all_gather_integers(comm: Comm, values: list[int], step: Step, fault: str = 
 
 
 def all_gather_text(comm: Comm, text: str, step: Step) -> list[str]:
-    """Return a text of each rank, each cut to the same number of bytes.
+    """Return the text of each rank, cut to its first 400 bytes.
 
     `SequenceShard.check` calls it on all ranks when their calls differ, for the error that all of them raise.
     """

@@ -42,7 +42,7 @@ def refusal(ranks: int, kv_heads: int) -> str:
 class AllToAllPlan(ExchangePlan):
     """A plan in which a rank computes all branches on whole sequences of some of the heads: the exchange "swap".
 
-    `schedule` and `distributed_calls` make it.  For who calls each method see `ExchangePlan`.
+    `exchange_plan` makes it, of the exchanges that `schedule` chose.  For who calls each method see `ExchangePlan`.
     """
 
     @property
@@ -95,7 +95,10 @@ class AllToAllPlan(ExchangePlan):
         return AllToAllCall(call.shard.comm, call.message, call.shard.placement, inner, call.options.spec.returns_lse)
 
     def _heads_call(self, call: RankCall) -> RoundsCall:
-        """Return the call on whole sequences of this rank's heads, for the branches of one line."""
+        """Return the call on whole sequences of this rank's heads, for the branches of one line; `call` asks for each.
+
+        The blocks are planned at the first call of their kind, and kept in the shard.
+        """
         shard, kv_heads = call.shard, self._kv_heads_of(call.shard.rank)
         layout = self.layout._replace(pattern=call.line.pattern, weighted_segments=call.weighted_segments)
         parts = shard.cached(("heads", *call.key), partial(head_parts, layout, kv_heads))
@@ -114,7 +117,7 @@ class AllToAllPlan(ExchangePlan):
 class AllToAllFootprint(NamedTuple):
     """The memory of a call that holds whole sequences of `length` tokens for one in `ranks` heads.
 
-    `longnet plan` counts with it; it is a `Footprint`.
+    `longnet plan` counts with it; it is a `Footprint`, which says who calls each method.
     """
 
     ranks: int
@@ -153,7 +156,7 @@ class AllToAllFootprint(NamedTuple):
 class AllToAllCall(NamedTuple):
     """One forward or backward by all_to_all, an `ExchangeCall`: the operators of op.py call it.
 
-    `inner` is that of this rank's heads over the whole sequence.
+    `inner` is the call on this rank's heads over the whole sequence.  All ranks run `forward` and `backward` together.
     """
 
     comm: Comm
@@ -253,9 +256,9 @@ class AllToAllCall(NamedTuple):
         put: Callable[[int, Sequence[Tensor]], None],
         content: str,
     ) -> None:
-        """Send each rank its pieces in one message, and store the pieces that come from each.
+        """Send each rank its pieces in one message, and store the pieces that come from each; all ranks call it.
 
-        This rank's own pieces are stored while the others are on their way.
+        This rank's own pieces are stored while the others are on their way.  Ranks without rows get no message.
 
         Args:
             like: a tensor of the type and device of the pieces.

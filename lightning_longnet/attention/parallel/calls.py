@@ -70,7 +70,7 @@ def local_call(
 
 
 class _Rows(NamedTuple):
-    """The rows of a call on whole sequences.
+    """The rows of a call on whole sequences; `local_call` makes it for `_line_call`.
 
     Attributes:
         packed: their documents.
@@ -142,12 +142,13 @@ def distributed_calls(
 ) -> Iterator[tuple[slice, ExchangeCall]]:
     """Yield (samples, call) for this rank's part of each sequence; the samples of a call have the same documents.
 
-    A call computes one forward or backward of these samples and exchanges keys with the other ranks.  The operators of
-    op.py call it where `attend` was given a shard; every rank makes the same calls in the same order.
+    A call computes one forward or backward of these samples and exchanges keys with the other ranks; nothing is sent
+    before it runs.  The operators of op.py ask for the calls where `attend` was given a shard; every rank makes the
+    same calls in the same order.
 
     Args:
         q, k, v: (B, L, H, D), (B, L, Hkv, D) and (B, L, Hkv, Dv).
-        number: the number of the forward, the same on all ranks.
+        number: `shard.calls` when the forward had begun, the same on all ranks and in its backward.
     """
     spec, comm, call_name = options.spec, shard.comm, f"{options.direction} of {shard.call_of(number)}"
     wide, kind = torch.promote_types(q.dtype, torch.float32), str(call_kind(q, k, v, spec, options.sinks is not None))
@@ -179,12 +180,15 @@ def distributed_calls(
 
 
 def _row_exchange(order: Tensor, shard: SequenceShard, device: torch.device) -> RowExchange:
-    """Return the rows that this rank sends and receives to bring sequences into an order, with indices on a device."""
+    """Return the rows that this rank sends and receives to bring sequences into an order, with indices on a device.
+
+    `distributed_calls` calls it for the first line of a pattern along a curve, and keeps the result in the shard.
+    """
     return row_exchange(order, shard).on(device)
 
 
 def _exchange_plan(layout: Layout, exchange: str, sizes: Sizes) -> ExchangePlan:
-    """Return the plan of the exchange that `schedule` chooses for a layout."""
+    """Return the plan of the exchange that `schedule` chooses; `distributed_calls` keeps it in the shard."""
     return schedule(layout, exchange, sizes).plan(layout)
 
 

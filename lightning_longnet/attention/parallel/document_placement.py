@@ -53,7 +53,10 @@ def balanced_placement(documents: Sequence[int], ranks: int) -> Placement:
 
 
 def causal_pairs(placement: Placement, cuts: Sequence[int]) -> list[int]:
-    """Return the pairs of each rank's queries with the keys of their documents up to themselves, for one head."""
+    """Return the pairs of each rank's queries with the keys of their documents up to themselves, for one head.
+
+    `balanced_placement` compares the ranks by it.  `cuts` are where documents begin, and where the last one ends.
+    """
     whole = list(accumulate(((end - begin) * (end - begin + 1) // 2 for begin, end in pairwise(cuts)), initial=0))
 
     def before(token: int) -> int:

@@ -25,9 +25,9 @@ class LocalComm(Comm):
         return None
 
     def all_gather(self, own: Tensor, step: str) -> Tensor:
-        """Return this process's own tensor as that of the only rank, (1, *own.shape).
+        """Return this process's own tensor as that of the only rank, (1, *own.shape), on its device.
 
-        The shard shares its arguments by it, as ranks do.
+        A `LocalShard` shares its arguments by it when it is made and when it compares a call, as ranks do.
         """
         self._check_failure()
         return own[None]

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 class Route:
     """A rank's work in one call of attention: the blocks on its own keys, and the rounds in their order.
 
-    A `RoundsCall` computes it.  `route` makes it for gather and ring; whole sequences and the heads of "swap" have one
-    without rounds.  `writes_queries` and `writes_keys` say that the first branch of `own` shows every row once, as a
-    query and as a key: its results are written, not added, and the accumulators need no initial value.
+    A `RoundsCall` computes it.  `route` makes it for gather and ring, `AllToAllPlan` one without rounds for the heads
+    of a rank, and `_line_call` of calls.py one without rounds for whole sequences.  Only there `writes_queries` and
+    `writes_keys` may be True: the first branch of `own` shows every row once, as a query and as a key.  Its results are
+    then written, not added, and the accumulators need no initial value.
     """
 
     own: Parts
@@ -43,6 +44,8 @@ class Route:
 @dataclass(frozen=True, eq=False)
 class Round:
     """One exchange: what this rank sends, what it receives, and the blocks that it computes with that.
+
+    Ranks from or to which no row travels are in neither dictionary.
 
     Attributes:
         sends: for each rank the blocks that it computes with this rank's keys.
@@ -78,7 +81,7 @@ class Round:
 
     @cached_property
     def _parts(self) -> dict[int, Parts]:
-        """The parts with the keys of each rank."""
+        """The parts with the keys of each rank, merged to fewer."""
         return {rank: merge_neighboring_parts(blocks.parts) for rank, blocks in self.receives.items()}
 
     @cached_property
@@ -134,7 +137,7 @@ def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
     """Return a rank's route: what it computes, sends and receives in a call of attention by gather and ring.
 
     All branches that are gathered share one round with all ranks; those of a ring share a round for each step.
-    `RoundsPlan` asks for it: for its calls, which a shard keeps, and for the tables of plans.
+    It sends nothing.  `RoundsPlan` asks for it: for its calls, of which the shard keeps it, and in `RoundsPlan.work`.
 
     Args:
         layout: the pattern, the heads, the documents and the placement.
@@ -166,8 +169,8 @@ def _round(
 def head_parts(layout: Layout, kv_heads: range) -> Parts:
     """Return the blocks over the whole sequence of some key heads and of the query heads that they serve.
 
-    `AllToAllPlan` runs and counts them on the rank that has all tokens of these heads; heads are counted from its
-    first.
+    `AllToAllPlan` plans the calls of the rank that has these heads with it, and counts that rank's work.  In the blocks
+    heads are counted from the first of `kv_heads`, and from the first query head that it serves.
     """
     whole = plan(layout.pattern, layout.heads, layout.kv_heads, layout.cuts, layout.weighted_segments)
     group, parts = layout.heads // layout.kv_heads, []
@@ -185,7 +188,10 @@ def head_parts(layout: Layout, kv_heads: range) -> Parts:
 
 
 def merge_parts(parts: Iterable[Part]) -> Parts:
-    """Return parts in the order in which they run; those of a sparsity are merged into fewer calls (`merge_stacks`)."""
+    """Return parts in their order; those of a block-sparse branch are merged into fewer calls (`merge_stacks`).
+
+    Parts of a branch must follow one another.
+    """
     return Parts(
         Part(branch, block)
         for branch, group in groupby(parts, key=lambda part: part.branch)
