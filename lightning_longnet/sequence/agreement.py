@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 class Strategy(Protocol):
-    """The part of a Lightning strategy that `fault_of_rank_zero` calls."""
+    """The part of a Lightning strategy that `fault_of_rank_zero` calls.
+
+    `is_global_zero` is True on rank 0 of all alone.  `broadcast` returns on all ranks, which call it together, the
+    object that rank `src` has.
+    """
 
     @property
     def is_global_zero(self) -> bool: ...
@@ -27,7 +31,8 @@ def fault_of(check: Callable[[], Any]) -> str:
     """Call `check`, and return the message of the ValueError or OSError that it raises, or "" if it raises none.
 
     A rank that raised the error at once would leave the others waiting in their next collective.  Callers therefore
-    send the message to the other ranks first, as by `fault_of_rank_zero` or `check_same_batch`, and then all raise it.
+    send the message to the other ranks first, as by `fault_of_rank_zero` or `check_same_batch`, and then all raise it:
+    `BatchSplitter.fault_of`, loading with DeepSpeed, saving for transformers, and inference over ranks.
     """
     try:
         check()
