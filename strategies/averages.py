@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def averages(trainer: Trainer) -> Iterator[nn.Module]:
     """Yield the copy of the model that each callback of a Trainer averages weights in.
 
-    The callbacks make the copies in their `setup`, before FSDP2 shards the model, and so it shards the copies too.
+    The callbacks make the copies in their `setup`, before FSDP2 shards the model.  FSDP2's `setup` therefore shards
+    what this yields too, and `has_averages` asks whether there is any.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average = getattr(callback, "_average_model", None)

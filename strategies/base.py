@@ -128,6 +128,8 @@ class RingSequenceParallelStrategy(_ClassBySharding, SplitSteps):
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         """Call `__init__` of `lightning_class`; each subclass does it with the options that its sharding needs.
 
+        `RingSequenceParallelStrategy.__init__` calls it, before it sets the attributes that the Trainer may give.
+
         Args:
             engine: a copy of the argument `engine` of the strategy, with names that were checked.
             process_group_backend: the argument of the strategy.

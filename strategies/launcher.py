@@ -28,7 +28,10 @@ _PARENTS: list[int] = []  # at most one entry: the process id of the launcher of
 
 
 class WatchedLauncher(_SubprocessScriptLauncher):
-    """Starts the other ranks of a node: they end when this process ends, and `end_children` kills those that do not."""
+    """Starts the other ranks of a node: they end when this process ends, and `end_children` kills those that do not.
+
+    `SequenceRanks._configure_launcher` puts it in place of Lightning's launcher, on the rank that starts the others.
+    """
 
     def _call_children_scripts(self) -> None:
         """Start the other ranks of this node as processes; Lightning calls it when `fit` begins.

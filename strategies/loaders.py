@@ -43,7 +43,7 @@ def watch_fetcher(fetcher: _DataFetcher, end: Callable[[LoopPass], None]) -> Loo
     """Return the current pass of a fetcher, the iterator from which a Lightning loop takes its batches.
 
     At the first call the fetcher's class is replaced by that of `_watched`, so that it calls `end` with the pass
-    whenever it has no further batch.
+    whenever it has no further batch.  `LoaderWatch` calls it at the start of a loop and for each batch.
     """
     watched: Any = fetcher
     if not hasattr(fetcher, "sequence_pass"):
@@ -131,7 +131,10 @@ class LoaderWatch:
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
-        """The process groups of the notes; they keep the long timeout, as ranks wait in them between steps."""
+        """The process groups of the notes, which keep the long timeout (`Timeouts.kept`), as ranks wait between steps.
+
+        It is empty where no ranks share sequences.
+        """
         return [] if self._comparison is None else [self._comparison.group]
 
     def begin(self, trainer: Trainer) -> None:

@@ -89,7 +89,10 @@ class WatchedLoops(ParallelStrategy):
         self._await_others()
 
     def _end_batches(self) -> None:
-        """End the last batch of a loop and its step in the context, so that layers take whole sequences again."""
+        """End the last batch of a loop and its step in the context, so that layers take whole sequences again.
+
+        The hooks at the end of loops call it, and `SplitSteps.teardown`, as a loop that fails has no end.
+        """
         self._evaluated = 0
         self.sequence_context.begin(None)
         self.sequence_context.begin_step(None)

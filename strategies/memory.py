@@ -46,7 +46,10 @@ class MemoryCheck:
         self._is_done = False
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Return whether to call `check` with the next batch: the first of training, unless `action` is "off"."""
+        """Return whether to call `check` with the next batch: the first of training, unless `action` is "off".
+
+        `SplitSteps.batch_to_device` asks for each batch.
+        """
         return self.action != "off" and not self._is_done and trainer.state.stage == RunningStage.TRAINING
 
     def check(self, strategy: SplitSteps, module: LightningModule, batch: Any) -> None:

@@ -69,9 +69,10 @@ class Progress:
         self._watches_compiler = False
 
     def connect(self, rank: int, ranks: int) -> None:
-        """Open the record of this rank, if a supervisor has made a folder for it; the strategy calls it at its start.
+        """Open the record of this rank, if a supervisor has made a folder for it.
 
-        A signal of the supervisor then has faulthandler write the stacks of all threads to a file in the folder.
+        `SequenceRanks._configure_launcher` calls it when a Trainer is made.  A signal of the supervisor then has
+        faulthandler write the stacks of all threads to a file in the folder.
         """
         folder = os.environ.get(FOLDER)
         if folder is None or not Path(folder).is_dir():
@@ -84,7 +85,10 @@ class Progress:
         self.record.print_stacks_at_signal()
 
     def mark(self, phase: str, step: int | None = None) -> None:
-        """Begin a phase, and set the number of complete optimizer steps if `step` is given."""
+        """Begin a phase, and set the number of complete optimizer steps if `step` is given.
+
+        The hooks of `MarkedPhases` call it, and `CheckpointSaves.settle_saves` for the phase before a save.
+        """
         self.phase = phase
         if step is not None:
             self.step = step
@@ -94,7 +98,8 @@ class Progress:
     def mark_step(self, step: int) -> None:
         """Begin the phase FORWARD of a training step, and record for a supervisor how long the step before it took.
 
-        A time that a validation, a save or a compilation interrupted is not recorded.
+        A step that a validation, a save or a compilation interrupted is counted without a time.
+        `MarkedPhases.training_step` calls it.
         """
         if self.record is not None:
             self._watch_compiler()
@@ -106,7 +111,10 @@ class Progress:
         self.mark(FORWARD, step)
 
     def interrupt(self, phase: str, step: int | None = None) -> None:
-        """Begin a phase that is no part of a training step, such as a validation: the step is not timed."""
+        """Begin a phase that is no part of a training step, such as a validation: the step is not timed.
+
+        `MarkedPhases._interrupt` calls it, which also makes timeouts long; the end of a run and compilation do without.
+        """
         self._forward = None
         self.mark(phase, step)
 
@@ -152,7 +160,10 @@ class MarkedPhases(ParallelStrategy):
         return 0 if trainer is None else trainer.global_step
 
     def _interrupt(self, phase: str) -> None:
-        """Begin a phase between training steps, in which ranks may wait long for each other: timeouts are long."""
+        """Begin a phase between training steps, in which ranks may wait long for each other: timeouts are long.
+
+        The hooks of this class call it, and `CheckpointSaves.settle_saves` for a save.
+        """
         self.timeouts.interrupt()
         self.progress.interrupt(phase, self._step())
 
@@ -226,6 +237,8 @@ class MarkedPhases(ParallelStrategy):
 
     def _end_run(self, text: str, outcome: int) -> None:
         """Write for a supervisor how the run of this rank ended, or with RUNS that it has begun.
+
+        `NamedFailures` calls it at set-up and for an error.  Without a supervisor it does nothing.
 
         Args:
             text: the error, or "".

@@ -75,7 +75,7 @@ class CheckpointSaves(ParallelStrategy):
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
-        """The plugin by which Lightning saves and loads files: the user's, or a `ManifestCheckpointIO`."""
+        """The plugin by which Lightning and this class save and load files: the user's, or a `ManifestCheckpointIO`."""
         if self._checkpoint_io is None:
             self._checkpoint_io = ManifestCheckpointIO(self.background_saves)
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
@@ -186,18 +186,24 @@ class CheckpointSaves(ParallelStrategy):
                 discard(pending.unfinished)  # the folder is there after an error
 
     def on_train_start(self) -> None:
-        """Allow saves in the background from now on."""
+        """Allow saves in the background from now on; Lightning calls it before the first step of `fit`."""
         self._is_training = True
         super().on_train_start()
 
     def on_train_end(self) -> None:
-        """Finish the save in the background; later saves return when they are written."""
+        """Finish the save in the background; later saves return when they are written.
+
+        Lightning calls it on all ranks at the end of `fit`.
+        """
         self._is_training = False
         self.settle_saves()
         super().on_train_end()
 
     def teardown(self) -> None:
-        """End a save in the background that no `settle_saves` has finished, because the run failed."""
+        """End a save in the background that no `settle_saves` has finished, because the run failed.
+
+        The Trainer calls it at the end of a run, also after an error; it sends nothing.
+        """
         pending, self._pending = self._pending, None
         if pending is not None and pending.unfinished is not None:  # the run failed: the folder gets no name
             io: Any = self.checkpoint_io
@@ -288,7 +294,11 @@ class CheckpointSaves(ParallelStrategy):
         return chosen if chosen is not None and str(chosen) == choices[0] else choices[0]
 
     def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
-        """Load an undamaged checkpoint by the `checkpoint_io`; the subclasses for FSDP2 and DeepSpeed override it."""
+        """Load an undamaged checkpoint as Lightning's strategy does, and return its content.
+
+        With DDP that is by the `checkpoint_io`.  The subclass for FSDP2 overrides it; that for DeepSpeed calls it, for
+        Lightning's `DeepSpeedStrategy`, once it has checked and perhaps converted the files.
+        """
         if isinstance(self.checkpoint_io, ManifestCheckpointIO):
             self.checkpoint_io.accept(Path(path))
         return super().load_checkpoint(path, weights_only)

@@ -48,7 +48,7 @@ class SequenceRanks(ParallelStrategy):
     _loaders: LoaderWatch | None = None  # made when the ranks are connected
 
     def _ranks(self) -> int:
-        """Return the number of ranks of the run; it is known before any is started."""
+        """Return the number of ranks of the run; it is known before any is started.  `NamedFailures` asks, too."""
         nodes: int = self.num_nodes  # type: ignore[attr-defined]  # the subclasses have it
         return nodes * len(self.parallel_devices or ())
 
@@ -104,14 +104,21 @@ class SequenceRanks(ParallelStrategy):
         self.model.to(self.root_device)
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait until all ranks of the run, not only those that share a sequence, have called it."""
+        """Wait until all ranks of the run, not only those that share a sequence, have called it.
+
+        Lightning calls it, the atomic saves of `Preemption`, and `CausalLMModule.save_pretrained`.
+        """
         if not _distributed_is_initialized():
             return
         is_nccl = dist.get_backend() == "nccl"
         dist.barrier(device_ids=[self.root_device.index] if is_nccl else None)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return on all ranks of the run, which call it together, the object that rank `src` has."""
+        """Return on all ranks of the run, which call it together, the object that rank `src` has.
+
+        Lightning calls it, and for paths, seeds and errors `CheckpointSaves`, `_make_context`, `Preemption` and
+        `fault_of_rank_zero`.
+        """
         # the backend "fake" would hang, or return None
         if not _distributed_is_initialized() or dist.get_backend() == "fake":
             return obj
@@ -120,7 +127,10 @@ class SequenceRanks(ParallelStrategy):
         return values[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Return the mean or sum of a tensor over all ranks, as for `self.log(..., sync_dist=True)`; others as is."""
+        """Return the mean or sum of a tensor over all ranks, which call it together; another object as it is.
+
+        Lightning calls it for `self.log(..., sync_dist=True)`.
+        """
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if torch.is_tensor(tensor) else tensor
 
     # Attributes and methods of `sequence_context`, for modules that read `self.trainer.strategy`
