@@ -105,6 +105,7 @@ class FirstBatchCheck:
             self._replica = None
 
         def attach(copy: nn.Module, its_context: SequenceContext) -> None:
+            """Attach the context of a run of the check to the module or its copy; `check_split` calls it."""
             attach_context(copy, its_context)
             strategy.sequence_context = its_context  # a step may read it, too
 
@@ -142,6 +143,7 @@ def _trainer_restored(trainer: Trainer) -> Iterator[None]:
     attributes = dict(trainer.__dict__)
 
     def end(optimizer: Optimizer, *_: Any) -> None:
+        """End the step of the check; torch calls it before each step of any optimizer."""
         if optimizer in optimizers:
             raise StopStep
 
@@ -194,6 +196,7 @@ def _engine_module(strategy: SplitSteps, module: LightningModule, stage: str) ->
     precision, name = strategy.precision_plugin, f"{stage}_step"
 
     def step(module: Any, batch: Any) -> Any:
+        """Run the step as the strategy does, in the precision of the run and through the engine's forward."""
         function, model = getattr(module, name), strategy.model
         arguments = _arguments(module, function, precision.convert_input(batch))
         with precision.train_step_context() if stage == "training" else precision.val_step_context():

@@ -294,6 +294,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     owned = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
     def is_unit(entry: nn.Module) -> bool:
+        """Return whether an entry has parameters, and none that a module outside of it has too."""
         inside = Counter(id(parameter) for _, parameter in entry.named_parameters(remove_duplicate=False))
         return bool(inside) and all(owned[key] == times for key, times in inside.items())
 

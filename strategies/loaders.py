@@ -84,6 +84,8 @@ def _watched(kind: type[_DataFetcher]) -> type[_DataFetcher]:
     """
 
     class Watched(kind):  # type: ignore[misc, valid-type]
+        """A fetcher with a `LoopPass`."""
+
         def __iter__(self) -> Any:
             self.sequence_pass = LoopPass()
             made = super().__iter__()

@@ -128,6 +128,7 @@ class Progress:
         before = [self.phase]
 
         def begin(_: object) -> None:
+            """Begin COMPILATION; torch.compile calls it when it begins to compile."""
             before[:] = [self.phase]
             self.interrupt(COMPILATION)
 
@@ -262,6 +263,7 @@ def _with_phases(method: Callable[..., Any], begins: str, ends: str) -> Callable
 
     @wraps(method)
     def marked(self: MarkedPhases, *args: Any, **kwargs: Any) -> Any:
+        """Call the method between the two phases, and return what it returns."""
         is_outside = self.progress.phase == OUTSIDE and begins != CONNECT
         self._interrupt(begins)
         try:

@@ -118,6 +118,7 @@ class BatchSplitter:
         parts: dict[str, Tensor] = {}
 
         def part(path: tuple[str, ...], x: Tensor) -> Tensor:
+            """Return this rank's tokens of a tensor, and keep them in `parts`; x itself where it has no sequence."""
             dim = dim_of(path, x, dims)
             if dim is None:
                 return x
