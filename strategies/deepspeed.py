@@ -75,7 +75,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
 
     @property
     def root_device(self) -> torch.device:
-        """The device of this rank; on a CPU with the index 0, which DeepSpeed needs."""
+        """The `root_device` of `SequenceRanks`; on a CPU with the index 0, which DeepSpeed needs."""
         device = super().root_device
         return torch.device("cpu", 0) if device.type == "cpu" else device
 

@@ -232,7 +232,10 @@ class MarkedPhases(ParallelStrategy):
         self._interrupt(BETWEEN)
 
     def _leave_run(self) -> None:
-        """Mark that what the process does from now on is no part of the run; `SplitSteps.teardown` calls it."""
+        """Mark that what the process does from now on is no part of the run.
+
+        `SplitSteps.teardown` calls it at the end of a run that no error or Ctrl-C has ended.
+        """
         self.progress.steps = 0
         self.progress.interrupt(OUTSIDE)
 

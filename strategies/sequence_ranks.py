@@ -68,7 +68,7 @@ class SequenceRanks(ParallelStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """The device of this rank, to which Lightning moves models and batches."""
+        """The device of this rank, to which Lightning moves models and batches; checks and callbacks ask, too."""
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
 

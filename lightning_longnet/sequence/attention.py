@@ -81,8 +81,9 @@ class ContextAttention(ContextDropout):
         """Return `convert()`, which converts a mask; the result is cached for the rest of the batch.
 
         A layer calls it that takes masks in another form than `attend`: `MultiheadDilatedAttention`, and "ring"
-        attention of transformers' models for position_ids.  All layers then give one tensor to `shard_of`, and so share
-        one shard; a new tensor for each would need a new shard.  Each rank converts its own mask.
+        attention of transformers' models (`_split_tokens`) for position_ids.  All layers then give one tensor to
+        `shard_of`, and so share one shard; a new tensor for each would need a new shard.  Each rank converts its own
+        mask.
 
         Args:
             mask: the mask as the layer was given it.
@@ -156,8 +157,8 @@ class ContextAttention(ContextDropout):
         """Return the keyword arguments of the function `attend` that depend on the ranks, the batch and the step.
 
         These are the masks or the shard that holds them, the exchange, and the dropout with its seed.  The method
-        `attend` and the attention layers of this package call it before each call of the function.  All ranks that
-        share sequences call it together, as it may make a shard.
+        `attend` and the attention layers of this package (`AttentionLayer._attended`) call it before each call of the
+        function.  All ranks that share sequences call it together, as it may make a shard.
 
         Args:
             tokens: the number of tokens of q on this rank.

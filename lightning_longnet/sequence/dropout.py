@@ -100,11 +100,11 @@ class ContextDropout(Positioned):
     def begin_step(self, number: int | None) -> None:
         """Begin the step of a micro-batch; None ends the step.
 
-        The strategy calls it before each step of the module, and a training loop without it does so before each
-        forward.  In a step, what attention drops, and what dropout drops of a batch that is split, is a function of
-        `seed` and the number, so that a run that is resumed repeats it.  Outside of steps every call draws a seed from
-        torch's CPU generator; ranks that share a sequence use the seed of the first of them.  `torch.manual_seed`
-        repeats it, and so does the recomputation of activations.
+        The strategy calls it before each step of the module, the split check before each of its own, and a training
+        loop without the strategy before each forward.  In a step, what attention drops, and what dropout drops of a
+        batch that is split, is a function of `seed` and the number, so that a run that is resumed repeats it.  Outside
+        of steps every call draws a seed from torch's CPU generator; ranks that share a sequence use the seed of the
+        first of them.  `torch.manual_seed` repeats it, and so does the recomputation of activations.
 
         Args:
             number: any integer.  The strategy takes the number of the micro-batch since training began, and negative
@@ -143,7 +143,7 @@ class ContextDropout(Positioned):
     def holds_part_of(self, dims: Sequence[int]) -> bool:
         """Return what `holds_part` returns, for a tensor whose dimensions without that of features have these sizes.
 
-        The hooks on dropout modules of torch ask.
+        The hooks on dropout modules of torch ask (dropout_hooks.py).
         """
         splitter = self._splitter
         return splitter.is_split and splitter.local_length in dims and splitter.current.length not in dims

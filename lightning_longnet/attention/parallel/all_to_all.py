@@ -68,7 +68,7 @@ class AllToAllPlan(ExchangePlan):
         return Volume((to_heads + to_rows) * per_token, 2 * messages, placement.length * per_token, forward)
 
     def branch_volumes(self, rank: int, sizes: Sizes) -> tuple[Volume, ...]:
-        """Return nothing: a message holds the heads of all branches."""
+        """Return an empty tuple: a message holds the heads of all branches."""
         return ()
 
     def work(self, rank: int, weighted_segments: int = 0) -> RankWork:

@@ -41,8 +41,8 @@ def local_call(
 ) -> ExchangeCall:
     """Return the object that computes one forward or backward of whole sequences on this process, without messages.
 
-    Rows with the same documents are the samples of a batch, other rows are joined to one long row.  The operators of
-    op.py call it where `attend` was given no shard.
+    If all rows have the same documents, they are the samples of the call; otherwise all are joined to one long row, see
+    `JoinedCall`.  The operators of op.py call it where `attend` was given no shard.
 
     Args:
         q, k: (B, N, H, D) and (B, N, Hkv, D).
@@ -95,7 +95,8 @@ class _Rows(NamedTuple):
 def _line_call(options: PassOptions, line: Line, rows: _Rows, batch: int, padding: Tensor | None) -> RoundsCall:
     """Return the object that computes the branches of one line on whole sequences: it plans their blocks.
 
-    `local_call` calls it for each line of the pattern, with the padding of the rows as the sequence has them.
+    `local_call` calls it for each line of the pattern, with the padding in the order of the sequence, (B, N), or
+    (1, B * N) for one long row.
     """
     spec, tokens, samples = options.spec, line.tokens, None
     if options.dropout is not None:

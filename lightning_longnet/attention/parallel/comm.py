@@ -81,7 +81,7 @@ class Pending:
         """Wait for all messages, or raise a RuntimeError that says which one failed; a second call does nothing.
 
         Each caller of `Comm.exchange` calls it before it reads what it receives: `RoundsCall` after the blocks that it
-        computes meanwhile, others at once or after copies on this rank.
+        computes meanwhile, `RankOrder`, `AllToAllCall` and `CacheRanks` at once or after copies on this rank.
         """
         if not self.works:
             return
@@ -99,7 +99,7 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """Return the timeout that a group of gloo or NCCL has now.
 
     `wait_arguments` asks for gloo, and `Timeouts.shorten` before it sets a shorter timeout for a training step;
-    `Timeouts.end_step` then sets this one again.
+    `Timeouts.end_step` or `Timeouts.interrupt` then sets this one again.
     """
     device = "cpu" if dist.get_backend(group) == "gloo" else "cuda"
     limit: timedelta = group._get_backend(torch.device(device)).options._timeout
@@ -190,7 +190,7 @@ class Comm:
     def exchange(
         self, send: dict[int, Tensor], receive: dict[int, Tensor], context: MessageContext, content: str
     ) -> Pending:
-        """Start one message to each rank of `send` and from each of `receive`; no tensor may be empty.
+        """Start one message to each rank of `send` and from each of `receive`; both may be empty, but no tensor.
 
         `RoundsCall`, `AllToAllCall` and `RankOrder` call it, and `CacheRanks.exchange` of inference.  Received tensors
         are valid, and sent ones may be changed, when the caller has called `wait` of the result.  `content` says what

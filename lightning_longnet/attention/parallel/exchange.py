@@ -93,7 +93,9 @@ class RankWork(NamedTuple):
 
     @property
     def visible_pairs(self) -> int:
-        """The pairs that the rank's queries see, a repeated pair as often as branches show it (once in a "set").
+        """The pairs that the rank's queries see in all its heads, a repeated pair as often as branches show it.
+
+        If the pattern's multiplicity is "set", it counts once.
 
         `sequence_plan` puts them into its table.
         """
@@ -123,7 +125,7 @@ class Footprint(Protocol):
     def kv_rows(self, layers: int) -> int:
         """Return the most KV rows of other ranks that are in memory at once, in a model of `layers` such layers.
 
-        `longnet plan` compares ranks by it, to find the one with the fullest memory.
+        `_fullest` of planning/run.py compares ranks by it, to find the one with the fullest memory.
         """
 
     def in_flight_bytes(self, q: Tensor, k: Tensor, v: Tensor, *, is_backward: bool) -> int:
@@ -218,7 +220,7 @@ class RankCall(NamedTuple):
     def kernel(self) -> BlockKernel | PartsKernel:
         """The kernel that computes blocks, by the name in the spec; never "reference", which serves no shard.
 
-        The plans of exchanges give it to their `RoundsCall`s.
+        `RoundsPlan` and `AllToAllPlan` give it to their `RoundsCall`s.
         """
         return BLOCK_KERNELS[self.options.spec.kernel]
 
@@ -226,15 +228,15 @@ class RankCall(NamedTuple):
     def line(self) -> Line:
         """The first of `lines`, in whose order the call takes its rows.
 
-        In the calls that `by_line` returns, which the plans of exchanges compute, it is the only one.
+        In the calls that `by_line` returns it is the only one: `RoundsPlan` and `AllToAllPlan` plan each by its line.
         """
         return self.lines[0]
 
     @property
     def branch_outs(self) -> int:
-        """The number of branches of this line whose own results the backward takes; see `RoundsCall`.
+        """The number of branches of this line whose own results the backward takes: all for "detached", else 0.
 
-        The plans of exchanges give it to their `RoundsCall`s.
+        `RoundsPlan` and `AllToAllPlan` give it to their `RoundsCall`s.
         """
         return len(self.line.branches) if self.options.spec.partials > 1 else 0
 

@@ -21,7 +21,7 @@ class LocalComm(Comm):
 
     @property
     def name(self) -> None:
-        """None: there is no group."""
+        """None: there is no group.  A `Guard` tells groups apart by it."""
         return None
 
     def all_gather(self, own: Tensor, step: str) -> Tensor:

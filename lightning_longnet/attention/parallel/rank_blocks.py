@@ -60,7 +60,7 @@ class Layout(NamedTuple):
 def rank_blocks(layout: Layout) -> RankBlocks:
     """Return the blocks between any two ranks of a layout, one object for the last layouts that were asked for.
 
-    `route`, `rounds_volumes`, `busiest_ranks` and `is_local` ask, and the planner.
+    `route`, `rounds_volumes`, `busiest_ranks` and `is_local` ask, and `_shown` of planning/exchange.py.
     """
     return RankBlocks(layout)
 
@@ -78,7 +78,7 @@ class PeerBlocks(NamedTuple):
     def mask(self, branches: Collection[int] | None = None, device: torch.device = CPU) -> Tensor:
         """Return a mask of the needed KV rows, (tokens * kv_heads,), for some branches or for all.
 
-        `Round` finds the rows to send and to receive by it, and plans count them.
+        `Round` finds the rows to send and to receive by it, and `_kv_row_counts` of rounds_plan.py counts them.
         """
         keys = [part.block.keys for part in self.parts if branches is None or part.branch in branches]
         if device == CPU and keys and sum(len(side.starts) * side.heads for side in keys) <= FEW_RUNS * len(keys):
@@ -290,7 +290,7 @@ class RankBlocks:
         return (before, after) if self.layout.pattern.is_causal else (before + after, before + after)
 
     def _visible_range(self, chunk: Chunk) -> tuple[int, int]:
-        """Return the tokens, from begin to end, that these tokens may see in some branch, or that may see them."""
+        """Return (begin, end) of the tokens that those of a chunk may see in some branch, or that may see them."""
         if chunk not in self._ranges:
             begins, ends = zip(
                 *(self._branch_range(chunk, branch) for branch in self.layout.pattern.branches), strict=True
@@ -299,7 +299,10 @@ class RankBlocks:
         return self._ranges[chunk]
 
     def _branch_range(self, chunk: Chunk, branch: Branch) -> tuple[int, int]:
-        """Return the tokens, from begin to end, that a branch may show to these tokens or these tokens to it."""
+        """Return (begin, end) of the tokens that those of a chunk may see in a branch, or that may see them there.
+
+        These are the tokens of the same documents, segments and windows; the causal mask is not applied.
+        """
         cuts = self.layout.cuts
         first, last = (bisect_right(cuts, token) - 1 for token in (chunk.begin, chunk.end - 1))
         begin, end = cuts[first], cuts[last + 1]

@@ -72,7 +72,7 @@ class RowExchange(NamedTuple):
     `row_exchange` returns it.
 
     Attributes:
-        sent: for each rank the local indices of the rows that are sent to it.
+        sent: for each rank, this one among them, the local indices of the rows that are sent to it.
         received: for each rank the local indices at which the rows from it are written.
     """
 
@@ -80,7 +80,10 @@ class RowExchange(NamedTuple):
     received: dict[int, Tensor]
 
     def on(self, device: torch.device) -> RowExchange:
-        """Return the same rows with their indices on a device: `row_exchange` plans on the CPU, and its callers ask."""
+        """Return the same rows with their indices on a device, as `row_exchange` plans on the CPU.
+
+        `_row_exchange` and `_line_exchange` call it.
+        """
         sent, received = ({rank: x.to(device) for rank, x in side.items()} for side in self)
         return RowExchange(sent, received)
 
@@ -141,7 +144,8 @@ def row_exchange(order: Tensor, shard: SequenceShard) -> RowExchange:
     holds that of token `order[i]`.
 
     Args:
-        order: (N,) the token at each place of the line.
+        order: (N,) for each place of the line the token whose row goes there, or for the other lines the place on the
+            first one.
         shard: which rank holds which token.
     """
     order = order.cpu()

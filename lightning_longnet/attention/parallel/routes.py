@@ -45,7 +45,7 @@ class Route:
 class Round:
     """One exchange: what this rank sends, what it receives, and the blocks that it computes with that.
 
-    Ranks from or to which no row travels are in neither dictionary.
+    A rank is in `sends` only if rows travel to it, and in `receives` only if rows come from it.
 
     Attributes:
         sends: for each rank the blocks that it computes with this rank's keys.
@@ -65,7 +65,7 @@ class Round:
 
         They are cached if the round saves the rows that it receives (a gather), or if they take at most `kept_bytes`.
         Others are computed in each call: those of all rounds of a dense ring are as many as the tokens of the sequence.
-        `RoundsCall` asks for them when it starts the round.
+        `RoundsCall` asks for them when it starts the round, in the forward and in the backward.
         """
         if device not in self._cache:
             indices = self._compute_indices(device)

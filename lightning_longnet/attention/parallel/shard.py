@@ -100,7 +100,7 @@ class SequenceShard:
 
     @staticmethod
     def _make_comm(group: dist.ProcessGroup | None) -> Comm:
-        """Return the messages of this rank in a group."""
+        """Return the messages of this rank in a group, or raise a ValueError if the group does not hold it."""
         group = dist.group.WORLD if group is None else group
         if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
             raise ValueError(
@@ -166,8 +166,8 @@ class SequenceShard:
     def cached(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
         """Return the value of a key, made at its first use; it lives as long as the shard.
 
-        `distributed_calls`, `RankCall` and the plans of exchanges keep routes, exchanges and indices here, so that
-        later steps with the same shard plan nothing.
+        `distributed_calls`, `RankCall`, `RoundsPlan` and `AllToAllPlan` keep exchanges, routes and indices here, so
+        that later steps with the same shard plan nothing.
         """
         if key not in self._cache:
             self._cache[key] = make()
@@ -182,7 +182,11 @@ class SequenceShard:
         return self.saves_inputs_of.get(spec, False)
 
     def footprint(self, spec: AttentionSpec) -> Footprint:
-        """Return the memory of a call on fake tensors.  Only the shards of `longnet plan` know it and override this."""
+        """Return the memory of a call on fake tensors.  Only the shards of `longnet plan` know it and override this.
+
+        `_fake_forward` of op.py asks, and `_in_flight` of planning/fake_rank.py.  This one raises a
+        NotImplementedError.
+        """
         raise NotImplementedError("attention over ranks runs on real tensors; longnet plan runs it on fake ones")
 
     def check(self, call: Mapping[str, Any], extra: Mapping[str, Any] | None = None, fault: str = "") -> None:
