@@ -111,8 +111,8 @@ class CheckpointSaves(ParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save a checkpoint as a file or a folder; the Trainer calls it on all ranks together.
 
-        With `background_saves` it returns, in training, when the content is in memory; `settle_saves` finishes the save
-        later.
+        With FSDP2 it does so through the method of the subclass.  With `background_saves` it returns, in training, when
+        the content is in memory; `settle_saves` finishes the save later.
         """
         path = self.broadcast(filepath)
         self.settle_saves()
@@ -306,8 +306,8 @@ class CheckpointSaves(ParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Return the content of a checkpoint, after checking that it is as it was saved.
 
-        Lightning calls it on all ranks of a run that is given a `ckpt_path`.  If the checkpoint is damaged, `fit` loads
-        the newest other one, with a warning.
+        Lightning calls it on all ranks of a run that is given a `ckpt_path`, with DDP through the method of the
+        subclass.  If the checkpoint is damaged, `fit` loads the newest other one, with a warning.
         """
         path = self.broadcast(checkpoint_path)
         if _is_local_file_protocol(path):

@@ -75,7 +75,8 @@ class SequenceRanks(ParallelStrategy):
     def _make_context(self) -> None:
         """Make the context and the `LoaderWatch` when the ranks are connected, once for all runs of a Trainer.
 
-        The subclasses for DDP, FSDP2 and DeepSpeed call it at the end of `setup_environment`, on all ranks together.
+        The subclasses for DDP, FSDP2 and DeepSpeed call it at the end of `setup_environment`, on all ranks together,
+        through `SplitSteps._make_context`.
         """
         if isinstance(self._placement, RunPlacement):
             self._placement.begin(self.lightning_module)

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
     """A strategy that checks the first batch, splits each batch, and begins and weights the steps of training.
 
-    It attaches the context to the module when a run is set up, and removes it at the end.
+    It attaches the context to the module when a run is set up, and removes it at the end.  Lightning calls the public
+    methods on all ranks, through those of the same names of the class for a sharding.  Inside of them run those of the
+    base classes in their order, and then those of Lightning's strategy.
     """
 
     accumulate: Accumulate
