@@ -143,7 +143,10 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     # `CheckpointSaves` calls the next four when a checkpoint is saved or loaded
 
     def _writes_folder(self) -> bool:
-        """Return whether each rank writes its files into a folder, and not rank 0 one file (for averaged weights)."""
+        """Return whether each rank writes its files into a folder, and not rank 0 all into one file.
+
+        It does unless the user has set `save_distributed_checkpoint=False`, or a callback averages weights.
+        """
         return self._save_distributed_checkpoint
 
     def _write_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, FileSum]:
@@ -181,7 +184,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
             self._root()._get_fsdp_state()._register_pre_backward_hook(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Free the parameters that FSDP gathered for a backward that a step called itself, as `manual_backward`."""
+        """Free the parameters that FSDP gathered for a backward that a step called itself by `manual_backward`."""
         super().post_backward(closure_loss)
         if self._is_manual():
             # the gradients are sharded, and the step may clip those of `self.parameters()`
@@ -252,7 +255,11 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         return self.model
 
     def _shard_mesh(self) -> DeviceMesh:
-        """Return the mesh over which parameters are sharded: for "hsdp" only over the ranks that share a sequence."""
+        """Return the mesh that `fully_shard` takes: all ranks in one axis, over which it shards parameters.
+
+        For "hsdp" it is that of the context: parameters are sharded over the ranks that share a sequence, and equal on
+        the data-parallel groups.
+        """
         mesh = self.sequence_context.mesh
         assert mesh is not None
         return mesh if self.sharding == "hsdp" else mesh._flatten("ranks")
