@@ -34,7 +34,7 @@ class WatchedLauncher(_SubprocessScriptLauncher):
     """
 
     def _call_children_scripts(self) -> None:
-        """Start the other ranks of this node as processes; Lightning calls it when `fit` begins.
+        """Start the other ranks of this node as processes; Lightning calls it when this process begins its first run.
 
         The environment of each has the id of this process, for `watch_parent`.  On a single node the ranks connect at a
         free port, unless the environment names one.

@@ -19,7 +19,8 @@ class WatchedLoops(ParallelStrategy):
 
     It also warns if a sampler repeats samples, begins the context's steps in evaluation, and ends the last batch of
     each loop.  Lightning calls `on_*_start` and `on_*_end` on all ranks at the start and the end of a loop, and
-    `*_step` for each batch.
+    `*_step` for each batch: `training_step` waits for the notes of all ranks, and the others begin a step of the
+    context before that.
     """
 
     sequence_context: SequenceContext

@@ -50,8 +50,9 @@ if TYPE_CHECKING:
 class Monitor(Callback):
     """The base of callbacks that log figures of all ranks at the Trainer's logging steps.
 
-    A subclass defines `names`, `own_numbers` and `figures_of`.  The last of a Trainer's monitors gathers the numbers of
-    all of them, on the host.  Ranks do not communicate between logging steps, and do not wait for a GPU.
+    A subclass defines `names`, `own_numbers` and `figures_of`; its own hooks call those of this class.  The last of a
+    Trainer's monitors gathers the numbers of all of them, on the host.  Ranks do not communicate between logging steps,
+    and do not wait for a GPU.
 
     Attributes:
         names: the names of the numbers of each rank, in the order of `own_numbers`.

@@ -200,7 +200,7 @@ class Watch:
 
 
 def place(entry: Entry) -> str:
-    """Return where a rank is, as a part of a sentence."""
+    """Return where a rank is, as a part of a sentence, for faults and for what the supervisor prints of ranks."""
     return place_of(entry.phase, entry.step)
 
 
