@@ -216,7 +216,10 @@ class LoaderWatch:
 
 
 def _fault_by(module: LightningModule, batch: Any) -> str:
-    """Return the error message of a module's method `batch_fault` for a batch; "" if it has none or finds nothing."""
+    """Return the error message of a module's method `batch_fault` for a batch; "" if it has none or finds nothing.
+
+    The modules of this package have one.
+    """
     find = getattr(module, "batch_fault", None)
     return "" if find is None else str(find(batch))
 

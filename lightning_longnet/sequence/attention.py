@@ -116,9 +116,8 @@ class ContextAttention(ContextDropout):
         A user's module calls it in its forward, and `ring_attention` for models of transformers: the call is the same
         under this package's strategy, under any other and without one.  All ranks that share sequences call it
         together.  q is (B, L, H, D), where L is the number of tokens of this rank: all N of them where sequences are
-        whole; the result is (B, L, H, Dv).  `documents`, (L,) or (B, L), and
-        `key_padding_mask`, (B, L), are those of the same tokens; None means that there are none, even if the batch
-        has some.
+        whole; the result is (B, L, H, Dv).  `documents`, (L,) or (B, L), and `key_padding_mask`, (B, L), are those of
+        the same tokens; None means that there are none, even if the batch has some.
 
         As in `torch.nn.functional.scaled_dot_product_attention`, a positive `dropout` drops in evaluation too: in a
         module write `attend(q, k, v, pattern, dropout=p if self.training else 0.0, layer=i)`.  `layer` is the number of

@@ -56,10 +56,9 @@ class DropoutSeeds:
 
         All ranks call it together, by `ContextDropout.random_part` and `one_call`.  Every call draws `ranks` numbers
         from torch's CPU generator, so that it stays equal on all ranks.  Outside of a step these are the seeds.  In a
-        step the seeds come from a generator of the step, so
-        that a resumed run repeats them.  Activation checkpointing restores torch's generator before it recomputes, so
-        the recomputation draws the same numbers again: the first of them is the key under which the seeds of the call
-        are cached.
+        step the seeds come from a generator of the step, so that a resumed run repeats them.  Activation checkpointing
+        restores torch's generator before it recomputes, so the recomputation draws the same numbers again: the first of
+        them is the key under which the seeds of the call are cached.
         """
         drawn = torch.randint(2**62, (ranks,), device="cpu")
         if self._step is not None:

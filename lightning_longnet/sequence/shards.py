@@ -89,9 +89,8 @@ class BatchShards:
 
         All ranks of the sequence group call it together, by `ShardCache.get`.  Outside of inference mode a mask that
         the program changes has another version on all of them.  In inference mode each rank compares the values of its
-        own tokens, which may
-        have changed where another's have not; so they exchange the indices of their shards, and make one together
-        unless these are equal.
+        own tokens, which may have changed where another's have not; so they exchange the indices of their shards, and
+        make one together unless these are equal.
 
         Args:
             documents, padding: the masks of this rank's tokens; at most one of them is None.

@@ -104,7 +104,7 @@ class RankOrder(NamedTuple):
         return self._exchange_rows(tensors, self.rows.sent, self.rows.received, "rows into the order")
 
     def restore(self, *tensors: Tensor) -> list[Tensor]:
-        """Return tensors that are in the order as the sequence has them; all ranks call it together."""
+        """Return tensors that are in the order as they were before `reorder`; all ranks call it together."""
         return self._exchange_rows(tensors, self.rows.received, self.rows.sent, "rows out of the order")
 
     def _exchange_rows(

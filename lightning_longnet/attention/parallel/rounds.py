@@ -167,9 +167,9 @@ class RoundsCall(NamedTuple):
     ) -> list[Accumulator]:
         """Return dq, dk and dv of this rank's tokens as they were accumulated, in float32 or float64.
 
-        Gradients of received keys travel back to their ranks.  `out` and `lse` are those of the whole softmax.  Without
-        rounds, a kernel may give a gradient that `is_whole`, to which nothing is added later, in the type of q.
-        `backward` calls it, and `LinesCall` for each of its lines.
+        Gradients of received keys travel back to their ranks.  `out` and `lse` are those of the whole softmax.
+        `backward` calls it, and `LinesCall` for each of its lines.  With `is_whole`, which `backward` alone sets,
+        nothing is added later: if there are no rounds, a kernel may then give a gradient in the type of q.
         """
         rounds, wide = self.route.rounds, torch.promote_types(q.dtype, torch.float32)
         stores, stores_keys = (

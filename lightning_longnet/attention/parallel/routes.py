@@ -136,8 +136,8 @@ class RoundIndices(NamedTuple):
 def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
     """Return a rank's route: what it computes, sends and receives in a call of attention by gather and ring.
 
-    All branches that are gathered share one round with all ranks; those of a ring share a round for each step.
-    It sends nothing.  `RoundsPlan` asks for it: for its calls, of which the shard keeps it, and in `RoundsPlan.work`.
+    All branches that are gathered share one round with all ranks; those of a ring share a round for each step.  The
+    function sends nothing.  `RoundsPlan` calls it for its calls, whose shard keeps the route, and in `RoundsPlan.work`.
 
     Args:
         layout: the pattern, the heads, the documents and the placement.
@@ -160,7 +160,10 @@ def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
 def _round(
     between: RankBlocks, rank: int, sources: list[int], targets: list[int], branches: tuple[int, ...], step: int = 0
 ) -> Round:
-    """Return the round in which a rank receives from `sources` and sends to `targets`, without idle ranks."""
+    """Return the round in which a rank receives from `sources` and sends to `targets`, for some branches.
+
+    Ranks between which no row travels are left out.  `step` is that of a ring, and 0 for a gather.
+    """
     receives = {r: blocks for r in sources if (blocks := between.blocks(rank, r, branches)).parts}
     sends = {r: blocks for r in targets if (blocks := between.blocks(r, rank, branches)).parts}
     return Round(sends, receives, saves_rows=step == 0, ring_step=step)
