@@ -164,7 +164,7 @@ class NamedFailures(MarkedPhases):
 
 
 def is_lost_connection(exception: BaseException) -> bool:
-    """Return whether an error says only that another rank has ended or did not answer in time."""
+    """Return whether an error says only that another rank has ended or did not answer in time, by its known texts."""
     if isinstance(exception, dist.DistError):
         return True
     return isinstance(exception, RuntimeError) and any(each in str(exception) for each in _LOST)

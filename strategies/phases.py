@@ -119,7 +119,10 @@ class Progress:
         self.mark(phase, step)
 
     def _watch_compiler(self) -> None:
-        """Have torch.compile begin the phase COMPILATION when it compiles, and the phase before it afterwards."""
+        """Have torch.compile begin the phase COMPILATION when it compiles, and the phase before it afterwards.
+
+        It does so once, when torch.compile has been imported.
+        """
         if self._watches_compiler or "torch._dynamo" not in sys.modules:
             return
         from torch._dynamo.callback import callback_handler
@@ -179,7 +182,7 @@ class MarkedPhases(ParallelStrategy):
         super().on_train_start()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the step in the phase FORWARD, with short timeouts."""
+        """Run the step in the phase FORWARD, with short timeouts unless the optimizer has not stepped since a pause."""
         self.timeouts.shorten()
         self.progress.mark_step(self._step())
         return super().training_step(*args, **kwargs)

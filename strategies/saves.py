@@ -148,7 +148,7 @@ class CheckpointSaves(ParallelStrategy):
                 discard(unfinished)  # the folder is there after an error
 
     def _begin_folder(self, checkpoint: dict[str, Any], unfinished: Path) -> None:
-        """Copy this rank's files to memory, and start to write them in a thread."""
+        """Copy this rank's files to memory, on all ranks together, and start to write them in a thread."""
         files = self._copy_folder(checkpoint, unfinished)
         io: Any = self.checkpoint_io
         io.writer.begin(lambda: {name: file.store(unfinished / name) for name, file in files.items()})
@@ -267,7 +267,7 @@ class CheckpointSaves(ParallelStrategy):
         return [each for each, _ in results]
 
     def _gathered(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, which call it together."""
+        """Return the values of all ranks in their order; all call it together, with values that can be pickled."""
         if not _distributed_is_initialized() or dist.get_backend() == "fake":
             return [value]
         values = [None] * dist.get_world_size()

@@ -215,7 +215,7 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
 
 
 def _add_preemption(trainer: Trainer) -> None:
-    """Add the callback `Preemption` to a Trainer that has none, and log it."""
+    """Add the callback `Preemption` to a Trainer that has none, and log it; `SplitSteps.setup` calls it for `fit`."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, Preemption) for callback in callbacks):
         return

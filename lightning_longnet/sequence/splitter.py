@@ -182,7 +182,10 @@ class BatchSplitter:
             self.current = before
 
     def check_same(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> None:
-        """Raise a ValueError on all ranks if ranks that share sequences hold unequal batches or one cannot be split."""
+        """Raise a ValueError on all ranks if ranks that share sequences hold unequal batches or one cannot be split.
+
+        All ranks call it together; see `SequenceContext.check_same`.
+        """
         position = self.position
         if position.sequence_group is None or position.data_parallel_group is None:
             return
@@ -203,7 +206,7 @@ class BatchSplitter:
         return ""
 
     def _check_part(self, part: SequencePart, dims: Mapping[str, int | None]) -> None:
-        """Raise a ValueError if a `SequencePart` does not hold this rank's tokens, or its tensors have others."""
+        """Raise a ValueError if a `SequencePart` has not this rank's tokens, or its tensors not as many tokens."""
         self._check_length(part.length)
         part.check_stretches(self.placement_of(part.length), self.position.sequence_parallel_rank)
         if (tokens := length_of(part.tensors, dims)) != part.tokens:

@@ -109,7 +109,7 @@ class AllToAllPlan(ExchangePlan):
         return RoundsCall(call.kernel, route, options, call.branch_outs, saves_outs=True)
 
     def _kv_heads_of(self, rank: int) -> range:
-        """Return the key/value heads of a rank."""
+        """Return the key/value heads of a rank, as many as of each other rank, in the order of ranks."""
         heads = self.layout.kv_heads // self.layout.placement.ranks
         return range(rank * heads, (rank + 1) * heads)
 
@@ -129,7 +129,11 @@ class AllToAllFootprint(NamedTuple):
         return True
 
     def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
-        """Return uninitialized tensors like those that the forward saves: q, k, v, lse and outs of a rank's heads."""
+        """Return uninitialized tensors like those that the forward saves: q, k, v, lse and outs of a rank's heads.
+
+        They are (B, N, H / P, D), and lse has as many elements as that of the forward.  For "detached" there is an out
+        of each branch, in float32 or wider; else one, in the type of q for the mix "exact".
+        """
         wide = torch.promote_types(q.dtype, torch.float32)
         saved = [x.new_empty((x.shape[0], self.length, x.shape[2] // self.ranks, x.shape[3])) for x in (q, k, v)]
         rows = q.shape[0], self.length, q.shape[2] // self.ranks
@@ -215,7 +219,7 @@ class AllToAllCall(NamedTuple):
             return [x.unflatten(2, (comm.ranks, -1))[:, :, peer].transpose(0, 1) for x in tensors]
 
         def put(peer: int, pieces: Sequence[Tensor]) -> None:
-            """Write the tokens of another rank to their places in the whole sequence."""
+            """Write the tokens of a rank, (its L, B, H / P, D) of each tensor, to their places in the sequence."""
             for whole, piece in zip(wholes, pieces, strict=True):
                 for begin, end, local in placement.chunks(peer):
                     whole[begin:end] = piece[local : local + end - begin]
@@ -240,7 +244,7 @@ class AllToAllCall(NamedTuple):
             return [torch.cat([x[:, :0], *(x[:, s.begin : s.end] for s in chunks)], 1).transpose(0, 1) for x in tensors]
 
         def put(peer: int, pieces: Sequence[Tensor]) -> None:
-            """Write another rank's heads of this rank's tokens."""
+            """Write a rank's heads of this rank's tokens, (L, B, H / P, D) of each tensor."""
             for part, piece in zip(parts, pieces, strict=True):
                 part[:, :, peer] = piece.transpose(0, 1)
 

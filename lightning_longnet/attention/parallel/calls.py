@@ -221,7 +221,10 @@ def call_kind(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, has_sinks: b
 
 
 def _grouped_by_documents(cuts: Sequence[tuple[int, ...]]) -> Iterator[tuple[slice, tuple[int, ...]]]:
-    """Yield (samples, cuts) for each run of consecutive samples with equal documents."""
+    """Yield (samples, cuts) for each run of consecutive samples with equal documents.
+
+    `cuts` has those of each sample; `samples` is the slice of those that have the cuts which are yielded with it.
+    """
     first = 0
     for equal_cuts, group in groupby(cuts):
         last = first + len(list(group))

@@ -69,7 +69,10 @@ def causal_pairs(placement: Placement, cuts: Sequence[int]) -> list[int]:
 
 
 def _ranges(cuts: Sequence[int], ranks: int, least: int) -> list[list[tuple[int, int]]]:
-    """Return the (begin, end) of each rank, with a zigzag of its own for each document of at least `least` tokens."""
+    """Return the ranges (begin, end) of each rank, with a zigzag for each document of at least `least` tokens.
+
+    The other documents follow one another over the ranks, until each rank holds its even share of all tokens.
+    """
     ranges: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
     held = [0] * ranks
     short, cut_tokens = [], 0

@@ -234,7 +234,7 @@ class RankBlocks:
         return documents
 
     def _documents_on(self, rank: int) -> set[int]:
-        """Return the numbers of the documents with tokens on a rank."""
+        """Return the numbers of the documents with tokens on a rank: document i begins at `cuts[i]`."""
         cuts, numbers = self.layout.cuts, set[int]()
         for chunk in self.layout.placement.chunks(rank):
             numbers.update(range(bisect_right(cuts, chunk.begin) - 1, bisect_left(cuts, chunk.end)))

@@ -86,14 +86,14 @@ class Round:
 
     @cached_property
     def _counts(self) -> tuple[dict[int, int], dict[int, int]]:
-        """The numbers of KV rows that are sent to and received from each rank."""
+        """The numbers of KV rows by rank, (sent, received), with which indices are computed on a GPU."""
         sent, received = (
             {rank: blocks.kv_row_count() for rank, blocks in side.items()} for side in (self.sends, self.receives)
         )
         return sent, received
 
     def _compute_indices(self, device: torch.device) -> RoundIndices:
-        """Compute the indices on the device; the numbers of rows are known, so nothing waits for a GPU."""
+        """Compute the indices on the device; on a GPU with the numbers of rows, so that nothing waits for it."""
         sent, received = ({}, {}) if device.type == "cpu" else self._counts
         receive, parts, offset = {}, [], 0
         for rank, blocks in self.receives.items():
