@@ -172,7 +172,10 @@ class MarkedPhases(ParallelStrategy):
         self.progress.interrupt(phase, self._step())
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the weights; a Trainer calls it when it saves a checkpoint, so that the phase SAVE begins."""
+        """Return the weights; a Trainer calls it first when it saves a checkpoint, and so the phase SAVE begins here.
+
+        That is so between steps of training and in a validation; elsewhere `save_checkpoint` begins the phase.
+        """
         if self.progress.steps > 0 and self.progress.phase in (BETWEEN, OPTIMIZER, VALIDATION):
             self._interrupt(SAVE)  # it ends with the next phase
         return super().lightning_module_state_dict()
@@ -196,7 +199,10 @@ class MarkedPhases(ParallelStrategy):
         self.progress.mark(OPTIMIZER)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Step the optimizer; with Lightning's optimisation the step of the module runs inside of it."""
+        """Step the optimizer; with Lightning's optimisation the step of the module runs inside of it.
+
+        Lightning calls it for each step of an optimizer.  Afterwards timeouts are long, in the phase BETWEEN.
+        """
         result = super().optimizer_step(*args, **kwargs)
         self.timeouts.end_step()
         self.progress.mark(BETWEEN)
