@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def averages(trainer: Trainer) -> Iterator[nn.Module]:
     """Yield the copy of the model that each callback of a Trainer averages weights in.
 
-    The callbacks make the copies in their `setup`, before FSDP2 shards the model, and so it shards the copies too.
+    The callbacks make the copies in their `setup`, before FSDP2 shards the model.  FSDP2's `setup` therefore shards
+    what this yields too, and `has_averages` asks whether there is any.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         average = getattr(callback, "_average_model", None)
@@ -71,6 +72,7 @@ def whole_state(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """
 
     def whole(value: Any) -> Any:
+        """Return the full tensor of a DTensor on the CPU, and any other value as it is."""
         if not isinstance(value, DTensor):
             return value
         on_device: Any = value.to(device)
@@ -89,6 +91,7 @@ def sharded_state(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     held = module.state_dict()
 
     def sharded(name: str, value: Any) -> Any:
+        """Return this rank's shards of a full tensor as a DTensor; the value itself where the module shards none."""
         like = held.get(name)
         if not isinstance(like, DTensor) or isinstance(value, DTensor):
             return value

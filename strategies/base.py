@@ -64,15 +64,16 @@ class RingSequenceParallelStrategy(_ClassBySharding, SplitSteps):
         preemption: adds the callback `Preemption` when fitting, unless the Trainer has one: SIGTERM to any rank then
             saves one checkpoint of all ranks and ends the run.  False leaves signals to Lightning.
         split_check: what happens if the module computes something else on parts of sequences than on whole ones, which
-            is checked on the first batch of training, of validation and of testing: "error" ends the run, "warn" only
-            warns, and "off" skips the check; see `check_split`.
+            is checked on the first batch of training, of validation, of testing, and of prediction by a `predict_step`
+            of the user's: "error" ends the run, "warn" only warns, and "off" skips the check; see `check_split`.
         background_saves: a save in training returns when the checkpoint is copied to the memory of the host.  A thread
             writes it, and the checkpoint gets its name when the disk holds it.  An error of writing ends the run at the
             next step, and fitting ends when all is written.
         memory_check: compares the memory that `longnet plan` predicts with the memory of each rank, at the first batch:
             "error" ends a run that cannot fit, and warns if less is free than planned; "warn" warns in both cases, and
             "off" skips the comparison.
-        step_timeout: the same for the other steps of training; at most `timeout`.
+        step_timeout: seconds after which a rank that waits for another one raises an error in all other steps of
+            training; at most `timeout`.
         accelerator: as for any strategy, like all that follow; the Trainer sets them.
         parallel_devices: the devices of this node.
         cluster_environment: the plugin that knows the number of each rank.
@@ -127,6 +128,8 @@ class RingSequenceParallelStrategy(_ClassBySharding, SplitSteps):
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
         """Call `__init__` of `lightning_class`; each subclass does it with the options that its sharding needs.
+
+        `RingSequenceParallelStrategy.__init__` calls it, before it sets the attributes that the Trainer may give.
 
         Args:
             engine: a copy of the argument `engine` of the strategy, with names that were checked.

@@ -18,14 +18,18 @@ class DDPSequenceParallelStrategy(RingSequenceParallelStrategy, DDPStrategy):
     lightning_class = DDPStrategy
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
-        """Call `__init__` of `DDPStrategy` with the options of the user."""
+        """Call `__init__` of `DDPStrategy` with the options of the user.
+
+        `RingSequenceParallelStrategy.__init__` calls it.
+        """
         timeout = timedelta(seconds=self.timeout)
         DDPStrategy.__init__(self, process_group_backend=process_group_backend, timeout=timeout, **engine)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Return the content of a checkpoint; Lightning calls it on each rank of a run that is given a `ckpt_path`.
 
-        Code that the file may hold does not run, unless `weights_only` is False or the user trusts all files.
+        It is `CheckpointSaves.load_checkpoint`, inside which code that the file may hold does not run, unless
+        `weights_only` is False or the user trusts all files.
         """
         trust = is_trusted(weights_only is False)
         with restricted(trust=trust):

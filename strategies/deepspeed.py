@@ -40,13 +40,20 @@ _STAGES: dict[str, dict[str, Any]] = {
 
 
 class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedStrategy):
-    """The strategy of the shardings "deepspeed_stage_1", "_2", "_3" and "_3_offload"."""
+    """The strategy of the shardings "deepspeed_stage_1", "_2", "_3" and "_3_offload".
+
+    Lightning calls the public methods on all ranks: `setup_environment`, then `model_sharded_context` around
+    `configure_model`, then `setup`; `on_train_start` before the first step and `backward` in each.
+    """
 
     lightning_class = DeepSpeedStrategy
     forms = ("deepspeed",)
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
-        """Check that DeepSpeed is installed and serves the options, and call `__init__` of `DeepSpeedStrategy`."""
+        """Check that DeepSpeed is installed and serves the options, and call `__init__` of `DeepSpeedStrategy`.
+
+        `RingSequenceParallelStrategy.__init__` calls it.
+        """
         if find_spec("deepspeed") is None:
             raise ModuleNotFoundError(
                 f"sharding {self.sharding!r} needs deepspeed: pip install 'lightning-longnet[deepspeed]', or take "
@@ -68,7 +75,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
 
     @property
     def root_device(self) -> torch.device:
-        """The device of this rank; on a CPU with the index 0, which DeepSpeed needs."""
+        """The `root_device` of `SequenceRanks`; on a CPU with the index 0, which DeepSpeed needs."""
         device = super().root_device
         return torch.device("cpu", 0) if device.type == "cpu" else device
 
@@ -95,7 +102,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
     def _whole_parameter(parameter: Tensor) -> Tensor:
         """Return the full tensor of a parameter; all ranks call it together, as stage 3 must gather it.
 
-        The split check and `CausalLMModule.save_pretrained` use it.
+        The split check and `CausalLMModule.save_pretrained` use it.  With stages 1 and 2 it is the parameter itself.
         """
         if not hasattr(parameter, "ds_id"):  # DeepSpeed marks with it what stage 3 has sharded
             return parameter
@@ -154,16 +161,19 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
     # `CheckpointSaves.save_checkpoint` calls the next three
 
     def _writes_folder(self) -> bool:
+        """Return True: each rank writes its files into a folder."""
         return True
 
     def _write_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, FileSum]:
+        """Let DeepSpeed write a folder, on all ranks together; return the checksum of each file of this rank."""
         return write_files(self.deepspeed_engine, folder, lambda: self._save_engine(checkpoint, folder))
 
     def _copy_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, MemoryFile]:
+        """Let DeepSpeed write a folder to memory, on all ranks together; return the files of this rank."""
         return copy_files(self.deepspeed_engine, folder, lambda: self._save_engine(checkpoint, folder))
 
     def _save_engine(self, checkpoint: dict[str, Any], folder: Path) -> None:
-        """Save as Lightning's strategy does, while `write_files` or `copy_files` stand in for DeepSpeed's writer."""
+        """Save as Lightning's strategy does; `write_files` and `copy_files` call it, in place of DeepSpeed's writer."""
         DeepSpeedStrategy.save_checkpoint(self, checkpoint, folder)
 
     def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def write_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str
     write = save_summed if _writes_as_torch(engine) else _written_by(engine)
 
     def store(content: Any, path: Path) -> None:
+        """Write a file, and keep its checksum."""
         sums[path.relative_to(folder).as_posix()] = write(content, path)
 
     _save_with(engine, store, save)
@@ -50,6 +51,7 @@ def copy_files(engine: Any, folder: Path, save: Callable[[], None]) -> dict[str,
         raise ValueError("with background_saves=True, config['checkpoint'] must choose no writer: leave it out")
 
     def store(content: Any, path: Path) -> None:
+        """Keep a file in memory."""
         files[path.relative_to(folder).as_posix()] = in_memory(content)
 
     _save_with(engine, store, save)
@@ -69,6 +71,7 @@ def _written_by(engine: Any) -> Callable[[Any, Path], FileSum]:
     write = engine.checkpoint_engine.save
 
     def written(content: Any, path: Path) -> FileSum:
+        """Write a file, wait until it is on the disk, and return its checksum."""
         write(content, str(path))
         sync(path)
         return sum_of(path)
@@ -96,6 +99,8 @@ def _save_with(engine: Any, store: Callable[[Any, Path], None], save: Callable[[
     copy_script = engine._copy_recovery_script
 
     def guarded(action: Callable[..., None]) -> Callable[..., None]:
+        """Return a function that calls `action`, and keeps its error in `errors` in place of raising it."""
+
         def attempt(*arguments: Any, **options: Any) -> None:
             try:
                 action(*arguments, **options)
@@ -105,6 +110,7 @@ def _save_with(engine: Any, store: Callable[[Any, Path], None], save: Callable[[
         return attempt
 
     def store_file(state_dict: Any, path: str) -> None:  # DeepSpeed gives the arguments by these names
+        """Store a file as `store` does; DeepSpeed calls it in place of its own writer."""
         store(state_dict, Path(path))
 
     files.save, engine._copy_recovery_script = guarded(store_file), guarded(copy_script)

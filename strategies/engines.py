@@ -41,8 +41,8 @@ def strategy_class(sharding: str) -> type[RingSequenceParallelStrategy]:
     """Return the subclass of `RingSequenceParallelStrategy` for a value of `sharding`.
 
     Its module is imported here, when a strategy is made, so that DeepSpeed need not be installed for the others.  A
-    ValueError names the values that are allowed.  `RingSequenceParallelStrategy(...)` calls it, through its metaclass
-    `_ClassBySharding`.
+    ValueError names the values that are allowed.  `RingSequenceParallelStrategy(...)` calls it, in the `__new__` of its
+    base class `_ClassBySharding`.
     """
     if sharding not in get_args(Sharding):
         allowed = ", ".join(map(repr, get_args(Sharding)))

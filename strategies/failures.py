@@ -35,12 +35,18 @@ _LOST = (  # messages of gloo, NCCL and torch's store where another rank has end
 
 
 class NamedFailures(MarkedPhases):
-    """Adds to each error the rank, the phase and the step, and to a lost connection the rank that failed first."""
+    """Adds to each error the rank, the phase and the step, and to a lost connection the rank that failed first.
+
+    It reads what other ranks report from when they are connected until `teardown`.
+    """
 
     _reports: FailureReports | None = None  # while the ranks of a run are connected
 
     def setup(self, trainer: Trainer) -> None:
-        """Clear the outcome of an earlier run of this process, for a supervisor, and set the run up."""
+        """Clear the outcome of an earlier run of this process, for a supervisor, and set the run up.
+
+        The Trainer calls it on all ranks, through `SplitSteps.setup`.
+        """
         self._end_run("", RUNS)
         super().setup(trainer)
 
@@ -113,7 +119,7 @@ class NamedFailures(MarkedPhases):
         return guards[0].advise(exception, description, is_lost=is_lost) if guards else ""
 
     def _ranks(self) -> int:
-        """Return the number of ranks; `SequenceRanks` does."""
+        """Return the number of ranks; `SequenceRanks` defines it for the strategy, and this one is never called."""
         raise NotImplementedError
 
     def _reported_failure(self, own: str, is_lost: bool) -> str:
@@ -158,7 +164,7 @@ class NamedFailures(MarkedPhases):
 
 
 def is_lost_connection(exception: BaseException) -> bool:
-    """Return whether an error says only that another rank has ended or did not answer in time."""
+    """Return whether an error says only that another rank has ended or did not answer in time, by its known texts."""
     if isinstance(exception, dist.DistError):
         return True
     return isinstance(exception, RuntimeError) and any(each in str(exception) for each in _LOST)

@@ -51,6 +51,8 @@ class FirstBatchCheck:
     def begin(self, module: LightningModule, whole: Callable[[Tensor], Tensor]) -> None:
         """Copy the structure of a module at set-up, before FSDP2 or DeepSpeed shards it; once in a run.
 
+        `SplitSteps._begin_split_check` calls it.  With the action "off" nothing is copied.
+
         Args:
             module: the module.
             whole: returns the full tensor of a parameter that has been sharded since; all ranks call it together.
@@ -67,7 +69,7 @@ class FirstBatchCheck:
         """Return whether to call `check` with the next batch: the first of its loop, where ranks share sequences.
 
         It is False if `action` is "off", and for the predict step of this package's modules, which may continue texts
-        by thousands of tokens.
+        by thousands of tokens.  `SplitSteps.batch_to_device` asks for each batch.
         """
         stage, size = _stage(trainer), strategy.sequence_context.sequence_parallel_size
         if stage == "predict" and _is_own_predict_step(trainer.lightning_module):
@@ -103,6 +105,7 @@ class FirstBatchCheck:
             self._replica = None
 
         def attach(copy: nn.Module, its_context: SequenceContext) -> None:
+            """Attach the context of a run of the check to the module or its copy; `check_split` calls it."""
             attach_context(copy, its_context)
             strategy.sequence_context = its_context  # a step may read it, too
 
@@ -140,6 +143,7 @@ def _trainer_restored(trainer: Trainer) -> Iterator[None]:
     attributes = dict(trainer.__dict__)
 
     def end(optimizer: Optimizer, *_: Any) -> None:
+        """End the step of the check; torch calls it before each step of any optimizer."""
         if optimizer in optimizers:
             raise StopStep
 
@@ -157,7 +161,7 @@ def _trainer_restored(trainer: Trainer) -> Iterator[None]:
 
 
 def _do_nothing(*_: Any, **__: Any) -> None:
-    pass
+    """Do nothing: `_trainer_restored` puts it in place of `Trainer.save_checkpoint`."""
 
 
 def _stage(trainer: Trainer) -> str:
@@ -192,6 +196,7 @@ def _engine_module(strategy: SplitSteps, module: LightningModule, stage: str) ->
     precision, name = strategy.precision_plugin, f"{stage}_step"
 
     def step(module: Any, batch: Any) -> Any:
+        """Run the step as the strategy does, in the precision of the run and through the engine's forward."""
         function, model = getattr(module, name), strategy.model
         arguments = _arguments(module, function, precision.convert_input(batch))
         with precision.train_step_context() if stage == "training" else precision.val_step_context():

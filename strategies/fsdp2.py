@@ -44,6 +44,9 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     A module whose `configure_model` applies `fully_shard` stays as it is.  Of others each block, an entry of an
     `nn.ModuleList` or `nn.Sequential`, is sharded as a unit, and then the whole module with all that is left.  An entry
     without a `forward`, as an `nn.ModuleDict`, is no block: its own entries are.
+
+    Lightning calls the public methods on all ranks: `setup_environment` and `setup` once in a run, `*_step` for each
+    batch, `pre_backward` and `post_backward` around each backward, and `optimizer_step` for each step of an optimizer.
     """
 
     lightning_class = ModelParallelStrategy
@@ -52,7 +55,10 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     shards_before_loading = True  # calls `_load_sharded_weights` of the module, where it has one, after sharding it
 
     def _init_lightning_strategy(self, engine: dict[str, Any], process_group_backend: str | None) -> None:
-        """Call `__init__` of `ModelParallelStrategy`; its own mesh is not used."""
+        """Call `__init__` of `ModelParallelStrategy`, whose own mesh is not used.
+
+        `RingSequenceParallelStrategy.__init__` calls it.
+        """
         options: dict[str, Any] = {
             "process_group_backend": process_group_backend,
             "timeout": timedelta(seconds=self.timeout),
@@ -106,7 +112,8 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     def _shard(self, module: nn.Module) -> None:
         """Shard the parameters of a module over the ranks, block by block, with the values that they have on rank 0.
 
-        Parameters on the meta device have no values yet, and are sharded without.  All ranks call it together.
+        Parameters on the meta device have no values yet, and are sharded without.  All ranks call it together, in
+        `setup`: for the module, and for each copy of it in which a callback averages weights.
         """
         tensors = [x.data for x in (*module.parameters(), *module.buffers()) if not x.is_meta]
         # each rank may have initialized its own; NCCL takes no values of the host
@@ -136,12 +143,18 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     # `CheckpointSaves` calls the next four when a checkpoint is saved or loaded
 
     def _writes_folder(self) -> bool:
+        """Return whether each rank writes its files into a folder, and not rank 0 all into one file.
+
+        It does unless the user has set `save_distributed_checkpoint=False`, or a callback averages weights.
+        """
         return self._save_distributed_checkpoint
 
     def _write_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, FileSum]:
+        """Write this rank's shards into a folder, on all ranks together; return the checksum of each file."""
         return write_shards(checkpoint, folder, is_first=self.is_global_zero)
 
     def _copy_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, MemoryFile]:
+        """Copy this rank's shards to files in memory, on all ranks together; return these files."""
         return copy_shards(checkpoint, folder, is_first=self.is_global_zero)
 
     def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
@@ -164,14 +177,14 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     # Manual optimisation: the backward runs inside of the step, which is the model's forward to FSDP
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """Prepare FSDP for a backward that a step calls itself; Lightning calls it before each backward."""
+        """Prepare FSDP for a backward that a step calls itself, with manual optimisation alone."""
         super().pre_backward(closure_loss)
         if self._is_manual():
             # FSDP gathers parameters in hooks on what the forward returns, and the step has returned nothing yet
             self._root()._get_fsdp_state()._register_pre_backward_hook(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Free the parameters that FSDP gathered for a backward that a step called itself."""
+        """Free the parameters that FSDP gathered for a backward that a step called itself by `manual_backward`."""
         super().post_backward(closure_loss)
         if self._is_manual():
             # the gradients are sharded, and the step may clip those of `self.parameters()`
@@ -187,7 +200,10 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     # Averaged weights: callbacks copy them between hooks of Lightning, from and to the shards that this rank holds
 
     def on_validation_start(self) -> None:
-        """Free gathered parameters before a callback swaps in its averaged weights for the validation."""
+        """Free gathered parameters before a callback swaps in its averaged weights for the validation.
+
+        Lightning calls it at the start of each validation, before `on_validation_epoch_start` of callbacks.
+        """
         super().on_validation_start()
         self._reshard_for_averages()
 
@@ -239,7 +255,11 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         return self.model
 
     def _shard_mesh(self) -> DeviceMesh:
-        """Return the mesh over which parameters are sharded: for "hsdp" only over the ranks that share a sequence."""
+        """Return the mesh that `fully_shard` takes: all ranks in one axis, over which it shards parameters.
+
+        For "hsdp" it is that of the context: parameters are sharded over the ranks that share a sequence, and equal on
+        the data-parallel groups.
+        """
         mesh = self.sequence_context.mesh
         assert mesh is not None
         return mesh if self.sharding == "hsdp" else mesh._flatten("ranks")
@@ -281,6 +301,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     owned = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
 
     def is_unit(entry: nn.Module) -> bool:
+        """Return whether an entry has parameters, and none that a module outside of it has too."""
         inside = Counter(id(parameter) for _, parameter in entry.named_parameters(remove_duplicate=False))
         return bool(inside) and all(owned[key] == times for key, times in inside.items())
 

@@ -57,9 +57,9 @@ def _folders_inside(folder: Any, depth: int) -> list[Path]:
 def last_checkpoint(trainer: Trainer, resumable: bool = True) -> Path | None:
     """Return the newest undamaged checkpoint of a Trainer that its strategy can load; None if nothing was saved yet.
 
-    Each rank calls it on its own, before the ranks are connected.  A ValueError is raised on rank 0 if there are
-    checkpoints and none of them can be loaded, as the run would begin anew.  The other ranks return None then; all
-    take the checkpoint that rank 0 finds.
+    Each rank calls it on its own, before the ranks are connected, in `_parse`, for `ckpt_path="last"`.  A ValueError is
+    raised on rank 0 if there are checkpoints and none of them can be loaded, as the run would begin anew.  The other
+    ranks return None then; all take the checkpoint that rank 0 finds.
 
     Args:
         trainer: the Trainer, with a strategy of this package.

@@ -28,10 +28,13 @@ _PARENTS: list[int] = []  # at most one entry: the process id of the launcher of
 
 
 class WatchedLauncher(_SubprocessScriptLauncher):
-    """Starts the other ranks of a node: they end when this process ends, and `end_children` kills those that do not."""
+    """Starts the other ranks of a node: they end when this process ends, and `end_children` kills those that do not.
+
+    `SequenceRanks._configure_launcher` puts it in place of Lightning's launcher, on the rank that starts the others.
+    """
 
     def _call_children_scripts(self) -> None:
-        """Start the other ranks of this node as processes; Lightning calls it when `fit` begins.
+        """Start the other ranks of this node as processes; Lightning calls it when this process begins its first run.
 
         The environment of each has the id of this process, for `watch_parent`.  On a single node the ranks connect at a
         free port, unless the environment names one.

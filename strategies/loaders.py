@@ -43,7 +43,7 @@ def watch_fetcher(fetcher: _DataFetcher, end: Callable[[LoopPass], None]) -> Loo
     """Return the current pass of a fetcher, the iterator from which a Lightning loop takes its batches.
 
     At the first call the fetcher's class is replaced by that of `_watched`, so that it calls `end` with the pass
-    whenever it has no further batch.
+    whenever it has no further batch.  `LoaderWatch` calls it at the start of a loop and for each batch.
     """
     watched: Any = fetcher
     if not hasattr(fetcher, "sequence_pass"):
@@ -84,6 +84,8 @@ def _watched(kind: type[_DataFetcher]) -> type[_DataFetcher]:
     """
 
     class Watched(kind):  # type: ignore[misc, valid-type]
+        """A fetcher with a `LoopPass`."""
+
         def __iter__(self) -> Any:
             self.sequence_pass = LoopPass()
             made = super().__iter__()
@@ -131,7 +133,10 @@ class LoaderWatch:
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
-        """The process groups of the notes; they keep the long timeout, as ranks wait in them between steps."""
+        """The process groups of the notes, which keep the long timeout (`Timeouts.kept`), as ranks wait between steps.
+
+        It is empty where no ranks share sequences.
+        """
         return [] if self._comparison is None else [self._comparison.group]
 
     def begin(self, trainer: Trainer) -> None:
@@ -211,7 +216,10 @@ class LoaderWatch:
 
 
 def _fault_by(module: LightningModule, batch: Any) -> str:
-    """Return the error message of a module's method `batch_fault` for a batch; "" if it has none or finds nothing."""
+    """Return the error message of a module's method `batch_fault` for a batch; "" if it has none or finds nothing.
+
+    The modules of this package have one.
+    """
     find = getattr(module, "batch_fault", None)
     return "" if find is None else str(find(batch))
 

@@ -19,7 +19,8 @@ class WatchedLoops(ParallelStrategy):
 
     It also warns if a sampler repeats samples, begins the context's steps in evaluation, and ends the last batch of
     each loop.  Lightning calls `on_*_start` and `on_*_end` on all ranks at the start and the end of a loop, and
-    `*_step` for each batch.
+    `*_step` for each batch: `training_step` waits for the notes of all ranks, and the others begin a step of the
+    context before that.
     """
 
     sequence_context: SequenceContext
@@ -89,7 +90,10 @@ class WatchedLoops(ParallelStrategy):
         self._await_others()
 
     def _end_batches(self) -> None:
-        """End the last batch of a loop and its step in the context, so that layers take whole sequences again."""
+        """End the last batch of a loop and its step in the context, so that layers take whole sequences again.
+
+        The hooks at the end of loops call it, and `SplitSteps.teardown`, as a loop that fails has no end.
+        """
         self._evaluated = 0
         self.sequence_context.begin(None)
         self.sequence_context.begin_step(None)

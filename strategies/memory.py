@@ -46,7 +46,10 @@ class MemoryCheck:
         self._is_done = False
 
     def is_due(self, trainer: Trainer) -> bool:
-        """Return whether to call `check` with the next batch: the first of training, unless `action` is "off"."""
+        """Return whether to call `check` with the next batch: the first of training, unless `action` is "off".
+
+        `SplitSteps.batch_to_device` asks for each batch.
+        """
         return self.action != "off" and not self._is_done and trainer.state.stage == RunningStage.TRAINING
 
     def check(self, strategy: SplitSteps, module: LightningModule, batch: Any) -> None:
@@ -136,6 +139,7 @@ def _least_bytes(module: LightningModule, optimizers: Iterable[Optimizer], devic
     """Return the bytes that this rank needs at least, on its device: its shards of parameters, gradients and states."""
 
     def size(parameter: torch.Tensor) -> int:
+        """Return the bytes of this rank's shard of a parameter; 0 if it is on another device, as with offload."""
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         return local.numel() * local.element_size() if local.device.type == device.type else 0
 

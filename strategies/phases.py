@@ -69,9 +69,10 @@ class Progress:
         self._watches_compiler = False
 
     def connect(self, rank: int, ranks: int) -> None:
-        """Open the record of this rank, if a supervisor has made a folder for it; the strategy calls it at its start.
+        """Open the record of this rank, if a supervisor has made a folder for it.
 
-        A signal of the supervisor then has faulthandler write the stacks of all threads to a file in the folder.
+        `SequenceRanks._configure_launcher` calls it when a Trainer is made.  A signal of the supervisor then has
+        faulthandler write the stacks of all threads to a file in the folder.
         """
         folder = os.environ.get(FOLDER)
         if folder is None or not Path(folder).is_dir():
@@ -84,7 +85,10 @@ class Progress:
         self.record.print_stacks_at_signal()
 
     def mark(self, phase: str, step: int | None = None) -> None:
-        """Begin a phase, and set the number of complete optimizer steps if `step` is given."""
+        """Begin a phase, and set the number of complete optimizer steps if `step` is given.
+
+        The hooks of `MarkedPhases` call it, and `CheckpointSaves.settle_saves` for the phase before a save.
+        """
         self.phase = phase
         if step is not None:
             self.step = step
@@ -94,7 +98,8 @@ class Progress:
     def mark_step(self, step: int) -> None:
         """Begin the phase FORWARD of a training step, and record for a supervisor how long the step before it took.
 
-        A time that a validation, a save or a compilation interrupted is not recorded.
+        A step that a validation, a save or a compilation interrupted is counted without a time.
+        `MarkedPhases.training_step` calls it.
         """
         if self.record is not None:
             self._watch_compiler()
@@ -106,12 +111,18 @@ class Progress:
         self.mark(FORWARD, step)
 
     def interrupt(self, phase: str, step: int | None = None) -> None:
-        """Begin a phase that is no part of a training step, such as a validation: the step is not timed."""
+        """Begin a phase that is no part of a training step, such as a validation: the step is not timed.
+
+        `MarkedPhases._interrupt` calls it, which also makes timeouts long; the end of a run and compilation do without.
+        """
         self._forward = None
         self.mark(phase, step)
 
     def _watch_compiler(self) -> None:
-        """Have torch.compile begin the phase COMPILATION when it compiles, and the phase before it afterwards."""
+        """Have torch.compile begin the phase COMPILATION when it compiles, and the phase before it afterwards.
+
+        It does so once, when torch.compile has been imported.
+        """
         if self._watches_compiler or "torch._dynamo" not in sys.modules:
             return
         from torch._dynamo.callback import callback_handler
@@ -120,6 +131,7 @@ class Progress:
         before = [self.phase]
 
         def begin(_: object) -> None:
+            """Begin COMPILATION; torch.compile calls it when it begins to compile."""
             before[:] = [self.phase]
             self.interrupt(COMPILATION)
 
@@ -152,12 +164,18 @@ class MarkedPhases(ParallelStrategy):
         return 0 if trainer is None else trainer.global_step
 
     def _interrupt(self, phase: str) -> None:
-        """Begin a phase between training steps, in which ranks may wait long for each other: timeouts are long."""
+        """Begin a phase between training steps, in which ranks may wait long for each other: timeouts are long.
+
+        The hooks of this class call it, and `CheckpointSaves.settle_saves` for a save.
+        """
         self.timeouts.interrupt()
         self.progress.interrupt(phase, self._step())
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the weights; a Trainer calls it when it saves a checkpoint, so that the phase SAVE begins."""
+        """Return the weights; a Trainer calls it first when it saves a checkpoint, and so the phase SAVE begins here.
+
+        That is so between steps of training and in a validation; elsewhere `save_checkpoint` begins the phase.
+        """
         if self.progress.steps > 0 and self.progress.phase in (BETWEEN, OPTIMIZER, VALIDATION):
             self._interrupt(SAVE)  # it ends with the next phase
         return super().lightning_module_state_dict()
@@ -167,7 +185,7 @@ class MarkedPhases(ParallelStrategy):
         super().on_train_start()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the step in the phase FORWARD, with short timeouts."""
+        """Run the step in the phase FORWARD, with short timeouts unless the optimizer has not stepped since a pause."""
         self.timeouts.shorten()
         self.progress.mark_step(self._step())
         return super().training_step(*args, **kwargs)
@@ -181,7 +199,10 @@ class MarkedPhases(ParallelStrategy):
         self.progress.mark(OPTIMIZER)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Step the optimizer; with Lightning's optimisation the step of the module runs inside of it."""
+        """Step the optimizer; with Lightning's optimisation the step of the module runs inside of it.
+
+        Lightning calls it for each step of an optimizer.  Afterwards timeouts are long, in the phase BETWEEN.
+        """
         result = super().optimizer_step(*args, **kwargs)
         self.timeouts.end_step()
         self.progress.mark(BETWEEN)
@@ -220,12 +241,17 @@ class MarkedPhases(ParallelStrategy):
         self._interrupt(BETWEEN)
 
     def _leave_run(self) -> None:
-        """Mark that what the process does from now on is no part of the run; `SplitSteps.teardown` calls it."""
+        """Mark that what the process does from now on is no part of the run.
+
+        `SplitSteps.teardown` calls it at the end of a run that no error or Ctrl-C has ended.
+        """
         self.progress.steps = 0
         self.progress.interrupt(OUTSIDE)
 
     def _end_run(self, text: str, outcome: int) -> None:
         """Write for a supervisor how the run of this rank ended, or with RUNS that it has begun.
+
+        `NamedFailures` calls it at set-up and for an error.  Without a supervisor it does nothing.
 
         Args:
             text: the error, or "".
@@ -249,6 +275,7 @@ def _with_phases(method: Callable[..., Any], begins: str, ends: str) -> Callable
 
     @wraps(method)
     def marked(self: MarkedPhases, *args: Any, **kwargs: Any) -> Any:
+        """Call the method between the two phases, and return what it returns."""
         is_outside = self.progress.phase == OUTSIDE and begins != CONNECT
         self._interrupt(begins)
         try:

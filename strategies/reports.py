@@ -46,7 +46,10 @@ class FailureReports:
             self._thread.start()
 
     def read(self) -> str:
-        """Return the error that was reported first; "" if there is none yet.  It does not wait for one."""
+        """Return the error that was reported first; "" if there is none yet.  It does not wait for one.
+
+        The thread of each rank but rank 0 calls it, and `_exchange` of failures.py after a lost connection.
+        """
         with self._lock:
             if not self.text and self._store.check([self._key]):
                 self._keep(self._store.get(self._key))
@@ -67,9 +70,10 @@ class FailureReports:
         await_condition(lambda: self._store.add(self._readers, 0) >= self._ranks, PATIENCE)
 
     def end(self) -> None:
-        """End the thread, at the end of a run or of the process.
+        """End the thread, at the end of a run (`NamedFailures.teardown`) or of the process.
 
-        A thread that is in the store while the interpreter shuts down would abort the process.
+        A thread that is in the store while the interpreter shuts down would abort the process.  It may wait for the
+        thread, `PATIENCE` seconds at most.
         """
         atexit.unregister(self.end)
         self._ends.set()

@@ -63,7 +63,10 @@ class CheckpointSearch(NamedTuple):
 
 
 def search_of_restart(trainer: Trainer) -> CheckpointSearch:
-    """Return where the earlier attempts of a run saved checkpoints, if a supervisor has started it again."""
+    """Return where the earlier attempts of a run saved checkpoints; only for a run that a supervisor has started again.
+
+    `checkpoint_to_resume` and `search_beside` ask.
+    """
     since = os.environ[RESUME]
     folders, root = [*_kept_folders(), *checkpoint_folders(trainer)], Path(trainer.default_root_dir)
     # of the files in the root folder, which may be of other runs, only those that signals save there
@@ -87,7 +90,7 @@ def checkpoint_to_resume(trainer: Trainer) -> str | None:
     """Return the newest checkpoint of this run after its supervisor has started it again; None in a first attempt.
 
     It is None too if no attempt has saved one: the run then begins as its own `ckpt_path` says.  Each rank calls it on
-    its own, before the ranks are connected.
+    its own, in `Trainer.fit` before the ranks are connected (`_select_of_restart`).
     """
     if os.environ.get(RESUME) is None:
         return None

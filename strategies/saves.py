@@ -75,7 +75,7 @@ class CheckpointSaves(ParallelStrategy):
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
-        """The plugin by which Lightning saves and loads files: the user's, or a `ManifestCheckpointIO`."""
+        """The plugin by which Lightning and this class save and load files: the user's, or a `ManifestCheckpointIO`."""
         if self._checkpoint_io is None:
             self._checkpoint_io = ManifestCheckpointIO(self.background_saves)
         elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):
@@ -111,8 +111,8 @@ class CheckpointSaves(ParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save a checkpoint as a file or a folder; the Trainer calls it on all ranks together.
 
-        With `background_saves` it returns, in training, when the content is in memory; `settle_saves` finishes the save
-        later.
+        With FSDP2 it does so through the method of the subclass.  With `background_saves` it returns, in training, when
+        the content is in memory; `settle_saves` finishes the save later.
         """
         path = self.broadcast(filepath)
         self.settle_saves()
@@ -148,7 +148,7 @@ class CheckpointSaves(ParallelStrategy):
                 discard(unfinished)  # the folder is there after an error
 
     def _begin_folder(self, checkpoint: dict[str, Any], unfinished: Path) -> None:
-        """Copy this rank's files to memory, and start to write them in a thread."""
+        """Copy this rank's files to memory, on all ranks together, and start to write them in a thread."""
         files = self._copy_folder(checkpoint, unfinished)
         io: Any = self.checkpoint_io
         io.writer.begin(lambda: {name: file.store(unfinished / name) for name, file in files.items()})
@@ -186,18 +186,24 @@ class CheckpointSaves(ParallelStrategy):
                 discard(pending.unfinished)  # the folder is there after an error
 
     def on_train_start(self) -> None:
-        """Allow saves in the background from now on."""
+        """Allow saves in the background from now on; Lightning calls it before the first step of `fit`."""
         self._is_training = True
         super().on_train_start()
 
     def on_train_end(self) -> None:
-        """Finish the save in the background; later saves return when they are written."""
+        """Finish the save in the background; later saves return when they are written.
+
+        Lightning calls it on all ranks at the end of `fit`.
+        """
         self._is_training = False
         self.settle_saves()
         super().on_train_end()
 
     def teardown(self) -> None:
-        """End a save in the background that no `settle_saves` has finished, because the run failed."""
+        """End a save in the background that no `settle_saves` has finished, because the run failed.
+
+        The Trainer calls it at the end of a run, also after an error; it sends nothing.
+        """
         pending, self._pending = self._pending, None
         if pending is not None and pending.unfinished is not None:  # the run failed: the folder gets no name
             io: Any = self.checkpoint_io
@@ -261,7 +267,7 @@ class CheckpointSaves(ParallelStrategy):
         return [each for each, _ in results]
 
     def _gathered(self, value: Any) -> list[Any]:
-        """Return the values of all ranks, which call it together."""
+        """Return the values of all ranks in their order; all call it together, with values that can be pickled."""
         if not _distributed_is_initialized() or dist.get_backend() == "fake":
             return [value]
         values = [None] * dist.get_world_size()
@@ -288,7 +294,11 @@ class CheckpointSaves(ParallelStrategy):
         return chosen if chosen is not None and str(chosen) == choices[0] else choices[0]
 
     def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
-        """Load an undamaged checkpoint by the `checkpoint_io`; the subclasses for FSDP2 and DeepSpeed override it."""
+        """Load an undamaged checkpoint as Lightning's strategy does, and return its content.
+
+        With DDP that is by the `checkpoint_io`.  The subclass for FSDP2 overrides it; that for DeepSpeed calls it, for
+        Lightning's `DeepSpeedStrategy`, once it has checked and perhaps converted the files.
+        """
         if isinstance(self.checkpoint_io, ManifestCheckpointIO):
             self.checkpoint_io.accept(Path(path))
         return super().load_checkpoint(path, weights_only)
@@ -296,8 +306,8 @@ class CheckpointSaves(ParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Return the content of a checkpoint, after checking that it is as it was saved.
 
-        Lightning calls it on all ranks of a run that is given a `ckpt_path`.  If the checkpoint is damaged, `fit` loads
-        the newest other one, with a warning.
+        Lightning calls it on all ranks of a run that is given a `ckpt_path`, with DDP through the method of the
+        subclass.  If the checkpoint is damaged, `fit` loads the newest other one, with a warning.
         """
         path = self.broadcast(checkpoint_path)
         if _is_local_file_protocol(path):

@@ -48,7 +48,7 @@ class SequenceRanks(ParallelStrategy):
     _loaders: LoaderWatch | None = None  # made when the ranks are connected
 
     def _ranks(self) -> int:
-        """Return the number of ranks of the run; it is known before any is started."""
+        """Return the number of ranks of the run; it is known before any is started.  `NamedFailures` asks, too."""
         nodes: int = self.num_nodes  # type: ignore[attr-defined]  # the subclasses have it
         return nodes * len(self.parallel_devices or ())
 
@@ -68,14 +68,15 @@ class SequenceRanks(ParallelStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """The device of this rank, to which Lightning moves models and batches."""
+        """The device of this rank, to which Lightning moves models and batches; checks and callbacks ask, too."""
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
 
     def _make_context(self) -> None:
         """Make the context and the `LoaderWatch` when the ranks are connected, once for all runs of a Trainer.
 
-        The subclasses for DDP, FSDP2 and DeepSpeed call it at the end of `setup_environment`, on all ranks together.
+        The subclasses for DDP, FSDP2 and DeepSpeed call it at the end of `setup_environment`, on all ranks together,
+        through `SplitSteps._make_context`.
         """
         if isinstance(self._placement, RunPlacement):
             self._placement.begin(self.lightning_module)
@@ -104,14 +105,21 @@ class SequenceRanks(ParallelStrategy):
         self.model.to(self.root_device)
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait until all ranks of the run, not only those that share a sequence, have called it."""
+        """Wait until all ranks of the run, not only those that share a sequence, have called it.
+
+        Lightning calls it, the atomic saves of `Preemption`, and `CausalLMModule.save_pretrained`.
+        """
         if not _distributed_is_initialized():
             return
         is_nccl = dist.get_backend() == "nccl"
         dist.barrier(device_ids=[self.root_device.index] if is_nccl else None)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return on all ranks of the run, which call it together, the object that rank `src` has."""
+        """Return on all ranks of the run, which call it together, the object that rank `src` has.
+
+        Lightning calls it, and for paths, seeds and errors `CheckpointSaves`, `_make_context`, `Preemption` and
+        `fault_of_rank_zero`.
+        """
         # the backend "fake" would hang, or return None
         if not _distributed_is_initialized() or dist.get_backend() == "fake":
             return obj
@@ -120,7 +128,10 @@ class SequenceRanks(ParallelStrategy):
         return values[0]
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Return the mean or sum of a tensor over all ranks, as for `self.log(..., sync_dist=True)`; others as is."""
+        """Return the mean or sum of a tensor over all ranks, which call it together; another object as it is.
+
+        Lightning calls it for `self.log(..., sync_dist=True)`.
+        """
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if torch.is_tensor(tensor) else tensor
 
     # Attributes and methods of `sequence_context`, for modules that read `self.trainer.strategy`

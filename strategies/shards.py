@@ -107,6 +107,6 @@ class _MemoryFiles(FileSystem):
         yield cast("io.IOBase", file)
 
     def rename(self, path: str | PathLike[str], new_path: str | PathLike[str]) -> None:
-        """Rename a file in memory."""
+        """Rename a file in memory; torch's writer calls it for `.metadata`, which it writes last."""
         former, name = cast("Path", self.init_path(path)).name, cast("Path", self.init_path(new_path)).name
         self.made[name] = self.made.pop(former)

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
     """A strategy that checks the first batch, splits each batch, and begins and weights the steps of training.
 
-    It attaches the context to the module when a run is set up, and removes it at the end.
+    It attaches the context to the module when a run is set up, and removes it at the end.  Lightning calls the public
+    methods on all ranks, through those of the same names of the class for a sharding.  Inside of them run those of the
+    base classes in their order, and then those of Lightning's strategy.
     """
 
     accumulate: Accumulate
@@ -106,7 +108,11 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         return batch
 
     def _begin_split_check(self) -> None:
-        """Have the split check copy the structure of the module; `setup` calls it before the module is sharded."""
+        """Have the split check copy the structure of the module, at the first call of a run.
+
+        `setup` calls it before Lightning's strategy sets the module up, and FSDP2's `setup` before it shards the
+        module.
+        """
         assert self.lightning_module is not None
         self._first_batches.begin(self.lightning_module, self._whole_parameter)
 
@@ -127,7 +133,7 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         super().on_train_start()
 
     def on_train_end(self) -> None:
-        """Warn if the last loss is not finite."""
+        """Warn if the last loss is not finite; Lightning calls it on all ranks at the end of `fit`."""
         self._losses.check(is_last=True)
         super().on_train_end()
 
@@ -153,7 +159,10 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
         return output
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """Raise an error on all ranks if one has a loss that is not finite and anomalies are detected."""
+        """Raise an error on all ranks if one has a loss that is not finite and anomalies are detected.
+
+        Lightning calls it on all ranks before each backward.
+        """
         check_anomaly(closure_loss)
         super().pre_backward(closure_loss)
 
@@ -172,7 +181,10 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
                     parameter.grad.mul_(factor)
 
     def on_predict_start(self) -> None:
-        """Check that all groups predict equally many batches, if each forward gathers parameters from all ranks."""
+        """Check that all groups predict equally many batches, if each forward gathers parameters from all ranks.
+
+        Lightning calls it on all ranks before the first batch of `predict`.
+        """
         super().on_predict_start()
         assert self.lightning_module is not None
         if gathers_parameters(self.sharding):
@@ -203,7 +215,7 @@ class SplitSteps(SequenceRanks, NamedFailures, WatchedLoops, CheckpointSaves):
 
 
 def _add_preemption(trainer: Trainer) -> None:
-    """Add the callback `Preemption` to a Trainer that has none, and log it."""
+    """Add the callback `Preemption` to a Trainer that has none, and log it; `SplitSteps.setup` calls it for `fit`."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, Preemption) for callback in callbacks):
         return

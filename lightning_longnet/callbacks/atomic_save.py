@@ -39,7 +39,7 @@ def atomic_save(trainer: Trainer, path: str) -> None:
 
 
 def _await_writing(trainer: Trainer) -> None:
-    """Wait until the checkpoint is written, where the strategy or its plugin writes in the background."""
+    """Wait on all ranks until the checkpoint is written, where the strategy or its plugin writes in the background."""
     settle = getattr(trainer.strategy, "settle_saves", None)
     if settle is not None:
         settle()

@@ -36,7 +36,10 @@ class StepClock:
         self._marks.append(("resume", self._now()))
 
     def seconds(self) -> list[float]:
-        """Return the seconds of each step since the last call; this method alone waits for the GPU."""
+        """Return the seconds of each step since the last call; this method alone waits for the GPU.
+
+        `TokenThroughput` calls it at logging steps.
+        """
         marks, steps = self._marks, []
         if not marks:
             return []
@@ -65,5 +68,5 @@ class StepClock:
         return event
 
     def _between(self, begin: Any, end: Any) -> float:
-        """Return the seconds between two time stamps."""
+        """Return the seconds between two time stamps of `_now`."""
         return float(begin.elapsed_time(end)) / 1e3 if self._on_gpu else end - begin

@@ -30,6 +30,8 @@ class CommunicationMonitor(Monitor):
 
     A row travels once for all branches, so the bytes of a branch are those that the plan adds to the finer branches for
     it.  If layers have several patterns, they are those of the first layer.
+
+    Lightning calls the hooks `on_*` on all ranks, and `Monitor.on_train_batch_end` the methods that give numbers.
     """
 
     names = (*_COUNTED, "steps", "predicted_bytes", *(f"branch_{i}" for i in range(_BRANCHES)))
@@ -49,12 +51,14 @@ class CommunicationMonitor(Monitor):
         self._is_new_step = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count anew."""
         super().on_train_start(trainer, pl_module)
         self._has_times = trainer.strategy.root_device.type == "cpu"
         self._branches = ()
         self._forget()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note the counts before a micro-batch, and have its calls of attention listed."""
         if self._is_new_step:
             self._step, self._calls, self._is_new_step = dict.fromkeys(_COUNTED, 0.0), [], False
         traffic = sequence_context(pl_module).traffic
@@ -64,6 +68,7 @@ class CommunicationMonitor(Monitor):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Add what the micro-batch sent to the step, and at its end the times of the step to those that are logged."""
         traffic = sequence_context(pl_module).traffic
         for name, after in _counts(traffic).items():
             self._step[name] += after - self._before[name]

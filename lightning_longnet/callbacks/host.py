@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def host_group(trainer: Trainer) -> dist.ProcessGroup | None:
     """Return a process group of all ranks whose collectives run on the host, by gloo; None without torch.distributed.
 
-    Callbacks call it on all ranks together, at the start of training.  If torch has no gloo, it is the default group.
+    `Monitor`, `NonFiniteGuard` and `Preemption` call it on all ranks together, at the start of training or of `fit`.
+    With gloo as the backend, and if torch has no gloo, it is the default group; else a new one.
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_backend() == "fake":
         return None
@@ -31,7 +32,8 @@ def host_group(trainer: Trainer) -> dist.ProcessGroup | None:
 def everywhere(own: list[float], group: dist.ProcessGroup | None) -> torch.Tensor:
     """Return the numbers of each rank, (ranks, len(own)) in float64 on the CPU.
 
-    All ranks of the group call it together, with equally many numbers.
+    All ranks of the group call it together, with equally many numbers: the last `Monitor` of a Trainer does at logging
+    steps.
 
     Args:
         own: the numbers of this rank.

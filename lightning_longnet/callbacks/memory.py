@@ -39,6 +39,7 @@ class MemoryMonitor(Monitor):
         self._before = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the memory of the process before training, which does not count as activations."""
         super().on_train_start(trainer, pl_module)
         device = trainer.strategy.root_device
         held = sum(self._held(trainer, pl_module).values())
@@ -46,6 +47,7 @@ class MemoryMonitor(Monitor):
         self._before = 0.0 if device.type == "cuda" else max(_of_process()[1] - held, 0.0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Have the calls of attention of a micro-batch listed, for `_kept`."""
         sequence_context(pl_module).traffic.calls = []
 
     def own_numbers(self, trainer: Trainer, module: LightningModule, batch: Any) -> list[float]:

@@ -50,8 +50,9 @@ if TYPE_CHECKING:
 class Monitor(Callback):
     """The base of callbacks that log figures of all ranks at the Trainer's logging steps.
 
-    A subclass defines `names`, `own_numbers` and `figures_of`.  The last of a Trainer's monitors gathers the numbers of
-    all of them, on the host.  Ranks do not communicate between logging steps, and do not wait for a GPU.
+    A subclass defines `names`, `own_numbers` and `figures_of`; its own hooks call those of this class.  The last of a
+    Trainer's monitors gathers the numbers of all of them, on the host.  Ranks do not communicate between logging steps,
+    and do not wait for a GPU.
 
     Attributes:
         names: the names of the numbers of each rank, in the order of `own_numbers`.
@@ -75,7 +76,7 @@ class Monitor(Callback):
         raise NotImplementedError
 
     def figures_of(self, gathered: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Return the figures to log by key; called on all ranks at logging steps, after `own_numbers`.
+        """Return the figures to log by key; `on_train_batch_end` calls it on all ranks at logging steps.
 
         Args:
             gathered: the numbers of all ranks by name, each (ranks,) in float64.
@@ -83,13 +84,15 @@ class Monitor(Callback):
         raise NotImplementedError
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the group of the host, in the monitor that gathers for all."""
+        """Make the group of the host, in the monitor that gathers for all; on all ranks together."""
         self._group = host_group(trainer) if _monitors(trainer)[-1] is self else None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the list of calls of attention until the next training batch."""
         sequence_context(pl_module).traffic.calls = None  # the list would grow, as nothing empties it
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the list of calls of attention."""
         sequence_context(pl_module).traffic.calls = None
 
     def on_train_batch_end(
@@ -116,6 +119,7 @@ class Monitor(Callback):
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     def __getstate__(self) -> dict[str, Any]:
+        """Leave out the group, which another process does not have."""
         return {**self.__dict__, "_group": None}
 
 
@@ -127,7 +131,8 @@ def _monitors(trainer: Trainer) -> list[Monitor]:
 def is_logging_step(trainer: Trainer) -> bool:
     """Return whether an optimizer step ends with this batch that the Trainer logs; the same on all ranks.
 
-    Callbacks call it in `on_train_batch_end`, and the strategy in the step.  It goes by `log_every_n_steps`.
+    Callbacks call it in `on_train_batch_end`, and `LossWatch` of the strategy in the step.  It goes by
+    `log_every_n_steps`.
     """
     if trainer.fit_loop._should_accumulate():
         return False

@@ -45,7 +45,7 @@ class NonFiniteGuard(Callback):
     With DeepSpeed its own check is switched on and used.  A GradScaler of 16-bit floats skips steps by itself, as it
     must to find its scale: these are not counted.
 
-    It waits for a GPU once a step, before the optimizer's step.
+    It waits for a GPU once a step, before the optimizer's step.  Lightning calls the hooks `on_*` on all ranks.
 
     Args:
         action: "skip" or "raise".
@@ -72,6 +72,7 @@ class NonFiniteGuard(Callback):
             engine.optimizer.check_grad_overflow = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the micro-batch, for the description of a bad step."""
         self._current = batch_idx, batch, sequence_context(pl_module).samples
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -149,12 +150,15 @@ class NonFiniteGuard(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the number of skipped steps, which Lightning saves in checkpoints."""
         return {"skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the number of skipped steps of a checkpoint."""
         self.skipped_steps = state_dict["skipped_steps"]
 
     def __getstate__(self) -> dict[str, Any]:
+        """Leave out the group and the batches, which another process does not have."""
         return {**self.__dict__, "_group": None, "_seen": []}
 
 

@@ -100,6 +100,7 @@ class Preemption(Callback):
         """Install a handler of a signal that records `note`, REQUEUE or TERMINATE, and keep the former handler."""
 
         def take_note(_: int, __: FrameType | None) -> None:
+            """Record the signal; TERMINATE stays if both signals come."""
             self._received = max(self._received, note)
 
         self._replaced[signum] = signal.signal(signum, take_note)
@@ -117,15 +118,18 @@ class Preemption(Callback):
             signal.raise_signal(signal.SIGTERM)  # it came after the last comparison, and must not be lost
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the former signal handlers."""
         self._restore(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restore the former signal handlers, unless this callback itself ends the run."""
         if not self._is_ending:  # a second signal must find a handler until the process ends
             self._restore(trainer)
 
     # The hooks in which all ranks are at the same place of the program
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Compare notes at every n-th step of the optimizer."""
         if trainer.fit_loop._should_accumulate():
             return  # gradients that are being accumulated are in no checkpoint
         self._steps += 1
@@ -133,17 +137,19 @@ class Preemption(Callback):
             self._compare_notes(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare notes after a validation of `fit`, unless gradients are being accumulated."""
         is_fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if is_fitting and not trainer.fit_loop._should_accumulate():
             self._compare_notes(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare notes at the end of training."""
         self._compare_notes(trainer)
 
     def _compare_notes(self, trainer: Trainer) -> None:
         """If any rank has received a signal, save one checkpoint and raise `SIGTERMException` or `Requeued` on all.
 
-        All ranks call it together.
+        All ranks call it together, in the three hooks above.
         """
         note = torch.tensor(self._received * _RANKS + trainer.global_rank if self._received else NOTHING)
         if self._group is not None:
@@ -182,6 +188,7 @@ class Preemption(Callback):
         return common
 
     def __getstate__(self) -> dict[str, Any]:
+        """Leave out the group and the handlers, which another process does not have."""
         return {**self.__dict__, "_group": None, "_replaced": {}}
 
 

@@ -38,6 +38,9 @@ class TrainingProgress(ProgressBar):
     Rich draws it where it is installed, else tqdm; where the output is no terminal, it is a plain line at each of the
     Trainer's logging steps.  It reads figures at logging steps only, and never waits for a GPU.
 
+    Lightning calls the hooks `on_*`.  Validation, test and prediction have a bar of their own, which `on_*_start`
+    opens, `on_*_batch_end` advances and `on_*_end` closes.
+
     Args:
         refresh_rate: steps between two drawings of the bar.
     """
@@ -53,10 +56,11 @@ class TrainingProgress(ProgressBar):
         self._text = ""
 
     def disable(self) -> None:
-        """Show nothing; Lightning calls it on all ranks but the first."""
+        """Show nothing; Lightning calls it on all ranks but the first, and before its finders of settings."""
         self._is_enabled = False
 
     def enable(self) -> None:
+        """Show the bar again; Lightning calls it after its finders of learning rates and batch sizes."""
         self._is_enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -68,6 +72,7 @@ class TrainingProgress(ProgressBar):
             print(*args, **kwargs)  # noqa: T201
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put this callback behind all others; Lightning calls it at the begin of a run."""
         super().setup(trainer, pl_module, stage)
         # it must run after the monitors, to show their latest figures
         trainer.callbacks = [*(each for each in trainer.callbacks if each is not self), self]  # type: ignore[attr-defined]
@@ -75,12 +80,14 @@ class TrainingProgress(ProgressBar):
     # Training
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the bar of training, with the number of its optimizer steps where that is known."""
         steps = trainer.max_steps if trainer.max_steps > 0 else trainer.estimated_stepping_batches
         total = int(steps) if steps not in (-1, float("inf")) else None
         self._train = self._line("train", total)
         self._train.update(trainer.global_step, self._text)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Advance the bar of training at the end of an optimizer step, with new figures at logging steps."""
         if self._train is None or trainer.fit_loop._should_accumulate():
             return
         is_logged, step = is_logging_step(trainer), trainer.global_step
@@ -90,12 +97,14 @@ class TrainingProgress(ProgressBar):
             self._train.update(step, self._text, is_logged)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the last figures, and close the bar of training."""
         if self._train is not None:
             self._train.update(trainer.global_step, described(trainer))
             self._train.close()
         self._train = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close all bars, so that the error is below them."""
         for line in filter(None, (self._other, self._train)):
             line.close()
         self._train = self._other = None
@@ -162,6 +171,7 @@ class TrainingProgress(ProgressBar):
         return _Rich(name, total, self._train.progress if isinstance(self._train, _Rich) else None)
 
     def __getstate__(self) -> dict[str, Any]:
+        """Leave out the bars, which another process does not have."""
         return {**self.__dict__, "_train": None, "_other": None}
 
 
@@ -226,6 +236,7 @@ class _Plain:
             self.print(self._shown())
 
     def _shown(self) -> str:
+        """Return the line: the steps or batches that are done, the time that they took, and the figures."""
         minutes, seconds = divmod(int(perf_counter() - self.begun), 60)
         of = "" if self.total is None else f"/{self.total}"
         return f"{self.name} {self.done}{of}, {minutes}:{seconds:02d}" + (f", {self.text}" if self.text else "")

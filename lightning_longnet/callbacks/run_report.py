@@ -49,6 +49,7 @@ class RunReport(Callback):
         self._length, self._samples = 0, 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the folder and the time, on all ranks."""
         # all ranks must read log_dir, which rank 0 broadcasts
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
         self._begun = perf_counter()
@@ -57,13 +58,16 @@ class RunReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Note the samples and the length of the first batch."""
         if not self._length:
             self._samples, _, self._length = size_of(batch, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the record of a run that has ended well."""
         self._write(trainer, pl_module, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the record of a fit that an error has ended."""
         if self._folder is not None:
             self._write(trainer, pl_module, f"ended by {type(exception).__name__}")
 

@@ -68,11 +68,13 @@ class GenerateSamples(Callback):
                 raise ValueError(f"prompts must each be a token of the data at least, got {prompt!r}, which is none")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Continue the texts after a validation of `fit`, unless `every_n_steps` is given."""
         # on_validation_end would be too late: from there on TokenThroughput counts time as a step's
         if self.every_n_steps is None and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._write(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Continue the texts at every n-th step of the optimizer, if `every_n_steps` is given."""
         if self.every_n_steps is None or trainer.fit_loop._should_accumulate():
             return
         if trainer.global_step % self.every_n_steps == 0:

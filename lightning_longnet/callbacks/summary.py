@@ -28,6 +28,7 @@ class FitSummary(Callback):
         self.next = next
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the lines on rank 0; Lightning calls it on all ranks."""
         run = trainer.log_dir or trainer.default_root_dir  # all ranks must read log_dir, which rank 0 broadcasts
         if trainer.is_global_zero:
             print("\n" + "\n".join(self.lines(trainer, run)), flush=True)  # noqa: T201

@@ -81,6 +81,7 @@ class TokenThroughput(Monitor):
         self._waiting = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count anew, with the peak of this rank's device and the operations of the module."""
         super().on_train_start(trainer, pl_module)
         device, dtype = trainer.strategy.root_device, compute_dtype(str(trainer.precision))
         peak = self.peak_flops or peak_flops(device, dtype)
@@ -95,15 +96,18 @@ class TokenThroughput(Monitor):
         self._ended = perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count the time since the last batch as waiting for data."""
         self._waiting += perf_counter() - self._ended
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock of steps for a validation of `fit`."""
         super().on_validation_start(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._clock.pause()
             self._waiting += perf_counter() - self._ended
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of steps again after a validation of `fit`."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._clock.resume()
             self._ended = perf_counter()
@@ -111,6 +115,7 @@ class TokenThroughput(Monitor):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Count the tokens and samples of a micro-batch, and mark the end of an optimizer step."""
         context = sequence_context(pl_module)
         samples, here, whole = size_of(batch, pl_module, self.tokens_per_sample)
         self._tokens += samples * here
@@ -209,7 +214,8 @@ def size_of(batch: Any, module: LightningModule, tokens_per_sample: int | None =
     """Return (samples B, tokens L of each on this rank, tokens N of each whole sequence) of the current batch.
 
     They are those of the first tensor whose samples are its first dimension, or else of the first whose tokens are; or
-    of the sequences that the model made.  A tensor without a sequence has its samples first.
+    of the sequences that the model made.  A tensor without a sequence has its samples first.  `TokenThroughput` asks
+    for each training batch, and `RunReport` for the first one.
 
     Args:
         batch: this rank's part of the batch.

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 class Strategy(Protocol):
-    """The part of a Lightning strategy that `fault_of_rank_zero` calls."""
+    """The part of a Lightning strategy that `fault_of_rank_zero` calls.
+
+    `is_global_zero` is True on rank 0 of all alone.  `broadcast` returns on all ranks, which call it together, the
+    object that rank `src` has.
+    """
 
     @property
     def is_global_zero(self) -> bool: ...
@@ -27,7 +31,9 @@ def fault_of(check: Callable[[], Any]) -> str:
     """Call `check`, and return the message of the ValueError or OSError that it raises, or "" if it raises none.
 
     A rank that raised the error at once would leave the others waiting in their next collective.  Callers therefore
-    send the message to the other ranks first, as by `fault_of_rank_zero` or `check_same_batch`, and then all raise it.
+    send the message to the other ranks first, as by `fault_of_rank_zero` or `check_same_batch`, and then all raise it:
+    `BatchSplitter.fault_of`, DeepSpeed's `_load_from`, `CausalLMCheckpoints.save_pretrained`, and `stream`,
+    `encode_cached` and `save_cache` of inference.
     """
     try:
         check()
@@ -39,8 +45,9 @@ def fault_of(check: Callable[[], Any]) -> str:
 def fault_of_rank_zero(strategy: Strategy, attempt: Callable[[], str]) -> str:
     """Call `attempt` on rank 0 alone, and return on all ranks the message that it returns there.
 
-    All ranks call this together: the strategies when they load a checkpoint, `CausalLMCheckpoints.save_pretrained`, and
-    `Preemption` when it requeues a job.  The message says what failed, and is "" if nothing did: the caller raises it.
+    All ranks call this together: the strategies when they load a checkpoint (`CheckpointSaves.load_checkpoint`,
+    DeepSpeed's `_load_from` and `_load`), `CausalLMCheckpoints.save_pretrained`, and `Preemption` when it requeues a
+    job.  The message says what failed, and is "" if nothing did: the caller raises it.
     """
     fault: str = strategy.broadcast(attempt() if strategy.is_global_zero else "")
     return fault

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 def attach_context(module: nn.Module, context: SequenceContext | None) -> None:
     """Attach a context to a module and all modules inside it; None detaches it.
 
-    `RingSequenceParallelStrategy` calls it when a run is set up and when it ends.  A training loop without the strategy
-    calls it once, when the ranks are connected.  Attention layers of this package then take parts of sequences, and
-    `sequence_context` returns the context for any module inside.  Dropout modules of torch get hooks, with which each
-    rank drops other elements of its part of a sequence; see `SequenceContext.dropout`.  Attention layers are numbered
-    in the order of `module.modules()`: the seed of their dropout depends on the number.
+    `RingSequenceParallelStrategy` calls it when a run is set up and when it ends, and the split check for its copies of
+    the module.  So do `longnet plan`, the commands that score or embed texts on several ranks, and `whole_documents`
+    for a model of transformers without a context.  A training loop without the strategy calls it once, when the ranks
+    are connected.  Attention layers of this package then take parts of sequences, and `sequence_context` returns the
+    context for any module inside.  Dropout modules of torch get hooks, with which each rank drops other elements of its
+    part of a sequence; see `SequenceContext.dropout`.  Attention layers are numbered in the order of
+    `module.modules()`: the seed of their dropout depends on the number.
     """
     layers = 0
     for child in module.modules():

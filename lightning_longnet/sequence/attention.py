@@ -40,7 +40,9 @@ class ContextAttention(ContextDropout):
 
         It holds the documents and the attention_mask that the batch had when `split` was called, also in a single
         process.  It is None if sequences are whole and the batch has neither.  All ranks of the sequence group read
-        this attribute together: at the first time in a batch they exchange messages to make the shard.
+        this attribute together: at the first time in a batch they exchange messages to make the shard.  Modules of
+        users that call the function `attend` read it, and the callback `TokenThroughput` for the documents of whole
+        rows.
 
         A ValueError is raised where no batch was begun, as under Lightning's own strategies, because its masks are not
         known.  The method `attend`, whose caller gives the masks, can be called everywhere.
@@ -64,8 +66,9 @@ class ContextAttention(ContextDropout):
     def shard_of(self, documents: Tensor | None = None, key_padding_mask: Tensor | None = None) -> SequenceShard:
         """Return the `SequenceShard` of a split batch for these documents and this padding of this rank's tokens.
 
-        All ranks of the sequence group call it together.  Calls with the same tensors get the same shard until one of
-        the tensors is changed in place on some rank; a new shard takes messages between the ranks.
+        All ranks of the sequence group call it together: `attend_options` and `places_of` do for each layer, and
+        `_split_tokens` for models of transformers.  Calls with the same tensors get the same shard until one of the
+        tensors is changed in place on some rank; a new shard takes messages between the ranks.
 
         Args:
             documents: (L,) or (B, L), the document ids of this rank's L tokens; None if each row is one document.
@@ -77,8 +80,10 @@ class ContextAttention(ContextDropout):
     def once(self, mask: Tensor, into: str, convert: Callable[[], Tensor]) -> Tensor:
         """Return `convert()`, which converts a mask; the result is cached for the rest of the batch.
 
-        A layer calls it that takes masks in another form than `attend`, as `MultiheadAttention` does.  All layers then
-        give one tensor to `shard_of`, and so share one shard; a new tensor for each would need a new shard.
+        A layer calls it that takes masks in another form than `attend`: `MultiheadDilatedAttention`, and "ring"
+        attention of transformers' models (`_split_tokens`) for position_ids.  All layers then give one tensor to
+        `shard_of`, and so share one shard; a new tensor for each would need a new shard.  Each rank converts its own
+        mask.
 
         Args:
             mask: the mask as the layer was given it.
@@ -108,11 +113,11 @@ class ContextAttention(ContextDropout):
     ) -> Tensor:
         """Return the attention of q to k and v, as the function `attend` does, in whole or in split sequences.
 
-        A user's module calls it in its forward: the call is the same under this package's strategy, under any other
-        and without one.  All ranks that share sequences call it together.  q is (B, L, H, D), where L is the number of
-        tokens of this rank: all N of them where sequences are whole.  `documents`, (L,) or (B, L), and
-        `key_padding_mask`, (B, L), are those of the same tokens; None means that there are none, even if the batch
-        has some.
+        A user's module calls it in its forward, and `ring_attention` for models of transformers: the call is the same
+        under this package's strategy, under any other and without one.  All ranks that share sequences call it
+        together.  q is (B, L, H, D), where L is the number of tokens of this rank: all N of them where sequences are
+        whole; the result is (B, L, H, Dv).  `documents`, (L,) or (B, L), and `key_padding_mask`, (B, L), are those of
+        the same tokens; None means that there are none, even if the batch has some.
 
         As in `torch.nn.functional.scaled_dot_product_attention`, a positive `dropout` drops in evaluation too: in a
         module write `attend(q, k, v, pattern, dropout=p if self.training else 0.0, layer=i)`.  `layer` is the number of
@@ -151,8 +156,8 @@ class ContextAttention(ContextDropout):
         """Return the keyword arguments of the function `attend` that depend on the ranks, the batch and the step.
 
         These are the masks or the shard that holds them, the exchange, and the dropout with its seed.  The method
-        `attend` and the attention layers of this package call it before each call of the function.  All ranks that
-        share sequences call it together, as it may make a shard.
+        `attend` and the attention layers of this package (`AttentionLayer._attended`) call it before each call of the
+        function.  All ranks that share sequences call it together, as it may make a shard.
 
         Args:
             tokens: the number of tokens of q on this rank.
@@ -188,7 +193,8 @@ class ContextAttention(ContextDropout):
     def places_of(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
         """Return the index of each token of x in its document, counted from 0 at the first token of the document.
 
-        Layers with rotary or learned positions call it, on all ranks of the sequence group together, in a split batch.
+        `places_of` of layers/attending.py calls it for layers with rotary or learned positions, on all ranks of the
+        sequence group together, in a split batch.
 
         Args:
             x: (B, L, ...), with the L tokens of this rank in dimension 1.
@@ -205,7 +211,8 @@ class ContextAttention(ContextDropout):
 def _shared_seed(shard: SequenceShard) -> Tensor:
     """Return the seed that the first rank of a shard draws, as a 0-dimensional int64 tensor on the CPU.
 
-    Each rank draws a number, and those of the others are not used: so the generators of all ranks stay equal.
+    `attend_options` calls it on all ranks together, for dropout outside of a step.  Each rank draws a number, and those
+    of the others are not used: so the generators of all ranks stay equal.
     """
     own = int(torch.randint(-(2**63), 2**63 - 1, (), device="cpu"))
     return torch.tensor(shard.exchange_value(own, "agrees on a seed")[0], device="cpu")

@@ -44,8 +44,9 @@ class _Container(NamedTuple):
 def map_tensors(batch: Any, function: Callable[[Path, Tensor], Any], path: Path = (ROOT,)) -> Any:
     """Return a copy of a batch with `function(path, tensor)` in the place of each tensor.
 
-    `BatchSplitter.split` cuts a batch with it, and the split check its samples.  What is neither a tensor nor a
-    container stays the same object; an object of another class that has tensors as attributes raises a ValueError.
+    `BatchSplitter.split` cuts a batch with it, and the split check its samples; `BatchSplitter.fault_of` tries whether
+    it can.  What is neither a tensor nor a container stays the same object; an object of another class that has tensors
+    as attributes raises a ValueError.
 
     Args:
         batch: a tensor, or tensors in dictionaries, lists, tuples and dataclasses, nested in any way.
@@ -70,7 +71,7 @@ def map_tensors(batch: Any, function: Callable[[Path, Tensor], Any], path: Path 
 def named_tensors(batch: Any, path: Path = (ROOT,)) -> Iterator[tuple[Path, Tensor]]:
     """Yield (path, tensor) for each tensor of a batch, with the paths and in the order of `map_tensors`.
 
-    Splits, comparisons of batches and callbacks go through a batch with it.
+    Splits, comparisons of batches over ranks, the split check, `ChangeWatch` and callbacks go through a batch with it.
     """
     if isinstance(batch, Tensor):
         yield path, batch
@@ -172,7 +173,8 @@ def _of_unknown(unknown: list[tuple[Path, Tensor]]) -> str:
 def known_dim(path: Path, x: Tensor, dims: Mapping[str, int | None]) -> int | None:
     """Return the same as `dim_of`, but None where that raises a ValueError.
 
-    It is for whole sequences, which need not be split, so that a batch of any tensors is allowed.
+    It is for whole sequences, which need not be split, so that a batch of any tensors is allowed: `BatchSplitter.split`
+    asks where each rank has whole sequences, `size_of` of the callbacks, and `check_labels`.
     """
     _, dim = _find_dim(path, x, dims)
     return dim % x.dim() if dim is not None and -x.dim() <= dim < x.dim() else None

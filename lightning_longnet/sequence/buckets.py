@@ -38,7 +38,7 @@ def in_buckets(
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the tensors in lists of one dtype and device each, as far as `_NUMBERS` allows."""
+    """Yield the tensors in lists of one dtype and device each, of at most `_NUMBERS` elements or a single tensor."""
     filling: dict[Any, list[Tensor]] = {}
     for x in tensors:
         kind = x.dtype, x.device

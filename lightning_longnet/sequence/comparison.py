@@ -65,6 +65,9 @@ class Note(NamedTuple):
 class BatchComparison:
     """Exchanges the notes of all ranks about a step's batch, and raises errors where they differ.
 
+    A `LoaderWatch` has one where ranks share sequences, and calls its methods on all ranks: `send` when a loop is given
+    a batch or has none left, and `receive` and `check` before the step.
+
     Args:
         ranks: the ranks as a table, (data_parallel_size, sequence_parallel_size): those of a row share sequences.
         group: a process group of all ranks that is used for nothing else.  In another group a rank that is elsewhere

@@ -85,7 +85,8 @@ class SequenceContext(ContextAttention):
     def split(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> Any:
         """Return this rank's part of a batch that all ranks of the sequence group hold whole, and begin the batch.
 
-        The strategy calls it for each batch that Lightning moves to the device.  Layers then work on parts of these
+        The strategy calls it for each batch that Lightning moves to the device, the split check in its own runs, and a
+        training loop without the strategy before each forward.  It sends nothing.  Layers then work on parts of these
         sequences, until the next batch.  A `SequencePart` is a part already, and becomes a dictionary.
 
         Args:
@@ -100,16 +101,17 @@ class SequenceContext(ContextAttention):
     def begin(self, length: int | None) -> None:
         """Begin a batch of sequences of `length` tokens that the caller has split itself, without its masks.
 
-        Layers expect this rank's tokens of them from now on; None lets them take whole sequences of any length.
+        Layers expect this rank's tokens of them from now on; None lets them take whole sequences of any length.  The
+        strategy calls it with None at the end of each loop.
         """
         self._splitter.begin(length)
 
     def begin_sequences(self, length: int) -> Tensor:
         """Begin a batch whose sequences the model itself makes, and return the positions of this rank's tokens.
 
-        A model calls it in its forward where all ranks of a sequence group have the same inputs, such as images, and
-        each makes its own tokens, such as patches.  The positions are (L,), in the order in which the rank holds its
-        tokens; inside `whole()` they are those of all `length` tokens.
+        A model calls it in its forward, as `LongViT` does, where all ranks of a sequence group have the same inputs,
+        such as images, and each makes its own tokens, such as patches.  The positions are (L,), in the order in which
+        the rank holds its tokens; inside `whole()` they are those of all `length` tokens.
         """
         return self._splitter.begin_sequences(length)
 
@@ -120,23 +122,26 @@ class SequenceContext(ContextAttention):
     def whole(self) -> AbstractContextManager[None]:
         """Return a context manager in which layers take whole sequences, and each rank computes on its own.
 
-        It is for inputs that are not split, as when a callback or a model generates text.
+        It is for inputs that are not split, as when a callback or a model generates text: `GenerateSamples`,
+        `CausalLMModule.generate` and generation with a cache enter it.  At its end the batch is the one before.
         """
         return self.parts_of(None)
 
     def parts_of(self, length: int | None) -> AbstractContextManager[None]:
         """Return a context manager in which layers take parts of sequences of `length` tokens, or whole ones for None.
 
-        At its end the batch is the one before.  Generation and evaluation use it for sequences beside the batch; the
-        caller takes this rank's tokens of them, those at `positions`.
+        At its end the batch is the one before.  Generation without a cache, `embed` and the scoring of texts
+        (`TextStates`) use it for sequences beside the batch; the caller takes this rank's tokens of them, those at
+        `positions`.
         """
         return self._splitter.parts_of(length)
 
     def with_documents(self, documents: Tensor | None) -> AbstractContextManager[None]:
         """Return a context manager in which the attention of transformers' models separates these documents.
 
-        These models have no argument for documents.  It is for steps whose batch is not split, as under another
-        strategy; in a split batch it changes nothing, as `split` has kept the documents of the batch.
+        These models have no argument for documents.  `whole_documents` of huggingface enters it for steps whose batch
+        is not split, as under another strategy; in a split batch it changes nothing, as `split` has kept the documents
+        of the batch.
 
         Args:
             documents: (N,) or (B, N), the id of each token's document; None if each row is one document.
@@ -146,21 +151,26 @@ class SequenceContext(ContextAttention):
     def check_same(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> None:
         """Raise a ValueError on all ranks if ranks that share sequences hold unequal batches, or one cannot be split.
 
-        All ranks call it together before `split`, in a training loop without the strategy, say.  It reads all values
-        of the batch.  In one process it does nothing.
+        All ranks call it together before `split`: a training loop without the strategy does, and the strategy's
+        `LoaderWatch` for the first batch of a loop where no ranks share sequences.  It reads all values of the batch.
+        Without a mesh it does nothing.  It warns if several data-parallel groups hold the same batch.
         """
         self._splitter.check_same(batch, sequence_dims)
 
     def fault_of(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> str:
         """Return the error message for a batch that cannot be split over the ranks; "" if it can be split.
 
-        It sends nothing to other ranks: the strategy does, so that all of them raise the error.
+        It sends nothing to other ranks: the strategy's `LoaderWatch`, which asks for each batch, does, so that all of
+        them raise the error.
         """
         return self._splitter.fault_of(batch, sequence_dims)
 
     @property
     def samples(self) -> tuple[str, ...]:
-        """The names of the batch's samples, where it was a `SequencePart`; else an empty tuple."""
+        """The names of the batch's samples, where it was a `SequencePart`; else an empty tuple.
+
+        `NonFiniteGuard` names a batch by them.
+        """
         return self._splitter.samples
 
     @property
@@ -169,7 +179,7 @@ class SequenceContext(ContextAttention):
 
         A distributed sampler repeats samples if their number does not divide over the data-parallel groups, as all
         groups need equally many batches.  Another group has the same samples, and counts them.  The strategy sets the
-        number for each batch.
+        number for each batch; the metrics of `TokenModule` and `LongViTModule` read it.
         """
         return self._splitter.repeated
 
@@ -179,45 +189,62 @@ class SequenceContext(ContextAttention):
 
     @property
     def is_split(self) -> bool:
-        """Whether layers get parts of sequences now."""
+        """Whether layers get parts of sequences now: of a batch that was begun, where several ranks share sequences.
+
+        Layers, models of transformers, generation, callbacks and the split check ask.
+        """
         return self._splitter.is_split
 
     @property
     def length(self) -> int | None:
-        """The number N of tokens of the batch's whole sequences; None if no batch was begun or it is not known."""
+        """The number N of tokens of the batch's whole sequences; None if no batch was begun or it is not known.
+
+        `TokenThroughput`, `check_is_split` of the strategy and the split check read it, and models that warn of gaps.
+        """
         return self._splitter.current.length
 
     @property
     def positions(self) -> Tensor | None:
-        """The positions of this rank's tokens in the whole sequence, (L,) on the CPU; None if `length` is None."""
+        """The positions of this rank's tokens in the whole sequence, (L,) on the CPU; None if `length` is None.
+
+        Modules of users read it, and generation and `embed` inside `parts_of`.
+        """
         return self._splitter.positions
 
     @property
     def documents(self) -> Tensor | None:
-        """The document ids of this rank's tokens, (L,) or (B, L); None if the current batch has no documents."""
+        """The document ids of this rank's tokens, (L,) or (B, L); None if the current batch has no documents.
+
+        "ring" attention of transformers' models reads it, as these models have no argument for documents.
+        """
         return self._splitter.current.documents
 
     @property
     def key_padding_mask(self) -> Tensor | None:
-        """(B, L), True where a token of this rank is padding; None if the current batch has no attention_mask."""
+        """(B, L), True where a token of this rank is padding; None if the current batch has no attention_mask.
+
+        "ring" attention of transformers' models reads it, and compares it with the mask that the model was given.
+        """
         return self._splitter.current.key_padding_mask
 
     def positions_of(self, x: Tensor, dim: int = 1) -> Tensor:
         """Return the positions in the whole sequence of the tokens along dimension `dim` of x, (L,), on its device.
 
-        Models call it in place of `torch.arange`.  For whole sequences of any length it returns that.
+        Models of users call it in place of `torch.arange`, and "ring" attention of transformers' models.  For whole
+        sequences of any length it returns `torch.arange`.
         """
         return self._splitter.positions_of(x, dim)
 
     def placement_of(self, length: int) -> Placement:
         """Return which tokens of a sequence of `length` tokens each rank of the sequence group holds.
 
-        The ranks hold equally many tokens, or some of them one more.  Datasets that make a `SequencePart` call it.
+        The ranks hold equally many tokens, or some of them one more.  Datasets that make a `SequencePart` call it, as
+        those of this package's data modules, the callbacks `RunReport` and `TokenThroughput`, and the split check.
         """
         return self._splitter.placement_of(length)
 
     def kind_of(self, length: int) -> Kind:
-        """Return whether `placement_of(length)` is "contiguous" or "zigzag"."""
+        """Return whether `placement_of(length)` is "contiguous" or "zigzag"; the split check asks for its message."""
         return self._splitter.kind_of(length)
 
     # Losses and metrics
@@ -225,9 +252,9 @@ class SequenceContext(ContextAttention):
     def token_mean(self, loss_sum: Tensor, token_count: Tensor | float) -> Tensor:
         """Return the mean loss over the tokens of all ranks: the sum of all `loss_sum` over that of all `token_count`.
 
-        A training or validation step returns it as the loss.  All ranks call it together and get the same number; it is
-        0 if no rank has a token.  Its gradient is right if gradients are averaged over all ranks, as DDP, FSDP and
-        DeepSpeed do.
+        A training step returns it as the loss, as those of `TokenModule` and `LongViTModule` do.  All ranks call it
+        together and get the same number, without dimensions; it is 0 if no rank has a token.  Its gradient is right if
+        gradients are averaged over all ranks, as DDP, FSDP and DeepSpeed do.
 
         Args:
             loss_sum: the sum of the losses of this rank's tokens, without dimensions.
@@ -238,16 +265,16 @@ class SequenceContext(ContextAttention):
     def gather_sequence(self, x: Tensor, dim: int = 1) -> Tensor:
         """Return whole sequences with all N tokens in order, of which dimension `dim` of x has this rank's tokens.
 
-        It is differentiable.  Models call it, on all ranks of the sequence group together, for what needs all tokens,
-        such as a pooled output.  If every rank then computes the same loss, gradients averaged over all ranks are
-        right.  Whole sequences are returned as they are.
+        It is differentiable.  Models of users call it, on all ranks of the sequence group together, for what needs all
+        tokens, such as a pooled output, and `whole_prompts` for the prompts of a split batch.  If every rank then
+        computes the same loss, gradients averaged over all ranks are right.  Whole sequences are returned as they are.
         """
         return self._reductions.gather_sequence(x, dim)
 
     def sum_parts(self, x: Tensor) -> Tensor:
         """Return the sum of x over the ranks that share sequences, which call it together; differentiable.
 
-        Models call it for sums over tokens, such as those of a pooled output.  The gradient is the sum of the ranks'
+        Models call it for sums over tokens, as `LongViT` for its pooled output.  The gradient is the sum of the ranks'
         gradients, which is right if every rank computes the same loss and gradients are averaged over all ranks, as
         after `gather_sequence`.  If sequences are whole, x is returned.
         """
@@ -256,8 +283,8 @@ class SequenceContext(ContextAttention):
     def per_sample(self, metric: Any) -> Any:
         """Make a torchmetrics Metric or MetricCollection count each sample once, and return it.
 
-        A module calls it when it makes the metric for values of samples.  All ranks that share a sequence update the
-        metric with the same samples, and torchmetrics by itself would add up the states of all of them.
+        A user's module calls it when it makes the metric for values of samples.  All ranks that share a sequence update
+        the metric with the same samples, and torchmetrics by itself would add up the states of all of them.
         """
         metrics = [child for child in metric.modules() if hasattr(child, "dist_sync_fn")]
         if not metrics:

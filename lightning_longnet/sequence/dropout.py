@@ -24,7 +24,10 @@ _CALLS = -1  # `of_activations` adds it to the seed of a step, in the place of a
 
 
 class DropoutSeeds:
-    """The seeds of dropout: functions of the step where one was begun, otherwise drawn from torch's CPU generator."""
+    """The seeds of dropout: functions of the step where one was begun, otherwise drawn from torch's CPU generator.
+
+    A `SequenceContext` has one.
+    """
 
     def __init__(self) -> None:
         self._step: Tensor | None = None  # the seed of the step
@@ -44,17 +47,18 @@ class DropoutSeeds:
         """Return the seed of attention dropout for the layer of this number in the current step, equal on all ranks.
 
         It is a 0-dimensional int64 tensor on the CPU; None where no step was begun, so that the caller draws a seed.
+        `ContextAttention.attend_options` asks for each call of attention with dropout.
         """
         return None if self._step is None else splitmix64(self._step + layer)
 
     def of_activations(self, rank: int, ranks: int) -> int:
         """Return the seed for one call of dropout of activations on rank `rank` of `ranks`, other than on other ranks.
 
-        All ranks call it together.  Every call draws `ranks` numbers from torch's CPU generator, so that it stays equal
-        on all ranks.  Outside of a step these are the seeds.  In a step the seeds come from a generator of the step, so
-        that a resumed run repeats them.  Activation checkpointing restores torch's generator before it recomputes, so
-        the recomputation draws the same numbers again: the first of them is the key under which the seeds of the call
-        are cached.
+        All ranks call it together, by `ContextDropout.random_part` and `one_call`.  Every call draws `ranks` numbers
+        from torch's CPU generator, so that it stays equal on all ranks.  Outside of a step these are the seeds.  In a
+        step the seeds come from a generator of the step, so that a resumed run repeats them.  Activation checkpointing
+        restores torch's generator before it recomputes, so the recomputation draws the same numbers again: the first of
+        them is the key under which the seeds of the call are cached.
         """
         drawn = torch.randint(2**62, (ranks,), device="cpu")
         if self._step is not None:
@@ -82,7 +86,7 @@ class DropoutSeeds:
 
 
 class ContextDropout(Positioned):
-    """The part of `SequenceContext` that begins steps, and drops activations and pairs of attention.
+    """The part of `SequenceContext` that begins steps, drops activations, and has the seeds of attention dropout.
 
     Attributes:
         seed: the seed of dropout in steps.
@@ -95,11 +99,11 @@ class ContextDropout(Positioned):
     def begin_step(self, number: int | None) -> None:
         """Begin the step of a micro-batch; None ends the step.
 
-        The strategy calls it before each step of the module, and a training loop without it does so before each
-        forward.  In a step, what attention drops, and what dropout drops of a batch that is split, is a function of
-        `seed` and the number, so that a run that is resumed repeats it.  Outside of steps every call draws a seed from
-        torch's CPU generator; ranks that share a sequence use the seed of the first of them.  `torch.manual_seed`
-        repeats it, and so does the recomputation of activations.
+        The strategy calls it before each step of the module, the split check before each of its own, and a training
+        loop without the strategy before each forward.  In a step, what attention drops, and what dropout drops of a
+        batch that is split, is a function of `seed` and the number, so that a run that is resumed repeats it.  Outside
+        of steps every call draws a seed from torch's CPU generator; ranks that share a sequence use the seed of the
+        first of them.  `torch.manual_seed` repeats it, and so does the recomputation of activations.
 
         Args:
             number: any integer.  The strategy takes the number of the micro-batch since training began, and negative
@@ -110,10 +114,10 @@ class ContextDropout(Positioned):
     def dropout(self, x: Tensor, p: float = 0.5, training: bool = True, *, is_part: bool | None = None) -> Tensor:
         """Return `torch.nn.functional.dropout(x, p, training)`, where each rank drops other elements of its tokens.
 
-        A user's module calls it in place of torch's function, on all ranks together.  Ranks that share a sequence have
-        equal random states, so that a layer that is left out at random is left out on all of them.  The function of
-        torch therefore drops the same elements of each part.  Modules of torch, such as `nn.Dropout`, do as this method
-        does if the context was attached to them.
+        `FeedForward` and modules of users call it in place of torch's function, on all ranks together.  Ranks that
+        share a sequence have equal random states, so that a layer that is left out at random is left out on all of
+        them.  The function of torch therefore drops the same elements of each part.  Modules of torch, such as
+        `nn.Dropout`, do as this method does if the context was attached to them.
 
         Args:
             x: a tensor of any shape.
@@ -130,12 +134,16 @@ class ContextDropout(Positioned):
         """Return whether x, (..., features), holds this rank's tokens in a split batch, and not what all ranks share.
 
         Its shape decides: a dimension before the last has the size L of this rank's part, and none has the size N of
-        whole sequences.  Dropout needs to know it: of what all ranks share they must drop the same elements.
+        whole sequences.  Dropout needs to know it: of what all ranks share they must drop the same elements.  `dropout`
+        asks, and feed-forwards that are computed in chunks ask before, as the shape of a chunk does not show it.
         """
         return self.holds_part_of(x.shape[:-1])
 
     def holds_part_of(self, dims: Sequence[int]) -> bool:
-        """Return what `holds_part` returns, for a tensor whose dimensions without that of features have these sizes."""
+        """Return what `holds_part` returns, for a tensor whose dimensions without that of features have these sizes.
+
+        The hooks on dropout modules of torch ask (dropout_hooks.py).
+        """
         splitter = self._splitter
         return splitter.is_split and splitter.local_length in dims and splitter.current.length not in dims
 
@@ -149,15 +157,17 @@ class ContextDropout(Positioned):
         """Return a context manager for a layer that computes its tokens in chunks and drops elements of each chunk.
 
         Ranks with more tokens may have more chunks, and so draw more random numbers: after the block the random states
-        of all ranks are equal again.  All ranks of the sequence group enter it, also those with a single chunk.
+        of all ranks are equal again.  All ranks of the sequence group enter it, also those with a single chunk:
+        `FeedForward.forward`, and `_forward_in_chunks` for models of transformers.
         """
         return self._seeds.one_call() if self._splitter.is_split else nullcontext()
 
     def random_part(self, device: torch.device, is_part: bool) -> AbstractContextManager[None]:
         """Return a context manager in which torch's generator of a device draws other numbers on each rank.
 
-        After the block the generator continues as if unused.  All ranks call it together, around each dropout.  With
-        `is_part=False` ranks that share a sequence draw the same numbers.
+        After the block the generator continues as if unused.  All ranks call it together, around each dropout:
+        `dropout` does, and the hooks on dropout modules of torch.  With `is_part=False` ranks that share a sequence
+        draw the same numbers.
         """
         size = self.sequence_parallel_size
         rank = self.data_parallel_rank * size + (self.sequence_parallel_rank if is_part else 0)
@@ -166,7 +176,10 @@ class ContextDropout(Positioned):
 
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed torch's default generator of a device inside the block, and restore its state at the end."""
+    """Seed torch's default generator of a device inside the block, and restore its state at the end.
+
+    `random_part` does it around a dropout, and `one_call` around all chunks of a layer.
+    """
     generator = _generator_of(device)
     state = generator.get_state()
     generator.manual_seed(seed)

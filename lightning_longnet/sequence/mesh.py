@@ -31,9 +31,10 @@ def sequence_mesh(
 ) -> DeviceMesh:
     """Make a mesh of all ranks with the axes "data_parallel" and "sequence_parallel", for a `SequenceContext`.
 
-    All ranks call it together, after `torch.distributed.init_process_group`; the strategy does it by itself.
-    Consecutive ranks share a sequence.  Each axis has new process groups, so that the messages of attention never mix
-    with those of other collectives.
+    All ranks call it together, after `torch.distributed.init_process_group`: a training loop without the strategy does.
+    The strategy does it by itself when the ranks are connected, and the `Ranks` of a command that scores or embeds
+    texts.  Consecutive ranks share a sequence.  Each axis has new process groups, so that the messages of attention
+    never mix with those of other collectives.
 
     Args:
         sequence_parallel_size: how many ranks share a sequence; all of them by default.

@@ -45,7 +45,7 @@ class SequencePart:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of each sequence on this rank, by the stretches."""
+        """The number L of tokens of each sequence on this rank, by the stretches; `BatchSplitter._check_part` asks."""
         return sum(end - begin for begin, end in self.stretches)
 
     def check_stretches(self, placement: Placement, rank: int) -> None:
@@ -65,7 +65,8 @@ class SequencePart:
     def digest(self) -> int:
         """Return a 56-bit hash of the samples' names, the length, and the names and dtypes of the tensors.
 
-        It is equal on all ranks that share sequences, as the values and shapes on each are those of other tokens.
+        It is equal on all ranks that share sequences; a hash of values and shapes, those of other tokens on each, would
+        not be.  `Note.of` and `digest` of batches.py take it in place of theirs.
         """
         kinds = [(name, str(value.dtype)) for name, value in sorted(self.tensors.items())]
         content = sha256(repr((self.length, self.samples, kinds)).encode())
@@ -85,6 +86,7 @@ class SequencePart:
         return self._mapped(lambda x: x.pin_memory())
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> SequencePart:
+        """Return a copy of the part with `function(x)` in place of each tensor x."""
         return replace(self, tensors={name: function(x) for name, x in self.tensors.items()})
 
 

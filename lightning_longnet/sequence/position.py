@@ -52,7 +52,10 @@ class MeshPosition:
 
 
 class Positioned:
-    """A base class of `SequenceContext`, which gives the attributes of its `position` to the object itself."""
+    """A base class of `SequenceContext`, which gives the attributes of its `position` to the object itself.
+
+    Data modules, callbacks, models, the split check and the strategy read them.
+    """
 
     position: MeshPosition
 

@@ -71,7 +71,7 @@ class Reductions:
         return total
 
     def gather_samples(self, x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
-        """Return the x of each rank of the data-parallel group of this rank, as a list.
+        """Return the x of each rank of the data-parallel group of this rank, as a list; all of them call it together.
 
         Without a mesh the ranks are those of `group`, or all ranks if that is None, or this one process.
         """
@@ -85,8 +85,8 @@ class Reductions:
 class TokenMean(torch.autograd.Function):
     """The sum of losses over all ranks, divided by the count of tokens over all ranks.
 
-    The gradient of `loss_sum` is `ranks / divisor`: DDP, FSDP and DeepSpeed average gradients over the ranks, and so
-    divide by `ranks` again.
+    `Reductions.token_mean` applies it.  The gradient of `loss_sum` is `ranks / divisor`, or 0 where the divisor is 0:
+    DDP, FSDP and DeepSpeed average gradients over the ranks, and so divide by `ranks` again.
     """
 
     @staticmethod
@@ -123,9 +123,10 @@ def _totals(loss_sum: Tensor, token_count: Tensor | float, group: dist.ProcessGr
 
 
 class GatherSequence(torch.autograd.Function):
-    """The whole sequence on every rank of a group, out of their parts.
+    """The whole sequence on every rank of a group, out of their parts; `Reductions.gather_sequence` applies it.
 
-    The gradient of a part is the sum of the gradients that all ranks have of its tokens.
+    The gradient of a part is the sum of the gradients that all ranks have of its tokens.  All ranks run the forward
+    together, and the backward too.
     """
 
     @staticmethod
@@ -162,7 +163,10 @@ class GatherSequence(torch.autograd.Function):
 
 
 class SumParts(torch.autograd.Function):
-    """The sum of x over the ranks of a group, on each of them; the gradient of x is the sum of all ranks' gradients."""
+    """The sum of x over the ranks of a group, on each of them; the gradient of x is the sum of all ranks' gradients.
+
+    `Reductions.sum_parts` applies it.  All ranks run the forward together, and the backward too.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -184,7 +188,10 @@ def _total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _all_gather_ragged(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """Return the x of each rank of a group, which must have the same number of dimensions, and may differ in sizes."""
+    """Return the x of each rank of a group, which call it together: of equal dtype and number of dimensions.
+
+    The sizes may differ.  `Reductions.gather_samples` calls it.
+    """
     shape = torch.tensor(x.shape, device=x.device)
     shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shapes, shape, group=group)

@@ -70,7 +70,10 @@ class _CachedConversion(NamedTuple):
 
 
 class BatchShards:
-    """The shards of one batch that have documents or padding, each made by all ranks together at its first use."""
+    """The shards of one batch that have documents or padding, each made by all ranks together at its first use.
+
+    The `CurrentBatch` of a context has one; `ShardCache` asks it for shards, and `SequenceContext.once` for masks.
+    """
 
     def __init__(self) -> None:
         self._shards: list[_CachedShard] = []
@@ -84,10 +87,10 @@ class BatchShards:
     def get(self, documents: Tensor | None, padding: Tensor | None, make: Callable[[], SequenceShard]) -> SequenceShard:
         """Return the cached shard of these masks as they are now, or make one if some rank has none.
 
-        All ranks of the sequence group call it together.  Outside of inference mode a mask that the program changes has
-        another version on all of them.  In inference mode each rank compares the values of its own tokens, which may
-        have changed where another's have not; so they exchange the indices of their shards, and make one together
-        unless these are equal.
+        All ranks of the sequence group call it together, by `ShardCache.get`.  Outside of inference mode a mask that
+        the program changes has another version on all of them.  In inference mode each rank compares the values of its
+        own tokens, which may have changed where another's have not; so they exchange the indices of their shards, and
+        make one together unless these are equal.
 
         Args:
             documents, padding: the masks of this rank's tokens; at most one of them is None.
@@ -160,7 +163,8 @@ class ShardCache:
     def make(self, documents: Tensor | None, key_padding_mask: Tensor | None) -> SequenceShard:
         """Make and return a shard of the current batch, without looking for one in the cache.
 
-        All ranks of the sequence group call it together.
+        All ranks of the sequence group call it together: `get` for masks that layers are given, and the property
+        `ContextAttention.shard` for those of the batch.
         """
         splitter = self._splitter
         assert splitter.position.sequence_group is not None

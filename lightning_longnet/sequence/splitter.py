@@ -118,6 +118,7 @@ class BatchSplitter:
         parts: dict[str, Tensor] = {}
 
         def part(path: tuple[str, ...], x: Tensor) -> Tensor:
+            """Return this rank's tokens of a tensor, and keep them in `parts`; x itself where it has no sequence."""
             dim = dim_of(path, x, dims)
             if dim is None:
                 return x
@@ -142,7 +143,7 @@ class BatchSplitter:
         self.current.key_padding_mask = None if mask is None else mask == 0
 
     def begin(self, length: int | None) -> None:
-        """Begin a batch of sequences of `length` tokens, or of whole sequences where it is None."""
+        """Begin a batch of sequences of `length` tokens, or of whole sequences where it is None, without masks."""
         self.current = CurrentBatch(length, self.current.is_whole)
 
     def begin_sequences(self, length: int) -> Tensor:
@@ -181,7 +182,10 @@ class BatchSplitter:
             self.current = before
 
     def check_same(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> None:
-        """Raise a ValueError on all ranks if ranks that share sequences hold unequal batches or one cannot be split."""
+        """Raise a ValueError on all ranks if ranks that share sequences hold unequal batches or one cannot be split.
+
+        All ranks call it together; see `SequenceContext.check_same`.
+        """
         position = self.position
         if position.sequence_group is None or position.data_parallel_group is None:
             return
@@ -190,7 +194,10 @@ class BatchSplitter:
         check_same_batch(digest(batch), fault, position.sequence_group, position.data_parallel_group, data_position)
 
     def fault_of(self, batch: Any, sequence_dims: Mapping[str, int | None] | None = None) -> str:
-        """Return the error message for a batch that cannot be split; "" if it can be, or need not be."""
+        """Return the error message for a batch that cannot be split; "" if it can be, or need not be.
+
+        It sends nothing.
+        """
         dims = checked_dims(sequence_dims or {})
         if isinstance(batch, SequencePart):
             return fault_of(lambda: self._check_part(batch, dims))
@@ -199,7 +206,7 @@ class BatchSplitter:
         return ""
 
     def _check_part(self, part: SequencePart, dims: Mapping[str, int | None]) -> None:
-        """Raise a ValueError if a `SequencePart` does not hold this rank's tokens, or its tensors have others."""
+        """Raise a ValueError if a `SequencePart` has not this rank's tokens, or its tensors not as many tokens."""
         self._check_length(part.length)
         part.check_stretches(self.placement_of(part.length), self.position.sequence_parallel_rank)
         if (tokens := length_of(part.tensors, dims)) != part.tokens:
@@ -227,11 +234,18 @@ class BatchSplitter:
             )
 
     def placement_of(self, length: int) -> Placement:
-        """Return the placement of sequences of `length` tokens that gives ranks equally many, or some one more."""
+        """Return the placement of sequences of `length` tokens that gives ranks equally many, or some one more.
+
+        Splits go by it, `gather_sequence`, and `SequenceContext.placement_of`.
+        """
         return Placement.even(length, self.position.sequence_parallel_size, self.kind_of(length))
 
     def kind_of(self, length: int) -> Kind:
-        """Return "contiguous" or "zigzag" for sequences of `length` tokens, as given or as the function chooses."""
+        """Return "contiguous" or "zigzag" for sequences of `length` tokens, as given or as the function chooses.
+
+        The function is not asked where ranks share no sequences.  `placement_of` and `ShardCache.make` call it, which
+        so agree.
+        """
         ranks, given = self.position.sequence_parallel_size, self.placement
         if not callable(given):
             return given
@@ -239,7 +253,10 @@ class BatchSplitter:
 
     @property
     def local_length(self) -> int:
-        """The number L of tokens of each sequence on this rank; the length of the sequences must be known."""
+        """The number L of tokens of each sequence on this rank; the length of the sequences must be known.
+
+        `check_tokens`, attention, dropout and `ShardCache.make` read it in a split batch.
+        """
         assert self.current.length is not None
         return self.placement_of(self.current.length).lengths[self.position.sequence_parallel_rank]
 
@@ -263,7 +280,10 @@ class BatchSplitter:
         return positions.to(x.device)
 
     def check_tokens(self, tokens: int) -> None:
-        """Raise a ValueError if `tokens`, which a layer was given, is not the number that this rank holds."""
+        """Raise a ValueError if `tokens`, which a layer was given, is not the number that this rank holds.
+
+        `ContextAttention` calls it before attention in a split batch, `gather_sequence` and `positions_of`.
+        """
         here = self.local_length
         if tokens != here:
             raise ValueError(

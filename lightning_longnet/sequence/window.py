@@ -29,7 +29,10 @@ class TokenWindow:
 
     @property
     def means(self) -> int:
-        """How many calls of `token_mean` with a gradient there were since the window was opened; 0 while closed."""
+        """How many calls of `token_mean` with a gradient there were since the window was opened; 0 while closed.
+
+        `SplitSteps.training_step` reads it before and after the module's step, which must call it once.
+        """
         return 0 if self._counts is None else len(self._counts)
 
     def divisor(self, count: Tensor) -> Tensor:
@@ -45,7 +48,9 @@ class TokenWindow:
     def close(self, micro_batches: int) -> float:
         """Close the window, and return the factor by which to multiply the accumulated gradients.
 
-        It is 1 if the window was closed, or if there was no token.
+        It is 1 if the window was closed, or if there was no token.  It reads the counts, which waits for a GPU.
+        `SplitSteps.post_backward` calls it after the last backward of a step, and `SplitSteps.setup` for a window that
+        an interrupted run has left open.
 
         Args:
             micro_batches: the number by which Lightning has divided the loss of each micro-batch.

@@ -169,6 +169,8 @@ def cause_of_call(function: Any, args: Any, kwargs: Any, result: Any, tokens: in
 def named_causes(kind: type[nn.Module] | None, causes: Iterable[str]) -> list[str]:
     """Return the likely causes of a wrong result of a module as keys of `ADVICE`, the likeliest first.
 
+    `place_of` of locate.py asks for the place that it found.
+
     Args:
         kind: the class of the module, which decides if its cause is known; None for the step itself.
         causes: what functions that the module called compute across tokens.

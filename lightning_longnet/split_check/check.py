@@ -110,7 +110,10 @@ def check_split(
 
 
 def check_action(action: Any) -> None:
-    """Raise a ValueError if an argument `action` of `check_split`, or `split_check` of the strategy, is wrong."""
+    """Raise a ValueError if an argument `action` of `check_split`, or `split_check` of the strategy, is wrong.
+
+    `check_split` calls it, and `check_options` when a strategy is made.
+    """
     if action not in get_args(Action):
         raise ValueError(f"split_check must be one of {', '.join(map(repr, get_args(Action)))}, got {action!r}")
 
@@ -134,7 +137,8 @@ def _gradients_kept(module: nn.Module) -> Iterator[None]:
 def replica_of(module: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Replica | str:
     """Return the structure of a module, for copies that `check_split` fills with values, or why it cannot be copied.
 
-    The strategy calls it at set-up, before FSDP2 or DeepSpeed shards the module.
+    The strategy's `FirstBatchCheck` calls it at set-up, before FSDP2 or DeepSpeed shards the module, and `check_split`
+    where it is given no structure.
 
     Args:
         module: the module, whole on this rank.
@@ -157,7 +161,7 @@ def _copies(
 ) -> tuple[Runner, list[torch.dtype | None], str]:
     """Return (what runs a step on copies of the module, the dtypes to try, why there can be no copies, or "").
 
-    The arguments are those of `check_split`.
+    All ranks call it together, and get the same reason.  The arguments are those of `check_split`.
     """
     device = _device(module, context)
     replica = replica_of(module) if replica is None else replica
@@ -278,7 +282,10 @@ def _device(module: nn.Module, context: SequenceContext) -> torch.device:
 
 
 def _length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
-    """Return the smallest number of tokens N of all ranks' batches; None if the model makes the sequences."""
+    """Return the smallest number of tokens N of all ranks' batches, which call it together.
+
+    It is None if the model makes the sequences.
+    """
     length = batch_length(batch, dims)
     if length is None:
         return None
@@ -289,7 +296,7 @@ def _length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
 
 
 def _dtypes(replica: Replica, device: torch.device) -> list[torch.dtype | None]:
-    """Return the dtypes to try, the most exact that fits into the memory of all ranks first.
+    """Return the dtypes to try, the most exact that fits into the memory of all ranks first; they call it together.
 
     None stands for the module's own dtypes; the list is empty if not even float32 fits.
     """

@@ -77,6 +77,8 @@ class Comparison:
     def verdict(self, batch: Any, fewer_labels: bool = False) -> tuple[Verdict | None, str]:
         """Return (verdict, ""), or (None, the error that a rank raised in the step).
 
+        `_verdict` and `_verdict_at` of check.py call it, once with `fewer_labels`, and without if that raised an error.
+
         Args:
             batch: whole sequences, of which a piece of `tokens` tokens is taken.
             fewer_labels: whether the tokens of the first rank lose some of their labels, so that a plain mean over the
@@ -111,7 +113,11 @@ class Comparison:
         return self._attempt(self._whole)
 
     def _compared(self, whole: Outcome, part: Outcome) -> Verdict:
-        """Return the verdict on the outcomes of whole and of split sequences."""
+        """Return the verdict on the outcomes of whole and of split sequences.
+
+        They are equal if they differ no more than rounding moves the outcome of whole ones.  Only if they differ more
+        the step runs again, to measure rounding and chance, and to find the place.
+        """
         error, what = from_first(whole.difference(part))
         least = _NOISE * max(self._ulp(), self._runner.replica.noise)  # of the tolerance, however little rounding moves
         if error <= min(least, _RESOLUTION) and max(whole.side_effects(part).values(), default=0.0) <= least:

@@ -31,8 +31,9 @@ _ROUNDING = {True: 1e-5, False: 1e-6}  # by which float32 may move gradients, an
 class EngineModule:
     """A module that FSDP2 or DeepSpeed has sharded; it stands in for a `Replica`, and finds less.
 
-    It computes with the present values of its parameters and in its own dtype, so a gate that is zero hides what is
-    behind it, and small differences are within rounding.
+    `FirstBatchCheck` makes it, as the argument `inside` of `check_split`.  It computes with the present values of its
+    parameters and in its own dtype, so a gate that is zero hides what is behind it, and small differences are within
+    rounding.
 
     Args:
         module: the module.
@@ -59,7 +60,7 @@ class EngineModule:
         self.sizes = {size for x in module.parameters() for size in getattr(x, "ds_shape", x.shape)}
 
     def values_of(self, *_: Any) -> Values:
-        """Return no values, unlike `Replica.values_of`: the parameters have them."""
+        """Return no values, unlike `Replica.values_of`: the parameters have them.  `_verdict` of check.py asks."""
         return {}
 
     @contextmanager

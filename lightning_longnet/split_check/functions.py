@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def rebind(module: nn.Module, memo: dict[int, Any]) -> None:
     """Replace the hooks and functions that a copied module keeps by ones that use copies of what theirs enclose.
 
-    `copy.deepcopy` does not copy functions, and so a hook that encloses a module would change the original.  `Replica`
-    calls it after it has copied a module.
+    `copy.deepcopy` does not copy functions, and so a hook that encloses a module would change the original.  `_copied`
+    of replica.py calls it after it has copied a module.
 
     Args:
         module: the copy.

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the generators of Python, NumPy and torch inside the block, and restore them after it.
 
-    NumPy's is left out if the program has not imported NumPy, and torch's of CUDA if `device` is the CPU.
+    NumPy's is left out if the program has not imported NumPy, and torch's of CUDA if `device` is the CPU.  `Runner.run`
+    enters it around a step.
     """
     numpy: Any = sys.modules.get("numpy")
     states = random.getstate(), None if numpy is None else numpy.random.get_state()
@@ -39,7 +40,10 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 class OwnGenerators:
-    """The random generators of torch, Python and NumPy that a module and those inside it keep as attributes."""
+    """The random generators of torch, Python and NumPy that a module and those inside it keep as attributes.
+
+    `Runner.run` makes it for the copy that a step runs on, and calls `seed` before and `draws` after the step.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._generators = [value for each in module.modules() for value in each.__dict__.values() if _is_one(value)]

@@ -13,11 +13,17 @@ if TYPE_CHECKING:
 
 
 class StopStep(BaseException):
-    """The exception that ends a step with manual optimisation which has made enough updates for the check."""
+    """The exception that ends a step with manual optimisation which has made enough updates for the check.
+
+    `_Gradients.update` of runs.py raises it, and a hook of `FirstBatchCheck` in a step of an optimizer of the run;
+    `Runner.run` takes it for the end of the step.
+    """
 
 
 class Logged(dict[str, float]):
     """The numbers that a step logs, by name, if Lightning would reduce them over ranks by a mean or a sum.
+
+    `isolate` makes it, and `Runner.run` puts it into the outcome.
 
     Args:
         ranks: how many ranks share a sequence.
@@ -53,7 +59,10 @@ class Logged(dict[str, float]):
             self[name] = factor * float(value)
 
     def compute(self) -> None:
-        """Compute the metrics, and keep their numbers; all ranks call it together, as metrics gather their states."""
+        """Compute the metrics, and keep their numbers; all ranks call it together, as metrics gather their states.
+
+        `Runner.run` calls it after a step of evaluation.
+        """
         for name, metric in self._metrics.items():
             self.add(name, metric.compute())
 

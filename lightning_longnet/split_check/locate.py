@@ -46,7 +46,7 @@ def place_of(whole: Watch, part: Watch, placement: Placement | None, rank: int, 
     """Return the first module whose outputs differ on some rank although its inputs are the same; None if none does.
 
     If no module does but the step itself calls a function across tokens, it is the step.  All ranks call this together,
-    and get the same.
+    and get the same; a `Comparison` does where results differ.
 
     Args:
         whole: the record of a step on whole sequences.

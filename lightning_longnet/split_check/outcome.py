@@ -26,6 +26,9 @@ RESULT = "what predict_step returns"
 class Outcome:
     """The results of one run of a step on this rank, which `Runner.run` returns.
 
+    A `Comparison` averages each over all ranks, and compares those of whole sequences with others by the methods, on
+    all ranks together.
+
     Attributes:
         numbers: the loss, and in validation the numbers that were logged.
         gradients: the gradient of each parameter that has one.
@@ -78,7 +81,7 @@ class Outcome:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all numbers and gradients are finite."""
+        """Whether all numbers and gradients are finite, for an averaged outcome; all ranks read it together."""
         norms = [self._norm(gradient) for gradient in self.gradients.values()]
         return all(map(isfinite, [*self.numbers.values(), *norms]))
 
@@ -161,7 +164,7 @@ def whole_like(whole: Tensor, part: Tensor, placement: Placement | None, rank: i
     """Return what `part` must be equal to: this rank's tokens of `whole`, or all of it if the shapes are equal.
 
     None if the shape of `part` is neither.  The dimension of the tokens is found by its size; (B, N) may be flattened
-    into one dimension.
+    into one dimension.  `Outcome` asks for results and buffers, and `same_tokens` of locate.py for those of modules.
     """
     if whole.shape == part.shape:
         return whole

@@ -26,7 +26,8 @@ _LEFT = ("imed out", "imeout", "Connection closed", "Connection reset")  # in gl
 class Groups:
     """Process groups of one comparison, so that a rank which leaves a step cannot disturb the messages of the run.
 
-    With NCCL the groups of the run are used for parts, as new ones would take memory of the device.
+    A `Comparison` makes it on all ranks together, again after each error of a step, and calls its methods.  With NCCL
+    the groups of the run are used for parts, as new ones would take memory of the device.
 
     Args:
         position: the position of this rank in the run.
@@ -98,7 +99,10 @@ class Groups:
 
 
 def gathered_objects(value: Any) -> list[Any]:
-    """Return the value of each rank in their order; all ranks call it together, with objects that can be pickled."""
+    """Return the value of each rank in their order; all ranks call it together, with objects that can be pickled.
+
+    `Outcome`, `place_of`, `Groups` and the agreements on a fault or a refusal gather values with it.
+    """
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -109,19 +113,26 @@ def gathered_objects(value: Any) -> list[Any]:
 def first_fault(fault: str) -> str:
     """Return on all ranks the error message of the first rank that has one; "" if none has.
 
-    Messages of ranks that only waited for others in vain come last.  All ranks call it together.
+    Messages of ranks that only waited for others in vain come last.  All ranks call it together: `check_split` for a
+    module that cannot be copied, and a `Comparison` after each run of the step.
     """
     faults = [each for each in gathered_objects(fault) if each]
     return next((each for each in faults if not is_of_waiting(each)), next(iter(faults), ""))
 
 
 def is_of_waiting(fault: str) -> bool:
-    """Return whether an error message is that of a rank which waited for another in vain."""
+    """Return whether an error message is that of a rank which waited for another in vain.
+
+    If no rank has another error, a `Comparison` takes it for a verdict, see `parted`.
+    """
     return any(text in fault for text in _LEFT)
 
 
 def from_first(value: Any) -> Any:
-    """Return the value of rank 0 on all ranks, which call it together, so that all decide the same by it."""
+    """Return the value of rank 0 on all ranks, which call it together, so that all decide the same by it.
+
+    A `Comparison` calls it for differences that it computes, and for the place.
+    """
     if not dist.is_initialized():
         return value
     values = [value]
@@ -130,11 +141,14 @@ def from_first(value: Any) -> Any:
 
 
 def is_first() -> bool:
-    """Return whether this is rank 0 of all ranks, or the only process."""
+    """Return whether this is rank 0 of all ranks, or the only process: `check_split` warns there alone."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def group_device() -> torch.device:
-    """Return the device of the tensors that the default process group takes: CUDA for NCCL, else the CPU."""
+    """Return the device of the tensors that the default process group takes: CUDA for NCCL, else the CPU.
+
+    The check, `place_of` and `Outcome` ask before they reduce a number over all ranks.
+    """
     group = world_group()
     return torch.device("cpu") if group is None else device_of(group)

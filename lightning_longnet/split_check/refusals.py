@@ -27,7 +27,10 @@ class Refusal:
 
 
 def refusal_of(error: Exception) -> Refusal:
-    """Return the refusal that an error is; an empty one if it is no ValueError that code of this package raised."""
+    """Return the refusal that an error is; an empty one if it is no ValueError that code of this package raised.
+
+    A `Comparison` asks for each error of the step on this rank.
+    """
     traceback = error.__traceback__
     if not isinstance(error, ValueError) or traceback is None:
         return Refusal()
@@ -41,7 +44,8 @@ def refusal_of(error: Exception) -> Refusal:
 def first_refusal(refusal: Refusal) -> Refusal:
     """Return on all ranks the refusal of the first rank that has one; an empty one if none has.
 
-    Refusals that only speak of another rank come last.  All ranks call it together.
+    Refusals that only speak of another rank come last.  All ranks call it together, in a `Comparison` after a run in
+    which one of them raised an error.
     """
     refusals = [each for each in gathered_objects(refusal) if each.text]
     return min(refusals, key=lambda each: each.is_of_another, default=Refusal())

@@ -39,7 +39,10 @@ def is_whole_module(module: nn.Module) -> bool:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """Return the full tensor of a DTensor, which all ranks gather together, or the tensor itself if it is none."""
+    """Return the full tensor of a DTensor, which all ranks gather together, or the tensor itself if it is none.
+
+    A `Replica` calls it for each parameter and buffer, and `SplitSteps._whole_parameter`.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
     # shards may be kept in the host's memory, which the ranks do not exchange
@@ -68,7 +71,10 @@ def _detached(module: nn.Module) -> dict[int, Any]:
 
 
 def shared_objects(module: nn.Module) -> dict[int, Any]:
-    """Return the objects that a copy of a module shares with it, by their ids: Trainer, process groups and meshes."""
+    """Return the objects that a copy of a module shares with it, by their ids: Trainer, process groups and meshes.
+
+    A `Replica` and an `EngineModule` give them to `copy.deepcopy` as its memo.
+    """
     return {
         id(value): value
         for each in module.modules()
@@ -108,7 +114,7 @@ class Replica:
     def values_of(self, module: nn.Module, dtype: torch.dtype | None, device: torch.device) -> Values:
         """Return the present values of a module's parameters and buffers by name, those of rank 0 on all ranks.
 
-        All ranks call it together.
+        All ranks call it together: `_verdict` of check.py for each length and dtype that it tries.
 
         Args:
             module: the module; it may have been sharded since the replica was made.
@@ -164,7 +170,10 @@ def _like(tensor: Tensor, value: Tensor) -> Tensor:
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in a floating dtype, or in the complex one of its width; integers stay as they are."""
+    """Return x in a floating dtype, or in the complex one of its width; integers stay as they are.
+
+    Values of a `Replica` and tensors of batches (`to_device`) are converted with it.
+    """
     if x.is_complex():
         return x.to(torch.promote_types(dtype, torch.complex64))
     return x.to(dtype) if x.is_floating_point() else x
@@ -173,7 +182,8 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 def perturbed(values: Values, size: float, seed: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
     """Return values with random noise of about `size` times each element, the same on all ranks, for floating dtypes.
 
-    Elements that are 0 get noise of `size / 10`.
+    Elements that are 0 get noise of `size / 10`.  A `Comparison` moves parameters by it: by a tenth, so that no gate is
+    zero, and by a rounding error to measure what that does.
 
     Args:
         values: the values by name.

@@ -34,7 +34,7 @@ _DROPOUTS = tuple(f"{kind}dropout{end}" for kind in ("", "alpha_", "feature_", "
 
 @dataclass
 class Runner:
-    """Runs a step on copies of a module.
+    """Runs a step on copies of a module; `check_split` makes it, and each `Comparison` calls `run`.
 
     Args:
         replica: the structure of the module, or the module as FSDP2 or DeepSpeed has sharded it.
@@ -70,7 +70,7 @@ class Runner:
     ) -> Outcome:
         """Run the step on whole or on split sequences, by the context, and return the outcome of this rank alone.
 
-        All ranks of the context call it together.
+        All ranks of the context call it together, by `Comparison._run`.  An error of the step is raised.
 
         Args:
             values: the values of parameters and buffers.
@@ -87,6 +87,7 @@ class Runner:
         differentiates, losses = self.training and self.replica.has_gradients, []  # type: bool, list[Tensor]
 
         def backward(loss: Tensor, *arguments: Any, **options: Any) -> None:
+            """Keep a loss, and run its backward; a step with manual optimisation calls it as `manual_backward`."""
             losses.append(loss.detach())
             if loss.requires_grad:
                 loss.backward(*arguments, **options)
@@ -264,18 +265,19 @@ def _drop_nothing(module: nn.Module) -> None:
 
 
 def _same(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Return x: the forward that `_drop_nothing` gives to dropout modules."""
     return x
 
 
 def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """Return a batch on a device, its floating tensors in a dtype."""
+    """Return a batch on a device, its floating tensors in a dtype; None keeps their own.  `Comparison.verdict` asks."""
     return map_tensors(batch, lambda _, x: x.to(device) if dtype is None else in_dtype(x.to(device), dtype))
 
 
 def moved(batch: Any, size: float) -> Any:
     """Return a batch with random noise of about `size` times each element of its floating tensors.
 
-    The noise is the same on all ranks.
+    The noise is the same on all ranks.  `Comparison._noise` measures with it what rounding of the batch does.
     """
     generator = torch.Generator().manual_seed(1)
 

@@ -25,7 +25,8 @@ def sample_lengths(length: int, ranks: int, sizes: Collection[int]) -> list[int]
     """Return the numbers of tokens to try: a short odd one, and the whole length if it is at most `_WHOLE`.
 
     The short one is uneven over the ranks, so that a mean of their means is not the mean, and neither it nor the number
-    of tokens of a rank is a size of a parameter, so that no dimension is mistaken for the sequence.
+    of tokens of a rank is a size of a parameter, so that no dimension is mistaken for the sequence.  `_verdict` of
+    check.py tries them in this order.
 
     Args:
         length: the number of tokens of the batch's sequences.
@@ -43,7 +44,7 @@ def aligned_length(length: int, ranks: int) -> int | None:
     """Return a length at which all ranks have equally many tokens, as they have of the real one; else None.
 
     It is the length itself if that is at most `_WHOLE`, and else a shorter one in which the tokens of a rank have the
-    same power of two as a factor, as far as it fits.
+    same power of two as a factor, as far as it fits.  `_verdict` of check.py confirms a difference there.
     """
     if length % ranks:
         return None
@@ -57,7 +58,10 @@ def aligned_length(length: int, ranks: int) -> int | None:
 
 
 def with_fewer_labels(batch: Any, dims: Mapping[str, int | None], tokens: int) -> Any:
-    """Return a batch whose first `tokens` tokens have the label -100, so that ranks have unequal numbers of labels."""
+    """Return a batch whose first `tokens` tokens have the label -100, so that ranks have unequal numbers of labels.
+
+    `Comparison.verdict` asks with `fewer_labels`.  A batch without integer labels stays as it is.
+    """
 
     def unlabelled(path: tuple[str, ...], x: torch.Tensor) -> torch.Tensor:
         dim = dim_of(path, x, dims)
@@ -73,8 +77,8 @@ def with_fewer_labels(batch: Any, dims: Mapping[str, int | None], tokens: int) -
 def whole_batch(batch: Any, dims: Mapping[str, int | None], context: SequenceContext) -> Any:
     """Return a batch of whole sequences, the same on all ranks of the sequence group, which call it together.
 
-    Other batches than a `SequencePart` are whole already.  Of a `SequencePart` it is a piece of the first stretch of
-    the group's first rank, taken for whole sequences.
+    `_verdict` of check.py calls it first.  Other batches than a `SequencePart` are whole already.  Of a `SequencePart`
+    it is a piece of the first stretch of the group's first rank, taken for whole sequences.
     """
     if not isinstance(batch, SequencePart):
         return batch
@@ -91,12 +95,18 @@ def whole_batch(batch: Any, dims: Mapping[str, int | None], context: SequenceCon
 
 
 def batch_length(batch: Any, dims: Mapping[str, int | None]) -> int | None:
-    """Return the number N of tokens of a batch's sequences; None if the model makes the sequences itself."""
+    """Return the number N of tokens of a batch's sequences; None if the model makes the sequences itself.
+
+    `_length` of check.py asks on each rank.
+    """
     return None if has_no_sequence(batch, dims) else length_of(batch, dims)
 
 
 def sample(batch: Any, dims: Mapping[str, int | None], tokens: int | None) -> Any:
-    """Return a copy of a batch cut to the `tokens` consecutive tokens that have the most labels; None keeps all."""
+    """Return a copy of a batch cut to the `tokens` consecutive tokens that have the most labels; None keeps all.
+
+    `Comparison.verdict` cuts the batch with it, and `Runner.run` copies it for each run.
+    """
     if tokens is None:
         return map_tensors(batch, lambda _, x: x.detach().clone())
     return _cut(batch, dims, _begin(batch, dims, tokens), tokens)

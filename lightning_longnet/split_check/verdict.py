@@ -59,6 +59,8 @@ class Verdict:
 def not_checked(reason: str, refusal: str = "") -> Verdict:
     """Return the verdict "not checked", for a reason that its message is.
 
+    `check_split` calls it where nothing can be compared, and a `Comparison` where a step returns nothing to compare.
+
     Args:
         reason: why nothing was compared.
         refusal: the ValueError of this package in the step, if that was the reason.
@@ -67,7 +69,7 @@ def not_checked(reason: str, refusal: str = "") -> Verdict:
 
 
 def equal(ranks: int, tokens: int | None, error: float) -> Verdict:
-    """Return the verdict "equal", with the largest relative error.
+    """Return the verdict "equal", with the largest relative error; `Comparison.verdict` ends with it.
 
     Args:
         ranks: the number of ranks that share a sequence.
@@ -79,7 +81,7 @@ def equal(ranks: int, tokens: int | None, error: float) -> Verdict:
 
 
 def different(ranks: int, error: float, what: str, place: Place | None) -> Verdict:
-    """Return the verdict "different".
+    """Return the verdict "different"; `Comparison.verdict` ends with it, once it has looked for the place.
 
     Args:
         ranks, error: those of `equal`.
@@ -96,7 +98,11 @@ def different(ranks: int, error: float, what: str, place: Place | None) -> Verdi
 
 
 def inconclusive(reason: str, ranks: int, error: float, what: str, place: Place | None = None) -> Verdict:
-    """Return the verdict "inconclusive": a difference that may have a good reason; see `different` for the others."""
+    """Return the verdict "inconclusive": a difference that may have a good reason, `reason`.
+
+    A `Comparison` calls it for rounding and random numbers, and `_confirmed` of check.py for a length.  The other
+    arguments are those of `different`.
+    """
     where = "" if place is None else f"\n{place}"
     message = f"the split check is inconclusive, as {reason}: {shown(ranks, error, what)}.{where}"
     return Verdict("inconclusive", message, error, place)
@@ -104,6 +110,8 @@ def inconclusive(reason: str, ranks: int, error: float, what: str, place: Place 
 
 def side_effect(ranks: int, error: float, what: str, module: nn.Module) -> str:
     """Return the warning about a logged number or a buffer that differs, on which no gradient depends.
+
+    `check_split` warns with it, on rank 0, for each of the verdict's `side_effects`.
 
     Args:
         ranks, error, what: those of `different`.

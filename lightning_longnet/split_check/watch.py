@@ -75,7 +75,10 @@ class Watch(TorchFunctionMode):
 
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
-        """Record what the modules inside of `module` do inside the block; `Runner` enters it around the step."""
+        """Record what the modules inside of `module` do inside the block.
+
+        `Comparison` gives it to `Runner.run` as `watch`, which enters it around the step.
+        """
         handles = []
         for name, each in module.named_modules():
             if name:

@@ -27,7 +27,10 @@ class Options(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser, restarts: int | None) -> None:
-    """Add the options of a supervisor, with the default number of restarts."""
+    """Add the options of a supervisor to a parser, with the default number of restarts.
+
+    `main` of supervise.py calls it for its own command line, and `split` for that of `longnet fit`.
+    """
     parser.add_argument("--restarts", type=_whole, default=restarts, help="how often, without a new step in between")
     parser.add_argument(
         "--stall", type=_seconds, help="seconds of a step without progress: by default ten median steps, at least 60"
@@ -40,12 +43,15 @@ def add_options(parser: argparse.ArgumentParser, restarts: int | None) -> None:
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
-    """Return what the options that were parsed say."""
+    """Return what the options that were parsed say; `main` of supervise.py asks, and `split`."""
     return Options(arguments.restarts, Limits(arguments.stall, dict(arguments.allow)))
 
 
 def split(words: Sequence[str]) -> tuple[Options | None, list[str]]:
-    """Return the options of a supervisor among the words of `longnet fit`, None without `--restarts`, and the rest."""
+    """Return the options of a supervisor among the words of `longnet fit`, None without `--restarts`, and the rest.
+
+    `main` of the command line calls it, and then `supervise` if there are options.  A wrong option raises a ValueError.
+    """
     parser = argparse.ArgumentParser(prog="longnet fit", add_help=False, allow_abbrev=False, exit_on_error=False)
     add_options(parser, None)
     try:
@@ -62,8 +68,9 @@ def split(words: Sequence[str]) -> tuple[Options | None, list[str]]:
 def supervise(command: Sequence[str], options: Options) -> int:
     """Run a command under a supervisor, and return its exit status.
 
-    Where another program has started this process as one of several, as torchrun and srun do, that program starts
-    ranks again: the supervisor watches its own alone.
+    `main` of supervise.py calls it, and `main` of the command line for `longnet fit --restarts N`.  Where another
+    program has started this process as one of several, as torchrun and srun do, that program starts ranks again: the
+    supervisor watches its own alone.
     """
     if not sys.platform.startswith("linux"):
         raise ValueError(f"a supervisor reads /proc, which Linux has, got {sys.platform}: run the command by itself")
@@ -86,18 +93,21 @@ def supervise(command: Sequence[str], options: Options) -> int:
 
 
 def _starts_agents(command: Sequence[str]) -> bool:
+    """Return whether a command is torchrun, which starts ranks again by itself."""
     words = list(command)
     is_module = ("-m", "torch.distributed.run") in pairwise(words)
     return Path(words[0]).name == "torchrun" or is_module
 
 
 def _whole(text: str) -> int:
+    """Return the value of `--restarts`; argparse calls it."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 0, got {text}")
     return int(text)
 
 
 def _seconds(text: str) -> float:
+    """Return the value of `--stall`, or the seconds of `--allow`; argparse calls it."""
     try:
         seconds = float(text)
     except ValueError:
@@ -108,6 +118,7 @@ def _seconds(text: str) -> float:
 
 
 def _allowance(text: str) -> tuple[str, float]:
+    """Return (phase, seconds) of a value of `--allow`; argparse calls it."""
     name, _, seconds = text.partition("=")
     if name not in ALLOWANCES:
         raise argparse.ArgumentTypeError(f"must be PHASE=SECONDS of one of {', '.join(ALLOWANCES)}, got {text}")

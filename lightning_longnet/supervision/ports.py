@@ -12,8 +12,9 @@ PORTS = range(16384, 30000)
 def free_port() -> int:
     """Return a port of this node on which nothing listens, for ranks that meet there once they have started.
 
-    A port that the system chooses can be taken again in the meantime, as the near end of a connection of any other
-    program: the ranks would end with "address already in use".
+    `WatchedLauncher` asks before it starts the other ranks of a single node.  A port that the system chooses can be
+    taken again in the meantime, as the near end of a connection of any other program: the ranks would end with "address
+    already in use".  A RuntimeError is raised if none of 100 ports is free.
     """
     for port in SystemRandom().sample(PORTS, 100):
         with socket.socket() as probe:

@@ -21,7 +21,10 @@ GONE, ZOMBIE, STOPPED = "", "Z", "T"
 
 
 def state_of(pid: int) -> str:
-    """Return the letter of a process's state, "Z" where it has ended and nobody has waited for it, "" for none."""
+    """Return the letter of a process's state, "Z" where it has ended and nobody has waited for it, "" for none.
+
+    A `Watch` and `collect` of stacks.py ask for ranks, and `NamedFailures` for those that this process started.
+    """
     fields = _fields(pid)
     return fields[0] if fields else GONE
 
@@ -29,7 +32,7 @@ def state_of(pid: int) -> str:
 def wait_status_of(pid: int) -> int | None:
     """Return the exit status of a process that has ended and that its parent has not waited for.
 
-    It is negative for a signal, as with `subprocess`, and None where it cannot be known.
+    It is negative for a signal, as with `subprocess`, and None where it cannot be known.  `Watch.has_ended` asks.
     """
     fields = _fields(pid)
     if not fields or fields[0] != ZOMBIE:
@@ -38,7 +41,14 @@ def wait_status_of(pid: int) -> int | None:
 
 
 def members(folder: Path, session: int) -> list[int]:
-    """Return the processes of a run that have not ended: those of its session, and those that carry its mark."""
+    """Return the processes of a run that have not ended: those of its session, and those that carry its mark.
+
+    A `Supervisor` asks whether an attempt has ended, and `end` for those to kill.
+
+    Args:
+        folder: the folder of the run's records; the mark is its path in the environment of a process.
+        session: the id of the session that the command of an attempt began; -1 for none.
+    """
     mark = f"{FOLDER}={folder}".encode()
     pids = []
     for pid in _pids():
@@ -53,7 +63,11 @@ def members(folder: Path, session: int) -> list[int]:
 
 
 def end(folder: Path, session: int) -> list[int]:
-    """Kill all processes of a run, and return those that are still there after `PATIENCE` seconds."""
+    """Kill all processes of a run, and return those that are still there after `PATIENCE` seconds.
+
+    A `Supervisor` calls it after each attempt and at its own end, and the `Guard` if the supervisor is killed.  The
+    arguments are those of `members`.
+    """
     limit = time.monotonic() + PATIENCE
     while left := members(folder, session):
         for pid in left:
@@ -66,7 +80,10 @@ def end(folder: Path, session: int) -> list[int]:
 
 
 class Guard:
-    """A separate process that ends the processes of a run if its supervisor is killed."""
+    """A separate process that ends the processes of a run if its supervisor is killed.
+
+    `Supervisor.run` makes it before it starts the command, and dismisses it at its end.
+    """
 
     def __init__(self, folder: Path) -> None:
         reads, self._writes = os.pipe()
@@ -76,7 +93,7 @@ class Guard:
         os.close(reads)
 
     def watch(self, session: int) -> None:
-        """Name the session of the run's processes."""
+        """Name the session of the run's processes; the supervisor calls it for each attempt."""
         os.write(self._writes, f"{session}\n".encode())
 
     def dismiss(self) -> None:
@@ -87,6 +104,13 @@ class Guard:
 
 
 def _stand_guard(folder: Path, reads: int, writes: int) -> None:
+    """Wait in the guard's process for the end of the supervisor, and end the run; it never returns.
+
+    Args:
+        folder: the folder of the run's records, which is removed then.
+        reads: the end of a pipe on which the supervisor names sessions, and which closes with its process.
+        writes: the other end, which this process closes.
+    """
     try:
         os.setsid()
         os.close(writes)
@@ -107,13 +131,17 @@ def _stand_guard(folder: Path, reads: int, writes: int) -> None:
 
 
 def _pids() -> Iterator[int]:
+    """Yield the ids of all processes."""
     for name in os.listdir("/proc"):
         if name.isdigit():
             yield int(name)
 
 
 def _fields(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the name: state, parent, group, session, ..., exit status."""
+    """Return the fields of /proc/PID/stat after the name: state, parent, group, session, ..., exit status.
+
+    The list is empty if there is no such process.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -121,6 +149,7 @@ def _fields(pid: int) -> list[str]:
 
 
 def _environment(pid: int) -> bytes:
+    """Return the environment with which a process was started; empty if it has ended or may not be read."""
     try:
         return Path(f"/proc/{pid}/environ").read_bytes()
     except (FileNotFoundError, ProcessLookupError, PermissionError):

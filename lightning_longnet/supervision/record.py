@@ -41,7 +41,7 @@ STEPS = 32
 
 @dataclass(frozen=True)
 class Entry:
-    """The content of the record of a rank.
+    """The content of the record of a rank: what `read` returns to the supervisor.
 
     Attributes:
         rank, ranks, pid: the rank, the number of ranks of the run, and the process.
@@ -70,7 +70,10 @@ class Entry:
 
 
 class Record:
-    """The record of this process, in a folder that its supervisor has made."""
+    """The record of this process, in a folder that its supervisor has made.
+
+    `Progress` of the strategy makes it when a Trainer is made, and calls its methods.
+    """
 
     def __init__(self, folder: str | Path, rank: int, ranks: int) -> None:
         path = Path(folder) / f"rank-{rank}"
@@ -86,11 +89,11 @@ class Record:
         unnamed.rename(path)  # so that a reader finds no half of a record
 
     def print_stacks_at_signal(self) -> None:
-        """Say that the process prints its stacks at `SIGQUIT`."""
+        """Say that the process prints its stacks at `SIGQUIT`, once faulthandler does so."""
         _HEAD.pack_into(self._memory, 0, *self._head, 1)
 
     def mark(self, phase: str, step: int) -> None:
-        """Write that a phase of a step begins now."""
+        """Write that a phase begins now, and the number `step` of optimizer steps that are complete."""
         self._marks += 1
         self._writes += 2
         state = (phase.encode(), step, time.monotonic(), self._marks, self._steps, self._began)
@@ -104,7 +107,10 @@ class Record:
         self._steps += 1
 
     def end(self, outcome: int, text: str) -> None:
-        """Write what became of the rank."""
+        """Write what became of the rank: RUNS, FAILED, DISCONNECTED or ENDED, with the error or "".
+
+        `MarkedPhases._end_run` calls it.
+        """
         words = text.encode()[:_TEXT]
         place = _ERROR_AT + _ERROR.size
         self._memory[place : place + len(words)] = words
@@ -112,19 +118,20 @@ class Record:
 
 
 def place_of(phase: str, step: int) -> str:
-    """Return a phase of a step as a part of a sentence."""
+    """Return a phase of a step as a part of a sentence, for errors of `NamedFailures` and of the supervisor."""
     if phase == OUTSIDE:
         return phase
     return f"{phase}, step {step}" if phase == BETWEEN else f"in {phase} of step {step}"
 
 
 def read(folder: Path) -> list[Entry]:
-    """Return the records in a folder, by rank."""
+    """Return the records in a folder, in the order of ranks; a `Supervisor` asks whenever it looks at the ranks."""
     entries = [_read(path) for path in folder.glob("rank-*") if path.suffix == ""]
     return sorted((each for each in entries if each is not None), key=lambda each: each.rank)
 
 
 def _read(path: Path) -> Entry | None:
+    """Return the content of one record; None if the file is none."""
     for _ in range(_ATTEMPTS):
         content = path.read_bytes()
         if len(content) < _SIZE or not content.startswith(_MAGIC):

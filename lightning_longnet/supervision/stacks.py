@@ -27,12 +27,15 @@ _BACKWARD = "torch/autograd/graph.py"  # whose compiled part may wait, or comput
 
 
 def path_of(folder: Path, rank: int) -> Path:
-    """Return the file that a rank prints its stacks to."""
+    """Return the file that a rank prints its stacks to; `Progress.connect` opens it."""
     return folder / f"stacks-{rank}"
 
 
 def collect(folder: Path, entries: Sequence[Entry]) -> dict[int, str]:
-    """Return the stack of the main thread of each rank that prints one."""
+    """Have ranks print their stacks, and return that of the main thread of each rank that does so in time.
+
+    A `Supervisor` calls it if ranks stand still, before it ends them.
+    """
     asked = [each for each in entries if each.prints_stacks and state_of(each.pid) in ("R", "S")]
     sizes = {each.rank: _size(path_of(folder, each.rank)) for each in asked}
     for each in asked:
@@ -50,7 +53,10 @@ def collect(folder: Path, entries: Sequence[Entry]) -> dict[int, str]:
 
 
 def at_its_end(folder: Path, rank: int) -> str:
-    """Return the stack of the main thread of a rank that its own fault has ended, such as a segmentation fault."""
+    """Return the stack of the main thread of a rank that its own fault has ended, such as a segmentation fault.
+
+    It is "" for another end.  A `Supervisor` asks for each rank that failed.
+    """
     path = path_of(folder, rank)
     _, fatal, stack = (path.read_text(errors="replace") if path.exists() else "").partition("Fatal Python error")
     return main_thread(stack) if fatal else ""
@@ -79,7 +85,8 @@ def waits(stack: str) -> bool | None:
 def culprits(entries: Sequence[Entry], stacks: dict[int, str]) -> list[int]:
     """Return the ranks that the others seem to wait for, or all where nothing distinguishes them.
 
-    A rank without a stack cannot print one, which those that only wait can.
+    A rank without a stack cannot print one, which those that only wait can.  A `Supervisor` asks if ranks stand still,
+    and no signal has stopped one.
     """
     verdicts = {each.rank: waits(stacks[each.rank]) if each.rank in stacks else False for each in entries}
     for answer in (False, None):
@@ -92,4 +99,5 @@ def culprits(entries: Sequence[Entry], stacks: dict[int, str]) -> list[int]:
 
 
 def _size(path: Path) -> int:
+    """Return the bytes of a file; 0 if there is none."""
     return path.stat().st_size if path.exists() else 0

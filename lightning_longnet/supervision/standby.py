@@ -33,7 +33,7 @@ class Standby(NamedTuple):
     pipe: int
 
     def begin(self, environment: Mapping[str, str]) -> None:
-        """Let the process go on, with an environment."""
+        """Let the process go on, with an environment; `WatchedLauncher` calls it in place of starting a rank."""
         # of one that has ended, the launcher's watch tells
         with contextlib.suppress(BrokenPipeError), os.fdopen(self.pipe, "wb") as file:
             file.write(json.dumps(dict(environment)).encode())
@@ -48,6 +48,7 @@ class Standby(NamedTuple):
 def start(command: Sequence[str], count: int) -> None:
     """Start a command as the local ranks 1 to `count`; it must call `await_word` before it does anything but import.
 
+    `start_ranks` of the command line calls it for the commands of the Trainer, before the configuration is read.
     Modules read the rank and the number of threads when they are imported, so the environment holds both from the
     start.  The threads are those that Lightning gives to each rank.  On Windows, where a process does not inherit pipes
     by their numbers, none is started.
@@ -65,7 +66,10 @@ def start(command: Sequence[str], count: int) -> None:
 
 
 def take(count: int) -> list[Standby]:
-    """Return the processes that wait, in the order of their ranks, where there are `count`; else end them."""
+    """Return the processes that wait, in the order of their ranks, where there are `count`; else end them.
+
+    `WatchedLauncher` asks when it starts the other ranks.  The list is empty if there were others or none.
+    """
     if len(_WAITING) == count and all(each.process.poll() is None for each in _WAITING):
         taken = [*_WAITING]
         _WAITING.clear()
@@ -75,13 +79,16 @@ def take(count: int) -> list[Standby]:
 
 
 def dismiss() -> None:
-    """End the processes that wait."""
+    """End the processes that wait; `main` of the command line calls it at the end of every command."""
     while _WAITING:
         _WAITING.pop().dismiss()
 
 
 def prepare() -> bool:
-    """Return whether this process waits for a word; until then, Ctrl-C is for the process that started it."""
+    """Return whether this process is to wait for a word; until then, Ctrl-C is for the process that started it.
+
+    `main` of the command line asks before it imports Lightning.
+    """
     if _PIPE not in os.environ:
         return False
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -89,7 +96,10 @@ def prepare() -> bool:
 
 
 def await_word() -> None:
-    """Wait for the word in a process that `start` has started, and take its environment; end where there is none."""
+    """Wait for the word in a process that `start` has started, and take its environment; end where there is none.
+
+    `main` of the command line calls it in each process, between the imports and the work; others go on at once.
+    """
     pipe = os.environ.pop(_PIPE, None)
     if pipe is None:
         return

@@ -45,7 +45,7 @@ class Outcome:
 
 
 class Supervisor:
-    """Runs a command that starts the ranks of this node, or is one of them.
+    """Runs a command that starts the ranks of this node, or is one of them; `supervise` makes it and calls `run`.
 
     Args:
         command: the program and its arguments.
@@ -74,6 +74,7 @@ class Supervisor:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _attempts(self, guard: Guard) -> int:
+        """Run the command again until it ends well, was asked to end, or has failed too often; return the status."""
         best, failures = -1, 0
         while True:
             outcome = self._attempt(guard, resumes=self.resumes or failures > 0)
@@ -100,7 +101,10 @@ class Supervisor:
                 return outcome.status
 
     def _attempt(self, guard: Guard, *, resumes: bool) -> Outcome:
-        """Run the command once."""
+        """Run the command once, end all its processes, and return how it ended.
+
+        `resumes` has the run go on from its newest checkpoint.
+        """
         for path in (*self._folder.glob("rank-*"), *self._folder.glob("stacks-*")):
             path.unlink()
         environment = {**os.environ, FOLDER: str(self._folder)}
@@ -192,16 +196,18 @@ class Supervisor:
     # Processes and signals
 
     def _is_alive(self, process: subprocess.Popen[bytes]) -> bool:
+        """Return whether the command or another process of the attempt has not ended."""
         return process.poll() is None or bool(members(self._folder, process.pid))
 
     def _await_others(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait for the end of the other processes of an attempt, for `AFTER` seconds at most."""
         limit = time.monotonic() + AFTER
         while members(self._folder, process.pid) and time.monotonic() < limit:
             time.sleep(_PAUSE / 2)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Forward signals to the command, which saves and ends, or goes on."""
+        """Forward signals to the command inside the block; the command saves and ends, or goes on."""
         heard = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
         before = {number: signal.signal(number, self._forward) for number in heard}
         try:
@@ -211,6 +217,7 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _forward(self, number: int, _: object) -> None:
+        """Forward a signal to the command, and note one that asks for the end; a second Ctrl-C kills the ranks."""
         if number in _ENDING:
             self._kills = self._kills or signal.SIGINT in self._received  # Ctrl-C, and again
             self._received.append(number)
@@ -218,21 +225,26 @@ class Supervisor:
             self._process.send_signal(number)
 
     def _is_asked_to_end(self) -> bool:
+        """Return whether a signal has asked this process to end."""
         return bool(self._received)
 
     def _wait(self, seconds: float) -> None:
+        """Wait between two attempts, until a signal asks for the end."""
         limit = time.monotonic() + seconds
         while time.monotonic() < limit and not self._is_asked_to_end():
             time.sleep(_PAUSE)
 
 
 def _have_errors(entries: Sequence[Entry]) -> bool:
+    """Return whether a rank in a run has written how that ended."""
     return any(each.outcome != 0 and each.phase != OUTSIDE for each in entries)
 
 
 def _was_terminated(entries: Sequence[Entry]) -> bool:
+    """Return whether a rank has written that SIGTERM ended its run."""
     return any("SIGTERM" in each.text for each in entries)
 
 
 def _print(text: str) -> None:
+    """Print a line of the supervisor to stderr."""
     print(f"supervise: {text}", file=sys.stderr, flush=True)  # noqa: T201

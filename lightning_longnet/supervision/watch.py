@@ -100,12 +100,14 @@ class Fault:
 
     @property
     def order(self) -> tuple[bool, float]:
-        """The faults of several ranks in the order in which they explain each other."""
+        """The key by which the faults of several ranks are sorted: that which explains the others comes first."""
         return self.is_consequence, self.when
 
 
 class Watch:
     """Compares the records of ranks and the state of their processes with what is allowed.
+
+    A `Supervisor` makes one for each attempt, and calls its methods whenever it looks at the ranks.
 
     Args:
         limits: how long ranks may make no progress.
@@ -124,11 +126,17 @@ class Watch:
         self._stopped.clear()
 
     def died(self, pid: int, status: int | None) -> None:
-        """Take note of the exit status of a process that the supervisor has started itself."""
+        """Take note of the exit status of a process that has ended; None if it is not known.
+
+        The supervisor calls it for the process that it has started itself, and `has_ended` for others.
+        """
         self._died.setdefault(pid, (time.monotonic(), status))
 
     def faults(self, entries: Sequence[Entry]) -> list[Fault]:
-        """Return what is wrong, and with which rank; that which explains the rest is first."""
+        """Return what is wrong, and with which rank; that which explains the rest is first.
+
+        The list is empty if nothing is.  That ranks stand still is looked at only if none has another fault.
+        """
         now = time.monotonic()
         faults_of_ranks = [fault for entry in entries if (fault := self._fault(entry, now)) is not None]
         return sorted(faults_of_ranks, key=lambda each: each.order) or self._stalled(entries, now)
@@ -144,6 +152,7 @@ class Watch:
         return True
 
     def _fault(self, entry: Entry, now: float) -> Fault | None:
+        """Return the fault of one rank: its error, its end in a run, or a signal that stopped it; None without one."""
         ended = self.has_ended(entry)
         when, status = self._died.get(entry.pid, (now, None))
         where = place(entry)
@@ -157,6 +166,7 @@ class Watch:
         return self._stop(entry, now)
 
     def _stop(self, entry: Entry, now: float) -> Fault | None:
+        """Return the fault of a rank that a signal has stopped for too long; None for others."""
         if state_of(entry.pid) != STOPPED:
             self._stopped.pop(entry.pid, None)
             return None
@@ -190,15 +200,17 @@ class Watch:
 
 
 def place(entry: Entry) -> str:
-    """Return where a rank is, as a part of a sentence."""
+    """Return where a rank is, as a part of a sentence, for faults and for what the supervisor prints of ranks."""
     return place_of(entry.phase, entry.step)
 
 
 def _stopped(entry: Entry, seconds: float) -> str:
+    """Return the text of the fault of a rank that a signal stopped `seconds` ago."""
     return f"rank {entry.rank} was stopped by a signal (state T) {place(entry)}, {seconds:.0f} s ago"
 
 
 def _ending(status: int | None) -> str:
+    """Return how a process ended, by its exit status, as a part of a sentence."""
     if status is None:
         return "ended"
     if status < 0:

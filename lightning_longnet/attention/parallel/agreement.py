@@ -38,9 +38,9 @@ def all_gather_integers(comm: Comm, values: list[int], step: Step, fault: str = 
     """Return the integers of each rank, padded with zeros to equal lengths.
 
     `SequenceShard` calls it when it is made and where it compares calls and values; all ranks of the group call it
-    together, with at most 22 values.  The message names the step, so that ranks in different steps raise an error
-    instead of reading each other's values.  A rank with a `fault` raises its own error afterwards; the others raise one
-    that names the rank.
+    together, with at most 22 values.  The message names the step, so that ranks in different steps raise a ValueError
+    instead of reading each other's values.  To a rank with a `fault` it returns, and its caller raises that error; on
+    the others it raises an `OtherRankError`, which names the rank.
     """
     steps = get_args(Step)
     padded = [steps.index(step), int(bool(fault)), *values] + [0] * (_WORDS - 2 - len(values))
@@ -56,7 +56,7 @@ def all_gather_integers(comm: Comm, values: list[int], step: Step, fault: str = 
 
 
 def all_gather_text(comm: Comm, text: str, step: Step) -> list[str]:
-    """Return a text of each rank, each cut to the same number of bytes.
+    """Return the text of each rank, cut to its first 400 bytes.
 
     `SequenceShard.check` calls it on all ranks when their calls differ, for the error that all of them raise.
     """

@@ -42,7 +42,7 @@ def refusal(ranks: int, kv_heads: int) -> str:
 class AllToAllPlan(ExchangePlan):
     """A plan in which a rank computes all branches on whole sequences of some of the heads: the exchange "swap".
 
-    `schedule` and `distributed_calls` make it.  For who calls each method see `ExchangePlan`.
+    `exchange_plan` makes it, of the exchanges that `schedule` chose.  For who calls each method see `ExchangePlan`.
     """
 
     @property
@@ -68,7 +68,7 @@ class AllToAllPlan(ExchangePlan):
         return Volume((to_heads + to_rows) * per_token, 2 * messages, placement.length * per_token, forward)
 
     def branch_volumes(self, rank: int, sizes: Sizes) -> tuple[Volume, ...]:
-        """Return nothing: a message holds the heads of all branches."""
+        """Return an empty tuple: a message holds the heads of all branches."""
         return ()
 
     def work(self, rank: int, weighted_segments: int = 0) -> RankWork:
@@ -95,7 +95,10 @@ class AllToAllPlan(ExchangePlan):
         return AllToAllCall(call.shard.comm, call.message, call.shard.placement, inner, call.options.spec.returns_lse)
 
     def _heads_call(self, call: RankCall) -> RoundsCall:
-        """Return the call on whole sequences of this rank's heads, for the branches of one line."""
+        """Return the call on whole sequences of this rank's heads, for the branches of one line; `call` asks for each.
+
+        The blocks are planned at the first call of their kind, and kept in the shard.
+        """
         shard, kv_heads = call.shard, self._kv_heads_of(call.shard.rank)
         layout = self.layout._replace(pattern=call.line.pattern, weighted_segments=call.weighted_segments)
         parts = shard.cached(("heads", *call.key), partial(head_parts, layout, kv_heads))
@@ -106,7 +109,7 @@ class AllToAllPlan(ExchangePlan):
         return RoundsCall(call.kernel, route, options, call.branch_outs, saves_outs=True)
 
     def _kv_heads_of(self, rank: int) -> range:
-        """Return the key/value heads of a rank."""
+        """Return the key/value heads of a rank, as many as of each other rank, in the order of ranks."""
         heads = self.layout.kv_heads // self.layout.placement.ranks
         return range(rank * heads, (rank + 1) * heads)
 
@@ -114,7 +117,7 @@ class AllToAllPlan(ExchangePlan):
 class AllToAllFootprint(NamedTuple):
     """The memory of a call that holds whole sequences of `length` tokens for one in `ranks` heads.
 
-    `longnet plan` counts with it; it is a `Footprint`.
+    `longnet plan` counts with it; it is a `Footprint`, which says who calls each method.
     """
 
     ranks: int
@@ -126,7 +129,11 @@ class AllToAllFootprint(NamedTuple):
         return True
 
     def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
-        """Return uninitialized tensors like those that the forward saves: q, k, v, lse and outs of a rank's heads."""
+        """Return uninitialized tensors like those that the forward saves: q, k, v, lse and outs of a rank's heads.
+
+        They are (B, N, H / P, D), and lse has as many elements as that of the forward.  For "detached" there is an out
+        of each branch, in float32 or wider; else one, in the type of q for the mix "exact".
+        """
         wide = torch.promote_types(q.dtype, torch.float32)
         saved = [x.new_empty((x.shape[0], self.length, x.shape[2] // self.ranks, x.shape[3])) for x in (q, k, v)]
         rows = q.shape[0], self.length, q.shape[2] // self.ranks
@@ -153,7 +160,7 @@ class AllToAllFootprint(NamedTuple):
 class AllToAllCall(NamedTuple):
     """One forward or backward by all_to_all, an `ExchangeCall`: the operators of op.py call it.
 
-    `inner` is that of this rank's heads over the whole sequence.
+    `inner` is the call on this rank's heads over the whole sequence.  All ranks run `forward` and `backward` together.
     """
 
     comm: Comm
@@ -212,7 +219,7 @@ class AllToAllCall(NamedTuple):
             return [x.unflatten(2, (comm.ranks, -1))[:, :, peer].transpose(0, 1) for x in tensors]
 
         def put(peer: int, pieces: Sequence[Tensor]) -> None:
-            """Write the tokens of another rank to their places in the whole sequence."""
+            """Write the tokens of a rank, (its L, B, H / P, D) of each tensor, to their places in the sequence."""
             for whole, piece in zip(wholes, pieces, strict=True):
                 for begin, end, local in placement.chunks(peer):
                     whole[begin:end] = piece[local : local + end - begin]
@@ -237,7 +244,7 @@ class AllToAllCall(NamedTuple):
             return [torch.cat([x[:, :0], *(x[:, s.begin : s.end] for s in chunks)], 1).transpose(0, 1) for x in tensors]
 
         def put(peer: int, pieces: Sequence[Tensor]) -> None:
-            """Write another rank's heads of this rank's tokens."""
+            """Write a rank's heads of this rank's tokens, (L, B, H / P, D) of each tensor."""
             for part, piece in zip(parts, pieces, strict=True):
                 part[:, :, peer] = piece.transpose(0, 1)
 
@@ -253,9 +260,9 @@ class AllToAllCall(NamedTuple):
         put: Callable[[int, Sequence[Tensor]], None],
         content: str,
     ) -> None:
-        """Send each rank its pieces in one message, and store the pieces that come from each.
+        """Send each rank its pieces in one message, and store the pieces that come from each; all ranks call it.
 
-        This rank's own pieces are stored while the others are on their way.
+        This rank's own pieces are stored while the others are on their way.  Ranks without rows get no message.
 
         Args:
             like: a tensor of the type and device of the pieces.

@@ -41,8 +41,8 @@ def local_call(
 ) -> ExchangeCall:
     """Return the object that computes one forward or backward of whole sequences on this process, without messages.
 
-    Rows with the same documents are the samples of a batch, other rows are joined to one long row.  The operators of
-    op.py call it where `attend` was given no shard.
+    If all rows have the same documents, they are the samples of the call; otherwise all are joined to one long row, see
+    `JoinedCall`.  The operators of op.py call it where `attend` was given no shard.
 
     Args:
         q, k: (B, N, H, D) and (B, N, Hkv, D).
@@ -70,7 +70,7 @@ def local_call(
 
 
 class _Rows(NamedTuple):
-    """The rows of a call on whole sequences.
+    """The rows of a call on whole sequences; `local_call` makes it for `_line_call`.
 
     Attributes:
         packed: their documents.
@@ -95,7 +95,8 @@ class _Rows(NamedTuple):
 def _line_call(options: PassOptions, line: Line, rows: _Rows, batch: int, padding: Tensor | None) -> RoundsCall:
     """Return the object that computes the branches of one line on whole sequences: it plans their blocks.
 
-    `local_call` calls it for each line of the pattern, with the padding of the rows as the sequence has them.
+    `local_call` calls it for each line of the pattern, with the padding in the order of the sequence, (B, N), or
+    (1, B * N) for one long row.
     """
     spec, tokens, samples = options.spec, line.tokens, None
     if options.dropout is not None:
@@ -142,12 +143,13 @@ def distributed_calls(
 ) -> Iterator[tuple[slice, ExchangeCall]]:
     """Yield (samples, call) for this rank's part of each sequence; the samples of a call have the same documents.
 
-    A call computes one forward or backward of these samples and exchanges keys with the other ranks.  The operators of
-    op.py call it where `attend` was given a shard; every rank makes the same calls in the same order.
+    A call computes one forward or backward of these samples and exchanges keys with the other ranks; nothing is sent
+    before it runs.  The operators of op.py ask for the calls where `attend` was given a shard; every rank makes the
+    same calls in the same order.
 
     Args:
         q, k, v: (B, L, H, D), (B, L, Hkv, D) and (B, L, Hkv, Dv).
-        number: the number of the forward, the same on all ranks.
+        number: `shard.calls` when the forward had begun, the same on all ranks and in its backward.
     """
     spec, comm, call_name = options.spec, shard.comm, f"{options.direction} of {shard.call_of(number)}"
     wide, kind = torch.promote_types(q.dtype, torch.float32), str(call_kind(q, k, v, spec, options.sinks is not None))
@@ -179,12 +181,15 @@ def distributed_calls(
 
 
 def _row_exchange(order: Tensor, shard: SequenceShard, device: torch.device) -> RowExchange:
-    """Return the rows that this rank sends and receives to bring sequences into an order, with indices on a device."""
+    """Return the rows that this rank sends and receives to bring sequences into an order, with indices on a device.
+
+    `distributed_calls` calls it for the first line of a pattern along a curve, and keeps the result in the shard.
+    """
     return row_exchange(order, shard).on(device)
 
 
 def _exchange_plan(layout: Layout, exchange: str, sizes: Sizes) -> ExchangePlan:
-    """Return the plan of the exchange that `schedule` chooses for a layout."""
+    """Return the plan of the exchange that `schedule` chooses; `distributed_calls` keeps it in the shard."""
     return schedule(layout, exchange, sizes).plan(layout)
 
 
@@ -216,7 +221,10 @@ def call_kind(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, has_sinks: b
 
 
 def _grouped_by_documents(cuts: Sequence[tuple[int, ...]]) -> Iterator[tuple[slice, tuple[int, ...]]]:
-    """Yield (samples, cuts) for each run of consecutive samples with equal documents."""
+    """Yield (samples, cuts) for each run of consecutive samples with equal documents.
+
+    `cuts` has those of each sample; `samples` is the slice of those that have the cuts which are yielded with it.
+    """
     first = 0
     for equal_cuts, group in groupby(cuts):
         last = first + len(list(group))

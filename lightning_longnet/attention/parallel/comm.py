@@ -25,7 +25,9 @@ Direction = Literal["forward", "backward"]
 
 @dataclass
 class Traffic:
-    """The messages and bytes that one rank sent since its count began, and the time that they took.
+    """The messages and bytes that one rank sent since the object was made, and the time that they took.
+
+    Each `Comm` has one; the callback `CommunicationMonitor` reads that of the `SequenceContext` and logs differences.
 
     Attributes:
         messages, sent_bytes: what `Comm.exchange` sent.  `Comm.all_gather` counts its wait alone; inference, which
@@ -34,8 +36,9 @@ class Traffic:
         flight_seconds: the time from the start of messages until their arrival was known; the rank may have computed
             meanwhile.
         loss_seconds: how long the rank waited for the losses of others.
-        calls: None, or a list to which each forward and backward over ranks is added as (direction, plan, sizes);
-            the caller that sets the list empties it.
+        calls: None, or a list to which each forward and backward over ranks is added as (direction, plan, sizes).
+            `CommunicationMonitor` and `MemoryMonitor` set it at the start of a training batch, and None after training
+            and before a validation.
 
     Over NCCL the times are those of the host, which waits for nothing: a GPU's own waiting is not in them.
     """
@@ -50,7 +53,7 @@ class Traffic:
     def add_wait(self, begin: float, started: float) -> None:
         """Count a wait that began at `begin` and ends now, for messages that were sent at `started`.
 
-        Both are values of `perf_counter`, in seconds.
+        Both are values of `perf_counter`, in seconds.  `Pending.wait` and `Comm.all_gather` call it.
         """
         end = perf_counter()
         self.waited_seconds += end - begin
@@ -75,7 +78,11 @@ class Pending:
     started: float = field(default_factory=perf_counter)
 
     def wait(self) -> None:
-        """Wait for all messages, or raise a RuntimeError that says which one failed; a second call does nothing."""
+        """Wait for all messages, or raise a RuntimeError that says which one failed; a second call does nothing.
+
+        Each caller of `Comm.exchange` calls it before it reads what it receives: `RoundsCall` after the blocks that it
+        computes meanwhile, `RankOrder`, `AllToAllCall` and `CacheRanks` at once or after copies on this rank.
+        """
         if not self.works:
             return
         begin, limit = perf_counter(), wait_arguments(self.comm.group)
@@ -92,7 +99,7 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
     """Return the timeout that a group of gloo or NCCL has now.
 
     `wait_arguments` asks for gloo, and `Timeouts.shorten` before it sets a shorter timeout for a training step;
-    `Timeouts.end_step` then sets this one again.
+    `Timeouts.end_step` or `Timeouts.interrupt` then sets this one again.
     """
     device = "cpu" if dist.get_backend(group) == "gloo" else "cuda"
     limit: timedelta = group._get_backend(torch.device(device)).options._timeout
@@ -102,7 +109,8 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
 def wait_arguments(group: dist.ProcessGroup) -> tuple[timedelta, ...]:
     """Return the arguments of `Work.wait` for messages of a group: with gloo, the timeout that the group has now.
 
-    Messages of gloo, unlike its collectives, would go by the timeout that the group was made with.
+    With other backends there are none.  Messages of gloo, unlike its collectives, would go by the timeout that the
+    group was made with.  `Pending.wait` asks.
     """
     return (timeout_of(group),) if dist.get_backend(group) == "gloo" else ()
 
@@ -110,7 +118,8 @@ def wait_arguments(group: dist.ProcessGroup) -> tuple[timedelta, ...]:
 class MessageContext(NamedTuple):
     """The call that messages belong to: a description for errors, and the text of what both sides must agree on.
 
-    The tag of a message is a hash of both and of more, see `Comm.exchange`.
+    `distributed_calls` makes one for each call, and inference for a long step over ranks.  The tag of a message is a
+    hash of both and of more, see `Comm.exchange`.
     """
 
     description: str
@@ -125,7 +134,7 @@ class Comm:
     Attributes:
         shard: the number by which all ranks know the shard that messages belong to.
         traffic: counts what this rank sends; the shards of a `SequenceContext` share one.
-        failure: describes the call that this rank did not finish; later messages are refused with it.
+        failure: describes the call that this rank did not finish, or ""; later calls and gathers are refused with it.
     """
 
     exchanges = 0  # the number of exchanges that were started
@@ -144,7 +153,7 @@ class Comm:
 
     @property
     def messages(self) -> int:
-        """The messages that this rank has sent; see `Traffic`."""
+        """The messages that this rank has sent; see `Traffic`.  Users, tests and benchmarks read these three counts."""
         return self.traffic.messages
 
     @property
@@ -154,7 +163,7 @@ class Comm:
 
     @property
     def waited_seconds(self) -> float:
-        """How long this rank has waited for messages; see `Traffic`."""
+        """The seconds that this rank has waited for messages; see `Traffic`."""
         return self.traffic.waited_seconds
 
     @contextmanager
@@ -162,7 +171,8 @@ class Comm:
         """Mark the communication as failed unless the call runs to its end.
 
         The operators of op.py run a forward or backward over ranks inside of it; `call` names that in errors.  After an
-        error other ranks still wait, and no rank knows what the others have received.
+        error other ranks still wait, and no rank knows what the others have received.  A ValueError before the first
+        message of the call is no failure: all ranks raise it.  After a failure this raises a RuntimeError at once.
         """
         self._check_failure()
         before, done = self.exchanges, False
@@ -180,10 +190,11 @@ class Comm:
     def exchange(
         self, send: dict[int, Tensor], receive: dict[int, Tensor], context: MessageContext, content: str
     ) -> Pending:
-        """Start one message to each rank of `send` and from each of `receive`; no tensor may be empty.
+        """Start one message to each rank of `send` and from each of `receive`; both may be empty, but no tensor.
 
-        `RoundsCall`, `AllToAllCall` and `RankOrder` call it, and inference over ranks.  Received tensors are valid, and
-        sent ones may be changed, when the caller has called `wait` of the result.
+        `RoundsCall`, `AllToAllCall` and `RankOrder` call it, and `CacheRanks.exchange` of inference.  Received tensors
+        are valid, and sent ones may be changed, when the caller has called `wait` of the result.  `content` says what
+        is sent, for errors and tags.
 
         Messages match by a tag of the shard, the context, the content, their type and their shape: where ranks do
         different things, gloo waits for a message that never comes, and ends with the timeout.  NCCL ignores tags:
@@ -213,10 +224,11 @@ class Comm:
         return Pending(list(zip(works, descriptions, strict=True)), (*send.values(), *receive.values()), self)
 
     def all_gather(self, own: Tensor, step: str) -> Tensor:
-        """Gather `own` from all ranks; return a tensor (ranks, *own.shape) on the CPU.
+        """Gather `own` from all ranks, which call it together; return a tensor (ranks, *own.shape) on the CPU.
 
-        Shards compare arguments and share documents and padding by it, and inference gathers outs and cached keys.  All
-        ranks pass the same shape and dtype.  `step` describes the call in errors.
+        Shards compare arguments and share documents and padding by it (through `all_gather_integers` and
+        `all_gather_text`), and `CacheRanks` gathers outs and cached keys.  All ranks pass the same shape and dtype.
+        `step` describes the call in errors.
         """
         self._check_failure()
         own = own.to("cuda" if dist.get_backend(self.group) == "nccl" else "cpu").contiguous()
@@ -230,7 +242,7 @@ class Comm:
         return everywhere.cpu()
 
     def _check_failure(self) -> None:
-        """Raise a RuntimeError if an earlier call failed."""
+        """Raise a RuntimeError if an earlier call failed; `whole_call` and `all_gather` begin with it."""
         if self.failure:
             raise RuntimeError(
                 f"{self.failure}, and its messages may still be under way: make a new group and a new shard"

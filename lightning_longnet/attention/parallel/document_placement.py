@@ -53,7 +53,10 @@ def balanced_placement(documents: Sequence[int], ranks: int) -> Placement:
 
 
 def causal_pairs(placement: Placement, cuts: Sequence[int]) -> list[int]:
-    """Return the pairs of each rank's queries with the keys of their documents up to themselves, for one head."""
+    """Return the pairs of each rank's queries with the keys of their documents up to themselves, for one head.
+
+    `balanced_placement` compares the ranks by it.  `cuts` are where documents begin, and where the last one ends.
+    """
     whole = list(accumulate(((end - begin) * (end - begin + 1) // 2 for begin, end in pairwise(cuts)), initial=0))
 
     def before(token: int) -> int:
@@ -66,7 +69,10 @@ def causal_pairs(placement: Placement, cuts: Sequence[int]) -> list[int]:
 
 
 def _ranges(cuts: Sequence[int], ranks: int, least: int) -> list[list[tuple[int, int]]]:
-    """Return the (begin, end) of each rank, with a zigzag of its own for each document of at least `least` tokens."""
+    """Return the ranges (begin, end) of each rank, with a zigzag for each document of at least `least` tokens.
+
+    The other documents follow one another over the ranks, until each rank holds its even share of all tokens.
+    """
     ranges: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
     held = [0] * ranks
     short, cut_tokens = [], 0

@@ -32,9 +32,12 @@ MESSAGE_BYTES = 200_000
 
 
 class Sizes(NamedTuple):
-    """The sizes of a call's tensors: samples, widths, and the bytes of an element and of an accumulator's.
+    """The sizes of a call's tensors: samples, head_dim, the width of v, and the bytes of an element and of a sum.
 
-    A plan reckons bytes with them.
+    A sum is accumulated in float32 or float64: its bytes are `wide_itemsize`.
+
+    `distributed_calls` makes it of the tensors of a call, `sequence_plan` and the planner's `Job` of planned ones.
+    Plans compute bytes with it.
     """
 
     batch: int
@@ -47,10 +50,13 @@ class Sizes(NamedTuple):
 class Volume(NamedTuple):
     """The bytes and messages that one rank sends in a forward and its backward, and what it keeps between them.
 
+    It is of one call of attention, so of one layer.  `ExchangePlan.volume` returns it, and `rounds_volumes`.
+
     Attributes:
         sent_bytes, messages: of the forward and the backward together.
-        kept_bytes: the keys and values of other ranks, or whole heads, that are saved for the backward.
-        forward_bytes: the bytes that the forward sends.
+        kept_bytes: the bytes of the keys and values of other ranks, or of whole heads, that are saved for the backward.
+        forward_bytes: what of `sent_bytes` the forward sends.  Layers that are recomputed in the backward send it
+            twice, which `longnet plan` and `CommunicationMonitor` add.
     """
 
     sent_bytes: int
@@ -67,7 +73,8 @@ class Volume(NamedTuple):
 class RoundWork(NamedTuple):
     """The number of KV rows that a rank receives in one round, by source, and the blocks that it computes with them.
 
-    A `RankWork` has one for each round in which the rank receives.
+    A `RankWork` of gather and ring has one for each round, also for one in which the rank only sends.  `saves_rows`
+    is that of the `Round`: whether the rows are saved for the backward.
     """
 
     received: dict[int, int]
@@ -76,14 +83,19 @@ class RoundWork(NamedTuple):
 
 
 class RankWork(NamedTuple):
-    """The blocks that a rank computes without waiting for others, and its rounds: what `ExchangePlan.work` returns."""
+    """The blocks that a rank computes on keys that no round brings, and its rounds: what `ExchangePlan.work` returns.
+
+    With "swap" these are the blocks of its heads, and there are no rounds.
+    """
 
     own: tuple[Part, ...]
     rounds: tuple[RoundWork, ...] = ()
 
     @property
     def visible_pairs(self) -> int:
-        """The pairs that the rank's queries see, a repeated pair as often as branches show it (once in a "set").
+        """The pairs that the rank's queries see in all its heads, a repeated pair as often as branches show it.
+
+        If the pattern's multiplicity is "set", it counts once.
 
         `sequence_plan` puts them into its table.
         """
@@ -99,32 +111,36 @@ class Footprint(Protocol):
 
     @property
     def saves_inputs(self) -> bool:
-        """The same as `ExchangeCall.saves_inputs`: autograd on fake tensors then keeps no q, k and v."""
+        """The same as `ExchangeCall.saves_inputs`: autograd on fake tensors then keeps no q, k and v.
+
+        `PlannedShard.saves_inputs` returns it.
+        """
 
     def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
-        """Return uninitialized tensors like those that the forward saves for the backward.
+        """Return uninitialized tensors like those that `ExchangeCall.forward` returns last, for the backward.
 
-        The forward of op.py on fake tensors calls it.
+        `_fake_forward` of op.py calls it, the forward on fake tensors.
         """
 
     def kv_rows(self, layers: int) -> int:
-        """Return the number of KV rows of other ranks that `layers` layers hold at once.
+        """Return the most KV rows of other ranks that are in memory at once, in a model of `layers` such layers.
 
-        `longnet plan` compares ranks by it, to find the one with the fullest memory.
+        `_fullest` of planning/run.py compares ranks by it, to find the one with the fullest memory.
         """
 
     def in_flight_bytes(self, q: Tensor, k: Tensor, v: Tensor, *, is_backward: bool) -> int:
-        """Return the bytes of messages in both directions while a call runs.
+        """Return the most bytes of messages, sent and received, in memory while one forward or backward runs.
 
-        `longnet plan` adds them to the memory of the call.
+        `_in_flight` of planning/fake_rank.py adds them to the memory of the call, for `longnet plan`.
         """
 
 
 class ExchangeCall(Protocol):
     """One forward or one backward of attention on this rank, for samples with the same documents.
 
-    The operators of op.py get it from `local_call` or `distributed_calls`, and call `forward` or `backward` once.  The
-    backward has an object of its own, to which `saved` brings what the forward saved.
+    The operators of op.py get it from `local_call` or `distributed_calls`, and call `forward` or `backward` once, where
+    B are these samples.  The backward has an object of its own, to which `saved` brings what the forward saved.  A
+    `ReorderedCall`, `JoinedCall` or `AllToAllCall` contains another call, whose `forward` or `backward` it calls.
     """
 
     @property
@@ -142,7 +158,10 @@ class ExchangeCall(Protocol):
         """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return out (B, L, H, Dv), lse (B, H, L), and the tensors that the backward needs besides."""
+        """Return out (B, L, H, Dv) in the type of q, lse (B, H, L), and the tensors that the backward needs besides.
+
+        q is (B, L, H, D), k (B, L, Hkv, D) and v (B, L, Hkv, Dv); lse is in float32, or float64 as q.
+        """
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
@@ -199,24 +218,33 @@ class RankCall(NamedTuple):
 
     @property
     def kernel(self) -> BlockKernel | PartsKernel:
-        """The kernel that computes blocks, by the name in the spec; never "reference"."""
+        """The kernel that computes blocks, by the name in the spec; never "reference", which serves no shard.
+
+        `RoundsPlan` and `AllToAllPlan` give it to their `RoundsCall`s.
+        """
         return BLOCK_KERNELS[self.options.spec.kernel]
 
     @property
     def line(self) -> Line:
-        """The line in whose order the call takes its rows."""
+        """The first of `lines`, in whose order the call takes its rows.
+
+        In the calls that `by_line` returns it is the only one: `RoundsPlan` and `AllToAllPlan` plan each by its line.
+        """
         return self.lines[0]
 
     @property
     def branch_outs(self) -> int:
-        """The number of branches of this line whose own results the backward takes; see `RoundsCall`.
+        """The number of branches of this line whose own results the backward takes: all for "detached", else 0.
 
-        The plans of exchanges give it to their `RoundsCall`s.
+        `RoundsPlan` and `AllToAllPlan` give it to their `RoundsCall`s.
         """
         return len(self.line.branches) if self.options.spec.partials > 1 else 0
 
     def by_line(self) -> list[RankCall]:
-        """Return the calls of the branches of each line alone; `ExchangePlan.call` splits a call so."""
+        """Return a call for each line, with the branches of that line alone and its rows in that line's order.
+
+        `RoundsPlan.call` and `AllToAllPlan.call` split a call so.
+        """
         calls = []
         for line in self.lines:
             context = self.message
@@ -226,9 +254,10 @@ class RankCall(NamedTuple):
         return calls
 
     def tokens_at(self, places: Tensor) -> Tensor:
-        """Return the index in the whole sequence of the token at each place of the line, on the device of `places`.
+        """Return the index in the whole sequence of the token at each of the `places` of the line, on their device.
 
-        Without a curve that is the place itself.
+        Both are (N,).  Without a curve a place is the index itself.  `pair_options` asks for the keys that no round
+        brings, and `RoundsPlan` for those of other ranks.
         """
         if self.line.tokens is None:
             return places
@@ -237,6 +266,8 @@ class RankCall(NamedTuple):
 
     def pair_options(self, layout: Layout, places: Tensor, heads: slice = slice(None)) -> PairOptions:
         """Return the options that hold for every pair of the call, whichever block computes it.
+
+        `RoundsPlan` calls it for this rank's rows of a line, and `AllToAllPlan` for the whole sequences of its heads.
 
         Args:
             layout: the pattern, the heads, the documents and the placement.
@@ -282,34 +313,40 @@ class ExchangePlan(ABC):
     def overlaps(self) -> bool:
         """Whether blocks are computed while messages are on their way.
 
-        The planner asks: it then counts only the time for which a rank waits.
+        `longnet plan` then counts only the time for which a rank waits.  Its `_share` of planning/exchange.py reads
+        this property, and calls `branch_volumes`, `work` and `footprint` too.
         """
 
     @abstractmethod
     def volume(self, rank: int, sizes: Sizes) -> Volume:
         """Return what a rank sends, forward and backward, and keeps.
 
-        `schedule` compares exchanges by it; plans and callbacks report it.
+        `schedule` compares "swap" with other exchanges by it (those by `rounds_volumes`); `sequence_plan`, `longnet
+        plan`, and the callbacks `CommunicationMonitor` and `MemoryMonitor` report it.
         """
 
     @abstractmethod
     def branch_volumes(self, rank: int, sizes: Sizes) -> tuple[Volume, ...]:
-        """Return what each branch adds to those finer than it; nothing where messages are of no branch.
+        """Return what each branch, from the finest on, adds to the `volume` of those finer than it.
 
-        The planner and the callback `CommunicationMonitor` report it.
+        The tuple is empty where no message is of one branch.  `longnet plan` and the callback `CommunicationMonitor`
+        report it.
         """
 
     @abstractmethod
     def work(self, rank: int, weighted_segments: int = 0) -> RankWork:
-        """Return what a rank computes and receives, for `sequence_plan` and the planner.
+        """Return what a rank computes and receives in a forward, for `sequence_plan` and the planner.
 
-        `weighted_segments` is that of `make_plan`: 0 counts a repeated pair in each branch that shows it.
+        `weighted_segments` is that of `make_plan`: with 0 each branch that shows a repeated pair computes it.
         """
 
     @abstractmethod
     def footprint(self, rank: int) -> Footprint:
-        """Return what the exchange holds in a rank's memory; the planner asks."""
+        """Return the memory that a call of the exchange takes on a rank beside its own tensors, for `longnet plan`."""
 
     @abstractmethod
     def call(self, call: RankCall) -> ExchangeCall:
-        """Return the object that computes one forward or backward on this rank; `distributed_calls` asks for it."""
+        """Return the object that computes one forward or backward on this rank, with the branches of all lines.
+
+        It sends nothing yet.  `distributed_calls` calls it for each forward and backward.
+        """

@@ -21,13 +21,13 @@ class LocalComm(Comm):
 
     @property
     def name(self) -> None:
-        """None: there is no group."""
+        """None: there is no group.  A `Guard` tells groups apart by it."""
         return None
 
     def all_gather(self, own: Tensor, step: str) -> Tensor:
-        """Return this process's own tensor as that of the only rank, (1, *own.shape).
+        """Return this process's own tensor as that of the only rank, (1, *own.shape), on its device.
 
-        The shard shares its arguments by it, as ranks do.
+        A `LocalShard` shares its arguments by it when it is made and when it compares a call, as ranks do.
         """
         self._check_failure()
         return own[None]

@@ -52,7 +52,8 @@ class Placement:
     def even(cls, length: int, ranks: int, kind: Kind = "contiguous") -> Placement:
         """Return the placement of `length` tokens over `ranks` ranks, whose numbers of tokens differ by one at most.
 
-        Batches are split by it; the planner and `placement_choice` plan with it.
+        `BatchSplitter.placement_of` splits batches by it; `Job.placed` of the planner and `placement_choice` plan with
+        it.  Equal arguments give the same object, as the last 256 are cached.
         """
         cuts = [length * rank // ranks for rank in range(ranks + 1)]
         return cls(tuple(end - begin for begin, end in pairwise(cuts)), kind)
@@ -96,17 +97,18 @@ class Placement:
 
     @property
     def ranks(self) -> int:
-        """The number of ranks."""
+        """The number of ranks; plans, exchanges and shards read it."""
         return len(self.lengths)
 
     @cached_property
     def length(self) -> int:
-        """The number of tokens of the whole sequence."""
+        """The number N of tokens of the whole sequence; plans, exchanges, shards and collectives read it."""
         return sum(self.lengths)
 
     def chunks(self, rank: int) -> tuple[Chunk, ...]:
-        """Return the chunks of a rank, in local order: one, or two under "zigzag"; none is empty.
+        """Return the chunks of a rank, in local order: one, two under "zigzag", or those that are `listed` for it.
 
+        No chunk is empty: a rank without tokens has none, and one with a single token has one under "zigzag" too.
         Batches, plans, messages and datasets are cut by them.
         """
         if self.listed:
@@ -116,9 +118,9 @@ class Placement:
             chunks = [Chunk(begins[rank], begins[rank] + length, 0)]
         else:
             first, second = -(-length // 2), length // 2
-            end = self.length - (begins[rank] - self._firsts[rank])
+            end = self.length - (begins[rank] - self._first_halves[rank])
             chunks = [
-                Chunk(self._firsts[rank], self._firsts[rank] + first, 0),
+                Chunk(self._first_halves[rank], self._first_halves[rank] + first, 0),
                 Chunk(end - second, end, first),
             ]
         return tuple(chunk for chunk in chunks if chunk.begin < chunk.end)
@@ -141,9 +143,9 @@ class Placement:
             return set(ranks[bisect_right(begins, begin) - 1 : bisect_left(begins, end)])
         if self.kind == "contiguous":
             return _ranks_holding(self._begins, begin, end)
-        middle = self._firsts[-1]
-        seconds = self.length - end, self.length - max(begin, middle)  # counted from the end, in the order of ranks
-        return _ranks_holding(self._firsts, begin, min(end, middle)) | _ranks_holding(self._seconds, *seconds)
+        middle = self._first_halves[-1]
+        after = self.length - end, self.length - max(begin, middle)  # counted from the end, in the order of ranks
+        return _ranks_holding(self._first_halves, begin, min(end, middle)) | _ranks_holding(self._second_halves, *after)
 
     @cached_property
     def _sorted(self) -> tuple[list[int], list[int]]:
@@ -154,8 +156,11 @@ class Placement:
     # Cumulative numbers of tokens by rank: of the second halves, of all tokens, and of the first halves
 
     @cached_property
-    def _seconds(self) -> tuple[int, ...]:
-        """For each rank r, the number of tokens in the second halves of the ranks before it; then that of all ranks."""
+    def _second_halves(self) -> tuple[int, ...]:
+        """For each rank r, the number of tokens in the second halves of the ranks before it; then that of all ranks.
+
+        These halves lie in the order of descending ranks, so they are counted from the end of the sequence.
+        """
         return tuple(accumulate((length // 2 for length in self.lengths), initial=0))
 
     @cached_property
@@ -164,7 +169,7 @@ class Placement:
         return tuple(accumulate(self.lengths, initial=0))
 
     @cached_property
-    def _firsts(self) -> tuple[int, ...]:
+    def _first_halves(self) -> tuple[int, ...]:
         """For each rank r, the number of tokens in the first halves of the ranks before it; then that of all ranks."""
         return tuple(accumulate((-(-length // 2) for length in self.lengths), initial=0))
 

@@ -36,7 +36,7 @@ class LayerAttention(NamedTuple):
 
     @property
     def is_dilated(self) -> bool:
-        """Whether a branch leaves out keys of its segments."""
+        """Whether a branch leaves out keys of its segments; the reason of `placement_choice` counts such layers."""
         return any(branch.dilation_rate > 1 for branch in self.pattern.branches)
 
 
@@ -75,7 +75,10 @@ def placement_choice(layers: tuple[tuple[LayerAttention, int], ...], length: int
 
 
 def _busiest(layers: tuple[tuple[LayerAttention, int], ...], placement: Placement) -> float:
-    """Return the pairs of the busiest rank of each layer, a head on average, summed: ranks wait in each layer."""
+    """Return the (query, key) pairs of the busiest rank of each layer, for one head on average, summed over all layers.
+
+    The maximum is that of each layer, as ranks wait for each other in each.  `placement_choice` compares placements.
+    """
     pairs = 0.0
     for layer, many in layers:
         blocks = RankBlocks(Layout(layer.pattern, layer.heads, layer.kv_heads, (0, placement.length), placement))

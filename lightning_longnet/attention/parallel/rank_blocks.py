@@ -60,7 +60,7 @@ class Layout(NamedTuple):
 def rank_blocks(layout: Layout) -> RankBlocks:
     """Return the blocks between any two ranks of a layout, one object for the last layouts that were asked for.
 
-    `route`, `rounds_volumes`, `busiest_ranks` and `is_local` ask, and the planner.
+    `route`, `rounds_volumes`, `busiest_ranks` and `is_local` ask, and `_shown` of planning/exchange.py.
     """
     return RankBlocks(layout)
 
@@ -78,7 +78,7 @@ class PeerBlocks(NamedTuple):
     def mask(self, branches: Collection[int] | None = None, device: torch.device = CPU) -> Tensor:
         """Return a mask of the needed KV rows, (tokens * kv_heads,), for some branches or for all.
 
-        `Round` finds the rows to send and to receive by it, and plans count them.
+        `Round` finds the rows to send and to receive by it, and `_kv_row_counts` of rounds_plan.py counts them.
         """
         keys = [part.block.keys for part in self.parts if branches is None or part.branch in branches]
         if device == CPU and keys and sum(len(side.starts) * side.heads for side in keys) <= FEW_RUNS * len(keys):
@@ -101,13 +101,16 @@ class PeerBlocks(NamedTuple):
 
     @property
     def is_sparse(self) -> bool:
-        """Whether so few KV rows are needed that a list of them is smaller than a mask of all."""
+        """Whether so few KV rows are needed that a list of them is faster than a mask of all.
+
+        `kv_row_count` and `_kv_row_counts` of rounds_plan.py ask.
+        """
         return SPARSE * sum(part.block.keys.size for part in self.parts) < self.tokens * self.kv_heads
 
     def kv_rows_without_mask(self, branches: Collection[int] | None = None) -> Tensor:
-        """Return the same indices as int64 without a mask of all KV rows; `branches` selects some branches.
+        """Return the indices of `kv_rows` as int64, without a mask of all KV rows; `branches` selects some branches.
 
-        The counts of rows take it where few rows are needed.
+        `kv_row_count` and `_kv_row_counts` of rounds_plan.py count rows with it where `is_sparse`.
         """
         indices = [torch.empty(0, dtype=torch.long)]
         for part in self.parts:
@@ -120,14 +123,17 @@ class PeerBlocks(NamedTuple):
     def kv_row_count(self) -> int:
         """Return the number of needed KV rows, over all branches.
 
-        `Round` asks where it computes indices on a GPU, and plans ask.  Each row is sent once, though several blocks
-        may need it.
+        `Round` asks where it computes indices on a GPU, and `RoundsPlan.work` for the tables of plans.  Each row is
+        sent once in a round, though several blocks may need it.
         """
         return len(self.kv_rows_without_mask()) if self.is_sparse else int(self.mask().sum())
 
 
 class _DocumentBlocks:
-    """The blocks of some documents that follow one another, and which of them may have rows on a rank."""
+    """The blocks of some documents that follow one another, and which of them may have rows in a chunk.
+
+    `RankBlocks` makes one for the documents that two ranks have in common.
+    """
 
     def __init__(self, layout: Layout, cuts: tuple[int, ...]) -> None:
         whole = make_plan(layout.pattern, layout.heads, layout.kv_heads, cuts, layout.weighted_segments)
@@ -138,7 +144,10 @@ class _DocumentBlocks:
         self._segments: dict[tuple[Chunk, int], dict[int, ChunkSegments | None]] = {}
 
     def shares(self, queries: Chunk, keys: Chunk) -> Iterator[Part]:
-        """Yield the parts of the blocks with queries in one chunk and keys in another."""
+        """Yield the parts of the blocks with queries in one chunk and keys in another, by the local rows of ranks.
+
+        Both may be one chunk, and `keys` all tokens, as in `RankBlocks.visible_pairs`.
+        """
         # few blocks have segments with queries in one chunk and keys in the other: only these are cut into shares
         of_queries, of_keys = self._segments_in(queries, 0), self._segments_in(keys, 1)
         for number, in_queries in of_queries.items():
@@ -157,7 +166,8 @@ class _DocumentBlocks:
     def _segments_in(self, chunk: Chunk, side: int) -> dict[int, ChunkSegments | None]:
         """Return the numbers of the blocks that may have queries (side 0) or keys (side 1) in a chunk, ascending.
 
-        The segments that have some are added when they are asked for: most blocks have none in the other chunk.
+        The value of a number is None until `shares` asks for the block's segments, which it then writes here: most
+        blocks have none in the other chunk.
         """
         if (chunk, side) not in self._segments:
             begins, ends = self._extents[:, side].unbind(1)
@@ -169,8 +179,9 @@ class _DocumentBlocks:
 class RankBlocks:
     """The parts of a plan's blocks that have their queries on one rank and their keys on another, or on the same one.
 
-    The documents that have tokens on both are planned alone.  Both ranks plan the same ones, however many others there
-    are, and so agree on what travels between them.
+    `rank_blocks` makes it for a layout, and `_busiest` of placement_choice.py.  Only the documents that have tokens on
+    both ranks are planned.  Both ranks plan the same ones, however many others there are, and so agree on what travels
+    between them.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -182,8 +193,8 @@ class RankBlocks:
     def blocks(self, rank: int, source: int, branches: Collection[int] | None = None) -> PeerBlocks:
         """Return the blocks of a rank's queries against the keys of the rank `source`, of some branches or of all.
 
-        `route` calls it on both ranks, which so agree on the KV rows that travel from `source` to `rank`; the choice of
-        an exchange counts these rows.
+        `route` calls it on both ranks, which so agree on the KV rows that travel from `source` to `rank`;
+        `rounds_volumes` counts these rows.  `source` may be `rank` itself.
         """
         if (rank, source) not in self._parts:
             pairs, parts = self._chunk_pairs(rank, source), list[Part]()
@@ -223,24 +234,25 @@ class RankBlocks:
         return documents
 
     def _documents_on(self, rank: int) -> set[int]:
-        """Return the numbers of the documents with tokens on a rank."""
+        """Return the numbers of the documents with tokens on a rank: document i begins at `cuts[i]`."""
         cuts, numbers = self.layout.cuts, set[int]()
         for chunk in self.layout.placement.chunks(rank):
             numbers.update(range(bisect_right(cuts, chunk.begin) - 1, bisect_left(cuts, chunk.end)))
         return numbers
 
     def is_local(self) -> bool:
-        """Return whether the keys of each query are on the rank of the query.
+        """Return whether the keys of each query are on the rank of the query, for all ranks.
 
-        Only then does the exchange "local" serve.  `schedule` asks through the function `is_local`.
+        Only then does the exchange "local" serve.  The function `is_local` asks.
         """
         ranks = range(self.layout.placement.ranks)
         return not any(self.blocks(rank, source).parts for rank in ranks for source in self.possible_peers(rank))
 
     def possible_peers(self, rank: int) -> list[int]:
-        """Return the other ranks that a document, a segment or a window of this rank's tokens may span to.
+        """Return the other ranks, ascending, that a document, a segment or a window of this rank's tokens may span to.
 
-        Of thousands of ranks these are a few, so only their blocks are planned.
+        Of thousands of ranks these are a few, so only their blocks are planned.  `route` and `rounds_volumes` ask, and
+        `is_local`.  A rank without tokens has none.
         """
         ranks: set[int] = set()
         for chunk in self.layout.placement.chunks(rank):
@@ -266,7 +278,7 @@ class RankBlocks:
     def estimated_traffic(self, rank: int) -> tuple[float, float]:
         """Return an estimate of (received, sent) token rows of a rank, from how far its segments and documents span.
 
-        `busiest_ranks` and the planner choose by it which of many ranks they plan.
+        `busiest_ranks` chooses by it which of many ranks to plan, and `_shown` of the planner which of them to show.
         """
         before = after = 0.0
         for chunk in self.layout.placement.chunks(rank):
@@ -278,7 +290,7 @@ class RankBlocks:
         return (before, after) if self.layout.pattern.is_causal else (before + after, before + after)
 
     def _visible_range(self, chunk: Chunk) -> tuple[int, int]:
-        """Return the tokens, from begin to end, that these tokens may see in some branch, or that may see them."""
+        """Return (begin, end) of the tokens that those of a chunk may see in some branch, or that may see them."""
         if chunk not in self._ranges:
             begins, ends = zip(
                 *(self._branch_range(chunk, branch) for branch in self.layout.pattern.branches), strict=True
@@ -287,7 +299,10 @@ class RankBlocks:
         return self._ranges[chunk]
 
     def _branch_range(self, chunk: Chunk, branch: Branch) -> tuple[int, int]:
-        """Return the tokens, from begin to end, that a branch may show to these tokens or these tokens to it."""
+        """Return (begin, end) of the tokens that those of a chunk may see in a branch, or that may see them there.
+
+        These are the tokens of the same documents, segments and windows; the causal mask is not applied.
+        """
         cuts = self.layout.cuts
         first, last = (bisect_right(cuts, token) - 1 for token in (chunk.begin, chunk.end - 1))
         begin, end = cuts[first], cuts[last + 1]
@@ -302,15 +317,18 @@ class RankBlocks:
 
 
 def is_local(layout: Layout) -> bool:
-    """Return whether the keys of each query are on the rank of the query: `schedule` and the planner ask."""
+    """Return whether the keys of each query are on the rank of the query, for all ranks of the layout.
+
+    `schedule` asks, as nothing has to travel then, and `layer_kinds` of the planner.
+    """
     return rank_blocks(layout).is_local()
 
 
 def kv_rows_of(mask: Tensor, count: int | None = None) -> Tensor:
-    """Return the indices of the KV rows in a mask, ascending.
+    """Return the indices of the True entries of a mask of KV rows (tokens * kv_heads,), ascending, on its device.
 
     `Round` calls it for each peer.  They are int32, half the size of int64: they lie in memory beside the rows of a
-    round.  With their `count` it waits for no device, as nonzero() would.
+    round.  If the caller gives their `count`, it waits for no device, as nonzero() would.
     """
     if count is None:
         return mask.nonzero().flatten().int()

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class RowOrder(Protocol):
-    """Brings tensors (B, L, ...) into an order of rows and back; `ReorderedCall` and `LinesCall` call it."""
+    """Brings tensors (B, L, ...) into an order of rows and back; `ReorderedCall` and `LinesCall` call it.
+
+    A `LocalOrder` does it for whole sequences, a `RankOrder` for sequences that are split.
+    """
 
     @property
     def saves_rows(self) -> bool:
@@ -28,14 +31,18 @@ class RowOrder(Protocol):
         """
 
     def reorder(self, *tensors: Tensor) -> list[Tensor]:
-        """Return tensors (B, L, ...), whose rows the sequence orders, with their rows in this order."""
+        """Return tensors (B, L, ...) with their rows in this order, given in that of the sequence or the first line."""
 
     def restore(self, *tensors: Tensor) -> list[Tensor]:
-        """Return tensors (B, L, ...), whose rows are in this order, as the sequence has them."""
+        """Return tensors (B, L, ...) whose rows are in this order as they were before `reorder`."""
 
 
 class LocalOrder(NamedTuple):
-    """The order of whole sequences, with its inverse: a `RowOrder` on one process."""
+    """The order of whole sequences, with its inverse: a `RowOrder` on one process, or of a rank's heads with "swap".
+
+    Row i of a reordered tensor is row `order[i]` of the given one, and row i of a restored one row `inverse[i]`; both
+    are (N,).
+    """
 
     order: Tensor
     inverse: Tensor
@@ -43,9 +50,9 @@ class LocalOrder(NamedTuple):
 
     @classmethod
     def between(cls, source: Line, target: Line, device: torch.device) -> LocalOrder:
-        """Return the order that brings rows of one line into another.
+        """Return the order that brings rows of the line `source` into that of `target`.
 
-        `local_call` and the exchange "swap" make one for each line but the first.
+        `local_call` and `AllToAllPlan.call` make one for each line but the first, which is the source.
         """
         order, inverse = target.order_from(source)
         return cls(order.to(device), inverse.to(device))
@@ -65,7 +72,7 @@ class RowExchange(NamedTuple):
     `row_exchange` returns it.
 
     Attributes:
-        sent: for each rank the local indices of the rows that are sent to it.
+        sent: for each rank, this one among them, the local indices of the rows that are sent to it.
         received: for each rank the local indices at which the rows from it are written.
     """
 
@@ -73,7 +80,10 @@ class RowExchange(NamedTuple):
     received: dict[int, Tensor]
 
     def on(self, device: torch.device) -> RowExchange:
-        """Return the same rows with their indices on a device: the callers of `row_exchange` plan on the CPU."""
+        """Return the same rows with their indices on a device, as `row_exchange` plans on the CPU.
+
+        `_row_exchange` and `_line_exchange` call it.
+        """
         sent, received = ({rank: x.to(device) for rank, x in side.items()} for side in self)
         return RowExchange(sent, received)
 
@@ -94,7 +104,7 @@ class RankOrder(NamedTuple):
         return self._exchange_rows(tensors, self.rows.sent, self.rows.received, "rows into the order")
 
     def restore(self, *tensors: Tensor) -> list[Tensor]:
-        """Return tensors that are in the order as the sequence has them; all ranks call it together."""
+        """Return tensors that are in the order as they were before `reorder`; all ranks call it together."""
         return self._exchange_rows(tensors, self.rows.received, self.rows.sent, "rows out of the order")
 
     def _exchange_rows(
@@ -102,8 +112,8 @@ class RankOrder(NamedTuple):
     ) -> list[Tensor]:
         """Return tensors (B, L, ...) in the other order; the rows of all of them go to a rank in one message.
 
-        All tensors have one dtype.  Rows are packed for each message and unpacked into the results, so that there is
-        never another copy of all rows.
+        All ranks call it together, with tensors of one dtype.  Rows are packed for each message and unpacked into the
+        results, so that there is never another copy of all rows.
         """
         results = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
         widths = [len(x) * x.shape[2:].numel() for x in tensors]
@@ -134,7 +144,8 @@ def row_exchange(order: Tensor, shard: SequenceShard) -> RowExchange:
     holds that of token `order[i]`.
 
     Args:
-        order: (N,) the token at each place of the line.
+        order: (N,) for each place of the line the token whose row goes there, or for the other lines the place on the
+            first one.
         shard: which rank holds which token.
     """
     order = order.cpu()
@@ -180,7 +191,10 @@ class ReorderedCall(NamedTuple):
         return self.inner.saved_count + 5 * self.order.saves_rows  # q, k, v, out and lse in the order
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return out and lse in the order of the sequence, and the tensors that the backward needs besides."""
+        """Return out and lse in the order of the sequence, and the tensors that the backward needs besides.
+
+        lse is uninitialized where sequences are split and the caller does not read it (`returns_lse`).
+        """
         rows = self.order.reorder(q, k, v)
         out, lse, saved = self.inner.forward(*rows)
         (sequence_out,) = self.order.restore(out)

@@ -48,7 +48,7 @@ INDEX_SHARE = 0.25
 class RemoteRows(NamedTuple):
     """The messages of a call, and the tokens and the padding of KV rows on other ranks.
 
-    `RoundsPlan` makes it for each of its calls.
+    `RoundsPlan` makes it for each of its calls.  `RoundsCall` reads it where it has rounds.
 
     Attributes:
         comm: sends and receives.
@@ -66,7 +66,8 @@ class RemoteRows(NamedTuple):
 class RoundsCall(NamedTuple):
     """One forward or backward of attention on this rank, by gather or ring, or on whole sequences.
 
-    Whole sequences are those of one process, or those of this rank's heads after an all_to_all.
+    `RoundsPlan` makes it for gather and ring, `_line_call` of calls.py for the whole sequences of one process, and
+    `AllToAllPlan` for those of this rank's heads after an all_to_all.  It is an `ExchangeCall`.
 
     Attributes:
         kernel: computes the blocks.
@@ -92,21 +93,22 @@ class RoundsCall(NamedTuple):
 
     @property
     def _saved_outs(self) -> int:
-        """The number of outs of branches that the forward saves."""
+        """The number of outs of branches that the forward saves: 0 unless the mix is "detached" over ranks."""
         return self.branch_outs if self.saves_outs else 0
 
     @property
     def saved_count(self) -> int:
         """The number of tensors that the forward saves: the received rows of gathers, and outs of branches.
 
-        The operator of the backward asks, and calls that have others inside.
+        The operator of the backward asks, and the calls that contain this one, such as `LinesCall`.
         """
         return sum(step.saves_rows for step in self.route.rounds) + self._saved_outs
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return out and lse of this rank's queries, and the tensors that the backward needs besides.
 
-        The operator `lightning_longnet::attend` calls it once for each group of samples with equal documents.
+        The operator `lightning_longnet::attend` calls it once for each group of samples with equal documents, directly
+        or through an `AllToAllCall`, a `ReorderedCall` or a `JoinedCall`; a `LinesCall` calls `partial` instead.
         """
         total, saved = self.partial(q, k, v)
         return *finalized(total, q, self.options.sinks), saved
@@ -114,8 +116,9 @@ class RoundsCall(NamedTuple):
     def partial(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Partial, list[Tensor]]:
         """Merge the blocks of this rank's queries by their lse; return the result and what the backward needs besides.
 
-        The blocks on this rank's own keys are computed while the first round is in flight, those of each round when it
-        has arrived.  `forward` calls it, and `LinesCall` for each of its lines.
+        The result, without sinks, is out (B, L, H, Dv) and lse (B, L, H, 1).  The blocks on this rank's own keys are
+        computed while the first round is in flight, those of each round when it has arrived.  `forward` calls it, and
+        `LinesCall` for each of its lines.
         """
         # with padding, `forward_blocks` skips segments without a key, and nothing would write their rows
         stores = self.route.writes_queries and self.options.key_padding_mask is None
@@ -164,9 +167,9 @@ class RoundsCall(NamedTuple):
     ) -> list[Accumulator]:
         """Return dq, dk and dv of this rank's tokens as they were accumulated, in float32 or float64.
 
-        Gradients of received keys travel back to their ranks.  `out` and `lse` are those of the whole softmax.  Without
-        rounds, a kernel may give a gradient that `is_whole`, to which nothing is added later, in the type of q.
-        `backward` calls it, and `LinesCall` for each of its lines.
+        Gradients of received keys travel back to their ranks.  `out` and `lse` are those of the whole softmax.
+        `backward` calls it, and `LinesCall` for each of its lines.  With `is_whole`, which `backward` alone sets,
+        nothing is added later: if there are no rounds, a kernel may then give a gradient in the type of q.
         """
         rounds, wide = self.route.rounds, torch.promote_types(q.dtype, torch.float32)
         stores, stores_keys = (
@@ -226,7 +229,8 @@ class RoundsCall(NamedTuple):
     ) -> Iterator[tuple[list[Tensor], Parts]]:
         """Yield (outs, parts) of the blocks on this rank's keys; the gradients of the parts need these outs.
 
-        In one process "detached" computes the out of each branch again here, as the forward kept only the merged one.
+        Mostly that is one pair, with all blocks.  In one process "detached" has a pair for each branch, whose out is
+        computed again here, as the forward kept only the merged one.
         """
         if not self.branch_outs or self._saved_outs:
             yield outs, self.route.own
@@ -239,9 +243,10 @@ class RoundsCall(NamedTuple):
             yield [branch.out], parts
 
     def _fetch(self, i: int, k: Tensor, v: Tensor) -> tuple[RoundIndices, Tensor, Pending] | None:
-        """Start the messages of round `i`; return None if there is no such round.
+        """Start the messages of round `i`; return (indices, received rows, messages), None if there is no such round.
 
-        The keys and values of the R received KV rows, (R, B, D + Dv), are valid once the messages were waited for.
+        The received rows are keys and values, (R, B, D + Dv), and valid once the messages were waited for.  `partial`
+        calls it for each round, and `gradients` for each round whose rows were not saved.
         """
         if i >= len(self.route.rounds):
             return None
@@ -294,6 +299,8 @@ class RoundsCall(NamedTuple):
         self, indices: RoundIndices, kv_rows: Tensor, head_dim: int, gradients: Tensor | None = None
     ) -> ReceivedKeys:
         """Return the keys of a round as kernels read them: the received rows with their padding, words and tokens.
+
+        Padding, words (of dropout) and tokens are None where no pair depends on them.
 
         Args:
             indices: the ranks that the rows came from, and their indices there, token * kv_heads + head.

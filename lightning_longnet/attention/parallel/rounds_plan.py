@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class RoundsPlan(ExchangePlan):
     """A plan in which the keys of each branch are gathered, or passed round a ring.
 
-    `schedule` and `distributed_calls` make it.  For who calls each method see `ExchangePlan`.
+    `exchange_plan` makes it, of the exchanges that `schedule` chose.  For who calls each method see `ExchangePlan`.
     """
 
     @property
@@ -44,7 +44,10 @@ class RoundsPlan(ExchangePlan):
         return rounds_volumes(self.layout, [self.exchanges], rank, sizes)[0]
 
     def branch_volumes(self, rank: int, sizes: Sizes) -> tuple[Volume, ...]:
-        """Return what each branch adds to the branches that are finer, as rows that several need travel once."""
+        """Return what each branch adds to the branches that are finer, as rows that several need travel once.
+
+        The volumes are those of the branches in the order of `exchanges`.
+        """
         # a branch adds what the branches up to it exchange beyond those before it
         count = len(self.exchanges)
         prefixes = [(*self.exchanges[:i], *("none",) * (count - i)) for i in range(count + 1)]
@@ -65,7 +68,7 @@ class RoundsPlan(ExchangePlan):
         return RankWork(own_route.own, tuple(rounds))
 
     def footprint(self, rank: int) -> RoundsFootprint:
-        """Return the KV rows that a rank holds: those of gathers until the backward, those of a ring for one round."""
+        """Return the KV rows that a rank receives: those of gathers are saved, those of a ring are held for a round."""
         rounds = [(sum(r.received.values()), r.saves_rows) for r in self.work(rank).rounds]
         saved = sum(rows for rows, is_saved in rounds if is_saved)
         return RoundsFootprint(saved, max((rows for rows, is_saved in rounds if not is_saved), default=0))
@@ -88,7 +91,10 @@ class RoundsPlan(ExchangePlan):
         return LinesCall(own, tuple(lines))
 
     def _line_call(self, call: RankCall) -> RoundsCall:
-        """Return the object that computes the branches of one line on this rank's rows."""
+        """Return the object that computes the branches of one line on this rank's rows; `call` asks for each line.
+
+        The route is planned at the first call of its kind, and kept in the shard.
+        """
         shard = call.shard
         layout = self.layout._replace(pattern=call.line.pattern, weighted_segments=call.weighted_segments)
         exchanges = tuple(self.exchanges[i] for i in call.line.branches)
@@ -106,15 +112,18 @@ class RoundsPlan(ExchangePlan):
 
 
 def _line_exchange(source: Line, target: Line, shard: SequenceShard, device: torch.device) -> RowExchange:
-    """Return the rows that this rank sends and receives to bring rows of one line into another."""
+    """Return the rows that this rank sends and receives to bring rows in the order of `source` into that of `target`.
+
+    It sends nothing.  `RoundsPlan.call` calls it for each line but the first, and keeps the result in the shard.
+    """
     order, _ = target.order_from(source)
     return row_exchange(order, shard).on(device)
 
 
 class RoundsFootprint(NamedTuple):
-    """The KV rows that are saved until the backward, and those of the largest round that is not.
+    """The KV rows that are saved until the backward, and those of the largest round whose rows are not saved.
 
-    `longnet plan` counts memory with it; it is a `Footprint`.
+    `longnet plan` counts memory with it; it is a `Footprint`, which says who calls each method.
     """
 
     saved_rows: int
@@ -126,7 +135,11 @@ class RoundsFootprint(NamedTuple):
         return False
 
     def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
-        """Return uninitialized tensors like those that the forward saves: received rows, and the outs of branches."""
+        """Return uninitialized tensors like those that the forward saves: received rows, and the outs of branches.
+
+        The rows are (rows, B, D + Dv) in the type of k, and left out if there are none.  The outs (B, L, H, Dv), in
+        float32 or wider, are there only for "detached".
+        """
         wide = torch.promote_types(q.dtype, torch.float32)
         saved = []
         if self.saved_rows:
@@ -136,11 +149,14 @@ class RoundsFootprint(NamedTuple):
         return saved
 
     def kv_rows(self, layers: int) -> int:
-        """Return the rows of the gathers of all layers, and those of one round of a ring."""
+        """Return the rows of the gathers of all layers, plus those of one round of a ring."""
         return layers * self.saved_rows + self.round_rows
 
     def in_flight_bytes(self, q: Tensor, k: Tensor, v: Tensor, *, is_backward: bool) -> int:
-        """Return the bytes of messages while a call runs: two rounds of a ring, the rows of a gather, and gradients."""
+        """Return the bytes of messages while a call runs: of two rounds of a ring, and in the forward of a gather.
+
+        In the backward there are also the gradients of the rows of a gather and a round, each sent and received.
+        """
         wide = torch.promote_types(q.dtype, torch.float32).itemsize
         row_elements = q.shape[0] * (k.shape[3] + v.shape[3])
         narrow = (2 * self.round_rows + (0 if is_backward else self.saved_rows)) * q.element_size()
@@ -148,9 +164,10 @@ class RoundsFootprint(NamedTuple):
 
 
 def rounds_volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, sizes: Sizes) -> list[Volume]:
-    """Return what a rank sends and keeps under each of several choices of exchanges.
+    """Return what a rank sends and keeps under each of several choices of exchanges, in their order.
 
-    `schedule` compares choices by it.  The blocks between two ranks are the same for all choices, and are planned once.
+    `schedule` compares choices by it, and `RoundsPlan` gives the volumes of its own.  The blocks between two ranks are
+    the same for all choices, and are planned once.
 
     Args:
         layout: the pattern, the heads, the documents and the placement.
@@ -182,7 +199,7 @@ def rounds_volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, s
 
 
 def _kv_row_counts(blocks: PeerBlocks, groups: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
-    """Return how many KV rows the branches of each group need together.
+    """Return how many KV rows the branches of each group need together; 0 for the group of no branch.
 
     `rounds_volumes` calls it for each pair of ranks, for what is received and for what is sent.  A KV row is one token
     of one key head.  Most groups are a smaller group plus one branch, and their masks are made from that of it.

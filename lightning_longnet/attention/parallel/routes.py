@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 class Route:
     """A rank's work in one call of attention: the blocks on its own keys, and the rounds in their order.
 
-    A `RoundsCall` computes it.  `route` makes it for gather and ring; whole sequences and the heads of "swap" have one
-    without rounds.  `writes_queries` and `writes_keys` say that the first branch of `own` shows every row once, as a
-    query and as a key: its results are written, not added, and the accumulators need no initial value.
+    A `RoundsCall` computes it.  `route` makes it for gather and ring, `AllToAllPlan` one without rounds for the heads
+    of a rank, and `_line_call` of calls.py one without rounds for whole sequences.  Only there `writes_queries` and
+    `writes_keys` may be True: the first branch of `own` shows every row once, as a query and as a key.  Its results are
+    then written, not added, and the accumulators need no initial value.
     """
 
     own: Parts
@@ -43,6 +44,8 @@ class Route:
 @dataclass(frozen=True, eq=False)
 class Round:
     """One exchange: what this rank sends, what it receives, and the blocks that it computes with that.
+
+    A rank is in `sends` only if rows travel to it, and in `receives` only if rows come from it.
 
     Attributes:
         sends: for each rank the blocks that it computes with this rank's keys.
@@ -62,7 +65,7 @@ class Round:
 
         They are cached if the round saves the rows that it receives (a gather), or if they take at most `kept_bytes`.
         Others are computed in each call: those of all rounds of a dense ring are as many as the tokens of the sequence.
-        `RoundsCall` asks for them when it starts the round.
+        `RoundsCall` asks for them when it starts the round, in the forward and in the backward.
         """
         if device not in self._cache:
             indices = self._compute_indices(device)
@@ -78,19 +81,19 @@ class Round:
 
     @cached_property
     def _parts(self) -> dict[int, Parts]:
-        """The parts with the keys of each rank."""
+        """The parts with the keys of each rank, merged to fewer."""
         return {rank: merge_neighboring_parts(blocks.parts) for rank, blocks in self.receives.items()}
 
     @cached_property
     def _counts(self) -> tuple[dict[int, int], dict[int, int]]:
-        """The numbers of KV rows that are sent to and received from each rank."""
+        """The numbers of KV rows by rank, (sent, received), with which indices are computed on a GPU."""
         sent, received = (
             {rank: blocks.kv_row_count() for rank, blocks in side.items()} for side in (self.sends, self.receives)
         )
         return sent, received
 
     def _compute_indices(self, device: torch.device) -> RoundIndices:
-        """Compute the indices on the device; the numbers of rows are known, so nothing waits for a GPU."""
+        """Compute the indices on the device; on a GPU with the numbers of rows, so that nothing waits for it."""
         sent, received = ({}, {}) if device.type == "cpu" else self._counts
         receive, parts, offset = {}, [], 0
         for rank, blocks in self.receives.items():
@@ -133,8 +136,8 @@ class RoundIndices(NamedTuple):
 def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
     """Return a rank's route: what it computes, sends and receives in a call of attention by gather and ring.
 
-    All branches that are gathered share one round with all ranks; those of a ring share a round for each step.
-    `RoundsPlan` asks for it: for its calls, which a shard keeps, and for the tables of plans.
+    All branches that are gathered share one round with all ranks; those of a ring share a round for each step.  The
+    function sends nothing.  `RoundsPlan` calls it for its calls, whose shard keeps the route, and in `RoundsPlan.work`.
 
     Args:
         layout: the pattern, the heads, the documents and the placement.
@@ -157,7 +160,10 @@ def route(layout: Layout, rank: int, exchanges: tuple[str, ...]) -> Route:
 def _round(
     between: RankBlocks, rank: int, sources: list[int], targets: list[int], branches: tuple[int, ...], step: int = 0
 ) -> Round:
-    """Return the round in which a rank receives from `sources` and sends to `targets`, without idle ranks."""
+    """Return the round in which a rank receives from `sources` and sends to `targets`, for some branches.
+
+    Ranks between which no row travels are left out.  `step` is that of a ring, and 0 for a gather.
+    """
     receives = {r: blocks for r in sources if (blocks := between.blocks(rank, r, branches)).parts}
     sends = {r: blocks for r in targets if (blocks := between.blocks(r, rank, branches)).parts}
     return Round(sends, receives, saves_rows=step == 0, ring_step=step)
@@ -166,8 +172,8 @@ def _round(
 def head_parts(layout: Layout, kv_heads: range) -> Parts:
     """Return the blocks over the whole sequence of some key heads and of the query heads that they serve.
 
-    `AllToAllPlan` runs and counts them on the rank that has all tokens of these heads; heads are counted from its
-    first.
+    `AllToAllPlan` plans the calls of the rank that has these heads with it, and counts that rank's work.  In the blocks
+    heads are counted from the first of `kv_heads`, and from the first query head that it serves.
     """
     whole = plan(layout.pattern, layout.heads, layout.kv_heads, layout.cuts, layout.weighted_segments)
     group, parts = layout.heads // layout.kv_heads, []
@@ -185,7 +191,10 @@ def head_parts(layout: Layout, kv_heads: range) -> Parts:
 
 
 def merge_parts(parts: Iterable[Part]) -> Parts:
-    """Return parts in the order in which they run; those of a sparsity are merged into fewer calls (`merge_stacks`)."""
+    """Return parts in their order; those of a block-sparse branch are merged into fewer calls (`merge_stacks`).
+
+    Parts of a branch must follow one another.
+    """
     return Parts(
         Part(branch, block)
         for branch, group in groupby(parts, key=lambda part: part.branch)

@@ -37,7 +37,10 @@ class Schedule(NamedTuple):
 
 
 def exchange_plan(layout: Layout, exchanges: tuple[str, ...]) -> ExchangePlan:
-    """Return the plan that serves a layout's branches with these exchanges."""
+    """Return the plan that serves a layout's branches with these exchanges: an `AllToAllPlan` if one is "swap".
+
+    `Schedule.plan` calls it for the choice, and `schedule` to compare "swap" with other choices.
+    """
     kind = AllToAllPlan if "swap" in exchanges else RoundsPlan
     return kind(layout, exchanges)
 
@@ -58,7 +61,7 @@ def busiest_ranks(layout: Layout) -> list[int]:
 
 
 def refusal_of(exchange: str, ranks: int, kv_heads: int) -> str:
-    """Return why an exchange cannot serve so many ranks, or an empty text; the advice of `longnet plan` asks."""
+    """Return why an exchange cannot serve so many ranks, or an empty text; `advice` of planning/run.py asks."""
     return refusal(ranks, kv_heads) if exchange == "swap" else ""
 
 

@@ -23,6 +23,8 @@ MIB = 2**20
 class SequencePlan:
     """A table of what every rank computes, sends and keeps in one forward and backward, as `print` shows it.
 
+    `sequence_plan` returns it, for users and for the report of a run.
+
     Attributes:
         layout: the pattern, the heads, the documents and the placement.
         schedule: the exchange of each branch, and why.
@@ -65,7 +67,10 @@ class SequencePlan:
         return "\n".join(lines)
 
     def plot(self) -> Any:
-        """Return a matplotlib figure of the keys and values sent between ranks, and of the pairs of each rank."""
+        """Return a matplotlib figure of the keys and values sent between ranks, and of the pairs of each rank.
+
+        Users call it.
+        """
         from lightning_longnet.attention.pattern.picture import draw_ranks
 
         return draw_ranks(self.received, self.pairs, self.layout.placement.kind, self.schedule.exchanges)
@@ -85,6 +90,8 @@ def sequence_plan(
     dtype: torch.dtype = torch.float32,
 ) -> SequencePlan:
     """Return the plan of one layer's attention over ranks.
+
+    Users call it before a run, and the callback `RunReport` for the attention of a run.
 
     Args:
         pattern: which keys a query sees.

@@ -100,7 +100,7 @@ class SequenceShard:
 
     @staticmethod
     def _make_comm(group: dist.ProcessGroup | None) -> Comm:
-        """Return the messages of this rank in a group."""
+        """Return the messages of this rank in a group, or raise a ValueError if the group does not hold it."""
         group = dist.group.WORLD if group is None else group
         if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
             raise ValueError(
@@ -111,22 +111,24 @@ class SequenceShard:
 
     @property
     def length(self) -> int:
-        """The number of tokens of a whole sequence."""
+        """The number N of tokens of a whole sequence; op.py, `AllToAllPlan` and `TokenThroughput` read it."""
         return self.placement.length
 
     @staticmethod
     def call_of(calls: int) -> str:
-        """Return the name of a call on all ranks, from the value of `calls` after it had begun.
+        """Return the name of a call, equal on all ranks, from the value of `calls` after it had begun.
 
-        `distributed_calls` names a forward and its backward so in errors and message tags.
+        `distributed_calls` names a forward and its backward so in errors and message tags, the operators of op.py for
+        `Comm.whole_call`, and `check` where it compares.
         """
         batch, number = divmod(calls - 1, _CALLS)
         return f"call {number} of batch {batch}" if batch else f"call {number}"
 
     def tokens(self, rank: int | None = None, device: torch.device | None = None) -> Tensor:
-        """Return the index in the whole sequence of each token of a rank, (L,).
+        """Return the index in the whole sequence of each token of a rank, (L,), in the order in which it holds them.
 
-        By default the rank is this one, and the indices are on the CPU.
+        By default the rank is this one, and the indices are on the CPU.  `RoundsPlan` asks for the tokens of all ranks
+        from which keys come, and `row_exchange`; no message is sent.
         """
         chunks = self.placement.chunks(self.rank if rank is None else rank)
         parts = [torch.arange(chunk.begin, chunk.end, device=device) for chunk in chunks]
@@ -136,7 +138,8 @@ class SequenceShard:
     def places(self) -> Tensor:
         """The index of each token on this rank in its document: (L,), or (B, L) where rows have their own documents.
 
-        Models take it for the positions of tokens, such as rotary ones.
+        `ContextAttention.places_of` returns it for the positions of models, such as rotary ones, and `_split_tokens`
+        compares it with the position_ids of a model of transformers.
         """
         tokens = self.tokens()
         begins = [torch.tensor(cuts[:-1]) for cuts in self.cuts]
@@ -163,8 +166,8 @@ class SequenceShard:
     def cached(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
         """Return the value of a key, made at its first use; it lives as long as the shard.
 
-        `distributed_calls`, `RankCall` and the plans of exchanges keep routes, exchanges and indices here, so that
-        later steps with the same shard plan nothing.
+        `distributed_calls`, `RankCall`, `RoundsPlan` and `AllToAllPlan` keep exchanges, routes and indices here, so
+        that later steps with the same shard plan nothing.
         """
         if key not in self._cache:
             self._cache[key] = make()
@@ -179,14 +182,22 @@ class SequenceShard:
         return self.saves_inputs_of.get(spec, False)
 
     def footprint(self, spec: AttentionSpec) -> Footprint:
-        """Return the memory of a call on fake tensors.  Only the shards of `longnet plan` know it and override this."""
+        """Return the memory of a call on fake tensors.  Only the shards of `longnet plan` know it and override this.
+
+        `_fake_forward` of op.py asks, and `_in_flight` of planning/fake_rank.py.  This one raises a
+        NotImplementedError.
+        """
         raise NotImplementedError("attention over ranks runs on real tensors; longnet plan runs it on fake ones")
 
     def check(self, call: Mapping[str, Any], extra: Mapping[str, Any] | None = None, fault: str = "") -> None:
         """Begin a call and compare it with those of all ranks; a difference raises a ValueError on each that names it.
 
+        `_attend_part` calls it on all ranks before each call of the operator.  A rank that has an error instead calls
+        it with the `fault`, in `report_errors`, in `Guard.preflight` and in the ancestor's `RingAttention`.
+
         Args:
-            call: values by their names.  Calls with equal values are one kind, which is compared once.
+            call: values by their names.  Calls with equal values are one kind, which is compared once, with
+                check="always" each time.
             extra: more values to compare, which do not distinguish kinds.
             fault: an error that this rank raises itself.  The others get it where they compare, and the call counts:
                 they must not take the rank's next call for this one.
@@ -221,8 +232,9 @@ class SequenceShard:
     def exchange_verdicts(self, verdicts: Sequence[int], fault: str = "") -> list[list[int]]:
         """Return the verdicts of all ranks, by rank; all ranks call it together.
 
-        A `Guard` calls it in its preflight: a verdict is 1 for each kernel that fails on the rank, and then 1 if its
-        memory is short.  A rank with a `fault` raises an error itself; the others then raise one that names the rank.
+        A `Guard` calls it in its preflight: a rank's verdicts are 1 for each kernel that fails there, else 0, and then
+        1 if its memory is short.  A rank with a `fault` raises an error itself; the others then raise one that names
+        the rank.
         """
         everywhere = all_gather_integers(self.comm, list(verdicts), "agrees on kernels", fault)
         return [theirs[: len(verdicts)] for theirs in everywhere]
@@ -237,7 +249,9 @@ class SequenceShard:
         return [theirs[0] for theirs in all_gather_integers(self.comm, [value], step, fault)]
 
     def _whole_runs(self, own: list[Tensor] | None, width: int) -> list[list[tuple[int, int]]] | None:
-        """Return for each row of the batch the runs (value, count) along the whole sequence.
+        """Return for each row of the batch the runs (value, count) along the whole sequence; None if `own` is None.
+
+        All ranks call it together when they make the shard, once for documents and once for padding.
 
         Args:
             own: for each row the runs on this rank, (runs, 2).
@@ -270,9 +284,10 @@ def register_shard(shard: SequenceShard) -> int:
 
 @contextmanager
 def report_errors(shard: SequenceShard | None) -> Iterator[None]:
-    """Report an error of this rank to the ranks that wait for it where calls are compared, and raise it here.
+    """Report an error of the block to the ranks that wait where calls are compared, and raise it here as well.
 
-    `attend` checks its arguments inside of it, and a `Guard` looks for another kernel.
+    `attend` checks its arguments in such a block, and a `Guard` raises its error there if no kernel is left.  With
+    `shard` None it reports nothing.
     """
     try:
         yield

@@ -21,9 +21,10 @@ _KINDS: tuple[Kind, ...] = ("contiguous", "zigzag")
 
 
 class ShardHeader(NamedTuple):
-    """The integers that ranks compare or exchange when they make a shard; -1 stands for no rows and for a fault.
+    """The integers that ranks compare or exchange when they make a shard.
 
-    `SequenceShard` makes that of its rank and gathers those of all.
+    `SequenceShard` makes that of its rank and gathers those of all.  The numbers of rows are -1 without documents or
+    padding.  A rank with a fault has the length 0 and the placement -1.
     """
 
     length: int
@@ -46,7 +47,7 @@ class ShardHeader(NamedTuple):
         number: int,
         fault: str,
     ) -> ShardHeader:
-        """Return the header of this rank.
+        """Return the header of this rank; `SequenceShard` makes it before ranks exchange anything.
 
         Args:
             length: its tokens of each sequence.
@@ -97,7 +98,7 @@ def check_headers(headers: Sequence[ShardHeader], fault: str) -> None:
 
 
 def _number_of(placement: Kind | Placement) -> int:
-    """Return the number by which ranks compare a placement."""
+    """Return the number by which ranks compare a placement: that of its name, or a 56-bit hash of a `Placement`."""
     if not isinstance(placement, Placement):
         return _KINDS.index(placement)
     content = repr((placement.lengths, placement.kind, placement.listed)).encode()
@@ -107,8 +108,8 @@ def _number_of(placement: Kind | Placement) -> int:
 def placement_fault(comm: Comm, length: Any, placement: Any) -> str:
     """Return why a placement of a batch does not fit this rank, or an empty text.
 
-    Only a `Placement` object can fail here; its name is checked by `argument_fault`.  `SequenceShard` asks when it is
-    made.
+    Only a `Placement` object can fail here; a name is checked by `argument_fault`.  `SequenceShard` asks when it is
+    made, before it asks `argument_fault`.
     """
     if not isinstance(placement, Placement):
         return ""
@@ -122,8 +123,8 @@ def placement_fault(comm: Comm, length: Any, placement: Any) -> str:
 def argument_fault(rank: int, length: Any, placement: Any, documents: Any, padding: Any, check: Any) -> str:
     """Return what is wrong with the arguments that this rank gave to `SequenceShard`, or an empty text.
 
-    `SequenceShard` calls it first when it is made.  The ranks exchange headers before one of them raises the error, so
-    that no rank waits for it.
+    `SequenceShard` calls it when it is made.  The ranks exchange headers before one of them raises the error, so that
+    no rank waits for it.
     """
     if not isinstance(length, int) or isinstance(length, bool) or length < 0:
         return f"length must be a number of tokens, at least 0, got {length!r} on rank {rank}"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class _Rows(NamedTuple):
-    """Rows of one segment and key head, [first, last), by their places in the runs of queries and keys."""
+    """Rows of one segment and key head, by their indices in the segment: from `first_*` up to, not with, `last_*`."""
 
     first_query: int
     last_query: int
@@ -37,9 +37,9 @@ class _Rows(NamedTuple):
 
 
 class ChunkSegments(NamedTuple):
-    """The segments of a lattice that may have rows in a chunk, `begin` to `end`.
+    """The segments of a lattice that may have rows in a chunk: those from `begin` up to, but not with, `end`.
 
-    Those from `first` to `last` have all their rows in it.
+    Of these, those from `first` up to `last` have all their rows in it; none do where `first` is `last`.
     """
 
     chunk: Chunk
@@ -61,7 +61,7 @@ def segments_in(lattice: Lattice, chunk: Chunk) -> ChunkSegments:
 
 
 def _first_from(starts: range | tuple[int, ...], row: int) -> int:
-    """Return the number of the first segment that begins at a row or after it."""
+    """Return the number of the first segment that begins at a row or after it; that of segments if none does."""
     if not isinstance(starts, range):
         return bisect_left(starts, row)
     number, count = -((starts.start - row) // starts.step), len(starts)
@@ -147,7 +147,10 @@ def _share_of(block: Block, s: int, heads: range, kept: _Rows, queries: Chunk, k
 
 
 def _rows_in_chunks(block: Block, s: int, key_head: int, queries: Chunk, keys: Chunk) -> _Rows:
-    """Return the rows of segment `s` and of a key head and its query heads that lie in the chunks."""
+    """Return the rows of segment `s` and of a key head and its query heads that lie in the chunks.
+
+    The query rows are computed for the first of these query heads.
+    """
     group = block.queries.heads // block.keys.heads
     of_queries = _rows_inside(block.queries, s, key_head * group, queries)
     return _Rows(*of_queries, *_rows_inside(block.keys, s, key_head, keys))
