@@ -83,6 +83,7 @@ def _joined(parts: list[Part]) -> Part:
 
 
 def _index_of(part: Part) -> torch.Tensor:
+    """Return the `kv_index` of a part of received keys, (segments, heads, rows)."""
     assert part.kv_index is not None
     return part.kv_index
 
@@ -130,6 +131,10 @@ def _triangles(blocks: dict[_Corner, Block]) -> None:
 
 
 def _are_one_triangle(first: Block, square: Block, second: Block) -> bool:
+    """Return whether two triangles and the square between them are one triangle, with the same weights of pairs.
+
+    Their rows are neighbours already, as `_triangles` found them by their corners.
+    """
     rows, others = first.queries.rows, second.queries.rows
     sizes = [(block.queries.rows, block.keys.rows) for block in (first, square, second)]
     return (
@@ -165,6 +170,10 @@ def _rectangles(blocks: dict[_Corner, Block]) -> None:
 
 
 def _are_one_rectangle(first: Block, second: Block) -> bool:
+    """Return whether two blocks without a mask have the same keys and the same weights of pairs.
+
+    Their queries are neighbours already, as `_rectangles` found them by their corners.
+    """
     return (
         first.low is second.low is None
         and first.keys == second.keys

@@ -38,7 +38,8 @@ class Task(NamedTuple):
 class Parts(tuple[Part, ...]):
     """The parts of a plan in the order in which they run: what `forward_blocks` and `backward_blocks` compute.
 
-    The calls that they are cut into are kept here, so that the steps after the first one make none.
+    The calls that they are cut into are kept here, so that the steps after the first one make none.  `Plan.parts` makes
+    those of whole sequences, `merge_parts` and `Round` those of a rank.
     """
 
     def bounded(self, limit: int, threads: int, joins: bool = False) -> tuple[Part, ...]:
@@ -55,7 +56,10 @@ class Parts(tuple[Part, ...]):
         return cuts[key]
 
     def joined(self) -> Parts:
-        """Return the same pairs in fewer parts, where small ones on this rank's keys are joined."""
+        """Return the same pairs in fewer parts, where small ones on this rank's keys are joined.
+
+        `bounded` calls it with `joins`, on a CPU, and `_divided` to count the calls of a task.
+        """
         joined = list[Part]()
         for (branch, is_own), group in groupby(self, key=lambda part: (part.branch, part.kv_index is None)):
             members = list(group)
@@ -64,7 +68,10 @@ class Parts(tuple[Part, ...]):
 
     @cached_property
     def pairs(self) -> int:
-        """The number of visible pairs of a sample."""
+        """The number of visible pairs of a sample, over all query heads.
+
+        `tasks` asks whether they are worth threads.
+        """
         return sum(part.block.pairs for part in self)
 
     def tasks(self, samples: int, threads: int) -> tuple[Task, ...]:
@@ -117,7 +124,11 @@ class Parts(tuple[Part, ...]):
 
 
 def bounded_part(part: Part, limit: int, threads: int) -> Iterator[Part]:
-    """Yield a part cut into pieces of at most `limit` query rows: by segments, and a large segment by heads."""
+    """Yield a part cut into pieces of at most `limit` query rows: by segments, and a large segment by heads.
+
+    A piece has more rows where one segment of a head has, or where threads would be idle: then it has heads for all of
+    them.  `Parts.bounded` calls it.
+    """
     queries, keys = part.block.queries, part.block.keys
     count, group = len(queries.starts), queries.heads // keys.heads
     rows = queries.rows * queries.heads
@@ -136,7 +147,10 @@ def bounded_part(part: Part, limit: int, threads: int) -> Iterator[Part]:
 
 
 def part_heads(part: Part, first: int, last: int) -> Part:
-    """Return a part with only the key heads of its lattice from `first` up to, but not including, `last`."""
+    """Return a part with only the key heads of its lattice from `first` up to, but not including, `last`.
+
+    The query heads that these serve are kept with them.  `bounded_part` and `Parts.of_heads` call it.
+    """
     queries, keys = part.block.queries, part.block.keys
     group = queries.heads // keys.heads
     block = replace(
