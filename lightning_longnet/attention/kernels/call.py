@@ -81,7 +81,8 @@ class Call:
 
     @staticmethod
     def _per_query_head(per_key_head: Tensor, heads: int) -> Tensor:
-        """Repeat what differs between key heads for the query heads that they serve."""
+        """Return x (batch, 1 or key heads, ...) as (batch, 1 or heads, ...), key heads repeated for their query heads.
+        """
         key_heads = per_key_head.shape[1]
         return per_key_head if key_heads == 1 else per_key_head.repeat_interleave(heads // key_heads, 1)
 
@@ -126,7 +127,7 @@ def head_weights(
 ) -> Tensor:
     """Return the weights of each key head, (heads, queries, keys), for blocks whose heads have other repeats.
 
-    The kernel "sdpa" calls it on a CPU.
+    `_mask` of the kernel "sdpa" calls it on a CPU, for blocks of joined heads (see `Block`).
     """
     with torch.inference_mode(False):
         return torch.stack([weights(queries, keys, repeats, dtype, device) for repeats in head_repeats])

@@ -48,7 +48,8 @@ class Operator(Protocol):
 def refusals(request: Request) -> list[str]:
     """Return the reasons why no build of flash attention can compute a call.
 
-    The kernels flash, hub, flash3, flash4 and cudnn add their own reasons, and so does torch's operator for CUDA.
+    The kernels "flash" and "hub" (`package_refusals`), "flash3", "flash4" and "cudnn" add their own reasons, and so
+    does torch's operator for CUDA (sdpa/flash.py).
     """
     reasons = []
     if request.dtype not in HALF:

@@ -143,7 +143,9 @@ def _similar_runs(blocks: Iterable[Block]) -> Iterator[Block]:
 
 
 def _sees_itself(block: Block) -> bool:
-    """Return whether the queries of each segment see its rows: all or, under a causal mask, earlier ones."""
+    """Return whether each segment of queries sees itself alone: all of its rows or, under a causal mask, those up to
+    its own.
+    """
     queries, keys = block.queries, block.keys
     return (
         block.stack is None

@@ -127,7 +127,7 @@ def band_runs(
     """Yield runs of `rows` rows that see themselves, as a whole or, where a window masks far keys, as tiles.
 
     `own_runs` takes them for a branch without a sparsity, and `exclusive_runs` for an intersection of such branches.
-    There are none where `rows` is 0; for `weight` and `layer` see `Shape`.
+    There are none where `rows` is 0.  For `weight` see `Shape`; `layer` is the first number of its `layer`.
 
     A tile is some queries and the keys that they may see; a broad one is cut into three along its keys:
 
@@ -234,7 +234,7 @@ def windowed_block_runs(
 
 
 def rectangle_runs(starts: range, queries: range, keys: range) -> Iterator[Runs]:
-    """Yield runs of queries that see all of other keys, one or none.
+    """Yield runs of queries that see all keys of another range; none if one of the two is empty.
 
     Both ranges are rows, counted from each of `starts`.  `_outside` of overlap.py calls it for pairs of different inner
     segments.
