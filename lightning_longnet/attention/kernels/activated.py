@@ -131,8 +131,7 @@ class ActivatedFlash:
 
 @contextmanager
 def activated_implementation(implementation: str) -> Iterator[None]:
-    """Activate an implementation of torch's flash operators in a `with` statement, and restore the previous one after
-    it.
+    """Activate an implementation of torch's flash operators in a `with` statement, and restore the former one after it.
 
     `ActivatedFlash` calls the operators of each block in it.
     """

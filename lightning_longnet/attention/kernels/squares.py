@@ -58,7 +58,7 @@ def serves(q: Tensor, k: Tensor, call: Call) -> bool:
 def takes_weights(device: str) -> bool:
     """Return whether the module can count a pair several times in one block: on CPU alone.
 
-    A `BlockKernel` has it; nothing asks this module, as the kernel "sdpa" answers for it.
+    Each `BlockKernel` has this function; here nothing calls it, as the kernel "sdpa" answers for its modules.
     """
     return device == "cpu"
 

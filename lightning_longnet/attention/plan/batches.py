@@ -143,8 +143,7 @@ def _similar_runs(blocks: Iterable[Block]) -> Iterator[Block]:
 
 
 def _sees_itself(block: Block) -> bool:
-    """Return whether each segment of queries sees itself alone: all of its rows or, under a causal mask, those up to
-    its own.
+    """Return whether segments of queries see themselves alone: all their rows or, under a causal mask, rows up to each.
     """
     queries, keys = block.queries, block.keys
     return (

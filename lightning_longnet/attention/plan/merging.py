@@ -101,8 +101,7 @@ def _corner(block: Block, queries: int = 0, keys: int = 0) -> _Corner:
 
 
 def _begin(lattice: Lattice, rows: int) -> tuple[Any, ...]:
-    """Return what identifies a lattice among those of as many rows, if it began `rows` rows later than this one does.
-    """
+    """Return what identifies a lattice among those of as many rows, if it began `rows` rows later than it does."""
     starts = tuple(start + rows * lattice.step for start in lattice.starts)
     return starts, lattice.step, lattice.head, lattice.heads, lattice.head_step, lattice.row_shift
 
