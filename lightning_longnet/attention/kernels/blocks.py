@@ -140,6 +140,7 @@ def forward_blocks(
     totals[:] = partials = [uninitialized_partial(q, width) if total is None else total for total in totals]
 
     def forward_task(task: Task, steps: threads.Steps) -> None:
+        """Compute the parts of a task; a thread calls it, and `steps` ends it early if another task has failed."""
         some, cut = task.samples, steps(_cut(kernel, task.parts, q, count))
         views: list[Partial | None] = [partial.of_samples(some) for partial in partials]
         _forward(kernel, cut, q[some], keys.of_samples(some), options.of_samples(some, len(q)), views, stores)
@@ -232,6 +233,7 @@ def backward_blocks(
     dq.allocate()
 
     def backward_task(task: Task, steps: threads.Steps) -> None:
+        """Add the gradients of the parts of a task; a thread calls it, as `forward_task` in `forward_blocks`."""
         some, cut = task.samples, steps(_cut(kernel, task.parts, q, count))
         own_options, own_inputs = options.of_samples(some, len(q)), inputs.of_samples(some)
         of_some = keys.of_samples(some), own_inputs, own_options, dq.of_samples(some)

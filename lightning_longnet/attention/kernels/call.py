@@ -81,8 +81,9 @@ class Call:
 
     @staticmethod
     def _per_query_head(per_key_head: Tensor, heads: int) -> Tensor:
-        """Return x (batch, 1 or key heads, ...) with key heads repeated for their query heads, (batch, 1 or heads,
-        ...).
+        """Return x (batch, 1 or key heads, ...) as (batch, 1 or heads, ...).
+
+        Each key head is repeated for the query heads that it serves.
         """
         key_heads = per_key_head.shape[1]
         return per_key_head if key_heads == 1 else per_key_head.repeat_interleave(heads // key_heads, 1)

@@ -143,7 +143,7 @@ def _similar_runs(blocks: Iterable[Block]) -> Iterator[Block]:
 
 
 def _sees_itself(block: Block) -> bool:
-    """Return whether segments of queries see themselves alone: all their rows or, under a causal mask, rows up to each.
+    """Return whether each segment of queries sees itself alone: all rows or, under a causal mask, those up to its own.
     """
     queries, keys = block.queries, block.keys
     return (

@@ -205,6 +205,7 @@ class Lattice:
         """
 
         def made() -> Tensor:
+            """Return the rows on the device."""
             return (self._first_rows(device)[:, None] + torch.arange(self.rows, device=device) * self.step).flatten()
 
         return self._made_once("rows", device, made)
