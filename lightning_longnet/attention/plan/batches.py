@@ -143,7 +143,9 @@ def _similar_runs(blocks: Iterable[Block]) -> Iterator[Block]:
 
 
 def _sees_itself(block: Block) -> bool:
-    """Return whether each segment of queries sees itself alone: all rows or, under a causal mask, those up to its own.
+    """Return whether each segment of queries sees itself alone.
+
+    It then sees all of its rows or, under a causal mask, those up to its own.
     """
     queries, keys = block.queries, block.keys
     return (
