@@ -90,7 +90,7 @@ class Call:
 
 
 @lru_cache(8)
-def band(
+def band_bias(
     queries: int, keys: int, low: int | None, high: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return a bias (queries, keys) of -inf wherever `low <= query - key <= high` does not hold.
@@ -107,7 +107,9 @@ def band(
     return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(masked, -inf)
 
 
-def weights(queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def log_weights(
+    queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Return the log of how often each pair counts, (queries, keys), to add to the scores.
 
     `repeats` are those of a `Block`, and not empty.  Each rate divides the next, so heads with other offsets read one
@@ -124,20 +126,24 @@ def weights(queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.d
 
 
 @lru_cache(16)
-def head_weights(
+def head_log_weights(
     queries: int, keys: int, head_repeats: tuple[tuple[Repeat, ...], ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return the weights of each key head, (heads, queries, keys), for blocks whose heads have other repeats.
+    """Return `log_weights` of each key head, (heads, queries, keys), for blocks whose heads have other repeats.
 
     `_mask` of the kernel "sdpa" calls it on a CPU, for blocks of joined heads (see `Block`).
     """
     with torch.inference_mode(False):
-        return torch.stack([weights(queries, keys, repeats, dtype, device) for repeats in head_repeats])
+        return torch.stack([log_weights(queries, keys, repeats, dtype, device) for repeats in head_repeats])
 
 
 @lru_cache(8)
 def _weight_table(queries: int, keys: int, moduli: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the table that `weights` reads: the log of 1 + the number of moduli that divide both indices of a pair."""
+    """Return the table that `log_weights` reads.
+
+    It holds the log of 1 + the number of moduli that divide both indices of a pair, (queries + last modulus, keys +
+    last modulus).
+    """
     counts = torch.ones(queries + moduli[-1], keys + moduli[-1], dtype=dtype, device=device)
     for every in moduli:
         counts[::every, ::every] += 1

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.kernels.call import band, weights
+from lightning_longnet.attention.kernels.call import band_bias, log_weights
 from lightning_longnet.attention.kernels.products import routed_products
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ class _Tile(NamedTuple):
         every = heads[0][-1].every
         period = every if rows % every == 0 else rows
         table = torch.stack(
-            [weights(period, keys, self._moved(repeats), scores.dtype, scores.device) for repeats in heads]
+            [log_weights(period, keys, self._moved(repeats), scores.dtype, scores.device) for repeats in heads]
         ).div_(LOG2)
         shape = len(self.samples), len(self.key_heads), self.chunk.group, -1, period, keys
         scores.view(shape).add_(table[:, None, None])
@@ -368,4 +368,4 @@ def _mask_bound(
     rows: int, columns: int, low: int | None, high: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return (rows, columns): +inf where `low <= row - column <= high`, and -inf elsewhere."""
-    return torch.where(band(rows, columns, low, high, dtype, device) == 0, inf, -inf)
+    return torch.where(band_bias(rows, columns, low, high, dtype, device) == 0, inf, -inf)

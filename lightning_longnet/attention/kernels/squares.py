@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.kernels.call import band, weights
+from lightning_longnet.attention.kernels.call import band_bias, log_weights
 from lightning_longnet.attention.kernels.products import routed_products
 from lightning_longnet.attention.plan.runs import Repeat
 
@@ -324,11 +324,11 @@ def _add_weights(scores: Tensor, repeats: tuple[Repeat, ...], row: int, column: 
         rows = every
     else:
         rows = scores.shape[1]
-    table = weights(rows, MOST_ROWS, moved, scores.dtype, scores.device)[first::least, : scores.shape[2]]
+    table = log_weights(rows, MOST_ROWS, moved, scores.dtype, scores.device)[first::least, : scores.shape[2]]
     some.add_(table, alpha=1 / LOG2)
 
 
 @lru_cache(4)
 def _mask_bound(rows: int, dtype: torch.dtype) -> Tensor:
     """Return (rows, rows): +inf on and below the diagonal, and -inf above it."""
-    return torch.where(band(rows, rows, 0, None, dtype, torch.device("cpu")) == 0, inf, -inf)
+    return torch.where(band_bias(rows, rows, 0, None, dtype, torch.device("cpu")) == 0, inf, -inf)
