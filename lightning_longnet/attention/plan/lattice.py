@@ -261,7 +261,7 @@ class Lattice:
             return self
         return replace(self, starts=self.starts[first:last])
 
-    def diagonal(self, first: int, last: int) -> Lattice:
+    def of_heads(self, first: int, last: int) -> Lattice:
         """Return the lattice of the heads from `first` up to, but not including, `last`, each with its own rows.
 
         `part_heads` cuts calls by it, `head_parts` takes the heads of one rank, and `_with_query_heads` single heads.

@@ -85,7 +85,7 @@ class PagedKeys(CopiedLattice):
         return replace(self, starts=self.starts[first:last], page_starts=self.page_starts[first:last])
 
     def shifted(self, by: int) -> Lattice:
-        """Return the same elements, `by` rows further on; `diagonal` calls it for heads with other rows."""
+        """Return the same elements, `by` rows further on; `of_heads` calls it for heads with other rows."""
         if not by:
             return self
         moved = tuple(tuple(start + by for start in starts) for starts in self.page_starts)

@@ -155,8 +155,8 @@ def part_heads(part: Part, first: int, last: int) -> Part:
     group = queries.heads // keys.heads
     block = replace(
         part.block,
-        queries=queries.diagonal(first * group, last * group),
-        keys=keys.diagonal(first, last),
+        queries=queries.of_heads(first * group, last * group),
+        keys=keys.of_heads(first, last),
         head_repeats=part.block.head_repeats[first:last],
     )
     return part._replace(block=block, kv_index=None if part.kv_index is None else part.kv_index[:, first:last])
