@@ -103,7 +103,10 @@ class Parts(tuple[Part, ...]):
             yield from (Task(slice(sample, sample + many), parts) for parts in divided if parts)
 
     def of_heads(self, first: int, last: int) -> Parts:
-        """Return the blocks of the key heads from `first` up to, but not including, `last`."""
+        """Return the blocks of the key heads from `first` up to, but not including, `last`, counted in the whole layer.
+
+        `_divided` calls it for each task.
+        """
         parts = []
         for part in self:
             members = [a for a, head in enumerate(part.key_heads) if first <= head < last]
