@@ -92,6 +92,8 @@ class Keys(Protocol):
 class OwnKeys:
     """Keys and values (B, N, Hkv, D) on this rank: `RoundsCall` makes it in each forward and backward.
 
+    It is one of `Keys`, which says when its methods are called.
+
     Args:
         padding: (B, N), True where padding masks a key.
         words: dropout's words, (N,).
@@ -116,17 +118,17 @@ class OwnKeys:
         )
 
     def tensors(self) -> KeyTensors:
-        """Return the tensors as they were given; see `Keys`."""
+        """Return the tensors as they were given."""
         return KeyTensors(self._k, self._v, self._mask, (), self._gradients)
 
     def allocate_gradients(self) -> None:
-        """Allocate the accumulators dk and dv; see `Keys`."""
+        """Allocate the accumulators dk and dv."""
         assert self._gradients is not None
         for gradient in self._gradients:
             gradient.allocate()
 
     def of_samples(self, samples: slice) -> OwnKeys:
-        """Return the keys of some samples, as views; see `Keys`."""
+        """Return the keys of some samples, as views."""
         part = copy(self)
         part._k, part._v = self._k[samples], self._v[samples]
         part._mask, part._padding, part._words, part._tokens = (
@@ -168,7 +170,7 @@ class OwnKeys:
 class ReceivedKeys:
     """Rows of key heads that came from other ranks: keys and values side by side, (R, B, D + Dv).
 
-    `RoundsCall` makes it for each round.
+    `RoundsCall` makes it for each round.  It is one of `Keys`, which says when its methods are called.
 
     Args:
         padding: (B, R), True where padding masks a key.
@@ -195,7 +197,7 @@ class ReceivedKeys:
         self._words, self._tokens, self._gradients = words, tokens, gradients
 
     def tensors(self) -> KeyTensors:
-        """Return all received rows, as views; see `Keys`."""
+        """Return all received rows, as views."""
         k, v = self._of_heads(self._kv_rows)
         gradients = None if self._gradients is None else self._of_heads(self._gradients)
         return KeyTensors(k, v, self._padding, self._sources, gradients)
@@ -205,7 +207,7 @@ class ReceivedKeys:
         assert self._gradients is not None, "allocated by the caller"
 
     def of_samples(self, samples: slice) -> ReceivedKeys:
-        """Return the rows of some samples, as views; see `Keys`."""
+        """Return the rows of some samples, as views."""
         part = copy(self)
         part._kv_rows = self._kv_rows[:, samples]
         part._padding = None if self._padding is None else self._padding[samples]
