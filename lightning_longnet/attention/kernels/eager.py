@@ -46,8 +46,8 @@ LOG2 = log(2)
 def refusals(request: Request) -> list[str]:
     """Return the reasons why this kernel cannot compute a call; an empty list if it can.
 
-    `judge` asks for each call of `attend`, whatever kernel it names, and for `explain`, the guard's preflight and
-    `longnet plan`.
+    `judge` asks for each call of `attend`, whatever kernel it names, and for `explain`, the guard's preflight,
+    `longnet plan` and `ModelFlops`.
     """
     if request.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return [f"serves float64, float32, bfloat16 and float16, q is {request.dtype}"]
@@ -250,7 +250,12 @@ class _Tile(NamedTuple):
         return torch.bmm(a, b.mT, out=buffer[: shape[0] * shape[1] * shape[2]].view(shape))
 
     def mask(self, scores: Tensor, call: Call) -> Tensor:
-        """Set the scores of the pairs that are masked to -inf, and add the weights of pairs, in place."""
+        """Return the scores, in place: -inf where a pair is masked, and with the log of how often each pair counts
+        added.
+
+        The masks are the bounds of the block, padding, and the order of tokens.  `scores`, (samples * key heads, group
+        * queries, keys), are logarithms to the base 2, and so is what is added.
+        """
         per_head = scores.unflatten(1, (self.chunk.group, -1))
         (low, high), (first, last) = (call.block.low, call.block.high), (self.keys.start, self.keys.stop)
         first_query, rows = self.queries.start, per_head.shape[-2]

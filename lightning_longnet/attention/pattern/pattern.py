@@ -229,7 +229,7 @@ class Pattern:
     def mask(self, length: int, heads: int, kv_heads: int | None = None) -> Tensor:
         """Return how often query `i` of head `h` counts key `j`, an integer (H, N, N), for people and for tests.
 
-        Pictures are drawn of it; kernels do not call it.
+        Pictures are drawn of it (`draw_pattern`, and `pattern_pictures` of a report); kernels do not call it.
         """
         kv_heads = check_heads(heads, kv_heads)
         if length < 0:
