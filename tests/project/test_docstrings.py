@@ -78,10 +78,10 @@ def exists(name):
     """Return whether something has this name: `name`, `Class.name`, `module.name`, or `argument.name`."""
     if name in OTHERS or keyword.iskeyword(name) or is_of_library(name):
         return True
-    *_, parameters, names = defined()
+    members, _, parameters, names = defined()
     *_, owner, last = ("", *name.split("."))
-    if not owner or owner in parameters:  # an argument has the members of its type, which is not looked up
-        return last in names or is_of_library(last)
+    if not owner or owner in parameters or (owner in names and owner not in members):
+        return last in names or is_of_library(last)  # the type of an argument or attribute is not looked up
     return has(owner, last)
 
 

@@ -160,6 +160,7 @@ def _forward(
     """Merge the result of each block into the partial of its branch, or into the only one.
 
     `stores` says for each partial that the first branch writes every row of it, over uninitialized memory.
+    `forward_blocks` calls it for all parts, or for those of each task.
     """
     for part, call in _kernel_calls(parts, q, keys, options):
         queries, i = part.block.queries, part.branch if len(totals) > 1 else 0
@@ -252,7 +253,10 @@ def _backward(
     dq: Accumulator,
     stores: tuple[bool, bool],
 ) -> None:
-    """Add the gradients of each block to dq and to those of `keys`."""
+    """Add the gradients of each block to dq and to those of `keys`.
+
+    `backward_blocks` calls it for all parts, or for those of each task.
+    """
     for part, call in _kernel_calls(parts, q, keys, options):
         queries = part.block.queries
         is_first = part.branch == 0

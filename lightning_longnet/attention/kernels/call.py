@@ -65,7 +65,8 @@ class Call:
         return self._per_query_head(bias, heads).unsqueeze(2)
 
     def empty_rows(self, queries: int, heads: int) -> Tensor | None:
-        """Return (batch, 1 or heads, queries), True where padding masks every key of a query; None without padding.
+        """Return (batch, 1 or heads, queries), True where padding masks all keys that a query sees; None without
+        padding.
 
         The forward of torch's operator for CPU and of memory-efficient attention asks, to give such rows the lse of no
         key.  The keys are counted, since an operator's log-sum-exp may be 0 for no key as well as for one.

@@ -250,8 +250,7 @@ class _Tile(NamedTuple):
         return torch.bmm(a, b.mT, out=buffer[: shape[0] * shape[1] * shape[2]].view(shape))
 
     def mask(self, scores: Tensor, call: Call) -> Tensor:
-        """Return the scores, in place: -inf where a pair is masked, and with the log of how often each pair counts
-        added.
+        """Set masked scores to -inf and add the log of how often each pair counts, in place; return the scores.
 
         The masks are the bounds of the block, padding, and the order of tokens.  `scores`, (samples * key heads, group
         * queries, keys), are logarithms to the base 2, and so is what is added.

@@ -109,8 +109,7 @@ class Sparsity:
         return _kept(self, self.blocks(rows), self.phase(kv_head), is_causal)
 
     def row_counts(self, blocks: int, is_causal: bool) -> list[int]:
-        """Return how many blocks of keys each block of queries keeps: at least 1, and in sum the ratio of all visible
-        ones.
+        """Return how many blocks of keys each block of queries keeps: at least 1, in sum the ratio of all visible ones.
 
         The sum is rounded, and larger only where 1 for each block of queries is more.  `_kept` calls it.  The word
         "row" is that of a table of `blocks` x `blocks`: a row for each block of queries, a column for each block of
