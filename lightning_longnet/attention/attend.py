@@ -184,7 +184,10 @@ def explain(
 
 
 def _attend_reference(call: PreparedCall) -> tuple[Tensor, Tensor]:
-    """Return out and lse of the kernel "reference", which is no operator: autograd differentiates through it."""
+    """Return out (B, N, H, Dv) and lse (B, H, N) of the kernel "reference".
+
+    It is no operator: autograd differentiates through it.
+    """
     dropout = None
     if call.seed is not None:
         dropout = Dropout(call.spec.dropout, int(call.seed), call.spec.first_sample, call.spec.sample_step)

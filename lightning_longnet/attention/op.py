@@ -148,7 +148,10 @@ def _gradient_of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) ->
 
 
 def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return uninitialized out (B, N, H, Dv) and lse (B, H, N), and no saved tensors."""
+    """Return uninitialized out (B, N, H, Dv) and lse (B, H, N), and no saved tensors.
+
+    `forward` calls it where there is nothing to compute, and `_fake_forward`.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
     return out, lse, []

@@ -105,7 +105,8 @@ class ActivatedFlash:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Return out (batch, heads, rows, D) and lse (batch, heads, rows) of one block; see `BlockKernel`.
 
-        `forward_blocks` calls it for each block of a plan, through `_forward` of blocks.py.
+        Blocks that the implementation does not serve go to the CUDA operators of "sdpa".  `forward_blocks` calls it for
+        each block of a plan, through `_forward` of blocks.py.
         """
         if not self._serves(call):
             return cuda.forward(q, k, v, call)

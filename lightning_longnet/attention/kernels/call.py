@@ -65,11 +65,11 @@ class Call:
         return self._per_query_head(bias, heads).unsqueeze(2)
 
     def empty_rows(self, queries: int, heads: int) -> Tensor | None:
-        """Return (batch, 1 or heads, queries), True where padding masks all keys that a query sees; None without
-        padding.
+        """Return (batch, 1 or heads, queries), True where padding masks all keys of a query; None without padding.
 
-        The forward of torch's operator for CPU and of memory-efficient attention asks, to give such rows the lse of no
-        key.  The keys are counted, since an operator's log-sum-exp may be 0 for no key as well as for one.
+        All keys are those that the block shows the query.  The forward of torch's operator for CPU and of
+        memory-efficient attention asks, to give such rows the lse of no key.  The keys are counted, since an operator's
+        log-sum-exp may be 0 for no key as well as for one.
         """
         if self.key_padding_mask is None:
             return None

@@ -90,7 +90,8 @@ def serves(q: Tensor, k: Tensor, call: Call) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return out (batch, heads, queries, Dv) and lse (batch, heads, queries) of one block; see `BlockKernel`.
 
-    `forward_blocks` calls it for each block of a plan, through `_forward` of blocks.py.
+    Blocks that cuDNN does not serve go to the CUDA operators of "sdpa".  `forward_blocks` calls it for each block of a
+    plan, through `_forward` of blocks.py.
     """
     if not serves(q, k, call):
         return cuda.forward(q, k, v, call)

@@ -28,7 +28,7 @@ class Operator(Protocol):
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse of one window."""
+        """Return out and lse of one window; the function `forward` calls it."""
 
     def backward(
         self,
@@ -42,7 +42,10 @@ class Operator(Protocol):
         left: int,
         right: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv of one window, from the out and lse of the whole softmax."""
+        """Return dq, dk and dv of one window, from the out and lse of the whole softmax.
+
+        The function `backward` calls it.
+        """
 
 
 def refusals(request: Request) -> list[str]:

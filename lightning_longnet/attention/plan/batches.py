@@ -175,7 +175,7 @@ def _are_disjoint(blocks: list[Block]) -> bool:
 
 
 def _batches(blocks: list[Block]) -> Iterator[list[Block]]:
-    """Yield blocks that share a call: the padding and the copies of each take less time than a separate call."""
+    """Yield lists of blocks that share a call: the padding and copies of each take less time than a separate call."""
     batch: list[Block] = []
     for block in sorted(blocks, key=lambda block: -block.queries.rows):
         if batch and _joining_cost(block, batch) > CALL_ROWS:

@@ -214,7 +214,10 @@ def _segments(blocks: Iterable[Block]) -> Iterator[Block]:
 
 
 def _evenly_spaced(lattices: list[Lattice]) -> Lattice | None:
-    """Return one lattice with the segments of several, or None if no view has them."""
+    """Return one lattice with the segments of several, in their order, or None if no view has them.
+
+    No view has them if they are not evenly spaced, or if their rows overlap.
+    """
     starts = [start for lattice in lattices for start in lattice.starts]
     even = range(starts[0], starts[-1] + 1, max(1, starts[1] - starts[0]))
     if list(even) != starts or even.step < lattices[0].rows * lattices[0].step:

@@ -89,7 +89,11 @@ class Parts(tuple[Part, ...]):
         return kept[samples] if len(kept[samples]) >= LEAST_BUSY * rounds * threads else ()
 
     def _divided(self, samples: int) -> Iterator[Task]:
-        """Yield the tasks: some heads of one sample each, or all heads of some samples where calls would be short."""
+        """Yield the tasks: some heads of one sample each, or all heads of some samples where calls would be short.
+
+        A task has so many heads and samples that its calls have at least `LEAST_CALL` pairs on average; `tasks` calls
+        it.
+        """
         heads = sorted({head for part in self for head in part.key_heads})
         if not heads:
             return
