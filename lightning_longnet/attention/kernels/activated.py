@@ -79,7 +79,7 @@ class ActivatedFlash:
         """Return the reasons why the implementation cannot compute a call; an empty list if it can.
 
         Only the device is named where the tensors are not on CUDA.  `judge` asks for each call of `attend`, whatever
-        kernel it names, and for `explain`, the guard's preflight, `longnet plan` and `ModelFlops`.
+        kernel it names, and for `explain`, the guard's preflight and `longnet plan`.
         """
         if request.device != "cuda":
             return [f"serves CUDA tensors, these are on {request.device}"]

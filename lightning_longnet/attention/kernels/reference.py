@@ -38,8 +38,8 @@ def note(request: Request) -> str:
 def refusals(request: Request) -> list[str]:
     """Return the reasons why this kernel cannot compute a call; an empty list if it can.
 
-    `judge` asks for each call of `attend`, whatever kernel it names, and for `explain`, the guard's preflight,
-    `longnet plan` and `ModelFlops`.
+    `judge` asks for each call of `attend`, whatever kernel it names, and for `explain`, the guard's preflight and
+    `longnet plan`.
     """
     reasons = []
     if request.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):

@@ -26,8 +26,8 @@ def note(request: Request) -> str:
 def refusals(request: Request) -> list[str]:
     """Return the reasons why torch's operators cannot compute a call; an empty list if they can.
 
-    `judge` asks for each call of `attend`, whatever kernel it names, and for `explain`, the guard's preflight,
-    `longnet plan` and `ModelFlops`.
+    `judge` asks for each call of `attend`, whatever kernel it names, and for `explain`, the guard's preflight and
+    `longnet plan`.
     """
     reasons = []
     if request.device not in ("cpu", "cuda"):

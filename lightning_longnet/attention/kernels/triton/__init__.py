@@ -48,8 +48,8 @@ def note(request: Request) -> str:
 def refusals(request: Request) -> list[str]:
     """Return the reasons why this kernel cannot compute a call; an empty list if it can.
 
-    `judge` asks for each call of `attend`, whatever kernel it names, and for `explain`, the guard's preflight,
-    `longnet plan` and `ModelFlops`.
+    `judge` asks for each call of `attend`, whatever kernel it names, and for `explain`, the guard's preflight and
+    `longnet plan`.
     """
     if request.device != "cuda" and not (request.device == "cpu" and _is_interpreted()):
         return [f"serves CUDA tensors, and CPU tensors under TRITON_INTERPRET=1, these are on {request.device}"]
