@@ -73,6 +73,9 @@ def attend(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute one softmax over all keys that the pattern shows each query.
 
+    Users call it in their own modules.  The layers (`AttentionLayer`), `ContextAttention.attend`, `Guard.attend`, the
+    caches of inference, exported models and `longnet doctor` call it, too.
+
     Args:
         q: queries (B, N, H, D).
         k, v: keys and values (B, N, Hkv, D); each key head serves H / Hkv consecutive query heads.
@@ -157,7 +160,7 @@ def explain(
 ) -> Explanation:
     """Return which kernel `attend` would run on these tensors, which others could serve, and why the rest cannot.
 
-    Users call it, the trial of a `Guard`, and `longnet doctor`; it computes nothing.
+    Users call it, `kernel_fault` for the trial of a `Guard`, and `longnet doctor`; it computes nothing.
 
     >>> q = torch.zeros(1, 8, 2, 4)
     >>> print(explain(q, q, torch.zeros(1, 8, 2, 6), Pattern.dense()))
@@ -181,7 +184,10 @@ def explain(
 
 
 def _attend_reference(call: PreparedCall) -> tuple[Tensor, Tensor]:
-    """Return out and lse of the kernel "reference", which is no operator: autograd differentiates through it."""
+    """Return out (B, N, H, Dv) and lse (B, H, N) of the kernel "reference".
+
+    It is no operator: autograd differentiates through it.
+    """
     dropout = None
     if call.seed is not None:
         dropout = Dropout(call.spec.dropout, int(call.seed), call.spec.first_sample, call.spec.sample_step)
@@ -190,9 +196,10 @@ def _attend_reference(call: PreparedCall) -> tuple[Tensor, Tensor]:
 
 @not_compiled
 def _attend_part(call: PreparedCall, shard: SequenceShard, is_seed_given: bool) -> tuple[Tensor, Tensor]:
-    """Attend over ranks; all ranks of the shard call it together.
+    """Return out (B, L, H, Dv) and lse (B, H, L) of this rank's tokens; all ranks of the shard call it together.
 
-    A compiled graph breaks here: a pure operator may be dropped or reordered, and other ranks would wait for it.
+    The ranks compare their arguments first, and all raise an error where these differ.  A compiled graph breaks here: a
+    pure operator may be dropped or reordered, and other ranks would wait for it.
     """
     # a seed differs from step to step, and ranks that draw their own each have another
     seed = {"dropout_seed": int(call.seed)} if is_seed_given and call.seed is not None else {}

@@ -239,7 +239,8 @@ class Guard:
         """Add advice to an error of a step, log it and count it; return the advice, empty where there is none.
 
         A RuntimeError gets advice if it came out of attention, in the forward or the backward, or if memory was short.
-        The strategy calls it when a step has failed, before all ranks end, and `advised_errors` in other loops.
+        The strategy calls it when a step has failed, before all ranks end (`NamedFailures`), and `advised_errors` in
+        other loops.
 
         Args:
             error: the error, with its traceback.

@@ -40,8 +40,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Return out (B, N, H, Dv), lse (B, H, N), and the tensors that the backward needs besides.
 
-    `attend` calls it with the fields of a `PreparedCall`; `spec` is the text of `AttentionSpec.dumps`, and `shard` the
-    number of a `SequenceShard` in `SHARDS`, as an operator takes no objects.
+    `attend` calls it with the fields of a `PreparedCall`, and `_attend_part` where there is a shard.  `spec` is the
+    text of `AttentionSpec.dumps`, and `shard` the number of a `SequenceShard` in `SHARDS`, as an operator takes no
+    objects.
+
+    Without a shard the backward needs no other tensors.  With one, N is the number of this rank's tokens, and the first
+    of these tensors is the number of the forward among those of the shard; where the batch or the whole sequences are
+    empty there is none.
     """
     loaded = AttentionSpec.loads(spec)
     with _exact_products(q):
@@ -87,7 +92,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk, dv and dsinks for the gradient of out; dsinks is empty where there are no sinks.
 
-    Autograd calls it with the arguments and results of `forward`.
+    `_differentiate` calls it for autograd, with the arguments and results of `forward`; `saved` is the last of these.
     """
     loaded = AttentionSpec.loads(spec)
     with _exact_products(q):
@@ -143,7 +148,10 @@ def _gradient_of_sinks(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) ->
 
 
 def _empty_results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Return uninitialized out (B, N, H, Dv) and lse (B, H, N), and no saved tensors."""
+    """Return uninitialized out (B, N, H, Dv) and lse (B, H, N), and no saved tensors.
+
+    `forward` calls it where there is nothing to compute, and `_fake_forward`.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=wide)
     return out, lse, []

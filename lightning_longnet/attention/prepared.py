@@ -61,7 +61,7 @@ class PreparedCall(NamedTuple):
     """A call as the operator takes it: its tensors, its spec, and what kernels judged it by.
 
     The first seven fields are those of `op.forward`, in its order.  With a shard, documents and padding are None: the
-    shard holds them.
+    shard holds them.  `prepared_call` makes it; `attend` computes it, and a `Guard` reads which kernel it names.
     """
 
     q: Tensor
@@ -80,7 +80,8 @@ def prepared_call(
 ) -> PreparedCall:
     """Return the call as the operator takes it: with checked arguments, a chosen kernel, and a seed if one is needed.
 
-    `attend` calls it for each call, and a `Guard` in its preflight.  A wrong argument raises a ValueError.
+    `attend` calls it for each call, and a `Guard` in its preflight, and once more to find the kernel that replaces a
+    broken one.  A wrong argument raises a ValueError.
 
     Args:
         q, k, v, pattern, return_lse: the arguments of `attend`.

@@ -22,7 +22,8 @@ Mix = Literal["exact", "detached"]
 class AttentionSpec:
     """The options of a call, checked: frozen, hashable, and equal on all ranks that share sequences.
 
-    `prepared_call` makes it.  As text (`dumps`) it is an argument of the operators of op.py.
+    `prepared_call` makes it for each call, `longnet plan` and `ModelFlops` for calls that they count.  As text
+    (`dumps`) it is an argument of the operators of op.py.
 
     Args:
         pattern: which keys a query sees.
@@ -53,7 +54,8 @@ class AttentionSpec:
     def dumps(self) -> str:
         """Return one line of JSON, the same for equal specs: how a spec travels through an operator's schema.
 
-        It is formatted by hand because torch.compile traces this method and cannot follow a JSON encoder.
+        `attend` and `_attend_part` call it in each call.  It is formatted by hand because torch.compile traces this
+        method and cannot follow a JSON encoder.
         """
         scale = "null" if self.scale is None else repr(self.scale)
         softcap = "null" if self.softcap is None else repr(self.softcap)
@@ -68,7 +70,7 @@ class AttentionSpec:
     def loads(text: str) -> AttentionSpec:
         """Return the spec that `dumps` wrote; equal texts give the same object.
 
-        The operators of op.py call it in each forward and backward.
+        The operators of op.py call it in each forward and backward, also on fake tensors, and `longnet plan` calls it.
         """
         return _loads(text)
 
@@ -76,7 +78,8 @@ class AttentionSpec:
     def counts_once(self) -> bool:
         """Whether a pair is one and the same in whichever branch it is computed.
 
-        Then dropout decides about it independently of the branch.
+        Then dropout decides about it independently of the branch.  `RankCall.pair_options` asks for a rank's part; a
+        call on whole sequences asks `Plan.counts_once`.
         """
         return self.pattern.multiplicity == "set"
 
@@ -84,7 +87,8 @@ class AttentionSpec:
     def partials(self) -> int:
         """The number of partial results that the backward needs: one of each branch for "detached", else one of all.
 
-        The calls of exchanges ask whether to keep results of branches, and plans count their memory.
+        `_line_call` and `RankCall.branch_outs` ask, so that the backward gets the out of each branch, and
+        `Footprint.saved`, which allocates as many of them on fake tensors.
         """
         return len(self.pattern.branches) if self.mix == "detached" else 1
 
@@ -100,10 +104,11 @@ class AttentionSpec:
         """Return how many segments a kernel call must cover for the plan to compute a repeated pair once.
 
         0 means that every branch computes its own pairs: where the caller needs each branch's result (`per_branch`),
-        where dropout drops the copies of a pair one by one, and where the kernel takes no weights.  Otherwise a call
-        that computes pairs once serves one head, and must keep all threads busy with its segments and samples; a kernel
-        that runs the segments of all heads in one launch takes any number, `UNCUT`.  `local_call` and
-        `distributed_calls` ask before they plan.
+        where dropout drops the copies of a pair one by one, and where the kernel takes no weights on such a device.
+        Otherwise a call that computes pairs once serves one head, and must keep all threads busy with its segments and
+        samples: the result is threads / samples, rounded up.  A `PartsKernel` runs the segments of all heads in one
+        launch and takes any number: the result is `UNCUT`.  `_line_call` and `distributed_calls` ask before they plan,
+        and `longnet plan` and `ModelFlops` before they count.
         """
         kernel = BLOCK_KERNELS.get(self.kernel)  # the reference runs no blocks
         if per_branch or self.dropout > 0 or kernel is None or not kernel.takes_weights(device):

@@ -24,7 +24,9 @@ def kernel_fault(
 ) -> str:
     """Return why a kernel fails, or an empty text: it runs 8 tokens forward and backward, against the reference.
 
-    `Guard` calls it before the first call of a kind, and `longnet doctor` for each kernel that could serve.
+    The tokens run with and without padding, and with and without the dropout of `options`; what the kernel refuses is
+    left out.  A `Guard` calls it before the first call of a kind, for each kernel that may run, and `longnet doctor`
+    for each kernel that could serve.
     """
     small = Pattern.dilated((4, 8), (1, 2), is_causal=pattern.is_causal)
     widths = ((q.shape[2], q.shape[3]), (k.shape[2], q.shape[3]), (k.shape[2], v.shape[3]))

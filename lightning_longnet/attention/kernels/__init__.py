@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 class Request(NamedTuple):
     """The properties of a call on which the choice of a kernel depends.
 
-    `request_of` makes it for `attend` and `explain`; `longnet plan` makes one for a run that it only plans.
+    `request_of` makes it for `attend` and `explain`; `longnet plan` and `ModelFlops` make one for calls that they only
+    count.
     """
 
     device: str
@@ -46,7 +47,7 @@ class Request(NamedTuple):
     def lacks(self, *features: str) -> list[str]:
         """Return why a kernel that lacks some features must refuse the request: a reason for each that the request has.
 
-        `features` are fields of the request with a reason in `_REASONS`.
+        `features` are fields of the request with a reason in `_REASONS`.  `refusals` of the kernels calls it.
         """
         return [_REASONS[feature] for feature in features if getattr(self, feature)]
 
@@ -68,10 +69,16 @@ class Kernel(Protocol):
         """The value of the option `kernel` that selects this one."""
 
     def note(self, request: Request) -> str:
-        """Return what this kernel would run for a call that it does not refuse; `explain` shows it."""
+        """Return what this kernel would run for a call that it does not refuse.
+
+        `judge` asks, and `explain` shows it.
+        """
 
     def refusals(self, request: Request) -> list[str]:
-        """Return the reasons why this kernel cannot compute a call; an empty list if it can."""
+        """Return the reasons why this kernel cannot compute a call; an empty list if it can.
+
+        `judge` asks.
+        """
 
 
 class BlockKernel(Protocol):
@@ -88,14 +95,15 @@ class BlockKernel(Protocol):
         """Return whether the kernel takes weights of pairs (`Block.repeats`) on such a device: how often each counts.
 
         `AttentionSpec.weighted_segments` asks before a plan is made: only then may a plan compute a pair once that
-        several branches show.
+        several branches show.  On a CPU `_cut` of blocks.py asks in each forward and backward: then it also joins small
+        blocks.
         """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Return out, (batch, heads, queries, Dv), and lse of the block alone.
 
-        A query that sees no key of the block has out = 0 and lse = -inf.  `forward_blocks` calls it for each block of a
-        plan.
+        A query that sees no key of the block has out = 0 and lse = -inf.  Both may be in the type of q or in a wider
+        one.  `forward_blocks` calls it for each block of a plan, through `_forward` of blocks.py.
         """
 
     def backward(
@@ -105,7 +113,7 @@ class BlockKernel(Protocol):
 
         `out` and `lse` are those of the whole softmax over all blocks, for the queries of this block.  A query that
         sees no key in the whole softmax has lse = +inf, so that its weights exp(S - lse) are 0.  `backward_blocks`
-        calls it for each block of a plan.
+        calls it for each block of a plan, through `_backward` of blocks.py.
         """
 
 
@@ -170,7 +178,7 @@ FEW_KEYS = 512
 
 
 class Verdict(NamedTuple):
-    """The answer of one kernel to a request: what it would run, or why it refuses."""
+    """The answer of one kernel to a request: what it would run, or why it refuses; `judge` asks each kernel."""
 
     kernel: str
     note: str
@@ -178,7 +186,10 @@ class Verdict(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """The kernel that runs a call, or None if none that may run can, and the verdict of each kernel."""
+    """The kernel that runs a call, or None if none that may run can, and the verdict of each kernel.
+
+    `judge` returns it, and `explain` gives it to users.
+    """
 
     chosen: str | None
     verdicts: tuple[Verdict, ...]
@@ -234,7 +245,8 @@ def judge(kernel: str, request: Request) -> Explanation:
     "auto" leaves out the kernels of `_NAMED_ONLY`, and on a CPU takes "eager" first if the request `has_few_keys`.  If
     the request excludes `kernel`, the choice is that of "auto".  It is None where no kernel that may run can.
 
-    `select` asks once for each call of `attend`; `explain`, the guard's preflight and `longnet plan` ask directly.
+    `select` asks once for each call of `attend`; `explain`, the guard's preflight, `longnet plan` and `ModelFlops` ask
+    directly.
     """
     verdicts = []
     for candidate in _KERNELS:

@@ -38,17 +38,27 @@ class Accumulator:
 
     @property
     def total(self) -> Tensor:
-        """The sum of what was added, (B, N, H, D); its memory is allocated when it is first needed."""
+        """The sum of what was added, (B, N, H, D); its memory is allocated when it is first needed.
+
+        `add` adds to it.  `backward_parts` of the kernel "triton" writes to it, `RoundsCall` adds the gradients that
+        come back from other ranks, and `LinesCall` those of other lines.
+        """
         if self._total is None:
             self._total = self._allocated()
         return self._total
 
     def allocate(self) -> None:
-        """Allocate the memory of the sum, for threads that add to it."""
+        """Allocate the memory of the sum, for threads that add to it.
+
+        `backward_blocks` calls it before its tasks, for dk and dv through `OwnKeys.allocate_gradients`.
+        """
         self._total = self.total
 
     def of_samples(self, samples: slice) -> Accumulator:
-        """Return the accumulator of some samples, which adds to the memory of this one."""
+        """Return the accumulator of some samples, which adds to the memory of this one.
+
+        `backward_blocks` calls it for the task of a thread, for dk and dv through `OwnKeys.of_samples`.
+        """
         part = copy(self)
         part._like, part._total = self._like[samples], self.total[samples]
         return part
@@ -57,7 +67,7 @@ class Accumulator:
         """Return `total` for a kernel that computes the whole gradient of its parts in one launch.
 
         It has the type of `like` where it `is_whole`: nothing is added later, so that the gradient is rounded once.
-        The kernel "triton" calls it.
+        `backward_parts` of the kernel "triton" calls it.
         """
         if self._is_whole and self._total is None:
             self.dtype = self._like.dtype
@@ -74,8 +84,9 @@ class Accumulator:
         With `stores`, for the first branch where the accumulator `is_written`, it is written over them, or becomes the
         accumulator (see `adoptable`).
 
-        With a `BlockKernel`, `backward_blocks` calls it for dq and `OwnKeys.add` for dk and dv.  A `PartsKernel` writes
-        to `written()` or `total` instead, and gradients that come back from other ranks are added to `total`.
+        With a `BlockKernel`, `backward_blocks` calls it for dq (in `_backward`), and `OwnKeys.add` for dk and dv.  A
+        `PartsKernel` writes to `written()` or `total` instead, and gradients that come back from other ranks are added
+        to `total`.
         """
         # added in the shape that the kernel returns, which saves views and copies
         if not stores and rows.folds(self.total):
@@ -107,8 +118,8 @@ class Accumulator:
 def adoptable(rows: Lattice, values: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return values (B, segments, heads, rows, D) as an accumulator (B, N, H, D), None where that needs a copy.
 
-    It is the case where one block has all rows of the tensor `like`; `Accumulator.add` asks for a gradient, `_adopted`
-    of blocks.py for out and lse.
+    It returns the values of a block that has all rows of the tensor `like`, if they are of this type.
+    `Accumulator.add` asks for a gradient, `_adopted` of blocks.py for out and lse.
     """
     if values.dtype != dtype or not rows.covers(like):
         return None

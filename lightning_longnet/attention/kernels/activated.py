@@ -67,7 +67,7 @@ class ActivatedFlash:
     def note(self, request: Request) -> str:
         """Return what this kernel would run for a call that it does not refuse.
 
-        `explain` shows it in its table of kernels.
+        `judge` asks for it, and `explain` shows it in its table of kernels.
         """
         rest = "" if self.has_windows else "; blocks with windows go where sdpa sends them"
         return (
@@ -105,7 +105,8 @@ class ActivatedFlash:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Return out (batch, heads, rows, D) and lse (batch, heads, rows) of one block; see `BlockKernel`.
 
-        `forward_blocks` calls it for each block of a plan.
+        Blocks that the implementation does not serve go to the CUDA operators of "sdpa".  `forward_blocks` calls it for
+        each block of a plan, through `_forward` of blocks.py.
         """
         if not self._serves(call):
             return cuda.forward(q, k, v, call)
@@ -117,7 +118,7 @@ class ActivatedFlash:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
 
-        `backward_blocks` calls it for each block of a plan.
+        `backward_blocks` calls it for each block of a plan, through `_backward` of blocks.py.
         """
         if not self._serves(call):
             return cuda.backward(grad, q, k, v, out, lse, call)
@@ -125,13 +126,16 @@ class ActivatedFlash:
             return torch_flash.backward(grad, q, k, v, out, lse, call)
 
     def _serves(self, call: Call) -> bool:
-        """Return whether a block has no window, or may have one: without `high` it is unmasked and causal windows."""
+        """Return whether the implementation computes a block: without windows, only one without the bound `high`."""
         return self.has_windows or call.block.high is None
 
 
 @contextmanager
 def activated_implementation(implementation: str) -> Iterator[None]:
-    """Activate an implementation of torch's flash operators inside the block, and restore the previous one after it."""
+    """Activate an implementation of torch's flash operators in a `with` statement, and restore the former one after it.
+
+    `ActivatedFlash` calls the operators of each block in it.
+    """
     with _LOCK:
         before = attention.current_flash_attention_impl()
         if before == implementation:

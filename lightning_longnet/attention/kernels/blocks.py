@@ -73,6 +73,7 @@ class PairOptions(NamedTuple):
         """Return the options of some of `batch` samples.
 
         Rows that are joined to one long row are one sample, of which dropout has a number for each token.
+        `forward_blocks` and `backward_blocks` call it for the task of a thread.
         """
         if self.samples is None or len(self.samples) != batch:
             return self
@@ -120,7 +121,8 @@ def forward_blocks(
 ) -> None:
     """Merge the result of each block into the partial of its branch, or into the only one.
 
-    `RoundsCall` calls it for the blocks on this rank's keys, and for those on the keys of each round.
+    `RoundsCall` calls it for the blocks on this rank's keys, and for those on the keys of each round.  In the backward
+    of "detached" it calls it for one branch, whose result the forward did not keep.
 
     A total that is None has no memory yet: the first branch shows every row once, so that its results are written.  If
     they are those of one block, they become the total.
@@ -138,6 +140,7 @@ def forward_blocks(
     totals[:] = partials = [uninitialized_partial(q, width) if total is None else total for total in totals]
 
     def forward_task(task: Task, steps: threads.Steps) -> None:
+        """Compute the parts of a task; a thread calls it, and `steps` ends it early if another task has failed."""
         some, cut = task.samples, steps(_cut(kernel, task.parts, q, count))
         views: list[Partial | None] = [partial.of_samples(some) for partial in partials]
         _forward(kernel, cut, q[some], keys.of_samples(some), options.of_samples(some, len(q)), views, stores)
@@ -157,6 +160,7 @@ def _forward(
     """Merge the result of each block into the partial of its branch, or into the only one.
 
     `stores` says for each partial that the first branch writes every row of it, over uninitialized memory.
+    `forward_blocks` calls it for all parts, or for those of each task.
     """
     for part, call in _kernel_calls(parts, q, keys, options):
         queries, i = part.block.queries, part.branch if len(totals) > 1 else 0
@@ -196,7 +200,7 @@ class BackwardInputs(NamedTuple):
     lse: Tensor
 
     def of_samples(self, samples: slice) -> BackwardInputs:
-        """Return those of some samples."""
+        """Return those of some samples; `backward_blocks` calls it for the task of a thread."""
         return BackwardInputs(self.grad[samples], [out[samples] for out in self.outs], self.lse[samples])
 
 
@@ -230,6 +234,7 @@ def backward_blocks(
     dq.allocate()
 
     def backward_task(task: Task, steps: threads.Steps) -> None:
+        """Add the gradients of the parts of a task; a thread calls it, as `forward_task` in `forward_blocks`."""
         some, cut = task.samples, steps(_cut(kernel, task.parts, q, count))
         own_options, own_inputs = options.of_samples(some, len(q)), inputs.of_samples(some)
         of_some = keys.of_samples(some), own_inputs, own_options, dq.of_samples(some)
@@ -248,7 +253,10 @@ def _backward(
     dq: Accumulator,
     stores: tuple[bool, bool],
 ) -> None:
-    """Add the gradients of each block to dq and to those of `keys`."""
+    """Add the gradients of each block to dq and to those of `keys`.
+
+    `backward_blocks` calls it for all parts, or for those of each task.
+    """
     for part, call in _kernel_calls(parts, q, keys, options):
         queries = part.block.queries
         is_first = part.branch == 0
@@ -278,7 +286,8 @@ def _adopted(part: Part, q: Tensor, result: Partial) -> Partial | None:
 def no_key_partial(q: Tensor, v: Tensor) -> Partial:
     """Return the partial of no key: out (B, N, H, Dv) is 0 and lse (B, N, H, 1) is -inf.
 
-    `RoundsCall` calls it before the first block, unless the first branch writes every row.
+    `RoundsCall` calls it before the first block, unless the first branch writes every row, and before it computes the
+    result of a branch again for "detached".
     """
     partial = uninitialized_partial(q, v.shape[3])
     partial.out.zero_()
@@ -315,9 +324,9 @@ def merge_branches(partials: Sequence[Partial], options: PairOptions, is_saved: 
 
 
 def finalized(total: Partial, like: Tensor, sinks: Tensor | None = None) -> Partial:
-    """Return out in the type of q, and lse as (B, H, N), both with the sinks in the softmax.
+    """Return out in the type of `like`, and lse as (B, H, N), both with the sinks in the softmax.
 
-    `RoundsCall` and `LinesCall` call it last in a forward, when all keys have been merged.
+    `RoundsCall` and `LinesCall` call it last in a forward, when all keys have been merged; `like` is q.
     """
     if sinks is not None:
         total.add_logits_(sinks.to(total.lse.dtype)[:, None])

@@ -65,10 +65,11 @@ class Call:
         return self._per_query_head(bias, heads).unsqueeze(2)
 
     def empty_rows(self, queries: int, heads: int) -> Tensor | None:
-        """Return (batch, 1 or heads, queries), True where padding masks every key of a query; None without padding.
+        """Return (batch, 1 or heads, queries), True where padding masks all keys of a query; None without padding.
 
-        The forward of torch's operator for CPU and of memory-efficient attention asks, to give such rows the lse of no
-        key.  The keys are counted, since an operator's log-sum-exp may be 0 for no key as well as for one.
+        All keys are those that the block shows the query.  The forward of torch's operator for CPU and of
+        memory-efficient attention asks, to give such rows the lse of no key.  The keys are counted, since an operator's
+        log-sum-exp may be 0 for no key as well as for one.
         """
         if self.key_padding_mask is None:
             return None
@@ -81,13 +82,16 @@ class Call:
 
     @staticmethod
     def _per_query_head(per_key_head: Tensor, heads: int) -> Tensor:
-        """Repeat what differs between key heads for the query heads that they serve."""
+        """Return x (batch, 1 or key heads, ...) as (batch, 1 or heads, ...).
+
+        Each key head is repeated for the query heads that it serves.
+        """
         key_heads = per_key_head.shape[1]
         return per_key_head if key_heads == 1 else per_key_head.repeat_interleave(heads // key_heads, 1)
 
 
 @lru_cache(8)
-def band(
+def band_bias(
     queries: int, keys: int, low: int | None, high: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return a bias (queries, keys) of -inf wherever `low <= query - key <= high` does not hold.
@@ -104,7 +108,9 @@ def band(
     return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(masked, -inf)
 
 
-def weights(queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def log_weights(
+    queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Return the log of how often each pair counts, (queries, keys), to add to the scores.
 
     `repeats` are those of a `Block`, and not empty.  Each rate divides the next, so heads with other offsets read one
@@ -121,20 +127,24 @@ def weights(queries: int, keys: int, repeats: tuple[Repeat, ...], dtype: torch.d
 
 
 @lru_cache(16)
-def head_weights(
+def head_log_weights(
     queries: int, keys: int, head_repeats: tuple[tuple[Repeat, ...], ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return the weights of each key head, (heads, queries, keys), for blocks whose heads have other repeats.
+    """Return `log_weights` of each key head, (heads, queries, keys), for blocks whose heads have other repeats.
 
-    The kernel "sdpa" calls it on a CPU.
+    `_mask` of the kernel "sdpa" calls it on a CPU, for blocks of joined heads (see `Block`).
     """
     with torch.inference_mode(False):
-        return torch.stack([weights(queries, keys, repeats, dtype, device) for repeats in head_repeats])
+        return torch.stack([log_weights(queries, keys, repeats, dtype, device) for repeats in head_repeats])
 
 
 @lru_cache(8)
 def _weight_table(queries: int, keys: int, moduli: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the table that `weights` reads: the log of 1 + the number of moduli that divide both indices of a pair."""
+    """Return the table that `log_weights` reads.
+
+    It holds the log of 1 + the number of moduli that divide both indices of a pair, (queries + last modulus, keys +
+    last modulus).
+    """
     counts = torch.ones(queries + moduli[-1], keys + moduli[-1], dtype=dtype, device=device)
     for every in moduli:
         counts[::every, ::every] += 1

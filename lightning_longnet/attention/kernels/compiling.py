@@ -19,8 +19,9 @@ _T = TypeVar("_T")
 def constant_result(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Return a function whose result a compiled graph takes as a constant, as `torch.compiler.assume_constant_result`.
 
-    That sets this attribute alone, but imports the compiler, which takes longer than all of this package.  Kernels mark
-    with it what they ask of the machine, such as whether a package is installed.
+    That sets this attribute alone, but imports the compiler, which takes longer than all of this package.  Kernels,
+    `_capability` of prepared.py and LongViT mark with it what they ask of the machine or make once, such as whether a
+    package is installed.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

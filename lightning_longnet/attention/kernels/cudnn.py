@@ -31,7 +31,7 @@ _backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 def note(request: Request) -> str:
     """Return what this kernel runs for a call that it does not refuse.
 
-    `explain` shows it in its table of kernels.
+    `judge` asks for it, and `explain` shows it in its table of kernels.
     """
     rest = "; all of this call's are padded, and go where sdpa sends them" if request.is_padded else ""
     return f"cuDNN's attention for blocks without windows{rest}; its speed has not been measured"
@@ -90,7 +90,8 @@ def serves(q: Tensor, k: Tensor, call: Call) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return out (batch, heads, queries, Dv) and lse (batch, heads, queries) of one block; see `BlockKernel`.
 
-    `forward_blocks` calls it for each block of a plan.
+    Blocks that cuDNN does not serve go to the CUDA operators of "sdpa".  `forward_blocks` calls it for each block of a
+    plan, through `_forward` of blocks.py.
     """
     if not serves(q, k, call):
         return cuda.forward(q, k, v, call)
@@ -110,7 +111,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
 
-    `backward_blocks` calls it for each block of a plan.
+    `backward_blocks` calls it for each block of a plan, through `_backward` of blocks.py.
     """
     if not serves(q, k, call):
         return cuda.backward(grad, q, k, v, out, lse, call)

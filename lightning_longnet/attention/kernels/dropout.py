@@ -23,7 +23,8 @@ _KEYS = 0  # the role that is hashed into the words of keys; the queries of bran
 class Dropout:
     """A rule that drops each pair with `probability`; the weights that stay are scaled by 1 / (1 - probability).
 
-    A forward and its backward make it from one seed and drop the same pairs.  Row b of the batch is sample
+    A forward and its backward make it from one seed (`_pass_options` of op.py) and drop the same pairs;
+    `_attend_reference` makes it for the kernel "reference".  Row b of the batch is sample
     `first_sample + sample_step * b`, so that ranks with different samples of one batch drop different pairs.
     """
 
@@ -35,8 +36,8 @@ class Dropout:
     def query_words(self, rows: Tensor, tokens: Tensor, heads: Tensor, branch: int) -> Tensor:
         """Return the words of queries, (rows, tokens, heads), of type int32.
 
-        `PairOptions` calls it for the block kernels, which compute the masks of their blocks from them, and the kernel
-        "reference" for all pairs.
+        `PairOptions.query_words` calls it for the block kernels, which compute the masks of their blocks from them, and
+        the kernel "reference" for all pairs.
 
         Args:
             rows: indices in the batch.
@@ -52,7 +53,7 @@ class Dropout:
     def token_words(self, rows: Tensor, tokens: Tensor, heads: Tensor, branch: int) -> Tensor:
         """Return the words of queries, (tokens, heads), each token with the index of its own row in the batch.
 
-        `PairOptions` calls it where `local_call` has joined the rows of a batch to one long row.
+        `PairOptions.query_words` calls it where `local_call` has joined the rows of a batch to one long row.
         """
         samples = self.first_sample + self.sample_step * rows
         words = splitmix64(splitmix64(self._role(1 + branch, heads) + samples)[:, None] + heads)
@@ -61,7 +62,8 @@ class Dropout:
     def key_words(self, tokens: Tensor) -> Tensor:
         """Return the words of keys, of the shape of `tokens`: one a token, the same for all samples and heads.
 
-        The keys of this rank and those that a round received get them before blocks run.
+        `PairOptions.key_words` calls it for the keys of this rank, `RoundsCall` for those that a round received, and
+        the kernel "reference" for all.
         """
         return _word(self._role(_KEYS, tokens) + tokens)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.kernels.call import band, weights
+from lightning_longnet.attention.kernels.call import band_bias, log_weights
 from lightning_longnet.attention.kernels.products import routed_products
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def refusals(request: Request) -> list[str]:
 def note(request: Request) -> str:
     """Return what this kernel runs for a call that it does not refuse.
 
-    `explain` shows it in its table of kernels.
+    `judge` asks for it, and `explain` shows it in its table of kernels.
     """
     return "plain products in float32 or float64, a tile of scores at a time"
 
@@ -65,7 +65,8 @@ def note(request: Request) -> str:
 def takes_weights(device: str) -> bool:
     """Return False: a plan for this kernel counts no pair several times in one block, as dropout could not drop it.
 
-    `AttentionSpec.weighted_segments` asks before a plan is made.
+    `AttentionSpec.weighted_segments` asks before a plan is made, and on a CPU `_cut` of blocks.py, which then joins no
+    small blocks.  Blocks with weights still come from the kernel "sdpa".
     """
     return False
 
@@ -73,7 +74,8 @@ def takes_weights(device: str) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
 
-    `forward_blocks` calls it for each block of a plan.
+    `forward_blocks` calls it for each block of a plan, through `_forward` of blocks.py.  The kernel "sdpa" calls it on
+    a CPU for blocks that tiles compute faster than torch's operator (`_is_tiled`).
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=wide)
@@ -102,7 +104,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
 
-    `backward_blocks` calls it for each block of a plan.
+    `backward_blocks` calls it for each block of a plan, through `_backward` of blocks.py, and the kernel "sdpa" for the
+    blocks whose forward it gives to this module.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = q.new_empty(q.shape, dtype=wide)
@@ -158,7 +161,7 @@ class _Chunk(NamedTuple):
 
     @property
     def most_scores(self) -> int:
-        """The scores of the largest tile."""
+        """The number of scores of the largest tile."""
         pairs = len(self.samples) * len(self.key_heads) * self.group * self.rows * self.keys
         return min(self.scores, pairs)
 
@@ -212,7 +215,7 @@ class _Tile(NamedTuple):
 
     @property
     def items(self) -> slice:
-        """The places of the samples and key heads in those of the chunk."""
+        """The slice of dim 0 of what `_Chunk.queries_of` and `_Chunk.keys_of` return that belongs to this tile."""
         each = len(self.chunk.key_heads)
         first = (self.samples.start - self.chunk.samples.start) * each
         first += self.key_heads.start - self.chunk.key_heads.start
@@ -247,7 +250,11 @@ class _Tile(NamedTuple):
         return torch.bmm(a, b.mT, out=buffer[: shape[0] * shape[1] * shape[2]].view(shape))
 
     def mask(self, scores: Tensor, call: Call) -> Tensor:
-        """Set the scores of the pairs that are masked to -inf, and add the weights of pairs, in place."""
+        """Set masked scores to -inf and add the log of how often each pair counts, in place; return the scores.
+
+        The masks are the bounds of the block, padding, and the order of tokens.  `scores`, (samples * key heads, group
+        * queries, keys), are logarithms to the base 2, and so is what is added.
+        """
         per_head = scores.unflatten(1, (self.chunk.group, -1))
         (low, high), (first, last) = (call.block.low, call.block.high), (self.keys.start, self.keys.stop)
         first_query, rows = self.queries.start, per_head.shape[-2]
@@ -279,7 +286,7 @@ class _Tile(NamedTuple):
         every = heads[0][-1].every
         period = every if rows % every == 0 else rows
         table = torch.stack(
-            [weights(period, keys, self._moved(repeats), scores.dtype, scores.device) for repeats in heads]
+            [log_weights(period, keys, self._moved(repeats), scores.dtype, scores.device) for repeats in heads]
         ).div_(LOG2)
         shape = len(self.samples), len(self.key_heads), self.chunk.group, -1, period, keys
         scores.view(shape).add_(table[:, None, None])
@@ -322,7 +329,10 @@ class _Tile(NamedTuple):
 
 
 def _chunks(q: Tensor, k: Tensor) -> Iterator[_Chunk]:
-    """Yield the chunks of a call, each of the heads whose first tile is one tile under a causal mask."""
+    """Yield the chunks of a call, which together have all samples and key heads.
+
+    Each has so many of them that the scores of their first queries fill one tile where the mask is causal.
+    """
     (batch, heads, queries, _), (_, key_heads, keys, _) = q.shape, k.shape
     group, size, most_rows = heads // key_heads, _TILE.get(q.device.type, _LARGE_TILE), queries
     if q.device.type == "cpu":
@@ -336,7 +346,7 @@ def _chunks(q: Tensor, k: Tensor) -> Iterator[_Chunk]:
 
 
 def _split(samples: range, key_heads: range, most: int) -> Iterator[tuple[range, range]]:
-    """Yield samples and key heads, of which there are at most `most` pairs, or one: only whole samples are together."""
+    """Yield (samples, key heads) at a time: at most `most` pairs of both, or one; of several samples, all key heads."""
     parts = -(-len(key_heads) // max(1, most))
     each, together = -(-len(key_heads) // parts), max(1, most // len(key_heads))
     for s in range(0, len(samples), together):
@@ -362,4 +372,4 @@ def _mask_bound(
     rows: int, columns: int, low: int | None, high: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return (rows, columns): +inf where `low <= row - column <= high`, and -inf elsewhere."""
-    return torch.where(band(rows, columns, low, high, dtype, device) == 0, inf, -inf)
+    return torch.where(band_bias(rows, columns, low, high, dtype, device) == 0, inf, -inf)

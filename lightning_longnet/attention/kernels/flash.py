@@ -27,7 +27,7 @@ RELEASE = (2, 8)
 def note(request: Request) -> str:
     """Return what this kernel runs for a call that it does not refuse.
 
-    `explain` shows it in its table of kernels.
+    `judge` asks for it, and `explain` shows it in its table of kernels.
     """
     return "the flash-attn package: every block as it is, windows among them"
 
@@ -68,7 +68,7 @@ def takes_weights(device: str) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
 
-    `forward_blocks` calls it for each block of a plan.
+    `forward_blocks` calls it for each block of a plan, through `_forward` of blocks.py.
     """
     return fused.forward(Package(_interface()), q, k, v, call)
 
@@ -78,7 +78,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
 
-    `backward_blocks` calls it for each block of a plan.
+    `backward_blocks` calls it for each block of a plan, through `_backward` of blocks.py.
     """
     return fused.backward(Package(_interface()), grad, q, k, v, out, lse, call)
 

@@ -28,7 +28,7 @@ class Operator(Protocol):
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) -> tuple[Tensor, Tensor]:
-        """Return out and lse of one window."""
+        """Return out and lse of one window; the function `forward` calls it."""
 
     def backward(
         self,
@@ -42,13 +42,17 @@ class Operator(Protocol):
         left: int,
         right: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return dq, dk and dv of one window, from the out and lse of the whole softmax."""
+        """Return dq, dk and dv of one window, from the out and lse of the whole softmax.
+
+        The function `backward` calls it.
+        """
 
 
 def refusals(request: Request) -> list[str]:
     """Return the reasons why no build of flash attention can compute a call.
 
-    The kernels flash, hub, flash3, flash4 and cudnn add their own reasons, and so does torch's operator for CUDA.
+    The kernels "flash" and "hub" (`package_refusals`), "flash3", "flash4" and "cudnn" add their own reasons, and so
+    does torch's operator for CUDA (sdpa/flash.py).
     """
     reasons = []
     if request.dtype not in HALF:

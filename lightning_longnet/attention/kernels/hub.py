@@ -29,7 +29,7 @@ _DOWNLOAD = f"kernels.get_kernel({REPOSITORY!r}, version=2)"
 def note(request: Request) -> str:
     """Return what this kernel runs for a call that it does not refuse.
 
-    `explain` shows it in its table of kernels.
+    `judge` asks for it, and `explain` shows it in its table of kernels.
     """
     return f"{REPOSITORY} of the kernels hub: every block as it is; its speed has not been measured"
 
@@ -54,7 +54,7 @@ def takes_weights(device: str) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
 
-    `forward_blocks` calls it for each block of a plan.
+    `forward_blocks` calls it for each block of a plan, through `_forward` of blocks.py.
     """
     return fused.forward(Package(_interface()), q, k, v, call)
 
@@ -64,7 +64,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
 
-    `backward_blocks` calls it for each block of a plan.
+    `backward_blocks` calls it for each block of a plan, through `_backward` of blocks.py.
     """
     return fused.backward(Package(_interface()), grad, q, k, v, out, lse, call)
 

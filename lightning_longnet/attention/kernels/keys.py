@@ -45,17 +45,23 @@ class Keys(Protocol):
     def tensors(self) -> KeyTensors:
         """Return all keys and values, their padding and their gradients.
 
-        A `PartsKernel` calls it, which reads rows where they are.
+        A `PartsKernel` calls it, which reads rows where they are, and `forward_blocks` for the width of v.
         """
 
     def allocate_gradients(self) -> None:
-        """Allocate the memory of the gradients, for threads that add to it."""
+        """Allocate the memory of the gradients, for threads that add to it.
+
+        `backward_blocks` calls it before its tasks.
+        """
 
     def of_samples(self, samples: slice) -> Keys:
-        """Return those of some samples, whose gradients are added to the same memory."""
+        """Return those of some samples, whose gradients are added to the same memory.
+
+        `forward_blocks` and `backward_blocks` call it for the task of a thread.
+        """
 
     def read(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of a part; `forward_blocks` and `backward_blocks` call it for each block."""
+        """Return the keys and values of a part; `_forward` and `_backward` of blocks.py call it for each block."""
 
     def key_padding_mask(self, part: Part) -> Tensor | None:
         """Return (batch * segments, 1 or heads, rows), True where padding masks a key; None without padding.
@@ -64,20 +70,29 @@ class Keys(Protocol):
         """
 
     def words(self, part: Part) -> Tensor:
-        """Return dropout's words of the keys of a part, (batch * segments, heads, rows)."""
+        """Return dropout's words of the keys of a part, (batch * segments, heads, rows).
+
+        `_kernel_calls` calls it for each block where pairs are dropped.
+        """
 
     def tokens(self, part: Part) -> Tensor:
-        """Return the index of each key of a part in the whole sequence, (batch * segments, heads, rows)."""
+        """Return the index of each key of a part in the whole sequence, (batch * segments, heads, rows).
+
+        `_kernel_calls` calls it for each block whose later keys are masked.
+        """
 
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:
         """Add the gradients of a part, each (batch * segments, heads, rows, D), to those of all keys.
 
-        `backward_blocks` calls it for each block.  With `stores` they are written, as no other part has these keys.
+        `_backward` of blocks.py calls it for each block.  With `stores` they are written, as no other part has these
+        keys.
         """
 
 
 class OwnKeys:
     """Keys and values (B, N, Hkv, D) on this rank: `RoundsCall` makes it in each forward and backward.
+
+    It is one of `Keys`, which says when its methods are called.
 
     Args:
         padding: (B, N), True where padding masks a key.
@@ -107,11 +122,13 @@ class OwnKeys:
         return KeyTensors(self._k, self._v, self._mask, (), self._gradients)
 
     def allocate_gradients(self) -> None:
+        """Allocate the accumulators dk and dv."""
         assert self._gradients is not None
         for gradient in self._gradients:
             gradient.allocate()
 
     def of_samples(self, samples: slice) -> OwnKeys:
+        """Return the keys of some samples, as views."""
         part = copy(self)
         part._k, part._v = self._k[samples], self._v[samples]
         part._mask, part._padding, part._words, part._tokens = (
@@ -153,7 +170,7 @@ class OwnKeys:
 class ReceivedKeys:
     """Rows of key heads that came from other ranks: keys and values side by side, (R, B, D + Dv).
 
-    `RoundsCall` makes it for each round.
+    `RoundsCall` makes it for each round.  It is one of `Keys`, which says when its methods are called.
 
     Args:
         padding: (B, R), True where padding masks a key.
@@ -186,9 +203,11 @@ class ReceivedKeys:
         return KeyTensors(k, v, self._padding, self._sources, gradients)
 
     def allocate_gradients(self) -> None:
+        """Do nothing: `RoundsCall` has allocated the gradients of received rows."""
         assert self._gradients is not None, "allocated by the caller"
 
     def of_samples(self, samples: slice) -> ReceivedKeys:
+        """Return the rows of some samples, as views."""
         part = copy(self)
         part._kv_rows = self._kv_rows[:, samples]
         part._padding = None if self._padding is None else self._padding[samples]

@@ -48,8 +48,8 @@ class NullKeys(NamedTuple):
     def add_to(self, partial: Partial, branch: int | None) -> None:
         """Merge the null keys of a branch into its partial, in place; where `branch` is None, those of all branches.
 
-        `branch` is its number in `Pattern.ordered()`.  `merge_branches` calls it at the end of a forward; the backward
-        calls it where "detached" computes the result of a branch again.
+        `branch` is its number in `Pattern.ordered()`.  `merge_branches` calls it at the end of a forward; `RoundsCall`
+        calls it in a backward where "detached" computes the result of a branch again.
         """
         ordered = self.pattern.ordered()
         branches = [b for b in (ordered if branch is None else ordered[branch : branch + 1]) if b.has_null_keys]

@@ -21,14 +21,15 @@ class Partial(NamedTuple):
     lse: Tensor
 
     def of_samples(self, samples: slice) -> Partial:
-        """Return views of some samples."""
+        """Return views of some samples; `forward_blocks` gives them to the tasks of threads."""
         return Partial(self.out[samples], self.lse[samples])
 
     def add_(self, out: Tensor, lse: Tensor, weight: int = 1) -> None:
         """Merge the keys of another partial into this one, in place, each counted `weight` times.
 
-        A negative weight removes keys that were merged before.  `forward_blocks` calls it for the result of each block,
-        and branches, lines and the caches of inference are merged by it.
+        A negative weight removes keys that were merged before.  `forward_blocks` calls it for the result of each block
+        (in `_forward`), `merge_branches` for branches, `LinesCall` for lines, and `attend_by_branches` for new tokens
+        of a cache.
         """
         lse = lse + log(abs(weight)) if abs(weight) != 1 else lse
         if weight > 0:

@@ -28,8 +28,8 @@ def routed_products(size: float = float("inf"), least: int = LEAST_FORWARD) -> I
     MKL runs at half speed or less on some CPUs that Intel has not made; on Intel's own it is the faster library.
     Setting the precision of products to "bf16" sends them to oneDNN, which rounds to bf16 only on a CPU with
     instructions for it; on such a CPU the setting is left alone.  While it is set, torch raises in other threads that
-    read its float32 precision.  The kernel eager and torch's operator for CPU use it, linear layers, and the loss over
-    a vocabulary.
+    read its float32 precision.  The modules eager and squares, torch's operator for CPU, the threads of a call (`run`),
+    linear layers and the loss over a vocabulary use it.
 
     Args:
         size: the multiply-adds of a head's products, rows times keys times width.
@@ -53,7 +53,7 @@ class _Setting:
 
     @contextmanager
     def routed(self) -> Iterator[None]:
-        """Set the precision to "bf16" within this context."""
+        """Set the precision to "bf16" within this context; `routed_products` and `_is_exact` use it."""
         products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         with self._lock:
             if self._inside == 0:

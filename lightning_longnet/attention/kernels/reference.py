@@ -30,7 +30,7 @@ SCORES_GIB = 16
 def note(request: Request) -> str:
     """Return what this kernel runs for a call that it does not refuse.
 
-    `explain` shows it in its table of kernels.
+    `judge` asks for it, and `explain` shows it in its table of kernels.
     """
     return "holds all N x N scores; differentiable any number of times"
 
@@ -53,8 +53,8 @@ def refusals(request: Request) -> list[str]:
 def attend(call: PreparedCall, dropout: Dropout | None) -> tuple[Tensor, Tensor]:
     """Return out (B, N, H, D) and lse (B, H, N), differentiable by autograd.
 
-    `mix="detached"` stops the gradient at the weights of the branches.  `attend` of the package calls it for this
-    kernel, outside of the operators; without dropout `dropout` is None.
+    `mix="detached"` stops the gradient at the weights of the branches.  `_attend_reference` of attend.py calls it for
+    this kernel, outside of the operators; without dropout `dropout` is None.
     """
     q, k, v, spec = call.q, call.k, call.v, call.spec
     factors = _dropout_factors(dropout, spec.pattern, q)

@@ -19,7 +19,8 @@ BATCHES = 2**16 - 1
 def as_aligned(x: Tensor) -> Tensor:
     """Return x itself if its rows are aligned to 16 bytes, else a contiguous copy.
 
-    Operators read misaligned rows wrongly or refuse them; the CUDA kernels of this folder call it for each tensor.
+    Operators read misaligned rows wrongly or refuse them; the kernels of flash attention (fused.py), "cudnn" and
+    torch's memory-efficient attention call it for each tensor.
     """
     width = VECTOR // x.element_size()
     is_aligned = x.data_ptr() % VECTOR == 0 and all(stride % width == 0 for stride in x.stride()[:-1])
@@ -32,7 +33,8 @@ def over_batches(
 ) -> tuple[Tensor, ...]:
     """Return the results of `run(*tensors)`, called on at most `limit` batches (dim 0) at a time.
 
-    The CUDA kernels of this folder call their operators through it.  A tensor may be None, but not all.
+    The kernels of flash attention (fused.py), "cudnn" and torch's memory-efficient attention call their operators
+    through it.  A tensor may be None, but not all.
     """
     count = next(len(x) for x in tensors if x is not None)
     if count <= limit:

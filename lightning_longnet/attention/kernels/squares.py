@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.kernels.call import band, weights
+from lightning_longnet.attention.kernels.call import band_bias, log_weights
 from lightning_longnet.attention.kernels.products import routed_products
 from lightning_longnet.attention.plan.runs import Repeat
 
@@ -45,7 +45,7 @@ LOG2 = log(2)
 def serves(q: Tensor, k: Tensor, call: Call) -> bool:
     """Return whether this module computes a call: one in which every query sees all keys, or all up to its own.
 
-    `_tiles` of sdpa/cpu.py asks for calls of long rows.
+    `_tiles` of sdpa/cpu.py asks for calls of many pairs.
     """
     block = call.block
     if call.key_padding_mask is not None or call.dropout_mask is not None or call.order_mask is not None:
@@ -56,12 +56,18 @@ def serves(q: Tensor, k: Tensor, call: Call) -> bool:
 
 
 def takes_weights(device: str) -> bool:
-    """Return whether the module can count a pair several times in one block: on CPU alone."""
+    """Return whether the module can count a pair several times in one block: on CPU alone.
+
+    Each `BlockKernel` has this function; here nothing calls it, as the kernel "sdpa" answers for its modules.
+    """
     return device == "cpu"
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`."""
+    """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
+
+    `forward` of sdpa/cpu.py calls it for blocks of many pairs that this module `serves`; see `_is_tiled` there.
+    """
     out, lse = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3])
     group, tiles = q.shape[1] // k.shape[1], _tiles_of(q, k, call.block)
     buffer = q.new_empty(max(tile.scores for tile in tiles))
@@ -85,7 +91,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`."""
+    """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
+
+    `backward` of sdpa/cpu.py calls it for blocks of many pairs that this module `serves`; see `_is_tiled` there.
+    """
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     group, tiles = q.shape[1] // k.shape[1], _tiles_of(q, k, call.block)
     buffers = q.new_empty(2, max(tile.scores for tile in tiles))
@@ -197,6 +206,7 @@ class _Tile(NamedTuple):
 
     @property
     def scores(self) -> int:
+        """The number of scores of all squares."""
         return self.many * self.queries * self.keys
 
     def queries_of(self, x: Tensor) -> Tensor:
@@ -208,6 +218,10 @@ class _Tile(NamedTuple):
         return self._rows(x, self.first_key, self.keys)
 
     def _rows(self, x: Tensor, first: int, rows: int) -> Tensor:
+        """Return the rows of all squares, (count, rows, D), as a view of x (rows, D), which is contiguous.
+
+        Those of the first square begin at row `first`.
+        """
         width = x.shape[1]
         strides = self.step * width, width, 1
         return x.as_strided((self.many, rows, width), strides, x.storage_offset() + first * width)
@@ -292,7 +306,8 @@ def _repeats(block: Block, head: int) -> tuple[Repeat, ...]:
 def _add_weights(scores: Tensor, repeats: tuple[Repeat, ...], row: int, column: int) -> None:
     """Add the log of how often each pair counts to scores (count, rows, columns), in place.
 
-    Only one row in so many has pairs that count more than once.
+    Only every n-th row has pairs that count more than once, n the first `every` of `repeats`; others are left as they
+    are.
 
     Args:
         scores: those of the rows from `row` on, and the columns from `column` on.
@@ -309,11 +324,11 @@ def _add_weights(scores: Tensor, repeats: tuple[Repeat, ...], row: int, column: 
         rows = every
     else:
         rows = scores.shape[1]
-    table = weights(rows, MOST_ROWS, moved, scores.dtype, scores.device)[first::least, : scores.shape[2]]
+    table = log_weights(rows, MOST_ROWS, moved, scores.dtype, scores.device)[first::least, : scores.shape[2]]
     some.add_(table, alpha=1 / LOG2)
 
 
 @lru_cache(4)
 def _mask_bound(rows: int, dtype: torch.dtype) -> Tensor:
     """Return (rows, rows): +inf on and below the diagonal, and -inf above it."""
-    return torch.where(band(rows, rows, 0, None, dtype, torch.device("cpu")) == 0, inf, -inf)
+    return torch.where(band_bias(rows, rows, 0, None, dtype, torch.device("cpu")) == 0, inf, -inf)

@@ -103,6 +103,7 @@ class _Work:
         self._outcomes.put(outcome)
 
     def _run_next(self) -> None:
+        """Run the next task, if another thread has not taken the last one."""
         try:
             task = self._tasks.popleft()
         except IndexError:  # another thread has taken the last one
@@ -110,6 +111,7 @@ class _Work:
         self._function(task, self._steps)
 
     def _steps(self, items: Iterable[_T]) -> Iterator[_T]:
+        """Yield the items until the work is stopped; the function of a task gets it as its `Steps`."""
         for item in items:
             if self._is_stopped:
                 return
@@ -156,6 +158,7 @@ class _Pool:
             self._works.put(work)
 
     def _serve(self) -> None:
+        """Take works and run their tasks, for as long as the process lives; each thread of the pool runs it."""
         _here.is_in_pool = True
         _limit_to_one_thread()
         self._ready.put(None)

@@ -24,8 +24,7 @@ def windows(queries: int, keys: int, low: int | None, high: int | None) -> tuple
     A query in no window sees no key.  Nearly all blocks of a plan are one window.  The queries on which `low` has no
     effect get a separate window, since the operators replace bounds: they take `right >= keys` for no bound, which is
     wrong where there are more queries than keys; and they take `right = -1` beside a finite `left` for `right = keys`.
-    The kernels of flash attention call it for each block.  `_windows` of fused.py calls it for each block of a kernel
-    of flash attention.
+    `_windows` of fused.py calls it for each block of a kernel of flash attention.
 
         low = 0                  low = -1, high = 1
         x . .                    x x . .     one window: left 2, right 0, with the last query level with the last key

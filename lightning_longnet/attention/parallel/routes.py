@@ -183,7 +183,7 @@ def head_parts(layout: Layout, kv_heads: range) -> Parts:
             members = [a for a in range(keys.heads) if keys.head + a * keys.head_step in kv_heads]
             if members:
                 per_key, first, last = queries.heads // keys.heads, members[0], members[-1] + 1
-                queries, keys = queries.diagonal(first * per_key, last * per_key), keys.diagonal(first, last)
+                queries, keys = queries.of_heads(first * per_key, last * per_key), keys.of_heads(first, last)
                 queries = replace(queries, head=queries.head - kv_heads.start * group)
                 keys = replace(keys, head=keys.head - kv_heads.start)
                 parts.append(Part(branch, replace(block, queries=queries, keys=keys)))

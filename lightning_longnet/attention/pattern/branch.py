@@ -92,7 +92,7 @@ class Branch:
         """Return the residue modulo `r` of the tokens that a key/value head attends to, counted in their segment.
 
         It depends on the key/value head, so that the query heads of a GQA group see the same rows.  It is less than
-        `r`; plans and caches of inference ask for it.
+        `r`; masks, plans, caches of inference and pictures ask for it.
         """
         if self.head_offsets == "interleaved":
             return kv_head % self.dilation_rate
@@ -109,7 +109,7 @@ class Branch:
         """Return the distance in tokens between two borders that no pair of this branch crosses.
 
         It is the segment length, or the tokens of a block where a sparsity keeps for each block only the block itself.
-        `Pattern.reach` calls it for a sequence of `length` tokens.
+        `Pattern.reach` and `connects` call it for a sequence of `length` tokens.
         """
         width = min(self.segment_length or length, length)
         if self.sparsity is not None:
@@ -151,7 +151,8 @@ class Branch:
     def has_null_keys(self) -> bool:
         """Whether a query may attend to null keys; a causal mask excludes them, as they follow all tokens.
 
-        The kernel "reference" and `NullKeys.add_to` ask before they count null keys.
+        The kernel "reference" and `NullKeys.add_to` ask before they count null keys, `Pattern.has_null_keys` for any
+        branch.
         """
         return self.ragged == "zero_keys" and not self.is_causal
 

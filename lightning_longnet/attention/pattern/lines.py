@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Line(NamedTuple):
-    """An order of the sequence's rows, and the branches that are drawn on it.
+    """An order of the sequence's rows, and the branches that are drawn on it; `lines_of` returns those of a pattern.
 
     Attributes:
         pattern: these branches.  A causal one masks the keys behind the query on this line.
@@ -50,8 +50,8 @@ class Line(NamedTuple):
     def order_from(self, other: Line) -> tuple[Tensor, Tensor]:
         """Return the order that brings rows of another line into this one, `rows[order]`, and its inverse, each (N,).
 
-        Both lines are along a curve.  `LocalOrder.between` calls it for whole sequences, `RoundsPlan` for those that
-        are split.
+        Both lines are along a curve.  `LocalOrder.between` calls it for whole sequences, `_line_exchange` of
+        rounds_plan.py for those that are split.
         """
         assert self.tokens is not None
         assert self.places is not None
@@ -94,8 +94,8 @@ def has_masked_line(ordering: Ordering, pattern: Pattern) -> bool:
 def check_ordering(ordering: Ordering, pattern: Pattern) -> None:
     """Raise a ValueError if a pattern cannot be drawn along a curve.
 
-    `check_reordering` calls it for a call of `attend` with an ordering other than "raster"; layers and models call it
-    when they are made.
+    `check_reordering` calls it for a call of `attend` with an ordering other than "raster"; layers and configurations
+    of models call it when they are made.
     """
     if ordering == "raster" or pattern.multiplicity == "multiset" or not any(b.is_causal for b in pattern.branches):
         return
@@ -139,7 +139,7 @@ def _branches_by_line(pattern: Pattern) -> dict[_LineKey, tuple[int, ...]]:
 @lru_cache(64)
 @torch.inference_mode(False)
 def _document_curve(length: int) -> Tensor:
-    """Return the Hilbert curve through a document of `length` tokens, made once for each length."""
+    """Return the Hilbert curve through a document of `length` tokens, (length,), made once for each length."""
     return sequence_hilbert_order(length)
 
 

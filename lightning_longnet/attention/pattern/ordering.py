@@ -28,12 +28,17 @@ _Sizes = tuple[int, int, int]
 
 
 def raster_order(shape: Sequence[int]) -> Tensor:
-    """Return the tokens of a grid in the order in which they are counted, row by row."""
+    """Return the tokens of a grid in the order in which they are counted, row by row.
+
+    Users call it, and `order_of`.
+    """
     return torch.arange(prod(_checked_shape(shape)))
 
 
 def hilbert_order(shape: Sequence[int]) -> Tensor:
     """Return the tokens of a grid along a generalised Hilbert curve, for two or three sizes of any value.
+
+    Users call it for their grids, `order_of` for images, and `sequence_hilbert_order`.
 
     Tokens that follow each other are neighbours in the grid, without exception.  Tokens that are near each other along
     the curve are near in the grid, too; the converse is true of no curve.
@@ -66,7 +71,7 @@ def sequence_hilbert_order(length: int) -> Tensor:
     from one another.  This helps if tokens at such a distance belong together, as in an image or a table with rows of
     about that length; if that length is known, `hilbert_order` of that grid is better.  In text they do not: a segment
     loses near tokens, and gains far ones without a meaning for it.  `attend` draws patterns along it where its ordering
-    is "hilbert".
+    is "hilbert": `_document_curve` of lines.py calls it.
 
     Neighbours in this order are 1 or a row from each other in the sequence, except where the last row is not full.
     """
@@ -80,8 +85,8 @@ def sequence_hilbert_order(length: int) -> Tensor:
 def inverse_order(order: Tensor) -> Tensor:
     """Return the place of each token, (tokens,): `x[order][inverse_order(order)]` is x.
 
-    Users call it to undo an order, and each `Line` along a curve has both.  A ValueError is raised if `order` does not
-    name each token once.
+    Users call it to undo an order, and `_curve_lines`, as each `Line` along a curve has both.  A ValueError is raised
+    if `order` does not name each token once.
     """
     if order.dim() != 1 or order.dtype.is_floating_point or order.dtype == torch.bool:
         raise ValueError(f"order must be integers (tokens,), got {order.dtype} {tuple(order.shape)}")
@@ -103,8 +108,9 @@ def order_of(ordering: Ordering, shape: Sequence[int]) -> Tensor:
 def causal_order(order: Tensor, pattern: Pattern) -> Tensor:
     """Return an order with the same segments and residues, each with its tokens sorted as they are counted in the grid.
 
-    In this order a causal pattern of one branch shows a query those tokens of its set that do not come after it in the
-    grid.  A set is the tokens of one segment and residue of `order`.
+    Users call it for a causal model of a grid; nothing in the package does.  In this order a causal pattern of one
+    branch shows a query those tokens of its set that do not come after it in the grid.  A set is the tokens of one
+    segment and residue of `order`.
 
     Patterns of several different branches are refused, since no single order serves them: `attend` uses one for each.
     A short segment decides which tokens come first; a longer one that contains it would have to mix them with those of

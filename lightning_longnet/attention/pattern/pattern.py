@@ -42,7 +42,10 @@ class Reach(NamedTuple):
 
     @property
     def has_gaps(self) -> bool:
-        """Whether there is a border or a residue without a head: models then warn, and `longnet plan` notes it."""
+        """Whether there is a border or a residue without a head.
+
+        Models (`Blocks`) then warn, and `longnet plan` notes it.
+        """
         return self.span < self.length or bool(self.unserved)
 
     def __str__(self) -> str:
@@ -113,7 +116,9 @@ class Pattern:
     ) -> Pattern:
         """Return LongNet's pattern: one branch for each pair of a segment length and a dilation rate.
 
-        `ragged="zero_keys"` attends to padding where a segment is not full, as torchscale does; see `Branch`.
+        Users call it, and so do `from_torchscale`, the classes of `compat`, exported models of transformers, and the
+        trials of `longnet doctor` and of a `Guard`.  `ragged="zero_keys"` attends to padding where a segment is not
+        full, as torchscale does; see `Branch`.
         """
         for name, values in (("segment_lengths", segment_lengths), ("dilation_rates", dilation_rates)):
             if not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
@@ -128,12 +133,18 @@ class Pattern:
 
     @classmethod
     def dense(cls, is_causal: bool = False) -> Pattern:
-        """Return the pattern that shows every key: the branch (N, 1)."""
+        """Return the pattern that shows every key: the branch (N, 1).
+
+        Users call it, and exported models of transformers; it is the default of `MultiheadDilatedAttention`.
+        """
         return cls((Branch(is_causal=is_causal),))
 
     @classmethod
     def window(cls, size: int, is_causal: bool = False) -> Pattern:
-        """Return the pattern of the nearest keys: `i - size < j <= i` if causal, else `|i - j| < size`."""
+        """Return the pattern of the nearest keys: `i - size < j <= i` if causal, else `|i - j| < size`.
+
+        Users call it, alone or added to another pattern, and exported models of transformers for their sliding windows.
+        """
         return cls((Branch(window=size, is_causal=is_causal),))
 
     @classmethod
@@ -150,7 +161,8 @@ class Pattern:
         """Return the pattern `within`, of which only some blocks are kept.
 
         The rows of one segment and residue are cut into blocks of `block_size`, and of their blocks of pairs the share
-        `sparsity_ratio` is kept; see `Sparsity` for the kinds, and which blocks each of them prefers.
+        `sparsity_ratio` is kept; see `Sparsity` for the kinds, and which blocks each of them prefers.  Users call it,
+        and `Preset.pattern_of` for the preset "block_sparse".
 
         >>> dense = Pattern.dense(is_causal=True)
         >>> Pattern.block_sparse("local_window", 2, 0.5, within=dense).mask(8, heads=1)[0, 6].tolist()
@@ -165,14 +177,18 @@ class Pattern:
 
     @property
     def is_causal(self) -> bool:
-        """Whether all branches are causal."""
+        """Whether all branches are causal.
+
+        `check_ordering`, the estimates of plans, models, caches and pictures ask.
+        """
         return all(branch.is_causal for branch in self.branches)
 
     @property
     def has_null_keys(self) -> bool:
         """Whether a query may attend to null keys; see `null_keys`.
 
-        Calls ask before they make `NullKeys`.
+        `_line_call` and `RankCall.pair_options` ask before they make `NullKeys`, pictures and `longnet convert` before
+        they mention them.
         """
         return any(branch.has_null_keys for branch in self.branches)
 
@@ -190,7 +206,7 @@ class Pattern:
         """Return the branches from the finest to the coarsest: by dilation rate, then segment length, then window.
 
         The index of a branch in plans, kernels and exchanges is its place here.  In a "set" the first that shows a pair
-        has it.
+        has it.  Plans, lines, the kernel "reference", caches of inference and reports ask for it.
         """
         whole = float("inf")
         return tuple(
@@ -213,7 +229,7 @@ class Pattern:
     def mask(self, length: int, heads: int, kv_heads: int | None = None) -> Tensor:
         """Return how often query `i` of head `h` counts key `j`, an integer (H, N, N), for people and for tests.
 
-        Pictures are drawn of it; kernels do not call it.
+        Pictures are drawn of it (`draw_pattern`, and `pattern_pictures` of a report); kernels do not call it.
         """
         kv_heads = check_heads(heads, kv_heads)
         if length < 0:
@@ -256,18 +272,25 @@ class Pattern:
     def plot(self, length: int | None = None, heads: int | None = None, kv_heads: int | None = None) -> Figure:
         """Return a figure of the keys that each query sees, a panel for each kind of head.
 
-        It needs matplotlib (the extra `plots`).
+        It needs matplotlib (the extra `plots`).  Users call it, and `write_images` for the report of a run.  For the
+        defaults see `draw_pattern`.
         """
         from lightning_longnet.attention.pattern.picture import draw_pattern
 
         return draw_pattern(self, length, heads, kv_heads)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for YAML or JSON: `Pattern(**pattern.to_dict()) == pattern`."""
+        """Return plain values for YAML or JSON: `Pattern(**pattern.to_dict()) == pattern`.
+
+        Reports, plans, configurations of models and saved caches hold them.
+        """
         return {"branches": [asdict(branch) for branch in self.branches], "multiplicity": self.multiplicity}
 
     def dumps(self) -> str:
-        """Return one line of JSON, as an operator takes a pattern as an argument and as ranks compare it."""
+        """Return one line of JSON, as an operator takes a pattern as an argument and as ranks compare it.
+
+        `AttentionSpec.dumps` calls it in each call of `attend`, and `call_kind` where sequences are split.
+        """
         text: str = self._text  # type: ignore[attr-defined]
         return text
 

@@ -93,22 +93,27 @@ class Sparsity:
         return kv_head % self.stride if self.varies_over_heads else 0
 
     def blocks(self, rows: int) -> int:
-        """Return how many blocks there are in a set of `rows` rows."""
+        """Return how many blocks there are in a set of `rows` rows.
+
+        `kept`, `Branch.keeps` and the caches of inference ask.
+        """
         return -(-rows // self.block_size)
 
     def kept(self, rows: int, kv_head: int, is_causal: bool) -> tuple[tuple[int, ...], ...]:
         """Return for each block of queries, in a set of `rows` rows, the blocks of keys that it keeps, ascending.
 
         In a causal branch they do not depend on how many rows follow.  The plan cuts runs into these blocks
-        (`kept_blocks`), and `Branch.keeps` masks pairs by them.
+        (`kept_blocks`), `Branch.keeps` and the caches of inference mask pairs by them, and `Branch.border_spacing`
+        looks for borders between them.
         """
         return _kept(self, self.blocks(rows), self.phase(kv_head), is_causal)
 
     def row_counts(self, blocks: int, is_causal: bool) -> list[int]:
-        """Return how many blocks of keys each block of queries keeps: at least 1, and the ratio of all in sum.
+        """Return how many blocks of keys each block of queries keeps: at least 1, in sum the ratio of all visible ones.
 
-        The word "row" is that of a table of `blocks` x `blocks`: a row for each block of queries, a column for each
-        block of keys.
+        The sum is rounded, and larger only where 1 for each block of queries is more.  `_kept` calls it.  The word
+        "row" is that of a table of `blocks` x `blocks`: a row for each block of queries, a column for each block of
+        keys.
         """
         if is_causal:
             # each row brings the sum up to the share of all blocks so far, so no count depends on later rows

@@ -143,7 +143,10 @@ def _similar_runs(blocks: Iterable[Block]) -> Iterator[Block]:
 
 
 def _sees_itself(block: Block) -> bool:
-    """Return whether the queries of each segment see its rows: all or, under a causal mask, earlier ones."""
+    """Return whether each segment of queries sees itself alone.
+
+    It then sees all of its rows or, under a causal mask, those up to its own.
+    """
     queries, keys = block.queries, block.keys
     return (
         block.stack is None
@@ -172,7 +175,7 @@ def _are_disjoint(blocks: list[Block]) -> bool:
 
 
 def _batches(blocks: list[Block]) -> Iterator[list[Block]]:
-    """Yield blocks that share a call: the padding and the copies of each take less time than a separate call."""
+    """Yield lists of blocks that share a call: the padding and copies of each take less time than a separate call."""
     batch: list[Block] = []
     for block in sorted(blocks, key=lambda block: -block.queries.rows):
         if batch and _joining_cost(block, batch) > CALL_ROWS:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Block:
     """The pairs of one kernel call: the queries of a lattice against the keys of another, segment by segment.
 
-    Both lattices have the same number of segments, and each key head serves `queries.heads / keys.heads` query heads.
+    `lattice_blocks` makes those of a plan; shares of ranks and merged calls are blocks, too.  Both lattices have the
+    same number of segments, and each key head serves `queries.heads / keys.heads` query heads.
 
     Attributes:
         low, high: the a-th query of a segment sees its b-th key iff low <= a - b <= high, at any step of the lattices;
@@ -42,7 +43,8 @@ class Block:
     def pairs(self) -> int:
         """The number of visible (query, key) pairs, over all segments and query heads; each is one, at any `weight`.
 
-        `make_plan` and the choice of a placement compare it, and `longnet plan` reports it; no kernel reads it.
+        `make_plan`, `Parts.tasks` and the choice of a placement compare it, and `longnet plan` and `ModelFlops` report
+        it; no kernel reads it.
         """
         if isinstance(self.queries, PaddedLattice):  # the keys are the same rows
             lengths = Counter(self.queries.lengths)
@@ -74,7 +76,7 @@ class Part(NamedTuple):
     """A block and the index of its branch: what a kernel is called for.
 
     If its keys came from other ranks, `kv_index` is the index of each among the received KV rows, (segments, heads,
-    rows).
+    rows).  Plans (`Plan.parts`) and routes of ranks consist of parts.
     """
 
     branch: int
@@ -83,6 +85,9 @@ class Part(NamedTuple):
 
     @property
     def key_heads(self) -> list[int]:
-        """The key head of each head of the lattice of keys."""
+        """The key head of each head of the lattice of keys.
+
+        `Parts.tasks` divides parts by it.
+        """
         keys = self.block.keys
         return [keys.head + a * keys.head_step for a in range(keys.heads)]

@@ -85,13 +85,16 @@ class Plan:
     def parts(self) -> Parts:
         """The blocks of `calls` in the order in which they run, branch by branch.
 
-        A `RoundsCall` on whole sequences computes them.
+        `_line_call` asks whether they have tasks for threads, and gives them to the `RoundsCall` of whole sequences.
         """
         return Parts(Part(branch, block) for branch, blocks in enumerate(self.calls) for block in blocks)
 
     @property
     def pairs(self) -> int:
-        """The number of (query, key) pairs that are computed, over all branches; `make_plan` compares plans by it."""
+        """The number of (query, key) pairs that are computed, over all branches, each once at any weight.
+
+        `make_plan` compares plans by it, and `attended_pairs` counts with it for `longnet plan` and `ModelFlops`.
+        """
         return sum(block.pairs for blocks in self.branches for block in blocks)
 
 
@@ -105,8 +108,9 @@ def make_plan(
 ) -> Plan:
     """Return the blocks that compute attention to a packed row, branch by branch.
 
-    Document i has the tokens `cuts[i]` to `cuts[i + 1]`, so (0, N) is one sequence.  Callers keep the plan, as it takes
-    long beside a call: see `plan`, `PackedRows.plan` and `RankBlocks`.
+    Document i has the tokens `cuts[i]` to `cuts[i + 1]`, so (0, N) is one sequence.  It takes long beside a call, so
+    its callers keep the plan: `plan`, `PackedRows.plan` for documents, and `_DocumentBlocks` for the blocks between
+    ranks.
 
     Args:
         pattern: which keys a query sees.
@@ -143,8 +147,8 @@ def make_plan(
 def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], weighted_segments: int = 0) -> Plan:
     """Return `make_plan` of the same arguments, made once for the last layouts that were asked for.
 
-    `_line_call` takes it for rows of one document, and `head_parts` for the exchange "swap"; `longnet plan` counts its
-    pairs.
+    `_line_call` takes it for rows of one document, and `head_parts` for the exchange "swap"; `attended_pairs` counts
+    its pairs for `longnet plan` and `ModelFlops`.
     """
     return make_plan(pattern, heads, kv_heads, cuts, weighted_segments)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class CopiedLattice(Lattice):
     """A lattice whose rows are copied, even where its segments are evenly spaced.
 
-    It is the base of `PaddedLattice` and `PagedKeys`.
+    It is the base of `PaddedLattice` and `PagedKeys`.  For its methods see also `Lattice`.
     """
 
     @property

@@ -53,12 +53,11 @@ def run_lengths_of(x: Tensor) -> list[Tensor]:
 
 
 def runs_on_rank(runs: Sequence[Sequence[int]], placement: Placement, rank: int) -> list[tuple[int, int, int]]:
-    """Map the runs (value, count) of a rank's own tokens to the whole sequence.
+    """Return the runs (value, count) of a rank's own tokens as runs of the whole sequence, (first token, value, count).
 
     Each `SequenceShard`, when it is made, calls it for the runs of all ranks: a value is a document's id, or that of a
-    padding mask.  Returns (first token in the whole sequence, value, count) for each run.  A run that spans several
-    chunks of the rank is cut where they end.  What follows the rank's last token is not read: ranks have unequal
-    numbers of runs, and fill up with (0, 0).
+    padding mask.  A run that spans several chunks of the rank is cut where they end.  What follows the rank's last
+    token is not read: ranks have unequal numbers of runs, and fill up with (0, 0).
     """
     result, at, left = [], 0, [list(run) for run in runs]
     for chunk in placement.chunks(rank):

@@ -99,7 +99,7 @@ def _with_query_heads(keys: Lattice, group: int) -> Iterator[tuple[Lattice, Latt
         yield replace(keys, head=keys.head * group, heads=keys.heads * group, head_step=1, row_shift=0), keys
     elif keys.heads < group:
         for a in range(keys.heads):
-            yield from _with_query_heads(keys.diagonal(a, a + 1), group)
+            yield from _with_query_heads(keys.of_heads(a, a + 1), group)
     else:
         for member in range(group):
             yield replace(keys, head=keys.head * group + member, head_step=keys.head_step * group), keys

@@ -59,12 +59,19 @@ class Lattice:
 
     @property
     def is_view(self) -> bool:
-        """Whether `read` returns a view."""
+        """Whether `read` returns a view.
+
+        `_forward` of blocks.py and `Accumulator.add` ask, as they must write back what they changed in a copy;
+        `_joining_cost` asks what becomes a copy.
+        """
         return isinstance(self.starts, range)
 
     @property
     def size(self) -> int:
-        """The number of elements, of all segments and heads."""
+        """The number of elements, of all segments and heads.
+
+        Plans compare it with the number of all rows and with bounds, `PeerBlocks.is_sparse` counts KV rows by it.
+        """
         return len(self.starts) * self.heads * self.rows
 
     def covers(self, t: Tensor) -> bool:
@@ -83,7 +90,11 @@ class Lattice:
         )
 
     def read(self, t: Tensor) -> Tensor:
-        """Return the rows of t (B, N, H, D), (B, segments, heads, rows, D): a view if `is_view`, else a copy."""
+        """Return the rows of t (B, N, H, D), (B, segments, heads, rows, D): a view if `is_view`, else a copy.
+
+        `_forward` of blocks.py and `Accumulator.add` read results and gradients by it that cannot be `folded`, and
+        `Round` the places of received keys.
+        """
         if not isinstance(self.starts, range):
             return self.copied(t)
         sizes, strides, _, offset = self._view(t)
@@ -92,7 +103,9 @@ class Lattice:
     def folded(self, t: Tensor) -> Tensor:
         """Return the rows of t (B, N, H, D) as kernels take them, (B * segments, heads, rows, D).
 
-        The result is a view unless rows are copied, or samples and segments have no common stride.
+        The result is a view unless rows are copied, or samples and segments have no common stride.  `fold_rows` calls
+        it for what a kernel reads.  Where it is a view (`folds`), `_forward` of blocks.py and `Accumulator.add` add the
+        results of a kernel through it.
         """
         if not isinstance(self.starts, range):
             return self.copied(t).flatten(0, 1)
@@ -103,7 +116,10 @@ class Lattice:
         return t.as_strided((batch * segments, *sizes), (stride, *strides), t.storage_offset() + offset)
 
     def folds(self, t: Tensor) -> bool:
-        """Return whether `folded` returns a view of t (B, N, H, D), so that writes to it reach t."""
+        """Return whether `folded` returns a view of t (B, N, H, D), so that writes to it reach t.
+
+        `_forward` of blocks.py and `Accumulator.add` ask.
+        """
         return self.is_view and self._view(t).is_foldable
 
     def _view(self, t: Tensor) -> _View:
@@ -133,7 +149,10 @@ class Lattice:
         return view
 
     def copied(self, t: Tensor) -> Tensor:
-        """Return a copy of the rows of t (B, N, H, D), (B, segments, heads, rows, D)."""
+        """Return a copy of the rows of t (B, N, H, D), (B, segments, heads, rows, D).
+
+        `read` and `folded` call it where the segments are not evenly spaced, and those of `CopiedLattice` always.
+        """
         if self._has_whole_rows:
             rows, heads = self._row_indices(t.device), t[:, :, self.head : self.head + self.heads]
             # along dim 0 a copy takes a third of the time
@@ -151,7 +170,8 @@ class Lattice:
     def write(self, t: Tensor, values: Tensor) -> None:
         """Write values (B, segments, heads, rows, D) to the rows of t that `read` would read.
 
-        Results of kernels are written by it, and added gradients of rows that are no view.
+        `_forward` of blocks.py and `Accumulator.add` write results and gradients by it: those of a first branch, and
+        sums that are no view.
         """
         if self.is_view:
             self.read(t).copy_(values)
@@ -163,7 +183,10 @@ class Lattice:
             t[:, rows, heads] = values.to(t.dtype)  # an indexed assignment does not convert types
 
     def _write_rows(self, t: Tensor, rows: Tensor, values: Tensor) -> None:
-        """Write values (B, rows, heads, D) to rows of t (B, N, H, D), of the heads of this lattice."""
+        """Write values (B, rows, heads, D) to rows of t (B, N, H, D), of the heads of this lattice.
+
+        `rows` are their indices in t.  `write` calls it, also that of `PaddedLattice`.
+        """
         target, values = t[:, :, self.head : self.head + self.heads], values.to(t.dtype)
         if len(t) == 1:  # along dim 0 a copy takes a third of the time
             target[0].index_copy_(0, rows, values[0])
@@ -172,27 +195,34 @@ class Lattice:
 
     @property
     def _has_whole_rows(self) -> bool:
-        """Whether a copied row holds neighbouring heads of one row of memory."""
+        """Whether a copied row holds neighbouring heads of one row of memory; `copied` and `write` ask."""
         return self.row_shift == 0 and (self.head_step == 1 or self.heads == 1)
 
     def _row_indices(self, device: torch.device) -> Tensor:
-        """Return the rows of all segments of the first head, (segments * rows,)."""
+        """Return the rows of all segments of the first head, (segments * rows,).
+
+        `copied` and `write` call it where the lattice `_has_whole_rows`; `PaddedLattice` overrides it.
+        """
 
         def made() -> Tensor:
+            """Return the rows on the device."""
             return (self._first_rows(device)[:, None] + torch.arange(self.rows, device=device) * self.step).flatten()
 
         return self._made_once("rows", device, made)
 
     def _first_rows(self, device: torch.device) -> Tensor:
-        """Return the first row of each segment, (segments,), or of each page, which each device is sent once."""
+        """Return the first row of each segment, (segments,), which each device is sent once.
+
+        `PagedKeys` overrides it: there it is the first row of each page, (segments, pages).
+        """
         return self._kept_on(device, self.starts)
 
     def _kept_on(self, device: torch.device, values: Sequence[Any]) -> Tensor:
-        """Return values as a tensor on a device, which each device is sent once."""
+        """Return values as a tensor on a device, which each device is sent once; `_first_rows` calls it."""
         return self._made_once("first rows", device, lambda: torch.tensor(values, device=device))
 
     def _made_once(self, name: str, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-        """Return a tensor on a device that is made in the first call and kept."""
+        """Return a tensor on a device that `make` makes in the first call with this name, and that is kept."""
         kept: dict[tuple[str, torch.device], Tensor] = self.__dict__.setdefault("_tensors", {})
         if (name, device) not in kept:
             # a tensor made in inference mode could not be used in training
@@ -201,7 +231,11 @@ class Lattice:
         return kept[name, device]
 
     def indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the rows (segments, heads, rows) and the heads (heads, 1) of all elements."""
+        """Return the rows (segments, heads, rows) and the heads (heads, 1) of all elements.
+
+        `copied` and `write` call it where rows are no view, and `PeerBlocks` for the KV rows that a rank needs of
+        another.
+        """
         starts = self._first_rows(device)[:, None, None]
         a = torch.arange(self.heads, device=device)[:, None]
         rows = starts + a * self.row_shift + torch.arange(self.rows, device=device) * self.step
@@ -219,15 +253,19 @@ class Lattice:
                 flags[first : first + (self.rows - 1) * step + 1 : step] = ones
 
     def segments(self, first: int, last: int) -> Lattice:
-        """Return the lattice of the segments from `first` up to, but not including, `last`, or the end."""
+        """Return the lattice of the segments from `first` up to, but not including, `last`, or the end.
+
+        `part_segments` cuts calls by it, and `shares` takes the segments that lie on a rank as a whole.
+        """
         if first == 0 and last >= len(self.starts):
             return self
         return replace(self, starts=self.starts[first:last])
 
-    def diagonal(self, first: int, last: int) -> Lattice:
+    def of_heads(self, first: int, last: int) -> Lattice:
         """Return the lattice of the heads from `first` up to, but not including, `last`, each with its own rows.
 
-        `bounded_part` cuts a call by it, and `head_parts` takes the heads of one rank.
+        The heads are counted from the first of this lattice.  `part_heads` cuts calls by it, `head_parts` takes the
+        heads of one rank, and `_with_query_heads` single heads.
         """
         if (first, last) == (0, self.heads):
             return self
@@ -237,7 +275,8 @@ class Lattice:
     def shifted(self, by: int) -> Lattice:
         """Return the same elements, `by` rows further on.
 
-        `shares` moves lattices by it from the rows of the sequence to those of a rank.
+        `shares` moves lattices by it from the rows of the sequence to those of a rank, and `lattice_blocks` from
+        queries to the keys that they see.
         """
         if not by:
             return self
@@ -246,7 +285,7 @@ class Lattice:
         return replace(self, starts=tuple(start + by for start in self.starts))
 
     def elements(self) -> Iterator[tuple[int, int]]:
-        """Yield the (row, head) of every element, for tests and for drawing."""
+        """Yield the (row, head) of every element, by segments, then heads; only tests call it."""
         for start in self.starts:
             for a in range(self.heads):
                 for i in range(self.rows):
@@ -256,8 +295,9 @@ class Lattice:
 def fold_rows(at: Lattice, t: Tensor) -> Tensor:
     """Return the rows of a lattice in t (B, N, H, D) as kernels take them, (B * segments, heads, rows, D).
 
-    The result is a view unless rows are copied, or samples and segments have no common stride.  `forward_blocks` and
-    `backward_blocks` read queries by it, and `OwnKeys` reads keys and values.
+    The result is a view unless rows are copied, or samples and segments have no common stride.  `_forward`, `_backward`
+    and `_kernel_calls` of blocks.py read q, its gradients and the numbers of its rows by it, and `OwnKeys` reads keys
+    and values.
     """
     return at.folded(t)
 
@@ -265,8 +305,8 @@ def fold_rows(at: Lattice, t: Tensor) -> Tensor:
 def unfold_rows(at: Lattice, t: Tensor, batch: int) -> Tensor:
     """Return a kernel's result t (B * segments, heads, rows, D) as `write` takes it, (B, segments, heads, rows, D).
 
-    For an lse D is 1.  The result is a view, and of the lattice only the number of segments counts.  `forward_blocks`
-    and `Accumulator.add` call it for what a kernel returns, where they cannot add it through `folded`.
+    For an lse D is 1.  The result is a view, and of the lattice only the number of segments counts.  `_forward` of
+    blocks.py and `Accumulator.add` call it for what a kernel returns, where they cannot add it through `folded`.
     """
     rows: Tensor = t.unflatten(0, (batch, len(at.starts)))
     return rows
@@ -285,9 +325,10 @@ def as_readable(x: Tensor) -> Tensor:
 
 
 def whole_rows(x: Tensor) -> Tensor:
-    """Return the view (B, N, H, D) of x (B, segments, heads, rows, D), of a lattice that `covers` such a tensor.
+    """Return x (B, segments, heads, rows, D) as (B, segments * rows, heads, D): a view where the layout of x allows it.
 
-    `adoptable` calls it.
+    `adoptable` calls it for a lattice that `covers` a tensor, of which this then is all, and `Lattice.write` for copied
+    rows.
     """
     return x.transpose(2, 3).flatten(1, 2)
 

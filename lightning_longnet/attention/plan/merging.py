@@ -83,6 +83,7 @@ def _joined(parts: list[Part]) -> Part:
 
 
 def _index_of(part: Part) -> torch.Tensor:
+    """Return the `kv_index` of a part of received keys, (segments, heads, rows)."""
     assert part.kv_index is not None
     return part.kv_index
 
@@ -100,7 +101,7 @@ def _corner(block: Block, queries: int = 0, keys: int = 0) -> _Corner:
 
 
 def _begin(lattice: Lattice, rows: int) -> tuple[Any, ...]:
-    """Return all that distinguishes lattices of equally many rows, `rows` rows after the first one of this lattice."""
+    """Return what identifies a lattice among those of as many rows, if it began `rows` rows later than it does."""
     starts = tuple(start + rows * lattice.step for start in lattice.starts)
     return starts, lattice.step, lattice.head, lattice.heads, lattice.head_step, lattice.row_shift
 
@@ -130,6 +131,10 @@ def _triangles(blocks: dict[_Corner, Block]) -> None:
 
 
 def _are_one_triangle(first: Block, square: Block, second: Block) -> bool:
+    """Return whether two triangles and the square between them are one triangle, with the same weights of pairs.
+
+    Their rows are neighbours already, as `_triangles` found them by their corners.
+    """
     rows, others = first.queries.rows, second.queries.rows
     sizes = [(block.queries.rows, block.keys.rows) for block in (first, square, second)]
     return (
@@ -165,6 +170,10 @@ def _rectangles(blocks: dict[_Corner, Block]) -> None:
 
 
 def _are_one_rectangle(first: Block, second: Block) -> bool:
+    """Return whether two blocks without a mask have the same keys and the same weights of pairs.
+
+    Their queries are neighbours already, as `_rectangles` found them by their corners.
+    """
     return (
         first.low is second.low is None
         and first.keys == second.keys
@@ -205,7 +214,10 @@ def _segments(blocks: Iterable[Block]) -> Iterator[Block]:
 
 
 def _evenly_spaced(lattices: list[Lattice]) -> Lattice | None:
-    """Return one lattice with the segments of several, or None if no view has them."""
+    """Return one lattice with the segments of several, in their order, or None if no view has them.
+
+    No view has them if they are not evenly spaced, or if their rows overlap.
+    """
     starts = [start for lattice in lattices for start in lattice.starts]
     even = range(starts[0], starts[-1] + 1, max(1, starts[1] - starts[0]))
     if list(even) != starts or even.step < lattices[0].rows * lattices[0].step:

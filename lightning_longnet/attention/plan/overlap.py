@@ -36,7 +36,10 @@ REPEAT_TILE = 2048
 
 
 def nests(inner: Branch, outer: Branch, kv_heads: int) -> bool:
-    """Return whether `inner` shows every pair that `outer` shows within one segment of `inner`, for every head."""
+    """Return whether `inner` shows every pair that `outer` shows within one segment of `inner`, for every head.
+
+    `exclusive_runs` and `repeats_align` ask, for each branch and the next coarser one.
+    """
     if inner.window or outer.window or inner.sparsity or outer.sparsity or inner.is_causal != outer.is_causal:
         return False
     if outer.dilation_rate % inner.dilation_rate:

@@ -41,7 +41,7 @@ class PackedRows:
     def cuts(self) -> tuple[int, ...]:
         """The cuts of one row if all are equal, else those of one long row: all rows one behind the other.
 
-        `local_call` plans blocks by them.
+        `local_call` draws the lines of the pattern by them, `_line_call` plans blocks and counts null keys.
         """
         if self.are_equal:
             return self.rows[0]
@@ -57,7 +57,7 @@ class PackedRows:
     def plan(self, pattern: Pattern, heads: int, kv_heads: int, weighted_segments: int, is_on_cpu: bool) -> Plan:
         """Return the plan of the documents, `make_plan` of `cuts`, made once for the same arguments.
 
-        `_line_call` asks for it in each forward and backward.
+        `_line_call` asks for it in each forward and backward of rows with several documents.
         """
         copied_rows = CALL_ROWS // heads if is_on_cpu else COPIED_ROWS
         key = pattern, heads, kv_heads, weighted_segments, copied_rows

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PaddedLattice(CopiedLattice):
-    """A lattice of which segment s has only `lengths[s]` of the `rows`; the last one stands for those behind it."""
+    """A lattice of which segment s has only `lengths[s]` of the `rows`; the last one stands for those behind it.
+
+    `padded` makes it.  For its methods see also `Lattice`.
+    """
 
     lengths: tuple[int, ...] = ()
 
@@ -50,7 +53,7 @@ class PaddedLattice(CopiedLattice):
     def padding(self, device: torch.device) -> Tensor:
         """Return (segments, rows), True for the padding.
 
-        `_kernel_calls` masks these rows as keys.
+        `_kernel_calls` masks these rows as keys, `without_weight` as queries.
         """
 
         def made() -> Tensor:
@@ -62,7 +65,7 @@ class PaddedLattice(CopiedLattice):
     def without_weight(self, lse: Tensor) -> Tensor:
         """Return lse (batch * segments, heads, rows) with +inf for the padding, which then has no gradient.
 
-        `backward_blocks` calls it.
+        `_backward` of blocks.py calls it for each block with such queries.
         """
         padding = self.padding(lse.device)[:, None]
         hidden: Tensor = lse.unflatten(0, (-1, len(self.starts))).masked_fill(padding, inf).flatten(0, 1)
@@ -95,7 +98,7 @@ class PaddedLattice(CopiedLattice):
         return replace(self, starts=self.starts[first:last], lengths=self.lengths[first:last])
 
     def elements(self) -> Iterator[tuple[int, int]]:
-        """Yield the (row, head) of every element, for tests and for drawing."""
+        """Yield the (row, head) of every element without the padding, by segments, then heads; only tests call it."""
         for start, length in zip(self.starts, self.lengths, strict=True):
             for a in range(self.heads):
                 for i in range(length):
@@ -106,7 +109,7 @@ class PaddedLattice(CopiedLattice):
         return self._made_once("places", device, lambda: (~self.padding(device)).flatten().nonzero().flatten())
 
     def _own_rows(self, device: torch.device) -> Tensor:
-        """Return the rows of the first head that are no padding."""
+        """Return the rows of the first head that are no padding, in the order of `_own_places`."""
         return self._made_once("own rows", device, lambda: self._row_indices(device)[self._own_places(device)])
 
 

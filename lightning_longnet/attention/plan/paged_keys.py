@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PagedKeys(CopiedLattice):
-    """Keys in pages, as in paged attention.
+    """Keys in pages, as in paged attention; `merge_stacks` makes them.  For its methods see also `Lattice`.
 
     Row i of segment s is row `page_starts[s][i // page_rows] + i % page_rows * step` of the first head.
 
@@ -53,7 +53,7 @@ class PagedKeys(CopiedLattice):
         return False
 
     def _first_rows(self, device: torch.device) -> Tensor:
-        """Return the first row of each page, (segments, pages)."""
+        """Return the first row of each page, (segments, pages); `indices` calls it."""
         return self._kept_on(device, self.page_starts)
 
     def add(self, t: Tensor, values: Tensor, weight: int) -> None:
@@ -76,20 +76,23 @@ class PagedKeys(CopiedLattice):
         return rows + a * self.row_shift, self.head + a * self.head_step
 
     def segments(self, first: int, last: int) -> Lattice:
-        """Return the lattice of the segments from `first` up to, but not including, `last`, or the end."""
+        """Return the lattice of the segments from `first` up to, but not including, `last`, or the end.
+
+        `part_segments` cuts calls by it.
+        """
         if first == 0 and last >= len(self.starts):
             return self
         return replace(self, starts=self.starts[first:last], page_starts=self.page_starts[first:last])
 
     def shifted(self, by: int) -> Lattice:
-        """Return the same elements, `by` rows further on."""
+        """Return the same elements, `by` rows further on; `of_heads` calls it for heads with other rows."""
         if not by:
             return self
         moved = tuple(tuple(start + by for start in starts) for starts in self.page_starts)
         return replace(self, starts=tuple(start + by for start in self.starts), page_starts=moved)
 
     def elements(self) -> Iterator[tuple[int, int]]:
-        """Yield the (row, head) of every element, for tests and for drawing."""
+        """Yield the (row, head) of every element, by segments, then heads; only tests call it."""
         rows, heads = self.indices(torch.device("cpu"))
         for segment in rows.tolist():
             for a, of_head in enumerate(segment):

@@ -38,7 +38,8 @@ class Task(NamedTuple):
 class Parts(tuple[Part, ...]):
     """The parts of a plan in the order in which they run: what `forward_blocks` and `backward_blocks` compute.
 
-    The calls that they are cut into are kept here, so that the steps after the first one make none.
+    The calls that they are cut into are kept here, so that the steps after the first one make none.  `Plan.parts` makes
+    those of whole sequences, `merge_parts` and `Round` those of a rank.
     """
 
     def bounded(self, limit: int, threads: int, joins: bool = False) -> tuple[Part, ...]:
@@ -55,7 +56,10 @@ class Parts(tuple[Part, ...]):
         return cuts[key]
 
     def joined(self) -> Parts:
-        """Return the same pairs in fewer parts, where small ones on this rank's keys are joined."""
+        """Return the same pairs in fewer parts, where small ones on this rank's keys are joined.
+
+        `bounded` calls it with `joins`, on a CPU, and `_divided` to count the calls of a task.
+        """
         joined = list[Part]()
         for (branch, is_own), group in groupby(self, key=lambda part: (part.branch, part.kv_index is None)):
             members = list(group)
@@ -64,7 +68,10 @@ class Parts(tuple[Part, ...]):
 
     @cached_property
     def pairs(self) -> int:
-        """The number of visible pairs of a sample."""
+        """The number of visible pairs of a sample, over all query heads.
+
+        `tasks` asks whether they are worth threads.
+        """
         return sum(part.block.pairs for part in self)
 
     def tasks(self, samples: int, threads: int) -> tuple[Task, ...]:
@@ -82,7 +89,11 @@ class Parts(tuple[Part, ...]):
         return kept[samples] if len(kept[samples]) >= LEAST_BUSY * rounds * threads else ()
 
     def _divided(self, samples: int) -> Iterator[Task]:
-        """Yield the tasks: some heads of one sample each, or all heads of some samples where calls would be short."""
+        """Yield the tasks: some heads of one sample each, or all heads of some samples where calls would be short.
+
+        A task has so many heads and samples that its calls have at least `LEAST_CALL` pairs on average; `tasks` calls
+        it.
+        """
         heads = sorted({head for part in self for head in part.key_heads})
         if not heads:
             return
@@ -96,7 +107,10 @@ class Parts(tuple[Part, ...]):
             yield from (Task(slice(sample, sample + many), parts) for parts in divided if parts)
 
     def of_heads(self, first: int, last: int) -> Parts:
-        """Return the blocks of the key heads from `first` up to, but not including, `last`."""
+        """Return the blocks of the key heads from `first` up to, but not including, `last`, counted in the whole layer.
+
+        `_divided` calls it for each task.
+        """
         parts = []
         for part in self:
             members = [a for a, head in enumerate(part.key_heads) if first <= head < last]
@@ -117,7 +131,11 @@ class Parts(tuple[Part, ...]):
 
 
 def bounded_part(part: Part, limit: int, threads: int) -> Iterator[Part]:
-    """Yield a part cut into pieces of at most `limit` query rows: by segments, and a large segment by heads."""
+    """Yield a part cut into pieces of at most `limit` query rows: by segments, and a large segment by heads.
+
+    A piece has more rows where one segment of a head has, or where threads would be idle: then it has heads for all of
+    them.  `Parts.bounded` calls it.
+    """
     queries, keys = part.block.queries, part.block.keys
     count, group = len(queries.starts), queries.heads // keys.heads
     rows = queries.rows * queries.heads
@@ -136,13 +154,16 @@ def bounded_part(part: Part, limit: int, threads: int) -> Iterator[Part]:
 
 
 def part_heads(part: Part, first: int, last: int) -> Part:
-    """Return a part with only the key heads of its lattice from `first` up to, but not including, `last`."""
+    """Return a part with only the key heads of its lattice from `first` up to, but not including, `last`.
+
+    The query heads that these serve are kept with them.  `bounded_part` and `Parts.of_heads` call it.
+    """
     queries, keys = part.block.queries, part.block.keys
     group = queries.heads // keys.heads
     block = replace(
         part.block,
-        queries=queries.diagonal(first * group, last * group),
-        keys=keys.diagonal(first, last),
+        queries=queries.of_heads(first * group, last * group),
+        keys=keys.of_heads(first, last),
         head_repeats=part.block.head_repeats[first:last],
     )
     return part._replace(block=block, kv_index=None if part.kv_index is None else part.kv_index[:, first:last])

@@ -27,7 +27,11 @@ BAND_SPLIT = 512
 
 
 class Repeat(NamedTuple):
-    """A rule by which a pair counts once more: its query is at `queries` and its key at `keys`, modulo `every`."""
+    """A rule: the pair of query a and key b of a run counts once more if a is `queries` and b `keys`, modulo `every`.
+
+    `with_repeats` makes one for each later branch that shows pairs of a run again, `squares.py` one with queries and
+    keys exchanged.
+    """
 
     every: int
     queries: int
@@ -69,7 +73,10 @@ class Shape(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """Runs of one shape; `starts` are their first query rows, counted from the beginning of the document."""
+    """Runs of one shape; `starts` are their first query rows, counted from the beginning of the document.
+
+    The functions of this module and of overlap.py yield them, and `_head_runs` collects them over the documents.
+    """
 
     shape: Shape
     starts: range
@@ -78,8 +85,8 @@ class Runs(NamedTuple):
 def segments(branch: Branch, offset: int, length: int) -> Iterator[tuple[range, int]]:
     """Yield (starts, width): where the runs of the whole segments of a document begin, and then that of a shorter tail.
 
-    Each start is the first row of a segment plus `offset`; `width` is the number of rows of a segment.  `own_runs`
-    asks, and `_relation` and `_outside` of overlap.py.
+    Each start is the first row of a segment plus `offset`; `width` is the number of rows of a segment, and `length`, at
+    least 1, that of the document.  `own_runs` asks, and `_relation` and `_outside` of overlap.py.
     """
     width = min(branch.segment_length or length, length)
     whole = length // width
@@ -120,6 +127,7 @@ def band_runs(
     """Yield runs of `rows` rows that see themselves, as a whole or, where a window masks far keys, as tiles.
 
     `own_runs` takes them for a branch without a sparsity, and `exclusive_runs` for an intersection of such branches.
+    There are none where `rows` is 0.  For `weight` see `Shape`; `layer` is the first number of its `layer`.
 
     A tile is some queries and the keys that they may see; a broad one is cut into three along its keys:
 
@@ -181,7 +189,7 @@ def kept_block_runs(
     """Yield runs of a block of queries against a block of keys of one residue, unless the causal mask excludes all.
 
     Both ranges are rows, counted from each of `starts`.  `own_runs` takes them, and `exclusive_runs` for an
-    intersection with kept blocks.
+    intersection with kept blocks.  For `weight` and `stack` see `Shape`.
     """
     low = _steps_between(queries, keys) if is_causal else None
     if low is None or low < len(queries):
@@ -226,7 +234,7 @@ def windowed_block_runs(
 
 
 def rectangle_runs(starts: range, queries: range, keys: range) -> Iterator[Runs]:
-    """Yield runs of queries that see all of other keys, one or none.
+    """Yield runs of queries that see all keys of another range; none if one of the two is empty.
 
     Both ranges are rows, counted from each of `starts`.  `_outside` of overlap.py calls it for pairs of different inner
     segments.
@@ -253,5 +261,9 @@ def _without_idle_bounds(shape: Shape) -> Shape:
 
 
 def shifted(run: range, by: int) -> range:
-    """Return the range with each element moved by `by`."""
+    """Return the range with each element moved by `by`.
+
+    Runs are moved to their documents by it (`_head_runs`), tiles and kept blocks to their places in a run, and segments
+    by `Lattice.shifted`.
+    """
     return range(run.start + by, run.stop + by, run.step)

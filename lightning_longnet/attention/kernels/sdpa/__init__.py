@@ -18,7 +18,7 @@ name = "sdpa"
 def note(request: Request) -> str:
     """Return what this kernel runs for a call that it does not refuse.
 
-    `explain` shows it in its table of kernels.
+    `judge` asks for it, and `explain` shows it in its table of kernels.
     """
     return cuda.note(request) if request.device == "cuda" else cpu.note
 
@@ -42,7 +42,8 @@ def refusals(request: Request) -> list[str]:
 def takes_weights(device: str) -> bool:
     """Return whether the kernel takes weights of pairs (`Block.repeats`), how often each counts: on CPU alone.
 
-    `AttentionSpec.weighted_segments` asks before a plan is made, since a plan with weights has fewer pairs.
+    `AttentionSpec.weighted_segments` asks before a plan is made, since a plan with weights has fewer pairs, and on a
+    CPU `_cut` of blocks.py, which then joins small blocks.
     """
     # On CUDA a block with a bias cannot run in flash attention, its bias is rounded to the type of q, and heads with
     # different biases need a call each
@@ -52,7 +53,7 @@ def takes_weights(device: str) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
 
-    `forward_blocks` calls it for each block of a plan.
+    `forward_blocks` calls it for each block of a plan, through `_forward` of blocks.py.
     """
     return _serving(q).forward(q, k, v, call)
 
@@ -62,7 +63,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
 
-    `backward_blocks` calls it for each block of a plan.
+    `backward_blocks` calls it for each block of a plan, through `_backward` of blocks.py.
     """
     return _serving(q).backward(grad, q, k, v, out, lse, call)
 

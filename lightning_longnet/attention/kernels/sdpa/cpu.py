@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_longnet.attention.kernels import eager, squares
-from lightning_longnet.attention.kernels.call import band, head_weights, weights
+from lightning_longnet.attention.kernels.call import band_bias, head_log_weights, log_weights
 from lightning_longnet.attention.kernels.products import LEAST_BACKWARD, routed_products, uses_onednn
 from lightning_longnet.attention.kernels.threads import shares_caches
 
@@ -183,12 +183,12 @@ def _mask(q: Tensor, k: Tensor, call: Call) -> tuple[bool, Tensor | None]:
     if block.repeats:
         assert block.high is None, "a plan gives no weights to bands"
         assert block.low in (None, 0), "a plan gives no weights to bands"
-        mask = weights(q.shape[2], k.shape[2], block.repeats, wide, q.device)[None, None]
+        mask = log_weights(q.shape[2], k.shape[2], block.repeats, wide, q.device)[None, None]
     elif block.head_repeats:
-        mask = head_weights(q.shape[2], k.shape[2], block.head_repeats, wide, q.device)
+        mask = head_log_weights(q.shape[2], k.shape[2], block.head_repeats, wide, q.device)
         mask = mask.repeat_interleave(q.shape[1] // k.shape[1], 0)[None]
     elif not is_causal and (block.low, block.high) != (None, None):
-        mask = band(q.shape[2], k.shape[2], block.low, block.high, wide, q.device)[None, None]
+        mask = band_bias(q.shape[2], k.shape[2], block.low, block.high, wide, q.device)[None, None]
     if padding is not None:
         mask = padding if mask is None else mask + padding
     return is_causal, mask

@@ -45,7 +45,7 @@ _OPERATORS: tuple[_Operator, ...] = (flash, efficient)  # in the order of prefer
 
 
 def note(request: Request) -> str:
-    """Return what the kernel "sdpa" runs on CUDA for a call that it does not refuse."""
+    """Return what the kernel "sdpa" runs on CUDA for a call that it does not refuse; its own `note` calls it."""
     names = [operator.name for operator in _OPERATORS if not operator.refusals(request)]
     return f"torch's attention for CUDA: {', else '.join(names)}"
 

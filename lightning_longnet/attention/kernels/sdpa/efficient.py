@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from lightning_longnet.attention.kernels.call import band, weights
+from lightning_longnet.attention.kernels.call import band_bias, log_weights
 from lightning_longnet.attention.kernels.rows import BATCHES, VECTOR, as_aligned, over_batches, repeat_heads, sum_groups
 
 if TYPE_CHECKING:
@@ -140,9 +140,9 @@ def _bias(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> Tensor | 
     if block.repeats:
         assert q.dtype == torch.float32, "a bias has the type of q, and the log of a weight must not be rounded"
         assert padding is None, "no plan gives weights to this operator, and padding besides"
-        bias = weights(queries, keys, block.repeats, q.dtype, q.device)[None, None]
+        bias = log_weights(queries, keys, block.repeats, q.dtype, q.device)[None, None]
     elif _is_banded(call):
-        mask = band(queries, keys, block.low, block.high, q.dtype, q.device)[None, None]
+        mask = band_bias(queries, keys, block.low, block.high, q.dtype, q.device)[None, None]
         bias = mask if padding is None else mask + padding
     if bias is None:
         return None

@@ -40,7 +40,7 @@ WIDEST = 256
 def note(request: Request) -> str:
     """Return what this kernel runs for a call that it does not refuse.
 
-    `explain` shows it in its table of kernels.
+    `judge` asks for it, and `explain` shows it in its table of kernels.
     """
     return "few launches, rows read in place; only if named, since its speed has not been measured"
 

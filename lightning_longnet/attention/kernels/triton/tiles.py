@@ -27,7 +27,10 @@ class Tile(NamedTuple):
 
 @lru_cache(1)
 def table() -> dict[tuple[str, int], Tile]:
-    """Return the tile of each program at each width of heads, {(program, width): tile}."""
+    """Return the tile of each program at each width of heads, {(program, width): tile}.
+
+    `tile_of` reads it, and the benchmarks that measure tiles.
+    """
     rows = json.loads(TABLE.read_text())["rows"]
     return {(row["kernel"], row["width"]): Tile(*(row[name] for name in Tile._fields)) for row in rows}
 
