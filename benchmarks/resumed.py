@@ -12,6 +12,7 @@ import signal
 import subprocess
 import tempfile
 import xml.etree.ElementTree as ET
+from contextlib import closing
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter
@@ -45,24 +46,55 @@ class Ended(NamedTuple):
         return self.status.startswith("no end")
 
 
+class Process:
+    """A process that runs a command in a folder, in a session of its own, until it is closed."""
+
+    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        self._begin, self._date = perf_counter(), datetime.now(UTC)
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115, `close` closes it
+        self._process = subprocess.Popen(
+            command, stdout=self._output, stderr=subprocess.STDOUT, cwd=folder, env=environment, start_new_session=True
+        )
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run."""
+        return perf_counter() - self._begin
+
+    def end(self, timeout: float, wait: float = float("inf")) -> Ended | None:
+        """Return how it ended, and end it where it has run for `timeout` seconds.
+
+        Returns None if it still runs after the next `wait` seconds.
+        """
+        remaining = max(0.0, timeout - self.seconds)
+        try:
+            status = "failed" if self._process.wait(min(wait, remaining)) else "passed"
+        except subprocess.TimeoutExpired:
+            if wait < remaining:
+                return None
+            status = f"no end in {timeout:.0f} s"
+        self._kill()
+        self._output.seek(0)
+        text = self._output.read()
+        return Ended(status, text, round(self.seconds, 1), self._date.isoformat(timespec="seconds"))
+
+    def close(self) -> None:
+        """Kill it and its children if it still runs, and drop its output."""
+        self._kill()
+        self._output.close()
+
+    def _kill(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
 def ended(command: Sequence[str], timeout: float, folder: Path, environment: Mapping[str, str] | None = None) -> Ended:
     """Run a command in a folder, and end it and its children where it takes longer than `timeout` seconds."""
-    begin, date = perf_counter(), datetime.now(UTC)
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, cwd=folder, env=environment, start_new_session=True
-        )
-        try:
-            status = "failed" if process.wait(timeout) else "passed"
-        except subprocess.TimeoutExpired:
-            status = f"no end in {timeout:.0f} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        output.seek(0)
-        text = output.read()
-    return Ended(status, text, round(perf_counter() - begin, 1), date.isoformat(timespec="seconds"))
+    with closing(Process(command, folder, environment)) as process:
+        end = process.end(timeout)
+    assert end is not None
+    return end
 
 
 def result_of(output: str) -> Any:

@@ -1,10 +1,10 @@
 """Runs all tests, the matrices and soaks among them, and keeps the outcome of each file: `make test-full`.
 
-Every file runs in a separate process, and property tests draw ten times as many cases as in `make test-long`, new
-ones each time.  This takes hours, which may be spread over several runs and machines: the result is written after each
-file, and holds the commit, the date, the machine and the versions of each.  A run leaves out files that passed at the
-same commit, on the same machine and with the same versions.  It begins with files without a result, then takes those
-with the oldest one.  `--minutes 0` only prints the summary of what was recorded.
+Every file runs in a separate process, two of them at a time, and property tests draw ten times as many cases as in
+`make test-long`, new ones each time.  This takes hours, which may be spread over several runs and machines: the result
+is written after each file, and holds the commit, the date, the machine and the versions of each.  A run leaves out
+files that passed at the same commit, on the same machine and with the same versions.  It begins with files without a
+result, then takes those with the oldest one.  `--minutes 0` only prints the summary of what was recorded.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from time import monotonic
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["torch", "lightning", "deepspeed", "transformers", "hypothesis", "pytest"]
 sys.path.append(str(ROOT / "benchmarks"))
-from resumed import commit_of, commits_since, counts, ended, versions, write  # noqa: E402
+from resumed import Process, commit_of, commits_since, counts, versions, write  # noqa: E402
 
 
 def main(words=None):
@@ -31,6 +31,7 @@ def main(words=None):
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/test-full.json")
     parser.add_argument("--timeout", type=float, default=4 * 3600, help="seconds until a file is given up")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no file after these minutes")
+    parser.add_argument("--processes", type=int, default=2, help="how many files run at a time")
     parser.add_argument("--behind", type=int, default=100, help="name results that are more than so many commits old")
     parser.add_argument("--again", action="store_true", help="run files that have passed, too")
     arguments = parser.parse_args(words)
@@ -54,30 +55,58 @@ def main(words=None):
             print(f"{line(name, results[name])}, before", flush=True)
         chosen = [name for name in chosen if name not in done]
     begin = monotonic()
-    for name in sorted(chosen, key=lambda name: results[name]["date"] if name in results else ""):
-        if monotonic() - begin >= 60 * arguments.minutes:
-            break
-        results[name] = {"commit": commit, "machine": place, **run(folder, name, arguments.timeout)}
-        print(line(name, results[name]), flush=True)
-        used = {row["machine"] for row in results.values()}
-        named = {key: known for key, known in machines.items() if key in used}
-        write(arguments.out, {"machines": named, "files": dict(sorted(results.items()))})
+    waiting = sorted(chosen, key=lambda name: results[name]["date"] if name in results else "", reverse=True)
+    running = []
+    try:
+        while running or waiting:
+            while waiting and len(running) < arguments.processes:
+                if monotonic() - begin >= 60 * arguments.minutes:
+                    waiting.clear()
+                else:
+                    running.append(FileRun(folder, waiting.pop(), arguments.timeout))
+            for file in list(running):
+                if (row := file.row(wait=0.2)) is None:
+                    continue
+                running.remove(file)
+                results[file.name] = {"commit": commit, "machine": place, **row}
+                print(line(file.name, results[file.name]), flush=True)
+                used = {row["machine"] for row in results.values()}
+                named = {key: known for key, known in machines.items() if key in used}
+                write(arguments.out, {"machines": named, "files": dict(sorted(results.items()))})
+    finally:
+        for file in running:
+            file.close()
     ages = {row["commit"]: commits_since(row["commit"], folder) for row in results.values()}
     print(summary(results, test_files, machines, ages, arguments.behind))
     return int(any(results.get(name, {}).get("status") != "passed" for name in test_files))
 
 
-def run(folder, name, timeout):
-    """Run a file, and return the counts of its outcomes."""
-    environment = {key: text for key, text in os.environ.items() if key != "CI"}  # which draws the same cases each time
-    with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.xml"
+class FileRun:
+    """A run of the tests of a file in a process."""
+
+    def __init__(self, folder, name, timeout):
+        self.name, self.timeout = name, timeout
+        self.scratch = tempfile.TemporaryDirectory()
+        self.report = Path(self.scratch.name) / "report.xml"
+        environment = {key: text for key, text in os.environ.items() if key != "CI"}  # which draws the same cases
         command = [sys.executable, "-m", "pytest", str(folder / name), "-q", "--draws", "many", "--no-skips"]
-        command += ["-p", "no:cacheprovider", f"--junitxml={report}", "-o", "junit_family=xunit1"]
-        end = ended(command, timeout, folder.parent, environment)
+        command += ["-p", "no:cacheprovider", f"--junitxml={self.report}", "-o", "junit_family=xunit1"]
+        self.process = Process(command, folder.parent, environment)
+
+    def row(self, wait):
+        """Return the counts of its outcomes, or None if it has not ended after the next `wait` seconds."""
+        if (end := self.process.end(self.timeout, wait)) is None:
+            return None
         if end.status != "passed":
             print(end.output, flush=True)
-        return {"status": end.status, **counts(report), "seconds": end.seconds, "date": end.date}
+        row = {"status": end.status, **counts(self.report), "seconds": end.seconds, "date": end.date}
+        self.close()
+        return row
+
+    def close(self):
+        """Kill it if it still runs, and remove its report."""
+        self.process.close()
+        self.scratch.cleanup()
 
 
 def machine():

@@ -2,7 +2,9 @@
 
 import json
 import re
+import signal
 import subprocess
+import sys
 from itertools import combinations, product
 from pathlib import Path
 
@@ -186,12 +188,21 @@ def test_a_full_run_is_completed_over_several_runs_and_machines(repository, monk
     monkeypatch.setattr(full, "monotonic", lambda: next(seconds))
     dates = iter(range(1000))
     counts = {"passed": 1, "failed": 0, "skipped": 0, "seconds": 60.0}
-    monkeypatch.setattr(full, "run", lambda *_: {"status": "passed", **counts, "date": f"day {next(dates):03}"})
+
+    class FileRun:
+        def __init__(self, folder, name, timeout):
+            self.name, self.date = name, f"day {next(dates):03}"
+
+        def row(self, wait):
+            return {"status": "passed", **counts, "date": self.date}
+
+    monkeypatch.setattr(full, "FileRun", FileRun)
     here, there = full.machine(), full.machine() | {"cpu": "Another CPU", "cores": 96}
 
     def run(machine, *words):
         monkeypatch.setattr(full, "machine", lambda: machine)
-        status = full.main(["--tests", str(repository.folder), "--out", str(repository.out), *words])
+        options = ["--tests", str(repository.folder), "--out", str(repository.out), "--processes", "1"]
+        status = full.main([*options, *words])
         kept = json.loads(repository.out.read_text())
         return status, capsys.readouterr().out, kept["files"], kept["machines"]
 
@@ -224,6 +235,28 @@ def test_a_full_run_is_completed_over_several_runs_and_machines(repository, monk
     assert [name for name in files if again[name] != files[name]] == ["test_a.py"], "then the oldest result"
     assert shown.count("passed, before") == 2
     assert list(machines.values()) == [here], "a machine without results is left out"
+
+
+@pytest.mark.long
+def test_two_files_run_at_a_time_and_end_with_an_interrupted_run(repository, tmp_path):
+    """Each file waits until the other one runs; then one of them waits, and the run is interrupted."""
+    for name, other in ("ab", "ba"):
+        repository.write(
+            f"test_{name}.py",
+            "import time, pathlib\n"
+            "def test_it():\n"
+            f"    pathlib.Path({str(tmp_path)!r}, {name!r}).touch()\n"
+            f"    while not pathlib.Path({str(tmp_path)!r}, {other!r}).exists(): time.sleep(0.05)\n"
+            + ("    time.sleep(600)\n" if name == "b" else ""),
+        )
+    command = [sys.executable, TESTS / "full.py", "--tests", repository.folder, "--out", repository.out]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert "test_a.py" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert set(json.loads(repository.out.read_text())["files"]) == {"test_a.py"}
+    running = subprocess.run(["ps", "ax", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(repository.folder / "test_b.py") not in running
 
 
 @pytest.mark.long
