@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from time import monotonic
 
@@ -55,7 +55,7 @@ def main(words=None):
             print(f"{line(name, results[name])}, before", flush=True)
         chosen = [name for name in chosen if name not in done]
     begin = monotonic()
-    waiting = sorted(chosen, key=lambda name: results[name]["date"] if name in results else "", reverse=True)
+    waiting = deque(sorted(chosen, key=lambda name: results[name]["date"] if name in results else ""))
     running = []
     try:
         while running or waiting:
@@ -63,7 +63,7 @@ def main(words=None):
                 if monotonic() - begin >= 60 * arguments.minutes:
                     waiting.clear()
                 else:
-                    running.append(FileRun(folder, waiting.pop(), arguments.timeout))
+                    running.append(FileRun(folder, waiting.popleft(), arguments.timeout))
             for file in list(running):
                 if (row := file.row(wait=0.2)) is None:
                     continue

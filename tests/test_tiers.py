@@ -246,12 +246,14 @@ def test_two_files_run_at_a_time_and_end_with_an_interrupted_run(repository, tmp
             "import time, pathlib\n"
             "def test_it():\n"
             f"    pathlib.Path({str(tmp_path)!r}, {name!r}).touch()\n"
-            f"    while not pathlib.Path({str(tmp_path)!r}, {other!r}).exists(): time.sleep(0.05)\n"
-            + ("    time.sleep(600)\n" if name == "b" else ""),
+            "    end = time.monotonic() + 60\n"
+            f"    while not pathlib.Path({str(tmp_path)!r}, {other!r}).exists():\n"
+            "        assert time.monotonic() < end\n"
+            "        time.sleep(0.05)\n" + ("    time.sleep(600)\n" if name == "b" else ""),
         )
     command = [sys.executable, TESTS / "full.py", "--tests", repository.folder, "--out", repository.out]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert "test_a.py" in process.stdout.readline()
+        assert re.fullmatch("test_a.py .* passed", process.stdout.readline().strip())
         process.send_signal(signal.SIGINT)
         process.wait(60)
     assert set(json.loads(repository.out.read_text())["files"]) == {"test_a.py"}
