@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lightning_longnet.attention.kernels import BlockKernel, PartsKernel
     from lightning_longnet.attention.parallel.exchange import ExchangeCall, ExchangePlan, PassOptions
     from lightning_longnet.attention.parallel.reordering import RowExchange
     from lightning_longnet.attention.parallel.shard import SequenceShard
@@ -52,6 +53,11 @@ def local_call(
     spec, batch = options.spec, q.shape[0]
     if padding is not None and padding.device.type == "cpu" and not padding.any():
         padding = None
+    if documents is None and padding is None and options.dropout is None and options.sinks is None:
+        count = torch.get_num_threads(), threads.available(q.device)
+        plain = _plain_call(options, BLOCK_KERNELS[spec.kernel], q.shape[:3], k.shape[2], q.device, count)
+        if plain is not None:
+            return plain
     packed = PackedRows(((0, q.shape[1]),)) if documents is None else packed_rows(documents)
     rows = _Rows(packed, q.shape[1], q.shape[2], k.shape[2], 1 if packed.are_equal else batch, q.device)
     if rows.joined > 1 and padding is not None:
@@ -67,6 +73,30 @@ def local_call(
         assert first.places is not None
         call = ReorderedCall(call, LocalOrder(first.tokens, first.places), spec.returns_lse)
     return call if rows.joined == 1 else JoinedCall(call)
+
+
+@lru_cache(64)  # as many as plans: one forward and one backward
+def _plain_call(
+    options: PassOptions,
+    kernel: BlockKernel | PartsKernel,
+    shape: tuple[int, ...],
+    kv_heads: int,
+    device: torch.device,
+    count: tuple[int, int],
+) -> RoundsCall | None:
+    """Return the call of rows (B, N, H) without documents and masks, which is made once for the last layouts.
+
+    It is None where a call holds tensors that were made for it: the order of a curve, or null keys.  `local_call` asks.
+    `kernel` is that of the options, and `count` the numbers of threads: the plan depends on them.
+    """
+    spec, (batch, length, heads) = options.spec, shape
+    if spec.ordering != "raster" or spec.pattern.has_null_keys:
+        return None
+    rows = _Rows(PackedRows(((0, length),)), length, heads, kv_heads, 1, device)
+    (line,) = lines_of(spec.ordering, rows.packed.cuts, spec.pattern, device)
+    call = _line_call(options, line, rows, batch, None)
+    assert call.kernel is kernel
+    return call
 
 
 class _Rows(NamedTuple):
