@@ -71,11 +71,11 @@ def forward_steps(parts: Parts, q: Tensor, keys: KeyTensors, options: PairOption
         batch, rows, heads, _ = q.shape
         out = contiguous_layout((batch, rows, heads, v.shape[3]))
         of_queries = [_layout(q), out, ((batch, rows, heads, 1), (heads * rows, 1, rows, 1))]
-        views = _views(parts, of_queries, [_layout(k), _layout(v)])
-        kept[key] = None
+        views, steps = _views(parts, of_queries, [_layout(k), _layout(v)]), None
         if views is not None:
             at_q, at_out, at_lse, at_k, at_v = views
-            kept[key] = Steps(_steps(parts, options), (at_q, at_k, at_v, at_out, at_lse))
+            steps = Steps(_steps(parts, options), (at_q, at_k, at_v, at_out, at_lse))
+        _keep(kept, key, steps)
     return kept[key]
 
 
@@ -96,13 +96,13 @@ def backward_steps(
     if key not in kept:
         of_queries = [*map(_layout, (grad, q, out, lse)), contiguous_layout(q.shape)]
         of_keys = [_layout(k), _layout(v), contiguous_layout(k.shape), contiguous_layout(v.shape)]
-        views = _views(parts, of_queries, of_keys)
-        kept[key] = None
+        views, steps = _views(parts, of_queries, of_keys), None
         if views is not None:
             at_grad, at_q, at_out, at_lse, at_dq, at_k, at_v, at_dk, at_dv = views
             at_lse = tuple(view._replace(sizes=view.sizes[:3], strides=view.strides[:3]) for view in at_lse)
             columns = at_grad, at_q, at_k, at_v, at_out, at_lse, at_dq, at_dk, at_dv
-            kept[key] = Steps(_steps(parts, options), columns)
+            steps = Steps(_steps(parts, options), columns)
+        _keep(kept, key, steps)
     return kept[key]
 
 
@@ -117,11 +117,16 @@ def _layout(t: Tensor) -> Layout:
 
 
 def _kept(parts: Parts) -> dict[Any, Steps | None]:
-    """Return the steps that parts keep, for the caller to add to: at most `MOST_LAYOUTS`."""
+    """Return the steps that parts keep, by the layouts of tensors."""
     kept: dict[Any, Steps | None] = vars(parts).setdefault("_steps", {})
-    if len(kept) > MOST_LAYOUTS:
-        kept.clear()
     return kept
+
+
+def _keep(kept: dict[Any, Steps | None], key: Any, steps: Steps | None) -> None:
+    """Keep the steps of a layout, of `MOST_LAYOUTS` at most."""
+    if len(kept) >= MOST_LAYOUTS:
+        kept.clear()
+    kept[key] = steps
 
 
 def _steps(parts: Parts, options: PairOptions) -> tuple[Step, ...]:
