@@ -22,6 +22,7 @@ import torch
 from lightning_longnet import Pattern
 from lightning_longnet.attention import op
 from lightning_longnet.attention.kernels import BLOCK_KERNELS
+from lightning_longnet.attention.kernels.compiling import VIEWS
 from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.parallel.shard import SequenceShard
 from lightning_longnet.attention.spec import AttentionSpec
@@ -146,6 +147,7 @@ def _of_layer(
             programs = dict.fromkeys(("forward", "query_gradient", "key_gradients"), NoProgram())
             context.enter_context(patch.multiple(launch, **programs))
         context.enter_context(torch._C._AutoDispatchBelowAutograd())
+        context.enter_context(torch._C._ExcludeDispatchKeyGuard(VIEWS))
         out, lse, saved = op.forward.body(q, k, v, *others)
         directions: dict[str, Callable[[], Any]] = {
             "forward": lambda: op.forward.body(q, k, v, *others),

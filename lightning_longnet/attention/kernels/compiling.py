@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+# autograd's bookkeeping of views, which takes a part of the time of each operator
+VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -66,7 +68,13 @@ class Operator(Generic[_P, _T]):
         self.name, self.body = name, body
         schema = torch.library.infer_schema(body, mutates_args=())
         torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(name, "default", not_compiled(body))
+
+        def computed(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            """Call the body without autograd's bookkeeping of views, as nothing in it is differentiated."""
+            with torch._C._ExcludeDispatchKeyGuard(VIEWS):
+                return body(*args, **kwargs)
+
+        torch.library.impl(name, "default", not_compiled(computed))
         namespace, _, operator = name.partition("::")
         self._call = getattr(getattr(torch.ops, namespace), operator).default
 
