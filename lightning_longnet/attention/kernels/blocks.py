@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_longnet.attention.kernels import threads
-from lightning_longnet.attention.kernels.accumulator import adoptable
+from lightning_longnet.attention.kernels.accumulator import Accumulator, adoptable
 from lightning_longnet.attention.kernels.call import Call, DropoutMask, OrderMask
 from lightning_longnet.attention.kernels.partial import Partial
 from lightning_longnet.attention.kernels.steps import backward_steps, forward_steps, strided
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.kernels import BlockKernel, PartsKernel
-    from lightning_longnet.attention.kernels.accumulator import Accumulator
     from lightning_longnet.attention.kernels.dropout import Dropout
     from lightning_longnet.attention.kernels.keys import Keys
     from lightning_longnet.attention.kernels.null_keys import NullKeys
@@ -296,8 +295,11 @@ def _backward(
         steps = backward_steps(parts, q, tensors, inputs, options)
         if steps is not None:
             assert tensors.gradients is not None
+            dk, dv = tensors.gradients
+            assert isinstance(dk, Accumulator)
+            assert isinstance(dv, Accumulator)
             read = inputs.grad, q, tensors.k, tensors.v, inputs.outs[0], inputs.lse
-            _backward_steps(kernel, steps, read, (dq, *tensors.gradients), stores[0], each)
+            _backward_steps(kernel, steps, read, (dq, dk, dv), stores[0], each)
             return
     for part, call in _kernel_calls(each(parts), q, keys, options):
         queries = part.block.queries
