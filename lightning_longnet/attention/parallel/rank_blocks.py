@@ -8,24 +8,27 @@ rows that one needs of the other, so no rank asks for them, and no row is sent t
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from lightning_longnet.attention.parallel.placement import Chunk
-from lightning_longnet.attention.parallel.shares import ChunkSegments, segments_in, shares
+from lightning_longnet.attention.parallel.shares import BlockShares, rows_alone, segments_in
 from lightning_longnet.attention.plan.block import Part
 from lightning_longnet.attention.plan.blocks import make_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Sequence
 
     from torch import Tensor
 
     from lightning_longnet.attention.parallel.placement import Placement
-    from lightning_longnet.attention.pattern.branch import Branch
+    from lightning_longnet.attention.parallel.shares import ChunkSegments
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.attention.plan.block import Block
     from lightning_longnet.attention.plan.lattice import Lattice
 
 CPU = torch.device("cpu")
@@ -65,10 +68,12 @@ def rank_blocks(layout: Layout) -> RankBlocks:
     return RankBlocks(layout)
 
 
-class PeerBlocks(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PeerBlocks:
     """The blocks of one rank's queries against the keys of another rank, which holds `tokens` tokens.
 
-    `RankBlocks.blocks` returns it.  Its methods say which KV rows the first rank needs of the other.
+    `RankBlocks.blocks` returns it, one object for all pairs of ranks that have the same parts.  Its methods say which
+    KV rows the first rank needs of the other.
     """
 
     parts: tuple[Part, ...]
@@ -123,7 +128,38 @@ class PeerBlocks(NamedTuple):
         `Round` asks where it computes indices on a GPU, and plans ask.  Each row is sent once, though several blocks
         may need it.
         """
-        return len(self.kv_rows_without_mask()) if self.is_sparse else int(self.mask().sum())
+        return self.kv_row_counts([self._branches])[self._branches]
+
+    def kv_row_counts(self, groups: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
+        """Return how many KV rows the branches of each group need together.
+
+        `rounds_volumes` calls it for each pair of ranks, for what is received and for what is sent.  Most groups are a
+        smaller group plus one branch, and their masks are made from that of it.
+        """
+        # of the branches of a group only those count that have parts between the two ranks: often one or two of them
+        branches = set(self._branches)
+        present = {group: tuple(branch for branch in group if branch in branches) for group in groups}
+        missing = {group for group in present.values() if group not in self._counts}
+        if self.is_sparse:
+            self._counts.update((group, len(self.kv_rows_without_mask(group))) for group in missing)
+        elif missing:
+            masks: dict[tuple[int, ...], Tensor] = {(branch,): self.mask((branch,)) for branch in branches}
+            for group in sorted(missing, key=len):
+                smaller, other = (group[:-1], group[-1]) if group[:-1] in masks else (group[1:], group[0])
+                if group not in masks:
+                    masks[group] = masks[smaller] | masks[other,] if smaller in masks else self.mask(group)
+                self._counts[group] = int(masks[group].sum())
+        return {group: self._counts[members] for group, members in present.items()}
+
+    @cached_property
+    def _branches(self) -> tuple[int, ...]:
+        """The branches that have parts, ascending."""
+        return tuple(sorted({part.branch for part in self.parts}))
+
+    @cached_property
+    def _counts(self) -> dict[tuple[int, ...], int]:
+        """The numbers of needed KV rows that were counted, by branches that have parts."""
+        return {(): 0}
 
 
 class _DocumentBlocks:
@@ -132,38 +168,45 @@ class _DocumentBlocks:
     def __init__(self, layout: Layout, cuts: tuple[int, ...]) -> None:
         whole = make_plan(layout.pattern, layout.heads, layout.kv_heads, cuts, layout.weighted_segments)
         self.blocks = [(branch, block) for branch, blocks in enumerate(whole.branches) for block in blocks]
-        # for each block the first row and the end of its queries and of its keys, to find a rank's blocks quickly
-        sides = [[_extent(side) for side in (block.queries, block.keys)] for _, block in self.blocks]
-        self._extents = torch.tensor(sides, dtype=torch.long).view(len(sides), 2, 2)
+        alike: dict[Block, list[int]] = {}
+        for number, (_, block) in enumerate(self.blocks):
+            alike.setdefault(rows_alone(block), []).append(number)
+        # the numbers of blocks that are cut alike, and their shares
+        self._groups = [(numbers, BlockShares([self.blocks[n] for n in numbers])) for numbers in alike.values()]
+        # for each group the first row and the end of its queries and of its keys, to find a rank's blocks quickly
+        self._extents = [[_extent(side) for side in (rows.queries, rows.keys)] for rows in alike]
         self._segments: dict[tuple[Chunk, int], dict[int, ChunkSegments | None]] = {}
 
-    def shares(self, queries: Chunk, keys: Chunk) -> Iterator[Part]:
-        """Yield the parts of the blocks with queries in one chunk and keys in another."""
+    def shares(self, queries: Chunk, keys: Chunk) -> list[Part]:
+        """Return the parts of the blocks with queries in one chunk and keys in another."""
         # few blocks have segments with queries in one chunk and keys in the other: only these are cut into shares
         of_queries, of_keys = self._segments_in(queries, 0), self._segments_in(keys, 1)
-        for number, in_queries in of_queries.items():
-            if number not in of_keys:
+        of_blocks = list[tuple[int, list[Part]]]()
+        for group, in_queries in of_queries.items():
+            if group not in of_keys:
                 continue
-            branch, block = self.blocks[number]
+            numbers, shares = self._groups[group]
             if in_queries is None:
-                in_queries = of_queries[number] = segments_in(block.queries, queries)
-            in_keys = of_keys[number]
+                in_queries = of_queries[group] = segments_in(shares.queries, queries)
+            in_keys = of_keys[group]
             if in_keys is None:
-                in_keys = of_keys[number] = segments_in(block.keys, keys)
+                in_keys = of_keys[group] = segments_in(shares.keys, keys)
             if in_queries.begin < in_keys.end and in_keys.begin < in_queries.end:
-                for share in shares(block, in_queries, in_keys):
-                    yield Part(branch, share)
+                cut = shares.between(in_queries, in_keys)
+                of_blocks += zip(numbers, map(list[Part], zip(*cut, strict=True)), strict=cut != [])
+        return [part for _, parts in sorted(of_blocks, key=itemgetter(0)) for part in parts]
 
     def _segments_in(self, chunk: Chunk, side: int) -> dict[int, ChunkSegments | None]:
-        """Return the numbers of the blocks that may have queries (side 0) or keys (side 1) in a chunk, ascending.
+        """Return the groups of blocks that may have queries (side 0) or keys (side 1) in a chunk, ascending.
 
         The segments that have some are added when they are asked for: most blocks have none in the other chunk.
         """
-        if (chunk, side) not in self._segments:
-            begins, ends = self._extents[:, side].unbind(1)
-            numbers = ((begins < chunk.end) & (ends > chunk.begin)).nonzero().flatten().tolist()
-            self._segments[chunk, side] = dict.fromkeys(numbers)
-        return self._segments[chunk, side]
+        found = self._segments.get((chunk, side))
+        if found is None:
+            extents = enumerate(extent[side] for extent in self._extents)
+            groups = [group for group, (begin, end) in extents if begin < chunk.end and end > chunk.begin]
+            found = self._segments[chunk, side] = dict.fromkeys(groups)
+        return found
 
 
 class RankBlocks:
@@ -176,8 +219,10 @@ class RankBlocks:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._documents: dict[tuple[int, int], _DocumentBlocks] = {}
-        self._parts: dict[tuple[int, int], tuple[Part, ...]] = {}
+        self._blocks: dict[tuple[int, int], PeerBlocks] = {}
+        self._distinct: dict[tuple[int, ...], PeerBlocks] = {}
         self._ranges: dict[Chunk, tuple[int, int]] = {}
+        self._chunks: dict[int, tuple[Chunk, ...]] = {}
 
     def blocks(self, rank: int, source: int, branches: Collection[int] | None = None) -> PeerBlocks:
         """Return the blocks of a rank's queries against the keys of the rank `source`, of some branches or of all.
@@ -185,24 +230,36 @@ class RankBlocks:
         `route` calls it on both ranks, which so agree on the KV rows that travel from `source` to `rank`; the choice of
         an exchange counts these rows.
         """
-        if (rank, source) not in self._parts:
+        tokens = self.layout.placement.lengths[source]
+        found = self._blocks.get((rank, source))
+        if found is None:
             pairs, parts = self._chunk_pairs(rank, source), list[Part]()
             for documents in self._common_documents(rank, source) if pairs else ():
                 for queries, keys in pairs:
                     parts += documents.shares(queries, keys)
             # by branch, and in each branch the blocks of negative weight last
             parts.sort(key=lambda part: (part.branch, -part.block.weight))
-            self._parts[rank, source] = tuple(parts)
-        parts_of_branches = self._parts[rank, source]
-        if branches is not None:
-            parts_of_branches = tuple(part for part in parts_of_branches if part.branch in branches)
-        return PeerBlocks(parts_of_branches, self.layout.placement.lengths[source], self.layout.kv_heads)
+            found = self._blocks[rank, source] = self._peer_blocks(parts, tokens)
+        if branches is None:
+            return found
+        return self._peer_blocks([part for part in found.parts if part.branch in branches], tokens)
+
+    def _peer_blocks(self, parts: list[Part], tokens: int) -> PeerBlocks:
+        """Return the object for these parts, by their identity: to compare their blocks would take as long as a plan.
+
+        Of the pairs of ranks many have the same parts, and what these need is counted once.
+        """
+        key = tokens, *map(id, parts)  # the parts live as long as the object
+        found = self._distinct.get(key)
+        if found is None:
+            found = self._distinct[key] = PeerBlocks(tuple(parts), tokens, self.layout.kv_heads)
+        return found
 
     def _chunk_pairs(self, rank: int, source: int) -> list[tuple[Chunk, Chunk]]:
         """Return a rank's chunks of queries, each with those chunks of keys of `source` that it may see."""
         is_causal, pairs = self.layout.pattern.is_causal, list[tuple[Chunk, Chunk]]()
-        sources = self.layout.placement.chunks(source)
-        for queries in self.layout.placement.chunks(rank):
+        sources = self._chunks_of(source)
+        for queries in self._chunks_of(rank):
             begin, end = self._visible_range(queries)
             if is_causal:
                 end = min(end, queries.end)
@@ -225,7 +282,7 @@ class RankBlocks:
     def _documents_on(self, rank: int) -> set[int]:
         """Return the numbers of the documents with tokens on a rank."""
         cuts, numbers = self.layout.cuts, set[int]()
-        for chunk in self.layout.placement.chunks(rank):
+        for chunk in self._chunks_of(rank):
             numbers.update(range(bisect_right(cuts, chunk.begin) - 1, bisect_left(cuts, chunk.end)))
         return numbers
 
@@ -243,7 +300,7 @@ class RankBlocks:
         Of thousands of ranks these are a few, so only their blocks are planned.
         """
         ranks: set[int] = set()
-        for chunk in self.layout.placement.chunks(rank):
+        for chunk in self._chunks_of(rank):
             ranks |= self.layout.placement.holders(*self._visible_range(chunk))
         return sorted(ranks - {rank})
 
@@ -258,7 +315,7 @@ class RankBlocks:
         parts = (
             part
             for documents in self._common_documents(rank, rank)
-            for queries in placement.chunks(rank)
+            for queries in self._chunks_of(rank)
             for part in documents.shares(queries, everywhere)
         )
         return sum(part.block.pairs * part.block.weight for part in parts)
@@ -269,9 +326,8 @@ class RankBlocks:
         `busiest_ranks` and the planner choose by it which of many ranks they plan.
         """
         before = after = 0.0
-        for chunk in self.layout.placement.chunks(rank):
-            for branch in self.layout.pattern.branches:
-                begin, end = self._branch_range(chunk, branch)
+        for chunk in self._chunks_of(rank):
+            for branch, (begin, end) in zip(self.layout.pattern.branches, self._branch_ranges(chunk), strict=True):
                 before += (chunk.begin - begin) / branch.dilation_rate
                 after += (end - chunk.end) / branch.dilation_rate
         # under a causal mask the keys of earlier tokens are received, and keys are sent to later tokens only
@@ -280,25 +336,32 @@ class RankBlocks:
     def _visible_range(self, chunk: Chunk) -> tuple[int, int]:
         """Return the tokens, from begin to end, that these tokens may see in some branch, or that may see them."""
         if chunk not in self._ranges:
-            begins, ends = zip(
-                *(self._branch_range(chunk, branch) for branch in self.layout.pattern.branches), strict=True
-            )
+            begins, ends = zip(*self._branch_ranges(chunk), strict=True)
             self._ranges[chunk] = min(begins), max(ends)
         return self._ranges[chunk]
 
-    def _branch_range(self, chunk: Chunk, branch: Branch) -> tuple[int, int]:
-        """Return the tokens, from begin to end, that a branch may show to these tokens or these tokens to it."""
-        cuts = self.layout.cuts
-        first, last = (bisect_right(cuts, token) - 1 for token in (chunk.begin, chunk.end - 1))
-        begin, end = cuts[first], cuts[last + 1]
-        if branch.segment_length is not None:
-            width = branch.segment_length
-            begin += (chunk.begin - begin) // width * width
-            end = min(end, cuts[last] + ((chunk.end - 1 - cuts[last]) // width + 1) * width)
-        if branch.window is not None:
-            begin = max(begin, chunk.begin - branch.window + 1)
-            end = min(end, chunk.end + branch.window - 1)
-        return begin, end
+    def _branch_ranges(self, chunk: Chunk) -> list[tuple[int, int]]:
+        """Return for each branch the tokens, from begin to end, that it may show to these tokens or these to it."""
+        cuts, ranges = self.layout.cuts, []
+        first, last = bisect_right(cuts, chunk.begin) - 1, bisect_left(cuts, chunk.end) - 1
+        for branch in self.layout.pattern.branches:
+            begin, end = cuts[first], cuts[last + 1]
+            width, window = branch.segment_length, branch.window
+            if width is not None:
+                begin += (chunk.begin - begin) // width * width
+                end = min(end, cuts[last] + ((chunk.end - 1 - cuts[last]) // width + 1) * width)
+            if window is not None:
+                begin = max(begin, chunk.begin - window + 1)
+                end = min(end, chunk.end + window - 1)
+            ranges.append((begin, end))
+        return ranges
+
+    def _chunks_of(self, rank: int) -> tuple[Chunk, ...]:
+        """Return the chunks of a rank, which are asked for again and again."""
+        found = self._chunks.get(rank)
+        if found is None:
+            found = self._chunks[rank] = self.layout.placement.chunks(rank)
+        return found
 
 
 def is_local(layout: Layout) -> bool:

@@ -79,7 +79,8 @@ class Round:
     @cached_property
     def _parts(self) -> dict[int, Parts]:
         """The parts with the keys of each rank."""
-        return {rank: merge_neighboring_parts(blocks.parts) for rank, blocks in self.receives.items()}
+        merged = {blocks: merge_neighboring_parts(blocks.parts) for blocks in set(self.receives.values())}
+        return {rank: merged[blocks] for rank, blocks in self.receives.items()}
 
     @cached_property
     def _counts(self) -> tuple[dict[int, int], dict[int, int]]:
