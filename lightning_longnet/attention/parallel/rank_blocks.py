@@ -1,41 +1,26 @@
-"""The blocks between two ranks, and the KV rows that these blocks read: a pure function of the plan and the placement.
-
-A KV row is the key and the value of one token in one key head.  Its index on the rank that holds it is
-`row * kv_heads + head`, where `row` is the local index of the token.  Both ranks compute the sorted indices of the KV
-rows that one needs of the other, so no rank asks for them, and no row is sent twice in an exchange.
-"""
+"""The blocks between any two ranks: a pure function of the plan and the placement, which all ranks compute alike."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
+from lightning_longnet.attention.parallel.peer_blocks import PeerBlocks
 from lightning_longnet.attention.parallel.placement import Chunk
 from lightning_longnet.attention.parallel.shares import BlockShares, rows_alone, segments_in
 from lightning_longnet.attention.plan.block import Part
 from lightning_longnet.attention.plan.blocks import make_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
-
-    from torch import Tensor
+    from collections.abc import Collection, Iterable
 
     from lightning_longnet.attention.parallel.placement import Placement
     from lightning_longnet.attention.parallel.shares import ChunkSegments
     from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.attention.plan.block import Block
     from lightning_longnet.attention.plan.lattice import Lattice
-
-CPU = torch.device("cpu")
-# A list of KV rows is faster than a mask of all where fewer than one in this many are needed
-SPARSE = 16
-# Up to so many runs of rows a block, rows are marked run by run: a tensor operation takes as long as ten runs
-FEW_RUNS = 10
 
 
 class Layout(NamedTuple):
@@ -66,100 +51,6 @@ def rank_blocks(layout: Layout) -> RankBlocks:
     `route`, `rounds_volumes`, `busiest_ranks` and `is_local` ask, and the planner.
     """
     return RankBlocks(layout)
-
-
-@dataclass(frozen=True, eq=False)
-class PeerBlocks:
-    """The blocks of one rank's queries against the keys of another rank, which holds `tokens` tokens.
-
-    `RankBlocks.blocks` returns it, one object for all pairs of ranks that have the same parts.  Its methods say which
-    KV rows the first rank needs of the other.
-    """
-
-    parts: tuple[Part, ...]
-    tokens: int
-    kv_heads: int
-
-    def mask(self, branches: Collection[int] | None = None, device: torch.device = CPU) -> Tensor:
-        """Return a mask of the needed KV rows, (tokens * kv_heads,), for some branches or for all.
-
-        `Round` finds the rows to send and to receive by it, and plans count them.
-        """
-        keys = [part.block.keys for part in self.parts if branches is None or part.branch in branches]
-        if device == CPU and keys and sum(len(side.starts) * side.heads for side in keys) <= FEW_RUNS * len(keys):
-            flags = bytearray(self.tokens * self.kv_heads)
-            for side in keys:
-                side.mark(flags, self.kv_heads)
-            return torch.frombuffer(flags, dtype=torch.bool)
-        needed = torch.zeros((1, self.tokens, self.kv_heads, 1), dtype=torch.bool, device=device)
-        true = torch.ones((), dtype=torch.bool, device=device)
-        for side in keys:
-            side.write(needed, true)
-        return needed.flatten()
-
-    def kv_rows(self) -> Tensor:
-        """Return the indices of the needed KV rows, (R,), ascending, int32.
-
-        Tests call it; `Round` reads the mask itself.
-        """
-        return kv_rows_of(self.mask())
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether so few KV rows are needed that a list of them is smaller than a mask of all."""
-        return SPARSE * sum(part.block.keys.size for part in self.parts) < self.tokens * self.kv_heads
-
-    def kv_rows_without_mask(self, branches: Collection[int] | None = None) -> Tensor:
-        """Return the same indices as int64 without a mask of all KV rows; `branches` selects some branches.
-
-        The counts of rows take it where few rows are needed.
-        """
-        indices = [torch.empty(0, dtype=torch.long)]
-        for part in self.parts:
-            if branches is None or part.branch in branches:
-                rows, heads = part.block.keys.indices(torch.device("cpu"))
-                indices.append((rows * self.kv_heads + heads).flatten())
-        unique: Tensor = torch.cat(indices).unique()
-        return unique
-
-    def kv_row_count(self) -> int:
-        """Return the number of needed KV rows, over all branches.
-
-        `Round` asks where it computes indices on a GPU, and plans ask.  Each row is sent once, though several blocks
-        may need it.
-        """
-        return self.kv_row_counts([self._branches])[self._branches]
-
-    def kv_row_counts(self, groups: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
-        """Return how many KV rows the branches of each group need together.
-
-        `rounds_volumes` calls it for each pair of ranks, for what is received and for what is sent.  Most groups are a
-        smaller group plus one branch, and their masks are made from that of it.
-        """
-        # of the branches of a group only those count that have parts between the two ranks: often one or two of them
-        branches = set(self._branches)
-        present = {group: tuple(branch for branch in group if branch in branches) for group in groups}
-        missing = {group for group in present.values() if group not in self._counts}
-        if self.is_sparse:
-            self._counts.update((group, len(self.kv_rows_without_mask(group))) for group in missing)
-        elif missing:
-            masks: dict[tuple[int, ...], Tensor] = {(branch,): self.mask((branch,)) for branch in branches}
-            for group in sorted(missing, key=len):
-                smaller, other = (group[:-1], group[-1]) if group[:-1] in masks else (group[1:], group[0])
-                if group not in masks:
-                    masks[group] = masks[smaller] | masks[other,] if smaller in masks else self.mask(group)
-                self._counts[group] = int(masks[group].sum())
-        return {group: self._counts[members] for group, members in present.items()}
-
-    @cached_property
-    def _branches(self) -> tuple[int, ...]:
-        """The branches that have parts, ascending."""
-        return tuple(sorted({part.branch for part in self.parts}))
-
-    @cached_property
-    def _counts(self) -> dict[tuple[int, ...], int]:
-        """The numbers of needed KV rows that were counted, by branches that have parts."""
-        return {(): 0}
 
 
 class _DocumentBlocks:
@@ -367,20 +258,6 @@ class RankBlocks:
 def is_local(layout: Layout) -> bool:
     """Return whether the keys of each query are on the rank of the query: `schedule` and the planner ask."""
     return rank_blocks(layout).is_local()
-
-
-def kv_rows_of(mask: Tensor, count: int | None = None) -> Tensor:
-    """Return the indices of the KV rows in a mask, ascending.
-
-    `Round` calls it for each peer.  They are int32, half the size of int64: they lie in memory beside the rows of a
-    round.  With their `count` it waits for no device, as nonzero() would.
-    """
-    if count is None:
-        return mask.nonzero().flatten().int()
-    rows = torch.arange(len(mask), dtype=torch.int32, device=mask.device)
-    # where each row goes: those that are not needed all go behind the last, and are cut off
-    target = torch.where(mask, mask.cumsum(0) - 1, count)
-    return rows.new_empty(count + 1).scatter_(0, target, rows)[:count]
 
 
 def _consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lightning_longnet.attention.plan.block import Block
@@ -58,7 +57,11 @@ def lattice_blocks(shape: Shape, head_starts: list[tuple[int, Starts]], group: i
             row_shift=next_starts[0] - starts[0],
         )
         for query_heads, key_heads in _with_query_heads(keys, group):
-            queries = query_heads if query_heads.rows == shape.queries else replace(query_heads, rows=shape.queries)
+            queries = query_heads  # not changed by replace(), which takes twice as long
+            if queries.rows != shape.queries:
+                queries = Lattice(
+                    starts, shape.queries, shape.step, queries.head, queries.heads, queries.head_step, queries.row_shift
+                )
             key_rows = key_heads.shifted(shape.shift)
             yield Block(
                 queries,
@@ -96,10 +99,11 @@ def _with_query_heads(keys: Lattice, group: int) -> Iterator[tuple[Lattice, Latt
     if group == 1 and keys.heads > 1:
         yield keys, keys
     elif keys.heads == 1 or (keys.head_step == 1 and keys.row_shift == 0):
-        yield replace(keys, head=keys.head * group, heads=keys.heads * group, head_step=1, row_shift=0), keys
+        yield Lattice(keys.starts, keys.rows, keys.step, keys.head * group, keys.heads * group), keys
     elif keys.heads < group:
         for a in range(keys.heads):
             yield from _with_query_heads(keys.diagonal(a, a + 1), group)
     else:
         for member in range(group):
-            yield replace(keys, head=keys.head * group + member, head_step=keys.head_step * group), keys
+            head, head_step = keys.head * group + member, keys.head_step * group
+            yield Lattice(keys.starts, keys.rows, keys.step, head, keys.heads, head_step, keys.row_shift), keys
