@@ -263,6 +263,16 @@ def test_ranks_at_equal_places_share_their_parts():
     assert len({part for blocks in found for part in blocks.parts}) == len({id(x) for y in found for x in y.parts})
 
 
+def test_the_pairs_of_ranks_at_equal_places_are_counted_once():
+    length, ranks, pairs, counted = 1 << 18, 256, Block.pairs, []
+    pattern = Pattern.dilated((512, 1024, 4096), (1, 2, 4), True)
+    between = rank_blocks(Layout(pattern, 8, 8, (0, length), Placement.even(length, ranks, "zigzag")))
+    with patch.object(Block, "pairs", property(lambda block: counted.append(block) or pairs.fget(block))):
+        found = [between.visible_pairs(rank) for rank in range(ranks)]
+    assert sum(found) == blocks.plan(pattern, 8, 8, (0, length)).pairs
+    assert len(counted) < ranks
+
+
 @pytest.mark.parametrize("document", [777, 1 << 16])
 def test_each_block_that_a_rank_cuts_has_a_share(document):
     """A rank of a zigzag looks only at segments with queries in one of its chunks and keys in one of the other's."""

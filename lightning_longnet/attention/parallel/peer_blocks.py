@@ -111,6 +111,11 @@ class PeerBlocks:
         return {group: self._counts[members] for group, members in present.items()}
 
     @cached_property
+    def pairs(self) -> int:
+        """The number of (query, key) pairs over all heads, each as often as the weights of the blocks count it."""
+        return sum(part.block.pairs * part.block.weight for part in self.parts)
+
+    @cached_property
     def _branches(self) -> tuple[int, ...]:
         """The branches that have parts, ascending."""
         return tuple(sorted({part.branch for part in self.parts}))

@@ -201,15 +201,13 @@ class RankBlocks:
         A repeated pair counts as often as branches show it, or once if the pattern's multiplicity is "set".
         `_busiest` of placement_choice.py takes the maximum over the ranks.
         """
-        placement = self.layout.placement
-        everywhere = Chunk(0, placement.length, 0)
-        parts = (
-            part
-            for documents in self._common_documents(rank, rank)
-            for queries in self._chunks_of(rank)
-            for part in documents.shares(queries, everywhere)
-        )
-        return sum(part.block.pairs * part.block.weight for part in parts)
+        length, pairs = self.layout.placement.length, 0
+        for documents in self._common_documents(rank, rank):
+            for queries in self._chunks_of(rank):
+                # keys are counted from the first query: ranks at equal places have the same parts, counted once
+                everywhere = Chunk(0, length, -queries.begin)
+                pairs += self._peer_blocks(documents.shares(queries, everywhere), length).pairs
+        return pairs
 
     def estimated_traffic(self, rank: int) -> tuple[float, float]:
         """Return an estimate of (received, sent) token rows of a rank, from how far its segments and documents span.
