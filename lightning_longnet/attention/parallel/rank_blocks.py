@@ -72,7 +72,7 @@ class _DocumentBlocks:
         """Return the parts of the blocks with queries in one chunk and keys in another."""
         # few blocks have segments with queries in one chunk and keys in the other: only these are cut into shares
         of_queries, of_keys = self._segments_in(queries, 0), self._segments_in(keys, 1)
-        of_blocks = list[tuple[int, list[Part]]]()
+        of_blocks = list[tuple[int, tuple[Part, ...]]]()
         for group, in_queries in of_queries.items():
             if group not in of_keys:
                 continue
@@ -84,7 +84,7 @@ class _DocumentBlocks:
                 in_keys = of_keys[group] = segments_in(shares.keys, keys)
             if in_queries.begin < in_keys.end and in_keys.begin < in_queries.end:
                 cut = shares.between(in_queries, in_keys)
-                of_blocks += zip(numbers, map(list[Part], zip(*cut, strict=True)), strict=cut != [])
+                of_blocks += zip(numbers, zip(*cut, strict=True), strict=True) if cut else ()
         return [part for _, parts in sorted(of_blocks, key=itemgetter(0)) for part in parts]
 
     def _segments_in(self, chunk: Chunk, side: int) -> dict[int, ChunkSegments | None]:
