@@ -135,7 +135,7 @@ def table(result: dict[str, Any]) -> str:
     turns = {(row["name"], row["ranks"]): row["phases"] for row in result["rows"]}
 
     def median(name: str, ranks: int, phases: slice, clock: int) -> float:
-        return statistics.median(sum(phase[clock] for phase in turn[phases]) for turn in turns[name, ranks])
+        return float(statistics.median(sum(phase[clock] for phase in turn[phases]) for turn in turns[name, ranks]))
 
     phases = {phase: slice(number, number + 1) for number, phase in enumerate(PHASES)}
     for ranks in sorted({ranks for _, ranks in turns}):
