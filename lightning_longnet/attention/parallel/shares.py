@@ -207,10 +207,13 @@ class BlockShares:
     def _made(self, share: _ShareRows) -> tuple[Part, ...]:
         """Make a share: one part for every block."""
         group, first, last = self._group, share.first, share.last
-        parts = []
+        parts, keys_of = [], dict[int, Lattice]()
         for branch, block in self._blocks:
             queries = _sublattice(block.queries, share.query_starts, first * group, last * group, share.query_rows)
-            keys = _sublattice(block.keys, share.key_starts, first, last, share.key_rows)
+            keys = keys_of.get(id(block.keys))  # query heads of one key head share its lattice
+            if keys is None:
+                keys = _sublattice(block.keys, share.key_starts, first, last, share.key_rows)
+                keys_of[id(block.keys)] = keys
             # not by replace(), which takes twice as long: a plan of many documents has thousands of shares
             cut = Block(queries, keys, share.low, share.high, block.weight, share.repeats, block.stack)
             parts.append(Part(branch, cut))
