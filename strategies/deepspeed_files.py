@@ -9,7 +9,7 @@ from lightning_longnet.checkpointing.background import MemoryFile, in_memory
 from lightning_longnet.checkpointing.index import sync
 from lightning_longnet.checkpointing.manifest import FileSum, sum_of
 from lightning_longnet.checkpointing.streams import save_summed
-from lightning_longnet.strategies.saves import FAULTS
+from lightning_longnet.strategies.saves import writing_faults
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +104,7 @@ def _save_with(engine: Any, store: Callable[[Any, Path], None], save: Callable[[
         def attempt(*arguments: Any, **options: Any) -> None:
             try:
                 action(*arguments, **options)
-            except FAULTS as error:
+            except writing_faults() as error:
                 errors.append(error)
 
         return attempt

@@ -22,8 +22,6 @@ from torch.distributed.tensor import DTensor
 from lightning_longnet.sequence.buckets import in_buckets
 from lightning_longnet.strategies.averages import averages, check_averages, has_averages, sharded_state, whole_state
 from lightning_longnet.strategies.base import RingSequenceParallelStrategy
-from lightning_longnet.strategies.full_checkpoint import load_folder, load_full_checkpoint
-from lightning_longnet.strategies.shards import copy_shards, write_shards
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,12 +147,18 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
         """
         return self._save_distributed_checkpoint
 
+    # torch.distributed.checkpoint is imported where a checkpoint is written or read: that takes a while at each start
+
     def _write_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, FileSum]:
         """Write this rank's shards into a folder, on all ranks together; return the checksum of each file."""
+        from lightning_longnet.strategies.shards import write_shards
+
         return write_shards(checkpoint, folder, is_first=self.is_global_zero)
 
     def _copy_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, MemoryFile]:
         """Copy this rank's shards to files in memory, on all ranks together; return these files."""
+        from lightning_longnet.strategies.shards import copy_shards
+
         return copy_shards(checkpoint, folder, is_first=self.is_global_zero)
 
     def _load_from(self, path: Any, weights_only: bool | None) -> dict[str, Any]:
@@ -162,6 +166,8 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
         It is one file, as any sharding but DeepSpeed saves it, or a folder of FSDP2.  All ranks call it together.
         """
+        from lightning_longnet.strategies.full_checkpoint import load_folder, load_full_checkpoint
+
         path, module = Path(path), self.lightning_module
         assert self.model is not None
         assert module is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_longnet.checkpointing.checkpoint_io import ManifestCheckpointIO, facts_of
 from lightning_longnet.checkpointing.commit import commit, discard, seal, unfinished_path
@@ -34,8 +34,17 @@ if TYPE_CHECKING:
     from lightning_longnet.sequence.context import SequenceContext
     from lightning_longnet.strategies.phases import Progress
 
-# what writing raises: a full disk, a folder that cannot be written, content that cannot be pickled
-FAULTS = (OSError, RuntimeError, ValueError, TypeError, AttributeError, pickle.PicklingError, CheckpointException)
+_FAULTS = (OSError, RuntimeError, ValueError, TypeError, AttributeError, pickle.PicklingError)
+
+
+def writing_faults() -> tuple[type[BaseException], ...]:
+    """Return what writing raises: a full disk, a folder that cannot be written, content that cannot be pickled.
+
+    The exception of torch.distributed.checkpoint is among them once that is imported: importing it takes a while, and
+    no other code raises it.  `except` clauses of saves call it when something was raised.
+    """
+    api = sys.modules.get("torch.distributed.checkpoint.api")
+    return _FAULTS if api is None else (*_FAULTS, api.CheckpointException)
 
 
 class Pending(NamedTuple):
@@ -210,7 +219,7 @@ class CheckpointSaves(ParallelStrategy):
             io.forget_removals()
             try:
                 io.writer.take()
-            except FAULTS as error:  # this error must not replace that of the run
+            except writing_faults() as error:  # this error must not replace that of the run
                 rank_zero_warn(f"the checkpoint {pending.final} is not saved: {error}", category=RuntimeWarning)
         super().teardown()
 
@@ -258,7 +267,7 @@ class CheckpointSaves(ParallelStrategy):
         result, error = None, None
         try:
             result = attempt()
-        except FAULTS as fault:
+        except writing_faults() as fault:
             error = fault
         results = self._gathered((result, "" if error is None else f"{type(error).__name__}: {error}"))
         faults = [f"rank {rank}: {fault}" for rank, (_, fault) in enumerate(results) if fault]

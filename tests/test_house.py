@@ -140,6 +140,20 @@ def test_the_package_itself_is_imported_without_torch():
     assert result.stdout.strip() == "set()", result.stderr
 
 
+def test_a_trainer_is_made_without_what_checkpoints_need():
+    """torch.distributed.checkpoint takes longer to import than this package: the first save or load imports it."""
+    result = run(
+        "import sys\n"
+        "from lightning import Trainer\n"
+        "from lightning_longnet import LongNet, LongNetModule, Pattern, sequence_context\n"
+        "for strategy in ('ring_sequence_parallel', 'ring_sequence_parallel_ddp'):\n"
+        "    Trainer(strategy=strategy, accelerator='cpu', devices=2, logger=False)\n"
+        "print({'torch.distributed.checkpoint', 'lightning_longnet.checkpointing.reader'} & set(sys.modules))\n"
+        "print('lightning_longnet.strategies.fsdp2' in sys.modules)"
+    )
+    assert result.stdout.split() == ["set()", "True"], result.stderr
+
+
 def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
 

@@ -14,11 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_longnet import Pattern, attend
 from lightning_longnet.attention.kernels.call import Call
 from lightning_longnet.attention.kernels.sdpa import cpu
-from lightning_longnet.attention.parallel import rank_blocks as blocks_of_ranks
 from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.parallel.rank_blocks import Layout, rank_blocks
 from lightning_longnet.attention.parallel.routes import route
-from lightning_longnet.attention.parallel.shares import shares
+from lightning_longnet.attention.parallel.shares import BlockShares
 from lightning_longnet.attention.plan import blocks, documents, lattice, packed, parts
 from lightning_longnet.attention.plan.block import Block
 
@@ -294,6 +293,25 @@ def test_a_rank_plans_the_documents_that_it_has():
     assert sum(last - first + 1 for first, last in planned) < 16 < len(cuts)
 
 
+def test_ranks_at_equal_places_share_their_parts():
+    length, ranks = 1 << 16, 64
+    pattern = Pattern.dilated((512, 1024, 4096), (1, 2, 4), True)
+    between = rank_blocks(Layout(pattern, 8, 8, (0, length), Placement.even(length, ranks, "zigzag")))
+    found = [between.blocks(rank, peer) for rank in range(ranks) for peer in between.possible_peers(rank)]
+    assert len({*found}) < len(found) // 10
+    assert len({part for blocks in found for part in blocks.parts}) == len({id(x) for y in found for x in y.parts})
+
+
+def test_the_pairs_of_ranks_at_equal_places_are_counted_once():
+    length, ranks, pairs, counted = 1 << 18, 256, Block.pairs, []
+    pattern = Pattern.dilated((512, 1024, 4096), (1, 2, 4), True)
+    between = rank_blocks(Layout(pattern, 8, 8, (0, length), Placement.even(length, ranks, "zigzag")))
+    with patch.object(Block, "pairs", property(lambda block: counted.append(block) or pairs.fget(block))):
+        found = [between.visible_pairs(rank) for rank in range(ranks)]
+    assert sum(found) == blocks.plan(pattern, 8, 8, (0, length)).pairs
+    assert len(counted) < ranks
+
+
 @pytest.mark.parametrize("document", [777, 1 << 16])
 def test_each_block_that_a_rank_cuts_has_a_share(document):
     """A rank of a zigzag looks only at segments with queries in one of its chunks and keys in one of the other's."""
@@ -301,8 +319,8 @@ def test_each_block_that_a_rank_cuts_has_a_share(document):
     cuts = (0, *range(document, length, document), length)
     where = Placement.even(length, ranks, "zigzag")
     layout = Layout(Pattern.dilated((512, 1024, 2048), (1, 2, 4), True), 8, 8, cuts, where)
-    result = []
-    with patch.object(blocks_of_ranks, "shares", lambda *a: result.append([*shares(*a)]) or result[-1]):
+    result, between = [], BlockShares.between
+    with patch.object(BlockShares, "between", lambda *a: result.append(between(*a)) or result[-1]):
         rank_blocks.cache_clear()
         route(layout, 11, ("gather",) * 3)
     assert result

@@ -15,13 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_longnet import Pattern, sequence_plan
-from lightning_longnet.attention.parallel import rank_blocks as blocks_of_ranks
 from lightning_longnet.attention.parallel.exchange import MESSAGE_BYTES, Sizes
 from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.parallel.rank_blocks import Layout, is_local, rank_blocks
 from lightning_longnet.attention.parallel.routes import route
 from lightning_longnet.attention.parallel.schedule import exchange_plan, schedule
-from lightning_longnet.attention.parallel.shares import shares
+from lightning_longnet.attention.parallel.shares import BlockShares
 
 SIZES = Sizes(batch=1, head_dim=64, value_dim=64, itemsize=4, wide_itemsize=4)
 
@@ -213,8 +212,8 @@ def test_many_documents_on_many_ranks_are_planned_at_once():
     layout = Layout(Pattern.dense(True), 8, 8, tuple(cuts), Placement((2048,) * 512))
     between = rank_blocks(layout)
     assert max(len(between.possible_peers(rank)) for rank in range(512)) < 8
-    asked = []
-    with patch.object(blocks_of_ranks, "shares", lambda *a: (asked.append(a), shares(*a))[1]):
+    asked, shares = [], BlockShares.between
+    with patch.object(BlockShares, "between", lambda *a: (asked.append(a), shares(*a))[1]):
         route(layout, 256, ("gather",))
         assert len(asked) < 100
         assert not is_local(layout)

@@ -14,14 +14,16 @@ from tiers import tiered
 
 from lightning_longnet import balanced_placement
 from lightning_longnet.attention.parallel.placement import Placement
-from lightning_longnet.attention.parallel.shares import segments_in, shares
+from lightning_longnet.attention.parallel.shares import BlockShares, segments_in
 from lightning_longnet.attention.plan.blocks import plan
 
 
 def all_shares(block, placement, rank, source):
+    shares = BlockShares([(0, block)])
     for queries in placement.chunks(rank):
         for keys in placement.chunks(source):
-            yield from shares(block, segments_in(block.queries, queries), segments_in(block.keys, keys))
+            between = shares.between(segments_in(block.queries, queries), segments_in(block.keys, keys))
+            yield from (part.block for (part,) in between)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "zigzag"])

@@ -1,38 +1,26 @@
-"""The blocks between two ranks, and the KV rows that these blocks read: a pure function of the plan and the placement.
-
-A KV row is the key and the value of one token in one key head.  Its index on the rank that holds it is
-`row * kv_heads + head`, where `row` is the local index of the token.  Both ranks compute the sorted indices of the KV
-rows that one needs of the other, so no rank asks for them, and no row is sent twice in an exchange.
-"""
+"""The blocks between any two ranks: a pure function of the plan and the placement, which all ranks compute alike."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from functools import lru_cache
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
+from lightning_longnet.attention.parallel.peer_blocks import PeerBlocks
 from lightning_longnet.attention.parallel.placement import Chunk
-from lightning_longnet.attention.parallel.shares import ChunkSegments, segments_in, shares
+from lightning_longnet.attention.parallel.shares import BlockShares, rows_alone, segments_in
 from lightning_longnet.attention.plan.block import Part
 from lightning_longnet.attention.plan.blocks import make_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
-
-    from torch import Tensor
+    from collections.abc import Collection, Iterable
 
     from lightning_longnet.attention.parallel.placement import Placement
-    from lightning_longnet.attention.pattern.branch import Branch
+    from lightning_longnet.attention.parallel.shares import ChunkSegments
     from lightning_longnet.attention.pattern.pattern import Pattern
+    from lightning_longnet.attention.plan.block import Block
     from lightning_longnet.attention.plan.lattice import Lattice
-
-CPU = torch.device("cpu")
-# A list of KV rows is faster than a mask of all where fewer than one in this many are needed
-SPARSE = 16
-# Up to so many runs of rows a block, rows are marked run by run: a tensor operation takes as long as ten runs
-FEW_RUNS = 10
 
 
 class Layout(NamedTuple):
@@ -65,70 +53,6 @@ def rank_blocks(layout: Layout) -> RankBlocks:
     return RankBlocks(layout)
 
 
-class PeerBlocks(NamedTuple):
-    """The blocks of one rank's queries against the keys of another rank, which holds `tokens` tokens.
-
-    `RankBlocks.blocks` returns it.  Its methods say which KV rows the first rank needs of the other.
-    """
-
-    parts: tuple[Part, ...]
-    tokens: int
-    kv_heads: int
-
-    def mask(self, branches: Collection[int] | None = None, device: torch.device = CPU) -> Tensor:
-        """Return a mask of the needed KV rows, (tokens * kv_heads,), for some branches or for all.
-
-        `Round` finds the rows to send and to receive by it, and `_kv_row_counts` of rounds_plan.py counts them.
-        """
-        keys = [part.block.keys for part in self.parts if branches is None or part.branch in branches]
-        if device == CPU and keys and sum(len(side.starts) * side.heads for side in keys) <= FEW_RUNS * len(keys):
-            flags = bytearray(self.tokens * self.kv_heads)
-            for side in keys:
-                side.mark(flags, self.kv_heads)
-            return torch.frombuffer(flags, dtype=torch.bool)
-        needed = torch.zeros((1, self.tokens, self.kv_heads, 1), dtype=torch.bool, device=device)
-        true = torch.ones((), dtype=torch.bool, device=device)
-        for side in keys:
-            side.write(needed, true)
-        return needed.flatten()
-
-    def kv_rows(self) -> Tensor:
-        """Return the indices of the needed KV rows, (R,), ascending, int32.
-
-        Tests call it; `Round` reads the mask itself.
-        """
-        return kv_rows_of(self.mask())
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether so few KV rows are needed that a list of them is faster than a mask of all.
-
-        `kv_row_count` and `_kv_row_counts` of rounds_plan.py ask.
-        """
-        return SPARSE * sum(part.block.keys.size for part in self.parts) < self.tokens * self.kv_heads
-
-    def kv_rows_without_mask(self, branches: Collection[int] | None = None) -> Tensor:
-        """Return the indices of `kv_rows` as int64, without a mask of all KV rows; `branches` selects some branches.
-
-        `kv_row_count` and `_kv_row_counts` of rounds_plan.py count rows with it where `is_sparse`.
-        """
-        indices = [torch.empty(0, dtype=torch.long)]
-        for part in self.parts:
-            if branches is None or part.branch in branches:
-                rows, heads = part.block.keys.indices(torch.device("cpu"))
-                indices.append((rows * self.kv_heads + heads).flatten())
-        unique: Tensor = torch.cat(indices).unique()
-        return unique
-
-    def kv_row_count(self) -> int:
-        """Return the number of needed KV rows, over all branches.
-
-        `Round` asks where it computes indices on a GPU, and `RoundsPlan.work` for the tables of plans.  Each row is
-        sent once in a round, though several blocks may need it.
-        """
-        return len(self.kv_rows_without_mask()) if self.is_sparse else int(self.mask().sum())
-
-
 class _DocumentBlocks:
     """The blocks of some documents that follow one another, and which of them may have rows in a chunk.
 
@@ -138,42 +62,49 @@ class _DocumentBlocks:
     def __init__(self, layout: Layout, cuts: tuple[int, ...]) -> None:
         whole = make_plan(layout.pattern, layout.heads, layout.kv_heads, cuts, layout.weighted_segments)
         self.blocks = [(branch, block) for branch, blocks in enumerate(whole.branches) for block in blocks]
-        # for each block the first row and the end of its queries and of its keys, to find a rank's blocks quickly
-        sides = [[_extent(side) for side in (block.queries, block.keys)] for _, block in self.blocks]
-        self._extents = torch.tensor(sides, dtype=torch.long).view(len(sides), 2, 2)
+        alike: dict[Block, list[int]] = {}
+        for number, (_, block) in enumerate(self.blocks):
+            alike.setdefault(rows_alone(block), []).append(number)
+        # the numbers of blocks that are cut alike, and their shares
+        self._groups = [(numbers, BlockShares([self.blocks[n] for n in numbers])) for numbers in alike.values()]
+        # for each group the first row and the end of its queries and of its keys, to find a rank's blocks quickly
+        self._extents = [[_extent(side) for side in (rows.queries, rows.keys)] for rows in alike]
         self._segments: dict[tuple[Chunk, int], dict[int, ChunkSegments | None]] = {}
 
-    def shares(self, queries: Chunk, keys: Chunk) -> Iterator[Part]:
-        """Yield the parts of the blocks with queries in one chunk and keys in another, by the local rows of ranks.
+    def shares(self, queries: Chunk, keys: Chunk) -> list[Part]:
+        """Return the parts of the blocks with queries in one chunk and keys in another, by the local rows of ranks.
 
         Both may be one chunk, and `keys` all tokens, as in `RankBlocks.visible_pairs`.
         """
         # few blocks have segments with queries in one chunk and keys in the other: only these are cut into shares
         of_queries, of_keys = self._segments_in(queries, 0), self._segments_in(keys, 1)
-        for number, in_queries in of_queries.items():
-            if number not in of_keys:
+        of_blocks = list[tuple[int, tuple[Part, ...]]]()
+        for group, in_queries in of_queries.items():
+            if group not in of_keys:
                 continue
-            branch, block = self.blocks[number]
+            numbers, shares = self._groups[group]
             if in_queries is None:
-                in_queries = of_queries[number] = segments_in(block.queries, queries)
-            in_keys = of_keys[number]
+                in_queries = of_queries[group] = segments_in(shares.queries, queries)
+            in_keys = of_keys[group]
             if in_keys is None:
-                in_keys = of_keys[number] = segments_in(block.keys, keys)
+                in_keys = of_keys[group] = segments_in(shares.keys, keys)
             if in_queries.begin < in_keys.end and in_keys.begin < in_queries.end:
-                for share in shares(block, in_queries, in_keys):
-                    yield Part(branch, share)
+                cut = shares.between(in_queries, in_keys)
+                of_blocks += zip(numbers, zip(*cut, strict=True), strict=True) if cut else ()
+        return [part for _, parts in sorted(of_blocks, key=itemgetter(0)) for part in parts]
 
     def _segments_in(self, chunk: Chunk, side: int) -> dict[int, ChunkSegments | None]:
-        """Return the numbers of the blocks that may have queries (side 0) or keys (side 1) in a chunk, ascending.
+        """Return the groups of blocks that may have queries (side 0) or keys (side 1) in a chunk, ascending.
 
         The value of a number is None until `shares` asks for the block's segments, which it then writes here: most
         blocks have none in the other chunk.
         """
-        if (chunk, side) not in self._segments:
-            begins, ends = self._extents[:, side].unbind(1)
-            numbers = ((begins < chunk.end) & (ends > chunk.begin)).nonzero().flatten().tolist()
-            self._segments[chunk, side] = dict.fromkeys(numbers)
-        return self._segments[chunk, side]
+        found = self._segments.get((chunk, side))
+        if found is None:
+            extents = enumerate(extent[side] for extent in self._extents)
+            groups = [group for group, (begin, end) in extents if begin < chunk.end and end > chunk.begin]
+            found = self._segments[chunk, side] = dict.fromkeys(groups)
+        return found
 
 
 class RankBlocks:
@@ -187,8 +118,10 @@ class RankBlocks:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._documents: dict[tuple[int, int], _DocumentBlocks] = {}
-        self._parts: dict[tuple[int, int], tuple[Part, ...]] = {}
+        self._blocks: dict[tuple[int, int], PeerBlocks] = {}
+        self._distinct: dict[tuple[int, ...], PeerBlocks] = {}
         self._ranges: dict[Chunk, tuple[int, int]] = {}
+        self._chunks: dict[int, tuple[Chunk, ...]] = {}
 
     def blocks(self, rank: int, source: int, branches: Collection[int] | None = None) -> PeerBlocks:
         """Return the blocks of a rank's queries against the keys of the rank `source`, of some branches or of all.
@@ -196,24 +129,36 @@ class RankBlocks:
         `route` calls it on both ranks, which so agree on the KV rows that travel from `source` to `rank`;
         `rounds_volumes` counts these rows.  `source` may be `rank` itself.
         """
-        if (rank, source) not in self._parts:
+        tokens = self.layout.placement.lengths[source]
+        found = self._blocks.get((rank, source))
+        if found is None:
             pairs, parts = self._chunk_pairs(rank, source), list[Part]()
             for documents in self._common_documents(rank, source) if pairs else ():
                 for queries, keys in pairs:
                     parts += documents.shares(queries, keys)
             # by branch, and in each branch the blocks of negative weight last
             parts.sort(key=lambda part: (part.branch, -part.block.weight))
-            self._parts[rank, source] = tuple(parts)
-        parts_of_branches = self._parts[rank, source]
-        if branches is not None:
-            parts_of_branches = tuple(part for part in parts_of_branches if part.branch in branches)
-        return PeerBlocks(parts_of_branches, self.layout.placement.lengths[source], self.layout.kv_heads)
+            found = self._blocks[rank, source] = self._peer_blocks(parts, tokens)
+        if branches is None:
+            return found
+        return self._peer_blocks([part for part in found.parts if part.branch in branches], tokens)
+
+    def _peer_blocks(self, parts: list[Part], tokens: int) -> PeerBlocks:
+        """Return the object for these parts, by their identity: to compare their blocks would take as long as a plan.
+
+        Of the pairs of ranks many have the same parts, and what these need is counted once.
+        """
+        key = tokens, *map(id, parts)  # the parts live as long as the object
+        found = self._distinct.get(key)
+        if found is None:
+            found = self._distinct[key] = PeerBlocks(tuple(parts), tokens, self.layout.kv_heads)
+        return found
 
     def _chunk_pairs(self, rank: int, source: int) -> list[tuple[Chunk, Chunk]]:
         """Return a rank's chunks of queries, each with those chunks of keys of `source` that it may see."""
         is_causal, pairs = self.layout.pattern.is_causal, list[tuple[Chunk, Chunk]]()
-        sources = self.layout.placement.chunks(source)
-        for queries in self.layout.placement.chunks(rank):
+        sources = self._chunks_of(source)
+        for queries in self._chunks_of(rank):
             begin, end = self._visible_range(queries)
             if is_causal:
                 end = min(end, queries.end)
@@ -236,7 +181,7 @@ class RankBlocks:
     def _documents_on(self, rank: int) -> set[int]:
         """Return the numbers of the documents with tokens on a rank: document i begins at `cuts[i]`."""
         cuts, numbers = self.layout.cuts, set[int]()
-        for chunk in self.layout.placement.chunks(rank):
+        for chunk in self._chunks_of(rank):
             numbers.update(range(bisect_right(cuts, chunk.begin) - 1, bisect_left(cuts, chunk.end)))
         return numbers
 
@@ -255,7 +200,7 @@ class RankBlocks:
         `is_local`.  A rank without tokens has none.
         """
         ranks: set[int] = set()
-        for chunk in self.layout.placement.chunks(rank):
+        for chunk in self._chunks_of(rank):
             ranks |= self.layout.placement.holders(*self._visible_range(chunk))
         return sorted(ranks - {rank})
 
@@ -265,15 +210,13 @@ class RankBlocks:
         A repeated pair counts as often as branches show it, or once if the pattern's multiplicity is "set".
         `_busiest` of placement_choice.py takes the maximum over the ranks.
         """
-        placement = self.layout.placement
-        everywhere = Chunk(0, placement.length, 0)
-        parts = (
-            part
-            for documents in self._common_documents(rank, rank)
-            for queries in placement.chunks(rank)
-            for part in documents.shares(queries, everywhere)
-        )
-        return sum(part.block.pairs * part.block.weight for part in parts)
+        length, pairs = self.layout.placement.length, 0
+        for documents in self._common_documents(rank, rank):
+            for queries in self._chunks_of(rank):
+                # keys are counted from the first query: ranks at equal places have the same parts, counted once
+                everywhere = Chunk(0, length, -queries.begin)
+                pairs += self._peer_blocks(documents.shares(queries, everywhere), length).pairs
+        return pairs
 
     def estimated_traffic(self, rank: int) -> tuple[float, float]:
         """Return an estimate of (received, sent) token rows of a rank, from how far its segments and documents span.
@@ -281,9 +224,8 @@ class RankBlocks:
         `busiest_ranks` chooses by it which of many ranks to plan, and `_shown` of the planner which of them to show.
         """
         before = after = 0.0
-        for chunk in self.layout.placement.chunks(rank):
-            for branch in self.layout.pattern.branches:
-                begin, end = self._branch_range(chunk, branch)
+        for chunk in self._chunks_of(rank):
+            for branch, (begin, end) in zip(self.layout.pattern.branches, self._branch_ranges(chunk), strict=True):
                 before += (chunk.begin - begin) / branch.dilation_rate
                 after += (end - chunk.end) / branch.dilation_rate
         # under a causal mask the keys of earlier tokens are received, and keys are sent to later tokens only
@@ -292,28 +234,35 @@ class RankBlocks:
     def _visible_range(self, chunk: Chunk) -> tuple[int, int]:
         """Return (begin, end) of the tokens that those of a chunk may see in some branch, or that may see them."""
         if chunk not in self._ranges:
-            begins, ends = zip(
-                *(self._branch_range(chunk, branch) for branch in self.layout.pattern.branches), strict=True
-            )
+            begins, ends = zip(*self._branch_ranges(chunk), strict=True)
             self._ranges[chunk] = min(begins), max(ends)
         return self._ranges[chunk]
 
-    def _branch_range(self, chunk: Chunk, branch: Branch) -> tuple[int, int]:
-        """Return (begin, end) of the tokens that those of a chunk may see in a branch, or that may see them there.
+    def _branch_ranges(self, chunk: Chunk) -> list[tuple[int, int]]:
+        """Return for each branch (begin, end) of the tokens that those of a chunk may see, or that may see them.
 
         These are the tokens of the same documents, segments and windows; the causal mask is not applied.
         """
-        cuts = self.layout.cuts
-        first, last = (bisect_right(cuts, token) - 1 for token in (chunk.begin, chunk.end - 1))
-        begin, end = cuts[first], cuts[last + 1]
-        if branch.segment_length is not None:
-            width = branch.segment_length
-            begin += (chunk.begin - begin) // width * width
-            end = min(end, cuts[last] + ((chunk.end - 1 - cuts[last]) // width + 1) * width)
-        if branch.window is not None:
-            begin = max(begin, chunk.begin - branch.window + 1)
-            end = min(end, chunk.end + branch.window - 1)
-        return begin, end
+        cuts, ranges = self.layout.cuts, []
+        first, last = bisect_right(cuts, chunk.begin) - 1, bisect_left(cuts, chunk.end) - 1
+        for branch in self.layout.pattern.branches:
+            begin, end = cuts[first], cuts[last + 1]
+            width, window = branch.segment_length, branch.window
+            if width is not None:
+                begin += (chunk.begin - begin) // width * width
+                end = min(end, cuts[last] + ((chunk.end - 1 - cuts[last]) // width + 1) * width)
+            if window is not None:
+                begin = max(begin, chunk.begin - window + 1)
+                end = min(end, chunk.end + window - 1)
+            ranges.append((begin, end))
+        return ranges
+
+    def _chunks_of(self, rank: int) -> tuple[Chunk, ...]:
+        """Return the chunks of a rank, which are asked for again and again."""
+        found = self._chunks.get(rank)
+        if found is None:
+            found = self._chunks[rank] = self.layout.placement.chunks(rank)
+        return found
 
 
 def is_local(layout: Layout) -> bool:
@@ -322,20 +271,6 @@ def is_local(layout: Layout) -> bool:
     `schedule` asks, as nothing has to travel then, and `layer_kinds` of the planner.
     """
     return rank_blocks(layout).is_local()
-
-
-def kv_rows_of(mask: Tensor, count: int | None = None) -> Tensor:
-    """Return the indices of the True entries of a mask of KV rows (tokens * kv_heads,), ascending, on its device.
-
-    `Round` calls it for each peer.  They are int32, half the size of int64: they lie in memory beside the rows of a
-    round.  If the caller gives their `count`, it waits for no device, as nonzero() would.
-    """
-    if count is None:
-        return mask.nonzero().flatten().int()
-    rows = torch.arange(len(mask), dtype=torch.int32, device=mask.device)
-    # where each row goes: those that are not needed all go behind the last, and are cut off
-    target = torch.where(mask, mask.cumsum(0) - 1, count)
-    return rows.new_empty(count + 1).scatter_(0, target, rows)[:count]
 
 
 def _consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:

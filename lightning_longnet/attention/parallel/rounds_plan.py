@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
-    from lightning_longnet.attention.parallel.rank_blocks import Layout, PeerBlocks
+    from lightning_longnet.attention.parallel.rank_blocks import Layout
     from lightning_longnet.attention.parallel.reordering import RowExchange
     from lightning_longnet.attention.parallel.shard import SequenceShard
     from lightning_longnet.attention.pattern.lines import Line
@@ -184,7 +184,7 @@ def rounds_volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, s
     totals = [Volume(0, 0, 0, 0) for _ in ways]
     between = rank_blocks(layout)
     for peer in between.possible_peers(rank):
-        received, sent = (_kv_row_counts(between.blocks(*ends), branch_groups) for ends in ((rank, peer), (peer, rank)))
+        received, sent = (between.blocks(*ends).kv_row_counts(branch_groups) for ends in ((rank, peer), (peer, rank)))
         for n, both in enumerate(gather_and_ring):
             sent_bytes, messages, kept_bytes, forward_bytes = totals[n]
             # rows that are gathered are sent once; those of a ring again in the backward.  Both return gradients
@@ -196,25 +196,3 @@ def rounds_volumes(layout: Layout, ways: Sequence[tuple[str, ...]], rank: int, s
             kept_bytes += row_elements * received[both[0]] * sizes.itemsize
             totals[n] = Volume(sent_bytes, messages, kept_bytes, forward_bytes)
     return totals
-
-
-def _kv_row_counts(blocks: PeerBlocks, groups: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
-    """Return how many KV rows the branches of each group need together; 0 for the group of no branch.
-
-    `rounds_volumes` calls it for each pair of ranks, for what is received and for what is sent.  A KV row is one token
-    of one key head.  Most groups are a smaller group plus one branch, and their masks are made from that of it.
-    """
-    # of the branches of a group only those count that have parts between the two ranks: often one or two of them
-    branches = {part.branch for part in blocks.parts}
-    present = {group: tuple(branch for branch in group if branch in branches) for group in groups}
-    distinct = set(present.values())
-    if blocks.is_sparse:
-        counts = {group: len(blocks.kv_rows_without_mask(group)) for group in distinct}
-    else:
-        masks: dict[tuple[int, ...], Tensor] = {(branch,): blocks.mask((branch,)) for branch in branches}
-        for group in sorted(filter(None, distinct), key=len):
-            smaller, other = (group[:-1], group[-1]) if group[:-1] in masks else (group[1:], group[0])
-            if group not in masks:
-                masks[group] = masks[smaller] | masks[other,] if smaller in masks else blocks.mask(group)
-        counts = {group: int(masks[group].sum()) if group else 0 for group in distinct}
-    return {group: counts[members] for group, members in present.items()}

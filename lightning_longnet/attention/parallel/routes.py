@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lightning_longnet.attention.parallel.rank_blocks import CPU, kv_rows_of, rank_blocks
+from lightning_longnet.attention.parallel.peer_blocks import CPU, kv_rows_of
+from lightning_longnet.attention.parallel.rank_blocks import rank_blocks
 from lightning_longnet.attention.plan.block import Part
 from lightning_longnet.attention.plan.blocks import plan
 from lightning_longnet.attention.plan.merging import merge_neighbors
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.parallel.rank_blocks import Layout, PeerBlocks, RankBlocks
+    from lightning_longnet.attention.parallel.peer_blocks import PeerBlocks
+    from lightning_longnet.attention.parallel.rank_blocks import Layout, RankBlocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +83,9 @@ class Round:
 
     @cached_property
     def _parts(self) -> dict[int, Parts]:
-        """The parts with the keys of each rank, merged to fewer."""
-        return {rank: merge_neighboring_parts(blocks.parts) for rank, blocks in self.receives.items()}
+        """The parts with the keys of each rank, merged to fewer; ranks with equal blocks have the same parts."""
+        merged = {blocks: merge_neighboring_parts(blocks.parts) for blocks in set(self.receives.values())}
+        return {rank: merged[blocks] for rank, blocks in self.receives.items()}
 
     @cached_property
     def _counts(self) -> tuple[dict[int, int], dict[int, int]]:

@@ -96,10 +96,11 @@ def _with_query_heads(keys: Lattice, group: int) -> Iterator[tuple[Lattice, Latt
     if group == 1 and keys.heads > 1:
         yield keys, keys
     elif keys.heads == 1 or (keys.head_step == 1 and keys.row_shift == 0):
-        yield replace(keys, head=keys.head * group, heads=keys.heads * group, head_step=1, row_shift=0), keys
+        yield Lattice(keys.starts, keys.rows, keys.step, keys.head * group, keys.heads * group), keys
     elif keys.heads < group:
         for a in range(keys.heads):
             yield from _with_query_heads(keys.of_heads(a, a + 1), group)
     else:
         for member in range(group):
-            yield replace(keys, head=keys.head * group + member, head_step=keys.head_step * group), keys
+            head, head_step = keys.head * group + member, keys.head_step * group
+            yield Lattice(keys.starts, keys.rows, keys.step, head, keys.heads, head_step, keys.row_shift), keys
