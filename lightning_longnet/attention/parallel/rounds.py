@@ -117,8 +117,9 @@ class RoundsCall(NamedTuple):
         The blocks on this rank's own keys are computed while the first round is in flight, those of each round when it
         has arrived.  `forward` calls it, and `LinesCall` for each of its lines.
         """
-        # with padding, `forward_blocks` skips segments without a key, and nothing would write their rows
-        stores = self.route.writes_queries and self.options.key_padding_mask is None
+        # with padding, `forward_blocks` skips segments without a key, and nothing would write their rows; nor would the
+        # first branch write those of the others
+        stores = self.route.writes_queries and self.options.key_padding_mask is None and self._saved_outs <= 1
         totals: list[Partial | None] = [None if stores else no_key_partial(q, v) for _ in range(self._saved_outs or 1)]
         fetched = self._fetch(0, k, v)
         forward_blocks(self.kernel, self.route.own, q, self._own_keys(k, v), self.options, totals)

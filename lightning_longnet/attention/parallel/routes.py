@@ -163,11 +163,11 @@ def _round(
     return Round(sends, receives, saves_rows=step == 0, ring_step=step)
 
 
-def head_parts(layout: Layout, kv_heads: range) -> Parts:
-    """Return the blocks over the whole sequence of some key heads and of the query heads that they serve.
+def heads_route(layout: Layout, kv_heads: range) -> Route:
+    """Return the route over the whole sequence of some key heads and of the query heads that they serve.
 
-    `AllToAllPlan` runs and counts them on the rank that has all tokens of these heads; heads are counted from its
-    first.
+    It has no rounds.  `AllToAllPlan` runs and counts its blocks on the rank that has all tokens of these heads; heads
+    are counted from its first.
     """
     whole = plan(layout.pattern, layout.heads, layout.kv_heads, layout.cuts, layout.weighted_segments)
     group, parts = layout.heads // layout.kv_heads, []
@@ -181,7 +181,8 @@ def head_parts(layout: Layout, kv_heads: range) -> Parts:
                 queries = replace(queries, head=queries.head - kv_heads.start * group)
                 keys = replace(keys, head=keys.head - kv_heads.start)
                 parts.append(Part(branch, replace(block, queries=queries, keys=keys)))
-    return merge_parts(parts)
+    # the blocks of all heads have each row once, and so have those of some heads
+    return Route(merge_parts(parts), (), len(kv_heads), whole.is_partitioned, whole.is_partitioned)
 
 
 def merge_parts(parts: Iterable[Part]) -> Parts:

@@ -227,7 +227,7 @@ class Lattice:
     def diagonal(self, first: int, last: int) -> Lattice:
         """Return the lattice of the heads from `first` up to, but not including, `last`, each with its own rows.
 
-        `bounded_part` cuts a call by it, and `head_parts` takes the heads of one rank.
+        `bounded_part` cuts a call by it, and `heads_route` takes the heads of one rank.
         """
         if (first, last) == (0, self.heads):
             return self
