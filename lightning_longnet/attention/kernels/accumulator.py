@@ -36,6 +36,16 @@ class Accumulator:
         if not is_written and not is_whole:
             self._total = self._allocated()
 
+    @classmethod
+    def over(cls, total: Tensor) -> Accumulator:
+        """Return an accumulator that adds to a tensor (B, N, H, D).
+
+        `RoundsCall` makes one for the gradients of the received keys of a round.
+        """
+        accumulator = cls(total, is_written=True)
+        accumulator._total = total
+        return accumulator
+
     @property
     def total(self) -> Tensor:
         """The sum of what was added, (B, N, H, D); its memory is allocated when it is first needed."""

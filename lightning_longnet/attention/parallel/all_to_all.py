@@ -234,6 +234,7 @@ class AllToAllCall(NamedTuple):
         sent = torch.cat([x.unflatten(2, (ranks, -1)).permute(2, 1, 0, 3, 4).flatten(3) for x in tensors], 3)
         rows = sent.new_empty((self.placement.length, *sent.shape[2:]))
         self._exchange(sent.unbind(), rows.split(self.placement.lengths), f"swap of {content} to heads")
+        del sent
         return rows if self.order is None else rows.index_select(0, self.order.order)
 
     def _sequences(self, rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

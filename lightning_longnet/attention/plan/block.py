@@ -74,15 +74,22 @@ class Part(NamedTuple):
     """A block and the index of its branch: what a kernel is called for.
 
     If its keys came from other ranks, `kv_index` is the index of each among the received KV rows, (segments, heads,
-    rows).
+    rows).  Or the lattice of keys counts these rows, as rows of one head, and `received_heads` has the key head of each
+    head of the lattice.
     """
 
     branch: int
     block: Block
     kv_index: Tensor | None = None
+    received_heads: tuple[int, ...] = ()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the keys are those of this rank."""
+        return self.kv_index is None and not self.received_heads
 
     @property
     def key_heads(self) -> list[int]:
         """The key head of each head of the lattice of keys."""
         keys = self.block.keys
-        return [keys.head + a * keys.head_step for a in range(keys.heads)]
+        return list(self.received_heads) or [keys.head + a * keys.head_step for a in range(keys.heads)]

@@ -41,23 +41,25 @@ class Parts(tuple[Part, ...]):
     The calls that they are cut into are kept here, so that the steps after the first one make none.
     """
 
-    def bounded(self, limit: int, threads: int, joins: bool = False) -> tuple[Part, ...]:
+    def bounded(self, limit: int, threads: int, joins: bool = False, key_limit: int = 0) -> tuple[Part, ...]:
         """Return the parts cut into calls of at most `limit` query rows, or of more if threads would be idle.
 
-        A row of each head counts.  Received keys of the same queries are first joined by `joined_keys` and, with
-        `joins`, small parts by `joined`.  `_cut` of the kernels calls it in each forward and backward.
+        A row of each head counts.  Received keys of the same queries, at most `limit` or `key_limit` rows, are first
+        joined by `joined_keys` and, with `joins`, small parts by `joined`.  `_cut` of the kernels calls it in each
+        forward and backward.
         """
-        cuts: dict[tuple[int, int, bool], tuple[Part, ...]] = self.__dict__.setdefault("_cuts", {})
-        key = limit, threads, joins
+        cuts: dict[tuple[int, int, bool, int], tuple[Part, ...]] = self.__dict__.setdefault("_cuts", {})
+        key = limit, threads, joins, key_limit
         if key not in cuts:
             parts = self.joined() if joins else self
-            cuts[key] = tuple(cut for part in joined_keys(parts, limit) for cut in bounded_part(part, limit, threads))
+            joined = joined_keys(parts, max(limit, key_limit))
+            cuts[key] = tuple(cut for part in joined for cut in bounded_part(part, limit, threads))
         return cuts[key]
 
     def joined(self) -> Parts:
         """Return the same pairs in fewer parts, where small ones on this rank's keys are joined."""
         joined = list[Part]()
-        for (branch, is_own), group in groupby(self, key=lambda part: (part.branch, part.kv_index is None)):
+        for (branch, is_own), group in groupby(self, key=lambda part: (part.branch, part.is_own)):
             members = list(group)
             joined += (Part(branch, block) for block in batched(part.block for part in members)) if is_own else members
         return Parts(joined)
@@ -145,7 +147,8 @@ def part_heads(part: Part, first: int, last: int) -> Part:
         keys=keys.diagonal(first, last),
         head_repeats=part.block.head_repeats[first:last],
     )
-    return part._replace(block=block, kv_index=None if part.kv_index is None else part.kv_index[:, first:last])
+    kv_index = None if part.kv_index is None else part.kv_index[:, first:last]
+    return part._replace(block=block, kv_index=kv_index, received_heads=part.received_heads[first:last])
 
 
 def part_segments(part: Part, first: int, last: int) -> Part:
