@@ -49,7 +49,7 @@ def forward(
             if not q.numel():
                 return _empty_results(q, v)
             pass_options = _pass_options(loaded, "forward", q, seed, sinks)
-            q, k, v = (as_readable(x) for x in (q, k, v))
+            q, k, v = as_readable(q), as_readable(k), as_readable(v)
             call = local_call(pass_options, q, k, documents, key_padding_mask)
             return *call.forward(q, k, v)[:2], []
         split = SHARDS[shard]
@@ -96,7 +96,7 @@ def backward(
             if not q.numel():
                 return *_empty_gradients(q, k, v), dsinks
             pass_options = _pass_options(loaded, "backward", q, seed, sinks)
-            grad, q, k, v, out = (as_readable(x) for x in (grad, q, k, v, out))
+            grad, q, k, v, out = as_readable(grad), as_readable(q), as_readable(k), as_readable(v), as_readable(out)
             call = local_call(pass_options, q, k, documents, key_padding_mask)
             return *call.backward(grad, q, k, v, out, lse, []), dsinks
         if not saved:

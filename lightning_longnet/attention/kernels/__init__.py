@@ -234,22 +234,33 @@ def judge(kernel: str, request: Request) -> Explanation:
     "auto" leaves out the kernels of `_NAMED_ONLY`, and on a CPU takes "eager" first if the request `has_few_keys`.  If
     the request excludes `kernel`, the choice is that of "auto".  It is None where no kernel that may run can.
 
-    `select` asks once for each call of `attend`; `explain`, the guard's preflight and `longnet plan` ask directly.
+    `explain`, the guard's preflight and `longnet plan` ask, and `select` where no kernel can.
     """
-    verdicts = []
+    chosen, verdicts = _chosen(kernel, request), []
     for candidate in _KERNELS:
-        is_excluded = candidate.name in request.excluded
-        refusals = ("excluded_kernels names it",) if is_excluded else tuple(candidate.refusals(request))
+        refusals = _refusals(candidate, request)
         verdicts.append(Verdict(candidate.name, "" if refusals else candidate.note(request), refusals))
-    names = [verdict.kernel for verdict in verdicts]
-    if kernel != "auto" and kernel not in names:
-        raise ValueError(f"kernel must be one of 'auto', {', '.join(map(repr, names))}, got {kernel!r}")
+    return Explanation(chosen, tuple(verdicts), request)
+
+
+def _chosen(kernel: str, request: Request) -> str | None:
+    """Return the choice of `judge`: it asks the kernels that may run, in their order, until one does not refuse."""
+    if kernel != "auto" and kernel not in kernel_names():
+        raise ValueError(f"kernel must be one of 'auto', {', '.join(map(repr, kernel_names()))}, got {kernel!r}")
     allowed = candidates("auto") if kernel == "auto" or kernel in request.excluded else (kernel,)
-    serving = [v.kernel for v in verdicts if not v.refusals and v.kernel in allowed]
+    asked = [candidate for candidate in _KERNELS if candidate.name in allowed]
     if request.has_few_keys and request.device == "cpu":
         # the sort is stable: eager goes to the front, the others keep their order
-        serving.sort(key=lambda name: name != eager.name)
-    return Explanation(serving[0] if serving else None, tuple(verdicts), request)
+        asked.sort(key=lambda candidate: candidate.name != eager.name)
+    for candidate in asked:
+        if not _refusals(candidate, request):
+            return candidate.name
+    return None
+
+
+def _refusals(kernel: Kernel, request: Request) -> tuple[str, ...]:
+    """Return why a kernel cannot run a request, or must not."""
+    return ("excluded_kernels names it",) if kernel.name in request.excluded else tuple(kernel.refusals(request))
 
 
 def select(kernel: str, request: Request) -> str:
@@ -257,12 +268,13 @@ def select(kernel: str, request: Request) -> str:
 
     `kernel` is a name, or "auto".  `prepared_call` calls it for each call of `attend`.
     """
-    explanation = judge(kernel, request)
-    if explanation.chosen is None:
+    chosen = _chosen(kernel, request)
+    if chosen is None:
+        explanation = judge(kernel, request)
         asked = "no kernel can" if kernel == "auto" else f"kernel={kernel!r} cannot"
         reasons = "; ".join(r for v in explanation.verdicts if kernel in ("auto", v.kernel) for r in v.refusals)
         others = [v.kernel for v in explanation.verdicts if not v.refusals]
         raise ValueError(
             f"{asked} serve this call: {reasons}. Those that can: {', '.join(map(repr, others)) or 'none'}"
         )
-    return explanation.chosen
+    return chosen

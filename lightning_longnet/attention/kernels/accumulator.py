@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_longnet.attention.plan.lattice import unfold_rows, whole_rows
+from lightning_longnet.attention.kernels.steps import contiguous_layout
+from lightning_longnet.attention.plan.lattice import unfold_rows
 from lightning_longnet.attention.plan.paged_keys import PagedKeys
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_longnet.attention.plan.lattice import Lattice
+    from lightning_longnet.attention.plan.lattice import Lattice, Layout
 
 
 class Accumulator:
@@ -53,6 +54,16 @@ class Accumulator:
             self._total = self._allocated()
         return self._total
 
+    @property
+    def layout(self) -> Layout:
+        """The shape and the strides of the sum, for views of it before it is allocated.
+
+        It is contiguous, unless it is the memory that `over` was given.
+        """
+        if self._total is not None:
+            return self._total.shape, self._total.stride()
+        return contiguous_layout(self._like.shape)
+
     def allocate(self) -> None:
         """Allocate the memory of the sum, for threads that add to it."""
         self._total = self.total
@@ -91,13 +102,12 @@ class Accumulator:
         if not stores and rows.folds(self.total):
             rows.folded(self.total).add_(gradient, alpha=weight)
             return
+        if stores and self.adopts(rows, gradient):
+            return
         gradient = unfold_rows(rows, gradient, self._like.shape[0])
         if stores:
             assert weight == 1, "the blocks of a first branch remove no pairs"
-            if self._total is None and (adopted := adoptable(rows, gradient, self._like, self.dtype)) is not None:
-                self._total = adopted
-            else:
-                rows.write(self.total, gradient)
+            rows.write(self.total, gradient)
         elif isinstance(rows, PagedKeys):
             rows.add(self.total, gradient, weight)
         elif rows.is_view:
@@ -105,22 +115,34 @@ class Accumulator:
         else:
             rows.write(self.total, rows.read(self.total).add_(gradient, alpha=weight))
 
+    def adopts(self, rows: Lattice, gradient: Tensor) -> bool:
+        """Return whether a block's gradient becomes the accumulator; see `adoptable`.
+
+        `add` and the steps of `backward_blocks` ask where the first branch is written.
+        """
+        if self._total is not None:
+            return False
+        self._total = adoptable(rows, gradient, self._like, self.dtype)
+        return self._total is not None
+
     def take(self, dtype: torch.dtype) -> Tensor:
         """Return the sum in this type, and free the memory of the accumulator.
 
         `RoundsCall.backward` calls it after the last block.
         """
         total, self._total = self.total, None
-        return total.to(dtype)
+        return total if total.dtype == dtype else total.to(dtype)
 
 
 def adoptable(rows: Lattice, values: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return values (B, segments, heads, rows, D) as an accumulator (B, N, H, D), None where that needs a copy.
+    """Return values (B * segments, heads, rows, D) as an accumulator (B, N, H, D), None where that needs a copy.
 
     It is the case where one block has all rows of the tensor `like`; `Accumulator.add` asks for a gradient, `_adopted`
-    of blocks.py for out and lse.
+    of blocks.py for out.
     """
     if values.dtype != dtype or not rows.covers(like):
         return None
-    whole = values.transpose(2, 3)
-    return whole_rows(values) if whole.is_contiguous() else None
+    whole = values.transpose(1, 2)
+    if not whole.is_contiguous():
+        return None
+    return whole if len(whole) == len(like) else whole.view(*like.shape[:3], values.shape[3])

@@ -78,8 +78,8 @@ class ActivatedFlash:
     def refusals(self, request: Request) -> list[str]:
         """Return the reasons why the implementation cannot compute a call; an empty list if it can.
 
-        Only the device is named where the tensors are not on CUDA.  `judge` asks for each call of `attend`, whatever
-        kernel it names, and for `explain`, the guard's preflight and `longnet plan`.
+        Only the device is named where the tensors are not on CUDA.  `select` asks for a call of `attend` that may run
+        the kernel, and `judge` for `explain`, the guard's preflight and `longnet plan`.
         """
         if request.device != "cuda":
             return [f"serves CUDA tensors, these are on {request.device}"]

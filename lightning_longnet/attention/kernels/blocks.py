@@ -12,6 +12,7 @@ from lightning_longnet.attention.kernels import threads
 from lightning_longnet.attention.kernels.accumulator import adoptable
 from lightning_longnet.attention.kernels.call import Call, DropoutMask, OrderMask
 from lightning_longnet.attention.kernels.partial import Partial
+from lightning_longnet.attention.kernels.steps import backward_steps, forward_steps, strided
 from lightning_longnet.attention.plan.lattice import fold_rows, unfold_rows
 from lightning_longnet.attention.plan.padded import PaddedLattice
 from lightning_longnet.attention.plan.parts import part_segments
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.kernels.dropout import Dropout
     from lightning_longnet.attention.kernels.keys import Keys
     from lightning_longnet.attention.kernels.null_keys import NullKeys
+    from lightning_longnet.attention.kernels.steps import Steps
     from lightning_longnet.attention.plan.block import Part
     from lightning_longnet.attention.plan.parts import Parts, Task
 
@@ -132,33 +134,41 @@ def forward_blocks(
     count = threads.available(q.device) if torch.get_num_threads() > 1 else 1
     tasks = parts.tasks(len(q), count) if count > 1 else ()
     if not tasks:
-        _forward(kernel, _cut(kernel, parts, q), q, keys, options, totals, stores)
+        _forward(kernel, _cut(kernel, parts, q), q, keys, options, totals, stores, iter)
         return
     width = keys.tensors().v.shape[3]
     totals[:] = partials = [uninitialized_partial(q, width) if total is None else total for total in totals]
 
     def forward_task(task: Task, steps: threads.Steps) -> None:
-        some, cut = task.samples, steps(_cut(kernel, task.parts, q, count))
+        some, cut = task.samples, _cut(kernel, task.parts, q, count)
         views: list[Partial | None] = [partial.of_samples(some) for partial in partials]
-        _forward(kernel, cut, q[some], keys.of_samples(some), options.of_samples(some, len(q)), views, stores)
+        own_options = options.of_samples(some, len(q))
+        _forward(kernel, cut, q[some], keys.of_samples(some), own_options, views, stores, steps)
 
     threads.run(forward_task, tasks, count)
 
 
 def _forward(
     kernel: BlockKernel,
-    parts: Iterable[Part],
+    parts: Parts,
     q: Tensor,
     keys: Keys,
     options: PairOptions,
     totals: list[Partial | None],
     stores: list[bool],
+    each: threads.Steps,
 ) -> None:
     """Merge the result of each block into the partial of its branch, or into the only one.
 
-    `stores` says for each partial that the first branch writes every row of it, over uninitialized memory.
+    `stores` says for each partial that the first branch writes every row of it, over uninitialized memory.  The blocks
+    are those that `each` yields of all.
     """
-    for part, call in _kernel_calls(parts, q, keys, options):
+    if len(totals) == 1 and (tensors := keys.unmasked()) is not None:
+        steps = forward_steps(parts, q, tensors, options)
+        if steps is not None:
+            totals[0] = _forward_steps(kernel, steps, (q, tensors.k, tensors.v), totals[0], stores[0], each)
+            return
+    for part, call in _kernel_calls(each(parts), q, keys, options):
         queries, i = part.block.queries, part.branch if len(totals) > 1 else 0
         out, lse = kernel.forward(fold_rows(queries, q), *keys.read(part), call)
         lse, total, writes = lse.unsqueeze(-1), totals[i], stores[i] and part.branch == 0
@@ -166,12 +176,12 @@ def _forward(
             Partial(queries.folded(total.out), queries.folded(total.lse)).add_(out, lse, part.block.weight)
             del out, lse  # frees them before the next call allocates its own
             continue
-        result = Partial(unfold_rows(queries, out, q.shape[0]), unfold_rows(queries, lse, q.shape[0]))
         if total is None:
-            total = totals[i] = _adopted(part, q, result)
+            total = totals[i] = _adopted(part, q, out, lse)
             if total is not None:
                 continue
             total = totals[i] = uninitialized_partial(q, out.shape[3])
+        result = Partial(unfold_rows(queries, out, q.shape[0]), unfold_rows(queries, lse, q.shape[0]))
         if writes:
             queries.write(total.out, result.out)
             queries.write(total.lse, result.lse)
@@ -182,6 +192,38 @@ def _forward(
                 queries.write(total.out, rows.out)
                 queries.write(total.lse, rows.lse)
         del out, lse, result  # frees them before the next call allocates its own
+
+
+def _forward_steps(
+    kernel: BlockKernel,
+    steps: Steps,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    total: Partial | None,
+    stores: bool,
+    each: threads.Steps,
+) -> Partial | None:
+    """Return the partial with the results of steps, of q, k and v; the arguments are those of `_forward`."""
+    q, _, v = tensors
+    *read, at_out, at_lse = steps.views
+    results: Iterator[Partial] | None = None
+    for n, (step, *rows) in enumerate(each(zip(steps.steps, *map(strided, read, tensors), strict=True))):
+        out, lse = kernel.forward(*rows, step.call)
+        lse = lse.unsqueeze(-1)
+        if total is None:
+            total = _adopted(step.part, q, out, lse)
+            if total is not None:
+                continue
+            total = uninitialized_partial(q, v.shape[3])
+        if results is None:
+            results = map(Partial, strided(at_out[n:], total.out), strided(at_lse[n:], total.lse))
+        result = next(results)
+        if stores and step.part.branch == 0:
+            result.out.copy_(out)
+            result.lse.copy_(lse)
+        else:
+            result.add_(out, lse, step.part.block.weight, step.has_keys)
+        del out, lse  # frees them before the next call allocates its own
+    return total
 
 
 class BackwardInputs(NamedTuple):
@@ -224,32 +266,40 @@ def backward_blocks(
     count = threads.available(q.device) if torch.get_num_threads() > 1 else 1
     tasks = parts.tasks(len(q), count) if count > 1 else ()
     if not tasks:
-        _backward(kernel, _cut(kernel, parts, q), q, keys, inputs, options, dq, stores)
+        _backward(kernel, _cut(kernel, parts, q), q, keys, inputs, options, dq, stores, iter)
         return
     keys.allocate_gradients()
     dq.allocate()
 
     def backward_task(task: Task, steps: threads.Steps) -> None:
-        some, cut = task.samples, steps(_cut(kernel, task.parts, q, count))
+        some, cut = task.samples, _cut(kernel, task.parts, q, count)
         own_options, own_inputs = options.of_samples(some, len(q)), inputs.of_samples(some)
         of_some = keys.of_samples(some), own_inputs, own_options, dq.of_samples(some)
-        _backward(kernel, cut, q[some], *of_some, stores)
+        _backward(kernel, cut, q[some], *of_some, stores, steps)
 
     threads.run(backward_task, tasks, count)
 
 
 def _backward(
     kernel: BlockKernel,
-    parts: Iterable[Part],
+    parts: Parts,
     q: Tensor,
     keys: Keys,
     inputs: BackwardInputs,
     options: PairOptions,
     dq: Accumulator,
     stores: tuple[bool, bool],
+    each: threads.Steps,
 ) -> None:
-    """Add the gradients of each block to dq and to those of `keys`."""
-    for part, call in _kernel_calls(parts, q, keys, options):
+    """Add the gradients of each block to dq and to those of `keys`; the blocks are those that `each` yields of all."""
+    if len(inputs.outs) == 1 and stores[0] == stores[1] and (tensors := keys.unmasked()) is not None:
+        steps = backward_steps(parts, q, tensors, inputs, options)
+        if steps is not None:
+            assert tensors.gradients is not None
+            read = inputs.grad, q, tensors.k, tensors.v, inputs.outs[0], inputs.lse
+            _backward_steps(kernel, steps, read, (dq, *tensors.gradients), stores[0], each)
+            return
+    for part, call in _kernel_calls(each(parts), q, keys, options):
         queries = part.block.queries
         is_first = part.branch == 0
         lse = fold_rows(queries, inputs.lse).squeeze(-1)
@@ -268,11 +318,48 @@ def _backward(
         del gradients, lse  # frees them before the next call allocates its own
 
 
-def _adopted(part: Part, q: Tensor, result: Partial) -> Partial | None:
-    """Return the result of a block as that of all rows, without a copy; None if it has other rows or another type."""
+def _backward_steps(
+    kernel: BlockKernel,
+    steps: Steps,
+    tensors: tuple[Tensor, ...],
+    accumulators: tuple[Accumulator, ...],
+    stores: bool,
+    each: threads.Steps,
+) -> None:
+    """Add the gradients of steps, of grad, q, k, v, out and lse, to the accumulators of dq, dk and dv."""
+    read, added = steps.views[:6], steps.views[6:]
+    totals: Iterator[tuple[Tensor, ...]] | None = None
+    for n, (step, *rows) in enumerate(each(zip(steps.steps, *map(strided, read, tensors), strict=True))):
+        gradients, block = kernel.backward(*rows, step.call), step.part.block
+        writes = stores and step.part.branch == 0
+        if totals is None:
+            sides = zip(accumulators, block.sides, gradients, strict=True)
+            if writes and all(x.adopts(at, gradient) for x, at, gradient in sides):
+                continue
+            columns = [strided(at[n:], x.total) for at, x in zip(added, accumulators, strict=True)]
+            totals = zip(*columns, strict=True)
+        for total, gradient in zip(next(totals), gradients, strict=True):
+            if writes:
+                total.copy_(gradient)
+            elif block.weight == 1:
+                total.add_(gradient)
+            else:
+                total.add_(gradient, alpha=block.weight)
+        del gradients  # frees them before the next call allocates its own
+
+
+def _adopted(part: Part, q: Tensor, out: Tensor, lse: Tensor) -> Partial | None:
+    """Return the result of a block as that of all rows, out without a copy; None if it has other rows or another type.
+
+    Out is (B * segments, heads, rows, D) as the kernel returns it, and in lse D is 1.
+    """
     queries, wide = part.block.queries, torch.promote_types(q.dtype, torch.float32)
-    out, lse = (adoptable(queries, x, q, wide) for x in result)
-    return None if out is None or lse is None else Partial(out, lse)
+    whole = adoptable(queries, out, q, wide)
+    if whole is None or lse.dtype != wide:
+        return None
+    if len(queries.starts) > 1:
+        lse = unfold_rows(queries, lse, q.shape[0]).transpose(1, 2).flatten(2, 3)
+    return Partial(whole, lse.contiguous().transpose(1, 2))
 
 
 def no_key_partial(q: Tensor, v: Tensor) -> Partial:
@@ -289,11 +376,12 @@ def no_key_partial(q: Tensor, v: Tensor) -> Partial:
 def uninitialized_partial(q: Tensor, width: int) -> Partial:
     """Return uninitialized out (B, N, H, width) and lse (B, N, H, 1) in float32, or in float64 for such tensors.
 
-    `forward_blocks` writes the results of a first branch to it, and `forward_parts` of the kernel "triton" those of a
-    launch; `no_key_partial` fills it.
+    Lse is in memory as (B, H, N), as operators return it.  `forward_blocks` writes the results of a first branch to
+    these, and `forward_parts` of the kernel "triton" those of a launch; `no_key_partial` fills them.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return Partial(q.new_empty((*q.shape[:3], width), dtype=wide), q.new_empty((*q.shape[:3], 1), dtype=wide))
+    wide, (batch, rows, heads, _) = torch.promote_types(q.dtype, torch.float32), q.shape
+    lse = q.new_empty((batch, heads, rows, 1), dtype=wide)
+    return Partial(q.new_empty((batch, rows, heads, width), dtype=wide), lse.transpose(1, 2))
 
 
 def merge_branches(partials: Sequence[Partial], options: PairOptions, is_saved: bool = False) -> Partial:
@@ -321,18 +409,21 @@ def finalized(total: Partial, like: Tensor, sinks: Tensor | None = None) -> Part
     """
     if sinks is not None:
         total.add_logits_(sinks.to(total.lse.dtype)[:, None])
-    return Partial(total.out.to(like.dtype), total.lse.squeeze(-1).transpose(1, 2).contiguous())
+    out = total.out if total.out.dtype == like.dtype else total.out.to(like.dtype)
+    return Partial(out, total.lse.transpose(1, 2).squeeze(-1).contiguous())
 
 
-def backward_lse(lse: Tensor) -> Tensor:
+def backward_lse(lse: Tensor, has_keys: bool) -> Tensor:
     """Return lse (B, H, N) as (B, N, H, 1), +inf for a query without keys: its P = exp(S - lse) must be 0.
 
-    `RoundsCall.gradients` calls it before the first block of a backward.
+    `has_keys` says that there is no such query.  `RoundsCall.gradients` calls it before the first block of a backward.
     """
-    return lse.nan_to_num(nan=nan, posinf=inf, neginf=inf).transpose(1, 2).unsqueeze(-1)
+    if not has_keys:
+        lse = lse.nan_to_num(nan=nan, posinf=inf, neginf=inf)
+    return lse.transpose(1, 2).unsqueeze(-1)
 
 
-def _cut(kernel: BlockKernel, parts: Parts, q: Tensor, count: int = 1) -> tuple[Part, ...]:
+def _cut(kernel: BlockKernel, parts: Parts, q: Tensor, count: int = 1) -> Parts:
     """Return parts cut into calls of bounded size, of which `count` threads compute one each at a time."""
     wide = torch.promote_types(q.dtype, torch.float32)
     limit = q.shape[1] * q.shape[2]

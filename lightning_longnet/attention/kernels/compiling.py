@@ -12,6 +12,10 @@ from torch._compile import _disable_dynamo
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
+
+# autograd's bookkeeping of views, which takes a part of the time of each operator
+VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -64,7 +68,13 @@ class Operator(Generic[_P, _T]):
         self.name, self.body = name, body
         schema = torch.library.infer_schema(body, mutates_args=())
         torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.impl(name, "default", not_compiled(body))
+
+        def computed(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+            """Call the body without autograd's bookkeeping of views, as nothing in it is differentiated."""
+            with torch._C._ExcludeDispatchKeyGuard(VIEWS):
+                return body(*args, **kwargs)
+
+        torch.library.impl(name, "default", not_compiled(computed))
         namespace, _, operator = name.partition("::")
         self._call = getattr(getattr(torch.ops, namespace), operator).default
 
@@ -74,8 +84,45 @@ class Operator(Generic[_P, _T]):
         return result
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
-        """Register the function that returns the gradients, and the one that saves what it reads; op.py calls it."""
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context)
+        """Register the function that returns the gradients, and the one that saves what it reads; op.py calls it.
+
+        For an operator whose last result is a list, the list is flattened here: torch's own function flattens all
+        arguments and results as trees, which takes as long as the body of the operator.
+        """
+        if setup_context is None:
+            torch.library.register_autograd(self.name, backward)
+            return
+        call, below = self._call, torch._C._after_autograd_keyset
+
+        class Gradient(torch.autograd.Function):
+            """The operator with its gradient, without the list around its last results."""
+
+            @staticmethod
+            def forward(ctx: Any, keys: Any, *args: Any) -> tuple[Tensor, ...]:
+                """Compute the operator, and save what the backward reads."""
+                with torch._C._AutoDispatchBelowAutograd():
+                    *results, last = call.redispatch(keys & below, *args)
+                    setup_context(ctx, args, (*results, last))
+                return (*results, *last)
+
+            @staticmethod
+            def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+                """Return no gradient for the keys, and those of the arguments."""
+                return None, *backward(ctx, *gradients)
+
+        count = len(call._schema.returns) - 1
+
+        def differentiable(keys: Any, *args: Any) -> Any:
+            """Compute the operator, with its gradient if an argument requires one."""
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+                results = Gradient.apply(keys, *args)  # type: ignore[no-untyped-call]
+                return *results[:count], list(results[count:])
+            with torch._C._AutoDispatchBelowAutograd():
+                return call.redispatch(keys & below, *args)
+
+        namespace, _, operator = self.name.partition("::")
+        self._library = torch.library.Library(namespace, "FRAGMENT")  # its registrations end with it
+        self._library.impl(operator, differentiable, "Autograd", with_keyset=True)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Register a function that returns results without data, for fake tensors, and return it; op.py calls it."""

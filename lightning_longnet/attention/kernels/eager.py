@@ -46,7 +46,7 @@ LOG2 = log(2)
 def refusals(request: Request) -> list[str]:
     """Return the reasons why this kernel cannot compute a call; an empty list if it can.
 
-    `judge` asks for each call of `attend`, whatever kernel it names, and for `explain`, the guard's preflight and
+    `select` asks for a call of `attend` that may run the kernel, and `judge` for `explain`, the guard's preflight and
     `longnet plan`.
     """
     if request.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):

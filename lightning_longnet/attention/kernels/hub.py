@@ -37,7 +37,7 @@ def note(request: Request) -> str:
 def refusals(request: Request) -> list[str]:
     """Return the reasons why the build cannot compute a call; an empty list if it can.
 
-    `judge` asks for each call of `attend`, whatever kernel it names, and for `explain`, the guard's preflight and
+    `select` asks for a call of `attend` that may run the kernel, and `judge` for `explain`, the guard's preflight and
     `longnet plan`.
     """
     return package_refusals(request, _missing_reasons)

@@ -48,6 +48,12 @@ class Keys(Protocol):
         A `PartsKernel` calls it, which reads rows where they are.
         """
 
+    def unmasked(self) -> KeyTensors | None:
+        """Return the keys of this rank if none is masked by its padding, by dropout or by its token; else None.
+
+        The steps of parts read such keys where they are.
+        """
+
     def allocate_gradients(self) -> None:
         """Allocate the memory of the gradients, for threads that add to it."""
 
@@ -99,15 +105,22 @@ class OwnKeys:
         gradients: tuple[Accumulator, Accumulator] | None = None,
     ) -> None:
         self._k, self._v, self._gradients, self._mask = k, v, gradients, padding
-        shape = k.shape[0], -1, k.shape[2], 1
-        self._padding = None if padding is None else padding[:, :, None, None].expand(shape)
-        self._words, self._tokens = (
-            None if x is None else x[None, :, None, None].expand(shape) for x in (words, tokens)
-        )
+        self._padding = self._words = self._tokens = None
+        if padding is not None or words is not None or tokens is not None:
+            self._padding, self._words, self._tokens = (
+                None if x is None else x[..., None, None].expand(k.shape[0], -1, k.shape[2], 1)
+                for x in (padding, words, tokens)
+            )
 
     def tensors(self) -> KeyTensors:
         """Return the tensors as they were given."""
         return KeyTensors(self._k, self._v, self._mask, (), self._gradients)
+
+    def unmasked(self) -> KeyTensors | None:
+        """Return the tensors as they were given, unless there are masks of keys."""
+        if self._padding is None and self._words is None and self._tokens is None:
+            return self.tensors()
+        return None
 
     def allocate_gradients(self) -> None:
         assert self._gradients is not None
@@ -187,6 +200,9 @@ class ReceivedKeys:
         k, v = self._of_heads(self._kv_rows)
         gradients = None if self._gradients is None else self._of_heads(self._gradients)
         return KeyTensors(k, v, self._padding, self._sources, gradients)
+
+    def unmasked(self) -> None:
+        """Return None: received rows are read by their index."""
 
     def allocate_gradients(self) -> None:
         assert self._gradients is not None, "allocated by the caller"

@@ -24,17 +24,20 @@ class Partial(NamedTuple):
         """Return views of some samples."""
         return Partial(self.out[samples], self.lse[samples])
 
-    def add_(self, out: Tensor, lse: Tensor, weight: int = 1) -> None:
+    def add_(self, out: Tensor, lse: Tensor, weight: int = 1, has_keys: bool = False) -> None:
         """Merge the keys of another partial into this one, in place, each counted `weight` times.
 
-        A negative weight removes keys that were merged before.  `forward_blocks` calls it for the result of each block,
-        and branches, lines and the caches of inference are merged by it.
+        A negative weight removes keys that were merged before.  `has_keys` says that the other partial is nowhere that
+        of no key, which then needs no mask.  `forward_blocks` calls it for the result of each block, and branches,
+        lines and the caches of inference are merged by it.
         """
         lse = lse + log(abs(weight)) if abs(weight) != 1 else lse
         if weight > 0:
             # exp(lse) / (exp(lse) + exp(self.lse)); where both are -inf it is NaN, and 0 keeps out as it is
-            share = torch.sigmoid(lse - self.lse).masked_fill_(lse == -inf, 0)
-            self.out.lerp_(out.to(self.out.dtype), share)
+            share = torch.sub(lse, self.lse).sigmoid_()
+            if not has_keys:
+                share.masked_fill_(lse == -inf, 0)
+            self.out.lerp_(out if out.dtype == self.out.dtype else out.to(self.out.dtype), share)
             torch.logaddexp(self.lse, lse, out=self.lse)
         else:
             # the share of the weights that stays, 1 - exp(lse - self.lse), as accurate near 0 as near 1

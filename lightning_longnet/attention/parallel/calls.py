@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import finalize
 
 import torch
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.parallel.reordering import RowExchange
     from lightning_longnet.attention.parallel.shard import SequenceShard
     from lightning_longnet.attention.pattern.lines import Line
+    from lightning_longnet.attention.plan.blocks import Plan
     from lightning_longnet.attention.spec import AttentionSpec
 
 
@@ -52,6 +54,10 @@ def local_call(
     spec, batch = options.spec, q.shape[0]
     if padding is not None and padding.device.type == "cpu" and not padding.any():
         padding = None
+    if documents is None and padding is None and options.dropout is None and options.sinks is None:
+        plain = _plain_call(options, q.shape[:3], k.shape[2], q.device)
+        if plain is not None:
+            return plain
     packed = PackedRows(((0, q.shape[1]),)) if documents is None else packed_rows(documents)
     rows = _Rows(packed, q.shape[1], q.shape[2], k.shape[2], 1 if packed.are_equal else batch, q.device)
     if rows.joined > 1 and padding is not None:
@@ -67,6 +73,32 @@ def local_call(
         assert first.places is not None
         call = ReorderedCall(call, LocalOrder(first.tokens, first.places), spec.returns_lse)
     return call if rows.joined == 1 else JoinedCall(call)
+
+
+MOST_CALLS = 256
+_PLAIN_CALLS: dict[Any, RoundsCall] = {}  # an entry lives no longer than the plan of its call
+
+
+def _plain_call(options: PassOptions, shape: tuple[int, ...], kv_heads: int, device: torch.device) -> RoundsCall | None:
+    """Return the call of rows (B, N, H) without documents and masks, which is kept with its plan.
+
+    It is None where a call holds tensors of its own: the order of a curve, or null keys.  `local_call` asks for it.
+    """
+    spec, kernel = options.spec, BLOCK_KERNELS[options.spec.kernel]
+    # the plan depends on the numbers of threads, and on whether the kernel takes weights
+    count = torch.get_num_threads(), threads.available(device)
+    key = options, kernel, kernel.takes_weights(device.type), shape, kv_heads, device, count
+    call = _PLAIN_CALLS.get(key)
+    if call is None and spec.ordering == "raster" and not spec.pattern.has_null_keys:
+        batch, length, heads = shape
+        rows = _Rows(PackedRows(((0, length),)), length, heads, kv_heads, 1, device)
+        (line,) = lines_of(spec.ordering, rows.packed.cuts, spec.pattern, device)
+        call = _line_call(options, line, rows, batch, None)
+        if len(_PLAIN_CALLS) >= MOST_CALLS:
+            _PLAIN_CALLS.clear()
+        _PLAIN_CALLS[key] = call
+        finalize(_line_plan(options, line, rows, batch), _PLAIN_CALLS.pop, key, None).atexit = False
+    return call
 
 
 class _Rows(NamedTuple):
@@ -104,18 +136,7 @@ def _line_call(options: PassOptions, line: Line, rows: _Rows, batch: int, paddin
         samples = torch.arange(batch, device=rows.device) if rows.joined == 1 else tokens // rows.length
     if tokens is not None and rows.joined > 1:
         tokens = tokens % rows.length  # counted in each sample again
-    # the backward of "detached" needs the result of each branch, which the forward merges at once; a plan in which
-    # pairs of several branches are computed once, with a weight, has no such results
-    per_branch = spec.mix == "detached" and options.direction == "backward"
-    is_on_cpu, samples_in_call = rows.device.type == "cpu", batch // rows.joined
-    for count in (torch.get_num_threads(), 1):
-        segments = spec.weighted_segments(rows.device.type, samples_in_call, count, per_branch=per_branch)
-        if len(rows.packed.cuts) > 2:
-            whole = rows.packed.plan(line.pattern, rows.heads, rows.kv_heads, segments, is_on_cpu)
-        else:
-            whole = plan(line.pattern, rows.heads, rows.kv_heads, rows.packed.cuts, segments)
-        if count == 1 or not whole.parts.tasks(samples_in_call, threads.available(rows.device)):
-            break  # a task computes its calls with one thread
+    whole = _line_plan(options, line, rows, batch)
     null_keys = None
     if line.pattern.has_null_keys:
         null_keys = NullKeys(line.pattern, rows.packed.cuts, rows.places(), rows.heads, rows.kv_heads)
@@ -135,6 +156,24 @@ def _line_call(options: PassOptions, line: Line, rows: _Rows, batch: int, paddin
     route = Route(whole.parts, (), rows.kv_heads, whole.queries_once, whole.is_partitioned)
     branch_outs = len(line.branches) if spec.partials > 1 else 0
     return RoundsCall(BLOCK_KERNELS[spec.kernel], route, pair_options, branch_outs)
+
+
+def _line_plan(options: PassOptions, line: Line, rows: _Rows, batch: int) -> Plan:
+    """Return the plan of the branches of one line, which is cached; `_line_call` and `_plain_call` ask for it."""
+    spec = options.spec
+    # the backward of "detached" needs the result of each branch, which the forward merges at once; a plan in which
+    # pairs of several branches are computed once, with a weight, has no such results
+    per_branch = spec.mix == "detached" and options.direction == "backward"
+    is_on_cpu, samples_in_call = rows.device.type == "cpu", batch // rows.joined
+    for count in (torch.get_num_threads(), 1):
+        segments = spec.weighted_segments(rows.device.type, samples_in_call, count, per_branch=per_branch)
+        if len(rows.packed.cuts) > 2:
+            whole = rows.packed.plan(line.pattern, rows.heads, rows.kv_heads, segments, is_on_cpu)
+        else:
+            whole = plan(line.pattern, rows.heads, rows.kv_heads, rows.packed.cuts, segments)
+        if count == 1 or not whole.parts.tasks(samples_in_call, threads.available(rows.device)):
+            break  # a task computes its calls with one thread
+    return whole
 
 
 def distributed_calls(

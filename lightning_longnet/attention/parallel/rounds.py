@@ -180,7 +180,8 @@ class RoundsCall(NamedTuple):
         is_whole = is_whole and not rounds and not (self.branch_outs and not self._saved_outs)
         dq, dk, dv = (Accumulator(x, s, is_whole) for x, s in ((q, stores), (k, stores_keys), (v, stores_keys)))
         saved_rounds = sum(step.saves_rows for step in rounds)  # their rows come before the outs of branches in `saved`
-        outs, lse = list(saved[saved_rounds:]) or [out], backward_lse(lse)
+        has_keys = stores and not self.options.masks_later and self.route.own.has_keys
+        outs, lse = list(saved[saved_rounds:]) or [out], backward_lse(lse, has_keys)
         pending_gradients: list[Callable[[], None]] = []
 
         def backward_round(i: int, indices: RoundIndices, kv_rows: Tensor) -> None:

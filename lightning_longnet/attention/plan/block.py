@@ -49,6 +49,23 @@ class Block:
             return self.queries.heads * sum(many * self._segment_pairs(n, n) for n, many in lengths.items())
         return self.queries.heads * len(self.queries.starts) * self._segment_pairs(self.queries.rows, self.keys.rows)
 
+    @property
+    def sides(self) -> tuple[Lattice, Lattice, Lattice]:
+        """The lattices of dq, dk and dv, to which `backward_blocks` adds the gradients of the block."""
+        return self.queries, self.keys, self.keys
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether each query is known to see a key, so that no row of the block's lse is -inf.
+
+        It is never known of rows that are copied.  The steps of a forward ask, and `Parts.has_keys`.
+        """
+        if not self.queries.is_view or not self.keys.is_view:
+            return False
+        queries, keys = self.queries.rows, self.keys.rows
+        reaches = self.high is None or (self.high >= (self.low or 0) and queries - 1 - self.high < keys)
+        return (self.low is None or self.low <= 0) and reaches
+
     def _segment_pairs(self, queries: int, keys: int) -> int:
         """Return the number of visible pairs of one segment with this number of queries and keys."""
 

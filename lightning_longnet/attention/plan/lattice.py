@@ -17,20 +17,32 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    Layout = tuple[Sequence[int], Sequence[int]]  # the shape and the strides of a tensor
 
 _VIEWS = 64  # the most views that a lattice keeps
 
 
-class _View(NamedTuple):
-    """The view (B, segments, heads, rows, D) of a lattice in tensors of one shape and one memory layout.
+class View(NamedTuple):
+    """The sizes, strides and offset of a strided view; the offset is added to that of the tensor.
 
-    `is_foldable` says whether samples and segments have one stride; `offset` is added to that of the storage.
+    `Lattice.view` returns it.
     """
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
-    is_foldable: bool
     offset: int
+
+
+class _Views(NamedTuple):
+    """The views of a lattice in tensors of one layout.
+
+    Attributes:
+        read: (B, segments, heads, rows, D).
+        folded: (B * segments, heads, rows, D); None where samples and segments have no common stride.
+    """
+
+    read: View
+    folded: View | None
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class Lattice:
         """Return the rows of t (B, N, H, D), (B, segments, heads, rows, D): a view if `is_view`, else a copy."""
         if not isinstance(self.starts, range):
             return self.copied(t)
-        sizes, strides, _, offset = self._view(t)
+        sizes, strides, offset = self._views(t.shape, t.stride()).read
         return t.as_strided(sizes, strides, t.storage_offset() + offset)
 
     def folded(self, t: Tensor) -> Tensor:
@@ -96,41 +108,43 @@ class Lattice:
         """
         if not isinstance(self.starts, range):
             return self.copied(t).flatten(0, 1)
-        (batch, segments, *sizes), (first, second, *strides), is_foldable, offset = self._view(t)
-        if not is_foldable:
+        view = self._views(t.shape, t.stride()).folded
+        if view is None:
             return self.read(t).flatten(0, 1)
-        stride = first if segments == 1 else second
-        return t.as_strided((batch * segments, *sizes), (stride, *strides), t.storage_offset() + offset)
+        sizes, strides, offset = view
+        return t.as_strided(sizes, strides, t.storage_offset() + offset)
 
     def folds(self, t: Tensor) -> bool:
         """Return whether `folded` returns a view of t (B, N, H, D), so that writes to it reach t."""
-        return self.is_view and self._view(t).is_foldable
+        return self.view((t.shape, t.stride())) is not None
 
-    def _view(self, t: Tensor) -> _View:
-        """Return the sizes, strides and offset with which `read` and `folded` view the rows of t (B, N, H, D).
+    def view(self, layout: Layout) -> View | None:
+        """Return the view that `folded` returns of a tensor of this layout; None where it returns a copy.
 
-        They depend only on the shape and the strides of t, and are computed once for each of these.
+        The steps of parts keep it, so that nothing is looked up for each tensor.
         """
-        views: dict[tuple[Any, Any], _View] = self.__dict__.setdefault("_views", {})
-        key = t.shape, t.stride()
-        view = views.get(key)
-        if view is None:
+        return self._views(*layout).folded if self.is_view else None
+
+    def _views(self, shape: Sequence[int], stride: Sequence[int]) -> _Views:
+        """Return the views in a tensor (B, N, H, D) of this shape and these strides, which are computed once."""
+        kept: dict[tuple[Any, Any], _Views] = self.__dict__.setdefault("_kept_views", {})
+        views = kept.get((shape, stride))
+        if views is None:
             assert isinstance(self.starts, range)
-            if len(views) == _VIEWS:
-                views.clear()
-            batch, row, head, dim = key[1]
-            sizes = t.shape[0], len(self.starts), self.heads, self.rows, t.shape[3]
-            strides = (
-                batch,
-                self.starts.step * row,
-                self.head_step * head + self.row_shift * row,
-                self.step * row,
-                dim,
-            )
+            if len(kept) == _VIEWS:
+                kept.clear()
+            batch, row, head, dim = stride
+            segments, segment = len(self.starts), self.starts.step * row
+            sizes = self.heads, self.rows, shape[3]
+            strides = self.head_step * head + self.row_shift * row, self.step * row, dim
+            offset = self.starts.start * row + self.head * head
+            folded = None
             # samples and segments are one dimension where the next sample begins a segment after the last one
-            is_foldable = 1 in sizes[:2] or strides[0] == sizes[1] * strides[1]
-            view = views[key] = _View(sizes, strides, is_foldable, self.starts.start * row + self.head * head)
-        return view
+            if 1 in (shape[0], segments) or batch == segments * segment:
+                folded = View((shape[0] * segments, *sizes), (batch if segments == 1 else segment, *strides), offset)
+            read = View((shape[0], segments, *sizes), (batch, segment, *strides), offset)
+            views = kept[shape, stride] = _Views(read, folded)
+        return views
 
     def copied(self, t: Tensor) -> Tensor:
         """Return a copy of the rows of t (B, N, H, D), (B, segments, heads, rows, D)."""

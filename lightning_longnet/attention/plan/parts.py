@@ -41,19 +41,19 @@ class Parts(tuple[Part, ...]):
     The calls that they are cut into are kept here, so that the steps after the first one make none.
     """
 
-    def bounded(self, limit: int, threads: int, joins: bool = False, key_limit: int = 0) -> tuple[Part, ...]:
+    def bounded(self, limit: int, threads: int, joins: bool = False, key_limit: int = 0) -> Parts:
         """Return the parts cut into calls of at most `limit` query rows, or of more if threads would be idle.
 
         A row of each head counts.  Received keys of the same queries, at most `limit` or `key_limit` rows, are first
         joined by `joined_keys` and, with `joins`, small parts by `joined`.  `_cut` of the kernels calls it in each
         forward and backward.
         """
-        cuts: dict[tuple[int, int, bool, int], tuple[Part, ...]] = self.__dict__.setdefault("_cuts", {})
+        cuts: dict[tuple[int, int, bool, int], Parts] = self.__dict__.setdefault("_cuts", {})
         key = limit, threads, joins, key_limit
         if key not in cuts:
             parts = self.joined() if joins else self
             joined = joined_keys(parts, max(limit, key_limit))
-            cuts[key] = tuple(cut for part in joined for cut in bounded_part(part, limit, threads))
+            cuts[key] = Parts(cut for part in joined for cut in bounded_part(part, limit, threads))
         return cuts[key]
 
     def joined(self) -> Parts:
@@ -63,6 +63,14 @@ class Parts(tuple[Part, ...]):
             members = list(group)
             joined += (Part(branch, block) for block in batched(part.block for part in members)) if is_own else members
         return Parts(joined)
+
+    @cached_property
+    def has_keys(self) -> bool:
+        """Whether each query of the first branch is known to see a key of it.
+
+        `RoundsCall.gradients` asks, where the first branch has every query.
+        """
+        return all(part.block.has_keys for part in self if part.branch == 0)
 
     @cached_property
     def pairs(self) -> int:

@@ -220,7 +220,7 @@ def launched(monkeypatch):
     programs = []
     plan.cache_clear()  # the parts of a plan keep their launches
 
-    def record(program, lists, arguments, tile):
+    def record(program, launched, arguments):
         programs.append((program.__name__, arguments))
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -286,7 +286,6 @@ def test_gradients_are_rounded_once(launched, monkeypatch, name):
 def test_programs_run_on_the_device_of_their_tensors(monkeypatch):
     from lightning_longnet.attention.kernels.triton import launch
     from lightning_longnet.attention.kernels.triton.arguments import Lists
-    from lightning_longnet.attention.kernels.triton.tiles import Tile
 
     active = []
 
@@ -300,5 +299,5 @@ def test_programs_run_on_the_device_of_their_tensors(monkeypatch):
     items, result = torch.zeros(3, 5), []
     lists = Lists(items, items, items, 2)
     program = {(6,): lambda *_, **__: result.append(active[-1] is items)}
-    launch._launch(program, lists, (lists,), Tile(16, 16, 4, 2))
+    launch._launch(program, launch._Launch(0, lists, None, (6,), {}), (lists,))
     assert result == [True]

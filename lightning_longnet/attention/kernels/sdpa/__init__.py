@@ -26,7 +26,7 @@ def note(request: Request) -> str:
 def refusals(request: Request) -> list[str]:
     """Return the reasons why torch's operators cannot compute a call; an empty list if they can.
 
-    `judge` asks for each call of `attend`, whatever kernel it names, and for `explain`, the guard's preflight and
+    `select` asks for a call of `attend` that may run the kernel, and `judge` for `explain`, the guard's preflight and
     `longnet plan`.
     """
     reasons = []

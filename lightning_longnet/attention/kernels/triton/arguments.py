@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> Rows:
         """Return a tensor with its strides; `launch.py` calls it for each argument."""
-        return cls(x, x.stride(0), x.stride(1), x.stride(2))
+        return cls(x, *x.stride()[:3])
 
 
 class Lists(NamedTuple):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lightning_longnet.attention.kernels.accumulator import Accumulator
-from lightning_longnet.attention.kernels.blocks import uninitialized_partial
+from lightning_longnet.attention.kernels.blocks import WHOLE_BYTES, uninitialized_partial
 from lightning_longnet.attention.kernels.triton.arguments import Form, Lists, Rows
 from lightning_longnet.attention.kernels.triton.backward import key_gradients, query_gradient
 from lightning_longnet.attention.kernels.triton.forward import forward
@@ -16,12 +16,17 @@ from lightning_longnet.attention.kernels.triton.rectangles import Phase, phases
 from lightning_longnet.attention.kernels.triton.tiles import Tile, tile_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from lightning_longnet.attention.kernels.blocks import BackwardInputs, PairOptions
     from lightning_longnet.attention.kernels.keys import Keys, KeyTensors
     from lightning_longnet.attention.kernels.partial import Partial
     from lightning_longnet.attention.plan.parts import Parts
+
+
+MOST_LAUNCHES = 32  # parts keep the launches for so many layouts
 
 
 class _ListsKey(NamedTuple):
@@ -43,6 +48,24 @@ class _PhaseLaunch(NamedTuple):
     lists: Lists
 
 
+class _Launch(NamedTuple):
+    """A launch without the tensors of a step, which is kept with the parts.
+
+    Attributes:
+        branch: the branch of its phase.
+        lists: the tile list, with the number of programs of an item.
+        form: the constants of the program.
+        grid: the number of programs.
+        options: how Triton compiles the program.
+    """
+
+    branch: int
+    lists: Lists
+    form: Form
+    grid: tuple[int]
+    options: dict[str, Any]
+
+
 def forward_parts(
     parts: Parts,
     q: Tensor,
@@ -55,24 +78,16 @@ def forward_parts(
     `forward_parts` of the kernel calls it.  A total that is None is allocated here, uninitialized.  The first branch
     then stores its results instead of merging them, as it shows every row once.
     """
-    tensors = keys.tensors()
-    tile = _tile("forward", q, tensors)
-    stores = [total is None for total in totals]
-    launches = _cached_launches(parts, q, tensors, tile, is_by_key=False, joins=len(totals) == 1)
-    for phase, lists in launches:
-        i = phase.branch if len(totals) > 1 else 0
+    tensors, stores = keys.tensors(), tuple(total is None for total in totals)
+    rows = Rows.of(q), Rows.of(tensors.k), Rows.of(tensors.v)
+    padding = _padding(tensors)
+    for launch in _cached_launches(parts, q, tensors, "forward", joins=len(totals) == 1, stores=stores):
+        i = launch.branch if len(totals) > 1 else 0
         total = totals[i]
         if total is None:
             total = totals[i] = uninitialized_partial(q, tensors.v.shape[3])
-        accumulates = not (stores[i] and phase.branch == 0)
-        arguments = (
-            *(Rows.of(x) for x in (q, tensors.k, tensors.v, total.out, total.lse)),
-            lists._replace(programs=q.shape[0] * (q.shape[2] // tensors.k.shape[2])),
-            _padding(tensors),
-            options.scale,
-            _form(phase, tile, q, tensors, accumulates),
-        )
-        _launch(forward, lists, arguments, tile)
+        results = Rows.of(total.out), Rows.of(total.lse)
+        _launch(forward, launch, (*rows, *results, launch.lists, padding, options.scale, launch.form))
 
 
 def backward_parts(
@@ -91,55 +106,74 @@ def backward_parts(
     """
     tensors = keys.tensors()
     assert tensors.gradients is not None
-    deltas = [_delta(inputs.grad, out) for out in inputs.outs]
-    common = [Rows.of(x) for x in (q, tensors.k, tensors.v, inputs.grad)]
-    for name, program, is_by_key, gradients in (
-        ("query_gradient", query_gradient, False, (dq,)),
-        ("key_gradients", key_gradients, True, tensors.gradients),
+    deltas = [Rows.of(_delta(inputs.grad, out)) for out in inputs.outs]
+    common = Rows.of(q), Rows.of(tensors.k), Rows.of(tensors.v), Rows.of(inputs.grad)
+    lse, padding = Rows.of(inputs.lse), _padding(tensors)
+    for name, program, is_stored, gradients in (
+        ("query_gradient", query_gradient, stores[0], (dq,)),
+        ("key_gradients", key_gradients, stores[1], tensors.gradients),
     ):
-        tile = _tile(name, q, tensors)
-        launches = _cached_launches(parts, q, tensors, tile, is_by_key, joins=len(deltas) == 1)
+        launches = _cached_launches(parts, q, tensors, name, joins=len(deltas) == 1, stores=(is_stored,))
         is_whole = len(launches) == 1
         memory = [
             Rows.of(x if not isinstance(x, Accumulator) else x.written() if is_whole else x.total) for x in gradients
         ]
-        results: Any = tuple(memory) if is_by_key else memory[0]
-        programs = q.shape[0] * (1 if is_by_key else q.shape[2] // tensors.k.shape[2])
-        for phase, lists in launches:
-            delta = deltas[phase.branch if len(deltas) > 1 else 0]
-            accumulates = not (stores[is_by_key] and phase.branch == 0)
-            arguments = (
-                *common,
-                (Rows.of(inputs.lse), Rows.of(delta)),
-                results,
-                lists._replace(programs=programs),
-                _padding(tensors),
-                options.scale,
-                _form(phase, tile, q, tensors, accumulates),
-            )
-            _launch(program, lists, arguments, tile)
+        results: Any = memory[0] if len(memory) == 1 else tuple(memory)
+        for launch in launches:
+            delta = deltas[launch.branch if len(deltas) > 1 else 0]
+            last = (lse, delta), results, launch.lists, padding, options.scale, launch.form
+            _launch(program, launch, (*common, *last))
 
 
 def _delta(grad: Tensor, out: Tensor) -> Tensor:
-    """Return grad . out of each row, (B, N, H), in float32; an eighth of the rows is converted at a time."""
-    rows = -(-grad.shape[1] // 8)
+    """Return grad . out of each row, (B, N, H), in float32; of long rows an eighth is converted at a time."""
+    rows = grad.shape[1] if grad.nbytes <= WHOLE_BYTES else -(-grad.shape[1] // 8)
     pieces = zip(grad.split(rows, 1), out.split(rows, 1), strict=True)
-    return torch.cat([(some_grad.float() * some_out.float()).sum(-1) for some_grad, some_out in pieces], 1)
+    deltas = [(some_grad.float() * some_out.float()).sum(-1) for some_grad, some_out in pieces]
+    return deltas[0] if len(deltas) == 1 else torch.cat(deltas, 1)
 
 
-def _launch(program: Any, lists: Lists, arguments: tuple[Any, ...], tile: Tile) -> None:
+def _launch(program: Any, launch: _Launch, arguments: tuple[Any, ...]) -> None:
     """Run a program for each item, and each of its samples and query heads.
 
     Triton launches on the current device, which need not be that of the tensors.
     """
-    programs = next(x.programs for x in arguments if isinstance(x, Lists))
-    with torch.cuda.device_of(lists.items):
-        program[(len(lists.items) * programs,)](
-            *arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True
-        )
+    with torch.cuda.device_of(launch.lists.items):
+        program[launch.grid](*arguments, **launch.options)
 
 
 def _cached_launches(
+    parts: Parts, q: Tensor, tensors: KeyTensors, name: str, *, joins: bool, stores: tuple[bool, ...]
+) -> tuple[_Launch, ...]:
+    """Return the launches of a program, cached in `parts`: they are made when parts first run with such tensors.
+
+    `joins` says whether one launch may hold several branches, and `stores` whether the first branch stores its results,
+    in all partials or in each.
+    """
+    tile, is_padded = _tile(name, q, tensors), tensors.padding is not None
+    shapes = q.shape, tensors.k.shape[2], tensors.v.shape[3], tensors.sources
+    key = name, tile, joins, stores, *shapes, is_padded, q.device
+    kept: dict[Any, tuple[_Launch, ...]] = vars(parts).setdefault("_launches", {})
+    if key not in kept:
+        if len(kept) >= MOST_LAUNCHES:
+            kept.clear()
+        kept[key] = tuple(_made_launches(parts, q, tensors, tile, name == "key_gradients", joins, stores))
+    return kept[key]
+
+
+def _made_launches(
+    parts: Parts, q: Tensor, tensors: KeyTensors, tile: Tile, is_by_key: bool, joins: bool, stores: tuple[bool, ...]
+) -> Iterator[_Launch]:
+    """Yield the launches of a program; batches of any number of samples have the same tile lists."""
+    programs = q.shape[0] * (1 if is_by_key else q.shape[2] // tensors.k.shape[2])
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    for phase, lists in _cached_lists(parts, q, tensors, tile, is_by_key, joins):
+        accumulates = not (stores[phase.branch if len(stores) > 1 else 0] and phase.branch == 0)
+        form, grid = _form(phase, tile, q, tensors, accumulates), (len(lists.items) * programs,)
+        yield _Launch(phase.branch, lists._replace(programs=programs), form, grid, options)
+
+
+def _cached_lists(
     parts: Parts, q: Tensor, tensors: KeyTensors, tile: Tile, is_by_key: bool, joins: bool
 ) -> tuple[_PhaseLaunch, ...]:
     """Return the phases of parts with their tile lists, cached in `parts`; see `tiled_phases`.

@@ -38,5 +38,6 @@ def tile_of(kernel: str, width: int, itemsize: int) -> Tile:
     `_tile` of launch.py asks in each forward and backward.  A tile of float32 has half as many other rows, so that it
     fills as many bytes.
     """
-    tile = next(tile for (name, most), tile in sorted(table().items()) if name == kernel and width <= most)
+    tiles = table()
+    tile = tiles[kernel, min(most for name, most in tiles if name == kernel and width <= most)]
     return tile if itemsize < 4 else tile._replace(others=max(16, tile.others // 2), stages=min(tile.stages, 2))
