@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_longnet.attention.kernels.steps import contiguous_layout
 from lightning_longnet.attention.plan.lattice import unfold_rows
 from lightning_longnet.attention.plan.paged_keys import PagedKeys
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_longnet.attention.plan.lattice import Lattice
+    from lightning_longnet.attention.plan.lattice import Lattice, Layout
 
 
 class Accumulator:
@@ -36,6 +37,16 @@ class Accumulator:
         if not is_written and not is_whole:
             self._total = self._allocated()
 
+    @classmethod
+    def over(cls, total: Tensor) -> Accumulator:
+        """Return an accumulator that adds to a tensor (B, N, H, D).
+
+        `RoundsCall` makes one for the gradients of the received keys of a round.
+        """
+        accumulator = cls(total, is_written=True)
+        accumulator._total = total
+        return accumulator
+
     @property
     def total(self) -> Tensor:
         """The sum of what was added, (B, N, H, D); its memory is allocated when it is first needed.
@@ -46,6 +57,16 @@ class Accumulator:
         if self._total is None:
             self._total = self._allocated()
         return self._total
+
+    @property
+    def layout(self) -> Layout:
+        """The shape and the strides of the sum, for views of it before it is allocated.
+
+        It is contiguous, unless it is the memory that `over` was given.
+        """
+        if self._total is not None:
+            return self._total.shape, self._total.stride()
+        return contiguous_layout(self._like.shape)
 
     def allocate(self) -> None:
         """Allocate the memory of the sum, for threads that add to it.

@@ -440,7 +440,8 @@ def _cut(kernel: BlockKernel, parts: Parts, q: Tensor, count: int = 1) -> Parts:
     if q.numel() * wide.itemsize > WHOLE_BYTES:
         limit = int(limit * CALL_SHARE)
     joins = q.device.type == "cpu" and kernel.takes_weights("cpu")  # joined blocks have masks, and weights by head
-    return parts.bounded(limit // count, torch.get_num_threads(), joins=joins)
+    key_limit = WHOLE_BYTES // (len(q) * q.shape[3] * wide.itemsize)  # as small as a result that is never cut
+    return parts.bounded(limit // count, torch.get_num_threads(), joins, key_limit // count)
 
 
 def _kernel_calls(parts: Iterable[Part], q: Tensor, keys: Keys, options: PairOptions) -> Iterator[tuple[Part, Call]]:

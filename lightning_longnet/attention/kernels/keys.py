@@ -96,7 +96,10 @@ class Keys(Protocol):
 
 
 class OwnKeys:
-    """Keys and values (B, N, Hkv, D) on this rank: `RoundsCall` makes it in each forward and backward.
+    """Keys and values (B, N, Hkv, D) that parts read by their lattices.
+
+    `RoundsCall` makes it of the keys on this rank in each forward and backward, and of received rows as rows of one
+    head, where the parts of a round have lattices of these.
 
     It is one of `Keys`, which says when its methods are called.
 
@@ -183,7 +186,8 @@ class OwnKeys:
 class ReceivedKeys:
     """Rows of key heads that came from other ranks: keys and values side by side, (R, B, D + Dv).
 
-    `RoundsCall` makes it for each round.  It is one of `Keys`, which says when its methods are called.
+    `RoundsCall` makes it for a round whose parts have a `kv_index`.  It is one of `Keys`, which says when its methods
+    are called.
 
     Args:
         padding: (B, R), True where padding masks a key.

@@ -84,8 +84,8 @@ def backward_steps(
 ) -> Steps | None:
     """Return the steps of a backward; None where some rows are copied.
 
-    Their views are those in grad, q, k, v, out and lse, without the last dimension of lse, and in contiguous dq, dk and
-    dv.  `backward_blocks` asks where no row is masked.
+    Their views are those in grad, q, k, v, out and lse, without the last dimension of lse, and in dq, dk and dv; dq is
+    contiguous.  `backward_blocks` asks where no row is masked.
     """
     k, v, grad, (out, *_), lse = keys.k, keys.v, inputs.grad, inputs.outs, inputs.lse
     key = (
@@ -95,7 +95,8 @@ def backward_steps(
     kept = _kept(parts)
     if key not in kept:
         of_queries = [*map(_layout, (grad, q, out, lse)), contiguous_layout(q.shape)]
-        of_keys = [_layout(k), _layout(v), contiguous_layout(k.shape), contiguous_layout(v.shape)]
+        assert keys.gradients is not None
+        of_keys = [_layout(k), _layout(v), *(x.layout for x in keys.gradients)]
         views, steps = _views(parts, of_queries, of_keys), None
         if views is not None:
             at_grad, at_q, at_out, at_lse, at_dq, at_k, at_v, at_dk, at_dv = views

@@ -7,7 +7,6 @@ other key.
 from __future__ import annotations
 
 from functools import partial
-from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,16 +15,17 @@ from lightning_longnet.attention.parallel.exchange import ExchangePlan, RankWork
 from lightning_longnet.attention.parallel.lines import LinesCall
 from lightning_longnet.attention.parallel.reordering import LocalOrder
 from lightning_longnet.attention.parallel.rounds import RoundsCall
-from lightning_longnet.attention.parallel.routes import Route, head_parts
+from lightning_longnet.attention.parallel.routes import heads_route
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
     from lightning_longnet.attention.parallel.comm import Comm, MessageContext
     from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
     from lightning_longnet.attention.parallel.placement import Placement
+    from lightning_longnet.attention.parallel.shard import SequenceShard
     from lightning_longnet.attention.spec import AttentionSpec
 
 
@@ -74,7 +74,7 @@ class AllToAllPlan(ExchangePlan):
     def work(self, rank: int, weighted_segments: int = 0) -> RankWork:
         """Return the blocks of this rank's heads over the whole sequence; there are no rounds."""
         layout = self.layout._replace(weighted_segments=weighted_segments)
-        return RankWork(head_parts(layout, self._kv_heads_of(rank)))
+        return RankWork(heads_route(layout, self._kv_heads_of(rank)).own)
 
     def footprint(self, rank: int) -> AllToAllFootprint:
         """Return the memory of whole sequences of a rank's heads; it is the same for all ranks."""
@@ -92,7 +92,9 @@ class AllToAllPlan(ExchangePlan):
             # a rank has whole sequences of its heads, so no row has to travel to another line
             orders = [LocalOrder.between(first.line, other.line, call.device) for other in others]
             inner = LinesCall(own, tuple(zip(orders, map(self._heads_call, others), strict=True)))
-        return AllToAllCall(call.shard.comm, call.message, call.shard.placement, inner, call.options.spec.returns_lse)
+        shard, returns_lse = call.shard, call.options.spec.returns_lse
+        order = shard.cached(("rank order", call.device), partial(_sequence_order, shard, call.device))
+        return AllToAllCall(shard.comm, call.message, shard.placement, inner, returns_lse, order)
 
     def _heads_call(self, call: RankCall) -> RoundsCall:
         """Return the call on whole sequences of this rank's heads, for the branches of one line; `call` asks for each.
@@ -101,17 +103,30 @@ class AllToAllPlan(ExchangePlan):
         """
         shard, kv_heads = call.shard, self._kv_heads_of(call.shard.rank)
         layout = self.layout._replace(pattern=call.line.pattern, weighted_segments=call.weighted_segments)
-        parts = shard.cached(("heads", *call.key), partial(head_parts, layout, kv_heads))
+        own_route = shard.cached(("heads", *call.key), partial(heads_route, layout, kv_heads))
         group = layout.heads // layout.kv_heads
         heads = slice(kv_heads.start * group, kv_heads.stop * group)
-        route = Route(parts, (), len(kv_heads))
-        options = call.pair_options(layout, torch.arange(shard.length, device=call.device), heads)
-        return RoundsCall(call.kernel, route, options, call.branch_outs, saves_outs=True)
+        places = shard.cached(("all places", call.device), partial(torch.arange, shard.length, device=call.device))
+        options = call.pair_options(layout, places, heads)
+        return RoundsCall(call.kernel, own_route, options, call.branch_outs, saves_outs=True)
 
     def _kv_heads_of(self, rank: int) -> range:
         """Return the key/value heads of a rank, as many as of each other rank, in the order of ranks."""
         heads = self.layout.kv_heads // self.layout.placement.ranks
         return range(rank * heads, (rank + 1) * heads)
+
+
+def _sequence_order(shard: SequenceShard, device: torch.device) -> LocalOrder | None:
+    """Return the order that brings the rows of the ranks, one rank after the other, into that of the sequence.
+
+    It is None where the ranks hold them in that order.
+    """
+    placement = shard.placement
+    begins = [chunk.begin for rank in range(placement.ranks) for chunk in placement.chunks(rank)]
+    if begins == sorted(begins):
+        return None
+    tokens = torch.cat([shard.tokens(rank, device) for rank in range(placement.ranks)])
+    return LocalOrder(tokens.argsort(), tokens)
 
 
 class AllToAllFootprint(NamedTuple):
@@ -129,13 +144,15 @@ class AllToAllFootprint(NamedTuple):
         return True
 
     def saved(self, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> list[Tensor]:
-        """Return uninitialized tensors like those that the forward saves: q, k, v, lse and outs of a rank's heads.
+        """Return uninitialized tensors like those that the forward saves of a rank's heads.
 
-        They are (B, N, H / P, D), and lse has as many elements as that of the forward.  For "detached" there is an out
-        of each branch, in float32 or wider; else one, in the type of q for the mix "exact".
+        These are q, k and v in one tensor (N, B, width), lse with as many elements as that of the forward, and outs
+        (B, N, H / P, D).  For "detached" there is an out of each branch, in float32 or wider; else one, in the type of
+        q for the mix "exact".
         """
         wide = torch.promote_types(q.dtype, torch.float32)
-        saved = [x.new_empty((x.shape[0], self.length, x.shape[2] // self.ranks, x.shape[3])) for x in (q, k, v)]
+        width = sum(x.shape[2] // self.ranks * x.shape[3] for x in (q, k, v))
+        saved = [q.new_empty((self.length, q.shape[0], width))]
         rows = q.shape[0], self.length, q.shape[2] // self.ranks
         saved.append(q.new_empty(rows, dtype=wide))
         dtype = q.dtype if spec.mix == "exact" else wide
@@ -160,7 +177,9 @@ class AllToAllFootprint(NamedTuple):
 class AllToAllCall(NamedTuple):
     """One forward or backward by all_to_all, an `ExchangeCall`: the operators of op.py call it.
 
-    `inner` is the call on this rank's heads over the whole sequence.  All ranks run `forward` and `backward` together.
+    `inner` is the call on this rank's heads over the whole sequence.  `order` brings rows as the ranks hold them, those
+    of one rank after the other, into the order of the sequence; None where that is the same order.  All ranks run
+    `forward` and `backward` together.
     """
 
     comm: Comm
@@ -168,6 +187,7 @@ class AllToAllCall(NamedTuple):
     placement: Placement
     inner: RoundsCall | LinesCall
     returns_lse: bool
+    order: LocalOrder | None = None
 
     @property
     def saves_inputs(self) -> bool:
@@ -176,8 +196,8 @@ class AllToAllCall(NamedTuple):
 
     @property
     def saved_count(self) -> int:
-        """The number of tensors that the forward saves: q, k, v, lse, and the outs of the branches or that of all."""
-        return 4 + (self.inner.saved_count or 1)  # q, k, v, lse, and the outs of the branches or that of all
+        """The number of tensors that the forward saves: q, k and v in one, lse, and the outs of branches or of all."""
+        return 2 + (self.inner.saved_count or 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Return out, lse and the tensors that the backward needs.
@@ -185,15 +205,14 @@ class AllToAllCall(NamedTuple):
         lse is uninitialized unless `returns_lse`: to exchange it would cost one more all_to_all.  The operator
         `lightning_longnet::attend` calls it once for each group of samples with equal documents.
         """
-        local_q = q
-        q, k, v = self._to_heads((q, k, v), "queries, keys and values")
-        out, lse, saved = self.inner.forward(q, k, v)
+        rows = self._to_heads((q, k, v), "queries, keys and values")
+        out, lse, saved = self.inner.forward(*self._sequences(rows, (q, k, v)))
         (local_out,) = self._to_rows((out,), "out")
-        local_lse = lse.new_empty((len(local_q), local_q.shape[2], local_q.shape[1]))
+        local_lse = lse.new_empty((q.shape[0], q.shape[2], q.shape[1]))
         if self.returns_lse:
             (lse_rows,) = self._to_rows((lse.transpose(1, 2).unsqueeze(-1),), "lse")
             local_lse.copy_(lse_rows.squeeze(-1).transpose(1, 2))
-        return local_out, local_lse, [q, k, v, lse, *(saved or [out])]
+        return local_out, local_lse, [rows, lse, *(saved or [out])]
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, saved: Sequence[Tensor]
@@ -202,96 +221,66 @@ class AllToAllCall(NamedTuple):
 
         The operator `lightning_longnet::attend_backward` calls it, once for each call of `forward`.
         """
-        q, k, v, lse, *outs = saved
-        (grad,) = self._to_heads((grad,), "the gradient of out")
+        rows, lse, *outs = saved
+        (whole_grad,) = self._sequences(self._to_heads((grad,), "the gradient of out"), (grad,))
         # the inner call saves the outs of branches for "detached"; otherwise the out of all branches is saved
-        gradients = self._to_rows(self.inner.backward(grad, q, k, v, outs[0], lse, outs), "gradients")
-        return gradients[0], gradients[1], gradients[2]
+        whole_q, whole_k, whole_v = self._sequences(rows, (q, k, v))
+        gradients = self.inner.backward(whole_grad, whole_q, whole_k, whole_v, outs[0], lse, outs)
+        dq, dk, dv = self._to_rows(gradients, "gradients")
+        return dq, dk, dv
 
-    def _to_heads(self, tensors: Sequence[Tensor], content: str) -> list[Tensor]:
-        """Return (B, N, H / P, D) of each (B, L, H, D): all tokens of this rank's heads for its tokens of all heads."""
-        comm, placement = self.comm, self.placement
-        shapes = [(len(x), x.shape[2] // comm.ranks, x.shape[3]) for x in tensors]
-        wholes = [x.new_empty((placement.length, *shape)) for x, shape in zip(tensors, shapes, strict=True)]
+    def _to_heads(self, tensors: Sequence[Tensor], content: str) -> Tensor:
+        """Return all tokens of this rank's heads for its tokens of all heads, of several tensors (B, L, H, D).
 
-        def pieces_of(peer: int) -> list[Tensor]:
-            """Return what another rank gets of each tensor, (L, B, H / P, D): this rank's tokens of its heads."""
-            return [x.unflatten(2, (comm.ranks, -1))[:, :, peer].transpose(0, 1) for x in tensors]
+        The result is (N, B, the sum of H / P * D), with the heads of the tensors side by side: one message brings all
+        of them, and to save it takes no more memory than to save each.
+        """
+        ranks = self.comm.ranks
+        # (P, L, B, width): for each rank its heads of this rank's tokens
+        sent = torch.cat([x.unflatten(2, (ranks, -1)).permute(2, 1, 0, 3, 4).flatten(3) for x in tensors], 3)
+        rows = sent.new_empty((self.placement.length, *sent.shape[2:]))
+        self._exchange(sent.unbind(), rows.split(self.placement.lengths), f"swap of {content} to heads")
+        del sent
+        return rows if self.order is None else rows.index_select(0, self.order.order)
 
-        def put(peer: int, pieces: Sequence[Tensor]) -> None:
-            """Write the tokens of a rank, (its L, B, H / P, D) of each tensor, to their places in the sequence."""
-            for whole, piece in zip(wholes, pieces, strict=True):
-                for begin, end, local in placement.chunks(peer):
-                    whole[begin:end] = piece[local : local + end - begin]
-
-        self._all_to_all(tensors[0], shapes, placement.lengths, pieces_of, put, f"swap of {content} to heads")
-        return [whole.transpose(0, 1) for whole in wholes]
+    def _sequences(self, rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+        """Return views (B, N, H / P, D) of the rows that `_to_heads` returned for tensors of these shapes."""
+        (length, batch, width), views, first = rows.shape, [], 0
+        for x in like:
+            heads, size = x.shape[2] // self.comm.ranks, x.shape[3]
+            strides = width, batch * width, size, 1
+            views.append(rows.as_strided((batch, length, heads, size), strides, rows.storage_offset() + first))
+            first += heads * size
+        return views
 
     def _to_rows(self, tensors: Sequence[Tensor], content: str) -> list[Tensor]:
         """Return (B, L, H, D) of each (B, N, H / P, D): this rank's tokens of all heads, the inverse of `_to_heads`."""
-        comm, placement = self.comm, self.placement
-        shapes = [(len(x), x.shape[2], x.shape[3]) for x in tensors]
-        length = placement.lengths[comm.rank]
-        # (B, L, P, H / P, D): the heads of each rank
-        parts = [x.new_empty((batch, length, comm.ranks, *r)) for x, (batch, *r) in zip(tensors, shapes, strict=True)]
+        ranks, length = self.comm.ranks, self.placement.lengths[self.comm.rank]
+        wide = [x.transpose(0, 1).flatten(2) for x in tensors]
+        sent = wide[0] if len(wide) == 1 else torch.cat(wide, 2)
+        sent = sent.contiguous() if self.order is None else sent.index_select(0, self.order.inverse)
+        batch, width = sent.shape[1:]
+        rows = sent.new_empty((ranks, length, batch, width))
+        self._exchange(sent.split(self.placement.lengths), rows.unbind(), f"swap of {content} to rows")
+        results, first = [], 0
+        for x in tensors:
+            heads, size = x.shape[2:]
+            strides = width, batch * width, length * batch * width, size, 1
+            part = rows.as_strided((batch, length, ranks, heads, size), strides, first)
+            results.append(part.contiguous().flatten(2, 3))
+            first += heads * size
+        return results
 
-        def pieces_of(peer: int) -> list[Tensor]:
-            """Return what another rank gets of each tensor, (its L, B, H / P, D): its tokens of this rank's heads."""
-            chunks = placement.chunks(peer)
-            if len(chunks) == 1:
-                return [x[:, chunks[0].begin : chunks[0].end].transpose(0, 1) for x in tensors]
-            # with an empty piece first, for a rank without a chunk
-            return [torch.cat([x[:, :0], *(x[:, s.begin : s.end] for s in chunks)], 1).transpose(0, 1) for x in tensors]
+    def _exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor], content: str) -> None:
+        """Send each rank its rows of `sent`, and write the rows that come from each to `received`.
 
-        def put(peer: int, pieces: Sequence[Tensor]) -> None:
-            """Write a rank's heads of this rank's tokens, (L, B, H / P, D) of each tensor."""
-            for part, piece in zip(parts, pieces, strict=True):
-                part[:, :, peer] = piece.transpose(0, 1)
-
-        self._all_to_all(tensors[0], shapes, [length] * comm.ranks, pieces_of, put, f"swap of {content} to rows")
-        return [part.flatten(2, 3) for part in parts]
-
-    def _all_to_all(
-        self,
-        like: Tensor,
-        shapes: Sequence[tuple[int, ...]],
-        rows: Sequence[int],
-        pieces_of: Callable[[int], list[Tensor]],
-        put: Callable[[int, Sequence[Tensor]], None],
-        content: str,
-    ) -> None:
-        """Send each rank its pieces in one message, and store the pieces that come from each; all ranks call it.
-
-        This rank's own pieces are stored while the others are on their way.  Ranks without rows get no message.
-
-        Args:
-            like: a tensor of the type and device of the pieces.
-            shapes: the shape of each piece after its rows.
-            rows: the rows that come from each rank.
-            pieces_of: returns the pieces for a rank, each (rows, *shape).
-            put: stores the pieces that came from a rank.
-            content: what is sent, for errors and message tags.
+        This rank's own rows are written while the others are on their way.  All ranks call it; ranks without rows get
+        no message.
         """
-        comm = self.comm
-        widths = [prod(shape) for shape in shapes]
-
-        def split(packed: Tensor) -> list[Tensor]:
-            """Return the pieces that a message holds side by side, (rows, sum of widths), as views (rows, *shape)."""
-            return [part.unflatten(1, shape) for part, shape in zip(packed.split(widths, 1), shapes, strict=True)]
-
-        send, receive = {}, {}
-        for peer in range(comm.ranks):
-            if peer == comm.rank:
-                continue
-            pieces = pieces_of(peer)
-            if len(pieces[0]) and sum(widths):
-                send[peer] = like.new_empty((len(pieces[0]), sum(widths)))
-                for target, piece in zip(split(send[peer]), pieces, strict=True):
-                    target.copy_(piece)
-            if rows[peer] and sum(widths):
-                receive[peer] = like.new_empty((rows[peer], sum(widths)))
-        pending = comm.exchange(send, receive, self.message, content)
-        put(comm.rank, pieces_of(comm.rank))
+        rank = self.comm.rank
+        send, receive = (
+            {peer: rows for peer, rows in enumerate(side) if peer != rank and rows.numel()} for side in (sent, received)
+        )
+        pending = self.comm.exchange(send, receive, self.message, content)
+        received[rank].copy_(sent[rank])
         pending.wait()
-        for peer, packed in receive.items():
-            put(peer, split(packed))

@@ -191,23 +191,15 @@ def distributed_calls(
         number: `shard.calls` when the forward had begun, the same on all ranks and in its backward.
     """
     spec, comm, call_name = options.spec, shard.comm, f"{options.direction} of {shard.call_of(number)}"
-    wide, kind = torch.promote_types(q.dtype, torch.float32), str(call_kind(q, k, v, spec, options.sinks is not None))
-    for samples, cuts in _grouped_by_documents(shard.cuts * (q.shape[0] if len(shard.cuts) == 1 else 1)):
-        lines = lines_of(spec.ordering, cuts, spec.pattern, torch.device("cpu"))
-        # the pattern as its plan has it; of several lines the exchange is that of the pattern in the sequence's order
-        pattern = lines[0].pattern if len(lines) == 1 else spec.pattern
-        batch = samples.stop - samples.start
-        sizes = Sizes(batch, q.shape[3], v.shape[3], q.element_size(), wide.itemsize)
-        layout = Layout(pattern, q.shape[2], k.shape[2], cuts, shard.placement)
-        # the number of the first sample is the key of the group's documents
-        key = q.shape[2], k.shape[2], samples.start if len(shard.cuts) > 1 else 0
-        exchange = shard.cached(
-            ("exchange", pattern, *key, spec.exchange, sizes),
-            partial(_exchange_plan, layout, spec.exchange, sizes),
-        )
+    has_sinks = options.sinks is not None
+    groups = shard.cached(
+        ("groups", spec, q.shape, k.shape, v.shape, q.dtype, has_sinks),
+        lambda: list(_sample_groups(spec, q, k, v, shard, has_sinks)),
+    )
+    for samples, lines, key, exchange, sizes, kind in groups:
         comm.traffic.add_call(options.direction, exchange, sizes)
         message = MessageContext(f"{call_name}, samples {samples.start} to {samples.stop - 1}", kind)
-        segments = spec.weighted_segments(q.device.type, batch, shard.threads, per_branch=spec.mix == "detached")
+        segments = spec.weighted_segments(q.device.type, sizes.batch, shard.threads, per_branch=spec.mix == "detached")
         rank_call = RankCall(shard, message, options, samples, segments, q.device, key=(*key, segments), lines=lines)
         call: ExchangeCall = exchange.call(rank_call)
         if (order := lines[0].tokens) is not None:
@@ -217,6 +209,45 @@ def distributed_calls(
             )
             call = ReorderedCall(call, RankOrder(comm, message, rows), spec.returns_lse)
         yield samples, call
+
+
+class _SampleGroup(NamedTuple):
+    """Samples with the same documents, and what is the same in all their calls with equal options and shapes.
+
+    Attributes:
+        samples: which samples of the batch.
+        lines: the lines of the pattern.
+        key: distinguishes their layouts from those of other groups and of other numbers of heads.
+        exchange, sizes: the plan of their exchange, and the sizes of their tensors.
+        kind: the text of `call_kind`.
+    """
+
+    samples: slice
+    lines: tuple[Line, ...]
+    key: tuple[int, int, int]
+    exchange: ExchangePlan
+    sizes: Sizes
+    kind: str
+
+
+def _sample_groups(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, shard: SequenceShard, has_sinks: bool
+) -> Iterator[_SampleGroup]:
+    """Yield the groups of a batch: `distributed_calls` asks at the first call of a kind, and the shard keeps them."""
+    wide, kind = torch.promote_types(q.dtype, torch.float32), str(call_kind(q, k, v, spec, has_sinks))
+    for samples, cuts in _grouped_by_documents(shard.cuts * (q.shape[0] if len(shard.cuts) == 1 else 1)):
+        lines = lines_of(spec.ordering, cuts, spec.pattern, torch.device("cpu"))
+        # the pattern as its plan has it; of several lines the exchange is that of the pattern in the sequence's order
+        pattern = lines[0].pattern if len(lines) == 1 else spec.pattern
+        sizes = Sizes(samples.stop - samples.start, q.shape[3], v.shape[3], q.element_size(), wide.itemsize)
+        layout = Layout(pattern, q.shape[2], k.shape[2], cuts, shard.placement)
+        # the number of the first sample is the key of the group's documents
+        key = q.shape[2], k.shape[2], samples.start if len(shard.cuts) > 1 else 0
+        exchange = shard.cached(
+            ("exchange", pattern, *key, spec.exchange, sizes),
+            partial(_exchange_plan, layout, spec.exchange, sizes),
+        )
+        yield _SampleGroup(samples, lines, key, exchange, sizes, kind)
 
 
 def _row_exchange(order: Tensor, shard: SequenceShard, device: torch.device) -> RowExchange:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from datetime import timedelta
+    from hashlib import _Hash
 
     from torch import Tensor
 
@@ -204,14 +205,16 @@ class Comm:
         peers = ", ".join(map(str, sorted({*send, *receive})))
         self.exchanges += bool(peers)
         operations, descriptions = [], []
+        # the part of the tags that all messages share; its hash is the long part of their work
+        shared = sha256(f"{self.shard} {context} {content}".encode())
         try:
             for peer, tensor in sorted(receive.items()):
-                tag = self._tag(context, content, tensor)
+                tag = _tag(shared, tensor)
                 operations.append(dist.P2POp(dist.irecv, tensor, group=self.group, tag=tag, group_peer=peer))
                 descriptions.append(f"{here}, from rank {peer}")
             for peer, tensor in sorted(send.items()):
                 assert tensor.is_contiguous()
-                tag = self._tag(context, content, tensor)
+                tag = _tag(shared, tensor)
                 operations.append(dist.P2POp(dist.isend, tensor, group=self.group, tag=tag, group_peer=peer))
                 descriptions.append(f"{here}, to rank {peer}")
                 self.traffic.messages += 1
@@ -248,7 +251,12 @@ class Comm:
                 f"{self.failure}, and its messages may still be under way: make a new group and a new shard"
             )
 
-    def _tag(self, context: MessageContext, content: str, tensor: Tensor) -> int:
-        """Return the tag of a message, an integer of 31 bits, which both sides compute alike."""
-        text = f"{self.shard} {context} {content} {tensor.dtype} {tuple(tensor.shape)}"
-        return int.from_bytes(sha256(text.encode()).digest()[:4], "big") >> 1  # a tag has 31 bits
+
+def _tag(shared: _Hash, tensor: Tensor) -> int:
+    """Return the tag of a message, an integer of 31 bits, which both sides compute alike.
+
+    `shared` is the hash of what all messages of an exchange have in common.
+    """
+    whole = shared.copy()
+    whole.update(f" {tensor.dtype} {tuple(tensor.shape)}".encode())
+    return int.from_bytes(whole.digest()[:4], "big") >> 1  # a tag has 31 bits

@@ -264,6 +264,10 @@ class RankCall(NamedTuple):
         key = "line", *self.key, self.line.branches, places.device
         return self.shard.cached(key, partial(self.line.tokens.to, places.device))[places]
 
+    def _numbers(self) -> Tensor:
+        """Return the numbers of the samples, (B,), by which dropout knows them."""
+        return torch.arange(self.samples.start, self.samples.stop, device=self.device)
+
     def pair_options(self, layout: Layout, places: Tensor, heads: slice = slice(None)) -> PairOptions:
         """Return the options that hold for every pair of the call, whichever block computes it.
 
@@ -282,7 +286,7 @@ class RankCall(NamedTuple):
             spec.scale_of(self.options.head_dim),
             self.shard.padding_of(tokens, self.samples),
             self.options.dropout,
-            samples=torch.arange(self.samples.start, self.samples.stop, device=self.device),
+            samples=self._numbers() if self.options.dropout is not None else None,
             tokens=tokens,
             first_head=heads.start or 0,
             counts_once=spec.counts_once,

@@ -28,6 +28,7 @@ from lightning_longnet.attention.kernels.blocks import (
     no_key_partial,
 )
 from lightning_longnet.attention.kernels.keys import OwnKeys, ReceivedKeys
+from lightning_longnet.attention.parallel.received_rows import rows_by_rank, rows_of_one_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.kernels import BlockKernel, PartsKernel
+    from lightning_longnet.attention.kernels.keys import Keys
     from lightning_longnet.attention.kernels.partial import Partial
     from lightning_longnet.attention.parallel.comm import Comm, MessageContext, Pending
     from lightning_longnet.attention.parallel.routes import Round, RoundIndices, Route
@@ -120,9 +122,11 @@ class RoundsCall(NamedTuple):
         computed while the first round is in flight, those of each round when it has arrived.  `forward` calls it, and
         `LinesCall` for each of its lines.
         """
-        # with padding, `forward_blocks` skips segments without a key, and nothing would write their rows
-        stores = self.route.writes_queries and self.options.key_padding_mask is None
-        totals: list[Partial | None] = [None if stores else no_key_partial(q, v) for _ in range(self._saved_outs or 1)]
+        # with padding, `forward_blocks` skips segments without a key, and nothing would write their rows; nor would the
+        # first branch write those of the others
+        saved_outs = self._saved_outs
+        stores = self.route.writes_queries and self.options.key_padding_mask is None and not saved_outs
+        totals: list[Partial | None] = [None if stores else no_key_partial(q, v) for _ in range(saved_outs or 1)]
         fetched = self._fetch(0, k, v)
         forward_blocks(self.kernel, self.route.own, q, self._own_keys(k, v), self.options, totals)
         saved = []
@@ -137,7 +141,7 @@ class RoundsCall(NamedTuple):
                 saved.append(kv_rows)
             del indices, kv_rows, keys
         partials = [total for total in totals if total is not None]
-        outs = [partial.out for partial in partials] if self._saved_outs else []
+        outs = [partial.out for partial in partials] if saved_outs else []
         return merge_branches(partials, self.options, is_saved=bool(outs)), [*saved, *outs]
 
     def backward(
@@ -194,7 +198,7 @@ class RoundsCall(NamedTuple):
             pending_gradients.append(self._send_gradients(rounds[i], indices, dkv_rows, dk, dv))
 
         for i in range(saved_rounds):
-            backward_round(i, rounds[i].indices(k.device), saved[i])
+            backward_round(i, self._indices(rounds[i], k, v), saved[i])
         fetched = self._fetch(saved_rounds, k, v)
         keys = self._own_keys(k, v, (dk, dv))
         for branch_outs, parts in self._own_parts(q, keys, v, outs):
@@ -243,6 +247,12 @@ class RoundsCall(NamedTuple):
                 self.options.null_keys.add_to(branch, parts[0].branch)
             yield [branch.out], parts
 
+    def _indices(self, step: Round, k: Tensor, v: Tensor) -> RoundIndices:
+        """Return the indices of a round on the device of k and v."""
+        with_views = not hasattr(self.kernel, "forward_parts")  # such a kernel reads received keys by their index
+        kept_bytes = INDEX_SHARE * (k.nbytes + v.nbytes) / len(self.route.rounds)
+        return step.indices(k.device, kept_bytes, with_views)
+
     def _fetch(self, i: int, k: Tensor, v: Tensor) -> tuple[RoundIndices, Tensor, Pending] | None:
         """Start the messages of round `i`; return (indices, received rows, messages), None if there is no such round.
 
@@ -253,16 +263,14 @@ class RoundsCall(NamedTuple):
             return None
         assert self.remote is not None
         step = self.route.rounds[i]
-        indices = step.indices(k.device, INDEX_SHARE * (k.nbytes + v.nbytes) / len(self.route.rounds))
+        indices = self._indices(step, k, v)
         batch, _, _, width = k.shape
         # one copy for all ranks, (R, B, D + Dv), of which each is sent its rows
         sent = torch.cat([x.flatten(1, 2).index_select(1, indices.sent) for x in (k, v)], -1).transpose(0, 1)
-        peer_counts = [len(peer_rows) for peer_rows in indices.send.values()]
-        send = dict(zip(indices.send, sent.contiguous().split(peer_counts), strict=True))
-        counts = [len(peer_rows) for peer_rows in indices.receive.values()]
-        received = k.new_empty((sum(counts), batch, width + v.shape[3]))
-        pieces = dict(zip(indices.receive, received.split(counts), strict=True))
-        pending = self.remote.comm.exchange(send, pieces, self.remote.message, f"keys and values{_step_text(step)}")
+        count = sum(map(len, indices.receive.values()))
+        received = k.new_empty((count, batch, width + v.shape[3]))
+        send, receive = rows_by_rank(sent.contiguous(), indices.send), rows_by_rank(received, indices.receive)
+        pending = self.remote.comm.exchange(send, receive, self.remote.message, f"keys and values{_step_text(step)}")
         return indices, received, pending
 
     def _send_gradients(
@@ -279,29 +287,34 @@ class RoundsCall(NamedTuple):
             dk, dv: the accumulators of this rank's own keys.
         """
         assert self.remote is not None
-        send = dict(zip(indices.receive, dkv_rows.split([len(c) for c in indices.receive.values()]), strict=True))
-        back = {
-            peer: dkv_rows.new_empty((len(peer_rows), *dkv_rows.shape[1:])) for peer, peer_rows in indices.send.items()
-        }
+        returned = dkv_rows.new_empty((len(indices.sent), *dkv_rows.shape[1:]))
+        send, back = rows_by_rank(dkv_rows, indices.receive), rows_by_rank(returned, indices.send)
         pending = self.remote.comm.exchange(send, back, self.remote.message, f"gradients{_step_text(step)}")
 
         def finish() -> None:
             """Wait for the gradients of this rank's keys, and add them to dk and dv."""
             pending.wait()
-            for peer, gradients in back.items():
-                totals = dk.total, dv.total
-                parts = gradients.transpose(0, 1).split([x.shape[3] for x in totals], -1)
+            totals, first = [x.total.flatten(1, 2) for x in (dk, dv)], 0
+            for peers in indices.equal_sends:
+                rows = indices.send[peers[0]]
+                last = first + len(peers) * len(rows)
+                gradients = returned[first:last]
+                if len(peers) > 1:  # gradients of the same rows are added up first
+                    gradients = gradients.unflatten(0, (len(peers), -1)).sum(0)
+                parts = gradients.transpose(0, 1).split([x.shape[2] for x in totals], -1)
                 for total, part in zip(totals, parts, strict=True):
-                    total.flatten(1, 2).index_add_(1, indices.send[peer], part)
+                    total.index_add_(1, rows, part)
+                first = last
 
         return finish
 
     def _received_keys(
         self, indices: RoundIndices, kv_rows: Tensor, head_dim: int, gradients: Tensor | None = None
-    ) -> ReceivedKeys:
+    ) -> Keys:
         """Return the keys of a round as kernels read them: the received rows with their padding, words and tokens.
 
-        Padding, words (of dropout) and tokens are None where no pair depends on them.
+        Padding, words (of dropout) and tokens are None where no pair depends on them.  Parts with views read the rows
+        as rows of one head.
 
         Args:
             indices: the ranks that the rows came from, and their indices there, token * kv_heads + head.
@@ -317,8 +330,15 @@ class RoundsCall(NamedTuple):
             tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device=kv_rows.device)
             padding = self.remote.padding_of(tokens)
             words = None if dropout is None else dropout.key_words(tokens)
-        sources = tuple(len(peer_rows) for peer_rows in indices.receive.values())
         later = tokens if masks_later else None
+        if indices.has_views:
+            k, v = rows_of_one_head(kv_rows, head_dim)
+            accumulators = None
+            if gradients is not None:
+                dk, dv = map(Accumulator.over, rows_of_one_head(gradients, head_dim))
+                accumulators = dk, dv
+            return OwnKeys(k, v, padding, words, later, accumulators)
+        sources = tuple(len(peer_rows) for peer_rows in indices.receive.values())
         return ReceivedKeys(kv_rows, head_dim, padding, words, later, gradients, sources, self.route.kv_heads)
 
 

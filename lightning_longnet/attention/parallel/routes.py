@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lightning_longnet.attention.parallel.peer_blocks import CPU, kv_rows_of
 from lightning_longnet.attention.parallel.rank_blocks import rank_blocks
+from lightning_longnet.attention.parallel.received_rows import received_parts
 from lightning_longnet.attention.plan.block import Part
 from lightning_longnet.attention.plan.blocks import plan
 from lightning_longnet.attention.plan.merging import merge_neighbors
@@ -62,24 +64,39 @@ class Round:
     saves_rows: bool
     ring_step: int
 
-    def indices(self, device: torch.device = CPU, kept_bytes: float = 0) -> RoundIndices:
-        """Return the indices of the round on a device.
+    def indices(self, device: torch.device = CPU, kept_bytes: float = 0, with_views: bool = False) -> RoundIndices:
+        """Return the indices of the round on a device; `with_views` the parts read received keys as views if they can.
 
         They are cached if the round saves the rows that it receives (a gather), or if they take at most `kept_bytes`.
         Others are computed in each call: those of all rounds of a dense ring are as many as the tokens of the sequence.
         `RoundsCall` asks for them when it starts the round, in the forward and in the backward.
         """
-        if device not in self._cache:
-            indices = self._compute_indices(device)
+        views = self._views if with_views else None
+        key = device, views is not None
+        if key not in self._cache:
+            indices = self._compute_indices(device, views)
             if not self.saves_rows and indices.nbytes > kept_bytes:
                 return indices
-            self._cache[device] = indices
-        return self._cache[device]
+            self._cache[key] = indices
+        return self._cache[key]
 
     @cached_property
-    def _cache(self) -> dict[torch.device, RoundIndices]:
-        """The indices on each device that are kept."""
+    def _cache(self) -> dict[tuple[torch.device, bool], RoundIndices]:
+        """The indices on each device that are kept, with and without views."""
         return {}
+
+    @cached_property
+    def _views(self) -> Parts | None:
+        """The parts, which read received keys as views; None where some have to be copied."""
+        parts, offset = list[Part](), 0
+        for rank, blocks in self.receives.items():
+            count = self._counts[1][rank]
+            of_rank = received_parts(blocks, self._parts[rank], count, offset)
+            if of_rank is None:
+                return None
+            parts += of_rank
+            offset += count
+        return Parts(sorted(parts, key=lambda part: part.branch))
 
     @cached_property
     def _parts(self) -> dict[int, Parts]:
@@ -95,23 +112,34 @@ class Round:
         )
         return sent, received
 
-    def _compute_indices(self, device: torch.device) -> RoundIndices:
-        """Compute the indices on the device; on a GPU with the numbers of rows, so that nothing waits for it."""
+    @cached_property
+    def _equal_sends(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks that this rank sends to; those that need the same KV rows are in one group."""
+        groups = defaultdict[Any, list[int]](list)
+        for rank, blocks in self.sends.items():
+            groups[frozenset(part.block.keys for part in blocks.parts) if len(self.sends) > 1 else ()].append(rank)
+        return tuple(map(tuple, groups.values()))
+
+    def _compute_indices(self, device: torch.device, views: Parts | None) -> RoundIndices:
+        """Compute the indices on the device; the numbers of rows are known, so nothing waits for a GPU."""
         sent, received = ({}, {}) if device.type == "cpu" else self._counts
         receive, parts, offset = {}, [], 0
         for rank, blocks in self.receives.items():
             mask = blocks.mask(device=device)
             receive[rank] = kv_rows_of(mask, received.get(rank))
+            if views is not None:
+                continue
             # the index of each needed KV row among all that this round receives, (1, tokens, kv_heads, 1)
             kv_index = (mask.cumsum(0, dtype=torch.int32) + (offset - 1)).view(1, blocks.tokens, blocks.kv_heads, 1)
             for part in self._parts[rank]:
                 parts.append(part._replace(kv_index=part.block.keys.read(kv_index)[0, ..., 0].clone()))
             offset += len(receive[rank])
         parts.sort(key=lambda part: part.branch)  # dropout computes its words once for each run of one branch
-        rows = [kv_rows_of(blocks.mask(device=device), sent.get(rank)) for rank, blocks in self.sends.items()]
+        peers = [rank for group in self._equal_sends for rank in group]
+        rows = [kv_rows_of(self.sends[rank].mask(device=device), sent.get(rank)) for rank in peers]
         all_rows = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32, device=device)
-        send = dict(zip(self.sends, all_rows.split([len(x) for x in rows]), strict=True))
-        return RoundIndices(all_rows, send, receive, Parts(parts))
+        send = dict(zip(peers, all_rows.split([len(x) for x in rows]), strict=True))
+        return RoundIndices(all_rows, send, receive, Parts(parts) if views is None else views, self._equal_sends)
 
 
 class RoundIndices(NamedTuple):
@@ -121,13 +149,20 @@ class RoundIndices(NamedTuple):
         sent: the indices of this rank's KV rows that the other ranks need, those of one rank after the other.
         send: for each other rank the view of `sent` with the rows that it needs, (R,), ascending.
         receive: for each other rank the indices, on that rank, of the KV rows that this rank needs, (R,), ascending.
-        parts: the parts, with the index of each key among all received KV rows.
+        parts: the parts, with the index of each key among all received KV rows, or with lattices of these rows.
+        equal_sends: the ranks of `send` in their order; those that need the same rows are in one group.
     """
 
     sent: Tensor
     send: dict[int, Tensor]
     receive: dict[int, Tensor]
     parts: Parts
+    equal_sends: tuple[tuple[int, ...], ...]
+
+    @property
+    def has_views(self) -> bool:
+        """Whether the parts read received keys as views."""
+        return bool(self.parts) and self.parts[0].kv_index is None
 
     @property
     def nbytes(self) -> int:
@@ -172,11 +207,11 @@ def _round(
     return Round(sends, receives, saves_rows=step == 0, ring_step=step)
 
 
-def head_parts(layout: Layout, kv_heads: range) -> Parts:
-    """Return the blocks over the whole sequence of some key heads and of the query heads that they serve.
+def heads_route(layout: Layout, kv_heads: range) -> Route:
+    """Return the route over the whole sequence of some key heads and of the query heads that they serve.
 
-    `AllToAllPlan` plans the calls of the rank that has these heads with it, and counts that rank's work.  In the blocks
-    heads are counted from the first of `kv_heads`, and from the first query head that it serves.
+    It has no rounds.  `AllToAllPlan` runs and counts its blocks on the rank that has all tokens of these heads.  In the
+    blocks heads are counted from the first of `kv_heads`, and from the first query head that it serves.
     """
     whole = plan(layout.pattern, layout.heads, layout.kv_heads, layout.cuts, layout.weighted_segments)
     group, parts = layout.heads // layout.kv_heads, []
@@ -190,7 +225,8 @@ def head_parts(layout: Layout, kv_heads: range) -> Parts:
                 queries = replace(queries, head=queries.head - kv_heads.start * group)
                 keys = replace(keys, head=keys.head - kv_heads.start)
                 parts.append(Part(branch, replace(block, queries=queries, keys=keys)))
-    return merge_parts(parts)
+    # the blocks of all heads have each row once, and so have those of some heads
+    return Route(merge_parts(parts), (), len(kv_heads), whole.is_partitioned, whole.is_partitioned)
 
 
 def merge_parts(parts: Iterable[Part]) -> Parts:

@@ -93,12 +93,19 @@ class Part(NamedTuple):
     """A block and the index of its branch: what a kernel is called for.
 
     If its keys came from other ranks, `kv_index` is the index of each among the received KV rows, (segments, heads,
-    rows).  Plans (`Plan.parts`) and routes of ranks consist of parts.
+    rows).  Or the lattice of keys counts these rows, as rows of one head, and `received_heads` has the key head of each
+    head of the lattice.  Plans (`Plan.parts`) and routes of ranks consist of parts.
     """
 
     branch: int
     block: Block
     kv_index: Tensor | None = None
+    received_heads: tuple[int, ...] = ()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the keys are those of this rank."""
+        return self.kv_index is None and not self.received_heads
 
     @property
     def key_heads(self) -> list[int]:
@@ -107,4 +114,4 @@ class Part(NamedTuple):
         `Parts.tasks` divides parts by it.
         """
         keys = self.block.keys
-        return [keys.head + a * keys.head_step for a in range(keys.heads)]
+        return list(self.received_heads) or [keys.head + a * keys.head_step for a in range(keys.heads)]

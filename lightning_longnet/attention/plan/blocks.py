@@ -147,7 +147,7 @@ def make_plan(
 def plan(pattern: Pattern, heads: int, kv_heads: int, cuts: tuple[int, ...], weighted_segments: int = 0) -> Plan:
     """Return `make_plan` of the same arguments, made once for the last layouts that were asked for.
 
-    `_line_call` takes it for rows of one document, and `head_parts` for the exchange "swap"; `attended_pairs` counts
+    `_line_call` takes it for rows of one document, and `heads_route` for the exchange "swap"; `attended_pairs` counts
     its pairs for `longnet plan` and `ModelFlops`.
     """
     return make_plan(pattern, heads, kv_heads, cuts, weighted_segments)

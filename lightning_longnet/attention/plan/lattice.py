@@ -278,7 +278,7 @@ class Lattice:
     def of_heads(self, first: int, last: int) -> Lattice:
         """Return the lattice of the heads from `first` up to, but not including, `last`, each with its own rows.
 
-        The heads are counted from the first of this lattice.  `part_heads` cuts calls by it, `head_parts` takes the
+        The heads are counted from the first of this lattice.  `part_heads` cuts calls by it, `heads_route` takes the
         heads of one rank, and `_with_query_heads` single heads.
         """
         if (first, last) == (0, self.heads):

@@ -50,31 +50,46 @@ def merge_neighbors(blocks: Iterable[Block]) -> list[Block]:
 def joined_keys(parts: Iterable[Part], limit: int) -> Iterator[Part]:
     """Yield the parts, of which those that the same queries see on received keys without a mask are one part.
 
-    `Parts.bounded` calls it for the parts of a round.  The keys of a call are a copy, so that a call gets at most
-    `limit` of them, or those of one part.  Parts of negative weight stay where they are: they remove pairs that the
-    parts before them have added.
+    `Parts.bounded` calls it for the parts of a round.  The keys of a call, or their gradients, are a copy, so that a
+    call gets at most `limit` of them, or those of one part.  Parts of negative weight stay where they are: they remove
+    pairs that the parts before them have added.
     """
     groups: dict[Any, list[Part]] = {}
     for number, part in enumerate(parts):
-        block, index = part.block, part.kv_index
+        block, keys = part.block, part.block.keys
         is_whole = (block.low, block.high, block.repeats, block.head_repeats) == (None, None, (), ())
-        if index is None or not is_whole or block.weight < 0:
+        if part.is_own or not is_whole or block.weight < 0:
             groups[number] = [part]
             continue
-        key = part.branch, block.queries, block.weight, index.shape[:2]
+        key: tuple[Any, ...] = part.branch, block.queries, block.weight
+        if part.kv_index is None:
+            key = *key, part.received_heads, keys.step, keys.row_shift
+        else:
+            key = *key, part.kv_index.shape[:2]
         group = groups.setdefault(key, [])
-        if group and sum(_index_of(other).numel() for other in group) + index.numel() > limit:
+        is_full = sum(other.block.keys.size for other in group) + keys.size > limit
+        if group and (is_full or (part.kv_index is None and not _follows(group[-1].block.keys, keys))):
             groups[number], groups[key] = group, []
             group = groups[key]
         group.append(part)
     yield from (_joined(group) for group in groups.values())
 
 
+def _follows(before: Lattice, keys: Lattice) -> bool:
+    """Return whether the rows of a lattice of one segment follow those of another, at the same distances."""
+    is_one = len(before.starts) == len(keys.starts) == 1
+    return is_one and keys.starts[0] == before.starts[0] + before.rows * before.step
+
+
 def _joined(parts: list[Part]) -> Part:
     """Return one part with the received keys of several, whose queries are the same."""
     if len(parts) == 1:
         return parts[0]
-    kv_index, block = torch.cat([_index_of(part) for part in parts], 2), parts[0].block
+    block = parts[0].block
+    if parts[0].kv_index is None:
+        keys = replace(block.keys, rows=sum(part.block.keys.rows for part in parts))
+        return parts[0]._replace(block=replace(block, keys=keys))
+    kv_index = torch.cat([_index_of(part) for part in parts], 2)
     # received keys are read by their index: of the lattice only the sizes count
     keys = Lattice(
         range(kv_index.shape[0]), kv_index.shape[2], 1, block.keys.head, block.keys.heads, block.keys.head_step

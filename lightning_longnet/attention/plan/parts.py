@@ -42,17 +42,19 @@ class Parts(tuple[Part, ...]):
     those of whole sequences, `merge_parts` and `Round` those of a rank.
     """
 
-    def bounded(self, limit: int, threads: int, joins: bool = False) -> Parts:
+    def bounded(self, limit: int, threads: int, joins: bool = False, key_limit: int = 0) -> Parts:
         """Return the parts cut into calls of at most `limit` query rows, or of more if threads would be idle.
 
-        A row of each head counts.  Received keys of the same queries are first joined by `joined_keys` and, with
-        `joins`, small parts by `joined`.  `_cut` of the kernels calls it in each forward and backward.
+        A row of each head counts.  Received keys of the same queries, at most `limit` or `key_limit` rows, are first
+        joined by `joined_keys` and, with `joins`, small parts by `joined`.  `_cut` of the kernels calls it in each
+        forward and backward.
         """
-        cuts: dict[tuple[int, int, bool], Parts] = self.__dict__.setdefault("_cuts", {})
-        key = limit, threads, joins
+        cuts: dict[tuple[int, int, bool, int], Parts] = self.__dict__.setdefault("_cuts", {})
+        key = limit, threads, joins, key_limit
         if key not in cuts:
             parts = self.joined() if joins else self
-            cuts[key] = Parts(cut for part in joined_keys(parts, limit) for cut in bounded_part(part, limit, threads))
+            joined = joined_keys(parts, max(limit, key_limit))
+            cuts[key] = Parts(cut for part in joined for cut in bounded_part(part, limit, threads))
         return cuts[key]
 
     def joined(self) -> Parts:
@@ -61,7 +63,7 @@ class Parts(tuple[Part, ...]):
         `bounded` calls it with `joins`, on a CPU, and `_divided` to count the calls of a task.
         """
         joined = list[Part]()
-        for (branch, is_own), group in groupby(self, key=lambda part: (part.branch, part.kv_index is None)):
+        for (branch, is_own), group in groupby(self, key=lambda part: (part.branch, part.is_own)):
             members = list(group)
             joined += (Part(branch, block) for block in batched(part.block for part in members)) if is_own else members
         return Parts(joined)
@@ -174,7 +176,8 @@ def part_heads(part: Part, first: int, last: int) -> Part:
         keys=keys.of_heads(first, last),
         head_repeats=part.block.head_repeats[first:last],
     )
-    return part._replace(block=block, kv_index=None if part.kv_index is None else part.kv_index[:, first:last])
+    kv_index = None if part.kv_index is None else part.kv_index[:, first:last]
+    return part._replace(block=block, kv_index=kv_index, received_heads=part.received_heads[first:last])
 
 
 def part_segments(part: Part, first: int, last: int) -> Part:

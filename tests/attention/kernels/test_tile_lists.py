@@ -22,7 +22,7 @@ from lightning_longnet.attention.kernels.triton import joined
 from lightning_longnet.attention.kernels.triton.rectangles import phases
 from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.parallel.rank_blocks import Layout
-from lightning_longnet.attention.parallel.routes import head_parts, route
+from lightning_longnet.attention.parallel.routes import heads_route, route
 from lightning_longnet.attention.plan.blocks import UNCUT, plan
 
 
@@ -225,7 +225,7 @@ def test_each_pair_of_the_heads_of_a_rank_after_a_swap():
     layout = Layout(pattern, 8, 4, (0, 40), Placement((10,) * 4), 1)
     for rank in range(2):
         heads = range(rank * 2, rank * 2 + 2)
-        pairs = counted(head_parts(layout, heads), 2, (8, 4), False, truth[heads])
+        pairs = counted(heads_route(layout, heads).own, 2, (8, 4), False, truth[heads])
         assert torch.equal(pairs, truth[heads])
 
 
