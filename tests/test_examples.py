@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from programs import programs
+from tiers import tiered
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,7 +38,7 @@ def test_plain_pytorch_learns_alike_on_one_process_and_on_two():
     assert losses[0][-1] < 0.7 * losses[0][0]
 
 
-@pytest.mark.long
+@pytest.mark.full  # test_slurm.py runs it, too
 def test_the_trainer_in_python_ends_with_a_text(tmp_path):
     words = ["--devices=2", "--accelerator=cpu", "--steps=3", "--tokens=256", "--dim=32", f"--folder={tmp_path}"]
     shown = run("examples/train.py", *words)
@@ -60,11 +61,10 @@ def test_a_model_of_transformers_is_trained_by_two_processes_and_read_by_transfo
     assert "done" in shown
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("example", "last"),
-    [("accelerate_loop", r"step 7: loss (\S+),"), ("transformers_trainer", r"evaluation loss (\S+)")],
-)
+LOOPS = [("accelerate_loop", r"step 7: loss (\S+),"), ("transformers_trainer", r"evaluation loss (\S+)")]
+
+
+@pytest.mark.parametrize(("example", "last"), tiered(LOOPS, quick=[], full=LOOPS[:1]))
 def test_loops_of_hugging_face_learn_alike_on_one_process_and_on_two(example, last):
     alone = run(f"examples/{example}.py")
     shared = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"examples/{example}.py")

@@ -105,6 +105,7 @@ def test_a_call_goes_on_where_the_last_one_stopped(gpu, call, tmp_path):
     assert log.read_text().split() == ["a", "b", "b", "c"]
 
 
+@pytest.mark.long
 def test_a_unit_that_has_a_whole_call_and_does_not_end_is_given_up(gpu, call):
     units = [unit(gpu, "long", "import time; time.sleep(60)"), unit(gpu, "next", least=0.0)]
     _, _, rows = call(units, "--minutes", "0.02")
@@ -192,6 +193,7 @@ def test_a_call_that_is_killed_ends_its_unit_and_keeps_what_was_recorded(tmp_pat
     assert set(json.loads(record.read_text())["units"]) == {"a"}
 
 
+@pytest.mark.long
 def test_a_machine_that_cannot_run_this_is_refused_in_one_line(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")

@@ -19,6 +19,7 @@ import pytest
 import torch
 from outputs import assert_shown
 from programs import LONGNET, programs
+from tiers import tiered
 
 from lightning_longnet.aliases import MOVED
 from lightning_longnet.cli.init import content
@@ -379,6 +380,7 @@ def test_pages_show_the_committed_measurements():
         assert any(shown in page for page in pages), words
 
 
+@pytest.mark.long
 def test_context_parallel_of_torch_does_not_run_on_a_cpu():
     """If it fails here one day, let `benchmarks/dense_ring.py` measure it, and change docs/measurements.md."""
     program = "import peers; print(peers.context_parallel_refusal())"
@@ -393,9 +395,10 @@ def test_context_parallel_of_torch_does_not_run_on_a_cpu():
     assert refusal.rstrip(".") in " ".join((ROOT / "docs/measurements.md").read_text().split())
 
 
-@pytest.mark.long
-def test_the_benchmark_runs_without_its_peers(tmp_path):
-    shown = benchmark("--lengths", 1024, "--dtypes", "bfloat16", "--rounds", 1, "--out", tmp_path / "found.json")
+@pytest.mark.parametrize("pattern", tiered(["two branches", "five branches"], quick=[], full=["five branches"]))
+def test_the_benchmark_runs_without_its_peers(tmp_path, pattern):
+    words = ["--patterns", pattern, "--lengths", 1024, "--dtypes", "bfloat16", "--rounds", 1]
+    shown = benchmark(*words, "--out", tmp_path / "found.json")
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
     named = {"lightning-longnet", "lightning-longnet, padded", "lightning-longnet, dropout 0.1", "dense"}
     assert {row["participant"] for row in rows} >= named

@@ -32,6 +32,7 @@ def results(shown):
     return result
 
 
+@pytest.mark.long
 def test_a_skip_fails_unless_it_waits_for_a_gpu(tmp_path):
     words = collect(
         tmp_path,

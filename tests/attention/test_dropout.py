@@ -61,6 +61,7 @@ def test_no_two_rows_are_alike():
     assert alike.std() == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.long
 def test_the_expected_output_is_that_without_dropout():
     q, k, v, _ = drawn.tensors((1, 24, 2, 2, 4))
     truth = attend(q, k, v, LONGNET)

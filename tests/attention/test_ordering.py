@@ -150,7 +150,9 @@ def test_one_branch_may_be_causal_in_the_grid(shape, length, rate):
     torch.testing.assert_close(result, torch.einsum("bhij,bjhd->bihd", weights, v), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("rates", [(1, 1), (1, 2), (2, 2), (2, 4)])
+@pytest.mark.parametrize(
+    "rates", [(1, 2), *(pytest.param(rates, marks=pytest.mark.long) for rates in ((1, 1), (2, 2), (2, 4)))]
+)
 def test_no_order_is_causal_for_nested_segments(rates):
     """Of all 40,320 orders of a 2 x 4 grid not one shows what each query should see; for one branch some do."""
     pattern = Pattern.dilated((4, 8), rates, is_causal=True)

@@ -249,11 +249,15 @@ def test_ranks_equal_one_process(pool, exchange, mix):
     compare_ranks(pool, (11, 8), exchange, mix)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("mix", ["exact", "detached"])
-@pytest.mark.parametrize("exchange", ["gather", "ring", "swap"])
-@pytest.mark.parametrize("lengths", [(23,), (4, 9, 0, 10), (7, 1, 8, 7)])
-@pytest.mark.parametrize("kind", ["zigzag", "documents", "hilbert"])
+OVER_RANKS = product(
+    ["zigzag", "documents", "hilbert"],
+    [(23,), (4, 9, 0, 10), (7, 1, 8, 7)],
+    ["gather", "ring", "swap"],
+    ["exact", "detached"],
+)
+
+
+@pytest.mark.parametrize(("kind", "lengths", "exchange", "mix"), tiered(OVER_RANKS, quick=[], covers=2))
 def test_placements_documents_and_orderings_over_ranks(pool, lengths, exchange, mix, kind):
     ids = None
     if kind == "documents":

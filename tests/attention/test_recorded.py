@@ -22,7 +22,7 @@ def differing(listed, result):
                     yield f"{name}[{which}] is {a!r}, was {b!r}, of {options}"
 
 
-@pytest.mark.parametrize("ranks", tiered(range(5), quick=[0, 2, 3]))
+@pytest.mark.parametrize("ranks", tiered(range(5), quick=[0, 3]))
 def test_results_are_those_that_were_recorded(request, ranks):
     listed = [case for case in CASES if len(case["lengths"] or ()) == ranks]
     result = summaries(listed, lambda: request.getfixturevalue("pool"))

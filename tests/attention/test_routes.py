@@ -13,6 +13,7 @@ from brute import Shown
 from cells import held
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import tiered
 
 from lightning_longnet import Pattern, sequence_plan
 from lightning_longnet.attention.parallel.exchange import MESSAGE_BYTES, Sizes
@@ -140,7 +141,7 @@ def uneven(rng):
     )
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", tiered(range(20), quick=range(8)))
 def test_the_volume_is_that_of_the_route(seed):
     """Rows are counted for all ways at once, a route is made for one of them."""
     layout = uneven(random.Random(seed))

@@ -1,6 +1,7 @@
 """Kept blocks: as many as were asked for, computed in few calls, and over ranks no key that nobody sees."""
 
 from collections import Counter
+from itertools import product
 
 import drawn
 import pytest
@@ -9,7 +10,7 @@ from brute import attention
 from cells import held
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pool import WORLDS
+from tiers import tiered
 
 from lightning_longnet import Branch, Pattern, SequenceShard, Sparsity, attend, explain, sequence_plan
 from lightning_longnet.attention.kernels.sdpa import cpu
@@ -19,6 +20,7 @@ from lightning_longnet.attention.plan.paged_keys import PagedKeys
 from lightning_longnet.planning.flops import attended_pairs
 
 KINDS = ["local_window", "dilated_sparse", "global_local", "strided"]
+OVER_RANKS = list(product([1, 2, 4], ["gather", "ring", "swap"], KINDS))
 DILATED = Pattern.dilated((16, 32), (1, 2))
 CAUSAL = Pattern.dilated((16, 32), (1, 2), is_causal=True)
 
@@ -54,7 +56,7 @@ def test_the_ratio_is_that_of_the_blocks_that_stay(kind, size, rows, ratio, some
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("ratio", tiered([0.1, 0.25, 0.5], quick=[0.25]))
 def test_the_density_of_the_mask_is_the_ratio(kind, is_causal, ratio):
     """Over what the whole pattern shows, within a row of blocks for each segment."""
     within = Pattern.dilated((128, 256), (1, 2), is_causal)
@@ -147,11 +149,11 @@ def needed(mask, placement, kv_heads, ranks):
     ]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("exchange", ["gather", "ring", "swap"])
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("world", "exchange", "kind"),
+    tiered(OVER_RANKS, quick=OVER_RANKS[::3], covers=2),
+)
 def test_equals_its_mask_over_ranks_and_sends_what_is_seen(pool, kind, exchange, world):
-    assert world in WORLDS
     is_causal, varies = exchange == "ring", kind in ("dilated_sparse", "strided")
     pattern = Pattern.block_sparse(
         kind, 3, 0.35, within=CAUSAL if is_causal else DILATED, varies_over_heads=varies, global_tokens=4

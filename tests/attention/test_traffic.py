@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from memory import peak_bytes
 from split import LONGNET, step
+from tiers import tiered
 from torch.distributed import distributed_c10d
 from torch.utils.checkpoint import checkpoint
 
@@ -94,8 +95,7 @@ def peak(group, exchange, tokens, pattern, is_forward=False):
     return peak_bytes(step)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_causal", tiered([False, True], quick=[], full=[False]))
 def test_a_ring_needs_no_more_memory_on_more_ranks(pool, is_causal):
     """Beside one chunk on its way: another of keys, the copy that is sent, and two of gradients, whatever the world."""
     pattern = Pattern.dense(is_causal)
@@ -111,6 +111,7 @@ def test_a_ring_needs_no_more_memory_on_more_ranks(pool, is_causal):
     assert forward[5] <= 1.02 * (forward[2] + 2 * chunk)  # a second chunk, and the copy that is sent
 
 
+@pytest.mark.long
 def test_a_dilated_ring_needs_as_much_memory_on_any_number_of_ranks(pool):
     """Within a tenth, though the longest segment spans all eight."""
     pattern = Pattern.dilated((1024, 4096, 16384), (1, 4, 16), is_causal=True)

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tiers import tiered
 
 from lightning_longnet import Branch, LongNet, LongNetConfig, LongViT, LongViTConfig, Pattern, magneto_gain
 from lightning_longnet.checkpointing.checkpoints import Checkpoint, is_decoder, read_checkpoint, write_checkpoint
@@ -25,6 +27,9 @@ KINDS = {
     "untied": {"tied_embeddings": False, "learned_positions": 60, "rotary": "xpos", "activation": "swiglu"},
     "encoder": {"pattern": [Pattern.dense(), Pattern.window(5)], "final_norm": False, "embedding_scale": 3.0},
 }
+
+
+WAYS = list(product([*KINDS, "images"], ["folder", "checkpoint", "both"], [torch.float32, torch.bfloat16]))
 
 
 def longnet(**changes):
@@ -45,9 +50,7 @@ def inputs_of(model):
     return torch.randint(23, (2, 40), generator=generator)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "images"])
-@pytest.mark.parametrize("through", ["folder", "checkpoint", "both"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "through", "dtype"), tiered(WAYS, quick=WAYS[::5]))
 def test_what_is_read_computes_the_same(kind, through, dtype, tmp_path):
     model = (longvit() if kind == "images" else longnet(**KINDS[kind])).to(dtype)
     again = model

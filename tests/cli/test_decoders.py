@@ -63,6 +63,7 @@ def test_a_plan_says_what_it_does_not_know(changes, message):
         read_job([SMALL, f"--model.config={ {**TINY, **changes} }"])
 
 
+@pytest.mark.long
 def test_a_plan_of_a_model_is_shown(capsys):
     assert main(["plan", SMALL, "--device", "cpu", "--tokens", "512"]) == 0
     shown = capsys.readouterr().out

@@ -133,7 +133,7 @@ def test_ranks_of_slurm_generate_a_text(cluster, tmp_path, capsys):
     assert shown.count("abc") == 1
 
 
-@pytest.mark.long
+@pytest.mark.full  # those of torchrun and of SLURM are long tests above
 def test_ranks_of_slurm_are_used(cluster):
     doctor = [sys.executable, "-m", "lightning_longnet", "doctor", "--ranks=2"]
     places = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

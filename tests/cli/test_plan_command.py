@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tiers import tiered
 
 from lightning_longnet import Sparsity
 from lightning_longnet.cli import main
@@ -14,7 +15,9 @@ from lightning_longnet.registration import NAMES
 # of what Lightning uses of jsonargparse
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs/longnet").glob("*.yaml"))
+SIZES, STRATEGIES = (
+    sorted(path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")) for folder in ("longnet", "strategies")
+)
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
 SMALL = [QUICKSTART, "--device", "h200", "--model.config.layers", "1", "--model.config.dim", "16"]
 SHAPE = {"vocab_size": 8, "layers": 1, "pattern": {"branches": [{"segment_length": 16}]}}
@@ -25,17 +28,20 @@ def printed(capsys, *words):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_size_is_read(path):
-    job = read_job(["--config", str(path)], nodes=2, per_node=8)
+@pytest.mark.parametrize("name", tiered(SIZES, quick=["125m"]))
+def test_every_size_is_read(name):
+    job = read_job(["--config", f"{ROOT}/configs/longnet/{name}.yaml"], nodes=2, per_node=8)
     assert job.ranks == job.shared_by == 16
     assert job.config.vocab_size == 100352
     assert job.sharding == "fsdp2"
     assert job.precision == "bf16-mixed"
-    assert job.tokens == (2**30 if path.stem == "1b_tokens" else 32768)
+    assert job.tokens == (2**30 if name == "1b_tokens" else 32768)
 
 
-@pytest.mark.parametrize("path", ["LongNetModule", "module.LongNetModule", "training.module.LongNetModule"])
+@pytest.mark.parametrize(
+    "path",
+    tiered(["LongNetModule", "module.LongNetModule", "training.module.LongNetModule"], quick=["module.LongNetModule"]),
+)
 def test_the_module_is_known_by_all_its_paths(tmp_path, path):
     model = {"class_path": f"lightning_longnet.{path}", "init_args": {"config": {"dim": 32, "heads": 2, **SHAPE}}}
     data = {"class_path": "lightning_longnet.ByteData", "init_args": {"tokens": 64, "batch_size": 1}}
@@ -51,13 +57,14 @@ def test_kept_blocks_are_read(tmp_path):
     assert result.sparsity == Sparsity("strided", 4, 0.5)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/strategies").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_strategy_is_laid_over(path):
-    job = read_job([QUICKSTART, "--config", str(path)])
-    assert job.sharding == path.stem
+@pytest.mark.parametrize("name", tiered(STRATEGIES, quick=["fsdp2_offload", "deepspeed_stage_3"]))
+def test_every_strategy_is_laid_over(name):
+    job = read_job([QUICKSTART, "--config", f"{ROOT}/configs/strategies/{name}.yaml"])
+    assert job.sharding == name
     assert job.sharding in NAMES.values()
 
 
+@pytest.mark.long
 def test_values_are_those_of_the_tables(capsys):
     words = [*SMALL, "--nodes", "2", "--gpus-per-node", "2", "--tokens", "4096"]
     result, shown = json.loads(printed(capsys, *words, "--json")), printed(capsys, *words)
@@ -73,6 +80,7 @@ def test_values_are_those_of_the_tables(capsys):
         assert f"  {name}" in shown
 
 
+@pytest.mark.long
 def test_what_a_device_is_can_be_given(capsys):
     plain, slow = (
         json.loads(printed(capsys, *SMALL, "--json", *more))
@@ -85,6 +93,7 @@ def test_what_a_device_is_can_be_given(capsys):
     assert half["seconds"]["linear"] == pytest.approx(plain["seconds"]["linear"] * 67 * 0.6 / 250)
 
 
+@pytest.mark.long
 def test_a_peak_is_shown_in_a_unit_that_fits(capsys):
     """That of a CPU is less than a TFLOP/s, which the tables would round to 0.0."""
     words = [*SMALL, "--device", "cpu", "--peak-tflops"]
@@ -92,6 +101,7 @@ def test_a_peak_is_shown_in_a_unit_that_fits(capsys):
     assert re.search(r"MFU \d+\.\d% of 1\.0 TFLOP/s;", printed(capsys, *words, "1"))
 
 
+@pytest.mark.long
 def test_pictures_are_drawn(capsys, tmp_path):
     printed(capsys, *SMALL, "--picture", str(tmp_path / "plan.png"))
     printed(capsys, "--scale", "--picture", str(tmp_path / "scale.png"))

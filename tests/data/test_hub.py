@@ -6,6 +6,7 @@ import operator
 
 import pytest
 import torch
+from tiers import tiered
 
 from lightning_longnet import HubData, TokenData, TokenFileData
 from lightning_longnet.cli import main
@@ -117,7 +118,7 @@ def test_another_split_and_another_column(tmp_path):
         made(str(tmp_path / "d"), column="body", split="training")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", tiered([0, 2], quick=[0]))
 def test_streamed(lines, tokenizer, workers):
     data = made(lines, streaming=True, tokenizer=tokenizer, num_workers=workers)
     tool = tokenizer_of(tokenizer)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiers import tiered
 
 from lightning_longnet import LongRangeData, TokenData
 
@@ -72,7 +73,7 @@ def test_answers_stand_where_they_are_said_to(task, tokens, distance, items):
         assert nearest == distance
 
 
-@pytest.mark.parametrize("task", ["recall", "recall2", "needle", "copy"])
+@pytest.mark.parametrize("task", tiered(["recall", "recall2", "needle", "copy"], quick=["recall"]))
 def test_nothing_nearer_says_the_answer(task):
     """Who has the `distance - 1` tokens before a question, and the question, is right as often as by chance."""
     data = made(task, 64, 30, 4, answers=4)

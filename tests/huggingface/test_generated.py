@@ -1,8 +1,11 @@
 """`generate` of transformers, of batches and of rows alone."""
 
+from itertools import product
+
 import pytest
 import torch
 from decoders import LENGTHS, MASKS, decoder, scattered, tokens
+from tiers import tiered
 
 from lightning_longnet.huggingface.cache_longnet import LongNetCache
 
@@ -79,8 +82,14 @@ def test_generation_refuses_what_needs_a_cache_or_weights_of_attention():
         model.generate(ids, attention_mask=mask, max_new_tokens=3)
 
 
-@pytest.mark.parametrize("kind", ["rope", "xpos", "learned", "sparse"])
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "beams"),
+    tiered(
+        product(["rope", "xpos", "learned", "sparse"], [1, 3]),
+        quick=[("rope", 1), ("learned", 3), ("sparse", 3)],
+        covers=1,
+    ),
+)
 def test_a_cache_and_the_whole_rows_give_the_same_tokens(kind, beams):
     """Beyond the largest segment, with beams that change places."""
     changes = {"learned_positions": 120} if kind in ("xpos", "learned") else {}

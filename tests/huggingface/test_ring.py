@@ -24,12 +24,9 @@ EXACT = 1e-12
 QUICK = [
     ("Llama", "packed", 2, "zigzag", "gather"),
     ("Mistral", "padded", 2, "contiguous", "ring"),
-    ("Qwen3", "plain", 4, "zigzag", "ring"),
-    ("Gemma 2", "padded", 2, "zigzag", "gather"),
     ("gpt-oss", "packed", 2, "contiguous", "swap"),
     ("DeepSeek-V3", "plain", 2, "zigzag", "swap"),
     ("Llama 4", "packed", 4, "contiguous", "gather"),
-    ("Qwen3-MoE", "plain", 2, "zigzag", "swap"),
 ]
 # each architecture once, in ways that differ from one to the next; test_matrix.py has all cases
 ONCE = [
@@ -57,7 +54,7 @@ def test_parts_give_what_one_process_gives(pool, name, kind, world, placement, e
     assert_equal(name, kind, pool.run(world, split_step, name, kind, placement, exchange))
 
 
-@pytest.mark.parametrize(("name", "kind"), tiered(product(ARCHITECTURES, KINDS), [("Gemma 3", "packed")]))
+@pytest.mark.parametrize(("name", "kind"), tiered(product(ARCHITECTURES, KINDS), [("Gemma 3", "packed")], covers=1))
 def test_one_process_gives_what_transformers_gives(name, kind):
     logits, loss, gradients = whole_step(name, kind, "ring")
     true_logits, true_loss, true_gradients = expected(name, kind)

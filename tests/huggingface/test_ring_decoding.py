@@ -38,6 +38,7 @@ def generated(net, cache, is_padded):
     tiered(
         [(name, cache, p) for name in ARCHITECTURES for cache in CACHES for p in (False, True)],
         [("Llama", "dynamic", True), ("Mistral", "none", False), ("gpt-oss", "dynamic", False)],
+        covers=1,
     ),
 )
 def test_generates_what_transformers_generates(name, cache, is_padded):
@@ -48,7 +49,7 @@ def test_generates_what_transformers_generates(name, cache, is_padded):
     torch.testing.assert_close(logits, true_logits, rtol=0, atol=1e-5)  # generate rounds logits to float32
 
 
-@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("is_padded", tiered([False, True], quick=[False]))
 @pytest.mark.parametrize("name", tiered(["Llama", "Gemma 3"], ["Llama"]))
 def test_a_dilated_layer_generates_the_same_with_a_cache(name, is_padded):
     pattern = Pattern.dilated((4, 16), (1, 2), is_causal=True)

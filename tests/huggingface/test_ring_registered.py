@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from tiers import tiered
 
 ORDERS = {
     "first": "import lightning_longnet\nimport transformers",
@@ -20,7 +21,7 @@ print(model(torch.arange(9)[None]).logits.shape)
 """
 
 
-@pytest.mark.parametrize("order", [pytest.param(o, marks=pytest.mark.long) if o != "first" else o for o in ORDERS])
+@pytest.mark.parametrize("order", tiered(ORDERS, quick=[], full=["second", "after a model"]))
 def test_the_order_of_imports_does_not_matter(order):
     done = subprocess.run([sys.executable, "-c", ORDERS[order] + USE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,11 @@
 """The Trainer of transformers on exported models, beside a plain loop, and exported models that `device_map` places."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
+from tiers import tiered
 
 from lightning_longnet import LongNet, LongNetConfig, Pattern, export_model
 
@@ -59,8 +62,7 @@ def plain(folder, accumulated):
     return result, model.state_dict()
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
-@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize(("recomputes", "accumulated"), tiered(product([False, True], [1, 2]), quick=[], covers=1))
 def test_the_trainer_trains_as_a_plain_loop(folder, tmp_path, accumulated, recomputes):
     from transformers import Trainer, TrainingArguments
 

@@ -16,7 +16,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*(Nothing crosses|In the branch
 SIZES = ([1] * 100, [50, *[3] * 16, 2], [64, 36], [7, 93], [48, 21, 31])
 SHARING = (64, 48)  # the first sizes of those whose steps ranks share, if they begin where segments do
 NAMES = ["xpos", "a pattern for each layer", "block sparse", "grouped heads, blocked", "zero keys"]
-QUICK = [("xpos", 2), ("a pattern for each layer", 4)]
 
 
 @torch.no_grad()
@@ -38,7 +37,9 @@ def by_steps_over_ranks(group, options, texts, every_size):
     return result
 
 
-@pytest.mark.parametrize(("kind", "world"), tiered([(k, w) for k in NAMES for w in (1, 2, 4)], quick=QUICK))
+@pytest.mark.parametrize(
+    ("kind", "world"), tiered([(k, w) for k in NAMES for w in (1, 2, 4)], quick=[("xpos", 2)], covers=1)
+)
 def test_each_token_is_as_in_the_whole_text(pool, kind, world):
     """And each rank keeps at most its share of the rows, and one more of each branch."""
     texts = torch.randint(19, (2, 100))
@@ -174,7 +175,7 @@ def counted_over_ranks(group, text):
     return result
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", tiered([2, 4], quick=[2]))
 def test_a_token_costs_one_exchange_a_layer_whatever_the_cache_holds(pool, world):
     """Of out and lse of each head in float32, and of three numbers that are compared."""
     batch, heads, width = 2, 4, 4

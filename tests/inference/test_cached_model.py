@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiers import tiered
 
 from lightning_longnet import Branch, LongNet, LongNetConfig, Pattern, Sparsity
 from lightning_longnet.inference import layer, step_sizes
@@ -48,7 +49,7 @@ def by_steps(model, tokens, sizes, cache=None):
     return torch.cat(parts, 1), cache
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiered(KINDS, quick=["xpos", "a pattern for each layer", "zero keys", "block sparse"]))
 def test_each_token_is_as_in_the_whole_text(kind):
     model, tokens = made(**KINDS[kind]), torch.randint(19, (2, 100))
     expected = model(tokens)
@@ -74,7 +75,7 @@ def test_long_texts_are_computed_in_steps_of_bounded_memory(monkeypatch):
             torch.testing.assert_close(own, other[:, 30:], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", tiered(["left", "right"], quick=["left"]))
 def test_prompts_of_unequal_length_are_padded_on_either_side(side):
     model, texts = made(), torch.randint(19, (3, 60))
     lengths = (37, 1, 20)

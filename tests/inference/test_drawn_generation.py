@@ -49,7 +49,7 @@ def continued(group, pattern, prompts, mask, tokens, end, options):
         return net.generate(prompts, tokens, attention_mask=mask, end=end, context=context, **options)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(case=cases(), is_split=st.booleans())
 @torch.no_grad()
 def test_rows_go_on_and_end_as_each_alone(pool, case, is_split):

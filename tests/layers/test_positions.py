@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import tiered
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -151,7 +152,7 @@ def test_autocast_changes_nothing(kind):
     torch.testing.assert_close(result, tuple(x.bfloat16() for x in truth))
 
 
-@pytest.mark.parametrize("pattern", [XPOS, Pattern.dense(is_causal=True)])
+@pytest.mark.parametrize("pattern", tiered([XPOS, Pattern.dense(is_causal=True)], quick=[XPOS]))
 def test_compiles_in_one_graph(pattern):
     rotary = RotaryPositions(8, kind="xpos", pattern=pattern)
     q, k = tensors(20, 8)

@@ -1,6 +1,7 @@
 """Every preset against the brute force of its pattern, on 1, 2 and 4 ranks; and wherever its name is taken."""
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import brute
@@ -9,6 +10,7 @@ import pytest
 import torch
 from brute import Shown
 from contexts import made
+from tiers import tiered
 from torch.utils.data import DataLoader
 
 from lightning_longnet import (
@@ -70,8 +72,14 @@ def step(group, name, given, is_causal, placement):
     return context.positions_of(out), out.detach(), *torch.autograd.grad(out, leaves, grad)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("name", available_presets())
+@pytest.mark.parametrize(
+    ("name", "is_causal"),
+    tiered(
+        product(available_presets(), [False, True]),
+        quick=[("production", True), ("ulysses", False), ("hilbert", True), ("block_sparse", False)],
+        covers=1,
+    ),
+)
 def test_equals_brute_force_on_1_2_and_4_ranks(pool, name, is_causal):
     *wide, grad = drawn()
     wide = [x.requires_grad_() for x in wide]
@@ -161,7 +169,7 @@ def model_step(group, hidden, is_causal):
     return loss_sum.item(), [parameter.grad for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_causal", tiered([False, True], quick=[True]))
 def test_a_model_along_the_curve_is_the_same_on_more_ranks(pool, is_causal):
     hidden = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [30]])
     ((loss, grads),) = pool.run(1, model_step, hidden, is_causal)

@@ -51,7 +51,9 @@ def test_what_is_drawn_follows_the_seed_the_temperature_and_the_likeliest():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3}], ids=["plain", "all"]
+    "options",
+    [{}, pytest.param({"top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3}, marks=pytest.mark.long)],
+    ids=["plain", "all"],
 )
 def test_a_cache_and_the_whole_prefix_give_the_same_tokens(options, monkeypatch):
     """More tokens than the largest segment has."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from tiers import tiered
 
 from lightning_longnet import Pattern
 from lightning_longnet.models.longnet import LongNet, LongNetConfig
@@ -66,7 +67,7 @@ def test_logits_and_losses_are_those_of_the_composition(tied, has_conditions):
         {"recompute": "all but attention", "offload_activations": True, "feed_forward_chunk": 16},
     ],
 )
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("activation", tiered(["gelu", "swiglu"], quick=["swiglu"]))
 def test_savings_of_memory_change_nothing(savings, activation):
     tokens, labels = drawn()
     results = []

@@ -1,6 +1,7 @@
 """What memory a rank has, and what a plan says beside it."""
 
 import pytest
+from tiers import tiered
 
 from lightning_longnet import LongNetConfig, Pattern
 from lightning_longnet.planning.job import Job
@@ -72,7 +73,7 @@ def test_a_group_without_a_limit_changes_nothing(machine):
     assert room() == Room(7 * GIB, 9 * GIB)
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
 def test_a_plan_is_compared_with_what_is_free_and_with_what_there_is(sharding):
     run = job(sharding=sharding, per_node=2)
     peak = peak_of(run)
@@ -85,6 +86,7 @@ def test_a_plan_is_compared_with_what_is_free_and_with_what_there_is(sharding):
     assert "memory_check='off'" in error
 
 
+@pytest.mark.long
 def test_the_advice_is_that_of_longnet_plan():
     run = job(sharding="ddp", batch=4, config={"layers": 8})
     room = 0.6 * peak_of(run)

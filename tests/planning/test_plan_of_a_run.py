@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiers import tiered
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_longnet import LongNet, LongNetConfig, Pattern
@@ -17,6 +18,11 @@ from lightning_longnet.planning.traced import trace
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(Nothing crosses|no head attends).*:UserWarning")
 PATTERN = Pattern.dilated((64, 256), (1, 4), is_causal=True)
+CONFIGS = [
+    {},
+    {"recompute": "all but attention", "activation": "swiglu", "kv_heads": 2},
+    {"recompute": "everything", "feed_forward_chunk": 100, "rotary": None},
+]
 SHAPE = {"dim": 64, "layers": 3, "heads": 4, "vocab_size": 300, "loss_chunk": 128}
 
 
@@ -43,11 +49,7 @@ def allocated(config, tokens, batch):
 
 @pytest.mark.parametrize(
     "config",
-    [
-        {},
-        {"recompute": "all but attention", "activation": "swiglu", "kv_heads": 2},
-        {"recompute": "everything", "feed_forward_chunk": 100, "rotary": None},
-    ],
+    tiered(CONFIGS, quick=CONFIGS[1:2]),
 )
 def test_a_trace_holds_what_the_allocator_holds(config):
     job = job_of(config=config, batch=2)
@@ -57,6 +59,7 @@ def test_a_trace_holds_what_the_allocator_holds(config):
     assert planned == pytest.approx(allocated(job.config, 512, 2), rel=0.15)
 
 
+@pytest.mark.long
 def test_what_waits_on_the_host_is_not_held_by_the_device():
     config = {"recompute": "all but attention", "feed_forward_chunk": 32}
     plain, offloaded = (
@@ -92,6 +95,7 @@ def test_parameters_and_pairs_are_those_of_the_model():
     assert sum(share.pairs for share in kind.shares.values()) == shown
 
 
+@pytest.mark.long
 def test_engines_split_what_they_split():
     peaks = {
         sharding: plan_run(job_of(tokens=64, per_node=4, sharding=sharding, bucket=1000), named("h200")).memory
@@ -113,6 +117,7 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not():
     assert fits == [True, False]
 
 
+@pytest.mark.long
 def test_what_does_not_fit_is_refused_with_what_would():
     device = replace(named("h200"), memory=20e6)
     plan = plan_run(job_of(tokens=2048), device)
@@ -123,6 +128,7 @@ def test_what_does_not_fit_is_refused_with_what_would():
         assert each.peak <= plan.usable < plan.memory.peak
 
 
+@pytest.mark.long
 def test_more_work_takes_longer_and_a_slow_link_is_waited_for():
     job, device = job_of(tokens=512, per_node=4), named("h200")
     plan, longer = (plan_run(replace(job, tokens=n), device) for n in (512, 700))
@@ -151,7 +157,7 @@ def test_what_cannot_be_planned_is_refused(options, message):
         job_of(**options)
 
 
-@pytest.mark.parametrize("preset", ["production", "block_sparse", "ring"])
+@pytest.mark.parametrize("preset", tiered(["production", "block_sparse", "ring"], quick=["block_sparse"]))
 def test_presets_are_planned_without_their_guard(preset):
     result = plan_run(job_of(config={"preset": preset}, per_node=2), named("h200"))
     assert result.memory.peak > 0
@@ -171,7 +177,9 @@ def test_devices_are_known_by_name():
         named("rtx5090")
 
 
-@pytest.mark.parametrize("tokens", [300, 4 * 128, 5 * 128, 6 * 128 + 30, 2000])
+@pytest.mark.parametrize(
+    "tokens", tiered([300, 4 * 128, 5 * 128, 6 * 128 + 30, 2000], quick=[5 * 128, 6 * 128 + 30], full=[4 * 128])
+)
 def test_chunks_of_the_loss_that_are_alike_are_counted_without_a_trace(tokens, monkeypatch):
     job = job_of(tokens)
     (kind,) = layer_kinds(job)

@@ -5,14 +5,14 @@ import os
 import re
 import shutil
 import subprocess
+from itertools import product
 
 import pytest
 from left import leave
 from PIL import Image
+from tiers import tiered
 
 from lightning_longnet.report import write_report
-
-pytestmark = pytest.mark.long
 
 # What is wrong with the page, found by the browser itself
 INSPECT = """
@@ -86,9 +86,10 @@ def brightness(colour):
     return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
 
 
-@pytest.mark.parametrize("width", [1280, 420])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["one", "four", "many"])
+@pytest.mark.parametrize(
+    ("name", "scheme", "width"),
+    tiered(product(["one", "four", "many"], ["light", "dark"], [1280, 420]), quick=[], covers=1),
+)
 def test_a_page_can_be_read(pages, tmp_path, name, scheme, width):
     page = pages[name].read_text()
     assert "</body>" in page

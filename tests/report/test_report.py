@@ -168,6 +168,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "run_dirs must hold metrics.csv or run.json" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_images_are_written_beside_it(tmp_path):
     folder = leave(tmp_path / "run")
     write_report([folder], images=True)
@@ -243,6 +244,7 @@ def test_the_picture_of_a_pattern_is_its_mask(pattern):
     torch.testing.assert_close(shares.double(), expected)
 
 
+@pytest.mark.long
 def test_a_sequence_of_millions_can_be_drawn():
     pattern = Pattern.dilated((2048, 32768, 2**20), (1, 16, 512), is_causal=True)
     whole, close = pattern_pictures(pattern, 2**22 + 17, 8, 8)

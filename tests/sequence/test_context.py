@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from contexts import made
+from tiers import tiered
 from torch import nn
 
 from lightning_longnet import (
@@ -157,7 +158,7 @@ DOCUMENTS = torch.stack([torch.arange(23) // 6, torch.arange(23) // 11])
 HIDDEN = torch.arange(23).expand(2, 23) >= torch.tensor([[20], [15]])
 
 
-@pytest.mark.parametrize("placement", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("placement", tiered(["contiguous", "zigzag"], quick=["zigzag"]))
 @pytest.mark.parametrize(
     ("documents", "hidden"), [(None, None), (DOCUMENTS, None), (DOCUMENTS[0], HIDDEN), (None, HIDDEN)]
 )

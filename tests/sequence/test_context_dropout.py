@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from contexts import made
+from tiers import tiered
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -138,7 +139,7 @@ def test_recomputed_activations_drop_the_same_in_one_process():
     assert all(torch.equal(a, b) for each in others for a, b in zip(first, each, strict=True))
 
 
-@pytest.mark.parametrize("step", [None, 3])
+@pytest.mark.parametrize("step", tiered([None, 3], quick=[3]))
 def test_recomputed_activations_drop_the_same_over_ranks(pool, step):
     assert pool.run(2, gradients_over_ranks, step) == [[True] * len(WAYS)] * 2
 
@@ -438,7 +439,7 @@ def model_drops(group, step):
     return dropped, same
 
 
-@pytest.mark.parametrize("step", [None, 3])
+@pytest.mark.parametrize("step", tiered([None, 3], quick=[3]))
 def test_a_model_drops_other_values_on_each_rank_and_the_same_when_it_recomputes(pool, step):
     (ours, same), (theirs, same_too) = pool.run(2, model_drops, step)
     assert len(ours) == 5  # of the embeddings, and two in each of two blocks

@@ -91,8 +91,8 @@ def run(out, *words):
     "kinds",
     [
         # `tests/supervision/test_fault_matrix.py` runs cells of "faults, ddp"
-        pytest.param(("kills, fsdp2", "exact", "engines"), marks=pytest.mark.long),
-        pytest.param(("faults, ddp", "elastic"), marks=pytest.mark.full),
+        pytest.param(("kills, fsdp2",), marks=pytest.mark.long),
+        pytest.param(("exact", "engines", "faults, ddp", "elastic"), marks=pytest.mark.full),
     ],
     ids=", ".join,
 )

@@ -77,6 +77,7 @@ def checked_packed(rank, world, length):
     return check_split(Decoder("ring", False), lambda copy, part: copy.packed_step(part), batch, context).kind
 
 
+@pytest.mark.long
 def test_documents_that_begin_where_a_part_of_the_sample_does(trainers):
     assert trainers.outcomes(2, checked_packed, 64) == [(True, "not checked")] * 2  # of 129 tokens rank 0 has 64
     assert trainers.outcomes(2, checked_packed, 65) == [(True, "equal")] * 2

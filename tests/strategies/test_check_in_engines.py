@@ -6,6 +6,7 @@ import pytest
 import torch
 from faults import Base, OurAttention, OwnAttention
 from test_first_batch import Module, fit
+from tiers import tiered
 from torch import nn
 
 from lightning_longnet import sequence_context
@@ -139,7 +140,10 @@ def checked(rank, world, module, sharding):
     return steps, lines, None if kept is None else (float(kept.steps), kept.history, float(kept.total))
 
 
-@pytest.mark.parametrize(("module", "sharding"), [(Sharded, "fsdp2"), (Locked, "ddp"), (Locked, "fsdp2")])
+@pytest.mark.parametrize(
+    ("module", "sharding"),
+    tiered([(Sharded, "fsdp2"), (Locked, "ddp"), (Locked, "fsdp2")], quick=[(Locked, "ddp")], full=[(Locked, "fsdp2")]),
+)
 def test_a_right_module_is_checked_in_its_engine_and_left_as_it_was(trainers, module, sharding):
     reason = "cannot be copied: " + ("its parameters are sharded" if module is Sharded else "cannot pickle")
     for steps, lines, kept in trainers.run(2, checked, module, sharding):
@@ -161,7 +165,7 @@ class ShardedUnused(Sharded):
         self.unused = fully_shard(nn.Linear(4, 4), mesh=self.device_mesh._flatten("every_rank"))
 
 
-@pytest.mark.parametrize("module", [Sharded, ShardedUnused])
+@pytest.mark.parametrize("module", tiered([Sharded, ShardedUnused], quick=[], full=[Sharded]))
 def test_training_is_checked_after_a_validation_that_left_parameters_gathered(trainers, module):
     for steps, lines in trainers.run(2, fit, None, "fsdp2", False, True, module):
         assert steps == 2
@@ -174,7 +178,12 @@ def test_training_is_checked_after_a_validation_that_left_parameters_gathered(tr
 
 
 @pytest.mark.parametrize(
-    ("module", "sharding"), [(ShardedFault, "fsdp2"), (LockedFault, "ddp"), (LockedFault, "fsdp2")]
+    ("module", "sharding"),
+    tiered(
+        [(ShardedFault, "fsdp2"), (LockedFault, "ddp"), (LockedFault, "fsdp2")],
+        quick=[(ShardedFault, "fsdp2")],
+        full=[(LockedFault, "fsdp2")],
+    ),
 )
 def test_a_wrong_module_is_found_in_its_engine(trainers, module, sharding):
     for is_result, value in trainers.outcomes(2, checked, module, sharding):
@@ -184,6 +193,7 @@ def test_a_wrong_module_is_found_in_its_engine(trainers, module, sharding):
         assert WEAKER in value[1]
 
 
+@pytest.mark.long
 def test_a_gradient_that_differs_is_found_under_fsdp2(trainers):
     for is_result, value in trainers.outcomes(2, checked, ShardedGradient, "fsdp2"):
         assert not is_result
@@ -202,6 +212,7 @@ def trained(rank, world, split_check):
     return made[0].trained
 
 
+@pytest.mark.long
 def test_a_check_whose_backward_raises_leaves_fsdp2_able_to_train(trainers):
     """FSDP2 is left in the middle of a step by the error, and would give no gradients to later ones."""
     for unchecked, checked in zip(trainers.run(2, trained, "off"), trainers.run(2, trained, "error"), strict=True):

@@ -82,7 +82,9 @@ def alone(trainers):
     return trainers.run(1, command, [*options, *SMALL])[0]
 
 
-@pytest.mark.parametrize("name", tiered([path.stem for path in CONFIGS], quick=["fsdp2"]))
+@pytest.mark.parametrize(
+    "name", tiered([path.stem for path in CONFIGS], quick=["fsdp2"], full=["deepspeed_stage_1", "deepspeed_stage_3"])
+)
 def test_every_configuration_trains_two_steps(trainers, deepspeed_trainers, alone, name):
     is_deepspeed = "deepspeed" in name
     workers = deepspeed_trainers(2) if is_deepspeed else trainers
@@ -112,6 +114,7 @@ def options():
     return dict(zip(commands, programs([LONGNET, "fit", *words] for words in commands.values()), strict=True))
 
 
+@pytest.mark.long
 def test_a_printed_configuration_can_be_read_again(tmp_path, options):
     _, first, _ = options["printed"]
     strategy = yaml.safe_load(first)["trainer"]["strategy"]

@@ -180,6 +180,7 @@ def test_a_run_is_that_of_one_process_on_any_mesh(trainers, alone, path, mesh):
         same(result, alone)
 
 
+@pytest.mark.long
 def test_each_rank_reads_its_half(trainers, alone, path):
     parts = trainers.run(2, run, "ddp", 2, path)
     wholes = trainers.run(2, Run("ddp", 2, path, read_parts=False))
@@ -191,7 +192,7 @@ def test_each_rank_reads_its_half(trainers, alone, path):
 
 
 @pytest.mark.parametrize(
-    ("placement", "workers"), [("zigzag", 0), pytest.param("contiguous", 1, marks=pytest.mark.long)]
+    ("placement", "workers"), tiered([("zigzag", 0), ("contiguous", 1)], quick=[], full=[("contiguous", 1)])
 )
 def test_packed_documents(trainers, tmp_path, placement, workers):
     for i in range(40):
@@ -203,7 +204,7 @@ def test_packed_documents(trainers, tmp_path, placement, workers):
         same(result, expected)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("workers", tiered([0, 1], quick=[], full=[0]))
 def test_a_run_goes_on_without_reading_what_was_trained_on(trainers, tmp_path, alone, path, workers):
     trainers.run(1, save, str(tmp_path), "ddp", 1, path)
     steps = len(alone[0]) // 2

@@ -33,7 +33,9 @@ def test_the_plain_loop_learns():
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize(("sharding", "mesh"), tiered(product(["ddp", "fsdp2"], MESHES), quick=[("ddp", "1x2")]))
+@pytest.mark.parametrize(
+    ("sharding", "mesh"), tiered(product(["ddp", "fsdp2"], MESHES), quick=[("ddp", "1x2")], covers=1)
+)
 def test_float64_equals_a_plain_loop(trainers, sharding, mesh):
     world, size = MESHES[mesh]
     for result in trainers.run(world, fit, "float64", sharding, size):
@@ -47,9 +49,10 @@ def test_float32_of_deepspeed_equals_a_plain_loop(deepspeed_trainers, mesh):
         compare(result, expected("float32"), 1e-4)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("recompute", ["everything", "all but attention"])
-@pytest.mark.parametrize("sharding", ["fsdp2", "deepspeed_stage_3"])
+@pytest.mark.parametrize(
+    ("sharding", "recompute"),
+    tiered(product(["fsdp2", "deepspeed_stage_3"], ["everything", "all but attention"]), quick=[], covers=1),
+)
 def test_savings_of_memory_train_the_same(request, sharding, recompute):
     trainers, dtype, tolerance = runs_of(sharding, request)
     savings = {"recompute": recompute, "activation_offload": True, "mlp_chunk_tokens": 4}
@@ -104,8 +107,10 @@ def options_of_module(options):
     return {name: value for name, value in options.items() if name != "seed"}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("sharding", "is_padded"), [("ddp", False), ("fsdp2", False), ("fsdp2", True)])
+@pytest.mark.parametrize(
+    ("sharding", "is_padded"),
+    tiered([("ddp", False), ("fsdp2", False), ("fsdp2", True)], quick=[], covers=1),
+)
 def test_predicted_texts_are_those_of_one_process(trainers, sharding, is_padded):
     (alone,) = trainers.run(1, predict, "ddp", 1, is_padded)
     assert alone.shape == (4, 41)
@@ -123,8 +128,7 @@ def test_rows_of_several_documents_are_refused_on_all_ranks(trainers, reads_part
         )
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("world", "size"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize(("world", "size"), tiered([(2, 2), (4, 2)], quick=[], full=[(2, 2)]))
 def test_padding_at_the_end_changes_nothing(trainers, world, size):
     (alone,) = trainers.run(1, validate, 1)
     assert trainers.run(world, validate, size) == pytest.approx([alone] * world, rel=1e-7)

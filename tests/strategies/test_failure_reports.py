@@ -52,6 +52,7 @@ def test_the_first_report_stands_and_each_rank_reads_it_once(store):
         assert seconds(ranks[0].await_readers) < 1
 
 
+@pytest.mark.long
 def test_a_rank_that_does_not_read_delays_rank_0_for_a_bounded_time():
     with connected(1, 3, ends=[2]) as ranks:
         ranks[0].report("rank 0")

@@ -143,7 +143,7 @@ def fit_by_tokens(rank, world, setting, sharding, size):
     return fit(rank, world, setting, sharding, size, accumulate="tokens")
 
 
-@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=[], full=["ddp"]))
 def test_gradients_are_clipped_by_value(trainers, sharding):
     expected = reference_of_windows({**PLAIN, "optimizer": sgd, "seed": 0}, clip_value=1e-3)
     settings = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
@@ -265,7 +265,7 @@ def run_averaged(rank, world, kind, sharding="ddp"):
 
 @pytest.mark.parametrize(
     ("kind", "sharding"),
-    tiered(product(["ema", "swa"], ["ddp", "fsdp2", "hsdp"]), quick=[], covers=1),  # test_averages.py has a quick one
+    tiered(product(["ema", "swa"], ["ddp", "fsdp2", "hsdp"]), quick=[], covers=1),
 )
 def test_weights_are_averaged(trainers, kind, sharding):
     expected = trainers.run(1, run_averaged, kind)[0]

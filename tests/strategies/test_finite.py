@@ -63,6 +63,7 @@ def test_the_last_step_counts_where_none_is_logged(trainers):
     assert all("step 4 is nan" in lines[0] for _, lines in result)
 
 
+@pytest.mark.long
 def test_nothing_is_said_of_finite_losses_or_beside_the_guard(trainers):
     assert trainers.run(2, fit, "ddp", -1, 2, 1) == [("", [])] * 2
     assert trainers.run(2, fit, "ddp", 1, 3, 1, False, True) == [("", [])] * 2

@@ -106,7 +106,7 @@ def test_the_check_is_on_by_default():
     assert RingSequenceParallelStrategy()._first_batches.action == "error"
 
 
-@pytest.mark.parametrize("sharding", tiered(ENGINES, quick=["fsdp2"]))
+@pytest.mark.parametrize("sharding", tiered(ENGINES, quick=["fsdp2"], full=["ddp"]))
 def test_a_right_module_is_said_to_be(trainers, sharding):
     (steps, lines), _ = trainers.run(2, fit, OurAttention, sharding)
     assert steps == 2  # those of the copies are not counted
@@ -114,7 +114,7 @@ def test_a_right_module_is_said_to_be(trainers, sharding):
     assert lines[0].startswith("split check of training: checked at 63 tokens: 2 ranks equal one process, to ")
 
 
-@pytest.mark.parametrize("sharding", tiered(ENGINES, quick=["ddp"]))
+@pytest.mark.parametrize("sharding", tiered(ENGINES, quick=["ddp"], full=["hsdp"]))
 def test_a_wrong_module_ends_before_its_first_step(trainers, sharding):
     for is_result, value in trainers.outcomes(2, fit, Cumulative, sharding):
         assert not is_result
@@ -123,8 +123,9 @@ def test_a_wrong_module_ends_before_its_first_step(trainers, sharding):
         assert "model.history (Functional) is the first" in message
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("sharding", ["deepspeed_stage_2", "deepspeed_stage_3"])
+@pytest.mark.parametrize(
+    "sharding", tiered(["deepspeed_stage_2", "deepspeed_stage_3"], quick=[], full=["deepspeed_stage_2"])
+)
 def test_under_deepspeed(deepspeed_trainers, sharding):
     workers = deepspeed_trainers(2)
     (steps, lines), _ = workers.run(2, fit, OurAttention, sharding)
@@ -135,6 +136,7 @@ def test_under_deepspeed(deepspeed_trainers, sharding):
         assert "a mean over the tokens of this rank alone" in value[1]
 
 
+@pytest.mark.long
 def test_manual_optimisation_is_checked_up_to_an_error_after_an_update(trainers):
     (steps, lines), _ = trainers.run(2, fit, OurAttention, "ddp", True)
     assert steps == 2
@@ -147,6 +149,7 @@ class WrongInValidation(Base):
         return x if self.training else x.cumsum(1)
 
 
+@pytest.mark.long
 def test_validation_is_checked_on_its_own(trainers):
     (_, lines), _ = trainers.run(2, fit, OurAttention, "fsdp2", False, True)
     assert [line.partition(":")[0] for line in lines] == ["split check of validation", "split check of training"]
@@ -159,6 +162,7 @@ def warned(rank, world, action):
     return fit(rank, world, PlainMean, "ddp", split_check=action)
 
 
+@pytest.mark.long
 def test_it_warns_or_stays_silent_where_that_is_asked_for(trainers):
     (steps, lines), (_, other) = trainers.run(2, warned, "warn")
     assert steps == 2
@@ -196,6 +200,7 @@ def of_two(rank, world, sharding):
     return fit(rank, world, None, sharding, module=Adversarial)
 
 
+@pytest.mark.long
 def test_the_second_of_two_optimizers_is_checked_as_well(trainers):
     for is_result, value in trainers.outcomes(2, of_two, "ddp"):
         assert not is_result
@@ -230,6 +235,7 @@ def of_reaching(rank, world):
     return steps, lines, before
 
 
+@pytest.mark.long
 def test_a_step_that_reaches_for_the_trainer_changes_nothing(trainers):
     for steps, lines, before in trainers.run(2, of_reaching):
         assert steps == 2
@@ -275,6 +281,7 @@ def test_sums_extremes_and_metrics_that_are_logged_are_right(trainers):
     assert lines[0].startswith("split check of validation: checked at 63 tokens: 2 ranks equal one process")
 
 
+@pytest.mark.long
 def test_a_metric_that_counts_each_sample_on_all_ranks_is_found(trainers):
     for is_result, value in trainers.outcomes(2, of_validated, False):
         assert not is_result
@@ -291,6 +298,7 @@ def of_held(rank, world):
     return fit(rank, world, None, "fsdp2", module=HeldByFirst)
 
 
+@pytest.mark.long
 def test_a_module_that_one_rank_alone_cannot_copy(trainers):
     (steps, lines), _ = trainers.run(2, of_held)
     assert steps == 2
@@ -314,6 +322,7 @@ def of_images(rank, world):
     return fit(rank, world, None, "ddp", module=images, loader=pictures)
 
 
+@pytest.mark.long
 def test_models_that_make_their_sequences_are_checked_whole(trainers):
     (_, lines), _ = trainers.run(2, of_images)
     assert lines[0].startswith("split check of training: checked: 2 ranks equal one process")

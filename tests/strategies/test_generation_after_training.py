@@ -3,6 +3,7 @@
 import pytest
 import torch
 from decoder_runs import CONFIG, OPTIMIZATION, fit
+from tiers import tiered
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 DENSE = {**CONFIG, "tie_word_embeddings": False, "initializer_range": 0.3}  # so that the likeliest tokens vary
@@ -22,7 +23,7 @@ def continued(folder, attention, **options):
     return model.generate(ids, attention_mask=mask, **options)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", tiered(MODELS, quick=["windows"]))
 def test_a_trained_model_generates_with_either_attention(trainers, tmp_path, kind):
     options = {"config": MODELS[kind], **OPTIMIZATION}
     trainers.run(2, fit, "float64", "ddp", 2, options, str(tmp_path))

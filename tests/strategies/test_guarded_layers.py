@@ -56,6 +56,7 @@ def with_a_broken_kernel(rank, world):
     return plain.losses, module.losses, module.preflights, module.guard.counts
 
 
+@pytest.mark.long
 def test_all_ranks_replace_a_kernel_before_the_first_step(trainers):
     for plain, losses, preflights, counts in trainers.run(2, with_a_broken_kernel):
         assert losses == pytest.approx(plain, rel=1e-5)

@@ -62,6 +62,7 @@ def fit_from_unlike_choices(rank, world, folder, chosen):
     return losses, said
 
 
+@pytest.mark.long
 def test_all_ranks_take_what_the_first_finds(trainers, tmp_path):
     ((whole, _), _) = trainers.run(2, fit_and_save, FLOAT32, "ddp", 2, str(tmp_path))
     path = str(tmp_path / "step=1.ckpt")

@@ -48,6 +48,7 @@ def test_too_little_memory_on_one_rank_ends_all_before_the_first_step(trainers, 
     assert [steps for *_, steps in result] == [0, 0]
 
 
+@pytest.mark.long
 def test_a_warning_goes_on(trainers):
     for rooms, action in (([PLENTY, NOTHING], "warn"), ([PLENTY, FULL], "error")):
         result = trainers.run(2, fit, "ddp", rooms, action)

@@ -73,7 +73,7 @@ def run_encoder(rank, world, sharding):
         shards.SequenceShard = kind
 
 
-@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=[], full=["ddp"]))
 def test_torchs_own_encoder_trains_and_makes_one_shard_a_batch(trainers, sharding):
     model = encoder()
     optimizer, expected = adamw(model.parameters()), []
@@ -156,7 +156,7 @@ def run_flat(rank, world, sharding):
     return run(rank, world, make, sharding)
 
 
-@pytest.mark.parametrize("sharding", tiered(["fsdp2", "hsdp"], quick=["fsdp2"]))
+@pytest.mark.parametrize("sharding", tiered(["fsdp2", "hsdp"], quick=[], full=["hsdp"]))
 def test_steps_in_turns_by_hand_without_blocks(trainers, sharding):
     losses, parameters = trainers.run(1, run_flat, "ddp")[0]
     assert losses[-1] < losses[0] - 0.01
@@ -218,6 +218,7 @@ def run_shared(rank, world, sharding):
     return run(rank, world, make, sharding)
 
 
+@pytest.mark.long
 def test_blocks_and_weights_may_be_shared(trainers):
     expected = trainers.run(1, run_shared, "ddp")[0]
     for result in trainers.run(2, run_shared, "fsdp2"):
@@ -258,6 +259,7 @@ def run_grouped(rank, world, sharding):
     return result, [name for name, each in units[0].named_modules() if isinstance(each, FSDPModule)]
 
 
+@pytest.mark.long
 def test_containers_without_a_forward_are_opened(trainers):
     expected, _ = trainers.run(1, run_grouped, "ddp")[0]
     for result, units in trainers.run(2, run_grouped, "fsdp2"):

@@ -56,7 +56,7 @@ def test_throughput_is_that_of_all_ranks(trainers, mesh, sharding):
         assert logged[3] == logged[2]
 
 
-@pytest.mark.parametrize("mesh", tiered(["1x2", "2x1"], quick=["1x2"]))
+@pytest.mark.parametrize("mesh", tiered(["1x2", "2x1"], quick=[], full=["2x1"]))
 def test_padding_and_documents_are_those_of_the_logged_batch(trainers, mesh):
     rows, (world, size) = samples(32, documents=True), MESHES[mesh]
     for result in trainers.run(world, watch, size, "ddp", sgd, LENGTH, True):
@@ -108,7 +108,7 @@ def test_packed_documents_are_predicted_to_the_byte(trainers):
         assert figures["exchange/predicted_bytes"] == figures["exchange/sent_bytes"] > 0
 
 
-@pytest.mark.parametrize("exchange", tiered(["gather", "ring", "swap"], quick=["gather"]))
+@pytest.mark.parametrize("exchange", tiered(["gather", "ring", "swap"], quick=[], full=["ring", "swap"]))
 def test_what_is_computed_again_is_sent_again(trainers, exchange):
     for result in trainers.run(2, watch, 2, "ddp", sgd, LENGTH, False, exchange, None, False, True):
         figures = last(result)
@@ -116,7 +116,7 @@ def test_what_is_computed_again_is_sent_again(trainers, exchange):
         assert result["by_rank"]["predicted_bytes"] == result["by_rank"]["sent_bytes"]
 
 
-@pytest.mark.parametrize(("slow", "is_before"), tiered(product([0, 1], [True, False]), quick=[(1, True)]))
+@pytest.mark.parametrize(("slow", "is_before"), tiered(product([0, 1], [True, False]), quick=[], covers=1))
 def test_the_slowest_rank_is_the_one_that_others_wait_for(trainers, slow, is_before):
     for result in trainers.run(2, watch, 2, "ddp", sgd, LENGTH, False, "gather", (slow, is_before)):
         figures = last(result)
@@ -135,7 +135,7 @@ def test_nothing_is_logged_of_an_exchange_where_there_is_none(trainers):
             assert not [key for key in last(result) if key.startswith("exchange/")]
 
 
-@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=[], full=["ddp"]))
 def test_memory_is_reported_by_kind(trainers, sharding):
     ranks = trainers.run(2, watch, 2, sharding, adamw, LENGTH)
     fullest = int(last(ranks[0])["memory/peak_rank"])
@@ -152,6 +152,7 @@ def test_memory_is_reported_by_kind(trainers, sharding):
         assert result["parameters"] < 0.7 * whole
 
 
+@pytest.mark.long
 def test_memory_is_that_of_each_rank(trainers):
     plain, hoarding = (
         trainers.run(2, watch, 2, "ddp", sgd, LENGTH, False, "auto", None, hoard) for hoard in (False, True)

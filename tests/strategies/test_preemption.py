@@ -73,6 +73,7 @@ def rare(folder):
     return [Preemption(every_n_steps=3, dirpath=f"{folder}/elsewhere")]
 
 
+@pytest.mark.long
 def test_a_stock_strategy_and_fewer_looks(trainers, tmp_path):
     signalled = {"signals": WHERE["one rank"], "callbacks": rare, "limit_val_batches": 0}
     for losses, code, _ in trainers.run(2, Run(str(tmp_path), "stock ddp", 2, **signalled)):
@@ -117,7 +118,10 @@ def callbacks_of_two_fits(rank, world, preemption, own):
 
 @pytest.mark.parametrize(
     ("preemption", "own", "result", "announced"),
-    [(True, False, [1], 1), (True, True, [7], 0), (False, False, [], 0), (False, True, [7], 0)],
+    tiered(
+        [(True, False, [1], 1), (True, True, [7], 0), (False, False, [], 0), (False, True, [7], 0)],
+        quick=[(True, False, [1], 1)],
+    ),
 )
 def test_it_is_added_where_there_is_none_and_announced(trainers, preemption, own, result, announced):
     first, second = trainers.run(2, callbacks_of_two_fits, preemption, own)

@@ -37,8 +37,7 @@ def test_weights_of_each_engine_are_read(trainers, sharding, tmp_path):
     check(last, results, 0)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", tiered([1, 2, 3], quick=[], full=[1, 2]))
 def test_weights_of_deepspeed_are_read(deepspeed_trainers, stage, tmp_path):
     setting = {**FLOAT32, "optimizer": adamw, "micro_batches": 4}
     results = deepspeed_trainers(2).run(2, fit_and_save, setting, f"deepspeed_stage_{stage}", 2, str(tmp_path))

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from test_training import FLOAT32
+from tiers import tiered
 from torch.utils.data import DataLoader
 from trained import SMALL_BUCKETS, Module, collated, quiet, samples, started, trainer_of
 
@@ -90,26 +91,29 @@ def uneven_rows(rank):
     return [{**row, "labels": row["labels"][1:]} for row in samples(4)]
 
 
+UNSPLIT = [
+    (other_rows, None, "must be given the same batches, and ranks 1 of the sequence group hold others than rank 0"),
+    (
+        longer_rows,
+        None,
+        "must be given the same batches, and ranks 1 of the sequence group hold others than rank 0",
+    ),
+    (
+        short_rows,
+        None,
+        "at least one token for each of the 2 ranks .* got 1: set sequence_parallel_size to at most 1",
+    ),
+    (unknown_rows, None, r"quality of shape \(2, 37\) is a tensor that nothing is known of.*sequence_dims"),
+    (unknown_rows, {"quality": 2}, r"quality is to be split along dimension 2, and has shape \(2, 37\)"),
+    (unknown_rows, ["quality"], "sequence_dims must map names to dimensions"),
+    (flat_rows, None, r"labels is to be split along dimension 1, and has shape \(2,\)"),
+    (uneven_rows, None, "same number of tokens, got input_ids 37, labels 36, attention_mask 37"),
+]
+
+
 @pytest.mark.parametrize(
     ("rows_of", "dims", "message"),
-    [
-        (other_rows, None, "must be given the same batches, and ranks 1 of the sequence group hold others than rank 0"),
-        (
-            longer_rows,
-            None,
-            "must be given the same batches, and ranks 1 of the sequence group hold others than rank 0",
-        ),
-        (
-            short_rows,
-            None,
-            "at least one token for each of the 2 ranks .* got 1: set sequence_parallel_size to at most 1",
-        ),
-        (unknown_rows, None, r"quality of shape \(2, 37\) is a tensor that nothing is known of.*sequence_dims"),
-        (unknown_rows, {"quality": 2}, r"quality is to be split along dimension 2, and has shape \(2, 37\)"),
-        (unknown_rows, ["quality"], "sequence_dims must map names to dimensions"),
-        (flat_rows, None, r"labels is to be split along dimension 1, and has shape \(2,\)"),
-        (uneven_rows, None, "same number of tokens, got input_ids 37, labels 36, attention_mask 37"),
-    ],
+    tiered(UNSPLIT, quick=[UNSPLIT[i] for i in (1, 2, 3, 7)]),
 )
 def test_batches_that_cannot_be_split_are_refused_on_all_ranks(trainers, rows_of, dims, message):
     for is_result, result in trainers.outcomes(2, fit_rows, rows_of, dims):
@@ -148,7 +152,7 @@ def fit_later_differences(rank, world, where):
         trainer.fit(module)
 
 
-@pytest.mark.parametrize("where", ["epoch", "validation"])
+@pytest.mark.parametrize("where", tiered(["epoch", "validation"], quick=["epoch"]))
 def test_ranks_are_compared_in_each_epoch_and_in_validation(trainers, where):
     for is_result, result in trainers.outcomes(2, fit_later_differences, where):
         assert not is_result
@@ -319,6 +323,7 @@ def fit_left_over(rank, world):
         trainer.fit(module, DataLoader(samples(8), batch_size=2, collate_fn=collated))
 
 
+@pytest.mark.long
 def test_deepspeed_is_left_no_incomplete_window(deepspeed_trainers):
     for is_result, result in deepspeed_trainers(2).outcomes(2, fit_left_over):
         assert not is_result
@@ -370,7 +375,13 @@ def test_arguments_reach_what_they_are_of(trainers):
         assert result["offload"] == "OffloadPolicy"
 
 
-@pytest.mark.parametrize(("sharding", "policy"), [("fsdp2", "OffloadPolicy"), ("fsdp2_offload", "CPUOffloadPolicy")])
+@pytest.mark.parametrize(
+    ("sharding", "policy"),
+    tiered(
+        [("fsdp2", "OffloadPolicy"), ("fsdp2_offload", "CPUOffloadPolicy")],
+        quick=[("fsdp2_offload", "CPUOffloadPolicy")],
+    ),
+)
 def test_ranks_end_up_equal_and_parameters_where_they_are_said_to_be(trainers, sharding, policy):
     first, second = trainers.run(2, describe, 2, sharding, {})
     assert first["seed"] == second["seed"]

@@ -57,14 +57,20 @@ def test_one_file_goes_on_under_another_engine(trainers, tmp_path, saved_by, res
     compare(trainers, tmp_path, 2, saved_by, ["7-batch.ckpt"], resumed_by=resumed_by)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("kind", "world", "size"), [("ddp", 1, 1), ("fsdp2", 1, 1), ("ddp", 2, 1), ("fsdp2", 2, 2)])
+@pytest.mark.parametrize(
+    ("kind", "world", "size"),
+    tiered(
+        [("ddp", 1, 1), ("fsdp2", 1, 1), ("ddp", 2, 1), ("fsdp2", 2, 2)],
+        quick=[],
+        full=[("ddp", 1, 1), ("fsdp2", 1, 1)],
+    ),
+)
 def test_from_wherever_it_was_saved(trainers, tmp_path, kind, world, size):
     names = ["2-validation.ckpt", "5-batch.ckpt", "5-epoch.ckpt", "7-validation.ckpt"]
     compare(trainers, tmp_path, world, kind, names, size=size)
 
 
-@pytest.mark.parametrize("name", tiered(["step=1.ckpt", "step=3.ckpt"], quick=["step=3.ckpt"]))
+@pytest.mark.parametrize("name", tiered(["step=1.ckpt", "step=3.ckpt"], quick=[], full=["step=1.ckpt"]))
 def test_what_model_checkpoint_saves_of_whole_batches(trainers, tmp_path, name):
     compare(trainers, tmp_path, 1, "fsdp2", [name], checkpoints_by_steps, loading={"drop_last": True})
 

@@ -26,6 +26,7 @@ from lightning_longnet.strategies.saves import Pending
 from lightning_longnet.supervision.record import SAVE
 
 ENGINES = ["ddp", "fsdp2", "hsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
+SAVED_ALIKE = ["hsdp", "deepspeed_stage_1", "deepspeed_stage_2"]  # in the forms of fsdp2 and of deepspeed_stage_3
 SETTING = {**FLOAT32, "optimizer": adamw, "samples": samples(24), "micro_batches": 4, "accumulate": 1}
 
 
@@ -112,7 +113,7 @@ def test_each_damaged_file_is_named_and_passed_over(saved, engine, kind, tmp_pat
     assert newest_checkpoint(tmp_path / "run", reads_all=True) == last
 
 
-@pytest.mark.parametrize("engine", tiered(ENGINES, quick=["fsdp2"]))
+@pytest.mark.parametrize("engine", tiered(ENGINES, quick=[], full=SAVED_ALIKE))
 def test_a_run_goes_on_from_the_newest_good_one(trainers, deepspeed_trainers, saved, engine, tmp_path):
     source, losses = saved(engine)
     shutil.copytree(source, tmp_path / "run")
@@ -130,9 +131,7 @@ def fit_without_name(rank, world, sharding, folder):
     return fit_with_last(rank, world, sharding, folder, "last")
 
 
-@pytest.mark.parametrize(
-    "engine", tiered(ENGINES, quick=["ddp"], full=["hsdp", "deepspeed_stage_1", "deepspeed_stage_2"])
-)
+@pytest.mark.parametrize("engine", tiered(ENGINES, quick=[], full=SAVED_ALIKE))
 def test_last_is_found_when_its_name_is_gone(trainers, deepspeed_trainers, saved, engine, tmp_path):
     source, losses = saved(engine)
     shutil.copytree(source, tmp_path / "run")
@@ -222,7 +221,7 @@ def fit_in_background(rank, world, sharding, folder):
     return fit_with_last(rank, world, sharding, folder, top=1, background_saves=True)
 
 
-@pytest.mark.parametrize("engine", tiered(ENGINES, quick=["fsdp2"]))
+@pytest.mark.parametrize("engine", tiered(ENGINES, quick=[], full=SAVED_ALIKE))
 def test_saves_in_the_background_are_those_of_their_step(trainers, deepspeed_trainers, saved, engine, tmp_path):
     folder, losses = saved(engine)
     workers = deepspeed_trainers(2) if engine.startswith("deepspeed") else trainers

@@ -35,7 +35,11 @@ def trained(trainers, folder, sharding, world, load_sharded):
 
 @pytest.mark.parametrize(
     ("sharding", "world"),
-    tiered([("fsdp2", 2), ("ddp", 2), ("fsdp2_offload", 2), ("hsdp", 4), ("fsdp2", 4)], quick=[("fsdp2", 2)]),
+    tiered(
+        [("fsdp2", 2), ("ddp", 2), ("fsdp2_offload", 2), ("hsdp", 4), ("fsdp2", 4)],
+        quick=[],
+        full=[("ddp", 2), ("fsdp2_offload", 2), ("fsdp2", 4)],
+    ),
 )
 def test_a_run_is_that_of_ordinary_loading(trainers, folder, sharding, world):
     result = trained(trainers, folder, sharding, world, True)

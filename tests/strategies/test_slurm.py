@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from launched import ROOT, environment
+from tiers import tiered
 
 pytestmark = pytest.mark.long
 
@@ -104,7 +105,7 @@ def test_losses_are_those_of_one_process_though_usr1_stops_it(cluster, alone, tm
     assert job.saved() == ["hpc_ckpt_1.ckpt"]
 
 
-@pytest.mark.parametrize("signalled", ["all ranks", "rank 2"])
+@pytest.mark.parametrize("signalled", tiered(["all ranks", "rank 2"], quick=[], full=["all ranks"]))
 def test_sigterm_ends_it_with_one_checkpoint(cluster, alone, tmp_path, signalled):
     job = Job(cluster, tmp_path, "--steps=10000", "--pause=0.3")
     job.await_step(2)

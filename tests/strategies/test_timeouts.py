@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import WORLDS
+from tiers import tiered
 from trained import Module, quiet, sgd, trainer_of
 
 from lightning_longnet import Pattern
@@ -64,7 +65,7 @@ def wait(group, kind):
     return seconds, error, seen
 
 
-@pytest.mark.parametrize("kind", ["collective", "message"])
+@pytest.mark.parametrize("kind", tiered(["collective", "message"], quick=["message"]))
 def test_a_rank_gives_up_sooner_inside_of_a_step(pool, kind):
     seconds, error, seen = pool.run(max(WORLDS), wait, kind)[0]
     assert SHORT <= seconds < 1.9

@@ -67,8 +67,7 @@ def test_a_fault_of_forked_ranks(tmp_path, forking_process, saved_by_forks, faul
     assert WORDS[fault] in shown["last_line"]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", tiered(["ddp", "fsdp2"], quick=[], full=["ddp"]))
 def test_a_run_that_is_killed_is_restarted_and_equal(tmp_path, forking_process, kind):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder, options in ((whole, {}), (killed, {"fault": "SIGKILL", "rank": 1, "phase": "backward"})):
@@ -138,14 +137,8 @@ def lines_of(printed):
     return ["".join(writes).strip().splitlines() for writes in printed]
 
 
-@pytest.mark.parametrize(
-    ("fault", "phase", "kind"),
-    tiered(
-        [("exception", "validation", "ddp"), ("exit 0", "save", "fsdp2")],
-        quick=[],
-        full=[("exception", "validation", "ddp")],
-    ),
-)
+@pytest.mark.full  # the test below has one such fault in the long tests
+@pytest.mark.parametrize(("fault", "phase", "kind"), [("exception", "validation", "ddp"), ("exit 0", "save", "fsdp2")])
 def test_each_rank_names_the_first_without_a_supervisor(tmp_path, fault, phase, kind):
     statuses, writes = outputs(tmp_path, 2, fault=fault, rank=1, phase=phase, kind=kind)
     printed = lines_of(writes)
@@ -162,7 +155,7 @@ def test_each_rank_names_the_first_without_a_supervisor(tmp_path, fault, phase, 
             assert last[rank] in writes[rank][-1], writes[rank]
 
 
-@pytest.mark.parametrize("ranks", [[0, 1], [2, 3]])
+@pytest.mark.parametrize("ranks", tiered([[0, 1], [2, 3]], quick=[], full=[[2, 3]]))
 @pytest.mark.parametrize("kind", tiered(["ddp", "fsdp2"], quick=[], full=["fsdp2"]))
 def test_an_error_of_one_group_ends_all_ranks_by_its_name(tmp_path, kind, ranks):
     """Where the group of rank 0 fails, rank 0 holds what it reports until the others have read it."""

@@ -92,6 +92,7 @@ def test_a_rank_without_a_word_ends(alone, monkeypatch, tmp_path):
     assert len((tmp_path / "1").read_text().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_the_command_line_begins_ranks_before_it_imports_torch():
     """They are as many as the configuration says, and of a command that fails none is left."""
     code = (

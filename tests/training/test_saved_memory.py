@@ -35,7 +35,7 @@ def step(net):
 
 
 @pytest.mark.parametrize("savings", SAVINGS)
-@pytest.mark.parametrize("kind", tiered(KINDS, quick=["gemma2", "phi3"]))
+@pytest.mark.parametrize("kind", tiered(KINDS, quick=["gemma2"]))
 def test_savings_of_memory_change_nothing(kind, savings):
     options = SAVINGS[savings]
     plain, net = module(kind), module(kind, **options)
@@ -86,6 +86,7 @@ def peak(**options):
     return peak_bytes(call)
 
 
+@pytest.mark.long
 def test_the_device_holds_one_layer_and_one_chunk(host):
     recomputed, chunked = peak(recompute="everything"), peak(recompute="everything", mlp_chunk_tokens=CHUNK)
     assert chunked < recomputed - 4 * WIDE

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from lightning_longnet.attention.kernels.compiling import constant_result, not_compiled
@@ -21,6 +22,7 @@ def test_the_package_imports_no_compiler():
     assert result.stdout == "set()\n", result.stderr
 
 
+@pytest.mark.long
 def test_calls_forward_and_backward_import_no_compiler():
     """Optimizers of torch and its `checkpoint` do."""
     code = (

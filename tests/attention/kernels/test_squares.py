@@ -6,6 +6,7 @@ import drawn
 import pytest
 import torch
 from memory import peak_bytes
+from tiers import tiered
 
 from lightning_longnet import Pattern, attend
 from lightning_longnet.attention.kernels import eager, squares
@@ -16,6 +17,8 @@ from lightning_longnet.attention.plan.runs import Repeat
 
 SOME = Lattice(range(1), rows=1, step=1, head=0, heads=1)  # a kernel is given its rows, and does not look
 NO_REPEATS, REPEATS, ODD_REPEATS = (), (Repeat(2, 1, 0), Repeat(4, 3, 2)), (Repeat(3, 1, 2), Repeat(9, 4, 5))
+LENGTHS = [(1, 1), (3, 3), (37, 37), (64, 64), (100, 100), (37, 21)]
+SQUARES = list(product([None, 0], LENGTHS, [NO_REPEATS, REPEATS, ODD_REPEATS], [0.0, squares.BOUND]))
 
 
 @pytest.fixture
@@ -42,10 +45,7 @@ def both_ways(kernel, q, k, v, grad, call):
     return out, lse, *kernel.backward(grad, q, k, v, 0.9 * out, lse + 0.1, call)
 
 
-@pytest.mark.parametrize("bound", [0.0, squares.BOUND], ids=["unbounded", "bounded"])
-@pytest.mark.parametrize("repeats", [NO_REPEATS, REPEATS, ODD_REPEATS], ids=["once", "twice", "thirds"])
-@pytest.mark.parametrize("lengths", [(1, 1), (3, 3), (37, 37), (64, 64), (100, 100), (37, 21)])
-@pytest.mark.parametrize("low", [None, 0])
+@pytest.mark.parametrize(("low", "lengths", "repeats", "bound"), tiered(SQUARES, quick=SQUARES[::5], covers=2))
 @pytest.mark.usefixtures("small")
 def test_results_are_those_of_tiles_of_rows(low, lengths, repeats, bound, monkeypatch):
     monkeypatch.setattr(squares, "BOUND", bound)

@@ -67,7 +67,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "joins"), tiered(product(CASES, (False, True)), quick=[("nested", True), ("set", False)])
+    ("name", "joins"), tiered(product(CASES, (False, True)), quick=[("nested", True), ("set", False)], covers=1)
 )
 def test_equals_the_definition(interpreted, name, joins):
     interpreted.run(1, compared, CASES[name], torch.float32, TOLERANCE, joins)
