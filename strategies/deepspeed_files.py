@@ -99,7 +99,7 @@ def _save_with(engine: Any, store: Callable[[Any, Path], None], save: Callable[[
     copy_script = engine._copy_recovery_script
 
     def guarded(action: Callable[..., None]) -> Callable[..., None]:
-        """Return a function that calls `action`, and keeps its error in `errors` in place of raising it."""
+        """Return a function that calls `action`, and keeps its error in place of raising it."""
 
         def attempt(*arguments: Any, **options: Any) -> None:
             try:

@@ -160,7 +160,7 @@ class AllToAllFootprint(NamedTuple):
 
     def kv_rows(self, layers: int) -> int:
         """Return 0: an all_to_all holds as many KV rows as the rank gives away."""
-        return 0  # an all_to_all holds as many rows as the rank gives away
+        return 0
 
     def in_flight_bytes(self, q: Tensor, k: Tensor, v: Tensor, *, is_backward: bool) -> int:
         """Return the bytes of a rank's heads that are sent and received at once.
