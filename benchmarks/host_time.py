@@ -144,8 +144,8 @@ def _of_layer(
         if kernel == "triton":
             from lightning_longnet.attention.kernels.triton import launch
 
-            programs = dict.fromkeys(("forward", "query_gradient", "key_gradients"), NoProgram())
-            context.enter_context(patch.multiple(launch, **programs))
+            for program in ("forward", "query_gradient", "key_gradients"):
+                context.enter_context(patch.object(launch, program, NoProgram()))
         context.enter_context(torch._C._AutoDispatchBelowAutograd())
         context.enter_context(torch._C._ExcludeDispatchKeyGuard(VIEWS))
         out, lse, saved = op.forward.body(q, k, v, *others)

@@ -135,7 +135,7 @@ def forward_blocks(
     count = threads.available(q.device) if torch.get_num_threads() > 1 else 1
     tasks = parts.tasks(len(q), count) if count > 1 else ()
     if not tasks:
-        _forward(kernel, _cut(kernel, parts, q), q, keys, options, totals, stores, iter)
+        _forward(kernel, _cut(kernel, parts, q), q, keys, options, totals, stores, threads.all_steps)
         return
     width = keys.tensors().v.shape[3]
     totals[:] = partials = [uninitialized_partial(q, width) if total is None else total for total in totals]
@@ -208,8 +208,9 @@ def _forward_steps(
     q, _, v = tensors
     *read, at_out, at_lse = steps.views
     results: Iterator[Partial] | None = None
-    for n, (step, *rows) in enumerate(each(zip(steps.steps, *map(strided, read, tensors), strict=True))):
-        out, lse = kernel.forward(*rows, step.call)
+    rows = zip(*map(strided, read, tensors), strict=True)
+    for n, (step, (queries, keys, values)) in enumerate(each(zip(steps.steps, rows, strict=True))):
+        out, lse = kernel.forward(queries, keys, values, step.call)
         lse = lse.unsqueeze(-1)
         if total is None:
             total = _adopted(step.part, q, out, lse)
@@ -268,7 +269,7 @@ def backward_blocks(
     count = threads.available(q.device) if torch.get_num_threads() > 1 else 1
     tasks = parts.tasks(len(q), count) if count > 1 else ()
     if not tasks:
-        _backward(kernel, _cut(kernel, parts, q), q, keys, inputs, options, dq, stores, iter)
+        _backward(kernel, _cut(kernel, parts, q), q, keys, inputs, options, dq, stores, threads.all_steps)
         return
     keys.allocate_gradients()
     dq.allocate()
@@ -299,12 +300,12 @@ def _backward(
     `backward_blocks` calls it for all parts, or for those of each task.
     """
     if len(inputs.outs) == 1 and stores[0] == stores[1] and (tensors := keys.unmasked()) is not None:
-        steps = backward_steps(parts, q, tensors, inputs, options)
+        assert tensors.gradients is not None
+        dk, dv = tensors.gradients
+        assert isinstance(dk, Accumulator)
+        assert isinstance(dv, Accumulator)
+        steps = backward_steps(parts, q, tensors, (dk.layout, dv.layout), inputs, options)
         if steps is not None:
-            assert tensors.gradients is not None
-            dk, dv = tensors.gradients
-            assert isinstance(dk, Accumulator)
-            assert isinstance(dv, Accumulator)
             read = inputs.grad, q, tensors.k, tensors.v, inputs.outs[0], inputs.lse
             _backward_steps(kernel, steps, read, (dq, dk, dv), stores[0], each)
             return
@@ -338,8 +339,9 @@ def _backward_steps(
     """Add the gradients of steps, of grad, q, k, v, out and lse, to the accumulators of dq, dk and dv."""
     read, added = steps.views[:6], steps.views[6:]
     totals: Iterator[tuple[Tensor, ...]] | None = None
-    for n, (step, *rows) in enumerate(each(zip(steps.steps, *map(strided, read, tensors), strict=True))):
-        gradients, block = kernel.backward(*rows, step.call), step.part.block
+    rows = zip(*map(strided, read, tensors), strict=True)
+    for n, (step, (grad, q, k, v, out, lse)) in enumerate(each(zip(steps.steps, rows, strict=True))):
+        gradients, block = kernel.backward(grad, q, k, v, out, lse, step.call), step.part.block
         writes = stores and step.part.branch == 0
         if totals is None:
             sides = zip(accumulators, block.sides, gradients, strict=True)

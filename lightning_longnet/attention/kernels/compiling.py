@@ -93,7 +93,7 @@ class Operator(Generic[_P, _T]):
         if setup_context is None:
             torch.library.register_autograd(self.name, backward)
             return
-        call, below = self._call, torch._C._after_autograd_keyset
+        call, below, save = self._call, torch._C._after_autograd_keyset, setup_context
 
         class Gradient(torch.autograd.Function):
             """The operator with its gradient, without the list around its last results."""
@@ -103,7 +103,7 @@ class Operator(Generic[_P, _T]):
                 """Compute the operator, and save what the backward reads."""
                 with torch._C._AutoDispatchBelowAutograd():
                     *results, last = call.redispatch(keys & below, *args)
-                    setup_context(ctx, args, (*results, last))
+                    save(ctx, args, (*results, last))
                 return (*results, *last)
 
             @staticmethod

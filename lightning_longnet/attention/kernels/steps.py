@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.plan.lattice import Layout, View
     from lightning_longnet.attention.plan.parts import Parts
 
+    Layouts = tuple[Layout, Layout]
+
 MOST_LAYOUTS = 8  # parts keep the steps of so many layouts
 
 
@@ -80,12 +82,12 @@ def forward_steps(parts: Parts, q: Tensor, keys: KeyTensors, options: PairOption
 
 
 def backward_steps(
-    parts: Parts, q: Tensor, keys: KeyTensors, inputs: BackwardInputs, options: PairOptions
+    parts: Parts, q: Tensor, keys: KeyTensors, gradients: Layouts, inputs: BackwardInputs, options: PairOptions
 ) -> Steps | None:
     """Return the steps of a backward; None where some rows are copied.
 
     Their views are those in grad, q, k, v, out and lse, without the last dimension of lse, and in dq, dk and dv; dq is
-    contiguous.  `backward_blocks` asks where no row is masked.
+    contiguous, and `gradients` has the layouts of dk and dv.  `backward_blocks` asks where no row is masked.
     """
     k, v, grad, (out, *_), lse = keys.k, keys.v, inputs.grad, inputs.outs, inputs.lse
     key = (
@@ -95,8 +97,7 @@ def backward_steps(
     kept = _kept(parts)
     if key not in kept:
         of_queries = [*map(_layout, (grad, q, out, lse)), contiguous_layout(q.shape)]
-        assert keys.gradients is not None
-        of_keys = [_layout(k), _layout(v), *(x.layout for x in keys.gradients)]
+        of_keys = [_layout(k), _layout(v), *gradients]
         views, steps = _views(parts, of_queries, of_keys), None
         if views is not None:
             at_grad, at_q, at_out, at_lse, at_dq, at_k, at_v, at_dk, at_dv = views

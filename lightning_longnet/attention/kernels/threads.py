@@ -60,6 +60,11 @@ class Steps(Protocol):
         """Yield the items until the task is to end."""
 
 
+def all_steps(items: Iterable[_T]) -> Iterator[_T]:
+    """Yield all items: the `Steps` of a call that has no threads."""
+    yield from items
+
+
 def run(function: Callable[[_T, Steps], None], tasks: Iterable[_T], threads: int) -> None:
     """Call a function with each task, in this many threads; an error ends the other tasks, too, and is raised here.
 
