@@ -35,8 +35,9 @@ def averages(trainer: Trainer) -> Iterator[nn.Module]:
 def has_averages(trainer: Trainer) -> bool:
     """Return whether a callback of a Trainer has made a copy of the model to average weights in.
 
-    FSDP2's `setup`, `save_checkpoint` and `_load_from` ask, as it then saves one file, and `_reshard_for_averages`,
-    which then frees gathered parameters between hooks; `setup` of DeepSpeed's stage 3 raises an error.
+    FSDP2's `setup`, `save_checkpoint` and `_load_from` ask, because checkpoints are then saved in one file, and
+    `_reshard_for_averages`, which then frees gathered parameters between hooks; `setup` of DeepSpeed's stage 3 raises
+    an error.
     """
     return any(True for _ in averages(trainer))
 
@@ -84,9 +85,9 @@ def whole_state(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def sharded_state(state: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """Return a state dict of full tensors with each sharded as the module's tensor of the same name.
 
-    It is the inverse of `whole_state`: FSDP2's `_load_from` calls it when it loads a checkpoint with averaged weights,
-    as the callback copies them into sharded parameters.  Each rank gives the full tensors, and keeps its shards without
-    messages.
+    FSDP2's `_load_from` calls it on all ranks for the entry "current_model_state": the weights in training, which
+    `WeightAveraging` saves beside their averages and loads into the sharded module again.  Each rank gives the full
+    tensors, and keeps its shards without messages.  Values for which the module has no sharded tensor stay as they are.
     """
     held = module.state_dict()
 

@@ -155,7 +155,10 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
             )
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the backward; DeepSpeed is not to divide the loss by the micro-batches, as Lightning has done so."""
+        """Run the backward.
+
+        DeepSpeed must not divide the loss by the number of micro-batches, because Lightning has already done it.
+        """
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     # `CheckpointSaves.save_checkpoint` calls the next three

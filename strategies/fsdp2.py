@@ -143,7 +143,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
     def _writes_folder(self) -> bool:
         """Return whether each rank writes its files into a folder, and not rank 0 all into one file.
 
-        It does unless the user has set `save_distributed_checkpoint=False`, or a callback averages weights.
+        It does unless the user has set save_distributed_checkpoint=False, or a callback averages weights.
         """
         return self._save_distributed_checkpoint
 

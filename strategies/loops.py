@@ -19,8 +19,8 @@ class WatchedLoops(ParallelStrategy):
 
     It also warns if a sampler repeats samples, begins the context's steps in evaluation, and ends the last batch of
     each loop.  Lightning calls `on_*_start` and `on_*_end` on all ranks at the start and the end of a loop, and
-    `*_step` for each batch: `training_step` waits for the notes of all ranks, and the others begin a step of the
-    context before that.
+    `*_step` for each batch: `training_step` waits until the ranks have compared their `Note`s of the batch; the
+    other steps first begin a step of the context, then wait too.
     """
 
     sequence_context: SequenceContext
@@ -79,7 +79,7 @@ class WatchedLoops(ParallelStrategy):
     def _begin_evaluation(self) -> None:
         """Begin a step of the context for a batch of evaluation, and wait for the notes of all ranks about the batch.
 
-        The number of the step is a seed for models that drop in evaluation too.  It is negative, so that it differs
+        The number of the step seeds dropout that is active in evaluation.  It is negative, so that it differs
         from those of training steps.  It depends on the number of training batches so far and on that of the batch in
         this evaluation, so that a run that is resumed repeats it.
         """

@@ -186,7 +186,9 @@ def explain(
 def _attend_reference(call: PreparedCall) -> tuple[Tensor, Tensor]:
     """Return out (B, N, H, Dv) and lse (B, H, N) of the kernel "reference".
 
-    It is no operator: autograd differentiates through it.
+    `attend` calls it without a shard, if q is not empty: where the call names "reference", as the trial of a `Guard`
+    does, or where "auto" finds no other kernel.  It is not a custom operator: autograd differentiates its torch
+    operations, any number of times.
     """
     dropout = None
     if call.seed is not None:

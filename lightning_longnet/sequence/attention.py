@@ -40,7 +40,7 @@ class ContextAttention(ContextDropout):
 
         It holds the documents and the attention_mask that the batch had when `split` was called, also in a single
         process.  It is None if sequences are whole and the batch has neither.  All ranks of the sequence group read
-        this attribute together: at the first time in a batch they exchange messages to make the shard.  Modules of
+        this attribute together: the first time in a batch they exchange messages to make the shard.  Modules of
         users that call the function `attend` read it, and the callback `TokenThroughput` for the documents of whole
         rows.
 
@@ -66,9 +66,11 @@ class ContextAttention(ContextDropout):
     def shard_of(self, documents: Tensor | None = None, key_padding_mask: Tensor | None = None) -> SequenceShard:
         """Return the `SequenceShard` of a split batch for these documents and this padding of this rank's tokens.
 
-        All ranks of the sequence group call it together: `attend_options` and `places_of` do for each layer, and
-        `_split_tokens` for models of transformers.  Calls with the same tensors get the same shard until one of the
-        tensors is changed in place on some rank; a new shard takes messages between the ranks.
+        All ranks of the sequence group call it together, as a new shard takes messages between them.  `attend_options`
+        and `places_of` call it for each layer, the property `shard` for a batch without masks, `_split_tokens` for
+        models of transformers, and `RingAttention` of compat to report a refused argument to the other ranks.  Without
+        masks all batches of one length share a shard.  With masks, calls in a batch with the same tensors share one
+        until a tensor is changed in place on some rank.
 
         Args:
             documents: (L,) or (B, L), the document ids of this rank's L tokens; None if each row is one document.
@@ -80,7 +82,7 @@ class ContextAttention(ContextDropout):
     def once(self, mask: Tensor, into: str, convert: Callable[[], Tensor]) -> Tensor:
         """Return `convert()`, which converts a mask; the result is cached for the rest of the batch.
 
-        A layer calls it that takes masks in another form than `attend`: `MultiheadDilatedAttention`, and "ring"
+        Layers that take masks in another form than `attend` call it: `MultiheadDilatedAttention`, and "ring"
         attention of transformers' models (`_split_tokens`) for position_ids.  All layers then give one tensor to
         `shard_of`, and so share one shard; a new tensor for each would need a new shard.  Each rank converts its own
         mask.

@@ -209,7 +209,9 @@ def checksum(x: Tensor) -> int:
     The bytes are read as 64-bit words, and summed with odd weights that depend on the index of each word.  Shape and
     dtype are not part of it.  A difference in the highest bit of two words would cancel in a sum modulo 2**64, as in
     the signs of two floats: each word is first multiplied, and the high half of the product mixed into its low half.
-    `Note.of` calls it for the tensors of a batch, and models for the tokens with which ranks go on with a text.
+    `Note.of` calls it for the tensors of a batch.  Ranks that generate text together compare their inputs by it:
+    `_Prompts.number` hashes the prompts and their attention_mask, `_number_of` of cached.py the embedded tokens,
+    documents and attention_mask of each call with a cache.
     """
     flat = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     words, rest = divmod(flat.numel(), 8)

@@ -52,7 +52,7 @@ class DropoutSeeds:
         return None if self._step is None else splitmix64(self._step + layer)
 
     def of_activations(self, rank: int, ranks: int) -> int:
-        """Return the seed for one call of dropout of activations on rank `rank` of `ranks`, other than on other ranks.
+        """Return the seed for one call of dropout of activations on rank `rank` of `ranks`; that of each rank differs.
 
         All ranks call it together, by `ContextDropout.random_part` and `one_call`.  Every call draws `ranks` numbers
         from torch's CPU generator, so that it stays equal on all ranks.  Outside of a step these are the seeds.  In a

@@ -102,8 +102,9 @@ def _restore_generator(module: nn.Module) -> None:
 def _independent_sizes(module: nn.Module, x: Tensor) -> Sequence[int]:
     """Return the sizes of the dimensions of x that can be the batch or the tokens for a dropout module.
 
-    These are all but the last.  A module that drops whole features, such as `nn.Dropout1d` of (N, C, L), has the batch
-    and the features in the first two dimensions, or the features alone in the first one.
+    These are all but the last.  A module that drops whole features, such as `nn.Dropout1d` of (N, C, L), decides once
+    for each index of the first two dimensions, or of the first one without a batch: tokens can only be there.
+    `_seed_part` passes the sizes to `holds_part_of`.
     """
     for kind, dims in _FEATURE_DROPOUTS.items():
         if isinstance(module, kind):

@@ -241,10 +241,10 @@ class BatchSplitter:
         return Placement.even(length, self.position.sequence_parallel_size, self.kind_of(length))
 
     def kind_of(self, length: int) -> Kind:
-        """Return "contiguous" or "zigzag" for sequences of `length` tokens, as given or as the function chooses.
+        """Return "contiguous" or "zigzag" for sequences of `length` tokens: `placement`, or what that function returns.
 
-        The function is not asked where ranks share no sequences.  `placement_of` and `ShardCache.make` call it, which
-        so agree.
+        A function is not called where ranks share no sequences; the kind is then "contiguous".  `placement_of` and
+        `ShardCache.make` call it, so that splits and shards agree, and `SequenceContext.kind_of` for the split check.
         """
         ranks, given = self.position.sequence_parallel_size, self.placement
         if not callable(given):

@@ -102,7 +102,11 @@ def joining(rows):
     """Join blocks as if a call took as long as so many rows; None joins none."""
     bounded = Parts.bounded
     if rows is None:
-        with patch.object(Parts, "bounded", lambda self, limit, threads, joins: bounded(self, limit, threads, False)):
+
+        def unjoined(self, limit, threads, joins, key_limit):
+            return bounded(self, limit, threads, False, key_limit)
+
+        with patch.object(Parts, "bounded", unjoined):
             yield
     else:
         with patch.object(batches, "CALL_ROWS", rows):

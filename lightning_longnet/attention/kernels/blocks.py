@@ -162,8 +162,9 @@ def _forward(
 ) -> None:
     """Merge the result of each block into the partial of its branch, or into the only one.
 
-    `stores` says for each partial that the first branch writes every row of it, over uninitialized memory.  The blocks
-    are those that `each` yields of all.  `forward_blocks` calls it for all parts, or for those of each task.
+    `stores` says for each partial that the first branch writes every row of it, over uninitialized memory.  `each`
+    iterates over the parts, and ends early if the task of another thread has failed.  `forward_blocks` calls it for all
+    parts, or for those of each task.
     """
     if len(totals) == 1 and (tensors := keys.unmasked()) is not None:
         steps = forward_steps(parts, q, tensors, options)
@@ -295,7 +296,7 @@ def _backward(
     stores: tuple[bool, bool],
     each: threads.Steps,
 ) -> None:
-    """Add the gradients of each block to dq and to those of `keys`; the blocks are those that `each` yields of all.
+    """Add the gradients of each block to dq and to those of `keys`; `each` is that of `_forward`.
 
     `backward_blocks` calls it for all parts, or for those of each task.
     """
@@ -336,7 +337,12 @@ def _backward_steps(
     stores: bool,
     each: threads.Steps,
 ) -> None:
-    """Add the gradients of steps, of grad, q, k, v, out and lse, to the accumulators of dq, dk and dv."""
+    """Run the backward of each step on views of `tensors` (grad, q, k, v, out, lse); add the gradients to dq, dk, dv.
+
+    `_backward` calls it where no key is masked, one out serves all parts and every row is read as a view: also for
+    "detached", which runs one branch at a time.  With `stores`, the gradients of the first branch are written over
+    uninitialized memory; those of a block with all rows become the accumulators.
+    """
     read, added = steps.views[:6], steps.views[6:]
     totals: Iterator[tuple[Tensor, ...]] | None = None
     rows = zip(*map(strided, read, tensors), strict=True)
@@ -344,8 +350,8 @@ def _backward_steps(
         gradients, block = kernel.backward(grad, q, k, v, out, lse, step.call), step.part.block
         writes = stores and step.part.branch == 0
         if totals is None:
-            sides = zip(accumulators, block.sides, gradients, strict=True)
-            if writes and all(x.adopts(at, gradient) for x, at, gradient in sides):
+            # the iterator holds the gradients, so no name may hold the iterator
+            if writes and all(x.adopts(*of) for x, *of in zip(accumulators, block.sides, gradients, strict=True)):
                 continue
             columns = [strided(at[n:], x.total) for at, x in zip(added, accumulators, strict=True)]
             totals = zip(*columns, strict=True)
@@ -356,7 +362,7 @@ def _backward_steps(
                 total.add_(gradient)
             else:
                 total.add_(gradient, alpha=block.weight)
-        del gradients  # frees them before the next call allocates its own
+        del gradients, gradient  # frees them before the next call allocates its own
 
 
 def _adopted(part: Part, q: Tensor, out: Tensor, lse: Tensor) -> Partial | None:

@@ -49,9 +49,10 @@ class Keys(Protocol):
         """
 
     def unmasked(self) -> KeyTensors | None:
-        """Return the keys of this rank if none is masked by its padding, by dropout or by its token; else None.
+        """Return these keys, of this rank or received as views, if none is masked; else None.
 
-        The steps of parts read such keys where they are.
+        Keys are masked by padding, by dropout, or by their tokens where a line masks later ones.  The steps of parts
+        read such keys where they are.
         """
 
     def allocate_gradients(self) -> None:

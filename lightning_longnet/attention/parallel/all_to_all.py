@@ -97,9 +97,10 @@ class AllToAllPlan(ExchangePlan):
         return AllToAllCall(shard.comm, call.message, shard.placement, inner, returns_lse, order)
 
     def _heads_call(self, call: RankCall) -> RoundsCall:
-        """Return the call on whole sequences of this rank's heads, for the branches of one line; `call` asks for each.
+        """Return the call on whole sequences of this rank's heads, for the branches of one line.
 
-        The blocks are planned at the first call of their kind, and kept in the shard.
+        `AllToAllPlan.call` calls it for each line.  The blocks are planned at the first call of their kind, and kept in
+        the shard.
         """
         shard, kv_heads = call.shard, self._kv_heads_of(call.shard.rank)
         layout = self.layout._replace(pattern=call.line.pattern, weighted_segments=call.weighted_segments)

@@ -1,4 +1,4 @@
-"""The interface of an exchange between ranks: to the plan, to the run and to the planner."""
+"""The interfaces that each exchange between ranks implements: its plan, its calls, and what `longnet plan` counts."""
 
 from __future__ import annotations
 
@@ -200,10 +200,10 @@ class RankCall(NamedTuple):
         message: what its messages belong to.
         options: the options of this forward or backward.
         samples: the samples of the batch, all with the same documents.
-        weighted_segments: as for `plan`.
+        weighted_segments: up to how many segments a pair that several branches show is computed once; see `plan`.
         device: the device of the tensors.
-        key: what distinguishes the layouts of a shard's calls from one another, besides the pattern, for
-            `SequenceShard.cached`.
+        key: what distinguishes the layouts of a shard's calls from one another, for `SequenceShard.cached`; `by_line`
+            adds the pattern of the line.
         lines: the lines on which the pattern is drawn; the call takes its rows in the order of the first one.
     """
 

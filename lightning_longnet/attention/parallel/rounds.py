@@ -6,8 +6,8 @@
              beside them the copy that is sent, and in the backward the gradients of two.  The backward fetches keys and
              values again and sends dK and dV back round by round
 
-The blocks on a rank's own keys are computed while the first round is on its way.  Whole sequences on one process are
-the case without rounds.
+The blocks on a rank's own keys are computed while the first round is on its way.  Whole sequences, on one
+process or of a rank's heads ("swap"), have no rounds.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class RoundsCall(NamedTuple):
         """Return out and lse of this rank's queries, and the tensors that the backward needs besides.
 
         The operator `lightning_longnet::attend` calls it once for each group of samples with equal documents, directly
-        or through an `AllToAllCall`, a `ReorderedCall` or a `JoinedCall`; a `LinesCall` calls `partial` instead.
+        or through an `AllToAllCall`, a `ReorderedCall` or a `JoinedCall`; a `LinesCall` calls `partial` instead.  Whole
+        sequences with different documents are joined to one group.
         """
         total, saved = self.partial(q, k, v)
         return *finalized(total, q, self.options.sinks), saved
@@ -149,9 +150,10 @@ class RoundsCall(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute dq, dk and dv of this rank's tokens in the type of q.
 
-        The operator `lightning_longnet::attend_backward` calls it once for each call of `forward`, directly or through
-        an `AllToAllCall`, a `ReorderedCall` or a `JoinedCall`; a `LinesCall` calls `gradients` instead.  `saved` holds
-        the received rows of gathers, and then the outs of branches.
+        The operator `lightning_longnet::attend_backward` calls it once for each call of `forward` that is
+        differentiated, directly or through an `AllToAllCall`, a `ReorderedCall` or a `JoinedCall`; a `LinesCall` calls
+        `gradients` instead.  `saved` holds the received rows of gathers, and then the outs of branches; inside of an
+        `AllToAllCall` it may hold the merged out alone.
         """
         gradients = self.gradients(grad, q, k, v, out, lse, saved, is_whole=True)
         # each accumulator is freed as soon as it is rounded

@@ -79,7 +79,7 @@ class RoundsPlan(ExchangePlan):
         `distributed_calls` calls it for each forward and backward.
         """
         first, *others = call.by_line()
-        own = self._line_call(first)
+        own = self._rounds_call(first)
         if not others:
             return own
         lines = []
@@ -87,13 +87,14 @@ class RoundsPlan(ExchangePlan):
             key = "order", *other.key, first.line.pattern
             make = partial(_line_exchange, first.line, other.line, call.shard, call.device)
             rows = call.shard.cached((*key, call.device), make)
-            lines.append((RankOrder(call.shard.comm, other.message, rows), self._line_call(other)))
+            lines.append((RankOrder(call.shard.comm, other.message, rows), self._rounds_call(other)))
         return LinesCall(own, tuple(lines))
 
-    def _line_call(self, call: RankCall) -> RoundsCall:
-        """Return the object that computes the branches of one line on this rank's rows; `call` asks for each line.
+    def _rounds_call(self, call: RankCall) -> RoundsCall:
+        """Return the object that computes the branches of one line on this rank's rows.
 
-        The route is planned at the first call of its kind, and kept in the shard.
+        `RoundsPlan.call` calls it for each line.  The route is planned at the first call of its kind, and kept in the
+        shard.
         """
         shard = call.shard
         layout = self.layout._replace(pattern=call.line.pattern, weighted_segments=call.weighted_segments)

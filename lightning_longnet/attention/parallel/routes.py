@@ -33,9 +33,9 @@ class Route:
     """A rank's work in one call of attention: the blocks on its own keys, and the rounds in their order.
 
     A `RoundsCall` computes it.  `route` makes it for gather and ring, `AllToAllPlan` one without rounds for the heads
-    of a rank, and `_line_call` of calls.py one without rounds for whole sequences.  Only there `writes_queries` and
-    `writes_keys` may be True: the first branch of `own` shows every row once, as a query and as a key.  Its results are
-    then written, not added, and the accumulators need no initial value.
+    of a rank, and `_line_call` of calls.py one without rounds for whole sequences.  In the routes without rounds,
+    `writes_queries` is True if each query row is in exactly one block of the first branch, and `writes_keys` if each
+    key row is.  The results of these blocks are then written, not added, and the accumulators need no initial value.
     """
 
     own: Parts
@@ -210,8 +210,9 @@ def _round(
 def heads_route(layout: Layout, kv_heads: range) -> Route:
     """Return the route over the whole sequence of some key heads and of the query heads that they serve.
 
-    It has no rounds.  `AllToAllPlan` runs and counts its blocks on the rank that has all tokens of these heads.  In the
-    blocks heads are counted from the first of `kv_heads`, and from the first query head that it serves.
+    It has no rounds.  `AllToAllPlan._heads_call` runs its blocks on the rank that has all tokens of these heads, and
+    `AllToAllPlan.work` counts them for any rank.  In the blocks heads are counted from the first of `kv_heads`, and
+    from the first query head that it serves.
     """
     whole = plan(layout.pattern, layout.heads, layout.kv_heads, layout.cuts, layout.weighted_segments)
     group, parts = layout.heads // layout.kv_heads, []

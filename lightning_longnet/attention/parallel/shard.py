@@ -127,8 +127,10 @@ class SequenceShard:
     def tokens(self, rank: int | None = None, device: torch.device | None = None) -> Tensor:
         """Return the index in the whole sequence of each token of a rank, (L,), in the order in which it holds them.
 
-        By default the rank is this one, and the indices are on the CPU.  `RoundsPlan` asks for the tokens of all ranks
-        from which keys come, and `row_exchange`; no message is sent.
+        By default the rank is this one, and the indices are on the CPU; no message is sent.  Callers of `attend` select
+        their part by it: `q[:, shard.tokens()]`.  Along a curve the same numbers are the places on the line that the
+        rank holds after reordering.  `RoundsPlan` asks for this rank and for those from which keys come, `row_exchange`
+        and `_sequence_order` for all ranks, and `places` for this one.
         """
         chunks = self.placement.chunks(self.rank if rank is None else rank)
         parts = [torch.arange(chunk.begin, chunk.end, device=device) for chunk in chunks]

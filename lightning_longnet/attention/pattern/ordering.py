@@ -131,7 +131,7 @@ def causal_order(order: Tensor, pattern: Pattern) -> Tensor:
 
 
 def sorted_sets(order: Tensor, segment_length: int | None, rate: int) -> Tensor:
-    """Return an order in which each set of tokens has the same places as in `order`, and ascends.
+    """Return an order in which the tokens of each set are sorted among the places that the set has in `order`.
 
     A set is the tokens of one segment and residue of `order`.  `causal_order` calls it, and `_curve_lines` for a causal
     pattern along a curve, on whose lines a mask by places then masks the tokens that come later in the sequence.

@@ -45,7 +45,9 @@ def serves(q: Tensor, call: Call) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
 
-    `cuda.forward` calls it for blocks that torch's flash attention does not serve.
+    `cuda.forward` calls it for blocks that `flash.serves` refuses: in float32, with padding, with a head_dim that flash
+    attention does not take, or on a GPU below compute capability 8.0.  They are blocks of the kernel "sdpa", or of
+    others that leave them to it, such as padded ones of "cudnn".
     """
     heads, rows = q.shape[1:3]
     k, v = (_visible_keys(x, q, call) for x in (k, v))
@@ -122,7 +124,10 @@ def _is_banded(call: Call) -> bool:
 
 
 def _limit(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> int:
-    """Return how many batches one call may have: fewer where each needs a separate bias (heads, queries, keys)."""
+    """Return the most batches (samples times segments) of one launch of the operator.
+
+    They are fewer where each needs a separate bias (heads, queries, keys).  `forward` and `backward` ask.
+    """
     if padding is None or not _is_banded(call):
         return BATCHES
     return min(BATCHES, max(1, _BIAS // (padding.shape[1] * q.shape[2] * k.shape[2])))
@@ -131,8 +136,9 @@ def _limit(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> int:
 def _bias(q: Tensor, k: Tensor, padding: Tensor | None, call: Call) -> Tensor | None:
     """Return the bias that the operator adds to the scores, (batch, heads, queries, keys); None if there is none.
 
-    `forward` and `backward` call it for the samples of each call of the operator.  It holds the weights or the mask of
-    the block, and `padding`, which is a bias too.  Its stride is 0 along batches or heads that have the same bias.
+    `forward` and `backward` call it for the samples of each call of the operator.  It holds the mask of the block and
+    `padding`, which is a bias too, or the weights of the block, which only tests give: no plan has any on CUDA.  Its
+    stride is 0 along batches or heads that have the same bias.
     """
     assert call.dropout_mask is None, "refused before"
     block, bias = call.block, padding
