@@ -23,7 +23,7 @@ def keep_order(trainer: Trainer) -> None:
     choose = type(connector)._resolve_sampler
 
     def resolve(dataloader: DataLoader[Any], shuffle: bool, mode: RunningStage | None = None) -> Any:
-        """Return the sampler of a loader; the Trainer calls it in place of its `_resolve_sampler`."""
+        """Return the sampler of a loader; the Trainer calls it in place of its own method."""
         if mode == RunningStage.TRAINING and shuffle and not isinstance(dataloader.sampler, RandomSampler):
             shuffle = False
             if isinstance(dataloader.sampler, SequentialSampler):

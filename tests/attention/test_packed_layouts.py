@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from cells import shown_pairs
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiers import tiered
 
@@ -127,6 +127,16 @@ def assert_equal(result, truth):
     heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 3)]),
     kernel=st.sampled_from(["auto", "eager"]),
     call_rows=st.sampled_from([0, 64, 512, 10**6]),
+)
+@example(
+    # of one block the gradient of q becomes the accumulator, and those of k and v do not
+    rows=[[2]],
+    pattern="LongNet",
+    causal=False,
+    mix="exact",
+    heads=(1, 1),
+    kernel="eager",
+    call_rows=0,
 )
 def test_packed_documents_are_documents(rows, pattern, causal, mix, heads, kernel, call_rows):
     tensors, pattern = inputs(len(rows), sum(rows[0]), *heads), PATTERNS[pattern](causal)

@@ -348,14 +348,17 @@ def _backward_steps(
     rows = zip(*map(strided, read, tensors), strict=True)
     for n, (step, (grad, q, k, v, out, lse)) in enumerate(each(zip(steps.steps, rows, strict=True))):
         gradients, block = kernel.backward(grad, q, k, v, out, lse, step.call), step.part.block
-        writes = stores and step.part.branch == 0
+        writes, adopted = stores and step.part.branch == 0, [False] * len(accumulators)
         if totals is None:
-            # the iterator holds the gradients, so no name may hold the iterator
-            if writes and all(x.adopts(*of) for x, *of in zip(accumulators, block.sides, gradients, strict=True)):
+            if writes:
+                adopted = [x.adopts(*of) for x, *of in zip(accumulators, block.sides, gradients, strict=True)]
+            if all(adopted):
                 continue
             columns = [strided(at[n:], x.total) for at, x in zip(added, accumulators, strict=True)]
             totals = zip(*columns, strict=True)
-        for total, gradient in zip(next(totals), gradients, strict=True):
+        for total, gradient, is_adopted in zip(next(totals), gradients, adopted, strict=True):
+            if is_adopted:
+                continue
             if writes:
                 total.copy_(gradient)
             elif block.weight == 1:
