@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_longnet.attention.kernels.accumulator import Accumulator
-    from lightning_longnet.attention.kernels.blocks import BackwardInputs, PairOptions
+    from lightning_longnet.attention.kernels.blocks import BackwardInputs
     from lightning_longnet.attention.kernels.call import Call
     from lightning_longnet.attention.kernels.keys import Keys
+    from lightning_longnet.attention.kernels.pair_options import PairOptions
     from lightning_longnet.attention.kernels.partial import Partial
     from lightning_longnet.attention.pattern.pattern import Pattern
     from lightning_longnet.attention.plan.parts import Parts
@@ -95,7 +96,7 @@ class BlockKernel(Protocol):
         """Return whether the kernel takes weights of pairs (`Block.repeats`) on such a device: how often each counts.
 
         `AttentionSpec.weighted_segments` asks before a plan is made: only then may a plan compute a pair once that
-        several branches show.  On a CPU `_cut` of blocks.py asks in each forward and backward: then it also joins small
+        several branches show.  On a CPU `cut_parts` asks in each forward and backward: then it also joins small
         blocks.
         """
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class DropoutMask(NamedTuple):
     """The dropout mask of a call, as a rule and one word for each row, so that no tensor of all pairs is held.
 
-    `_kernel_calls` makes it for each block where pairs are dropped.  `query_words` are (batch, heads, queries),
+    `kernel_calls` makes it for each block where pairs are dropped.  `query_words` are (batch, heads, queries),
     `key_words` (batch, key heads, keys).
     """
 
@@ -32,7 +32,7 @@ class DropoutMask(NamedTuple):
 class OrderMask(NamedTuple):
     """The tokens of the rows of a call: keys that come later in the sequence than the query are masked.
 
-    `_kernel_calls` makes it for each block of a line that needs such a mask; see lines.py in `pattern`.  `query_tokens`
+    `kernel_calls` makes it for each block of a line that needs such a mask; see lines.py in `pattern`.  `query_tokens`
     are (batch, heads, queries), `key_tokens` (batch, key heads, keys).
     """
 
@@ -44,7 +44,7 @@ class OrderMask(NamedTuple):
 class Call:
     """The arguments of a kernel besides q, k and v.  These are (batch, heads, rows, D), the rows of the block.
 
-    `_kernel_calls` makes one for each block that it runs.
+    `kernel_calls` makes one for each block that it runs.
     """
 
     block: Block

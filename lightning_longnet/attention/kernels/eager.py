@@ -65,7 +65,7 @@ def note(request: Request) -> str:
 def takes_weights(device: str) -> bool:
     """Return False: a plan for this kernel counts no pair several times in one block, as dropout could not drop it.
 
-    `AttentionSpec.weighted_segments` asks before a plan is made, and on a CPU `_cut` of blocks.py, which then joins no
+    `AttentionSpec.weighted_segments` asks before a plan is made, and on a CPU `cut_parts`, which then joins no
     small blocks.  Blocks with weights still come from the kernel "sdpa".
     """
     return False

@@ -73,19 +73,19 @@ class Keys(Protocol):
     def key_padding_mask(self, part: Part) -> Tensor | None:
         """Return (batch * segments, 1 or heads, rows), True where padding masks a key; None without padding.
 
-        `_kernel_calls` calls it for each block.
+        `kernel_calls` calls it for each block.
         """
 
     def words(self, part: Part) -> Tensor:
         """Return dropout's words of the keys of a part, (batch * segments, heads, rows).
 
-        `_kernel_calls` calls it for each block where pairs are dropped.
+        `kernel_calls` calls it for each block where pairs are dropped.
         """
 
     def tokens(self, part: Part) -> Tensor:
         """Return the index of each key of a part in the whole sequence, (batch * segments, heads, rows).
 
-        `_kernel_calls` calls it for each block whose later keys are masked.
+        `kernel_calls` calls it for each block whose later keys are masked.
         """
 
     def add(self, part: Part, dk: Tensor, dv: Tensor, stores: bool) -> None:

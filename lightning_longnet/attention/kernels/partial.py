@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from math import inf, log
-from typing import NamedTuple
+from math import inf, log, nan
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning_longnet.attention.kernels.pair_options import PairOptions
 
 
 class Partial(NamedTuple):
@@ -59,3 +64,65 @@ class Partial(NamedTuple):
         # a row without keys has an lse of -inf; with logits of -inf, too, the difference would be NaN
         self.out.mul_(torch.exp(self.lse - total).masked_fill_(self.lse == -inf, 0))
         self.lse.copy_(total)
+
+
+def no_key_partial(q: Tensor, v: Tensor) -> Partial:
+    """Return the partial of no key: out (B, N, H, Dv) is 0 and lse (B, N, H, 1) is -inf.
+
+    `RoundsCall` calls it before the first block, unless the first branch writes every row, and before it computes the
+    result of a branch again for "detached".
+    """
+    partial = uninitialized_partial(q, v.shape[3])
+    partial.out.zero_()
+    partial.lse.fill_(-inf)
+    return partial
+
+
+def uninitialized_partial(q: Tensor, width: int) -> Partial:
+    """Return uninitialized out (B, N, H, width) and lse (B, N, H, 1) in float32, or in float64 for such tensors.
+
+    Lse is in memory as (B, H, N), as operators return it.  `forward_blocks` writes the results of a first branch to
+    these, and `forward_parts` of the kernel "triton" those of a launch; `no_key_partial` fills them.
+    """
+    wide, (batch, rows, heads, _) = torch.promote_types(q.dtype, torch.float32), q.shape
+    lse = q.new_empty((batch, heads, rows, 1), dtype=wide)
+    return Partial(q.new_empty((batch, rows, heads, width), dtype=wide), lse.transpose(1, 2))
+
+
+def merge_branches(partials: Sequence[Partial], options: PairOptions, is_saved: bool = False) -> Partial:
+    """Return the partials of the branches, merged by their lse, with the null keys in it.
+
+    `RoundsCall.partial` calls it at the end of a forward.  Null keys are merged into `partials` in place: "detached"
+    needs the result of each branch with its null keys.  With `is_saved` the backward reads `partials` later, so that
+    the sum must be other memory than the only partial.
+    """
+    if options.null_keys is not None:
+        for branch, partial in enumerate(partials):
+            options.null_keys.add_to(partial, branch if len(partials) > 1 else None)
+    if len(partials) == 1 and not is_saved:
+        return partials[0]
+    total = Partial(*(x.clone() for x in partials[0]))
+    for partial in partials[1:]:
+        total.add_(*partial)
+    return total
+
+
+def finalized(total: Partial, like: Tensor, sinks: Tensor | None = None) -> Partial:
+    """Return out in the type of `like`, and lse as (B, H, N), both with the sinks in the softmax.
+
+    `RoundsCall` and `LinesCall` call it last in a forward, when all keys have been merged; `like` is q.
+    """
+    if sinks is not None:
+        total.add_logits_(sinks.to(total.lse.dtype)[:, None])
+    out = total.out if total.out.dtype == like.dtype else total.out.to(like.dtype)
+    return Partial(out, total.lse.transpose(1, 2).squeeze(-1).contiguous())
+
+
+def backward_lse(lse: Tensor, has_keys: bool) -> Tensor:
+    """Return lse (B, H, N) as (B, N, H, 1), +inf for a query without keys: its P = exp(S - lse) must be 0.
+
+    `has_keys` says that there is no such query.  `RoundsCall.gradients` calls it before the first block of a backward.
+    """
+    if not has_keys:
+        lse = lse.nan_to_num(nan=nan, posinf=inf, neginf=inf)
+    return lse.transpose(1, 2).unsqueeze(-1)

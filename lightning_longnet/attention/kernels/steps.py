@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.kernels.blocks import BackwardInputs, PairOptions
+    from lightning_longnet.attention.kernels.blocks import BackwardInputs
     from lightning_longnet.attention.kernels.keys import KeyTensors
+    from lightning_longnet.attention.kernels.pair_options import PairOptions
     from lightning_longnet.attention.plan.block import Part
     from lightning_longnet.attention.plan.lattice import Layout, View
     from lightning_longnet.attention.plan.parts import Parts

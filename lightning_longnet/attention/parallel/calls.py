@@ -10,8 +10,8 @@ from weakref import finalize
 import torch
 
 from lightning_longnet.attention.kernels import BLOCK_KERNELS, threads
-from lightning_longnet.attention.kernels.blocks import PairOptions
 from lightning_longnet.attention.kernels.null_keys import NullKeys
+from lightning_longnet.attention.kernels.pair_options import PairOptions
 from lightning_longnet.attention.parallel.comm import MessageContext
 from lightning_longnet.attention.parallel.exchange import RankCall, Sizes
 from lightning_longnet.attention.parallel.joined import JoinedCall

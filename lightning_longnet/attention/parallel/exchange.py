@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 
 from lightning_longnet.attention.kernels import BLOCK_KERNELS
-from lightning_longnet.attention.kernels.blocks import PairOptions
 from lightning_longnet.attention.kernels.null_keys import NullKeys
+from lightning_longnet.attention.kernels.pair_options import PairOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_longnet.attention.kernels.blocks import finalized
+from lightning_longnet.attention.kernels.partial import finalized
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,17 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lightning_longnet.attention.kernels.accumulator import Accumulator
-from lightning_longnet.attention.kernels.blocks import (
-    BackwardInputs,
-    PairOptions,
-    backward_blocks,
-    backward_lse,
-    finalized,
-    forward_blocks,
-    merge_branches,
-    no_key_partial,
-)
+from lightning_longnet.attention.kernels.blocks import BackwardInputs, backward_blocks, forward_blocks
 from lightning_longnet.attention.kernels.keys import OwnKeys, ReceivedKeys
+from lightning_longnet.attention.kernels.partial import backward_lse, finalized, merge_branches, no_key_partial
 from lightning_longnet.attention.parallel.received_rows import rows_by_rank, rows_of_one_head
 
 if TYPE_CHECKING:
@@ -37,6 +29,7 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.kernels import BlockKernel, PartsKernel
     from lightning_longnet.attention.kernels.keys import Keys
+    from lightning_longnet.attention.kernels.pair_options import PairOptions
     from lightning_longnet.attention.kernels.partial import Partial
     from lightning_longnet.attention.parallel.comm import Comm, MessageContext, Pending
     from lightning_longnet.attention.parallel.routes import Round, RoundIndices, Route

@@ -310,7 +310,7 @@ def fold_rows(at: Lattice, t: Tensor) -> Tensor:
     """Return the rows of a lattice in t (B, N, H, D) as kernels take them, (B * segments, heads, rows, D).
 
     The result is a view unless rows are copied, or samples and segments have no common stride.  `_forward`, `_backward`
-    and `_kernel_calls` of blocks.py read q, its gradients and the numbers of its rows by it, and `OwnKeys` reads keys
+    and `kernel_calls` read q, its gradients and the numbers of its rows by it, and `OwnKeys` reads keys
     and values.
     """
     return at.folded(t)

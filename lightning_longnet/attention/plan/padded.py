@@ -53,7 +53,7 @@ class PaddedLattice(CopiedLattice):
     def padding(self, device: torch.device) -> Tensor:
         """Return (segments, rows), True for the padding.
 
-        `_kernel_calls` masks these rows as keys, `without_weight` as queries.
+        `kernel_calls` masks these rows as keys, `without_weight` as queries.
         """
 
         def made() -> Tensor:

@@ -46,7 +46,7 @@ class Parts(tuple[Part, ...]):
         """Return the parts cut into calls of at most `limit` query rows, or of more if threads would be idle.
 
         A row of each head counts.  Received keys of the same queries, at most `limit` or `key_limit` rows, are first
-        joined by `joined_keys` and, with `joins`, small parts by `joined`.  `_cut` of the kernels calls it in each
+        joined by `joined_keys` and, with `joins`, small parts by `joined`.  `cut_parts` calls it in each
         forward and backward.
         """
         cuts: dict[tuple[int, int, bool, int], Parts] = self.__dict__.setdefault("_cuts", {})

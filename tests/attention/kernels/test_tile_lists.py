@@ -15,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_longnet import Pattern
-from lightning_longnet.attention.kernels.blocks import PairOptions, finalized, merge_branches
 from lightning_longnet.attention.kernels.null_keys import NullKeys
-from lightning_longnet.attention.kernels.partial import Partial
+from lightning_longnet.attention.kernels.pair_options import PairOptions
+from lightning_longnet.attention.kernels.partial import Partial, finalized, merge_branches
 from lightning_longnet.attention.kernels.triton import joined
 from lightning_longnet.attention.kernels.triton.rectangles import phases
 from lightning_longnet.attention.parallel.placement import Placement

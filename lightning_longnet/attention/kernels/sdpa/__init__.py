@@ -43,7 +43,7 @@ def takes_weights(device: str) -> bool:
     """Return whether the kernel takes weights of pairs (`Block.repeats`), how often each counts: on CPU alone.
 
     `AttentionSpec.weighted_segments` asks before a plan is made, since a plan with weights has fewer pairs, and on a
-    CPU `_cut` of blocks.py, which then joins small blocks.
+    CPU `cut_parts`, which then joins small blocks.
     """
     # On CUDA a block with a bias cannot run in flash attention, its bias is rounded to the type of q, and heads with
     # different biases need a call each

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from lightning_longnet.attention.kernels import Request
     from lightning_longnet.attention.kernels.accumulator import Accumulator
-    from lightning_longnet.attention.kernels.blocks import BackwardInputs, PairOptions
+    from lightning_longnet.attention.kernels.blocks import BackwardInputs
     from lightning_longnet.attention.kernels.keys import Keys
+    from lightning_longnet.attention.kernels.pair_options import PairOptions
     from lightning_longnet.attention.kernels.partial import Partial
     from lightning_longnet.attention.plan.parts import Parts
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lightning_longnet.attention.kernels.accumulator import Accumulator
-from lightning_longnet.attention.kernels.blocks import WHOLE_BYTES, uninitialized_partial
+from lightning_longnet.attention.kernels.block_calls import WHOLE_BYTES
+from lightning_longnet.attention.kernels.partial import uninitialized_partial
 from lightning_longnet.attention.kernels.triton.arguments import Form, Lists, Rows
 from lightning_longnet.attention.kernels.triton.backward import key_gradients, query_gradient
 from lightning_longnet.attention.kernels.triton.forward import forward
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lightning_longnet.attention.kernels.blocks import BackwardInputs, PairOptions
+    from lightning_longnet.attention.kernels.blocks import BackwardInputs
     from lightning_longnet.attention.kernels.keys import Keys, KeyTensors
+    from lightning_longnet.attention.kernels.pair_options import PairOptions
     from lightning_longnet.attention.kernels.partial import Partial
     from lightning_longnet.attention.plan.parts import Parts
 
