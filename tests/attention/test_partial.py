@@ -4,7 +4,9 @@ from math import inf, log
 
 import torch
 
+from lightning_longnet import Branch, Pattern, attend
 from lightning_longnet.attention.kernels.partial import Partial
+from lightning_longnet.attention.plan.blocks import make_plan
 
 
 def partial(scores, values):
@@ -58,3 +60,25 @@ def test_taking_out_everything_leaves_nothing():
     total.add_(*truth, -1)
     assert (total.lse == -inf).all()
     assert (total.out == 0).all()
+
+
+def test_a_row_with_great_scores_stays_where_keys_of_it_do():
+    """At scores of 75,000 the rounding of an lse is a hundredth: half of the weights cannot be told from it."""
+    pattern = Pattern((Branch(4, 1), Branch(9, 3)), "set")
+    assert any(block.weight < 0 for blocks in make_plan(pattern, 2, 2, (0, 36)).branches for block in blocks)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 1, 2, 4, generator=generator).expand(1, 36, 2, 4).clone()
+    v = torch.randn(1, 36, 2, 4, generator=generator)
+
+    def results(kernel):
+        leaf = v.clone().requires_grad_()
+        out, lse = attend(q, q, leaf, pattern, kernel=kernel, return_lse=True, scale=1e4)
+        return out, lse, *torch.autograd.grad(out.sum(), leaf)
+
+    truth = results("reference")
+    assert truth[1].max() > 5e4
+    for kernel in ("sdpa", "eager"):
+        out, lse, dv = results(kernel)
+        assert lse.isfinite().all()
+        torch.testing.assert_close(out, truth[0], rtol=0, atol=0.1)
+        torch.testing.assert_close(dv, truth[2], rtol=0, atol=0.1)

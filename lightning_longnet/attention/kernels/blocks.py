@@ -81,17 +81,19 @@ def _forward(
     iterates over the parts, and ends early if the task of another thread has failed.  `forward_blocks` calls it for all
     parts, or for those of each task.
     """
+    stays = not options.per_branch
     if len(totals) == 1 and (tensors := keys.unmasked()) is not None:
         steps = forward_steps(parts, q, tensors, options)
         if steps is not None:
-            totals[0] = _forward_steps(kernel, steps, (q, tensors.k, tensors.v), totals[0], stores[0], each)
+            qkv = q, tensors.k, tensors.v
+            totals[0] = _forward_steps(kernel, steps, qkv, totals[0], stores[0], stays, each)
             return
     for part, call in kernel_calls(each(parts), q, keys, options):
         queries, i = part.block.queries, part.branch if len(totals) > 1 else 0
         out, lse = kernel.forward(fold_rows(queries, q), *keys.read(part), call)
         lse, total, writes = lse.unsqueeze(-1), totals[i], stores[i] and part.branch == 0
         if total is not None and not writes and queries.folds(total.out) and queries.folds(total.lse):
-            Partial(queries.folded(total.out), queries.folded(total.lse)).add_(out, lse, part.block.weight)
+            Partial(queries.folded(total.out), queries.folded(total.lse)).add_(out, lse, part.block.weight, stays=stays)
             del out, lse  # frees them before the next call allocates its own
             continue
         if total is None:
@@ -105,7 +107,7 @@ def _forward(
             queries.write(total.lse, result.lse)
         else:
             rows = Partial(queries.read(total.out), queries.read(total.lse))
-            rows.add_(*result, part.block.weight)
+            rows.add_(*result, part.block.weight, stays=stays)
             if not queries.is_view:
                 queries.write(total.out, rows.out)
                 queries.write(total.lse, rows.lse)
@@ -118,9 +120,13 @@ def _forward_steps(
     tensors: tuple[Tensor, Tensor, Tensor],
     total: Partial | None,
     stores: bool,
+    stays: bool,
     each: threads.Steps,
 ) -> Partial | None:
-    """Return the partial with the results of steps, of q, k and v; the arguments are those of `_forward`."""
+    """Return the partial with the results of steps, of q, k and v.
+
+    The arguments are those of `_forward`, where it calls this; for `stays` see `Partial.add_`.
+    """
     q, _, v = tensors
     *read, at_out, at_lse = steps.views
     results: Iterator[Partial] | None = None
@@ -140,7 +146,7 @@ def _forward_steps(
             result.out.copy_(out)
             result.lse.copy_(lse)
         else:
-            result.add_(out, lse, step.part.block.weight, step.has_keys)
+            result.add_(out, lse, step.part.block.weight, step.has_keys, stays)
         del out, lse  # frees them before the next call allocates its own
     return total
 

@@ -27,6 +27,8 @@ class PairOptions(NamedTuple):
         tokens: (N,) the index in the whole sequence of each token on this rank.
         first_head: the first query head on this rank, where ranks hold different heads.
         counts_once: whether a pair is one and the same in whichever branch it is computed.
+        per_branch: whether a total has the keys of one branch alone, of which a query may lose all to a block of
+            negative weight.  In a total of all branches it loses a key only that another branch shows, too.
         branches: the index of each branch in the whole pattern; empty where these are all branches.
         masks_later: whether each key is masked that comes later in the sequence than the query.
         sinks: (H,) one more logit of the softmax for each query head on this rank, without a value.
@@ -41,6 +43,7 @@ class PairOptions(NamedTuple):
     tokens: Tensor | None = None
     first_head: int = 0
     counts_once: bool = False
+    per_branch: bool = False
     branches: tuple[int, ...] = ()
     masks_later: bool = False
     sinks: Tensor | None = None

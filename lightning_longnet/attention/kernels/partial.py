@@ -29,12 +29,13 @@ class Partial(NamedTuple):
         """Return views of some samples; `forward_blocks` gives them to the tasks of threads."""
         return Partial(self.out[samples], self.lse[samples])
 
-    def add_(self, out: Tensor, lse: Tensor, weight: int = 1, has_keys: bool = False) -> None:
+    def add_(self, out: Tensor, lse: Tensor, weight: int = 1, has_keys: bool = False, stays: bool = False) -> None:
         """Merge the keys of another partial into this one, in place, each counted `weight` times.
 
         A negative weight removes keys that were merged before.  `has_keys` says that the other partial is nowhere that
-        of no key, which then needs no mask.  `forward_blocks` calls it for the result of each block (in `_forward`),
-        `merge_branches` for branches, `LinesCall` for lines, and `attend_by_branches` for new tokens of a cache.
+        of no key, which then needs no mask; `stays` that a removal leaves each query a key.  `forward_blocks` calls it
+        for the result of each block (in `_forward`), `merge_branches` for branches, `LinesCall` for lines, and
+        `attend_by_branches` for new tokens of a cache.
         """
         lse = lse + log(abs(weight)) if abs(weight) != 1 else lse
         if weight > 0:
@@ -47,8 +48,10 @@ class Partial(NamedTuple):
         else:
             # the share of the weights that stays, 1 - exp(lse - self.lse), as accurate near 0 as near 1
             kept = -torch.expm1((lse - self.lse).masked_fill_(lse == -inf, -inf))
-            # where all keys are removed, what stays is no more than the rounding of the sum: it is set to no key
-            gone = kept <= 64 * torch.finfo(kept.dtype).eps * self.lse.abs().clamp_min_(1)
+            # where all keys are removed, what stays is no more than the rounding of the sum: it is set to no key; that
+            # rounding may be larger than what stays of great scores, so that it is not asked where keys do stay
+            least = 0 if stays else 64 * torch.finfo(kept.dtype).eps
+            gone = kept <= least * self.lse.abs().clamp_min_(1)
             kept.masked_fill_(gone, 1)
             share = (1 - 1 / kept).masked_fill_(gone, 0)
             self.out.masked_fill_(gone, 0).lerp_(out.to(self.out.dtype), share)

@@ -70,7 +70,8 @@ def forward_steps(parts: Parts, q: Tensor, keys: KeyTensors, options: PairOption
     k, v = keys.k, keys.v
     key = options.scale, options.softcap, q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()
     kept = _kept(parts)
-    if key not in kept:
+    found = kept.get(key)
+    if found is None:
         batch, rows, heads, _ = q.shape
         out = contiguous_layout((batch, rows, heads, v.shape[3]))
         of_queries = [_layout(q), out, ((batch, rows, heads, 1), (heads * rows, 1, rows, 1))]
@@ -78,8 +79,8 @@ def forward_steps(parts: Parts, q: Tensor, keys: KeyTensors, options: PairOption
         if views is not None:
             at_q, at_out, at_lse, at_k, at_v = views
             steps = Steps(_steps(parts, options), (at_q, at_k, at_v, at_out, at_lse))
-        _keep(kept, key, steps)
-    return kept[key]
+        found = _keep(kept, key, steps)
+    return found[0]
 
 
 def backward_steps(
@@ -96,7 +97,8 @@ def backward_steps(
         *(q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride()),
     )
     kept = _kept(parts)
-    if key not in kept:
+    found = kept.get(key)
+    if found is None:
         of_queries = [*map(_layout, (grad, q, out, lse)), contiguous_layout(q.shape)]
         of_keys = [_layout(k), _layout(v), *gradients]
         views, steps = _views(parts, of_queries, of_keys), None
@@ -105,8 +107,8 @@ def backward_steps(
             at_lse = tuple(view._replace(sizes=view.sizes[:3], strides=view.strides[:3]) for view in at_lse)
             columns = at_grad, at_q, at_k, at_v, at_out, at_lse, at_dq, at_dk, at_dv
             steps = Steps(_steps(parts, options), columns)
-        _keep(kept, key, steps)
-    return kept[key]
+        found = _keep(kept, key, steps)
+    return found[0]
 
 
 def contiguous_layout(shape: Sequence[int]) -> Layout:
@@ -119,17 +121,18 @@ def _layout(t: Tensor) -> Layout:
     return t.shape, t.stride()
 
 
-def _kept(parts: Parts) -> dict[Any, Steps | None]:
+def _kept(parts: Parts) -> dict[Any, tuple[Steps | None]]:
     """Return the steps that parts keep, by the layouts of tensors."""
-    kept: dict[Any, Steps | None] = vars(parts).setdefault("_steps", {})
+    kept: dict[Any, tuple[Steps | None]] = vars(parts).setdefault("_steps", {})
     return kept
 
 
-def _keep(kept: dict[Any, Steps | None], key: Any, steps: Steps | None) -> None:
-    """Keep the steps of a layout, of `MOST_LAYOUTS` at most."""
+def _keep(kept: dict[Any, tuple[Steps | None]], key: Any, steps: Steps | None) -> tuple[Steps | None]:
+    """Keep the steps of a layout, of `MOST_LAYOUTS` at most, and return what is kept."""
     if len(kept) >= MOST_LAYOUTS:
         kept.clear()
-    kept[key] = steps
+    found = kept[key] = (steps,)
+    return found
 
 
 def _steps(parts: Parts, options: PairOptions) -> tuple[Step, ...]:

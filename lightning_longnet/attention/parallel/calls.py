@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import finalize
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -75,8 +75,18 @@ def local_call(
     return call if rows.joined == 1 else JoinedCall(call)
 
 
-MOST_CALLS = 256
-_PLAIN_CALLS: dict[Any, RoundsCall] = {}  # an entry lives no longer than the plan of its call
+MOST_CALLS = 256  # of one plan
+
+
+class _KeptCall:
+    """A call that a plan keeps."""
+
+    def __init__(self, call: RoundsCall) -> None:
+        self.call = call
+
+
+# the plans hold the calls, so that these end with them
+_PLAIN_CALLS: WeakValueDictionary[Any, _KeptCall] = WeakValueDictionary()
 
 
 def _plain_call(options: PassOptions, shape: tuple[int, ...], kv_heads: int, device: torch.device) -> RoundsCall | None:
@@ -88,17 +98,19 @@ def _plain_call(options: PassOptions, shape: tuple[int, ...], kv_heads: int, dev
     # the plan depends on the numbers of threads, and on whether the kernel takes weights
     count = torch.get_num_threads(), threads.available(device)
     key = options, kernel, kernel.takes_weights(device.type), shape, kv_heads, device, count
-    call = _PLAIN_CALLS.get(key)
-    if call is None and spec.ordering == "raster" and not spec.pattern.has_null_keys:
+    kept = _PLAIN_CALLS.get(key)
+    if kept is None:
+        if spec.ordering != "raster" or spec.pattern.has_null_keys:
+            return None
         batch, length, heads = shape
         rows = _Rows(PackedRows(((0, length),)), length, heads, kv_heads, 1, device)
         (line,) = lines_of(spec.ordering, rows.packed.cuts, spec.pattern, device)
-        call = _line_call(options, line, rows, batch, None)
-        if len(_PLAIN_CALLS) >= MOST_CALLS:
-            _PLAIN_CALLS.clear()
-        _PLAIN_CALLS[key] = call
-        finalize(_line_plan(options, line, rows, batch), _PLAIN_CALLS.pop, key, None).atexit = False
-    return call
+        kept = _KeptCall(_line_call(options, line, rows, batch, None))
+        calls: dict[Any, _KeptCall] = vars(_line_plan(options, line, rows, batch)).setdefault("_calls", {})
+        if len(calls) >= MOST_CALLS:
+            calls.clear()
+        calls[key] = _PLAIN_CALLS[key] = kept
+    return kept.call
 
 
 class _Rows(NamedTuple):

@@ -122,7 +122,8 @@ class RoundsCall(NamedTuple):
         stores = self.route.writes_queries and self.options.key_padding_mask is None and not saved_outs
         totals: list[Partial | None] = [None if stores else no_key_partial(q, v) for _ in range(saved_outs or 1)]
         fetched = self._fetch(0, k, v)
-        forward_blocks(self.kernel, self.route.own, q, self._own_keys(k, v), self.options, totals)
+        options = self.options._replace(per_branch=True) if saved_outs else self.options
+        forward_blocks(self.kernel, self.route.own, q, self._own_keys(k, v), options, totals)
         saved = []
         for i, step in enumerate(self.route.rounds):
             assert fetched is not None
@@ -130,7 +131,7 @@ class RoundsCall(NamedTuple):
             pending.wait()
             fetched = self._fetch(i + 1, k, v)
             keys = self._received_keys(indices, kv_rows, k.shape[3])
-            forward_blocks(self.kernel, indices.parts, q, keys, self.options, totals)
+            forward_blocks(self.kernel, indices.parts, q, keys, options, totals)
             if step.saves_rows:
                 saved.append(kv_rows)
             del indices, kv_rows, keys
@@ -235,9 +236,10 @@ class RoundsCall(NamedTuple):
         if not self.branch_outs or self._saved_outs:
             yield outs, self.route.own
             return
+        options = self.options._replace(per_branch=True)
         for parts in self.route.own.by_branch():
             branch = no_key_partial(q, v)
-            forward_blocks(self.kernel, parts, q, keys, self.options, [branch])
+            forward_blocks(self.kernel, parts, q, keys, options, [branch])
             if self.options.null_keys is not None:
                 self.options.null_keys.add_to(branch, parts[0].branch)
             yield [branch.out], parts

@@ -147,7 +147,7 @@ class Lattice:
         views = kept.get((shape, stride))
         if views is None:
             assert isinstance(self.starts, range)
-            if len(kept) == _VIEWS:
+            if len(kept) >= _VIEWS:
                 kept.clear()
             batch, row, head, dim = stride
             segments, segment = len(self.starts), self.starts.step * row

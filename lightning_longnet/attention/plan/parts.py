@@ -50,12 +50,17 @@ class Parts(tuple[Part, ...]):
         forward and backward.
         """
         cuts: dict[tuple[int, int, bool, int], Parts] = self.__dict__.setdefault("_cuts", {})
-        key = limit, threads, joins, key_limit
+        key = limit, threads, joins, key_limit if self._has_received_keys else 0
         if key not in cuts:
             parts = self.joined() if joins else self
             joined = joined_keys(parts, max(limit, key_limit))
             cuts[key] = Parts(cut for part in joined for cut in bounded_part(part, limit, threads))
         return cuts[key]
+
+    @cached_property
+    def _has_received_keys(self) -> bool:
+        """Whether keys of some part are of another rank: `joined_keys` joins these alone."""
+        return any(not part.is_own for part in self)
 
     def joined(self) -> Parts:
         """Return the same pairs in fewer parts, where small ones on this rank's keys are joined.

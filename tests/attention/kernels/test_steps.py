@@ -63,7 +63,7 @@ def test_parts_keep_the_steps_of_some_layouts():
     plan.cache_clear()
     for batch in range(1, 2 * steps.MOST_LAYOUTS + 2):
         attend(*tensors(batch), LONGNET)
-    (parts,) = {id(call.route.own): call.route.own for call in calls._PLAIN_CALLS.values()}.values()
+    (parts,) = {id(kept.call.route.own): kept.call.route.own for kept in calls._PLAIN_CALLS.values()}.values()
     kept = [vars(cut)["_steps"] for cut in vars(parts)["_cuts"].values()]
     assert all(0 < len(layouts) <= steps.MOST_LAYOUTS for layouts in kept)
 
@@ -78,11 +78,22 @@ def test_a_call_lives_no_longer_than_its_plan():
     assert not calls._PLAIN_CALLS
 
 
-def test_the_most_calls_that_are_kept(monkeypatch):
+def test_a_plan_keeps_some_calls(monkeypatch):
+    """A scale that changes in each step makes a call of each step."""
     monkeypatch.setattr(calls, "MOST_CALLS", 3)
-    for batch in range(1, 9):
-        attend(*tensors(batch), LONGNET)
+    plan.cache_clear()
+    gc.collect()
+    for step in range(8):
+        attend(*tensors(), LONGNET, scale=1 + step / 10)
         assert len(calls._PLAIN_CALLS) <= 3
+
+
+def test_batches_of_any_size_have_one_cut_of_own_keys():
+    plan.cache_clear()
+    for batch in range(1, 5):
+        attend(*tensors(batch, length=256), LONGNET)
+    (parts,) = {id(kept.call.route.own): kept.call.route.own for kept in calls._PLAIN_CALLS.values()}.values()
+    assert len(vars(parts)["_cuts"]) == 1
 
 
 def test_which_blocks_show_each_query_a_key():

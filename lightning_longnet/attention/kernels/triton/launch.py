@@ -156,11 +156,12 @@ def _cached_launches(
     shapes = q.shape, tensors.k.shape[2], tensors.v.shape[3], tensors.sources
     key = name, tile, joins, stores, *shapes, is_padded, q.device
     kept: dict[Any, tuple[_Launch, ...]] = vars(parts).setdefault("_launches", {})
-    if key not in kept:
+    launches = kept.get(key)
+    if launches is None:
         if len(kept) >= MOST_LAUNCHES:
             kept.clear()
-        kept[key] = tuple(_made_launches(parts, q, tensors, tile, name == "key_gradients", joins, stores))
-    return kept[key]
+        launches = kept[key] = tuple(_made_launches(parts, q, tensors, tile, name == "key_gradients", joins, stores))
+    return launches
 
 
 def _made_launches(
