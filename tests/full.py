@@ -35,6 +35,8 @@ def main(words=None):
     parser.add_argument("--behind", type=int, default=100, help="name results that are more than so many commits old")
     parser.add_argument("--again", action="store_true", help="run files that have passed, too")
     arguments = parser.parse_args(words)
+    if arguments.processes < 1:
+        parser.error(f"--processes must be at least 1, got {arguments.processes}")
 
     folder = arguments.tests.resolve()
     test_files = sorted(str(path.relative_to(folder)) for path in folder.rglob("test_*.py"))

@@ -13,7 +13,7 @@ from pool import WORLDS
 from split import LONGNET, compare, side_by_side, split_cases, step, whole
 from tiers import tiered
 
-from lightning_longnet import Pattern, SequenceShard, attend
+from lightning_longnet import Branch, Pattern, SequenceShard, attend
 from lightning_longnet.attention.parallel import calls
 from lightning_longnet.attention.parallel.placement import Placement
 from lightning_longnet.attention.parallel.rank_blocks import Layout, rank_blocks
@@ -157,6 +157,18 @@ def test_one_call_may_gather_some_branches_and_ring_others(pool, mix, multiplici
     where = Placement((90, 50, 100, 60), placement)
     result = pool.run(4, mixed, tensors, where, {"pattern": pattern, "mix": mix})
     torch.testing.assert_close(side_by_side(result), whole(tensors, pattern, where, mix=mix), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_pairs_of_a_branch_are_removed_after_they_are_added(pool, exchange):
+    """With "detached" each branch has its own sum, in which nothing else stands for pairs that are not there yet."""
+    pattern = Pattern((Branch(8, 2), Branch(16, 1), Branch(32, 2)), "set")
+    tensors, where = [x.detach() for x in drawn.tensors((1, 29, 2, 2, 8))], Placement((5, 6, 6, 6, 6), "zigzag")
+    settings = {"pattern": pattern, "mix": "detached", "exchange": exchange}
+    result = pool.run(5, step, tensors, where, None, None, settings, torch.float64)
+    torch.testing.assert_close(
+        side_by_side(result), whole(tensors, pattern, where, mix="detached"), rtol=1e-10, atol=1e-10
+    )
 
 
 def weighted(group, tensors, placement, settings):

@@ -54,25 +54,28 @@ def joined_keys(parts: Iterable[Part], limit: int) -> Iterator[Part]:
     call gets at most `limit` of them, or those of one part.  Parts of negative weight stay where they are: they remove
     pairs that the parts before them have added.
     """
-    groups: dict[Any, list[Part]] = {}
-    for number, part in enumerate(parts):
+    groups, open_groups = list[list[Part]](), dict[Any, list[Part]]()
+    for part in parts:
         block, keys = part.block, part.block.keys
         is_whole = (block.low, block.high, block.repeats, block.head_repeats) == (None, None, (), ())
         if part.is_own or not is_whole or block.weight < 0:
-            groups[number] = [part]
+            groups.append([part])
             continue
         key: tuple[Any, ...] = part.branch, block.queries, block.weight
         if part.kv_index is None:
             key = *key, part.received_heads, keys.step, keys.row_shift
         else:
             key = *key, part.kv_index.shape[:2]
-        group = groups.setdefault(key, [])
-        is_full = sum(other.block.keys.size for other in group) + keys.size > limit
-        if group and (is_full or (part.kv_index is None and not _follows(group[-1].block.keys, keys))):
-            groups[number], groups[key] = group, []
-            group = groups[key]
+        group = open_groups.get(key)
+        if group is not None:
+            is_full = sum(other.block.keys.size for other in group) + keys.size > limit
+            if is_full or (part.kv_index is None and not _follows(group[-1].block.keys, keys)):
+                group = None
+        if group is None:  # a group stands where its first part stood: never behind what removes its pairs
+            group = open_groups[key] = []
+            groups.append(group)
         group.append(part)
-    yield from (_joined(group) for group in groups.values())
+    yield from (_joined(group) for group in groups)
 
 
 def _follows(before: Lattice, keys: Lattice) -> bool:
