@@ -5,6 +5,18 @@ import os
 from workers import Workers, answer, free_port
 
 
+def forget_meshes():
+    """Drop the meshes that DTensor's caches hold.
+
+    They hold the groups of former cases, each with threads that wake up a hundred times a second: in a long session
+    those of idle processes take a third of the machine.
+    """
+    from torch.distributed.tensor import debug
+
+    if hasattr(debug, "_clear_sharding_prop_cache"):  # not in the oldest torch
+        debug._clear_sharding_prop_cache()
+
+
 def _work(rank, stays, checks_splits, pipe):
     import gc
     import multiprocessing
@@ -40,6 +52,7 @@ def _work(rank, stays, checks_splits, pipe):
         # a Trainer is part of a cycle: without this, the groups of a hundred cases, with their threads and sockets,
         # wait for a collection in the middle of another case
         del function, arguments, case
+        forget_meshes()
         gc.collect()
         if not is_frozen:  # what the first case loaded stays, and need not be looked at again
             gc.freeze()
