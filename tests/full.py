@@ -71,10 +71,10 @@ def main(words=None):
                     continue
                 running.remove(file)
                 results[file.name] = {"commit": commit, "machine": place, **row}
-                print(line(file.name, results[file.name]), flush=True)
                 used = {row["machine"] for row in results.values()}
                 named = {key: known for key, known in machines.items() if key in used}
                 write(arguments.out, {"machines": named, "files": dict(sorted(results.items()))})
+                print(line(file.name, results[file.name]), flush=True)
     finally:
         for file in running:
             file.close()

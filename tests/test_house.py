@@ -395,12 +395,14 @@ def test_context_parallel_of_torch_does_not_run_on_a_cpu():
     assert refusal.rstrip(".") in " ".join((ROOT / "docs/measurements.md").read_text().split())
 
 
-@pytest.mark.parametrize("pattern", tiered(["two branches", "five branches"], quick=[], full=["five branches"]))
+@pytest.mark.parametrize("pattern", tiered(["five branches", "two branches"], quick=[], full=["two branches"]))
 def test_the_benchmark_runs_without_its_peers(tmp_path, pattern):
     words = ["--patterns", pattern, "--lengths", 1024, "--dtypes", "bfloat16", "--rounds", 1]
     shown = benchmark(*words, "--out", tmp_path / "found.json")
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
-    named = {"lightning-longnet", "lightning-longnet, padded", "lightning-longnet, dropout 0.1", "dense"}
+    named = {"lightning-longnet", "dense"}
+    if pattern == "five branches":
+        named |= {"lightning-longnet, padded", "lightning-longnet, dropout 0.1"}
     assert {row["participant"] for row in rows} >= named
     assert len(rows) == len(shown.splitlines())
     assert (tmp_path / "found.png").stat().st_size > 10_000
