@@ -14,7 +14,7 @@ from tiers import tiered
 from torch.utils.checkpoint import checkpoint
 
 from lightning_longnet import Pattern, attend, explain
-from lightning_longnet.attention.kernels import blocks, kernel_names
+from lightning_longnet.attention.kernels import block_calls, kernel_names
 from lightning_longnet.attention.kernels.sdpa import cpu
 from lightning_longnet.attention.spec import AttentionSpec
 
@@ -232,8 +232,8 @@ def test_calls_are_cut_to_size_without_changing_the_answer(monkeypatch, threads,
     documents = torch.arange(q.shape[1]) // 1000
     results = []
     for share in (1e-9, 1 / 8, 1e9):
-        monkeypatch.setattr(blocks, "WHOLE_BYTES", 0)  # these results are small: they would not be cut
-        monkeypatch.setattr(blocks, "CALL_SHARE", share)
+        monkeypatch.setattr(block_calls, "WHOLE_BYTES", 0)  # these results are small: they would not be cut
+        monkeypatch.setattr(block_calls, "CALL_SHARE", share)
         out = attend(q, k, v, pattern, documents=documents)
         results.append((out, *torch.autograd.grad(out, (q, k, v), grad)))
     out = attend(q, k, v, pattern, documents=documents, kernel="reference")

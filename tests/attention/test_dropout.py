@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lightning_longnet import Pattern, attend
-from lightning_longnet.attention.kernels import blocks, eager
+from lightning_longnet.attention.kernels import block_calls, eager
 from lightning_longnet.attention.kernels.dropout import Dropout
 
 LONGNET = Pattern.dilated((16, 32, 64), (1, 2, 4), is_causal=True)
@@ -83,8 +83,8 @@ def test_how_the_work_is_cut_changes_nothing(monkeypatch):
     hidden = torch.arange(70).expand(2, 70) % 11 == 0
     results = []
     for share, tile, rows in ((1 / 8, 2**19, 32), (1e-9, 8, 1), (1e9, 300, 7)):
-        monkeypatch.setattr(blocks, "WHOLE_BYTES", 0)  # these results are small: they would not be cut
-        monkeypatch.setattr(blocks, "CALL_SHARE", share)
+        monkeypatch.setattr(block_calls, "WHOLE_BYTES", 0)  # these results are small: they would not be cut
+        monkeypatch.setattr(block_calls, "CALL_SHARE", share)
         monkeypatch.setitem(eager._TILE, "cpu", tile)
         monkeypatch.setattr(eager, "_ROWS", rows)
         out = attend(q, k, v, LONGNET, documents=documents, key_padding_mask=hidden, dropout=0.3, dropout_seed=5)

@@ -272,8 +272,10 @@ def _backward_steps(
         writes, adopted = stores and step.part.branch == 0, [False] * len(accumulators)
         if totals is None:
             if writes:
-                sides = zip(accumulators, block.sides, gradients, strict=True)
-                adopted = [x.adopts(at, gradient) for x, at, gradient in sides]
+                # no name holds the zip, which would hold the gradients of this step during the next one
+                adopted = [
+                    x.adopts(at, gradient) for x, at, gradient in zip(accumulators, block.sides, gradients, strict=True)
+                ]
             if all(adopted):
                 continue
             columns = [strided(at[n:], x.total) for at, x in zip(added, accumulators, strict=True)]
