@@ -63,7 +63,7 @@ def test_taking_out_everything_leaves_nothing():
 
 
 def test_a_row_with_great_scores_stays_where_keys_of_it_do():
-    """At scores of 75,000 the rounding of an lse is a hundredth: half of the weights cannot be told from it."""
+    """An lse of 75,000 is rounded to about 0.01 in float32; a bound on that rounding must not remove half of a row."""
     pattern = Pattern((Branch(4, 1, None, True), Branch(9, 1, None, True)), "set")
     assert any(block.weight < 0 for blocks in make_plan(pattern, 2, 2, (0, 36)).branches for block in blocks)
     generator = torch.Generator().manual_seed(0)
