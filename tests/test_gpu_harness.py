@@ -92,7 +92,7 @@ def test_a_call_goes_on_where_the_last_one_stopped(gpu, call, tmp_path):
 
     slow = f"time.sleep(0 if os.path.exists({str(tmp_path / 'fast')!r}) else 60);"
     units = [noting("a"), noting("b", slow), noting("c")]
-    status, shown, rows = call(units, "--minutes", "0.03")
+    status, shown, rows = call(units, "--minutes", "0.1")
     assert (status, set(rows)) == (gpu.LEFT, {"a"}), "a unit that the end of a call cuts off is not recorded"
     assert "call this again to go on" in shown
     (tmp_path / "fast").touch()
