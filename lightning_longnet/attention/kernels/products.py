@@ -11,6 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,8 +107,14 @@ def _cpu_vendor() -> str:
 
 
 def _is_exact() -> bool:
-    """Return whether oneDNN computes a product in float32 although the setting allows bf16, from one small product."""
-    a = torch.rand(256, 256, generator=torch.Generator().manual_seed(0)) - 0.5
-    truth = a.double() @ a.double()
-    with _setting.routed():
-        return bool(((a @ a) - truth).abs().max() < 1e-5 * truth.abs().max())
+    """Return whether oneDNN computes a product in float32 although the setting allows bf16, from one small product.
+
+    The answer is that of the CPU, whatever surrounds the first call: fake tensors in `longnet plan`, a transform, a
+    default device or dtype, autocast.
+    """
+    with _disable_current_modes(), torch._C._DisableFuncTorch(), torch.autocast("cpu", enabled=False):
+        generator = torch.Generator().manual_seed(0)
+        a = torch.rand(256, 256, generator=generator, device="cpu", dtype=torch.float32) - 0.5
+        truth = a.double() @ a.double()
+        with _setting.routed():
+            return bool(((a @ a) - truth).abs().max() < 1e-5 * truth.abs().max())

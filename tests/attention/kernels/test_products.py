@@ -4,10 +4,12 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Barrier
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_longnet import Pattern, attend
 from lightning_longnet.attention.kernels import products
@@ -39,6 +41,34 @@ def test_uses_onednn_only_where_that_rounds_nothing():
     with products.routed_products():
         error = ((a @ b) - truth).abs().max()
     assert error <= 4 * ((a @ b) - truth).abs().max()
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [
+        FakeTensorMode,
+        lambda: torch.device("meta"),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        torch.inference_mode,
+        lambda: default_dtype(torch.bfloat16),
+    ],
+    ids=["fake tensors", "another device", "autocast", "inference mode", "another dtype"],
+)
+@pytest.mark.usefixtures("slow_mkl")
+def test_what_surrounds_the_first_product_does_not_choose_the_library(surroundings):
+    answer = products.uses_onednn()
+    products.uses_onednn.cache_clear()
+    with surroundings():
+        assert products.uses_onednn() == answer
+
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.usefixtures("slow_mkl")
