@@ -270,6 +270,18 @@ def test_a_second_derivative_is_refused_by_name_or_served_by_the_reference():
     assert q.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_derivative_in_forward_mode_is_refused_by_name_or_served_by_the_reference(requires_grad):
+    q, k, v, tangent = (x.detach() for x in drawn.tensors((1, 12, 2, 2, 4)))
+    q.requires_grad_(requires_grad)
+    with pytest.raises(NotImplementedError, match=r"attend has no derivative in forward mode|implement a jvp|jvp"):
+        torch.func.jvp(lambda x: attend(x, k, v, LONGNET), (q,), (tangent,))
+    derivative = torch.func.jvp(lambda x: attend(x, k, v, LONGNET, kernel="reference"), (q,), (tangent,))[1]
+    step = 1e-6
+    near = [attend(q.detach() + sign * step * tangent, k, v, LONGNET) for sign in (1, -1)]
+    torch.testing.assert_close(derivative.detach(), (near[0] - near[1]) / (2 * step), rtol=1e-6, atol=1e-7)
+
+
 def test_lse_carries_no_gradient():
     q, k, v, _ = drawn.tensors((1, 12, 2, 2, 4))
     for kernel in KERNELS:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch._compile import _disable_dynamo
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,16 +113,19 @@ class Operator(Generic[_P, _T]):
                 return None, *backward(ctx, *gradients)
 
         count = len(call._schema.returns) - 1
+        namespace, _, operator = self.name.partition("::")
 
         def differentiable(keys: Any, *args: Any) -> Any:
             """Compute the operator, with its gradient if an argument requires one."""
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
                 results = Gradient.apply(keys, *args)  # type: ignore[no-untyped-call]
                 return *results[:count], list(results[count:])
+            # what runs below autograd would drop the tangents
+            if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
+                raise NotImplementedError(f"{operator} has no derivative in forward mode; kernel='reference' has")
             with torch._C._AutoDispatchBelowAutograd():
                 return call.redispatch(keys & below, *args)
 
-        namespace, _, operator = self.name.partition("::")
         self._library = torch.library.Library(namespace, "FRAGMENT")  # its registrations end with it
         self._library.impl(operator, differentiable, "Autograd", with_keyset=True)
 
@@ -129,6 +133,11 @@ class Operator(Generic[_P, _T]):
         """Register a function that returns results without data, for fake tensors, and return it; op.py calls it."""
         torch.library.register_fake(self.name, function)
         return function
+
+
+def _has_tangent(argument: Any) -> bool:
+    """Return whether an argument of an operator is a tensor of which forward mode computes a derivative."""
+    return isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
 def operator(name: str) -> Callable[[Callable[_P, _T]], Operator[_P, _T]]:
