@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def averages(trainer: Trainer) -> Iterator[nn.Module]:
-    """Yield the copy of the model that each callback of a Trainer averages weights in.
+    """Yield the copy of the model that each callback of a Trainer averages weights in, its attribute "_average_model".
 
     The callbacks make the copies in their `setup`, before FSDP2 shards the model.  FSDP2's `setup` therefore shards
     what this yields too, and `has_averages` asks whether there is any.
@@ -33,11 +33,11 @@ def averages(trainer: Trainer) -> Iterator[nn.Module]:
 
 
 def has_averages(trainer: Trainer) -> bool:
-    """Return whether a callback of a Trainer has made a copy of the model to average weights in.
+    """Return whether a callback of a Trainer has made a copy of the model to average weights in, see `averages`.
 
-    FSDP2's `setup`, `save_checkpoint` and `_load_from` ask, because checkpoints are then saved in one file, and
-    `_reshard_for_averages`, which then frees gathered parameters between hooks; `setup` of DeepSpeed's stage 3 raises
-    an error.
+    FSDP2 asks in `setup` and `save_checkpoint`, as checkpoints are then one file of whole tensors; in `_load_from`, as
+    the callback copies weights shard by shard; and in `_reshard_for_averages`, which frees gathered parameters before
+    callbacks copy them.  DeepSpeed's `setup` asks with stage 3, which it refuses then.
     """
     return any(True for _ in averages(trainer))
 

@@ -163,7 +163,7 @@ class DeepSpeedSequenceParallelStrategy(RingSequenceParallelStrategy, DeepSpeedS
 
     # `CheckpointSaves.save_checkpoint` calls the next three
 
-    def _writes_folder(self) -> bool:
+    def _saves_folders(self) -> bool:
         """Return True: each rank writes its files into a folder."""
         return True
 

@@ -11,28 +11,29 @@ from functools import cache
 from pathlib import Path
 
 # A thread that waits for the interpreter's lock gets it as soon as the main thread sleeps.  Torch does not say when its
-# threads are done: the process waits for this time, and on Linux until no other thread is running, at most `LONGEST`
-SECONDS, LONGEST = 0.1, 5.0
+# threads are done: the process waits for the first of these seconds, and on Linux then until no other thread runs, for
+# the second at most
+LEAST_WAIT, MOST_WAIT = 0.1, 5.0
 _LOOKS, _PAUSE = 3, 0.02
 
 
 @cache
 def await_gloo_at_exit() -> None:
-    """Have the process wait at its exit until gloo's threads have released the tensors of their last messages.
+    """Have the process wait at its exit, so that gloo's threads can release the tensors of their last messages.
 
-    `SequenceRanks._make_context` calls it once, when the ranks are connected.
+    `SequenceRanks._make_context` calls it when the ranks are connected; further calls in a process do nothing.
 
     A thread of gloo needs the interpreter's lock to release a tensor. One that asks for it while the interpreter
     shuts down ends the process with SIGABRT ("terminate called without an active exception"), after a run that went
-    well. torch does not wait for these threads: see its pull request 179291 and its issue 190489.
+    well. torch does not wait for these threads: see pull request 179291 and issue 190489 of pytorch/pytorch.
     """
     atexit.register(_await_threads)
 
 
 def _await_threads() -> None:
-    """Wait until no other thread has run in `_LOOKS` consecutive looks, for `LONGEST` seconds at most."""
-    time.sleep(SECONDS)
-    end, idle = time.monotonic() + LONGEST, 0
+    """Wait until no other thread has run in `_LOOKS` consecutive looks, for `MOST_WAIT` seconds at most."""
+    time.sleep(LEAST_WAIT)
+    end, idle = time.monotonic() + MOST_WAIT, 0
     while idle < _LOOKS and time.monotonic() < end:
         idle = 0 if _other_threads_run() else idle + 1
         time.sleep(_PAUSE)

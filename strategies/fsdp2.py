@@ -140,7 +140,7 @@ class FSDP2SequenceParallelStrategy(RingSequenceParallelStrategy, ModelParallelS
 
     # `CheckpointSaves` calls the next four when a checkpoint is saved or loaded
 
-    def _writes_folder(self) -> bool:
+    def _saves_folders(self) -> bool:
         """Return whether each rank writes its files into a folder, and not rank 0 all into one file.
 
         It does unless the user has set save_distributed_checkpoint=False, or a callback averages weights.

@@ -1,7 +1,8 @@
 """The error that a rank reports to the others, in torch's key-value store, which the process of rank 0 holds.
 
 The store ends with the process of rank 0, and a rank that waits in a collective learns of an error only when the
-processes of other ranks end. So each rank reads reports in a thread, and rank 0 does not end before all have read.
+processes of other ranks end. So each rank reads reports in a thread, and rank 0 waits at its end until all have read,
+for `PATIENCE` seconds at most.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class FailureReports:
     def __init__(self, run: int, rank: int, ranks: int) -> None:
         self.text = ""
         self._key, self._ranks = f"lightning_longnet/failure/{run}", ranks
+        self._readers_key = f"{self._key}/readers"  # of the number of ranks that know the error
         self._store: Any = _get_default_store()
         self._lock = threading.Lock()  # this rank is one reader, whichever thread reads
         self._ends = threading.Event()
@@ -66,8 +68,9 @@ class FailureReports:
         return self.text
 
     def await_readers(self) -> None:
-        """Wait until all ranks have read the error, for `PATIENCE` seconds at most; `_exchange` calls it on rank 0."""
-        await_condition(lambda: self._store.add(self._readers, 0) >= self._ranks, PATIENCE)
+        """Wait until all ranks know the error, for `PATIENCE` seconds at most; `_exchange` calls it on rank 0."""
+        # to add 0 reads the number, also before another rank has added to it
+        await_condition(lambda: self._store.add(self._readers_key, 0) >= self._ranks, PATIENCE)
 
     def end(self) -> None:
         """End the thread, at the end of a run (`NamedFailures.teardown`) or of the process.
@@ -80,15 +83,10 @@ class FailureReports:
         if self._thread.is_alive():
             self._thread.join(PATIENCE)
 
-    @property
-    def _readers(self) -> str:
-        """The key under which the store counts the ranks that have read the error."""
-        return f"{self._key}/readers"
-
     def _keep(self, text: bytes) -> None:
-        """Keep the first error, and count this rank as a reader."""
+        """Keep the first error, and count this rank among those that know it; `read` and `report` call it once."""
         self.text = text.decode()
-        self._store.add(self._readers, 1)
+        self._store.add(self._readers_key, 1)
 
     def _listen(self) -> None:
         """Read until there is an error or the run ends; the target of the thread, which each rank but rank 0 has."""

@@ -99,8 +99,11 @@ class CheckpointSaves(ParallelStrategy):
 
     # Saving
 
-    def _writes_folder(self) -> bool:
-        """Return whether a checkpoint is a folder into which each rank writes its files, and not one file of rank 0."""
+    def _saves_folders(self) -> bool:
+        """Return whether each rank writes its files into a folder, and not rank 0 everything into one file.
+
+        `save_checkpoint` asks.  It is False for DDP; the subclasses for FSDP2 and DeepSpeed override it.
+        """
         return False
 
     def _write_folder(self, checkpoint: dict[str, Any], folder: Path) -> dict[str, FileSum]:
@@ -125,7 +128,7 @@ class CheckpointSaves(ParallelStrategy):
         """
         path = self.broadcast(filepath)
         self.settle_saves()
-        if not self._writes_folder():
+        if not self._saves_folders():
             self._describe(self.checkpoint_io)
             # not super(): Lightning's method for FSDP2 removes a folder of this name before the file is written
             self._together(path, lambda: Strategy.save_checkpoint(self, checkpoint, path, storage_options))

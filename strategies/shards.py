@@ -1,4 +1,4 @@
-"""Writing the shards of parameters that the ranks of FSDP2 hold, with a checksum of each file."""
+"""Writing the shards of parameters that the ranks of FSDP2 hold, onto the disk with checksums, or into memory."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def copy_shards(checkpoint: dict[str, Any], folder: Path, *, is_first: bool) -> 
 
     FSDP2's `_copy_folder` calls it on all ranks together, for a save in the background, with the same arguments.
     """
-    files = _MemoryFiles()
-    _write(checkpoint, folder, files)
+    memory = _MemoryFiles()
+    _write(checkpoint, folder, memory)
     if is_first:
-        files.made[_OTHERS] = in_memory(checkpoint)
-    return files.made
+        memory.files[_OTHERS] = in_memory(checkpoint)
+    return memory.files
 
 
 def _write(checkpoint: dict[str, Any], folder: Path, files: FileSystem) -> None:
@@ -72,7 +72,7 @@ def _write(checkpoint: dict[str, Any], folder: Path, files: FileSystem) -> None:
 
 
 class _SummedFiles(FileSystem):
-    """A file system for torch's `FileSystemWriter` that keeps a checksum of each file under its final name."""
+    """A file system for torch's `FileSystemWriter` that keeps a checksum of each file by its name in the folder."""
 
     def __init__(self) -> None:
         self.sums: dict[str, FileSum] = {}
@@ -94,19 +94,25 @@ class _SummedFiles(FileSystem):
 
 
 class _MemoryFiles(FileSystem):
-    """A file system for torch's `FileSystemWriter` that keeps each file in memory under its final name."""
+    """A file system for torch's `FileSystemWriter` that keeps each file in memory, by its name in the folder.
+
+    It makes folders on the disk, as the class of torch does.
+    """
 
     def __init__(self) -> None:
-        self.made: dict[str, MemoryFile] = {}
+        self.files: dict[str, MemoryFile] = {}
 
     @contextmanager
     def create_stream(self, path: str | PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        """Open a file in memory; torch's writer calls it."""
+        """Yield a new file in memory, and keep it in `files` by its name.
+
+        torch's writer calls it for the file of this rank, and on rank 0 for the metadata, which it renames at the end.
+        """
         assert mode == "wb"
-        file = self.made[cast("Path", self.init_path(path)).name] = MemoryFile()
+        file = self.files[cast("Path", self.init_path(path)).name] = MemoryFile()
         yield cast("io.IOBase", file)
 
     def rename(self, path: str | PathLike[str], new_path: str | PathLike[str]) -> None:
         """Rename a file in memory; torch's writer calls it for `.metadata`, which it writes last."""
         former, name = cast("Path", self.init_path(path)).name, cast("Path", self.init_path(new_path)).name
-        self.made[name] = self.made.pop(former)
+        self.files[name] = self.files.pop(former)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_longnet.attention.kernels.compiling import operator
 from lightning_longnet.attention.kernels.dropout import Dropout
-from lightning_longnet.attention.parallel.calls import distributed_calls, local_call
+from lightning_longnet.attention.parallel.calls import distributed_calls, unsharded_call
 from lightning_longnet.attention.parallel.exchange import PassOptions
 from lightning_longnet.attention.parallel.shard import SHARDS
 from lightning_longnet.attention.plan.lattice import as_readable, concat_batches
@@ -55,7 +55,7 @@ def forward(
                 return _empty_results(q, v)
             pass_options = _pass_options(loaded, "forward", q, seed, sinks)
             q, k, v = as_readable(q), as_readable(k), as_readable(v)
-            call = local_call(pass_options, q, k, documents, key_padding_mask)
+            call = unsharded_call(pass_options, q, k, documents, key_padding_mask)
             return *call.forward(q, k, v)[:2], []
         split = SHARDS[shard]
         if not q.shape[0] * split.length:  # true on all ranks; where it is so on some only, others wait for them
@@ -102,7 +102,7 @@ def backward(
                 return *_empty_gradients(q, k, v), dsinks
             pass_options = _pass_options(loaded, "backward", q, seed, sinks)
             grad, q, k, v, out = as_readable(grad), as_readable(q), as_readable(k), as_readable(v), as_readable(out)
-            call = local_call(pass_options, q, k, documents, key_padding_mask)
+            call = unsharded_call(pass_options, q, k, documents, key_padding_mask)
             return *call.backward(grad, q, k, v, out, lse, []), dsinks
         if not saved:
             return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), dsinks

@@ -16,6 +16,10 @@ def test_all_ranks_together_compute_every_pair_once(exchange, placement):
     assert sum(result.pairs) == plan(LONGNET, 8, 4, (0, 1024)).pairs
     if exchange == "swap":
         assert all(v.kept_bytes > 0 for v in result.volumes)
+        lengths = result.layout.placement.lengths  # each rank gets one of four key heads, 64 wide, in float32
+        assert result.received == tuple(
+            tuple(0 if a == b else lengths[b] * 2 * 64 * 4 for b in range(4)) for a in range(4)
+        )
     else:
         kept = [sum(row) for row in result.received]
         assert sum(kept) > 0

@@ -85,7 +85,8 @@ class Kernel(Protocol):
 class BlockKernel(Protocol):
     """A kernel that computes one block of a larger softmax.
 
-    `forward_blocks` and `backward_blocks` call it for each block of a plan and merge the results.
+    `forward_blocks` and `backward_blocks` call it for each kernel call that the blocks of a plan were cut into, and
+    merge the results.
 
     Shapes: q is (batch, heads, queries, D), k (batch, key heads, keys, D) and v (batch, key heads, keys, Dv), where
     batch counts the samples times the segments of the block, and each key head serves heads / key heads query heads.
@@ -104,7 +105,7 @@ class BlockKernel(Protocol):
         """Return out, (batch, heads, queries, Dv), and lse of the block alone.
 
         A query that sees no key of the block has out = 0 and lse = -inf.  Both may be in the type of q or in a wider
-        one.  `forward_blocks` calls it for each block of a plan, through `_forward` of blocks.py.
+        one.  `_forward` of blocks.py calls it, or `_forward_steps` where nothing is masked.
         """
 
     def backward(
@@ -113,8 +114,8 @@ class BlockKernel(Protocol):
         """Return what the block adds to dq, dk and dv.
 
         `out` and `lse` are those of the whole softmax over all blocks, for the queries of this block.  A query that
-        sees no key in the whole softmax has lse = +inf, so that its weights exp(S - lse) are 0.  `backward_blocks`
-        calls it for each block of a plan, through `_backward` of blocks.py.
+        sees no key in the whole softmax has lse = +inf, so that its weights exp(S - lse) are 0.  `_backward` of
+        blocks.py calls it, or `_backward_steps` where nothing is masked.
         """
 
 

@@ -118,7 +118,7 @@ class ActivatedFlash:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
 
-        `backward_blocks` calls it for each block of a plan, through `_backward` of blocks.py.
+        `_backward` of blocks.py calls it, or `_backward_steps` where nothing is masked.
         """
         if not self._serves(call):
             return cuda.backward(grad, q, k, v, out, lse, call)

@@ -96,7 +96,7 @@ def band_bias(
 ) -> Tensor:
     """Return a bias (queries, keys) of -inf wherever `low <= query - key <= high` does not hold.
 
-    The modules eager and squares (`_mask_bound`), torch's operator for CPU (`_mask`) and memory-efficient attention
+    The modules eager and squares (`_mask_ceiling`), torch's operator for CPU (`_mask`) and memory-efficient attention
     (`_bias`) call it, to mask a block.
     """
     distance = torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)

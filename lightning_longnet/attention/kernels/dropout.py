@@ -53,7 +53,7 @@ class Dropout:
     def token_words(self, rows: Tensor, tokens: Tensor, heads: Tensor, branch: int) -> Tensor:
         """Return the words of queries, (tokens, heads), each token with the index of its own row in the batch.
 
-        `PairOptions.query_words` calls it where `local_call` has joined the rows of a batch to one long row.
+        `PairOptions.query_words` calls it where `unsharded_call` has joined the rows of a batch to one long row.
         """
         samples = self.first_sample + self.sample_step * rows
         words = splitmix64(splitmix64(self._role(1 + branch, heads) + samples)[:, None] + heads)

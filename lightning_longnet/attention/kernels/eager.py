@@ -74,7 +74,7 @@ def takes_weights(device: str) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
 
-    `forward_blocks` calls it for each block of a plan, through `_forward` of blocks.py.  The kernel "sdpa" calls it on
+    `_forward` of blocks.py calls it, or `_forward_steps` where nothing is masked.  The kernel "sdpa" calls it on
     a CPU for blocks that tiles compute faster than torch's operator (`_is_tiled`).
     """
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -104,7 +104,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
 
-    `backward_blocks` calls it for each block of a plan, through `_backward` of blocks.py, and the kernel "sdpa" for the
+    `_backward` of blocks.py calls it, or `_backward_steps` where nothing is masked, and the kernel "sdpa" for the
     blocks whose forward it gives to this module.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -262,17 +262,17 @@ class _Tile(NamedTuple):
             self._add_weights(scores, call.block)
         if low is not None:  # every query of the tile sees the keys before `edge`: only the rest needs a mask
             edge = min(max(first_query - low + 1, first), last)
-            bound = _mask_bound(rows, last - edge, low - first_query + edge, None, scores.dtype, scores.device)
-            _mask_in_place(per_head[..., edge - first :], bound)
+            ceiling = _mask_ceiling(rows, last - edge, low - first_query + edge, None, scores.dtype, scores.device)
+            _mask_in_place(per_head[..., edge - first :], ceiling)
         if high is not None:  # no query of the tile is too far from the keys behind `edge`
             edge = min(max(self.queries.stop - 1 - high, first), last)
-            bound = _mask_bound(rows, edge - first, None, high - first_query + first, scores.dtype, scores.device)
-            _mask_in_place(per_head[..., : edge - first], bound)
+            ceiling = _mask_ceiling(rows, edge - first, None, high - first_query + first, scores.dtype, scores.device)
+            _mask_in_place(per_head[..., : edge - first], ceiling)
         if call.key_padding_mask is not None:
             heads = _slice(self.key_heads) if call.key_padding_mask.shape[1] > 1 else slice(None)
             padding = call.key_padding_mask[_slice(self.samples), heads, self.keys]
-            bound = torch.full_like(padding, inf, dtype=scores.dtype).masked_fill_(padding, -inf)
-            _mask_in_place(scores.unflatten(0, (padding.shape[0], -1)), bound.unsqueeze(2))
+            ceiling = torch.full_like(padding, inf, dtype=scores.dtype).masked_fill_(padding, -inf)
+            _mask_in_place(scores.unflatten(0, (padding.shape[0], -1)), ceiling.unsqueeze(2))
         if call.order_mask is not None:
             query_tokens, key_tokens = call.order_mask
             scores.masked_fill_(self._keys_of(key_tokens) > self._queries_of(query_tokens), -inf)
@@ -359,16 +359,17 @@ def _slice(run: range) -> slice:
     return slice(run.start, run.stop)
 
 
-def _mask_in_place(scores: Tensor, bound: Tensor) -> None:
-    """Set masked scores to -inf: `bound`, which broadcasts, is -inf for masked pairs and +inf for others.
+def _mask_in_place(scores: Tensor, ceiling: Tensor) -> None:
+    """Set the scores of masked pairs to -inf, where `ceiling`, which broadcasts, is -inf; elsewhere it is +inf.
 
-    Adding -inf instead would make NaN of a score that overflowed to +inf.
+    `_Tile.mask` calls it for the bounds of a block and for padding.  Adding -inf instead would make NaN of a score that
+    overflowed to +inf.  A NaN stays.
     """
-    torch.minimum(scores, bound, out=scores)
+    torch.minimum(scores, ceiling, out=scores)
 
 
 @lru_cache(8)
-def _mask_bound(
+def _mask_ceiling(
     rows: int, columns: int, low: int | None, high: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return (rows, columns): +inf where `low <= row - column <= high`, and -inf elsewhere."""

@@ -68,7 +68,7 @@ def takes_weights(device: str) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
 
-    `forward_blocks` calls it for each block of a plan, through `_forward` of blocks.py.
+    `_forward` of blocks.py calls it, or `_forward_steps` where nothing is masked.
     """
     return fused.forward(Package(_interface()), q, k, v, call)
 
@@ -78,7 +78,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
 
-    `backward_blocks` calls it for each block of a plan, through `_backward` of blocks.py.
+    `_backward` of blocks.py calls it, or `_backward_steps` where nothing is masked.
     """
     return fused.backward(Package(_interface()), grad, q, k, v, out, lse, call)
 

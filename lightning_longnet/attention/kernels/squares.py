@@ -1,4 +1,6 @@
-"""Attention by plain matrix products of squares of scores, for blocks without masks on one thread of a CPU.
+"""Attention by plain matrix products of squares of scores, on one thread of a CPU.
+
+It serves blocks without a mask, or with a causal one alone.
 
 A causal run of rows is cut into squares that need no mask, and triangles along its diagonal:
 
@@ -157,8 +159,8 @@ class _Softmax(NamedTuple):
                 shares.tril_()
         else:
             if tile.is_triangle:
-                bound = _mask_bound(tile.queries, scores.dtype)
-                torch.minimum(scores, bound, out=scores)  # adding -inf would make NaN of +inf
+                ceiling = _mask_ceiling(tile.queries, scores.dtype)
+                torch.minimum(scores, ceiling, out=scores)  # adding -inf would make NaN of +inf
             before, largest = tile.queries_of(self.largest), scores.amax(-1, keepdim=True)
             if not is_first:
                 largest = torch.maximum(largest, before)
@@ -188,10 +190,15 @@ class _Softmax(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Some squares of scores of a run, `many` of them at distances of `step` rows along the diagonal.
+    """Equal squares of scores of a run, at equal distances along the diagonal.
 
     Attributes:
-        has_first_key, has_first_query: whether no earlier tile has its queries, or its keys.
+        first_query, first_key: the first row of the first square.
+        queries, keys: the rows of each square.
+        many, step: how many squares there are, and at which distance.
+        is_triangle: whether pairs above the diagonal of each square are masked.
+        has_first_key: whether no earlier tile has its queries, so that sums of a query begin here.
+        has_first_query: whether no earlier tile has its keys, so that gradients of a key begin here.
     """
 
     first_query: int
@@ -210,15 +217,15 @@ class _Tile(NamedTuple):
         return self.many * self.queries * self.keys
 
     def queries_of(self, x: Tensor) -> Tensor:
-        """Return the rows of this tile, (count, queries, D), of x (rows, D), which is contiguous."""
+        """Return the rows of this tile, (many, queries, D), of x (rows, D), which is contiguous."""
         return self._rows(x, self.first_query, self.queries)
 
     def keys_of(self, x: Tensor) -> Tensor:
-        """Return the rows of this tile, (count, keys, D), of x (rows, D), which is contiguous."""
+        """Return the rows of this tile, (many, keys, D), of x (rows, D), which is contiguous."""
         return self._rows(x, self.first_key, self.keys)
 
     def _rows(self, x: Tensor, first: int, rows: int) -> Tensor:
-        """Return the rows of all squares, (count, rows, D), as a view of x (rows, D), which is contiguous.
+        """Return the rows of all squares, (many, rows, D), as a view of x (rows, D), which is contiguous.
 
         Those of the first square begin at row `first`.
         """
@@ -227,13 +234,18 @@ class _Tile(NamedTuple):
         return x.as_strided((self.many, rows, width), strides, x.storage_offset() + first * width)
 
     def numbers_of(self, x: Tensor) -> Tensor:
-        """Return a number of each query, (count, 1, queries), of x (rows,)."""
+        """Return a number of each query, (many, 1, queries), of x (rows,)."""
         step = x.stride(0)
         first = x.storage_offset() + self.first_query * step
         return x.as_strided((self.many, 1, self.queries), (self.step * step, 0, step), first)
 
     def products(self, buffer: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return the products of each row of a with each row of b, (count, rows of a, rows of b)."""
+        """Return a b^T for the rows of each square, (many, rows of a, rows of b), written to `buffer`.
+
+        a and b are (many, rows, D).  `forward` calls it for scores, and `backward` for transposed scores and for the
+        products of v and the gradient of out.  The result is a view of `buffer`, which has `scores` elements or more;
+        the next call overwrites it.
+        """
         return torch.bmm(a, b.mT, out=buffer[: self.scores].view(self.many, a.shape[1], b.shape[1]))
 
 
@@ -304,7 +316,7 @@ def _repeats(block: Block, head: int) -> tuple[Repeat, ...]:
 
 
 def _add_weights(scores: Tensor, repeats: tuple[Repeat, ...], row: int, column: int) -> None:
-    """Add the log of how often each pair counts to scores (count, rows, columns), in place.
+    """Add the log of how often each pair counts to scores (many, rows, columns), in place.
 
     Only every n-th row has pairs that count more than once, n the first `every` of `repeats`; others are left as they
     are.
@@ -329,6 +341,6 @@ def _add_weights(scores: Tensor, repeats: tuple[Repeat, ...], row: int, column: 
 
 
 @lru_cache(4)
-def _mask_bound(rows: int, dtype: torch.dtype) -> Tensor:
+def _mask_ceiling(rows: int, dtype: torch.dtype) -> Tensor:
     """Return (rows, rows): +inf on and below the diagonal, and -inf above it."""
     return torch.where(band_bias(rows, rows, 0, None, dtype, torch.device("cpu")) == 0, inf, -inf)

@@ -58,23 +58,25 @@ class AllToAllPlan(ExchangePlan):
         """
         placement = self.layout.placement
         lengths, ranks = placement.lengths, placement.ranks
-        to_heads, to_rows = lengths[rank] * (ranks - 1), placement.length - lengths[rank]
+        to_heads, to_tokens = lengths[rank] * (ranks - 1), placement.length - lengths[rank]
         inputs = self.layout.heads * sizes.head_dim + self.layout.kv_heads * (sizes.head_dim + sizes.value_dim)
         out = self.layout.heads * sizes.value_dim  # or its gradient
         per_token = sizes.batch * sizes.itemsize * (inputs + out) // ranks
-        forward = sizes.batch * sizes.itemsize * (inputs * to_heads + out * to_rows) // ranks
+        forward = sizes.batch * sizes.itemsize * (inputs * to_heads + out * to_tokens) // ranks
         peers = sum(1 for r in range(ranks) if r != rank and lengths[r])
         messages = peers + (ranks - 1 if lengths[rank] else 0)
-        return Volume((to_heads + to_rows) * per_token, 2 * messages, placement.length * per_token, forward)
+        return Volume((to_heads + to_tokens) * per_token, 2 * messages, placement.length * per_token, forward)
 
     def branch_volumes(self, rank: int, sizes: Sizes) -> tuple[Volume, ...]:
         """Return an empty tuple: a message holds the heads of all branches."""
         return ()
 
     def work(self, rank: int, weighted_segments: int = 0) -> RankWork:
-        """Return the blocks of this rank's heads over the whole sequence; there are no rounds."""
-        layout = self.layout._replace(weighted_segments=weighted_segments)
-        return RankWork(heads_route(layout, self._kv_heads_of(rank)).own)
+        """Return the blocks of a rank's heads over the whole sequence, and no rounds; see `ExchangePlan.work`."""
+        layout, kv_heads = self.layout._replace(weighted_segments=weighted_segments), self._kv_heads_of(rank)
+        lengths = self.layout.placement.lengths
+        received = {peer: length * len(kv_heads) for peer, length in enumerate(lengths) if length and peer != rank}
+        return RankWork(heads_route(layout, kv_heads).own, received)
 
     def footprint(self, rank: int) -> AllToAllFootprint:
         """Return the memory of whole sequences of a rank's heads; it is the same for all ranks."""
@@ -83,7 +85,7 @@ class AllToAllPlan(ExchangePlan):
     def call(self, call: RankCall) -> AllToAllCall:
         """Return the object that computes a forward or backward on this rank, with the branches of all lines.
 
-        `distributed_calls` calls it for each forward and backward.
+        `distributed_calls` calls it in each forward and backward, once for each group of samples.
         """
         first, *others = call.by_line()
         own = self._heads_call(first)
@@ -208,10 +210,10 @@ class AllToAllCall(NamedTuple):
         """
         rows = self._to_heads((q, k, v), "queries, keys and values")
         out, lse, saved = self.inner.forward(*self._sequences(rows, (q, k, v)))
-        (local_out,) = self._to_rows((out,), "out")
+        (local_out,) = self._to_tokens((out,), "out")
         local_lse = lse.new_empty((q.shape[0], q.shape[2], q.shape[1]))
         if self.returns_lse:
-            (lse_rows,) = self._to_rows((lse.transpose(1, 2).unsqueeze(-1),), "lse")
+            (lse_rows,) = self._to_tokens((lse.transpose(1, 2).unsqueeze(-1),), "lse")
             local_lse.copy_(lse_rows.squeeze(-1).transpose(1, 2))
         return local_out, local_lse, [rows, lse, *(saved or [out])]
 
@@ -227,7 +229,7 @@ class AllToAllCall(NamedTuple):
         # the inner call saves the outs of branches for "detached"; otherwise the out of all branches is saved
         whole_q, whole_k, whole_v = self._sequences(rows, (q, k, v))
         gradients = self.inner.backward(whole_grad, whole_q, whole_k, whole_v, outs[0], lse, outs)
-        dq, dk, dv = self._to_rows(gradients, "gradients")
+        dq, dk, dv = self._to_tokens(gradients, "gradients")
         return dq, dk, dv
 
     def _to_heads(self, tensors: Sequence[Tensor], content: str) -> Tensor:
@@ -254,15 +256,21 @@ class AllToAllCall(NamedTuple):
             first += heads * size
         return views
 
-    def _to_rows(self, tensors: Sequence[Tensor], content: str) -> list[Tensor]:
-        """Return (B, L, H, D) of each (B, N, H / P, D): this rank's tokens of all heads, the inverse of `_to_heads`."""
+    def _to_tokens(self, tensors: Sequence[Tensor], content: str) -> list[Tensor]:
+        """Return this rank's tokens of all heads, (B, L, H, D), for all tokens of its heads, (B, N, H / P, D).
+
+        All ranks call it together.  Each tensor has a number of heads and a width of its own; one message to each rank
+        holds its part of all of them, and so they have one type.  It undoes `_to_heads` and `_sequences`: `forward`
+        calls it for out, and for lse where it is asked for, and `backward` for the gradients.  `content` names the
+        tensors in errors.
+        """
         ranks, length = self.comm.ranks, self.placement.lengths[self.comm.rank]
-        wide = [x.transpose(0, 1).flatten(2) for x in tensors]
-        sent = wide[0] if len(wide) == 1 else torch.cat(wide, 2)
+        packed = [x.transpose(0, 1).flatten(2) for x in tensors]
+        sent = packed[0] if len(packed) == 1 else torch.cat(packed, 2)
         sent = sent.contiguous() if self.order is None else sent.index_select(0, self.order.inverse)
         batch, width = sent.shape[1:]
         rows = sent.new_empty((ranks, length, batch, width))
-        self._exchange(sent.split(self.placement.lengths), rows.unbind(), f"swap of {content} to rows")
+        self._exchange(sent.split(self.placement.lengths), rows.unbind(), f"swap of {content} to tokens")
         results, first = [], 0
         for x in tensors:
             heads, size = x.shape[2:]

@@ -38,16 +38,18 @@ if TYPE_CHECKING:
     from lightning_longnet.attention.spec import AttentionSpec
 
 
-def local_call(
+def unsharded_call(
     options: PassOptions, q: Tensor, k: Tensor, documents: Tensor | None, padding: Tensor | None
 ) -> ExchangeCall:
-    """Return the object that computes one forward or backward of whole sequences on this process, without messages.
+    """Return the object that computes a forward or backward of `attend` without a shard.
 
-    If all rows have the same documents, they are the samples of the call; otherwise all are joined to one long row, see
-    `JoinedCall`.  The operators of op.py call it where `attend` was given no shard.
+    If all samples have the same documents, they are those of the call; otherwise all are joined to one long row, see
+    `JoinedCall`.  The operators of op.py call it, unless q is empty or the kernel is "reference".  A call without
+    documents, padding, dropout and sinks is kept, see `_plain_call`.
 
     Args:
-        q, k: (B, N, H, D) and (B, N, Hkv, D).
+        options: the options of this forward or backward.
+        q, k: (B, N, H, D) and (B, N, Hkv, D), of which it reads the shapes and the device alone.
         documents: (B, N) document ids, or None.
         padding: (B, N) True where padding masks a key, or None.
     """
@@ -64,11 +66,11 @@ def local_call(
         padding = padding.flatten()[None]
     first, *others = lines_of(spec.ordering, packed.cuts, spec.pattern, q.device)
     call: ExchangeCall
-    call = own = _line_call(options, first, rows, batch, padding)
+    call = first_call = _line_call(options, first, rows, batch, padding)
     if others:
         calls = [_line_call(options, line, rows, batch, padding) for line in others]
         orders = [LocalOrder.between(first, line, q.device) for line in others]
-        call = LinesCall(own, tuple(zip(orders, calls, strict=True)))
+        call = LinesCall(first_call, tuple(zip(orders, calls, strict=True)))
     if first.tokens is not None:
         assert first.places is not None
         call = ReorderedCall(call, LocalOrder(first.tokens, first.places), spec.returns_lse)
@@ -92,7 +94,7 @@ _PLAIN_CALLS: WeakValueDictionary[Any, _KeptCall] = WeakValueDictionary()
 def _plain_call(options: PassOptions, shape: tuple[int, ...], kv_heads: int, device: torch.device) -> RoundsCall | None:
     """Return the call of rows (B, N, H) without documents and masks, which is kept with its plan.
 
-    It is None where a call holds tensors of its own: the order of a curve, or null keys.  `local_call` asks for it.
+    It is None where a call holds tensors of its own: the order of a curve, or null keys.  `unsharded_call` asks for it.
     """
     spec, kernel = options.spec, BLOCK_KERNELS[options.spec.kernel]
     # the plan depends on the numbers of threads, and on whether the kernel takes weights
@@ -114,7 +116,7 @@ def _plain_call(options: PassOptions, shape: tuple[int, ...], kv_heads: int, dev
 
 
 class _Rows(NamedTuple):
-    """The rows of a call on whole sequences; `local_call` makes it for `_line_call`.
+    """The rows of a call on whole sequences; `unsharded_call` makes it for `_line_call`.
 
     Attributes:
         packed: their documents.
@@ -139,7 +141,7 @@ class _Rows(NamedTuple):
 def _line_call(options: PassOptions, line: Line, rows: _Rows, batch: int, padding: Tensor | None) -> RoundsCall:
     """Return the object that computes the branches of one line on whole sequences: it plans their blocks.
 
-    `local_call` calls it for each line of the pattern, with the padding in the order of the sequence, (B, N), or
+    `unsharded_call` calls it for each line of the pattern, with the padding in the order of the sequence, (B, N), or
     (1, B * N) for one long row.
     """
     spec, tokens, samples = options.spec, line.tokens, None
@@ -194,7 +196,7 @@ def distributed_calls(
 ) -> Iterator[tuple[slice, ExchangeCall]]:
     """Yield (samples, call) for this rank's part of each sequence; the samples of a call have the same documents.
 
-    A call computes one forward or backward of these samples and exchanges keys with the other ranks; nothing is sent
+    A call computes a forward or backward of these samples and exchanges keys with the other ranks; nothing is sent
     before it runs.  The operators of op.py ask for the calls where `attend` was given a shard; every rank makes the
     same calls in the same order.
 
@@ -257,7 +259,7 @@ def _sample_groups(
         key = q.shape[2], k.shape[2], samples.start if len(shard.cuts) > 1 else 0
         exchange = shard.cached(
             ("exchange", pattern, *key, spec.exchange, sizes),
-            partial(_exchange_plan, layout, spec.exchange, sizes),
+            partial(_scheduled_plan, layout, spec.exchange, sizes),
         )
         yield _SampleGroup(samples, lines, key, exchange, sizes, kind)
 
@@ -270,8 +272,11 @@ def _row_exchange(order: Tensor, shard: SequenceShard, device: torch.device) -> 
     return row_exchange(order, shard).on(device)
 
 
-def _exchange_plan(layout: Layout, exchange: str, sizes: Sizes) -> ExchangePlan:
-    """Return the plan of the exchange that `schedule` chooses; `distributed_calls` keeps it in the shard."""
+def _scheduled_plan(layout: Layout, exchange: str, sizes: Sizes) -> ExchangePlan:
+    """Return the plan of the exchanges of all branches, as `schedule` chooses them for "auto", or checks them.
+
+    `_sample_groups` calls it through `SequenceShard.cached`, which keeps the plan as long as the shard.
+    """
     return schedule(layout, exchange, sizes).plan(layout)
 
 

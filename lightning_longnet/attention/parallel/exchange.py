@@ -83,12 +83,17 @@ class RoundWork(NamedTuple):
 
 
 class RankWork(NamedTuple):
-    """The blocks that a rank computes on keys that no round brings, and its rounds: what `ExchangePlan.work` returns.
+    """What a rank computes and receives in a forward; `ExchangePlan.work` returns it.
 
-    With "swap" these are the blocks of its heads, and there are no rounds.
+    Attributes:
+        own: the blocks on keys that no round brings.  With "swap" these are the blocks of its heads over the whole
+            sequence.
+        received: the number of KV rows that come from each other rank, in all rounds or by the all_to_all.
+        rounds: the rounds of gather and ring.
     """
 
     own: tuple[Part, ...]
+    received: dict[int, int]
     rounds: tuple[RoundWork, ...] = ()
 
     @property
@@ -138,9 +143,10 @@ class Footprint(Protocol):
 class ExchangeCall(Protocol):
     """One forward or one backward of attention on this rank, for samples with the same documents.
 
-    The operators of op.py get it from `local_call` or `distributed_calls`, and call `forward` or `backward` once, where
-    B are these samples.  The backward has an object of its own, to which `saved` brings what the forward saved.  A
-    `ReorderedCall`, `JoinedCall` or `AllToAllCall` contains another call, whose `forward` or `backward` it calls.
+    The operators of op.py get it from `unsharded_call` or `distributed_calls`, and call `forward` or `backward`, where
+    B are these samples.  A call without masks, dropout and sinks is kept, and used again.  The backward has an object
+    of its own, to which `saved` brings what the forward saved.  A `ReorderedCall`, `JoinedCall` or `AllToAllCall`
+    contains another call, whose `forward` or `backward` it calls.
     """
 
     @property
@@ -158,7 +164,7 @@ class ExchangeCall(Protocol):
         """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return out (B, L, H, Dv) in the type of q, lse (B, H, L), and the tensors that the backward needs besides.
+        """Return out (B, L, H, Dv) in the type of q, lse (B, H, L), and what else the backward needs.
 
         q is (B, L, H, D), k (B, L, Hkv, D) and v (B, L, Hkv, Dv); lse is in float32, or float64 as q.
         """
@@ -346,11 +352,15 @@ class ExchangePlan(ABC):
 
     @abstractmethod
     def footprint(self, rank: int) -> Footprint:
-        """Return the memory that a call of the exchange takes on a rank beside its own tensors, for `longnet plan`."""
+        """Return the memory that a call of the exchange takes on a rank beside its own tensors.
+
+        `_share` of planning/exchange.py asks, for `longnet plan` and for the strategy's check of memory.
+        """
 
     @abstractmethod
     def call(self, call: RankCall) -> ExchangeCall:
         """Return the object that computes one forward or backward on this rank, with the branches of all lines.
 
-        It sends nothing yet.  `distributed_calls` calls it for each forward and backward.
+        It sends nothing yet.  `distributed_calls` calls it in each forward and backward, once for each group of samples
+        with equal documents.
         """

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class JoinedCall(NamedTuple):
     """A call of attention on the rows of a batch, one behind the other; its results are those of the rows.
 
-    `local_call` makes it where rows have different documents, and the operators of op.py call it.  `inner` is the call
-    on the long row (1, B * N, H, D), in which no document reaches from one row of the batch into the next.
+    `unsharded_call` makes it where rows have different documents, and the operators of op.py call it.  `inner` is the
+    call on the long row (1, B * N, H, D), in which no document reaches from one row of the batch into the next.
     """
 
     inner: ExchangeCall

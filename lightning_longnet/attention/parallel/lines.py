@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class LinesCall(NamedTuple):
     """One forward or backward of the branches of several lines.
 
-    `local_call` and the plans of exchanges make it; the operators of op.py call it through a `ReorderedCall` or an
+    `unsharded_call` and the plans of exchanges make it; the operators of op.py call it through a `ReorderedCall` or an
     `AllToAllCall`.  The partials of the lines are brought into the order of the first one and merged by their lse.  The
     backward of each line takes the out and lse of the whole softmax, as that of each block does.
 

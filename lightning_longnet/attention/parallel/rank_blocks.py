@@ -33,7 +33,8 @@ class Layout(NamedTuple):
         heads, kv_heads: of the whole layer.
         cuts: where the documents of a row begin, and where the last one ends.
         placement: which rank holds which token.
-        weighted_segments: as for `plan`: whether repeated pairs are computed once.
+        weighted_segments: as for `plan`: up to how many segments a repeated pair is computed once; 0 computes it in
+            each branch that shows it.
     """
 
     pattern: Pattern
@@ -120,7 +121,7 @@ class RankBlocks:
         self._documents: dict[tuple[int, int], _DocumentBlocks] = {}
         self._blocks: dict[tuple[int, int], PeerBlocks] = {}
         self._distinct: dict[tuple[int, ...], PeerBlocks] = {}
-        self._ranges: dict[Chunk, tuple[int, int]] = {}
+        self._visible_ranges: dict[Chunk, tuple[int, int]] = {}
         self._chunks: dict[int, tuple[Chunk, ...]] = {}
 
     def blocks(self, rank: int, source: int, branches: Collection[int] | None = None) -> PeerBlocks:
@@ -219,7 +220,8 @@ class RankBlocks:
         return pairs
 
     def estimated_traffic(self, rank: int) -> tuple[float, float]:
-        """Return an estimate of (received, sent) token rows of a rank, from how far its segments and documents span.
+        """Return an estimate of (received, sent) token rows of a rank, from how far its documents, segments and windows
+        reach.
 
         `busiest_ranks` chooses by it which of many ranks to plan, and `_shown` of the planner which of them to show.
         """
@@ -232,25 +234,28 @@ class RankBlocks:
         return (before, after) if self.layout.pattern.is_causal else (before + after, before + after)
 
     def _visible_range(self, chunk: Chunk) -> tuple[int, int]:
-        """Return (begin, end) of the tokens that those of a chunk may see in some branch, or that may see them."""
-        if chunk not in self._ranges:
+        """Return the range (begin, end) around the `_branch_ranges` of a chunk; it is kept."""
+        if chunk not in self._visible_ranges:
             begins, ends = zip(*self._branch_ranges(chunk), strict=True)
-            self._ranges[chunk] = min(begins), max(ends)
-        return self._ranges[chunk]
+            self._visible_ranges[chunk] = min(begins), max(ends)
+        return self._visible_ranges[chunk]
 
     def _branch_ranges(self, chunk: Chunk) -> list[tuple[int, int]]:
-        """Return for each branch (begin, end) of the tokens that those of a chunk may see, or that may see them.
+        """Return for each branch the range (begin, end) of all tokens that may be in a pair with a token of a chunk.
 
-        These are the tokens of the same documents, segments and windows; the causal mask is not applied.
+        The chunk is part of it.  The range is that of its documents, segments and windows.  It may be too wide, as
+        neither the causal mask nor dilation or sparsity is applied.  `_visible_range` joins the ranges of all branches,
+        and `estimated_traffic` counts the tokens around the chunk.
         """
         cuts, ranges = self.layout.cuts, []
-        first, last = bisect_right(cuts, chunk.begin) - 1, bisect_left(cuts, chunk.end) - 1
+        first_document, last_document = bisect_right(cuts, chunk.begin) - 1, bisect_left(cuts, chunk.end) - 1
         for branch in self.layout.pattern.branches:
-            begin, end = cuts[first], cuts[last + 1]
+            begin, end = cuts[first_document], cuts[last_document + 1]
             width, window = branch.segment_length, branch.window
             if width is not None:
                 begin += (chunk.begin - begin) // width * width
-                end = min(end, cuts[last] + ((chunk.end - 1 - cuts[last]) // width + 1) * width)
+                last_begin = cuts[last_document]
+                end = min(end, last_begin + ((chunk.end - 1 - last_begin) // width + 1) * width)
             if window is not None:
                 begin = max(begin, chunk.begin - window + 1)
                 end = min(end, chunk.end + window - 1)

@@ -52,7 +52,7 @@ class LocalOrder(NamedTuple):
     def between(cls, source: Line, target: Line, device: torch.device) -> LocalOrder:
         """Return the order that brings rows of the line `source` into that of `target`.
 
-        `local_call` and `AllToAllPlan.call` make one for each line but the first, which is the source.
+        `unsharded_call` and `AllToAllPlan.call` make one for each line but the first, which is the source.
         """
         order, inverse = target.order_from(source)
         return cls(order.to(device), inverse.to(device))
@@ -167,8 +167,8 @@ def row_exchange(order: Tensor, shard: SequenceShard) -> RowExchange:
 class ReorderedCall(NamedTuple):
     """A call of attention on rows in another order; its results are in the order of the sequence.
 
-    `local_call` and `distributed_calls` make it where the pattern is drawn along a curve; the operators of op.py call
-    it.
+    `unsharded_call` and `distributed_calls` make it where the pattern is drawn along a curve; the operators of op.py
+    call it.
 
     Attributes:
         inner: the call on the reordered rows.

@@ -71,7 +71,7 @@ class RoundsCall(NamedTuple):
         branch_outs: the number of branches whose separate outs the backward takes, for "detached"; 0 where it takes the
             out of all branches together.
         saves_outs: whether the forward saves these outs; otherwise the backward computes them again.
-        remote: the KV rows on other ranks; None where all keys are on this process.
+        remote: how to fetch the KV rows of other ranks; None without a shard, and for "swap".
     """
 
     kernel: BlockKernel | PartsKernel
@@ -100,11 +100,12 @@ class RoundsCall(NamedTuple):
         return sum(step.saves_rows for step in self.route.rounds) + self._saved_outs
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return out and lse of this rank's queries, and the tensors that the backward needs besides.
+        """Return out and lse of this rank's queries, and the tensors that the backward needs beside q, k, v and these.
 
         The operator `lightning_longnet::attend` calls it once for each group of samples with equal documents, directly
-        or through an `AllToAllCall`, a `ReorderedCall` or a `JoinedCall`; a `LinesCall` calls `partial` instead.  Whole
-        sequences with different documents are joined to one group.
+        or through one or more of `AllToAllCall`, `ReorderedCall` and `JoinedCall`; a `LinesCall` calls `partial`
+        instead.  Without a shard a `JoinedCall` joins samples with different documents to one long row.  For the shapes
+        see `ExchangeCall.forward`.
         """
         total, saved = self.partial(q, k, v)
         return *finalized(total, q, self.options.sinks), saved
@@ -217,13 +218,14 @@ class RoundsCall(NamedTuple):
             finish()
         return [dq, dk, dv]
 
-    def _own_keys(self, k: Tensor, v: Tensor, gradients: tuple[Accumulator, Accumulator] | None = None) -> OwnKeys:
-        """Return the keys on this rank as kernels read them.
+    def _own_keys(self, k: Tensor, v: Tensor, accumulators: tuple[Accumulator, Accumulator] | None = None) -> OwnKeys:
+        """Return the keys and values that no round brings, with their padding, and dropout's words and tokens of keys.
 
-        `gradients` are the accumulators of dk and dv in a backward.
+        Each of the last three is None where no pair depends on it.  `partial` calls it in a forward, and `gradients` in
+        a backward with the accumulators of dk and dv, to which the blocks add.
         """
         options = self.options
-        return OwnKeys(k, v, options.key_padding_mask, options.key_words(), options.key_tokens(), gradients)
+        return OwnKeys(k, v, options.key_padding_mask, options.key_words(), options.key_tokens(), accumulators)
 
     def _own_parts(
         self, q: Tensor, keys: OwnKeys, v: Tensor, outs: list[Tensor]

@@ -57,7 +57,7 @@ class RoundsPlan(ExchangePlan):
     def work(self, rank: int, weighted_segments: int = 0) -> RankWork:
         """Return the blocks that a rank computes on its own keys, and what it receives and computes in each round."""
         own_route = route(self.layout._replace(weighted_segments=weighted_segments), rank, self.exchanges)
-        rounds = (
+        rounds = tuple(
             RoundWork(
                 {source: blocks.kv_row_count() for source, blocks in round_.receives.items()},
                 tuple(part for blocks in round_.receives.values() for part in blocks.parts),
@@ -65,30 +65,38 @@ class RoundsPlan(ExchangePlan):
             )
             for round_ in own_route.rounds
         )
-        return RankWork(own_route.own, tuple(rounds))
+        received: dict[int, int] = {}
+        for round_ in rounds:
+            for source, kv_rows in round_.received.items():
+                received[source] = received.get(source, 0) + kv_rows
+        return RankWork(own_route.own, received, rounds)
 
     def footprint(self, rank: int) -> RoundsFootprint:
-        """Return the KV rows that a rank receives: those of gathers are saved, those of a ring are held for a round."""
-        rounds = [(sum(r.received.values()), r.saves_rows) for r in self.work(rank).rounds]
+        """Return how many received KV rows a rank holds: those of the gather, and those of the largest ring round.
+
+        Rows of the gather are saved until the backward, those of a ring are held for their round.
+        """
+        rounds = [(sum(round_.received.values()), round_.saves_rows) for round_ in self.work(rank).rounds]
         saved = sum(rows for rows, is_saved in rounds if is_saved)
         return RoundsFootprint(saved, max((rows for rows, is_saved in rounds if not is_saved), default=0))
 
     def call(self, call: RankCall) -> RoundsCall | LinesCall:
-        """Return the object that computes a forward or backward on this rank, with the branches of all lines.
+        """Return a `RoundsCall`, or for a pattern on several lines (see `Line`) a `LinesCall` with one for each.
 
-        `distributed_calls` calls it for each forward and backward.
+        Its rows are in the order of the first line.  It sends nothing yet.  `distributed_calls` calls it in each
+        forward and backward, once for each group of samples with equal documents.
         """
         first, *others = call.by_line()
-        own = self._rounds_call(first)
+        first_call = self._rounds_call(first)
         if not others:
-            return own
+            return first_call
         lines = []
         for other in others:
-            key = "order", *other.key, first.line.pattern
+            key = "line order", *other.key, first.line.pattern, call.device
             make = partial(_line_exchange, first.line, other.line, call.shard, call.device)
-            rows = call.shard.cached((*key, call.device), make)
+            rows = call.shard.cached(key, make)
             lines.append((RankOrder(call.shard.comm, other.message, rows), self._rounds_call(other)))
-        return LinesCall(own, tuple(lines))
+        return LinesCall(first_call, tuple(lines))
 
     def _rounds_call(self, call: RankCall) -> RoundsCall:
         """Return the object that computes the branches of one line on this rank's rows.

@@ -211,7 +211,7 @@ def heads_route(layout: Layout, kv_heads: range) -> Route:
     """Return the route over the whole sequence of some key heads and of the query heads that they serve.
 
     It has no rounds.  `AllToAllPlan._heads_call` runs its blocks on the rank that has all tokens of these heads, and
-    `AllToAllPlan.work` counts them for any rank.  In the blocks heads are counted from the first of `kv_heads`, and
+    `AllToAllPlan.work` returns them for any rank.  In the blocks heads are counted from the first of `kv_heads`, and
     from the first query head that it serves.
     """
     whole = plan(layout.pattern, layout.heads, layout.kv_heads, layout.cuts, layout.weighted_segments)

@@ -31,7 +31,7 @@ class Schedule(NamedTuple):
     def plan(self, layout: Layout) -> ExchangePlan:
         """Return the plan of a layout, which must be the one that this is the schedule of.
 
-        `distributed_calls`, `sequence_plan` and `longnet plan` call it.
+        `_scheduled_plan` of calls.py, `sequence_plan` and `longnet plan` call it.
         """
         return exchange_plan(layout, self.exchanges)
 
@@ -68,9 +68,9 @@ def refusal_of(exchange: str, ranks: int, kv_heads: int) -> str:
 def schedule(layout: Layout, exchange: str, sizes: Sizes) -> Schedule:
     """Return the exchange of each branch, or raise a ValueError with the reason where one cannot serve.
 
-    `_exchange_plan` asks for `distributed_calls`, once for each layout of a shard; `sequence_plan`, and `layer_kinds`
-    for `longnet plan`, ask without a process group.  "auto" takes the choice that costs the busiest rank least, of
-    those that keep few rows of other ranks.
+    `_scheduled_plan` of calls.py asks, once for each layout, exchange and sizes of a shard's calls; `sequence_plan`,
+    and `layer_kinds` for `longnet plan`, ask without a process group.  "auto" takes the choice that costs the busiest
+    rank least, of those that keep few rows of other ranks.
 
     Args:
         layout: the pattern, the heads, the documents and the placement.

@@ -135,8 +135,7 @@ def sequence_plan(
     for rank in ranks:
         work = planned.work(rank)
         pairs.append(work.visible_pairs)
-        for round_ in work.rounds:
-            for source, kv_rows in round_.received.items():
-                received[rank][source] += kv_rows * batch * 2 * head_dim * dtype.itemsize
+        for source, kv_rows in work.received.items():
+            received[rank][source] = kv_rows * batch * 2 * head_dim * dtype.itemsize
     volumes = tuple(planned.volume(rank, sizes) for rank in ranks)
     return SequencePlan(layout, chosen, volumes, tuple(pairs), tuple(map(tuple, received)))

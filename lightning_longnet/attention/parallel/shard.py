@@ -275,9 +275,10 @@ class SequenceShard:
 
 
 def register_shard(shard: SequenceShard) -> int:
-    """Register a shard in `SHARDS` and return its number, which an operator takes in its place.
+    """Register a shard in `SHARDS` and return its number, which the operators of op.py take in place of the shard.
 
-    A `SequenceShard` registers itself when it is made, and so does the `PlannedShard` of `longnet plan`.
+    The reference is weak, and ranks have different numbers.  The constructors of `SequenceShard` and of its subclass
+    `PlannedShard`, which does not call the former, register the shard that they make.
     """
     number = next(_numbers)
     SHARDS[number] = shard

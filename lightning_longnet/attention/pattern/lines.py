@@ -75,8 +75,8 @@ class _LineKey(NamedTuple):
 def lines_of(ordering: Ordering, cuts: tuple[int, ...], pattern: Pattern, device: torch.device) -> tuple[Line, ...]:
     """Return the lines of a pattern over a sequence; the first one has the finest branch.
 
-    `cuts` are where documents begin, and where the last one ends: each document has a separate curve.  `local_call` and
-    `distributed_calls` ask for them in each forward and backward; those along a curve are cached.
+    `cuts` are where documents begin, and where the last one ends: each document has a separate curve.  `unsharded_call`
+    and `distributed_calls` ask for them in each forward and backward; those along a curve are cached.
     """
     if ordering == "raster":
         return (Line(pattern, tuple(range(len(pattern.branches)))),)

@@ -121,7 +121,9 @@ def draw_ranks(
                     )
     travel.set(xlabel="keys and values of rank", ylabel="received by rank")
     title = "nothing travels" if not any(map(any, mib)) else "keys and values received, forward"
-    travel.set_title("tokens are traded for heads" if "swap" in exchanges else title, fontsize=10)
+    if "swap" in exchanges:
+        title = f"tokens are traded for heads: {title}"
+    travel.set_title(title, fontsize=10)
     mean = sum(pairs) / ranks
     work.bar(range(ranks), [count / mean if mean else 0 for count in pairs], color="#b3321f", width=0.7)
     work.axhline(1, color="#555555", linewidth=1, linestyle="--")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class PackedRows:
     """The documents of the rows of a batch, with the plans that were made for them.
 
-    `local_call` gets it from `packed_rows`, or makes it for rows of one document.
+    `unsharded_call` gets it from `packed_rows`, or makes it for rows of one document.
 
     Args:
         rows: for each row where its documents begin, and where the last one ends.
@@ -34,14 +34,16 @@ class PackedRows:
 
     @cached_property
     def are_equal(self) -> bool:
-        """Whether all rows have the same documents: then they are samples of one call, else `local_call` joins them."""
+        """Whether all rows have the same documents: then they are samples of one call, else `unsharded_call` joins
+        them.
+        """
         return len(set(self.rows)) == 1
 
     @cached_property
     def cuts(self) -> tuple[int, ...]:
         """The cuts of one row if all are equal, else those of one long row: all rows one behind the other.
 
-        `local_call` draws the lines of the pattern by them, `_line_call` plans blocks and counts null keys.
+        `unsharded_call` draws the lines of the pattern by them, `_line_call` plans blocks and counts null keys.
         """
         if self.are_equal:
             return self.rows[0]
@@ -96,8 +98,8 @@ def packed_rows(documents: Tensor) -> PackedRows:
     """Return where the documents of ids (B, N) begin, cached for as long as the storage of the ids lives.
 
     An entry is reused while the view and its version counter are unchanged.  On a CPU the ids are compared too, so that
-    writes that torch does not count are noticed.  On other devices this would wait for the device.  `local_call` asks
-    for them in each forward and backward.
+    writes that torch does not count are noticed.  On other devices this would wait for the device.  `unsharded_call`
+    asks for them in each forward and backward.
     """
     batch, length = documents.shape
     if documents.is_inference():  # torch does not count its changes

@@ -3,8 +3,8 @@
     document a     x x x x x x        read as rows 0 1 2 3 4 5
     document b     x x x x            read as rows 0 1 2 3 3 3: its last row stands for the padding
 
-The padding is never written.  No query sees a key of the padding, and as a query the padding has no weight: its
-log-sum-exp in the backward is +inf.
+The padding is never written.  No query of a document sees a key of the padding, and as a query the padding has no
+weight: its log-sum-exp in the backward is +inf.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PaddedLattice(CopiedLattice):
-    """A lattice of which segment s has only `lengths[s]` of the `rows`; the last one stands for those behind it.
+    """A lattice of which segment s has only `lengths[s]` of the `rows`; its last row stands for those behind it.
 
     `padded` makes it.  For its methods see also `Lattice`.
     """
@@ -53,11 +53,12 @@ class PaddedLattice(CopiedLattice):
     def padding(self, device: torch.device) -> Tensor:
         """Return (segments, rows), True for the padding.
 
-        `kernel_calls` masks these rows as keys, `without_weight` as queries.
+        `kernel_calls` masks these rows as keys where no causal mask hides them, `without_weight` gives them no weight
+        as queries, and `write` leaves them out (`_own_places`).
         """
 
         def made() -> Tensor:
-            """Return the mask on the device."""
+            """Return the mask, which is made once for each device."""
             return torch.arange(self.rows, device=device) >= torch.tensor(self.lengths, device=device)[:, None]
 
         return self._made_once("padding", device, made)

@@ -53,9 +53,9 @@ def takes_weights(device: str) -> bool:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """Return out (batch, heads, rows, Dv) and lse (batch, heads, rows) of one block; see `BlockKernel`.
 
-    `forward_blocks` calls it for each block of a plan, through `_forward` of blocks.py.
+    `_forward` of blocks.py calls it, or `_forward_steps` where nothing is masked.
     """
-    return _serving(q).forward(q, k, v, call)
+    return _module_of(q).forward(q, k, v, call)
 
 
 def backward(
@@ -63,12 +63,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk and dv of one block from the `out` and `lse` of the whole softmax; see `BlockKernel`.
 
-    `backward_blocks` calls it for each block of a plan, through `_backward` of blocks.py.
+    `_backward` of blocks.py calls it, or `_backward_steps` where nothing is masked.
     """
-    return _serving(q).backward(grad, q, k, v, out, lse, call)
+    return _module_of(q).backward(grad, q, k, v, out, lse, call)
 
 
-class _Device(Protocol):
+class _DeviceModule(Protocol):
     """The operators of one kind of device, with the shapes of `BlockKernel`."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -80,6 +80,6 @@ class _Device(Protocol):
         """Return dq, dk and dv of one block."""
 
 
-def _serving(q: Tensor) -> _Device:
+def _module_of(q: Tensor) -> _DeviceModule:
     """Return the module that computes tensors on the device of q."""
     return cuda if q.device.type == "cuda" else cpu

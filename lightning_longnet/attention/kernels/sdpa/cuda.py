@@ -27,7 +27,7 @@ class _Operator(Protocol):
         """The name of the operator in `note`."""
 
     def refusals(self, request: Request) -> list[str]:
-        """Return the reasons why the operator cannot compute any block of a call."""
+        """Return the reasons why the operator can compute no block of a request."""
 
     def serves(self, q: Tensor, call: Call) -> bool:
         """Return whether the operator can compute a block; the first one that can does."""
@@ -51,7 +51,11 @@ def note(request: Request) -> str:
 
 
 def refusals(request: Request) -> list[str]:
-    """Return the reasons why torch's operators for CUDA cannot compute a call; the kernel "sdpa" adds its own."""
+    """Return the reasons why torch's operators for CUDA cannot compute a request; `refusals` of "sdpa" calls it.
+
+    They are those of the last operator, which must compute whatever block another one does not serve.  With ROCm there
+    is one reason.
+    """
     if torch.version.hip is not None:
         return ["serves NVIDIA's CUDA, this torch is built for ROCm"]
     return _OPERATORS[-1].refusals(request)
