@@ -177,7 +177,9 @@ def outputs(tmp_path_factory, request):
     saving = ["--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint"]
     saving += ["--trainer.callbacks.dirpath=.", "--trainer.callbacks.filename=a"]
     generate = ["generate", "a.ckpt", "--prompt=def ", "--tokens=12"]
-    commands = {"fit": ["fit", QUICKSTART, *SMALL, *saving], "text": generate, "again": generate}
+    # first of all, as what a process asks of its machine once is then asked among fake tensors
+    commands = {"plan": ["plan", QUICKSTART, "--device", "cpu"]}
+    commands |= {"fit": ["fit", QUICKSTART, *SMALL, *saving], "text": generate, "again": generate}
     predict = ["predict", QUICKSTART, *SMALL, "--ckpt_path=a.ckpt", "--model.generated_tokens=5"]
     predict += ["--trainer.limit_predict_batches=2", "--trainer.default_root_dir=predicted"]
     evaluated = [QUICKSTART, *SMALL]
@@ -201,6 +203,12 @@ def test_a_mistake_is_reported_in_a_line(outputs, name):
     assert shown.splitlines()[-1] == line, "it is the last thing that is seen"
     assert len(line) < 400
     assert "torch.load" not in shown, "advice of torch that would run what a file holds"
+
+
+def test_a_plan_may_be_the_first_command_of_a_process(outputs):
+    status, shown, error = outputs["plan"]
+    assert status == 0, error
+    assert "tokens a second" in shown
 
 
 def test_files_of_torchs_old_format_are_checkpoints(tmp_path):
