@@ -31,6 +31,30 @@ _FIELDS_OF_THE_WEIGHTS = (
 )
 
 
+LEAST_TARGETS = 8  # fewer labels may equal the tokens that follow by chance
+
+
+def check_targets(input_ids: Tensor, labels: Tensor) -> None:
+    """Raise a ValueError if the labels are the tokens that follow, which a pattern that is not causal shows to a query.
+
+    `LongNetModule.token_loss` calls it for the first batch of training.  Such a loss falls towards 0, and the model
+    learns to copy.
+
+    Args:
+        input_ids, labels: (B, L), of this rank's tokens; a label of -100 does not count.
+    """
+    targets, following = labels[:, :-1], input_ids[:, 1:]
+    counts = targets != -100
+    if int(counts.sum()) < LEAST_TARGETS or not bool((targets == following)[counts].all()):
+        return
+    if bool((labels == input_ids)[labels != -100].all()):  # one token again and again
+        return
+    raise ValueError(
+        "labels must not be the tokens that follow where the pattern is not causal, as each token then sees its "
+        "target: set is_causal=True in the pattern, or give labels of masked tokens"
+    )
+
+
 class LongNetModule(TokenModule):
     """A LongNet with its loss, metrics and optimiser, for any Lightning strategy.
 
@@ -82,6 +106,7 @@ class LongNetModule(TokenModule):
                 raise ValueError(f"config must be of a LongNet, got {type(known).__name__}")
             config = known
         self.config = config
+        self._has_checked_targets = False
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
         self.generated_tokens = generated_tokens
         # plain values, so that torch.load reads a checkpoint with weights_only=True and without our classes
@@ -106,7 +131,14 @@ class LongNetModule(TokenModule):
         return logits
 
     def token_loss(self, input_ids: Tensor, labels: Tensor, **options: Tensor) -> TokenLoss:
-        """Return (sum of the losses, number) of this rank's tokens with a label; see `LongNet.forward`."""
+        """Return (sum of the losses, number) of this rank's tokens with a label; see `LongNet.forward`.
+
+        The first batch of training is checked by `check_targets` if the pattern is not causal.
+        """
+        if self.training and not self._has_checked_targets:
+            self._has_checked_targets = True
+            if not self.config.pattern.is_causal:
+                check_targets(input_ids, labels)
         losses: TokenLoss = self.model(input_ids, labels, **options)
         return losses
 

@@ -194,7 +194,7 @@ class Reader(L.Callback):
 def test_a_callback_reads_what_the_guard_counted():
     module = LongNetModule({**CONFIG, "preset": "production"})
     row = torch.arange(32)
-    batches = [{"input_ids": row[None], "labels": row.roll(-1)[None]}] * 3
+    batches = [{"input_ids": row[None], "labels": row.roll(1)[None]}] * 3
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
