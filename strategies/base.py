@@ -69,9 +69,10 @@ class RingSequenceParallelStrategy(_ClassBySharding, SplitSteps):
         background_saves: a save in training returns when the checkpoint is copied to the memory of the host.  A thread
             writes it, and the checkpoint gets its name when the disk holds it.  An error of writing ends the run at the
             next step, and fitting ends when all is written.
-        memory_check: compares the memory that `longnet plan` predicts with the memory of each rank, at the first batch:
-            "error" ends a run that cannot fit, and warns if less is free than planned; "warn" warns in both cases, and
-            "off" skips the comparison.
+        memory_check: compares, at the first batch, the memory that `longnet plan` predicts for a LongNet (of other
+            models the parameters, gradients and optimizer states alone) with the memory of each rank: "error" ends a
+            run that cannot fit, and warns if less is free than planned; "warn" warns in both cases, and "off" skips the
+            comparison.
         step_timeout: seconds after which a rank that waits for another one raises an error in all other steps of
             training; at most `timeout`.
         accelerator: as for any strategy, like all that follow; the Trainer sets them.

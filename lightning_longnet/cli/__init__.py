@@ -34,7 +34,7 @@ TRAINER_COMMANDS = {
 }
 # each is a module of this folder
 COMMANDS = {
-    "init": "the configuration of a first run, to begin with",
+    "init": "write the configuration of a first run",
     "doctor": "what this machine has, and whether ranks on it compute what one process does",
     "generate": "continue a text with a trained model",
     "score": "the perplexity and bits per byte of text files, with a trained model",

@@ -81,7 +81,7 @@ _PRESETS = {
     preset.name: preset
     for preset in (
         Preset("collective", "keys are gathered, each row once, before they are used", "gather"),
-        Preset("ring", "keys pass round the ranks: of others' at most two pieces are held at a time", "ring"),
+        Preset("ring", "keys pass from rank to rank; a rank holds those of at most two other ranks at a time", "ring"),
         Preset("ulysses", "ranks trade tokens for heads, and each holds whole sequences of some heads", "swap"),
         Preset("hilbert", "the pattern is drawn along a Hilbert curve over the sequence", ordering="hilbert"),
         Preset("block_sparse", "a share of the blocks of a pattern, by default a tenth", is_sparse=True),
@@ -94,7 +94,7 @@ def available_presets() -> dict[str, str]:
     """Return the name of each preset and a line that describes it.
 
     >>> print(available_presets()["ring"])
-    keys pass round the ranks: of others' at most two pieces are held at a time
+    keys pass from rank to rank; a rank holds those of at most two other ranks at a time
     """
     return {name: preset.line for name, preset in _PRESETS.items()}
 

@@ -94,7 +94,7 @@ def page():
         if name in WITHOUT_POSITIONS:
             packed = "documents in the batch, always needed over ranks"
         if name in LEAKS:
-            packed += "; transformers' own mask shows other documents"
+            packed += "; transformers' own mask does not separate documents"
         lines.append(f"| {name} | `{config_name}` | {keys} | {', '.join(extras)} | {packed} |")
     refused = []
     for name, (config_name, options) in REFUSED.items():
