@@ -374,7 +374,7 @@ def device(capability=(9, 0), half=fused.HALF):
             )
         patch.setattr(torchs, "_capability", lambda _: capability)
         patch.setattr(cudnn, "_missing_reasons", tuple)
-        patch.setattr(sdpa, "_serving", lambda _: cuda)
+        patch.setattr(sdpa, "_module_of", lambda _: cuda)
         patch.setattr(sdpa, "takes_weights", lambda _: False)
         patch.setattr(fused, "HALF", half)
         flash._interface.cache_clear()
