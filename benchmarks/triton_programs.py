@@ -159,11 +159,15 @@ def _cuobjdump() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--capability", default="9.0")
-    capability = int(parser.parse_args().capability.replace(".", ""))
+    parser.add_argument("--widths", type=int, nargs="+", help="the widths of heads; by default all of the table")
+    options = parser.parse_args()
+    capability = int(options.capability.replace(".", ""))
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit("TRITON_INTERPRET must not be set: it has Triton interpret programs instead of compiling them")
     with device_of(capability):
         for (program, width), tile in table().items():
+            if options.widths is not None and width not in options.widths:
+                continue
             for name, form in FORMS.items():
                 found = resources(program, width, tile, form, torch.bfloat16)
                 row = {"kernel": program, "width": width, "form": name, **tile._asdict(), **found._asdict()}

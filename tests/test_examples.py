@@ -47,7 +47,7 @@ def test_the_trainer_in_python_ends_with_a_text(tmp_path):
     assert "done" in shown
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_images_are_distinguished_better_than_by_chance():
     (share,) = re.findall(r"([\d.]+)% are told rightly, by 2 processes", run("examples/longvit.py"))
     assert float(share) > 50

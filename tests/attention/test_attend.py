@@ -10,7 +10,7 @@ KERNELS = ["sdpa", "eager", "reference"]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=160, deadline=None)
 @given(case=drawn.cases())
 def test_equals_brute_force_in_float64(kernel, case):
     compare_attention(case, kernel, torch.float64, 1e-10)

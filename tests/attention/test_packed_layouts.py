@@ -177,7 +177,9 @@ def test_joined_calls_are_separate_calls(rows, pattern, causal, mix, ordering, d
 @pytest.mark.parametrize(
     ("many", "pattern", "kind"),
     tiered(
-        product([10, 1000, 4000], ["dense", "five branches"], ["equal", "zipf", "cuts", "ones"]), quick=[], covers=1
+        product([10, 1000, 4000], ["dense", "five branches"], ["equal", "zipf", "cuts", "ones"]),
+        quick=[],
+        long=[(10, "dense", "zipf"), (1000, "five branches", "cuts")],
     ),
 )
 def test_many_documents(many, pattern, kind):

@@ -27,19 +27,19 @@ def drawn_on(pool, world, exchange, data, dtype, tolerance):
     compare(pool, world, exchange, *data.draw(split_cases(world)), dtype, tolerance)
 
 
-def on(*worlds):
+def on(*worlds, long):
     """Every exchange on every world, on these in the quick tests already."""
-    return tiered(product(WORLDS, EXCHANGES), quick=product(worlds, EXCHANGES))
+    return tiered(product(WORLDS, EXCHANGES), quick=product(worlds, EXCHANGES), long=long)
 
 
-@pytest.mark.parametrize(("world", "exchange"), on(1, 2, 3, 5))
+@pytest.mark.parametrize(("world", "exchange"), on(1, 2, 3, 5, long=[(4, "gather"), (8, "ring"), (8, "swap")]))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_equals_brute_force_in_float64(pool, world, exchange, data):
     drawn_on(pool, world, exchange, data, torch.float64, 1e-10)
 
 
-@pytest.mark.parametrize(("world", "exchange"), on(1, 3))
+@pytest.mark.parametrize(("world", "exchange"), on(1, 3, long=[(5, "auto"), (8, "gather")]))
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_equals_brute_force_in_float32(pool, world, exchange, data):

@@ -90,7 +90,7 @@ def test_an_exported_folder_reads_as_a_checkpoint(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("kind", ["untied", pytest.param("tied", marks=pytest.mark.full)])
 def test_transformers_reads_the_folder_and_writes_it_again(kind, tmp_path):
     model = longnet(**KINDS[kind], vocab_size=256)
     export_model(model, tmp_path / "out", "huggingface", tokenizer=tokenizer_of("bytes"))

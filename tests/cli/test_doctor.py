@@ -99,7 +99,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_ranks_of_torchrun_are_used(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "lightning_longnet", "doctor", "--ranks=2"]
@@ -118,7 +118,7 @@ def cluster(tmp_path_factory):
     result.close()
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_ranks_of_slurm_generate_a_text(cluster, tmp_path, capsys):
     torch.manual_seed(0)
     model = LongNet(LongNetConfig(Pattern.dilated((8, 64), (1, 2), is_causal=True), dim=16, layers=1, heads=4))
@@ -133,7 +133,7 @@ def test_ranks_of_slurm_generate_a_text(cluster, tmp_path, capsys):
     assert shown.count("abc") == 1
 
 
-@pytest.mark.full  # those of torchrun and of SLURM are long tests above
+@pytest.mark.full
 def test_ranks_of_slurm_are_used(cluster):
     doctor = [sys.executable, "-m", "lightning_longnet", "doctor", "--ranks=2"]
     places = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -73,7 +73,7 @@ def test_examples_of_a_short_help_are_commands_that_parse(monkeypatch):
                     assert option in known, line
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_all_options_are_printed_on_demand():
     result = run("fit", "--help-all")
     assert result.returncode == 0

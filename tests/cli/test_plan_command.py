@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 SIZES, STRATEGIES = (
     sorted(path.stem for path in (ROOT / "configs" / folder).glob("*.yaml")) for folder in ("longnet", "strategies")
 )
+PLAIN = [name for name in STRATEGIES if name not in ("fsdp2_offload", "deepspeed_stage_3", "hsdp")]
 QUICKSTART = f"--config={ROOT}/configs/quickstart.yaml"
 SMALL = [QUICKSTART, "--device", "h200", "--model.config.layers", "1", "--model.config.dim", "16"]
 SHAPE = {"vocab_size": 8, "layers": 1, "pattern": {"branches": [{"segment_length": 16}]}}
@@ -28,7 +29,7 @@ def printed(capsys, *words):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", tiered(SIZES, quick=["125m"]))
+@pytest.mark.parametrize("name", tiered(SIZES, quick=["125m"], full=["350m", "760m", "2_7b"]))
 def test_every_size_is_read(name):
     job = read_job(["--config", f"{ROOT}/configs/longnet/{name}.yaml"], nodes=2, per_node=8)
     assert job.ranks == job.shared_by == 16
@@ -57,7 +58,7 @@ def test_kept_blocks_are_read(tmp_path):
     assert result.sparsity == Sparsity("strided", 4, 0.5)
 
 
-@pytest.mark.parametrize("name", tiered(STRATEGIES, quick=["fsdp2_offload", "deepspeed_stage_3"]))
+@pytest.mark.parametrize("name", tiered(STRATEGIES, quick=["fsdp2_offload", "deepspeed_stage_3"], full=PLAIN))
 def test_every_strategy_is_laid_over(name):
     job = read_job([QUICKSTART, "--config", f"{ROOT}/configs/strategies/{name}.yaml"])
     assert job.sharding == name

@@ -92,7 +92,7 @@ def test_a_rank_that_ends_is_named_with_its_last_words():
             {1: "gave no answer before it had started", 0: "gave no answer while connecting to the "},
             marks=pytest.mark.full,
         ),
-        pytest.param("stopped", 20, {1: "gave no answer in ring", 0: "gave no answer in "}, marks=pytest.mark.long),
+        pytest.param("stopped", 20, {1: "gave no answer in ring", 0: "gave no answer in "}, marks=pytest.mark.full),
         pytest.param("killed", 90, {1: "ended with status -9 in ring"}, marks=pytest.mark.long),
         pytest.param("raising", 90, {1: r"failed in ring: RuntimeError: no such wire$"}, marks=pytest.mark.full),
     ],

@@ -48,7 +48,7 @@ def run(source, folder, names):
     return shown.getvalue()
 
 
-@pytest.mark.parametrize("name", tiered(pages.NOTEBOOKS, quick=[], full=list(pages.NOTEBOOKS)[1:]))
+@pytest.mark.parametrize("name", tiered(pages.NOTEBOOKS, quick=[], long=["patterns"]))
 def test_the_cells_of_a_notebook_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names, losses = {}, []

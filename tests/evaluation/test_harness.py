@@ -198,6 +198,7 @@ def test_the_command_runs_tasks(folder, plain, tmp_path):
     assert answers == model.generate_until(requests(*contexts), disable_tqdm=True)
 
 
+@pytest.mark.full
 def test_mistakes_are_one_line(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["longnet"])
     words = ["--model", "longnet", "--model_args", f"checkpoint={folder}/encoder.ckpt", "--tasks", "tiny_choice"]

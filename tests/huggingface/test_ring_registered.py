@@ -21,7 +21,7 @@ print(model(torch.arange(9)[None]).logits.shape)
 """
 
 
-@pytest.mark.parametrize("order", tiered(ORDERS, quick=[], full=["second", "after a model"]))
+@pytest.mark.parametrize("order", tiered(ORDERS, quick=[], full=["second", "after a model", "between"]))
 def test_the_order_of_imports_does_not_matter(order):
     done = subprocess.run([sys.executable, "-c", ORDERS[order] + USE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -53,7 +53,7 @@ def true_lists(parts, key, make=launch._make_launches):
 def emulate():
     """Let the kernels take the tensors for those of a Hopper GPU."""
     torchs._capability = lambda device: (9, 0)
-    sdpa._serving = lambda q: cuda
+    sdpa._module_of = lambda q: cuda
     sdpa.takes_weights = lambda device: False
     cudnn._lse_dims = lambda device, dtype: 3
     activated.activated_implementation = lambda implementation: nullcontext()

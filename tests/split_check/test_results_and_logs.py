@@ -106,7 +106,7 @@ def predicted(rank, world, size, placement):
 @pytest.mark.parametrize(
     ("world", "size", "placement"),
     [
-        pytest.param(2, 2, "zigzag", marks=pytest.mark.long),
+        pytest.param(2, 2, "zigzag", marks=pytest.mark.full),
         pytest.param(2, 2, "contiguous", marks=pytest.mark.full),
         pytest.param(4, 2, "contiguous", marks=pytest.mark.full),
     ],

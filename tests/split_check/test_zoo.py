@@ -65,7 +65,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the split check is inconclusive"
         pytest.param(2, 2, RIGHT, "contiguous", marks=pytest.mark.full),
         pytest.param(2, 2, RIGHT_IN_ANY_ORDER, "zigzag", marks=pytest.mark.full),
         pytest.param(3, 3, RIGHT, "contiguous", marks=pytest.mark.full),
-        pytest.param(4, 2, RIGHT, "contiguous", marks=pytest.mark.long),
+        pytest.param(4, 2, RIGHT, "contiguous", marks=pytest.mark.full),
     ],
 )
 def test_no_right_module_is_accused(trainers, world, size, kinds, placement):

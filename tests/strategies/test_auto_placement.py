@@ -90,7 +90,7 @@ def fit(rank, world, kind, sharding):
     return kept.losses, placed, [line for line in lines if "placement" in line]
 
 
-@pytest.mark.parametrize("kind", tiered(KINDS, quick=["mixed"]))
+@pytest.mark.parametrize("kind", tiered(KINDS, quick=["mixed"], full=["dense", "dilated", "own", "asked early"]))
 def test_the_layers_choose_and_the_losses_are_those_of_one_process(trainers, kind):
     ((expected, alone, unlogged),) = trainers.run(1, fit, kind, "ddp")
     assert (alone, unlogged) == ("contiguous", [])  # of one rank, nothing is chosen
@@ -104,8 +104,7 @@ def test_the_layers_choose_and_the_losses_are_those_of_one_process(trainers, kin
     assert f"at {LENGTH} tokens the busiest of 2 ranks" in line
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", ["mixed", "made later"])
+@pytest.mark.parametrize("kind", tiered(["mixed", "made later"], quick=[], full=["mixed"]))
 def test_sharded_parameters_change_no_choice(trainers, kind):
     ((expected, *_),) = trainers.run(1, fit, kind, "ddp")
     for losses, placed, _ in trainers.run(2, fit, kind, "fsdp2"):

@@ -71,8 +71,7 @@ def test_a_run_with_an_average_is_saved_and_resumed(trainers, tmp_path):
         compare((result[0][-6:], result[1]), (losses[-6:], parameters), 1e-9)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", tiered([2, 3], quick=[], full=[2]))
 def test_deepspeed_averages_what_it_does_not_shard(trainers, deepspeed_trainers, stage):
     outcomes = deepspeed_trainers(2).outcomes(2, fit_averaged, Checked, f"deepspeed_stage_{stage}", torch.float32)
     expected = trainers.run(1, fit_averaged, Checked, "ddp", torch.float32)[0] if stage == 2 else None

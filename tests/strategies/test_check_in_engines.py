@@ -212,7 +212,7 @@ def trained(rank, world, split_check):
     return made[0].trained
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_a_check_whose_backward_raises_leaves_fsdp2_able_to_train(trainers):
     """FSDP2 is left in the middle of a step by the error, and would give no gradients to later ones."""
     for unchecked, checked in zip(trainers.run(2, trained, "off"), trainers.run(2, trained, "error"), strict=True):

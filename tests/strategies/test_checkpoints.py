@@ -55,13 +55,13 @@ def check(trainers, sharding, setting, folder, tolerance, meshes=OTHERS):
 
 
 @pytest.mark.parametrize(
-    ("sharding", "mesh"), tiered(product(["ddp", "fsdp2", "hsdp"], OTHERS), quick=[("fsdp2", "2x1")], covers=1)
+    ("sharding", "mesh"), tiered(product(["ddp", "fsdp2", "hsdp"], OTHERS), quick=[("fsdp2", "2x1")], long=[])
 )
 def test_float64_goes_on_elsewhere(trainers, sharding, mesh, tmp_path):
     check(lambda _: trainers, sharding, FLOAT64, str(tmp_path), 1e-9, [mesh])
 
 
-@pytest.mark.parametrize("stage", tiered([1, 2, 3], quick=[], full=[1, 2]))
+@pytest.mark.parametrize("stage", tiered([1, 2, 3], quick=[], long=[]))
 def test_deepspeed_goes_on_elsewhere(deepspeed_trainers, stage, tmp_path):
     check(deepspeed_trainers, f"deepspeed_stage_{stage}", DEEPSPEED, str(tmp_path), 1e-5)
 
@@ -118,9 +118,7 @@ def run_again(rank, world, sharding):
 
 @pytest.mark.parametrize(
     "sharding",
-    tiered(
-        ["ddp", "fsdp2", "hsdp", "deepspeed_stage_1", "deepspeed_stage_2"], quick=[], full=["hsdp", "deepspeed_stage_1"]
-    ),
+    tiered(["ddp", "fsdp2", "hsdp", "deepspeed_stage_1", "deepspeed_stage_2"], quick=[], long=["deepspeed_stage_2"]),
 )
 def test_a_module_is_fitted_validated_and_fitted_again(trainers, deepspeed_trainers, sharding):
     workers = deepspeed_trainers(2) if sharding.startswith("deepspeed") else trainers

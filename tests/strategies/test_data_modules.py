@@ -164,7 +164,7 @@ def same(result, expected):
             torch.testing.assert_close(torch.as_tensor(x), torch.as_tensor(y), rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("mesh", tiered(["1x2", "2x1"], quick=["2x1"]))
+@pytest.mark.parametrize("mesh", tiered(["1x2", "2x1"], quick=["2x1"], long=[]))
 def test_a_run_is_that_of_one_process_on_any_mesh(trainers, alone, path, mesh):
     world, size = MESHES[mesh]
     losses, batches, _, rows, *_ = alone
@@ -240,7 +240,7 @@ def test_each_row_is_predicted_once(trainers, path):
         assert torch.equal(result, expected[rank::2])
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_deepspeed_reads_the_same(deepspeed_trainers, alone, path):
     """Its steps have an engine's own rounding."""
     for result in deepspeed_trainers(2).run(2, Run("deepspeed_stage_1", 2, path, max_epochs=1)):

@@ -34,7 +34,7 @@ def test_the_plain_loop_learns():
 
 
 @pytest.mark.parametrize(
-    ("sharding", "mesh"), tiered(product(["ddp", "fsdp2"], MESHES), quick=[("ddp", "1x2")], covers=1)
+    ("sharding", "mesh"), tiered(product(["ddp", "fsdp2"], MESHES), quick=[("ddp", "1x2")], long=[("fsdp2", "2x2")])
 )
 def test_float64_equals_a_plain_loop(trainers, sharding, mesh):
     world, size = MESHES[mesh]
@@ -42,7 +42,7 @@ def test_float64_equals_a_plain_loop(trainers, sharding, mesh):
         compare(result, expected("float64"), 1e-6)
 
 
-@pytest.mark.parametrize("mesh", tiered(MESHES, quick=[], full=list(MESHES)[1:]))
+@pytest.mark.parametrize("mesh", tiered(MESHES, quick=[], long=[]))
 def test_float32_of_deepspeed_equals_a_plain_loop(deepspeed_trainers, mesh):
     world, size = MESHES[mesh]
     for result in deepspeed_trainers(world).run(world, fit, "float32", "deepspeed_stage_3", size):
@@ -51,7 +51,11 @@ def test_float32_of_deepspeed_equals_a_plain_loop(deepspeed_trainers, mesh):
 
 @pytest.mark.parametrize(
     ("sharding", "recompute"),
-    tiered(product(["fsdp2", "deepspeed_stage_3"], ["everything", "all but attention"]), quick=[], covers=1),
+    tiered(
+        product(["fsdp2", "deepspeed_stage_3"], ["everything", "all but attention"]),
+        quick=[],
+        long=[("fsdp2", "everything")],
+    ),
 )
 def test_savings_of_memory_train_the_same(request, sharding, recompute):
     trainers, dtype, tolerance = runs_of(sharding, request)
@@ -77,7 +81,12 @@ def runs_of(sharding, request):
 
 
 @pytest.mark.parametrize(
-    ("sharding", "adapted"), tiered(product(["ddp", "fsdp2", "deepspeed_stage_3"], [False, True]), quick=[], covers=1)
+    ("sharding", "adapted"),
+    tiered(
+        product(["ddp", "fsdp2", "deepspeed_stage_3"], [False, True]),
+        quick=[],
+        long=[("fsdp2", True), ("deepspeed_stage_3", False)],
+    ),
 )
 def test_a_run_goes_on_from_another_mesh_and_is_exported(request, tmp_path, base, sharding, adapted):
     from transformers import AutoModelForCausalLM
@@ -109,7 +118,7 @@ def options_of_module(options):
 
 @pytest.mark.parametrize(
     ("sharding", "is_padded"),
-    tiered([("ddp", False), ("fsdp2", False), ("fsdp2", True)], quick=[], covers=1),
+    tiered([("ddp", False), ("fsdp2", False), ("fsdp2", True)], quick=[], long=[("fsdp2", True)]),
 )
 def test_predicted_texts_are_those_of_one_process(trainers, sharding, is_padded):
     (alone,) = trainers.run(1, predict, "ddp", 1, is_padded)
@@ -118,8 +127,7 @@ def test_predicted_texts_are_those_of_one_process(trainers, sharding, is_padded)
         assert result.tolist() == alone.tolist()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("reads_parts", [False, True])
+@pytest.mark.parametrize("reads_parts", tiered([False, True], quick=[], long=[True]))
 def test_rows_of_several_documents_are_refused_on_all_ranks(trainers, reads_parts):
     """Also where each rank sees one document of them."""
     for message in trainers.run(2, predict_documents, reads_parts):

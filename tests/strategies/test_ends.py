@@ -16,6 +16,8 @@ def call(request, forking_process):
 
     def call(function, folder, **options):
         if request.param == "processes":
+            if "timeout" in options:  # new processes do not connect at the same time
+                options["timeout"] *= 4
             return function(start, folder, options)
         return forking_process.result(function, start_forked, folder, options)
 
@@ -53,7 +55,7 @@ def test_sigkill_to_the_launcher(call, tmp_path):
     assert sorted(losses(tmp_path, 0)) == [0, 1, 2, 3]
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_sigterm_to_the_launcher_before_the_ranks_are_connected(tmp_path):
     assert run(start, tmp_path, {"at": ["connecting", 0], "timeout": 600}) < 0
 
@@ -64,6 +66,7 @@ def test_a_rank_that_stands_still(call, tmp_path):
     assert sorted(losses(tmp_path, 1)) == [0, 1, 2, 3]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("call", STARTS, indirect=True)
 def test_deepspeed_goes_on_after_sigterm(call, tmp_path):
     kind = "deepspeed_stage_2"

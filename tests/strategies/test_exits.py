@@ -44,7 +44,7 @@ def test_a_message_before_the_end_of_the_process(tmp_path):
     assert ended.returncode == 0, ended.stderr
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_a_rank_that_a_signal_ends_prints_its_stacks(tmp_path):
     ended = run(tmp_path, "abort")
     assert ended.returncode == -SIGABRT

@@ -62,7 +62,9 @@ def double():
 PLACED = product(["contiguous", "zigzag"], ["auto", "gather", "ring", "swap"])
 
 
-@pytest.mark.parametrize(("placement", "exchange"), tiered(PLACED, quick=[("zigzag", "ring")], covers=1))
+@pytest.mark.parametrize(
+    ("placement", "exchange"), tiered(PLACED, quick=[("zigzag", "ring")], long=[("contiguous", "swap")])
+)
 def test_documents_by_any_exchange_and_placement(trainers, exchange, placement):
     expected = reference(DOCUMENTS)
     for result in trainers.run(2, fit_placed, DOCUMENTS, exchange, placement):
@@ -125,7 +127,7 @@ def reference_of_windows(setting, clip_value=None, by_tokens=True):
 
 @pytest.mark.parametrize(
     ("sharding", "mesh"),
-    tiered([("ddp", "1x2"), ("fsdp2", "2x2"), ("hsdp", "2x2")], quick=[], full=[("fsdp2", "2x2")]),
+    tiered([("ddp", "1x2"), ("fsdp2", "2x2"), ("hsdp", "2x2")], quick=[], long=[("hsdp", "2x2")]),
 )
 def test_micro_batches_may_count_by_their_tokens(trainers, sharding, mesh):
     world, size = MESHES[mesh]
@@ -171,7 +173,7 @@ PRECISIONS = product(["bf16-mixed", "bf16-true", "32-true"], ["ddp", "fsdp2", "d
     tiered(
         PRECISIONS,
         quick=[("bf16-mixed", "fsdp2")],
-        full=[("bf16-mixed", "ddp"), ("bf16-true", "fsdp2"), ("32-true", "ddp"), ("32-true", "fsdp2")],
+        long=[("bf16-true", "ddp")],
     ),
 )
 def test_half_precision_follows_the_full_one(trainers, deepspeed_trainers, sharding, precision):
@@ -216,7 +218,7 @@ def fit_checkpointed(rank, world, kind, sharding):
 
 @pytest.mark.parametrize(
     ("kind", "sharding"),
-    tiered(product([Checkpointed, KeptAttention], ["ddp", "fsdp2"]), quick=[], covers=1),
+    tiered(product([Checkpointed, KeptAttention], ["ddp", "fsdp2"]), quick=[], long=[(KeptAttention, "fsdp2")]),
 )
 def test_activations_may_be_computed_again(trainers, kind, sharding):
     expected = reference(DOCUMENTS)
@@ -265,7 +267,7 @@ def run_averaged(rank, world, kind, sharding="ddp"):
 
 @pytest.mark.parametrize(
     ("kind", "sharding"),
-    tiered(product(["ema", "swa"], ["ddp", "fsdp2", "hsdp"]), quick=[], covers=1),
+    tiered(product(["ema", "swa"], ["ddp", "fsdp2", "hsdp"]), quick=[], long=[("swa", "fsdp2")]),
 )
 def test_weights_are_averaged(trainers, kind, sharding):
     expected = trainers.run(1, run_averaged, kind)[0]

@@ -105,7 +105,7 @@ def failing_in_a_step(rank, world, breaks):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("breaks", ["forward", "backward"])
+@pytest.mark.parametrize("breaks", [pytest.param("forward", marks=pytest.mark.full), "backward"])
 def test_an_error_in_a_step_carries_advice_on_all_ranks(breaks):
     own = Trainers(2)  # gloo's threads never rest again once a peer has given up
     try:

@@ -69,7 +69,7 @@ def expected(trainers):
     tiered(
         [(2, "ddp", 2), (2, "fsdp2", 2), (4, "ddp", 2), (4, "hsdp", 2), (4, "fsdp2", 4)],
         quick=[],
-        full=[(2, "ddp", 2), (4, "ddp", 2), (4, "fsdp2", 4)],
+        long=[(4, "hsdp", 2)],
     ),
 )
 def test_runs_are_equal_on_every_mesh(trainers, expected, world, sharding, size):

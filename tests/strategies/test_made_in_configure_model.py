@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from decoder_runs import BATCH, CONFIG, STEPS, KeepLosses, order, rows
+from tiers import tiered
 from torch import nn
 from torch.utils.data import DataLoader
 from trained import SMALL_BUCKETS, KeepParameters, collated, quiet, sums, trainer_of
@@ -117,8 +118,7 @@ def folder(tmp_path_factory):
     return str(path)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiered(KINDS, quick=[], long=["weights"]))
 def test_training_equals_one_process(deepspeed_trainers, folder, kind):
     expected, parameters = loop(kind, folder)
     assert expected[-1] < expected[0]

@@ -32,7 +32,7 @@ EVERYWHERE = list(product(MESHES, ["ddp", "fsdp2"]))
 
 @pytest.mark.parametrize(
     ("mesh", "sharding"),
-    tiered(EVERYWHERE, quick=[("1x2", "ddp")], full=[case for case in EVERYWHERE if case[1] == "fsdp2"]),
+    tiered(EVERYWHERE, quick=[("1x2", "ddp")], long=[("1x4", "ddp")]),
 )
 def test_throughput_is_that_of_all_ranks(trainers, mesh, sharding):
     world, size = MESHES[mesh]
@@ -81,7 +81,7 @@ def test_padding_and_documents_are_those_of_the_logged_batch(trainers, mesh):
             *(("1x4", exchange) for exchange in ("ring", "auto")),
         ],
         quick=[("2x2", "gather")],
-        covers=1,
+        long=[("1x2", "swap"), ("1x4", "ring")],
     ),
 )
 def test_bytes_are_those_on_the_wire_and_those_of_the_plan(trainers, mesh, exchange):
@@ -116,7 +116,7 @@ def test_what_is_computed_again_is_sent_again(trainers, exchange):
         assert result["by_rank"]["predicted_bytes"] == result["by_rank"]["sent_bytes"]
 
 
-@pytest.mark.parametrize(("slow", "is_before"), tiered(product([0, 1], [True, False]), quick=[], covers=1))
+@pytest.mark.parametrize(("slow", "is_before"), tiered(product([0, 1], [True, False]), quick=[], long=[(1, True)]))
 def test_the_slowest_rank_is_the_one_that_others_wait_for(trainers, slow, is_before):
     for result in trainers.run(2, watch, 2, "ddp", sgd, LENGTH, False, "gather", (slow, is_before)):
         figures = last(result)

@@ -19,7 +19,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("world", "shared", "exchange", "tokens", "model", "accumulate", "batch"),
-    tiered(CASES, quick=[CASES[4]], full=CASES[1:4:2]),
+    tiered(CASES, quick=[CASES[4]], long=[CASES[2]]),
 )
 def test_bytes_of_a_run(trainers, world, shared, exchange, tokens, model, accumulate, batch):
     job = Job(

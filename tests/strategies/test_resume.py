@@ -51,7 +51,7 @@ def test_in_the_middle_of_a_later_epoch(trainers, tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("saved_by", "resumed_by"),
-    tiered([("ddp", "fsdp2"), ("fsdp2 in one file", "ddp")], quick=[]),
+    tiered([("ddp", "fsdp2"), ("fsdp2 in one file", "ddp")], quick=[], long=[("ddp", "fsdp2")]),
 )
 def test_one_file_goes_on_under_another_engine(trainers, tmp_path, saved_by, resumed_by):
     compare(trainers, tmp_path, 2, saved_by, ["7-batch.ckpt"], resumed_by=resumed_by)

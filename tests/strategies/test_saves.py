@@ -88,7 +88,12 @@ def files_of(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("engine", "kind"), tiered(product(ENGINES, DAMAGES), quick=[("fsdp2", "flip"), ("fsdp2", "older")], covers=1)
+    ("engine", "kind"),
+    tiered(
+        product(ENGINES, DAMAGES),
+        quick=[("fsdp2", "flip"), ("fsdp2", "older")],
+        long=[("ddp", "cut"), ("deepspeed_stage_3", "delete")],
+    ),
 )
 def test_each_damaged_file_is_named_and_passed_over(saved, engine, kind, tmp_path):
     source, _ = saved(engine)
@@ -131,7 +136,7 @@ def fit_without_name(rank, world, sharding, folder):
     return fit_with_last(rank, world, sharding, folder, "last")
 
 
-@pytest.mark.parametrize("engine", tiered(ENGINES, quick=[], full=SAVED_ALIKE))
+@pytest.mark.parametrize("engine", tiered(ENGINES, quick=[], long=["fsdp2"]))
 def test_last_is_found_when_its_name_is_gone(trainers, deepspeed_trainers, saved, engine, tmp_path):
     source, losses = saved(engine)
     shutil.copytree(source, tmp_path / "run")
@@ -326,9 +331,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("engine", "other", "words"), tiered(REFUSED, quick=[("fsdp2", "ddp", "'fsdp2_offload' or 'hsdp'")])
-)
+@pytest.mark.parametrize(("engine", "other", "words"), tiered(REFUSED, quick=REFUSED[:1], long=REFUSED[1:3]))
 def test_a_checkpoint_of_an_engine_that_cannot_be_read_is_refused(
     trainers, deepspeed_trainers, saved, engine, other, words
 ):

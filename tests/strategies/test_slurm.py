@@ -105,7 +105,7 @@ def test_losses_are_those_of_one_process_though_usr1_stops_it(cluster, alone, tm
     assert job.saved() == ["hpc_ckpt_1.ckpt"]
 
 
-@pytest.mark.parametrize("signalled", tiered(["all ranks", "rank 2"], quick=[], full=["all ranks"]))
+@pytest.mark.parametrize("signalled", tiered(["all ranks", "rank 2"], quick=[], long=[]))
 def test_sigterm_ends_it_with_one_checkpoint(cluster, alone, tmp_path, signalled):
     job = Job(cluster, tmp_path, "--steps=10000", "--pause=0.3")
     job.await_step(2)
@@ -118,6 +118,7 @@ def test_sigterm_ends_it_with_one_checkpoint(cluster, alone, tmp_path, signalled
     assert job.saved() == ["hpc_ckpt_1.ckpt"]
 
 
+@pytest.mark.full
 def test_a_rank_that_is_killed_has_the_job_queued_again(cluster, alone, tmp_path):
     job = Job(cluster, tmp_path, f"--steps={STEPS}", "--pause=0.5", "--save-every=2")
     job.await_step(4)

@@ -39,14 +39,18 @@ def compare(result, reference, tolerance):
 QUICK = [("ddp", "1x2"), ("ddp", "2x1"), ("fsdp2", "1x2"), ("hsdp", "2x2")]
 
 
-@pytest.mark.parametrize(("sharding", "mesh"), tiered(product(["ddp", "fsdp2", "hsdp"], MESHES), quick=QUICK, covers=1))
+@pytest.mark.parametrize(
+    ("sharding", "mesh"), tiered(product(["ddp", "fsdp2", "hsdp"], MESHES), quick=QUICK, long=[("fsdp2", "1x4")])
+)
 def test_float64_equals_one_process(trainers, sharding, mesh):
     world, size = MESHES[mesh]
     for result in trainers.run(world, fit, FLOAT64, sharding, size):
         compare(result, expected("float64"), 1e-9)
 
 
-@pytest.mark.parametrize(("stage", "mesh"), tiered(product([1, 2, 3], MESHES), quick=[(3, "1x2")], covers=1))
+@pytest.mark.parametrize(
+    ("stage", "mesh"), tiered(product([1, 2, 3], MESHES), quick=[(3, "1x2")], long=[(1, "2x1"), (2, "2x2")])
+)
 def test_float32_of_deepspeed_equals_one_process(deepspeed_trainers, stage, mesh):
     world, size = MESHES[mesh]
     for result in deepspeed_trainers(world).run(world, fit, FLOAT32, f"deepspeed_stage_{stage}", size):

@@ -236,13 +236,13 @@ def compared(trainers, kind, sharding, stage="fit"):
 CLIPPED = [ClippedByNorm, ClippedByValue, ClippedByOwnCode, ClippedByLightning]
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharding", ["fsdp2", pytest.param("ddp", marks=pytest.mark.full)])
 def test_gradients_may_be_changed_before_an_update_by_hand(trainers, sharding):
     for kind in CLIPPED:
         assert compared(trainers, kind, sharding) == [], kind
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp2", marks=pytest.mark.full)])
 def test_modules_of_users_are_as_in_one_process(trainers, sharding):
     for kind in (NormsAreLogged, Weighted, Nested, CrossAttention, PlateauOfAll, ChangedBefore):
         assert compared(trainers, kind, sharding) == [], kind
@@ -255,7 +255,7 @@ def refused(trainers, kind, sharding, stage="fit"):
     return [value[1] for _, value in outcomes]
 
 
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharding", ["fsdp2", pytest.param("ddp", marks=pytest.mark.full)])
 def test_learning_rates_of_one_rank_are_refused(trainers, sharding):
     for kind in (PlateauOfOneRank, RatesByOwnTokens):
         for message in refused(trainers, kind, sharding):

@@ -20,7 +20,7 @@ import faults_of_ranks  # isort: skip
 
 RANKS = (0, 1)
 MATRIX = [(fault, rank, phase) for fault in FAULTS for rank in RANKS for phase in PHASES]
-PROCESSES = [("exception", 1, "backward")]
+UNSUPERVISED = [("exception", "validation", "ddp"), ("exit 0", "save", "fsdp2")]
 FORKS = [
     *(("exit 0", 1, "forward"), ("exit 3", 0, "save"), ("abort", 1, "validation"), ("segfault", 0, "backward")),
     *(("SIGINT", 1, "forward"), ("SIGTERM", 1, "validation"), ("SIGKILL", 0, "save"), ("SIGSTOP", 0, "forward")),
@@ -28,9 +28,7 @@ FORKS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("fault", "rank", "phase"), tiered(MATRIX, quick=[], full=[case for case in MATRIX if case not in PROCESSES])
-)
+@pytest.mark.parametrize(("fault", "rank", "phase"), tiered(MATRIX, quick=[], long=[]))
 def test_a_fault(tmp_path, saved, fault, rank, phase):
     resume = str(saved / "step=2.ckpt") if phase == "load" else None
     process = start(tmp_path, "--restarts", "0", fault=fault, rank=rank, phase=phase, resume=resume)
@@ -83,7 +81,7 @@ def test_a_run_that_is_killed_is_restarted_and_equal(tmp_path, forking_process, 
     assert all(torch.equal(expected[name], result[name]) for name in expected)
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_torchrun_restarts_the_ranks_and_they_go_on(tmp_path):
     # else torchrun keeps a store whose addresses of gloo are those of the ranks that ended
     variables = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
@@ -137,8 +135,7 @@ def lines_of(printed):
     return ["".join(writes).strip().splitlines() for writes in printed]
 
 
-@pytest.mark.full  # the test below has one such fault in the long tests
-@pytest.mark.parametrize(("fault", "phase", "kind"), [("exception", "validation", "ddp"), ("exit 0", "save", "fsdp2")])
+@pytest.mark.parametrize(("fault", "phase", "kind"), tiered(UNSUPERVISED, quick=[], long=UNSUPERVISED[:1]))
 def test_each_rank_names_the_first_without_a_supervisor(tmp_path, fault, phase, kind):
     statuses, writes = outputs(tmp_path, 2, fault=fault, rank=1, phase=phase, kind=kind)
     printed = lines_of(writes)
@@ -155,7 +152,7 @@ def test_each_rank_names_the_first_without_a_supervisor(tmp_path, fault, phase, 
             assert last[rank] in writes[rank][-1], writes[rank]
 
 
-@pytest.mark.parametrize("ranks", tiered([[0, 1], [2, 3]], quick=[], full=[[2, 3]]))
+@pytest.mark.parametrize("ranks", tiered([[0, 1], [2, 3]], quick=[], long=[]))
 @pytest.mark.parametrize("kind", tiered(["ddp", "fsdp2"], quick=[], full=["fsdp2"]))
 def test_an_error_of_one_group_ends_all_ranks_by_its_name(tmp_path, kind, ranks):
     """Where the group of rank 0 fails, rank 0 holds what it reports until the others have read it."""

@@ -62,7 +62,11 @@ def results(tensors, pattern, **options):
 @pytest.mark.usefixtures("small_tasks")
 @pytest.mark.parametrize(
     ("name", "options", "number"),
-    tiered(product(PATTERNS, OPTIONS, [2, 3]), quick=[("longnet", o, 2) for o in OPTIONS] + [("sparse", "padded", 3)]),
+    tiered(
+        product(PATTERNS, OPTIONS, [2, 3]),
+        quick=[("longnet", o, 2) for o in OPTIONS] + [("sparse", "padded", 3)],
+        covers=2,
+    ),
 )
 def test_tasks_are_exact(name, options, number):
     pattern = PATTERNS[name]

@@ -114,7 +114,7 @@ TILES = st.tuples(st.sampled_from([1, 2, 4, 16]), st.sampled_from([1, 2, 4, 8]))
 NESTED = [Shown(8), Shown(16, 2), Shown(32, 4)]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     case=shown_branches(),
     kv_heads=st.integers(1, 5),

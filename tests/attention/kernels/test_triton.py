@@ -160,7 +160,9 @@ def test_offsets_of_64_bits(interpreted, tmp_path, axis):
         close(one, true, TOLERANCE)
 
 
-@pytest.mark.parametrize(("world", "exchange"), tiered(product((2, 3), ("gather", "ring", "swap")), quick=[], covers=1))
+@pytest.mark.parametrize(
+    ("world", "exchange"), tiered(product((2, 3), ("gather", "ring", "swap")), quick=[], long=[(3, "ring")])
+)
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_ranks_equal_brute_force(ranks, world, exchange, data):
