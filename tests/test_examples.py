@@ -64,7 +64,7 @@ def test_a_model_of_transformers_is_trained_by_two_processes_and_read_by_transfo
 LOOPS = [("accelerate_loop", r"step 7: loss (\S+),"), ("transformers_trainer", r"evaluation loss (\S+)")]
 
 
-@pytest.mark.parametrize(("example", "last"), tiered(LOOPS, quick=[], full=LOOPS[:1]))
+@pytest.mark.parametrize(("example", "last"), tiered(LOOPS, quick=[], long=[]))
 def test_loops_of_hugging_face_learn_alike_on_one_process_and_on_two(example, last):
     alone = run(f"examples/{example}.py")
     shared = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"examples/{example}.py")

@@ -178,7 +178,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_texts_are_generated_as_by_one_process_and_mistakes_are_said_once(trainers, folder, monkeypatch):
     monkeypatch.chdir(folder)
     kinds = ["decoder", "decoder", "decoder", "curve"]

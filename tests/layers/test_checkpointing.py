@@ -99,7 +99,7 @@ def test_no_more_is_kept_than_the_input_and_what_attention_gave():
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.full), 0.3])
 def test_a_compiled_block_has_no_graph_break_and_gives_equal_results(dropout):
     torch.manual_seed(0)
     block, x = Block(dropout).double(), torch.randn(2, 70, 32, dtype=torch.float64)

@@ -190,7 +190,7 @@ def test_chunks_of_the_loss_that_are_alike_are_counted_without_a_trace(tokens, m
     assert few == every
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_a_plan_of_many_tokens_runs_few_chunks():
     plan = plan_run(job_of(2**24, per_node=2), named("h200"))
     assert plan.job.tokens == 2**24

@@ -85,7 +85,8 @@ def test_no_right_module_is_accused(trainers, world, size, kinds, placement):
         pytest.param(2, 2, WRONG, "contiguous", marks=pytest.mark.full),
         pytest.param(2, 2, WRONG, "zigzag", marks=pytest.mark.full),
         pytest.param(3, 3, WRONG, "contiguous", marks=pytest.mark.full),
-        pytest.param(4, 2, WRONG, "contiguous", marks=pytest.mark.long),
+        pytest.param(4, 2, WRONG, "contiguous", marks=pytest.mark.full),
+        pytest.param(2, 2, WRONG[::3], "contiguous", marks=pytest.mark.long),
     ],
 )
 def test_each_wrong_module_is_found(trainers, world, size, kinds, placement):

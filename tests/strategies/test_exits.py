@@ -38,7 +38,7 @@ while time.monotonic() < end:
 """
 
 
-@pytest.mark.long
+@pytest.mark.full
 def test_a_message_before_the_end_of_the_process(tmp_path):
     ended = run(tmp_path)
     assert ended.returncode == 0, ended.stderr
