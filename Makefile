@@ -12,6 +12,9 @@ PARALLEL = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 BIN = .venv/bin
 MARK = .venv/.installed
 
+# tests start hundreds of processes, which would each compile the package anew where bytecode is not written
+test test-long test-full: export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: help train test test-long test-full lint docs bench bench-exchange bench-strategy bench-callbacks gpu clean
 
 help:
