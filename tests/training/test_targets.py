@@ -28,10 +28,14 @@ def masked(ids):
 
 def test_the_tokens_that_follow_are_no_labels_of_an_encoder():
     ids = tokens()
-    with pytest.raises(ValueError, match="labels must not be the tokens that follow where the pattern is not causal"):
+    with pytest.raises(ValueError, match="labels must not be the next tokens where the pattern is not causal"):
         module(is_causal=False).token_loss(ids, following(ids))
     packed = following(ids)
     packed[:, 9::10] = -100  # documents of ten tokens
+    chunks = torch.cat([ids[:, :16].flip(0), ids[:, 16:]], 1)  # as with placement="zigzag"
+    labels = torch.cat([following(ids)[:, :16].flip(0), following(ids)[:, 16:]], 1)
+    with pytest.raises(ValueError, match="labels must not be the next tokens"):
+        module(is_causal=False).token_loss(chunks, labels)
     with pytest.raises(ValueError, match="set is_causal=True in the pattern, or give labels of masked tokens"):
         module(is_causal=False).token_loss(ids, packed)
 
@@ -42,6 +46,9 @@ def test_other_labels_and_causal_patterns_are_left_alone():
     module(is_causal=False).token_loss(*masked(ids))
     same = torch.full_like(ids, 7)
     module(is_causal=False).token_loss(same, following(same))
+    module(is_causal=False).token_loss(*masked(same))
+    runs = torch.arange(2)[:, None].add(1).expand(2, 32).contiguous()  # of one token a row
+    module(is_causal=False).token_loss(*masked(runs))
     few = tokens(1, 5)
     module(is_causal=False).token_loss(few, following(few))
     module(is_causal=False).eval().token_loss(ids, following(ids))
