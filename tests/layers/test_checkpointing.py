@@ -118,7 +118,7 @@ def test_a_compiled_block_has_no_graph_break_and_gives_equal_results(dropout):
         torch.testing.assert_close(result, truth)
 
 
-@pytest.mark.long
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_documents_and_positions_of_changing_lengths_are_compiled_without_a_break():
     layer = DilatedSelfAttention(32, 4, LONGNET, rotary="xpos")
