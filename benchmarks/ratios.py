@@ -166,7 +166,7 @@ def _spin() -> None:
 
 
 def planned(documents: int, placement: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the row of the seconds of the CPU in which a rank plans a layout: the median of new layouts."""
+    """Return the row of the seconds of the CPU in which a rank plans a layout, the median over other documents."""
     tokens, ranks, seconds = 2**20, 1024, []
     for seed in range(options.rounds):
         inner = torch.randperm(tokens - 1, generator=torch.Generator().manual_seed(seed))[: documents - 1] + 1

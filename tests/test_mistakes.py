@@ -73,7 +73,7 @@ PROOFS = {
     "transformers passes": "huggingface/test_forward.py::test_what_is_not_done_is_refused",
     "An option, a class": COMMANDS,
     "A training token": "data/test_token_files.py::test_a_token_outside_of_the_vocabulary_is_named",
-    "The pattern of a": "training/test_targets.py::test_the_tokens_that_follow_are_no_labels_of_an_encoder",
+    "The pattern of a": "strategies/test_module.py::test_labels_that_the_pattern_shows_are_an_error_on_all_ranks",
     "The loss is NaN on one": "strategies/test_finite.py::test_every_rank_says_once_that_its_loss_is_not_finite",
     "A batch of one data-parallel": "strategies/test_finite.py::test_an_empty_batch_of_one_group_counts_no_token",
     "A run needs more memory": "strategies/test_memory_check.py::test_too_little_memory_on_one_rank_ends_all_before_the_first_step",

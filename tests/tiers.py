@@ -13,6 +13,8 @@ def tiered(cases, quick, full=(), covers=None, long=None):
     every pair of values of two arguments; all others are full.  With `long` these cases are long, and all others full.
     """
     cases, quick, full = list(cases), list(quick), list(full)
+    assert long is None or not (full or covers), "`long` leaves all other cases to the full tier"
+    long = None if long is None else list(long)
     unknown = [case for case in (*quick, *full, *(long or ())) if case not in cases]
     assert not unknown, f"{unknown} are no cases of {cases}"
     if covers is not None:

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_longnet.attention.kernels.compiling import constant_result
 from lightning_longnet.attention.pattern.ordering import Ordering, order_of
@@ -225,7 +226,9 @@ def _grid_order(ordering: Ordering, rows: int, columns: int, device: torch.devic
 
 @lru_cache(32)
 def _cached_order(ordering: Ordering, rows: int, columns: int, device: torch.device) -> Tensor:
-    return order_of(ordering, (rows, columns)).to(device)
+    with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):  # for later calls without modes
+        order = order_of(ordering, (rows, columns))
+    return order.to(device)
 
 
 def _checked_ordering(ordering: Tensor, patches: int, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_longnet.attention.parallel.placement import Kind, Placement
 from lightning_longnet.sequence.agreement import check_same_batch, fault_of
@@ -296,5 +297,7 @@ class BatchSplitter:
 @lru_cache(16)
 def _positions(placement: Placement, rank: int) -> Tensor:
     """Return the positions of a rank's tokens in the order in which it holds them, (L,); callers do not change it."""
-    parts = [torch.arange(begin, end) for begin, end, _ in placement.chunks(rank)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+    # a later call may train, and need not be under the modes of this one
+    with _disable_current_modes(), torch.inference_mode(False):
+        parts = [torch.arange(begin, end, device="cpu") for begin, end, _ in placement.chunks(rank)]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long, device="cpu")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path  # noqa: TC003
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer  # noqa: TC002
 
 from lightning_longnet.checkpointing.checkpoints import read_checkpoint
@@ -32,27 +33,23 @@ _FIELDS_OF_THE_WEIGHTS = (
 
 
 # Labels of so many tokens, of which so large a share are the next tokens, are not so by chance
-LEAST_TARGETS, NEXT_SHARE = 8, 0.9
+LEAST_TARGETS, NEXT_SHARE = 32, 0.9
 
 
-def check_targets(input_ids: Tensor, labels: Tensor) -> None:
-    """Raise a ValueError if the labels are the next tokens, which a pattern that is not causal shows to each query.
+def target_counts(input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Return how many labels there are, and how many are the next token, of all and of those that show it; (2, 2).
 
-    `LongNetModule.token_loss` calls it for the first batch of training.  Such a loss falls towards 0, and the model
-    learns to copy.
+    A label shows it where other tokens stand on its two sides: in a run of one token, labels of masked tokens are equal
+    to the next token, too.  `LongNetModule.on_train_batch_start` sums them over the ranks.
 
     Args:
         input_ids, labels: (B, L), of this rank's tokens; a label of -100 does not count.
     """
     targets, following = labels[:, 1:-1], input_ids[:, 2:]
-    # where the same token stands on both sides, labels of masked tokens may be equal to it, too
-    counts = (targets != -100) & (following != input_ids[:, :-2])
-    count, equal = counts.sum(), (counts & (targets == following)).sum()
-    if int(count) >= LEAST_TARGETS and int(equal) >= NEXT_SHARE * int(count):
-        raise ValueError(
-            "labels must not be the next tokens where the pattern is not causal, as each token then sees its target: "
-            "set is_causal=True in the pattern, or give labels of masked tokens"
-        )
+    counts, equal = targets != -100, targets == following
+    shows = counts & (following != input_ids[:, :-2])
+    numbers = [counts.sum(), (counts & equal).sum(), shows.sum(), (shows & equal).sum()]
+    return torch.stack(numbers).double().view(2, 2)
 
 
 class LongNetModule(TokenModule):
@@ -106,7 +103,8 @@ class LongNetModule(TokenModule):
                 raise ValueError(f"config must be of a LongNet, got {type(known).__name__}")
             config = known
         self.config = config
-        self._has_checked_targets = False
+        # a layer of the user's may be causal whatever the pattern says
+        self._checks_targets = not config.pattern.is_causal and config.attention is None
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
         self.generated_tokens = generated_tokens
         # plain values, so that torch.load reads a checkpoint with weights_only=True and without our classes
@@ -131,16 +129,28 @@ class LongNetModule(TokenModule):
         return logits
 
     def token_loss(self, input_ids: Tensor, labels: Tensor, **options: Tensor) -> TokenLoss:
-        """Return (sum of the losses, number) of this rank's tokens with a label; see `LongNet.forward`.
-
-        The first batch of training is checked by `check_targets` if the pattern is not causal.
-        """
-        if self.training and not self._has_checked_targets:
-            self._has_checked_targets = True
-            if not self.config.pattern.is_causal:
-                check_targets(input_ids, labels)
+        """Return (sum of the losses, number) of this rank's tokens with a label; see `LongNet.forward`."""
         losses: TokenLoss = self.model(input_ids, labels, **options)
         return losses
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Raise a ValueError if the labels are the next tokens, which a pattern that is not causal shows to each query.
+
+        Such a loss falls towards 0, and the model learns to copy.  All ranks that share a sequence raise it, at the
+        first batch that has enough labels.
+        """
+        if not self._checks_targets or not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
+            return
+        counts = sequence_context(self).sum_parts(target_counts(batch["input_ids"], batch["labels"]))
+        (count, equal), (shown, shown_equal) = counts.tolist()
+        if shown < LEAST_TARGETS:
+            return
+        self._checks_targets = False
+        if equal >= NEXT_SHARE * count and shown_equal >= NEXT_SHARE * shown:
+            raise ValueError(
+                "labels must not be the next tokens where the pattern is not causal, as each token then sees its "
+                "target: set is_causal=True in the pattern, or give labels of masked tokens"
+            )
 
     def check_vocabulary(self, data: Any) -> None:
         """Raise a ValueError if the data module has a larger vocabulary than the model; `setup` calls it."""

@@ -5,14 +5,20 @@ import torch
 
 from lightning_longnet import LongNetConfig, LongNetModule, Pattern
 
+REFUSED = "labels must not be the next tokens where the pattern is not causal"
 
-def module(is_causal):
+
+def module(is_causal=False, **options):
     pattern = Pattern.dilated((8, 32), (1, 2), is_causal=is_causal)
-    return LongNetModule(LongNetConfig(pattern, vocab_size=50, dim=16, layers=1, heads=2))
+    return LongNetModule(LongNetConfig(pattern, vocab_size=50, dim=16, layers=1, heads=2, **options))
 
 
-def tokens(rows=2, length=32):
-    return torch.randint(1, 50, (rows, length), generator=torch.Generator().manual_seed(1))
+def begin(net, ids, labels):
+    net.on_train_batch_start({"input_ids": ids, "labels": labels}, 0)
+
+
+def tokens(rows=2, length=32, vocabulary=50):
+    return torch.randint(1, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 def following(ids):
@@ -20,41 +26,50 @@ def following(ids):
     return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], 1)
 
 
-def masked(ids):
+def masked(ids, hides=None):
     """The inputs and labels of an encoder: every fifth token is masked, and is to be found."""
-    hides = (torch.arange(ids.shape[1]) % 5 == 0).expand_as(ids)
+    hides = (torch.arange(ids.shape[1]) % 5 == 0 if hides is None else hides).expand_as(ids)
     return ids.masked_fill(hides, 0), ids.masked_fill(~hides, -100)
 
 
 def test_the_tokens_that_follow_are_no_labels_of_an_encoder():
     ids = tokens()
-    with pytest.raises(ValueError, match="labels must not be the next tokens where the pattern is not causal"):
-        module(is_causal=False).token_loss(ids, following(ids))
+    with pytest.raises(ValueError, match=REFUSED):
+        begin(module(), ids, following(ids))
     packed = following(ids)
     packed[:, 9::10] = -100  # documents of ten tokens
-    chunks = torch.cat([ids[:, :16].flip(0), ids[:, 16:]], 1)  # as with placement="zigzag"
-    labels = torch.cat([following(ids)[:, :16].flip(0), following(ids)[:, 16:]], 1)
-    with pytest.raises(ValueError, match="labels must not be the next tokens"):
-        module(is_causal=False).token_loss(chunks, labels)
     with pytest.raises(ValueError, match="set is_causal=True in the pattern, or give labels of masked tokens"):
-        module(is_causal=False).token_loss(ids, packed)
+        begin(module(), ids, packed)
+    labels = following(ids)
+    chunks = [torch.cat([x[:, 16:], x[:, :16]], 1) for x in (ids, labels)]  # as with placement="zigzag"
+    with pytest.raises(ValueError, match=REFUSED):
+        begin(module(), *chunks)
 
 
 def test_other_labels_and_causal_patterns_are_left_alone():
     ids = tokens()
-    module(is_causal=True).token_loss(ids, following(ids))
-    module(is_causal=False).token_loss(*masked(ids))
+    begin(module(is_causal=True), ids, following(ids))
+    begin(module(), *masked(ids))
     same = torch.full_like(ids, 7)
-    module(is_causal=False).token_loss(same, following(same))
-    module(is_causal=False).token_loss(*masked(same))
-    runs = torch.arange(2)[:, None].add(1).expand(2, 32).contiguous()  # of one token a row
-    module(is_causal=False).token_loss(*masked(runs))
-    few = tokens(1, 5)
-    module(is_causal=False).token_loss(few, following(few))
-    module(is_causal=False).eval().token_loss(ids, following(ids))
+    begin(module(), same, following(same))
+    begin(module(), *masked(same))
+    begin(module(attention={"class_path": "lightning_longnet.DilatedSelfAttention"}), ids, following(ids))
+    for seed in range(50):
+        torch.manual_seed(seed)
+        letters = tokens(8, 128, vocabulary=3)
+        begin(module(), *masked(letters, torch.rand(8, 128) < 0.15))
+    margin = tokens(16)
+    margin[:, :20] = 7
+    begin(module(), *masked(margin, torch.arange(32) < 10))
 
 
-def test_the_first_batch_alone_is_read():
-    net, ids = module(is_causal=False), tokens()
-    net.token_loss(*masked(ids))
-    net.token_loss(ids, following(ids))
+def test_the_first_batch_that_has_enough_labels_decides():
+    net, ids = module(), tokens()
+    few = torch.full_like(ids, -100)
+    few[0, 1:5] = ids[0, 2:6]
+    begin(net, ids, few)
+    with pytest.raises(ValueError, match=REFUSED):
+        begin(net, ids, following(ids))
+    net = module()
+    begin(net, *masked(tokens(16)))
+    begin(net, ids, following(ids))

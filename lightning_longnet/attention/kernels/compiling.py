@@ -88,13 +88,14 @@ class Operator(Generic[_P, _T]):
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None) -> None:
         """Register the function that returns the gradients, and the one that saves what it reads; op.py calls it.
 
-        For an operator whose last result is a list, the list is flattened here: torch's own function flattens all
-        arguments and results as trees, which takes as long as the body of the operator.
+        If the last result is a list, it is flattened here: torch's own function flattens all arguments and results as
+        trees, which takes as long as the body of the operator.  A call of which forward mode wants the derivative is
+        refused, as torch would drop the tangents.
         """
-        if setup_context is None:
-            torch.library.register_autograd(self.name, backward)
-            return
         call, below, save = self._call, torch._C._after_autograd_keyset, setup_context
+        returns = call._schema.returns
+        count = len(returns) - 1 if returns[-1].type.kind() == "ListType" else None
+        namespace, _, operator = self.name.partition("::")
 
         class Gradient(torch.autograd.Function):
             """The operator with its gradient, without the list around its last results."""
@@ -103,26 +104,23 @@ class Operator(Generic[_P, _T]):
             def forward(ctx: Any, keys: Any, *args: Any) -> tuple[Tensor, ...]:
                 """Compute the operator, and save what the backward reads."""
                 with torch._C._AutoDispatchBelowAutograd():
-                    *results, last = call.redispatch(keys & below, *args)
-                    save(ctx, args, (*results, last))
-                return (*results, *last)
+                    results = call.redispatch(keys & below, *args)
+                    if save is not None:
+                        save(ctx, args, results)
+                return tuple(results) if count is None else (*results[:count], *results[count])
 
             @staticmethod
             def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
                 """Return no gradient for the keys, and those of the arguments."""
                 return None, *backward(ctx, *gradients)
 
-        count = len(call._schema.returns) - 1
-        namespace, _, operator = self.name.partition("::")
-
         def differentiable(keys: Any, *args: Any) -> Any:
             """Compute the operator, with its gradient if an argument requires one."""
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+                raise NotImplementedError(f"{operator} has no derivative in forward mode; kernel='reference' has")
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
                 results = Gradient.apply(keys, *args)  # type: ignore[no-untyped-call]
-                return *results[:count], list(results[count:])
-            # what runs below autograd would drop the tangents
-            if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in args):
-                raise NotImplementedError(f"{operator} has no derivative in forward mode; kernel='reference' has")
+                return results if count is None else (*results[:count], list(results[count:]))
             with torch._C._AutoDispatchBelowAutograd():
                 return call.redispatch(keys & below, *args)
 
@@ -136,7 +134,9 @@ class Operator(Generic[_P, _T]):
 
 
 def _has_tangent(argument: Any) -> bool:
-    """Return whether an argument of an operator is a tensor of which forward mode computes a derivative."""
+    """Return whether an argument of an operator is, or holds, a tensor of which forward mode computes a derivative."""
+    if isinstance(argument, list):
+        return any(map(_has_tangent, argument))
     return isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
 
 
