@@ -104,7 +104,7 @@ class LongNetModule(TokenModule):
             config = known
         self.config = config
         # a layer of the user's may be causal whatever the pattern says
-        self._checks_targets = not config.pattern.is_causal and config.attention is None
+        self._checks_targets = not config.is_causal and config.attention is None
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
         self.generated_tokens = generated_tokens
         # plain values, so that torch.load reads a checkpoint with weights_only=True and without our classes

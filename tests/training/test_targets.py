@@ -40,6 +40,10 @@ def test_the_tokens_that_follow_are_no_labels_of_an_encoder():
     packed[:, 9::10] = -100  # documents of ten tokens
     with pytest.raises(ValueError, match="set is_causal=True in the pattern, or give labels of masked tokens"):
         begin(module(), ids, packed)
+    causal = Pattern.window(8, is_causal=True)  # of the first layer, and the second one shows the target
+    patterns = LongNetConfig([causal, Pattern.window(8)], vocab_size=50, dim=16, layers=2, heads=2)
+    with pytest.raises(ValueError, match=REFUSED):
+        begin(LongNetModule(patterns), ids, following(ids))
     labels = following(ids)
     chunks = [torch.cat([x[:, 16:], x[:, :16]], 1) for x in (ids, labels)]  # as with placement="zigzag"
     with pytest.raises(ValueError, match=REFUSED):
