@@ -49,7 +49,7 @@ def target_counts(input_ids: Tensor, labels: Tensor) -> Tensor:
     counts, equal = targets != -100, targets == following
     shows = counts & (following != input_ids[:, :-2])
     numbers = [counts.sum(), (counts & equal).sum(), shows.sum(), (shows & equal).sum()]
-    return torch.stack(numbers).double().view(2, 2)
+    return torch.stack(numbers).float().view(2, 2)
 
 
 class LongNetModule(TokenModule):
@@ -139,8 +139,11 @@ class LongNetModule(TokenModule):
         Such a loss falls towards 0, and the model learns to copy.  All ranks that share a sequence raise it, at the
         first batch that has enough labels.
         """
-        if not self._checks_targets or not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
+        if not self._checks_targets:
             return
+        batch = self.read_batch(batch)
+        if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
+            return  # `training_step` raises an error
         counts = sequence_context(self).sum_parts(target_counts(batch["input_ids"], batch["labels"]))
         (count, equal), (shown, shown_equal) = counts.tolist()
         if shown < LEAST_TARGETS:
