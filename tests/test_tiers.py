@@ -128,6 +128,7 @@ class Repository:
         self.folder.mkdir()
         self.git("init", "-q")
         self.write("conftest.py", OPTIONS)
+        self.write(".gitignore", "__pycache__/\n")  # or the first run leaves the folder unclean where it writes bytecode
 
     def write(self, name, text):
         (self.folder / name).write_text(text)
