@@ -1,10 +1,15 @@
 import os
+import signal
 import sys
 from contextlib import closing
 
 import pytest
 import torch
 from hypothesis import is_hypothesis_test, settings
+
+# a shell starts its background jobs with SIGINT ignored, and tests of interrupts would wait for ever
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # what deterministic products want on CUDA, read when the device is first used
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -5,7 +5,7 @@ import signal
 import time
 from collections import Counter
 from itertools import count, product
-from threading import Thread, Timer, main_thread
+from threading import Barrier, Thread, main_thread
 from unittest.mock import patch
 
 import drawn
@@ -211,17 +211,16 @@ def test_an_error_in_a_thread_is_raised_in_the_caller(monkeypatch):
 
 def test_an_interrupt_ends_the_tasks():
     ended = []
+    begun = Barrier(2, lambda: signal.pthread_kill(main_thread().ident, signal.SIGINT), timeout=60)
 
     def endless(task, steps):
+        begun.wait()
         for _ in steps(count()):
             time.sleep(0.01)
         ended.append(task)
 
-    timer = Timer(0.2, signal.pthread_kill, (main_thread().ident, signal.SIGINT))
-    timer.start()
     with pytest.raises(KeyboardInterrupt):
         threads.run(endless, range(8), 2)
-    timer.join()
     assert len(ended) == 2
 
 
