@@ -128,7 +128,7 @@ class Repository:
         self.folder.mkdir()
         self.git("init", "-q")
         self.write("conftest.py", OPTIONS)
-        self.write(".gitignore", "__pycache__/\n")  # or the first run leaves the folder unclean where it writes bytecode
+        self.write(".gitignore", "__pycache__/\n")  # the folder stays clean where bytecode is written
 
     def write(self, name, text):
         (self.folder / name).write_text(text)
