@@ -5,7 +5,7 @@ import signal
 import time
 from collections import Counter
 from itertools import count, product
-from threading import Barrier, Thread, main_thread
+from threading import Barrier, Event, Thread, main_thread
 from unittest.mock import patch
 
 import drawn
@@ -210,8 +210,7 @@ def test_an_error_in_a_thread_is_raised_in_the_caller(monkeypatch):
 
 
 def test_an_interrupt_ends_the_tasks():
-    ended = []
-    begun = Barrier(2, lambda: signal.pthread_kill(main_thread().ident, signal.SIGINT), timeout=60)
+    begun, ended, is_over = Barrier(3, timeout=60), [], Event()
 
     def endless(task, steps):
         begun.wait()
@@ -219,8 +218,18 @@ def test_an_interrupt_ends_the_tasks():
             time.sleep(0.01)
         ended.append(task)
 
+    def interrupt():
+        begun.wait()
+        # again where the first came just before the main thread began to wait, which would not see it until it ends
+        while not is_over.wait(0.5):
+            signal.pthread_kill(main_thread().ident, signal.SIGINT)
+
+    thread = Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
         threads.run(endless, range(8), 2)
+    is_over.set()
+    thread.join()
     assert len(ended) == 2
 
 
