@@ -64,13 +64,13 @@ RESULT = Path(__file__).parent / "results" / "planner-cpu.json"
 
 class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __init__(self, tokens: int, vocabulary: int) -> None:
-        self.row = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
+        self.row = torch.randint(vocabulary, (tokens + 1,), generator=torch.Generator().manual_seed(0))
 
     def __len__(self) -> int:
         return 1000
 
     def __getitem__(self, _: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.row, "labels": self.row}
+        return {"input_ids": self.row[:-1], "labels": self.row[1:]}
 
 
 class Begun(L.Callback):

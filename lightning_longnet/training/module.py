@@ -37,19 +37,22 @@ LEAST_TARGETS, NEXT_SHARE = 32, 0.9
 
 
 def target_counts(input_ids: Tensor, labels: Tensor) -> Tensor:
-    """Return how many labels there are, and how many are the next token, of all and of those that show it; (2, 2).
+    """Return how many labels there are, are the next token, and are the token itself; (2, 3).
 
-    A label shows it where other tokens stand on its two sides: in a run of one token, labels of masked tokens are equal
-    to the next token, too.  `LongNetModule.on_train_batch_start` sums them over the ranks.
+    The first row counts all labels, and the second one those that show the difference, as other tokens stand on their
+    two sides: in a run of one token, labels of masked tokens are equal to the next token, too.
+    `LongNetModule.on_train_batch_start` sums them over the ranks.
 
     Args:
         input_ids, labels: (B, L), of this rank's tokens; a label of -100 does not count.
     """
-    targets, following = labels[:, 1:-1], input_ids[:, 2:]
-    counts, equal = targets != -100, targets == following
+    targets, tokens, following = labels[:, 1:-1], input_ids[:, 1:-1], input_ids[:, 2:]
+    counts = targets != -100
     shows = counts & (following != input_ids[:, :-2])
-    numbers = [counts.sum(), (counts & equal).sum(), shows.sum(), (shows & equal).sum()]
-    return torch.stack(numbers).float().view(2, 2)
+    numbers = [
+        (rows & equal).sum() for rows in (counts, shows) for equal in (counts, targets == following, targets == tokens)
+    ]
+    return torch.stack(numbers).float().view(2, 3)
 
 
 class LongNetModule(TokenModule):
@@ -103,8 +106,7 @@ class LongNetModule(TokenModule):
                 raise ValueError(f"config must be of a LongNet, got {type(known).__name__}")
             config = known
         self.config = config
-        # a layer of the user's may be causal whatever the pattern says
-        self._checks_targets = not config.is_causal and config.attention is None
+        self._checks_targets = True
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
         self.generated_tokens = generated_tokens
         # plain values, so that torch.load reads a checkpoint with weights_only=True and without our classes
@@ -134,7 +136,7 @@ class LongNetModule(TokenModule):
         return losses
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Raise a ValueError if the labels are the next tokens, which a pattern that is not causal shows to each query.
+        """Raise a ValueError if the model sees the labels: the tokens themselves, or the next ones without causality.
 
         Such a loss falls towards 0, and the model learns to copy.  All ranks that share a sequence raise it, at the
         first batch that has enough labels.
@@ -145,11 +147,19 @@ class LongNetModule(TokenModule):
         if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
             return  # `training_step` raises an error
         counts = sequence_context(self).sum_parts(target_counts(batch["input_ids"], batch["labels"]))
-        (count, equal), (shown, shown_equal) = counts.tolist()
+        (count, following, same), (shown, shown_following, _) = counts.tolist()
         if shown < LEAST_TARGETS:
             return
         self._checks_targets = False
-        if equal >= NEXT_SHARE * count and shown_equal >= NEXT_SHARE * shown:
+        if same == count:
+            raise ValueError(
+                "labels must not be the input_ids themselves, as each token sees its own: labels[:, t] is the token "
+                "that token t is to predict. Give labels = input_ids[:, 1:] with -100 at the end of each row and "
+                "document, or labels of tokens that are masked in input_ids"
+            )
+        # a layer of the user's may be causal whatever the pattern says
+        is_causal = self.config.is_causal or self.config.attention is not None
+        if not is_causal and following >= NEXT_SHARE * count and shown_following >= NEXT_SHARE * shown:
             raise ValueError(
                 "labels must not be the next tokens where the pattern is not causal, as each token then sees its "
                 "target: set is_causal=True in the pattern, or give labels of masked tokens"

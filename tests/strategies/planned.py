@@ -23,7 +23,7 @@ def train(rank, world, shared, exchange, tokens, options, accumulate, batch):
     real, sent = dist.batch_isend_irecv, Sent()
     dist.batch_isend_irecv = sent
     torch.manual_seed(0)
-    rows = [{"input_ids": torch.arange(tokens) % 256, "labels": torch.arange(tokens) % 256} for _ in range(16)]
+    rows = [{"input_ids": torch.arange(tokens) % 256, "labels": torch.arange(1, tokens + 1) % 256} for _ in range(16)]
     try:
         with quiet():
             trainer = trainer_of(

@@ -232,19 +232,27 @@ def test_attention_of_ones_own_is_named_by_its_class_path(tmp_path):
         assert isinstance(LongNetModule.load_from_checkpoint(tmp_path / "some.ckpt").model.blocks[0].attention, Own)
 
 
-def fit_what_it_sees(rank, world, placement):
-    """Train a model that is not causal on the next tokens, of which the last rank alone has labels."""
+def fit_what_it_sees(rank, world, placement, shift):
+    """Train on labels that a model sees, of which the last rank alone has some: the next tokens, or the tokens."""
     ids = torch.randint(1, 29, (8, 65), generator=torch.Generator().manual_seed(1))
-    labels = ids[:, 1:].where(torch.arange(64) >= 40, -100)
+    labels = ids[:, shift : shift + 64].where(torch.arange(64) >= 40, -100)
     data = [{"input_ids": row, "labels": each} for row, each in zip(ids[:, :-1], labels, strict=True)]
-    config = LongNetConfig(Pattern.dilated((8, 64), (1, 2)), vocab_size=29, dim=16, layers=1, heads=4)
+    pattern = Pattern.dilated((8, 64), (1, 2), is_causal=shift == 0)
+    config = LongNetConfig(pattern, vocab_size=29, dim=16, layers=1, heads=4)
     with quiet():
         strategy = RingSequenceParallelStrategy(world, "ddp", placement=placement)
         trainer_of(strategy, world, max_steps=1).fit(LongNetModule(config), DataLoader(data, batch_size=4))
 
 
-@pytest.mark.parametrize("placement", ["contiguous", "zigzag"])
-def test_labels_that_the_pattern_shows_are_an_error_on_all_ranks(trainers, placement):
-    for is_result, error in trainers.outcomes(2, fit_what_it_sees, placement):
+@pytest.mark.parametrize(
+    ("placement", "shift", "message"),
+    [
+        ("contiguous", 1, "labels must not be the next tokens where the pattern is not causal"),
+        ("zigzag", 1, "labels must not be the next tokens where the pattern is not causal"),
+        ("zigzag", 0, "labels must not be the input_ids themselves"),
+    ],
+)
+def test_labels_that_the_model_sees_are_an_error_on_all_ranks(trainers, placement, shift, message):
+    for is_result, error in trainers.outcomes(2, fit_what_it_sees, placement, shift):
         assert not is_result
-        assert "labels must not be the next tokens where the pattern is not causal" in error[1]
+        assert message in error[1]

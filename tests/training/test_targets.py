@@ -6,6 +6,7 @@ import torch
 from lightning_longnet import LongNetConfig, LongNetModule, Pattern
 
 REFUSED = "labels must not be the next tokens where the pattern is not causal"
+SAME = "labels must not be the input_ids themselves"
 
 
 def module(is_causal=False, **options):
@@ -48,6 +49,21 @@ def test_the_tokens_that_follow_are_no_labels_of_an_encoder():
     chunks = [torch.cat([x[:, 16:], x[:, :16]], 1) for x in (ids, labels)]  # as with placement="zigzag"
     with pytest.raises(ValueError, match=REFUSED):
         begin(module(), *chunks)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_tokens_themselves_are_no_labels(is_causal):
+    ids = tokens()
+    for labels in (ids, ids.masked_fill(ids < 9, -100)):
+        with pytest.raises(ValueError, match=SAME):
+            begin(module(is_causal), ids, labels)
+    one_masked = ids.clone()
+    one_masked[1, 7] = 0
+    begin(module(is_causal), one_masked, ids)
+    begin(module(is_causal), torch.full_like(ids, 7), torch.full_like(ids, 7))
+    layer = {"class_path": "lightning_longnet.DilatedSelfAttention"}
+    with pytest.raises(ValueError, match=SAME):
+        begin(module(is_causal, attention=layer), ids, ids)
 
 
 def test_other_labels_and_causal_patterns_are_left_alone():
