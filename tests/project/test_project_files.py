@@ -157,6 +157,15 @@ def test_what_the_library_imports_is_declared():
     assert not {(name, file) for name, file in used if name not in declared}
 
 
+# what torch's builds for CUDA require, which pip installs by default on Linux; builds for the CPU alone require none, so
+# that another version in the constraints shows no conflict where such a build is installed
+TRITON = {"2.13.0": "3.7.1"}
+
+
+def test_the_triton_of_the_constraints_is_the_one_that_torch_requires():
+    assert pinned("triton") == TRITON[pinned("torch")]
+
+
 def test_the_image_has_the_torch_of_the_constraints():
     text = (ROOT / "Dockerfile").read_text()
     assert re.search(r"^ARG BASE=pytorch/pytorch:([\d.]+)-cuda", text, re.MULTILINE)[1] == pinned("torch")
