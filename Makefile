@@ -48,7 +48,7 @@ test: $(MARK)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not long and not full" --draws few --no-skips
 
 test-long: $(MARK)
-	$(BIN)/python -m pytest $(PARALLEL) -m "(long or hypothesis) and not full" --no-skips
+	$(BIN)/python -m pytest $(PARALLEL) -m "(long or hypothesis) and not full" --draws half --no-skips
 
 test-full: $(MARK)
 	$(BIN)/python tests/full.py $(FULL_ARGS)

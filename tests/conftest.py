@@ -18,9 +18,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 settings.register_profile("ci", derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-# how many cases a property test draws, beside the number that stands above it: in `make test`, `make test-long` (which
-# runs all property tests again) and `make test-full`
-DRAWS = {"few": 0.2, "all": 1, "many": 10}
+# how many cases a property test draws, beside its `max_examples`: in `make test`, in `make test-long` (which runs all
+# property tests again), without an option, and in `make test-full`
+DRAWS = {"few": 0.2, "half": 0.5, "all": 1, "many": 10}
 LEAST = 3
 # the files that take longest begin first, so that no process waits for the other one at the end
 SLOWEST = (

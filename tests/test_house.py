@@ -409,7 +409,8 @@ def test_the_benchmark_runs_without_its_peers(tmp_path, pattern):
     assert (tmp_path / "found.png").stat().st_size > 10_000
 
 
-SHORT = ["--trainer.max_steps=60", "--trainer.val_check_interval=60", "--model.warmup_steps=10"]
+SHORT = ["--trainer.max_steps=40", "--trainer.val_check_interval=40", "--model.warmup_steps=10"]
+SHORT += ["--trainer.limit_val_batches=4"]
 
 
 @pytest.mark.parametrize(

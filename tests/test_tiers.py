@@ -58,10 +58,10 @@ def test_property_tests_draw_as_many_cases_as_their_tier_wants(tmp_path):
         "def test_few(x): plain.append(x)\n"
         "def test_last(): print('drawn', len(seen), len(plain))\n"
     )
-    tiers = {"plain": [], "few": ["--draws=few"], "many": ["--draws=many"]}
+    tiers = {"plain": [], **{draws: [f"--draws={draws}"] for draws in ("few", "half", "many")}}
     result = programs([[*collect(tmp_path / t, text, f"test_{t}"), "-s", *more] for t, more in tiers.items()])
     drawn = [tuple(map(int, re.findall(r"drawn (\d+) (\d+)", shown)[0])) for _, shown, _ in result]
-    assert drawn == [(40, 5), (8, 3), (400, 50)]
+    assert drawn == [(40, 5), (8, 3), (20, 3), (400, 50)]
 
 
 @pytest.mark.long

@@ -56,7 +56,7 @@ def busiest(placement, documents):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "ranks"), [(2**17, 8), (2**17, 32), pytest.param(2**19, 64, marks=pytest.mark.long)]
+    ("tokens", "ranks"), [(2**17, 8), (2**17, 32), pytest.param(2**19, 64, marks=pytest.mark.full)]
 )
 @pytest.mark.parametrize("mix", MIXES)
 def test_packed_causal_rows_are_balanced(mix, tokens, ranks):

@@ -328,7 +328,7 @@ DOCUMENTED = {
     tiered(
         [(n, name) for n in (300, 4500) for name in DOCUMENTED],
         quick=[(300, name) for name in DOCUMENTED],
-        full=[(4500, name) for number, name in enumerate(DOCUMENTED) if number % 3],
+        full=[(4500, name) for number, name in enumerate(DOCUMENTED) if number % 8],
     ),
 )
 def test_what_the_ancestors_documents_show_runs_causal_and_not(tokens, name):

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import product
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiers import tiered
 
 from lightning_longnet import LongNet, LongNetConfig, LongViT, LongViTConfig, Pattern, load_model
 from lightning_longnet.checkpointing.checkpoints import write_checkpoint
@@ -134,8 +136,14 @@ def interrupted(words):
             main(words)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "tokens"])
-@pytest.mark.parametrize("end", [interrupted, pytest.param(killed, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("end", "pooling"),
+    tiered(
+        product([interrupted, killed], ["mean", "tokens"]),
+        quick=[(interrupted, "mean"), (interrupted, "tokens")],
+        long=[(killed, "tokens")],
+    ),
+)
 def test_a_run_that_is_stopped_goes_on(folder, tmp_path, monkeypatch, capsys, pooling, end):
     words = command(folder, tmp_path / "out.safetensors", "encoder", "--pooling", pooling)
     end(words)

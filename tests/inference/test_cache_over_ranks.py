@@ -38,7 +38,10 @@ def by_steps_over_ranks(group, options, texts, every_size):
 
 
 @pytest.mark.parametrize(
-    ("kind", "world"), tiered([(k, w) for k in NAMES for w in (1, 2, 4)], quick=[("xpos", 2)], covers=1)
+    ("kind", "world"),
+    tiered(
+        [(k, w) for k in NAMES for w in (1, 2, 4)], quick=[("xpos", 2)], long=[("block sparse", 4), ("zero keys", 1)]
+    ),
 )
 def test_each_token_is_as_in_the_whole_text(pool, kind, world):
     """And each rank keeps at most its share of the rows, and one more of each branch."""

@@ -170,7 +170,7 @@ SPLIT = [
 
 @pytest.mark.parametrize(
     ("kind", "size", "placement", "recompute", "curved"),
-    tiered(SPLIT, quick=[SPLIT[1]], full=[SPLIT[0], SPLIT[4], SPLIT[5]]),
+    tiered(SPLIT, quick=[SPLIT[1]], full=[SPLIT[0], SPLIT[2], SPLIT[4], SPLIT[5]]),
 )
 def test_ranks_share_the_patches_of_an_image(pool, kind, size, placement, recompute, curved):
     many = size[0] * size[1] // 25

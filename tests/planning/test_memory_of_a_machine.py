@@ -73,7 +73,7 @@ def test_a_group_without_a_limit_changes_nothing(machine):
     assert room() == Room(7 * GIB, 9 * GIB)
 
 
-@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"]))
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2"], quick=["fsdp2"], long=[]))
 def test_a_plan_is_compared_with_what_is_free_and_with_what_there_is(sharding):
     run = job(sharding=sharding, per_node=2)
     peak = peak_of(run)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from programs import programs
+from tiers import tiered
 
 from lightning_longnet.attention.kernels import kernel_names
 
@@ -42,7 +43,8 @@ def test_each_kernel_holds_what_is_committed():
     check(held(65_536, 64, KERNELS))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("tokens", "head_dim"), [(2**20, 64), (65_536, 128), (70_000, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "head_dim"), tiered([(2**20, 64), (65_536, 128), (70_000, 64)], quick=[], long=[(65_536, 128)])
+)
 def test_it_depends_on_neither_length_nor_width(tokens, head_dim):
     check(held(tokens, head_dim, KERNELS))

@@ -198,7 +198,7 @@ def test_a_plan_of_many_tokens_runs_few_chunks():
     assert all(peak <= plan.usable for _, peak in plan.advice), changes
 
 
-@pytest.mark.parametrize("memory", [1e11, pytest.param(4e6, marks=pytest.mark.long)])
+@pytest.mark.parametrize("memory", [1e11, pytest.param(4e6, marks=pytest.mark.full)])
 def test_a_plan_reports_how_far_it_is(memory):
     """With the search for changes after which a run fits, where it does not."""
     seen = []

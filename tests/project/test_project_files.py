@@ -157,8 +157,8 @@ def test_what_the_library_imports_is_declared():
     assert not {(name, file) for name, file in used if name not in declared}
 
 
-# what torch's builds for CUDA require, which pip installs by default on Linux; builds for the CPU alone require none, so
-# that another version in the constraints shows no conflict where such a build is installed
+# what torch's builds for CUDA require, which pip installs by default on Linux; builds for the CPU require none, so that
+# another version in the constraints shows no conflict where such a build is installed
 TRITON = {"2.13.0": "3.7.1"}
 
 

@@ -53,7 +53,7 @@ def fit_averaged(rank, world, kind, sharding, dtype=torch.float64, folder=None, 
     tiered(
         [(kind, name) for kind in (Checked, CheckedByHand) for name in ("fsdp2", "hsdp", "fsdp2_offload")],
         quick=[],
-        covers=1,
+        long=[(Checked, "fsdp2"), (CheckedByHand, "hsdp")],
     ),
 )
 def test_validation_takes_the_average_and_training_goes_on(trainers, kind, sharding):

@@ -23,7 +23,7 @@ def continued(folder, attention, **options):
     return model.generate(ids, attention_mask=mask, **options)
 
 
-@pytest.mark.parametrize("kind", tiered(MODELS, quick=["windows"]))
+@pytest.mark.parametrize("kind", tiered(MODELS, quick=["windows"], long=[]))
 def test_a_trained_model_generates_with_either_attention(trainers, tmp_path, kind):
     options = {"config": MODELS[kind], **OPTIMIZATION}
     trainers.run(2, fit, "float64", "ddp", 2, options, str(tmp_path))

@@ -3,17 +3,22 @@
 import sys
 
 import pytest
-from launched import end_group, ended, losses, start
+from launched import end_group, ended, losses, start, start_forked
 from workers import free_port
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
+def run_forks(folder):
+    """Return the status of ranks that Lightning's launcher forks."""
+    return ended(start_forked(folder, kind="fsdp2"), folder)
+
+
 @pytest.fixture(scope="module")
-def by_lightning(tmp_path_factory):
-    """What the launcher of Lightning's own gives: the script starts its second rank."""
+def by_lightning(forking_process, tmp_path_factory):
+    """The losses of ranks that Lightning's own launcher started."""
     folder = tmp_path_factory.mktemp("lightning")
-    assert ended(start(folder, kind="fsdp2"), folder) == 0, (folder / "output.txt").read_text()
+    assert forking_process.result(run_forks, folder) == 0, (folder / "output.txt").read_text()
     result = losses(folder, 0)
     assert sorted(result) == [0, 1, 2]
     assert losses(folder, 1) == result

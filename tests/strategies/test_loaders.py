@@ -233,8 +233,8 @@ def fit_epochs(rank, world, settings):
         ({}, (2 + 2 * 6, 6)),
         # a rank that would have more does not matter where the run ends before
         pytest.param({"limit_train_batches": 3, "num_sanity_val_steps": 0}, (2 * 6, 6), marks=pytest.mark.long),
-        pytest.param({"max_steps": 3, "limit_val_batches": 0}, (3, 3), marks=pytest.mark.long),
-        pytest.param({"max_steps": 2, "limit_val_batches": 0, "max_epochs": -1}, (2, 2), marks=pytest.mark.long),
+        pytest.param({"max_steps": 3, "limit_val_batches": 0}, (3, 3), marks=pytest.mark.full),
+        pytest.param({"max_steps": 2, "limit_val_batches": 0, "max_epochs": -1}, (2, 2), marks=pytest.mark.full),
     ],
 )
 def test_loaders_that_fit_run_on(trainers, settings, steps):

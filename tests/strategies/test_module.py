@@ -85,7 +85,7 @@ def alone(trainers):
     tiered(
         [(2, 2, "fsdp2"), (2, 2, "ddp"), (2, 1, "fsdp2"), (4, 2, "ddp")],
         quick=[(2, 2, "fsdp2")],
-        full=[(2, 2, "ddp"), (2, 1, "fsdp2")],
+        long=[],
     ),
 )
 def test_curves_figures_and_texts_are_those_of_one_process(trainers, alone, world, size, sharding):

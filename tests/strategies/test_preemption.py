@@ -61,7 +61,7 @@ def stop_and_go_on(trainers, folder, kind, signals, step, right):
 
 @pytest.mark.parametrize(
     ("kind", "signalled"),
-    tiered(product(["ddp", "fsdp2"], WHERE), quick=[("fsdp2", "one rank")], covers=1),
+    tiered(product(["ddp", "fsdp2"], WHERE), quick=[("fsdp2", "one rank")], long=[]),
 )
 def test_whichever_rank_is_signalled_all_stop(trainers, undisturbed, tmp_path, kind, signalled):
     stop_and_go_on(trainers, tmp_path, kind, WHERE[signalled], 2, undisturbed(kind))
@@ -121,6 +121,7 @@ def callbacks_of_two_fits(rank, world, preemption, own):
     tiered(
         [(True, False, [1], 1), (True, True, [7], 0), (False, False, [], 0), (False, True, [7], 0)],
         quick=[(True, False, [1], 1)],
+        long=[(False, True, [7], 0)],
     ),
 )
 def test_it_is_added_where_there_is_none_and_announced(trainers, preemption, own, result, announced):
@@ -142,7 +143,7 @@ def test_what_is_not_a_number_of_steps():
     tiered(
         WHILE,
         quick=[],
-        full=["in the middle of accumulating", "at the end of an epoch", "after the last step"],
+        long=["twice, and while it saves", "in a validation"],
     ),
 )
 def test_whenever_it_comes(trainers, undisturbed, tmp_path, signalled):

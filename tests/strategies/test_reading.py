@@ -28,7 +28,7 @@ def check(path, results, tolerance):
         torch.testing.assert_close(read, expected, rtol=tolerance, atol=tolerance, check_dtype=tolerance == 0)
 
 
-@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2", "hsdp"], quick=["fsdp2"]))
+@pytest.mark.parametrize("sharding", tiered(["ddp", "fsdp2", "hsdp"], quick=["fsdp2"], long=["hsdp"]))
 def test_weights_of_each_engine_are_read(trainers, sharding, tmp_path):
     setting = {**FLOAT64, "micro_batches": 4}
     results = trainers.run(2, fit_and_save, setting, sharding, 2, str(tmp_path))

@@ -38,7 +38,7 @@ def trained(trainers, folder, sharding, world, load_sharded):
     tiered(
         [("fsdp2", 2), ("ddp", 2), ("fsdp2_offload", 2), ("hsdp", 4), ("fsdp2", 4)],
         quick=[],
-        full=[("ddp", 2), ("fsdp2_offload", 2), ("fsdp2", 4)],
+        long=[("hsdp", 4)],
     ),
 )
 def test_a_run_is_that_of_ordinary_loading(trainers, folder, sharding, world):

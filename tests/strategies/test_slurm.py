@@ -16,6 +16,7 @@ pytestmark = pytest.mark.long
 SCRIPT = "examples/slurm/train.sbatch"
 MODEL = ("--tokens=256", "--dim=32", "--layers=1", "--accelerator=cpu")
 RANKS = ("--sequence-parallel-size=2", "--batch-size=1")  # two groups of two ranks
+FEW_RANKS = ("--sequence-parallel-size=2", "--batch-size=2")  # a group of one rank on each node
 STEPS = 12
 
 
@@ -53,10 +54,10 @@ def same(result, expected):
 
 
 class Job:
-    def __init__(self, cluster, folder, *words):
+    def __init__(self, cluster, folder, *words, ranks=RANKS, tasks=2):
         self.cluster, self.folder, self.output = cluster, folder, folder / "output.txt"
-        places = ("--chdir", str(ROOT), "--output", str(self.output))
-        options = (*MODEL, *RANKS, "--folder", str(folder), *words)
+        places = ("--chdir", str(ROOT), "--output", str(self.output), f"--ntasks-per-node={tasks}")
+        options = (*MODEL, *ranks, "--folder", str(folder), *words)
         self.number = cluster.submit(*places, str(ROOT / SCRIPT), *options, **places_of_loopback())
 
     def text(self):
@@ -87,8 +88,9 @@ def places_of_loopback():
     return {**environment(), "PYTHON": sys.executable, "MASTER_ADDR": "127.0.0.1"}
 
 
-def test_losses_are_those_of_one_process_though_usr1_stops_it(cluster, alone, tmp_path):
-    job = Job(cluster, tmp_path, f"--steps={STEPS}", "--pause=0.5")
+@pytest.mark.parametrize(("tasks", "ranks"), tiered([(1, FEW_RANKS), (2, RANKS)], quick=[], long=[(1, FEW_RANKS)]))
+def test_losses_are_those_of_one_process_though_usr1_stops_it(cluster, alone, tmp_path, tasks, ranks):
+    job = Job(cluster, tmp_path, f"--steps={STEPS}", "--pause=0.5", ranks=ranks, tasks=tasks)
     job.await_step(2)
     cluster.run("scancel", "--signal=USR1", job.number)
     cluster.await_state(job.number, "PENDING")

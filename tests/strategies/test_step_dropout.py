@@ -73,7 +73,7 @@ def train(rank, world, folder, resume=None, sharding="ddp", seed=5, **options):
     return module.training_drops, module.evaluation_drops, after
 
 
-@pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp2", marks=pytest.mark.long)])
+@pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp2", marks=pytest.mark.full)])
 def test_only_training_decides_what_training_drops(trainers, tmp_path, sharding):
     first, second = trainers.run(2, train, str(tmp_path), None, sharding)
     training, evaluation, after = first

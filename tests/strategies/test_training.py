@@ -48,9 +48,7 @@ def test_float64_equals_one_process(trainers, sharding, mesh):
         compare(result, expected("float64"), 1e-9)
 
 
-@pytest.mark.parametrize(
-    ("stage", "mesh"), tiered(product([1, 2, 3], MESHES), quick=[(3, "1x2")], long=[(1, "2x1"), (2, "2x2")])
-)
+@pytest.mark.parametrize(("stage", "mesh"), tiered(product([1, 2, 3], MESHES), quick=[(3, "1x2")], long=[]))
 def test_float32_of_deepspeed_equals_one_process(deepspeed_trainers, stage, mesh):
     world, size = MESHES[mesh]
     for result in deepspeed_trainers(world).run(world, fit, FLOAT32, f"deepspeed_stage_{stage}", size):

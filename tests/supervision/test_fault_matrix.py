@@ -55,8 +55,7 @@ def saved_by_forks(forking_process, tmp_path_factory):
     return folder
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("fault", "rank", "phase"), FORKS)
+@pytest.mark.parametrize(("fault", "rank", "phase"), tiered(FORKS, quick=[], long=FORKS[::2]))
 def test_a_fault_of_forked_ranks(tmp_path, forking_process, saved_by_forks, fault, rank, phase):
     """The assertions are those of `check_end`, in the process that forks."""
     shown = forking_process.result(faults_of_ranks.cell, tmp_path, saved_by_forks, "ddp", fault, rank, phase)

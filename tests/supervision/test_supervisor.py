@@ -73,7 +73,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "rank", "said"), tiered(FAULTS, FAULTS[:1]))
+@pytest.mark.parametrize(("fault", "rank", "said"), tiered(FAULTS, FAULTS[:1], long=FAULTS[3::3]))
 def test_a_fault_ends_all_ranks_and_is_named_in_the_last_line(tmp_path, fault, rank, said):
     begin = time.monotonic()
     status, lines = ended(start(tmp_path, fault, rank, "--restarts", "0"), tmp_path)
@@ -83,7 +83,7 @@ def test_a_fault_ends_all_ranks_and_is_named_in_the_last_line(tmp_path, fault, r
     assert attempts(tmp_path) == ["first"]
 
 
-@pytest.mark.parametrize("fault", tiered(["SIGKILL", "endless loop"], ["SIGKILL"]))
+@pytest.mark.parametrize("fault", tiered(["SIGKILL", "endless loop"], ["SIGKILL"], long=[]))
 def test_a_restart_goes_on_and_ends_well(tmp_path, fault):
     status, lines = ended(start(tmp_path, fault, 1, "--restarts", "3"), tmp_path)
     assert status == 0, lines

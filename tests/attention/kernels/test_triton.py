@@ -67,7 +67,12 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    ("name", "joins"), tiered(product(CASES, (False, True)), quick=[("nested", True), ("set", False)], covers=1)
+    ("name", "joins"),
+    tiered(
+        product(CASES, (False, True)),
+        quick=[("nested", True), ("set", False)],
+        long=[(name, False) for name in ("window", "detached", "zero keys")],
+    ),
 )
 def test_equals_the_definition(interpreted, name, joins):
     interpreted.run(1, compared, CASES[name], torch.float32, TOLERANCE, joins)
