@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from itertools import pairwise
+from math import fsum  # which rounds alike on all versions of Python
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def table(result: dict[str, Any]) -> str:
     turns = {(row["name"], row["ranks"]): row["phases"] for row in result["rows"]}
 
     def median(name: str, ranks: int, phases: slice, clock: int) -> float:
-        return float(statistics.median(sum(phase[clock] for phase in turn[phases]) for turn in turns[name, ranks]))
+        return float(statistics.median(fsum(phase[clock] for phase in turn[phases]) for turn in turns[name, ranks]))
 
     phases = {phase: slice(number, number + 1) for number, phase in enumerate(PHASES)}
     for ranks in sorted({ranks for _, ranks in turns}):
