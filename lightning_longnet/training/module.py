@@ -34,6 +34,8 @@ _FIELDS_OF_THE_WEIGHTS = (
 
 # Labels of so many tokens, of which so large a share are the next tokens, are not so by chance
 LEAST_TARGETS, NEXT_SHARE = 32, 0.9
+# batches after which nothing is counted, as counting waits for the device
+MOST_COUNTED_BATCHES = 64
 
 
 def target_counts(input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class LongNetModule(TokenModule):
                 raise ValueError(f"config must be of a LongNet, got {type(known).__name__}")
             config = known
         self.config = config
-        self._checks_targets = True
+        self._target_counts, self._counted_batches = [0.0] * 6, 0
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
         self.generated_tokens = generated_tokens
         # plain values, so that torch.load reads a checkpoint with weights_only=True and without our classes
@@ -138,21 +140,31 @@ class LongNetModule(TokenModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Raise a ValueError if the model sees the labels: the tokens themselves, or the next ones without causality.
 
-        Such a loss falls towards 0, and the model learns to copy.  All ranks that share a sequence raise it, at the
-        first batch that has enough labels.
+        Such a loss falls towards 0, and the model learns to copy.  All ranks that share a sequence raise it, once the
+        batches have had enough labels.
         """
-        if not self._checks_targets:
+        if self._counted_batches == MOST_COUNTED_BATCHES:
             return
         batch = self.read_batch(batch)
         if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
             return  # `training_step` raises an error
         counts = sequence_context(self).sum_parts(target_counts(batch["input_ids"], batch["labels"]))
-        (count, following, same), (shown, shown_following, _) = counts.tolist()
-        if shown < LEAST_TARGETS:
+        self._target_counts = [sum(each) for each in zip(self._target_counts, counts.flatten().tolist(), strict=True)]
+        self._counted_batches += 1
+        if self._target_counts[3] < LEAST_TARGETS:
             return
-        self._checks_targets = False
+        fault = self._fault_of_targets(*self._target_counts)
+        # a module that is fitted again with other data begins anew
+        self._target_counts, self._counted_batches = [0.0] * 6, 0 if fault else MOST_COUNTED_BATCHES
+        if fault:
+            raise ValueError(fault)
+
+    def _fault_of_targets(
+        self, count: float, following: float, same: float, shown: float, shown_following: float, _: float
+    ) -> str:
+        """Return why the model sees its labels, by the numbers of `target_counts`, or an empty string."""
         if same == count:
-            raise ValueError(
+            return (
                 "labels must not be the input_ids themselves, as each token sees its own: labels[:, t] is the token "
                 "that token t is to predict. Give labels = input_ids[:, 1:] with -100 at the end of each row and "
                 "document, or labels of tokens that are masked in input_ids"
@@ -160,10 +172,11 @@ class LongNetModule(TokenModule):
         # a layer of the user's may be causal whatever the pattern says
         is_causal = self.config.is_causal or self.config.attention is not None
         if not is_causal and following >= NEXT_SHARE * count and shown_following >= NEXT_SHARE * shown:
-            raise ValueError(
+            return (
                 "labels must not be the next tokens where the pattern is not causal, as each token then sees its "
                 "target: set is_causal=True in the pattern, or give labels of masked tokens"
             )
+        return ""
 
     def check_vocabulary(self, data: Any) -> None:
         """Raise a ValueError if the data module has a larger vocabulary than the model; `setup` calls it."""

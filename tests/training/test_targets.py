@@ -1,9 +1,12 @@
 """Labels that a model can see are an error, and no other labels are."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
 from lightning_longnet import LongNetConfig, LongNetModule, Pattern
+from lightning_longnet.training.module import target_counts
 
 REFUSED = "labels must not be the next tokens where the pattern is not causal"
 SAME = "labels must not be the input_ids themselves"
@@ -83,13 +86,25 @@ def test_other_labels_and_causal_patterns_are_left_alone():
     begin(module(), *masked(margin, torch.arange(32) < 10))
 
 
-def test_the_first_batch_that_has_enough_labels_decides():
+def test_the_first_batches_that_have_enough_labels_decide():
     net, ids = module(), tokens()
     few = torch.full_like(ids, -100)
     few[0, 1:5] = ids[0, 2:6]
-    begin(net, ids, few)
+    for _ in range(7):  # of four labels
+        begin(net, ids, few)
     with pytest.raises(ValueError, match=REFUSED):
+        begin(net, ids, few)
+    with pytest.raises(ValueError, match=REFUSED):  # in another fit
         begin(net, ids, following(ids))
     net = module()
     begin(net, *masked(tokens(16)))
     begin(net, ids, following(ids))
+
+
+def test_batches_without_enough_labels_are_not_counted_for_ever():
+    net, ids = module(), tokens()
+    none = torch.full_like(ids, -100)
+    with patch("lightning_longnet.training.module.target_counts", wraps=target_counts) as counting:
+        for _ in range(200):
+            begin(net, ids, none)
+    assert counting.call_count == 64
