@@ -26,6 +26,8 @@ from lightning_longnet.cli.init import content
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_longnet"
+# before a Trainer in this process leaves the numbers and the address of its ranks there
+ENVIRONMENT = dict(os.environ)
 
 # The folders of the package, and which others the files of each may import.  `torch` marks those that import nothing
 # from outside but torch and the standard library; imports for annotations alone are free within the package.
@@ -419,10 +421,8 @@ SHORT += ["--trainer.limit_val_batches=4"]
 def test_make_train_learns(tmp_path, words, least):
     """The loss is well below what byte frequencies alone give, by what the ranks send each other."""
     command = [sys.executable, "-m", "lightning_longnet", "fit", "--config", str(ROOT / "configs/quickstart.yaml")]
-    # runs of other tests in this process leave their address here, at which their store may still listen
-    environment = {name: text for name, text in os.environ.items() if not name.startswith("MASTER_")}
     result = subprocess.run(
-        [*command, *words], capture_output=True, text=True, timeout=600, cwd=tmp_path, env=environment
+        [*command, *words], capture_output=True, text=True, timeout=600, cwd=tmp_path, env=ENVIRONMENT
     )
     assert result.returncode == 0, result.stderr
     (figures,) = re.findall(r"Validation: (\S+) bits per byte \((\d+)% below the (\S+) of frequencies", result.stdout)
