@@ -39,11 +39,11 @@ MOST_COUNTED_BATCHES = 64
 
 
 def target_counts(input_ids: Tensor, labels: Tensor) -> Tensor:
-    """Return how many labels there are, are the next token, and are the token itself; (2, 3).
+    """Return five numbers of labels, (5,): all, those that are the token itself, and those that are the next token.
 
-    The first row counts all labels, and the second one those that show the difference, as other tokens stand on their
-    two sides: in a run of one token, labels of masked tokens are equal to the next token, too.
-    `LongNetModule.on_train_batch_start` sums them over the ranks.
+    The last two are of labels between two different tokens: all of them, and those that are the next token.  In a run
+    of one token, labels of masked tokens are equal to the next token, too.
+    `LongNetModule.on_train_batch_start` sums the numbers over the ranks.
 
     Args:
         input_ids, labels: (B, L), of this rank's tokens; a label of -100 does not count.
@@ -51,10 +51,9 @@ def target_counts(input_ids: Tensor, labels: Tensor) -> Tensor:
     targets, tokens, following = labels[:, 1:-1], input_ids[:, 1:-1], input_ids[:, 2:]
     counts = targets != -100
     shows = counts & (following != input_ids[:, :-2])
-    numbers = [
-        (rows & equal).sum() for rows in (counts, shows) for equal in (counts, targets == following, targets == tokens)
-    ]
-    return torch.stack(numbers).float().view(2, 3)
+    follows = targets == following
+    numbers = [counts, counts & (targets == tokens), counts & follows, shows, shows & follows]
+    return torch.stack([each.sum() for each in numbers]).float()
 
 
 class LongNetModule(TokenModule):
@@ -108,7 +107,7 @@ class LongNetModule(TokenModule):
                 raise ValueError(f"config must be of a LongNet, got {type(known).__name__}")
             config = known
         self.config = config
-        self._target_counts, self._counted_batches = [0.0] * 6, 0
+        self._target_counts, self._counted_batches = [0.0] * 5, 0
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
         self.generated_tokens = generated_tokens
         # plain values, so that torch.load reads a checkpoint with weights_only=True and without our classes
@@ -149,18 +148,18 @@ class LongNetModule(TokenModule):
         if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= set(batch):
             return  # `training_step` raises an error
         counts = sequence_context(self).sum_parts(target_counts(batch["input_ids"], batch["labels"]))
-        self._target_counts = [sum(each) for each in zip(self._target_counts, counts.flatten().tolist(), strict=True)]
+        self._target_counts = [sum(each) for each in zip(self._target_counts, counts.tolist(), strict=True)]
         self._counted_batches += 1
         if self._target_counts[3] < LEAST_TARGETS:
             return
         fault = self._fault_of_targets(*self._target_counts)
         # a module that is fitted again with other data begins anew
-        self._target_counts, self._counted_batches = [0.0] * 6, 0 if fault else MOST_COUNTED_BATCHES
+        self._target_counts, self._counted_batches = [0.0] * 5, 0 if fault else MOST_COUNTED_BATCHES
         if fault:
             raise ValueError(fault)
 
     def _fault_of_targets(
-        self, count: float, following: float, same: float, shown: float, shown_following: float, _: float
+        self, count: float, same: float, following: float, shown: float, shown_following: float
     ) -> str:
         """Return why the model sees its labels, by the numbers of `target_counts`, or an empty string."""
         if same == count:
